@@ -1,0 +1,3 @@
+"""khod drives Kexec HandOver: one kernel to the next, without losing what the host holds."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""python -m khod."""
+
+from khod.daemon import main
+
+main()

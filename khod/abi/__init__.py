@@ -1,0 +1,1 @@
+"""The kernel's interfaces, one file each, with no policy: a value comes back or OSError is raised."""

@@ -1,0 +1,91 @@
+"""What a process can ask of the kernel, as one seam: files below a root, and the calls that are no files.
+
+`HostCalls` asks the running kernel. The simulated kernel (`khod.kernel.simulated`) answers the same
+calls, so everything above this line runs on it unchanged.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from khod.abi import kexec_file_load, reboot
+
+READ_SIZE = 1 << 20
+
+
+@contextmanager
+def named(call: str) -> Iterator[None]:
+    """Give an OSError raised inside the call's name and arguments as its filename."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = call
+        raise
+
+
+class Calls(Protocol):
+    """The kernel as seen from a process. Paths are absolute, below the implementation's root."""
+
+    def read(self, path: str) -> bytes:
+        """Read to end of file: debugfs files report size 0 to stat(2)."""
+
+    def write(self, path: str, data: bytes) -> None:
+        """Hand `data` over in one write(2), as sysfs wants it."""
+
+    def exists(self, path: str) -> bool:
+        """Tell whether the path is there and may be looked at."""
+
+    def listdir(self, path: str) -> list[str]:
+        """Names in a directory, sorted; empty where there is none."""
+
+    def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
+        """kexec_file_load(2); `cmdline` ends in NUL, `initrd_fd` is -1 with KEXEC_FILE_NO_INITRAMFS."""
+
+    def reboot_kexec(self) -> None:
+        """reboot(2) with LINUX_REBOOT_CMD_KEXEC: comes back only with an OSError."""
+
+    def sync(self) -> None:
+        """sync(2): all dirty pages of all file systems."""
+
+
+class HostCalls:
+    """The running kernel, with its files below `root` (a test's directory, `/` otherwise)."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root = root
+
+    def at(self, path: str) -> Path:
+        """Place an absolute kernel path below the root."""
+        return self.root / path.lstrip("/")
+
+    def read(self, path: str) -> bytes:
+        with named(f"read {path}"), open(self.at(path), "rb", buffering=0) as file:
+            return b"".join(iter(lambda: file.read(READ_SIZE), b""))
+
+    def write(self, path: str, data: bytes) -> None:
+        with named(f"write {data.decode().strip()!r} to {path}"):
+            fd = os.open(self.at(path), os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, data)
+            finally:
+                os.close(fd)
+
+    def exists(self, path: str) -> bool:
+        return self.at(path).exists()
+
+    def listdir(self, path: str) -> list[str]:
+        try:
+            return sorted(os.listdir(self.at(path)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
+        kexec_file_load.kexec_file_load(kernel_fd, initrd_fd, cmdline, flags)
+
+    def reboot_kexec(self) -> None:
+        reboot.reboot(reboot.LINUX_REBOOT_CMD_KEXEC)
+
+    def sync(self) -> None:
+        os.sync()

@@ -1,0 +1,150 @@
+"""Configuration in three named stages: fragments are read, merged, and validated into a frozen `Config`.
+
+/etc/kho/khod.toml first, then /etc/kho/khod.toml.d/*.toml by name; a later value wins. An unknown key
+is an error that names file and line: a misspelled policy must not be silently the default one.
+"""
+
+import dataclasses
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from khod.errors import ConfigError
+
+MAIN = "etc/kho/khod.toml"
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may change anything: root, and the members of `group` ("" for root alone)."""
+
+    group: str = "kho"
+    max_connections_per_user: int = 64
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do where the kernel leaves the choice. See etc/kho/khod.toml for each key."""
+
+    after_daemon_died: str = "roll-back"  # or "resume"
+    after_forgetful_abort: str = "refuse"  # or "warn"
+    require_state: bool = False
+    max_failed_activations: int = 3
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds a step may take before it counts as failed."""
+
+    prepare: float = 60.0
+    freeze: float = 10.0
+    activate: float = 60.0
+    load: float = 60.0
+    execute: float = 90.0
+    rollback: float = 60.0
+    observe: float = 1.0
+
+
+@dataclass(frozen=True)
+class Images:
+    """Bounds on what a client may hand over."""
+
+    max_size: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of khod's settings."""
+
+    access: Access = field(default_factory=Access)
+    policy: Policy = field(default_factory=Policy)
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    images: Images = field(default_factory=Images)
+
+
+CHOICES = {
+    "policy.after_daemon_died": ("roll-back", "resume"),
+    "policy.after_forgetful_abort": ("refuse", "warn"),
+}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One file's text and its values."""
+
+    path: Path
+    text: str
+    values: dict[str, Any]
+
+    def where(self, key: str) -> str:
+        """FILE:LINE of a dotted key, as near as the text tells."""
+        table, _, name = key.rpartition(".")
+        current = ""
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[([^\]]+)\]", line):
+                current = header[1].strip()
+                if current == key:
+                    return f"{self.path}:{number}"
+            elif current == table and re.match(rf"\s*[\"']?{re.escape(name)}[\"']?\s*=", line):
+                return f"{self.path}:{number}"
+        return str(self.path)
+
+
+def load(root: Path = Path("/")) -> Config:
+    """Read, merge and validate; the defaults where there is no file. Raises ConfigError."""
+    paths = [root / MAIN, *sorted((root / f"{MAIN}.d").glob("*.toml"))]
+    return validate([fragment(path) for path in paths if path.exists()])
+
+
+def fragment(path: Path) -> Fragment:
+    """Read one file; ConfigError with file and line where it is no TOML."""
+    try:
+        text = path.read_text()
+        return Fragment(path, text, tomllib.loads(text))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration cannot be read: {error}", where=str(path)) from None
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"line (\d+)", str(error))
+        raise ConfigError(f"The configuration is no TOML: {error}",
+                          where=f"{path}:{line[1]}" if line else str(path)) from None
+
+
+def validate(fragments: list[Fragment]) -> Config:
+    """Merge fragments over the defaults, the last one wins; every key and type is checked."""
+    config = Config()
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    for source in fragments:
+        for section, values in source.values.items():
+            if section not in sections:
+                raise _unknown(source, section, sorted(sections))
+            if not isinstance(values, dict):
+                raise ConfigError(f"`{section}` is a table", where=source.where(section),
+                                  remedy=f"Write [{section}] on a line of its own.")
+            old = getattr(config, section)
+            new = {key: _checked(source, old, section, key, value) for key, value in values.items()}
+            config = dataclasses.replace(config, **{section: dataclasses.replace(old, **new)})
+    return config
+
+
+def _checked(source: Fragment, section: Any, name: str, key: str, value: Any) -> Any:
+    known = {f.name: f.type for f in dataclasses.fields(section)}
+    dotted = f"{name}.{key}"
+    if key not in known:
+        raise _unknown(source, dotted, sorted(known))
+    wanted = known[key]
+    allowed = (int, float) if wanted is float else get_args(wanted) or (wanted,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"`{dotted}` is {value!r}", where=source.where(dotted),
+                          remedy=f"It takes a value of type {getattr(wanted, '__name__', wanted)}.")
+    if value not in CHOICES.get(dotted, (value,)):
+        raise ConfigError(f"`{dotted}` is {value!r}", where=source.where(dotted),
+                          remedy=f"It takes one of: {', '.join(CHOICES[dotted])}.")
+    if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+        raise ConfigError(f"`{dotted}` is {value}", where=source.where(dotted), remedy="It takes a positive number.")
+    return float(value) if wanted is float else value
+
+
+def _unknown(source: Fragment, key: str, known: list[str]) -> ConfigError:
+    return ConfigError(f"`{key}` is no key of khod's", where=source.where(key), remedy=f"Known here: {', '.join(known)}.")

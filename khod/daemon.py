@@ -1,0 +1,145 @@
+"""khod: puts the pieces together and runs them until it is told to stop."""
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from asyncvarlink import create_unix_server, get_listen_fd
+
+from khod import __version__, config, executor, journal, server, status
+from khod.abi.calls import Calls, HostCalls
+from khod.engine import Engine
+from khod.errors import ConfigError, Exit, KhoError
+from khod.kernel.kexec import Kexec
+from khod.kernel.probe import probe
+from khod.kernel.simulated import Rebooted, SimulatedKernel
+from khod.kernel.thread import KernelThread
+from khod.model import Event
+from khod.producers import hooks
+from khod.protocol import SOCKET
+from khod.record import Store
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line. `root` holds etc/; kernel paths hang from it too, unless simulated."""
+
+    root: Path
+    state: Path
+    socket: Path
+    simulate: Path | None
+
+
+def options(argv: list[str]) -> Options:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="khod", description="Coordinates kernel live updates by Kexec HandOver.")
+    parser.add_argument("--root", type=Path, default=Path("/"), help="where etc/ is (default: /)")
+    parser.add_argument("--state", type=Path, default=Path("/var/lib/khod"), help="where the record is kept")
+    parser.add_argument("--socket", type=Path, default=Path(SOCKET), help="the Varlink socket, unless systemd passes one")
+    parser.add_argument("--simulate", type=Path, metavar="DIR", help="drive the embedded simulated kernel in DIR")
+    parser.add_argument("--version", action="version", version=__version__)
+    found = parser.parse_args(argv)
+    return Options(found.root, found.state, found.socket, found.simulate)
+
+
+class Daemon:
+    """One running khod."""
+
+    def __init__(self, opts: Options) -> None:
+        self._options = opts
+        self._calls: Calls = HostCalls(opts.root) if opts.simulate is None else SimulatedKernel(opts.simulate)
+        self._stopping = asyncio.Event()
+        self._thread = KernelThread()
+        settings, kexec = config.load(opts.root), Kexec(self._calls)
+        jump = executor.immediate(kexec, self._thread, settings.deadlines.execute)
+        self.engine = Engine(
+            kexec, lambda: probe(self._calls), Store(opts.state), settings,
+            producers=lambda: hooks.load(opts.root),
+            orderly=executor.orderly if opts.simulate is None else self._again(jump),
+            immediate=jump if opts.simulate is None else self._again(jump),
+            thread=self._thread, tell=self._tell)
+        self._service = server.Service(self.engine)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then put back what is held."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        factory = server.connections(server.registry(self._service), self.engine.config.access)
+        serving = await create_unix_server(factory, sock=self._listen())
+        watching = asyncio.ensure_future(journal.watchdog())
+        try:
+            await self.engine.start()
+        except KhoError as error:
+            print(error, file=sys.stderr)  # noqa: T201 - status has it too
+        journal.notify("READY=1")
+        await self._stopping.wait()
+        journal.notify("STOPPING=1")
+        jumping = self._options.simulate is None and await executor.on_the_way()
+        try:
+            await self.engine.stop(jumping=jumping)
+        finally:
+            watching.cancel()
+            serving.close()
+            self._thread.close()
+
+    def _listen(self) -> socket.socket:
+        """The socket systemd passed, else one of our own. Anyone may connect: each method asks the
+        kernel who is calling, as systemd's own Varlink services do."""
+        if (passed := get_listen_fd("varlink")) is not None:
+            return socket.socket(fileno=passed.take())
+        path = self._options.socket
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock.bind(str(path))
+        path.chmod(0o666)
+        return sock
+
+    def _tell(self, event: Event) -> None:
+        journal.write(event, f"{event.phase.value.replace('_', ' ')}: {event.message}")
+        journal.notify(f"STATUS={status.SAYS[event.phase][0]} {event.message}"[:500])
+        self._service.publish(event)
+
+    def _reload(self) -> None:
+        journal.reloading()
+        try:
+            self.engine.config = config.load(self._options.root)
+        except ConfigError as error:
+            print(f"The configuration stays as it was: {error}", file=sys.stderr)  # noqa: T201
+        journal.notify("READY=1")
+
+    def _again(self, jump: executor.Executor) -> executor.Executor:
+        """After the simulated kernel's jump, be the khod that its next kernel starts."""
+
+        async def jump_and_start_again() -> None:
+            try:
+                await jump()
+            except Rebooted:
+                sys.stdout.flush()
+                os.execv(sys.executable, [sys.executable, "-m", "khod", *sys.argv[1:]])  # noqa: S606
+
+        return jump_and_start_again
+
+
+def main() -> None:
+    """Run khod; exits with 2 where the configuration is wrong."""
+    opts = options(sys.argv[1:])
+    try:
+        asyncio.run(_main(opts))
+    except ConfigError as error:
+        print(f"khod: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(Exit.usage)
+    except KhoError as error:
+        print(f"khod: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit)
+
+
+async def _main(opts: Options) -> None:
+    await Daemon(opts).run()

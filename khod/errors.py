@@ -1,0 +1,126 @@
+"""What can go wrong, as types that carry fields; `sentence` is the one place that words them.
+
+Each class has the exit code of khoctl it ends in. An error that crosses the wire keeps its class
+name, its fields and its exit code.
+"""
+
+import enum
+import errno as errno_names
+import os
+from typing import ClassVar
+
+
+class Exit(enum.IntEnum):
+    """khoctl's exit codes, a promise to scripts."""
+
+    done = 0
+    failed = 1
+    usage = 2
+    refused = 3
+    unsupported = 4
+    unreachable = 5
+    not_rolled_back = 6
+    degraded = 7
+
+
+class KhoError(Exception):
+    """Something that ends a request.
+
+    `what` is a clause in plain words, `where` the path, call or key it is about ("" where there is
+    none), `remedy` what to do next ("" where nothing can be done).
+    """
+
+    exit: ClassVar[Exit] = Exit.failed
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(what, where, remedy)
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return sentence(self)
+
+
+class Failed(KhoError):
+    """A step failed and everything before it was put back."""
+
+
+class UsageError(KhoError):
+    """The request itself is wrong: an unusable file, a command line no kernel takes."""
+
+    exit = Exit.usage
+
+
+class ConfigError(KhoError):
+    """A configuration file cannot be used; `where` is FILE:LINE."""
+
+    exit = Exit.usage
+
+
+class Refused(KhoError):
+    """A check, a veto or a missing permission; nothing is left changed."""
+
+    exit = Exit.refused
+
+
+class Unsupported(KhoError):
+    """This kernel, as it was booted, cannot do it."""
+
+    exit = Exit.unsupported
+
+
+class Unreachable(KhoError):
+    """khod did not answer on its socket."""
+
+    exit = Exit.unreachable
+
+
+class NotRolledBack(KhoError):
+    """A step failed and something could not be put back, or was held on request."""
+
+    exit = Exit.not_rolled_back
+
+
+class Degraded(KhoError):
+    """The new kernel runs and the state did not arrive whole."""
+
+    exit = Exit.degraded
+
+
+class MalformedTree(KhoError):
+    """A state tree that is no flattened device tree, or breaks the KHO layout."""
+
+
+class RecordError(KhoError):
+    """The durable record cannot be read or written."""
+
+
+BY_NAME: dict[str, type[KhoError]] = {
+    cls.__name__: cls
+    for cls in (
+        Failed,
+        UsageError,
+        ConfigError,
+        Refused,
+        Unsupported,
+        Unreachable,
+        NotRolledBack,
+        Degraded,
+        MalformedTree,
+        RecordError,
+    )
+}
+
+
+def sentence(error: KhoError) -> str:
+    """Say what failed, on which path, what to do next."""
+    where = f" ({error.where})" if error.where else ""
+    remedy = f" {error.remedy}" if error.remedy else ""
+    return f"{error.what}{where}.{remedy}"
+
+
+def errno_text(error: OSError) -> str:
+    """Name an errno by its uapi spelling and its meaning: `EINVAL (Invalid argument)`."""
+    number = error.errno or 0
+    return f"{errno_names.errorcode.get(number, number)} ({os.strerror(number)})"

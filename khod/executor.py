@@ -1,0 +1,46 @@
+"""How the jump is made: orderly through systemd, or at once."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from khod.errors import Failed
+from khod.kernel.kexec import Kexec
+from khod.kernel.thread import KernelThread
+
+Executor = Callable[[], Awaitable[None]]
+
+
+async def run(*argv: str) -> tuple[int, str]:
+    """Run a command; its exit code and standard output and error together."""
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+    output, _ = await process.communicate()
+    return process.returncode or 0, output.decode(errors="replace").strip()
+
+
+async def orderly() -> None:
+    """Have systemd stop everything and jump; returns when that is under way.
+
+    systemctl goes ahead with an image that is already loaded, and asks the inhibitors first.
+    """
+    code, output = await run("systemctl", "--no-ask-password", "kexec")
+    if code != 0:
+        raise Failed(f"systemd does not take the host down: {output}", where="systemctl kexec",
+                     remedy="Look at systemd-inhibit --list and journalctl -b.")
+
+
+async def on_the_way() -> bool:
+    """Tell whether systemd is taking the host into a kexec, whoever asked for it."""
+    code, output = await run("systemctl", "show", "--property=ActiveState,Job", "kexec.target")
+    facts = dict(line.partition("=")[::2] for line in output.splitlines())
+    return code == 0 and (facts.get("Job", "0") not in ("", "0") or facts.get("ActiveState") in ("active", "activating"))
+
+
+def immediate(kexec: Kexec, thread: KernelThread, deadline: float) -> Executor:
+    """Sync the disks and call reboot(2), with nothing stopped in between."""
+
+    async def jump() -> None:
+        await thread.call(kexec.sync, "sync(2)", deadline)
+        await thread.call(kexec.jump, "reboot(LINUX_REBOOT_CMD_KEXEC)", deadline)
+
+    return jump

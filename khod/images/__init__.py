@@ -1,0 +1,1 @@
+"""Kernel and initrd images: taken into memory once, looked at there, loaded from there."""

@@ -1,0 +1,62 @@
+"""What systemd hears: readiness, status text, the watchdog, and journal records with fields."""
+
+import asyncio
+import os
+import time
+
+from systemd import daemon, journal
+
+from khod.model import Event, Phase
+
+# One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered.
+MESSAGE_ID: dict[Phase, str] = {
+    Phase.idle: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a01",
+    Phase.preparing: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a02",
+    Phase.prepared: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a03",
+    Phase.freezing: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a04",
+    Phase.frozen: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a05",
+    Phase.activating: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a06",
+    Phase.active: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a07",
+    Phase.loading: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a08",
+    Phase.loaded: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a09",
+    Phase.executing: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0a",
+    Phase.verifying: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0b",
+    Phase.verified: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0c",
+    Phase.degraded: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0d",
+    Phase.cold_boot: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0e",
+    Phase.rolling_back: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0f",
+    Phase.failed: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a10",
+    Phase.foreign: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a11",
+    Phase.inconsistent: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a12",
+}
+ERR, WARNING, INFO = 3, 4, 6  # syslog priorities
+PRIORITY = {Phase.failed: ERR, Phase.cold_boot: ERR, Phase.degraded: ERR, Phase.inconsistent: ERR,
+            Phase.foreign: WARNING, Phase.rolling_back: WARNING}
+
+
+def write(event: Event, message: str) -> None:
+    """Write a record with the fields KHO_PHASE and KHO_RUN."""
+    journal.send(message, MESSAGE_ID=MESSAGE_ID[event.phase], PRIORITY=PRIORITY.get(event.phase, INFO),
+                 KHO_PHASE=event.phase.value, KHO_RUN=event.run, SYSLOG_IDENTIFIER="khod")
+
+
+def notify(state: str) -> None:
+    """Tell the service manager; nothing happens where there is none."""
+    daemon.notify(state)
+
+
+def reloading() -> None:
+    """Begin a reload as Type=notify-reload wants it: with the time it began, in microseconds."""
+    daemon.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+
+async def watchdog() -> None:
+    """Say that the event loop turns, twice in the interval the unit asks for; returns where it asks for none."""
+    usec = os.environ.get("WATCHDOG_USEC", "")
+    if not usec.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    while True:
+        daemon.notify("WATCHDOG=1")
+        await asyncio.sleep(int(usec) / 2e6)
+
+

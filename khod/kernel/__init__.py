@@ -1,0 +1,4 @@
+"""KHO's generations behind one protocol, chosen by probing, and what they share.
+
+`probe` finds out how the running kernel lets itself be driven; nothing above this package asks.
+"""

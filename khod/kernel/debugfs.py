@@ -1,0 +1,66 @@
+"""Mainline KHO: /sys/kernel/debug/kho, with `finalize` (6.16-7.0) and without it (7.1 and later)."""
+
+from khod.abi.calls import Calls
+from khod.kernel.protocol import AbortKind, Tree, regions
+from khod.model import Generation, Order, Region
+
+KHO = "/sys/kernel/debug/kho"
+
+
+class Stateless:
+    """7.1 and later: nothing to write, the outgoing tree is always current."""
+
+    generation = Generation.stateless
+    order = Order.load_first
+    abort = AbortKind.needless
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def active(self) -> bool | None:
+        return None
+
+    def activate(self) -> None:
+        """Nothing: KHO is stateless since Linux 7.1."""
+
+    def deactivate(self) -> None:
+        """Nothing to leave."""
+
+    def tree(self) -> Tree:
+        return self._tree("out")
+
+    def arrived(self) -> Tree | None:
+        return self._tree("in") if self._calls.exists(f"{KHO}/in/fdt") else None
+
+    def scratch(self) -> list[Region]:
+        return regions(self._calls.read(f"{KHO}/out/scratch_phys"), self._calls.read(f"{KHO}/out/scratch_len"))
+
+    def _tree(self, side: str) -> Tree:
+        blobs = f"{KHO}/{side}/sub_fdts"
+        return Tree(
+            self._calls.read(f"{KHO}/{side}/fdt"),
+            {name: self._calls.read(f"{blobs}/{name}") for name in self._calls.listdir(blobs)},
+        )
+
+
+class FinalizeNoAbort(Stateless):
+    """6.19-7.0: `finalize` takes 1 any number of times and answers 0 with EINVAL."""
+
+    generation = Generation.finalize_no_abort
+
+    def activate(self) -> None:
+        self._calls.write(f"{KHO}/out/finalize", b"1\n")
+
+
+class Finalize(FinalizeNoAbort):
+    """6.16-6.18: a load before finalize carries nothing, and an abort forgets (see AbortKind)."""
+
+    generation = Generation.finalize
+    order = Order.activate_first
+    abort = AbortKind.forgets
+
+    def active(self) -> bool:
+        return self._calls.read(f"{KHO}/out/finalize").strip() not in (b"0", b"N")
+
+    def deactivate(self) -> None:
+        self._calls.write(f"{KHO}/out/finalize", b"0\n")

@@ -1,0 +1,72 @@
+"""What no generation changes: the image slot, the jump, and who this boot is."""
+
+from khod.abi.calls import Calls
+from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
+
+# The first from 6.19, the second before and after it.
+LOADED = ("/sys/kernel/kexec/loaded", "/sys/kernel/kexec_loaded")
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+LOAD_DISABLED = "/proc/sys/kernel/kexec_load_disabled"
+LOAD_LIMIT = "/proc/sys/kernel/kexec_load_limit_reboot"
+
+
+class Kexec:
+    """The running kernel's kexec side. Calls raise OSError with the call's name and path."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def boot_id(self) -> str:
+        """This boot's UUID: another one after every boot, a kexec included."""
+        return self._text(BOOT_ID)
+
+    def release(self) -> str:
+        """The running kernel's version as uname -r says it."""
+        return self._text("/proc/sys/kernel/osrelease")
+
+    def cmdline(self) -> str:
+        """The running kernel's command line."""
+        return self._text("/proc/cmdline")
+
+    def loaded(self) -> bool:
+        """Tell whether an image waits for the next kexec; the crash slot is another matter and left alone."""
+        for path in LOADED:
+            if self._calls.exists(path):
+                return self._text(path) == "1"
+        return False
+
+    def load_disabled(self) -> bool:
+        """Tell whether the sysctl kexec_load_disabled is set: it stays so until a reboot."""
+        return self._calls.exists(LOAD_DISABLED) and self._text(LOAD_DISABLED) != "0"
+
+    def load_limit(self) -> int | None:
+        """How many more calls kexec_load_limit_reboot allows, None for no limit.
+
+        An unload counts as a call (kexec_load_permitted() runs before the flags are looked at), so
+        a load that can be undone needs two.
+        """
+        if not self._calls.exists(LOAD_LIMIT):
+            return None
+        left = int(self._text(LOAD_LIMIT))
+        return None if left < 0 else left
+
+    def load(self, kernel_fd: int, initrd_fd: int | None, cmdline: str) -> None:
+        """Load an image; what is in the state tree at this moment goes with it."""
+        flags = KEXEC_FILE_NO_INITRAMFS if initrd_fd is None else 0
+        fd = -1 if initrd_fd is None else initrd_fd
+        self._calls.kexec_file_load(kernel_fd, fd, cmdline.encode() + b"\0", flags)
+
+    def unload(self) -> None:
+        """Drop the loaded image; nothing happens where there is none."""
+        self._calls.kexec_file_load(-1, -1, b"", KEXEC_FILE_UNLOAD)
+
+    def sync(self) -> None:
+        """Write back every file system's dirty pages."""
+        self._calls.sync()
+
+    def jump(self) -> None:
+        """Go: the point of no return, unless the kernel comes back with an OSError."""
+        self._calls.reboot_kexec()
+
+    def _text(self, path: str) -> str:
+        return self._calls.read(path).decode(errors="replace").strip()

@@ -1,0 +1,97 @@
+"""Find out which KHO this kernel has, by what it shows: never by its version.
+
+Distributions turn options off, Kconfig help texts lie, vendors carry v3 on other version numbers.
+"""
+
+import gzip
+import zlib
+from dataclasses import dataclass
+
+from khod.abi.calls import Calls
+from khod.kernel import debugfs, sysfs
+from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
+from khod.kernel.protocol import KhoKernel
+from khod.kernel.sysfs import SysfsKho
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The kernel's generation, or why there is none and what to add."""
+
+    kernel: KhoKernel | None
+    what: str
+    remedy: str
+
+
+def probe(calls: Calls) -> Probed:
+    """Choose the generation; raises nothing, an unreadable file is evidence too."""
+    if calls.exists(f"{sysfs.KHO}/active"):
+        return _usable(SysfsKho(calls), "KHO v3 through /sys/kernel/kho", "kho_scratch=512M")
+    if calls.exists(f"{debugfs.KHO}/out/finalize"):
+        if _may_abort(calls):
+            return _usable(Finalize(calls), "KHO through debugfs `finalize`, which can be undone", "kho=on")
+        return _usable(FinalizeNoAbort(calls), "KHO through debugfs `finalize`, for good", "kho=on")
+    if calls.exists(f"{debugfs.KHO}/out"):
+        return _usable(Stateless(calls), "Stateless KHO (nothing to finalize)", "kho=on")
+    return Probed(None, *_why_not(calls))
+
+
+def _may_abort(calls: Calls) -> bool:
+    """Tell 6.16-6.18 from 6.19-7.0.
+
+    Where nothing is finalized, `out/fdt` says it: it stands from boot on 6.19, and appears only with
+    finalize before. Where `finalize` reads 1 (by hand, or by a khod that died) both have it; then
+    /sys/kernel/kexec/ decides, which came with 6.19.
+    """
+    if not calls.exists(f"{debugfs.KHO}/out/fdt"):
+        return True
+    finalized = calls.read(f"{debugfs.KHO}/out/finalize").strip() not in (b"0", b"N")
+    return finalized and not calls.exists("/sys/kernel/kexec/loaded")
+
+
+def _usable(kernel: KhoKernel, what: str, parameter: str) -> Probed:
+    try:
+        scratch = kernel.scratch()
+    except (OSError, ValueError) as error:
+        return Probed(None, f"{what}, but its scratch regions cannot be read: {error}",
+                      "Run khod as root, without lockdown=confidentiality.")
+    if not scratch:
+        return Probed(None, f"{what}, but no scratch memory was reserved at boot",
+                      f"Boot with {parameter} on the kernel command line.")
+    return Probed(kernel, what, "")
+
+
+def _why_not(calls: Calls) -> tuple[str, str]:
+    if _built_in(calls) is False:
+        return ("This kernel was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER is not set)",
+                "Boot a kernel built with CONFIG_KEXEC_HANDOVER=y and CONFIG_KEXEC_HANDOVER_DEBUGFS=y.")
+    if not _kho_on(calls):
+        return ("Kexec HandOver is compiled in and switched off: kho=on is not on the kernel command line",
+                "Add kho=on to the kernel command line (and kho_scratch= for its size) and boot again.")
+    if b" debugfs " not in calls.read("/proc/mounts"):
+        return ("debugfs is not mounted, and this kernel shows KHO nowhere else",
+                "Run: mount -t debugfs debugfs /sys/kernel/debug")
+    return ("kho=on was given, and the kernel shows no KHO in debugfs",
+            "Look for `KHO:` in the kernel log: the scratch reservation may have failed, or "
+            "CONFIG_KEXEC_HANDOVER_DEBUGFS is not set, or lockdown hides debugfs.")
+
+
+def _kho_on(calls: Calls) -> bool:
+    words = calls.read("/proc/cmdline").decode(errors="replace").split()
+    return any(word.partition("=")[0] == "kho" and word.partition("=")[2] in ("", "1", "y", "Y", "on") for word in words)
+
+
+def _built_in(calls: Calls) -> bool | None:
+    """Ask the kernel's configuration, else its symbols; None where neither can be read."""
+    release = calls.read("/proc/sys/kernel/osrelease").decode().strip()
+    for path in ("/proc/config.gz", f"/boot/config-{release}"):
+        try:
+            raw = calls.read(path)
+            config = gzip.decompress(raw) if path.endswith(".gz") else raw
+        except (OSError, EOFError, zlib.error):
+            continue
+        return b"\nCONFIG_KEXEC_HANDOVER=y" in config
+    try:
+        return b" kho_" in calls.read("/proc/kallsyms")
+    except OSError:
+        return None

@@ -1,0 +1,67 @@
+"""What every KHO generation offers, and the state tree it speaks of."""
+
+import enum
+import hashlib
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from khod.model import Generation, Order, Region
+
+
+class AbortKind(enum.Enum):
+    """What leaving the active phase costs."""
+
+    clean = "clean"  # v3: write 0, nothing is lost
+    forgets = "forgets"  # 6.16-6.18: pages preserved before finalize are forgotten until a reboot
+    needless = "needless"  # 6.19+: the state is always current, there is nothing to leave
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The state as the kernel shows it: the root FDT's bytes and each producer's blob by name.
+
+    On v3 everything is in the root and `blobs` is empty. From 7.1 a blob need not be an FDT.
+    """
+
+    root: bytes
+    blobs: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the root and all blobs, in hex."""
+        digest = hashlib.sha256(self.root)
+        for name, blob in sorted(self.blobs.items()):
+            digest.update(name.encode() + b"\0" + len(blob).to_bytes(8, "big") + blob)
+        return digest.hexdigest()
+
+
+class KhoKernel(Protocol):
+    """One generation of KHO. Calls raise OSError with the kernel's errno, the call and the path."""
+
+    generation: Generation
+    order: Order
+    abort: AbortKind
+
+    def active(self) -> bool | None:
+        """Tell whether the kernel is in the active phase; None where it has none to leave."""
+
+    def activate(self) -> None:
+        """Enter the active phase: every kernel producer serializes its state."""
+
+    def deactivate(self) -> None:
+        """Leave the active phase, from the thread that entered it."""
+
+    def tree(self) -> Tree:
+        """Read the outgoing state. Never while another thread leaves the active phase (v3 deadlocks)."""
+
+    def arrived(self) -> Tree | None:
+        """Read the state the previous kernel handed over; None where nothing came."""
+
+    def scratch(self) -> list[Region]:
+        """The regions kernel and initrd must fit into."""
+
+
+def regions(phys: bytes, length: bytes) -> list[Region]:
+    """Pair scratch_phys with scratch_len, a line each; a line may be 0x0, which is no region."""
+    pairs = zip(phys.split(), length.split(), strict=True)
+    return [Region(int(addr, 16), int(size, 16)) for addr, size in pairs if int(size, 16)]

@@ -1,0 +1,288 @@
+"""A kernel of our own, embedded: v3's KHO to the letter, in a directory, with faults to switch on.
+
+It answers the same calls as the running kernel (`khod.abi.calls.Calls`), so the v3 code and all
+above it run on it unchanged. Its files stand below a root and its state survives the process, as a
+kernel outlives a daemon: khod can be killed and started again, and an operator's `echo 1` behind its
+back is a second `SimulatedKernel` on the same root. After its kexec the root shows the second kernel.
+"""
+
+import errno
+import json
+import os
+import struct
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import libfdt
+
+from khod.abi.calls import HostCalls
+from khod.abi.fdt import KHO_MEM, mem, parse
+from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
+from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
+from khod.kernel.sysfs import IN_DT, KHO
+
+STATE = ".simulated-kernel.json"
+LOG = "/var/log/kernel"
+COMMAND_LINE_SIZE = 2048  # x86
+SCRATCH = (0x1_0000_0000, 0x2000_0000)
+DT_MAX = 0xA0_0000
+
+
+class Rebooted(BaseException):
+    """The simulated reboot(2) did not come back: this process ended with its kernel.
+
+    No Exception, so that nothing meant for a failed call catches it.
+    """
+
+
+@dataclass
+class State:
+    """What a kernel knows and no file shows."""
+
+    image: dict[str, Any] | None = None
+    faults: dict[str, Any] = field(default_factory=dict)
+    ranges: int = 4
+    leaked: int = 0
+    kexecs: int = 0
+
+
+class SimulatedKernel(HostCalls):
+    """The kernel in directory `root`; made there, freshly booted, where the directory is new.
+
+    Faults (`fault(name, value)`, kept until set to None): `veto`, `serialize_errno` (the kernel's own
+    reason, a positive errno), `slow_serialize` and `slow_abort` (seconds), `abort_errno`, `load_errno`,
+    `unload_errno`, `reboot_errno`, `malformed_tree`, `cold` (the next jump is a plain reset), `lose`
+    (the tree does not arrive), `change` (it arrives changed).
+    """
+
+    def __init__(self, root: Path, *, ranges: int = 4) -> None:
+        super().__init__(root)
+        if (root / STATE).exists():
+            self._state = State(**json.loads((root / STATE).read_text()))
+        else:
+            self._state = State(ranges=ranges)
+            self._boot("root=/dev/sim rw kho_scratch=512M")
+
+    def fault(self, name: str, value: object) -> None:
+        """Switch a fault on, or off with None."""
+        self._refresh()
+        if value is None:
+            self._state.faults.pop(name, None)
+        else:
+            self._state.faults[name] = value
+        self._save()
+
+    def echo(self, path: str, text: str) -> None:
+        """Do what an operator's `echo` does, behind khod's back."""
+        self.write(path, text.encode() + b"\n")
+
+    @property
+    def log(self) -> str:
+        """The kernel log of all boots."""
+        return self.at(LOG).read_text()
+
+    @property
+    def leaked(self) -> int:
+        """Bytes of kernel memory lost to failed activations (each leaks up to dt_max)."""
+        return self._state.leaked
+
+    # The calls
+
+    def write(self, path: str, data: bytes) -> None:
+        self._refresh()
+        handlers = {f"{KHO}/active": self._write_active, f"{KHO}/dt_max": self._write_dt_max}
+        if path not in handlers:
+            super().write(path, data)
+            return
+        if number := handlers[path](data):
+            raise OSError(number, os.strerror(number), f"write {data.decode().strip()!r} to {path}")
+
+    def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
+        self._refresh()
+        if number := self._load(kernel_fd, initrd_fd, cmdline, flags):
+            raise OSError(number, os.strerror(number), f"kexec_file_load({kernel_fd}, {initrd_fd}, flags={flags:#x})")
+
+    def reboot_kexec(self) -> None:
+        self._refresh()
+        image, faults = self._state.image, self._state.faults
+        number = errno.EINVAL if image is None else faults.get("reboot_errno", 0)
+        if number or image is None:
+            raise OSError(number, os.strerror(number), "reboot(LINUX_REBOOT_CMD_KEXEC)")
+        if faults.pop("cold", None):
+            self._boot(self.read("/proc/cmdline").decode().strip())
+            raise Rebooted
+        tree = None if image["tree"] is None or faults.get("lose") else bytes.fromhex(image["tree"])
+        if tree is not None and faults.get("change"):
+            tree = tree.replace(b"global-trace", b"GLOBAL-TRACE")
+        self._state.kexecs += 1
+        self._boot(image["cmdline"], tree)
+        raise Rebooted
+
+    def sync(self) -> None:
+        """Nothing: the simulated kernel's disks are the host's own."""
+
+    # v3's active phase, in the kernel's order of errnos
+
+    def _write_active(self, data: bytes) -> int:
+        wanted = _kstrtobool(data)
+        if wanted is None:
+            return errno.EINVAL
+        if not SCRATCH[1] or int(self.read(f"{KHO}/scratch_len"), 16) == 0:
+            return errno.ENOMEM  # even for a 0
+        if wanted == (self.read(f"{KHO}/active").strip() == b"1"):
+            return 0
+        return self._serialize() if wanted else self._abort()
+
+    def _serialize(self) -> int:
+        faults = self._state.faults
+        time.sleep(faults.get("slow_serialize", 0))
+        dt_max = int(self.read(f"{KHO}/dt_max"), 16)
+        tree = serialize(self._state.ranges)
+        cause = 1 if faults.get("veto") else faults.get("serialize_errno", 3 if len(tree) > dt_max else 0)
+        if cause:
+            self._state.leaked += dt_max
+            self._save()
+            self._printk(f"kho failed to serialize state: {-cause}")
+            return errno.EINVAL
+        if faults.get("malformed_tree"):
+            tree = tree[: len(tree) // 2]
+        self._set(f"{KHO}/dt", tree, 0o400)
+        self._set(f"{KHO}/active", b"1\n", 0o600)
+        return 0
+
+    def _abort(self) -> int:
+        faults = self._state.faults
+        time.sleep(faults.get("slow_abort", 0))
+        if number := faults.get("abort_errno", 0):
+            return int(number)
+        self.at(f"{KHO}/dt").unlink()
+        self._set(f"{KHO}/active", b"0\n", 0o600)
+        return 0  # and a loaded image keeps the tree it was loaded with
+
+    def _write_dt_max(self, data: bytes) -> int:
+        try:
+            value = int(data.decode().strip(), 0)
+        except ValueError:
+            return errno.EINVAL
+        if value < 0:
+            return errno.EINVAL
+        self._set(f"{KHO}/dt_max", f"{value:#x}\n".encode(), 0o600)
+        return 0
+
+    # The loader
+
+    def _load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> int:
+        if self.read(LOAD_DISABLED).strip() != b"0" or not self._permitted():
+            return errno.EPERM  # before the flags are looked at: an unload is refused too
+        if flags & KEXEC_FILE_UNLOAD:
+            if number := self._state.faults.get("unload_errno", 0):
+                return int(number)
+            self._keep(None)
+            return 0
+        if number := self._state.faults.get("load_errno", 0):
+            return int(number)
+        kernel = _contents(kernel_fd)
+        initrd = b"" if flags & KEXEC_FILE_NO_INITRAMFS else _contents(initrd_fd)
+        if not kernel or not cmdline.endswith(b"\0") or len(cmdline) > COMMAND_LINE_SIZE:
+            return errno.EINVAL
+        if kernel[0x1FE:0x206] != b"\x55\xaa" + kernel[0x200:0x202] + b"HdrS":
+            return errno.ENOEXEC
+        tree = self.read(f"{KHO}/dt") if self.read(f"{KHO}/active").strip() == b"1" else None
+        scratch_start, scratch_size = (int(self.read(f"{KHO}/scratch_{what}"), 16) for what in ("phys", "len"))
+        if tree is not None:
+            for _path, node in parse(tree).walk():
+                for region in mem(node):
+                    if region.addr < scratch_start + scratch_size and scratch_start < region.addr + region.size:
+                        return errno.EINVAL
+            if len(kernel) + len(initrd) + len(tree) > scratch_size:
+                return errno.EADDRNOTAVAIL
+        self._keep({"cmdline": cmdline[:-1].decode(), "tree": None if tree is None else tree.hex()})
+        return 0
+
+    def _permitted(self) -> bool:
+        left = int(self.read(LOAD_LIMIT))
+        if left > 0:
+            self._set(LOAD_LIMIT, f"{left - 1}\n".encode())
+        return left != 0
+
+    # Boot and state
+
+    def _boot(self, cmdline: str, tree: bytes | None = None) -> None:
+        self._keep(None)
+        for path in (f"{KHO}/dt", IN_DT):
+            self.at(path).unlink(missing_ok=True)
+        self._set(BOOT_ID, f"{uuid.uuid4()}\n".encode())
+        self._set("/proc/sys/kernel/osrelease", b"6.8.0-kho-v3-simulated\n")
+        self._set("/proc/cmdline", cmdline.encode() + b"\n")
+        self._set(LOAD_DISABLED, b"0\n")
+        self._set(LOAD_LIMIT, b"-1\n")
+        self._set(f"{KHO}/active", b"0\n", 0o600)
+        self._set(f"{KHO}/dt_max", f"{DT_MAX:#x}\n".encode(), 0o600)
+        self._set(f"{KHO}/scratch_phys", f"{SCRATCH[0]:#x}\n".encode(), 0o400)
+        self._set(f"{KHO}/scratch_len", f"{SCRATCH[1]:#x}\n".encode(), 0o400)
+        if tree is not None:
+            self._set(IN_DT, tree, 0o400)
+            self._printk("KHO: found kexec handover data.")
+        self._printk(f"Command line: {cmdline}")
+
+    def _keep(self, image: dict[str, Any] | None) -> None:
+        self._state.image = image
+        self._set("/sys/kernel/kexec_loaded", b"0\n" if image is None else b"1\n", 0o444)
+        self._save()
+
+    def _set(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        at = self.at(path)
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.unlink(missing_ok=True)
+        at.write_bytes(data)
+        at.chmod(mode)
+
+    def _printk(self, line: str) -> None:
+        self.at(LOG).parent.mkdir(parents=True, exist_ok=True)
+        with self.at(LOG).open("a") as log:
+            log.write(line + "\n")
+
+    def _save(self) -> None:
+        new = self.root / f"{STATE}.new"
+        new.write_text(json.dumps(vars(self._state)))
+        new.rename(self.root / STATE)
+
+    def _refresh(self) -> None:
+        """See what another process did to this kernel."""
+        self._state = State(**json.loads((self.root / STATE).read_text()))
+
+
+def _kstrtobool(data: bytes) -> bool | None:
+    """lib/kstrtox.c: the first character decides, of `on` and `off` the second."""
+    first = data[:1].lower()
+    if first == b"o":
+        return {b"n": True, b"f": False}.get(data[1:2].lower())
+    return {b"1": True, b"y": True, b"t": True, b"0": False, b"n": False, b"f": False}.get(first)
+
+
+def _contents(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def serialize(ranges: int) -> bytes:
+    """Build a v3 tree as its ftrace producer would: one trace array, one CPU, `ranges` kho_mem entries."""
+    fdt = libfdt.FdtSw()
+    fdt.finish_reservemap()
+    fdt.begin_node("")
+    fdt.property_string("compatible", "kho-v1")
+    fdt.begin_node("ftrace")
+    fdt.property_string("compatible", "ftrace-v1")
+    fdt.property("events", struct.pack("=II", 0x1234ABCD, 1))
+    fdt.begin_node("global-trace")
+    fdt.property_string("compatible", "ftrace,array-v1")
+    fdt.property("trace-flags", struct.pack("=I", 0x41))
+    fdt.begin_node("cpu0")
+    fdt.property_string("compatible", "ftrace,cpu-v1")
+    fdt.property("cpu", struct.pack("=I", 0))
+    fdt.property("mem", b"".join(KHO_MEM.pack(0x4000_0000 + page * 0x2000, 0x1000) for page in range(ranges)))
+    for _node in range(4):
+        fdt.end_node()
+    return bytes(fdt.as_fdt().as_bytearray())

@@ -1,0 +1,41 @@
+"""KHO v3 (patch series of January 2024): /sys/kernel/kho, the mission's own generation."""
+
+from khod.abi.calls import Calls
+from khod.kernel.protocol import AbortKind, Tree, regions
+from khod.model import Generation, Order, Region
+
+KHO = "/sys/kernel/kho"
+IN_DT = "/sys/firmware/kho/dt"
+
+
+class SysfsKho:
+    """Write 1 to `active` to enter, 0 to leave.
+
+    The kernel's document says `echo 1` for the abort too. That is its mistake: a write of the value
+    `active` already has succeeds and does nothing.
+    """
+
+    generation = Generation.sysfs
+    order = Order.activate_first
+    abort = AbortKind.clean
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def active(self) -> bool:
+        return self._calls.read(f"{KHO}/active").strip() == b"1"
+
+    def activate(self) -> None:
+        self._calls.write(f"{KHO}/active", b"1\n")
+
+    def deactivate(self) -> None:
+        self._calls.write(f"{KHO}/active", b"0\n")
+
+    def tree(self) -> Tree:
+        return Tree(self._calls.read(f"{KHO}/dt"))
+
+    def arrived(self) -> Tree | None:
+        return Tree(self._calls.read(IN_DT)) if self._calls.exists(IN_DT) else None
+
+    def scratch(self) -> list[Region]:
+        return regions(self._calls.read(f"{KHO}/scratch_phys"), self._calls.read(f"{KHO}/scratch_len"))

@@ -1,0 +1,165 @@
+"""The words everything else is said in: enums and frozen dataclasses, standard library only.
+
+Times are seconds. `*_monotonic` values are CLOCK_MONOTONIC of the boot they were taken in; `*_at`
+values are seconds since the epoch.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+
+class Phase(enum.Enum):
+    """Where one handover stands; `khod.machine` says what leads where."""
+
+    idle = "idle"
+    preparing = "preparing"
+    prepared = "prepared"
+    freezing = "freezing"
+    frozen = "frozen"
+    activating = "activating"
+    active = "active"
+    loading = "loading"
+    loaded = "loaded"
+    executing = "executing"
+    verifying = "verifying"
+    verified = "verified"
+    degraded = "degraded"
+    cold_boot = "cold_boot"
+    rolling_back = "rolling_back"
+    failed = "failed"
+    foreign = "foreign"
+    inconsistent = "inconsistent"
+
+
+class Step(enum.Enum):
+    """One action of a handover that has an undo (all but execute)."""
+
+    prepare = "prepare"
+    freeze = "freeze"
+    activate = "activate"
+    load = "load"
+    execute = "execute"
+
+
+class Generation(enum.Enum):
+    """How the running kernel lets userspace drive KHO."""
+
+    none = "none"
+    sysfs = "sysfs"
+    finalize = "finalize"
+    finalize_no_abort = "finalize_no_abort"
+    stateless = "stateless"
+
+
+class Order(enum.Enum):
+    """Whether the state must be in the tree before an image is loaded (it is copied at load)."""
+
+    activate_first = "activate_first"
+    load_first = "load_first"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A range of physical memory: `addr` and `size` in bytes."""
+
+    addr: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the kernel itself says, now."""
+
+    boot_id: str
+    release: str
+    active: bool
+    loaded: bool
+    arrived: bool
+    cmdline: str
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """How long one step took, in seconds, and when it began (CLOCK_MONOTONIC)."""
+
+    step: str
+    began_monotonic: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Producer:
+    """One holder of state as status shows it; `answer` is its last word."""
+
+    name: str
+    kind: str
+    phase: str
+    answer: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the kernel after the jump had of the state before it; names are those of the tree's blobs."""
+
+    arrived: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the operator is told. `phase` is the machine's, unless the kernel contradicts it."""
+
+    phase: Phase
+    summary: str
+    remedy: str
+    exit_code: int
+    generation: Generation
+    kernel_active: bool | None
+    kernel_loaded: bool | None
+    kernel_release: str
+    boot_id: str
+    run: str
+    done: list[str]
+    left: list[str]
+    waiting_for: list[str]
+    producers: list[Producer]
+    verdict: Verdict | None
+    previous_release: str
+    handovers: int
+    blackout_seconds: float | None
+    timings: list[StepTiming]
+    last_error: str
+    stale: bool
+
+
+class CheckResult(enum.Enum):
+    """The outcome of one check; `passed` because `pass` is a Python keyword."""
+
+    passed = "passed"
+    warn = "warn"
+    fail = "fail"
+    unsupported = "unsupported"
+    skipped = "skipped"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One named preflight check with its evidence and what to do."""
+
+    name: str
+    result: CheckResult
+    evidence: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """One change as the monitor sees it: `seconds` is CLOCK_MONOTONIC."""
+
+    seconds: float
+    phase: Phase
+    message: str
+    run: str

@@ -1,0 +1,113 @@
+"""Producers that are commands: /etc/kho/producers.d/NAME.toml names one for each verb.
+
+A hook runs with a clean environment (PATH, KHO_VERB, KHO_RUN), in a session of its own, its output in
+khod's journal. Exit code 0 is a yes; any other is a veto, the last line on standard error the reason.
+At its deadline the whole session's process group is killed: a child left behind must not thaw later.
+"""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+import tomllib
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from khod.errors import ConfigError
+from khod.producers.barrier import Verb, Veto
+
+DIRECTORY = "etc/kho/producers.d"
+VERBS = ("prepare", "freeze", "thaw", "cancel", "restore", "finish")
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+TAIL = 4096
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One hook file. `timeout` in seconds, for each verb; a verb without a command is a yes."""
+
+    name: str
+    commands: dict[str, list[str]] = field(default_factory=dict)
+    timeout: float = 30.0
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    kind: str = "hook"
+
+    async def tell(self, verb: Verb, run: str) -> None:
+        """Run the verb's command; Veto where it does not start or does not exit with 0."""
+        argv = self.commands.get(verb.value)
+        if argv is None:
+            return
+        environment = {"PATH": PATH, "KHO_VERB": verb.value, "KHO_RUN": run}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv, env=environment, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+                start_new_session=True)
+        except OSError as error:
+            raise Veto(f"{argv[0]} cannot be started: {error.strerror}") from None
+        assert process.stderr is not None
+        try:
+            reason = await _last_line(process.stderr, process)
+            code = await process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+        if code != 0:
+            ended = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+            raise Veto(reason or ended)
+
+
+async def _last_line(stream: asyncio.StreamReader, process: asyncio.subprocess.Process) -> str:
+    """Pass standard error on, keep its last line; ends with the command, whoever still holds the pipe."""
+    tail = b""
+    ended = asyncio.ensure_future(process.wait())
+    while True:
+        read = asyncio.ensure_future(stream.read(TAIL))
+        await asyncio.wait({read, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not read.done():
+            # The command is gone and has said all it will; a child it forked may hold the pipe for ever.
+            read.cancel()
+            break
+        if not (chunk := read.result()):
+            break
+        sys.stderr.buffer.write(chunk)
+        sys.stderr.flush()
+        tail = (tail + chunk)[-TAIL:]
+    ended.cancel()
+    lines = tail.decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def load(root: Path = Path("/")) -> list[Hook]:
+    """Read every hook file, by name; ConfigError that names the file."""
+    return [_read(path) for path in sorted((root / DIRECTORY).glob("*.toml"))]
+
+
+def _read(path: Path) -> Hook:
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"The producer cannot be read: {error}", where=str(path)) from None
+    if not NAME.fullmatch(path.stem):
+        raise ConfigError(f"{path.stem!r} is no name for a producer", where=str(path),
+                          remedy="Letters, digits, `.`, `_` and `-`, at most 64.")
+    commands = {verb: _strings(values.pop(verb), path, verb) for verb in VERBS if verb in values}
+    timeout = values.pop("timeout", 30.0)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+        raise ConfigError(f"`timeout` is {timeout!r}", where=str(path), remedy="It takes a positive number of seconds.")
+    order = {key: tuple(_strings(values.pop(key, []), path, key)) for key in ("after", "before")}
+    if values:
+        raise ConfigError(f"`{min(values)}` is no key of a producer's", where=str(path),
+                          remedy=f"Known here: {', '.join((*VERBS, 'timeout', 'after', 'before'))}.")
+    return Hook(path.stem, commands, float(timeout), **order)
+
+
+def _strings(value: Any, path: Path, key: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(word, str) and word for word in value) or (key in VERBS and not value):
+        raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy='It takes a list of strings, ["/path", "arg"].')
+    return value

@@ -1,0 +1,107 @@
+"""The wire: Varlink interface io.kho.Handover, described by the model's own dataclasses."""
+
+from collections.abc import AsyncIterator
+from typing import Any, TypedDict
+
+from asyncvarlink import FileDescriptor, TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
+
+from khod import model
+from khod.errors import BY_NAME, KhoError
+
+SOCKET = "/run/khod/io.kho.Handover"
+INTERFACE = "io.kho.Handover"
+
+
+class _Fields:
+    """What every error carries; see khod.errors."""
+
+    what: str
+    where: str
+    remedy: str
+
+
+def _reply(cls: type[KhoError]) -> type[TypedVarlinkErrorReply]:
+    namespace: dict[str, Any] = {"Parameters": _Fields, "__doc__": cls.__doc__, "__annotations__": {}}
+    return type(TypedVarlinkErrorReply)(
+        cls.__name__, (TypedVarlinkErrorReply,), namespace, name=f"{INTERFACE}.{cls.__name__}", paramprefix="")
+
+
+ERRORS = {name: _reply(cls) for name, cls in BY_NAME.items()}
+
+
+def to_wire(error: KhoError) -> TypedVarlinkErrorReply:
+    """The Varlink error of one of ours."""
+    reply = ERRORS.get(type(error).__name__, ERRORS["Failed"])
+    return reply(what=error.what, where=error.where, remedy=error.remedy)
+
+
+def from_wire(name: str, parameters: dict[str, Any]) -> KhoError | None:
+    """One of our errors, None where the wire's error is none of ours."""
+    prefix, _, short = name.rpartition(".")
+    if prefix != INTERFACE or short not in BY_NAME:
+        return None
+    fields = {key: str(parameters.get(key, "")) for key in ("what", "where", "remedy")}
+    return BY_NAME[short](fields["what"], where=fields["where"], remedy=fields["remedy"])
+
+
+class TreeReply(TypedDict):
+    """A state tree as passed file descriptors: the root first, named "", then each producer's blob."""
+
+    names: list[str]
+    blobs: list[FileDescriptor]
+
+
+class Handover(VarlinkInterface, name=INTERFACE):
+    """Takes this host from one kernel to the next. Reading is for everyone, changing for root and one group.
+
+    Every error carries a sentence on what failed (`what`), the path, call or key it is about (`where`)
+    and what to do next (`remedy`).
+    """
+
+    errors = tuple(ERRORS.values())
+
+    @varlinkmethod(return_parameter="status")
+    async def Status(self) -> model.Status:  # noqa: N802
+        """Tell how it stands; never waits for the kernel longer than a second."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="event", delay_generator=False)
+    async def Monitor(self) -> AsyncIterator[model.Event]:  # noqa: N802
+        """Stream every change, beginning with how it stands; call it with `more`."""
+        raise NotImplementedError
+        yield
+
+    @varlinkmethod(return_parameter="checks")
+    async def Check(self) -> list[model.Check]:  # noqa: N802
+        """Run the preflight checks and touch nothing."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="status")
+    async def Activate(self) -> model.Status:  # noqa: N802
+        """Bring producers and kernel to `active`; on failure everything is put back."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="status")
+    async def Abort(self, *, force: bool | None = None) -> model.Status:  # noqa: N802
+        """Put everything back; with `force` also what khod did not do."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="status")
+    async def Kexec(  # noqa: N802
+        self, *,
+        image: FileDescriptor | None = None, image_name: str | None = None,
+        initrd: FileDescriptor | None = None, initrd_name: str | None = None,
+        cmdline: str | None = None, append: str | None = None,
+        now: bool | None = None, load_only: bool | None = None, hold: bool | None = None,
+    ) -> model.Status:
+        """Do what is left of the handover. The reply says that the jump is under way; with `now` none comes.
+
+        `image` and `initrd` are indexes of passed file descriptors. Without `cmdline` the running
+        kernel's is used, less what must not travel.
+        """
+        raise NotImplementedError
+
+    @varlinkmethod
+    async def Tree(self, *, side: str) -> TreeReply:  # noqa: N802
+        """Give a state tree: `out` (what would leave), `in` (what arrived) or `snapshot` (what left)."""
+        raise NotImplementedError

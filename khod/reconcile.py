@@ -1,0 +1,85 @@
+"""At start: what the record says against what the kernel says. Where they disagree, that has a name."""
+
+import enum
+from dataclasses import dataclass
+
+from khod.cmdline import marked
+from khod.errors import RecordError
+from khod.machine import HELD, RESTING
+from khod.model import Observed, Phase, Step
+from khod.record import Record
+
+
+class Action(enum.Enum):
+    """What khod does next, without being asked."""
+
+    none = "none"
+    roll_back = "roll back"
+    resume = "resume"
+    verify = "verify"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The phase khod starts in, why, and what it does about it."""
+
+    phase: Phase
+    reason: str
+    action: Action = Action.none
+
+
+def reconcile(record: Record | RecordError | None, kernel: Observed, after_daemon_died: str = "roll-back") -> Found:
+    """Decide by the table of the design: every pair of record and kernel has one answer."""
+    if isinstance(record, RecordError):
+        return Found(Phase.inconsistent, record.what)
+    if record is None or record.phase in RESTING:
+        return _at_rest(record, kernel)
+    if record.boot_id == kernel.boot_id:
+        return _same_boot(record, kernel, after_daemon_died)
+    if record.phase is Phase.verifying:
+        return Found(Phase.idle, "the host booted again before the last handover was verified")
+    if record.phase in (Phase.failed, Phase.rolling_back):
+        return _at_rest(None, kernel)
+    by_our_kexec = marked(kernel.cmdline, record.run)
+    if record.phase is Phase.executing or (record.phase is Phase.loaded and by_our_kexec):
+        if kernel.arrived or by_our_kexec:
+            return Found(Phase.verifying, "first start after the jump", Action.verify)
+        return Found(Phase.cold_boot, "the host booted cold instead of jumping: "
+                     f"neither this handover's mark on the command line nor state from {record.release} is here")
+    return Found(Phase.inconsistent, f"the record says {record.phase.value} in another boot ({record.boot_id}), "
+                 f"and {said(kernel)} in this one")
+
+
+def _at_rest(record: Record | None, kernel: Observed) -> Found:
+    if kernel.active or kernel.loaded:
+        return Found(Phase.foreign, f"{said(kernel)}, and khod did not do it")
+    if record is not None and record.boot_id == kernel.boot_id:
+        return Found(record.phase, record.last_error)
+    return Found(Phase.idle, "")
+
+
+def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Found:
+    if record.phase is Phase.verifying:
+        return Found(Phase.verifying, "khod died while it verified", Action.verify)
+    if record.phase is Phase.rolling_back:
+        return Found(record.phase, "khod died while it rolled back", Action.roll_back)
+    if record.phase is Phase.failed:
+        clean = not kernel.active and not kernel.loaded
+        return Found(Phase.idle, "") if clean else Found(Phase.failed, record.last_error)
+    if not agrees(record, kernel):
+        return Found(Phase.inconsistent, f"the record says {record.phase.value}, and {said(kernel)}")
+    if after_daemon_died == "resume" and record.phase in HELD:
+        return Found(record.phase, "khod was restarted and resumed", Action.resume)
+    return Found(record.phase, f"khod died at {record.phase.value}", Action.roll_back)
+
+
+def agrees(record: Record, kernel: Observed) -> bool:
+    """Tell whether the kernel is where the record puts it; a step under way may have had its effect or not."""
+    facts = ((Step.activate, Phase.activating, kernel.active), (Step.load, Phase.loading, kernel.loaded))
+    return all(fact is None or record.phase is doing or fact == (step in record.done) for step, doing, fact in facts)
+
+
+def said(kernel: Observed) -> str:
+    """Put what the kernel says in words."""
+    phase = {True: "the kernel is active", False: "the kernel is inactive", None: "the kernel has no active phase"}
+    return f"{phase[kernel.active]} with {'an' if kernel.loaded else 'no'} image loaded"

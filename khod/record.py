@@ -1,0 +1,166 @@
+"""The durable record of one handover: written before each step it describes, read at every start.
+
+A write is atomic: a new file, fsync, rename, fsync of the directory. The snapshot of the state tree
+lies beside it; it is made durable by the sync before the jump, and worthless without one.
+"""
+
+import dataclasses
+import enum
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from khod.errors import RecordError, errno_text
+from khod.kernel.protocol import Tree
+from khod.model import Generation, Phase, Step, StepTiming, Verdict
+
+VERSION = 1
+FILE = "handover.json"
+SNAPSHOT = "snapshot"
+RESERVE = 16 << 20
+"""Bytes that must be free before the kernel is touched: the record, and a tree of v3's default dt_max."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What khod must know after it died, or after the jump. Times as in `khod.model`."""
+
+    version: int = VERSION
+    phase: Phase = Phase.idle
+    done: tuple[Step, ...] = ()
+    run: str = ""
+    boot_id: str = ""
+    release: str = ""
+    generation: Generation = Generation.none
+    snapshot: str = ""
+    """SHA-256 of the snapshot beside the record, "" where there is none."""
+    handovers: int = 0
+    previous_release: str = ""
+    window_began_at: float = 0.0
+    blackout_seconds: float | None = None
+    timings: tuple[StepTiming, ...] = ()
+    last_error: str = ""
+    verdict: Verdict | None = None
+    suspect: str = ""
+    """Why the state of the boot `boot_id` may not be whole: an abort that made the kernel forget."""
+    failed_activations: int = 0
+    """Failed activations in the boot `boot_id`: each may leak up to dt_max of kernel memory."""
+
+
+def encode(record: Record) -> bytes:
+    """Render the record as indented JSON: an operator reads it too."""
+    values = dataclasses.asdict(record)
+    return json.dumps(values, indent=1, default=lambda value: value.value).encode() + b"\n"
+
+
+def decode(raw: bytes, where: str = "") -> Record:
+    """Read a record; RecordError that says what is wrong with it."""
+    remedy = "Look at it, then run: khoctl abort --force"
+    try:
+        values = json.loads(raw)
+        if not isinstance(values, dict):
+            raise TypeError("it is no JSON object")
+        version = values.get("version")
+        if isinstance(version, int) and version > VERSION:
+            raise RecordError(f"The record has version {version}, this khod knows {VERSION}: a newer khod wrote it",
+                              where=where, remedy="Install that khod again, or: khoctl abort --force")
+        if version != VERSION:
+            raise ValueError(f"its version is {version!r}")
+        return Record(**{f.name: _field(f, values) for f in dataclasses.fields(Record)})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecordError(f"The record cannot be understood: {error!r}", where=where, remedy=remedy) from None
+
+
+def _field(spec: "dataclasses.Field[Any]", values: dict[str, Any]) -> Any:
+    value = values[spec.name]
+    match spec.name:
+        case "done":
+            return tuple(Step(name) for name in value)
+        case "timings":
+            return tuple(StepTiming(**timing) for timing in value)
+        case "verdict":
+            return None if value is None else Verdict(**value)
+    if isinstance(spec.type, type) and issubclass(spec.type, enum.Enum):
+        return spec.type(value)
+    if not isinstance(value, spec.type):
+        raise TypeError(f"{spec.name} is {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Store:
+    """The directory the record lives in. Every method raises RecordError with path and cause."""
+
+    directory: Path
+
+    @property
+    def path(self) -> Path:
+        """The record itself."""
+        return self.directory / FILE
+
+    def read(self) -> Record | None:
+        """The record, None where there was never one."""
+        try:
+            return decode(self.path.read_bytes(), str(self.path))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RecordError(f"The record cannot be read: {errno_text(error)}", where=str(self.path)) from error
+
+    def write(self, record: Record) -> None:
+        """Replace the record, durably."""
+        try:
+            new = self.directory / f"{FILE}.new"
+            with open(new, "wb") as file:
+                file.write(encode(record))
+                file.flush()
+                os.fsync(file.fileno())
+            new.rename(self.path)
+            fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise _unwritable(error, self.path) from error
+
+    def write_snapshot(self, tree: Tree) -> None:
+        """Keep the outgoing tree: `root` and `blobs/NAME`, as the kernel showed them."""
+        try:
+            new = self.directory / f"{SNAPSHOT}.new"
+            shutil.rmtree(new, ignore_errors=True)
+            (new / "blobs").mkdir(parents=True, mode=0o700)
+            (new / "root").write_bytes(tree.root)
+            for name, blob in tree.blobs.items():
+                (new / "blobs" / name).write_bytes(blob)
+            shutil.rmtree(self.directory / SNAPSHOT, ignore_errors=True)
+            new.rename(self.directory / SNAPSHOT)
+        except OSError as error:
+            raise _unwritable(error, self.directory / SNAPSHOT) from error
+
+    def snapshot(self) -> Tree | None:
+        """The tree last kept, None where there is none."""
+        directory = self.directory / SNAPSHOT
+        try:
+            blobs = {path.name: path.read_bytes() for path in sorted((directory / "blobs").iterdir())}
+            return Tree((directory / "root").read_bytes(), blobs)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RecordError(f"The snapshot cannot be read: {errno_text(error)}", where=str(directory)) from error
+
+    def free(self) -> int:
+        """Bytes that may still be written here."""
+        try:
+            stat = os.statvfs(self.directory)
+        except OSError as error:
+            raise _unwritable(error, self.directory) from error
+        return stat.f_bavail * stat.f_frsize
+
+
+def _unwritable(error: OSError, path: Path) -> RecordError:
+    return RecordError(f"The record cannot be written: {errno_text(error)}", where=str(path),
+                       remedy="Make room or mount the file system writable; the kernel was not touched since.")

@@ -1,0 +1,235 @@
+"""The Varlink server: who is asking comes from the kernel, how much they may send is bounded."""
+
+import asyncio
+import contextlib
+import contextvars
+import grp
+import os
+import socket
+import struct
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+
+from asyncvarlink import (
+    FileDescriptor,
+    FileDescriptorArray,
+    VarlinkInterfaceRegistry,
+    VarlinkInterfaceServerProtocol,
+    VarlinkMethodCall,
+    VarlinkTransport,
+    varlinkmethod,
+)
+from asyncvarlink.serviceinterface import VarlinkServiceInterface
+
+from khod import __version__, model
+from khod.config import Access
+from khod.engine import Engine, Request
+from khod.errors import KhoError, Refused, UsageError
+from khod.protocol import Handover, TreeReply, to_wire
+
+MAX_MESSAGE = 1 << 20
+"""Bytes of one message: the longest honest one is a command line. Files come as descriptors."""
+
+MAX_QUEUE = 1000
+"""Events kept for a monitor that does not read; then it is dropped."""
+
+UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
+SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h
+NGROUPS = 1024
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who is at the other end, as the kernel noted at connect(2)."""
+
+    pid: int
+    uid: int
+    groups: frozenset[int]
+
+
+PEER: contextvars.ContextVar[Peer] = contextvars.ContextVar("PEER")
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Ask the kernel who connected."""
+    pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, NGROUPS * 4)
+        groups = struct.unpack(f"{len(raw) // 4}I", raw)
+    except OSError:
+        groups = ()  # more groups than we asked room for: the primary one must do
+    return Peer(pid, uid, frozenset((gid, *groups)))
+
+
+class Connection(VarlinkInterfaceServerProtocol):
+    """One client. A message over MAX_MESSAGE ends the connection before it fills our memory."""
+
+    def __init__(self, registry: VarlinkInterfaceRegistry, per_user: "Counter[int]", limit: int) -> None:
+        super().__init__(registry)
+        self._per_user = per_user
+        self._limit = limit
+        self._pending = 0
+        self._peer: Peer | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert isinstance(transport, VarlinkTransport)
+        sock = transport._recvfd  # noqa: SLF001 - the library offers no other way to the socket
+        assert isinstance(sock, socket.socket)
+        self._peer = peer_of(sock)
+        self._per_user[self._peer.uid] += 1
+        if self._peer.uid != 0 and self._per_user[self._peer.uid] > self._limit:
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._peer is not None:
+            self._per_user[self._peer.uid] -= 1
+            self._peer = None
+        super().connection_lost(exc)
+
+    def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
+        last = data.rfind(b"\0")
+        self._pending = self._pending + len(data) if last < 0 else len(data) - last - 1
+        if self._pending > MAX_MESSAGE:
+            self._refuse(f"The message is longer than {MAX_MESSAGE} bytes")
+            return
+        super().message_received(data, fds)
+
+    def error_received(self, err: Exception, data: bytes, fds: FileDescriptorArray | None) -> None:  # noqa: ARG002
+        self._refuse(f"The message is no Varlink call: {err}")
+
+    def call_received(self, call: VarlinkMethodCall, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
+        assert self._peer is not None
+        token = PEER.set(self._peer)
+        try:
+            return super().call_received(call, fds)
+        finally:
+            PEER.reset(token)
+
+    def _refuse(self, what: str) -> None:
+        """Say why, and hang up: what follows on this connection cannot be trusted to be a message."""
+        sent = self.send_error(to_wire(UsageError(what, remedy="Send one JSON object, ended by a NUL byte.")))
+        self._pending, self._recv_buffer = 0, b""
+        if self._transport is not None:
+            self._transport.pause_reading()
+        sent.add_done_callback(lambda _: self.close())
+
+
+class Service(Handover):
+    """The interface over one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._monitors: set[asyncio.Queue[model.Event | None]] = set()
+
+    def publish(self, event: model.Event) -> None:
+        """Give an event to every monitor; one that does not read is dropped."""
+        for queue in list(self._monitors):
+            if queue.qsize() < MAX_QUEUE:
+                queue.put_nowait(event)
+            else:
+                self._monitors.discard(queue)
+                queue.put_nowait(None)
+
+    @varlinkmethod(return_parameter="status")
+    async def Status(self) -> model.Status:  # noqa: N802
+        with wired():
+            return await self._engine.status()
+
+    @varlinkmethod(return_parameter="event", delay_generator=False)
+    async def Monitor(self) -> AsyncIterator[model.Event]:  # noqa: N802
+        queue: asyncio.Queue[model.Event | None] = asyncio.Queue()
+        self._monitors.add(queue)
+        try:
+            yield self._engine.now()
+            while (event := await queue.get()) is not None:
+                yield event
+        finally:
+            self._monitors.discard(queue)
+
+    @varlinkmethod(return_parameter="checks")
+    async def Check(self) -> list[model.Check]:  # noqa: N802
+        with wired():
+            return await self._engine.check()
+
+    @varlinkmethod(return_parameter="status")
+    async def Activate(self) -> model.Status:  # noqa: N802
+        with wired():
+            self._privileged("activate")
+            await self._engine.activate()
+            return await self._engine.status()
+
+    @varlinkmethod(return_parameter="status")
+    async def Abort(self, *, force: bool | None = None) -> model.Status:  # noqa: N802
+        with wired():
+            self._privileged("abort")
+            await self._engine.abort(force=bool(force))
+            return await self._engine.status()
+
+    @varlinkmethod(return_parameter="status")
+    async def Kexec(  # noqa: N802
+        self, *,
+        image: FileDescriptor | None = None, image_name: str | None = None,
+        initrd: FileDescriptor | None = None, initrd_name: str | None = None,
+        cmdline: str | None = None, append: str | None = None,
+        now: bool | None = None, load_only: bool | None = None, hold: bool | None = None,
+    ) -> model.Status:
+        with wired():
+            self._privileged("kexec")
+            await self._engine.kexec(Request(
+                None if image is None else image.fileno(), image_name or "the image",
+                None if initrd is None else initrd.fileno(), initrd_name or "the initrd",
+                cmdline, append, bool(now), bool(load_only), bool(hold)))
+            return await self._engine.status()
+
+    @varlinkmethod
+    async def Tree(self, *, side: str) -> TreeReply:  # noqa: N802
+        with wired():
+            self._privileged("read the state tree")
+            tree = await self._engine.tree(side)
+            return {"names": ["", *tree.blobs], "blobs": [_memfd(blob) for blob in (tree.root, *tree.blobs.values())]}
+
+    def _privileged(self, what: str) -> None:
+        peer, group = PEER.get(), self._engine.config.access.group
+        if peer.uid == 0 or (group and _gid(group) in peer.groups):
+            return
+        raise Refused(f"User {peer.uid} may not {what}", where=f"process {peer.pid}",
+                      remedy=f"Run it as root{f' or join group {group}' if group else ''}.")
+
+
+@contextlib.contextmanager
+def wired() -> Iterator[None]:
+    """Send our errors as Varlink errors."""
+    try:
+        yield
+    except KhoError as error:
+        raise to_wire(error) from error
+
+
+def _gid(group: str) -> int | None:
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        return None
+
+
+def _memfd(blob: bytes) -> FileDescriptor:
+    fd = os.memfd_create("khod-tree", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(blob)
+    return FileDescriptor(fd, should_close=True)
+
+
+def registry(service: Service) -> VarlinkInterfaceRegistry:
+    """What the socket serves: the interface and its introspection."""
+    made = VarlinkInterfaceRegistry()
+    made.register_interface(service)
+    made.register_interface(VarlinkServiceInterface("khod", "khod", __version__, "https://kho.io/", made))
+    return made
+
+
+def connections(made: VarlinkInterfaceRegistry, access: Access) -> Callable[[], Connection]:
+    """A factory of connections that share their per-user count."""
+    per_user: Counter[int] = Counter()
+    return lambda: Connection(made, per_user, access.max_connections_per_user)

@@ -1,0 +1,41 @@
+"""After the jump: what arrived, held against the snapshot taken before it.
+
+Only what the kernel handed over through KHO counts. Memory that merely still holds its old bytes does
+not: 6.19.11 to 7.3.4 keeps a trace buffer's text by luck while KHO was refused outright.
+"""
+
+from khod.abi import fdt
+from khod.errors import MalformedTree
+from khod.kernel.protocol import Tree
+from khod.model import Generation, Verdict
+
+# Blobs the kernel itself rewrites between snapshot and jump, or on arrival.
+VOLATILE = frozenset({"kexec-metadata", "LUO"})
+
+
+def compare(before: Tree | None, arrived: Tree | None, generation: Generation) -> Verdict:
+    """Name each producer of the snapshot as arrived, missing or changed; `reason` is "" where all is well."""
+    if arrived is None:
+        missing = sorted(_producers(before, generation)) if before else []
+        return Verdict(missing=missing, reason="the new kernel was reached by the kexec and KHO handed it nothing: "
+                       "look for `KHO:` in its log (kho=on missing, or it reads another KHO format)")
+    if before is None:
+        return Verdict(arrived=sorted(_producers(arrived, generation)), reason="there is no snapshot to compare with")
+    left, came = _producers(before, generation), _producers(arrived, generation)
+    missing = sorted(left.keys() - came.keys())
+    changed = sorted(name for name in left.keys() & came.keys() if left[name] != came[name] and name not in VOLATILE)
+    if generation is Generation.sysfs and before.root != arrived.root and not missing and not changed:
+        changed = ["/"]
+    reason = "; ".join(f"{what}: {', '.join(names)}" for what, names in
+                       (("did not arrive", missing), ("arrived changed", changed)) if names)
+    return Verdict(sorted(came.keys() - set(changed)), missing, changed, reason)
+
+
+def _producers(tree: Tree, generation: Generation) -> dict[str, object]:
+    """Each producer's state by name: v3's are the root's nodes, later ones are blobs of their own."""
+    if generation is not Generation.sysfs:
+        return dict(tree.blobs)
+    try:
+        return {child.name: child for child in fdt.parse(tree.root).children}
+    except MalformedTree:
+        return {"/": tree.root}

@@ -1,0 +1,59 @@
+"""What the lab builds once and keeps: a directory of files named after the hash of what they were made from."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ENVIRONMENT = "KHO_LAB_CACHE"
+
+
+def directory() -> Path:
+    """The cache's root, made if it is missing: KHO_LAB_CACHE or ~/.cache/khod-lab."""
+    root = Path(os.environ.get(ENVIRONMENT) or "~/.cache/khod-lab").expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def key(parts: Iterable[str | bytes | Path]) -> str:
+    """16 hex digits for these parts in this order; a Path counts with its mode and its content."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            digest.update(f"{part.stat().st_mode:o} ".encode())
+            part = part.read_bytes()  # noqa: PLW2901: the three kinds end as the same bytes
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(data)}:".encode() + data)
+    return digest.hexdigest()[:16]
+
+
+def once(target: Path, make: Callable[[Path], None]) -> Path:
+    """`target`, made by `make(scratch path)` if it is not there yet.
+
+    It appears whole or not at all, and one process makes it while others that want the same one wait for it.
+    """
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                make(scratch / target.name)
+                (scratch / target.name).rename(target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def prune(folder: Path, pattern: str, keep: int) -> None:
+    """Remove all but the `keep` newest files of `folder` that match; a guest that has one open does not notice."""
+    files = sorted(folder.glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in files[keep:]:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,254 @@
+"""A guest: a Machine with a disk and the lab's agent on it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.lab.accel import accel as probe_accel
+from tests.lab.accel import machine_arguments
+from tests.lab.errors import CommandFailed, GuestRebooted, LabError, Result
+from tests.lab.kernels import Kernel
+from tests.lab.machine import Json, Machine
+
+# Legacy ptys are 256 devices that udev and systemd would each look at; the other words save a second or tell us of a panic.
+CMDLINE = "console=ttyS0 root=/dev/vda rw panic=-1 mitigations=off pty.legacy_count=0 8250.nr_uarts=1"
+GRACE = 20.0  # seconds beyond a command's own timeout until the agent must have answered
+HELLO_TIMEOUT = 120.0
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What the agent says at each start: which boot, which kernel, and the seconds since QEMU's start at which it came."""
+
+    boot_id: str
+    cmdline: str
+    release: str
+    pid: int
+    seconds: float
+
+
+class Pending:
+    """A command on its way in the guest, from Guest.start()."""
+
+    def __init__(self, guest: Guest, number: str, argv: Sequence[str], hello: Hello) -> None:
+        """Remember which reply to wait for, and in which life of the agent it was asked for."""
+        self._guest = guest
+        self._number = number
+        self._argv = tuple(argv)
+        self._hello = hello
+
+    def wait(self, timeout: float = 120) -> Result:
+        """How the command ended; GuestRebooted if its boot ended first, WaitTimeout after `timeout` seconds."""
+        reply = self._guest.reply(self._number, " ".join(self._argv), timeout, self._hello)
+        return Result(reply["rc"], _text(reply["stdout"]), _text(reply["stderr"]))
+
+
+class Guest:
+    """A booted machine, a context manager: inside it the agent has answered, after it QEMU is gone."""
+
+    def __init__(
+        self, kernel: Kernel, disk: Path, *, cmdline_extra: str = "", memory_mib: int = 1536, smp: int = 2,
+        accel: str | None = None, reboot: bool = True, panic_is_loss: bool = True, qemu_extra: Sequence[str] = (),
+        console_log: Path | None = None,
+    ) -> None:
+        """Describe the machine; nothing runs before the with statement.
+
+        The disk's image is never written: QEMU keeps what the guest writes in a temporary overlay of its own, through kexec and
+        reset. With `reboot` false a reset ends QEMU. `console_log` defaults to a file in a temporary directory.
+        """
+        self._kernel = kernel
+        self._accel = accel
+        self._panic_is_loss = panic_is_loss
+        self._console_log = console_log
+        self._arguments = ["-kernel", str(kernel.bzimage), "-append", f"{CMDLINE} {cmdline_extra}".strip(),
+                           "-m", str(memory_mib), "-smp", str(smp),
+                           "-drive", f"file={disk},format=raw,if=virtio,cache=unsafe,snapshot=on",
+                           *([] if reboot else ["-no-reboot"]), *qemu_extra]
+        self._stack = ExitStack()
+        self._machine: Machine | None = None
+        self._hellos: list[Hello] = []
+        self._replies: dict[str, Json] = {}
+        self._sequence = 0
+
+    def __enter__(self) -> Self:
+        """Start QEMU and wait for the agent; GuestLost or WaitTimeout if it does not come up."""
+        with ExitStack() as stack:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="khod-lab-")))
+            arguments = [*machine_arguments(self._accel or probe_accel(self._kernel)), *self._arguments]
+            log = self._console_log or directory / "console.log"
+            machine = Machine(arguments, log, panic_is_loss=self._panic_is_loss)
+            stack.callback(machine.close)
+            machine.on_agent_line = self._take
+            self._machine = machine
+            stack.enter_context(machine)
+            self.wait_hello(HELLO_TIMEOUT)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End QEMU."""
+        self._stack.close()
+
+    @property
+    def machine(self) -> Machine:
+        """The QEMU below; LabError before the guest was started."""
+        if self._machine is None:
+            raise LabError("the guest is not started: use it as a context manager")
+        return self._machine
+
+    # -- boots --------------------------------------------------------------------------------------------------------
+
+    @property
+    def hellos(self) -> Sequence[Hello]:
+        """Every hello so far, oldest first."""
+        with self.machine.lock:
+            return tuple(self._hellos)
+
+    @property
+    def boot_id(self) -> str:
+        """The kernel's boot id in the running boot."""
+        return self.hellos[-1].boot_id
+
+    @property
+    def resets(self) -> int:
+        """How often the machine was reset; a kexec does not count."""
+        return self.machine.resets
+
+    def wait_hello(self, timeout: float) -> Hello:
+        """Wait for the agent of the first boot."""
+        return self.machine.wait("the agent's first hello", timeout, lambda: self._hellos[-1] if self._hellos else None)
+
+    def wait_reboot(self, previous_boot_id: str, timeout: float = HELLO_TIMEOUT) -> Hello:
+        """Wait for the agent of another boot than `previous_boot_id`, whatever led there: kexec, reboot or reset."""
+        def other() -> Hello | None:
+            return self._hellos[-1] if self._hellos[-1].boot_id != previous_boot_id else None
+
+        return self.machine.wait(f"the agent of another boot than {previous_boot_id}", timeout, other)
+
+    def wait_online(self, timeout: float = HELLO_TIMEOUT) -> str:
+        """Wait until systemd has finished starting; its word for the state it is in: running, degraded, maintenance."""
+        return self.run(["systemctl", "is-system-running", "--wait"], check=False, timeout=timeout).stdout.strip()
+
+    def kexec(self, timeout: float = HELLO_TIMEOUT, argv: Sequence[str] = ("systemctl", "kexec")) -> Hello:
+        """Run the command that jumps into the loaded kernel, and wait for that kernel's agent."""
+        previous = self.boot_id
+        self.start(argv)
+        return self.wait_reboot(previous, timeout)
+
+    def reset(self, timeout: float = HELLO_TIMEOUT) -> Hello:
+        """Press the reset button and wait for the agent: the machine boots its own -kernel, with nothing handed over."""
+        previous = self.boot_id
+        self.qmp("system_reset")
+        return self.wait_reboot(previous, timeout)
+
+    # -- commands and files -------------------------------------------------------------------------------------------
+
+    def run(
+        self, argv: Sequence[str], *, check: bool = True, timeout: float = 120, input: str | bytes | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Result:
+        """Run a command in the guest to its end.
+
+        CommandFailed on a non-zero exit status with `check`; LabError if it cannot be started or outlives `timeout` seconds
+        (it is killed then); GuestRebooted if its boot ends first.
+        """
+        pending = self._command(argv, timeout, input, env)
+        result = pending.wait(timeout + GRACE)
+        if check and result.rc != 0:
+            raise CommandFailed(argv, result)
+        return result
+
+    def start(
+        self, argv: Sequence[str], *, input: str | bytes | None = None, env: Mapping[str, str] | None = None,
+    ) -> Pending:
+        """Start a command in the guest and go on; the Pending gives its result later."""
+        return self._command(argv, None, input, env)
+
+    def _command(
+        self, argv: Sequence[str], timeout: float | None, data: str | bytes | None, env: Mapping[str, str] | None,
+    ) -> Pending:
+        """Send one run request."""
+        raw = data.encode() if isinstance(data, str) else data or b""
+        number, hello = self._request("run", argv=list(argv), timeout=timeout, env=dict(env or {}),
+                                      stdin=base64.b64encode(raw).decode("ascii"))
+        return Pending(self, number, argv, hello)
+
+    def put(self, path: str, data: bytes | str, *, mode: int = 0o644) -> None:
+        """Write a file in the guest, directories above it included; LabError if it cannot be written."""
+        raw = data.encode() if isinstance(data, str) else data
+        for offset in range(0, max(len(raw), 1), CHUNK):
+            part = base64.b64encode(raw[offset:offset + CHUNK]).decode("ascii")
+            number, hello = self._request("put", path=path, offset=offset, truncate=offset == 0, mode=mode, data=part)
+            self.reply(number, f"writing {path}", 120, hello)
+
+    def get(self, path: str) -> bytes:
+        """Read a file of the guest to its end, sysfs and debugfs files too; LabError if it cannot be read."""
+        data = b""
+        while True:
+            number, hello = self._request("get", path=path, offset=len(data), size=CHUNK)
+            reply = self.reply(number, f"reading {path}", 120, hello)
+            data += base64.b64decode(reply["data"])
+            if reply["eof"]:
+                return data
+
+    def _request(self, op: str, **fields: Any) -> tuple[str, Hello]:
+        """Send a request for the running boot; its number, and the agent that it was sent to."""
+        with self.machine.lock:
+            self._sequence += 1
+            number, hello = str(self._sequence), self._hellos[-1]
+        self.machine.send_agent({"id": number, "boot_id": hello.boot_id, "op": op, **fields})
+        return number, hello
+
+    def reply(self, number: str, what: str, timeout: float, hello: Hello) -> Json:
+        """Wait for a request's reply; LabError if it says error, GuestRebooted if another agent than `hello`'s has come."""
+        def arrived() -> Json | None:
+            if number in self._replies:
+                return self._replies.pop(number)
+            return None if self._hellos[-1] is hello else {"gone": True}
+
+        reply = self.machine.wait(f"the end of {what!r} in the guest", timeout, arrived)
+        if "gone" in reply:
+            raise GuestRebooted(f"the guest went into another boot during {what!r}\n{self.machine.tail()}")
+        if not reply["ok"]:
+            raise LabError(f"{what} in the guest: {reply['error']}")
+        return reply
+
+    def _take(self, line: bytes) -> None:
+        """Sort one line from the agent; called by the reader with the lock held. Half a line from before a kexec is skipped."""
+        try:
+            message = json.loads(line)
+        except ValueError:
+            return
+        if "hello" in message:
+            self._hellos.append(Hello(**message["hello"], seconds=self.machine.age()))
+        else:
+            self._replies[message["id"]] = message
+
+    # -- the machine --------------------------------------------------------------------------------------------------
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """Run a QMP command (see Machine.qmp)."""
+        return self.machine.qmp(command, **arguments)
+
+    def console(self) -> str:
+        """Everything that the serial console has printed."""
+        return self.machine.console()
+
+    def wait_console(self, pattern: str, timeout: float, *, since: int = 0) -> re.Match[str]:
+        """Wait for a regular expression in the console's text from character `since` on."""
+        return self.machine.wait_console(pattern, timeout, since=since)
+
+
+def _text(field: str) -> str:
+    """Text of a base64 field; bytes that are no UTF-8 become replacement characters."""
+    return base64.b64decode(field).decode(errors="replace")

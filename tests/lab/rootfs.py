@@ -1,0 +1,104 @@
+"""What the guests' root file system is made of, beyond Debian's packages: the agent, and everything that is left out.
+
+Under software emulation each process that starts costs a tenth of a second, so what no scenario looks at does not start.
+What khod talks to stays as Debian ships it: systemd, the journal, udev, D-Bus, logind, tmpfiles, debugfs and tracefs.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PACKAGES = (
+    "systemd", "systemd-sysv", "dbus", "udev", "kmod", "procps", "kexec-tools",
+    "python3", "python3-typer", "python3-rich", "python3-pyudev", "python3-systemd", "python3-libfdt",
+    "python3-asyncvarlink",
+)
+EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
+AGENT = "/usr/lib/khod-lab/agent.py"
+MACHINE_ID = "0123456789abcdef0123456789abcdef"  # fixed: an empty one would make each boot a first boot
+
+MASKED_UNITS = (
+    # nobody logs in or is asked for a password
+    "getty.target", "serial-getty@.service", "systemd-user-sessions.service", "systemd-ask-password-console.path",
+    "systemd-ask-password-wall.path", "systemd-ask-password.socket", "systemd-mute-console.socket",
+    # done when the image was made
+    "ldconfig.service", "systemd-firstboot.service", "systemd-hwdb-update.service", "systemd-sysusers.service",
+    "systemd-journal-catalog-update.service", "systemd-machine-id-commit.service", "systemd-update-done.service",
+    # the journal lives in /run and the random numbers come from the processor
+    "systemd-journal-flush.service", "systemd-random-seed.service", "systemd-boot-random-seed.service",
+    # devtmpfs makes every node there is, and these kernels have no modules, firmware, binfmt or crash store
+    "kmod-static-nodes.service", "systemd-modules-load.service", "systemd-tmpfiles-setup-dev.service",
+    "systemd-tmpfiles-setup-dev-early.service", "systemd-pstore.service", "systemd-binfmt.service",
+    "proc-sys-fs-binfmt_misc.automount", "systemd-udev-load-credentials.service", "systemd-hibernate-clear.service",
+    "modprobe@configfs.service", "modprobe@drm.service", "modprobe@efi_pstore.service", "modprobe@fuse.service",
+    "sys-kernel-config.mount", "sys-fs-fuse-connections.mount", "dev-mqueue.mount", "systemd-sysctl.service",
+    # sockets of services no scenario calls
+    "systemd-creds.socket", "systemd-factory-reset.socket", "systemd-hostnamed.socket", "systemd-journalctl.socket",
+    "systemd-sysext.socket", "systemd-sysinstall.socket",
+    # timers would run while a scenario counts on quiet
+    "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer",
+    "systemd-tmpfiles-clean.timer",
+)
+GENERATORS = Path("usr/lib/systemd/system-generators")
+
+AGENT_UNIT = f"""\
+[Unit]
+Description=Agent of the khod lab
+# It starts with the first units and waits for none. It stays through a shutdown until systemd-shutdown kills it, so that
+# what asked for the shutdown still gets its answer.
+DefaultDependencies=no
+IgnoreOnIsolate=yes
+RefuseManualStop=yes
+
+[Service]
+ExecStart=/usr/bin/python3 -I -S {AGENT}
+StandardError=journal+console
+Restart=on-failure
+# A command that a scenario left behind must not die with the agent.
+KillMode=process
+
+[Install]
+WantedBy=sysinit.target
+"""
+COLDPLUG = """\
+[Service]
+# Hot-plugged devices raise events of their own; of those that were there from the start only these are looked at.
+ExecStart=
+ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=virtio-ports
+"""
+FILES = {
+    "/etc/hostname": "khod-lab\n",
+    "/etc/machine-id": f"{MACHINE_ID}\n",
+    "/etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
+    "/etc/systemd/system.conf.d/lab.conf": "[Manager]\nDefaultTimeoutStopSec=20s\n",
+    "/etc/systemd/system/systemd-udev-trigger.service.d/lab.conf": COLDPLUG,
+    "/usr/lib/systemd/system/khod-lab-agent.service": AGENT_UNIT,
+    AGENT: (Path(__file__).parent / "agent.py").read_text(),
+}
+LINKS = {
+    "/etc/systemd/system/default.target": "/usr/lib/systemd/system/multi-user.target",
+    "/etc/systemd/system/sysinit.target.wants/khod-lab-agent.service": "/usr/lib/systemd/system/khod-lab-agent.service",
+    **{f"/etc/systemd/system/{unit}": "/dev/null" for unit in MASKED_UNITS},
+}
+
+
+def below(root: Path, path: str) -> Path:
+    """Where the guest's absolute `path` is while its tree stands in `root`; the directories above it are made."""
+    place = root / path.lstrip("/")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def settle(root: Path) -> None:
+    """Turn the Debian tree in `root` into a guest's: the agent in, what wastes time out, /etc and /var marked as up to date."""
+    for path, text in FILES.items():
+        below(root, path).write_text(text)
+    generators = {f"/etc/systemd/system-generators/{entry.name}": "/dev/null" for entry in (root / GENERATORS).iterdir()}
+    for path, target in (LINKS | generators).items():
+        link = below(root, path)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+    for stamp in ("etc/.updated", "var/.updated"):  # newer than /usr, or systemd rebuilds its caches in each boot
+        (root / stamp).touch()
+        os.utime(root / stamp, (2**32 - 1, 2**32 - 1))
