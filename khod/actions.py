@@ -39,8 +39,9 @@ class Target:
 class Actions:
     """The steps of one attempt. Every method raises KhoError; kernel calls have the deadlines of the config."""
 
-    def __init__(self, kernel: KhoKernel, kexec: Kexec, thread: KernelThread, store: Store, config: Config,
-                 barrier: Barrier) -> None:
+    def __init__(
+        self, kernel: KhoKernel, kexec: Kexec, thread: KernelThread, store: Store, config: Config, barrier: Barrier
+    ) -> None:
         self.kernel = kernel
         self.barrier = barrier
         self.snapshot: Tree | None = None
@@ -79,8 +80,11 @@ class Actions:
                 await self.barrier.tell(verb)
         except TimeoutError:
             waiting = ", ".join(member.producer.name for member in self.barrier.members if member.waiting)
-            raise Failed(f"Not every producer could {verb.value} within {deadline:g} s", where=waiting,
-                         remedy=f"Raise deadlines.{verb.value}, or look at these producers.") from None
+            raise Failed(
+                f"Not every producer could {verb.value} within {deadline:g} s",
+                where=waiting,
+                remedy=f"Raise deadlines.{verb.value}, or look at these producers.",
+            ) from None
 
     async def _activate(self) -> None:
         self.snapshot = await self._call(Step.activate, self._activate_and_look, self._deadlines.activate)
@@ -106,7 +110,8 @@ class Actions:
         await self._call(
             Step.load,
             lambda: self._kexec.load(target.kernel.fd, None if initrd is None else initrd.fd, target.cmdline),
-            self._deadlines.load)
+            self._deadlines.load,
+        )
 
     async def _unload(self) -> None:
         def unload() -> None:
@@ -135,6 +140,6 @@ class Actions:
         try:
             await self._thread.call(function, what, self._deadlines.rollback)
         except OSError as error:
-            raise KhoError(f"{what[0].upper()}{what[1:]} failed: {error.strerror}", where=str(error.filename)) from error
-
-
+            raise KhoError(
+                f"{what[0].upper()}{what[1:]} failed: {error.strerror}", where=str(error.filename)
+            ) from error

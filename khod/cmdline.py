@@ -17,11 +17,17 @@ def compose(running: str, given: str | None, append: str | None, run: str, limit
     line = " ".join(part for part in (base.strip(), (append or "").strip(), f"{MARKER}{run}") if part)
     for name, char in (("NUL", "\0"), ("newline", "\n")):
         if char in line:
-            raise UsageError(f"The command line has a {name} at byte {line.index(char)}", where="--cmdline/--append",
-                             remedy="Remove it: a kernel command line is one line of text.")
+            raise UsageError(
+                f"The command line has a {name} at byte {line.index(char)}",
+                where="--cmdline/--append",
+                remedy="Remove it: a kernel command line is one line of text.",
+            )
     if (length := len(line.encode())) > limit:
-        raise UsageError(f"The command line is {length} bytes, the image takes {limit}", where="--cmdline/--append",
-                         remedy="Shorten it.")
+        raise UsageError(
+            f"The command line is {length} bytes, the image takes {limit}",
+            where="--cmdline/--append",
+            remedy="Shorten it.",
+        )
     return line
 
 

@@ -107,8 +107,9 @@ def fragment(path: Path) -> Fragment:
         raise ConfigError(f"The configuration cannot be read: {error}", where=str(path)) from None
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"line (\d+)", str(error))
-        raise ConfigError(f"The configuration is no TOML: {error}",
-                          where=f"{path}:{line[1]}" if line else str(path)) from None
+        raise ConfigError(
+            f"The configuration is no TOML: {error}", where=f"{path}:{line[1]}" if line else str(path)
+        ) from None
 
 
 def validate(fragments: list[Fragment]) -> Config:
@@ -120,8 +121,11 @@ def validate(fragments: list[Fragment]) -> Config:
             if section not in sections:
                 raise _unknown(source, section, sorted(sections))
             if not isinstance(values, dict):
-                raise ConfigError(f"`{section}` is a table", where=source.where(section),
-                                  remedy=f"Write [{section}] on a line of its own.")
+                raise ConfigError(
+                    f"`{section}` is a table",
+                    where=source.where(section),
+                    remedy=f"Write [{section}] on a line of its own.",
+                )
             old = getattr(config, section)
             new = {key: _checked(source, old, section, key, value) for key, value in values.items()}
             config = dataclasses.replace(config, **{section: dataclasses.replace(old, **new)})
@@ -136,15 +140,23 @@ def _checked(source: Fragment, section: Any, name: str, key: str, value: Any) ->
     wanted = known[key]
     allowed = (int, float) if wanted is float else get_args(wanted) or (wanted,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"`{dotted}` is {value!r}", where=source.where(dotted),
-                          remedy=f"It takes a value of type {getattr(wanted, '__name__', wanted)}.")
+        raise ConfigError(
+            f"`{dotted}` is {value!r}",
+            where=source.where(dotted),
+            remedy=f"It takes a value of type {getattr(wanted, '__name__', wanted)}.",
+        )
     if value not in CHOICES.get(dotted, (value,)):
-        raise ConfigError(f"`{dotted}` is {value!r}", where=source.where(dotted),
-                          remedy=f"It takes one of: {', '.join(CHOICES[dotted])}.")
+        raise ConfigError(
+            f"`{dotted}` is {value!r}",
+            where=source.where(dotted),
+            remedy=f"It takes one of: {', '.join(CHOICES[dotted])}.",
+        )
     if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
         raise ConfigError(f"`{dotted}` is {value}", where=source.where(dotted), remedy="It takes a positive number.")
     return float(value) if wanted is float else value
 
 
 def _unknown(source: Fragment, key: str, known: list[str]) -> ConfigError:
-    return ConfigError(f"`{key}` is no key of khod's", where=source.where(key), remedy=f"Known here: {', '.join(known)}.")
+    return ConfigError(
+        f"`{key}` is no key of khod's", where=source.where(key), remedy=f"Known here: {', '.join(known)}."
+    )

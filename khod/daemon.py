@@ -40,7 +40,9 @@ def options(argv: list[str]) -> Options:
     parser = argparse.ArgumentParser(prog="khod", description="Coordinates kernel live updates by Kexec HandOver.")
     parser.add_argument("--root", type=Path, default=Path("/"), help="where etc/ is (default: /)")
     parser.add_argument("--state", type=Path, default=Path("/var/lib/khod"), help="where the record is kept")
-    parser.add_argument("--socket", type=Path, default=Path(SOCKET), help="the Varlink socket, unless systemd passes one")
+    parser.add_argument(
+        "--socket", type=Path, default=Path(SOCKET), help="the Varlink socket, unless systemd passes one"
+    )
     parser.add_argument("--simulate", type=Path, metavar="DIR", help="drive the embedded simulated kernel in DIR")
     parser.add_argument("--version", action="version", version=__version__)
     found = parser.parse_args(argv)
@@ -58,11 +60,16 @@ class Daemon:
         settings, kexec = config.load(opts.root), Kexec(self._calls)
         jump = executor.immediate(kexec, self._thread, settings.deadlines.execute)
         self.engine = Engine(
-            kexec, lambda: probe(self._calls), Store(opts.state), settings,
+            kexec,
+            lambda: probe(self._calls),
+            Store(opts.state),
+            settings,
             producers=lambda: hooks.load(opts.root),
             orderly=executor.orderly if opts.simulate is None else self._again(jump),
             immediate=jump if opts.simulate is None else self._again(jump),
-            thread=self._thread, tell=self._tell)
+            thread=self._thread,
+            tell=self._tell,
+        )
         self._service = server.Service(self.engine)
 
     async def run(self) -> None:
@@ -86,14 +93,20 @@ class Daemon:
             await self.engine.stop(jumping=jumping)
         finally:
             watching.cancel()
+            self._service.close()
             serving.close()
             self._thread.close()
 
     def _listen(self) -> socket.socket:
-        """The socket systemd passed, else one of our own. Anyone may connect: each method asks the
-        kernel who is calling, as systemd's own Varlink services do."""
+        """Take the socket systemd passed, else make one.
+
+        Anyone may connect: each method asks the kernel who is calling, as systemd's own Varlink
+        services do.
+        """
         if (passed := get_listen_fd("varlink")) is not None:
-            return socket.socket(fileno=passed.take())
+            number = passed.take()
+            assert isinstance(number, int)
+            return socket.socket(fileno=number)
         path = self._options.socket
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)

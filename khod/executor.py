@@ -13,7 +13,8 @@ Executor = Callable[[], Awaitable[None]]
 async def run(*argv: str) -> tuple[int, str]:
     """Run a command; its exit code and standard output and error together."""
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
     output, _ = await process.communicate()
     return process.returncode or 0, output.decode(errors="replace").strip()
 
@@ -25,15 +26,20 @@ async def orderly() -> None:
     """
     code, output = await run("systemctl", "--no-ask-password", "kexec")
     if code != 0:
-        raise Failed(f"systemd does not take the host down: {output}", where="systemctl kexec",
-                     remedy="Look at systemd-inhibit --list and journalctl -b.")
+        raise Failed(
+            f"systemd does not take the host down: {output}",
+            where="systemctl kexec",
+            remedy="Look at systemd-inhibit --list and journalctl -b.",
+        )
 
 
 async def on_the_way() -> bool:
     """Tell whether systemd is taking the host into a kexec, whoever asked for it."""
     code, output = await run("systemctl", "show", "--property=ActiveState,Job", "kexec.target")
     facts = dict(line.partition("=")[::2] for line in output.splitlines())
-    return code == 0 and (facts.get("Job", "0") not in ("", "0") or facts.get("ActiveState") in ("active", "activating"))
+    return code == 0 and (
+        facts.get("Job", "0") not in ("", "0") or facts.get("ActiveState") in ("active", "activating")
+    )
 
 
 def immediate(kexec: Kexec, thread: KernelThread, deadline: float) -> Executor:

@@ -4,7 +4,8 @@ import asyncio
 import os
 import time
 
-from systemd import daemon, journal
+import systemd.daemon
+import systemd.journal
 
 from khod.model import Event, Phase
 
@@ -30,24 +31,36 @@ MESSAGE_ID: dict[Phase, str] = {
     Phase.inconsistent: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a12",
 }
 ERR, WARNING, INFO = 3, 4, 6  # syslog priorities
-PRIORITY = {Phase.failed: ERR, Phase.cold_boot: ERR, Phase.degraded: ERR, Phase.inconsistent: ERR,
-            Phase.foreign: WARNING, Phase.rolling_back: WARNING}
+PRIORITY = {
+    Phase.failed: ERR,
+    Phase.cold_boot: ERR,
+    Phase.degraded: ERR,
+    Phase.inconsistent: ERR,
+    Phase.foreign: WARNING,
+    Phase.rolling_back: WARNING,
+}
 
 
 def write(event: Event, message: str) -> None:
     """Write a record with the fields KHO_PHASE and KHO_RUN."""
-    journal.send(message, MESSAGE_ID=MESSAGE_ID[event.phase], PRIORITY=PRIORITY.get(event.phase, INFO),
-                 KHO_PHASE=event.phase.value, KHO_RUN=event.run, SYSLOG_IDENTIFIER="khod")
+    systemd.journal.send(
+        message,
+        MESSAGE_ID=MESSAGE_ID[event.phase],
+        PRIORITY=PRIORITY.get(event.phase, INFO),
+        KHO_PHASE=event.phase.value,
+        KHO_RUN=event.run,
+        SYSLOG_IDENTIFIER="khod",
+    )
 
 
 def notify(state: str) -> None:
     """Tell the service manager; nothing happens where there is none."""
-    daemon.notify(state)
+    systemd.daemon.notify(state)
 
 
 def reloading() -> None:
     """Begin a reload as Type=notify-reload wants it: with the time it began, in microseconds."""
-    daemon.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+    systemd.daemon.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 async def watchdog() -> None:
@@ -56,7 +69,5 @@ async def watchdog() -> None:
     if not usec.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
     while True:
-        daemon.notify("WATCHDOG=1")
+        systemd.daemon.notify("WATCHDOG=1")
         await asyncio.sleep(int(usec) / 2e6)
-
-

@@ -100,7 +100,9 @@ def left(machine: Machine, order: Order, last: Step) -> tuple[Step, ...]:
     Up to activate, load is left out even where it would come first: `khoctl activate` names no image.
     """
     steps = ORDERS[order][: ORDERS[order].index(last) + 1]
-    return tuple(step for step in steps if step not in machine.done and not (last is Step.activate and step is Step.load))
+    return tuple(
+        step for step in steps if step not in machine.done and not (last is Step.activate and step is Step.load)
+    )
 
 
 def drawing() -> str:

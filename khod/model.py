@@ -72,7 +72,7 @@ class Observed:
 
     boot_id: str
     release: str
-    active: bool
+    active: bool | None
     loaded: bool
     arrived: bool
     cmdline: str

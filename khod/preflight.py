@@ -53,8 +53,14 @@ def _safely(function: Callable[[Facts], Iterator[Check]], facts: Facts) -> list[
     except KhoError as error:
         return [Check(function.__name__.strip("_"), CheckResult.fail, error.what, error.remedy)]
     except OSError as error:
-        return [Check(function.__name__.strip("_"), CheckResult.fail, f"{error.filename}: {errno_text(error)}",
-                      "Run khod as root.")]
+        return [
+            Check(
+                function.__name__.strip("_"),
+                CheckResult.fail,
+                f"{error.filename}: {errno_text(error)}",
+                "Run khod as root.",
+            )
+        ]
 
 
 def _kho(facts: Facts) -> Iterator[Check]:
@@ -77,19 +83,31 @@ def shown(regions: list[Region]) -> str:
 
 def _kexec(facts: Facts) -> Iterator[Check]:
     if facts.kexec.load_disabled():
-        yield Check("kexec", CheckResult.fail, f"Loading is switched off: {LOAD_DISABLED} is 1",
-                    "It stays so until a reboot; find who sets it (sysctl.d).")
+        yield Check(
+            "kexec",
+            CheckResult.fail,
+            f"Loading is switched off: {LOAD_DISABLED} is 1",
+            "It stays so until a reboot; find who sets it (sysctl.d).",
+        )
     elif (limit := facts.kexec.load_limit()) is not None and limit < UNDOABLE_LOAD:
-        yield Check("kexec", CheckResult.fail, f"{LOAD_LIMIT} allows {limit} more calls, and a load and its undo are two",
-                    "It cannot be raised until a reboot; find who sets it (sysctl.d).")
+        yield Check(
+            "kexec",
+            CheckResult.fail,
+            f"{LOAD_LIMIT} allows {limit} more calls, and a load and its undo are two",
+            "It cannot be raised until a reboot; find who sets it (sysctl.d).",
+        )
     else:
         yield Check("kexec", CheckResult.passed, "Loading is allowed", "")
 
 
 def _slot(facts: Facts) -> Iterator[Check]:
     if facts.foreign:
-        yield Check("foreign", CheckResult.fail, f"Something other than khod is at work: {said(facts.observed)}",
-                    "Finish it by hand, or put it back with: khoctl abort --force")
+        yield Check(
+            "foreign",
+            CheckResult.fail,
+            f"Something other than khod is at work: {said(facts.observed)}",
+            "Finish it by hand, or put it back with: khoctl abort --force",
+        )
     else:
         yield Check("foreign", CheckResult.passed, f"Nobody else is at work: {said(facts.observed)}", "")
 
@@ -97,23 +115,35 @@ def _slot(facts: Facts) -> Iterator[Check]:
 def _suspect(facts: Facts) -> Iterator[Check]:
     if facts.record.suspect and facts.record.boot_id == facts.observed.boot_id:
         refuse = facts.config.policy.after_forgetful_abort == "refuse"
-        yield Check("state", CheckResult.fail if refuse else CheckResult.warn, facts.record.suspect[0].upper()
-                    + facts.record.suspect[1:], "Reboot, or set policy.after_forgetful_abort = \"warn\".")
+        yield Check(
+            "state",
+            CheckResult.fail if refuse else CheckResult.warn,
+            facts.record.suspect[0].upper() + facts.record.suspect[1:],
+            'Reboot, or set policy.after_forgetful_abort = "warn".',
+        )
 
 
 def _leaks(facts: Facts) -> Iterator[Check]:
     failed, most = facts.record.failed_activations, facts.config.policy.max_failed_activations
     if failed and facts.record.boot_id == facts.observed.boot_id:
-        yield Check("activations", CheckResult.fail if failed >= most else CheckResult.warn,
-                    f"{failed} activations failed in this boot, each may have leaked kernel memory (up to dt_max)",
-                    "Find the cause in the kernel log; policy.max_failed_activations sets the bound.")
+        yield Check(
+            "activations",
+            CheckResult.fail if failed >= most else CheckResult.warn,
+            f"{failed} activations failed in this boot, each may have leaked kernel memory (up to dt_max)",
+            "Find the cause in the kernel log; policy.max_failed_activations sets the bound.",
+        )
 
 
 def _disk(facts: Facts) -> Iterator[Check]:
     free = facts.store.free()
     if free < RESERVE:
-        yield Check("disk", CheckResult.fail, f"{free >> 10} KiB are free in {facts.store.directory}, the record and the "
-                    f"snapshot may need {RESERVE >> 10}", "Make room there.")
+        yield Check(
+            "disk",
+            CheckResult.fail,
+            f"{free >> 10} KiB are free in {facts.store.directory}, the record and the "
+            f"snapshot may need {RESERVE >> 10}",
+            "Make room there.",
+        )
     else:
         yield Check("disk", CheckResult.passed, f"{free >> 20} MiB are free in {facts.store.directory}", "")
 

@@ -1,5 +1,6 @@
 """The wire: Varlink interface io.kho.Handover, described by the model's own dataclasses."""
 
+import types
 from collections.abc import AsyncIterator
 from typing import Any, TypedDict
 
@@ -21,9 +22,10 @@ class _Fields:
 
 
 def _reply(cls: type[KhoError]) -> type[TypedVarlinkErrorReply]:
+    """Make the Varlink error of one class of ours, which the library wants as a class of its own."""
     namespace: dict[str, Any] = {"Parameters": _Fields, "__doc__": cls.__doc__, "__annotations__": {}}
-    return type(TypedVarlinkErrorReply)(
-        cls.__name__, (TypedVarlinkErrorReply,), namespace, name=f"{INTERFACE}.{cls.__name__}", paramprefix="")
+    options = {"name": f"{INTERFACE}.{cls.__name__}", "paramprefix": ""}
+    return types.new_class(cls.__name__, (TypedVarlinkErrorReply,), options, lambda body: body.update(namespace))
 
 
 ERRORS = {name: _reply(cls) for name, cls in BY_NAME.items()}
@@ -88,11 +90,17 @@ class Handover(VarlinkInterface, name=INTERFACE):
 
     @varlinkmethod(return_parameter="status")
     async def Kexec(  # noqa: N802
-        self, *,
-        image: FileDescriptor | None = None, image_name: str | None = None,
-        initrd: FileDescriptor | None = None, initrd_name: str | None = None,
-        cmdline: str | None = None, append: str | None = None,
-        now: bool | None = None, load_only: bool | None = None, hold: bool | None = None,
+        self,
+        *,
+        image: FileDescriptor | None = None,
+        image_name: str | None = None,
+        initrd: FileDescriptor | None = None,
+        initrd_name: str | None = None,
+        cmdline: str | None = None,
+        append: str | None = None,
+        now: bool | None = None,
+        load_only: bool | None = None,
+        hold: bool | None = None,
     ) -> model.Status:
         """Do what is left of the handover. The reply says that the jump is under way; with `now` none comes.
 

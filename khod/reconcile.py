@@ -1,10 +1,12 @@
 """At start: what the record says against what the kernel says. Where they disagree, that has a name."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from khod.cmdline import marked
 from khod.errors import RecordError
+from khod.kernel.kexec import Kexec
+from khod.kernel.protocol import KhoKernel
 from khod.machine import HELD, RESTING
 from khod.model import Observed, Phase, Step
 from khod.record import Record
@@ -44,10 +46,15 @@ def reconcile(record: Record | RecordError | None, kernel: Observed, after_daemo
     if record.phase is Phase.executing or (record.phase is Phase.loaded and by_our_kexec):
         if kernel.arrived or by_our_kexec:
             return Found(Phase.verifying, "first start after the jump", Action.verify)
-        return Found(Phase.cold_boot, "the host booted cold instead of jumping: "
-                     f"neither this handover's mark on the command line nor state from {record.release} is here")
-    return Found(Phase.inconsistent, f"the record says {record.phase.value} in another boot ({record.boot_id}), "
-                 f"and {said(kernel)} in this one")
+        return Found(
+            Phase.cold_boot,
+            "the host booted cold instead of jumping: "
+            f"neither this handover's mark on the command line nor state from {record.release} is here",
+        )
+    return Found(
+        Phase.inconsistent,
+        f"the record says {record.phase.value} in another boot ({record.boot_id}), and {said(kernel)} in this one",
+    )
 
 
 def _at_rest(record: Record | None, kernel: Observed) -> Found:
@@ -83,3 +90,60 @@ def said(kernel: Observed) -> str:
     """Put what the kernel says in words."""
     phase = {True: "the kernel is active", False: "the kernel is inactive", None: "the kernel has no active phase"}
     return f"{phase[kernel.active]} with {'an' if kernel.loaded else 'no'} image loaded"
+
+
+def observe(kexec: Kexec, kernel: KhoKernel | None) -> Observed:
+    """Ask the kernel how it stands; call it in the kernel's thread. Raises OSError."""
+    return Observed(
+        boot_id=kexec.boot_id(),
+        release=kexec.release(),
+        cmdline=kexec.cmdline(),
+        active=None if kernel is None else kernel.active(),
+        loaded=kexec.loaded(),
+        arrived=kernel is not None and kernel.arrived() is not None,
+    )
+
+
+def shown(record: Record, kernel: Observed) -> Phase:
+    """The phase an operator is told, while khod runs: the record's, unless the kernel contradicts it."""
+    if record.phase in (Phase.foreign, *RESTING):
+        if kernel.active or kernel.loaded:
+            return Phase.foreign
+        return Phase.idle if record.phase is Phase.foreign else record.phase
+    if record.phase in HELD and not agrees(record, kernel):
+        return Phase.inconsistent
+    return record.phase
+
+
+def due(done: tuple[Step, ...], kernel: Observed) -> tuple[Step, ...]:
+    """The steps to put back by force: those of the record, and what the kernel shows beyond them."""
+    facts = ((Step.activate, kernel.active), (Step.load, kernel.loaded))
+    return (*done, *(step for step, fact in facts if fact and step not in done))
+
+
+def settled(record: Record, found: Found, kernel: Observed) -> Record:
+    """The record of a host at rest: what it was about belongs to another boot, its counts stay."""
+    if found.phase is Phase.idle:
+        same = record.boot_id == kernel.boot_id
+        return Record(
+            boot_id=kernel.boot_id,
+            release=kernel.release,
+            handovers=record.handovers,
+            previous_release=record.previous_release,
+            last_error=record.last_error if same else "",
+            suspect=record.suspect if same else "",
+            failed_activations=record.failed_activations if same else 0,
+        )
+    if found.phase is Phase.cold_boot:
+        return replace(
+            record,
+            phase=found.phase,
+            done=(),
+            boot_id=kernel.boot_id,
+            release=kernel.release,
+            previous_release=record.release,
+            last_error=found.reason,
+            suspect="",
+            failed_activations=0,
+        )
+    return record

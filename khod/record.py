@@ -9,7 +9,7 @@ import enum
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,15 @@ def decode(raw: bytes, where: str = "") -> Record:
             raise TypeError("it is no JSON object")
         version = values.get("version")
         if isinstance(version, int) and version > VERSION:
-            raise RecordError(f"The record has version {version}, this khod knows {VERSION}: a newer khod wrote it",
-                              where=where, remedy="Install that khod again, or: khoctl abort --force")
+            raise RecordError(
+                f"The record has version {version}, this khod knows {VERSION}: a newer khod wrote it",
+                where=where,
+                remedy="Install that khod again, or: khoctl abort --force",
+            )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")
         return Record(**{f.name: _field(f, values) for f in dataclasses.fields(Record)})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error!r}", where=where, remedy=remedy) from None
 
 
@@ -85,7 +88,8 @@ def _field(spec: "dataclasses.Field[Any]", values: dict[str, Any]) -> Any:
             return None if value is None else Verdict(**value)
     if isinstance(spec.type, type) and issubclass(spec.type, enum.Enum):
         return spec.type(value)
-    if not isinstance(value, spec.type):
+    wanted: Any = spec.type
+    if not isinstance(value, wanted):
         raise TypeError(f"{spec.name} is {value!r}")
     return value
 
@@ -162,5 +166,8 @@ class Store:
 
 
 def _unwritable(error: OSError, path: Path) -> RecordError:
-    return RecordError(f"The record cannot be written: {errno_text(error)}", where=str(path),
-                       remedy="Make room or mount the file system writable; the kernel was not touched since.")
+    return RecordError(
+        f"The record cannot be written: {errno_text(error)}",
+        where=str(path),
+        remedy="Make room or mount the file system writable; the kernel was not touched since.",
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from asyncvarlink import (
     FileDescriptor,
     FileDescriptorArray,
+    LastResult,
     VarlinkInterfaceRegistry,
     VarlinkInterfaceServerProtocol,
     VarlinkMethodCall,
@@ -48,7 +49,8 @@ class Peer:
     groups: frozenset[int]
 
 
-PEER: contextvars.ContextVar[Peer] = contextvars.ContextVar("PEER")
+CONNECTION: "contextvars.ContextVar[Connection]" = contextvars.ContextVar("CONNECTION")
+"""The connection whose call is being served."""
 
 
 def peer_of(sock: socket.socket) -> Peer:
@@ -70,22 +72,31 @@ class Connection(VarlinkInterfaceServerProtocol):
         self._per_user = per_user
         self._limit = limit
         self._pending = 0
-        self._peer: Peer | None = None
+        self.peer: Peer | None = None
+        self.on_end: list[Callable[[], None]] = []
+        """Called when the client has said its last; a monitor would wait for the next event otherwise."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         assert isinstance(transport, VarlinkTransport)
-        sock = transport._recvfd  # noqa: SLF001 - the library offers no other way to the socket
+        sock = transport._recvfd
         assert isinstance(sock, socket.socket)
-        self._peer = peer_of(sock)
-        self._per_user[self._peer.uid] += 1
-        if self._peer.uid != 0 and self._per_user[self._peer.uid] > self._limit:
+        self.peer = peer_of(sock)
+        self._per_user[self.peer.uid] += 1
+        if self.peer.uid != 0 and self._per_user[self.peer.uid] > self._limit:
             transport.close()
 
+    def eof_received(self) -> None:
+        for end in self.on_end:
+            end()
+        super().eof_received()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._peer is not None:
-            self._per_user[self._peer.uid] -= 1
-            self._peer = None
+        for end in self.on_end:
+            end()
+        if self.peer is not None:
+            self._per_user[self.peer.uid] -= 1
+            self.peer = None
         super().connection_lost(exc)
 
     def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
@@ -100,12 +111,12 @@ class Connection(VarlinkInterfaceServerProtocol):
         self._refuse(f"The message is no Varlink call: {err}")
 
     def call_received(self, call: VarlinkMethodCall, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
-        assert self._peer is not None
-        token = PEER.set(self._peer)
+        token = CONNECTION.set(self)
         try:
-            return super().call_received(call, fds)
+            future: asyncio.Future[None] | None = super().call_received(call, fds)
+            return future
         finally:
-            PEER.reset(token)
+            CONNECTION.reset(token)
 
     def _refuse(self, what: str) -> None:
         """Say why, and hang up: what follows on this connection cannot be trusted to be a message."""
@@ -141,12 +152,19 @@ class Service(Handover):
     async def Monitor(self) -> AsyncIterator[model.Event]:  # noqa: N802
         queue: asyncio.Queue[model.Event | None] = asyncio.Queue()
         self._monitors.add(queue)
+        CONNECTION.get().on_end.append(lambda: queue.put_nowait(None))
         try:
             yield self._engine.now()
             while (event := await queue.get()) is not None:
                 yield event
+            raise LastResult(self._engine.now())
         finally:
             self._monitors.discard(queue)
+
+    def close(self) -> None:
+        """End every monitor."""
+        for queue in self._monitors:
+            queue.put_nowait(None)
 
     @varlinkmethod(return_parameter="checks")
     async def Check(self) -> list[model.Check]:  # noqa: N802
@@ -169,18 +187,33 @@ class Service(Handover):
 
     @varlinkmethod(return_parameter="status")
     async def Kexec(  # noqa: N802
-        self, *,
-        image: FileDescriptor | None = None, image_name: str | None = None,
-        initrd: FileDescriptor | None = None, initrd_name: str | None = None,
-        cmdline: str | None = None, append: str | None = None,
-        now: bool | None = None, load_only: bool | None = None, hold: bool | None = None,
+        self,
+        *,
+        image: FileDescriptor | None = None,
+        image_name: str | None = None,
+        initrd: FileDescriptor | None = None,
+        initrd_name: str | None = None,
+        cmdline: str | None = None,
+        append: str | None = None,
+        now: bool | None = None,
+        load_only: bool | None = None,
+        hold: bool | None = None,
     ) -> model.Status:
         with wired():
             self._privileged("kexec")
-            await self._engine.kexec(Request(
-                None if image is None else image.fileno(), image_name or "the image",
-                None if initrd is None else initrd.fileno(), initrd_name or "the initrd",
-                cmdline, append, bool(now), bool(load_only), bool(hold)))
+            await self._engine.kexec(
+                Request(
+                    None if image is None else image.fileno(),
+                    image_name or "the image",
+                    None if initrd is None else initrd.fileno(),
+                    initrd_name or "the initrd",
+                    cmdline,
+                    append,
+                    bool(now),
+                    bool(load_only),
+                    bool(hold),
+                )
+            )
             return await self._engine.status()
 
     @varlinkmethod
@@ -191,11 +224,15 @@ class Service(Handover):
             return {"names": ["", *tree.blobs], "blobs": [_memfd(blob) for blob in (tree.root, *tree.blobs.values())]}
 
     def _privileged(self, what: str) -> None:
-        peer, group = PEER.get(), self._engine.config.access.group
+        peer, group = CONNECTION.get().peer, self._engine.config.access.group
+        assert peer is not None, "a call comes from a connected peer"
         if peer.uid == 0 or (group and _gid(group) in peer.groups):
             return
-        raise Refused(f"User {peer.uid} may not {what}", where=f"process {peer.pid}",
-                      remedy=f"Run it as root{f' or join group {group}' if group else ''}.")
+        raise Refused(
+            f"User {peer.uid} may not {what}",
+            where=f"process {peer.pid}",
+            remedy=f"Run it as root{f' or join group {group}' if group else ''}.",
+        )
 
 
 @contextlib.contextmanager

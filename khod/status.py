@@ -1,7 +1,10 @@
 """What the operator is told at three in the morning: one sentence on where it stands, one on what to do."""
 
 from khod.errors import Exit
-from khod.model import Phase, Status
+from khod.handover import Handover
+from khod.kernel.probe import Probed
+from khod.machine import RESTING
+from khod.model import Generation, Observed, Phase, Status
 
 SAYS: dict[Phase, tuple[str, str]] = {
     Phase.idle: ("Nothing is under way.", ""),
@@ -10,34 +13,66 @@ SAYS: dict[Phase, tuple[str, str]] = {
     Phase.freezing: ("Producers are stopping their work.", "To stop: khoctl abort"),
     Phase.frozen: ("Every producer has stopped its work.", "To go back: khoctl abort"),
     Phase.activating: ("The kernel is serializing its state.", "To go back: khoctl abort"),
-    Phase.active: ("The kernel's state is serialized; the host goes on running, its producers are frozen.",
-                   "Next: khoctl kexec --image IMAGE --initrd INITRD. To go back: khoctl abort"),
+    Phase.active: (
+        "The kernel's state is serialized; the host goes on running, its producers are frozen.",
+        "khoctl kexec --image IMAGE --initrd INITRD goes on, khoctl abort goes back",
+    ),
     Phase.loading: ("The kernel is taking the next image.", "To go back: khoctl abort"),
-    Phase.loaded: ("The next kernel is loaded.", "Next: khoctl kexec. To go back: khoctl abort"),
+    Phase.loaded: ("The next kernel is loaded.", "khoctl kexec jumps, khoctl abort goes back"),
     Phase.executing: ("The jump is under way.", ""),
     Phase.verifying: ("This kernel was reached by a handover; what arrived is being checked.", ""),
     Phase.verified: ("The handover succeeded: all state arrived.", ""),
-    Phase.degraded: ("This kernel was reached by the kexec, and the state did not arrive whole.",
-                     "Producers must start from scratch; look for `KHO:` in the kernel log."),
-    Phase.cold_boot: ("The handover failed: this host booted cold, nothing arrived.",
-                      "Producers must start from scratch; look at the last boot: journalctl -b -1"),
+    Phase.degraded: (
+        "This kernel was reached by the kexec, and the state did not arrive whole.",
+        "Producers must start from scratch; look for `KHO:` in the kernel log.",
+    ),
+    Phase.cold_boot: (
+        "The handover failed: this host booted cold, nothing arrived.",
+        "Producers must start from scratch; look at the last boot: journalctl -b -1",
+    ),
     Phase.rolling_back: ("A handover is being put back.", ""),
     Phase.failed: ("A handover failed and could not be put back whole.", "Try again: khoctl abort"),
-    Phase.foreign: ("Somebody drives the kernel without khod.",
-                    "Find out who; khod touches nothing. To put it back: khoctl abort --force"),
-    Phase.inconsistent: ("khod's record and the kernel contradict each other.",
-                         "Look at both; to put the kernel back: khoctl abort --force"),
+    Phase.foreign: (
+        "Somebody drives the kernel without khod.",
+        "Find out who; khod touches nothing. To put it back: khoctl abort --force",
+    ),
+    Phase.inconsistent: (
+        "khod's record and the kernel contradict each other.",
+        "Look at both; to put the kernel back: khoctl abort --force",
+    ),
 }
 
 EXITS = {Phase.degraded: Exit.degraded, Phase.cold_boot: Exit.degraded, Phase.failed: Exit.not_rolled_back}
 
 
-def exit_code(phase: Phase) -> Exit:
-    """`khoctl status` exits with this."""
-    return EXITS.get(phase, Exit.done)
-
-
-def shown(status: Status) -> str:
-    """One line for systemd's status text."""
-    waiting = f" Waiting for {', '.join(status.waiting_for)}." if status.waiting_for else ""
-    return f"{status.phase.value.replace('_', ' ')}: {status.summary}{waiting}"
+def build(handover: Handover, phase: Phase, kernel: Observed | None, probed: Probed, *, stale: bool) -> Status:
+    """Put together what is known; `phase` is what the kernel leaves of the machine's."""
+    record, done = handover.record, [step.value for step in handover.machine.done]
+    summary, remedy = SAYS[phase]
+    if probed.kernel is None and phase in RESTING:
+        summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
+    members = handover.actions.barrier.members if handover.actions else []
+    contradicted = phase in (Phase.foreign, Phase.inconsistent)
+    return Status(
+        phase=phase,
+        summary=summary,
+        remedy=remedy,
+        exit_code=EXITS.get(phase, Exit.done).value,
+        generation=probed.kernel.generation if probed.kernel else Generation.none,
+        kernel_active=kernel.active if kernel else None,
+        kernel_loaded=kernel.loaded if kernel else None,
+        kernel_release=kernel.release if kernel else "",
+        boot_id=kernel.boot_id if kernel else "",
+        run=record.run,
+        done=done,
+        left=done if phase is Phase.failed else [],
+        waiting_for=[member.producer.name for member in members if member.waiting],
+        producers=[member.shown() for member in members],
+        verdict=record.verdict,
+        previous_release=record.previous_release,
+        handovers=record.handovers,
+        blackout_seconds=record.blackout_seconds,
+        timings=list(record.timings),
+        last_error=handover.reason if contradicted else record.last_error,
+        stale=stale,
+    )

@@ -17,8 +17,11 @@ def compare(before: Tree | None, arrived: Tree | None, generation: Generation) -
     """Name each producer of the snapshot as arrived, missing or changed; `reason` is "" where all is well."""
     if arrived is None:
         missing = sorted(_producers(before, generation)) if before else []
-        return Verdict(missing=missing, reason="the new kernel was reached by the kexec and KHO handed it nothing: "
-                       "look for `KHO:` in its log (kho=on missing, or it reads another KHO format)")
+        return Verdict(
+            missing=missing,
+            reason="the new kernel was reached by the kexec and KHO handed it nothing: "
+            "look for `KHO:` in its log (kho=on missing, or it reads another KHO format)",
+        )
     if before is None:
         return Verdict(arrived=sorted(_producers(arrived, generation)), reason="there is no snapshot to compare with")
     left, came = _producers(before, generation), _producers(arrived, generation)
@@ -26,8 +29,11 @@ def compare(before: Tree | None, arrived: Tree | None, generation: Generation) -
     changed = sorted(name for name in left.keys() & came.keys() if left[name] != came[name] and name not in VOLATILE)
     if generation is Generation.sysfs and before.root != arrived.root and not missing and not changed:
         changed = ["/"]
-    reason = "; ".join(f"{what}: {', '.join(names)}" for what, names in
-                       (("did not arrive", missing), ("arrived changed", changed)) if names)
+    reason = "; ".join(
+        f"{what}: {', '.join(names)}"
+        for what, names in (("did not arrive", missing), ("arrived changed", changed))
+        if names
+    )
     return Verdict(sorted(came.keys() - set(changed)), missing, changed, reason)
 
 

@@ -32,7 +32,7 @@ class Calls(Protocol):
         """Read to end of file: debugfs files report size 0 to stat(2)."""
 
     def write(self, path: str, data: bytes) -> None:
-        """Hand `data` over in one write(2), as sysfs wants it."""
+        """Hand `data` over in one system call, as sysfs wants it."""
 
     def exists(self, path: str) -> bool:
         """Tell whether the path is there and may be looked at."""
@@ -41,13 +41,13 @@ class Calls(Protocol):
         """Names in a directory, sorted; empty where there is none."""
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
-        """kexec_file_load(2); `cmdline` ends in NUL, `initrd_fd` is -1 with KEXEC_FILE_NO_INITRAMFS."""
+        """Load an image: `cmdline` ends in NUL, `initrd_fd` is -1 with KEXEC_FILE_NO_INITRAMFS."""
 
     def reboot_kexec(self) -> None:
-        """reboot(2) with LINUX_REBOOT_CMD_KEXEC: comes back only with an OSError."""
+        """Jump into the loaded image: it comes back only with an OSError."""
 
     def sync(self) -> None:
-        """sync(2): all dirty pages of all file systems."""
+        """Write back all dirty pages of all file systems."""
 
 
 class HostCalls:

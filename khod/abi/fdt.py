@@ -88,8 +88,9 @@ def mem(node: Node) -> list[Region]:
     """
     raw = node.properties.get("mem", b"")
     if len(raw) % KHO_MEM.size:
-        raise MalformedTree(f"The property `mem` is {len(raw)} bytes long, no multiple of {KHO_MEM.size}",
-                            where=node.name)
+        raise MalformedTree(
+            f"The property `mem` is {len(raw)} bytes long, no multiple of {KHO_MEM.size}", where=node.name
+        )
     return [Region(addr, size) for addr, size in KHO_MEM.iter_unpack(raw)]
 
 

@@ -31,8 +31,11 @@ INITRD_MAGIC = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel image says of itself: its version string ("" where it has none),
-    the longest command line it takes and the memory it needs to start, both in bytes."""
+    """What a kernel image says of itself.
+
+    `version` is "" where it has none; `cmdline_limit` is the longest command line it takes and
+    `init_size` the memory it needs to start, both in bytes.
+    """
 
     format: str
     version: str
@@ -58,8 +61,11 @@ def _bzimage(image: Sealed) -> Kernel:
     (syssize,) = struct.unpack_from("<I", head, SYSSIZE)
     promised = (head[SETUP_SECTS] or 4) * SECTOR + SECTOR + syssize * PARAGRAPH
     if image.size < promised:
-        raise Refused(f"The image is truncated: {image.size} of the {promised} bytes its header names are there",
-                      where=image.name, remedy="Copy the kernel image again.")
+        raise Refused(
+            f"The image is truncated: {image.size} of the {promised} bytes its header names are there",
+            where=image.name,
+            remedy="Copy the kernel image again.",
+        )
     (at,) = struct.unpack_from("<H", head, KERNEL_VERSION)
     version = image.head(at + SECTOR + 256)[at + SECTOR :].split(b"\0")[0].decode(errors="replace") if at else ""
     (cmdline_limit,) = struct.unpack_from("<I", head, CMDLINE_SIZE)
@@ -68,8 +74,11 @@ def _bzimage(image: Sealed) -> Kernel:
 
 
 def _no_kernel(image: Sealed, wanted: str) -> Refused:
-    return Refused(f"The image is not {wanted}, the format this machine's kexec_file_load(2) takes",
-                   where=image.name, remedy="Give --image a kernel image, for instance /boot/vmlinuz-VERSION.")
+    return Refused(
+        f"The image is not {wanted}, the format this machine's kexec_file_load(2) takes",
+        where=image.name,
+        remedy="Give --image a kernel image, for instance /boot/vmlinuz-VERSION.",
+    )
 
 
 def initrd(image: Sealed) -> str:
@@ -78,5 +87,8 @@ def initrd(image: Sealed) -> str:
     for magic, name in INITRD_MAGIC.items():
         if head.startswith(magic):
             return name
-    raise Refused("The initrd is neither a cpio archive nor compressed in a way a kernel knows", where=image.name,
-                  remedy="Give --initrd an initramfs, for instance /boot/initrd.img-VERSION.")
+    raise Refused(
+        "The initrd is neither a cpio archive nor compressed in a way a kernel knows",
+        where=image.name,
+        remedy="Give --initrd an initramfs, for instance /boot/initrd.img-VERSION.",
+    )

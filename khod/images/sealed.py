@@ -42,7 +42,9 @@ class Sealed:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -55,8 +57,11 @@ def open_regular(path: str, role: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:
         text = errno_text(error) if isinstance(error, OSError) else str(error)
-        raise UsageError(f"The {role} cannot be opened: {text}", where=repr(path) if "\0" in path else path,
-                         remedy=f"Give --{role} the path of a readable file.") from None
+        raise UsageError(
+            f"The {role} cannot be opened: {text}",
+            where=repr(path) if "\0" in path else path,
+            remedy=f"Give --{role} the path of a readable file.",
+        ) from None
     try:
         check_regular(fd, role, path)
     except UsageError:
@@ -83,8 +88,11 @@ def seal(fd: int, role: str, name: str, limit: int) -> Sealed:
     if size == 0:
         raise Refused(f"The {role} is empty", where=name, remedy="Copy it again; the kernel loads no empty file.")
     if size > limit:
-        raise Refused(f"The {role} is {size} bytes, more than the {limit} allowed", where=name,
-                      remedy="Raise `images.max_size` in /etc/kho/khod.toml if this is meant.")
+        raise Refused(
+            f"The {role} is {size} bytes, more than the {limit} allowed",
+            where=name,
+            remedy="Raise `images.max_size` in /etc/kho/khod.toml if this is meant.",
+        )
     memfd = os.memfd_create(f"khod-{role}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         digest, copied = hashlib.sha256(), 0
@@ -97,8 +105,11 @@ def seal(fd: int, role: str, name: str, limit: int) -> Sealed:
         fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALS)
     except OSError as error:
         os.close(memfd)
-        raise Refused(f"The {role} cannot be read: {errno_text(error)}", where=name,
-                      remedy="Check the file and the disk it lies on.") from error
+        raise Refused(
+            f"The {role} cannot be read: {errno_text(error)}",
+            where=name,
+            remedy="Check the file and the disk it lies on.",
+        ) from error
     except Refused:
         os.close(memfd)
         raise

@@ -7,18 +7,28 @@ from khod.kernel.protocol import AbortKind
 from khod.model import Step
 
 LOAD = {
-    errno.EPERM: ("kexec is locked", "Look at /proc/sys/kernel/kexec_load_disabled and kexec_load_limit_reboot: both "
-                  "stay as they are until a reboot. Else: lockdown, or khod lacks CAP_SYS_BOOT."),
+    errno.EPERM: (
+        "kexec is locked",
+        "Look at /proc/sys/kernel/kexec_load_disabled and kexec_load_limit_reboot: both "
+        "stay as they are until a reboot. Else: lockdown, or khod lacks CAP_SYS_BOOT.",
+    ),
     errno.ENOEXEC: ("the loader knows no such image format", "Give a kernel image of this architecture."),
-    errno.EADDRNOTAVAIL: ("kernel and initrd do not fit into the KHO scratch memory",
-                          "Boot with a larger kho_scratch=, or use a smaller initrd."),
-    errno.EINVAL: ("the kernel refuses image, command line or state",
-                   "Look at the kernel log; a preserved range that overlaps scratch ends here too."),
+    errno.EADDRNOTAVAIL: (
+        "kernel and initrd do not fit into the KHO scratch memory",
+        "Boot with a larger kho_scratch=, or use a smaller initrd.",
+    ),
+    errno.EINVAL: (
+        "the kernel refuses image, command line or state",
+        "Look at the kernel log; a preserved range that overlaps scratch ends here too.",
+    ),
     errno.ENOMEM: ("no memory for the image", "Free memory; kernel and initrd must lie in it twice during the load."),
     errno.EBUSY: ("another kexec load is under way", "Wait for it, then try again."),
     errno.ENODATA: ("the image is not signed and this kernel enforces signatures", "Use a signed image."),
     errno.EKEYREJECTED: ("the image's signature does not fit its contents", "Copy the image again; it was changed."),
-    errno.ENOKEY: ("the image is signed with a key this kernel does not trust", "Enroll the key, or use another image."),
+    errno.ENOKEY: (
+        "the image is signed with a key this kernel does not trust",
+        "Enroll the key, or use another image.",
+    ),
     errno.ELIBBAD: ("the image's signature is damaged", "Copy the image again."),
     errno.EBADMSG: ("the image's signature is damaged", "Copy the image again."),
     errno.EMSGSIZE: ("the image's signature is damaged", "Copy the image again."),
@@ -27,9 +37,12 @@ LOAD = {
 }
 ACTIVATE = {
     # v3 gives EINVAL whatever the cause; the cause is in the log alone.
-    errno.EINVAL: ("the kernel could not serialize its state", "The kernel log has the cause in `kho failed to serialize "
-                   "state: N`: -1 a producer vetoed, -12 no memory, -3 the tree outgrew dt_max "
-                   "(raise /sys/kernel/kho/dt_max)."),
+    errno.EINVAL: (
+        "the kernel could not serialize its state",
+        "The kernel log has the cause in `kho failed to serialize "
+        "state: N`: -1 a producer vetoed, -12 no memory, -3 the tree outgrew dt_max "
+        "(raise /sys/kernel/kho/dt_max).",
+    ),
     errno.ENOMEM: ("there is no scratch memory", "Boot with kho_scratch=512M."),
     errno.EEXIST: ("something else entered the active phase a moment ago", "Find out who, or: khoctl abort --force"),
 }
@@ -38,8 +51,11 @@ EXECUTE = {
     errno.EPERM: ("khod lacks CAP_SYS_BOOT", "Run khod from its unit."),
 }
 TABLES = {Step.load: LOAD, Step.activate: ACTIVATE, Step.execute: EXECUTE}
-CALLS = {Step.activate: "The kernel did not enter the active phase", Step.load: "The kernel did not take the image",
-         Step.execute: "The kernel came back from the jump"}
+CALLS = {
+    Step.activate: "The kernel did not enter the active phase",
+    Step.load: "The kernel did not take the image",
+    Step.execute: "The kernel came back from the jump",
+}
 
 
 def explain(step: Step, error: OSError) -> Failed:

@@ -53,32 +53,48 @@ def _usable(kernel: KhoKernel, what: str, parameter: str) -> Probed:
     try:
         scratch = kernel.scratch()
     except (OSError, ValueError) as error:
-        return Probed(None, f"{what}, but its scratch regions cannot be read: {error}",
-                      "Run khod as root, without lockdown=confidentiality.")
+        return Probed(
+            None,
+            f"{what}, but its scratch regions cannot be read: {error}",
+            "Run khod as root, without lockdown=confidentiality.",
+        )
     if not scratch:
-        return Probed(None, f"{what}, but no scratch memory was reserved at boot",
-                      f"Boot with {parameter} on the kernel command line.")
+        return Probed(
+            None,
+            f"{what}, but no scratch memory was reserved at boot",
+            f"Boot with {parameter} on the kernel command line.",
+        )
     return Probed(kernel, what, "")
 
 
 def _why_not(calls: Calls) -> tuple[str, str]:
     if _built_in(calls) is False:
-        return ("This kernel was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER is not set)",
-                "Boot a kernel built with CONFIG_KEXEC_HANDOVER=y and CONFIG_KEXEC_HANDOVER_DEBUGFS=y.")
+        return (
+            "This kernel was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER is not set)",
+            "Boot a kernel built with CONFIG_KEXEC_HANDOVER=y and CONFIG_KEXEC_HANDOVER_DEBUGFS=y.",
+        )
     if not _kho_on(calls):
-        return ("Kexec HandOver is compiled in and switched off: kho=on is not on the kernel command line",
-                "Add kho=on to the kernel command line (and kho_scratch= for its size) and boot again.")
+        return (
+            "Kexec HandOver is compiled in and switched off: kho=on is not on the kernel command line",
+            "Add kho=on to the kernel command line (and kho_scratch= for its size) and boot again.",
+        )
     if b" debugfs " not in calls.read("/proc/mounts"):
-        return ("debugfs is not mounted, and this kernel shows KHO nowhere else",
-                "Run: mount -t debugfs debugfs /sys/kernel/debug")
-    return ("kho=on was given, and the kernel shows no KHO in debugfs",
-            "Look for `KHO:` in the kernel log: the scratch reservation may have failed, or "
-            "CONFIG_KEXEC_HANDOVER_DEBUGFS is not set, or lockdown hides debugfs.")
+        return (
+            "debugfs is not mounted, and this kernel shows KHO nowhere else",
+            "Run: mount -t debugfs debugfs /sys/kernel/debug",
+        )
+    return (
+        "kho=on was given, and the kernel shows no KHO in debugfs",
+        "Look for `KHO:` in the kernel log: the scratch reservation may have failed, or "
+        "CONFIG_KEXEC_HANDOVER_DEBUGFS is not set, or lockdown hides debugfs.",
+    )
 
 
 def _kho_on(calls: Calls) -> bool:
     words = calls.read("/proc/cmdline").decode(errors="replace").split()
-    return any(word.partition("=")[0] == "kho" and word.partition("=")[2] in ("", "1", "y", "Y", "on") for word in words)
+    return any(
+        word.partition("=")[0] == "kho" and word.partition("=")[2] in ("", "1", "y", "Y", "on") for word in words
+    )
 
 
 def _built_in(calls: Calls) -> bool | None:

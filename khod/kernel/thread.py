@@ -28,8 +28,11 @@ class KernelThread:
             return await asyncio.wait_for(asyncio.shield(future), deadline)
         except TimeoutError:
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
-            raise Failed(f"The kernel did not come back from {what} within {deadline:g} s", where=what,
-                         remedy="The call cannot be interrupted; khoctl status shows when it has ended.") from None
+            raise Failed(
+                f"The kernel did not come back from {what} within {deadline:g} s",
+                where=what,
+                remedy="The call cannot be interrupted; khoctl status shows when it has ended.",
+            ) from None
 
     def close(self) -> None:
         """Let the thread end after its last call."""

@@ -29,18 +29,32 @@ class Verb(enum.Enum):
 UNDO = {Verb.prepare: Verb.cancel, Verb.freeze: Verb.thaw}
 
 
-class Veto(Exception):  # noqa: N818 - a producer's answer, in the field's word
+class Veto(Exception):
     """A producer says no, or cannot be understood as saying yes; the message is its reason."""
 
 
 class Producer(Protocol):
     """One holder of state."""
 
-    name: str
-    kind: str
-    timeout: float
-    after: tuple[str, ...]
-    before: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """Unique among the producers."""
+
+    @property
+    def kind(self) -> str:
+        """What sort of producer: hook, ..."""
+
+    @property
+    def timeout(self) -> float:
+        """Seconds it may take for one verb."""
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Names of producers told before it."""
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """Names of producers told after it."""
 
     async def tell(self, verb: Verb, run: str) -> None:
         """Carry a verb out; returns when it is done, raises Veto with the reason otherwise."""
@@ -49,7 +63,7 @@ class Producer(Protocol):
 def ranks(producers: Sequence[Producer]) -> list[list[Producer]]:
     """Order producers; names that are not here are no constraint. ConfigError names a cycle."""
     known = {producer.name: producer for producer in producers}
-    sorter: TopologicalSorter[str] = TopologicalSorter({name: () for name in known})
+    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(known, ()))
     for producer in producers:
         sorter.add(producer.name, *(name for name in producer.after if name in known))
         for name in producer.before:
@@ -58,8 +72,11 @@ def ranks(producers: Sequence[Producer]) -> list[list[Producer]]:
     try:
         sorter.prepare()
     except CycleError as error:
-        raise ConfigError("The producers' order is a cycle: " + " -> ".join(error.args[1]),
-                          where="after/before", remedy="Remove one of these.") from None
+        raise ConfigError(
+            "The producers' order is a cycle: " + " -> ".join(error.args[1]),
+            where="after/before",
+            remedy="Remove one of these.",
+        ) from None
     result = []
     while sorter.is_active():
         rank = sorter.get_ready()
@@ -102,9 +119,11 @@ class Barrier:
             vetoes = await asyncio.gather(*(self._one(member, verb) for member in rank))
             for member, veto in zip(rank, vetoes, strict=True):
                 if veto is not None:
-                    raise Refused(f"Producer {member.producer.name} refuses to {verb.value}: {veto}",
-                                  where=f"{member.producer.kind} {member.producer.name}",
-                                  remedy="Everything told so far is told that it is off.")
+                    raise Refused(
+                        f"Producer {member.producer.name} refuses to {verb.value}: {veto}",
+                        where=f"{member.producer.kind} {member.producer.name}",
+                        remedy="Everything told so far is told that it is off.",
+                    )
 
     async def undo(self, verb: Verb) -> None:
         """Tell everyone who was told `verb` that it is off, in reverse order; everyone is told.
@@ -115,14 +134,18 @@ class Barrier:
         for rank in reversed(self._ranks):
             told = [member for member in rank if member.told == verb.value]
             answers = await asyncio.gather(*(self._one(member, UNDO[verb]) for member in told))
-            failed += [f"{member.producer.name}: {veto}"
-                       for member, veto in zip(told, answers, strict=True) if veto is not None]
+            failed += [
+                f"{member.producer.name}: {veto}"
+                for member, veto in zip(told, answers, strict=True)
+                if veto is not None
+            ]
             if verb is Verb.freeze:
                 for member in told:
                     member.told = Verb.prepare.value  # thawed, and still to be told `cancel`
         if failed:
-            raise NotRolledBack(f"Not every producer could {UNDO[verb].value}: {'; '.join(failed)}",
-                                remedy="Look after these by hand.")
+            raise NotRolledBack(
+                f"Not every producer could {UNDO[verb].value}: {'; '.join(failed)}", remedy="Look after these by hand."
+            )
 
     async def _one(self, member: Member, verb: Verb) -> str | None:
         """Tell one producer; its reason for a no, None for a yes."""

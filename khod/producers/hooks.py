@@ -45,8 +45,12 @@ class Hook:
         environment = {"PATH": PATH, "KHO_VERB": verb.value, "KHO_RUN": run}
         try:
             process = await asyncio.create_subprocess_exec(
-                *argv, env=environment, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
-                start_new_session=True)
+                *argv,
+                env=environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
+            )
         except OSError as error:
             raise Veto(f"{argv[0]} cannot be started: {error.strerror}") from None
         assert process.stderr is not None
@@ -94,20 +98,32 @@ def _read(path: Path) -> Hook:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"The producer cannot be read: {error}", where=str(path)) from None
     if not NAME.fullmatch(path.stem):
-        raise ConfigError(f"{path.stem!r} is no name for a producer", where=str(path),
-                          remedy="Letters, digits, `.`, `_` and `-`, at most 64.")
+        raise ConfigError(
+            f"{path.stem!r} is no name for a producer",
+            where=str(path),
+            remedy="Letters, digits, `.`, `_` and `-`, at most 64.",
+        )
     commands = {verb: _strings(values.pop(verb), path, verb) for verb in VERBS if verb in values}
     timeout = values.pop("timeout", 30.0)
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
         raise ConfigError(f"`timeout` is {timeout!r}", where=str(path), remedy="It takes a positive number of seconds.")
-    order = {key: tuple(_strings(values.pop(key, []), path, key)) for key in ("after", "before")}
+    after, before = (tuple(_strings(values.pop(key, []), path, key)) for key in ("after", "before"))
     if values:
-        raise ConfigError(f"`{min(values)}` is no key of a producer's", where=str(path),
-                          remedy=f"Known here: {', '.join((*VERBS, 'timeout', 'after', 'before'))}.")
-    return Hook(path.stem, commands, float(timeout), **order)
+        raise ConfigError(
+            f"`{min(values)}` is no key of a producer's",
+            where=str(path),
+            remedy=f"Known here: {', '.join((*VERBS, 'timeout', 'after', 'before'))}.",
+        )
+    return Hook(path.stem, commands, float(timeout), after, before)
 
 
 def _strings(value: Any, path: Path, key: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(word, str) and word for word in value) or (key in VERBS and not value):
-        raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy='It takes a list of strings, ["/path", "arg"].')
+    if (
+        not isinstance(value, list)
+        or not all(isinstance(word, str) and word for word in value)
+        or (key in VERBS and not value)
+    ):
+        raise ConfigError(
+            f"`{key}` is {value!r}", where=str(path), remedy='It takes a list of strings, ["/path", "arg"].'
+        )
     return value

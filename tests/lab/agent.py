@@ -1,11 +1,12 @@
 #!/usr/bin/python3
 """The lab's hands inside a guest: runs commands and moves files for the host.
 
-It speaks newline-delimited JSON over the virtio-serial port PORT and needs nothing but the standard library, neither network
-nor udev, so it answers long before multi-user.target and almost until the very end of a shutdown.
+It speaks newline-delimited JSON over the virtio-serial port PORT and needs nothing but the standard library, neither
+network nor udev, so it answers before multi-user.target and almost until the very end of a shutdown.
 
 Agent to host, first line after each start:  {"hello": {"boot_id", "cmdline", "release", "pid"}}
-Host to agent:  {"id", "boot_id", "op", ...}    Agent to host:  {"id", "ok": true, ...} or {"id", "ok": false, "error"}
+Host to agent:  {"id", "boot_id", "op", ...}
+Agent to host:  {"id", "ok": true, ...} or {"id", "ok": false, "error"}
 
 | op | request | reply |
 |---|---|---|
@@ -13,8 +14,8 @@ Host to agent:  {"id", "boot_id", "op", ...}    Agent to host:  {"id", "ok": tru
 | put | path, data (base64), offset, truncate, mode | size |
 | get | path, offset, size | data (base64), eof |
 
-A request meant for another boot is dropped: what the host had queued when the guest jumped into its next kernel must not run there.
-Either side may find half a line left from before a jump; whatever is no JSON is skipped up to the next newline.
+A request meant for another boot is dropped: what the host had queued when the guest jumped into its next kernel must
+not run there. Either side may find half a line left from before a jump; what is no JSON is skipped.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from typing import Any
 
 PORT = "org.khod.lab"
 PORT_DEADLINE = 30.0  # seconds for the port to appear; it is there before PID 1 on every kernel of the lab
-ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8",
+}
 
 Message = dict[str, Any]
 
@@ -83,12 +86,13 @@ def run(request: Message) -> Message:
     except subprocess.TimeoutExpired as late:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise TimeoutError(f"still running after {late.timeout} s; stdout {out[-500:]!r}, stderr {err[-500:]!r}") from late
+        said = f"stdout {out[-500:]!r}, stderr {err[-500:]!r}"
+        raise TimeoutError(f"still running after {late.timeout} s; {said}") from late
     return {"rc": process.returncode, "stdout": encode(out), "stderr": encode(err)}
 
 
 def put(request: Message) -> Message:
-    """Write data at an offset of a file: {size} after it. Directories above it are made; mode applies to a new file."""
+    """Write data at an offset of a file: {size} after it. Directories above are made; a new file gets the mode."""
     path = Path(request["path"])
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if request.get("truncate") else 0)
@@ -126,7 +130,7 @@ class Agent:
         self._write_lock = threading.Lock()
 
     def send(self, message: Message) -> None:
-        """Write one whole line. The leading newline ends what an agent before the kexec may have left unfinished."""
+        """Write one whole line; its leading newline ends what an agent before the kexec may have left unfinished."""
         line = b"\n" + json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n"
         with self._write_lock:
             while line:
@@ -154,7 +158,8 @@ class Agent:
         """Say hello, then answer for as long as the system runs."""
         uname = os.uname()
         cmdline = Path("/proc/cmdline").read_text().strip()
-        self.send({"hello": {"boot_id": self.boot_id, "cmdline": cmdline, "release": uname.release, "pid": os.getpid()}})
+        self.send({"hello": {"boot_id": self.boot_id, "cmdline": cmdline, "release": uname.release,
+                             "pid": os.getpid()}})
         rest = b""
         while True:
             data = os.read(self.fd, 1 << 16)

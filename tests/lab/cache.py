@@ -7,7 +7,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ENVIRONMENT = "KHO_LAB_CACHE"
@@ -26,10 +27,19 @@ def key(parts: Iterable[str | bytes | Path]) -> str:
     for part in parts:
         if isinstance(part, Path):
             digest.update(f"{part.stat().st_mode:o} ".encode())
-            part = part.read_bytes()  # noqa: PLW2901: the three kinds end as the same bytes
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(f"{len(data)}:".encode() + data)
+            data = part.read_bytes()
+        else:
+            data = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(data)}:".encode() + data)  # its length, or "ab", "c" would be "a", "bc"
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the lock that goes with a path; other processes (and other calls in this one) wait for it."""
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def once(target: Path, make: Callable[[Path], None]) -> Path:
@@ -40,8 +50,7 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(target):
         if not target.exists():
             scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
             try:

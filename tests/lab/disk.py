@@ -1,7 +1,7 @@
-"""The guests' disk: a Debian root file system with the project's packages and the lab's files in it, as a raw ext4 image.
+"""The guests' disk: a Debian root file system with the project's packages and the lab's files, as a raw ext4 image.
 
-Nothing is mounted on the host: the tree is unpacked below the cache, changed there and put into the image by mke2fs -d. Guests
-never write to an image (QEMU keeps an overlay for each), so one image serves all scenarios at once.
+The image is never mounted on the host: the tree is unpacked below the cache, changed there and put into the image by
+mke2fs -d. Guests never write to an image (QEMU keeps an overlay for each), so one serves all scenarios at once.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ KERNELS = "/lab/kernels"
 INITRD = "/lab/initrd.img"
 MODULE = "/lab/kho_v3.ko"
 
-# In a mount namespace of its own, so that nothing stays mounted whatever happens. Maintainer scripts need /proc and /dev.
+Files = Mapping[str, Path | bytes]  # guest path: file of the host, or content
+
+# Maintainer scripts need /proc and /dev; in a mount namespace of its own nothing stays mounted, whatever happens.
 INSTALL = """\
 set -e
-mount -t proc proc "$1/proc"
-mount --rbind /dev "$1/dev"
-shift_root=$1; shift
-exec chroot "$shift_root" env DEBIAN_FRONTEND=noninteractive PATH=/usr/sbin:/usr/bin:/sbin:/bin dpkg --install "$@"
+root=$1; shift
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+exec chroot "$root" env DEBIAN_FRONTEND=noninteractive PATH=/usr/sbin:/usr/bin:/sbin:/bin dpkg --install "$@"
 """
 
 
@@ -40,7 +42,8 @@ def base() -> Path:
     LabError if mmdebstrap fails: no network, or a package that the suite no longer has.
     """
     excludes = [f"--dpkgopt=path-exclude={pattern}" for pattern in rootfs.EXCLUDED]
-    options = ["--variant=minbase", f"--include={','.join(rootfs.PACKAGES)}", f"--aptopt={archive.STALE_INDEX}", *excludes]
+    options = ["--variant=minbase", f"--include={','.join(rootfs.PACKAGES)}", f"--aptopt={archive.STALE_INDEX}",
+               *excludes]
     source = archive.source("deb", SUITE)
     target = cache.directory() / "base" / f"{SUITE}-{cache.key([SUITE, source, *options])}.tar"
     return cache.once(target, lambda path: _debootstrap(options, source, path))
@@ -52,7 +55,7 @@ def _debootstrap(options: Sequence[str], source: str, path: Path) -> None:
     call(["mmdebstrap", "--mode=root", *options, SUITE, path, source])
 
 
-def build(debs: Sequence[Path] = (), files: Mapping[str, Path | bytes] | None = None) -> Path:
+def build(debs: Sequence[Path] = (), files: Files | None = None) -> Path:
     """The image with these packages installed and these files (guest path: file of the host, or content) in place.
 
     A host file keeps its mode, content gets 0644. The same packages and files give the same image from the cache; the
@@ -60,7 +63,7 @@ def build(debs: Sequence[Path] = (), files: Mapping[str, Path | bytes] | None = 
     """
     files = files or {}
     tarball = base()
-    parts: list[str | bytes | Path] = [tarball.name, SIZE, INSTALL, Path(__file__), Path(rootfs.__file__), *rootfs.FILES.values(), *debs]
+    parts: list[str | bytes | Path] = [tarball.name, Path(__file__), Path(rootfs.__file__), *rootfs.FILES.values(), *debs]
     for path in sorted(files):
         parts += [path, files[path]]
     folder = cache.directory() / "disks"
@@ -70,7 +73,7 @@ def build(debs: Sequence[Path] = (), files: Mapping[str, Path | bytes] | None = 
     return image
 
 
-def _build(tarball: Path, debs: Sequence[Path], files: Mapping[str, Path | bytes], image: Path) -> None:
+def _build(tarball: Path, debs: Sequence[Path], files: Files, image: Path) -> None:
     """Unpack, install, settle, and put the tree into an image."""
     _need_root()
     with tempfile.TemporaryDirectory(dir=image.parent, prefix="tree-") as name:
@@ -83,7 +86,9 @@ def _build(tarball: Path, debs: Sequence[Path], files: Mapping[str, Path | bytes
             place = rootfs.below(root, path)
             place.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
             place.chmod(0o644 if isinstance(content, bytes) else content.stat().st_mode & 0o7777)
-        call(["mke2fs", "-q", "-t", "ext4", "-J", "size=16", "-E", "lazy_itable_init=0,root_owner=0:0", "-d", root, image, SIZE])
+        # A journal, though a small one: a scenario resets the machine and then reads what was fsynced before.
+        call(["mke2fs", "-q", "-t", "ext4", "-J", "size=16", "-E", "lazy_itable_init=0,root_owner=0:0",
+              "-d", root, image, SIZE])
 
 
 def _install(root: Path, debs: Sequence[Path]) -> None:
@@ -107,7 +112,7 @@ def _need_root() -> None:
 
 
 def standard_files(kernels: Iterable[Kernel], module: Path | None = None) -> dict[str, Path | bytes]:
-    """The files every scenario may count on: each kernel's image below KERNELS, INITRD, and the v3 module at MODULE if given."""
+    """The files every scenario may count on: each kernel's image below KERNELS, INITRD, and MODULE if given."""
     files: dict[str, Path | bytes] = {f"{KERNELS}/{kernel.version}/bzImage": kernel.bzimage for kernel in kernels}
     files[INITRD] = initrd({"khod-lab-initrd": b"a marker, no system\n"})
     if module is not None:
@@ -116,9 +121,10 @@ def standard_files(kernels: Iterable[Kernel], module: Path | None = None) -> dic
 
 
 def initrd(files: Mapping[str, bytes]) -> bytes:
-    """A gzip-compressed newc cpio archive with these files in its root; the kernel unpacks it and boots from its disk all the same."""
+    """Give a gzipped newc cpio archive of these files; a kernel unpacks it and boots from its disk all the same."""
     members = [*files.items(), ("TRAILER!!!", b"")]
-    return gzip.compress(b"".join(_member(number, name, data) for number, (name, data) in enumerate(members)), mtime=0)
+    archived = b"".join(_member(number, name, data) for number, (name, data) in enumerate(members))
+    return gzip.compress(archived, mtime=0)
 
 
 def _member(inode: int, name: str, data: bytes) -> bytes:

@@ -19,16 +19,16 @@ from tests.lab.errors import CommandFailed, GuestRebooted, LabError, Result
 from tests.lab.kernels import Kernel
 from tests.lab.machine import Json, Machine
 
-# Legacy ptys are 256 devices that udev and systemd would each look at; the other words save a second or tell us of a panic.
+# Legacy ptys are 256 devices for udev and systemd to look at; the other words save a second, or end a panic at once.
 CMDLINE = "console=ttyS0 root=/dev/vda rw panic=-1 mitigations=off pty.legacy_count=0 8250.nr_uarts=1"
 GRACE = 20.0  # seconds beyond a command's own timeout until the agent must have answered
-HELLO_TIMEOUT = 120.0
+BOOT_TIMEOUT = 120.0  # seconds
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What the agent says at each start: which boot, which kernel, and the seconds since QEMU's start at which it came."""
+    """What the agent says when it starts: which boot, which kernel. `seconds` is when it came, from QEMU's start."""
 
     boot_id: str
     cmdline: str
@@ -41,14 +41,14 @@ class Pending:
     """A command on its way in the guest, from Guest.start()."""
 
     def __init__(self, guest: Guest, number: str, argv: Sequence[str], hello: Hello) -> None:
-        """Remember which reply to wait for, and in which life of the agent it was asked for."""
+        """Remember which reply to wait for, and from which agent."""
         self._guest = guest
         self._number = number
         self._argv = tuple(argv)
         self._hello = hello
 
     def wait(self, timeout: float = 120) -> Result:
-        """How the command ended; GuestRebooted if its boot ended first, WaitTimeout after `timeout` seconds."""
+        """Give how the command ended; GuestRebooted if its boot ended first, WaitTimeout after `timeout` seconds."""
         reply = self._guest.reply(self._number, " ".join(self._argv), timeout, self._hello)
         return Result(reply["rc"], _text(reply["stdout"]), _text(reply["stderr"]))
 
@@ -63,8 +63,9 @@ class Guest:
     ) -> None:
         """Describe the machine; nothing runs before the with statement.
 
-        The disk's image is never written: QEMU keeps what the guest writes in a temporary overlay of its own, through kexec and
-        reset. With `reboot` false a reset ends QEMU. `console_log` defaults to a file in a temporary directory.
+        The disk's image is never written: QEMU keeps what the guest writes in a temporary overlay of its own, through
+        kexec and reset. With `reboot` false a reset ends QEMU. `accel` is kvm or tcg, probed if not given.
+        `console_log` defaults to a file in a temporary directory.
         """
         self._kernel = kernel
         self._accel = accel
@@ -83,19 +84,17 @@ class Guest:
     def __enter__(self) -> Self:
         """Start QEMU and wait for the agent; GuestLost or WaitTimeout if it does not come up."""
         with ExitStack() as stack:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="khod-lab-")))
+            directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="khod-lab-"))
             arguments = [*machine_arguments(self._accel or probe_accel(self._kernel)), *self._arguments]
-            log = self._console_log or directory / "console.log"
-            machine = Machine(arguments, log, panic_is_loss=self._panic_is_loss)
-            stack.callback(machine.close)
-            machine.on_agent_line = self._take
-            self._machine = machine
-            stack.enter_context(machine)
-            self.wait_hello(HELLO_TIMEOUT)
+            self._machine = Machine(arguments, self._console_log or Path(directory) / "console.log",
+                                    panic_is_loss=self._panic_is_loss, on_agent_line=self._take)
+            stack.enter_context(self._machine)
+            self.wait_hello(BOOT_TIMEOUT)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         """End QEMU."""
         self._stack.close()
 
@@ -106,7 +105,7 @@ class Guest:
             raise LabError("the guest is not started: use it as a context manager")
         return self._machine
 
-    # -- boots --------------------------------------------------------------------------------------------------------
+    # -- boots ----------------------------------------------------------------------------------------------------
 
     @property
     def hellos(self) -> Sequence[Hello]:
@@ -126,50 +125,51 @@ class Guest:
 
     def wait_hello(self, timeout: float) -> Hello:
         """Wait for the agent of the first boot."""
-        return self.machine.wait("the agent's first hello", timeout, lambda: self._hellos[-1] if self._hellos else None)
+        return self.machine.wait("the agent's first hello", timeout, lambda: next(reversed(self._hellos), None))
 
-    def wait_reboot(self, previous_boot_id: str, timeout: float = HELLO_TIMEOUT) -> Hello:
+    def wait_reboot(self, previous_boot_id: str, timeout: float = BOOT_TIMEOUT) -> Hello:
         """Wait for the agent of another boot than `previous_boot_id`, whatever led there: kexec, reboot or reset."""
         def other() -> Hello | None:
             return self._hellos[-1] if self._hellos[-1].boot_id != previous_boot_id else None
 
         return self.machine.wait(f"the agent of another boot than {previous_boot_id}", timeout, other)
 
-    def wait_online(self, timeout: float = HELLO_TIMEOUT) -> str:
-        """Wait until systemd has finished starting; its word for the state it is in: running, degraded, maintenance."""
+    def wait_online(self, timeout: float = BOOT_TIMEOUT) -> str:
+        """Wait until systemd has finished starting; its word for the state: running, degraded, maintenance."""
         return self.run(["systemctl", "is-system-running", "--wait"], check=False, timeout=timeout).stdout.strip()
 
-    def kexec(self, timeout: float = HELLO_TIMEOUT, argv: Sequence[str] = ("systemctl", "kexec")) -> Hello:
+    def kexec(self, timeout: float = BOOT_TIMEOUT, argv: Sequence[str] = ("systemctl", "kexec")) -> Hello:
         """Run the command that jumps into the loaded kernel, and wait for that kernel's agent."""
         previous = self.boot_id
         self.start(argv)
         return self.wait_reboot(previous, timeout)
 
-    def reset(self, timeout: float = HELLO_TIMEOUT) -> Hello:
-        """Press the reset button and wait for the agent: the machine boots its own -kernel, with nothing handed over."""
+    def reset(self, timeout: float = BOOT_TIMEOUT) -> Hello:
+        """Press the reset button and wait for the agent: the machine boots its own -kernel, nothing is handed over."""
         previous = self.boot_id
         self.qmp("system_reset")
         return self.wait_reboot(previous, timeout)
 
-    # -- commands and files -------------------------------------------------------------------------------------------
+    # -- commands and files -----------------------------------------------------------------------------------------
 
     def run(
-        self, argv: Sequence[str], *, check: bool = True, timeout: float = 120, input: str | bytes | None = None,
+        self, argv: Sequence[str], *, check: bool = True, timeout: float = 120,
+        input: str | bytes | None = None,  # noqa: A002: named as in subprocess.run
         env: Mapping[str, str] | None = None,
     ) -> Result:
         """Run a command in the guest to its end.
 
-        CommandFailed on a non-zero exit status with `check`; LabError if it cannot be started or outlives `timeout` seconds
-        (it is killed then); GuestRebooted if its boot ends first.
+        CommandFailed on a non-zero exit status with `check`; LabError if it cannot be started or outlives `timeout`
+        seconds (it is killed then); GuestRebooted if its boot ends first.
         """
-        pending = self._command(argv, timeout, input, env)
-        result = pending.wait(timeout + GRACE)
+        result = self._command(argv, timeout, input, env).wait(timeout + GRACE)
         if check and result.rc != 0:
             raise CommandFailed(argv, result)
         return result
 
     def start(
-        self, argv: Sequence[str], *, input: str | bytes | None = None, env: Mapping[str, str] | None = None,
+        self, argv: Sequence[str], *, input: str | bytes | None = None,  # noqa: A002: named as in subprocess.run
+        env: Mapping[str, str] | None = None,
     ) -> Pending:
         """Start a command in the guest and go on; the Pending gives its result later."""
         return self._command(argv, None, input, env)
@@ -202,15 +202,15 @@ class Guest:
                 return data
 
     def _request(self, op: str, **fields: Any) -> tuple[str, Hello]:
-        """Send a request for the running boot; its number, and the agent that it was sent to."""
+        """Send a request for the running boot: its number, and the agent that it was sent to."""
         with self.machine.lock:
             self._sequence += 1
             number, hello = str(self._sequence), self._hellos[-1]
-        self.machine.send_agent({"id": number, "boot_id": hello.boot_id, "op": op, **fields})
+        self.machine.send("agent", {"id": number, "boot_id": hello.boot_id, "op": op, **fields})
         return number, hello
 
     def reply(self, number: str, what: str, timeout: float, hello: Hello) -> Json:
-        """Wait for a request's reply; LabError if it says error, GuestRebooted if another agent than `hello`'s has come."""
+        """Wait for the reply to a request; LabError if it is an error, GuestRebooted if another agent has come."""
         def arrived() -> Json | None:
             if number in self._replies:
                 return self._replies.pop(number)
@@ -224,17 +224,18 @@ class Guest:
         return reply
 
     def _take(self, line: bytes) -> None:
-        """Sort one line from the agent; called by the reader with the lock held. Half a line from before a kexec is skipped."""
+        """Sort one line from the agent, with the lock held; half a line from before a kexec is skipped."""
         try:
             message = json.loads(line)
         except ValueError:
             return
-        if "hello" in message:
-            self._hellos.append(Hello(**message["hello"], seconds=self.machine.age()))
-        else:
-            self._replies[message["id"]] = message
+        match message:
+            case {"hello": fields}:
+                self._hellos.append(Hello(**fields, seconds=self.machine.age()))
+            case {"id": str(number), "ok": bool()}:
+                self._replies[number] = message
 
-    # -- the machine --------------------------------------------------------------------------------------------------
+    # -- the machine ------------------------------------------------------------------------------------------------
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command (see Machine.qmp)."""

@@ -1,7 +1,7 @@
 """One QEMU process and its three lines: serial console, QMP and the agent's virtio-serial port.
 
-The lines are socket pairs whose far ends QEMU inherits, so there is no path to agree on, nothing to connect to and no leftover file.
-One thread reads all three and wakes whoever waits: no wait of the lab polls or sleeps.
+The lines are socket pairs whose far ends QEMU inherits: no path to agree on, nothing to connect to, nothing left over.
+One thread reads all three and wakes whoever waits, so no wait of the lab polls or sleeps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,9 +24,12 @@ from tests.lab.errors import GuestLost, LabError, WaitTimeout
 
 QEMU = "qemu-system-x86_64"
 AGENT_PORT = "org.khod.lab"
+LINES = ("console", "qmp", "agent")
 TAIL_LINES = 40
 PANIC = b"Kernel panic - not syncing"
 LAST_WORDS = 2.0  # seconds that a panicking kernel gets to print its trace before the loss is reported
+SEND_DEADLINE = 60.0  # seconds for QEMU to take a message; a guest in the middle of a kexec takes none
+QMP_DEADLINE = 30.0  # seconds
 QUIT_DEADLINE = 10.0  # seconds between asking QEMU to end and killing it
 
 T = TypeVar("T")
@@ -38,91 +42,103 @@ class Machine:
     `lock` guards everything the reader thread writes and is notified on every change.
     """
 
-    def __init__(self, arguments: Sequence[str], console_log: Path, *, panic_is_loss: bool = True) -> None:
-        """Start QEMU with `arguments` plus the three lines; what the console prints also goes to the file `console_log`.
+    def __init__(
+        self, arguments: Sequence[str], console_log: Path, *, panic_is_loss: bool = True,
+        on_agent_line: Callable[[bytes], None] = bytes,
+    ) -> None:
+        """Describe the machine; what its console prints also goes to the file `console_log`.
 
-        LabError if there is no QEMU. With `panic_is_loss` false a panic is just text, for scenarios that cause one.
+        With `panic_is_loss` false a panic is just text, for scenarios that cause one. `on_agent_line` is called for
+        each line from the agent, in the reader thread with the lock held.
         """
         self.lock = threading.Condition()
-        self.started = time.monotonic()
         self.lost: str | None = None
-        self.events: list[Json] = []
-        self.on_agent_line: Callable[[bytes], None] = lambda line: None
+        self.console_log = console_log
+        self._arguments = tuple(arguments)
         self._panic_is_loss = panic_is_loss
+        self._on_agent_line = on_agent_line
         self._console = bytearray()
-        self._log = console_log.open("wb")
+        self._events: list[Json] = []
         self._replies: dict[str, Json] = {}
         self._sequence = 0
         self._rest = {"qmp": b"", "agent": b""}
-        self._lines: dict[str, socket.socket] = {}
-        self._stderr = tempfile.TemporaryFile()
-        self._process = self._start(arguments)
-        self._reader = threading.Thread(target=self._read, name="lab-reader", daemon=True)
-
-    def _start(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start QEMU with the far end of each line; the near ends stay in _lines."""
-        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", *arguments]
-        far: list[socket.socket] = []
-        for name in ("console", "qmp", "agent"):
-            near, other = socket.socketpair()
-            self._lines[name] = near
-            far.append(other)
-            argv += ["-chardev", f"socket,id={name},fd={other.fileno()}"]
-        argv += ["-serial", "chardev:console", "-mon", "chardev=qmp,mode=control"]
-        argv += ["-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"]
-        try:
-            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self._stderr, stderr=self._stderr,
-                                    pass_fds=[end.fileno() for end in far])
-        except FileNotFoundError as error:
-            raise LabError(f"{QEMU} is not installed: install the packages of tests/lab/packages.txt") from error
-        finally:
-            for end in far:
-                end.close()
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        """Begin to read; QMP commands work from here on."""
-        self._reader.start()
-        self.qmp("qmp_capabilities")
+        """Start QEMU; the QMP commands work from here on. LabError if it is not installed, GuestLost if it refuses."""
+        with ExitStack() as stack:
+            self._log = stack.enter_context(self.console_log.open("wb"))
+            self._stderr = stack.enter_context(tempfile.TemporaryFile())
+            near, far = self._socket_pairs(stack)
+            self._lines = near
+            self._started = time.monotonic()
+            self._process = self._start(far)
+            self._reader = threading.Thread(target=self._read, name="lab-reader", daemon=True)
+            self._reader.start()
+            stack.callback(self._end)
+            self.qmp("qmp_capabilities")
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """End QEMU: ask, and kill it if it does not go within QUIT_DEADLINE."""
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        """End this QEMU and no other: ask it, and kill it if it does not go within QUIT_DEADLINE."""
+        self._stack.close()
 
-    def close(self) -> None:
-        """End this QEMU and no other. May be called again."""
+    def _socket_pairs(self, stack: ExitStack) -> tuple[dict[str, socket.socket], dict[str, socket.socket]]:
+        """Make a socket pair for each of LINES: our ends and QEMU's."""
+        near, far = {}, {}
+        for name in LINES:
+            near[name], far[name] = (stack.enter_context(end) for end in socket.socketpair())
+            near[name].settimeout(SEND_DEADLINE)
+        return near, far
+
+    def _start(self, far: dict[str, socket.socket]) -> subprocess.Popen[bytes]:
+        """Start QEMU with its ends of the lines, and close them here so that its death closes the lines."""
+        argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", *self._arguments]
+        for name, end in far.items():
+            argv += ["-chardev", f"socket,id={name},fd={end.fileno()}"]
+        argv += ["-serial", "chardev:console", "-mon", "chardev=qmp,mode=control",
+                 "-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"]
+        try:
+            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self._stderr, stderr=self._stderr,
+                                    pass_fds=[end.fileno() for end in far.values()])
+        except FileNotFoundError as error:
+            raise LabError(f"{QEMU} is not installed: see tests/lab/packages.txt") from error
+        finally:
+            for end in far.values():
+                end.close()
+
+    def _end(self) -> None:
+        """End the process and the thread that listens to it."""
         self._process.terminate()
         try:
             self._process.wait(QUIT_DEADLINE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        if self._reader.is_alive():
-            self._reader.join(QUIT_DEADLINE)
-        for line in self._lines.values():
-            line.close()
-        self._log.close()
-        self._stderr.close()
+        self._reader.join(QUIT_DEADLINE)
 
-    # -- what the lines say -------------------------------------------------------------------------------------------
+    # -- what the lines say -------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        """The reader thread: hand on what comes in on any line until QEMU closes QMP."""
-        with selectors.DefaultSelector() as selector:
-            for name, line in self._lines.items():
-                selector.register(line, selectors.EVENT_READ, name)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    name = key.data
-                    try:
-                        data = self._lines[name].recv(1 << 16)
-                    except OSError:
-                        data = b""
-                    if not data:
-                        selector.unregister(key.fileobj)
-                    with self.lock:
-                        self._take(name, data)
-                        self.lock.notify_all()
+        """Hand on what comes in on any line until QEMU has closed them all. This is the reader thread."""
+        try:
+            with selectors.DefaultSelector() as selector:
+                for name, line in self._lines.items():
+                    selector.register(line, selectors.EVENT_READ, name)
+                while selector.get_map():
+                    for key, _ in selector.select():
+                        data = _receive(self._lines[key.data])
+                        if not data:
+                            selector.unregister(key.fileobj)
+                        with self.lock:
+                            self._take(key.data, data)
+                            self.lock.notify_all()
+        finally:
+            with self.lock:  # also if a bug ended this thread: nobody may wait for news that cannot come
+                self.lost = self.lost or "the lab's reader ended"
+                self.lock.notify_all()
 
     def _take(self, name: str, data: bytes) -> None:
         """Sort new bytes of one line into the state; no bytes mean that QEMU closed it."""
@@ -131,32 +147,37 @@ class Machine:
         elif data:
             *lines, self._rest[name] = (self._rest[name] + data).split(b"\n")
             for line in lines:
-                (self._take_qmp if name == "qmp" else self.on_agent_line)(line)
-        elif name == "qmp" and self.lost is None:
-            self.lost = "QEMU ended"
+                (self._take_qmp if name == "qmp" else self._on_agent_line)(line)
+        elif name == "qmp":
+            self.lost = self.lost or "QEMU ended"
 
     def _take_console(self, data: bytes) -> None:
-        """Keep console output and look for a panic in it, also in one that came in two pieces."""
+        """Keep console output and look for a panic in it, also for one that came in two pieces."""
         start = max(0, len(self._console) - len(PANIC))
         self._console += data
         self._log.write(data)
         self._log.flush()
-        if self._panic_is_loss and self.lost is None and PANIC in self._console[start:]:
-            self.lost = "the kernel panicked"
+        if self._panic_is_loss and PANIC in self._console[start:]:
+            self.lost = self.lost or "the kernel panicked"
 
     def _take_qmp(self, line: bytes) -> None:
         """Sort one QMP message into events and replies; the greeting is neither."""
         message: Json = json.loads(line)
         if "event" in message:
-            self.events.append(message)
+            self._events.append(message)
         elif "id" in message:
             self._replies[message["id"]] = message
 
-    # -- what the host does -------------------------------------------------------------------------------------------
+    # -- what the host does ---------------------------------------------------------------------------------------
 
-    def send_agent(self, message: Json) -> None:
-        """Send one line to the agent; GuestLost if QEMU is gone."""
-        self._send("agent", message)
+    def send(self, line: str, message: Json) -> None:
+        """Write one JSON line to `qmp` or `agent`; GuestLost if QEMU is gone or takes nothing for SEND_DEADLINE."""
+        try:
+            self._lines[line].sendall(json.dumps(message).encode("ascii") + b"\n")
+        except OSError as error:
+            with self.lock:
+                self.lost = self.lost or f"QEMU takes nothing on its {line} line ({error})"
+            raise self._loss(f"room on the {line} line") from error
 
     def qmp(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command and give what it returns; underscores in argument names become the dashes QMP uses.
@@ -167,28 +188,19 @@ class Machine:
             self._sequence += 1
             number = f"lab-{self._sequence}"
         dashed = {name.replace("_", "-"): value for name, value in arguments.items()}
-        self._send("qmp", {"execute": command, "arguments": dashed, "id": number})
-        reply = self.wait(f"the reply to QMP {command}", 30, lambda: self._replies.pop(number, None))
+        self.send("qmp", {"execute": command, "arguments": dashed, "id": number})
+        reply = self.wait(f"the reply to QMP {command}", QMP_DEADLINE, lambda: self._replies.pop(number, None))
         if "error" in reply:
             raise LabError(f"QMP {command} {dashed}: {reply['error']['desc']}")
         return reply["return"]
 
-    def _send(self, name: str, message: Json) -> None:
-        """Write one JSON line to QEMU."""
-        try:
-            self._lines[name].sendall(json.dumps(message).encode("ascii") + b"\n")
-        except OSError as error:
-            with self.lock:
-                self.lost = self.lost or f"QEMU closed its {name} line"
-            raise self._loss(f"sending on the {name} line") from error
-
     def wait(self, condition: str, timeout: float, probe: Callable[[], T | None]) -> T:
-        """Wait until `probe`, called with the lock held after every change, gives something other than None; give that.
+        """Call `probe`, with the lock held, after every change until it gives something other than None; give that.
 
         WaitTimeout, naming `condition`, after `timeout` seconds; GuestLost as soon as the guest is gone.
         """
+        deadline = time.monotonic() + timeout
         with self.lock:
-            deadline = time.monotonic() + timeout
             while (found := probe()) is None:
                 if self.lost:
                     raise self._loss(condition)
@@ -198,26 +210,22 @@ class Machine:
             return found
 
     def _loss(self, condition: str) -> GuestLost:
-        """The error for a lost guest, after its last words have come in."""
+        """Make the error for a lost guest, after its last words have come in."""
         with self.lock:
-            self.lock.wait_for(lambda: self._count("RESET") or not self._reader.is_alive(), LAST_WORDS)
+            self.lock.wait_for(lambda: self.resets or not self._reader.is_alive(), LAST_WORDS)
         self._stderr.seek(0)
         said = self._stderr.read().decode(errors="replace").strip()
         return GuestLost(f"{self.lost} while waiting for {condition}\n{said}\n{self.tail()}")
 
-    def _count(self, event: str) -> int:
-        """How many QMP events of this name came so far."""
-        return sum(1 for message in self.events if message["event"] == event)
-
     def age(self) -> float:
         """Seconds since QEMU was started."""
-        return time.monotonic() - self.started
+        return time.monotonic() - self._started
 
     @property
     def resets(self) -> int:
-        """How often the machine was reset. A kexec is no reset, so this tells the two apart from outside the guest."""
+        """How often the machine was reset. A kexec is no reset, so this tells them apart from outside the guest."""
         with self.lock:
-            return self._count("RESET")
+            return sum(1 for message in self._events if message["event"] == "RESET")
 
     def console(self) -> str:
         """Everything that the serial console has printed."""
@@ -225,10 +233,18 @@ class Machine:
             return self._console.decode(errors="replace").replace("\r\n", "\n")
 
     def wait_console(self, pattern: str, timeout: float, *, since: int = 0) -> re.Match[str]:
-        """Wait until the console's text, from character `since` on, matches the regular expression; give the match."""
+        """Wait until the console's text from character `since` on matches the regular expression; give the match."""
         compiled = re.compile(pattern, re.MULTILINE)
         return self.wait(f"{pattern!r} on the console", timeout, lambda: compiled.search(self.console(), since))
 
     def tail(self) -> str:
-        """The console's last lines, with a heading, for error messages."""
-        return "\n".join([f"--- last lines of {self._log.name} ---", *self.console().splitlines()[-TAIL_LINES:]])
+        """Give the console's last lines, with a heading, for error messages."""
+        return "\n".join([f"--- last lines of {self.console_log} ---", *self.console().splitlines()[-TAIL_LINES:]])
+
+
+def _receive(line: socket.socket) -> bytes:
+    """Read what is there; nothing if the other end is closed or was killed."""
+    try:
+        return line.recv(1 << 16)
+    except OSError:
+        return b""

@@ -11,16 +11,19 @@ from tests.lab.errors import LabError
 LAST_CHARACTERS = 3000
 
 
-def call(argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+def call(
+    argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None,
+) -> str:
     """Run a program of the host to its end and give its standard output.
 
     LabError if it is not installed, or if it fails: with the command and the end of what it said on both streams.
     """
     command = [str(word) for word in argv]
     try:
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              errors="replace", check=False)
     except FileNotFoundError as error:
-        raise LabError(f"{command[0]} is not installed: install the packages of tests/lab/packages.txt") from error
+        raise LabError(f"{command[0]} is not installed: see tests/lab/packages.txt") from error
     if done.returncode != 0:
         said = (done.stdout + done.stderr)[-LAST_CHARACTERS:]
         raise LabError(f"{' '.join(command)[:500]}: exit status {done.returncode}\n{said}")

@@ -1,7 +1,7 @@
-"""What the guests' root file system is made of, beyond Debian's packages: the agent, and everything that is left out.
+"""What the guests' root file system is made of: Debian's packages, the agent, and a list of what is left out.
 
-Under software emulation each process that starts costs a tenth of a second, so what no scenario looks at does not start.
-What khod talks to stays as Debian ships it: systemd, the journal, udev, D-Bus, logind, tmpfiles, debugfs and tracefs.
+Under software emulation each process that starts costs a tenth of a second or more, so what no scenario looks at does
+not start. What khod talks to stays as Debian ships it: systemd, the journal, udev, D-Bus, logind, tmpfiles, debugfs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MACHINE_ID = "0123456789abcdef0123456789abcdef"  # fixed: an empty one would mak
 
 MASKED_UNITS = (
     # nobody logs in or is asked for a password
-    "getty.target", "serial-getty@.service", "systemd-user-sessions.service", "systemd-ask-password-console.path",
-    "systemd-ask-password-wall.path", "systemd-ask-password.socket", "systemd-mute-console.socket",
+    "getty.target", "serial-getty@.service", "systemd-user-sessions.service", "systemd-ask-password-wall.path",
+    "systemd-ask-password-console.path", "systemd-ask-password.socket", "systemd-mute-console.socket",
     # done when the image was made
     "ldconfig.service", "systemd-firstboot.service", "systemd-hwdb-update.service", "systemd-sysusers.service",
     "systemd-journal-catalog-update.service", "systemd-machine-id-commit.service", "systemd-update-done.service",
@@ -30,23 +30,23 @@ MASKED_UNITS = (
     # devtmpfs makes every node there is, and these kernels have no modules, firmware, binfmt or crash store
     "kmod-static-nodes.service", "systemd-modules-load.service", "systemd-tmpfiles-setup-dev.service",
     "systemd-tmpfiles-setup-dev-early.service", "systemd-pstore.service", "systemd-binfmt.service",
-    "proc-sys-fs-binfmt_misc.automount", "systemd-udev-load-credentials.service", "systemd-hibernate-clear.service",
-    "modprobe@configfs.service", "modprobe@drm.service", "modprobe@efi_pstore.service", "modprobe@fuse.service",
-    "sys-kernel-config.mount", "sys-fs-fuse-connections.mount", "dev-mqueue.mount", "systemd-sysctl.service",
+    "proc-sys-fs-binfmt_misc.automount", "systemd-udev-load-credentials.service", "modprobe@configfs.service",
+    "modprobe@drm.service", "modprobe@efi_pstore.service", "modprobe@fuse.service", "sys-kernel-config.mount",
+    "sys-fs-fuse-connections.mount", "dev-mqueue.mount", "systemd-sysctl.service",
+    "systemd-hibernate-clear.service",
     # sockets of services no scenario calls
-    "systemd-creds.socket", "systemd-factory-reset.socket", "systemd-hostnamed.socket", "systemd-journalctl.socket",
-    "systemd-sysext.socket", "systemd-sysinstall.socket",
+    "systemd-creds.socket", "systemd-factory-reset.socket", "systemd-hostnamed.socket",
+    "systemd-journalctl.socket", "systemd-sysext.socket", "systemd-sysinstall.socket",
     # timers would run while a scenario counts on quiet
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer",
     "systemd-tmpfiles-clean.timer",
 )
-GENERATORS = Path("usr/lib/systemd/system-generators")
 
 AGENT_UNIT = f"""\
 [Unit]
 Description=Agent of the khod lab
-# It starts with the first units and waits for none. It stays through a shutdown until systemd-shutdown kills it, so that
-# what asked for the shutdown still gets its answer.
+# It starts with the first units and waits for none. It stays through a shutdown until systemd-shutdown kills it,
+# so that whoever asked for the shutdown still gets an answer.
 DefaultDependencies=no
 IgnoreOnIsolate=yes
 RefuseManualStop=yes
@@ -63,7 +63,7 @@ WantedBy=sysinit.target
 """
 COLDPLUG = """\
 [Service]
-# Hot-plugged devices raise events of their own; of those that were there from the start only these are looked at.
+# Hot-plugged devices raise events of their own; of those that were there from the start only these count.
 ExecStart=
 ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=virtio-ports
 """
@@ -76,25 +76,28 @@ FILES = {
     "/usr/lib/systemd/system/khod-lab-agent.service": AGENT_UNIT,
     AGENT: (Path(__file__).parent / "agent.py").read_text(),
 }
+VENDOR_UNITS = "/usr/lib/systemd/system"
+UNITS = "/etc/systemd/system"
 LINKS = {
-    "/etc/systemd/system/default.target": "/usr/lib/systemd/system/multi-user.target",
-    "/etc/systemd/system/sysinit.target.wants/khod-lab-agent.service": "/usr/lib/systemd/system/khod-lab-agent.service",
-    **{f"/etc/systemd/system/{unit}": "/dev/null" for unit in MASKED_UNITS},
+    f"{UNITS}/default.target": f"{VENDOR_UNITS}/multi-user.target",
+    f"{UNITS}/sysinit.target.wants/khod-lab-agent.service": f"{VENDOR_UNITS}/khod-lab-agent.service",
+    **{f"{UNITS}/{unit}": "/dev/null" for unit in MASKED_UNITS},
 }
 
 
 def below(root: Path, path: str) -> Path:
-    """Where the guest's absolute `path` is while its tree stands in `root`; the directories above it are made."""
+    """Place of the guest's absolute `path` while its tree stands in `root`; the directories above it are made."""
     place = root / path.lstrip("/")
     place.parent.mkdir(parents=True, exist_ok=True)
     return place
 
 
 def settle(root: Path) -> None:
-    """Turn the Debian tree in `root` into a guest's: the agent in, what wastes time out, /etc and /var marked as up to date."""
+    """Turn the Debian tree in `root` into a guest's: agent in, what wastes time out, /etc and /var up to date."""
     for path, text in FILES.items():
         below(root, path).write_text(text)
-    generators = {f"/etc/systemd/system-generators/{entry.name}": "/dev/null" for entry in (root / GENERATORS).iterdir()}
+    vendor = (entry.name for entry in (root / "usr/lib/systemd/system-generators").iterdir())
+    generators = {f"/etc/systemd/system-generators/{name}": "/dev/null" for name in vendor}
     for path, target in (LINKS | generators).items():
         link = below(root, path)
         link.unlink(missing_ok=True)

@@ -1,0 +1,46 @@
+# `make demo` and `make test` do all their own set-up; see README.md.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+export KHO_LAB_KERNELS
+
+.PHONY: demo test lint unit lab bench deb kernels clean
+
+demo: $(VENV)/ready
+	@packaging/demo $(PY)
+
+test: lint unit lab
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff format --check khod khoctl tests
+	$(VENV)/bin/ruff check khod khoctl tests
+	$(VENV)/bin/mypy
+
+unit: $(VENV)/ready
+	$(PY) -m pytest tests/unit
+
+lab: $(VENV)/ready deb $(VENV)/lab-packages
+	$(PY) -m pytest tests/lab
+
+bench: $(VENV)/ready deb $(VENV)/lab-packages
+	$(PY) -m tests.bench
+
+deb: $(VENV)/deb-packages
+	packaging/build-deb
+
+$(VENV)/ready: pyproject.toml packaging/python-packages.txt
+	packaging/ensure-packages packaging/python-packages.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(VENV)/lab-packages: tests/lab/packages.txt
+	packaging/ensure-packages $<
+	mkdir -p $(VENV) && touch $@
+
+$(VENV)/deb-packages: packaging/packages.txt
+	packaging/ensure-packages $<
+	mkdir -p $(VENV) && touch $@
+
+clean:
+	rm -rf $(VENV) dist build *.egg-info

@@ -1,0 +1,5 @@
+"""python -m khoctl."""
+
+from khoctl.app import main
+
+main()

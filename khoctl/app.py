@@ -1,0 +1,284 @@
+"""khoctl's commands. Each asks khod over its socket; exit codes are `khod.errors.Exit`."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from khoctl import profile, progress, render
+from khod.client import Client, connect
+from khod.errors import Exit, KhoError, UsageError
+from khod.images.sealed import open_regular
+from khod.model import CheckResult, Event, Phase, Status
+from khod.protocol import SOCKET
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Take this host from one kernel to the next without losing what it holds (Kexec HandOver).",
+    epilog="Exit codes: 0 done, 1 failed and rolled back, 2 usage, 3 refused, 4 not supported here, "
+    "5 khod not reachable, 6 failed and not fully rolled back, 7 degraded after boot.",
+)
+dt = typer.Typer(no_args_is_help=True, help="The state tree that is handed over.")
+app.add_typer(dt, name="dt")
+
+CLEAR = "\x1b[2J\x1b[H"  # the screen emptied, the cursor at its top
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+class Side(StrEnum):
+    """Which state tree."""
+
+    out = "out"
+    arrived = "in"
+    snapshot = "snapshot"
+
+
+class Form(StrEnum):
+    """How a tree is written."""
+
+    dtb = "dtb"
+    dts = "dts"
+
+
+class _Socket:
+    path = Path(SOCKET)
+
+
+@app.callback()
+def _main(
+    socket: Annotated[Path, typer.Option(envvar="KHOD_SOCKET", help="khod's socket.")] = Path(SOCKET),
+) -> None:
+    _Socket.path = socket
+
+
+@app.command()
+def status(
+    as_json: Json = False, watch: Annotated[bool, typer.Option(help="Stay, and show every change.")] = False
+) -> None:
+    """Say how it stands. Exits with 7 after a degraded or cold boot, with 6 where something is not put back."""
+
+    async def ask() -> Status:
+        async with connect(_Socket.path) as client:
+            return await client.status()
+
+    async def follow() -> Status:
+        async with connect(_Socket.path) as client, connect(_Socket.path) as asking:
+            async for _event in client.monitor():
+                found = await asking.status()
+                if sys.stdout.isatty() and not as_json:
+                    typer.echo(CLEAR, nl=False)
+                typer.echo(render.as_json(found) if as_json else render.status(found))
+        raise AssertionError("a monitor ends with an error")
+
+    found = _run(follow() if watch else ask(), as_json=as_json)
+    typer.echo(render.as_json(found) if as_json else render.status(found))
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def check(as_json: Json = False) -> None:
+    """Run every preflight check and touch nothing. Exits with 3 where one fails, with 4 where KHO is not there."""
+
+    async def ask() -> list[Any]:
+        async with connect(_Socket.path) as client:
+            return await client.check()
+
+    found = _run(ask(), as_json=as_json)
+    typer.echo(render.as_json(found) if as_json else render.checks(found))
+    results = {item.result for item in found}
+    if CheckResult.unsupported in results:
+        raise typer.Exit(Exit.unsupported)
+    raise typer.Exit(Exit.refused if CheckResult.fail in results else Exit.done)
+
+
+@app.command()
+def activate(as_json: Json = False) -> None:
+    """Freeze the producers and serialize the kernel's state; what is left is `khoctl kexec`, or `khoctl abort`."""
+    _operate(lambda client: client.activate(), as_json=as_json)
+
+
+@app.command()
+def abort(
+    force: Annotated[bool, typer.Option("--force", help="Also put back what khod did not do.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put everything back: image unloaded, active phase left, producers thawed and cancelled."""
+    _operate(lambda client: client.abort(force=force), as_json=as_json)
+
+
+@app.command()
+def kexec(
+    image: Annotated[str | None, typer.Option(help="The next kernel.")] = None,
+    initrd: Annotated[str | None, typer.Option(help="Its initrd.")] = None,
+    cmdline: Annotated[
+        str | None,
+        typer.Option(help="Its command line. Without it the running kernel's is used, less BOOT_IMAGE= and initrd=."),
+    ] = None,
+    reuse_cmdline: Annotated[bool, typer.Option("--reuse-cmdline", help="Say so explicitly.")] = False,
+    append: Annotated[str | None, typer.Option(help="Words to add to the command line.")] = None,
+    load_only: Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Sync and jump at once, instead of systemctl kexec.")] = False,
+    hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
+    from_profile: Annotated[
+        str | None, typer.Option("--profile", help="Take all of this from /etc/kho/handover.d/NAME.toml.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Do what is left of the handover, from wherever it stands, and jump into the next kernel."""
+    asked = {
+        "image": image,
+        "initrd": initrd,
+        "cmdline": cmdline,
+        "append": append,
+        "now": now,
+        "load_only": load_only,
+        "hold": hold,
+    }
+    try:
+        if from_profile is not None:
+            asked = profile.load(from_profile) | {key: value for key, value in asked.items() if value}
+        if reuse_cmdline and asked["cmdline"] is not None:
+            raise UsageError("--cmdline and --reuse-cmdline contradict each other", remedy="Give one of them.")
+        if asked["initrd"] is not None and asked["image"] is None:
+            raise UsageError("An initrd without an image", where="--initrd", remedy="Add --image.")
+        with ExitStack() as files:
+            request: dict[str, Any] = dict(asked)
+            for role in ("image", "initrd"):
+                if (path := asked[role]) is not None:
+                    request[role] = fd = open_regular(str(path), role)
+                    files.callback(os.close, fd)
+                    request[f"{role}_name"] = str(path)
+            _operate(lambda client: client.kexec(**request), as_json=as_json)
+    except KhoError as error:
+        _end(error, as_json=as_json)
+
+
+@app.command()
+def monitor(as_json: Json = False) -> None:
+    """Print every change, one line each, until interrupted."""
+
+    async def follow() -> None:
+        async with connect(_Socket.path) as client:
+            async for event in client.monitor():
+                typer.echo(_line(event, as_json=as_json))
+                sys.stdout.flush()
+
+    _run(follow(), as_json=as_json)
+
+
+@app.command()
+def verify(as_json: Json = False) -> None:
+    """Wait until this boot's verification is over. Exits with 7 where state did not arrive whole."""
+
+    async def wait() -> Status:
+        async with connect(_Socket.path) as client, connect(_Socket.path) as asking:
+            async for event in client.monitor():
+                if event.phase is not Phase.verifying:
+                    break
+            return await asking.status()
+
+    found = _run(wait(), as_json=as_json)
+    typer.echo(render.as_json(found) if as_json else render.status(found))
+    raise typer.Exit(found.exit_code)
+
+
+@dt.command("show")
+def dt_show(
+    side: Annotated[
+        Side, typer.Option(help="out: what would leave, in: what arrived, snapshot: what left.")
+    ] = Side.out,
+) -> None:
+    """Show a state tree."""
+    from khod import tree  # noqa: PLC0415 - libfdt is dear to import, and only dt needs it
+
+    for line in tree.show(_tree(side)):
+        typer.echo(line)
+
+
+@dt.command("export")
+def dt_export(
+    output: Annotated[Path, typer.Argument(help="The file to write; - for standard output.")],
+    side: Annotated[Side, typer.Option(help="out, in or snapshot.")] = Side.out,
+    blob: Annotated[str, typer.Option(help="A producer's blob by name; the root without it.")] = "",
+    form: Annotated[Form, typer.Option("--format", help="dtb: the bytes as they are. dts: source for dtc.")] = Form.dtb,
+) -> None:
+    """Write one blob of a state tree to a file."""
+    from khod import tree  # noqa: PLC0415 - as above
+
+    blobs = _tree(side)
+    try:
+        if blob not in blobs:
+            raise UsageError(
+                f"There is no blob {blob!r}", where="--blob", remedy=f"One of: {', '.join(filter(None, blobs))}."
+            )
+        data = blobs[blob] if form is Form.dtb else tree.dts(blobs[blob], blob).encode()
+        if str(output) == "-":
+            sys.stdout.buffer.write(data)
+        else:
+            output.write_bytes(data)
+    except OSError as error:
+        _end(UsageError(f"The file cannot be written: {error.strerror}", where=str(output)), as_json=False)
+    except KhoError as error:
+        _end(error, as_json=False)
+
+
+def _tree(side: Side) -> dict[str, bytes]:
+    async def ask() -> dict[str, bytes]:
+        async with connect(_Socket.path) as client:
+            return await client.tree(side.value)
+
+    blobs: dict[str, bytes] = _run(ask(), as_json=False)
+    return blobs
+
+
+def _operate(operation: Callable[[Client], Awaitable[Status]], *, as_json: bool) -> None:
+    found = _run(progress.watched(_Socket.path, operation, quiet=as_json), as_json=as_json)
+    if found is None:
+        typer.echo("The host jumped. After the boot: khoctl status", err=True)
+        raise typer.Exit(Exit.done)
+    typer.echo(render.as_json(found) if as_json else render.status(found))
+
+
+def _run(asked: Coroutine[Any, Any, Any], *, as_json: bool) -> Any:
+    """Run to the end; our errors become a sentence and an exit code, an interrupt 130 as in a shell."""
+
+    async def run() -> Any:
+        asyncio.get_running_loop().set_exception_handler(_hush)
+        return await asked
+
+    try:
+        return asyncio.run(run())
+    except KhoError as error:
+        _end(error, as_json=as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _hush(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Leave out that the connection of an abandoned monitor broke: the answer itself was awaited elsewhere."""
+    if not isinstance(context.get("exception"), ConnectionError):
+        loop.default_exception_handler(context)
+
+
+def _end(error: KhoError, *, as_json: bool) -> NoReturn:
+    if as_json:
+        typer.echo(render.error_json(error))
+    typer.echo(f"khoctl: {error}", err=True)
+    raise typer.Exit(error.exit)
+
+
+def _line(event: Event, *, as_json: bool) -> str:
+    return render.as_json(event) if as_json else render.event(event)
+
+
+def main() -> None:
+    """Run khoctl."""
+    app(prog_name="khoctl")

@@ -1,0 +1,37 @@
+"""Handover profiles: /etc/kho/handover.d/NAME.toml holds what `khoctl kexec` would be given."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from khod.errors import ConfigError
+
+DIRECTORY = Path("/etc/kho/handover.d")
+KEYS: dict[str, type] = {
+    "image": str,
+    "initrd": str,
+    "cmdline": str,
+    "append": str,
+    "now": bool,
+    "load_only": bool,
+    "hold": bool,
+}
+
+
+def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
+    """Read a profile; ConfigError names the file and the key."""
+    path = directory / f"{name}.toml"
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"The profile cannot be read: {error}", where=str(path)) from None
+    for key, value in values.items():
+        if key not in KEYS:
+            raise ConfigError(
+                f"`{key}` is no key of a profile's", where=str(path), remedy=f"Known here: {', '.join(KEYS)}."
+            )
+        if not isinstance(value, KEYS[key]):
+            raise ConfigError(
+                f"`{key}` is {value!r}", where=str(path), remedy=f"It takes a value of type {KEYS[key].__name__}."
+            )
+    return {key: values.get(key) for key in KEYS}

@@ -1,0 +1,124 @@
+"""What khoctl prints: the same dataclasses as a page for people or as JSON."""
+
+import dataclasses
+import enum
+import json
+from typing import Any
+
+import typer
+
+from khod.errors import KhoError
+from khod.model import Check, CheckResult, Event, Phase, Status
+
+COLOURS = {
+    Phase.verified: typer.colors.GREEN,
+    Phase.degraded: typer.colors.RED,
+    Phase.cold_boot: typer.colors.RED,
+    Phase.failed: typer.colors.RED,
+    Phase.inconsistent: typer.colors.RED,
+    Phase.foreign: typer.colors.YELLOW,
+    Phase.rolling_back: typer.colors.YELLOW,
+}
+MARKS = {
+    CheckResult.passed: ("pass", typer.colors.GREEN),
+    CheckResult.warn: ("warn", typer.colors.YELLOW),
+    CheckResult.fail: ("FAIL", typer.colors.RED),
+    CheckResult.unsupported: ("FAIL", typer.colors.RED),
+    CheckResult.skipped: ("skip", typer.colors.WHITE),
+}
+GENERATIONS = {
+    "none": "no Kexec HandOver",
+    "sysfs": "KHO v3, /sys/kernel/kho",
+    "finalize": "KHO, debugfs finalize (an abort forgets state)",
+    "finalize_no_abort": "KHO, debugfs finalize (cannot be left)",
+    "stateless": "stateless KHO",
+}
+
+
+def as_json(value: Any) -> str:
+    """One line of JSON; enums by their names, as on the wire."""
+    return json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    raise TypeError(type(value).__name__)
+
+
+def error_json(error: KhoError) -> str:
+    """An error as JSON."""
+    return as_json(
+        {
+            "error": type(error).__name__,
+            "exit_code": int(error.exit),
+            "what": error.what,
+            "where": error.where,
+            "remedy": error.remedy,
+        }
+    )
+
+
+def name(phase: Phase) -> str:
+    """A phase as people read it."""
+    return phase.value.replace("_", " ")
+
+
+def status(status: Status) -> str:
+    """A page for the operator: where it stands, what to do, then the evidence."""
+    rows = [("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_said(status)}")]
+    if status.done and status.phase is not Phase.failed:
+        rows.append(("done", ", ".join(status.done)))
+    if status.left:
+        rows.append(("left", f"{', '.join(status.left)}: not put back"))
+    if status.waiting_for:
+        rows.append(("waiting", f"for {', '.join(status.waiting_for)}"))
+    rows += [
+        ("producer", f"{p.name} ({p.kind}): {p.phase or 'not told yet'} {p.answer} {p.seconds:.2f} s")
+        for p in status.producers
+    ]
+    if status.verdict and status.phase in (Phase.verified, Phase.degraded):
+        verdict = status.verdict
+        rows.append(("arrived", f"{len(verdict.arrived)}: {', '.join(verdict.arrived) or 'nothing'}"))
+        rows += [
+            (key, ", ".join(names))
+            for key, names in (("missing", verdict.missing), ("changed", verdict.changed))
+            if names
+        ]
+    if status.previous_release and status.phase in (Phase.verified, Phase.degraded, Phase.cold_boot):
+        blackout = f", {status.blackout_seconds:.1f} s from the first write to here" if status.blackout_seconds else ""
+        rows.append(("from", f"{status.previous_release}{blackout}"))
+    if status.handovers:
+        rows.append(("handovers", str(status.handovers)))
+    if status.last_error:
+        rows.append(("cause" if status.phase is not Phase.idle else "last time", status.last_error))
+    if status.remedy:
+        rows.append(("next", status.remedy))
+    head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
+    stale = " (the kernel is busy; it was not asked just now)" if status.stale else ""
+    return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<9}  {text}" for key, text in rows)])
+
+
+def _said(status: Status) -> str:
+    phase = {True: "active, ", False: "inactive, ", None: ""}[status.kernel_active]
+    image = {True: "an image is loaded", False: "no image is loaded", None: "not asked yet"}[status.kernel_loaded]
+    return phase + image
+
+
+def checks(found: list[Check]) -> str:
+    """A line a check, its remedy below it."""
+    width = max(len(check.name) for check in found)
+    lines = []
+    for check in found:
+        text, colour = MARKS[check.result]
+        lines.append(f"{typer.style(text, fg=colour)}  {check.name:<{width}}  {check.evidence}")
+        if check.remedy and check.result is not CheckResult.passed:
+            lines.append(f"      {'':<{width}}  -> {check.remedy}")
+    return "\n".join(lines)
+
+
+def event(event: Event) -> str:
+    """One change as one plain line: seconds since boot, phase, what happened."""
+    return f"{event.seconds:10.3f}  {name(event.phase):<12}  {event.message}".rstrip()

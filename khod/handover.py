@@ -1,0 +1,158 @@
+"""One handover under way: the machine, its record and its actions, moved together.
+
+Every step is recorded before it is taken; a failed step leads to the undo of all that was done.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+from khod.actions import Actions
+from khod.errors import Failed, KhoError, NotRolledBack, RecordError
+from khod.kernel.explain import FORGOT
+from khod.machine import HELD, Machine
+from khod.model import Event, Phase, Step, StepTiming
+from khod.record import Record, Store
+
+INTERRUPTIBLE = frozenset({Step.prepare, Step.freeze})
+"""Steps an abort may cut short: they wait for producers. A kernel call is waited for."""
+
+
+class Handover:
+    """Where this host's handover stands. `tell` is called with every change, from the event loop."""
+
+    def __init__(self, store: Store, tell: Callable[[Event], None]) -> None:
+        self.machine = Machine()
+        self.record = Record()
+        self.reason = ""
+        self.actions: Actions | None = None
+        self.abort_asked = asyncio.Event()
+        self._store = store
+        self._tell = tell
+
+    async def forward(self, steps: Sequence[Step], actions: Actions, *, hold: bool) -> None:
+        """Take the steps in order; on failure everything is put back and the cause raised."""
+        for step in steps:
+            before = self.machine
+            try:
+                await self._step(step, actions)
+            except (KhoError, OSError) as error:
+                cause = error if isinstance(error, KhoError) else Failed(str(error))
+                if step is Step.activate:
+                    self.record = replace(self.record, failed_activations=self.record.failed_activations + 1)
+                if hold and before.phase in HELD:
+                    await self._hold(step, before, actions, cause)
+                await self.roll_back(cause, actions)
+        await self.keep()
+
+    async def _step(self, step: Step, actions: Actions) -> None:
+        self._not_aborted()
+        self.machine = self.machine.begin(step)
+        await self.keep()
+        self.say(step.value)
+        began = time.monotonic()
+        if step is Step.activate:
+            self.record = replace(self.record, window_began_at=time.time())
+        await self._interruptibly(step, actions)
+        timing = StepTiming(step.value, began, time.monotonic() - began)
+        self.record = replace(self.record, timings=(*self.record.timings, timing))
+        if step is Step.activate and actions.snapshot is not None:
+            self.record = replace(self.record, snapshot=actions.snapshot.digest)
+        self.machine = self.machine.finish(step)
+        self.say(f"{step.value} took {timing.seconds:.3f} s")
+
+    async def _interruptibly(self, step: Step, actions: Actions) -> None:
+        if step not in INTERRUPTIBLE:
+            await actions.do(step)
+            return
+        work = asyncio.ensure_future(actions.do(step))
+        abort = asyncio.ensure_future(self.abort_asked.wait())
+        try:
+            await asyncio.wait({work, abort}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work})
+                self._not_aborted()
+            await work
+        finally:
+            abort.cancel()
+
+    def _not_aborted(self) -> None:
+        if self.abort_asked.is_set():
+            raise Failed("The handover was called off", where="abort")
+
+    async def _hold(self, step: Step, before: Machine, actions: Actions, cause: KhoError) -> NoReturn:
+        """Put only the failed step back and stay where it began, as --hold asks."""
+        try:
+            await actions.undo(step)
+        except KhoError as error:
+            self.say(f"{step.value} could not be put back: {error.what}")
+            await self.roll_back(cause, actions)
+        self.machine, self.reason = before, cause.what
+        self.record = replace(self.record, last_error=str(cause))
+        await self.keep()
+        self.say(f"held at {before.phase.value}: {cause.what}")
+        raise NotRolledBack(
+            f"{cause.what}; held at {before.phase.value} as asked",
+            where=cause.where,
+            remedy=f"{cause.remedy} To go back: khoctl abort".strip(),
+        )
+
+    async def roll_back(self, cause: KhoError | None, actions: Actions) -> None:
+        """Undo every step done, the last first; a step that cannot be undone does not stop the others.
+
+        Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the
+        operator asked for it.
+        """
+        self.machine = self.machine.to(Phase.rolling_back)
+        if cause is not None:
+            self.record = replace(self.record, last_error=str(cause))
+        await self.keep_if_possible()
+        self.say(cause.what if cause else "called off")
+        failures = []
+        for step in reversed(self.machine.done):
+            if step is Step.activate and (forgot := FORGOT.get(actions.kernel.abort)):
+                self.record = replace(self.record, suspect=forgot)
+            try:
+                await actions.undo(step)
+            except KhoError as error:
+                failures.append(str(error))
+                self.say(f"{step.value} could not be put back: {error.what}")
+            else:
+                self.machine = self.machine.undone(step)
+        self.machine = self.machine.to(Phase.failed if failures else Phase.idle)
+        self.reason = "; ".join(failures)
+        if failures:
+            self.record = replace(self.record, last_error=self.reason)
+        await self.keep_if_possible()
+        self.say("not everything is back" if failures else "everything is back as it was")
+        if failures:
+            raise NotRolledBack(
+                f"{f'{cause.what}. ' if cause else ''}Not everything could be put back: {self.reason}",
+                where=", ".join(step.value for step in self.machine.done),
+                remedy="Look at the kernel log, then try again: khoctl abort",
+            )
+        if cause is not None:
+            raise cause
+
+    def current(self) -> Record:
+        """The record as it would be written now."""
+        return replace(self.record, phase=self.machine.phase, done=self.machine.done)
+
+    async def keep(self) -> None:
+        """Write the record, durably; RecordError."""
+        self.record = self.current()
+        await asyncio.to_thread(self._store.write, self.record)
+
+    async def keep_if_possible(self) -> None:
+        """Write the record on the way back: a full disk must not keep the kernel from being put back."""
+        try:
+            await self.keep()
+        except RecordError as error:
+            self.say(str(error))
+
+    def say(self, message: str) -> None:
+        """Tell everyone how it stands."""
+        self._tell(Event(time.monotonic(), self.machine.phase, message, self.record.run))

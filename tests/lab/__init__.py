@@ -1,0 +1,1 @@
+"""The lab: real kernels in QEMU, on a real Debian, with khod installed. README.md says how to use it."""

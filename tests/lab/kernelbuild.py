@@ -1,0 +1,104 @@
+"""Build a kernel of the lab from Debian's source package, and out-of-tree modules against one.
+
+A kernel takes about a quarter of an hour on two cores, and 4 GB of the cache while it is being built.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from tests.lab import cache
+from tests.lab.archive import KernelArchive
+from tests.lab.errors import LabError
+from tests.lab.process import call
+
+FRAGMENT = Path(__file__).parent / "kernel.config"
+# Without these a kernel is of no use here; whatever else the fragment wants may be missing in one version or another.
+NEEDED = ("CONFIG_KEXEC_FILE", "CONFIG_KEXEC_HANDOVER", "CONFIG_DEBUG_FS", "CONFIG_TEST_KEXEC_HANDOVER",
+          "CONFIG_MODULES", "CONFIG_VIRTIO_BLK", "CONFIG_VIRTIO_CONSOLE", "CONFIG_EXT4_FS",
+          "CONFIG_SERIAL_8250_CONSOLE", "CONFIG_IKCONFIG")
+# What kbuild wants of a kernel tree to build a module against it: configuration, headers and host programs.
+DEVEL = (".config", "Makefile", "Module.symvers", "include", "scripts", "arch/x86/include", "arch/x86/Makefile",
+         "arch/x86/Makefile_32.cpu", "arch/x86/Makefile.um", "arch/x86/entry/syscalls", "arch/x86/tools",
+         "tools/objtool/objtool", "tools/include", "tools/scripts", "tools/build")
+
+
+def make(tree: Path, *goals: str | Path) -> None:
+    """Run make in a kernel tree, on every processor and as politely as can be."""
+    call(["nice", "-n", "19", "make", "-C", tree, f"-j{os.cpu_count() or 1}", *goals])
+
+
+def build(version: str, target: Path) -> None:
+    """Make the directory `target` with bzImage, config and devel.tar.zst of an upstream kernel version.
+
+    LabError, saying which versions there are, if the archive no longer has this one.
+    """
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="linux-") as name:
+        tarball = KernelArchive().tarball(version, Path(name))
+        print(f"building {version} from {tarball.name}", flush=True)
+        tree = Path(name) / "tree"
+        tree.mkdir()
+        call(["tar", "--extract", "--strip-components=1", "--file", tarball, "--directory", tree])
+        configure(tree)
+        print(f"configured {tree}; compiling", flush=True)
+        make(tree, "bzImage")
+        make(tree, "modules")  # a goal of its own: two at once race for the generated headers
+        target.mkdir()
+        shutil.copy(tree / "arch/x86/boot/bzImage", target / "bzImage")
+        shutil.copy(tree / ".config", target / "config")
+        pack_devel(tree, target / "devel.tar.zst")
+
+
+def configure(tree: Path) -> None:
+    """Configure a kernel tree with FRAGMENT over tinyconfig; LabError if something in NEEDED did not stay."""
+    make(tree, "tinyconfig")
+    call(["scripts/kconfig/merge_config.sh", "-m", ".config", FRAGMENT], cwd=tree)
+    make(tree, "olddefconfig")
+    said = set((tree / ".config").read_text().splitlines())
+    if missing := [symbol for symbol in NEEDED if f"{symbol}=y" not in said]:
+        raise LabError(f"{FRAGMENT} does not get {', '.join(missing)} in {tree}: look at what they depend on there")
+    wanted = re.findall(r"^CONFIG_\w+=.*$", FRAGMENT.read_text(), re.MULTILINE)
+    dropped = [line for line in wanted if line not in said]
+    print(f"not in this version: {' '.join(dropped) or 'nothing'}", flush=True)
+
+
+def pack_devel(tree: Path, target: Path) -> None:
+    """Pack what a module is built against: DEVEL and every Kconfig, without the objects in between."""
+    present = [path for path in DEVEL if (tree / path).exists()]
+    kconfigs = [str(path.relative_to(tree)) for path in tree.rglob("Kconfig*")]
+    call(["tar", "--create", "--zstd", "--exclude=*.o", "--exclude=*.cmd", "--file", target, "--directory", tree,
+          *present, *kconfigs])
+
+
+def build_module(source: Path, devel: Path) -> Path:
+    """Build the .ko that the Makefile in `source` makes for the kernel whose packed tree is `devel`, or take it cached.
+
+    It is built in a copy, so the repository stays clean. LabError with what make said if it does not compile, and if
+    it makes anything but one module.
+    """
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    parts: list[str | bytes | Path] = [devel]
+    for path in files:
+        parts += [str(path.relative_to(source)), path]
+    folder = cache.directory() / "modules" / cache.key(parts)
+    built = cache.once(folder, lambda path: _compile_module(source, devel, path))
+    return next(iter(built.glob("*.ko")))
+
+
+def _compile_module(source: Path, devel: Path, target: Path) -> None:
+    """Build the module in scratch copies and leave it in the directory `target`."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="module-") as name:
+        tree, module = Path(name) / "tree", Path(name) / "module"
+        tree.mkdir()
+        call(["tar", "--extract", "--zstd", "--file", devel, "--directory", tree])
+        shutil.copytree(source, module)
+        make(tree, f"M={module}", "modules")
+        made = list(module.glob("*.ko"))
+        if len(made) != 1:
+            raise LabError(f"{source} made {len(made)} modules for {devel}, not one")
+        target.mkdir()
+        shutil.copy(made[0], target)
