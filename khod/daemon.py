@@ -25,6 +25,10 @@ from khod.protocol import SOCKET
 from khod.record import Store
 
 
+FAREWELL = 2.0
+"""Seconds clients have to take their last answers."""
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line. `root` holds etc/; kernel paths hang from it too, unless simulated."""
@@ -95,6 +99,8 @@ class Daemon:
             watching.cancel()
             self._service.close()
             serving.close()
+            await asyncio.wait({asyncio.ensure_future(serving.wait_closed())}, timeout=FAREWELL)
+            serving.abort_clients()
             self._thread.close()
 
     def _listen(self) -> socket.socket:

@@ -100,8 +100,7 @@ class Connection(VarlinkInterfaceServerProtocol):
         super().connection_lost(exc)
 
     def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
-        last = data.rfind(b"\0")
-        self._pending = self._pending + len(data) if last < 0 else len(data) - last - 1
+        self._pending += len(data)
         if self._pending > MAX_MESSAGE:
             self._refuse(f"The message is longer than {MAX_MESSAGE} bytes")
             return
@@ -111,6 +110,10 @@ class Connection(VarlinkInterfaceServerProtocol):
         self._refuse(f"The message is no Varlink call: {err}")
 
     def call_received(self, call: VarlinkMethodCall, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
+        self._pending = 0
+        if self._transport is not None:
+            # The library stops reading while a call is served, and would not see its client go.
+            asyncio.get_running_loop().call_soon(self._transport.resume_reading)
         token = CONNECTION.set(self)
         try:
             future: asyncio.Future[None] | None = super().call_received(call, fds)

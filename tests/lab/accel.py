@@ -25,7 +25,7 @@ def machine_arguments(accel: str) -> list[str]:
 
 
 def accel(kernel: Kernel) -> str:
-    """kvm or tcg: what KHO_LAB_ACCEL says, or what a real boot of `kernel` under KVM shows; probed once in a process.
+    """Give kvm or tcg: what KHO_LAB_ACCEL says, or what a real boot of `kernel` under KVM shows, probed once.
 
     A look at /dev/kvm is not enough: it is there on hosts whose KVM is nested too deep to run a stock kernel.
     """

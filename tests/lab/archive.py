@@ -84,8 +84,8 @@ class KernelArchive:
                 answers.append(str(error))
         seen = ", ".join(self.versions(SOURCE_PACKAGE)) or "none at all"
         raise LabError(f"{MIRROR} has no kernel source {upstream} in {', '.join(self.suites)}. Listed there: {seen}.\n"
-                       + "\n".join(answers) + f"\nTake a prebuilt kernel (KHO_LAB_KERNELS) or another mirror "
-                       f"(KHO_LAB_MIRROR), for instance a snapshot of the archive.")
+                       + "\n".join(answers) + "\nTake a prebuilt kernel (KHO_LAB_KERNELS) or another mirror "
+                       "(KHO_LAB_MIRROR), for instance a snapshot of the archive.")
 
     def _original(self, upstream: str, into: Path) -> Path:
         """Download linux_VERSION.orig.tar.xz, and nothing else of the source package."""

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.lab import disk, kernels as lab_kernels
+from tests.lab import disk
+from tests.lab import kernels as lab_kernels
 from tests.lab.guest import Guest
 from tests.lab.process import call
 
@@ -44,7 +45,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.fixture(scope="session")
 def kernels() -> Find:
-    """Find a kernel by version: kernels("7.3.4"); prebuilt, cached, or built now."""
+    """Give the function that finds a kernel by its version: prebuilt, cached, or built now."""
     return functools.cache(lab_kernels.find)
 
 
@@ -74,7 +75,7 @@ def lab_disk(kernels: Find, packages: list[Path]) -> Path:
 
 @pytest.fixture
 def boot(request: pytest.FixtureRequest, kernels: Find, tmp_path: Path) -> Iterator[Boot]:
-    """Give a function that boots a guest: boot("7.3.4", cmdline_extra="kho=on"); options are Guest's.
+    """Give a function that boots a guest of a kernel version; its options are Guest's.
 
     The disk is lab_disk unless one is given as `disk`. The guests end with the test.
     """

@@ -37,7 +37,7 @@ exec chroot "$root" env DEBIAN_FRONTEND=noninteractive PATH=/usr/sbin:/usr/bin:/
 
 
 def base() -> Path:
-    """The tarball of the Debian system every disk starts from, made by mmdebstrap (about a minute) or taken from the cache.
+    """Give the tarball of the Debian system every disk starts from; making it takes a minute, once.
 
     LabError if mmdebstrap fails: no network, or a package that the suite no longer has.
     """
@@ -56,14 +56,16 @@ def _debootstrap(options: Sequence[str], source: str, path: Path) -> None:
 
 
 def build(debs: Sequence[Path] = (), files: Files | None = None) -> Path:
-    """The image with these packages installed and these files (guest path: file of the host, or content) in place.
+    """Give the image with these packages installed and these files (guest path: file of the host, or content) in place.
 
     A host file keeps its mode, content gets 0644. The same packages and files give the same image from the cache; the
-    KEPT_DISKS newest images are kept. LabError if a package does not install: its dependencies must be in rootfs.PACKAGES.
+    KEPT_DISKS newest images are kept. LabError if a package does not install: what it depends on must be in
+    rootfs.PACKAGES.
     """
     files = files or {}
     tarball = base()
-    parts: list[str | bytes | Path] = [tarball.name, Path(__file__), Path(rootfs.__file__), *rootfs.FILES.values(), *debs]
+    parts: list[str | bytes | Path] = [tarball.name, Path(__file__), Path(rootfs.__file__), *rootfs.FILES.values()]
+    parts += debs
     for path in sorted(files):
         parts += [path, files[path]]
     folder = cache.directory() / "disks"

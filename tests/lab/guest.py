@@ -154,7 +154,7 @@ class Guest:
 
     def run(
         self, argv: Sequence[str], *, check: bool = True, timeout: float = 120,
-        input: str | bytes | None = None,  # noqa: A002: named as in subprocess.run
+        input: str | bytes | None = None,  # noqa: A002 - as in subprocess.run
         env: Mapping[str, str] | None = None,
     ) -> Result:
         """Run a command in the guest to its end.
@@ -168,7 +168,7 @@ class Guest:
         return result
 
     def start(
-        self, argv: Sequence[str], *, input: str | bytes | None = None,  # noqa: A002: named as in subprocess.run
+        self, argv: Sequence[str], *, input: str | bytes | None = None,  # noqa: A002 - as in subprocess.run
         env: Mapping[str, str] | None = None,
     ) -> Pending:
         """Start a command in the guest and go on; the Pending gives its result later."""

@@ -1,7 +1,7 @@
 """The kernels that guests run, by version: prebuilt, from the lab's cache, or built.
 
-    python3 -m tests.lab.kernels list
-    python3 -m tests.lab.kernels build VERSION
+`python3 -m tests.lab.kernels list` says which are here and which the archive has;
+`python3 -m tests.lab.kernels build VERSION` builds one into the cache.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Machine:
 
     def __init__(
         self, arguments: Sequence[str], console_log: Path, *, panic_is_loss: bool = True,
-        on_agent_line: Callable[[bytes], None] = bytes,
+        on_agent_line: Callable[[bytes], object] = bytes,
     ) -> None:
         """Describe the machine; what its console prints also goes to the file `console_log`.
 

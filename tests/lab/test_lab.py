@@ -16,7 +16,7 @@ from tests.lab.conftest import Boot, Find
 from tests.lab.errors import CommandFailed, GuestLost, LabError, WaitTimeout
 from tests.lab.guest import Guest
 from tests.lab.kernels import look
-from tests.lab.machine import Machine
+from tests.lab.machine import Json, Machine
 
 KHO = "kho=on liveupdate=on"
 LOAD = ["kexec", "-s", "-l", f"{disk.KERNELS}/7.3.4/bzImage", f"--initrd={disk.INITRD}"]
@@ -27,12 +27,12 @@ def check_commands(guest: Guest) -> None:
     script = "read line; echo out $line $WORD; echo err >&2; exit 3"
     result = guest.run(["sh", "-c", script], check=False, input="in\n", env={"WORD": "word"})
     assert (result.rc, result.stdout, result.stderr) == (3, "out in word\n", "err\n")
-    with pytest.raises(CommandFailed, match="exit status 1") as failed:
+    with pytest.raises(CommandFailed, match=r"exit status 1") as failed:
         guest.run(["false"])
     assert failed.value.result.rc == 1
     with pytest.raises(LabError, match="No such file"):
         guest.run(["/no/such/program"])
-    with pytest.raises(LabError, match="still running after 0.5 s"):
+    with pytest.raises(LabError, match=r"still running after 0\.5 s"):
         guest.run(["sleep", "60"], timeout=0.5)
 
     guest.run(["mkfifo", "/run/meeting"])
@@ -76,10 +76,10 @@ def test_guest_through_kexec_and_reset(boot: Boot, plain_disk: Path) -> None:
     assert "KHO: found kexec handover data" not in guest.run(["dmesg"]).stdout
     assert guest.get("/var/lib/lab/durable") == b"durable\n"
 
-    with pytest.raises(WaitTimeout, match="waited 0.1 s for 'never' on the console"):
+    with pytest.raises(WaitTimeout, match=r"waited 0\.1 s for 'never' on the console"):
         guest.wait_console("never", timeout=0.1)
+    guest.qmp("quit")
     with pytest.raises(GuestLost, match="QEMU ended"):
-        guest.qmp("quit")
         guest.wait_reboot(third.boot_id)
 
 
@@ -104,7 +104,7 @@ def test_agent_skips_torn_lines_and_requests_for_another_boot() -> None:
         ours.sendall(json.dumps({"id": "1", "boot_id": "earlier-boot", **run}).encode() + b"\n")
         ours.sendall(json.dumps({"id": "2", "boot_id": "this-boot", **run}).encode() + b"\n")
         lines = ours.makefile("rb")
-        said = []
+        said: list[Json] = []
         while not said or "id" not in said[-1]:
             if line := lines.readline().strip():
                 said.append(json.loads(line))
