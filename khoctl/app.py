@@ -54,7 +54,9 @@ class _Socket:
 
 @app.callback()
 def _main(
-    socket: Annotated[Path, typer.Option(envvar="KHOD_SOCKET", help="khod's socket.")] = Path(SOCKET),
+    socket: Annotated[
+        Path, typer.Option(envvar="KHOD_SOCKET", show_envvar=False, help="khod's socket (also by KHOD_SOCKET).")
+    ] = Path(SOCKET),
 ) -> None:
     _Socket.path = socket
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from khod.abi import fdt
 from khod.config import Config
-from khod.errors import Failed, KhoError
+from khod.errors import Failed, KhoError, Refused
 from khod.executor import Executor
 from khod.images.sealed import Sealed
 from khod.kernel.explain import explain
@@ -17,6 +17,7 @@ from khod.kernel.thread import KernelThread
 from khod.model import Step
 from khod.producers.barrier import Barrier, Verb
 from khod.record import Store
+from khod.verify import producers
 
 T = TypeVar("T")
 
@@ -51,6 +52,7 @@ class Actions:
         self._thread = thread
         self._store = store
         self._deadlines = config.deadlines
+        self._require_state = config.policy.require_state
         self._do: dict[Step, Callable[[], Awaitable[None]]] = {
             Step.prepare: lambda: self._told(Verb.prepare, self._deadlines.prepare),
             Step.freeze: lambda: self._told(Verb.freeze, self._deadlines.freeze),
@@ -89,6 +91,12 @@ class Actions:
     async def _activate(self) -> None:
         self.snapshot = await self._call(Step.activate, self._activate_and_look, self._deadlines.activate)
         fdt.check(self.snapshot.root, "the kernel's outgoing state tree")
+        if self._require_state and not producers(self.snapshot, self.kernel.generation):
+            raise Refused(
+                "Nothing would be handed over: no producer in the kernel has any state",
+                where="policy.require_state",
+                remedy="Give the kernel state to keep (reserve_mem=, liveupdate=on), or unset policy.require_state.",
+            )
         # Not synced here: within the blackout that is too dear, and a lost file matters only without a
         # jump. Both executors sync before it.
         await asyncio.to_thread(self._store.write_snapshot, self.snapshot)

@@ -22,7 +22,15 @@ def compose(running: str, given: str | None, append: str | None, run: str, limit
                 where="--cmdline/--append",
                 remedy="Remove it: a kernel command line is one line of text.",
             )
-    if (length := len(line.encode())) > limit:
+    try:
+        length = len(line.encode())
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"The command line is no UTF-8 at character {error.start}",
+            where="--cmdline/--append",
+            remedy="Write it in UTF-8.",
+        ) from None
+    if length > limit:
         raise UsageError(
             f"The command line is {length} bytes, the image takes {limit}",
             where="--cmdline/--append",

@@ -151,7 +151,7 @@ def _checked(source: Fragment, section: Any, name: str, key: str, value: Any) ->
             where=source.where(dotted),
             remedy=f"It takes one of: {', '.join(CHOICES[dotted])}.",
         )
-    if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
         raise ConfigError(f"`{dotted}` is {value}", where=source.where(dotted), remedy="It takes a positive number.")
     return float(value) if wanted is float else value
 

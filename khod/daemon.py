@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import fcntl
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from asyncvarlink import create_unix_server, get_listen_fd
 from khod import __version__, config, executor, journal, server, status
 from khod.abi.calls import Calls, HostCalls
 from khod.engine import Engine
-from khod.errors import ConfigError, Exit, KhoError
+from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe
 from khod.kernel.simulated import Rebooted, SimulatedKernel
@@ -23,7 +24,6 @@ from khod.model import Event
 from khod.producers import hooks
 from khod.protocol import SOCKET
 from khod.record import Store
-
 
 FAREWELL = 2.0
 """Seconds clients have to take their last answers."""
@@ -79,6 +79,7 @@ class Daemon:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then put back what is held."""
         loop = asyncio.get_running_loop()
+        self._alone()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -102,6 +103,17 @@ class Daemon:
             await asyncio.wait({asyncio.ensure_future(serving.wait_closed())}, timeout=FAREWELL)
             serving.abort_clients()
             self._thread.close()
+
+    def _alone(self) -> None:
+        """Refuse to run beside another khod on the same record: it would take the other's handover for a dead one's."""
+        self._options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(self._options.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+        except BlockingIOError:
+            raise Refused(
+                "Another khod is running", where=str(self._options.state), remedy="systemctl status kho-handover"
+            ) from None
 
     def _listen(self) -> socket.socket:
         """Take the socket systemd passed, else make one.

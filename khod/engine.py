@@ -3,7 +3,8 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from khod import cmdline, preflight, reconcile, status, verify
@@ -19,7 +20,7 @@ from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import KernelThread
 from khod.machine import HELD, RESTING, Machine, left
 from khod.model import Check, Event, Observed, Phase, Status, Step, Verdict
-from khod.producers.barrier import Barrier
+from khod.producers.barrier import Barrier, Verb
 from khod.producers.hooks import Hook
 from khod.record import Record, Store
 
@@ -72,6 +73,7 @@ class Engine:
         self._probed = Probed(None, "not yet probed", "")
         self._observed: Observed | None = None
         self._busy = asyncio.Lock()
+        self._started = asyncio.Event()
 
     @property
     def machine(self) -> Machine:
@@ -84,42 +86,48 @@ class Engine:
         return self._handover.record
 
     async def start(self) -> None:
-        """Compare the record with the kernel and do what that calls for."""
-        async with self._busy:
-            try:
-                record: Record | RecordError | None = self._store.read()
-            except RecordError as error:
-                record = error
-            here = self._handover
-            here.record = record if isinstance(record, Record) else Record()
-            observed = await self._observe(self.config.deadlines.activate)
-            found = reconcile.reconcile(record, observed, self.config.policy.after_daemon_died)
-            here.reason = found.reason
-            here.machine = Machine(found.phase, here.record.done if found.phase not in RESTING else ())
-            here.say(found.reason or "khod started")
-            match found.action:
-                case reconcile.Action.verify:
-                    await self._verify(observed)
-                case reconcile.Action.roll_back:
-                    await here.roll_back(Failed(found.reason), self._attempt())
-                case reconcile.Action.resume:
-                    self._attempt()
-                case reconcile.Action.none if found.phase in RESTING:
-                    here.record = reconcile.settled(here.record, found, observed)
-                    await here.keep_if_possible()
+        """Compare the record with the kernel and do what that calls for; whoever asks meanwhile waits."""
+        try:
+            async with self._busy:
+                await self._start()
+        finally:
+            self._started.set()
+
+    async def _start(self) -> None:
+        try:
+            record: Record | RecordError | None = self._store.read()
+        except RecordError as error:
+            record = error
+        here = self._handover
+        here.record = record if isinstance(record, Record) else Record()
+        observed = await self._observe(self.config.deadlines.activate)
+        found = reconcile.reconcile(record, observed, self.config.policy.after_daemon_died)
+        here.reason = found.reason
+        here.machine = Machine(found.phase, here.record.done if found.phase not in RESTING else ())
+        here.say(found.reason or "khod started")
+        match found.action:
+            case reconcile.Action.verify:
+                await self._verify(observed)
+            case reconcile.Action.roll_back:
+                await here.roll_back(Failed(found.reason), self._attempt())
+            case reconcile.Action.resume:
+                self._attempt()
+            case reconcile.Action.none if found.phase in RESTING:
+                here.record = reconcile.settled(here.record, found, observed)
+                await here.keep_if_possible()
 
     async def activate(self) -> None:
         """Bring producers and kernel to `active`. On failure everything is back as it was."""
         async with self._operation():
-            await self._ready(wants_load=False)
+            self._begin(await self._ready(wants_load=False))
             await self._forward(Step.activate, hold=False)
 
     async def kexec(self, request: Request) -> None:
         """Do what is left, up to the jump or, with `load_only`, the loaded image."""
         async with self._operation():
-            await self._ready(wants_load=Step.load not in self.machine.done)
-            target = await self._target(request)
-            actions = self._attempt()
+            record = await self._ready(wants_load=Step.load not in self.machine.done)
+            target = await self._target(request, record.run)
+            actions = self._begin(record)
             actions.target, actions.executor = target, self._executors[request.now]
             try:
                 if request.now:
@@ -135,6 +143,7 @@ class Engine:
     async def abort(self, *, force: bool = False) -> None:
         """Put everything back. With `force` also what khod did not do."""
         here = self._handover
+        await self._started.wait()
         if self._busy.locked():
             if self.machine.phase is Phase.executing:
                 raise Refused("The jump is under way and cannot be called back", where="abort")
@@ -165,6 +174,7 @@ class Engine:
         Asks the kernel only while no operation does, and waits for it no longer than
         deadlines.observe: reading `active` blocks while the kernel serializes.
         """
+        await self._started.wait()
         stale = self._busy.locked()
         if not stale:
             try:
@@ -203,14 +213,21 @@ class Engine:
                 self._handover.machine = self.machine.begin(Step.execute)
                 await self._handover.keep()
             return
-        if self._busy.locked() or self.machine.phase in HELD:
+        if self.machine.phase is Phase.executing:
+            async with self._busy:  # the executor comes back soon, and then it is known whether the host goes
+                pass
+        if self._busy.locked() or self.machine.phase in HELD | {Phase.executing}:
             await self.abort()
 
-    def now(self) -> Event:
+    async def now(self) -> Event:
         """How it stands, as an event."""
+        await self._started.wait()
         return Event(time.monotonic(), self._shown(self._observed), self._handover.reason, self.record.run)
 
-    def _operation(self) -> asyncio.Lock:
+    @asynccontextmanager
+    async def _operation(self) -> AsyncIterator[None]:
+        """One at a time; whoever comes second is refused, not queued: the first may change what it meant."""
+        await self._started.wait()
         if self._busy.locked():
             raise Refused(
                 f"Another operation is under way ({self.machine.phase.value})",
@@ -218,10 +235,11 @@ class Engine:
                 remedy="Wait for it, or: khoctl abort",
             )
         self._handover.abort_asked.clear()
-        return self._busy
+        async with self._busy:
+            yield
 
-    async def _ready(self, *, wants_load: bool) -> None:
-        """Refuse before anything is touched; else there is an attempt to go on with."""
+    async def _ready(self, *, wants_load: bool) -> Record:
+        """Refuse before anything is touched; else give the record to go on with, a fresh one from rest."""
         observed = await self._observe(self.config.deadlines.activate)
         if self.machine.phase not in RESTING | HELD | {Phase.foreign}:
             raise Refused(
@@ -231,20 +249,25 @@ class Engine:
             )
         checks = await self._checks(observed)
         preflight.require([check for check in checks if wants_load or check.name != "kexec"])
-        if self.machine.phase not in HELD:
-            self._handover.machine = Machine()
-            self._handover.actions = None
-            self._handover.record = Record(
-                run=uuid.uuid4().hex[:12],
-                boot_id=observed.boot_id,
-                release=observed.release,
-                generation=self._kernel().generation,
-                handovers=self.record.handovers,
-                previous_release=self.record.previous_release,
-                suspect=self.record.suspect,
-                failed_activations=self.record.failed_activations,
-            )
-        self._attempt()
+        if self.machine.phase in HELD:
+            return self.record
+        return Record(
+            run=uuid.uuid4().hex[:12],
+            boot_id=observed.boot_id,
+            release=observed.release,
+            generation=self._kernel().generation,
+            handovers=self.record.handovers,
+            previous_release=self.record.previous_release,
+            suspect=self.record.suspect,
+            failed_activations=self.record.failed_activations,
+        )
+
+    def _begin(self, record: Record) -> Actions:
+        """Go on with the attempt of this record, or begin it."""
+        here = self._handover
+        if record is not here.record:
+            here.machine, here.actions, here.record = Machine(), None, record
+        return self._attempt()
 
     async def _checks(self, observed: Observed) -> list[Check]:
         foreign = self._shown(observed) in (Phase.foreign, Phase.inconsistent)
@@ -253,7 +276,7 @@ class Engine:
         )
         return await self._thread.call(lambda: preflight.run(facts), "the checks", self.config.deadlines.activate)
 
-    async def _target(self, request: Request) -> Target | None:
+    async def _target(self, request: Request, run: str) -> Target | None:
         """Take the images into memory and look at them: slow, so long before anyone is frozen."""
         if request.kernel_fd is None:
             if Step.load not in self.machine.done:
@@ -268,7 +291,7 @@ class Engine:
                 remedy="Jump into it with: khoctl kexec. Or begin again with: khoctl abort",
             )
         assert self._observed is not None
-        running, run, limit = self._observed.cmdline, self.record.run, self.config.images.max_size
+        running, limit = self._observed.cmdline, self.config.images.max_size
         return await asyncio.to_thread(_take, request, request.kernel_fd, running, run, limit)
 
     async def _forward(self, last: Step, *, hold: bool) -> None:
@@ -332,7 +355,10 @@ class Engine:
         here = self._handover
         if here.actions is None:
             try:
-                barrier = Barrier(self._producers(), here.record.run, here.say)
+                told = Verb.freeze if Step.freeze in here.machine.done else Verb.prepare
+                barrier = Barrier(
+                    self._producers(), here.record.run, here.say, told=told if here.machine.done else None
+                )
             except ConfigError as error:
                 if self.machine.phase in RESTING:
                     raise

@@ -37,10 +37,13 @@ class Handover:
         for step in steps:
             before = self.machine
             try:
+                self._not_aborted()
                 await self._step(step, actions)
             except (KhoError, OSError) as error:
                 cause = error if isinstance(error, KhoError) else Failed(str(error))
-                if step is Step.activate:
+                if not self.machine.done:
+                    raise cause from error
+                if step is Step.activate and isinstance(error.__cause__, OSError):  # the kernel's own no
                     self.record = replace(self.record, failed_activations=self.record.failed_activations + 1)
                 if hold and before.phase in HELD:
                     await self._hold(step, before, actions, cause)
@@ -48,7 +51,6 @@ class Handover:
         await self.keep()
 
     async def _step(self, step: Step, actions: Actions) -> None:
-        self._not_aborted()
         self.machine = self.machine.begin(step)
         await self.keep()
         self.say(step.value)

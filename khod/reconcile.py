@@ -40,9 +40,9 @@ def reconcile(record: Record | RecordError | None, kernel: Observed, after_daemo
         return _same_boot(record, kernel, after_daemon_died)
     if record.phase is Phase.verifying:
         return Found(Phase.idle, "the host booted again before the last handover was verified")
-    if record.phase in (Phase.failed, Phase.rolling_back):
-        return _at_rest(None, kernel)
     by_our_kexec = marked(kernel.cmdline, record.run)
+    if record.phase in (Phase.failed, Phase.rolling_back) and not by_our_kexec:
+        return _at_rest(None, kernel)  # whatever could not be put back went with its kernel
     if record.phase is Phase.executing or (record.phase is Phase.loaded and by_our_kexec):
         if kernel.arrived or by_our_kexec:
             return Found(Phase.verifying, "first start after the jump", Action.verify)
@@ -71,7 +71,8 @@ def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Foun
     if record.phase is Phase.rolling_back:
         return Found(record.phase, "khod died while it rolled back", Action.roll_back)
     if record.phase is Phase.failed:
-        clean = not kernel.active and not kernel.loaded
+        kept = {Step.activate: kernel.active, Step.load: kernel.loaded}
+        clean = not any(kept.get(step, True) for step in record.done)
         return Found(Phase.idle, "") if clean else Found(Phase.failed, record.last_error)
     if not agrees(record, kernel):
         return Found(Phase.inconsistent, f"the record says {record.phase.value}, and {said(kernel)}")

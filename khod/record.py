@@ -9,14 +9,16 @@ import enum
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from khod.errors import RecordError, errno_text
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Phase, Step, StepTiming, Verdict
 
+T = TypeVar("T")
 VERSION = 1
 FILE = "handover.json"
 SNAPSHOT = "snapshot"
@@ -83,15 +85,28 @@ def _field(spec: "dataclasses.Field[Any]", values: dict[str, Any]) -> Any:
         case "done":
             return tuple(Step(name) for name in value)
         case "timings":
-            return tuple(StepTiming(**timing) for timing in value)
+            return tuple(_typed(StepTiming, timing) for timing in value)
         case "verdict":
-            return None if value is None else Verdict(**value)
+            return None if value is None else _typed(Verdict, value)
     if isinstance(spec.type, type) and issubclass(spec.type, enum.Enum):
         return spec.type(value)
     wanted: Any = spec.type
     if not isinstance(value, wanted):
         raise TypeError(f"{spec.name} is {value!r}")
     return value
+
+
+def _typed(cls: Callable[..., T], values: dict[str, Any]) -> T:
+    """Make a dataclass of the model from JSON; TypeError where a value is of another type."""
+    made = cls(**values)
+    for name, wanted in get_type_hints(cls).items():
+        value = getattr(made, name)
+        inner = get_args(wanted)
+        if not isinstance(value, get_origin(wanted) or wanted) or (
+            inner and not all(isinstance(v, inner) for v in value)
+        ):
+            raise TypeError(f"{name} is {value!r}")
+    return made
 
 
 @dataclass(frozen=True)

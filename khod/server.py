@@ -104,7 +104,10 @@ class Connection(VarlinkInterfaceServerProtocol):
         if self._pending > MAX_MESSAGE:
             self._refuse(f"The message is longer than {MAX_MESSAGE} bytes")
             return
-        super().message_received(data, fds)
+        try:
+            super().message_received(data, fds)
+        except (ValueError, RecursionError) as error:  # no UTF-8, or nested beyond reason
+            self.error_received(error, data, fds)
 
     def error_received(self, err: Exception, data: bytes, fds: FileDescriptorArray | None) -> None:  # noqa: ARG002
         self._refuse(f"The message is no Varlink call: {err}")
@@ -157,10 +160,10 @@ class Service(Handover):
         self._monitors.add(queue)
         CONNECTION.get().on_end.append(lambda: queue.put_nowait(None))
         try:
-            yield self._engine.now()
+            yield await self._engine.now()
             while (event := await queue.get()) is not None:
                 yield event
-            raise LastResult(self._engine.now())
+            raise LastResult(await self._engine.now())
         finally:
             self._monitors.discard(queue)
 

@@ -16,15 +16,15 @@ VOLATILE = frozenset({"kexec-metadata", "LUO"})
 def compare(before: Tree | None, arrived: Tree | None, generation: Generation) -> Verdict:
     """Name each producer of the snapshot as arrived, missing or changed; `reason` is "" where all is well."""
     if arrived is None:
-        missing = sorted(_producers(before, generation)) if before else []
+        missing = sorted(producers(before, generation)) if before else []
         return Verdict(
             missing=missing,
             reason="the new kernel was reached by the kexec and KHO handed it nothing: "
             "look for `KHO:` in its log (kho=on missing, or it reads another KHO format)",
         )
     if before is None:
-        return Verdict(arrived=sorted(_producers(arrived, generation)), reason="there is no snapshot to compare with")
-    left, came = _producers(before, generation), _producers(arrived, generation)
+        return Verdict(arrived=sorted(producers(arrived, generation)), reason="there is no snapshot to compare with")
+    left, came = producers(before, generation), producers(arrived, generation)
     missing = sorted(left.keys() - came.keys())
     changed = sorted(name for name in left.keys() & came.keys() if left[name] != came[name] and name not in VOLATILE)
     if generation is Generation.sysfs and before.root != arrived.root and not missing and not changed:
@@ -37,7 +37,7 @@ def compare(before: Tree | None, arrived: Tree | None, generation: Generation) -
     return Verdict(sorted(came.keys() - set(changed)), missing, changed, reason)
 
 
-def _producers(tree: Tree, generation: Generation) -> dict[str, object]:
+def producers(tree: Tree, generation: Generation) -> dict[str, object]:
     """Each producer's state by name: v3's are the root's nodes, later ones are blobs of their own."""
     if generation is not Generation.sysfs:
         return dict(tree.blobs)

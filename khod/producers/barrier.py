@@ -103,8 +103,12 @@ class Member:
 class Barrier:
     """All producers of one attempt. `changed` is called whenever an answer comes in."""
 
-    def __init__(self, producers: Sequence[Producer], run: str, changed: Callable[[str], None]) -> None:
-        self._ranks = [[Member(producer) for producer in rank] for rank in ranks(producers)]
+    def __init__(
+        self, producers: Sequence[Producer], run: str, changed: Callable[[str], None], *, told: Verb | None = None
+    ) -> None:
+        """Gather producers; `told` is what a khod that died had told them, so that they hear of the undo."""
+        last = told.value if told else ""
+        self._ranks = [[Member(producer, last) for producer in rank] for rank in ranks(producers)]
         self._run = run
         self._changed = changed
 
@@ -139,8 +143,10 @@ class Barrier:
                 for member, veto in zip(told, answers, strict=True)
                 if veto is not None
             ]
-            if verb is Verb.freeze:
-                for member in told:
+            for member, veto in zip(told, answers, strict=True):
+                if veto is not None:
+                    member.told = verb.value  # so that another abort tells it again
+                elif verb is Verb.freeze:
                     member.told = Verb.prepare.value  # thawed, and still to be told `cancel`
         if failed:
             raise NotRolledBack(

@@ -105,7 +105,7 @@ def _read(path: Path) -> Hook:
         )
     commands = {verb: _strings(values.pop(verb), path, verb) for verb in VERBS if verb in values}
     timeout = values.pop("timeout", 30.0)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
         raise ConfigError(f"`timeout` is {timeout!r}", where=str(path), remedy="It takes a positive number of seconds.")
     after, before = (tuple(_strings(values.pop(key, []), path, key)) for key in ("after", "before"))
     if values:

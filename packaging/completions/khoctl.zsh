@@ -1,0 +1,3 @@
+#compdef khoctl
+# Asks khoctl itself (what `khoctl --show-completion zsh` prints, as an autoloaded function).
+eval "$(env _TYPER_COMPLETE_ARGS="${words[1,$CURRENT]}" _KHOCTL_COMPLETE=complete_zsh khoctl)"

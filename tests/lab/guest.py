@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from tests.lab.accel import accel as probe_accel
 from tests.lab.accel import machine_arguments
@@ -28,13 +28,18 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Hello:
-    """What the agent says when it starts: which boot, which kernel. `seconds` is when it came, from QEMU's start."""
+    """What the agent says when it starts: which boot, which kernel.
+
+    `seconds` is when it came, counted from QEMU's start. `how` is QEMU's word for how this boot began, not the guest's: a
+    kexec is a boot without a reset of the machine.
+    """
 
     boot_id: str
     cmdline: str
     release: str
     pid: int
     seconds: float
+    how: Literal["power-on", "reset", "kexec"]
 
 
 class Pending:
@@ -78,6 +83,7 @@ class Guest:
         self._stack = ExitStack()
         self._machine: Machine | None = None
         self._hellos: list[Hello] = []
+        self._resets = 0
         self._replies: dict[str, Json] = {}
         self._sequence = 0
 
@@ -117,11 +123,6 @@ class Guest:
     def boot_id(self) -> str:
         """The kernel's boot id in the running boot."""
         return self.hellos[-1].boot_id
-
-    @property
-    def resets(self) -> int:
-        """How often the machine was reset; a kexec does not count."""
-        return self.machine.resets
 
     def wait_hello(self, timeout: float) -> Hello:
         """Wait for the agent of the first boot."""
@@ -231,9 +232,16 @@ class Guest:
             return
         match message:
             case {"hello": fields}:
-                self._hellos.append(Hello(**fields, seconds=self.machine.age()))
+                self._hellos.append(Hello(**fields, seconds=self.machine.age(), how=self._how()))
             case {"id": str(number), "ok": bool()}:
                 self._replies[number] = message
+
+    def _how(self) -> Literal["power-on", "reset", "kexec"]:
+        """How the boot began whose hello just came. An agent that only restarted counts as a kexec: look at boot_id."""
+        before, self._resets = self._resets, self.machine.resets
+        if not self._hellos:
+            return "power-on"
+        return "reset" if self._resets > before else "kexec"
 
     # -- the machine ------------------------------------------------------------------------------------------------
 

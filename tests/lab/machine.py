@@ -223,7 +223,7 @@ class Machine:
 
     @property
     def resets(self) -> int:
-        """How often the machine was reset. A kexec is no reset, so this tells them apart from outside the guest."""
+        """How many RESET events came. A kexec brings none; one press of the button brings two, as SeaBIOS resets again."""
         with self.lock:
             return sum(1 for message in self._events if message["event"] == "RESET")
 

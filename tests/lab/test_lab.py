@@ -58,13 +58,14 @@ def test_guest_through_kexec_and_reset(boot: Boot, plain_disk: Path) -> None:
     check_commands(guest)
     check_files(guest)
     first = guest.boot_id
+    assert guest.hellos[0].how == "power-on"
 
     # A marker that only the second kernel's command line has: no reset could bring it there.
     guest.run([*LOAD, "--reuse-cmdline", "--append=lab.second=1"])
     second = guest.kexec()
     assert second.boot_id != first
     assert "lab.second=1" in second.cmdline.split()
-    assert guest.resets == 0
+    assert second.how == "kexec"
     assert "KHO: found kexec handover data" in guest.run(["dmesg"]).stdout
     guest.wait_console("KHO: found kexec handover data", timeout=1)
     guest.run(["sh", "-c", "echo durable > /var/lib/lab/durable; sync"])
@@ -72,7 +73,7 @@ def test_guest_through_kexec_and_reset(boot: Boot, plain_disk: Path) -> None:
     third = guest.reset()
     assert third.boot_id not in (first, second.boot_id)
     assert "lab.second=1" not in third.cmdline.split()
-    assert guest.resets == 1
+    assert third.how == "reset"
     assert "KHO: found kexec handover data" not in guest.run(["dmesg"]).stdout
     assert guest.get("/var/lib/lab/durable") == b"durable\n"
 

@@ -1,0 +1,170 @@
+"""A host under test: the embedded kernel, a state directory, producers, and any number of khods one after the other."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from khod import executor
+from khod.config import Config
+from khod.engine import Engine, Request
+from khod.kernel.kexec import Kexec
+from khod.kernel.probe import Probed, probe
+from khod.kernel.simulated import SimulatedKernel
+from khod.kernel.sysfs import KHO
+from khod.kernel.thread import KernelThread
+from khod.model import Event, Phase
+from khod.producers.hooks import Hook
+from khod.record import Record, Store
+from tests.unit.images import CPIO, bzimage
+
+ACTIVE = f"{KHO}/active"
+UNLOAD = 1  # KEXEC_FILE_UNLOAD, include/uapi/linux/kexec.h
+
+
+@dataclass(frozen=True)
+class Noted:
+    """One call that changes the kernel: what, in which thread, and what the record on disk said at that moment."""
+
+    what: str
+    thread: int
+    recorded: Phase | None
+
+
+class Kernel(SimulatedKernel):
+    """The embedded kernel, watched. While `gate` is not set, writes to `active` block as a real one's may."""
+
+    def __init__(self, root: Path, store: Store) -> None:
+        super().__init__(root)
+        self.noted: list[Noted] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self._store = store
+
+    def _note(self, what: str) -> None:
+        record = self._store.read()
+        self.noted.append(Noted(what, threading.get_ident(), record.phase if record else None))
+
+    @property
+    def calls(self) -> list[str]:
+        return [noted.what for noted in self.noted]
+
+    def write(self, path: str, data: bytes) -> None:
+        if path == ACTIVE:
+            self._note(f"active={data.decode().strip()}")
+            self.gate.wait()
+        super().write(path, data)
+
+    def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
+        self._note("unload" if flags & UNLOAD else "load")
+        super().kexec_file_load(kernel_fd, initrd_fd, cmdline, flags)
+
+    def reboot_kexec(self) -> None:
+        self._note("reboot")
+        super().reboot_kexec()
+
+    @property
+    def active(self) -> bool:
+        return self.read(ACTIVE) == b"1\n"
+
+    @property
+    def loaded(self) -> bool:
+        return self.read("/sys/kernel/kexec_loaded") == b"1\n"
+
+
+class Host:
+    """Everything below one directory. `engine()` is a khod that has just been executed; it was not started."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = Config()
+        self.hooks: list[Hook] = []
+        self.events: list[Event] = []
+        self.told = directory / "told"
+        (directory / "state").mkdir()
+        self.store = Store(directory / "state")
+        self.kernel = Kernel(directory / "kernel", self.store)
+        self.prober: Callable[[], Probed] = lambda: probe(self.kernel)
+        self._waiting: list[tuple[Callable[[Event], bool], asyncio.Future[Event]]] = []
+        (directory / "vmlinuz").write_bytes(bzimage())
+        (directory / "initrd").write_bytes(CPIO)
+
+    def engine(self, **executors: executor.Executor) -> Engine:
+        kexec, thread = Kexec(self.kernel), KernelThread()
+        jump = executor.immediate(kexec, thread, 10)
+        return Engine(
+            kexec,
+            self.prober,
+            self.store,
+            self.config,
+            producers=lambda: self.hooks,
+            orderly=executors.get("orderly", jump),
+            immediate=executors.get("immediate", jump),
+            thread=thread,
+            tell=self._tell,
+        )
+
+    async def started(self, **executors: executor.Executor) -> Engine:
+        engine = self.engine(**executors)
+        await engine.start()
+        return engine
+
+    def _tell(self, event: Event) -> None:
+        self.events.append(event)
+        for wanted, future in self._waiting:
+            if not future.done() and wanted(event):
+                future.set_result(event)
+
+    async def seen(self, wanted: Callable[[Event], bool]) -> Event:
+        """The next event that is `wanted`."""
+        future: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+        self._waiting.append((wanted, future))
+        return await future
+
+    def hook(
+        self,
+        name: str,
+        scripts: Mapping[str, str] = MappingProxyType({}),
+        *,
+        timeout: float = 10.0,
+        after: tuple[str, ...] = (),
+    ) -> None:
+        """Add a producer that notes each verb it is told; `scripts` by verb are run after the note."""
+        verbs = ("prepare", "freeze", "thaw", "cancel")
+        commands = {
+            verb: ["/bin/sh", "-c", f"echo {name} {verb} >> {self.told}\n{scripts.get(verb, '')}"] for verb in verbs
+        }
+        self.hooks.append(Hook(name, commands, timeout, after))
+
+    @property
+    def verbs(self) -> list[str]:
+        """What producers were told, in order: `NAME VERB`."""
+        return self.told.read_text().splitlines() if self.told.exists() else []
+
+    @contextmanager
+    def request(
+        self, image: str = "vmlinuz", initrd: str | None = "initrd", *, load_only: bool = False, hold: bool = False
+    ) -> Iterator[Request]:
+        """A request with open files, as the server makes one."""
+        fds = [os.open(self.directory / name, os.O_RDONLY) for name in (image, initrd) if name is not None]
+        try:
+            second = fds[1] if initrd else None
+            yield Request(fds[0], image, second, initrd or "", load_only=load_only, hold=hold)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    @property
+    def record(self) -> Record:
+        """The record on disk."""
+        record = self.store.read()
+        assert record is not None, "there is no record"
+        return record
+
+    async def kexec(self, engine: Engine, *, load_only: bool = False, hold: bool = False) -> None:
+        with self.request(load_only=load_only, hold=hold) as request:
+            await engine.kexec(request)
