@@ -15,7 +15,7 @@ from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import KernelThread
 from khod.model import Step
-from khod.producers.barrier import Barrier, Verb
+from khod.producers.barrier import NO_ANSWER, Barrier, Verb
 from khod.record import Store
 from khod.verify import producers
 
@@ -81,7 +81,8 @@ class Actions:
             async with asyncio.timeout(deadline):
                 await self.barrier.tell(verb)
         except TimeoutError:
-            waiting = ", ".join(member.producer.name for member in self.barrier.members if member.waiting)
+            silent = [member for member in self.barrier.members if member.answer == NO_ANSWER]
+            waiting = ", ".join(member.producer.name for member in silent)
             raise Failed(
                 f"Not every producer could {verb.value} within {deadline:g} s",
                 where=waiting,

@@ -19,7 +19,7 @@ from khod.kernel.probe import Probed
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import KernelThread
 from khod.machine import HELD, RESTING, Machine, left
-from khod.model import Check, Event, Observed, Phase, Status, Step, Verdict
+from khod.model import Check, Event, Generation, Observed, Phase, Status, Step, Verdict
 from khod.producers.barrier import Barrier, Verb
 from khod.producers.hooks import Hook
 from khod.record import Record, Store
@@ -308,7 +308,7 @@ class Engine:
             if kernel is not None:
                 deadline = self.config.deadlines.activate
                 arrived = await self._thread.call(kernel.arrived, "reading the state that arrived", deadline)
-            verdict = verify.compare(snapshot, arrived, here.record.generation)
+            verdict = verify.compare(snapshot, arrived, here.record.generation, self._generation())
         except (KhoError, OSError) as error:
             verdict = Verdict(reason=str(error))
         here.machine = here.machine.to(Phase.degraded if verdict.reason else Phase.verified)
@@ -366,6 +366,9 @@ class Engine:
                 barrier = Barrier([], here.record.run, here.say)
             here.actions = Actions(self._kernel(), self._kexec, self._thread, self._store, self.config, barrier)
         return here.actions
+
+    def _generation(self) -> Generation:
+        return self._probed.kernel.generation if self._probed.kernel else Generation.none
 
     def _kernel(self) -> KhoKernel:
         if self._probed.kernel is None:

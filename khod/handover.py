@@ -108,7 +108,8 @@ class Handover:
         Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the
         operator asked for it.
         """
-        self.machine = self.machine.to(Phase.rolling_back)
+        if self.machine.phase is not Phase.rolling_back:  # khod may have died while it rolled back
+            self.machine = self.machine.to(Phase.rolling_back)
         if cause is not None:
             self.record = replace(self.record, last_error=str(cause))
         await self.keep_if_possible()

@@ -51,7 +51,7 @@ def _safely(function: Callable[[Facts], Iterator[Check]], facts: Facts) -> list[
     try:
         return list(function(facts))
     except KhoError as error:
-        return [Check(function.__name__.strip("_"), CheckResult.fail, error.what, error.remedy)]
+        return [Check(function.__name__.strip("_"), CheckResult.fail, _evidence(error), error.remedy)]
     except OSError as error:
         return [
             Check(
@@ -61,6 +61,10 @@ def _safely(function: Callable[[Facts], Iterator[Check]], facts: Facts) -> list[
                 "Run khod as root.",
             )
         ]
+
+
+def _evidence(error: KhoError) -> str:
+    return f"{error.what} ({error.where})" if error.where else error.what
 
 
 def _kho(facts: Facts) -> Iterator[Check]:
@@ -152,7 +156,7 @@ def _record(facts: Facts) -> Iterator[Check]:
     try:
         facts.store.read()
     except RecordError as error:
-        yield Check("record", CheckResult.fail, error.what, error.remedy)
+        yield Check("record", CheckResult.fail, _evidence(error), error.remedy)
 
 
 def _producers(facts: Facts) -> Iterator[Check]:
@@ -160,7 +164,7 @@ def _producers(facts: Facts) -> Iterator[Check]:
         found = facts.producers()
         names = [producer.name for rank in ranks(found) for producer in rank]
     except ConfigError as error:
-        yield Check("producers", CheckResult.fail, f"{error.what} ({error.where})", error.remedy)
+        yield Check("producers", CheckResult.fail, _evidence(error), error.remedy)
         return
     yield Check("producers", CheckResult.passed, f"{len(names)} configured: {', '.join(names) or 'none'}", "")
 

@@ -26,7 +26,7 @@ from asyncvarlink.serviceinterface import VarlinkServiceInterface
 from khod import __version__, model
 from khod.config import Access
 from khod.engine import Engine, Request
-from khod.errors import KhoError, Refused, UsageError
+from khod.errors import KhoError, Refused, Unreachable, UsageError
 from khod.protocol import Handover, TreeReply, to_wire
 
 MAX_MESSAGE = 1 << 20
@@ -35,9 +35,12 @@ MAX_MESSAGE = 1 << 20
 MAX_QUEUE = 1000
 """Events kept for a monitor that does not read; then it is dropped."""
 
+Queue = asyncio.Queue[model.Event | Exception]
+"""What a monitor is to be told: events, then how it ends."""
+
 UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
 SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h
-NGROUPS = 1024
+PEERGROUPS_SIZE = 1024  # bytes: the most CPython's getsockopt takes, 256 groups
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def peer_of(sock: socket.socket) -> Peer:
     """Ask the kernel who connected."""
     pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
     try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, NGROUPS * 4)
+        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, PEERGROUPS_SIZE)
         groups = struct.unpack(f"{len(raw) // 4}I", raw)
     except OSError:
         groups = ()  # more groups than we asked room for: the primary one must do
@@ -134,20 +137,22 @@ class Connection(VarlinkInterfaceServerProtocol):
 
 
 class Service(Handover):
-    """The interface over one engine."""
+    __doc__ = Handover.__doc__  # what introspection shows
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._monitors: set[asyncio.Queue[model.Event | None]] = set()
+        self._monitors: set[Queue] = set()
+        self._last = model.Event(0.0, model.Phase.idle, "", "")
 
     def publish(self, event: model.Event) -> None:
         """Give an event to every monitor; one that does not read is dropped."""
+        self._last = event
         for queue in list(self._monitors):
             if queue.qsize() < MAX_QUEUE:
                 queue.put_nowait(event)
             else:
                 self._monitors.discard(queue)
-                queue.put_nowait(None)
+                queue.put_nowait(LastResult(self._last))
 
     @varlinkmethod(return_parameter="status")
     async def Status(self) -> model.Status:  # noqa: N802
@@ -156,21 +161,22 @@ class Service(Handover):
 
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Monitor(self) -> AsyncIterator[model.Event]:  # noqa: N802
-        queue: asyncio.Queue[model.Event | None] = asyncio.Queue()
+        queue: Queue = asyncio.Queue()
         self._monitors.add(queue)
-        CONNECTION.get().on_end.append(lambda: queue.put_nowait(None))
+        # An error, not a last result: the library leaves the generator of a result it cannot send unclosed.
+        CONNECTION.get().on_end.append(lambda: queue.put_nowait(to_wire(Unreachable("The client is gone"))))
         try:
             yield await self._engine.now()
-            while (event := await queue.get()) is not None:
-                yield event
-            raise LastResult(await self._engine.now())
+            while isinstance(item := await queue.get(), model.Event):
+                yield item
+            raise item
         finally:
             self._monitors.discard(queue)
 
     def close(self) -> None:
         """End every monitor."""
         for queue in self._monitors:
-            queue.put_nowait(None)
+            queue.put_nowait(LastResult(self._last))
 
     @varlinkmethod(return_parameter="checks")
     async def Check(self) -> list[model.Check]:  # noqa: N802

@@ -13,28 +13,27 @@ from khod.model import Generation, Verdict
 VOLATILE = frozenset({"kexec-metadata", "LUO"})
 
 
-def compare(before: Tree | None, arrived: Tree | None, generation: Generation) -> Verdict:
+def compare(before: Tree | None, arrived: Tree | None, was: Generation, now: Generation) -> Verdict:
     """Name each producer of the snapshot as arrived, missing or changed; `reason` is "" where all is well."""
     if arrived is None:
-        missing = sorted(producers(before, generation)) if before else []
+        missing = sorted(producers(before, was)) if before else []
         return Verdict(
             missing=missing,
             reason="the new kernel was reached by the kexec and KHO handed it nothing: "
             "look for `KHO:` in its log (kho=on missing, or it reads another KHO format)",
         )
     if before is None:
-        return Verdict(arrived=sorted(producers(arrived, generation)), reason="there is no snapshot to compare with")
-    left, came = producers(before, generation), producers(arrived, generation)
+        return Verdict(arrived=sorted(producers(arrived, now)), reason="there is no snapshot to compare with")
+    left, came = producers(before, was), producers(arrived, now)
     missing = sorted(left.keys() - came.keys())
     changed = sorted(name for name in left.keys() & came.keys() if left[name] != came[name] and name not in VOLATILE)
-    if generation is Generation.sysfs and before.root != arrived.root and not missing and not changed:
+    if was is Generation.sysfs and before.root != arrived.root and not missing and not changed:
         changed = ["/"]
-    reason = "; ".join(
-        f"{what}: {', '.join(names)}"
-        for what, names in (("did not arrive", missing), ("arrived changed", changed))
-        if names
-    )
-    return Verdict(sorted(came.keys() - set(changed)), missing, changed, reason)
+    findings = [("did not arrive", missing), ("arrived changed", changed)]
+    reasons = [f"{what}: {', '.join(names)}" for what, names in findings if names]
+    if was is not now:
+        reasons.append(f"the kernel before offered KHO as {was.value}, this one as {now.value}")
+    return Verdict(sorted(came.keys() - set(changed)), missing, changed, "; ".join(reasons))
 
 
 def producers(tree: Tree, generation: Generation) -> dict[str, object]:

@@ -286,7 +286,8 @@ def serialize(ranges: int) -> bytes:
     fdt.property("mem", b"".join(KHO_MEM.pack(0x4000_0000 + page * 0x2000, 0x1000) for page in range(ranges)))
     for _node in range(4):
         fdt.end_node()
-    return bytes(fdt.as_fdt().as_bytearray())
+    made = fdt.as_fdt()
+    return bytes(made.as_bytearray()[: made.totalsize()])
 
 
 def image() -> bytes:

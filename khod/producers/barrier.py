@@ -26,6 +26,8 @@ class Verb(enum.Enum):
     cancel = "cancel"
 
 
+NO_ANSWER = "no answer"
+
 UNDO = {Verb.prepare: Verb.cancel, Verb.freeze: Verb.thaw}
 
 
@@ -168,6 +170,9 @@ class Barrier:
             veto = f"no answer within {member.producer.timeout:g} s"
         except (OSError, KhoError) as error:
             veto = str(error)
+        except asyncio.CancelledError:
+            member.answer = NO_ANSWER
+            raise
         finally:
             member.waiting, member.seconds = False, time.monotonic() - began
         member.answer = veto or "ready"

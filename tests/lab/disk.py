@@ -97,14 +97,17 @@ def _install(root: Path, debs: Sequence[Path]) -> None:
     """Install packages with the guest's own dpkg, so that their maintainer scripts run as they would there."""
     if not debs:
         return
+    policy = rootfs.below(root, "/usr/sbin/policy-rc.d")
+    policy.write_text("#!/bin/sh\nexit 101\n")  # no service can start in a tree: Debian's way to say so
+    policy.chmod(0o755)
     inside = []
     for deb in debs:
         place = rootfs.below(root, f"/tmp/{deb.name}")
         place.write_bytes(deb.read_bytes())
         inside.append(f"/tmp/{deb.name}")
     call(["unshare", "--mount", "--fork", "sh", "-c", INSTALL, "install", root, *inside])
-    for path in inside:
-        rootfs.below(root, path).unlink()
+    for leftover in (policy, *(rootfs.below(root, path) for path in inside)):
+        leftover.unlink()
 
 
 def _need_root() -> None:

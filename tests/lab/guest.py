@@ -30,8 +30,8 @@ CHUNK = 1 << 20
 class Hello:
     """What the agent says when it starts: which boot, which kernel.
 
-    `seconds` is when it came, counted from QEMU's start. `how` is QEMU's word for how this boot began, not the guest's: a
-    kexec is a boot without a reset of the machine.
+    `seconds` is when it came, counted from QEMU's start. `how` is how this boot began, as QEMU saw it:
+    a kexec is a boot without a reset of the machine.
     """
 
     boot_id: str

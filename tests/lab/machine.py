@@ -223,7 +223,7 @@ class Machine:
 
     @property
     def resets(self) -> int:
-        """How many RESET events came. A kexec brings none; one press of the button brings two, as SeaBIOS resets again."""
+        """How many RESET events came. A kexec brings none, the reset button two: SeaBIOS resets once more."""
         with self.lock:
             return sum(1 for message in self._events if message["event"] == "RESET")
 

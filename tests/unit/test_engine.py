@@ -67,14 +67,14 @@ async def test_activate_stops_at_active_and_abort_puts_all_back(host: Host) -> N
     two_producers(host)
     engine = await host.started()
     await engine.activate()
-    status = await engine.status()
-    assert [status.phase, status.kernel_active, status.kernel_loaded] == [Phase.active, True, False]
-    assert host.record.phase is Phase.active
+    before = await engine.status()
+    assert (before.phase, before.kernel_active, before.kernel_loaded) == (Phase.active, True, False)
+    assert host.record.phase == Phase.active
     assert (await engine.tree("out")).root == host.kernel.read("/sys/kernel/kho/dt")
 
     await engine.abort()
-    status = await engine.status()
-    assert (status.phase, status.kernel_active, status.done) == (Phase.idle, False, [])
+    after = await engine.status()
+    assert (after.phase, after.kernel_active, after.done) == (Phase.idle, False, [])
     assert host.record.phase is Phase.idle
     assert host.verbs == UNDONE
     with pytest.raises(Refused):

@@ -1,14 +1,16 @@
 """What bounds a handover: the disk, failed activations, kernels that forget at an abort, kernels with another order."""
 
+import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from khod.abi.calls import Calls
 from khod.config import Config, Deadlines, Policy
-from khod.errors import Exit, Failed, NotRolledBack, RecordError, Refused, Unsupported
+from khod.errors import Exit, Failed, KhoError, NotRolledBack, RecordError, Refused, Unsupported
 from khod.kernel.debugfs import FinalizeNoAbort, Stateless
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import AbortKind, KhoKernel
@@ -40,52 +42,79 @@ def driven_as(host: Host, kernel: KhoKernel) -> None:
     host.prober = lambda: Probed(kernel, "as the test says", "")
 
 
+def mount(path: Path, options: str) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "khod-test", str(path)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until there is no room left."""
+    fd = os.open(path / "filler", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
+    with suppress(OSError):
+        while True:
+            os.write(fd, bytes(1 << 20))
+    os.close(fd)
+    assert os.statvfs(path).f_bavail == 0
+
+
 @pytest.fixture
-def small_disk(host: Host) -> Iterator[Path]:
-    """The state directory on a tmpfs of its own, of 256 KiB."""
+def disk(host: Host) -> Iterator[Path]:
+    """The state directory on a file system of its own."""
     path = host.store.directory
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "khod-test", str(path)], check=True)
+    mount(path, "size=64m")
     try:
         yield path
     finally:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-async def test_a_full_disk_stops_it_before_the_kernel_is_touched(host: Host, small_disk: Path) -> None:
+async def test_a_full_disk_stops_it_before_the_kernel_is_touched(host: Host, disk: Path) -> None:
     host.hook("a")
-    (small_disk / "filler").write_bytes(b"x" * (200 << 10))
+    fill(disk)
     engine = await host.started()
     with pytest.raises(Refused) as raised:
         await host.kexec(engine)
-    assert str(small_disk) in str(raised.value)
+    assert str(disk) in str(raised.value)
     assert host.kernel.calls == []
     assert host.verbs == []
     assert (await engine.status()).phase is Phase.idle
 
 
-async def test_a_disk_that_fills_later_does_not_keep_the_kernel_from_being_put_back(
-    host: Host, small_disk: Path
+async def test_a_disk_that_fills_while_active_refuses_to_go_on_and_abort_still_puts_the_kernel_back(
+    host: Host, disk: Path
 ) -> None:
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     engine = await host.started()
     await engine.activate()
-    with pytest.raises(OSError, match="No space"), (small_disk / "filler").open("wb") as filler:
-        while True:
-            filler.write(b"x" * (1 << 20))
-    with pytest.raises(RecordError):
+    fill(disk)
+    with pytest.raises(Refused):
         await host.kexec(engine)
-    assert "load" not in host.kernel.calls, "a step that cannot be recorded is not taken"
-    assert not host.kernel.active
+    assert (await engine.status()).phase is Phase.active
+    await engine.abort()
+    assert host.kernel.calls == ["active=1", "active=0"]
     assert (await engine.status()).phase is Phase.idle
 
 
-async def test_a_read_only_state_directory_stops_it_before_the_kernel_is_touched(host: Host, small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,size=64m,ro", str(small_disk)], check=True)
+async def test_a_step_that_cannot_be_recorded_is_not_taken(host: Host, disk: Path) -> None:
+    host.hook("a", {"freeze": f"dd if=/dev/zero of={disk}/filler bs=64k 2> /dev/null; true"})
     engine = await host.started()
     with pytest.raises(RecordError) as raised:
-        await engine.activate()
-    assert str(small_disk) in raised.value.where
+        await host.kexec(engine)
+    assert "ENOSPC" in raised.value.what
+    assert str(disk) in raised.value.where
     assert host.kernel.calls == []
+    assert host.verbs == ["a prepare", "a freeze", "a thaw", "a cancel"]
+    assert (await engine.status()).phase is Phase.idle
+
+
+async def test_a_read_only_state_directory_stops_it_before_the_kernel_is_touched(host: Host, disk: Path) -> None:
+    mount(disk, "remount,ro")
+    host.hook("a")
+    engine = await host.started()
+    with pytest.raises(KhoError) as raised:
+        await engine.activate()
+    assert raised.value.exit in (Exit.failed, Exit.refused)
+    assert str(disk) in str(raised.value)
+    assert host.kernel.calls == []
+    assert host.verbs == []
     assert (await engine.status()).phase is Phase.idle
 
 

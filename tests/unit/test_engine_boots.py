@@ -1,0 +1,115 @@
+"""What khod finds that it did not do: an operator's own activation, a cold boot, state that did not arrive, a bad record."""
+
+import pytest
+
+from khod.errors import Exit, Refused
+from khod.kernel.simulated import Rebooted
+from khod.model import Phase
+from tests.unit.harness import ACTIVE, Host
+
+
+def drive_by_hand(host: Host, *, loaded: bool) -> None:
+    host.kernel.echo(ACTIVE, "1")
+    if loaded:
+        with host.request() as request:
+            assert request.kernel_fd is not None
+            assert request.initrd_fd is not None
+            host.kernel.kexec_file_load(request.kernel_fd, request.initrd_fd, b"root=/dev/sim\0", 0)
+    host.kernel.noted.clear()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+async def test_activation_behind_khod_s_back_is_foreign(host: Host, loaded: bool) -> None:
+    engine = await host.started()
+    drive_by_hand(host, loaded=loaded)
+    for khod in (engine, await host.started()):
+        status = await khod.status()
+        assert (status.phase, status.kernel_active, status.kernel_loaded) == (Phase.foreign, True, loaded)
+        for asked in (khod.activate, khod.abort):
+            with pytest.raises(Refused):
+                await asked()
+    assert host.kernel.calls == [], "khod touches nothing"
+    await khod.abort(force=True)
+    assert host.kernel.calls == ["unload", "active=0"][not loaded :]
+    assert (await khod.status()).phase is Phase.idle
+
+
+async def test_foreign_ends_when_whoever_did_it_puts_it_back(host: Host) -> None:
+    host.kernel.echo(ACTIVE, "1")
+    engine = await host.started()
+    assert (await engine.status()).phase is Phase.foreign
+    host.kernel.echo(ACTIVE, "0")
+    assert (await engine.status()).phase is Phase.idle
+    await engine.activate()
+    assert (await engine.status()).phase == Phase.active
+
+
+async def test_a_deactivation_behind_khod_s_back_is_inconsistent(host: Host) -> None:
+    host.hook("a")
+    engine = await host.started()
+    await engine.activate()
+    host.kernel.echo(ACTIVE, "0")
+    assert (await engine.status()).phase is Phase.inconsistent
+    with pytest.raises(Refused):
+        await host.kexec(engine)
+    with pytest.raises(Refused):
+        await engine.abort()
+    await engine.abort(force=True)
+    assert (await engine.status()).phase is Phase.idle
+    assert host.verbs == ["a prepare", "a freeze", "a thaw", "a cancel"]
+
+
+async def test_a_plain_reset_instead_of_the_jump_is_a_cold_boot(host: Host) -> None:
+    engine = await host.started()
+    host.kernel.fault("cold", True)
+    with pytest.raises(Rebooted):
+        await host.kexec(engine)
+    engine = await host.started()
+    status = await engine.status()
+    assert (status.phase, status.exit_code) == (Phase.cold_boot, Exit.degraded)
+    assert status.last_error
+    assert status.remedy
+    engine = await host.started()
+    assert (await engine.status()).phase is Phase.cold_boot, "a restart of khod in the same boot does not lose it"
+    await engine.activate()
+    assert host.kernel.active
+
+
+@pytest.mark.parametrize(("fault", "named"), [("lose", "missing"), ("change", "changed")])
+async def test_state_that_does_not_arrive_whole_is_degraded(host: Host, fault: str, named: str) -> None:
+    engine = await host.started()
+    host.kernel.fault(fault, True)
+    with pytest.raises(Rebooted):
+        await host.kexec(engine)
+    for _start in range(2):
+        status = await (await host.started()).status()
+        assert (status.phase, status.exit_code) == (Phase.degraded, Exit.degraded)
+        assert status.verdict is not None
+        assert getattr(status.verdict, named) == ["ftrace"]
+        assert "ftrace" not in status.verdict.arrived
+
+
+async def test_a_snapshot_that_is_gone_cannot_prove_anything(host: Host) -> None:
+    engine = await host.started()
+    with pytest.raises(Rebooted):
+        await host.kexec(engine)
+    for path in sorted(host.store.directory.rglob("snapshot/**/*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert (await (await host.started()).status()).phase is Phase.degraded
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'{"version": 99}', b"\xff\xfe"])
+async def test_a_record_that_cannot_be_understood_is_inconsistent_until_forced(host: Host, raw: bytes) -> None:
+    host.store.path.write_bytes(raw)
+    engine = await host.started()
+    status = await engine.status()
+    assert status.phase is Phase.inconsistent
+    assert status.last_error
+    with pytest.raises(Refused):
+        await engine.activate()
+    with pytest.raises(Refused):
+        await engine.abort()
+    assert host.store.path.read_bytes() == raw, "what an operator must see is not overwritten"
+    await engine.abort(force=True)
+    assert (await engine.status()).phase is Phase.idle
+    assert (await (await host.started()).status()).phase is Phase.idle
