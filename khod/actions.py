@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from khod.abi import fdt
 from khod.config import Config
 from khod.errors import Failed, KhoError, Refused
 from khod.executor import Executor
@@ -91,7 +90,6 @@ class Actions:
 
     async def _activate(self) -> None:
         self.snapshot = await self._call(Step.activate, self._activate_and_look, self._deadlines.activate)
-        fdt.check(self.snapshot.root, "the kernel's outgoing state tree")
         if self._require_state and not producers(self.snapshot, self.kernel.generation):
             raise Refused(
                 "Nothing would be handed over: no producer in the kernel has any state",
@@ -103,6 +101,7 @@ class Actions:
         await asyncio.to_thread(self._store.write_snapshot, self.snapshot)
 
     def _activate_and_look(self) -> Tree:
+        self._kexec.announce("entering the active phase")
         self.kernel.activate()
         return self.kernel.tree()
 

@@ -20,6 +20,9 @@ from khod.errors import KhoError, Unreachable
 from khod.model import Check, Event, Status
 from khod.protocol import SOCKET, Handover, from_wire
 
+ANSWER = 60.0
+"""Seconds khod has to say how it stands; its start, a rollback included, comes before."""
+
 START = "Start it with: systemctl start kho-handover"
 
 
@@ -30,8 +33,15 @@ class Client:
         self._proxy = protocol.make_proxy(Handover)
 
     async def status(self) -> Status:
-        """How it stands."""
-        return (await self._call("Status"))["status"]  # type: ignore[no-any-return]
+        """How it stands; Unreachable where khod takes the call and is silent (it may be starting over and over)."""
+        try:
+            async with asyncio.timeout(ANSWER):
+                found: Status = (await self._call("Status"))["status"]
+                return found
+        except TimeoutError:
+            raise Unreachable(
+                f"khod does not answer within {ANSWER:g} s", remedy="Look at: journalctl -u kho-handover"
+            ) from None
 
     async def check(self) -> list[Check]:
         """The preflight checks."""

@@ -89,7 +89,7 @@ class Daemon:
         try:
             await self.engine.start()
         except KhoError as error:
-            print(error, file=sys.stderr)  # noqa: T201 - status has it too
+            _complain(error)
         journal.notify("READY=1")
         await self._stopping.wait()
         journal.notify("STOPPING=1")
@@ -143,7 +143,8 @@ class Daemon:
         try:
             self.engine.config = config.load(self._options.root)
         except ConfigError as error:
-            print(f"The configuration stays as it was: {error}", file=sys.stderr)  # noqa: T201
+            _complain(f"The configuration stays as it was: {error}")
+            journal.notify(f"STATUS=The configuration stays as it was: {error}")
         journal.notify("READY=1")
 
     def _again(self, jump: executor.Executor) -> executor.Executor:
@@ -159,16 +160,20 @@ class Daemon:
         return jump_and_start_again
 
 
+def _complain(what: object) -> None:
+    sys.stderr.write(f"khod: {what}\n")
+
+
 def main() -> None:
     """Run khod; exits with 2 where the configuration is wrong."""
     opts = options(sys.argv[1:])
     try:
         asyncio.run(_main(opts))
     except ConfigError as error:
-        print(f"khod: {error}", file=sys.stderr)  # noqa: T201
+        _complain(error)
         sys.exit(Exit.usage)
     except KhoError as error:
-        print(f"khod: {error}", file=sys.stderr)  # noqa: T201
+        _complain(error)
         sys.exit(error.exit)
 
 

@@ -63,33 +63,33 @@ class Handover(VarlinkInterface, name=INTERFACE):
     errors = tuple(ERRORS.values())
 
     @varlinkmethod(return_parameter="status")
-    async def Status(self) -> model.Status:  # noqa: N802
+    async def Status(self) -> model.Status:
         """Tell how it stands; never waits for the kernel longer than a second."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)
-    async def Monitor(self) -> AsyncIterator[model.Event]:  # noqa: N802
+    async def Monitor(self) -> AsyncIterator[model.Event]:
         """Stream every change, beginning with how it stands; call it with `more`."""
         raise NotImplementedError
         yield
 
     @varlinkmethod(return_parameter="checks")
-    async def Check(self) -> list[model.Check]:  # noqa: N802
+    async def Check(self) -> list[model.Check]:
         """Run the preflight checks and touch nothing."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="status")
-    async def Activate(self) -> model.Status:  # noqa: N802
+    async def Activate(self) -> model.Status:
         """Bring producers and kernel to `active`; on failure everything is put back."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="status")
-    async def Abort(self, *, force: bool | None = None) -> model.Status:  # noqa: N802
+    async def Abort(self, *, force: bool | None = None) -> model.Status:
         """Put everything back; with `force` also what khod did not do."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="status")
-    async def Kexec(  # noqa: N802
+    async def Kexec(
         self,
         *,
         image: FileDescriptor | None = None,
@@ -110,6 +110,6 @@ class Handover(VarlinkInterface, name=INTERFACE):
         raise NotImplementedError
 
     @varlinkmethod
-    async def Tree(self, *, side: str) -> TreeReply:  # noqa: N802
+    async def Tree(self, *, side: str) -> TreeReply:
         """Give a state tree: `out` (what would leave), `in` (what arrived) or `snapshot` (what left)."""
         raise NotImplementedError

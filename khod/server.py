@@ -137,7 +137,9 @@ class Connection(VarlinkInterfaceServerProtocol):
 
 
 class Service(Handover):
-    __doc__ = Handover.__doc__  # what introspection shows
+    """The interface over one engine."""
+
+    render_interface_description = Handover.render_interface_description  # with the words it was described in
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -155,12 +157,12 @@ class Service(Handover):
                 queue.put_nowait(LastResult(self._last))
 
     @varlinkmethod(return_parameter="status")
-    async def Status(self) -> model.Status:  # noqa: N802
+    async def Status(self) -> model.Status:
         with wired():
             return await self._engine.status()
 
     @varlinkmethod(return_parameter="event", delay_generator=False)
-    async def Monitor(self) -> AsyncIterator[model.Event]:  # noqa: N802
+    async def Monitor(self) -> AsyncIterator[model.Event]:
         queue: Queue = asyncio.Queue()
         self._monitors.add(queue)
         # An error, not a last result: the library leaves the generator of a result it cannot send unclosed.
@@ -179,26 +181,26 @@ class Service(Handover):
             queue.put_nowait(LastResult(self._last))
 
     @varlinkmethod(return_parameter="checks")
-    async def Check(self) -> list[model.Check]:  # noqa: N802
+    async def Check(self) -> list[model.Check]:
         with wired():
             return await self._engine.check()
 
     @varlinkmethod(return_parameter="status")
-    async def Activate(self) -> model.Status:  # noqa: N802
+    async def Activate(self) -> model.Status:
         with wired():
             self._privileged("activate")
             await self._engine.activate()
             return await self._engine.status()
 
     @varlinkmethod(return_parameter="status")
-    async def Abort(self, *, force: bool | None = None) -> model.Status:  # noqa: N802
+    async def Abort(self, *, force: bool | None = None) -> model.Status:
         with wired():
             self._privileged("abort")
             await self._engine.abort(force=bool(force))
             return await self._engine.status()
 
     @varlinkmethod(return_parameter="status")
-    async def Kexec(  # noqa: N802
+    async def Kexec(
         self,
         *,
         image: FileDescriptor | None = None,
@@ -229,7 +231,7 @@ class Service(Handover):
             return await self._engine.status()
 
     @varlinkmethod
-    async def Tree(self, *, side: str) -> TreeReply:  # noqa: N802
+    async def Tree(self, *, side: str) -> TreeReply:
         with wired():
             self._privileged("read the state tree")
             tree = await self._engine.tree(side)

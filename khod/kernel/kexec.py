@@ -1,11 +1,14 @@
 """What no generation changes: the image slot, the jump, and who this boot is."""
 
+import contextlib
+
 from khod.abi.calls import Calls
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
 
 # The first from 6.19, the second before and after it.
 LOADED = ("/sys/kernel/kexec/loaded", "/sys/kernel/kexec_loaded")
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+KMSG = "/dev/kmsg"
 LOAD_DISABLED = "/proc/sys/kernel/kexec_load_disabled"
 LOAD_LIMIT = "/proc/sys/kernel/kexec_load_limit_reboot"
 
@@ -59,6 +62,11 @@ class Kexec:
     def unload(self) -> None:
         """Drop the loaded image; nothing happens where there is none."""
         self._calls.kexec_file_load(-1, -1, b"", KEXEC_FILE_UNLOAD)
+
+    def announce(self, text: str) -> None:
+        """Leave a line in the kernel log: on a console it outlives this kernel, when the journal may not."""
+        with contextlib.suppress(OSError):  # a container without /dev/kmsg goes on all the same
+            self._calls.write(KMSG, f"<5>khod: {text}\n".encode())
 
     def sync(self) -> None:
         """Write back every file system's dirty pages."""

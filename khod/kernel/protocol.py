@@ -52,7 +52,10 @@ class KhoKernel(Protocol):
         """Leave the active phase, from the thread that entered it."""
 
     def tree(self) -> Tree:
-        """Read the outgoing state. Never while another thread leaves the active phase (v3 deadlocks)."""
+        """Read the outgoing state; MalformedTree where it is damaged.
+
+        Never while another thread leaves the active phase: v3 deadlocks.
+        """
 
     def arrived(self) -> Tree | None:
         """Read the state the previous kernel handed over; None where nothing came."""

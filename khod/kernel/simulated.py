@@ -22,7 +22,7 @@ import libfdt
 from khod.abi.calls import HostCalls
 from khod.abi.fdt import KHO_MEM, mem, parse
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
-from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
+from khod.kernel.kexec import BOOT_ID, KMSG, LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.sysfs import IN_DT, KHO
 
 STATE = ".simulated-kernel.json"
@@ -94,6 +94,9 @@ class SimulatedKernel(HostCalls):
 
     def write(self, path: str, data: bytes) -> None:
         self._refresh()
+        if path == KMSG:
+            self._printk(data.decode().strip())
+            return
         handlers = {f"{KHO}/active": self._write_active, f"{KHO}/dt_max": self._write_dt_max}
         if path not in handlers:
             super().write(path, data)

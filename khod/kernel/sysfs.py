@@ -1,5 +1,6 @@
 """KHO v3 (patch series of January 2024): /sys/kernel/kho, the mission's own generation."""
 
+from khod.abi import fdt
 from khod.abi.calls import Calls
 from khod.kernel.protocol import AbortKind, Tree, regions
 from khod.model import Generation, Order, Region
@@ -32,7 +33,9 @@ class SysfsKho:
         self._calls.write(f"{KHO}/active", b"0\n")
 
     def tree(self) -> Tree:
-        return Tree(self._calls.read(f"{KHO}/dt"))
+        root = self._calls.read(f"{KHO}/dt")
+        fdt.check(root, f"{KHO}/dt")
+        return Tree(root)
 
     def arrived(self) -> Tree | None:
         return Tree(self._calls.read(IN_DT)) if self._calls.exists(IN_DT) else None

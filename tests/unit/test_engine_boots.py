@@ -1,4 +1,4 @@
-"""What khod finds that it did not do: an operator's own activation, a cold boot, state that did not arrive, a bad record."""
+"""What khod finds that it did not do: an operator's activation, a cold boot, lost state, a bad record."""
 
 import pytest
 

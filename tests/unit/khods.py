@@ -1,0 +1,190 @@
+"""khod and khoctl as processes: khod speaks to a notification socket of ours, so every wait is for its word."""
+
+import json
+import os
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from khod.kernel.simulated import SimulatedKernel
+from khod.record import Record, Store
+
+REPOSITORY = Path(__file__).parents[2]
+DEADLINE = 20.0  # seconds for one word of khod's, or for its end
+NOBODY = 65534
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one khoctl ended in."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out.splitlines()[-1])
+
+
+class Khod:
+    """One khod on the embedded kernel, its files below `directory`. SIGKILLed at the end, unless it is gone."""
+
+    def __init__(self, directory: Path, *, ready: bool = True) -> None:
+        self.directory = directory
+        self.socket = directory / "socket"
+        (directory / "state").mkdir(exist_ok=True)
+        (directory / "root/etc/kho").mkdir(parents=True, exist_ok=True)
+        self.errors = directory / "stderr"
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        address = directory / "notify"
+        address.unlink(missing_ok=True)
+        self._notify.bind(str(address))
+        self._words: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._hear, daemon=True).start()
+        with self.errors.open("ab") as errors:
+            self.process = subprocess.Popen(
+                self.command(),
+                cwd=REPOSITORY,
+                env={**os.environ, "NOTIFY_SOCKET": str(address), "PYTHONPATH": str(REPOSITORY)},
+                stderr=errors,
+            )
+        if ready:
+            self.word("READY=1")
+
+    def command(self) -> list[str]:
+        below = {name: self.directory / name for name in ("root", "state", "socket")}
+        flags = [f"--{name}={path}" for name, path in below.items()]
+        return [sys.executable, "-m", "khod", *flags, f"--simulate={self.directory / 'kernel'}"]
+
+    def word(self, wanted: str) -> str:
+        """Wait until khod tells the service manager something with `wanted` in it."""
+        while wanted not in (said := self._words.get(timeout=DEADLINE)):
+            pass
+        return said
+
+    def _hear(self) -> None:
+        """Listen as systemd does, all the time: the socket's queue is short, and a full one would block khod."""
+        while said := self._notify.recv(4096):
+            self._words.put(said.decode())
+
+    @property
+    def kernel(self) -> SimulatedKernel:
+        return SimulatedKernel(self.directory / "kernel")
+
+    @property
+    def active(self) -> bool:
+        return self.kernel.read("/sys/kernel/kho/active") == b"1\n"
+
+    @property
+    def loaded(self) -> bool:
+        return self.kernel.read("/sys/kernel/kexec_loaded") == b"1\n"
+
+    @property
+    def record(self) -> Record:
+        record = Store(self.directory / "state").read()
+        assert record is not None
+        return record
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory the process has resident."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) << 10
+
+    def khoctl(self, *words: str | Path, user: int | None = None) -> "Answer":
+        return khoctl(self.socket, *words, user=user)
+
+    def ask(self, method: str, *, files: Sequence[int] = (), **parameters: object) -> dict[str, Any]:
+        """Call a method of the interface, as root; its reply's parameters."""
+        with self.connect() as client:
+            answer = call(client, method, files=files, **parameters)
+        assert "error" not in answer, answer
+        found: dict[str, Any] = answer["parameters"]
+        return found
+
+    def connect(self) -> socket.socket:
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client.connect(str(self.socket))
+        client.settimeout(DEADLINE)
+        return client
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal that ends it; its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(DEADLINE)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.end(signal.SIGKILL)
+        self._notify.shutdown(socket.SHUT_RDWR)
+
+
+def khoctl(path: Path, *words: str | Path, user: int | None = None) -> Answer:
+    """Run khoctl to its end, as root or another user."""
+    return run(["-m", "khoctl", f"--socket={path}", *words], user=user)
+
+
+def run(arguments: Sequence[str | Path], *, user: int | None = None) -> Answer:
+    """Run Python to its end; another user keeps one right, to read: a virtual environment may lie below /root."""
+    caps = [f"--{kind}-caps=-all,+dac_read_search" for kind in ("inh", "ambient", "bounding")]
+    become = [] if user is None else ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *caps]
+    ended = subprocess.run(
+        [*become, sys.executable, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "NO_COLOR": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE * 2,
+        check=False,
+    )
+    return Answer(ended.returncode, ended.stdout, ended.stderr)
+
+
+def call(client: socket.socket, method: str, *, files: Sequence[int] = (), **parameters: object) -> dict[str, Any]:
+    """One Varlink call by hand; the reply's object."""
+    name = method if "." in method else f"io.kho.Handover.{method}"
+    socket.send_fds(client, [json.dumps({"method": name, "parameters": parameters}).encode() + b"\0"], files)
+    return reply(client)
+
+
+def reply(client: socket.socket) -> dict[str, Any]:
+    """One message; {} where the other side hung up before it was whole."""
+    message = b""
+    while not message.endswith(b"\0"):
+        if not (chunk := client.recv(1)):
+            return {}
+        message += chunk
+    found = json.loads(message[:-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def hung_up(client: socket.socket) -> bool:
+    """Tell whether the other side closes the connection, what it still says notwithstanding."""
+    try:
+        while client.recv(1 << 16):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Poll a condition no one tells of, to a deadline; ends early where the process is gone."""
+    nothing = socket.socketpair()
+    for _turn in range(int(DEADLINE / 0.02)):
+        if condition():
+            return
+        assert process.poll() is None, "khod is gone"
+        select.select(nothing, [], [], 0.02)
+    raise AssertionError("the condition did not come true in time")

@@ -1,0 +1,219 @@
+"""The socket against those who mean ill: garbage, half messages, endless ones, callers without the right, crowds."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from khod.errors import Exit
+from tests.unit.khods import NOBODY, Khod, call, hung_up, reply, run
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def khod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Khod]:
+    """One khod for the whole file: what one client does must not harm the next."""
+    directory = tmp_path_factory.mktemp("khod")
+    for part in (directory, *directory.parents):
+        if part.is_relative_to(tmp_path_factory.getbasetemp().parent):
+            part.chmod(0o755)  # an unprivileged caller must reach the socket
+    made = Khod(directory)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _still_well(khod: Khod) -> Iterator[None]:
+    """After every test khod answers, in the phase it was in, and has nothing to complain of."""
+    yield
+    assert khod.process.poll() is None, khod.errors.read_text()
+    assert khod.ask("Status")["status"]["phase"] == "idle"
+    assert "Traceback" not in khod.errors.read_text()
+    assert not khod.active
+
+
+GARBAGE = {
+    "no JSON": b"GET / HTTP/1.1\r\n\r\n\0",
+    "no UTF-8": b"\xff\xfe\xfd\0",
+    "cut off": b'{"method": \0',
+    "empty": b"\0",
+    "a list": b"[]\0",
+    "a number": b"17\0",
+    "nested too deep": b"[" * 100_000 + b"\0",
+    "a number too long": b"9" * 10_000 + b"\0",
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE.keys())
+def test_garbage_is_answered_with_a_sentence_and_a_closed_connection(khod: Khod, garbage: bytes) -> None:
+    with khod.connect() as client:
+        client.sendall(garbage)
+        answer = reply(client)
+        assert answer["error"] == "io.kho.Handover.UsageError"
+        assert answer["parameters"]["what"]
+        assert answer["parameters"]["remedy"]
+        assert hung_up(client)
+
+
+WRONG_CALLS = {
+    "no method": {"parameters": {},
+    "a method that is a number": {"method": 3},
+    "a method without an interface": {"method": "Status"},
+    "an unknown method": {"method": "io.kho.Handover.Explode"},
+    "a private name": {"method": "io.kho.Handover.publish"},
+    "a dunder": {"method": "io.kho.Handover.__init__"},
+    "an unknown interface": {"method": "io.kho.Nothing.Status"},
+    "parameters that are a list": {"method": "io.kho.Handover.Status", "parameters": [1]},
+    "a parameter too many": {"method": "io.kho.Handover.Abort", "parameters": {"harder": True},
+    "a parameter of another type": {"method": "io.kho.Handover.Abort", "parameters": {"force": "yes"},
+    "a stream without more": {"method": "io.kho.Handover.Monitor"},
+    "a descriptor that was not passed": {"method": "io.kho.Handover.Kexec", "parameters": {"image": 3},
+    "a negative descriptor": {"method": "io.kho.Handover.Kexec", "parameters": {"image": -1},
+    "an unknown side": {"method": "io.kho.Handover.Tree", "parameters": {"side": "up"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_CALLS.values(), ids=WRONG_CALLS.keys())
+def test_a_wrong_call_is_an_error_and_the_connection_goes_on(khod: Khod, wrong: dict[str, object]) -> None:
+    with khod.connect() as client:
+        client.sendall(json.dumps(wrong).encode() + b"\0")
+        assert "InternalServerError" not in reply(client)["error"]
+        assert call(client, "Status")["parameters"]["status"]["phase"] == "idle"
+
+
+def test_half_a_message_then_nothing(khod: Khod) -> None:
+    for part in (b"", b"{", b'{"method": "io.kho.Handover.Activate", "parameters": {}'):
+        with khod.connect() as client:
+            client.sendall(part)
+    with khod.connect() as client:
+        client.sendall(b'{"method": "io.kho.Handover.Activate", "parameters": {}')
+        client.shutdown(socket.SHUT_WR)
+        assert hung_up(client)
+
+
+def test_calls_in_one_packet_are_answered_in_order(khod: Khod) -> None:
+    names = ["io.kho.Handover.Status", "org.varlink.service.GetInfo", "io.kho.Handover.Check"]
+    with khod.connect() as client:
+        client.sendall(b"".join(json.dumps({"method": name}).encode() + b"\0" for name in names))
+        assert [next(iter(reply(client)["parameters"])) for _name in names] == ["status", "vendor", "checks"]
+
+
+@pytest.mark.parametrize("piece", [4096, MIB])
+def test_an_endless_message_is_refused_long_before_it_fills_memory(khod: Khod, piece: int) -> None:
+    before, sent = khod.resident, 0
+    with khod.connect() as client:
+        try:
+            while sent < 1024 * MIB:
+                sent += client.send(b"x" * piece)
+        except ConnectionError:
+            pass
+        assert sent < 64 * MIB, "khod takes it all"
+    assert khod.resident - before < 32 * MIB
+
+
+def test_a_message_just_over_the_bound_is_answered(khod: Khod) -> None:
+    with khod.connect() as client:
+        client.sendall(b'{"method": "' + b"x" * MIB + b'"}')
+        answer = reply(client)
+        assert answer["error"] == "io.kho.Handover.UsageError"
+        assert str(MIB) in answer["parameters"]["what"]
+        assert hung_up(client)
+
+
+def test_many_large_messages_that_are_each_within_the_bound(khod: Khod) -> None:
+    call_ = {"method": "io.kho.Handover.Kexec", "parameters": {"cmdline": "x" * (MIB // 2)}
+    before = khod.resident
+    with khod.connect() as client:
+        for _turn in range(40):
+            client.sendall(json.dumps(call_).encode() + b"\0")
+            assert reply(client)["error"] == "io.kho.Handover.Refused"
+    assert khod.resident - before < 32 * MIB
+
+
+def test_two_hundred_connections(khod: Khod) -> None:
+    with ExitStack() as clients:
+        many = [clients.enter_context(khod.connect()) for _number in range(200)]
+        for client in many:
+            client.sendall(b'{"method": "io.kho.Handover.Status"}\0')
+        assert [reply(client)["parameters"]["status"]["phase"] for client in many] == ["idle"] * 200
+
+
+def test_monitors_that_come_and_go_leave_nothing_behind(khod: Khod) -> None:
+    def fds() -> int:
+        return len(os.listdir(f"/proc/{khod.process.pid}/fd"))
+
+    before = fds()
+    for _turn in range(100):
+        with khod.connect() as client:
+            client.sendall(b'{"method": "io.kho.Handover.Monitor", "more": true}\0')
+            assert reply(client)["continues"]
+    khod.ask("Status")
+    assert fds() < before + 20
+
+
+def test_descriptors_no_one_asked_for_are_closed(khod: Khod) -> None:
+    before = len(os.listdir(f"/proc/{khod.process.pid}/fd"))
+    with khod.connect() as client:
+        for _turn in range(20):
+            call(client, "Status", files=[client.fileno()] * 10)
+        assert len(os.listdir(f"/proc/{khod.process.pid}/fd")) < before + 20
+
+
+def test_an_unprivileged_caller_may_look_and_nothing_else(khod: Khod) -> None:
+    status = khod.khoctl("status", "--json", user=NOBODY)
+    assert status.code == Exit.done, status.err
+    assert status.json["phase"] == "idle"
+    for words in (("activate",), ("abort",), ("abort", "--force"), ("kexec", "--image", "/etc/passwd"), ("dt", "show")):
+        ended = khod.khoctl(*words, user=NOBODY)
+        assert ended.code == Exit.refused, words
+        assert str(NOBODY) in ended.err
+        assert "root" in ended.err
+        assert "Traceback" not in ended.err
+
+
+CROWD = """
+import socket, sys
+many = []
+for number in range(500):
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.connect(sys.argv[1])
+    client.settimeout(20)
+    many.append(client)
+answered = 0
+for client in many:
+    try:
+        client.sendall(b'{"method": "io.kho.Handover.Status"}' + bytes(1))
+        answered += bool(client.recv(1))
+    except OSError:
+        pass
+print(answered)
+"""
+
+
+def test_an_unprivileged_crowd_is_bounded_and_root_is_still_heard(khod: Khod) -> None:
+    crowd = ["-c", CROWD, str(khod.socket)]
+    ended = run(crowd, user=NOBODY)
+    assert ended.code == 0, ended.err
+    assert 0 < int(ended.out) <= 64, "access.max_connections_per_user"
+    assert khod.ask("Status")["status"]["phase"] == "idle"
+    assert int(run(crowd, user=NOBODY).out) > 0, "those that left are counted no more"
+
+
+def test_the_socket_is_introspectable(khod: Khod) -> None:
+    with khod.connect() as client:
+        answer = call(client, "org.varlink.service.GetInterfaceDescription", interface="io.kho.Handover")
+    text = answer["parameters"]["description"]
+    for method in ("Status", "Monitor", "Check", "Activate", "Abort", "Kexec", "Tree"):
+        assert f"method {method}(" in text
+    for error in ("Failed", "Refused", "Unsupported", "NotRolledBack"):
+        assert f"error {error} " in text
+
+
+def test_what_khod_kept_open_is_its_socket_and_no_client(khod: Khod) -> None:
+    assert Path(f"/proc/{khod.process.pid}/fd").exists()
+    assert oct(khod.socket.stat().st_mode & 0o777) == "0o666"
