@@ -119,7 +119,7 @@ class Engine:
     async def activate(self) -> None:
         """Bring producers and kernel to `active`. On failure everything is back as it was."""
         async with self._operation():
-            self._begin(await self._ready(wants_load=False))
+            await self._begin(await self._ready(wants_load=False))
             await self._forward(Step.activate, hold=False)
 
     async def kexec(self, request: Request) -> None:
@@ -127,7 +127,7 @@ class Engine:
         async with self._operation():
             record = await self._ready(wants_load=Step.load not in self.machine.done)
             target = await self._target(request, record.run)
-            actions = self._begin(record)
+            actions = await self._begin(record)
             actions.target, actions.executor = target, self._executors[request.now]
             try:
                 if request.now:
@@ -262,10 +262,11 @@ class Engine:
             failed_activations=self.record.failed_activations,
         )
 
-    def _begin(self, record: Record) -> Actions:
+    async def _begin(self, record: Record) -> Actions:
         """Go on with the attempt of this record, or begin it."""
         here = self._handover
         if record is not here.record:
+            await asyncio.to_thread(self._store.prepare_snapshot)
             here.machine, here.actions, here.record = Machine(), None, record
         return self._attempt()
 

@@ -19,6 +19,14 @@ from khod.record import Record, Store
 INTERRUPTIBLE = frozenset({Step.prepare, Step.freeze})
 """Steps an abort may cut short: they wait for producers. A kernel call is waited for."""
 
+TOGETHER = (Step.activate, Step.load)
+"""Recorded in one write where they follow each other: an fsync between them would lengthen the blackout."""
+
+
+def together(steps: Sequence[Step]) -> Sequence[Step]:
+    """The first step, and the next where both are recorded by one write."""
+    return steps[:2] if tuple(steps[:2]) == TOGETHER else steps[:1]
+
 
 class Handover:
     """Where this host's handover stands. `tell` is called with every change, from the event loop."""
@@ -34,11 +42,14 @@ class Handover:
 
     async def forward(self, steps: Sequence[Step], actions: Actions, *, hold: bool) -> None:
         """Take the steps in order; on failure everything is put back and the cause raised."""
-        for step in steps:
+        recorded: Sequence[Step] = ()
+        for number, step in enumerate(steps):
             before = self.machine
             try:
                 self._not_aborted()
-                await self._step(step, actions)
+                ahead = None if step in recorded else together(steps[number:])[1:]
+                recorded = recorded if ahead is None else (step, *ahead)
+                await self._step(step, actions, ahead)
             except (KhoError, OSError) as error:
                 cause = error if isinstance(error, KhoError) else Failed(str(error))
                 if not self.machine.done:
@@ -50,9 +61,11 @@ class Handover:
                 await self.roll_back(cause, actions)
         await self.keep()
 
-    async def _step(self, step: Step, actions: Actions) -> None:
+    async def _step(self, step: Step, actions: Actions, ahead: Sequence[Step] | None) -> None:
+        """Take one step, recorded together with those `ahead`; None where an earlier record has it already."""
         self.machine = self.machine.begin(step)
-        await self.keep()
+        if ahead is not None:
+            await self._write(replace(self.current(), done=(*self.machine.done, *ahead)))
         self.say(step.value)
         began = time.monotonic()
         if step is Step.activate:
@@ -146,8 +159,11 @@ class Handover:
 
     async def keep(self) -> None:
         """Write the record, durably; RecordError."""
-        self.record = self.current()
-        await asyncio.to_thread(self._store.write, self.record)
+        await self._write(self.current())
+
+    async def _write(self, record: Record) -> None:
+        self.record = record
+        await asyncio.to_thread(self._store.write, record)
 
     async def keep_if_possible(self) -> None:
         """Write the record on the way back: a full disk must not keep the kernel from being put back."""

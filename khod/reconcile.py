@@ -7,7 +7,7 @@ from khod.cmdline import marked
 from khod.errors import RecordError
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
-from khod.machine import HELD, RESTING
+from khod.machine import HELD, RESTING, STEPS
 from khod.model import Observed, Phase, Step
 from khod.record import Record
 
@@ -82,9 +82,14 @@ def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Foun
 
 
 def agrees(record: Record, kernel: Observed) -> bool:
-    """Tell whether the kernel is where the record puts it; a step under way may have had its effect or not."""
-    facts = ((Step.activate, Phase.activating, kernel.active), (Step.load, Phase.loading, kernel.loaded))
-    return all(fact is None or record.phase is doing or fact == (step in record.done) for step, doing, fact in facts)
+    """Tell whether the kernel is where the record puts it.
+
+    A step under way, and those recorded together with it, may have had their effect or not.
+    """
+    doing = [number for number, step in enumerate(record.done) if STEPS[step].doing is record.phase]
+    open_ended = record.done[doing[0] :] if doing else ()
+    facts = ((Step.activate, kernel.active), (Step.load, kernel.loaded))
+    return all(fact is None or step in open_ended or fact == (step in record.done) for step, fact in facts)
 
 
 def said(kernel: Observed) -> str:

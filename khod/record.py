@@ -146,19 +146,25 @@ class Store:
         except OSError as error:
             raise _unwritable(error, self.path) from error
 
-    def write_snapshot(self, tree: Tree) -> None:
-        """Keep the outgoing tree: `root` and `blobs/NAME`, as the kernel showed them."""
+    def prepare_snapshot(self) -> None:
+        """Make room for a snapshot, before the blackout: the last one goes, an empty one takes its place."""
+        directory = self.directory / SNAPSHOT
         try:
-            new = self.directory / f"{SNAPSHOT}.new"
-            shutil.rmtree(new, ignore_errors=True)
-            (new / "blobs").mkdir(parents=True, mode=0o700)
-            (new / "root").write_bytes(tree.root)
-            for name, blob in tree.blobs.items():
-                (new / "blobs" / name).write_bytes(blob)
-            shutil.rmtree(self.directory / SNAPSHOT, ignore_errors=True)
-            new.rename(self.directory / SNAPSHOT)
+            if directory.exists():
+                shutil.rmtree(directory)
+            (directory / "blobs").mkdir(parents=True, mode=0o700)
         except OSError as error:
-            raise _unwritable(error, self.directory / SNAPSHOT) from error
+            raise _unwritable(error, directory) from error
+
+    def write_snapshot(self, tree: Tree) -> None:
+        """Keep the outgoing tree: `blobs/NAME` and then `root`, as the kernel showed them."""
+        directory = self.directory / SNAPSHOT
+        try:
+            for name, blob in tree.blobs.items():
+                (directory / "blobs" / name).write_bytes(blob)
+            (directory / "root").write_bytes(tree.root)
+        except OSError as error:
+            raise _unwritable(error, directory) from error
 
     def snapshot(self) -> Tree | None:
         """The tree last kept, None where there is none."""

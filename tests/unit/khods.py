@@ -135,7 +135,7 @@ def khoctl(path: Path, *words: str | Path, user: int | None = None) -> Answer:
 
 def run(arguments: Sequence[str | Path], *, user: int | None = None) -> Answer:
     """Run Python to its end; another user keeps one right, to read: a virtual environment may lie below /root."""
-    caps = [f"--{kind}-caps=-all,+dac_read_search" for kind in ("inh", "ambient", "bounding")]
+    caps = [f"--{kind}-caps=-all,+dac_read_search" for kind in ("inh", "ambient")]
     become = [] if user is None else ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *caps]
     ended = subprocess.run(
         [*become, sys.executable, *arguments],

@@ -61,7 +61,7 @@ def test_garbage_is_answered_with_a_sentence_and_a_closed_connection(khod: Khod,
 
 
 WRONG_CALLS = {
-    "no method": {"parameters": {},
+    "no method": {"parameters": {}},
     "a method that is a number": {"method": 3},
     "a method without an interface": {"method": "Status"},
     "an unknown method": {"method": "io.kho.Handover.Explode"},
@@ -69,12 +69,12 @@ WRONG_CALLS = {
     "a dunder": {"method": "io.kho.Handover.__init__"},
     "an unknown interface": {"method": "io.kho.Nothing.Status"},
     "parameters that are a list": {"method": "io.kho.Handover.Status", "parameters": [1]},
-    "a parameter too many": {"method": "io.kho.Handover.Abort", "parameters": {"harder": True},
-    "a parameter of another type": {"method": "io.kho.Handover.Abort", "parameters": {"force": "yes"},
+    "a parameter too many": {"method": "io.kho.Handover.Abort", "parameters": {"harder": True}},
+    "a parameter of another type": {"method": "io.kho.Handover.Abort", "parameters": {"force": "yes"}},
     "a stream without more": {"method": "io.kho.Handover.Monitor"},
-    "a descriptor that was not passed": {"method": "io.kho.Handover.Kexec", "parameters": {"image": 3},
-    "a negative descriptor": {"method": "io.kho.Handover.Kexec", "parameters": {"image": -1},
-    "an unknown side": {"method": "io.kho.Handover.Tree", "parameters": {"side": "up"},
+    "a descriptor that was not passed": {"method": "io.kho.Handover.Kexec", "parameters": {"image": 3}},
+    "a negative descriptor": {"method": "io.kho.Handover.Kexec", "parameters": {"image": -1}},
+    "an unknown side": {"method": "io.kho.Handover.Tree", "parameters": {"side": "up"}},
 }
 
 
@@ -126,7 +126,7 @@ def test_a_message_just_over_the_bound_is_answered(khod: Khod) -> None:
 
 
 def test_many_large_messages_that_are_each_within_the_bound(khod: Khod) -> None:
-    call_ = {"method": "io.kho.Handover.Kexec", "parameters": {"cmdline": "x" * (MIB // 2)}
+    call_ = {"method": "io.kho.Handover.Kexec", "parameters": {"cmdline": "x" * (MIB // 2)}}
     before = khod.resident
     with khod.connect() as client:
         for _turn in range(40):

@@ -1,0 +1,23 @@
+"""One measured figure and the bound it is held to."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured, and the most it may be; `how` says what the figure was made of."""
+
+    name: str
+    value: float
+    most: float
+    unit: str
+    how: str
+
+    @property
+    def good(self) -> bool:
+        """Tell whether the bound holds."""
+        return self.value <= self.most
+
+    def __str__(self) -> str:
+        mark = "ok  " if self.good else "MISS"
+        return f"{mark} {self.name}: {self.value:.2f} {self.unit} (at most {self.most:g}); {self.how}"
