@@ -207,9 +207,16 @@ class Engine:
         return found
 
     async def stop(self, *, jumping: bool) -> None:
-        """End: roll back what is held, unless the host is on its way into the kexec."""
+        """End: roll back what is held, unless the host is on its way into the kexec.
+
+        Somebody else may have pulled the trigger: with an image loaded systemd 262 makes a kexec even of
+        a plain `systemctl reboot`. Then the state goes along in good order, or, where that fails, the image
+        is unloaded and the host boots cold.
+        """
         if jumping and Step.load in self.machine.done:
-            if self.machine.phase is Phase.loaded:  # somebody else pulled the trigger
+            if self.machine.phase in HELD:
+                steps = left(self.machine, self._kernel().order, Step.execute)[:-1]
+                await self._handover.forward(steps, self._attempt(), hold=False)
                 self._handover.machine = self.machine.begin(Step.execute)
                 await self._handover.keep()
             return

@@ -43,7 +43,8 @@ def reconcile(record: Record | RecordError | None, kernel: Observed, after_daemo
     by_our_kexec = marked(kernel.cmdline, record.run)
     if record.phase in (Phase.failed, Phase.rolling_back) and not by_our_kexec:
         return _at_rest(None, kernel)  # whatever could not be put back went with its kernel
-    if record.phase is Phase.executing or (record.phase is Phase.loaded and by_our_kexec):
+    jumped_by_hand = by_our_kexec and record.phase in HELD and Step.load in record.done
+    if record.phase is Phase.executing or jumped_by_hand:
         if kernel.arrived or by_our_kexec:
             return Found(Phase.verifying, "first start after the jump", Action.verify)
         return Found(

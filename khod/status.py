@@ -42,7 +42,12 @@ SAYS: dict[Phase, tuple[str, str]] = {
     ),
 }
 
-EXITS = {Phase.degraded: Exit.degraded, Phase.cold_boot: Exit.degraded, Phase.failed: Exit.not_rolled_back}
+EXITS = {
+    Phase.degraded: Exit.degraded,
+    Phase.cold_boot: Exit.degraded,
+    Phase.failed: Exit.not_rolled_back,
+    Phase.inconsistent: Exit.not_rolled_back,
+}
 
 
 def build(handover: Handover, phase: Phase, kernel: Observed | None, probed: Probed, *, stale: bool) -> Status:
