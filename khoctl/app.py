@@ -65,7 +65,7 @@ def _main(
 def status(
     as_json: Json = False, watch: Annotated[bool, typer.Option(help="Stay, and show every change.")] = False
 ) -> None:
-    """Say how it stands. Exits with 7 after a degraded or cold boot, with 6 where something is not put back or cannot be told."""
+    """Say how it stands. Exits with 7 after a degraded or cold boot, with 6 where the kernel was not put back."""
 
     async def ask() -> Status:
         async with connect(_Socket.path) as client:

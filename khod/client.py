@@ -75,13 +75,13 @@ class Client:
         try:
             async for reply in self._proxy.Monitor():
                 yield reply["event"]
-        except (OSError, VarlinkErrorReply) as error:
+        except (OSError, ValueError, VarlinkErrorReply) as error:
             raise _ours(error) from None
 
     async def _call(self, method: str, **parameters: Any) -> Any:
         try:
             return await getattr(self._proxy, method)(**parameters)
-        except (OSError, VarlinkErrorReply) as error:
+        except (OSError, ValueError, VarlinkErrorReply) as error:
             raise _ours(error) from None
 
 
@@ -107,6 +107,8 @@ def _ours(error: Exception) -> KhoError:
     if isinstance(error, TypedVarlinkErrorReply | GenericVarlinkErrorReply):
         parameters: dict[str, Any] = error.parameters
         return from_wire(error.name, parameters) or KhoError(f"khod answered {error.name} {parameters or ''}".strip())
+    if isinstance(error, ValueError):
+        return Unreachable("What answers on the socket is not khod", remedy=START)
     return Unreachable("khod closed the connection", remedy="Look at: journalctl -u kho-handover")
 
 

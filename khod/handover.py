@@ -20,7 +20,7 @@ INTERRUPTIBLE = frozenset({Step.prepare, Step.freeze})
 """Steps an abort may cut short: they wait for producers. A kernel call is waited for."""
 
 TOGETHER = (Step.activate, Step.load)
-"""Recorded in one write where they follow each other: an fsync between them would lengthen the blackout."""
+"""One durable record names both where they follow each other: an fsync between them would lengthen the blackout."""
 
 
 def together(steps: Sequence[Step]) -> Sequence[Step]:
@@ -62,10 +62,10 @@ class Handover:
         await self.keep()
 
     async def _step(self, step: Step, actions: Actions, ahead: Sequence[Step] | None) -> None:
-        """Take one step, recorded together with those `ahead`; None where an earlier record has it already."""
+        """Take one step, recorded with those `ahead`; None where a durable record names it already."""
         self.machine = self.machine.begin(step)
-        if ahead is not None:
-            await self._write(replace(self.current(), done=(*self.machine.done, *ahead)))
+        done = (*self.machine.done, *(ahead or ()))
+        await self._write(replace(self.current(), done=done), durable=ahead is not None)
         self.say(step.value)
         began = time.monotonic()
         if step is Step.activate:
@@ -159,11 +159,11 @@ class Handover:
 
     async def keep(self) -> None:
         """Write the record, durably; RecordError."""
-        await self._write(self.current())
+        await self._write(self.current(), durable=True)
 
-    async def _write(self, record: Record) -> None:
+    async def _write(self, record: Record, *, durable: bool) -> None:
         self.record = record
-        await asyncio.to_thread(self._store.write, record)
+        await asyncio.to_thread(self._store.write, record, durable=durable)
 
     async def keep_if_possible(self) -> None:
         """Write the record on the way back: a full disk must not keep the kernel from being put back."""

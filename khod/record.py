@@ -129,15 +129,18 @@ class Store:
         except OSError as error:
             raise RecordError(f"The record cannot be read: {errno_text(error)}", where=str(self.path)) from error
 
-    def write(self, record: Record) -> None:
-        """Replace the record, durably."""
+    def write(self, record: Record, *, durable: bool = True) -> None:
+        """Replace the record; without `durable` it survives khod, and not a loss of power."""
         try:
             new = self.directory / f"{FILE}.new"
             with open(new, "wb") as file:
                 file.write(encode(record))
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             new.rename(self.path)
+            if not durable:
+                return
             fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)

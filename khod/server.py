@@ -75,6 +75,7 @@ class Connection(VarlinkInterfaceServerProtocol):
         self._per_user = per_user
         self._limit = limit
         self._pending = 0
+        self._held: FileDescriptorArray | None = None
         self.peer: Peer | None = None
         self.on_end: list[Callable[[], None]] = []
         """Called when the client has said its last; a monitor would wait for the next event otherwise."""
@@ -97,6 +98,7 @@ class Connection(VarlinkInterfaceServerProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         for end in self.on_end:
             end()
+        self._let_go()
         if self.peer is not None:
             self._per_user[self.peer.uid] -= 1
             self.peer = None
@@ -108,9 +110,28 @@ class Connection(VarlinkInterfaceServerProtocol):
             self._refuse(f"The message is longer than {MAX_MESSAGE} bytes")
             return
         try:
-            super().message_received(data, fds)
+            super().message_received(data, self._with_its_message(data, fds))
         except (ValueError, RecursionError) as error:  # no UTF-8, or nested beyond reason
             self.error_received(error, data, fds)
+        if b"\0" in data:
+            self._let_go()
+
+    def _with_its_message(self, data: bytes, fds: FileDescriptorArray | None) -> FileDescriptorArray | None:
+        """Hold descriptors until their message is complete.
+
+        They come with the first piece, and the library (0.3.3) closes those of an incomplete one: a call
+        longer than 4096 bytes, as a long command line makes it, would lose its images.
+        """
+        if fds:
+            self._let_go()
+            fds.reference(self)
+            self._held = fds
+        return self._held if b"\0" in data else None
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._held.release(self)
+            self._held = None
 
     def error_received(self, err: Exception, data: bytes, fds: FileDescriptorArray | None) -> None:  # noqa: ARG002
         self._refuse(f"The message is no Varlink call: {err}")

@@ -39,14 +39,14 @@ def probe(calls: Calls) -> Probed:
 def _may_abort(calls: Calls) -> bool:
     """Tell 6.16-6.18 from 6.19-7.0.
 
-    Where nothing is finalized, `out/fdt` says it: it stands from boot on 6.19, and appears only with
-    finalize before. Where `finalize` reads 1 (by hand, or by a khod that died) both have it; then
-    /sys/kernel/kexec/ decides, which came with 6.19.
+    Where nothing is finalized, an `out/fdt` says it: it stands from boot on 6.19, and appears only with
+    finalize before. Otherwise /sys/kernel/kexec/ decides, which came with 6.19: `finalize` may read 1 (by
+    hand, or by a khod that died), and a kernel reached by a handover may show no `out/fdt` (see Stateless).
     """
-    if not calls.exists(f"{debugfs.KHO}/out/fdt"):
-        return True
     finalized = calls.read(f"{debugfs.KHO}/out/finalize").strip() not in (b"0", b"N")
-    return finalized and not calls.exists("/sys/kernel/kexec/loaded")
+    if not finalized and calls.exists(f"{debugfs.KHO}/out/fdt"):
+        return False
+    return not calls.exists("/sys/kernel/kexec/loaded")
 
 
 def _usable(kernel: KhoKernel, what: str, parameter: str) -> Probed:

@@ -17,7 +17,7 @@ from khod.kernel.probe import Probed, probe
 from khod.kernel.simulated import SimulatedKernel
 from khod.kernel.sysfs import KHO
 from khod.kernel.thread import KernelThread
-from khod.model import Event, Phase
+from khod.model import Event
 from khod.producers.hooks import Hook
 from khod.record import Record, Store
 from tests.unit.images import CPIO, bzimage
@@ -32,7 +32,7 @@ class Noted:
 
     what: str
     thread: int
-    recorded: Phase | None
+    recorded: Record
 
 
 class Kernel(SimulatedKernel):
@@ -46,8 +46,7 @@ class Kernel(SimulatedKernel):
         self._store = store
 
     def _note(self, what: str) -> None:
-        record = self._store.read()
-        self.noted.append(Noted(what, threading.get_ident(), record.phase if record else None))
+        self.noted.append(Noted(what, threading.get_ident(), self._store.read() or Record()))
 
     @property
     def calls(self) -> list[str]:

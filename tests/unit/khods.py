@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner
+
+from khoctl.app import app
 from khod.kernel.simulated import SimulatedKernel
 from khod.record import Record, Store
 
@@ -100,8 +103,12 @@ class Khod:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0]) << 10
 
-    def khoctl(self, *words: str | Path, user: int | None = None) -> "Answer":
-        return khoctl(self.socket, *words, user=user)
+    def khoctl(self, *words: str | Path) -> "Answer":
+        """What `khoctl WORDS` ends in; run in this process, which is 30 times as fast."""
+        ended = CliRunner().invoke(app, [f"--socket={self.socket}", *map(str, words)], prog_name="khoctl")
+        if ended.exception is not None and not isinstance(ended.exception, SystemExit):
+            raise ended.exception  # a traceback, were it a process
+        return Answer(ended.exit_code, ended.stdout, ended.stderr)
 
     def ask(self, method: str, *, files: Sequence[int] = (), **parameters: object) -> dict[str, Any]:
         """Call a method of the interface, as root; its reply's parameters."""

@@ -16,7 +16,7 @@ from khod.kernel.probe import Probed
 from khod.kernel.protocol import AbortKind, KhoKernel
 from khod.kernel.simulated import Rebooted
 from khod.kernel.sysfs import SysfsKho
-from khod.model import Generation, Order, Phase
+from khod.model import Generation, Order, Phase, Step
 from khod.record import Store
 from tests.unit.harness import Host
 
@@ -205,11 +205,11 @@ async def test_load_first_loads_before_anyone_is_frozen(host: Host) -> None:
     engine = await host.started()
     with pytest.raises(Rebooted):
         await host.kexec(engine)
-    assert [(noted.what, noted.recorded) for noted in host.kernel.noted] == [
-        ("load", Phase.loading),
-        ("active=1", Phase.activating),
-        ("reboot", Phase.executing),
-    ]
+    assert host.kernel.calls == ["load", "active=1", "reboot"]
+    for noted, step in zip(host.kernel.noted, (Step.load, Step.activate, Step.execute), strict=True):
+        assert step in noted.recorded.done, noted.what
+    assert Step.freeze not in host.kernel.noted[0].recorded.done
+    assert host.verbs == ["a prepare", "a freeze"]
 
 
 async def test_load_first_is_put_back_in_the_reverse_of_its_own_order(host: Host) -> None:

@@ -25,6 +25,10 @@ KILLED = [
     (P.frozen, (S.prepare, S.freeze), False, False),
     (P.activating, (S.prepare, S.freeze, S.activate), False, False),
     (P.activating, (S.prepare, S.freeze, S.activate), True, False),
+    # activate and load may be recorded together, to have one fsync less within the blackout
+    (P.activating, (S.prepare, S.freeze, S.activate, S.load), False, False),
+    (P.activating, (S.prepare, S.freeze, S.activate, S.load), True, False),
+    (P.activating, (S.prepare, S.freeze, S.activate, S.load), True, True),
     (P.active, (S.prepare, S.freeze, S.activate), True, False),
     (P.loading, (S.prepare, S.freeze, S.activate, S.load), True, False),
     (P.loading, (S.prepare, S.freeze, S.activate, S.load), True, True),

@@ -190,6 +190,7 @@ def test_something_else_listens_on_the_socket(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "khoctl", f"--socket={tmp_path / 'socket'}", "status"]
         with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as asking:
             client, _address = bound.accept()
+            assert client.recv(4096)
             client.sendall(b"220 mail.example.org ESMTP\r\n\0")
             client.close()
             _out, err = asking.communicate(timeout=DEADLINE)

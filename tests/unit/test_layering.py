@@ -1,0 +1,131 @@
+"""The layers of design.md, held by looking at every import statement; a new module must be given its place here."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.khods import REPOSITORY
+
+# From the bottom up. A module imports from its own layer and from those before it.
+LAYERS = [
+    {"__init__", "model", "errors"},
+    {"abi", "images", "cmdline"},
+    {"kernel"},
+    {"machine", "record", "reconcile", "config"},
+    {"producers", "executor", "verify", "preflight", "actions", "handover", "status"},
+    {"engine"},
+    {"server", "journal", "daemon", "__main__"},
+]
+# What khoctl shares with khod. These stand beside the layers and import only what is named.
+CLIENT_SIDE = {
+    "protocol": {"model", "errors"},
+    "client": {"protocol", "model", "errors"},
+    "tree": {"abi.fdt", "model", "errors"},
+}
+KHOCTL_MAY = {"client", "protocol", "model", "errors", "tree", "images.sealed"}
+HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+MODULES = sorted((REPOSITORY / "khod").rglob("*.py"))
+
+
+def imports(path: Path, package: str) -> Iterator[str]:
+    """Every module of `package` that a file imports, anywhere in it, without the package's name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports by a relative name"
+            base = node.module or ""
+            names = [resolved(base, alias.name) for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name == package or name.startswith(f"{package}."):
+                yield name.removeprefix(package).lstrip(".") or "__init__"
+
+
+def resolved(base: str, name: str) -> str:
+    """`from base import name` means a module where there is one by that name."""
+    below = REPOSITORY / f"{base}.{name}".replace(".", "/")
+    return f"{base}.{name}" if below.with_suffix(".py").exists() or below.is_dir() else base
+
+
+def top(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def name(path: Path) -> str:
+    """A file of khod as a dotted name."""
+    dotted = str(path.relative_to(REPOSITORY / "khod").with_suffix("")).replace("/", ".")
+    return dotted.removesuffix(".__init__")
+
+
+def test_every_module_has_its_place() -> None:
+    assert MODULES
+    assert {top(name(path)) for path in MODULES} == HEIGHT.keys() | CLIENT_SIDE.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_a_module_imports_only_from_its_layer_and_below(path: Path) -> None:
+    module = name(path)
+    found = set(imports(path, "khod"))
+    if module in CLIENT_SIDE:
+        assert found <= CLIENT_SIDE[module], module
+        return
+    for imported in found:
+        if top(imported) in CLIENT_SIDE:
+            assert HEIGHT[top(module)] == len(LAYERS) - 1, f"{module} speaks the wire"
+        else:
+            assert HEIGHT[top(imported)] <= HEIGHT[top(module)], f"{module} -> {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_khod_does_not_know_khoctl(path: Path) -> None:
+    assert not set(imports(path, "khoctl"))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "khoctl").rglob("*.py")), ids=lambda path: path.name)
+def test_khoctl_imports_the_client_side_only(path: Path) -> None:
+    assert set(imports(path, "khod")) <= KHOCTL_MAY
+
+
+@pytest.mark.parametrize("module", ["model", "errors"])
+def test_the_lowest_layer_needs_nothing_but_the_standard_library(module: str) -> None:
+    import sys
+
+    tree = ast.parse((REPOSITORY / f"khod/{module}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert all(alias.name in sys.stdlib_module_names for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert top(node.module or "") in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "khod/abi").glob("*.py")), ids=lambda path: path.stem)
+def test_the_abi_knows_no_policy(path: Path) -> None:
+    """A value comes back or OSError is raised; of the errors above only a malformed tree has its name here."""
+    tree = ast.parse(path.read_text())
+    named = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "khod.errors"
+        for alias in node.names
+    }
+    assert named <= {"MalformedTree"}
+
+
+def test_nothing_above_the_kernel_asks_which_generation_it_is() -> None:
+    """Behind one protocol: the names of the generations' classes stand in khod/kernel alone."""
+    classes = {"SysfsKho", "Finalize", "FinalizeNoAbort", "Stateless"}
+    for path in MODULES:
+        if top(name(path)) == "kernel":
+            continue
+        words = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert not words & classes, name(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_no_module_is_much_longer_than_a_screenful_of_screens(path: Path) -> None:
+    """style.md: a module is near 300 lines."""
+    assert len(path.read_text().splitlines()) <= 400

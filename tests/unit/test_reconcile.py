@@ -1,0 +1,230 @@
+"""Record against kernel at every start: each row of the design's table, and what lies between the rows."""
+
+from dataclasses import replace
+
+import pytest
+
+from khod.errors import RecordError
+from khod.machine import HELD, RESTING, STEPS
+from khod.model import Generation, Observed, Phase, Step
+from khod.reconcile import Action, due, reconcile, settled, shown
+from khod.record import Record
+
+P, S = Phase, Step
+HERE, BEFORE, RUN = "boot-here", "boot-before", "r1"
+IDLE = Observed(HERE, "6.8.0", active=False, loaded=False, arrived=False, cmdline="root=/dev/sda")
+ACTIVE, LOADED, BOTH = replace(IDLE, active=True), replace(IDLE, loaded=True), replace(IDLE, active=True, loaded=True)
+ARRIVED = replace(IDLE, arrived=True, cmdline=f"root=/dev/sda khod.run={RUN}")
+BEGUN = {
+    P.preparing: (S.prepare,),
+    P.prepared: (S.prepare,),
+    P.freezing: (S.prepare, S.freeze),
+    P.frozen: (S.prepare, S.freeze),
+    P.activating: (S.prepare, S.freeze, S.activate),
+    P.active: (S.prepare, S.freeze, S.activate),
+    P.loading: (S.prepare, S.freeze, S.activate, S.load),
+    P.loaded: (S.prepare, S.freeze, S.activate, S.load),
+    P.executing: tuple(Step),
+}
+
+
+def record(phase: Phase, boot: str = HERE, done: tuple[Step, ...] | None = None) -> Record:
+    begun = BEGUN.get(phase, ()) if done is None else done
+    return Record(phase=phase, done=begun, run=RUN, boot_id=boot, release="6.7.0", generation=Generation.sysfs)
+
+
+def kernel_at(phase: Phase) -> Observed:
+    """Where the kernel is when the record tells the truth about a v3 kernel."""
+    done = BEGUN.get(phase, ())
+    return replace(IDLE, active=S.activate in done, loaded=S.load in done)
+
+
+# none or idle | idle | idle
+
+
+@pytest.mark.parametrize("kept", [None, record(P.idle), record(P.idle, BEFORE)])
+def test_nothing_recorded_and_nothing_there_is_idle(kept: Record | None) -> None:
+    found = reconcile(kept, IDLE)
+    assert (found.phase, found.action) == (P.idle, Action.none)
+
+
+@pytest.mark.parametrize("phase", sorted(RESTING, key=str))
+def test_the_outcome_of_this_boot_is_kept_and_that_of_another_is_not(phase: Phase) -> None:
+    assert reconcile(record(phase), IDLE).phase is phase
+    assert reconcile(record(phase, BEFORE), IDLE).phase is P.idle
+
+
+def test_a_kernel_without_an_active_phase_is_idle() -> None:
+    assert reconcile(None, replace(IDLE, active=None)).phase is P.idle
+
+
+# some phase, same boot | agrees | roll back or resume
+
+
+@pytest.mark.parametrize("phase", list(BEGUN))
+def test_a_daemon_that_died_is_rolled_back(phase: Phase) -> None:
+    found = reconcile(record(phase), kernel_at(phase))
+    assert (found.phase, found.action) == (phase, Action.roll_back)
+    assert found.reason
+
+
+@pytest.mark.parametrize("phase", list(BEGUN))
+def test_resume_is_for_the_phases_a_handover_may_wait_in(phase: Phase) -> None:
+    found = reconcile(record(phase), kernel_at(phase), "resume")
+    assert (found.phase, found.action) == (phase, Action.resume if phase in HELD else Action.roll_back)
+
+
+@pytest.mark.parametrize(("phase", "kernel"), [(P.activating, IDLE), (P.activating, ACTIVE), (P.loading, ACTIVE)])
+def test_a_step_under_way_may_have_had_its_effect_or_not(phase: Phase, kernel: Observed) -> None:
+    assert reconcile(record(phase), kernel).action is Action.roll_back
+
+
+def test_a_rollback_under_way_goes_on_wherever_the_kernel_is() -> None:
+    for kernel in (IDLE, ACTIVE, LOADED, BOTH):
+        found = reconcile(record(P.rolling_back, done=BEGUN[P.loaded]), kernel)
+        assert (found.phase, found.action) == (P.rolling_back, Action.roll_back)
+
+
+@pytest.mark.parametrize(("phase", "active"), [(P.prepared, None), (P.active, None), (P.loaded, None)])
+def test_a_kernel_with_nothing_to_leave_contradicts_no_active_phase(phase: Phase, active: None) -> None:
+    found = reconcile(record(phase), replace(kernel_at(phase), active=active))
+    assert (found.phase, found.action) == (phase, Action.roll_back)
+
+
+# none or idle | active or loaded | foreign
+
+
+@pytest.mark.parametrize("kept", [None, *(record(phase, boot) for phase in RESTING for boot in (HERE, BEFORE))])
+@pytest.mark.parametrize("kernel", [ACTIVE, LOADED, BOTH, replace(LOADED, active=None)])
+def test_somebody_else_s_doing_is_foreign_and_not_touched(kept: Record | None, kernel: Observed) -> None:
+    found = reconcile(kept, kernel)
+    assert (found.phase, found.action) == (P.foreign, Action.none)
+
+
+# executing, other boot | KHO state came in | verify
+
+
+def test_state_that_came_in_is_verified() -> None:
+    found = reconcile(record(P.executing, BEFORE), ARRIVED)
+    assert (found.phase, found.action) == (P.verifying, Action.verify)
+
+
+def test_the_mark_without_any_state_is_verified_too_and_cannot_be_a_success() -> None:
+    """The issue: 6.19.11 to 7.3.4 boots and hands over nothing; khod says degraded, not cold boot."""
+    found = reconcile(record(P.executing, BEFORE), replace(ARRIVED, arrived=False))
+    assert (found.phase, found.action) == (P.verifying, Action.verify)
+
+
+def test_a_verification_cut_short_is_done_again() -> None:
+    found = reconcile(record(P.verifying), ARRIVED)
+    assert (found.phase, found.action) == (P.verifying, Action.verify)
+
+
+# executing, other boot | no KHO state | cold boot
+
+
+def test_no_state_and_no_mark_is_a_cold_boot() -> None:
+    found = reconcile(record(P.executing, BEFORE), IDLE)
+    assert (found.phase, found.action) == (P.cold_boot, Action.none)
+    assert "6.7.0" in found.reason, "what is known is said"
+
+
+def test_another_run_s_mark_is_not_this_one_s() -> None:
+    """The running command line was reused by hand."""
+    kernel = replace(IDLE, cmdline=f"root=/dev/sda khod.run={RUN}2")
+    assert reconcile(record(P.executing, BEFORE), kernel).phase is P.cold_boot
+
+
+# anything else | anything else | inconsistent, by name, with what was found
+
+CONTRADICTIONS = [
+    (P.preparing, ACTIVE),
+    (P.prepared, LOADED),
+    (P.frozen, ACTIVE),
+    (P.frozen, BOTH),
+    (P.activating, LOADED),
+    (P.active, IDLE),
+    (P.active, BOTH),
+    (P.active, LOADED),
+    (P.loading, LOADED),
+    (P.loaded, ACTIVE),
+    (P.loaded, LOADED),
+    (P.loaded, IDLE),
+    (P.executing, IDLE),
+    (P.executing, ACTIVE),
+]
+
+
+@pytest.mark.parametrize(("phase", "kernel"), CONTRADICTIONS)
+def test_a_kernel_that_is_elsewhere_in_the_same_boot_is_inconsistent(phase: Phase, kernel: Observed) -> None:
+    for policy in ("roll-back", "resume"):
+        found = reconcile(record(phase), kernel, policy)
+        assert (found.phase, found.action) == (P.inconsistent, Action.none)
+        assert phase.value in found.reason, "the record by name"
+        assert ("inactive" in found.reason) is not kernel.active, "what was found"
+
+
+@pytest.mark.parametrize("phase", [phase for phase in BEGUN if phase not in (P.executing, P.loaded)])
+def test_a_phase_of_another_boot_is_inconsistent(phase: Phase) -> None:
+    found = reconcile(record(phase, BEFORE), IDLE)
+    assert (found.phase, found.action) == (P.inconsistent, Action.none)
+    assert phase.value in found.reason
+    assert BEFORE in found.reason
+
+
+@pytest.mark.parametrize("phase", [P.failed, P.rolling_back])
+def test_a_stale_image_that_could_not_be_unloaded_and_was_jumped_into_is_not_idle(phase: Phase) -> None:
+    found = reconcile(record(phase, BEFORE, done=(S.load,)), ARRIVED)
+    assert found.phase is not P.idle
+
+
+@pytest.mark.parametrize("kernel", [IDLE, ACTIVE, BOTH, ARRIVED])
+def test_a_record_that_cannot_be_read_is_inconsistent_with_its_own_words(kernel: Observed) -> None:
+    found = reconcile(RecordError("The record has version 9, this khod knows 1"), kernel)
+    assert (found.phase, found.action) == (P.inconsistent, Action.none)
+    assert "version 9" in found.reason
+
+
+# a rollback that failed
+
+
+@pytest.mark.parametrize(
+    ("done", "kernel"),
+    [((S.activate,), ACTIVE), ((S.load,), LOADED), ((S.freeze,), IDLE), ((S.prepare,), IDLE), ((S.freeze,), ACTIVE)],
+)
+def test_what_is_left_of_a_failed_rollback_stands_until_it_is_gone(done: tuple[Step, ...], kernel: Observed) -> None:
+    found = reconcile(record(P.failed, done=done), kernel)
+    assert (found.phase, found.action) == (P.failed, Action.none)
+
+
+# while khod runs
+
+
+@pytest.mark.parametrize(("phase", "kernel"), [(phase, kernel) for phase, kernel in CONTRADICTIONS if phase in HELD])
+def test_a_contradiction_is_shown_when_it_comes_up_later(phase: Phase, kernel: Observed) -> None:
+    assert shown(record(phase), kernel) is P.inconsistent
+
+
+@pytest.mark.parametrize("phase", [*RESTING, *HELD])
+def test_what_the_kernel_does_not_contradict_is_shown_as_it_is(phase: Phase) -> None:
+    assert shown(record(phase), kernel_at(phase)) is phase
+
+
+def test_force_puts_back_what_the_kernel_shows_and_what_the_record_says() -> None:
+    assert set(due((), BOTH)) == {S.activate, S.load}
+    assert due((), BOTH).index(S.activate) < due((), BOTH).index(S.load), "undone in reverse: unload, then 0"
+    assert due((S.prepare, S.freeze), LOADED) == (S.prepare, S.freeze, S.load)
+    assert due(BEGUN[P.loaded], IDLE) == BEGUN[P.loaded]
+
+
+def test_counts_of_another_boot_are_dropped_and_the_count_of_handovers_is_not() -> None:
+    old = replace(record(P.idle, BEFORE), suspect="an abort", failed_activations=3, handovers=7)
+    new = settled(old, reconcile(old, IDLE), IDLE)
+    assert (new.boot_id, new.suspect, new.failed_activations, new.handovers) == (HERE, "", 0, 7)
+    same = replace(old, boot_id=HERE)
+    new = settled(same, reconcile(same, IDLE), IDLE)
+    assert (new.suspect, new.failed_activations) == ("an abort", 3)
+
+
+def test_every_step_of_the_machine_is_in_this_file_s_table() -> None:
+    assert {row.doing for row in STEPS.values()} | {row.done for row in STEPS.values()} == BEGUN.keys()
