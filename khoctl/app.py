@@ -55,7 +55,10 @@ class _Socket:
 @app.callback()
 def _main(
     socket: Annotated[
-        Path, typer.Option(envvar="KHOD_SOCKET", show_envvar=False, help="khod's socket (also by KHOD_SOCKET).")
+        Path,
+        typer.Option(
+            envvar="KHOD_SOCKET", show_envvar=False, show_default=False, help="khod's socket (also by KHOD_SOCKET)."
+        ),
     ] = Path(SOCKET),
 ) -> None:
     _Socket.path = socket

@@ -2,13 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from khod.config import Config
 from khod.errors import Failed, KhoError, Refused
 from khod.executor import Executor
-from khod.images.sealed import Sealed
 from khod.kernel.explain import explain
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel, Tree
@@ -16,24 +14,10 @@ from khod.kernel.thread import KernelThread
 from khod.model import Step
 from khod.producers.barrier import NO_ANSWER, Barrier, Verb
 from khod.record import Store
+from khod.target import Target
 from khod.verify import producers
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Target:
-    """The next kernel, in memory and checked: owned by the attempt that loads it."""
-
-    kernel: Sealed
-    initrd: Sealed | None
-    cmdline: str
-
-    def close(self) -> None:
-        """Give both images' memory back."""
-        self.kernel.close()
-        if self.initrd is not None:
-            self.initrd.close()
 
 
 class Actions:

@@ -5,15 +5,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from khod import cmdline, preflight, reconcile, status, verify
-from khod.actions import Actions, Target
+from khod import preflight, reconcile, status, verify
+from khod.actions import Actions
 from khod.config import Config
 from khod.errors import ConfigError, Failed, KhoError, RecordError, Refused, Unsupported, UsageError
 from khod.executor import Executor
 from khod.handover import Handover
-from khod.images import recognise, sealed
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import KhoKernel, Tree
@@ -23,27 +22,13 @@ from khod.model import Check, Event, Generation, Observed, Phase, Status, Step, 
 from khod.producers.barrier import Barrier, Verb
 from khod.producers.hooks import Hook
 from khod.record import Record, Store
+from khod.target import Request, Target, take
 
 NO_TREE = {
     "out": "The kernel has one only in the active phase: khoctl activate",
     "in": "This kernel was not reached by a handover, or it handed nothing over.",
     "snapshot": "One is taken at activation: khoctl activate",
 }
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `khoctl kexec` asks for. File descriptors stay the caller's; None is not given."""
-
-    kernel_fd: int | None = None
-    kernel_name: str = ""
-    initrd_fd: int | None = None
-    initrd_name: str = ""
-    cmdline: str | None = None
-    append: str | None = None
-    now: bool = False
-    load_only: bool = False
-    hold: bool = False
 
 
 class Engine:
@@ -300,7 +285,7 @@ class Engine:
             )
         assert self._observed is not None
         running, limit = self._observed.cmdline, self.config.images.max_size
-        return await asyncio.to_thread(_take, request, request.kernel_fd, running, run, limit)
+        return await asyncio.to_thread(take, request, request.kernel_fd, running, run, limit)
 
     async def _forward(self, last: Step, *, hold: bool) -> None:
         steps = left(self.machine, self._kernel().order, last)
@@ -382,20 +367,3 @@ class Engine:
         if self._probed.kernel is None:
             raise Unsupported(self._probed.what, remedy=self._probed.remedy)
         return self._probed.kernel
-
-
-def _take(request: Request, kernel_fd: int, running: str, run: str, limit: int) -> Target:
-    """Seal both images and compose the command line; raises Refused or UsageError, with nothing kept."""
-    kernel = sealed.seal(kernel_fd, "image", request.kernel_name, limit)
-    initrd = None
-    try:
-        if request.initrd_fd is not None:
-            initrd = sealed.seal(request.initrd_fd, "initrd", request.initrd_name, limit)
-            recognise.initrd(initrd)
-        longest = recognise.kernel(kernel).cmdline_limit
-        return Target(kernel, initrd, cmdline.compose(running, request.cmdline, request.append, run, longest))
-    except KhoError:
-        kernel.close()
-        if initrd is not None:
-            initrd.close()
-        raise

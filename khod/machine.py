@@ -57,6 +57,9 @@ TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
     P.inconsistent: (P.rolling_back,),
 }
 
+STARTS = (P.idle, P.foreign, P.inconsistent)
+"""What a start of khod may find where no handover of its own was under way."""
+
 RESTING = frozenset({P.idle, P.verified, P.degraded, P.cold_boot})
 """Phases a new handover may begin in: nothing of khod's is held anywhere."""
 
@@ -108,4 +111,5 @@ def left(machine: Machine, order: Order, last: Step) -> tuple[Step, ...]:
 def drawing() -> str:
     """Draw the table, an arrow a line, in Mermaid's notation."""
     arrows = (f"    {here.value} --> {there.value}" for here, row in TRANSITIONS.items() for there in row)
-    return "\n".join(["stateDiagram-v2", "    [*] --> idle", *arrows])
+    starts = (f"    [*] --> {phase.value}" for phase in STARTS)
+    return "\n".join(["stateDiagram-v2", *starts, *arrows])

@@ -25,9 +25,10 @@ from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from khod import __version__, model
 from khod.config import Access
-from khod.engine import Engine, Request
+from khod.engine import Engine
 from khod.errors import KhoError, Refused, Unreachable, UsageError
 from khod.protocol import Handover, TreeReply, to_wire
+from khod.target import Request
 
 MAX_MESSAGE = 1 << 20
 """Bytes of one message: the longest honest one is a command line. Files come as descriptors."""

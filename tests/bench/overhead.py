@@ -10,13 +10,14 @@ from pathlib import Path
 
 from khod import executor
 from khod.config import Config
-from khod.engine import Engine, Request
+from khod.engine import Engine
 from khod.kernel.kexec import KMSG, Kexec
 from khod.kernel.probe import probe
 from khod.kernel.simulated import Rebooted, SimulatedKernel, image, initrd
 from khod.kernel.sysfs import KHO
 from khod.kernel.thread import KernelThread
 from khod.record import Store
+from khod.target import Request
 from tests.bench.figure import Figure
 
 ROUNDS = 20

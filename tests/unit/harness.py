@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from khod import executor
 from khod.config import Config
-from khod.engine import Engine, Request
+from khod.engine import Engine
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed, probe
 from khod.kernel.simulated import SimulatedKernel
@@ -20,6 +20,7 @@ from khod.kernel.thread import KernelThread
 from khod.model import Event
 from khod.producers.hooks import Hook
 from khod.record import Record, Store
+from khod.target import Request
 from tests.unit.images import CPIO, bzimage
 
 ACTIVE = f"{KHO}/active"

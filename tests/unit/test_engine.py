@@ -5,12 +5,12 @@ import dataclasses
 
 import pytest
 
-from khod.engine import Request
 from khod.errors import Exit, Failed, Refused
 from khod.kernel.simulated import Rebooted
 from khod.machine import RESTING
 from khod.model import Event, Phase, Step
 from khod.record import Store
+from khod.target import Request
 from tests.unit.harness import ACTIVE, Host
 
 VERBS = ("prepare", "freeze")

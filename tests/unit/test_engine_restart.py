@@ -7,11 +7,11 @@ from contextlib import suppress
 import pytest
 
 from khod.config import Config, Policy
-from khod.engine import Request
 from khod.errors import Exit, Failed, KhoError
 from khod.kernel.simulated import Rebooted
 from khod.model import Generation, Phase, Step
 from khod.record import Record
+from khod.target import Request
 from tests.unit.harness import ACTIVE, Host
 
 P, S = Phase, Step

@@ -1,0 +1,272 @@
+"""The durable record: what goes in comes out, a crash leaves the old or the new one whole, damage has a sentence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from khod.errors import RecordError
+from khod.kernel.protocol import Tree
+from khod.model import Generation, Phase, Step, StepTiming, Verdict
+from khod.record import VERSION, Record, Store, decode, encode
+from tests.unit.khods import REPOSITORY
+
+FULL = Record(
+    phase=Phase.loaded,
+    done=(Step.prepare, Step.freeze, Step.activate, Step.load),
+    run="0123456789ab",
+    boot_id="6fd2b6c4-2c0c-4a0e-8a4e-6e4b5e1d7a11",
+    release="6.18.15",
+    generation=Generation.finalize,
+    snapshot="ab" * 32,
+    handovers=3,
+    previous_release="6.17.8",
+    window_began_at=1763843000.25,
+    blackout_seconds=1.5,
+    timings=(StepTiming("prepare", 12.0, 0.5),),
+    last_error="Der Müller sagt nein",
+    verdict=Verdict(["ftrace"], ["memblock"], ["LUO"], "did not arrive: memblock"),
+    suspect="an abort",
+    failed_activations=2,
+)
+
+text = st.text(st.characters(exclude_categories=["Cs"]))
+number = st.floats(allow_nan=False, allow_infinity=False)
+timing = st.builds(StepTiming, text, number, number)
+verdict = st.none() | st.builds(Verdict, st.lists(text), st.lists(text), st.lists(text), text)
+records = st.builds(
+    Record,
+    version=st.just(VERSION),
+    phase=st.sampled_from(Phase),
+    done=st.lists(st.sampled_from(Step)).map(tuple),
+    run=text,
+    boot_id=text,
+    generation=st.sampled_from(Generation),
+    handovers=st.integers(0, 1 << 40),
+    window_began_at=number,
+    blackout_seconds=st.none() | number,
+    timings=st.lists(timing, max_size=3).map(tuple),
+    last_error=text,
+    verdict=verdict,
+    failed_activations=st.integers(0, 100),
+)
+
+
+@given(records)
+def test_what_goes_in_comes_out(record: Record) -> None:
+    assert decode(encode(record)) == record
+
+
+def test_the_example_sets_every_field_apart_from_its_default() -> None:
+    same = {field.name for field in fields(Record) if getattr(FULL, field.name) == getattr(Record(), field.name)}
+    assert same == {"version"}
+    assert decode(encode(FULL)) == FULL
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_record_or_a_record_error(raw: bytes) -> None:
+    try:
+        assert isinstance(decode(raw, "/var/lib/khod/handover.json"), Record)
+    except RecordError as error:
+        assert error.where == "/var/lib/khod/handover.json"
+        assert error.what
+        assert error.remedy
+
+
+json_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from([field.name for field in fields(Record)]), json_value)
+def test_any_value_in_any_field_is_a_record_that_can_be_written_or_a_record_error(name: str, value: object) -> None:
+    values = json.loads(encode(FULL)) | {name: value}
+    try:
+        found = decode(json.dumps(values).encode())
+    except RecordError:
+        return
+    assert decode(encode(found)) is not None
+
+
+@given(st.integers(0, len(encode(FULL)) - 3))
+def test_a_truncated_record_is_never_taken_for_another(length: int) -> None:
+    with pytest.raises(RecordError):
+        decode(encode(FULL)[:length])
+
+
+WRONG = [
+    b"",
+    b"null",
+    b"[]",
+    b"{}",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"version": "1"}',
+    encode(FULL).replace(b'"loaded"', b'"loaded too"'),
+    encode(FULL).replace(b'"ftrace"', b"5"),
+    encode(FULL).replace(b"[\n   12", b"[\n   [12]"),
+    encode(FULL).replace(b'"began_monotonic": 12.0', b'"began_monotonic": "12"'),
+    encode(FULL).replace(b'"boot_id"', b'"bootid"'),
+    encode(FULL).replace(b'"handovers": 3', b'"handovers": "3"'),
+]
+
+
+@pytest.mark.parametrize("raw", [raw for raw in WRONG if raw != encode(FULL)])
+def test_a_damaged_record_says_so(raw: bytes) -> None:
+    with pytest.raises(RecordError, match="cannot be understood"):
+        decode(raw)
+
+
+def test_a_newer_record_names_both_versions() -> None:
+    with pytest.raises(RecordError) as raised:
+        decode(encode(replace(FULL, version=VERSION + 1)))
+    assert str(VERSION) in raised.value.what
+    assert str(VERSION + 1) in raised.value.what
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def test_no_record_is_none_and_no_error(store: Store) -> None:
+    assert store.read() is None
+    assert store.snapshot() is None
+
+
+def test_a_write_replaces_the_record_and_leaves_nothing_else(store: Store) -> None:
+    store.write(FULL)
+    store.write(replace(FULL, phase=Phase.idle))
+    found = store.read()
+    assert found == replace(FULL, phase=Phase.idle)
+    assert [path.name for path in store.directory.iterdir()] == ["handover.json"]
+
+
+CRASHER = """
+import dataclasses, sys
+from pathlib import Path
+from khod.record import Record, Store
+store = Store(Path(sys.argv[1]))
+number = 0
+while True:
+    number += 1
+    store.write(Record(run="x" * (number % 5000), handovers=number % 5000))
+    print(number, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_one_whole_record(store: Store) -> None:
+    """Whatever of open, write, fsync and rename the SIGKILL falls into."""
+    for after in (1, 2, 5, 9, 14):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", CRASHER, str(store.directory)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        for _line in range(after):
+            last = int(writer.stdout.readline())
+        writer.send_signal(signal.SIGKILL)
+        rest = writer.stdout.read().split()
+        writer.wait()
+        writer.stdout.close()
+        written = int(rest[-1]) if rest else last
+        found = store.read()
+        assert found is not None
+        assert found.handovers in (written % 5000, (written + 1) % 5000), "the last that was reported, or the next"
+        assert len(found.run) == found.handovers
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Store]:
+    """A store on a file system of 64 KiB."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "khod-test", str(tmp_path)], check=True)
+    yield Store(tmp_path)
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_keeps_the_old_record(tiny: Store) -> None:
+    tiny.write(FULL)
+    with pytest.raises(RecordError) as raised:
+        tiny.write(replace(FULL, last_error="x" * (100 << 10)))
+    assert "ENOSPC" in raised.value.what
+    assert raised.value.where == str(tiny.path)
+    assert raised.value.remedy
+    assert tiny.read() == FULL
+    tiny.write(replace(FULL, handovers=4))
+
+
+def test_free_is_what_may_still_be_written(tiny: Store) -> None:
+    assert tiny.free() == 64 << 10
+    (tiny.directory / "filler").write_bytes(bytes(60 << 10))
+    assert tiny.free() == 4 << 10
+
+
+def test_a_read_only_file_system_is_a_record_error_and_the_record_can_be_read(tiny: Store) -> None:
+    tiny.write(FULL)
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny.directory)], check=True)
+    with pytest.raises(RecordError, match="EROFS"):
+        tiny.write(replace(FULL, handovers=4))
+    assert tiny.read() == FULL
+
+
+def test_a_missing_directory_is_a_record_error(tmp_path: Path) -> None:
+    store = Store(tmp_path / "nowhere")
+    assert store.read() is None
+    for write in (lambda: store.write(FULL), store.free, lambda: store.write_snapshot(Tree(b""))):
+        with pytest.raises(RecordError) as raised:
+            write()
+        assert str(tmp_path / "nowhere") in raised.value.where
+
+
+def test_a_directory_where_the_record_should_be(store: Store) -> None:
+    (store.path / "below").mkdir(parents=True)
+    with pytest.raises(RecordError, match="EISDIR"):
+        store.read()
+    with pytest.raises(RecordError):
+        store.write(FULL)
+
+
+def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("no directory")
+    with pytest.raises(RecordError, match="ENOTDIR"):
+        Store(tmp_path / "state").write(FULL)
+
+
+TREES = [Tree(b"root"), Tree(b"root", {"memblock": b"\0\1", "LUO": b"", "kexec-metadata": os.urandom(5000)})]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_a_snapshot_comes_back_as_it_was(store: Store, tree: Tree) -> None:
+    store.prepare_snapshot()
+    store.write_snapshot(tree)
+    assert store.snapshot() == tree
+    found = store.snapshot()
+    assert found is not None
+    assert found.digest == tree.digest
+
+
+def test_a_snapshot_holds_nothing_of_the_one_before(store: Store) -> None:
+    for tree in reversed(TREES):
+        store.prepare_snapshot()
+        store.write_snapshot(tree)
+        assert store.snapshot() == tree
+
+
+def test_digests_tell_trees_apart() -> None:
+    trees = [
+        Tree(b"a", {"x": b"bc"}),
+        Tree(b"a", {"xb": b"c"}),
+        Tree(b"a", {"x": b"b", "y": b"c"}),
+        Tree(b"ax"),
+        Tree(b"a"),
+    ]
+    assert len({tree.digest for tree in trees}) == len(trees)
