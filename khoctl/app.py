@@ -1,6 +1,7 @@
 """khoctl's commands. Each asks khod over its socket; exit codes are `khod.errors.Exit`."""
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -286,4 +287,5 @@ def _line(event: Event, *, as_json: bool) -> str:
 
 def main() -> None:
     """Run khoctl."""
+    logging.getLogger("asyncvarlink").setLevel(logging.CRITICAL)  # what matters of it is raised
     app(prog_name="khoctl")

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from khod.errors import KhoError
-from khod.model import Check, CheckResult, Event, Phase, Status
+from khod.model import Check, CheckResult, Event, Phase, Producer, Status
 
 COLOURS = {
     Phase.verified: typer.colors.GREEN,
@@ -75,10 +75,7 @@ def status(status: Status) -> str:
         rows.append(("left", f"{', '.join(status.left)}: not put back"))
     if status.waiting_for:
         rows.append(("waiting", f"for {', '.join(status.waiting_for)}"))
-    rows += [
-        ("producer", f"{p.name} ({p.kind}): {p.phase or 'not told yet'} {p.answer} {p.seconds:.2f} s")
-        for p in status.producers
-    ]
+    rows += [("producer", producer(found)) for found in status.producers]
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         verdict = status.verdict
         rows.append(("arrived", f"{len(verdict.arrived)}: {', '.join(verdict.arrived) or 'nothing'}"))
@@ -99,6 +96,13 @@ def status(status: Status) -> str:
     head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
     stale = " (the kernel is busy; it was not asked just now)" if status.stale else ""
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<9}  {text}" for key, text in rows)])
+
+
+def producer(found: Producer) -> str:
+    """What one producer was told last, and what it answered."""
+    if not found.phase:
+        return f"{found.name} ({found.kind}): not told yet"
+    return f"{found.name} ({found.kind}): {found.phase}: {found.answer or 'no answer yet'}, {found.seconds:.2f} s"
 
 
 def _said(status: Status) -> str:

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.unit.harness import Host
 
 DEADLINE = 30.0  # seconds; a test that needs it has hung
+
+# The same examples every time, no clock, nothing kept between runs.
+settings.register_profile("unit", derandomize=True, deadline=None, database=None, max_examples=80)
+settings.load_profile("unit")
 
 
 @pytest.hookimpl(tryfirst=True)
