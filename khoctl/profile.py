@@ -1,5 +1,6 @@
 """Handover profiles: /etc/kho/handover.d/NAME.toml holds what `khoctl kexec` would be given."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from khod.errors import ConfigError
 
 DIRECTORY = Path("/etc/kho/handover.d")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 KEYS: dict[str, type] = {
     "image": str,
     "initrd": str,
@@ -20,6 +22,10 @@ KEYS: dict[str, type] = {
 
 def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
     """Read a profile; ConfigError names the file and the key."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} is no name for a profile", where=str(directory), remedy="Letters, digits, `.`, `_` and `-`."
+        )
     path = directory / f"{name}.toml"
     try:
         values = tomllib.loads(path.read_text())

@@ -83,7 +83,7 @@ class Fragment:
         table, _, name = key.rpartition(".")
         current = ""
         for number, line in enumerate(self.text.splitlines(), 1):
-            if header := re.match(r"\s*\[([^\]]+)\]", line):
+            if header := re.match(r"\s*\[\[?([^\]]+)\]", line):
                 current = header[1].strip()
                 if current == key:
                     return f"{self.path}:{number}"

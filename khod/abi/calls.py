@@ -65,7 +65,7 @@ class HostCalls:
             return b"".join(iter(lambda: file.read(READ_SIZE), b""))
 
     def write(self, path: str, data: bytes) -> None:
-        with named(f"write {data.decode().strip()!r} to {path}"):
+        with named(f"write {data.decode(errors='replace').strip()!r} to {path}"):
             fd = os.open(self.at(path), os.O_WRONLY | os.O_CLOEXEC)
             try:
                 os.write(fd, data)

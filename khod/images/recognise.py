@@ -16,6 +16,7 @@ ARM64_MAGIC = (0x38, b"ARM\x64")  # Documentation/arch/arm64/booting.rst
 
 COMMAND_LINE_SIZE = 2048  # arm64, riscv64; s390x and ppc64le take more
 
+PADDING = 4096
 INITRD_MAGIC = {
     b"070701": "cpio",
     b"070702": "cpio",
@@ -83,7 +84,7 @@ def _no_kernel(image: Sealed, wanted: str) -> Refused:
 
 def initrd(image: Sealed) -> str:
     """Name an initrd's outer format; Refused where no kernel would unpack it."""
-    head = image.head(8)
+    head = image.head(PADDING).lstrip(b"\0")  # unpack_to_rootfs() skips zeroes between archives, and before the first
     for magic, name in INITRD_MAGIC.items():
         if head.startswith(magic):
             return name

@@ -25,6 +25,17 @@ class Probed:
 
 def probe(calls: Calls) -> Probed:
     """Choose the generation; raises nothing, an unreadable file is evidence too."""
+    try:
+        return _probe(calls)
+    except OSError as error:
+        return Probed(
+            None,
+            f"It cannot be told whether this kernel has Kexec HandOver: {error}",
+            "Run khod as root, without lockdown=confidentiality.",
+        )
+
+
+def _probe(calls: Calls) -> Probed:
     if calls.exists(f"{sysfs.KHO}/active"):
         return _usable(SysfsKho(calls), "KHO v3 through /sys/kernel/kho", "kho_scratch=512M")
     if calls.exists(f"{debugfs.KHO}/out/finalize"):

@@ -9,6 +9,7 @@ back is a second `SimulatedKernel` on the same root. After its kexec the root sh
 import errno
 import json
 import os
+import re
 import struct
 import sys
 import time
@@ -29,6 +30,7 @@ STATE = ".simulated-kernel.json"
 LOG = "/var/log/kernel"
 COMMAND_LINE_SIZE = 2048  # x86
 SCRATCH = (0x1_0000_0000, 0x2000_0000)
+KSTRTOULL = re.compile(r"\+?(0[xX](?P<hex>[0-9a-fA-F]+)|(?P<octal>0[0-7]*)|(?P<decimal>[1-9][0-9]*))\n?")  # base 0
 DT_MAX = 0xA0_0000
 
 
@@ -102,7 +104,7 @@ class SimulatedKernel(HostCalls):
             super().write(path, data)
             return
         if number := handlers[path](data):
-            raise OSError(number, os.strerror(number), f"write {data.decode().strip()!r} to {path}")
+            raise OSError(number, os.strerror(number), f"write {data.decode(errors='replace').strip()!r} to {path}")
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
         self._refresh()
@@ -167,12 +169,13 @@ class SimulatedKernel(HostCalls):
         return 0  # and a loaded image keeps the tree it was loaded with
 
     def _write_dt_max(self, data: bytes) -> int:
-        try:
-            value = int(data.decode().strip(), 0)
-        except ValueError:
+        if not (found := KSTRTOULL.fullmatch(data.decode(errors="replace"))):
             return errno.EINVAL
-        if value < 0:
-            return errno.EINVAL
+        value = (
+            int(found["hex"], 16)
+            if found["hex"]
+            else int(found["octal"] or found["decimal"], 8 if found["octal"] else 10)
+        )
         self._set(f"{KHO}/dt_max", f"{value:#x}\n".encode(), 0o600)
         return 0
 

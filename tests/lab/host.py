@@ -59,7 +59,7 @@ class Host:
         self.shell(
             f"d=/usr/lib/modules/$(uname -r); mkdir -p $d; cp {MODULE} $d/; depmod 2>/dev/null;"
             "echo kho_v3 > /etc/modules-load.d/kho_v3.conf; systemctl unmask -q systemd-modules-load.service;"
-            "modprobe kho_v3; systemctl restart kho-handover"
+            "modprobe kho_v3; sync; systemctl restart kho-handover"
         )
         return self
 

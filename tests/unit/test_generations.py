@@ -12,6 +12,7 @@ from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe
 from khod.kernel.protocol import AbortKind, KhoKernel, regions
+from khod.kernel.simulated import serialize
 from khod.kernel.sysfs import SysfsKho
 from khod.model import Generation, Order, Region
 
@@ -123,7 +124,7 @@ def test_a_damaged_configuration_is_no_answer(root: Path) -> None:
 def test_no_scratch_memory_is_unusable_and_names_the_parameter(
     root: Path, base: Mapping[str, str], parameter: str, text: str
 ) -> None:
-    lay(root, base | {name: text for name in base if "scratch" in name})
+    lay(root, {**base, **{name: text for name in base if "scratch" in name}})
     found = probe(HostCalls(root))
     assert found.kernel is None
     assert "scratch" in found.what
@@ -190,10 +191,13 @@ def test_v3_reads_its_trees(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"/{V3}/dt") as raised:
         kernel.tree()
     assert raised.value.errno == errno.ENOENT
-    lay(root, {f"{V3}/dt": "out", "sys/firmware/kho/dt": "in"})
+    (root / V3 / "dt").write_bytes(serialize(1))
+    (root / "sys/firmware/kho").mkdir(parents=True)
+    (root / "sys/firmware/kho/dt").write_bytes(serialize(2))
     arrived = kernel.arrived()
     assert arrived is not None
-    assert (kernel.tree().root, arrived.root) == (b"out", b"in")
+    assert (kernel.tree().root, arrived.root) == (serialize(1), serialize(2))
+    assert not kernel.tree().blobs
     assert kernel.scratch() == [Region(0x1_0000_0000, 0x2000_0000)]
 
 
