@@ -23,6 +23,7 @@ lab: $(VENV)/ready deb $(VENV)/lab-packages
 	$(PY) -m pytest tests/lab
 
 bench: $(VENV)/ready deb $(VENV)/lab-packages
+	$(PY) -m compileall -q khod khoctl
 	$(PY) -m tests.bench
 
 deb: $(VENV)/deb-packages
@@ -32,6 +33,7 @@ $(VENV)/ready: pyproject.toml packaging/python-packages.txt
 	packaging/ensure-packages packaging/python-packages.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PY) -m compileall -q khod khoctl
 	touch $@
 
 $(VENV)/lab-packages: tests/lab/packages.txt

@@ -1,24 +1,23 @@
 """khoctl's commands. Each asks khod over its socket; exit codes are `khod.errors.Exit`."""
 
-import asyncio
-import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from khoctl import profile, progress, render
-from khod.client import Client, connect
+from khod.client import Client
 from khod.errors import Exit, KhoError, UsageError
-from khod.images.sealed import open_regular
-from khod.model import CheckResult, Event, Phase, Status
-from khod.protocol import SOCKET
+from khod.files import open_regular
+from khod.model import Check, CheckResult, Phase, Status
+from khod.wire import SOCKET
 
+T = TypeVar("T")
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -71,21 +70,25 @@ def status(
 ) -> None:
     """Say how it stands. Exits with 7 after a degraded or cold boot, with 6 where the kernel was not put back."""
 
-    async def ask() -> Status:
-        async with connect(_Socket.path) as client:
-            return await client.status()
+    def page(found: Status) -> str:
+        return render.as_json(found) if as_json else render.status(found)
 
-    async def follow() -> Status:
-        async with connect(_Socket.path) as client, connect(_Socket.path) as asking:
-            async for _event in client.monitor():
-                found = await asking.status()
+    def follow() -> None:
+        with Client(_Socket.path) as client, Client(_Socket.path) as asking:
+            for _event in client.monitor():
                 if sys.stdout.isatty() and not as_json:
                     typer.echo(CLEAR, nl=False)
-                typer.echo(render.as_json(found) if as_json else render.status(found))
-        raise AssertionError("a monitor ends with an error")
+                typer.echo(page(asking.status()))
+                sys.stdout.flush()
 
-    found = _run(follow() if watch else ask(), as_json=as_json)
-    typer.echo(render.as_json(found) if as_json else render.status(found))
+    def ask() -> Status:
+        with Client(_Socket.path) as client:
+            return client.status()
+
+    if watch:
+        _run(follow, as_json=as_json)
+    found = _run(ask, as_json=as_json)
+    typer.echo(page(found))
     raise typer.Exit(found.exit_code)
 
 
@@ -93,11 +96,11 @@ def status(
 def check(as_json: Json = False) -> None:
     """Run every preflight check and touch nothing. Exits with 3 where one fails, with 4 where KHO is not there."""
 
-    async def ask() -> list[Any]:
-        async with connect(_Socket.path) as client:
-            return await client.check()
+    def ask() -> list[Check]:
+        with Client(_Socket.path) as client:
+            return client.check()
 
-    found = _run(ask(), as_json=as_json)
+    found = _run(ask, as_json=as_json)
     typer.echo(render.as_json(found) if as_json else render.checks(found))
     results = {item.result for item in found}
     if CheckResult.unsupported in results:
@@ -108,7 +111,7 @@ def check(as_json: Json = False) -> None:
 @app.command()
 def activate(as_json: Json = False) -> None:
     """Freeze the producers and serialize the kernel's state; what is left is `khoctl kexec`, or `khoctl abort`."""
-    _operate(lambda client: client.activate(), as_json=as_json)
+    _operate(lambda client: client.send("Activate"), as_json=as_json)
 
 
 @app.command()
@@ -117,7 +120,7 @@ def abort(
     as_json: Json = False,
 ) -> None:
     """Put everything back: image unloaded, active phase left, producers thawed and cancelled."""
-    _operate(lambda client: client.abort(force=force), as_json=as_json)
+    _operate(lambda client: client.send("Abort", {"force": force}), as_json=as_json)
 
 
 @app.command()
@@ -156,13 +159,17 @@ def kexec(
         if asked["initrd"] is not None and asked["image"] is None:
             raise UsageError("An initrd without an image", where="--initrd", remedy="Add --image.")
         with ExitStack() as files:
-            request: dict[str, Any] = dict(asked)
+            request: dict[str, Any] = {key: value for key, value in asked.items() if value}
+            fds: list[int] = []
             for role in ("image", "initrd"):
                 if (path := asked[role]) is not None:
-                    request[role] = fd = open_regular(str(path), role)
+                    fd = open_regular(str(path), role)
                     files.callback(os.close, fd)
-                    request[f"{role}_name"] = str(path)
-            _operate(lambda client: client.kexec(**request), as_json=as_json)
+                    request |= {role: len(fds), f"{role}_name": str(path)}
+                    fds.append(fd)
+            if asked["cmdline"] is not None:
+                request["cmdline"] = asked["cmdline"]  # an empty one is one
+            _operate(lambda client: client.send("Kexec", request, fds=tuple(fds)), as_json=as_json)
     except KhoError as error:
         _end(error, as_json=as_json)
 
@@ -171,27 +178,27 @@ def kexec(
 def monitor(as_json: Json = False) -> None:
     """Print every change, one line each, until interrupted."""
 
-    async def follow() -> None:
-        async with connect(_Socket.path) as client:
-            async for event in client.monitor():
-                typer.echo(_line(event, as_json=as_json))
+    def follow() -> None:
+        with Client(_Socket.path) as client:
+            for event in client.monitor():
+                typer.echo(render.as_json(event) if as_json else render.event(event))
                 sys.stdout.flush()
 
-    _run(follow(), as_json=as_json)
+    _run(follow, as_json=as_json)
 
 
 @app.command()
 def verify(as_json: Json = False) -> None:
     """Wait until this boot's verification is over. Exits with 7 where state did not arrive whole."""
 
-    async def wait() -> Status:
-        async with connect(_Socket.path) as client, connect(_Socket.path) as asking:
-            async for event in client.monitor():
+    def wait() -> Status:
+        with Client(_Socket.path) as client, Client(_Socket.path) as asking:
+            for event in client.monitor():
                 if event.phase is not Phase.verifying:
                     break
-            return await asking.status()
+            return asking.status()
 
-    found = _run(wait(), as_json=as_json)
+    found = _run(wait, as_json=as_json)
     typer.echo(render.as_json(found) if as_json else render.status(found))
     raise typer.Exit(found.exit_code)
 
@@ -237,41 +244,29 @@ def dt_export(
 
 
 def _tree(side: Side) -> dict[str, bytes]:
-    async def ask() -> dict[str, bytes]:
-        async with connect(_Socket.path) as client:
-            return await client.tree(side.value)
+    def ask() -> dict[str, bytes]:
+        with Client(_Socket.path) as client:
+            return client.tree(side.value)
 
-    blobs: dict[str, bytes] = _run(ask(), as_json=False)
-    return blobs
+    return _run(ask, as_json=False)
 
 
-def _operate(operation: Callable[[Client], Awaitable[Status]], *, as_json: bool) -> None:
-    found = _run(progress.watched(_Socket.path, operation, quiet=as_json), as_json=as_json)
+def _operate(begin: Callable[[Client], None], *, as_json: bool) -> None:
+    found = _run(lambda: progress.watched(_Socket.path, begin, quiet=as_json), as_json=as_json)
     if found is None:
         typer.echo("The host jumped. After the boot: khoctl status", err=True)
         raise typer.Exit(Exit.done)
     typer.echo(render.as_json(found) if as_json else render.status(found))
 
 
-def _run(asked: Coroutine[Any, Any, Any], *, as_json: bool) -> Any:
+def _run(asked: Callable[[], T], *, as_json: bool) -> T:
     """Run to the end; our errors become a sentence and an exit code, an interrupt 130 as in a shell."""
-
-    async def run() -> Any:
-        asyncio.get_running_loop().set_exception_handler(_hush)
-        return await asked
-
     try:
-        return asyncio.run(run())
+        return asked()
     except KhoError as error:
         _end(error, as_json=as_json)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-
-
-def _hush(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Leave out that the connection of an abandoned monitor broke: the answer itself was awaited elsewhere."""
-    if not isinstance(context.get("exception"), ConnectionError):
-        loop.default_exception_handler(context)
 
 
 def _end(error: KhoError, *, as_json: bool) -> NoReturn:
@@ -281,11 +276,6 @@ def _end(error: KhoError, *, as_json: bool) -> NoReturn:
     raise typer.Exit(error.exit)
 
 
-def _line(event: Event, *, as_json: bool) -> str:
-    return render.as_json(event) if as_json else render.event(event)
-
-
 def main() -> None:
     """Run khoctl."""
-    logging.getLogger("asyncvarlink").setLevel(logging.CRITICAL)  # what matters of it is raised
     app(prog_name="khoctl")

@@ -1,7 +1,6 @@
 """Handover profiles: /etc/kho/handover.d/NAME.toml holds what `khoctl kexec` would be given."""
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
         raise ConfigError(
             f"{name!r} is no name for a profile", where=str(directory), remedy="Letters, digits, `.`, `_` and `-`."
         )
+    import tomllib  # noqa: PLC0415 - only a profile needs it
+
     path = directory / f"{name}.toml"
     try:
         values = tomllib.loads(path.read_text())

@@ -1,17 +1,18 @@
 """What is seen while an operation runs: a live line on a terminal, plain lines elsewhere."""
 
-import asyncio
-import contextlib
+import selectors
 import sys
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import typer
 
 from khoctl import render
-from khod.client import Client, connect
-from khod.errors import KhoError
+from khod.client import Client
+from khod.errors import KhoError, Unreachable
 from khod.model import Event, Phase, Status
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ class Shown:
 
     def __init__(self) -> None:
         self.last: Phase | None = None
-        self.changed = asyncio.Event()
         self._live: Live | None = None
         if sys.stderr.isatty():
             from rich.console import Console  # noqa: PLC0415 - dear to import, and only a terminal needs it
@@ -45,7 +45,6 @@ class Shown:
     def show(self, event: Event) -> None:
         """Show one event; the first only tells where it began."""
         first, self.last = self.last is None, event.phase
-        self.changed.set()
         if self._live:
             self._live.update(f"{render.name(event.phase)}: {event.message}")
         if first:
@@ -55,50 +54,54 @@ class Shown:
         else:
             typer.echo(render.event(event), err=True)
 
-    async def until(self, phase: Phase | None) -> None:
-        """Wait for an event that says `phase`, or any event where it is None."""
-        while self.last is not phase if phase else self.last is None:
-            self.changed.clear()
-            await self.changed.wait()
 
-
-async def watched(path: Path, operation: Callable[[Client], Awaitable[Status]], *, quiet: bool) -> Status | None:
-    """Run an operation while its events are shown; None where the host jumped before khod could answer."""
-    async with connect(path) as client:
+def watched(path: Path, begin: Callable[[Client], None], *, quiet: bool) -> Status | None:
+    """Run the operation that `begin` calls, and show its events; None where the host jumped before an answer."""
+    with Client(path) as client:
         if quiet:
-            return await operation(client)
-        with Shown() as shown:
-            async with connect(path) as watcher:
-                showing = asyncio.ensure_future(_show(watcher, shown))
+            begin(client)
+            return client.answer()
+        with Client(path) as watcher, Shown() as shown:
+            watcher.send("Monitor", more=True)
+            shown.show(watcher.event())
+            begin(client)
+            try:
+                _show_until(client, watcher, shown)
+                return client.answer()
+            except Unreachable:
+                if shown.last is Phase.executing:
+                    return None
+                raise
+            finally:
+                _last_words(client, watcher, shown)
+
+
+def _show_until(client: Client, watcher: Client, shown: Shown) -> None:
+    """Show events until the operation is answered."""
+    with selectors.DefaultSelector() as selector:
+        for connection in (client, watcher):
+            selector.register(connection, selectors.EVENT_READ)
+        while not client.waiting:
+            for key, _events in selector.select():
+                ready = key.fileobj
+                if ready is client:
+                    client.receive()
+                    continue
                 try:
-                    await _first(showing, shown)
-                    return await operation(client)
+                    watcher.receive()
+                    while watcher.waiting:
+                        shown.show(watcher.event())
                 except KhoError:
-                    if shown.last is Phase.executing and showing.done():
-                        return None
-                    raise
-                finally:
-                    await _last_words(client, showing, shown)
+                    selector.unregister(watcher)
 
 
-async def _show(client: Client, shown: Shown) -> None:
-    async for event in client.monitor():
-        shown.show(event)
-
-
-async def _first(showing: asyncio.Task[None], shown: Shown) -> None:
-    """Begin only when the monitor is listening, or has ended."""
-    begun = asyncio.ensure_future(shown.until(None))
-    await asyncio.wait({showing, begun}, return_when=asyncio.FIRST_COMPLETED)
-    begun.cancel()
-
-
-async def _last_words(client: Client, showing: asyncio.Task[None], shown: Shown) -> None:
-    """Let what is already on its way be seen, then stop watching."""
-    with contextlib.suppress(KhoError, TimeoutError):
-        async with asyncio.timeout(LAST_WORDS):
-            if not showing.done():
-                await shown.until((await client.status()).phase)
-    showing.cancel()
-    with contextlib.suppress(asyncio.CancelledError, KhoError):
-        await showing
+def _last_words(client: Client, watcher: Client, shown: Shown) -> None:
+    """Let what is already on its way be seen."""
+    deadline = time.monotonic() + LAST_WORDS
+    with suppress(KhoError), selectors.DefaultSelector() as selector:
+        final = client.status().phase
+        selector.register(watcher, selectors.EVENT_READ)
+        while shown.last is not final and selector.select(max(0.0, deadline - time.monotonic())):
+            watcher.receive()
+            while watcher.waiting:
+                shown.show(watcher.event())

@@ -1,7 +1,5 @@
 """What khoctl prints: the same dataclasses as a page for people or as JSON."""
 
-import dataclasses
-import enum
 import json
 from typing import Any
 
@@ -9,6 +7,7 @@ import typer
 
 from khod.errors import KhoError
 from khod.model import Check, CheckResult, Event, Phase, Producer, Status
+from khod.wire import plain
 
 COLOURS = {
     Phase.verified: typer.colors.GREEN,
@@ -37,15 +36,7 @@ GENERATIONS = {
 
 def as_json(value: Any) -> str:
     """One line of JSON; enums by their names, as on the wire."""
-    return json.dumps(value, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.name
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    raise TypeError(type(value).__name__)
+    return json.dumps(value, default=plain)
 
 
 def error_json(error: KhoError) -> str:

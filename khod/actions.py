@@ -24,7 +24,13 @@ class Actions:
     """The steps of one attempt. Every method raises KhoError; kernel calls have the deadlines of the config."""
 
     def __init__(
-        self, kernel: KhoKernel, kexec: Kexec, thread: KernelThread, store: Store, config: Config, barrier: Barrier
+        self,
+        kernel: KhoKernel | None,
+        kexec: Kexec,
+        thread: KernelThread,
+        store: Store,
+        config: Config,
+        barrier: Barrier,
     ) -> None:
         self.kernel = kernel
         self.barrier = barrier
@@ -74,6 +80,7 @@ class Actions:
 
     async def _activate(self) -> None:
         self.snapshot = await self._call(Step.activate, self._activate_and_look, self._deadlines.activate)
+        assert self.kernel is not None, "as above"
         if self._require_state and not producers(self.snapshot, self.kernel.generation):
             raise Refused(
                 "Nothing would be handed over: no producer in the kernel has any state",
@@ -86,12 +93,13 @@ class Actions:
 
     def _activate_and_look(self) -> Tree:
         self._kexec.announce("entering the active phase")
+        assert self.kernel is not None, "a handover begins on a kernel with KHO"
         self.kernel.activate()
         return self.kernel.tree()
 
     async def _deactivate(self) -> None:
         def leave() -> None:
-            if self.kernel.active():
+            if self.kernel is not None and self.kernel.active():
                 self.kernel.deactivate()
 
         await self._back("leaving the active phase", leave)

@@ -1,117 +1,164 @@
 """A thin typed client of io.kho.Handover: one connection, methods that return the model or raise KhoError."""
 
-import asyncio
+import json
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import socket
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
-from asyncvarlink import (
-    FileDescriptor,
-    GenericVarlinkErrorReply,
-    TypedVarlinkErrorReply,
-    VarlinkClientProtocol,
-    VarlinkErrorReply,
-    connect_unix_varlink,
-)
-
-from khod.errors import KhoError, Unreachable
+from khod import wire
+from khod.errors import Unreachable
 from khod.model import Check, Event, Status
-from khod.protocol import SOCKET, Handover, from_wire
 
+T = TypeVar("T")
+START = "Start it with: systemctl start kho-handover"
+JOURNAL = "Look at: journalctl -u kho-handover"
 ANSWER = 60.0
 """Seconds khod has to say how it stands; its start, a rollback included, comes before."""
 
-START = "Start it with: systemctl start kho-handover"
+CHUNK = 1 << 16
+MAX_FDS = 253  # SCM_MAX_FD, the most one message carries
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One Varlink reply that is no error, and whether another follows."""
+
+    parameters: Mapping[str, Any]
+    continues: bool
 
 
 class Client:
     """One connection to khod. Every method raises KhoError; Unreachable where the connection ends."""
 
-    def __init__(self, protocol: VarlinkClientProtocol) -> None:
-        self._proxy = protocol.make_proxy(Handover)
+    def __init__(self, path: Path = Path(wire.SOCKET)) -> None:
+        """Connect; Unreachable names the socket and the likely cause."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._path = str(path)
+        self._text = b""
+        self._messages: deque[bytes] = deque()
+        self._fds: list[int] = []
+        try:
+            self._socket.connect(str(path))
+        except OSError as error:
+            self._socket.close()
+            why = {
+                FileNotFoundError: "khod is not running: its socket is not there",
+                ConnectionRefusedError: "khod is not running: nothing listens on its socket",
+            }.get(type(error), f"khod cannot be reached: {error.strerror or error}")
+            raise Unreachable(why, where=str(path), remedy=START) from None
 
-    async def status(self) -> Status:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """The connection, for select(2)."""
+        return self._socket.fileno()
+
+    def status(self) -> Status:
         """How it stands; Unreachable where khod takes the call and is silent (it may be starting over and over)."""
+        self._socket.settimeout(ANSWER)
         try:
-            async with asyncio.timeout(ANSWER):
-                found: Status = (await self._call("Status"))["status"]
-                return found
-        except TimeoutError:
-            raise Unreachable(
-                f"khod does not answer within {ANSWER:g} s", remedy="Look at: journalctl -u kho-handover"
-            ) from None
+            self.send("Status")
+            return self.answer()
+        finally:
+            self._socket.settimeout(None)
 
-    async def check(self) -> list[Check]:
+    def answer(self) -> Status:
+        """Wait for the status that a call of Status, Activate, Abort or Kexec is answered with."""
+        return self._decoded(Status, self.reply(), "status")
+
+    def check(self) -> list[Check]:
         """The preflight checks."""
-        return (await self._call("Check"))["checks"]  # type: ignore[no-any-return]
+        self.send("Check")
+        return self._decoded(list[Check], self.reply(), "checks")
 
-    async def activate(self) -> Status:
-        """Go to `active`."""
-        return (await self._call("Activate"))["status"]  # type: ignore[no-any-return]
-
-    async def abort(self, *, force: bool) -> Status:
-        """Put everything back."""
-        return (await self._call("Abort", force=force))["status"]  # type: ignore[no-any-return]
-
-    async def kexec(self, **request: Any) -> Status:
-        """Do what is left; `request` as io.kho.Handover.Kexec names it, None is left out.
-
-        `image` and `initrd` are file descriptors; they stay the caller's.
-        """
-        given = {key: value for key, value in request.items() if value is not None}
-        # The library closes a bare int it is given; wrapped, a descriptor keeps its owner.
-        given |= {role: FileDescriptor(given[role]) for role in ("image", "initrd") if role in given}
-        return (await self._call("Kexec", **given))["status"]  # type: ignore[no-any-return]
-
-    async def tree(self, side: str) -> dict[str, bytes]:
+    def tree(self, side: str) -> dict[str, bytes]:
         """A state tree's blobs by name, the root's is ""."""
-        with await self._call("Tree", side=side) as reply:
-            return {name: _contents(fd) for name, fd in zip(reply["names"], reply["blobs"], strict=True)}
+        self.send("Tree", {"side": side})
+        parameters = self.reply().parameters
+        names, indexes = parameters["names"], parameters["blobs"]
+        return {name: _contents(self._fds[index]) for name, index in zip(names, indexes, strict=True)}
 
-    async def monitor(self) -> AsyncIterator[Event]:
+    def monitor(self) -> Iterator[Event]:
         """Every change from now on, beginning with how it stands; ends with khod."""
+        self.send("Monitor", more=True)
+        while True:
+            yield self.event()
+
+    def event(self) -> Event:
+        """The next change, after a call of Monitor."""
+        return self._decoded(Event, self.reply(), "event")
+
+    def send(
+        self, method: str, parameters: Mapping[str, Any] | None = None, *, fds: tuple[int, ...] = (), more: bool = False
+    ) -> None:
+        """Send a call; descriptors stay the caller's, parameters name them by their index."""
+        call = {
+            "method": f"{wire.INTERFACE}.{method}",
+            "parameters": parameters or {},
+            **({"more": True} if more else {}),
+        }
+        data = json.dumps(call).encode() + b"\0"
         try:
-            async for reply in self._proxy.Monitor():
-                yield reply["event"]
-        except (OSError, ValueError, VarlinkErrorReply) as error:
-            raise _ours(error) from None
+            sent = socket.send_fds(self._socket, [data], fds) if fds else 0
+            self._socket.sendall(data[sent:])
+        except OSError:
+            raise Unreachable("khod closed the connection", remedy=JOURNAL) from None
 
-    async def _call(self, method: str, **parameters: Any) -> Any:
+    def reply(self) -> Reply:
+        """Wait for the next reply; one of our errors is raised."""
+        while not self._messages:
+            self.receive()
         try:
-            return await getattr(self._proxy, method)(**parameters)
-        except (OSError, ValueError, VarlinkErrorReply) as error:
-            raise _ours(error) from None
+            message = json.loads(self._messages.popleft())
+            name, parameters = message.get("error"), message.get("parameters") or {}
+        except (ValueError, AttributeError):
+            raise self._stranger() from None
+        if name is not None:
+            raise wire.error(str(name), parameters)
+        return Reply(parameters, bool(message.get("continues")))
+
+    def _decoded(self, wanted: type[T], reply: Reply, name: str) -> T:
+        try:
+            return wire.decode(wanted, reply.parameters[name])
+        except (TypeError, KeyError, AttributeError):
+            raise self._stranger() from None
+
+    def _stranger(self) -> Unreachable:
+        what = "What answers on the socket is not this version's khod"
+        return Unreachable(what, where=self._path, remedy="systemctl status kho-handover tells what runs.")
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a reply is here that was not yet asked for."""
+        return bool(self._messages)
+
+    def receive(self) -> None:
+        """Take in what has come, at least one byte."""
+        try:
+            data, fds, _flags, _address = socket.recv_fds(self._socket, CHUNK, MAX_FDS)
+        except TimeoutError:
+            raise Unreachable(f"khod does not answer within {ANSWER:g} s", remedy=JOURNAL) from None
+        except OSError:
+            data, fds = b"", []
+        self._fds += fds
+        if not data:
+            raise Unreachable("khod closed the connection", remedy=JOURNAL)
+        *complete, self._text = (self._text + data).split(b"\0")
+        self._messages += complete
 
 
-@asynccontextmanager
-async def connect(path: Path = Path(SOCKET)) -> AsyncIterator[Client]:
-    """Connect to khod; Unreachable names the socket and the likely cause."""
-    try:
-        transport, protocol = await connect_unix_varlink(VarlinkClientProtocol, path)
-    except FileNotFoundError:
-        raise Unreachable("khod is not running: its socket is not there", where=str(path), remedy=START) from None
-    except ConnectionRefusedError:
-        raise Unreachable("khod is not running: nothing listens on its socket", where=str(path), remedy=START) from None
-    except OSError as error:
-        raise Unreachable(f"khod cannot be reached: {error.strerror}", where=str(path), remedy=START) from None
-    try:
-        yield Client(protocol)
-    finally:
-        transport.close()
-        await asyncio.sleep(0)
-
-
-def _ours(error: Exception) -> KhoError:
-    if isinstance(error, TypedVarlinkErrorReply | GenericVarlinkErrorReply):
-        parameters: dict[str, Any] = error.parameters
-        return from_wire(error.name, parameters) or KhoError(f"khod answered {error.name} {parameters or ''}".strip())
-    if isinstance(error, ValueError):
-        return Unreachable("What answers on the socket is not khod", remedy=START)
-    return Unreachable("khod closed the connection", remedy="Look at: journalctl -u kho-handover")
-
-
-def _contents(fd: FileDescriptor) -> bytes:
-    number = fd.fileno()
-    return os.pread(number, os.fstat(number).st_size, 0)
+def _contents(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)

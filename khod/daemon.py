@@ -22,8 +22,8 @@ from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.kernel.thread import KernelThread
 from khod.model import Event
 from khod.producers import hooks
-from khod.protocol import SOCKET
 from khod.record import Store
+from khod.wire import SOCKET
 
 FAREWELL = 2.0
 """Seconds clients have to take their last answers."""

@@ -89,7 +89,8 @@ class Engine:
         found = reconcile.reconcile(record, observed, self.config.policy.after_daemon_died)
         here.reason = found.reason
         here.machine = Machine(found.phase, here.record.done if found.phase not in RESTING else ())
-        here.say(found.reason or "khod started")
+        lacking = "" if self._probed.kernel else f"no handover is possible: {self._probed.what}"
+        here.say(found.reason or lacking or "khod started")
         match found.action:
             case reconcile.Action.verify:
                 await self._verify(observed)
@@ -346,7 +347,7 @@ class Engine:
     def _attempt(self) -> Actions:
         """The actions of the attempt under way; made where it has none yet (a start, a first step)."""
         here = self._handover
-        if here.actions is None:
+        if here.actions is None or here.actions.barrier.broken:
             try:
                 told = Verb.freeze if Step.freeze in here.machine.done else Verb.prepare
                 barrier = Barrier(
@@ -355,9 +356,9 @@ class Engine:
             except ConfigError as error:
                 if self.machine.phase in RESTING:
                     raise
-                here.say(f"producers are left out: {error}")
                 barrier = Barrier([], here.record.run, here.say)
-            here.actions = Actions(self._kernel(), self._kexec, self._thread, self._store, self.config, barrier)
+                barrier.broken = error
+            here.actions = Actions(self._probed.kernel, self._kexec, self._thread, self._store, self.config, barrier)
         return here.actions
 
     def _generation(self) -> Generation:

@@ -28,6 +28,15 @@ def together(steps: Sequence[Step]) -> Sequence[Step]:
     return steps[:2] if tuple(steps[:2]) == TOGETHER else steps[:1]
 
 
+def _cause(error: Exception) -> KhoError:
+    """The error an operator is told."""
+    if isinstance(error, KhoError):
+        return error
+    if isinstance(error, OSError):
+        return Failed(str(error))
+    return Failed(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more.")
+
+
 class Handover:
     """Where this host's handover stands. `tell` is called with every change, from the event loop."""
 
@@ -50,8 +59,8 @@ class Handover:
                 ahead = None if step in recorded else together(steps[number:])[1:]
                 recorded = recorded if ahead is None else (step, *ahead)
                 await self._step(step, actions, ahead)
-            except (KhoError, OSError) as error:
-                cause = error if isinstance(error, KhoError) else Failed(str(error))
+            except Exception as error:
+                cause = _cause(error)
                 if not self.machine.done:
                     raise cause from error
                 if step is Step.activate and isinstance(error.__cause__, OSError):  # the kernel's own no
@@ -129,7 +138,7 @@ class Handover:
         self.say(cause.what if cause else "called off")
         failures = []
         for step in reversed(self.machine.done):
-            if step is Step.activate and (forgot := FORGOT.get(actions.kernel.abort)):
+            if step is Step.activate and actions.kernel and (forgot := FORGOT.get(actions.kernel.abort)):
                 self.record = replace(self.record, suspect=forgot)
             try:
                 await actions.undo(step)

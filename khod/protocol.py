@@ -8,9 +8,7 @@ from asyncvarlink import FileDescriptor, TypedVarlinkErrorReply, VarlinkInterfac
 
 from khod import model
 from khod.errors import BY_NAME, KhoError
-
-SOCKET = "/run/khod/io.kho.Handover"
-INTERFACE = "io.kho.Handover"
+from khod.wire import INTERFACE
 
 
 class _Fields:
@@ -35,15 +33,6 @@ def to_wire(error: KhoError) -> TypedVarlinkErrorReply:
     """The Varlink error of one of ours."""
     reply = ERRORS.get(type(error).__name__, ERRORS["Failed"])
     return reply(what=error.what, where=error.where, remedy=error.remedy)
-
-
-def from_wire(name: str, parameters: dict[str, Any]) -> KhoError | None:
-    """One of our errors, None where the wire's error is none of ours."""
-    prefix, _, short = name.rpartition(".")
-    if prefix != INTERFACE or short not in BY_NAME:
-        return None
-    fields = {key: str(parameters.get(key, "")) for key in ("what", "where", "remedy")}
-    return BY_NAME[short](fields["what"], where=fields["where"], remedy=fields["remedy"])
 
 
 class TreeReply(TypedDict):

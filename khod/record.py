@@ -4,21 +4,17 @@ A write is atomic: a new file, fsync, rename, fsync of the directory. The snapsh
 lies beside it; it is made durable by the sync before the jump, and worthless without one.
 """
 
-import dataclasses
-import enum
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from khod import wire
 from khod.errors import RecordError, errno_text
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Phase, Step, StepTiming, Verdict
 
-T = TypeVar("T")
 VERSION = 1
 FILE = "handover.json"
 SNAPSHOT = "snapshot"
@@ -54,8 +50,7 @@ class Record:
 
 def encode(record: Record) -> bytes:
     """Render the record as indented JSON: an operator reads it too."""
-    values = dataclasses.asdict(record)
-    return json.dumps(values, indent=1, default=lambda value: value.value).encode() + b"\n"
+    return json.dumps(wire.plain(record), indent=1, default=wire.plain).encode() + b"\n"
 
 
 def decode(raw: bytes, where: str = "") -> Record:
@@ -74,39 +69,9 @@ def decode(raw: bytes, where: str = "") -> Record:
             )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")
-        return Record(**{f.name: _field(f, values) for f in dataclasses.fields(Record)})
+        return wire.decode(Record, values)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error!r}", where=where, remedy=remedy) from None
-
-
-def _field(spec: "dataclasses.Field[Any]", values: dict[str, Any]) -> Any:
-    value = values[spec.name]
-    match spec.name:
-        case "done":
-            return tuple(Step(name) for name in value)
-        case "timings":
-            return tuple(_typed(StepTiming, timing) for timing in value)
-        case "verdict":
-            return None if value is None else _typed(Verdict, value)
-    if isinstance(spec.type, type) and issubclass(spec.type, enum.Enum):
-        return spec.type(value)
-    wanted: Any = spec.type
-    if not isinstance(value, wanted):
-        raise TypeError(f"{spec.name} is {value!r}")
-    return value
-
-
-def _typed(cls: Callable[..., T], values: dict[str, Any]) -> T:
-    """Make a dataclass of the model from JSON; TypeError where a value is of another type."""
-    made = cls(**values)
-    for name, wanted in get_type_hints(cls).items():
-        value = getattr(made, name)
-        inner = get_args(wanted)
-        if not isinstance(value, get_origin(wanted) or wanted) or (
-            inner and not all(isinstance(v, inner) for v in value)
-        ):
-            raise TypeError(f"{name} is {value!r}")
-    return made
 
 
 @dataclass(frozen=True)

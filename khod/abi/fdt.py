@@ -77,7 +77,7 @@ def _node(fdt: libfdt.FdtRo, offset: int, depth: int, where: str) -> Node:
             children.append(_node(fdt, at, depth + 1, where))
             at = fdt.next_subnode(at, quiet)
         return Node(fdt.get_name(offset), properties, tuple(children))
-    except (libfdt.FdtException, UnicodeDecodeError) as error:
+    except (libfdt.FdtException, UnicodeDecodeError, SystemError) as error:  # SystemError: a name that is no ASCII
         raise MalformedTree(f"The tree is damaged: libfdt says {error}", where=where) from None
 
 

@@ -3,23 +3,15 @@
 import fcntl
 import hashlib
 import os
-import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from khod.errors import Refused, UsageError, errno_text
+from khod.errors import Refused, errno_text
+from khod.files import check_regular
 
 CHUNK = 1 << 20
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-_KINDS: list[tuple[Callable[[int], bool], str]] = [
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a character device"),
-    (stat.S_ISBLK, "a block device"),
-]
 
 
 @dataclass(frozen=True)
@@ -46,36 +38,6 @@ class Sealed:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def open_regular(path: str, role: str) -> int:
-    """Open a file for a request, close-on-exec; UsageError with a remedy where it is none we can take.
-
-    O_NONBLOCK keeps a FIFO without a writer from holding the caller for ever.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except (OSError, ValueError) as error:
-        text = errno_text(error) if isinstance(error, OSError) else str(error)
-        raise UsageError(
-            f"The {role} cannot be opened: {text}",
-            where=repr(path) if "\0" in path else path,
-            remedy=f"Give --{role} the path of a readable file.",
-        ) from None
-    try:
-        check_regular(fd, role, path)
-    except UsageError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def check_regular(fd: int, role: str, name: str) -> None:
-    """Raise UsageError where `fd` is no regular file: the kernel's loader reads no other kind."""
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        kind = next((text for is_kind, text in _KINDS if is_kind(mode)), "no regular file")
-        raise UsageError(f"The {role} is {kind}", where=name, remedy="Give a regular file.")
 
 
 def seal(fd: int, role: str, name: str, limit: int) -> Sealed:

@@ -109,9 +109,12 @@ def _kho_on(calls: Calls) -> bool:
 
 
 def _built_in(calls: Calls) -> bool | None:
-    """Ask the kernel's configuration, else its symbols; None where neither can be read."""
+    """Ask the kernel's configuration, else its symbols; None where neither can be read.
+
+    Asked once: it holds for the whole boot, and the symbols are megabytes (half a second in a slow guest).
+    """
     release = calls.read("/proc/sys/kernel/osrelease").decode().strip()
-    for path in ("/proc/config.gz", f"/boot/config-{release}"):
+    for path in ("/proc/config.gz", f"/usr/lib/modules/{release}/config", f"/boot/config-{release}"):
         try:
             raw = calls.read(path)
             config = gzip.decompress(raw) if path.endswith(".gz") else raw

@@ -109,6 +109,8 @@ class Barrier:
         self, producers: Sequence[Producer], run: str, changed: Callable[[str], None], *, told: Verb | None = None
     ) -> None:
         """Gather producers; `told` is what a khod that died had told them, so that they hear of the undo."""
+        self.broken: ConfigError | None = None
+        """Why the producers are not known: then nobody can be told of the undo, and that is said."""
         last = told.value if told else ""
         self._ranks = [[Member(producer, last) for producer in rank] for rank in ranks(producers)]
         self._run = run
@@ -136,6 +138,12 @@ class Barrier:
 
         Raises NotRolledBack naming those that failed, after the last was told.
         """
+        if self.broken is not None:
+            raise NotRolledBack(
+                f"The producers cannot be told to {UNDO[verb].value}: {self.broken.what}",
+                where=self.broken.where,
+                remedy="Mend this file, then: khoctl abort",
+            )
         failed = []
         for rank in reversed(self._ranks):
             told = [member for member in rank if member.told == verb.value]

@@ -14,7 +14,7 @@ import tomllib
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from khod.errors import ConfigError
 from khod.producers.barrier import Verb, Veto
@@ -24,6 +24,8 @@ VERBS = ("prepare", "freeze", "thaw", "cancel", "restore", "finish")
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TAIL = 4096
+LEFT = 4 << 16
+"""Bytes a command may have said and not been heard at its end: a full pipe, and what asyncio reads ahead."""
 
 
 @dataclass(frozen=True)
@@ -43,46 +45,59 @@ class Hook:
         if argv is None:
             return
         environment = {"PATH": PATH, "KHO_VERB": verb.value, "KHO_RUN": run}
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise Veto(f"{argv[0]} cannot be started: {error.strerror}") from None
-        assert process.stderr is not None
-        try:
-            reason = await _last_line(process.stderr, process)
-            code = await process.wait()
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+        # A pipe of our own: asyncio's would hold process.wait() back for as long as a child of the hook has it open.
+        reader, writer = os.pipe()
+        with os.fdopen(reader, "rb", buffering=0) as errors:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *argv, env=environment, stdin=asyncio.subprocess.DEVNULL, stderr=writer, start_new_session=True
+                )
+            except OSError as error:
+                raise Veto(f"{argv[0]} cannot be started: {error.strerror}") from None
+            finally:
+                os.close(writer)
+            try:
+                reason = await _last_line(errors, process)
+                code = await process.wait()
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
         if code != 0:
-            ended = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-            raise Veto(reason or ended)
+            raise Veto(reason or (f"exit code {code}" if code > 0 else f"killed by {_signal(-code)}"))
 
 
-async def _last_line(stream: asyncio.StreamReader, process: asyncio.subprocess.Process) -> str:
+def _signal(number: int) -> str:
+    """Name a signal; real-time ones have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+async def _last_line(errors: BinaryIO, process: asyncio.subprocess.Process) -> str:
     """Pass standard error on, keep its last line; ends with the command, whoever still holds the pipe."""
-    tail = b""
+    stream = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(stream)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, errors)
     ended = asyncio.ensure_future(process.wait())
-    while True:
-        read = asyncio.ensure_future(stream.read(TAIL))
-        await asyncio.wait({read, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if not read.done():
-            # The command is gone and has said all it will; a child it forked may hold the pipe for ever.
-            read.cancel()
-            break
-        if not (chunk := read.result()):
-            break
-        sys.stderr.buffer.write(chunk)
-        sys.stderr.flush()
-        tail = (tail + chunk)[-TAIL:]
-    ended.cancel()
+    tail, left = b"", LEFT
+    try:
+        while left > 0:
+            read = asyncio.ensure_future(stream.read(TAIL))
+            await asyncio.wait({read, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not read.done():
+                read.cancel()  # the command is gone and has said all it will
+                break
+            if not (chunk := read.result()):
+                break
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.flush()
+            tail = (tail + chunk)[-TAIL:]
+            left -= len(chunk) if ended.done() else 0  # what a child still says is not waited for
+    finally:
+        transport.close()
+        ended.cancel()
     lines = tail.decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 

@@ -41,8 +41,18 @@ def _probe(bzimage: Path) -> str:
     """Boot a kernel with no disk under KVM and see how far it gets."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
-    arguments = [*machine_arguments("kvm"), "-smp", "2", "-m", "512", "-kernel", str(bzimage),
-                 "-append", "console=ttyS0 panic=-1", "-no-reboot"]
+    arguments = [
+        *machine_arguments("kvm"),
+        "-smp",
+        "2",
+        "-m",
+        "512",
+        "-kernel",
+        str(bzimage),
+        "-append",
+        "console=ttyS0 panic=-1",
+        "-no-reboot",
+    ]
     with tempfile.TemporaryDirectory(prefix="khod-lab-") as directory:
         try:
             with Machine(arguments, Path(directory) / "console.log", panic_is_loss=False) as machine:

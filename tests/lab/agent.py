@@ -34,7 +34,9 @@ from typing import Any
 PORT = "org.khod.lab"
 PORT_DEADLINE = 30.0  # seconds for the port to appear; it is there before PID 1 on every kernel of the lab
 ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
 }
 
 Message = dict[str, Any]
@@ -78,8 +80,13 @@ def run(request: Message) -> Message:
     At the timeout the command's whole process group is killed and TimeoutError raised, with what it had said so far.
     """
     process = subprocess.Popen(
-        request["argv"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=ENVIRONMENT | request.get("env", {}), cwd="/", start_new_session=True,
+        request["argv"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT | request.get("env", {}),
+        cwd="/",
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(decode(request.get("stdin")), request.get("timeout"))
@@ -134,7 +141,7 @@ class Agent:
         line = b"\n" + json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n"
         with self._write_lock:
             while line:
-                line = line[os.write(self.fd, line):]
+                line = line[os.write(self.fd, line) :]
 
     def answer(self, request: Message) -> None:
         """Do one request and send its reply; every failure of the operation becomes an error reply."""
@@ -158,8 +165,9 @@ class Agent:
         """Say hello, then answer for as long as the system runs."""
         uname = os.uname()
         cmdline = Path("/proc/cmdline").read_text().strip()
-        self.send({"hello": {"boot_id": self.boot_id, "cmdline": cmdline, "release": uname.release,
-                             "pid": os.getpid()}})
+        self.send(
+            {"hello": {"boot_id": self.boot_id, "cmdline": cmdline, "release": uname.release, "pid": os.getpid()}}
+        )
         rest = b""
         while True:
             data = os.read(self.fd, 1 << 16)

@@ -34,8 +34,15 @@ Acquire::Languages "none";
 Acquire::Retries "3";
 {STALE_INDEX};
 """
-FOLDERS = ("state/lists/partial", "cache/archives/partial", "log", "etc/apt.conf.d", "etc/preferences.d",
-           "etc/sources.list.d", "etc/trusted.gpg.d")
+FOLDERS = (
+    "state/lists/partial",
+    "cache/archives/partial",
+    "log",
+    "etc/apt.conf.d",
+    "etc/preferences.d",
+    "etc/sources.list.d",
+    "etc/trusted.gpg.d",
+)
 
 
 def source(kind: str, suite: str, components: str = "main") -> str:
@@ -83,15 +90,21 @@ class KernelArchive:
             except LabError as error:
                 answers.append(str(error))
         seen = ", ".join(self.versions(SOURCE_PACKAGE)) or "none at all"
-        raise LabError(f"{MIRROR} has no kernel source {upstream} in {', '.join(self.suites)}. Listed there: {seen}.\n"
-                       + "\n".join(answers) + "\nTake a prebuilt kernel (KHO_LAB_KERNELS) or another mirror "
-                       "(KHO_LAB_MIRROR), for instance a snapshot of the archive.")
+        raise LabError(
+            f"{MIRROR} has no kernel source {upstream} in {', '.join(self.suites)}. Listed there: {seen}.\n"
+            + "\n".join(answers)
+            + "\nTake a prebuilt kernel (KHO_LAB_KERNELS) or another mirror "
+            "(KHO_LAB_MIRROR), for instance a snapshot of the archive."
+        )
 
     def _original(self, upstream: str, into: Path) -> Path:
         """Download linux_VERSION.orig.tar.xz, and nothing else of the source package."""
         version = self._pick(SOURCE_PACKAGE, upstream)
-        call(["apt-get", "source", "--download-only", "--tar-only", f"{SOURCE_PACKAGE}={version}"],
-             cwd=into, env=self._env)
+        call(
+            ["apt-get", "source", "--download-only", "--tar-only", f"{SOURCE_PACKAGE}={version}"],
+            cwd=into,
+            env=self._env,
+        )
         return next(into.glob("*.orig.tar.*"))
 
     def _source_package(self, upstream: str, into: Path) -> Path:

@@ -80,6 +80,7 @@ def boot(request: pytest.FixtureRequest, kernels: Find, tmp_path: Path) -> Itera
     The disk is lab_disk unless one is given as `disk`. The guests end with the test.
     """
     with ExitStack() as stack:
+
         def start(version: str, *, disk: Path | None = None, **options: Any) -> Guest:
             logs = request.node.stash.setdefault(CONSOLES, [])
             logs.append(tmp_path / f"console-{len(logs)}-{re.sub('[^0-9a-z.]', '', version)}.log")

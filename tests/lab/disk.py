@@ -42,8 +42,12 @@ def base() -> Path:
     LabError if mmdebstrap fails: no network, or a package that the suite no longer has.
     """
     excludes = [f"--dpkgopt=path-exclude={pattern}" for pattern in rootfs.EXCLUDED]
-    options = ["--variant=minbase", f"--include={','.join(rootfs.PACKAGES)}", f"--aptopt={archive.STALE_INDEX}",
-               *excludes]
+    options = [
+        "--variant=minbase",
+        f"--include={','.join(rootfs.PACKAGES)}",
+        f"--aptopt={archive.STALE_INDEX}",
+        *excludes,
+    ]
     source = archive.source("deb", SUITE)
     target = cache.directory() / "base" / f"{SUITE}-{cache.key([SUITE, source, *options])}.tar"
     return cache.once(target, lambda path: _debootstrap(options, source, path))
@@ -89,8 +93,22 @@ def _build(tarball: Path, debs: Sequence[Path], files: Files, image: Path) -> No
             place.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
             place.chmod(0o644 if isinstance(content, bytes) else content.stat().st_mode & 0o7777)
         # A journal, though a small one: a scenario resets the machine and then reads what was fsynced before.
-        call(["mke2fs", "-q", "-t", "ext4", "-J", "size=16", "-E", "lazy_itable_init=0,root_owner=0:0",
-              "-d", root, image, SIZE])
+        call(
+            [
+                "mke2fs",
+                "-q",
+                "-t",
+                "ext4",
+                "-J",
+                "size=16",
+                "-E",
+                "lazy_itable_init=0,root_owner=0:0",
+                "-d",
+                root,
+                image,
+                SIZE,
+            ]
+        )
 
 
 def _install(root: Path, debs: Sequence[Path]) -> None:

@@ -36,7 +36,8 @@ class CommandFailed(LabError):
 
     def __init__(self, argv: Sequence[str], result: Result) -> None:
         """Keep the command and its result as fields, for tests that look closer."""
-        super().__init__(f"{' '.join(argv)} in the guest: exit status {result.rc}\n"
-                         f"stdout: {result.stdout}\nstderr: {result.stderr}")
+        super().__init__(
+            f"{' '.join(argv)} in the guest: exit status {result.rc}\nstdout: {result.stdout}\nstderr: {result.stderr}"
+        )
         self.argv = tuple(argv)
         self.result = result

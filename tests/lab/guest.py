@@ -62,8 +62,17 @@ class Guest:
     """A booted machine, a context manager: inside it the agent has answered, after it QEMU is gone."""
 
     def __init__(
-        self, kernel: Kernel, disk: Path, *, cmdline_extra: str = "", memory_mib: int = 1536, smp: int = 2,
-        accel: str | None = None, reboot: bool = True, panic_is_loss: bool = True, qemu_extra: Sequence[str] = (),
+        self,
+        kernel: Kernel,
+        disk: Path,
+        *,
+        cmdline_extra: str = "",
+        memory_mib: int = 1536,
+        smp: int = 2,
+        accel: str | None = None,
+        reboot: bool = True,
+        panic_is_loss: bool = True,
+        qemu_extra: Sequence[str] = (),
         console_log: Path | None = None,
     ) -> None:
         """Describe the machine; nothing runs before the with statement.
@@ -76,10 +85,20 @@ class Guest:
         self._accel = accel
         self._panic_is_loss = panic_is_loss
         self._console_log = console_log
-        self._arguments = ["-kernel", str(kernel.bzimage), "-append", f"{CMDLINE} {cmdline_extra}".strip(),
-                           "-m", str(memory_mib), "-smp", str(smp),
-                           "-drive", f"file={disk},format=raw,if=virtio,cache=unsafe,snapshot=on",
-                           *([] if reboot else ["-no-reboot"]), *qemu_extra]
+        self._arguments = [
+            "-kernel",
+            str(kernel.bzimage),
+            "-append",
+            f"{CMDLINE} {cmdline_extra}".strip(),
+            "-m",
+            str(memory_mib),
+            "-smp",
+            str(smp),
+            "-drive",
+            f"file={disk},format=raw,if=virtio,cache=unsafe,snapshot=on",
+            *([] if reboot else ["-no-reboot"]),
+            *qemu_extra,
+        ]
         self._stack = ExitStack()
         self._machine: Machine | None = None
         self._hellos: list[Hello] = []
@@ -92,15 +111,20 @@ class Guest:
         with ExitStack() as stack:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="khod-lab-"))
             arguments = [*machine_arguments(self._accel or probe_accel(self._kernel)), *self._arguments]
-            self._machine = Machine(arguments, self._console_log or Path(directory) / "console.log",
-                                    panic_is_loss=self._panic_is_loss, on_agent_line=self._take)
+            self._machine = Machine(
+                arguments,
+                self._console_log or Path(directory) / "console.log",
+                panic_is_loss=self._panic_is_loss,
+                on_agent_line=self._take,
+            )
             stack.enter_context(self._machine)
             self.wait_hello(BOOT_TIMEOUT)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End QEMU."""
         self._stack.close()
 
@@ -130,6 +154,7 @@ class Guest:
 
     def wait_reboot(self, previous_boot_id: str, timeout: float = BOOT_TIMEOUT) -> Hello:
         """Wait for the agent of another boot than `previous_boot_id`, whatever led there: kexec, reboot or reset."""
+
         def other() -> Hello | None:
             return self._hellos[-1] if self._hellos[-1].boot_id != previous_boot_id else None
 
@@ -154,7 +179,11 @@ class Guest:
     # -- commands and files -----------------------------------------------------------------------------------------
 
     def run(
-        self, argv: Sequence[str], *, check: bool = True, timeout: float = 120,
+        self,
+        argv: Sequence[str],
+        *,
+        check: bool = True,
+        timeout: float = 120,
         input: str | bytes | None = None,  # noqa: A002 - as in subprocess.run
         env: Mapping[str, str] | None = None,
     ) -> Result:
@@ -169,26 +198,34 @@ class Guest:
         return result
 
     def start(
-        self, argv: Sequence[str], *, input: str | bytes | None = None,  # noqa: A002 - as in subprocess.run
+        self,
+        argv: Sequence[str],
+        *,
+        input: str | bytes | None = None,  # noqa: A002 - as in subprocess.run
         env: Mapping[str, str] | None = None,
     ) -> Pending:
         """Start a command in the guest and go on; the Pending gives its result later."""
         return self._command(argv, None, input, env)
 
     def _command(
-        self, argv: Sequence[str], timeout: float | None, data: str | bytes | None, env: Mapping[str, str] | None,
+        self,
+        argv: Sequence[str],
+        timeout: float | None,
+        data: str | bytes | None,
+        env: Mapping[str, str] | None,
     ) -> Pending:
         """Send one run request."""
         raw = data.encode() if isinstance(data, str) else data or b""
-        number, hello = self._request("run", argv=list(argv), timeout=timeout, env=dict(env or {}),
-                                      stdin=base64.b64encode(raw).decode("ascii"))
+        number, hello = self._request(
+            "run", argv=list(argv), timeout=timeout, env=dict(env or {}), stdin=base64.b64encode(raw).decode("ascii")
+        )
         return Pending(self, number, argv, hello)
 
     def put(self, path: str, data: bytes | str, *, mode: int = 0o644) -> None:
         """Write a file in the guest, directories above it included; LabError if it cannot be written."""
         raw = data.encode() if isinstance(data, str) else data
         for offset in range(0, max(len(raw), 1), CHUNK):
-            part = base64.b64encode(raw[offset:offset + CHUNK]).decode("ascii")
+            part = base64.b64encode(raw[offset : offset + CHUNK]).decode("ascii")
             number, hello = self._request("put", path=path, offset=offset, truncate=offset == 0, mode=mode, data=part)
             self.reply(number, f"writing {path}", 120, hello)
 
@@ -212,6 +249,7 @@ class Guest:
 
     def reply(self, number: str, what: str, timeout: float, hello: Hello) -> Json:
         """Wait for the reply to a request; LabError if it is an error, GuestRebooted if another agent has come."""
+
         def arrived() -> Json | None:
             if number in self._replies:
                 return self._replies.pop(number)

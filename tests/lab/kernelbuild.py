@@ -18,13 +18,36 @@ from tests.lab.process import call
 
 FRAGMENT = Path(__file__).parent / "kernel.config"
 # Without these a kernel is of no use here; whatever else the fragment wants may be missing in one version or another.
-NEEDED = ("CONFIG_KEXEC_FILE", "CONFIG_KEXEC_HANDOVER", "CONFIG_DEBUG_FS", "CONFIG_TEST_KEXEC_HANDOVER",
-          "CONFIG_MODULES", "CONFIG_VIRTIO_BLK", "CONFIG_VIRTIO_CONSOLE", "CONFIG_EXT4_FS",
-          "CONFIG_SERIAL_8250_CONSOLE", "CONFIG_IKCONFIG")
+NEEDED = (
+    "CONFIG_KEXEC_FILE",
+    "CONFIG_KEXEC_HANDOVER",
+    "CONFIG_DEBUG_FS",
+    "CONFIG_TEST_KEXEC_HANDOVER",
+    "CONFIG_MODULES",
+    "CONFIG_VIRTIO_BLK",
+    "CONFIG_VIRTIO_CONSOLE",
+    "CONFIG_EXT4_FS",
+    "CONFIG_SERIAL_8250_CONSOLE",
+    "CONFIG_IKCONFIG",
+)
 # What kbuild wants of a kernel tree to build a module against it: configuration, headers and host programs.
-DEVEL = (".config", "Makefile", "Module.symvers", "include", "scripts", "arch/x86/include", "arch/x86/Makefile",
-         "arch/x86/Makefile_32.cpu", "arch/x86/Makefile.um", "arch/x86/entry/syscalls", "arch/x86/tools",
-         "tools/objtool/objtool", "tools/include", "tools/scripts", "tools/build")
+DEVEL = (
+    ".config",
+    "Makefile",
+    "Module.symvers",
+    "include",
+    "scripts",
+    "arch/x86/include",
+    "arch/x86/Makefile",
+    "arch/x86/Makefile_32.cpu",
+    "arch/x86/Makefile.um",
+    "arch/x86/entry/syscalls",
+    "arch/x86/tools",
+    "tools/objtool/objtool",
+    "tools/include",
+    "tools/scripts",
+    "tools/build",
+)
 
 
 def make(tree: Path, *goals: str | Path) -> None:
@@ -70,8 +93,21 @@ def pack_devel(tree: Path, target: Path) -> None:
     """Pack what a module is built against: DEVEL and every Kconfig, without the objects in between."""
     present = [path for path in DEVEL if (tree / path).exists()]
     kconfigs = [str(path.relative_to(tree)) for path in tree.rglob("Kconfig*")]
-    call(["tar", "--create", "--zstd", "--exclude=*.o", "--exclude=*.cmd", "--file", target, "--directory", tree,
-          *present, *kconfigs])
+    call(
+        [
+            "tar",
+            "--create",
+            "--zstd",
+            "--exclude=*.o",
+            "--exclude=*.cmd",
+            "--file",
+            target,
+            "--directory",
+            tree,
+            *present,
+            *kconfigs,
+        ]
+    )
 
 
 def build_module(source: Path, devel: Path) -> Path:

@@ -33,8 +33,10 @@ class Kernel:
     def module(self, source: Path = MODULE) -> Path:
         """Give the .ko of an out-of-tree module for this kernel, built or cached; LabError without a devel tree."""
         if self.devel is None:
-            raise LabError(f"{self.bzimage.parent} has no devel.tar.zst, which {source} is built against: "
-                           f"python3 -m tests.lab.kernels build {self.version}")
+            raise LabError(
+                f"{self.bzimage.parent} has no devel.tar.zst, which {source} is built against: "
+                f"python3 -m tests.lab.kernels build {self.version}"
+            )
         return kernelbuild.build_module(source, self.devel)
 
 

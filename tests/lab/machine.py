@@ -43,7 +43,11 @@ class Machine:
     """
 
     def __init__(
-        self, arguments: Sequence[str], console_log: Path, *, panic_is_loss: bool = True,
+        self,
+        arguments: Sequence[str],
+        console_log: Path,
+        *,
+        panic_is_loss: bool = True,
         on_agent_line: Callable[[bytes], object] = bytes,
     ) -> None:
         """Describe the machine; what its console prints also goes to the file `console_log`.
@@ -80,8 +84,9 @@ class Machine:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End this QEMU and no other: ask it, and kill it if it does not go within QUIT_DEADLINE."""
         self._stack.close()
 
@@ -98,11 +103,24 @@ class Machine:
         argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", *self._arguments]
         for name, end in far.items():
             argv += ["-chardev", f"socket,id={name},fd={end.fileno()}"]
-        argv += ["-serial", "chardev:console", "-mon", "chardev=qmp,mode=control",
-                 "-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"]
+        argv += [
+            "-serial",
+            "chardev:console",
+            "-mon",
+            "chardev=qmp,mode=control",
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            f"virtserialport,chardev=agent,name={AGENT_PORT}",
+        ]
         try:
-            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self._stderr, stderr=self._stderr,
-                                    pass_fds=[end.fileno() for end in far.values()])
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=self._stderr,
+                stderr=self._stderr,
+                pass_fds=[end.fileno() for end in far.values()],
+            )
         except FileNotFoundError as error:
             raise LabError(f"{QEMU} is not installed: see tests/lab/packages.txt") from error
         finally:

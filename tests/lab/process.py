@@ -12,7 +12,10 @@ LAST_CHARACTERS = 3000
 
 
 def call(
-    argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None,
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> str:
     """Run a program of the host to its end and give its standard output.
 
@@ -20,8 +23,16 @@ def call(
     """
     command = [str(word) for word in argv]
     try:
-        done = subprocess.run(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              errors="replace", check=False)
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
     except FileNotFoundError as error:
         raise LabError(f"{command[0]} is not installed: see tests/lab/packages.txt") from error
     if done.returncode != 0:

@@ -18,7 +18,7 @@ from tests.lab.errors import LabError
 from tests.lab.kernels import Kernel
 from tests.lab.process import call
 
-META = "linux-image-cloud-amd64"  # the kernel for virtual machines: a third of the other's modules
+META = "linux-image-cloud-amd64"  # the kernel for virtual machines: a fifth of the other's modules
 PARTS = ("base", "binary", "modules")  # the packages linux-PART-RELEASE: config, vmlinuz, modules
 BUSYBOX = "busybox-static"
 MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")  # some are built in, which modprobe knows
@@ -84,7 +84,7 @@ def _build(target: Path) -> None:
         (root / "usr/lib").mkdir(parents=True)
         (root / "lib").symlink_to("usr/lib")  # modprobe looks below /lib
         source = _Archive()
-        meta, = source.fetch([META], folder)
+        (meta,) = source.fetch([META], folder)
         release = _release(call(["dpkg-deb", "--field", meta, "Depends"]))
         for deb in source.fetch([*(f"linux-{part}-{release}" for part in PARTS), BUSYBOX], folder):
             call(["dpkg-deb", "--extract", deb, root])
@@ -109,8 +109,9 @@ def _modules(root: Path, release: str) -> list[Path]:
     call(["depmod", "--basedir", root, release])
     wanted: list[str] = []
     for module in MODULES:
-        said = call(["modprobe", "--config", "/dev/null", "--dirname", root, "--set-version", release,
-                     "--show-depends", module])
+        said = call(
+            ["modprobe", "--config", "/dev/null", "--dirname", root, "--set-version", release, "--show-depends", module]
+        )
         wanted += re.findall(r"^insmod (\S+)", said, re.MULTILINE)
     return [_unpacked(Path(path)) for path in dict.fromkeys(wanted)]
 

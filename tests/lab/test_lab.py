@@ -86,8 +86,16 @@ def test_guest_through_kexec_and_reset(boot: Boot, plain_disk: Path) -> None:
 
 @pytest.mark.lab
 def test_panic_is_a_lost_guest(kernels: Find, tmp_path: Path) -> None:
-    arguments = [*machine_arguments("tcg"), "-m", "512", "-kernel", str(kernels("7.3.4").bzimage),
-                 "-append", "console=ttyS0 panic=-1", "-no-reboot"]
+    arguments = [
+        *machine_arguments("tcg"),
+        "-m",
+        "512",
+        "-kernel",
+        str(kernels("7.3.4").bzimage),
+        "-append",
+        "console=ttyS0 panic=-1",
+        "-no-reboot",
+    ]
     with (
         Machine(arguments, tmp_path / "console.log") as machine,
         pytest.raises(GuestLost, match=r"(?s)the kernel panicked .* the agent.*Unable to mount root fs"),

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from khod import executor
 from khod.config import Config
 from khod.engine import Engine
+from khod.errors import ConfigError
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed, probe
 from khod.kernel.simulated import SimulatedKernel
@@ -42,6 +43,8 @@ class Kernel(SimulatedKernel):
     def __init__(self, root: Path, store: Store) -> None:
         super().__init__(root)
         self.noted: list[Noted] = []
+        self.readers: set[int] = set()
+        """Threads that read the outgoing tree."""
         self.gate = threading.Event()
         self.gate.set()
         self._store = store
@@ -52,6 +55,11 @@ class Kernel(SimulatedKernel):
     @property
     def calls(self) -> list[str]:
         return [noted.what for noted in self.noted]
+
+    def read(self, path: str) -> bytes:
+        if path == f"{KHO}/dt":
+            self.readers.add(threading.get_ident())
+        return super().read(path)
 
     def write(self, path: str, data: bytes) -> None:
         if path == ACTIVE:
@@ -83,6 +91,7 @@ class Host:
         self.directory = directory
         self.config = Config()
         self.hooks: list[Hook] = []
+        self.broken: ConfigError | None = None
         self.events: list[Event] = []
         self.told = directory / "told"
         (directory / "state").mkdir()
@@ -93,6 +102,11 @@ class Host:
         (directory / "vmlinuz").write_bytes(bzimage())
         (directory / "initrd").write_bytes(CPIO)
 
+    def producers(self) -> list[Hook]:
+        if self.broken is not None:
+            raise self.broken
+        return list(self.hooks)
+
     def engine(self, **executors: executor.Executor) -> Engine:
         kexec, thread = Kexec(self.kernel), KernelThread()
         jump = executor.immediate(kexec, thread, 10)
@@ -101,7 +115,7 @@ class Host:
             self.prober,
             self.store,
             self.config,
-            producers=lambda: self.hooks,
+            producers=self.producers,
             orderly=executors.get("orderly", jump),
             immediate=executors.get("immediate", jump),
             thread=thread,

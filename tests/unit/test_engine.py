@@ -105,10 +105,12 @@ async def test_the_active_phase_is_entered_and_left_by_the_same_thread(host: Hos
     engine = await host.started()
     for _attempt in range(3):
         await engine.activate()
+        await engine.tree("out")
         await engine.abort()
     writes = [noted for noted in host.kernel.noted if noted.what.startswith("active=")]
     assert [noted.what for noted in writes] == ["active=1", "active=0"] * 3
     assert len({noted.thread for noted in writes}) == 1
+    assert host.kernel.readers == {noted.thread for noted in writes}, "a read of dt beside a write of 0 is a deadlock"
 
 
 async def test_load_only_then_kexec_jumps_with_the_image_loaded_before(host: Host) -> None:

@@ -72,6 +72,21 @@ async def test_reboot_that_comes_back_unloads_before_it_leaves_the_active_phase(
     assert host.kernel.calls == ["active=1", "load", "reboot", "unload", "active=0"]
 
 
+async def test_a_failure_nobody_thought_of_is_put_back_too(host: Host) -> None:
+    """Design: rolling back is entered by any failure."""
+
+    async def broken() -> None:
+        raise ValueError("a bug in khod")
+
+    host.hook("a")
+    engine = await host.started(orderly=broken)
+    with pytest.raises(Exception, match="a bug in khod"):
+        await host.kexec(engine)
+    assert host.kernel.calls == ["active=1", "load", "unload", "active=0"]
+    assert host.verbs == ["a prepare", "a freeze", "a thaw", "a cancel"]
+    assert (await engine.status()).phase is Phase.idle
+
+
 async def test_dt_max_too_small_is_put_back_and_names_dt_max(host: Host) -> None:
     host.kernel.echo("/sys/kernel/kho/dt_max", "0x10")
     engine = await host.started()

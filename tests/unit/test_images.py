@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from khod import files
 from khod.errors import Exit, KhoError, Refused, UsageError
 from khod.images import recognise, sealed
 from khod.images.sealed import Sealed
@@ -24,7 +25,7 @@ LIMIT = 1 << 30
 
 @contextmanager
 def taken(path: Path, role: str = "image", limit: int = LIMIT) -> Iterator[Sealed]:
-    fd = sealed.open_regular(str(path), role)
+    fd = files.open_regular(str(path), role)
     try:
         with sealed.seal(fd, role, str(path), limit) as image:
             yield image
@@ -82,7 +83,7 @@ def test_every_kind_of_file_that_is_none(tmp_path: Path) -> None:
     names = ["fifo", "directory", "socket", "nowhere", "nul\0in it", "n" * 300, "/dev/zero", "/dev/null", ""]
     for name in names:
         with pytest.raises(UsageError) as raised:
-            sealed.open_regular(str(tmp_path / name) if name else "", "image")
+            files.open_regular(str(tmp_path / name) if name else "", "image")
         assert raised.value.exit is Exit.usage
         assert "image" in raised.value.what
         assert "\0" not in str(raised.value)
@@ -95,7 +96,7 @@ def test_a_file_that_may_not_be_read(path: Path) -> None:
     os.seteuid(NOBODY)
     try:
         with pytest.raises(UsageError, match="EACCES"):
-            sealed.open_regular(str(path), "image")
+            files.open_regular(str(path), "image")
     finally:
         os.seteuid(0)
 

@@ -8,13 +8,14 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from khod.errors import Exit
 from tests.unit.images import CMDLINE_SIZE, CPIO, bzimage
-from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, call, khoctl
+from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, call, cli, khoctl
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_no_tree_while_inactive(khod: Khod) -> None:
 
 @pytest.mark.parametrize("command", ["status", "check", "activate", "abort", "monitor", "verify"])
 def test_khod_not_running_is_a_sentence_and_exit_code_5(tmp_path: Path, command: str) -> None:
-    ended = khoctl(tmp_path / "socket", command)
+    ended = cli(tmp_path / "socket", command)
     refused(ended, Exit.unreachable, str(tmp_path / "socket"), "not running", "systemctl start kho-handover")
 
 
@@ -183,19 +184,31 @@ def test_a_socket_nobody_listens_on(tmp_path: Path) -> None:
     refused(khoctl(tmp_path / "socket", "status"), Exit.unreachable, str(tmp_path / "socket"))
 
 
-def test_something_else_listens_on_the_socket(tmp_path: Path) -> None:
+STRANGERS = {
+    "no JSON": b"220 mail.example.org ESMTP\r\n\0",
+    "no UTF-8": b"\xff\0",
+    "a list": b"[]\0",
+    "nothing in it": b"{}\0",
+    "no status": b'{"parameters": {}}\0',
+    "a status of another shape": b'{"parameters": {"status": {"phase": "dreaming"}}}\0',
+    "half a message": b'{"parameters": {',
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("said", STRANGERS.values(), ids=STRANGERS.keys())
+def test_something_else_listens_on_the_socket(tmp_path: Path, said: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(tmp_path / "socket"))
         bound.listen()
-        command = [sys.executable, "-m", "khoctl", f"--socket={tmp_path / 'socket'}", "status"]
-        with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as asking:
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(cli, tmp_path / "socket", "status")
             client, _address = bound.accept()
-            assert client.recv(4096)
-            client.sendall(b"220 mail.example.org ESMTP\r\n\0")
-            client.close()
-            _out, err = asking.communicate(timeout=DEADLINE)
-    assert asking.returncode == Exit.unreachable
-    assert "Traceback" not in err
+            with client:
+                assert client.recv(4096)
+                client.sendall(said)
+            ended = asking.result(DEADLINE)
+    refused(ended, Exit.unreachable, str(tmp_path / "socket") if said.endswith(b"\0") else "closed")
 
 
 def test_json_is_json_everywhere(khod: Khod) -> None:
