@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-export KHO_LAB_KERNELS
 
 .PHONY: demo test lint unit lab bench deb kernels clean
 

@@ -208,11 +208,13 @@ def dt_show(
     side: Annotated[
         Side, typer.Option(help="out: what would leave, in: what arrived, snapshot: what left.")
     ] = Side.out,
+    as_json: Json = False,
 ) -> None:
     """Show a state tree."""
     from khod import tree  # noqa: PLC0415 - libfdt is dear to import, and only dt needs it
 
-    for line in tree.show(_tree(side)):
+    blobs = _tree(side, as_json=as_json)
+    for line in [render.as_json(tree.plain(blobs))] if as_json else tree.show(blobs):
         typer.echo(line)
 
 
@@ -226,7 +228,7 @@ def dt_export(
     """Write one blob of a state tree to a file."""
     from khod import tree  # noqa: PLC0415 - as above
 
-    blobs = _tree(side)
+    blobs = _tree(side, as_json=False)
     try:
         if blob not in blobs:
             raise UsageError(
@@ -243,12 +245,12 @@ def dt_export(
         _end(error, as_json=False)
 
 
-def _tree(side: Side) -> dict[str, bytes]:
+def _tree(side: Side, *, as_json: bool) -> dict[str, bytes]:
     def ask() -> dict[str, bytes]:
         with Client(_Socket.path) as client:
             return client.tree(side.value)
 
-    return _run(ask, as_json=False)
+    return _run(ask, as_json=as_json)
 
 
 def _operate(begin: Callable[[Client], None], *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 from khod.abi import fdt
 from khod.errors import MalformedTree
@@ -52,6 +53,24 @@ def string(value: bytes) -> str:
         text = value[:-1].decode()
         return text if text.isprintable() else ""
     return ""
+
+
+def plain(blobs: dict[str, bytes]) -> dict[str, Any]:
+    """A tree's blobs as JSON would have them: nodes with hex properties, or the hex of what is no tree."""
+    made: dict[str, Any] = {}
+    for name, blob in blobs.items():
+        try:
+            made[name or "root"] = _node(fdt.parse(blob, name))
+        except MalformedTree as error:
+            made[name or "root"] = {"bytes": blob.hex(), "why": error.what}
+    return made
+
+
+def _node(node: fdt.Node) -> dict[str, Any]:
+    return {
+        "properties": {key: value.hex() for key, value in node.properties.items()},
+        "children": {child.name: _node(child) for child in node.children},
+    }
 
 
 def dts(blob: bytes, name: str = "") -> str:
