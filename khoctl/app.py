@@ -254,7 +254,14 @@ def _tree(side: Side, *, as_json: bool) -> dict[str, bytes]:
 
 
 def _operate(begin: Callable[[Client], None], *, as_json: bool) -> None:
-    found = _run(lambda: progress.watched(_Socket.path, begin, quiet=as_json), as_json=as_json)
+    def watch() -> Status | None:
+        try:
+            return progress.watched(_Socket.path, begin, quiet=as_json)
+        except KeyboardInterrupt:
+            typer.echo("khod goes on with it. To see: khoctl status. To stop it: khoctl abort", err=True)
+            raise
+
+    found = _run(watch, as_json=as_json)
     if found is None:
         typer.echo("The host jumped. After the boot: khoctl status", err=True)
         raise typer.Exit(Exit.done)

@@ -93,7 +93,7 @@ class Daemon:
         journal.notify("READY=1")
         await self._stopping.wait()
         journal.notify("STOPPING=1")
-        jumping = self._options.simulate is None and await executor.on_the_way()
+        jumping = False if self._options.simulate else await executor.on_the_way()
         try:
             await self.engine.stop(jumping=jumping)
         finally:

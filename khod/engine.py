@@ -192,13 +192,16 @@ class Engine:
             raise Refused(f"There is no `{side}` tree now", where=side, remedy=NO_TREE[side])
         return found
 
-    async def stop(self, *, jumping: bool) -> None:
+    async def stop(self, *, jumping: bool | None) -> None:
         """End: roll back what is held, unless the host is on its way into the kexec.
 
         Somebody else may have pulled the trigger: with an image loaded systemd 262 makes a kexec even of
         a plain `systemctl reboot`. Then the state goes along in good order, or, where that fails, the image
-        is unloaded and the host boots cold.
+        is unloaded and the host boots cold. Where systemd does not say (None), what khod asked for itself
+        counts: to roll back under a jump would lose the state for good.
         """
+        if jumping is None:
+            jumping = self.machine.phase is Phase.executing
         if jumping and Step.load in self.machine.done:
             if self.machine.phase in HELD:
                 steps = left(self.machine, self._kernel().order, Step.execute)[:-1]

@@ -7,6 +7,9 @@ from khod.errors import Failed
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import KernelThread
 
+ASKING = 10.0
+"""Seconds systemd has to say what it is about."""
+
 Executor = Callable[[], Awaitable[None]]
 
 
@@ -33,13 +36,17 @@ async def orderly() -> None:
         )
 
 
-async def on_the_way() -> bool:
-    """Tell whether systemd is taking the host into a kexec, whoever asked for it."""
-    code, output = await run("systemctl", "show", "--property=ActiveState,Job", "kexec.target")
+async def on_the_way() -> bool | None:
+    """Tell whether systemd is taking the host into a kexec, whoever asked for it; None where it does not say."""
+    try:
+        async with asyncio.timeout(ASKING):
+            code, output = await run("systemctl", "show", "--property=ActiveState,Job", "kexec.target")
+    except (OSError, TimeoutError):
+        return None
+    if code != 0:
+        return None
     facts = dict(line.partition("=")[::2] for line in output.splitlines())
-    return code == 0 and (
-        facts.get("Job", "0") not in ("", "0") or facts.get("ActiveState") in ("active", "activating")
-    )
+    return facts.get("Job", "0") not in ("", "0") or facts.get("ActiveState") in ("active", "activating")
 
 
 def immediate(kexec: Kexec, thread: KernelThread, deadline: float) -> Executor:

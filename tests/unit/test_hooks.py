@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import select
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,21 @@ async def test_a_cancelled_barrier_kills_its_hooks(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await telling
     assert gone(pid)
+
+
+async def test_a_hook_cancelled_while_it_is_spawned_leaves_no_child_behind(tmp_path: Path) -> None:
+    """The command runs before the event loop has connected its pipes; an abort may fall in between."""
+    os.mkfifo(tmp_path / "fifo")
+    fifo = os.open(tmp_path / "fifo", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    telling = asyncio.ensure_future(hook(f"sleep 600 & echo $$ $! > {tmp_path}/fifo; wait").tell(Verb.freeze, "r"))
+    await asyncio.sleep(0)  # to the spawn and not beyond
+    assert select.select([fifo], [], [], 20)[0], "it runs; this loop has not turned since"
+    pids = [int(pid) for pid in os.read(fifo, 100).split()]
+    os.close(fifo)
+    telling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await telling
+    assert [gone(pid) for pid in pids] == [True, True]
 
 
 FLOOD = """
