@@ -59,7 +59,7 @@ class Handover:
                 ahead = None if step in recorded else together(steps[number:])[1:]
                 recorded = recorded if ahead is None else (step, *ahead)
                 await self._step(step, actions, ahead)
-            except Exception as error:
+            except Exception as error:  # whatever went wrong, a bug of ours too: the kernel must be put back
                 cause = _cause(error)
                 if not self.machine.done:
                     raise cause from error
