@@ -77,6 +77,7 @@ class Connection(VarlinkInterfaceServerProtocol):
         self._limit = limit
         self._pending = 0
         self._held: FileDescriptorArray | None = None
+        self._socket: socket.socket | None = None
         self.peer: Peer | None = None
         self.on_end: list[Callable[[], None]] = []
         """Called when the client has said its last; a monitor would wait for the next event otherwise."""
@@ -86,6 +87,7 @@ class Connection(VarlinkInterfaceServerProtocol):
         assert isinstance(transport, VarlinkTransport)
         sock = transport._recvfd
         assert isinstance(sock, socket.socket)
+        self._socket = sock
         self.peer = peer_of(sock)
         self._per_user[self.peer.uid] += 1
         if self.peer.uid != 0 and self._per_user[self.peer.uid] > self._limit:
@@ -151,6 +153,10 @@ class Connection(VarlinkInterfaceServerProtocol):
 
     def _refuse(self, what: str) -> None:
         """Say why, and hang up: what follows on this connection cannot be trusted to be a message."""
+        if self._socket is not None:
+            # The library reads on while there is data, with the event loop held: only this ends it.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RD)
         sent = self.send_error(to_wire(UsageError(what, remedy="Send one JSON object, ended by a NUL byte.")))
         self._pending, self._recv_buffer = 0, b""
         if self._transport is not None:

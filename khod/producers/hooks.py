@@ -49,9 +49,7 @@ class Hook:
         reader, writer = os.pipe()
         with os.fdopen(reader, "rb", buffering=0) as errors:
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *argv, env=environment, stdin=asyncio.subprocess.DEVNULL, stderr=writer, start_new_session=True
-                )
+                process = await _spawn(argv, environment, writer)
             except OSError as error:
                 raise Veto(f"{argv[0]} cannot be started: {error.strerror}") from None
             finally:
@@ -60,11 +58,31 @@ class Hook:
                 reason = await _last_line(errors, process)
                 code = await process.wait()
             finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+                await _end(process)
         if code != 0:
             raise Veto(reason or (f"exit code {code}" if code > 0 else f"killed by {_signal(-code)}"))
+
+
+async def _spawn(argv: list[str], environment: dict[str, str], stderr: int) -> asyncio.subprocess.Process:
+    """Start the command in a session of its own; a deadline in the middle of it leaves nothing running."""
+    spawning = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *argv, env=environment, stdin=asyncio.subprocess.DEVNULL, stderr=stderr, start_new_session=True
+        )
+    )
+    try:
+        return await asyncio.shield(spawning)
+    except asyncio.CancelledError:
+        # asyncio itself would kill the command and leave its children.
+        await _end(await spawning)
+        raise
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill what is left of the command's session, and take its exit code."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
 
 
 def _signal(number: int) -> str:

@@ -45,6 +45,8 @@ class Kernel(SimulatedKernel):
         self.noted: list[Noted] = []
         self.readers: set[int] = set()
         """Threads that read the outgoing tree."""
+        self.synced: list[Noted | None] = []
+        """For each sync(2) the call noted before it."""
         self.gate = threading.Event()
         self.gate.set()
         self._store = store
@@ -70,6 +72,10 @@ class Kernel(SimulatedKernel):
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
         self._note("unload" if flags & UNLOAD else "load")
         super().kexec_file_load(kernel_fd, initrd_fd, cmdline, flags)
+
+    def sync(self) -> None:
+        self.synced.append(self.noted[-1] if self.noted else None)
+        super().sync()
 
     def reboot_kexec(self) -> None:
         self._note("reboot")

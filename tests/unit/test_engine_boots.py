@@ -1,5 +1,7 @@
 """What khod finds that it did not do: an operator's activation, a cold boot, lost state, a bad record."""
 
+from dataclasses import replace
+
 import pytest
 
 from khod.errors import Exit, Refused
@@ -113,3 +115,15 @@ async def test_a_record_that_cannot_be_understood_is_inconsistent_until_forced(h
     await engine.abort(force=True)
     assert (await engine.status()).phase is Phase.idle
     assert (await (await host.started()).status()).phase is Phase.idle
+
+
+async def test_everything_written_is_on_the_disk_before_the_jump(host: Host) -> None:
+    """The record, its snapshot and every file of the host: nobody else syncs where nothing is stopped."""
+    engine = await host.started()
+    with host.request() as request, pytest.raises(Rebooted):
+        await engine.kexec(replace(request, now=True))
+    last = host.kernel.synced[-1]
+    assert last is not None
+    assert last.what == "load", "between the load and the reboot"
+    assert host.kernel.calls[-1] == "reboot"
+    assert host.kernel.synced[0] is None, "and once before anyone is frozen, so that little is left in the blackout"

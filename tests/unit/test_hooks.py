@@ -235,7 +235,8 @@ async def test_a_hook_cancelled_while_it_is_spawned_leaves_no_child_behind(tmp_p
     os.mkfifo(tmp_path / "fifo")
     fifo = os.open(tmp_path / "fifo", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     telling = asyncio.ensure_future(hook(f"sleep 600 & echo $$ $! > {tmp_path}/fifo; wait").tell(Verb.freeze, "r"))
-    await asyncio.sleep(0)  # to the spawn and not beyond
+    for _turn in ("tell", "spawn"):  # to the spawn and not beyond
+        await asyncio.sleep(0)
     assert select.select([fifo], [], [], 20)[0], "it runs; this loop has not turned since"
     pids = [int(pid) for pid in os.read(fifo, 100).split()]
     os.close(fifo)
