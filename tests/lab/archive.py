@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from tests.lab import cache
 from tests.lab.errors import LabError
 from tests.lab.process import call
 
-MIRROR = os.environ.get("KHO_LAB_MIRROR", "http://mirror.example/debian")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 # A mirror may be a frozen copy whose index has run out; the signature still has to be right.
 STALE_INDEX = 'Acquire::Check-Valid-Until "false"'
@@ -45,9 +45,29 @@ FOLDERS = (
 )
 
 
+# A mirror in sources.list, or in deb822 style.
+CONFIGURED = re.compile(r"^(?:URIs:|deb(?:-src)?(?:\s+\[[^\]]*\])?)\s+(\S+/debian)/?(?:\s|$)", re.MULTILINE)
+
+
+@functools.cache
+def mirror() -> str:
+    """Name the Debian mirror: KHO_LAB_MIRROR, else the one this machine itself uses; LabError where there is none."""
+    if given := os.environ.get("KHO_LAB_MIRROR"):
+        return given
+    apt = Path("/etc/apt")
+    for path in (
+        apt / "sources.list",
+        *sorted(apt.glob("sources.list.d/*.sources")),
+        *sorted(apt.glob("sources.list.d/*.list")),
+    ):
+        if path.exists() and (found := CONFIGURED.search(path.read_text())):
+            return found[1]
+    raise LabError("no Debian mirror in this machine's apt sources: name one in KHO_LAB_MIRROR")
+
+
 def source(kind: str, suite: str, components: str = "main") -> str:
     """One line of sources.list: `kind` is deb or deb-src."""
-    return f"{kind} [signed-by={KEYRING}] {MIRROR} {suite} {components}"
+    return f"{kind} [signed-by={KEYRING}] {mirror()} {suite} {components}"
 
 
 class KernelArchive:
@@ -91,7 +111,7 @@ class KernelArchive:
                 answers.append(str(error))
         seen = ", ".join(self.versions(SOURCE_PACKAGE)) or "none at all"
         raise LabError(
-            f"{MIRROR} has no kernel source {upstream} in {', '.join(self.suites)}. Listed there: {seen}.\n"
+            f"{mirror()} has no kernel source {upstream} in {', '.join(self.suites)}. Listed there: {seen}.\n"
             + "\n".join(answers)
             + "\nTake a prebuilt kernel (KHO_LAB_KERNELS) or another mirror "
             "(KHO_LAB_MIRROR), for instance a snapshot of the archive."

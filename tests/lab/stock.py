@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.lab import cache, disk
-from tests.lab.archive import MIRROR, KernelArchive
+from tests.lab.archive import KernelArchive, mirror
 from tests.lab.errors import LabError
 from tests.lab.kernels import Kernel
 from tests.lab.process import call
@@ -70,7 +70,7 @@ def find() -> Stock:
 
     LabError if the archive does not have it, or if Debian has turned Kexec HandOver on: then it proves nothing here.
     """
-    made_of = cache.key([MIRROR, disk.SUITE, Path(__file__)])
+    made_of = cache.key([mirror(), disk.SUITE, Path(__file__)])
     target = cache.once(cache.directory() / "kernels" / f"stock-{made_of}", _build)
     release = (target / "release").read_text()
     return Stock(Kernel(target.name, target / "bzImage", target / "config", None), release, target / "initrd")
