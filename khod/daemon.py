@@ -83,7 +83,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        factory = server.connections(server.registry(self._service), self.engine.config.access)
+        factory = server.connections(server.registry(self._service), lambda: self.engine.config.access)
         serving = await create_unix_server(factory, sock=self._listen())
         watching = asyncio.ensure_future(journal.watchdog())
         try:

@@ -308,7 +308,7 @@ def registry(service: Service) -> VarlinkInterfaceRegistry:
     return made
 
 
-def connections(made: VarlinkInterfaceRegistry, access: Access) -> Callable[[], Connection]:
-    """A factory of connections that share their per-user count."""
+def connections(made: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> Callable[[], Connection]:
+    """A factory of connections that share their per-user count; `access` is asked anew, for a reload."""
     per_user: Counter[int] = Counter()
-    return lambda: Connection(made, per_user, access.max_connections_per_user)
+    return lambda: Connection(made, per_user, access().max_connections_per_user)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import libfdt
 import pytest
 
 from khod.abi.calls import Calls
@@ -13,7 +14,7 @@ from khod.config import Config, Deadlines, Policy
 from khod.errors import Exit, Failed, KhoError, NotRolledBack, RecordError, Refused, Unsupported
 from khod.kernel.debugfs import FinalizeNoAbort, Stateless
 from khod.kernel.probe import Probed
-from khod.kernel.protocol import AbortKind, KhoKernel
+from khod.kernel.protocol import AbortKind, KhoKernel, Tree
 from khod.kernel.simulated import Rebooted
 from khod.kernel.sysfs import SysfsKho
 from khod.model import Generation, Order, Phase, Step
@@ -36,6 +37,18 @@ class LoadFirst(SysfsKho):
 
     def __init__(self, calls: Calls) -> None:
         super().__init__(calls)
+
+
+class Empty(SysfsKho):
+    """The embedded kernel driven as one without any producer: the tree is just `compatible`."""
+
+    def tree(self) -> Tree:
+        writer = libfdt.FdtSw()
+        writer.finish_reservemap()
+        writer.begin_node("")
+        writer.property_string("compatible", "kho-v1")
+        writer.end_node()
+        return Tree(bytes(writer.as_fdt().as_bytearray()))
 
 
 def driven_as(host: Host, kernel: KhoKernel) -> None:
@@ -221,6 +234,20 @@ async def test_load_first_is_put_back_in_the_reverse_of_its_own_order(host: Host
         await host.kexec(engine)
     assert host.kernel.calls == ["load", "active=1", "reboot", "active=0", "unload"]
     assert host.verbs == ["a prepare", "a freeze", "a thaw", "a cancel"]
+    assert (await engine.status()).phase is Phase.idle
+
+
+@pytest.mark.parametrize("required", [False, True])
+async def test_a_handover_of_nothing_looks_like_a_success_and_may_be_forbidden(host: Host, required: bool) -> None:
+    driven_as(host, Empty(host.kernel))
+    host.config = Config(policy=Policy(require_state=required))
+    engine = await host.started()
+    if not required:
+        await engine.activate()
+        return
+    with pytest.raises(Refused, match="require_state"):
+        await engine.activate()
+    assert host.kernel.calls == ["active=1", "active=0"]
     assert (await engine.status()).phase is Phase.idle
 
 
