@@ -34,7 +34,6 @@ class Actions:
     ) -> None:
         self.kernel = kernel
         self.barrier = barrier
-        self.snapshot: Tree | None = None
         self.target: Target | None = None
         self.executor: Executor | None = None
         self._kexec = kexec
@@ -79,9 +78,9 @@ class Actions:
             ) from None
 
     async def _activate(self) -> None:
-        self.snapshot = await self._call(Step.activate, self._activate_and_look, self._deadlines.activate)
+        snapshot = await self._call(Step.activate, self._activate_and_look, self._deadlines.activate)
         assert self.kernel is not None, "as above"
-        if self._require_state and not producers(self.snapshot, self.kernel.generation):
+        if self._require_state and not producers(snapshot, self.kernel.generation):
             raise Refused(
                 "Nothing would be handed over: no producer in the kernel has any state",
                 where="policy.require_state",
@@ -89,7 +88,7 @@ class Actions:
             )
         # Not synced here: within the blackout that is too dear, and a lost file matters only without a
         # jump. Both executors sync before it.
-        await asyncio.to_thread(self._store.write_snapshot, self.snapshot)
+        await asyncio.to_thread(self._store.write_snapshot, snapshot)
 
     def _activate_and_look(self) -> Tree:
         self._kexec.announce("entering the active phase")

@@ -5,7 +5,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -22,14 +21,6 @@ ANSWER = 60.0
 
 CHUNK = 1 << 16
 MAX_FDS = 253  # SCM_MAX_FD, the most one message carries
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One Varlink reply that is no error, and whether another follows."""
-
-    parameters: Mapping[str, Any]
-    continues: bool
 
 
 class Client:
@@ -87,7 +78,7 @@ class Client:
     def tree(self, side: str) -> dict[str, bytes]:
         """A state tree's blobs by name, the root's is ""."""
         self.send("Tree", {"side": side})
-        parameters = self.reply().parameters
+        parameters = self.reply()
         names, indexes = parameters["names"], parameters["blobs"]
         return {name: _contents(self._fds[index]) for name, index in zip(names, indexes, strict=True)}
 
@@ -117,8 +108,8 @@ class Client:
         except OSError:
             raise Unreachable("khod closed the connection", remedy=JOURNAL) from None
 
-    def reply(self) -> Reply:
-        """Wait for the next reply; one of our errors is raised."""
+    def reply(self) -> Mapping[str, Any]:
+        """Wait for the next reply and give its parameters; one of our errors is raised."""
         while not self._messages:
             self.receive()
         try:
@@ -128,11 +119,12 @@ class Client:
             raise self._stranger() from None
         if name is not None:
             raise wire.error(str(name), parameters)
-        return Reply(parameters, bool(message.get("continues")))
+        found: Mapping[str, Any] = parameters
+        return found
 
-    def _decoded(self, wanted: type[T], reply: Reply, name: str) -> T:
+    def _decoded(self, wanted: type[T], reply: Mapping[str, Any], name: str) -> T:
         try:
-            return wire.decode(wanted, reply.parameters[name])
+            return wire.decode(wanted, reply[name])
         except (TypeError, KeyError, AttributeError):
             raise self._stranger() from None
 

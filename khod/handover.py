@@ -82,8 +82,6 @@ class Handover:
         await self._interruptibly(step, actions)
         timing = StepTiming(step.value, began, time.monotonic() - began)
         self.record = replace(self.record, timings=(*self.record.timings, timing))
-        if step is Step.activate and actions.snapshot is not None:
-            self.record = replace(self.record, snapshot=actions.snapshot.digest)
         self.machine = self.machine.finish(step)
         self.say(f"{step.value} took {timing.seconds:.3f} s")
 

@@ -33,8 +33,6 @@ class Record:
     boot_id: str = ""
     release: str = ""
     generation: Generation = Generation.none
-    snapshot: str = ""
-    """SHA-256 of the snapshot beside the record, "" where there is none."""
     handovers: int = 0
     previous_release: str = ""
     window_began_at: float = 0.0

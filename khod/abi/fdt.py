@@ -92,8 +92,3 @@ def mem(node: Node) -> list[Region]:
             f"The property `mem` is {len(raw)} bytes long, no multiple of {KHO_MEM.size}", where=node.name
         )
     return [Region(addr, size) for addr, size in KHO_MEM.iter_unpack(raw)]
-
-
-def u64(raw: bytes) -> int:
-    """Decode a native-endian u64 property such as memblock-v1's `start`."""
-    return int(struct.unpack("=Q", raw)[0])

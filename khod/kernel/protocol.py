@@ -1,7 +1,6 @@
 """What every KHO generation offers, and the state tree it speaks of."""
 
 import enum
-import hashlib
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,14 +24,6 @@ class Tree:
 
     root: bytes
     blobs: dict[str, bytes] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the root and all blobs, in hex."""
-        digest = hashlib.sha256(self.root)
-        for name, blob in sorted(self.blobs.items()):
-            digest.update(name.encode() + b"\0" + len(blob).to_bytes(8, "big") + blob)
-        return digest.hexdigest()
 
 
 class KhoKernel(Protocol):

@@ -49,7 +49,6 @@ class State:
     faults: dict[str, Any] = field(default_factory=dict)
     ranges: int = 4
     leaked: int = 0
-    kexecs: int = 0
 
 
 class SimulatedKernel(HostCalls):
@@ -123,7 +122,6 @@ class SimulatedKernel(HostCalls):
         tree = None if image["tree"] is None or faults.get("lose") else bytes.fromhex(image["tree"])
         if tree is not None and faults.get("change"):
             tree = tree.replace(b"global-trace", b"GLOBAL-TRACE")
-        self._state.kexecs += 1
         self._boot(image["cmdline"], tree)
         raise Rebooted
 
