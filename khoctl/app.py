@@ -14,7 +14,7 @@ from khoctl import profile, progress, render
 from khod.client import Client
 from khod.errors import Exit, KhoError, UsageError
 from khod.files import open_regular
-from khod.model import Check, CheckResult, Phase, Status
+from khod.model import Check, CheckResult, Phase, Producer, Status
 from khod.wire import SOCKET
 
 T = TypeVar("T")
@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 dt = typer.Typer(no_args_is_help=True, help="The state tree that is handed over.")
 app.add_typer(dt, name="dt")
+producers = typer.Typer(help="The holders of state outside the kernel. Without a command: list them.")
+app.add_typer(producers, name="producers")
 
 CLEAR = "\x1b[2J\x1b[H"  # the screen emptied, the cursor at its top
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -111,7 +113,7 @@ def check(as_json: Json = False) -> None:
 @app.command()
 def activate(as_json: Json = False) -> None:
     """Freeze the producers and serialize the kernel's state; what is left is `khoctl kexec`, or `khoctl abort`."""
-    _operate(lambda client: client.send("Activate"), as_json=as_json)
+    _operate(lambda client: client.ask("Activate"), as_json=as_json)
 
 
 @app.command()
@@ -120,7 +122,7 @@ def abort(
     as_json: Json = False,
 ) -> None:
     """Put everything back: image unloaded, active phase left, producers thawed and cancelled."""
-    _operate(lambda client: client.send("Abort", {"force": force}), as_json=as_json)
+    _operate(lambda client: client.ask("Abort", {"force": force}), as_json=as_json)
 
 
 @app.command()
@@ -169,7 +171,7 @@ def kexec(
                     fds.append(fd)
             if asked["cmdline"] is not None:
                 request["cmdline"] = asked["cmdline"]  # an empty one is one
-            _operate(lambda client: client.send("Kexec", request, fds=tuple(fds)), as_json=as_json)
+            _operate(lambda client: client.ask("Kexec", request, fds=tuple(fds)), as_json=as_json)
     except KhoError as error:
         _end(error, as_json=as_json)
 
@@ -201,6 +203,44 @@ def verify(as_json: Json = False) -> None:
     found = _run(wait, as_json=as_json)
     typer.echo(render.as_json(found) if as_json else render.status(found))
     raise typer.Exit(found.exit_code)
+
+
+@producers.callback(invoke_without_command=True)
+def producers_list(context: typer.Context, as_json: Json = False) -> None:
+    """List every producer with its kind, rank, last verb, answer and the time that took."""
+    if context.invoked_subcommand is not None:
+        return
+
+    def ask() -> list[Producer]:
+        with Client(_Socket.path) as client:
+            return client.producers()
+
+    found = _run(ask, as_json=as_json)
+    typer.echo(render.as_json(found) if as_json else render.producers(found))
+
+
+@producers.command("test")
+def producers_test(name: str, as_json: Json = False) -> None:
+    """Drive one producer through prepare, freeze, thaw and cancel. Kernel and other producers notice nothing."""
+
+    def watch() -> list[Producer] | None:
+        return progress.watched(
+            _Socket.path, lambda client: client.ask("Rehearse", {"name": name}), Client.rehearsed, quiet=as_json
+        )
+
+    found = _run(watch, as_json=as_json) or []
+    typer.echo(render.as_json(found) if as_json else render.producers(found))
+
+
+@producers.command("forget")
+def producers_forget(name: str, as_json: Json = False) -> None:
+    """Free what a producer left before the last jump and will not take back: a new handover would lose it."""
+
+    def ask() -> None:
+        with Client(_Socket.path) as client:
+            client.forget(name)
+
+    _run(ask, as_json=as_json)
 
 
 @dt.command("show")
@@ -256,7 +296,7 @@ def _tree(side: Side, *, as_json: bool) -> dict[str, bytes]:
 def _operate(begin: Callable[[Client], None], *, as_json: bool) -> None:
     def watch() -> Status | None:
         try:
-            return progress.watched(_Socket.path, begin, quiet=as_json)
+            return progress.watched(_Socket.path, begin, Client.answer, quiet=as_json)
         except KeyboardInterrupt:
             typer.echo("khod goes on with it. To see: khoctl status. To stop it: khoctl abort", err=True)
             raise

@@ -6,32 +6,50 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import typer
 
 from khoctl import render
 from khod.client import Client
 from khod.errors import KhoError, Unreachable
-from khod.model import Event, Phase, Status
+from khod.model import Event, Phase, Producer
 
 if TYPE_CHECKING:
-    from rich.status import Status as Live
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+T = TypeVar("T")
+FRAMES = 10
+"""Times a second the producers' lines are drawn."""
+
+ROOM = 6
+"""Lines of a terminal left for what is printed above the producers'."""
 
 LAST_WORDS = 1.0
 """Seconds the last events have to come in on their own connection, after the answer came on the other."""
 
 
 class Shown:
-    """Prints the events of one operation to standard error, so that standard output stays the answer."""
+    """Prints the events of one operation to standard error, so that standard output stays the answer.
+
+    On a terminal each producer has one line of its own below, which changes until the operation ends;
+    elsewhere each of its answers is a line.
+    """
+
+    _console: "Console | None" = None
+    _live: "Live | None" = None
 
     def __init__(self) -> None:
         self.last: Phase | None = None
-        self._live: Live | None = None
+        self._producers: dict[str, Producer] = {}
         if sys.stderr.isatty():
             from rich.console import Console  # noqa: PLC0415 - dear to import, and only a terminal needs it
+            from rich.live import Live  # noqa: PLC0415 - as above
 
-            self._live = Console(stderr=True, highlight=False, markup=False).status("asking khod")
+            self._console = Console(stderr=True, highlight=False, markup=False)
+            self._live = Live(console=self._console, refresh_per_second=FRAMES, get_renderable=self._lines)
 
     def __enter__(self) -> Self:
         if self._live:
@@ -45,29 +63,42 @@ class Shown:
     def show(self, event: Event) -> None:
         """Show one event; the first only tells where it began."""
         first, self.last = self.last is None, event.phase
-        if self._live:
-            self._live.update(f"{render.name(event.phase)}: {event.message}")
         if first:
             return
-        if self._live:
-            self._live.console.print(render.event(event))
+        if event.producer is not None and event.producer.phase:
+            self._producers[event.producer.name] = event.producer
+            if self._live or (event.producer.waiting and not event.producer.answer):
+                return
+        if self._console:
+            self._console.print(render.event(event))
         else:
             typer.echo(render.event(event), err=True)
 
+    def _lines(self) -> "Text":
+        """One line a producer: those that are waited for first, as many as there is room for."""
+        from rich.text import Text  # noqa: PLC0415 - as above
 
-def watched(path: Path, begin: Callable[[Client], None], *, quiet: bool) -> Status | None:
-    """Run the operation that `begin` calls, and show its events; None where the host jumped before an answer."""
+        ordered = sorted(self._producers.values(), key=lambda found: not found.waiting)
+        room = max(1, (self._console.height if self._console else 0) - ROOM)
+        lines = [f"{'  >' if found.waiting else '   '} {render.producer(found)}" for found in ordered[:room]]
+        if len(ordered) > room:
+            lines.append(f"    and {len(ordered) - room} more")
+        return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+
+def watched(path: Path, begin: Callable[[Client], None], answer: Callable[[Client], T], *, quiet: bool) -> T | None:
+    """Run the operation that `begin` calls, and show its events; None where the host jumped before the answer."""
     with Client(path) as client:
         if quiet:
             begin(client)
-            return client.answer()
+            return answer(client)
         with Client(path) as watcher, Shown() as shown:
-            watcher.send("Monitor", more=True)
+            watcher.ask("Monitor", more=True)
             shown.show(watcher.event())
             begin(client)
             try:
                 _show_until(client, watcher, shown)
-                return client.answer()
+                return answer(client)
             except Unreachable:
                 if shown.last is Phase.executing:
                     return None

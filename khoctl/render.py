@@ -1,6 +1,7 @@
 """What khoctl prints: the same dataclasses as a page for people or as JSON."""
 
 import json
+from collections import Counter
 from typing import Any
 
 import typer
@@ -18,6 +19,9 @@ COLOURS = {
     Phase.foreign: typer.colors.YELLOW,
     Phase.rolling_back: typer.colors.YELLOW,
 }
+MOST = 10
+"""Producers a page shows by name; `khoctl producers` shows all."""
+
 MARKS = {
     CheckResult.passed: ("pass", typer.colors.GREEN),
     CheckResult.warn: ("warn", typer.colors.YELLOW),
@@ -64,9 +68,12 @@ def status(status: Status) -> str:
         rows.append(("done", ", ".join(status.done)))
     if status.left:
         rows.append(("left", f"{', '.join(status.left)}: not put back"))
-    if status.waiting_for:
-        rows.append(("waiting", f"for {', '.join(status.waiting_for)}"))
-    rows += [("producer", producer(found)) for found in status.producers]
+    rows += [("waiting", f"for {producer(found)}") for found in status.producers if found.waiting][:MOST]
+    if (more := len(status.waiting_for) - MOST) > 0:
+        rows.append(("", f"and {more} more: khoctl producers"))
+    if status.producers:
+        rows.append(("producers", counted(status.producers)))
+    rows += [("", producer(found)) for found in status.producers if _odd(found)][:MOST]
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         verdict = status.verdict
         rows.append(("arrived", f"{len(verdict.arrived)}: {', '.join(verdict.arrived) or 'nothing'}"))
@@ -92,8 +99,37 @@ def status(status: Status) -> str:
 def producer(found: Producer) -> str:
     """What one producer was told last, and what it answered."""
     if not found.phase:
-        return f"{found.name} ({found.kind}): not told yet"
-    return f"{found.name} ({found.kind}): {found.phase}: {found.answer or 'no answer yet'}, {found.seconds:.2f} s"
+        return f"{found.name} ({found.kind}): {found.answer or 'not told yet'}"
+    done = f", {found.progress:.0%} done" if found.progress is not None and found.waiting else ""
+    answer = found.answer or ("no answer yet" if found.waiting else "no answer")
+    return f"{found.name} ({found.kind}): {found.phase}: {answer}{done}, {found.seconds:.2f} s"
+
+
+def _odd(found: Producer) -> bool:
+    """Whether a producer's last word is one the operator should read."""
+    return not found.waiting and found.answer not in ("", "ready")
+
+
+def counted(found: list[Producer]) -> str:
+    """How many producers there are, and how many of them were told what last."""
+    told = Counter(f"{item.phase or 'not told'}{'' if _odd(item) or not item.phase else 'd'}" for item in found)
+    words = {"prepared": "prepared", "freezed": "frozen", "thawd": "thawed", "canceld": "cancelled"}
+    parts = [f"{count} {words.get(what, what)}" for what, count in told.items()]
+    return f"{len(found)}: {', '.join(parts)}"
+
+
+def producers(found: list[Producer]) -> str:
+    """A line a producer, in the order they are told."""
+    if not found:
+        return "No producers: none is configured in /etc/kho/producers.d, and none has registered."
+    rows = [("RANK", "NAME", "KIND", "PHASE", "SECONDS", "ANSWER")]
+    for item in found:
+        done = f" ({item.progress:.0%})" if item.progress is not None else ""
+        answer = item.answer or ("..." if item.waiting else "")
+        seconds = f"{item.seconds:.3f}" if item.phase else "-"
+        rows.append((str(item.rank), item.name, item.kind, item.phase or "-", seconds, f"{answer}{done}" or "-"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]]) for row in rows)
 
 
 def _said(status: Status) -> str:

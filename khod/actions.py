@@ -1,23 +1,24 @@
 """What each step of the machine does to producers and kernel, next to what its undo does."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 from khod.config import Config
-from khod.errors import Failed, KhoError, Refused
+from khod.errors import KhoError, Refused
 from khod.executor import Executor
 from khod.kernel.explain import explain
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import KernelThread
 from khod.model import Step
-from khod.producers.barrier import NO_ANSWER, Barrier, Verb
+from khod.producers.barrier import Barrier, Member, Producer, Verb, silent
 from khod.record import Store
 from khod.target import Target
-from khod.verify import producers
+from khod.verify import producers, without
 
 T = TypeVar("T")
+VERBS = {Step.prepare: Verb.prepare, Step.freeze: Verb.freeze}
 
 
 class Actions:
@@ -31,9 +32,13 @@ class Actions:
         store: Store,
         config: Config,
         barrier: Barrier,
+        producers: Callable[[], Iterable[Producer]],
     ) -> None:
+        """Gather what they act on; `producers` gives those that are there by now."""
         self.kernel = kernel
         self.barrier = barrier
+        self._producers = producers
+        self._past: list[Verb] = []
         self.target: Target | None = None
         self.executor: Executor | None = None
         self._kexec = kexec
@@ -41,9 +46,10 @@ class Actions:
         self._store = store
         self._deadlines = config.deadlines
         self._require_state = config.policy.require_state
+        self._require_kernel = config.producers.require_kernel
         self._do: dict[Step, Callable[[], Awaitable[None]]] = {
-            Step.prepare: lambda: self._told(Verb.prepare, self._deadlines.prepare),
-            Step.freeze: lambda: self._told(Verb.freeze, self._deadlines.freeze),
+            Step.prepare: lambda: self._told(Verb.prepare),
+            Step.freeze: lambda: self._told(Verb.freeze),
             Step.activate: self._activate,
             Step.load: self._load,
             Step.execute: self._execute,
@@ -57,25 +63,36 @@ class Actions:
         }
 
     async def do(self, step: Step) -> None:
-        """Carry a step out."""
+        """Carry a step out; before it whoever came since the last one is brought to where the others are."""
+        await self._catch_up()
         await self._do[step]()
+
+    def resume(self, done: Sequence[Step]) -> None:
+        """Take up an attempt that an earlier khod began: these verbs are behind everyone."""
+        self._past = [VERBS[step] for step in done if step in VERBS]
+
+    async def _catch_up(self) -> None:
+        new = self.barrier.admit(self._producers())
+        for verb in self._past if new else []:
+            await self._within(verb, new)
 
     async def undo(self, step: Step) -> None:
         """Put a step back; harmless where the step had no effect."""
+        if step in VERBS:
+            self._past = [verb for verb in self._past if verb is not VERBS[step]]
         await self._undo[step]()
 
-    async def _told(self, verb: Verb, deadline: float) -> None:
+    async def _told(self, verb: Verb) -> None:
+        await self._within(verb, None)
+        self._past.append(verb)
+
+    async def _within(self, verb: Verb, among: Sequence[Member] | None) -> None:
+        deadline = self._deadlines.prepare if verb is Verb.prepare else self._deadlines.freeze
         try:
             async with asyncio.timeout(deadline):
-                await self.barrier.tell(verb)
+                await self.barrier.tell(verb, among)
         except TimeoutError:
-            silent = [member for member in self.barrier.members if member.answer == NO_ANSWER]
-            waiting = ", ".join(member.producer.name for member in silent)
-            raise Failed(
-                f"Not every producer could {verb.value} within {deadline:g} s",
-                where=waiting,
-                remedy=f"Raise deadlines.{verb.value}, or look at these producers.",
-            ) from None
+            raise silent(self.barrier.members, verb, deadline) from None
 
     async def _activate(self) -> None:
         snapshot = await self._call(Step.activate, self._activate_and_look, self._deadlines.activate)
@@ -86,6 +103,8 @@ class Actions:
                 where="policy.require_state",
                 remedy="Give the kernel state to keep (reserve_mem=, liveupdate=on), or unset policy.require_state.",
             )
+        if missing := sorted(set(self._require_kernel) - producers(snapshot, self.kernel.generation).keys()):
+            raise without(missing)
         # Not synced here: within the blackout that is too dear, and a lost file matters only without a
         # jump. Both executors sync before it.
         await asyncio.to_thread(self._store.write_snapshot, snapshot)

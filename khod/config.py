@@ -9,7 +9,7 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from khod.errors import ConfigError
 
@@ -18,9 +18,10 @@ MAIN = "etc/kho/khod.toml"
 
 @dataclass(frozen=True)
 class Access:
-    """Who may change anything: root, and the members of `group` ("" for root alone)."""
+    """Who may change anything: root, and the members of `group` ("" for root alone); `producers` may register."""
 
     group: str = "kho"
+    producers: str = "kho-producers"
     max_connections_per_user: int = 64
 
 
@@ -35,6 +36,23 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Producers:
+    """Who must take part, and how many may."""
+
+    require: tuple[str, ...] = ()
+    require_kernel: tuple[str, ...] = ()
+    max_per_user: int = 2048
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Subsystems whose devices may not come or go while a handover is under way."""
+
+    abort: tuple[str, ...] = ("memory", "cpu", "vfio", "iommu", "pci")
+    record: tuple[str, ...] = ("net",)
+
+
+@dataclass(frozen=True)
 class Deadlines:
     """Seconds a step may take before it counts as failed."""
 
@@ -44,6 +62,7 @@ class Deadlines:
     load: float = 60.0
     execute: float = 90.0
     rollback: float = 60.0
+    restore: float = 120.0
     observe: float = 1.0
 
 
@@ -60,6 +79,8 @@ class Config:
 
     access: Access = field(default_factory=Access)
     policy: Policy = field(default_factory=Policy)
+    producers: Producers = field(default_factory=Producers)
+    guard: Guard = field(default_factory=Guard)
     deadlines: Deadlines = field(default_factory=Deadlines)
     images: Images = field(default_factory=Images)
 
@@ -138,6 +159,8 @@ def _checked(source: Fragment, section: Any, name: str, key: str, value: Any) ->
     if key not in known:
         raise _unknown(source, dotted, sorted(known))
     wanted = known[key]
+    if get_origin(wanted) is tuple:
+        return _names(source, dotted, value)
     allowed = (int, float) if wanted is float else get_args(wanted) or (wanted,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
         raise ConfigError(
@@ -154,6 +177,14 @@ def _checked(source: Fragment, section: Any, name: str, key: str, value: Any) ->
     if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
         raise ConfigError(f"`{dotted}` is {value}", where=source.where(dotted), remedy="It takes a positive number.")
     return float(value) if wanted is float else value
+
+
+def _names(source: Fragment, dotted: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise ConfigError(
+            f"`{dotted}` is {value!r}", where=source.where(dotted), remedy='It takes a list of names, ["one", "two"].'
+        )
+    return tuple(value)
 
 
 def _unknown(source: Fragment, key: str, known: list[str]) -> ConfigError:

@@ -7,22 +7,25 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asyncvarlink import create_unix_server, get_listen_fd
+from asyncvarlink import create_unix_server
 
-from khod import __version__, config, executor, journal, server, status
+from khod import __version__, config, executor, fdstore, journal, server, status
 from khod.abi.calls import Calls, HostCalls
 from khod.engine import Engine
 from khod.errors import ConfigError, Exit, KhoError, Refused
+from khod.guard import Guard
 from khod.kernel.kexec import Kexec
+from khod.kernel.luo import Luo
 from khod.kernel.probe import probe
 from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.kernel.thread import KernelThread
-from khod.model import Event
-from khod.producers import hooks
+from khod.model import Event, Phase
+from khod.producers import directory
 from khod.record import Store
+from khod.sessions import Sessions
 from khod.wire import SOCKET
 
 FAREWELL = 2.0
@@ -60,7 +63,11 @@ class Daemon:
         self._options = opts
         self._calls: Calls = HostCalls(opts.root) if opts.simulate is None else SimulatedKernel(opts.simulate)
         self._stopping = asyncio.Event()
+        self._status = journal.StatusText(self._said)
+        self._last = Event(0.0, Phase.idle, "", "")
         self._thread = KernelThread()
+        self._passed = fdstore.passed()
+        sessions = Sessions(Luo(self._calls), self._thread, fdstore.ServiceManager(), passed=self._passed)
         settings, kexec = config.load(opts.root), Kexec(self._calls)
         jump = executor.immediate(kexec, self._thread, settings.deadlines.execute)
         self.engine = Engine(
@@ -68,7 +75,9 @@ class Daemon:
             lambda: probe(self._calls),
             Store(opts.state),
             settings,
-            producers=lambda: hooks.load(opts.root),
+            producers=lambda: directory.load(opts.root),
+            sessions=sessions,
+            guard=Guard,
             orderly=executor.orderly if opts.simulate is None else self._again(jump),
             immediate=jump if opts.simulate is None else self._again(jump),
             thread=self._thread,
@@ -83,7 +92,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        factory = server.connections(server.registry(self._service), lambda: self.engine.config.access)
+        registry = server.registry(self._service, server.Producers(self.engine))
+        factory = server.connections(registry, lambda: self.engine.config.access)
         serving = await create_unix_server(factory, sock=self._listen())
         watching = asyncio.ensure_future(journal.watchdog())
         try:
@@ -121,10 +131,8 @@ class Daemon:
         Anyone may connect: each method asks the kernel who is calling, as systemd's own Varlink
         services do.
         """
-        if (passed := get_listen_fd("varlink")) is not None:
-            number = passed.take()
-            assert isinstance(number, int)
-            return socket.socket(fileno=number)
+        if (passed := self._passed.get("varlink")) is not None:
+            return socket.socket(fileno=passed)
         path = self._options.socket
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -134,9 +142,15 @@ class Daemon:
         return sock
 
     def _tell(self, event: Event) -> None:
-        journal.write(event, f"{event.phase.value.replace('_', ' ')}: {event.message}")
-        journal.notify(f"STATUS={status.SAYS[event.phase][0]} {event.message}"[:500])
         self._service.publish(event)
+        journal.write(event, f"{event.phase.value.replace('_', ' ')}: {event.message}")
+        self._last = event if event.producer is None else replace(self._last, phase=event.phase)
+        self._status.change()
+
+    def _said(self) -> str:
+        """The status text: where it stands, and who is waited for or what happened last."""
+        waiting = status.some(self.engine.waiting)
+        return f"{status.SAYS[self._last.phase][0]} {f'Waiting for {waiting}' if waiting else self._last.message}"
 
     def _reload(self) -> None:
         journal.reloading()

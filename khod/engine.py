@@ -3,25 +3,30 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from typing import Protocol
 
-from khod import preflight, reconcile, status, verify
+from khod import arrival, model, preflight, reconcile, status
 from khod.actions import Actions
 from khod.config import Config
+from khod.config import Guard as GuardSettings
 from khod.errors import ConfigError, Failed, KhoError, RecordError, Refused, Unsupported, UsageError
 from khod.executor import Executor
+from khod.guard import Seen, Severity
 from khod.handover import Handover
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import KernelThread
-from khod.machine import HELD, RESTING, Machine, left
+from khod.machine import HELD, RESTING, STEPS, Machine, left
 from khod.model import Check, Event, Generation, Observed, Phase, Status, Step, Verdict
-from khod.producers.barrier import Barrier, Verb
-from khod.producers.hooks import Hook
-from khod.record import Record, Store
+from khod.producers.barrier import Barrier, Member, Producer, Told, Verb, ranks
+from khod.producers.lost import Lost
+from khod.producers.peers import Peer, Peers, Terms
+from khod.record import Owner, Process, Record, Store
+from khod.sessions import Sessions, session_of
 from khod.target import Request, Target, take
 
 NO_TREE = {
@@ -29,6 +34,23 @@ NO_TREE = {
     "in": "This kernel was not reached by a handover, or it handed nothing over.",
     "snapshot": "One is taken at activation: khoctl activate",
 }
+
+
+CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
+"""Phases that a veto may still end: before the jump is asked for."""
+
+
+class Watcher(Protocol):
+    """What watches the host's devices: `khod.guard.Guard`."""
+
+    def start(self, devices: Mapping[str, Iterable[str]]) -> None:
+        """Watch from now on, for the producers' devices too."""
+
+    def stop(self) -> None:
+        """Watch no more."""
+
+    def look(self) -> None:
+        """Tell at once of what has come."""
 
 
 class Engine:
@@ -41,18 +63,25 @@ class Engine:
         store: Store,
         config: Config,
         *,
-        producers: Callable[[], list[Hook]],
+        producers: Callable[[], list[Producer]],
+        sessions: Sessions,
+        guard: Callable[[Iterable[str], Iterable[str], Callable[[Seen], None]], Watcher],
         orderly: Executor,
         immediate: Executor,
         thread: KernelThread,
         tell: Callable[[Event], None],
     ) -> None:
         self.config = config
-        self._handover = Handover(store, tell)
+        self._handover = Handover(store, tell, self._look)
         self._kexec = kexec
         self._prober = prober
         self._store = store
-        self._producers = producers
+        self._configured = producers
+        self._sessions = sessions
+        self._make_guard = guard
+        self._watching: tuple[GuardSettings, Watcher] | None = None
+        self.peers = Peers(sessions, self._peer_left, self._peer_came)
+        self._aside: set[asyncio.Task[None]] = set()
         self._executors = {False: orderly, True: immediate}
         self._thread = thread
         self._probed = Probed(None, "not yet probed", "")
@@ -69,6 +98,11 @@ class Engine:
     def record(self) -> Record:
         """What is known of it."""
         return self._handover.record
+
+    @property
+    def waiting(self) -> list[str]:
+        """The producers whose answer is waited for."""
+        return [member.producer.name for member in self._members() if member.waiting]
 
     async def start(self) -> None:
         """Compare the record with the kernel and do what that calls for; whoever asks meanwhile waits."""
@@ -88,6 +122,8 @@ class Engine:
         observed = await self._observe(self.config.deadlines.activate)
         found = reconcile.reconcile(record, observed, self.config.policy.after_daemon_died)
         here.reason = found.reason
+        restoring = found.action is reconcile.Action.verify or found.phase in RESTING
+        self.peers.expect(here.record.producers, here.record.run, restoring=restoring)
         here.machine = Machine(found.phase, here.record.done if found.phase not in RESTING else ())
         lacking = "" if self._probed.kernel else f"no handover is possible: {self._probed.what}"
         here.say(found.reason or lacking or "khod started")
@@ -97,10 +133,13 @@ class Engine:
             case reconcile.Action.roll_back:
                 await here.roll_back(Failed(found.reason), self._attempt())
             case reconcile.Action.resume:
-                self._attempt()
+                self._watch(self._attempt())
             case reconcile.Action.none if found.phase in RESTING:
                 here.record = reconcile.settled(here.record, found, observed)
                 await here.keep_if_possible()
+        known = {session_of(here.record.run, holder.name) for holder in here.record.producers}
+        if lost := self._sessions.close_all_but(known):
+            here.say(f"closed {len(lost)} LUO sessions that no producer was told of")
 
     async def activate(self) -> None:
         """Bring producers and kernel to `active`. On failure everything is back as it was."""
@@ -133,9 +172,11 @@ class Engine:
         if self._busy.locked():
             if self.machine.phase is Phase.executing:
                 raise Refused("The jump is under way and cannot be called back", where="abort")
-            here.abort_asked.set()
-        async with self._busy:
-            here.abort_asked.clear()
+            here.call_off(Failed("The handover was called off", where="abort"))
+        if self.machine.phase is Phase.verifying:
+            raise Refused("Producers are taking back what they left, which has no undo", remedy="khoctl verify")
+        async with self._at_work():
+            here.go_on()
             observed = await self._observe(self.config.deadlines.rollback)
             phase = self._shown(observed)
             if phase in (Phase.foreign, Phase.inconsistent):
@@ -168,7 +209,11 @@ class Engine:
             except KhoError:
                 stale = True
         phase = self._shown(None if stale else self._observed)
-        return status.build(self._handover, phase, self._observed, self._probed, stale=stale)
+        try:
+            producers = await self.producers()
+        except ConfigError:  # khoctl check says which file
+            producers = [member.shown() for member in self._members()]
+        return status.build(self._handover, phase, self._observed, self._probed, producers, stale=stale)
 
     async def tree(self, side: str) -> Tree:
         """Read a state tree: `out`, `in` or `snapshot`.
@@ -215,6 +260,136 @@ class Engine:
         if self._busy.locked() or self.machine.phase in HELD | {Phase.executing}:
             await self.abort()
 
+    async def register(self, name: str, owner: Owner, process: Process, terms: Terms) -> Peer:
+        """Take a producer in that has connected; it takes part from the next step on."""
+        await self._started.wait()
+        if self.machine.phase is Phase.executing:
+            raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
+        if any(producer.name == name for producer in self._configured()):
+            raise Refused(f"There is a producer {name} already: it has a file", where=name, remedy="Choose another.")
+        if terms.after or terms.before:
+            ranks([*(peer for peer in self._everyone() if peer.name != name), Lost(name, **vars(terms))])
+        return self.peers.register(name, owner, process, terms, self.config.producers.max_per_user)
+
+    def _peer_came(self, peer: Peer) -> None:
+        where = peer.owner.unit or "no unit"
+        self._handover.say(f"producer {peer.name} registered (user {peer.owner.uid}, {where})", self._shown_peer(peer))
+        if peer.restoring and self.machine.phase in RESTING:
+            self._beside(self._late(peer))
+
+    def _peer_left(self, peer: Peer) -> None:
+        self._handover.say(f"producer {peer.name} left", self._shown_peer(peer))
+        if peer.told and not peer.restoring:
+            self.call_off(
+                Refused(
+                    f"Producer {peer.name} went away after it was told to {peer.told}: its connection ended",
+                    where=f"{peer.kind} {peer.name}",
+                    remedy="Look why it ended: everything told so far is told that it is off.",
+                )
+            )
+
+    @staticmethod
+    def _shown_peer(peer: Peer) -> model.Producer:
+        return Member(peer).shown()
+
+    async def forget(self, name: str) -> None:
+        """Free what a producer left before the jump and will not claim: the next handover would lose it."""
+        async with self._operation():
+            self.peers.forget(name)
+            here = self._handover
+            here.record = replace(
+                here.record, producers=tuple(holder for holder in here.record.producers if holder.name != name)
+            )
+            await here.keep()
+            here.say(f"what {name} left is freed")
+
+    async def producers(self) -> list[model.Producer]:
+        """Every producer, in the order they are told, with its last answer."""
+        await self._started.wait()
+        told = {member.producer.name: member for member in self._members()}
+        shown = []
+        for rank, producers in enumerate(ranks(self._everyone())):
+            shown += [(told.get(producer.name) or Member(producer, rank)).shown() for producer in producers]
+        return shown
+
+    def _members(self) -> list[Member]:
+        here = self._handover
+        return here.actions.barrier.members if here.actions else []
+
+    async def rehearse(self, name: str) -> list[model.Producer]:
+        """Drive one producer through prepare, freeze, thaw and cancel, with the kernel left alone."""
+        async with self._operation():
+            here, observed = self._handover, await self._observe(self.config.deadlines.activate)
+            if self.machine.phase not in RESTING:
+                raise Refused(
+                    f"A producer cannot be tested now ({self.machine.phase.value})", remedy="khoctl status says more."
+                )
+            found = next((producer for producer in self._everyone() if producer.name == name), None)
+            if found is None:
+                raise UsageError(f"There is no producer {name!r}", where=name, remedy="khoctl producers lists them.")
+            before, record = here.machine, here.record
+            here.machine, here.actions = Machine(), None
+            here.record = replace(record, run=uuid.uuid4().hex[:12], boot_id=observed.boot_id, producers=(), timings=())
+            actions = self._attempt(only=found)
+            try:
+                await here.forward((Step.prepare, Step.freeze), actions, hold=False)
+                await here.roll_back(None, actions)
+            finally:
+                if here.machine.phase is Phase.idle:
+                    here.machine, here.record = before, record
+                    await here.keep_if_possible()
+            return [member.shown() for member in actions.barrier.members]
+
+    def call_off(self, cause: KhoError) -> None:
+        """End the handover under way for `cause`, if there is one that still can be ended."""
+        if self.machine.phase not in CAN_END:
+            return
+        if self._busy.locked():
+            self._handover.call_off(cause)
+        else:
+            self._beside(self._end(cause))
+
+    async def _end(self, cause: KhoError) -> None:
+        """Roll a handover back that waited for orders."""
+        async with self._at_work():
+            if self.machine.phase in HELD:
+                with suppress(KhoError):  # it stands in the record, and everyone was told
+                    await self._handover.roll_back(cause, self._attempt())
+
+    def _watch(self, actions: Actions) -> None:
+        """Watch for devices that come and go, while this attempt lasts; Failed where that is not possible."""
+        settings = self.config.guard
+        if self._watching is None or self._watching[0] != settings:
+            self._unwatch()
+            self._watching = settings, self._make_guard(settings.abort, settings.record, self._happened)
+        self._watching[1].start({m.producer.name: m.producer.devices for m in actions.barrier.members})
+
+    def _unwatch(self) -> None:
+        if self._watching is not None:
+            self._watching[1].stop()
+
+    def _look(self) -> None:
+        if self._watching is not None:
+            self._watching[1].look()
+
+    def _happened(self, seen: Seen) -> None:
+        sentence = seen.sentence()
+        self._handover.say(sentence)
+        if seen.severity is Severity.abort:
+            self.call_off(
+                Refused(
+                    f"The hardware changed during the handover: {sentence}",
+                    where="guard",
+                    remedy="Begin again when it is quiet; guard.abort in khod.toml says what counts.",
+                )
+            )
+
+    def _beside(self, work: Coroutine[None, None, None]) -> None:
+        """Run something nobody waits for; it is ended with khod."""
+        task = asyncio.ensure_future(work)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
+
     async def now(self) -> Event:
         """How it stands, as an event."""
         await self._started.wait()
@@ -230,9 +405,19 @@ class Engine:
                 where="khod",
                 remedy="Wait for it, or: khoctl abort",
             )
-        self._handover.abort_asked.clear()
-        async with self._busy:
+        self._handover.go_on()
+        async with self._at_work():
             yield
+
+    @asynccontextmanager
+    async def _at_work(self) -> AsyncIterator[None]:
+        """Hold the handover; afterwards the guard watches on only where it waits half-way."""
+        async with self._busy:
+            try:
+                yield
+            finally:
+                if self.machine.phase not in HELD:
+                    self._unwatch()
 
     async def _ready(self, *, wants_load: bool) -> Record:
         """Refuse before anything is touched; else give the record to go on with, a fresh one from rest."""
@@ -264,12 +449,14 @@ class Engine:
         if record is not here.record:
             await asyncio.to_thread(self._store.prepare_snapshot)
             here.machine, here.actions, here.record = Machine(), None, record
-        return self._attempt()
+        actions = self._attempt()
+        self._watch(actions)
+        return actions
 
     async def _checks(self, observed: Observed) -> list[Check]:
         foreign = self._shown(observed) in (Phase.foreign, Phase.inconsistent)
         facts = preflight.Facts(
-            self._probed, self._kexec, observed, self._store, self.config, self.record, foreign, self._producers
+            self._probed, self._kexec, observed, self._store, self.config, self.record, foreign, self._everyone
         )
         return await self._thread.call(lambda: preflight.run(facts), "the checks", self.config.deadlines.activate)
 
@@ -296,35 +483,40 @@ class Engine:
         await self._handover.forward(steps, self._attempt(), hold=hold)
 
     async def _verify(self, observed: Observed) -> None:
-        """Hold what arrived against the snapshot."""
-        here, kernel = self._handover, self._probed.kernel
-        here.machine = Machine(Phase.verifying)
-        try:
-            snapshot = self._store.snapshot()
-            arrived = None
-            if kernel is not None:
-                deadline = self.config.deadlines.activate
-                arrived = await self._thread.call(kernel.arrived, "reading the state that arrived", deadline)
-            verdict = verify.compare(snapshot, arrived, here.record.generation, self._generation())
-        except (KhoError, OSError) as error:
-            verdict = Verdict(reason=str(error))
-        here.machine = here.machine.to(Phase.degraded if verdict.reason else Phase.verified)
-        here.reason = verdict.reason
-        began = here.record.window_began_at
-        here.record = replace(
-            here.record,
-            verdict=verdict,
-            last_error=verdict.reason,
-            boot_id=observed.boot_id,
-            previous_release=here.record.release,
-            release=observed.release,
-            suspect="",
-            failed_activations=0,
-            handovers=here.record.handovers + 1,
-            blackout_seconds=time.time() - began if began else None,
+        """Hold what arrived against the snapshot, and give the producers back what they left."""
+        here = self._handover
+        await arrival.enter(here, observed)
+        verdict = await arrival.look(
+            here, self._store, self._probed.kernel, self._thread, self.config.deadlines.activate
         )
-        await here.keep_if_possible()
-        here.say(verdict.reason or f"the state of {len(verdict.arrived)} producers: {', '.join(verdict.arrived)}")
+        barrier = self._attempt(dict.fromkeys(self._told(), Verb.restore)).barrier
+        if barrier.broken:
+            verdict = replace(verdict, reason=f"{verdict.reason}; {barrier.broken.what}".removeprefix("; "))
+        if any(member.producer.restores for member in barrier.members):
+            # Not waited for here: a producer may start only after khod is ready.
+            self._beside(self._bring_back(barrier, verdict))
+        else:
+            here.record = replace(here.record, producers=())
+            await arrival.conclude(here, verdict)
+
+    async def _bring_back(self, barrier: Barrier, verdict: Verdict) -> None:
+        async with self._busy:
+            verdict = await arrival.bring_back(self._handover, barrier, verdict, self.config.deadlines.restore)
+            await arrival.conclude(self._handover, verdict)
+        for peer in self.peers.known():
+            if peer.connected and peer.restoring:  # it came when nobody waited for it any more
+                self._beside(self._late(peer))
+
+    async def _late(self, peer: Peer) -> None:
+        """Give a producer that comes after the verification what it left, and correct the verdict."""
+        here = self._handover
+        async with self._busy:
+            verdict = here.record.verdict or Verdict()
+            if here.machine.phase in RESTING and peer.restoring:
+                barrier = Barrier.of([peer], here.record.run, here.heard)
+                verdict = await arrival.bring_back(here, barrier, verdict, peer.timeout)
+                if here.machine.phase in (Phase.verified, Phase.degraded):
+                    await arrival.conclude(here, verdict)
 
     async def _observe(self, deadline: float) -> Observed:
         """Ask the kernel how it stands, in its own thread."""
@@ -347,21 +539,42 @@ class Engine:
             return self.machine.phase
         return reconcile.shown(self._handover.current(), observed)
 
-    def _attempt(self) -> Actions:
-        """The actions of the attempt under way; made where it has none yet (a start, a first step)."""
-        here = self._handover
-        if here.actions is None or here.actions.barrier.broken:
-            try:
-                told = Verb.freeze if Step.freeze in here.machine.done else Verb.prepare
-                barrier = Barrier(
-                    self._producers(), here.record.run, here.say, told=told if here.machine.done else None
-                )
-            except ConfigError as error:
-                if self.machine.phase in RESTING:
-                    raise
-                barrier = Barrier([], here.record.run, here.say)
-                barrier.broken = error
-            here.actions = Actions(self._probed.kernel, self._kexec, self._thread, self._store, self.config, barrier)
+    def _everyone(self) -> list[Producer]:
+        """Every producer that is configured or connected; ConfigError."""
+        return [*self._configured(), *self.peers.known()]
+
+    def _told(self) -> dict[str, str]:
+        """The producers an earlier khod had told something, and what they left with it."""
+        return {holder.name: holder.note for holder in self.record.producers}
+
+    def _attempt(self, told: Mapping[str, Verb] | None = None, *, only: Producer | None = None) -> Actions:
+        """The actions of the attempt under way; made where it has none yet (a start, a first step).
+
+        `told` is what an earlier khod told its producers: then they alone take part, and one that is
+        gone is said to be.
+        """
+        here, notes = self._handover, self._told()
+        if here.actions is not None and not here.actions.barrier.broken:
+            return here.actions
+        late = self._everyone if only is None else list
+        try:
+            producers = self._everyone() if only is None else [only]
+            if told is None and here.machine.done:
+                # A record of before it named them: then anyone may have been told.
+                names = notes or dict.fromkeys((producer.name for producer in producers), "")
+                told = dict.fromkeys(names, Verb.freeze if Step.freeze in here.machine.done else Verb.prepare)
+            if told is not None:
+                known = {producer.name: producer for producer in producers}
+                kinds = {holder.name: holder.kind for holder in self.record.producers}
+                producers = [known.get(name) or Lost(name, kind=kinds[name]) for name in told]
+            before = {name: Told(verb.value, notes.get(name, "")) for name, verb in (told or {}).items()}
+            barrier = Barrier.of(producers, here.record.run, here.heard, before)
+        except ConfigError as error:
+            if self.machine.phase in RESTING:
+                raise
+            barrier = Barrier(here.record.run, here.heard, error)
+        here.actions = Actions(self._probed.kernel, self._kexec, self._thread, self._store, self.config, barrier, late)
+        here.actions.resume(here.machine.done)
         return here.actions
 
     def _generation(self) -> Generation:

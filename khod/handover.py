@@ -13,7 +13,8 @@ from khod.actions import Actions
 from khod.errors import Failed, KhoError, NotRolledBack, RecordError
 from khod.kernel.explain import FORGOT
 from khod.machine import HELD, Machine
-from khod.model import Event, Phase, Step, StepTiming
+from khod.model import Event, Phase, Producer, Step, StepTiming
+from khod.producers.barrier import Member
 from khod.record import Record, Store
 
 INTERRUPTIBLE = frozenset({Step.prepare, Step.freeze})
@@ -40,14 +41,17 @@ def _cause(error: Exception) -> KhoError:
 class Handover:
     """Where this host's handover stands. `tell` is called with every change, from the event loop."""
 
-    def __init__(self, store: Store, tell: Callable[[Event], None]) -> None:
+    def __init__(self, store: Store, tell: Callable[[Event], None], look: Callable[[], None] = lambda: None) -> None:
+        """Begin at rest; `look` is called before each step, and calls off what must not go on."""
         self.machine = Machine()
         self.record = Record()
         self.reason = ""
         self.actions: Actions | None = None
-        self.abort_asked = asyncio.Event()
+        self._off: KhoError | None = None
+        self._called_off = asyncio.Event()
         self._store = store
         self._tell = tell
+        self._look = look
 
     async def forward(self, steps: Sequence[Step], actions: Actions, *, hold: bool) -> None:
         """Take the steps in order; on failure everything is put back and the cause raised."""
@@ -55,7 +59,7 @@ class Handover:
         for number, step in enumerate(steps):
             before = self.machine
             try:
-                self._not_aborted()
+                self._still_on()
                 ahead = None if step in recorded else together(steps[number:])[1:]
                 recorded = recorded if ahead is None else (step, *ahead)
                 await self._step(step, actions, ahead)
@@ -90,20 +94,32 @@ class Handover:
             await actions.do(step)
             return
         work = asyncio.ensure_future(actions.do(step))
-        abort = asyncio.ensure_future(self.abort_asked.wait())
+        abort = asyncio.ensure_future(self._called_off.wait())
         try:
             await asyncio.wait({work, abort}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 work.cancel()
                 await asyncio.wait({work})
-                self._not_aborted()
+                self._still_on()
             await work
         finally:
             abort.cancel()
 
-    def _not_aborted(self) -> None:
-        if self.abort_asked.is_set():
-            raise Failed("The handover was called off", where="abort")
+    def call_off(self, cause: KhoError) -> None:
+        """End what is under way, at the next step at the latest; the first cause counts."""
+        if not self._called_off.is_set():
+            self._off = cause
+            self._called_off.set()
+
+    def go_on(self) -> None:
+        """Forget that something before this was called off."""
+        self._off = None
+        self._called_off.clear()
+
+    def _still_on(self) -> None:
+        self._look()
+        if self._off is not None:
+            raise self._off
 
     async def _hold(self, step: Step, before: Machine, actions: Actions, cause: KhoError) -> NoReturn:
         """Put only the failed step back and stay where it began, as --hold asks."""
@@ -149,6 +165,8 @@ class Handover:
         self.reason = "; ".join(failures)
         if failures:
             self.record = replace(self.record, last_error=self.reason)
+        else:
+            self.record = replace(self.record, producers=())
         await self.keep_if_possible()
         self.say("not everything is back" if failures else "everything is back as it was")
         if failures:
@@ -162,7 +180,9 @@ class Handover:
 
     def current(self) -> Record:
         """The record as it would be written now."""
-        return replace(self.record, phase=self.machine.phase, done=self.machine.done)
+        known = self.actions is not None and self.machine.done and not self.actions.barrier.broken
+        producers = self.actions.barrier.holders() if self.actions and known else self.record.producers
+        return replace(self.record, phase=self.machine.phase, done=self.machine.done, producers=producers)
 
     async def keep(self) -> None:
         """Write the record, durably; RecordError."""
@@ -179,6 +199,10 @@ class Handover:
         except RecordError as error:
             self.say(str(error))
 
-    def say(self, message: str) -> None:
+    def say(self, message: str, producer: Producer | None = None) -> None:
         """Tell everyone how it stands."""
-        self._tell(Event(time.monotonic(), self.machine.phase, message, self.record.run))
+        self._tell(Event(time.monotonic(), self.machine.phase, message, self.record.run, producer))
+
+    def heard(self, member: Member) -> None:
+        """Tell everyone what a producer was told or said."""
+        self.say(f"{member.producer.name}: {member.told}: {member.answer or 'told'}", member.shown())

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import Callable
 
 import systemd.daemon
 import systemd.journal
@@ -30,7 +31,9 @@ MESSAGE_ID: dict[Phase, str] = {
     Phase.foreign: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a11",
     Phase.inconsistent: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a12",
 }
-ERR, WARNING, INFO = 3, 4, 6  # syslog priorities
+STATUS_REST = 0.1
+"""Seconds between two status texts."""
+ERR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # syslog priorities
 PRIORITY = {
     Phase.failed: ERR,
     Phase.cold_boot: ERR,
@@ -46,7 +49,7 @@ def write(event: Event, message: str) -> None:
     systemd.journal.send(
         message,
         MESSAGE_ID=MESSAGE_ID[event.phase],
-        PRIORITY=PRIORITY.get(event.phase, INFO),
+        PRIORITY=DEBUG if event.producer and event.producer.answer == "ready" else PRIORITY.get(event.phase, INFO),
         KHO_PHASE=event.phase.value,
         KHO_RUN=event.run,
         SYSLOG_IDENTIFIER="khod",
@@ -56,6 +59,32 @@ def write(event: Event, message: str) -> None:
 def notify(state: str) -> None:
     """Tell the service manager; nothing happens where there is none."""
     systemd.daemon.notify(state)
+
+
+class StatusText:
+    """The unit's status text: the first change at once, then how it stands a few times a second.
+
+    A thousand producers answer within one second, and PID 1 reads each message.
+    """
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        """Take the function that says how it stands."""
+        self._text = text
+        self._changed = False
+        self._resting = False
+
+    def change(self) -> None:
+        """Something has changed."""
+        self._changed = True
+        if not self._resting:
+            self._send()
+
+    def _send(self) -> None:
+        self._resting = self._changed
+        if self._changed:
+            self._changed = False
+            notify(f"STATUS={self._text()}"[:500])
+            asyncio.get_running_loop().call_later(STATUS_REST, self._send)
 
 
 def reloading() -> None:

@@ -50,7 +50,7 @@ TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
     P.rolling_back: (P.idle, P.failed),
     P.verifying: (P.verified, P.degraded),
     P.verified: (P.preparing,),
-    P.degraded: (P.preparing,),
+    P.degraded: (P.preparing, P.verified),
     P.cold_boot: (P.preparing,),
     P.failed: (P.rolling_back,),
     P.foreign: (P.rolling_back,),

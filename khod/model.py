@@ -89,13 +89,28 @@ class StepTiming:
 
 @dataclass(frozen=True)
 class Producer:
-    """One holder of state as status shows it; `answer` is its last word."""
+    """One holder of state as status shows it.
+
+    `rank` counts from 0 in the order they are told; `phase` is the last verb it was told, `answer` its
+    last word to that, `seconds` how long it took or takes, `progress` what it said is done of it (0 to 1).
+    """
 
     name: str
     kind: str
+    rank: int
     phase: str
     answer: str
     seconds: float
+    waiting: bool
+    progress: float | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A file descriptor in a producer's LUO session: the producer's name for it, and its token."""
+
+    name: str
+    token: int
 
 
 @dataclass(frozen=True)
@@ -157,9 +172,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Event:
-    """One change as the monitor sees it: `seconds` is CLOCK_MONOTONIC."""
+    """One change as the monitor sees it: `seconds` is CLOCK_MONOTONIC, `producer` who it is about if one."""
 
     seconds: float
     phase: Phase
     message: str
     run: str
+    producer: Producer | None = None

@@ -10,12 +10,15 @@ from khod.config import Config
 from khod.errors import ConfigError, KhoError, RecordError, Refused, Unsupported, errno_text
 from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT, Kexec
 from khod.kernel.probe import Probed
-from khod.model import Check, CheckResult, Observed, Region
-from khod.producers import hooks
-from khod.producers.barrier import ranks
+from khod.machine import RESTING
+from khod.model import Check, CheckResult, Observed, Order, Region
+from khod.producers.barrier import Producer, ranks
 from khod.reconcile import said
 from khod.record import RESERVE, Record, Store
+from khod.verify import producers as present
+from khod.verify import without
 
+SHOWN = 20
 UNDOABLE_LOAD = 2  # calls: one to load, one to unload
 
 
@@ -30,7 +33,7 @@ class Facts:
     config: Config
     record: Record
     foreign: bool
-    producers: Callable[[], list[hooks.Hook]]
+    producers: Callable[[], list[Producer]]
 
 
 def run(facts: Facts) -> list[Check]:
@@ -161,12 +164,43 @@ def _record(facts: Facts) -> Iterator[Check]:
 
 def _producers(facts: Facts) -> Iterator[Check]:
     try:
-        found = facts.producers()
-        names = [producer.name for rank in ranks(found) for producer in rank]
+        names = [producer.name for rank in ranks(facts.producers()) for producer in rank]
     except ConfigError as error:
         yield Check("producers", CheckResult.fail, _evidence(error), error.remedy)
         return
-    yield Check("producers", CheckResult.passed, f"{len(names)} configured: {', '.join(names) or 'none'}", "")
+    if missing := sorted(set(facts.config.producers.require) - set(names)):
+        yield Check(
+            "producers",
+            CheckResult.fail,
+            f"Required and not here: {', '.join(missing)}",
+            "Start what registers under these names; producers.require asks for them.",
+        )
+    else:
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        yield Check("producers", CheckResult.passed, f"{len(names)}: {shown or 'none'}", "")
 
 
-CHECKS = (_kho, _scratch, _kexec, _slot, _suspect, _leaks, _disk, _record, _producers)
+def _state(facts: Facts) -> Iterator[Check]:
+    """Look for the required kernel producers where the tree can be read without entering the active phase."""
+    kernel, required = facts.probed.kernel, set(facts.config.producers.require_kernel)
+    if not required or kernel is None or kernel.order is not Order.load_first:
+        return
+    if missing := sorted(required - present(kernel.tree(), kernel.generation).keys()):
+        error = without(missing)
+        yield Check("kernel-producers", CheckResult.fail, error.what, error.remedy)
+    else:
+        yield Check("kernel-producers", CheckResult.passed, f"In the tree: {', '.join(sorted(required))}", "")
+
+
+def _claims(facts: Facts) -> Iterator[Check]:
+    if facts.record.producers and facts.record.phase in RESTING:
+        names = ", ".join(holder.name for holder in facts.record.producers)
+        yield Check(
+            "claims",
+            CheckResult.fail,
+            f"Left before the last jump and not taken back yet: {names}; another jump would lose it",
+            "Start these producers, or give their state up with: khoctl producers forget NAME",
+        )
+
+
+CHECKS = (_kho, _scratch, _kexec, _slot, _suspect, _leaks, _disk, _record, _producers, _state, _claims)

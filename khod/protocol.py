@@ -1,5 +1,6 @@
-"""The wire: Varlink interface io.kho.Handover, described by the model's own dataclasses."""
+"""The wire: the Varlink interfaces io.kho.Handover and io.kho.Producer, described by the model's own dataclasses."""
 
+import enum
 import types
 from collections.abc import AsyncIterator
 from typing import Any, TypedDict
@@ -8,7 +9,7 @@ from asyncvarlink import FileDescriptor, TypedVarlinkErrorReply, VarlinkInterfac
 
 from khod import model
 from khod.errors import BY_NAME, KhoError
-from khod.wire import INTERFACE
+from khod.wire import INTERFACE, PRODUCER
 
 
 class _Fields:
@@ -98,7 +99,97 @@ class Handover(VarlinkInterface, name=INTERFACE):
         """
         raise NotImplementedError
 
+    @varlinkmethod(return_parameter="producers")
+    async def Producers(self) -> list[model.Producer]:
+        """List every producer that is configured, connected or waited for, in the order they are told."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="producers")
+    async def Rehearse(self, *, name: str) -> list[model.Producer]:
+        """Drive one producer through prepare, freeze, thaw and cancel, and leave the kernel alone."""
+        raise NotImplementedError
+
+    @varlinkmethod
+    async def Forget(self, *, name: str) -> None:
+        """Free what a producer left before the jump and will not claim."""
+        raise NotImplementedError
+
     @varlinkmethod
     async def Tree(self, *, side: str) -> TreeReply:
         """Give a state tree: `out` (what would leave), `in` (what arrived) or `snapshot` (what left)."""
+        raise NotImplementedError
+
+
+class Word(enum.Enum):
+    """What a producer says to a command. not_yet: it takes longer, within the same deadline."""
+
+    ready = "ready"
+    not_yet = "not_yet"
+    veto = "veto"
+
+
+class Registered(TypedDict):
+    """`told` is the last verb khod counts on ("" for none): whoever did more undoes the rest by itself."""
+
+    version: int
+    run: str
+    told: str
+
+
+class Command(TypedDict):
+    """One verb: prepare, freeze, thaw, cancel, restore or finish. `timeout` is in seconds.
+
+    With restore come the files that were preserved, `names`, `tokens` and `fds` side by side.
+    """
+
+    serial: int
+    verb: str
+    run: str
+    timeout: float
+    names: list[str]
+    tokens: list[int]
+    fds: list[FileDescriptor]
+
+
+class Producer(VarlinkInterface, name=PRODUCER):
+    """How a holder of state takes part. One connection is one producer, for as long as it lives.
+
+    Register, then call Next for ever: each call says how the command before went, and is answered with the
+    next one, which may be hours later. The end of the connection is a veto. Whoever loses khod connects again
+    and does what `told` says; undo may come for what was never done, and must be harmless then.
+    """
+
+    errors = tuple(ERRORS.values())
+
+    @varlinkmethod
+    async def Register(
+        self,
+        *,
+        name: str,
+        version: int,
+        timeout: float | None = None,
+        after: list[str] | None = None,
+        before: list[str] | None = None,
+        devices: list[str] | None = None,
+    ) -> Registered:
+        """Become the producer `name`. `version` is the newest of this interface the caller knows; 1 is the only one."""
+        raise NotImplementedError
+
+    @varlinkmethod
+    async def Next(
+        self,
+        *,
+        serial: int | None = None,
+        answer: Word | None = None,
+        reason: str | None = None,
+        progress: float | None = None,
+        names: list[str] | None = None,
+        tokens: list[int] | None = None,
+        fds: list[FileDescriptor] | None = None,
+    ) -> Command:
+        """Answer the command `serial` and wait for the next; not_yet is answered at once with what counts now.
+
+        `progress` goes from 0 to 1. With prepare and freeze, `fds` are preserved under `names` and `tokens` in
+        this producer's own LUO session.
+        """
         raise NotImplementedError

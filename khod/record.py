@@ -13,13 +13,52 @@ from pathlib import Path
 from khod import wire
 from khod.errors import RecordError, errno_text
 from khod.kernel.protocol import Tree
-from khod.model import Generation, Phase, Step, StepTiming, Verdict
+from khod.model import Generation, Kept, Phase, Step, StepTiming, Verdict
 
 VERSION = 1
+ADDED: dict[str, list[object]] = {"producers": []}
+"""Fields a record of this version may lack: an earlier khod wrote it."""
+
 FILE = "handover.json"
 SNAPSHOT = "snapshot"
 RESERVE = 16 << 20
 """Bytes that must be free before the kernel is touched: the record, and a tree of v3's default dt_max."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose a producer is: what it left is given back to nobody else. `unit` is systemd's, "" where it has none."""
+
+    uid: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process for good: `started` is field 22 of /proc/PID/stat, so that a number used again is another."""
+
+    pid: int
+    started: int
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A producer of this handover: what it was told last, and what is needed to tell it more.
+
+    `timeout`, `after`, `before` and `devices` stand here for peers alone, of which no file tells.
+    """
+
+    name: str
+    kind: str
+    told: str = ""
+    note: str = ""
+    timeout: float = 0.0
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    owner: Owner | None = None
+    process: Process | None = None
+    kept: tuple[Kept, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +81,7 @@ class Record:
     verdict: Verdict | None = None
     suspect: str = ""
     """Why the state of the boot `boot_id` may not be whole: an abort that made the kernel forget."""
+    producers: tuple[Holder, ...] = ()
     failed_activations: int = 0
     """Failed activations in the boot `boot_id`: each may leak up to dt_max of kernel memory."""
 
@@ -67,7 +107,7 @@ def decode(raw: bytes, where: str = "") -> Record:
             )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")
-        return wire.decode(Record, values)
+        return wire.decode(Record, ADDED | values)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error!r}", where=where, remedy=remedy) from None
 

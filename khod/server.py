@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import grp
 import os
+import resource
 import socket
 import struct
 from collections import Counter
@@ -15,6 +16,7 @@ from asyncvarlink import (
     FileDescriptor,
     FileDescriptorArray,
     LastResult,
+    VarlinkErrorReply,
     VarlinkInterfaceRegistry,
     VarlinkInterfaceServerProtocol,
     VarlinkMethodCall,
@@ -23,15 +25,25 @@ from asyncvarlink import (
 )
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
-from khod import __version__, model
+from khod import __version__, model, wire
 from khod.config import Access
 from khod.engine import Engine
 from khod.errors import KhoError, Refused, Unreachable, UsageError
-from khod.protocol import Handover, TreeReply, to_wire
+from khod.producers.identity import process_of, unit_of
+from khod.producers.peers import Answer, Peer, Terms
+from khod.protocol import Command, Handover, Producer, Registered, TreeReply, Word, to_wire
+from khod.record import Owner
 from khod.target import Request
 
 MAX_MESSAGE = 1 << 20
 """Bytes of one message: the longest honest one is a command line. Files come as descriptors."""
+
+MAX_REASON = 500
+MAX_FILE_NAME = 255
+"""Characters of what a producer says that are kept: it stands in status and record."""
+
+OWN_DESCRIPTORS = 256
+"""File descriptors khod needs besides its connections: files, pipes, images, hooks."""
 
 MAX_QUEUE = 1000
 """Events kept for a monitor that does not read; then it is dropped."""
@@ -45,7 +57,7 @@ PEERGROUPS_SIZE = 1024  # bytes: the most CPython's getsockopt takes, 256 groups
 
 
 @dataclass(frozen=True)
-class Peer:
+class Caller:
     """Who is at the other end, as the kernel noted at connect(2)."""
 
     pid: int
@@ -57,7 +69,7 @@ CONNECTION: "contextvars.ContextVar[Connection]" = contextvars.ContextVar("CONNE
 """The connection whose call is being served."""
 
 
-def peer_of(sock: socket.socket) -> Peer:
+def peer_of(sock: socket.socket) -> Caller:
     """Ask the kernel who connected."""
     pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
     try:
@@ -65,7 +77,7 @@ def peer_of(sock: socket.socket) -> Peer:
         groups = struct.unpack(f"{len(raw) // 4}I", raw)
     except OSError:
         groups = ()  # more groups than we asked room for: the primary one must do
-    return Peer(pid, uid, frozenset((gid, *groups)))
+    return Caller(pid, uid, frozenset((gid, *groups)))
 
 
 class Connection(VarlinkInterfaceServerProtocol):
@@ -78,7 +90,8 @@ class Connection(VarlinkInterfaceServerProtocol):
         self._pending = 0
         self._held: FileDescriptorArray | None = None
         self._socket: socket.socket | None = None
-        self.peer: Peer | None = None
+        self.peer: Caller | None = None
+        self.producer: Peer | None = None
         self.on_end: list[Callable[[], None]] = []
         """Called when the client has said its last; a monitor would wait for the next event otherwise."""
 
@@ -90,17 +103,16 @@ class Connection(VarlinkInterfaceServerProtocol):
         self._socket = sock
         self.peer = peer_of(sock)
         self._per_user[self.peer.uid] += 1
-        if self.peer.uid != 0 and self._per_user[self.peer.uid] > self._limit:
+        mine, all_of_them = self._per_user[self.peer.uid], self._per_user.total()
+        if (self.peer.uid != 0 and mine > self._limit) or all_of_them > _room():
             transport.close()
 
     def eof_received(self) -> None:
-        for end in self.on_end:
-            end()
+        self._over()
         super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for end in self.on_end:
-            end()
+        self._over()
         self._let_go()
         if self.peer is not None:
             self._per_user[self.peer.uid] -= 1
@@ -148,10 +160,28 @@ class Connection(VarlinkInterfaceServerProtocol):
         try:
             future: asyncio.Future[None] | None = super().call_received(call, fds)
             return future
+        except VarlinkErrorReply:
+            if self.producer is not None:  # an answer that is none: whatever was asked, this is no yes
+                asyncio.get_running_loop().call_soon(self.hang_up)
+            raise
         finally:
             CONNECTION.reset(token)
 
+    def hang_up(self) -> None:
+        """End the connection after what was said; for its producer it ends at once."""
+        self._over()
+        self.close()
+
+    def _over(self) -> None:
+        for end in self.on_end:
+            end()
+        self.on_end.clear()
+
     def _refuse(self, what: str) -> None:
+        self._over()
+        self._say_and_hang_up(what)
+
+    def _say_and_hang_up(self, what: str) -> None:
         """Say why, and hang up: what follows on this connection cannot be trusted to be a message."""
         if self._socket is not None:
             # The library reads on while there is data, with the event loop held: only this ends it.
@@ -258,6 +288,23 @@ class Service(Handover):
             )
             return await self._engine.status()
 
+    @varlinkmethod(return_parameter="producers")
+    async def Producers(self) -> list[model.Producer]:
+        with wired():
+            return await self._engine.producers()
+
+    @varlinkmethod(return_parameter="producers")
+    async def Rehearse(self, *, name: str) -> list[model.Producer]:
+        with wired():
+            self._privileged("test a producer")
+            return await self._engine.rehearse(name)
+
+    @varlinkmethod
+    async def Forget(self, *, name: str) -> None:
+        with wired():
+            self._privileged("forget a producer")
+            await self._engine.forget(name)
+
     @varlinkmethod
     async def Tree(self, *, side: str) -> TreeReply:
         with wired():
@@ -266,15 +313,134 @@ class Service(Handover):
             return {"names": ["", *tree.blobs], "blobs": [_memfd(blob) for blob in (tree.root, *tree.blobs.values())]}
 
     def _privileged(self, what: str) -> None:
-        peer, group = CONNECTION.get().peer, self._engine.config.access.group
-        assert peer is not None, "a call comes from a connected peer"
-        if peer.uid == 0 or (group and _gid(group) in peer.groups):
-            return
-        raise Refused(
-            f"User {peer.uid} may not {what}",
-            where=f"process {peer.pid}",
-            remedy=f"Run it as root{f' or join group {group}' if group else ''}.",
+        privileged(what, self._engine.config.access.group)
+
+
+class Producers(Producer):
+    """The producers' interface over one engine."""
+
+    render_interface_description = Producer.render_interface_description
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @varlinkmethod
+    async def Register(
+        self,
+        *,
+        name: str,
+        version: int,
+        timeout: float | None = None,
+        after: list[str] | None = None,
+        before: list[str] | None = None,
+        devices: list[str] | None = None,
+    ) -> Registered:
+        with wired():
+            connection, access = CONNECTION.get(), self._engine.config.access
+            peer = privileged("be a producer", access.group, access.producers)
+            if version < 1:
+                raise UsageError(f"There is no version {version} of {wire.PRODUCER}", where="version", remedy="Give 1.")
+            if connection.producer is not None:
+                raise Refused(f"This connection is producer {connection.producer.name}", remedy="Open another one.")
+            owner, process = Owner(peer.uid, unit_of(peer.pid)), process_of(peer.pid)
+            if process is None:
+                raise Refused("The process that connected has ended", where=f"process {peer.pid}")
+            terms = Terms(
+                30.0 if timeout is None else timeout, tuple(after or ()), tuple(before or ()), tuple(devices or ())
+            )
+            made = await self._engine.register(name, owner, process, terms)
+            connection.producer = made
+            connection.on_end.append(lambda: self._engine.peers.leave(made))
+            if connection.peer is None:  # it went while khod looked
+                self._engine.peers.leave(made)
+            return {"version": wire.PRODUCER_VERSION, "run": made.run, "told": made.told}
+
+    @varlinkmethod
+    async def Next(
+        self,
+        *,
+        serial: int | None = None,
+        answer: Word | None = None,
+        reason: str | None = None,
+        progress: float | None = None,
+        names: list[str] | None = None,
+        tokens: list[int] | None = None,
+        fds: list[FileDescriptor] | None = None,
+    ) -> Command:
+        with wired():
+            connection = CONNECTION.get()
+            if (peer := connection.producer) is None:
+                raise Refused("This connection is no producer", remedy=f"Call {wire.PRODUCER}.Register first.")
+            try:
+                said = None if answer is None else _answer(serial, answer, reason, progress, names, tokens, fds)
+                command = await peer.next(said)
+            except UsageError:
+                asyncio.get_running_loop().call_soon(connection.hang_up)
+                raise
+            return {
+                "serial": command.serial,
+                "verb": command.verb.value,
+                "run": command.run,
+                "timeout": command.timeout,
+                "names": [kept.name for kept in command.kept],
+                "tokens": [kept.token for kept in command.kept],
+                "fds": [FileDescriptor(fd, should_close=True) for fd in command.fds],
+            }
+
+
+def _answer(
+    serial: int | None,
+    word: Word,
+    reason: str | None,
+    progress: float | None,
+    names: list[str] | None,
+    tokens: list[int] | None,
+    fds: list[FileDescriptor] | None,
+) -> Answer:
+    """Check what a producer said; UsageError where it makes no sense."""
+    if serial is None:
+        raise UsageError("An answer to no command", where="serial", remedy="Give the command's serial.")
+    names, tokens, fds = names or [], tokens or [], fds or []
+    if not len(names) == len(tokens) == len(fds):
+        raise UsageError(
+            f"{len(names)} names, {len(tokens)} tokens and {len(fds)} descriptors",
+            where="names/tokens/fds",
+            remedy="Give as many of each.",
         )
+    for name, token in zip(names, tokens, strict=True):
+        if not 0 <= token < 1 << 64:
+            raise UsageError(f"The token {token} is no u64", where=name[:MAX_REASON])
+        if not name or len(name) > MAX_FILE_NAME or not name.isprintable():
+            raise UsageError(f"{name[:MAX_FILE_NAME]!r} is no name for a file", where="names")
+    if progress is not None and not 0 <= progress <= 1:
+        raise UsageError(f"The progress is {progress}", where="progress", remedy="It goes from 0 to 1.")
+    files = [(model.Kept(name, token), fd.fileno()) for name, token, fd in zip(names, tokens, fds, strict=True)]
+    return Answer(serial, word.value, _plain(reason or ""), progress, files)
+
+
+def _plain(reason: str) -> str:
+    """One line of a reason, fit for a terminal."""
+    line = " ".join(reason.split())[:MAX_REASON]
+    return "".join(char if char.isprintable() else "?" for char in line)
+
+
+def privileged(what: str, *groups: str) -> Caller:
+    """Give the caller, if it is root's or in one of the groups; Refused otherwise."""
+    peer = CONNECTION.get().peer
+    assert peer is not None, "a call comes from a connected peer"
+    named = [group for group in groups if group]
+    if peer.uid == 0 or any(_gid(group) in peer.groups for group in named):
+        return peer
+    raise Refused(
+        f"User {peer.uid} may not {what}",
+        where=f"process {peer.pid}",
+        remedy=f"Run it as root{f' or join group {named[-1]}' if named else ''}.",
+    )
+
+
+def _room() -> int:
+    """How many connections this process can hold: a descriptor each, and some for its own work."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OWN_DESCRIPTORS
 
 
 @contextlib.contextmanager
@@ -300,10 +466,11 @@ def _memfd(blob: bytes) -> FileDescriptor:
     return FileDescriptor(fd, should_close=True)
 
 
-def registry(service: Service) -> VarlinkInterfaceRegistry:
-    """What the socket serves: the interface and its introspection."""
+def registry(service: Service, producers: Producers) -> VarlinkInterfaceRegistry:
+    """What the socket serves: the interfaces and their introspection."""
     made = VarlinkInterfaceRegistry()
     made.register_interface(service)
+    made.register_interface(producers)
     made.register_interface(VarlinkServiceInterface("khod", "khod", __version__, "https://kho.io/", made))
     return made
 

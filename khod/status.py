@@ -4,7 +4,7 @@ from khod.errors import Exit
 from khod.handover import Handover
 from khod.kernel.probe import Probed
 from khod.machine import RESTING
-from khod.model import Generation, Observed, Phase, Status
+from khod.model import Generation, Observed, Phase, Producer, Status
 
 SAYS: dict[Phase, tuple[str, str]] = {
     Phase.idle: ("Nothing is under way.", ""),
@@ -50,13 +50,29 @@ EXITS = {
 }
 
 
-def build(handover: Handover, phase: Phase, kernel: Observed | None, probed: Probed, *, stale: bool) -> Status:
+SHOWN = 5
+
+
+def some(names: list[str]) -> str:
+    """Names in one line: all, or the first few and how many more."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def build(
+    handover: Handover,
+    phase: Phase,
+    kernel: Observed | None,
+    probed: Probed,
+    producers: list[Producer],
+    *,
+    stale: bool,
+) -> Status:
     """Put together what is known; `phase` is what the kernel leaves of the machine's."""
     record, done = handover.record, [step.value for step in handover.machine.done]
     summary, remedy = SAYS[phase]
     if probed.kernel is None and phase in RESTING:
         summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
-    members = handover.actions.barrier.members if handover.actions else []
     contradicted = phase in (Phase.foreign, Phase.inconsistent)
     return Status(
         phase=phase,
@@ -71,8 +87,8 @@ def build(handover: Handover, phase: Phase, kernel: Observed | None, probed: Pro
         run=record.run,
         done=done,
         left=done if phase is Phase.failed else [],
-        waiting_for=[member.producer.name for member in members if member.waiting],
-        producers=[member.shown() for member in members],
+        waiting_for=[producer.name for producer in producers if producer.waiting],
+        producers=producers,
         verdict=record.verdict,
         previous_release=record.previous_release,
         handovers=record.handovers,

@@ -4,8 +4,10 @@ Only what the kernel handed over through KHO counts. Memory that merely still ho
 not: 6.19.11 to 7.3.4 keeps a trace buffer's text by luck while KHO was refused outright.
 """
 
+from collections.abc import Sequence
+
 from khod.abi import fdt
-from khod.errors import MalformedTree
+from khod.errors import MalformedTree, Refused
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Verdict
 
@@ -44,3 +46,13 @@ def producers(tree: Tree, generation: Generation) -> dict[str, object]:
         return {child.name: child for child in fdt.parse(tree.root).children}
     except MalformedTree:
         return {"/": tree.root}
+
+
+def without(missing: Sequence[str]) -> Refused:
+    """The refusal of a handover that a required producer of the kernel's would not be part of."""
+    return Refused(
+        f"Required state would not be handed over: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+        "not in the kernel's tree",
+        where="producers.require_kernel",
+        remedy="khoctl dt show lists what is there; look whether the driver is loaded and its memory reserved.",
+    )

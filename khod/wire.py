@@ -14,6 +14,8 @@ from khod.errors import BY_NAME, KhoError
 T = TypeVar("T")
 SOCKET = "/run/khod/io.kho.Handover"
 INTERFACE = "io.kho.Handover"
+PRODUCER = "io.kho.Producer"
+PRODUCER_VERSION = 1
 
 
 def decode(wanted: type[T], value: Any) -> T:

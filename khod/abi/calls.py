@@ -10,19 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from khod.abi import kexec_file_load, reboot
+from khod.abi import kexec_file_load, liveupdate, reboot
+from khod.abi.named import named
 
 READ_SIZE = 1 << 20
-
-
-@contextmanager
-def named(call: str) -> Iterator[None]:
-    """Give an OSError raised inside the call's name and arguments as its filename."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = call
-        raise
+LIVEUPDATE = "/dev/liveupdate"
 
 
 class Calls(Protocol):
@@ -48,6 +40,21 @@ class Calls(Protocol):
 
     def sync(self) -> None:
         """Write back all dirty pages of all file systems."""
+
+    def create_session(self, name: str) -> int:
+        """Make an outgoing LUO session; its descriptor is the caller's, and closing the last one is its undo."""
+
+    def retrieve_session(self, name: str) -> int:
+        """Take a session the previous kernel handed over, once in a boot; its file descriptor."""
+
+    def preserve_fd(self, session: int, fd: int, token: int) -> None:
+        """Preserve what `fd` refers to, under a token the session does not have yet."""
+
+    def retrieve_fd(self, session: int, token: int) -> int:
+        """Give a file of a retrieved session, a new descriptor each time."""
+
+    def finish_session(self, session: int) -> None:
+        """Let go of a retrieved session: what was not retrieved is freed."""
 
 
 class HostCalls:
@@ -89,3 +96,29 @@ class HostCalls:
 
     def sync(self) -> None:
         os.sync()
+
+    def create_session(self, name: str) -> int:
+        with self._device() as device:
+            return liveupdate.create_session(device, name)
+
+    def retrieve_session(self, name: str) -> int:
+        with self._device() as device:
+            return liveupdate.retrieve_session(device, name)
+
+    def preserve_fd(self, session: int, fd: int, token: int) -> None:
+        liveupdate.preserve_fd(session, fd, token)
+
+    def retrieve_fd(self, session: int, token: int) -> int:
+        return liveupdate.retrieve_fd(session, token)
+
+    def finish_session(self, session: int) -> None:
+        liveupdate.finish(session)
+
+    @contextmanager
+    def _device(self) -> Iterator[int]:
+        """Open the device and close it again: one process may have it at a time, and PID 1 wants it too."""
+        device = liveupdate.open_device(self.at(LIVEUPDATE))
+        try:
+            yield device
+        finally:
+            os.close(device)

@@ -3,12 +3,11 @@
 Distributions turn options off, Kconfig help texts lie, vendors carry v3 on other version numbers.
 """
 
-import gzip
-import zlib
 from dataclasses import dataclass
 
 from khod.abi.calls import Calls
 from khod.kernel import debugfs, sysfs
+from khod.kernel.built import built_in, switched_on
 from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.sysfs import SysfsKho
@@ -79,12 +78,12 @@ def _usable(kernel: KhoKernel, what: str, parameter: str) -> Probed:
 
 
 def _why_not(calls: Calls) -> tuple[str, str]:
-    if _built_in(calls) is False:
+    if built_in(calls, "CONFIG_KEXEC_HANDOVER", "kho_") is False:
         return (
             "This kernel was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER is not set)",
             "Boot a kernel built with CONFIG_KEXEC_HANDOVER=y and CONFIG_KEXEC_HANDOVER_DEBUGFS=y.",
         )
-    if not _kho_on(calls):
+    if not switched_on(calls, "kho"):
         return (
             "Kexec HandOver is compiled in and switched off: kho=on is not on the kernel command line",
             "Add kho=on to the kernel command line (and kho_scratch= for its size) and boot again.",
@@ -99,29 +98,3 @@ def _why_not(calls: Calls) -> tuple[str, str]:
         "Look for `KHO:` in the kernel log: the scratch reservation may have failed, or "
         "CONFIG_KEXEC_HANDOVER_DEBUGFS is not set, or lockdown hides debugfs.",
     )
-
-
-def _kho_on(calls: Calls) -> bool:
-    words = calls.read("/proc/cmdline").decode(errors="replace").split()
-    return any(
-        word.partition("=")[0] == "kho" and word.partition("=")[2] in ("", "1", "y", "Y", "on") for word in words
-    )
-
-
-def _built_in(calls: Calls) -> bool | None:
-    """Ask the kernel's configuration, else its symbols; None where neither can be read.
-
-    Asked once: it holds for the whole boot, and the symbols are megabytes (half a second in a slow guest).
-    """
-    release = calls.read("/proc/sys/kernel/osrelease").decode().strip()
-    for path in ("/proc/config.gz", f"/usr/lib/modules/{release}/config", f"/boot/config-{release}"):
-        try:
-            raw = calls.read(path)
-            config = gzip.decompress(raw) if path.endswith(".gz") else raw
-        except (OSError, EOFError, zlib.error):
-            continue
-        return b"\nCONFIG_KEXEC_HANDOVER=y" in config
-    try:
-        return b" kho_" in calls.read("/proc/kallsyms")
-    except OSError:
-        return None

@@ -20,7 +20,7 @@ from typing import Any
 
 import libfdt
 
-from khod.abi.calls import HostCalls
+from khod.abi.calls import LIVEUPDATE, HostCalls
 from khod.abi.fdt import KHO_MEM, mem, parse
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
 from khod.kernel.kexec import BOOT_ID, KMSG, LOAD_DISABLED, LOAD_LIMIT
@@ -124,6 +124,12 @@ class SimulatedKernel(HostCalls):
             tree = tree.replace(b"global-trace", b"GLOBAL-TRACE")
         self._boot(image["cmdline"], tree)
         raise Rebooted
+
+    def create_session(self, name: str) -> int:
+        raise OSError(errno.ENOENT, f"no LUO, which came years after v3, for {name}", f"open {LIVEUPDATE}")
+
+    def retrieve_session(self, name: str) -> int:
+        return self.create_session(name)
 
     def sync(self) -> None:
         """Nothing: the simulated kernel's disks are the host's own."""

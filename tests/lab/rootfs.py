@@ -24,6 +24,8 @@ PACKAGES = (
     "python3-systemd",
     "python3-libfdt",
     "python3-asyncvarlink",
+    "python3-jeepney",
+    "python3-qemu-qmp",
 )
 EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 AGENT = "/usr/lib/khod-lab/agent.py"

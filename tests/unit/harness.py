@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,18 @@ from khod import executor
 from khod.config import Config
 from khod.engine import Engine
 from khod.errors import ConfigError
+from khod.guard import Seen, Uevent, Watch
 from khod.kernel.kexec import Kexec
+from khod.kernel.luo import Luo
 from khod.kernel.probe import Probed, probe
 from khod.kernel.simulated import SimulatedKernel
 from khod.kernel.sysfs import KHO
 from khod.kernel.thread import KernelThread
 from khod.model import Event
+from khod.producers.barrier import Producer
 from khod.producers.hooks import Hook
 from khod.record import Record, Store
+from khod.sessions import Sessions
 from khod.target import Request
 from tests.unit.images import CPIO, bzimage
 
@@ -90,15 +94,66 @@ class Kernel(SimulatedKernel):
         return self.read("/sys/kernel/kexec_loaded") == b"1\n"
 
 
+class Quiet:
+    """Stands for the guard: a host whose devices change when a test says so."""
+
+    def __init__(self) -> None:
+        self.watching = False
+        self.devices: Mapping[str, Iterable[str]] = {}
+        self.happened: Callable[[Seen], None] = lambda _seen: None
+
+    def made(self, abort: Iterable[str], record: Iterable[str], happened: Callable[[Seen], None]) -> "Quiet":
+        self.watch, self.happened = Watch(frozenset(abort), frozenset(record)), happened
+        return self
+
+    def start(self, devices: Mapping[str, Iterable[str]]) -> None:
+        self.watching, self.devices = True, devices
+
+    def stop(self) -> None:
+        self.watching = False
+
+    def look(self) -> None:
+        """Nothing waits to be read."""
+
+    def event(self, action: str, subsystem: str, device: str = "/sys/devices/x") -> None:
+        """Let something happen; unheard where nobody watches."""
+        seen = self.watch.judge(Uevent(action, subsystem, device))
+        if self.watching and seen is not None:
+            self.happened(seen)
+
+
+class KeptFds:
+    """Stands for the service manager's store: descriptors by name that outlive an engine."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, int] = {}
+
+    def put(self, name: str, fd: int) -> None:
+        self.kept[name] = os.dup(fd)
+
+    def remove(self, name: str) -> None:
+        if (fd := self.kept.pop(name, None)) is not None:
+            os.close(fd)
+
+    async def settle(self) -> None:
+        """Nothing is on its way."""
+
+    def passed(self) -> dict[str, int]:
+        """What the next khod is started with."""
+        return {name: os.dup(fd) for name, fd in self.kept.items()}
+
+
 class Host:
     """Everything below one directory. `engine()` is a khod that has just been executed; it was not started."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = Config()
-        self.hooks: list[Hook] = []
+        self.hooks: list[Producer] = []
+        self.guard = Quiet()
         self.broken: ConfigError | None = None
         self.events: list[Event] = []
+        self.fdstore = KeptFds()
         self.told = directory / "told"
         (directory / "state").mkdir()
         self.store = Store(directory / "state")
@@ -108,7 +163,7 @@ class Host:
         (directory / "vmlinuz").write_bytes(bzimage())
         (directory / "initrd").write_bytes(CPIO)
 
-    def producers(self) -> list[Hook]:
+    def producers(self) -> list[Producer]:
         if self.broken is not None:
             raise self.broken
         return list(self.hooks)
@@ -122,6 +177,8 @@ class Host:
             self.store,
             self.config,
             producers=self.producers,
+            sessions=Sessions(Luo(self.kernel), thread, self.fdstore, passed=self.fdstore.passed()),
+            guard=self.guard.made,
             orderly=executors.get("orderly", jump),
             immediate=executors.get("immediate", jump),
             thread=thread,
@@ -158,7 +215,7 @@ class Host:
         commands = {
             verb: ["/bin/sh", "-c", f"echo {name} {verb} >> {self.told}\n{scripts.get(verb, '')}"] for verb in verbs
         }
-        self.hooks.append(Hook(name, commands, timeout, after))
+        self.hooks.append(Hook(name, timeout, after, commands=commands))
 
     @property
     def verbs(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Configuration: fragments in order, what is wrong named with file and line; profiles and producers too."""
 
 import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -11,7 +12,8 @@ from khoctl import profile
 from khod import config
 from khod.config import Config
 from khod.errors import ConfigError, Exit
-from khod.producers import hooks
+from khod.producers import directory
+from khod.producers.hooks import Hook
 from tests.unit.khods import REPOSITORY
 
 
@@ -113,15 +115,16 @@ def test_the_shipped_file_has_every_key_with_its_default_and_a_sentence() -> Non
         else:
             explained = line.startswith("#") or (explained and bool(line.strip()))
     assert keys.keys() == sections
-    assert keys == dataclasses.asdict(Config())
+    assert keys == json.loads(json.dumps(dataclasses.asdict(Config())))
 
 
 def test_a_producer_is_read_with_all_its_keys(root: Path) -> None:
     (root / "etc/kho/producers.d/vm.toml").write_text(
         'prepare = ["/bin/a", "b c"]\nthaw = ["/bin/t"]\ntimeout = 3\nafter = ["net"]\nbefore = ["disk"]\n'
     )
-    (hook,) = hooks.load(root)
+    (hook,) = directory.load(root)
     assert (hook.name, hook.timeout, hook.after, hook.before) == ("vm", 3.0, ("net",), ("disk",))
+    assert isinstance(hook, Hook)
     assert hook.commands == {"prepare": ["/bin/a", "b c"], "thaw": ["/bin/t"]}
 
 
@@ -145,15 +148,15 @@ def test_a_wrong_producer_names_its_file(root: Path, text: str) -> None:
     path = root / "etc/kho/producers.d/vm.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as raised:
-        hooks.load(root)
+        directory.load(root)
     assert raised.value.where.startswith(str(path))
 
 
-@pytest.mark.parametrize("name", ["v m", "ä", "x" * 65])
+@pytest.mark.parametrize("name", ["v m", "ä", "x" * 65, "systemd", ".x", "-x"])
 def test_a_producer_s_name_is_plain(root: Path, name: str) -> None:
     (root / f"etc/kho/producers.d/{name}.toml").write_text("")
     with pytest.raises(ConfigError):
-        hooks.load(root)
+        directory.load(root)
 
 
 def test_a_profile_is_what_kexec_would_be_given(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_a_client_that_goes_away_does_not_end_what_it_began(start: Callable[[], 
     khod = start()
     with khod.connect() as client:
         client.sendall(b'{"method": "io.kho.Handover.Activate", "parameters": {}}\0')
-        khod.word("slow: freeze")
+        khod.word("stopping their work. Waiting for slow")
     fifo.write_text("go on\n")
     khod.word("activate took")
     with khod.connect() as client:

@@ -16,14 +16,17 @@ LAYERS = [
     {"abi", "images"},
     {"kernel"},
     {"machine", "record", "reconcile", "config", "cmdline"},
-    {"producers", "executor", "verify", "preflight", "target", "actions", "handover", "status"},
+    {"producers", "fdstore", "sessions", "guard", "executor", "verify", "preflight", "target", "actions"}
+    | {"handover", "arrival", "status"},
     {"engine"},
     {"server", "journal", "daemon", "__main__"},
 ]
 # What khoctl shares with khod. These stand beside the layers and import only what is named.
 CLIENT_SIDE = {
     "protocol": {"wire", "model", "errors"},
-    "client": {"wire", "model", "errors"},
+    "connection": {"wire", "errors", "__init__"},
+    "client": {"wire", "model", "connection", "__init__"},
+    "producer": {"wire", "errors", "connection", "__init__"},
     "tree": {"abi.fdt", "model", "errors"},
 }
 KHOCTL_MAY = {"client", "wire", "model", "errors", "tree", "files"}

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from khod.errors import RecordError
 from khod.kernel.protocol import Tree
-from khod.model import Generation, Phase, Step, StepTiming, Verdict
-from khod.record import VERSION, Record, Store, decode, encode
+from khod.model import Generation, Kept, Phase, Step, StepTiming, Verdict
+from khod.record import VERSION, Holder, Owner, Process, Record, Store, decode, encode
 from tests.unit.khods import REPOSITORY
 
 FULL = Record(
@@ -34,6 +34,21 @@ FULL = Record(
     last_error="Der Müller sagt nein",
     verdict=Verdict(["ftrace"], ["memblock"], ["LUO"], "did not arrive: memblock"),
     suspect="an abort",
+    producers=(
+        Holder(
+            "kv",
+            "varlink",
+            "freeze",
+            "a note",
+            30.0,
+            ("net",),
+            ("disk",),
+            ("/dev/vfio/1",),
+            Owner(1000, "kv.service"),
+            Process(77, 123456),
+            (Kept("table", (1 << 64) - 1),),
+        ),
+    ),
     failed_activations=2,
 )
 
@@ -41,6 +56,11 @@ text = st.text(st.characters(exclude_categories=["Cs"]))
 number = st.floats(allow_nan=False, allow_infinity=False)
 timing = st.builds(StepTiming, text, number, number)
 verdict = st.none() | st.builds(Verdict, st.lists(text), st.lists(text), st.lists(text), text)
+texts = st.lists(text, max_size=2).map(tuple)
+owner = st.none() | st.builds(Owner, st.integers(0, 1 << 32), text)
+process = st.none() | st.builds(Process, st.integers(1, 1 << 22), st.integers(0, 1 << 60))
+kept = st.lists(st.builds(Kept, text, st.integers(0, (1 << 64) - 1)), max_size=2).map(tuple)
+holder = st.builds(Holder, text, text, text, text, number, texts, texts, texts, owner, process, kept)
 records = st.builds(
     Record,
     version=st.just(VERSION),
@@ -55,6 +75,7 @@ records = st.builds(
     timings=st.lists(timing, max_size=3).map(tuple),
     last_error=text,
     verdict=verdict,
+    producers=st.lists(holder, max_size=2).map(tuple),
     failed_activations=st.integers(0, 100),
 )
 
@@ -154,7 +175,7 @@ def test_a_write_replaces_the_record_and_leaves_nothing_else(store: Store) -> No
 CRASHER = """
 import dataclasses, sys
 from pathlib import Path
-from khod.record import Record, Store
+from khod.record import Holder, Owner, Process, Record, Store
 store = Store(Path(sys.argv[1]))
 number = 0
 while True:
@@ -255,3 +276,9 @@ def test_a_snapshot_holds_nothing_of_the_one_before(store: Store) -> None:
         store.prepare_snapshot()
         store.write_snapshot(tree)
         assert store.snapshot() == tree
+
+
+def test_a_record_of_before_producers_were_in_it_is_still_one() -> None:
+    values = json.loads(encode(FULL))
+    del values["producers"]
+    assert decode(json.dumps(values).encode()) == replace(FULL, producers=())

@@ -1,0 +1,14 @@
+"""An OSError tells which call it ended."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def named(call: str) -> Iterator[None]:
+    """Give an OSError raised inside the call's name and arguments as its filename."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = call
+        raise

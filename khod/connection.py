@@ -1,0 +1,126 @@
+"""One Varlink connection to khod, blocking, with file descriptors; standard library only."""
+
+import json
+import os
+import socket
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from khod import wire
+from khod.errors import Unreachable
+
+START = "Start it with: systemctl start kho-handover"
+JOURNAL = "Look at: journalctl -u kho-handover"
+CHUNK = 1 << 16
+MAX_FDS = 253  # SCM_MAX_FD, the most one message carries
+
+
+class Connection:
+    """A connection to khod's socket. Every method raises KhoError; Unreachable where the connection ends."""
+
+    def __init__(self, path: Path = Path(wire.SOCKET)) -> None:
+        """Connect; Unreachable names the socket and the likely cause."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._path = str(path)
+        self._text = b""
+        self._messages: deque[bytes] = deque()
+        self.fds: list[int] = []
+        try:
+            self._socket.connect(str(path))
+        except OSError as error:
+            self._socket.close()
+            why = {
+                FileNotFoundError: "khod is not running: its socket is not there",
+                ConnectionRefusedError: "khod is not running: nothing listens on its socket",
+            }.get(type(error), f"khod cannot be reached: {error.strerror or error}")
+            raise Unreachable(why, where=str(path), remedy=START) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection, and what came over it and was not taken."""
+        for fd in self.take():
+            os.close(fd)
+        self._socket.close()
+
+    def shut(self) -> None:
+        """End the connection from another thread than the one that waits on it."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def take(self) -> list[int]:
+        """Give the descriptors that came since the last time; they are the caller's."""
+        taken, self.fds = self.fds, []
+        return taken
+
+    def fileno(self) -> int:
+        """The connection, for select(2)."""
+        return self._socket.fileno()
+
+    def send(
+        self, method: str, parameters: Mapping[str, Any] | None = None, *, fds: tuple[int, ...] = (), more: bool = False
+    ) -> None:
+        """Send a call by its full name; descriptors stay the caller's, parameters name them by their index."""
+        call = {
+            "method": method,
+            "parameters": parameters or {},
+            **({"more": True} if more else {}),
+        }
+        data = json.dumps(call).encode() + b"\0"
+        try:
+            sent = socket.send_fds(self._socket, [data], fds) if fds else 0
+            self._socket.sendall(data[sent:])
+        except OSError:
+            raise Unreachable("khod closed the connection", remedy=JOURNAL) from None
+
+    def reply(self) -> Mapping[str, Any]:
+        """Wait for the next reply and give its parameters; one of our errors is raised."""
+        while not self._messages:
+            self.receive()
+        try:
+            message = json.loads(self._messages.popleft())
+            name, parameters = message.get("error"), message.get("parameters") or {}
+        except (ValueError, AttributeError):
+            raise self.stranger() from None
+        if name is not None:
+            raise wire.error(str(name), parameters)
+        found: Mapping[str, Any] = parameters
+        return found
+
+    def stranger(self) -> Unreachable:
+        """The error for an answer that this version of khod does not give."""
+        what = "What answers on the socket is not this version's khod"
+        return Unreachable(what, where=self._path, remedy="systemctl status kho-handover tells what runs.")
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a reply is here that was not yet asked for."""
+        return bool(self._messages)
+
+    def receive(self) -> None:
+        """Take in what has come, at least one byte."""
+        try:
+            data, fds, _flags, _address = socket.recv_fds(self._socket, CHUNK, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        except TimeoutError:
+            raise Unreachable(f"khod does not answer within {self._socket.gettimeout():g} s", remedy=JOURNAL) from None
+        except OSError:
+            data, fds = b"", []
+        self.fds += fds
+        if not data:
+            raise Unreachable("khod closed the connection", remedy=JOURNAL)
+        *complete, self._text = (self._text + data).split(b"\0")
+        self._messages += complete
+
+    def patience(self, seconds: float | None) -> None:
+        """How long an answer may take; None for ever."""
+        self._socket.settimeout(seconds)

@@ -1,0 +1,138 @@
+"""LUO, the Live Update Orchestrator (Linux 6.19 and later): files that live through a kexec, and why one does not."""
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+
+from khod.abi.calls import LIVEUPDATE, Calls
+from khod.errors import KhoError, Refused, Unsupported, errno_text
+from khod.kernel.built import built_in, switched_on
+from khod.model import Kept
+
+HUGE = 1 << 16  # bytes; the smallest huge page is larger on every architecture but 64K-page arm64
+ABSENT = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
+SESSION = {
+    errno.EBUSY: ("another process has the device open", "Find it with: fuser /dev/liveupdate"),
+    errno.EIO: (
+        "what the previous kernel handed over cannot be read, and that stays so until a reboot",
+        "Look for `luo` in the kernel log.",
+    ),
+    errno.ENOENT: ("the previous kernel handed no such session over", "Look for `luo` in the kernel log of this boot."),
+    errno.EINVAL: ("something else took it", "systemd-analyze fdstore shows where it is kept."),
+    errno.EEXIST: ("a session of that name is there already", "khoctl abort --force closes what khod does not know."),
+    errno.ENOMEM: ("the kernel takes no more sessions", "Let one producer hand over more files."),
+    errno.EPERM: ("khod lacks the right", "Run khod from its unit."),
+}
+PRESERVE = {
+    # Seen on 7.3.4 for hugetlb memfds, pipes, sockets, files with a name, devices, eventfds, other sessions.
+    errno.ENOENT: ("nothing in this kernel preserves files of that kind", "Hand over a memfd without MFD_HUGETLB."),
+    errno.EOPNOTSUPP: ("nothing in this kernel preserves files of that kind", "Hand over a memfd without MFD_HUGETLB."),
+    errno.EEXIST: ("that token is in use in this session", "Give each file a token of its own."),
+    errno.EBUSY: ("it is preserved already", "Hand each file over once."),
+    errno.ENOSPC: ("the session takes no more files", "Use another producer name for the rest."),
+    errno.ENOMEM: ("there is no memory to preserve it", "Free memory."),
+    errno.EINVAL: ("the kernel does not take it as it is", "Hand over a memfd without MFD_HUGETLB."),
+    errno.EBADF: ("it is no open file", "Keep it open until the answer has come."),
+}
+
+
+class Luo:
+    """The calls of /dev/liveupdate with their errnos in words; to be made in the kernel's thread."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def create(self, name: str) -> int:
+        """Make an outgoing session."""
+        try:
+            return self._calls.create_session(name)
+        except OSError as error:
+            raise self._no_session(error, "The kernel makes no LUO session", absent=ABSENT) from error
+
+    def retrieve(self, name: str) -> int:
+        """Take a session of the previous kernel's."""
+        try:
+            return self._calls.retrieve_session(name)
+        except OSError as error:
+            absent = ABSENT if not self._calls.exists(LIVEUPDATE) else ()
+            raise self._no_session(error, f"The LUO session {name} cannot be taken", absent=absent) from error
+
+    def preserve(self, session: int, fd: int, kept: Kept) -> None:
+        """Preserve one file."""
+        try:
+            self._calls.preserve_fd(session, fd, kept.token)
+        except OSError as error:
+            meaning, remedy = PRESERVE.get(error.errno or 0, ("", "Look for `luo` in the kernel log."))
+            because = f", {meaning}" if meaning else ""
+            raise Refused(
+                f"{kept.name} ({kind(fd)}) cannot be preserved: {errno_text(error)}{because}",
+                where=str(error.filename),
+                remedy=remedy,
+            ) from error
+
+    def files(self, session: int, kept: Sequence[Kept]) -> list[int]:
+        """Give every file, or raise Refused: the kernel says the same about it each time after."""
+        taken: list[int] = []
+        for file in kept:
+            try:
+                taken.append(self._calls.retrieve_fd(session, file.token))
+            except OSError as error:
+                for fd in taken:
+                    os.close(fd)
+                raise Refused(
+                    f"{file.name} (token {file.token}) did not arrive: {errno_text(error)}",
+                    where=str(error.filename),
+                    remedy="Look for `luo` and `memfd` in the kernel log of this boot.",
+                ) from error
+        return taken
+
+    def finish(self, session: int) -> None:
+        """Let go of a retrieved session."""
+        try:
+            self._calls.finish_session(session)
+        except OSError as error:
+            raise Refused(
+                f"The kernel does not let go of a LUO session: {errno_text(error)}", where=str(error.filename)
+            ) from error
+
+    def _no_session(self, error: OSError, what: str, absent: Sequence[int]) -> KhoError:
+        if error.errno in absent:
+            return self.why_not()
+        meaning, remedy = SESSION.get(error.errno or 0, ("", "Look for `luo` in the kernel log."))
+        because = f", {meaning}" if meaning else ""
+        return Refused(f"{what}: {errno_text(error)}{because}", where=str(error.filename), remedy=remedy)
+
+    def why_not(self) -> Unsupported:
+        """Say why this kernel has no LUO, and what to add."""
+        try:
+            built, on = built_in(self._calls, "CONFIG_LIVEUPDATE", "luo_"), switched_on(self._calls, "liveupdate")
+        except OSError:
+            built, on = None, False
+        if built is False:
+            what, remedy = "was built without it", "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
+        elif not on or not switched_on(self._calls, "kho"):
+            what, remedy = "was not booted with both kho=on and liveupdate=on", "Add them and boot again."
+        else:
+            what, remedy = "does not offer it", "Look for `luo` in the kernel log."
+        return Unsupported(
+            f"This kernel keeps no producer's files: the Live Update Orchestrator is not there, it {what}",
+            where=LIVEUPDATE,
+            remedy=remedy,
+        )
+
+
+def kind(fd: int) -> str:
+    """Say what a descriptor refers to, for people: `a pipe`, `a hugetlb memfd`, `a regular file`."""
+    try:
+        mode, target = os.fstat(fd).st_mode, os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return "no open file"
+    if target.startswith("/memfd:"):
+        # Both kinds say /memfd:, and hugetlbfs has pages of its own size as blocks.
+        return "a hugetlb memfd" if os.fstat(fd).st_blksize > HUGE else "a memfd"
+    if target.startswith("anon_inode:"):
+        return target.removeprefix("anon_inode:").strip("[]").split()[0]
+    named = [(stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a directory")]
+    named += [(stat.S_ISCHR, "a character device"), (stat.S_ISBLK, "a block device"), (stat.S_ISREG, "a regular file")]
+    return next((text for is_kind, text in named if is_kind(mode)), "a file")

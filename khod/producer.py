@@ -1,0 +1,217 @@
+"""Take part in a handover: a library for whatever holds state that is to outlive the kernel.
+
+    import os
+    from khod.producer import Producer
+
+    table = os.memfd_create("table")
+
+    def restore(step):
+        global table
+        table = step.files["table"]
+
+    Producer("cache", prepare=lambda step: {"table": table}, restore=restore).run()
+
+A handler is called for each verb. prepare: work goes on, but what is handed over may not grow any more.
+freeze: stop working until thaw. thaw and cancel: it is off. restore, in the next kernel: here are your
+files. finish: everyone has what is theirs. A handler returns nothing, or, from prepare and freeze, files
+to preserve by name (memfds; the kernel must have LUO). Raising `Veto` is a no; so is any other exception.
+
+Standard library only, and khod's own words; the protocol is the Varlink interface io.kho.Producer.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from khod import wire
+from khod.connection import Connection
+from khod.errors import KhoError, Unreachable
+
+LOG = logging.getLogger(__name__)
+AGAIN = 1.0
+"""Seconds between attempts to reach a khod that is gone: systemd starts it again."""
+
+UNDO = {"freeze": ("thaw", "prepare"), "prepare": ("cancel", "")}
+"""What takes back each verb, and what still counts after it."""
+
+
+class Veto(Exception):
+    """Raised by a handler: no, and why."""
+
+
+class CalledOff(Exception):
+    """Raised out of `Step.not_yet`: khod does not wait for this any more. Leave the handler; the undo follows."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One verb of one handover (`run`). `timeout` is in seconds; khod gives up then."""
+
+    verb: str
+    run: str
+    timeout: float
+    files: dict[str, int] = field(default_factory=dict)
+    """With restore, what was preserved: descriptors that are yours from here on."""
+    _say: Callable[[str, float | None], None] = lambda _reason, _progress: None
+
+    def not_yet(self, reason: str, progress: float | None = None) -> None:
+        """Tell the operator what takes so long, and how much is done (0 to 1); CalledOff where it is off."""
+        self._say(reason, progress)
+
+
+Handler = Callable[[Step], Mapping[str, int] | None]
+
+
+class Producer:
+    """One producer. `after` and `before` name others; `devices` are paths it cannot do without."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        prepare: Handler | None = None,
+        freeze: Handler | None = None,
+        thaw: Handler | None = None,
+        cancel: Handler | None = None,
+        restore: Handler | None = None,
+        finish: Handler | None = None,
+        timeout: float = 30.0,
+        after: Iterable[str] = (),
+        before: Iterable[str] = (),
+        devices: Iterable[str] = (),
+        socket: Path = Path(wire.SOCKET),
+    ) -> None:
+        verbs = {"prepare": prepare, "freeze": freeze, "thaw": thaw, "cancel": cancel}
+        self._handlers = {**verbs, "restore": restore, "finish": finish}
+        self._terms = {
+            "name": name,
+            "version": wire.PRODUCER_VERSION,
+            "timeout": timeout,
+            "after": [*after],
+            "before": [*before],
+            "devices": [*devices],
+        }
+        self._socket = socket
+        self._connection: Connection | None = None
+        self._stopping = threading.Event()
+        self._counts = ""
+        self._tokens = 0
+
+    def start(self) -> None:
+        """Register, take back what was left before the jump, and serve in a thread of its own.
+
+        Returns when `restore` has been called, if there was anything to restore: then only decide
+        whether to begin empty. Raises KhoError: khod is not there, or refuses.
+        """
+        answer = self._begin()
+        threading.Thread(target=self._serve, args=(answer,), name="khod-producer", daemon=True).start()
+
+    def run(self) -> None:
+        """Register and serve until `stop`. Raises KhoError as `start` does, not later: khod is waited for."""
+        self._serve(self._begin())
+
+    def stop(self) -> None:
+        """Leave. While a handover is under way this is a veto."""
+        self._stopping.set()
+        if self._connection is not None:
+            self._connection.shut()
+
+    def _begin(self) -> dict[str, Any]:
+        return self._turn({}) if self._register() == "restore" else {}
+
+    def _register(self) -> str:
+        """Connect and register; what khod counts on. What was done beyond that is taken back."""
+        self._drop()
+        self._connection = Connection(self._socket)
+        self._connection.send(f"{wire.PRODUCER}.Register", self._terms)
+        told = str(self._connection.reply()["told"])
+        while self._counts and self._counts != told:
+            undo, self._counts = UNDO[self._counts]
+            self._handle(Step(undo, "", 0.0))
+        return told
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _serve(self, answer: dict[str, Any]) -> None:
+        """Answer and be told, over and over; where khod goes, connect again."""
+        while not self._stopping.is_set():
+            try:
+                if self._connection is None:
+                    self._register()
+                    answer = {}
+                answer = self._turn(answer)
+            except KhoError as error:
+                # Whoever is frozen stays so: khod may be gone because the host is on its way into the next kernel.
+                LOG.warning("%s", error)
+                self._drop()
+                self._stopping.wait(AGAIN)
+        self._drop()
+
+    def _turn(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Give an answer, be told the next verb, and do it; the answer to that."""
+        command, fds = self._next(answer)
+        if command is None:
+            return {}
+        files = dict(zip(command["names"], fds, strict=True))
+        step = Step(
+            str(command["verb"]),
+            str(command["run"]),
+            float(command["timeout"]),
+            files,
+            lambda reason, progress: self._not_yet(command, reason, progress),
+        )
+        said = {"serial": command["serial"], **self._handle(step)}
+        done = {"thaw": "prepare", "cancel": "", "restore": "", "finish": ""}
+        self._counts = done.get(step.verb, step.verb)
+        if not self._counts:
+            self._tokens = 0
+        return said
+
+    def _next(self, answer: dict[str, Any]) -> tuple[Mapping[str, Any] | None, list[int]]:
+        """Call Next; None where khod cannot give what it should, and says why."""
+        connection = self._connection
+        if connection is None:
+            raise Unreachable("not connected")
+        files = answer.pop("files", {})
+        fds: tuple[int, ...] = tuple(files.values())
+        if fds:
+            tokens = [self._tokens + number for number in range(len(fds))]
+            self._tokens += len(fds)
+            answer |= {"names": list(files), "tokens": tokens, "fds": [*range(len(fds))]}
+        connection.send(f"{wire.PRODUCER}.Next", answer, fds=fds)
+        try:
+            return connection.reply(), connection.take()
+        except Unreachable:
+            raise
+        except KhoError as error:
+            LOG.error("%s", error)
+            return None, []
+
+    def _not_yet(self, command: Mapping[str, Any], reason: str, progress: float | None) -> None:
+        said = {"serial": command["serial"], "answer": "not_yet", "reason": reason}
+        now, fds = self._next(said if progress is None else said | {"progress": progress})
+        for fd in fds:
+            os.close(fd)
+        if now is None or now["serial"] != command["serial"]:
+            raise CalledOff(reason)
+
+    def _handle(self, step: Step) -> dict[str, Any]:
+        """Call the handler; what it comes to as an answer."""
+        handler = self._handlers[step.verb]
+        try:
+            files = handler(step) if handler is not None else None
+        except Veto as error:
+            return {"answer": "veto", "reason": str(error)}
+        except CalledOff:
+            return {"answer": "veto", "reason": "called off"}
+        except Exception as error:  # whatever goes wrong in a handler, the answer is no
+            LOG.exception("%s failed", step.verb)
+            return {"answer": "veto", "reason": f"{type(error).__name__}: {error}"}
+        return {"answer": "ready", "files": dict(files or {})}

@@ -1,0 +1,75 @@
+"""/etc/kho/producers.d: one producer a file. What it names decides the kind: commands, a unit, or a QMP socket."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from khod.errors import ConfigError, UsageError
+from khod.producers.barrier import Producer, Verb
+from khod.producers.configured import check_name, string, strings
+from khod.producers.hooks import Hook
+from khod.producers.qemu import Qemu
+from khod.producers.unit import Unit, check_unit
+
+DIRECTORY = "etc/kho/producers.d"
+VERBS = tuple(verb.value for verb in Verb)
+Values = dict[str, Any]
+
+
+def load(root: Path = Path("/")) -> list[Producer]:
+    """Read every producer's file, by name; ConfigError that names the file."""
+    return [_read(path) for path in sorted((root / DIRECTORY).glob("*.toml"))]
+
+
+def _read(path: Path) -> Producer:
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"The producer cannot be read: {error}", where=str(path)) from None
+    try:
+        check_name(path.stem)
+        common = _common(values, path)
+        chosen = [key for key in KINDS if key in values]
+        if len(chosen) > 1 or (chosen and any(verb in values for verb in VERBS)):
+            raise ConfigError(
+                f"`{chosen[0]}` stands beside another kind of producer", where=str(path), remedy="One file is one."
+            )
+        made = (KINDS[chosen[0]] if chosen else _hook)(path, values, common)
+    except UsageError as error:
+        raise ConfigError(error.what, where=str(path), remedy=error.remedy) from None
+    if values:
+        known = (*VERBS, "unit", "how", "qmp", "timeout", "after", "before", "devices")
+        raise ConfigError(
+            f"`{min(values)}` is no key of a producer's", where=str(path), remedy=f"Known here: {', '.join(known)}."
+        )
+    return made
+
+
+def _common(values: Values, path: Path) -> Values:
+    """Take the keys that all kinds have."""
+    timeout = values.pop("timeout", 30.0)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise ConfigError(f"`timeout` is {timeout!r}", where=str(path), remedy="It takes a positive number of seconds.")
+    lists = {key: tuple(strings(values.pop(key, []), path, key)) for key in ("after", "before", "devices")}
+    return {"name": path.stem, "timeout": float(timeout), **lists}
+
+
+def _hook(path: Path, values: Values, common: Values) -> Producer:
+    commands = {verb: strings(values.pop(verb), path, verb, some=True) for verb in VERBS if verb in values}
+    return Hook(**common, commands=commands)
+
+
+def _unit(path: Path, values: Values, common: Values) -> Producer:
+    name, how = string(values.pop("unit"), path, "unit"), values.pop("how", "freeze")
+    check_unit(name)
+    if how not in ("freeze", "stop"):
+        raise ConfigError(f"`how` is {how!r}", where=str(path), remedy="It takes one of: freeze, stop.")
+    return Unit(**common, unit=name, how=how)
+
+
+def _qemu(path: Path, values: Values, common: Values) -> Producer:
+    return Qemu(**common, socket=string(values.pop("qmp"), path, "qmp"))
+
+
+KINDS: dict[str, Callable[[Path, Values, Values], Producer]] = {"unit": _unit, "qmp": _qemu}

@@ -1,0 +1,350 @@
+"""Producers that connect: Varlink peers, registered for as long as their connection lives.
+
+A peer is told what to do as the reply to its own call (`Next`), so one connection carries everything,
+and who answers is who registered. The end of the connection is a veto. A peer whose connection ended
+undoes what it did by itself, unless khod is back soon and says that it still counts on it; so whoever
+khod saw go needs not be told, and whoever was told by a khod that died is waited for.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from khod.errors import KhoError, Refused, Unreachable, Unsupported, UsageError
+from khod.model import Kept
+from khod.producers.barrier import UNDO, Telling, Verb, Veto
+from khod.producers.configured import check_name
+from khod.producers.identity import ended
+from khod.record import Holder, Owner, Process
+from khod.sessions import Sessions, session_of
+
+KIND = "varlink"
+MAX_TIMEOUT = 86400.0
+PATH_MAX = 4096
+MAX_NAMES = 64
+"""Names of other producers, or devices, one registration may have: each stands in the record."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a producer registers with; see `khod.producers.barrier.Producer`. `timeout` is in seconds."""
+
+    timeout: float = 30.0
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a producer says to the command `serial`: `word` is ready, not_yet or veto."""
+
+    serial: int
+    word: str
+    reason: str = ""
+    progress: float | None = None
+    files: Sequence[tuple[Kept, int]] = ()
+    """Files to preserve, with prepare and freeze; the descriptors stay the caller's."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a producer is told. `fds` are those of `kept`, with restore; whoever gets the command closes them."""
+
+    serial: int
+    verb: Verb
+    run: str
+    timeout: float
+    kept: tuple[Kept, ...] = ()
+    fds: tuple[int, ...] = ()
+
+
+class Peer:
+    """One producer by its name, connected or expected to come back."""
+
+    kind = KIND
+
+    def __init__(self, name: str, owner: Owner, process: Process | None, terms: Terms, sessions: Sessions) -> None:
+        self.name = name
+        self.owner = owner
+        self.process = process
+        self.terms = terms
+        self.connected = False
+        self.told = ""
+        """The last verb it was told and not told the undo of: what it is reminded of when it comes back."""
+        self.kept: tuple[Kept, ...] = ()
+        self.run = ""
+        self.restoring = False
+        """Whether the previous kernel's khod left this entry: whoever claims it comes from another boot."""
+        self._sessions = sessions
+        self._serial = 0
+        self._telling: Telling | None = None
+        self._delivered = 0
+        self._answer: asyncio.Future[None] | None = None
+        self._news = asyncio.Event()
+        self._back = asyncio.Event()
+
+    @classmethod
+    def expected(cls, holder: Holder, run: str, sessions: Sessions, *, restoring: bool) -> "Peer":
+        """Make the entry of a producer that an earlier khod knew."""
+        terms = Terms(holder.timeout, holder.after, holder.before, holder.devices)
+        made = cls(holder.name, holder.owner or Owner(-1, ""), holder.process, terms, sessions)
+        made.told, made.kept, made.run, made.restoring = holder.told, holder.kept, run, restoring
+        return made
+
+    def holder(self) -> Holder:
+        """What the record says of it; the barrier adds what it was told."""
+        terms = self.terms
+        return Holder(
+            self.name,
+            KIND,
+            timeout=terms.timeout,
+            after=terms.after,
+            before=terms.before,
+            devices=terms.devices,
+            owner=self.owner,
+            process=self.process,
+            kept=self.kept,
+        )
+
+    @property
+    def timeout(self) -> float:
+        return self.terms.timeout
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        return self.terms.after
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        return self.terms.before
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return self.terms.devices
+
+    @property
+    def restores(self) -> bool:
+        return True
+
+    @property
+    def session(self) -> str:
+        """The name of its LUO session in this handover."""
+        return session_of(self.run, self.name)
+
+    # What the barrier does
+
+    async def tell(self, telling: Telling) -> None:
+        verb, self.run = telling.verb, telling.run
+        if self.connected or await self._comes_back(telling):
+            await self._converse(telling)
+        if verb is Verb.cancel:
+            self._sessions.close(self.session)
+            self.kept = ()
+        elif verb is Verb.finish:
+            await self._sessions.finish(self.session, self.timeout)
+            self.kept, self.restoring = (), False
+        self.told = {Verb.thaw: Verb.prepare.value, Verb.cancel: "", Verb.finish: ""}.get(verb, verb.value)
+
+    async def _converse(self, telling: Telling) -> None:
+        """Give the command and wait for the answer to it."""
+        self._serial += 1
+        self._telling, self._answer = telling, asyncio.get_running_loop().create_future()
+        self.told = telling.verb.value
+        self._news.set()
+        try:
+            await self._answer
+        finally:
+            self._answer = None
+            if telling.verb not in UNDO.values():
+                # An undo that was not answered in time stays: whoever comes late hears it, whatever it says.
+                self._telling = None
+
+    async def _comes_back(self, telling: Telling) -> bool:
+        """Wait for a connection; False where there is nobody to tell and nothing to undo."""
+        verb = telling.verb
+        if self.process is None:
+            if verb in UNDO.values():
+                return False
+            if not self.restoring:
+                raise Veto("its connection ended")
+        telling.not_yet("it has not connected yet", None)
+        back = asyncio.ensure_future(self._back.wait())
+        gone = asyncio.ensure_future(ended(None if self.restoring else self.process))
+        try:
+            await asyncio.wait({back, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (back, gone):
+                task.cancel()
+        if self.connected:
+            return True
+        if verb in UNDO.values():
+            return False
+        raise Veto("its process ended")
+
+    # What the connection does
+
+    def attach(self, process: Process, terms: Terms) -> None:
+        """A connection has come for this entry."""
+        self.process, self.terms, self.connected = process, terms, True
+        self._telling, self._delivered = None, 0
+        self._back.set()
+
+    def detach(self) -> None:
+        """The connection has ended: whatever it was told is answered with a veto."""
+        self.connected, self.process = False, None
+        self._back.clear()
+        self._news.set()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(Veto("its connection ended"))
+
+    async def next(self, answer: Answer | None) -> Command:
+        """Take an answer, then wait for the next command; Unreachable where the connection ends meanwhile."""
+        if answer is not None:
+            repeat = await self._heard(answer)
+            if repeat is not None:
+                return repeat
+        while self.connected:
+            self._news.clear()
+            if self._telling is not None and self._delivered != self._serial:
+                self._delivered = self._serial
+                return await self._command(self._telling)
+            await self._news.wait()
+        raise Unreachable("The connection has ended")
+
+    async def _heard(self, answer: Answer) -> Command | None:
+        """Pass an answer on; the same command again where it was `not_yet`. A late one counts for nothing."""
+        future, telling = self._answer, self._telling
+        if future is None or future.done() or telling is None or answer.serial != self._serial:
+            return None
+        if answer.word == "not_yet":
+            telling.not_yet(answer.reason, answer.progress)
+        if answer.files:
+            try:
+                await self._preserve(telling, answer.files)
+            except Unsupported as error:
+                _fail(future, error)
+            except KhoError as error:
+                _fail(future, Veto(str(error)))
+        if answer.word == "not_yet":
+            return Command(self._serial, telling.verb, telling.run, self.timeout)
+        if not future.done():
+            if answer.word == "ready":
+                future.set_result(None)
+            else:
+                future.set_exception(Veto(answer.reason or "no reason given"))
+        return None
+
+    async def _preserve(self, telling: Telling, files: Sequence[tuple[Kept, int]]) -> None:
+        if telling.verb not in UNDO:
+            raise UsageError(f"Files are handed over with prepare and freeze, not with {telling.verb.value}")
+        names = [kept.name for kept in (*self.kept, *(kept for kept, _ in files))]
+        tokens = [kept.token for kept in (*self.kept, *(kept for kept, _ in files))]
+        for what, values in (("name", names), ("token", tokens)):
+            if twice := sorted(str(value) for value, count in Counter(values).items() if count > 1):
+                raise UsageError(f"The {what} {twice[0]!r} is given to two files", remedy="Give each its own.")
+        await self._sessions.preserve(self.session, files, self.timeout)
+        self.kept = (*self.kept, *(kept for kept, _ in files))
+
+    async def _command(self, telling: Telling) -> Command:
+        command = Command(self._serial, telling.verb, telling.run, self.timeout)
+        if telling.verb is not Verb.restore or not self.kept:
+            return command
+        try:
+            fds = await self._sessions.take(self.session, self.kept, self.timeout)
+        except KhoError as error:
+            if self._answer is not None:
+                _fail(self._answer, Veto(str(error)))
+            raise
+        return replace(command, kept=self.kept, fds=tuple(fds))
+
+
+def _fail(future: "asyncio.Future[None]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+class Peers:
+    """All peers of this host, by name. `gone` is called with one that leaves, `came` with one that registers."""
+
+    def __init__(self, sessions: Sessions, gone: Callable[[Peer], None], came: Callable[[Peer], None]) -> None:
+        self._sessions = sessions
+        self._peers: dict[str, Peer] = {}
+        self._per_user: Counter[int] = Counter()
+        self._gone = gone
+        self._came = came
+
+    def known(self) -> list[Peer]:
+        """Those connected, and those that are waited for."""
+        return [peer for peer in self._peers.values() if peer.connected or peer.told or peer.restoring]
+
+    def expect(self, holders: Iterable[Holder], run: str, *, restoring: bool) -> None:
+        """Wait for producers that an earlier khod knew, of this boot or (`restoring`) of the one before."""
+        for holder in holders:
+            if holder.kind == KIND and holder.name not in self._peers:
+                made = Peer.expected(holder, run, self._sessions, restoring=restoring)
+                self._peers[holder.name] = made
+
+    def forget(self, name: str) -> None:
+        """Give up on what a producer left before the jump; Refused where it left nothing."""
+        peer = self._peers.get(name)
+        if peer is None or not peer.restoring or peer.connected:
+            raise Refused(f"Producer {name} left nothing that waits for it", where=name, remedy="khoctl producers")
+        self._sessions.close(peer.session)
+        del self._peers[name]
+
+    def register(self, name: str, owner: Owner, process: Process, terms: Terms, most: int) -> Peer:
+        """Take a connection in as the producer `name`, at `most` so many of one user's. UsageError or Refused."""
+        check_name(name)
+        _check_terms(terms)
+        peer = self._peers.get(name)
+        if peer is not None and peer.connected:
+            raise Refused(f"There is a producer {name} already", where=name, remedy="Choose another name.")
+        if peer is not None and (peer.told or peer.restoring) and peer.owner != owner:
+            raise Refused(
+                f"Producer {name} is user {peer.owner.uid}'s in {peer.owner.unit or 'no unit'}, "
+                f"and this is user {owner.uid} in {owner.unit or 'no unit'}",
+                where=name,
+                remedy="Run it in the same unit as before, or: khoctl producers forget NAME",
+            )
+        if self._per_user[owner.uid] >= most:
+            raise Refused(
+                f"User {owner.uid} has {most} producers already", where=name, remedy="producers.max_per_user bounds it."
+            )
+        if peer is None or not (peer.told or peer.restoring):
+            peer = self._peers[name] = Peer(name, owner, process, terms, self._sessions)
+        elif peer.told and not peer.restoring and peer.process not in (None, process):
+            self._gone(peer)  # the process that was told is dead, and what it held with it
+        self._per_user[owner.uid] += 1
+        peer.attach(process, terms)
+        self._came(peer)
+        return peer
+
+    def leave(self, peer: Peer) -> None:
+        """Its connection has ended."""
+        if not peer.connected:
+            return
+        self._per_user[peer.owner.uid] -= 1
+        peer.detach()
+        if not (peer.told or peer.restoring):
+            del self._peers[peer.name]
+        self._gone(peer)
+
+
+def _check_terms(terms: Terms) -> None:
+    if not 0 < terms.timeout <= MAX_TIMEOUT:  # a NaN is neither
+        raise UsageError(f"The timeout is {terms.timeout}", where="timeout", remedy="Give seconds, more than 0.")
+    for what, names in (("after", terms.after), ("before", terms.before)):
+        for other in names:
+            check_name(other)
+        _check_count(what, names)
+    for device in terms.devices:
+        if not device.startswith(("/sys/", "/dev/")) or "\0" in device or len(device) > PATH_MAX:
+            raise UsageError(f"{device[:80]!r} is no device", where="devices", remedy="Give a path below /sys or /dev.")
+    _check_count("devices", terms.devices)
+
+
+def _check_count(what: str, names: Sequence[str]) -> None:
+    if len(names) > MAX_NAMES:
+        raise UsageError(f"{len(names)} names in `{what}`", where=what, remedy=f"Give at most {MAX_NAMES}.")

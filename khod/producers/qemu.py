@@ -1,0 +1,310 @@
+"""VMs by their QMP sockets: paused with `freeze`, continued with `thaw`. The next kernel has nothing to restore.
+
+What of QEMU this rests on, all of it seen with 7.2, and the second in its monitor/qmp.c:
+
+- A QMP socket serves one client. The next one connects, and is greeted when the one before has left; a few
+  may wait, for the rest connect(2) says EAGAIN.
+- When a client leaves, its commands that wait are dropped; the one being carried out is finished before
+  anything a later client asks. So whoever connects after a cancelled `stop` is answered when it has had its
+  effect, or never will.
+- The answer to such a command goes to the later client, ahead of the answer to its qmp_capabilities.
+- SO_PEERCRED names QEMU itself: it calls listen(2) on its socket even where somebody else had bound it.
+"""
+
+import asyncio
+import enum
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.configured import Configured
+from khod.producers.identity import ended, process_of
+from khod.record import Process
+
+if TYPE_CHECKING:
+    from qemu.qmp import QMPClient
+
+RETRY = 0.05
+"""Seconds between two tries to connect while too many clients wait."""
+GRACE = 1.0
+"""Seconds a process may take to end after its socket was closed."""
+LONGEST = 200
+"""Characters of what QEMU says that are shown."""
+
+PAUSED = "paused"
+GOING = frozenset({"running", "suspended"})
+"""States `stop` takes to `paused`, and `cont` back. Before QEMU 9.0 `stop` does not act on a suspended VM."""
+
+UNFIT = {
+    "debug": "a debugger holds it and may let it go at any time",
+    "inmigrate": "it is still arriving from another host, and `stop` would only say how it starts there",
+    "internal-error": "QEMU cannot run it any further without a reset",
+    "io-error": "it waits for its storage, with requests that are not done",
+    "postmigrate": "the guest lives on another host, and must not live twice",
+    "prelaunch": "it has not been started, and whoever set it up may start it at any time",
+    "finish-migrate": "it is leaving for another host",
+    "restore-vm": "a snapshot is being loaded",
+    "save-vm": "a snapshot is being saved",
+    "shutdown": "the guest has shut down",
+    "watchdog": "its watchdog has fired",
+    "guest-panicked": "the guest has panicked",
+    "colo": "it is one half of a pair that COLO keeps in step",
+}
+"""The other values of QEMU's RunState (qapi/run-state.json), and why there is no handover with one."""
+
+
+class _Lost(Veto):
+    """QEMU cannot be spoken to."""
+
+
+class _Reached(enum.Enum):
+    """How far it has come: what a `thaw` that cannot ask must assume."""
+
+    prepared = "prepared"
+    """What is recorded before `freeze`: a khod that has only this may have sent `stop`."""
+    untouched = "untouched"
+    """`freeze` was told and did not get as far as `stop`."""
+    asked = "asked"
+    """`stop` was sent, or was about to be."""
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What later verbs must know: the state at `prepare`, and which process it was."""
+
+    reached: _Reached
+    state: str
+    process: Process
+
+    def __str__(self) -> str:
+        return f"{self.reached.value} {self.state} {self.process.pid} {self.process.started}"
+
+    @classmethod
+    def read(cls, text: str) -> "_Note":
+        """Read what `str` made; Veto where it is anything else."""
+        try:
+            reached, state, pid, started = text.split(" ")
+            return cls(_Reached(reached), state, Process(int(pid), int(started)))
+        except ValueError:
+            raise Veto(f"it was not prepared: its note is {_line(text)!r}") from None
+
+
+@dataclass(frozen=True)
+class Qemu(Configured):
+    """A VM whose QMP listens at the path `socket`. One that nobody paused is paused from `freeze` to `thaw`."""
+
+    socket: str = ""
+    kind: str = "qemu"
+
+    async def tell(self, telling: Telling) -> None:
+        steps: dict[Verb, Callable[[Telling], Awaitable[None]]] = {
+            Verb.prepare: self._prepare,
+            Verb.freeze: self._freeze,
+            Verb.thaw: self._thaw,
+        }
+        if (step := steps.get(telling.verb)) is None:
+            return
+        # In a task of its own, which is cancelled once and then left to hang up, however often we are.
+        work = asyncio.ensure_future(step(telling))
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError:
+            work.cancel()
+            await _through(work)
+            raise
+        await work
+
+    async def _prepare(self, telling: Telling) -> None:
+        async with _monitor(self.socket, telling) as vm:
+            state = await vm.status()
+            if state != PAUSED and state not in GOING:
+                raise Veto(f"it is `{state}`: {UNFIT.get(state, 'not a state that khod knows')}")
+            telling.note = str(_Note(_Reached.prepared, state, vm.process))
+
+    async def _freeze(self, telling: Telling) -> None:
+        note = _Note.read(telling.note)
+        telling.note = str(replace(note, reached=_Reached.untouched))
+        async with _monitor(self.socket, telling) as vm:
+            vm.expect(note.process)
+            if (state := await vm.status()) != note.state:
+                # Whoever changed it is at work on this VM; and thaw must give back the state of `prepare`.
+                raise Veto(f"it was `{note.state}` when it prepared and is `{state}` now")
+            if state == PAUSED:
+                return
+            telling.note = str(replace(note, reached=_Reached.asked))
+            await vm.execute("stop")
+            if (state := await vm.status()) != PAUSED:
+                raise Veto(f"asked to pause, it is `{state}`")
+
+    async def _thaw(self, telling: Telling) -> None:
+        """Continue what was going.
+
+        Where QEMU cannot be asked: success if its process is gone or was never asked to pause, Veto
+        otherwise. QMP is the only one to know whether a VM is paused: its threads sleep in either case.
+        """
+        note = _Note.read(telling.note)
+        if note.state == PAUSED or note.reached is _Reached.untouched:
+            return
+        try:
+            async with _monitor(self.socket, telling) as vm:
+                vm.expect(note.process)
+                if (state := await vm.status()) == PAUSED:
+                    await vm.execute("cont")
+                    state = await vm.status()
+                if state not in GOING:
+                    raise Veto(f"it does not run again: it is `{state}`")
+        except _Lost as error:
+            if not await _gone(note.process):
+                raise Veto(f"{error}; process {note.process.pid} lives, and may be paused") from None
+
+
+@dataclass(frozen=True)
+class _Monitor:
+    """A QMP session, and whose it is. Whatever is wrong with an answer is a Veto."""
+
+    client: "QMPClient"
+    telling: Telling
+    process: Process
+
+    def expect(self, process: Process) -> None:
+        if self.process != process:
+            raise _Lost(f"process {self.process.pid} has its QMP socket now, and not {process.pid} as at prepare")
+
+    async def status(self) -> str:
+        """Give the RunState in QEMU's spelling."""
+        answer = await self.execute("query-status")
+        state = answer.get("status") if isinstance(answer, dict) else None
+        if not isinstance(state, str):
+            raise _Lost("its answer to `query-status` names no state")
+        return _line(state)
+
+    async def execute(self, command: str) -> Any:
+        """Carry a command out and give its answer."""
+        from qemu.qmp import ExecInterruptedError, ExecuteError, QMPError, StateError  # noqa: PLC0415
+
+        self.telling.not_yet(f"waiting for its answer to `{command}`", None)
+        try:
+            return await self.client.execute(command)
+        except ExecuteError as error:
+            raise Veto(f"it refuses to `{command}`: {_line(str(error))}") from None
+        except (ExecInterruptedError, StateError):
+            cause = await _hang_up(self.client)
+            raise _Lost(f"{_why(cause)} (at `{command}`)") from None
+        except QMPError as error:
+            raise _Lost(f"{_why(error)} (at `{command}`)") from None
+
+
+@asynccontextmanager
+async def _monitor(path: str, telling: Telling) -> AsyncIterator[_Monitor]:
+    """Connect and negotiate; hangs up at the end, whatever it is. Waits for as long as another client is served."""
+    telling.not_yet("waiting for the QMP greeting: another client may hold it, or QEMU is busy", None)
+    client, connection = await _session(path)
+    try:
+        yield _Monitor(client, telling, _peer(connection))
+    finally:
+        await _hang_up(client)
+
+
+async def _session(path: str) -> "tuple[QMPClient, socket.socket]":
+    """Give a client that QEMU has greeted, and the connection it has."""
+    try:
+        # Here: it takes 70 ms, and only hosts with VMs need it.
+        from qemu.qmp import ConnectError, QMPClient, QMPError, Runstate  # noqa: PLC0415
+    except ImportError:
+        raise Veto("the Python package qemu.qmp is missing: install python3-qemu-qmp") from None
+    # A second time for one case: what came first was the answer to a command of an earlier client, and an error.
+    for last in (False, True):
+        connection = await _connected(path)
+        client = QMPClient()
+        client.events.event_filter = lambda _event: False  # it would keep them all, and nobody reads them
+        try:
+            await client.connect(connection)
+            return client, connection
+        except ConnectError as error:
+            if last or not isinstance(error.exc, QMPError):
+                raise _Lost(f"{_why(error.exc)} (at its greeting)") from None
+        except QMPError as error:
+            raise _Lost(f"{_why(error)} (at its greeting)") from None
+        finally:
+            if client.runstate is not Runstate.RUNNING:
+                connection.close()
+    raise AssertionError("the last round returns or raises")
+
+
+async def _connected(path: str) -> socket.socket:
+    """Connect, and wait where too many others do."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.setblocking(False)
+        while True:
+            try:
+                connection.connect(path)
+                return connection
+            except BlockingIOError:
+                # unix(7) has no event for this. To poll(2) the socket is writable, which asyncio takes for connected.
+                await asyncio.sleep(RETRY)
+    except OSError as error:
+        connection.close()
+        raise _Lost(f"its QMP socket {path} cannot be connected to: {error.strerror or error}") from None
+    except asyncio.CancelledError:
+        connection.close()
+        raise
+
+
+async def _hang_up(client: "QMPClient") -> BaseException | None:
+    """End the session, once; what had ended it before, if anything had."""
+    if client.runstate.name == "IDLE":
+        return None
+    return await _through(asyncio.ensure_future(client.disconnect()))
+
+
+async def _through(task: asyncio.Future[None]) -> BaseException | None:
+    """Wait for the end of a task and give what it raised; a cancellation meanwhile counts afterwards."""
+    cancelled = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    raised = None if task.cancelled() else task.exception()
+    if cancelled is not None:
+        raise cancelled
+    return raised
+
+
+def _peer(connection: socket.socket) -> Process:
+    """Name the process that called listen(2) on the other side (SO_PEERCRED, see unix(7)); _Lost where it is hidden."""
+    credentials = struct.Struct("3i")  # struct ucred: pid, uid, gid
+    pid, _, _ = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
+    if (process := process_of(pid)) is None:
+        raise _Lost(f"process {pid}, which listens at its QMP socket, cannot be seen from here")
+    return process
+
+
+async def _gone(process: Process) -> bool:
+    """Tell whether a process has ended; one that is about to has GRACE seconds."""
+    try:
+        async with asyncio.timeout(GRACE):
+            await ended(process)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _why(cause: BaseException | None) -> str:
+    """Say what ended a session, without what was said: that is QEMU's, and of any length."""
+    if cause is None or isinstance(cause, EOFError | ConnectionError):
+        return "it closed the QMP connection"
+    if isinstance(cause, OSError):
+        return f"the QMP connection broke: {cause.strerror}"
+    return "what it says is not QMP"
+
+
+def _line(text: str) -> str:
+    """Make one line that can be shown of what QEMU says."""
+    line = " ".join(text.split())[:LONGEST]
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)

@@ -1,0 +1,385 @@
+"""Producers that are units of the service manager: frozen in their cgroup, or stopped, while the blackout lasts.
+
+They are told through org.freedesktop.systemd1 on the system bus (`$DBUS_SYSTEM_BUS_ADDRESS`), with one connection
+for each verb, read by the task that calls: no second task can die unseen while an answer is waited for.
+
+What systemd promises here (org.freedesktop.systemd1(5), looked at on 262): FreezeUnit and ThawUnit answer once
+the kernel has said it in cgroup.events; a job of StartUnit or StopUnit ends with the signal JobRemoved, for which
+a client subscribes first; the calls of one connection are taken up in their order.
+
+What else was seen there. systemd stops no frozen unit: on the way into the kexec it goes past it, and
+systemd-shutdown's SIGTERM kills what is frozen, but what catches SIGTERM is waited for as long as
+DefaultTimeoutStopSec= says, inside the blackout. A unit that dies while it is frozen counts as frozen until a
+reboot, or until nothing refers to it.
+
+What is stopped is started again by its name alone: what systemd stops with it is not, so an active unit that
+requires it is a veto. A socket, timer or path that triggers it may start it in the blackout.
+"""
+
+import asyncio
+import os
+import re
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from jeepney import DBusAddress, HeaderFields, Message, MessageType, Parser, new_method_call
+from jeepney.auth import BEGIN, AuthenticationError, Authenticator
+from jeepney.bus import get_bus
+
+from khod.errors import UsageError
+from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.configured import Configured
+
+HOW = ("freeze", "stop")
+NAME = re.compile(r"[A-Za-z0-9:_.\\@-]+\.(service|scope|slice|socket|mount|swap|target|timer|path|automount|device)")
+LONGEST = 255
+"""Bytes in the name of a unit (systemd's UNIT_NAME_MAX is 256 and counts the NUL)."""
+VITAL = (
+    "-.slice",
+    "system.slice",
+    "init.scope",
+    "-.mount",
+    "kho-handover*",
+    "kho-verify*",
+    "dbus*",
+    "systemd-journald*",
+    "systemd-logind*",
+    "systemd-udevd*",
+    "systemd-userdbd*",
+)
+"""khod, what it needs to undo anything, and what every login and device of the host waits for."""
+
+ADDRESS = "unix:path=/run/dbus/system_bus_socket"
+BUS = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
+SYSTEMD = "org.freedesktop.systemd1"
+MANAGER = (SYSTEMD, "/org/freedesktop/systemd1", f"{SYSTEMD}.Manager")
+PEER = (SYSTEMD, "/org/freedesktop/systemd1", "org.freedesktop.DBus.Peer")
+JOBS = f"type='signal',sender='{SYSTEMD}',interface='{SYSTEMD}.Manager',member='JobRemoved'"
+CHUNK = 1 << 16
+LARGEST = 128 << 20
+"""Bytes of a message, as the D-Bus specification bounds it."""
+SETTLE = 5.0
+"""Seconds given to systemd to take up what was called before a verb is cut short."""
+GARBLED = (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error, RecursionError)
+"""What jeepney raises on bytes that are no D-Bus message."""
+
+OURS = "running"
+"""The note of a unit that is ours to freeze or stop, and so to thaw or start. With any other it is left alone."""
+UNTOUCHED = "left alone"
+"""The note from a freeze that ended before systemd was told anything."""
+INACTIVE = ("inactive", "failed")
+
+
+@dataclass(frozen=True)
+class Unit(Configured):
+    """A unit, `how` = "freeze" for its cgroup's freezer, "stop" for a stop and a start."""
+
+    unit: str = ""
+    how: str = "freeze"
+    kind: str = "unit"
+
+    async def tell(self, telling: Telling) -> None:
+        """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
+        verbs = {Verb.prepare: self._prepare, Verb.freeze: self._freeze, Verb.thaw: self._thaw}
+        if (carry_out := verbs.get(telling.verb)) is None:
+            return
+        async with system_bus() as bus:
+            await carry_out(Systemd(bus, self.unit), telling)
+
+    async def _prepare(self, systemd: "Systemd", telling: Telling) -> None:
+        state = await systemd.state()
+        telling.note = state.found(self.unit)
+        if telling.note != OURS:
+            return
+        for name in state.names:  # an alias may hide what it is
+            try:
+                check_unit(name)
+            except UsageError as error:
+                raise Veto(error.what) from None
+        if self.how == "stop" and (state.transient or not (state.can_stop and state.can_start)):
+            raise Veto(f"{self.unit} cannot be stopped and started again{', it is transient' * state.transient}")
+        if self.how == "freeze" and not state.can_freeze:
+            raise Veto(f"{self.unit} cannot be frozen: systemd has no freezer for it")
+        if await systemd.holds_us():
+            raise Veto(f"{self.unit} holds khod or the system bus, without which it is never thawed")
+
+    async def _freeze(self, systemd: "Systemd", telling: Telling) -> None:
+        prepared, telling.note = telling.note, UNTOUCHED
+        state = await systemd.state()
+        found = state.found(self.unit)
+        if found != prepared:
+            raise Veto(f"{self.unit} was {prepared or 'not asked'} at prepare and is {found} now")
+        if found != OURS:
+            telling.note = prepared
+            return
+        if self.how == "stop":
+            await self._stop(systemd, state, telling)
+            return
+        telling.note = OURS
+        await systemd.act("FreezeUnit", "s", self.unit)
+        state = await systemd.state()
+        if state.freezer != "frozen":
+            raise Veto(f"{self.unit} is {state.freezer} after FreezeUnit")
+
+    async def _stop(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
+        for name in state.required_by:
+            if (await systemd.state(name)).active not in INACTIVE:
+                raise Veto(f"{name} requires {self.unit}: it would stop too, and not be started again")
+        telling.note = OURS
+        telling.not_yet("systemd stops it", None)
+        # "fail": a job that somebody else queued meanwhile is theirs, and is not replaced.
+        result = await systemd.job("StopUnit", "fail")
+        state = await systemd.state()
+        if result != "done" or state.active not in INACTIVE:
+            raise Veto(f"the stop of {self.unit} ended as {result}, and it is {state.active}")
+
+    async def _thaw(self, systemd: "Systemd", telling: Telling) -> None:
+        if telling.note != OURS:
+            return
+        state = await systemd.state()
+        if self.how == "stop":
+            await self._start(systemd, state, telling)
+        elif not state.thawed:
+            if state.active in INACTIVE:
+                raise Veto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
+            await systemd.act("ThawUnit", "s", self.unit)
+            if not (state := await systemd.state()).thawed:
+                raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
+
+    async def _start(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
+        if state.active == "active" and not state.job:
+            return
+        telling.not_yet("systemd starts it", None)
+        # "replace": our own stop may still be under way.
+        result = await systemd.job("StartUnit", "replace")
+        state = await systemd.state()
+        if state.active != "active":
+            raise Veto(f"the start of {self.unit} ended as {result}, and it is {state.active}")
+
+
+def check_unit(unit: str) -> None:
+    """Raise UsageError for what is no name of a unit, and for units without which the host or khod stands still."""
+    if not NAME.fullmatch(unit) or len(unit) > LONGEST or unit.startswith("@") or unit.rpartition(".")[0].endswith("@"):
+        raise UsageError(
+            f"{unit[:80]!r} is no name of a unit",
+            where="unit",
+            remedy="Name it with its suffix and, for a template, its instance: foo.service, foo@bar.service.",
+        )
+    if any(fnmatchcase(unit, pattern) for pattern in VITAL):
+        raise UsageError(
+            f"{unit} cannot be a producer: the host or khod itself stands still without it",
+            where="unit",
+            remedy="Name the units whose state is to be held, or a slice of their own.",
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """What systemd says of a unit, each field a property of org.freedesktop.systemd1.Unit."""
+
+    load: str
+    active: str
+    freezer: str
+    can_freeze: bool
+    can_start: bool
+    can_stop: bool
+    transient: bool
+    job: int
+    names: list[str]
+    required_by: list[str]
+    """Units that a stop of this one stops too: RequiredBy, BoundBy, ConsistsOf."""
+
+    @property
+    def thawed(self) -> bool:
+        """Whether nothing of ours freezes it; a slice above it may."""
+        return self.freezer in ("running", "frozen-by-parent")
+
+    def found(self, unit: str) -> str:
+        """OURS for a unit that runs, a word for one to be left as it is; Veto for what is neither."""
+        if self.load in ("not-found", "bad-setting", "error"):
+            raise Veto(f"{unit} cannot be loaded: systemd says {self.load}")
+        if self.active in INACTIVE:
+            return "inactive"
+        if self.freezer.startswith("frozen"):
+            return "frozen"
+        if (self.active, self.freezer) == ("active", "running"):
+            return OURS
+        raise Veto(
+            f"{unit} is {self.active if self.freezer == 'running' else self.freezer}, neither active nor at rest"
+        )
+
+
+class Bus:
+    """A connection to the message bus; every failure of it is a Veto."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._parser = Parser()
+        self._serial = 0
+        self.ended_jobs: dict[tuple[str, str], str] = {}
+        """Results that JobRemoved has told, by its sender and the job's path."""
+
+    async def greet(self) -> None:
+        """Authenticate as this process's user and take a name on the bus."""
+        authenticator = Authenticator()
+        try:
+            for line in authenticator:
+                await self._write(line)
+                authenticator.feed(await self._read())
+        except AuthenticationError as error:
+            raise Veto(f"the system bus does not let khod in: {_line(str(error))}") from None
+        await self._write(BEGIN)
+        await self.call(BUS, "Hello")
+
+    async def call(self, whom: tuple[str, str, str], method: str, signature: str = "", *body: object) -> Message:
+        """Call a method and wait for its answer; Veto where that is an error."""
+        name, path, interface = whom
+        self._serial += 1
+        message = new_method_call(DBusAddress(path, name, interface), method, signature or None, body)
+        await self._write(message.serialise(self._serial))
+        while True:
+            answer = await self.receive()
+            if answer.header.fields.get(HeaderFields.reply_serial) == self._serial:
+                break
+        if answer.header.message_type is MessageType.error:
+            error = answer.header.fields.get(HeaderFields.error_name)
+            text = answer.body[0] if answer.body and isinstance(answer.body[0], str) else ""
+            raise Veto(f"{method}: {_line(text or 'no reason given')} ({_line(str(error))})")
+        return answer
+
+    async def receive(self) -> Message:
+        """Wait for the next message."""
+        try:
+            while (message := self._parser.get_next_message()) is None:
+                if self._parser.bytes_desired() > LARGEST:
+                    raise ValueError
+                self._parser.add_data(await self._read())
+        except GARBLED:
+            raise Veto("the system bus sent what is no D-Bus message") from None
+        header = message.header
+        if header.message_type is MessageType.signal and header.fields.get(HeaderFields.member) == "JobRemoved":
+            match message.body:
+                case (_, str(job), _, str(result)):
+                    self.ended_jobs[header.fields.get(HeaderFields.sender), job] = result
+        return message
+
+    async def _read(self) -> bytes:
+        try:
+            data = await self._reader.read(CHUNK)
+        except OSError as error:
+            raise Veto(f"the system bus has gone: {error.strerror}") from None
+        if not data:
+            raise Veto("the system bus hung up")
+        return data
+
+    async def _write(self, data: bytes) -> None:
+        self._writer.write(data)
+        try:
+            await self._writer.drain()
+        except OSError as error:
+            raise Veto(f"the system bus has gone: {error.strerror}") from None
+
+
+@asynccontextmanager
+async def system_bus() -> AsyncIterator[Bus]:
+    """Connect to the system bus, and hang up whatever happens; Veto where it is not there."""
+    address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or ADDRESS
+    try:
+        reader, writer = await asyncio.open_unix_connection(get_bus(address))
+    except OSError as error:
+        raise Veto(f"the system bus cannot be reached at {address}: {error.strerror or error}") from None
+    except (ValueError, RuntimeError):
+        raise Veto(f"DBUS_SYSTEM_BUS_ADDRESS is {address!r}, which names no unix socket") from None
+    try:
+        bus = Bus(reader, writer)
+        await bus.greet()
+        yield bus
+    finally:
+        # Not close(): that waits for a peer that may never read what is still to be written.
+        writer.transport.abort()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+class Systemd:
+    """The service manager, asked about one unit."""
+
+    def __init__(self, bus: Bus, unit: str) -> None:
+        self._bus, self._unit = bus, unit
+
+    async def state(self, unit: str = "") -> State:
+        """Read the state of this unit, or of another; systemd loads it for that where it has to."""
+        path = self._one("o", await self._bus.call(MANAGER, "LoadUnit", "s", unit or self._unit))
+        properties = (SYSTEMD, path, "org.freedesktop.DBus.Properties")
+        answer = await self._bus.call(properties, "GetAll", "s", f"{SYSTEMD}.Unit")
+        return _state(self._one("a{sv}", answer))
+
+    async def holds_us(self) -> bool:
+        """Whether khod itself or the message bus is among the unit's processes, those of units below it included."""
+        answer = await self._bus.call(BUS, "GetConnectionUnixProcessID", "s", BUS[0])
+        vital = {os.getpid(), self._one("u", answer)}
+        answer = await self._bus.call(MANAGER, "GetUnitProcesses", "s", self._unit)
+        return not vital.isdisjoint(pid for _, pid, _ in self._one("a(sus)", answer))
+
+    async def job(self, method: str, mode: str) -> str:
+        """Queue a job and wait for its end: done, failed, canceled, timeout, dependency, ..."""
+        await self._bus.call(BUS, "AddMatch", "s", JOBS)
+        await self._bus.call(MANAGER, "Subscribe")
+        answer = await self.act(method, "ss", self._unit, mode)
+        key = (answer.header.fields.get(HeaderFields.sender), self._one("o", answer))
+        while key not in self._bus.ended_jobs:
+            await self._bus.receive()
+        return self._bus.ended_jobs[key]
+
+    async def act(self, method: str, signature: str, *body: str) -> Message:
+        """Call what changes something; cut short, it waits until systemd has taken it up.
+
+        Otherwise the undo, on another connection, could overtake it on the bus.
+        """
+        try:
+            return await self._bus.call(MANAGER, method, signature, *body)
+        except asyncio.CancelledError:
+            with suppress(Veto, TimeoutError):
+                async with asyncio.timeout(SETTLE):
+                    await self._bus.call(PEER, "Ping")
+            raise
+
+    def _one(self, signature: str, answer: Message) -> Any:
+        """Give the only value of an answer, whose type must be this one."""
+        if answer.header.fields.get(HeaderFields.signature) != signature:
+            raise Veto("systemd answered with another type than it is documented to")
+        return answer.body[0]
+
+
+def _state(properties: dict[str, tuple[str, Any]]) -> State:
+    """Pick what matters here out of a unit's properties; Veto where one is missing or of another type."""
+
+    def value(name: str, signature: str) -> Any:
+        if name not in properties:
+            raise Veto(f"this systemd does not say {name} of a unit")
+        found, content = properties[name]
+        if found != signature:
+            raise Veto(f"systemd says {name} of a unit with type {_line(found)}, not {signature}")
+        return content
+
+    return State(
+        load=value("LoadState", "s"),
+        active=value("ActiveState", "s"),
+        freezer=value("FreezerState", "s"),
+        can_freeze=value("CanFreeze", "b"),
+        can_start=value("CanStart", "b"),
+        can_stop=value("CanStop", "b"),
+        transient=value("Transient", "b"),
+        job=value("Job", "(uo)")[0],
+        names=value("Names", "as"),
+        required_by=[name for key in ("RequiredBy", "BoundBy", "ConsistsOf") for name in value(key, "as")],
+    )
+
+
+def _line(text: str) -> str:
+    """One short line of what somebody else wrote."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:300].rstrip(". ")

@@ -1,0 +1,239 @@
+"""The unit producer with the systemd it is written for (262, Debian forky), in a guest: what it says, what it does."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import kernels as lab_kernels
+from tests.lab.conftest import REPOSITORY, Boot
+from tests.lab.guest import Guest
+from tests.lab.host import IMAGES, INITRD, Host
+from tests.lab.process import call
+
+KHOD = "/tmp/x"
+# Tells a unit verbs one after the other, each with a deadline, as the barrier does; prints what came of each.
+DRIVER = """\
+import asyncio, json, sys
+from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.unit import Unit
+
+async def main(unit, how, deadline, note, *verbs):
+    for verb in verbs:
+        telling, answer = Telling(Verb(verb), "run-1", note), "ready"
+        try:
+            async with asyncio.timeout(float(deadline)):
+                await Unit("a", unit=unit, how=how).tell(telling)
+        except TimeoutError:
+            answer = "no answer"
+        except Veto as veto:
+            answer = str(veto)
+        note = telling.note
+        print(json.dumps([answer, note]))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+RESTING = "ExecStart=/bin/sleep infinity\n"
+COUNT = "n=0; while :; do n=$$((n+1)); echo $$n > /run/n; mv /run/n /run/count; sleep 0.05; done"
+UNITS = {
+    "count.service": f"ExecStart=/bin/sh -c '{COUNT}'\n",
+    "rest.service": RESTING,
+    "idle.service": RESTING,
+    "mortal.service": RESTING,
+    "slow.service": RESTING + "ExecStop=/bin/sleep 5\n",
+    "writer.service": "ExecStart=/bin/sh -c 'while :; do echo x > /mnt/x; sleep 0.05; done'\n",
+    "needed.service": RESTING,
+    "needs.service": RESTING,
+}
+MOVES = "timeout {seconds} sh -c 'from=$(cat /run/count); until [ $(cat /run/count) -gt $from ]; do :; done'"
+
+
+@pytest.fixture(scope="module")
+def host(plain_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """Boot one guest for the whole file, with khod's sources, some services, and a file system to freeze on /mnt."""
+    place = tmp_path_factory.mktemp("unit")
+    call(["mke2fs", "-q", "-t", "ext4", place / "disk", "32M"])
+    drive = ["-drive", f"file={place / 'disk'},format=raw,if=virtio,snapshot=on"]
+    kernel = lab_kernels.find("7.3.4")
+    with Guest(kernel, plain_disk, qemu_extra=drive, console_log=place / "console.log") as guest:
+        guest.wait_online()
+        here = Host(guest)
+        install(here)
+        here.shell("mount /dev/vdb /mnt; systemctl start count rest mortal slow writer needed needs")
+        yield here
+
+
+def install(host: Host, where: str = "/run/systemd/system") -> None:
+    """Put khod's sources, the driver and the units into the guest."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        tar.add(REPOSITORY / "khod", "khod", filter=lambda entry: None if "__pycache__" in entry.name else entry)
+    host.guest.put(f"{KHOD}/khod.tar", packed.getvalue())
+    host.shell(f"tar -C {KHOD} -xf {KHOD}/khod.tar")
+    host.guest.put(f"{KHOD}/driver.py", DRIVER)
+    for name, text in UNITS.items():
+        requires = "[Unit]\nRequires=needed.service\n" if name == "needs.service" else ""
+        host.guest.put(f"{where}/{name}", f"{requires}[Service]\n{text}")
+    host.shell("systemctl daemon-reload")
+
+
+def told(
+    host: Host, unit: str, *verbs: str, how: str = "freeze", note: str = "", deadline: float = 30
+) -> list[list[str]]:
+    """Tell a unit these verbs; of each, what it answered and the note it left."""
+    result = host.guest.run(["python3", f"{KHOD}/driver.py", unit, how, str(deadline), note, *verbs])
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def refused(host: Host, unit: str, *verbs: str, **options: Any) -> str:
+    """Tell a unit these verbs, the last of which it refuses: the reason, one line."""
+    *before, (answer, _) = told(host, unit, *verbs, **options)
+    assert [word for word, _ in before] == ["ready"] * len(before)
+    assert answer not in ("ready", "no answer")
+    assert answer.isprintable()
+    return answer
+
+
+def shown(host: Host, unit: str, key: str) -> str:
+    return host.shell(f"systemctl show -P {key} {unit}").strip()
+
+
+def counts(host: Host, seconds: int) -> bool:
+    """Whether count.service counts on within so many seconds."""
+    return host.guest.run(["sh", "-c", MOVES.format(seconds=seconds)], check=False).rc == 0
+
+
+def test_a_service_stands_still_between_freeze_and_thaw(host: Host) -> None:
+    assert counts(host, 20)
+    assert told(host, "count.service", "prepare", "freeze") == [["ready", "running"]] * 2
+    assert "frozen 1" in host.word("/sys/fs/cgroup/system.slice/count.service/cgroup.events")
+    assert not counts(host, 2)
+    assert told(host, "count.service", "thaw", "cancel", note="running") == [["ready", "running"]] * 2
+    assert counts(host, 20)
+    assert shown(host, "count.service", "NRestarts") == "0"
+
+
+def test_a_service_is_stopped_and_started(host: Host) -> None:
+    before = shown(host, "rest.service", "MainPID")
+    assert told(host, "rest.service", "prepare", "freeze", how="stop") == [["ready", "running"]] * 2
+    assert shown(host, "rest.service", "ActiveState") == "inactive"
+    assert told(host, "rest.service", "thaw", "thaw", how="stop", note="running") == [["ready", "running"]] * 2
+    assert shown(host, "rest.service", "ActiveState") == "active"
+    assert shown(host, "rest.service", "MainPID") != before
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+def test_what_is_at_rest_is_left_as_it_is(host: Host, how: str) -> None:
+    verbs = ("prepare", "freeze", "thaw")
+    assert told(host, "idle.service", *verbs, how=how) == [["ready", "inactive"]] * 3
+    assert shown(host, "idle.service", "ActiveState") == "inactive"
+    host.shell("systemctl freeze rest")
+    assert told(host, "rest.service", *verbs, how=how) == [["ready", "frozen"]] * 3
+    assert shown(host, "rest.service", "FreezerState") == "frozen"
+    host.shell("systemctl thaw rest")
+
+
+def test_a_freeze_that_misses_its_deadline_is_thawed(host: Host) -> None:
+    # A process that writes to a frozen file system sleeps where no freezer and no signal reaches it.
+    host.shell("fsfreeze -f /mnt")
+    try:
+        pid = shown(host, "writer.service", "MainPID")
+        stuck = f"timeout 20 sh -c 'until grep -q \"^State:.D\" /proc/{pid}/status; do :; done'"
+        host.shell(stuck)
+        freeze, thaw = told(host, "writer.service", "freeze", "thaw", note="running", deadline=5)
+        assert freeze[0] == "no answer"
+        assert thaw[0] == "ready"
+        assert shown(host, "writer.service", "FreezerState") == "running"
+        assert told(host, "writer.service", "freeze", note="running", deadline=5)[0][0] == "no answer"
+        assert shown(host, "writer.service", "FreezerState") == "freezing"
+        assert "freezing" in refused(host, "writer.service", "prepare")
+    finally:
+        host.shell("fsfreeze -u /mnt")
+    assert told(host, "writer.service", "thaw", note="running") == [["ready", "running"]]
+    assert "frozen 0" in host.word("/sys/fs/cgroup/system.slice/writer.service/cgroup.events")
+
+
+def test_a_stop_that_misses_its_deadline_is_taken_back(host: Host) -> None:
+    freeze, thaw = told(host, "slow.service", "freeze", "thaw", how="stop", note="running", deadline=2)
+    assert freeze[0] == "no answer"
+    if thaw[0] != "ready":  # its start waits for the stop, longer than this deadline
+        assert thaw[0] == "no answer"
+        assert told(host, "slow.service", "thaw", how="stop", note="running") == [["ready", "running"]]
+    assert shown(host, "slow.service", "ActiveState") == "active"
+
+
+@pytest.mark.parametrize(
+    ("unit", "how", "reason"),
+    [
+        ("nowhere.service", "freeze", "not-found"),
+        ("multi-user.target", "freeze", "cannot be frozen"),
+        ("dev-vda.device", "stop", "cannot be stopped"),
+        ("short.scope", "stop", "transient"),
+        ("khod-lab-agent.service", "freeze", "holds khod"),
+        ("nosuffix", "freeze", "is not valid"),
+        ("a@.service", "freeze", "missing the instance name"),
+        ("dbus-org.freedesktop.login1.service", "freeze", "stands still"),
+    ],
+)
+def test_prepare_refuses(host: Host, unit: str, how: str, reason: str) -> None:
+    if unit == "short.scope":
+        host.shell("systemd-run --quiet --scope --unit=short sleep infinity >/dev/null 2>&1 &")
+        host.shell("timeout 20 sh -c 'until systemctl -q is-active short.scope; do :; done'")
+    assert reason in refused(host, unit, "prepare", how=how)
+
+
+def test_a_unit_that_would_stop_too_is_a_veto(host: Host) -> None:
+    assert "needs.service requires needed.service" in refused(host, "needed.service", "prepare", "freeze", how="stop")
+    assert shown(host, "needed.service", "ActiveState") == "active"
+    host.shell("systemctl stop needs")
+    assert told(host, "needed.service", "freeze", "thaw", how="stop", note="running") == [["ready", "running"]] * 2
+
+
+def test_a_pending_job_is_a_veto_with_what_systemd_says(host: Host) -> None:
+    host.shell("systemctl stop --no-block slow")
+    assert "deactivating" in refused(host, "slow.service", "prepare")
+    host.shell("timeout 30 systemctl start slow")
+
+
+def test_systemd_stops_no_frozen_unit(host: Host) -> None:
+    assert told(host, "count.service", "prepare", "freeze")[1][0] == "ready"
+    stop = host.guest.run(["systemctl", "stop", "count"], check=False)
+    assert "Cannot perform operation on frozen unit count.service" in stop.stderr
+    assert told(host, "count.service", "thaw", note="running")[0][0] == "ready"
+
+
+def test_a_unit_that_dies_frozen_is_not_put_back(host: Host) -> None:
+    assert told(host, "mortal.service", "prepare", "freeze")[1][0] == "ready"
+    host.shell("systemctl kill -s KILL mortal; timeout 20 sh -c 'until systemctl -q is-failed mortal; do :; done'")
+    assert "died while it was frozen" in refused(host, "mortal.service", "thaw", note="running")
+    host.shell("systemctl reset-failed mortal; systemctl start mortal")  # nothing refers to it: systemd forgets
+
+
+def test_systemd_starts_anew_while_a_unit_is_frozen(host: Host) -> None:
+    assert told(host, "count.service", "prepare", "freeze")[1][0] == "ready"
+    host.shell("systemctl daemon-reexec")
+    assert shown(host, "count.service", "FreezerState") == "frozen"
+    assert told(host, "count.service", "thaw", note="running")[0][0] == "ready"
+    assert counts(host, 20)
+
+
+def test_a_kexec_goes_past_a_frozen_unit_and_the_next_kernel_starts_it(boot: Boot, plain_disk: Path) -> None:
+    host = Host(boot("7.3.4", disk=plain_disk))
+    host.guest.wait_online()
+    install(host, "/etc/systemd/system")
+    host.shell(
+        "mkdir -p /etc/systemd/system/multi-user.target.wants; cd /etc/systemd/system/multi-user.target.wants;"
+        "ln -s ../rest.service; systemctl daemon-reload; systemctl start rest"
+    )
+    assert told(host, "rest.service", "prepare", "freeze")[1][0] == "ready"
+    host.shell(f"kexec -s -l {IMAGES}/7.3.4/bzImage --initrd={INITRD} --reuse-cmdline")
+    assert host.guest.kexec().how == "kexec"
+    host.guest.wait_online()
+    assert shown(host, "rest.service", "ActiveState") == "active"
+    assert shown(host, "rest.service", "FreezerState") == "running"
+    install(host, "/etc/systemd/system")
+    assert told(host, "rest.service", "restore", "finish", note="running") == [["ready", "running"]] * 2

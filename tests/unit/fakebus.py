@@ -1,0 +1,157 @@
+"""A system bus with a systemd behind it, in the test's own event loop, on a socket of its own.
+
+It answers as systemd 262 does for the units it is given; tests/lab/test_unit.py asks the real one.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jeepney import DBusAddress, HeaderFields, Message, Parser, new_error, new_method_return, new_signal
+
+SYSTEMD = "org.freedesktop.systemd1"
+MANAGER = DBusAddress("/org/freedesktop/systemd1", SYSTEMD, f"{SYSTEMD}.Manager")
+Reply = tuple[str | None, tuple[Any, ...]]
+
+
+class Refusal(Exception):
+    """An error answer: its name and its text."""
+
+
+def unit(**properties: Any) -> dict[str, tuple[str, Any]]:
+    """An active unit, as GetAll describes it, but for these properties."""
+    usual: dict[str, Any] = {"LoadState": "loaded", "ActiveState": "active", "FreezerState": "running"}
+    usual |= {"Job": (0, "/"), "CanFreeze": True, "CanStart": True, "CanStop": True, "Transient": False}
+    usual |= {key: [] for key in ("Names", "RequiredBy", "BoundBy", "ConsistsOf")}
+    types: dict[type, str] = {str: "s", bool: "b", tuple: "(uo)", list: "as", int: "i"}
+    return {key: (types[type(value)], value) for key, value in (usual | properties).items()}
+
+
+@dataclass
+class FakeBus:
+    """The bus. `said` is every method called, with its first argument; `open` counts connections."""
+
+    units: dict[str, dict[str, tuple[str, Any]]]
+    instead: dict[str, Reply | Refusal | bytes | asyncio.Event] = field(default_factory=dict)
+    """For a method: a reply, an error, bytes (b"" hangs up), or an event after which the usual answer comes."""
+    becomes: dict[str, str] = field(default_factory=dict)
+    """For a method: the FreezerState or ActiveState it leads to, if not the one it is meant to."""
+    result: str | None = "done"
+    """How jobs end; None: they do not."""
+    processes: list[int] = field(default_factory=list)
+    welcome: bytes = b"OK 0123456789abcdef0123456789abcdef\r\n"
+    said: list[str] = field(default_factory=list)
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by a call that is answered otherwise than usual, or whose job does not end."""
+    open: int = 0
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def state(self, name: str, key: str) -> Any:
+        return self.units[name][key][1]
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
+        self.closed.clear()
+        with suppress(ConnectionError, asyncio.CancelledError):  # khod may hang up, or the test end, at any time
+            await self._converse(reader, writer)
+        self.open -= 1
+        self.closed.set()
+        writer.transport.abort()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert (await reader.readline()).startswith(b"\0AUTH EXTERNAL ")
+        writer.write(self.welcome)
+        parser = Parser()
+        if await reader.readline() == b"BEGIN\r\n":
+            while data := await reader.read(4096):
+                for message in parser.feed(data):
+                    # A task for each: systemd goes on while the answer to a freeze is outstanding.
+                    task = asyncio.ensure_future(self._answer(message, writer))
+                    self.tasks.add(task)
+                    task.add_done_callback(self.tasks.discard)
+
+    async def _answer(self, message: Message, writer: asyncio.StreamWriter) -> None:
+        method = message.header.fields[HeaderFields.member]
+        self.said.append(" ".join([method, *(word for word in message.body if isinstance(word, str))]))
+        instead = self.instead.get(method)
+        if instead is not None:
+            self.reached.set()
+        if isinstance(instead, bytes):
+            writer.write(instead)
+            if not instead:
+                writer.transport.abort()
+            return
+        if isinstance(instead, asyncio.Event):
+            await instead.wait()
+        try:
+            if isinstance(instead, Refusal):
+                raise instead
+            reply = instead if isinstance(instead, tuple) else self._usual(method, message, writer)
+            answer = new_method_return(message, *reply)
+        except Refusal as refusal:
+            answer = new_error(message, refusal.args[0], "s", (refusal.args[1],))
+        send(writer, answer)
+
+    def _usual(self, method: str, message: Message, writer: asyncio.StreamWriter) -> Reply:
+        name = message.body[0] if message.body else ""
+        match method:
+            case "Hello" | "AddMatch" | "Subscribe" | "Ping":
+                return None, ()
+            case "GetConnectionUnixProcessID":
+                return "u", (400,)
+            case "GetUnitProcesses":
+                return "a(sus)", ([("/", pid, "?") for pid in self.processes],)
+            case "LoadUnit":
+                return "o", (f"/unit/{name.encode().hex()}",)
+            case "GetAll":
+                path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
+                gone = unit(LoadState="not-found", ActiveState="inactive")
+                return "a{sv}", (self.units.get(bytes.fromhex(path).decode(), gone),)
+            case "FreezeUnit" | "ThawUnit":
+                if name not in self.units or self.state(name, "ActiveState") != "active":
+                    raise Refusal(f"{SYSTEMD}.UnitInactive", "Unit is not active")
+                self._become(name, "FreezerState", method, "frozen" if method == "FreezeUnit" else "running")
+                return None, ()
+            case "StopUnit" | "StartUnit":
+                return "o", (self._job(method, name, writer),)
+        raise Refusal("org.freedesktop.DBus.Error.UnknownMethod", method)
+
+    def _become(self, name: str, key: str, method: str, usual: str) -> None:
+        self.units[name][key] = ("s", self.becomes.get(method, usual))
+
+    def _job(self, method: str, name: str, writer: asyncio.StreamWriter) -> str:
+        if name not in self.units:
+            raise Refusal(f"{SYSTEMD}.NoSuchUnit", f"Unit {name} not found.")
+        job = f"/job/{method}"
+        if self.result is None:
+            self.units[name] = unit(ActiveState="deactivating", Job=(7, job))
+            self.reached.set()
+            return job
+        self._become(name, "ActiveState", method, "inactive" if method == "StopUnit" else "active")
+        self.units[name]["Job"] = ("(uo)", (0, "/"))
+        send(writer, new_signal(MANAGER, "JobRemoved", "uoss", (7, job, name, self.result)))
+        return job
+
+
+def send(writer: asyncio.StreamWriter, message: Message) -> None:
+    """Send in systemd's name, unless khod has hung up."""
+    message.header.fields[HeaderFields.sender] = ":1.0"
+    if not writer.is_closing():
+        writer.write(message.serialise(serial=1))
+
+
+@asynccontextmanager
+async def fake_bus(path: Path, **units: dict[str, tuple[str, Any]]) -> AsyncIterator[FakeBus]:
+    """Serve these units at this path: `a` is a.service."""
+    bus = FakeBus({f"{name}.service": properties for name, properties in units.items()})
+    server = await asyncio.start_unix_server(bus.serve, path)
+    try:
+        yield bus
+    finally:
+        server.close()
+        for task in bus.tasks:
+            task.cancel()

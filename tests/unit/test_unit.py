@@ -1,0 +1,426 @@
+"""The unit producer against a bus that answers, refuses, lies, hangs and hangs up; nothing of it may be left behind."""
+
+import asyncio
+import os
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from khod.errors import UsageError
+from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.unit import OURS, Unit, check_unit
+from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
+
+Props = dict[str, tuple[str, Any]]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where khod looks for the bus in this test."""
+    path = tmp_path / "bus"
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={path}")
+    return path
+
+
+@asynccontextmanager
+async def serving(place: Path, **units: Props) -> AsyncIterator[FakeBus]:
+    """Serve these units; at the end no task and no descriptor of khod's may be left."""
+    async with fake_bus(place, **units) as bus:
+        tasks, descriptors = asyncio.all_tasks(), len(os.listdir("/proc/self/fd"))
+        yield bus
+        while bus.open:
+            await bus.closed.wait()
+            await asyncio.sleep(0)
+        for task in bus.tasks:
+            task.cancel()
+        await asyncio.gather(*bus.tasks, return_exceptions=True)
+        left = [task for task in asyncio.all_tasks() - tasks if "FakeBus" not in repr(task)]
+        assert not left
+        assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+async def tell(verb: Verb, note: str = "", how: str = "freeze") -> str:
+    """Tell a.service a verb; its note after that."""
+    telling = Telling(verb, "run-1", note)
+    await Unit("a", unit="a.service", how=how).tell(telling)
+    return telling.note
+
+
+async def vetoed(verb: Verb, note: str = "", how: str = "freeze") -> tuple[str, str]:
+    """Tell a.service a verb that it refuses: the reason, one line, and the note it leaves."""
+    telling = Telling(verb, "run-1", note)
+    with pytest.raises(Veto) as veto:
+        await Unit("a", unit="a.service", how=how).tell(telling)
+    reason = str(veto.value)
+    assert reason
+    assert reason.isprintable()
+    return reason, telling.note
+
+
+@pytest.mark.parametrize(
+    ("how", "frozen", "thawed", "key"),
+    [
+        ("freeze", "frozen", "running", "FreezerState"),
+        ("stop", "inactive", "active", "ActiveState"),
+    ],
+)
+async def test_a_handover_called_off(place: Path, how: str, frozen: str, thawed: str, key: str) -> None:
+    async with serving(place, a=unit()) as bus:
+        note = await tell(Verb.prepare, how=how)
+        assert bus.state("a.service", key) == thawed
+        note = await tell(Verb.freeze, note, how)
+        assert bus.state("a.service", key) == frozen
+        await tell(Verb.thaw, note, how)
+        assert bus.state("a.service", key) == thawed
+        await tell(Verb.cancel, note, how)
+
+
+@pytest.mark.parametrize("verb", [Verb.cancel, Verb.restore, Verb.finish])
+async def test_the_next_kernel_starts_units_by_itself(place: Path, verb: Verb) -> None:
+    async with serving(place, a=unit()) as bus:
+        await tell(verb, OURS)
+        assert not bus.said
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+@pytest.mark.parametrize(
+    "properties",
+    [
+        unit(ActiveState="inactive"),
+        unit(ActiveState="failed"),
+        unit(ActiveState="inactive", LoadState="masked"),
+        unit(FreezerState="frozen"),
+        unit(FreezerState="frozen-by-parent"),
+    ],
+    ids=["inactive", "failed", "masked", "frozen", "by-parent"],
+)
+async def test_what_is_at_rest_already_is_left_as_it_is(place: Path, how: str, properties: Props) -> None:
+    async with serving(place, a=dict(properties)) as bus:
+        note = await tell(Verb.prepare, how=how)
+        assert note != OURS
+        assert await tell(Verb.freeze, note, how) == note
+        await tell(Verb.thaw, note, how)
+        assert set(said(bus)) <= {"Hello", "LoadUnit", "GetAll"}
+
+
+def said(bus: FakeBus) -> list[str]:
+    return [words.split()[0] for words in bus.said]
+
+
+@pytest.mark.parametrize(
+    ("how", "properties", "reason"),
+    [
+        ("freeze", unit(LoadState="not-found", ActiveState="inactive"), "not-found"),
+        ("freeze", unit(LoadState="bad-setting", ActiveState="inactive"), "bad-setting"),
+        ("freeze", unit(ActiveState="activating"), "activating"),
+        ("freeze", unit(FreezerState="freezing"), "freezing"),
+        ("freeze", unit(CanFreeze=False), "cannot be frozen"),
+        ("freeze", unit(Names=["a.service", "dbus-broker.service"]), "dbus-broker.service"),
+        ("stop", unit(CanStop=False), "cannot be stopped"),
+        ("stop", unit(CanStart=False), "cannot be stopped"),
+        ("stop", unit(Transient=True), "transient"),
+    ],
+)
+async def test_prepare_refuses_what_could_not_be_done_or_undone(
+    place: Path, how: str, properties: Props, reason: str
+) -> None:
+    async with serving(place, a=properties):
+        assert reason in (await vetoed(Verb.prepare, how=how))[0]
+
+
+@pytest.mark.parametrize("who", ["khod", "bus"])
+async def test_a_unit_that_holds_khod_or_the_bus_is_refused(place: Path, who: str) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.processes = [1000, {"khod": os.getpid(), "bus": 400}[who]]
+        assert "holds khod" in (await vetoed(Verb.prepare))[0]
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+async def test_a_unit_that_goes_in_between(place: Path, how: str) -> None:
+    async with serving(place, a=unit()) as bus:
+        note = await tell(Verb.prepare, how=how)
+        del bus.units["a.service"]
+        reason, note = await vetoed(Verb.freeze, note, how)
+        assert "not-found" in reason
+        await tell(Verb.thaw, note, how)
+
+
+async def test_a_unit_that_died_while_it_was_frozen_is_not_put_back(place: Path) -> None:
+    async with serving(place, a=unit(ActiveState="failed", FreezerState="frozen")) as bus:
+        assert "died while it was frozen" in (await vetoed(Verb.thaw, OURS))[0]
+        bus.units["a.service"] = unit(ActiveState="failed")
+        await tell(Verb.thaw, OURS)
+
+
+async def test_a_unit_that_goes_while_it_is_frozen_is_thawed(place: Path) -> None:
+    async with serving(place) as bus:
+        await tell(Verb.thaw, OURS)
+        assert "ThawUnit a.service" not in bus.said
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+@pytest.mark.parametrize(
+    ("prepared", "now"),
+    [
+        (OURS, unit(ActiveState="inactive")),
+        (OURS, unit(FreezerState="frozen")),
+        (OURS, unit(ActiveState="deactivating")),
+        ("inactive", unit()),
+        ("frozen", unit()),
+    ],
+)
+async def test_what_somebody_else_changed_since_prepare_is_a_veto_and_stays_theirs(
+    place: Path, how: str, prepared: str, now: Props
+) -> None:
+    async with serving(place, a=dict(now)) as bus:
+        _, note = await vetoed(Verb.freeze, prepared, how)
+        await tell(Verb.thaw, note, how)
+        assert bus.units["a.service"] == now
+        assert set(said(bus)) <= {"Hello", "LoadUnit", "GetAll"}
+
+
+async def test_a_freeze_that_is_answered_and_did_not_happen(place: Path) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.becomes["FreezeUnit"] = "freezing"
+        reason, note = await vetoed(Verb.freeze, OURS)
+        assert "freezing" in reason
+        await tell(Verb.thaw, note)
+        assert bus.state("a.service", "FreezerState") == "running"
+
+
+async def test_a_thaw_that_is_answered_and_did_not_happen(place: Path) -> None:
+    async with serving(place, a=unit(FreezerState="frozen")) as bus:
+        bus.becomes["ThawUnit"] = "thawing"
+        assert "thawing" in (await vetoed(Verb.thaw, OURS))[0]
+
+
+@pytest.mark.parametrize("result", ["failed", "timeout", "canceled"])
+async def test_a_stop_that_does_not_end_well(place: Path, result: str) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.result = result
+        reason, note = await vetoed(Verb.freeze, OURS, "stop")
+        assert result in reason
+        await tell(Verb.thaw, note, "stop")
+        assert bus.state("a.service", "ActiveState") == "active"
+
+
+async def test_a_unit_that_starts_again_at_once_is_not_stopped(place: Path) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.becomes["StopUnit"] = "activating"
+        assert "activating" in (await vetoed(Verb.freeze, OURS, "stop"))[0]
+
+
+async def test_a_start_that_does_not_end_well(place: Path) -> None:
+    async with serving(place, a=unit(ActiveState="inactive")) as bus:
+        bus.result, bus.becomes["StartUnit"] = "failed", "failed"
+        assert "failed" in (await vetoed(Verb.thaw, OURS, "stop"))[0]
+
+
+async def test_a_stop_replaces_no_job_of_somebody_else_a_start_replaces_our_own(place: Path) -> None:
+    async with serving(place, a=unit()) as bus:
+        await tell(Verb.freeze, OURS, "stop")
+        await tell(Verb.thaw, OURS, "stop")
+        assert "StopUnit a.service fail" in bus.said
+        assert "StartUnit a.service replace" in bus.said
+        assert said(bus).index("Subscribe") < said(bus).index("StopUnit")
+
+
+@pytest.mark.parametrize("key", ["RequiredBy", "BoundBy", "ConsistsOf"])
+async def test_a_unit_that_would_stop_too_is_a_veto_unless_it_has_stopped(place: Path, key: str) -> None:
+    async with serving(place, a=unit(**{key: ["b.service"]}), b=unit()) as bus:
+        reason, note = await vetoed(Verb.freeze, OURS, "stop")
+        assert "b.service" in reason
+        assert note != OURS
+        bus.units["b.service"] = unit(ActiveState="inactive")
+        await tell(Verb.freeze, OURS, "stop")
+        assert "StopUnit a.service fail" in bus.said
+
+
+async def cut_short(bus: FakeBus, verb: Verb, how: str = "freeze") -> str:
+    """Tell a verb, and call it off where the bus answers otherwise than usual; its note."""
+    telling = Telling(verb, "run-1", OURS)
+    task = asyncio.ensure_future(Unit("a", unit="a.service", how=how).tell(telling))
+    await bus.reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    bus.reached.clear()
+    return telling.note
+
+
+async def test_a_freeze_cut_short_has_been_taken_up_before_its_undo_is_told(place: Path) -> None:
+    async with serving(place, a=unit()) as bus:
+        late = bus.instead["FreezeUnit"] = asyncio.Event()
+        note = await cut_short(bus, Verb.freeze)
+        assert said(bus)[-2:] == ["FreezeUnit", "Ping"]
+        bus.units["a.service"] = unit(FreezerState="freezing")
+        await tell(Verb.thaw, note)
+        assert bus.state("a.service", "FreezerState") == "running"
+        late.set()
+
+
+async def test_a_systemd_that_stands_still_holds_no_abort_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("khod.producers.unit.SETTLE", 0.01)
+    async with serving(place, a=unit()) as bus:
+        bus.instead = {method: asyncio.Event() for method in ("FreezeUnit", "Ping")}
+        assert await cut_short(bus, Verb.freeze) == OURS
+
+
+async def test_a_stop_cut_short_is_taken_back_while_its_job_runs(place: Path) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.result = None
+        note = await cut_short(bus, Verb.freeze, "stop")
+        assert bus.state("a.service", "ActiveState") == "deactivating"
+        bus.result = "done"
+        await tell(Verb.thaw, note, "stop")
+        assert bus.state("a.service", "ActiveState") == "active"
+
+
+@pytest.mark.parametrize("method", ["Hello", "LoadUnit", "GetAll"])
+@pytest.mark.parametrize("verb", [Verb.prepare, Verb.freeze, Verb.thaw])
+async def test_cut_short_anywhere_it_hangs_up_and_leaves_nothing(place: Path, verb: Verb, method: str) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.instead[method] = asyncio.Event()
+        await cut_short(bus, verb)
+        assert "FreezeUnit a.service" not in bus.said
+
+
+async def test_a_stop_job_not_yet_begun_is_replaced(place: Path) -> None:
+    async with serving(place, a=unit(Job=(7, "/job/7"))) as bus:
+        await tell(Verb.thaw, OURS, "stop")
+        assert "StartUnit a.service replace" in bus.said
+
+
+async def test_a_unit_that_is_active_already_is_not_started(place: Path) -> None:
+    async with serving(place, a=unit()) as bus:
+        await tell(Verb.thaw, OURS, "stop")
+        assert "StartUnit a.service replace" not in bus.said
+
+
+GARBAGE = b"\xff" * 64
+HUGE = b"l\x02\x01\x01" + struct.pack("<III", 0xFFFFFFF0, 1, 0)
+# A return whose body, of type s, claims more bytes than there are.
+TRUNCATED = b"l\x02\x01\x01" + struct.pack("<III", 8, 1, 15) + b"\5\1u\0\2\0\0\0\x08\1g\0\1s\0\0\xf0\0\0\0abcd"
+CALLS = [
+    (Verb.prepare, "freeze", method)
+    for method in ("LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID")
+] + [
+    (Verb.freeze, "freeze", "FreezeUnit"),
+    (Verb.thaw, "freeze", "ThawUnit"),
+    (Verb.freeze, "stop", "StopUnit"),
+    (Verb.thaw, "stop", "StartUnit"),
+    (Verb.thaw, "stop", "Subscribe"),
+    (Verb.thaw, "stop", "AddMatch"),
+]
+
+
+@asynccontextmanager
+async def ready_for(place: Path, verb: Verb, how: str) -> AsyncIterator[FakeBus]:
+    """Serve a.service as it stands when this verb comes."""
+    thaw = unit(FreezerState="frozen") if how == "freeze" else unit(ActiveState="inactive")
+    async with serving(place, a=thaw if verb is Verb.thaw else unit()) as bus:
+        yield bus
+
+
+@pytest.mark.parametrize(("verb", "how", "method"), CALLS)
+@pytest.mark.parametrize(
+    ("instead", "reason"),
+    [
+        (Refusal("org.freedesktop.systemd1.UnitBusy", "Unit has a pending job.\nWait."), "pending job"),
+        (Refusal("org.freedesktop.DBus.Error.NoReply", ""), "org.freedesktop.DBus.Error.NoReply"),
+        (b"", "hung up"),
+        (GARBAGE, "no D-Bus message"),
+        (HUGE, "no D-Bus message"),
+    ],
+    ids=["error", "no-text", "hangs-up", "garbage", "huge"],
+)
+async def test_whatever_the_bus_does_is_a_veto(
+    place: Path, verb: Verb, how: str, method: str, instead: Any, reason: str
+) -> None:
+    async with ready_for(place, verb, how) as bus:
+        bus.instead[method] = instead
+        assert reason in (await vetoed(verb, OURS, how))[0]
+
+
+@pytest.mark.parametrize("method", ["LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID"])
+@pytest.mark.parametrize("instead", [(None, ()), ("i", (7,)), ("as", (["x"],))], ids=["nothing", "i", "as"])
+async def test_another_type_than_documented_is_a_veto(place: Path, method: str, instead: Any) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.instead[method] = instead
+        assert "another type" in (await vetoed(Verb.prepare))[0]
+
+
+@pytest.mark.parametrize("key", ["LoadState", "ActiveState", "FreezerState", "CanFreeze", "Job", "Names"])
+async def test_a_property_that_is_missing_or_of_another_type_is_a_veto(place: Path, key: str) -> None:
+    async with serving(place, a=unit(**{key: 7})) as bus:
+        assert key in (await vetoed(Verb.prepare))[0]
+        del bus.units["a.service"][key]
+        assert key in (await vetoed(Verb.prepare))[0]
+
+
+async def test_a_message_cut_off_within_is_a_veto(place: Path) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.instead["LoadUnit"] = TRUNCATED
+        assert "no D-Bus message" in (await vetoed(Verb.prepare))[0]
+
+
+@pytest.mark.parametrize("welcome", [b"REJECTED EXTERNAL\r\n", b"\r\n", b"x" * 9000, b"OK 1\r\nOK 2\r\n"])
+async def test_a_bus_that_does_not_let_us_in_is_a_veto(place: Path, welcome: bytes) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.welcome = welcome
+        assert "let khod in" in (await vetoed(Verb.prepare))[0]
+
+
+async def test_a_bus_that_is_not_there_is_a_veto(place: Path) -> None:
+    assert str(place) in (await vetoed(Verb.prepare))[0]
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "unix:", "tcp:host=localhost,port=1", f"unix:path=/{'x' * 200}", "unix:path=/dev/null"]
+)
+async def test_an_address_that_is_no_bus_is_a_veto(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+    assert address in (await vetoed(Verb.prepare))[0]
+
+
+@pytest.mark.parametrize("job", [("u", (7,)), (None, ())], ids=["u", "nothing"])
+async def test_a_job_of_another_type_is_a_veto(place: Path, job: Any) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.instead["StopUnit"] = job
+        assert "another type" in (await vetoed(Verb.freeze, OURS, "stop"))[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.service", "a@b.service", "my.slice", "session-1.scope", r"dev-disk-by\x2duuid.swap", "A:b_c.mount"]
+)
+def test_names_of_units(name: str) -> None:
+    check_unit(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "a", ".service", "a.conf", "a/b.service", "a.service\n", "a\0.service", "é.service", "a b.service"),
+        *("a@.service", "@b.service", "x" * 248 + ".service"),
+    ],
+)
+def test_what_is_no_name_of_a_unit(name: str) -> None:
+    with pytest.raises(UsageError, match="no name of a unit"):
+        check_unit(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("init.scope", "-.slice", "system.slice", "-.mount", "dbus.service", "dbus.socket", "dbus-broker.service"),
+        *("kho-handover.service", "kho-handover@x.service", "kho-verify.service", "systemd-journald.service"),
+        *("systemd-journald-dev-log.socket", "systemd-logind.service", "systemd-udevd.service"),
+    ],
+)
+def test_units_without_which_the_host_stands_still(name: str) -> None:
+    with pytest.raises(UsageError, match="stands still"):
+        check_unit(name)
