@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -44,6 +45,7 @@ class Shown:
     def __init__(self) -> None:
         self.last: Phase | None = None
         self._producers: dict[str, Producer] = {}
+        self._heard: dict[str, float] = {}
         if sys.stderr.isatty():
             from rich.console import Console  # noqa: PLC0415 - dear to import, and only a terminal needs it
             from rich.live import Live  # noqa: PLC0415 - as above
@@ -67,6 +69,7 @@ class Shown:
             return
         if event.producer is not None and event.producer.phase:
             self._producers[event.producer.name] = event.producer
+            self._heard[event.producer.name] = time.monotonic()
             if self._live or (event.producer.waiting and not event.producer.answer):
                 return
         if self._console:
@@ -80,10 +83,15 @@ class Shown:
 
         ordered = sorted(self._producers.values(), key=lambda found: not found.waiting)
         room = max(1, (self._console.height if self._console else 0) - ROOM)
-        lines = [f"{'  >' if found.waiting else '   '} {render.producer(found)}" for found in ordered[:room]]
+        lines = [f"{'  >' if found.waiting else '   '} {render.producer(self._now(found))}" for found in ordered[:room]]
         if len(ordered) > room:
             lines.append(f"    and {len(ordered) - room} more")
         return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+    def _now(self, found: Producer) -> Producer:
+        """A producer as it is by now: what it is waited for goes on."""
+        since = time.monotonic() - self._heard[found.name] if found.waiting else 0.0
+        return replace(found, seconds=found.seconds + since)
 
 
 def watched(path: Path, begin: Callable[[Client], None], answer: Callable[[Client], T], *, quiet: bool) -> T | None:

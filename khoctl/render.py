@@ -19,6 +19,14 @@ COLOURS = {
     Phase.foreign: typer.colors.YELLOW,
     Phase.rolling_back: typer.colors.YELLOW,
 }
+DONE = {
+    "prepare": "prepared",
+    "freeze": "frozen",
+    "thaw": "thawed",
+    "cancel": "cancelled",
+    "restore": "restored",
+    "finish": "finished",
+}
 MOST = 10
 """Producers a page shows by name; `khoctl producers` shows all."""
 
@@ -92,7 +100,7 @@ def status(status: Status) -> str:
     if status.remedy:
         rows.append(("next", status.remedy))
     head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
-    stale = " (the kernel is busy; it was not asked just now)" if status.stale else ""
+    stale = " (the kernel was not asked just now)" if status.stale else ""
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<9}  {text}" for key, text in rows)])
 
 
@@ -111,11 +119,17 @@ def _odd(found: Producer) -> bool:
 
 
 def counted(found: list[Producer]) -> str:
-    """How many producers there are, and how many of them were told what last."""
-    told = Counter(f"{item.phase or 'not told'}{'' if _odd(item) or not item.phase else 'd'}" for item in found)
-    words = {"prepared": "prepared", "freezed": "frozen", "thawd": "thawed", "canceld": "cancelled"}
-    parts = [f"{count} {words.get(what, what)}" for what, count in told.items()]
-    return f"{len(found)}: {', '.join(parts)}"
+    """How many producers there are, and how far they have come."""
+    told = Counter(_reached(item) for item in found)
+    return f"{len(found)}: {', '.join(f'{count} {what}' for what, count in told.items())}"
+
+
+def _reached(found: Producer) -> str:
+    if not found.phase:
+        return "not told yet"
+    if found.waiting:
+        return f"told to {found.phase}"
+    return ("not " if _odd(found) else "") + DONE[found.phase]
 
 
 def producers(found: list[Producer]) -> str:

@@ -39,6 +39,7 @@ class Actions:
         self.barrier = barrier
         self._producers = producers
         self._past: list[Verb] = []
+        self._resumed = False
         self.target: Target | None = None
         self.executor: Executor | None = None
         self._kexec = kexec
@@ -70,8 +71,12 @@ class Actions:
     def resume(self, done: Sequence[Step]) -> None:
         """Take up an attempt that an earlier khod began: these verbs are behind everyone."""
         self._past = [VERBS[step] for step in done if step in VERBS]
+        self._resumed = bool(done)
 
     async def _catch_up(self) -> None:
+        if self._resumed:
+            await self.barrier.gather_in()
+            self._resumed = False
         new = self.barrier.admit(self._producers())
         for verb in self._past if new else []:
             await self._within(verb, new)

@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from khod import verify
-from khod.errors import KhoError
+from khod.errors import ConfigError, KhoError
 from khod.handover import Handover
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.thread import KernelThread
@@ -74,6 +74,11 @@ async def bring_back(here: Handover, barrier: Barrier, verdict: Verdict, deadlin
     verdict = replace(verdict, arrived=arrived, missing=missing, reason=PART.join(reasons))
     here.record = replace(here.record, producers=(*others, *left), verdict=verdict)
     return verdict
+
+
+def unreadable(verdict: Verdict, error: ConfigError) -> Verdict:
+    """The verdict where it cannot even be told who had something to take back."""
+    return replace(verdict, reason=PART.join(part for part in (verdict.reason, str(error)) if part))
 
 
 def _of(producer: str) -> str:

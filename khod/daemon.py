@@ -70,6 +70,10 @@ class Daemon:
         sessions = Sessions(Luo(self._calls), self._thread, fdstore.ServiceManager(), passed=self._passed)
         settings, kexec = config.load(opts.root), Kexec(self._calls)
         jump = executor.immediate(kexec, self._thread, settings.deadlines.execute)
+
+        async def orderly() -> None:
+            await executor.orderly(sessions=sessions.held)
+
         self.engine = Engine(
             kexec,
             lambda: probe(self._calls),
@@ -78,7 +82,7 @@ class Daemon:
             producers=lambda: directory.load(opts.root),
             sessions=sessions,
             guard=Guard,
-            orderly=executor.orderly if opts.simulate is None else self._again(jump),
+            orderly=orderly if opts.simulate is None else self._again(jump),
             immediate=jump if opts.simulate is None else self._again(jump),
             thread=self._thread,
             tell=self._tell,

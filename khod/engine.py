@@ -11,7 +11,6 @@ from typing import Protocol
 from khod import arrival, model, preflight, reconcile, status
 from khod.actions import Actions
 from khod.config import Config
-from khod.config import Guard as GuardSettings
 from khod.errors import ConfigError, Failed, KhoError, RecordError, Refused, Unsupported, UsageError
 from khod.executor import Executor
 from khod.guard import Seen, Severity
@@ -22,8 +21,8 @@ from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import KernelThread
 from khod.machine import HELD, RESTING, STEPS, Machine, left
 from khod.model import Check, Event, Generation, Observed, Phase, Status, Step, Verdict
-from khod.producers.barrier import Barrier, Member, Producer, Told, Verb, ranks
-from khod.producers.lost import Lost
+from khod.muster import Muster
+from khod.producers.barrier import Barrier, Member, Producer, Verb
 from khod.producers.peers import Peer, Peers, Terms
 from khod.record import Owner, Process, Record, Store
 from khod.sessions import Sessions, session_of
@@ -43,8 +42,8 @@ CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step
 class Watcher(Protocol):
     """What watches the host's devices: `khod.guard.Guard`."""
 
-    def start(self, devices: Mapping[str, Iterable[str]]) -> None:
-        """Watch from now on, for the producers' devices too."""
+    def start(self, abort: Iterable[str], record: Iterable[str], devices: Mapping[str, Iterable[str]]) -> None:
+        """Watch from now on, for devices of these subsystems and of the producers."""
 
     def stop(self) -> None:
         """Watch no more."""
@@ -65,22 +64,20 @@ class Engine:
         *,
         producers: Callable[[], list[Producer]],
         sessions: Sessions,
-        guard: Callable[[Iterable[str], Iterable[str], Callable[[Seen], None]], Watcher],
+        guard: Callable[[Callable[[Seen], None]], Watcher],
         orderly: Executor,
         immediate: Executor,
         thread: KernelThread,
         tell: Callable[[Event], None],
     ) -> None:
         self.config = config
-        self._handover = Handover(store, tell, self._look)
+        self._guard = guard(self._happened)
+        self._handover = Handover(store, tell, self._guard.look)
         self._kexec = kexec
         self._prober = prober
         self._store = store
-        self._configured = producers
         self._sessions = sessions
-        self._make_guard = guard
-        self._watching: tuple[GuardSettings, Watcher] | None = None
-        self.peers = Peers(sessions, self._peer_left, self._peer_came)
+        self.muster = Muster(producers, Peers(sessions, self._peer_left, self._peer_came))
         self._aside: set[asyncio.Task[None]] = set()
         self._executors = {False: orderly, True: immediate}
         self._thread = thread
@@ -123,7 +120,7 @@ class Engine:
         found = reconcile.reconcile(record, observed, self.config.policy.after_daemon_died)
         here.reason = found.reason
         restoring = found.action is reconcile.Action.verify or found.phase in RESTING
-        self.peers.expect(here.record.producers, here.record.run, restoring=restoring)
+        self.muster.peers.expect(here.record.producers, here.record.run, restoring=restoring)
         here.machine = Machine(found.phase, here.record.done if found.phase not in RESTING else ())
         lacking = "" if self._probed.kernel else f"no handover is possible: {self._probed.what}"
         here.say(found.reason or lacking or "khod started")
@@ -245,6 +242,10 @@ class Engine:
         is unloaded and the host boots cold. Where systemd does not say (None), what khod asked for itself
         counts: to roll back under a jump would lose the state for good.
         """
+        if self.machine.phase is Phase.verifying:
+            for task in self._aside:  # the next khod says it again to whoever did not finish
+                task.cancel()
+            return
         if jumping is None:
             jumping = self.machine.phase is Phase.executing
         if jumping and Step.load in self.machine.done:
@@ -265,37 +266,29 @@ class Engine:
         await self._started.wait()
         if self.machine.phase is Phase.executing:
             raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
-        if any(producer.name == name for producer in self._configured()):
-            raise Refused(f"There is a producer {name} already: it has a file", where=name, remedy="Choose another.")
-        if terms.after or terms.before:
-            ranks([*(peer for peer in self._everyone() if peer.name != name), Lost(name, **vars(terms))])
-        return self.peers.register(name, owner, process, terms, self.config.producers.max_per_user)
+        return self.muster.register(name, owner, process, terms, self.config.producers.max_per_user)
 
     def _peer_came(self, peer: Peer) -> None:
         where = peer.owner.unit or "no unit"
-        self._handover.say(f"producer {peer.name} registered (user {peer.owner.uid}, {where})", self._shown_peer(peer))
+        self._handover.say(f"producer {peer.name} registered (user {peer.owner.uid}, {where})", Member(peer).shown())
         if peer.restoring and self.machine.phase in RESTING:
             self._beside(self._late(peer))
 
     def _peer_left(self, peer: Peer) -> None:
-        self._handover.say(f"producer {peer.name} left", self._shown_peer(peer))
+        self._handover.say(f"producer {peer.name} left", Member(peer).shown())
         if peer.told and not peer.restoring:
             self.call_off(
                 Refused(
                     f"Producer {peer.name} went away after it was told to {peer.told}: its connection ended",
                     where=f"{peer.kind} {peer.name}",
-                    remedy="Look why it ended: everything told so far is told that it is off.",
+                    remedy="Look why it ended, then begin again.",
                 )
             )
-
-    @staticmethod
-    def _shown_peer(peer: Peer) -> model.Producer:
-        return Member(peer).shown()
 
     async def forget(self, name: str) -> None:
         """Free what a producer left before the jump and will not claim: the next handover would lose it."""
         async with self._operation():
-            self.peers.forget(name)
+            self.muster.peers.forget(name)
             here = self._handover
             here.record = replace(
                 here.record, producers=tuple(holder for holder in here.record.producers if holder.name != name)
@@ -306,39 +299,40 @@ class Engine:
     async def producers(self) -> list[model.Producer]:
         """Every producer, in the order they are told, with its last answer."""
         await self._started.wait()
-        told = {member.producer.name: member for member in self._members()}
-        shown = []
-        for rank, producers in enumerate(ranks(self._everyone())):
-            shown += [(told.get(producer.name) or Member(producer, rank)).shown() for producer in producers]
-        return shown
+        return self.muster.shown(self._members())
 
     def _members(self) -> list[Member]:
         here = self._handover
         return here.actions.barrier.members if here.actions else []
 
     async def rehearse(self, name: str) -> list[model.Producer]:
-        """Drive one producer through prepare, freeze, thaw and cancel, with the kernel left alone."""
+        """Drive one producer through prepare, freeze, thaw and cancel, with the kernel left alone; its answers."""
         async with self._operation():
             here, observed = self._handover, await self._observe(self.config.deadlines.activate)
             if self.machine.phase not in RESTING:
                 raise Refused(
                     f"A producer cannot be tested now ({self.machine.phase.value})", remedy="khoctl status says more."
                 )
-            found = next((producer for producer in self._everyone() if producer.name == name), None)
-            if found is None:
-                raise UsageError(f"There is no producer {name!r}", where=name, remedy="khoctl producers lists them.")
+            found = self.muster.find(name)
             before, record = here.machine, here.record
             here.machine, here.actions = Machine(), None
             here.record = replace(record, run=uuid.uuid4().hex[:12], boot_id=observed.boot_id, producers=(), timings=())
-            actions = self._attempt(only=found)
+            answers: list[model.Producer] = []
+
+            def heard(member: Member) -> None:
+                here.heard(member)
+                if not member.waiting:
+                    answers.append(member.shown())
+
+            actions = self._act(Barrier.of([found], here.record.run, heard))
             try:
                 await here.forward((Step.prepare, Step.freeze), actions, hold=False)
-                await here.roll_back(None, actions)
+                await here.roll_back(None, actions, said="the test is over")
             finally:
                 if here.machine.phase is Phase.idle:
                     here.machine, here.record = before, record
                     await here.keep_if_possible()
-            return [member.shown() for member in actions.barrier.members]
+            return answers
 
     def call_off(self, cause: KhoError) -> None:
         """End the handover under way for `cause`, if there is one that still can be ended."""
@@ -359,18 +353,8 @@ class Engine:
     def _watch(self, actions: Actions) -> None:
         """Watch for devices that come and go, while this attempt lasts; Failed where that is not possible."""
         settings = self.config.guard
-        if self._watching is None or self._watching[0] != settings:
-            self._unwatch()
-            self._watching = settings, self._make_guard(settings.abort, settings.record, self._happened)
-        self._watching[1].start({m.producer.name: m.producer.devices for m in actions.barrier.members})
-
-    def _unwatch(self) -> None:
-        if self._watching is not None:
-            self._watching[1].stop()
-
-    def _look(self) -> None:
-        if self._watching is not None:
-            self._watching[1].look()
+        devices = {member.producer.name: member.producer.devices for member in actions.barrier.members}
+        self._guard.start(settings.abort, settings.record, devices)
 
     def _happened(self, seen: Seen) -> None:
         sentence = seen.sentence()
@@ -417,7 +401,7 @@ class Engine:
                 yield
             finally:
                 if self.machine.phase not in HELD:
-                    self._unwatch()
+                    self._guard.stop()
 
     async def _ready(self, *, wants_load: bool) -> Record:
         """Refuse before anything is touched; else give the record to go on with, a fresh one from rest."""
@@ -456,7 +440,7 @@ class Engine:
     async def _checks(self, observed: Observed) -> list[Check]:
         foreign = self._shown(observed) in (Phase.foreign, Phase.inconsistent)
         facts = preflight.Facts(
-            self._probed, self._kexec, observed, self._store, self.config, self.record, foreign, self._everyone
+            self._probed, self._kexec, observed, self._store, self.config, self.record, foreign, self.muster.everyone
         )
         return await self._thread.call(lambda: preflight.run(facts), "the checks", self.config.deadlines.activate)
 
@@ -489,10 +473,14 @@ class Engine:
         verdict = await arrival.look(
             here, self._store, self._probed.kernel, self._thread, self.config.deadlines.activate
         )
-        barrier = self._attempt(dict.fromkeys(self._told(), Verb.restore)).barrier
+        barrier = self.muster.resumed(here.record.run, here.heard, here.record.producers, Verb.restore)
+        for member in barrier.members:
+            if not member.producer.restores:
+                member.told = ""  # it has nothing to take back, and is told nothing
+        self._act(barrier)
         if barrier.broken:
-            verdict = replace(verdict, reason=f"{verdict.reason}; {barrier.broken.what}".removeprefix("; "))
-        if any(member.producer.restores for member in barrier.members):
+            await arrival.conclude(here, arrival.unreadable(verdict, barrier.broken))
+        elif any(member.producer.restores for member in barrier.members):
             # Not waited for here: a producer may start only after khod is ready.
             self._beside(self._bring_back(barrier, verdict))
         else:
@@ -503,7 +491,7 @@ class Engine:
         async with self._busy:
             verdict = await arrival.bring_back(self._handover, barrier, verdict, self.config.deadlines.restore)
             await arrival.conclude(self._handover, verdict)
-        for peer in self.peers.known():
+        for peer in self.muster.peers.known():
             if peer.connected and peer.restoring:  # it came when nobody waited for it any more
                 self._beside(self._late(peer))
 
@@ -539,41 +527,23 @@ class Engine:
             return self.machine.phase
         return reconcile.shown(self._handover.current(), observed)
 
-    def _everyone(self) -> list[Producer]:
-        """Every producer that is configured or connected; ConfigError."""
-        return [*self._configured(), *self.peers.known()]
-
-    def _told(self) -> dict[str, str]:
-        """The producers an earlier khod had told something, and what they left with it."""
-        return {holder.name: holder.note for holder in self.record.producers}
-
-    def _attempt(self, told: Mapping[str, Verb] | None = None, *, only: Producer | None = None) -> Actions:
-        """The actions of the attempt under way; made where it has none yet (a start, a first step).
-
-        `told` is what an earlier khod told its producers: then they alone take part, and one that is
-        gone is said to be.
-        """
-        here, notes = self._handover, self._told()
+    def _attempt(self) -> Actions:
+        """The actions of the attempt under way; made where it has none yet (a start, a first step)."""
+        here = self._handover
         if here.actions is not None and not here.actions.barrier.broken:
             return here.actions
-        late = self._everyone if only is None else list
-        try:
-            producers = self._everyone() if only is None else [only]
-            if told is None and here.machine.done:
-                # A record of before it named them: then anyone may have been told.
-                names = notes or dict.fromkeys((producer.name for producer in producers), "")
-                told = dict.fromkeys(names, Verb.freeze if Step.freeze in here.machine.done else Verb.prepare)
-            if told is not None:
-                known = {producer.name: producer for producer in producers}
-                kinds = {holder.name: holder.kind for holder in self.record.producers}
-                producers = [known.get(name) or Lost(name, kind=kinds[name]) for name in told]
-            before = {name: Told(verb.value, notes.get(name, "")) for name, verb in (told or {}).items()}
-            barrier = Barrier.of(producers, here.record.run, here.heard, before)
-        except ConfigError as error:
-            if self.machine.phase in RESTING:
-                raise
-            barrier = Barrier(here.record.run, here.heard, error)
-        here.actions = Actions(self._probed.kernel, self._kexec, self._thread, self._store, self.config, barrier, late)
+        if here.machine.done:
+            last = Verb.freeze if Step.freeze in here.machine.done else Verb.prepare
+            barrier = self.muster.resumed(here.record.run, here.heard, here.record.producers, last)
+        else:
+            barrier = self.muster.barrier(here.record.run, here.heard)
+        return self._act(barrier, self.muster.everyone)
+
+    def _act(self, barrier: Barrier, late: Callable[[], list[Producer]] = list) -> Actions:
+        """Begin an attempt with this barrier; `late` gives those that may still join it."""
+        here = self._handover
+        kernel, config = self._probed.kernel, self.config
+        here.actions = Actions(kernel, self._kexec, self._thread, self._store, config, barrier, late)
         here.actions.resume(here.machine.done)
         return here.actions
 

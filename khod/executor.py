@@ -1,14 +1,18 @@
 """How the jump is made: orderly through systemd, or at once."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 
-from khod.errors import Failed
+from khod.errors import Failed, Unsupported
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import KernelThread
 
 ASKING = 10.0
 """Seconds systemd has to say what it is about."""
+
+CARRIES_SESSIONS = 261
+"""The version of systemd that began to."""
 
 Executor = Callable[[], Awaitable[None]]
 
@@ -22,11 +26,25 @@ async def run(*argv: str) -> tuple[int, str]:
     return process.returncode or 0, output.decode(errors="replace").strip()
 
 
-async def orderly() -> None:
+async def carries_sessions() -> bool:
+    """Tell whether this systemd brings LUO sessions over its own shutdown: from 261 on, and it says so nowhere else."""
+    _, output = await run("systemctl", "--version")
+    found = re.match(r"systemd (\d+)", output)
+    return found is not None and int(found[1]) >= CARRIES_SESSIONS
+
+
+async def orderly(*, sessions: bool) -> None:
     """Have systemd stop everything and jump; returns when that is under way.
 
-    systemctl goes ahead with an image that is already loaded, and asks the inhibitors first.
+    systemctl goes ahead with an image that is already loaded, and asks the inhibitors first. `sessions` is
+    whether producers have handed over files, which an older systemd would close on its way.
     """
+    if sessions and not await carries_sessions():
+        raise Unsupported(
+            f"This systemd closes the producers' LUO sessions on its way down: version {CARRIES_SESSIONS} keeps them",
+            where="systemctl kexec",
+            remedy="Jump at once: khoctl kexec --now",
+        )
     code, output = await run("systemctl", "--no-ask-password", "kexec")
     if code != 0:
         raise Failed(

@@ -181,13 +181,12 @@ class Netlink:
 class Guard:
     """Watches between start() and stop(), from the event loop; `happened` is called in it with each event that counts.
 
-    `abort` and `record` are names of kernel subsystems (pci, cpu, memory, block, net, ...). `happened` may stop the
-    guard: nothing is told after that.
+    `happened` may stop the guard: nothing is told after that.
     """
 
-    def __init__(self, abort: Iterable[str], record: Iterable[str], happened: Callable[[Seen], None]) -> None:
+    def __init__(self, happened: Callable[[Seen], None]) -> None:
         self._happened = happened
-        self._watch = Watch(frozenset(abort), frozenset(record))
+        self._watch = Watch(frozenset(), frozenset())
         self._context = pyudev.Context()  # looks for libudev with a child process: once, not in start()
         self._netlink: Netlink | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -197,15 +196,16 @@ class Guard:
         """Whether it listens now."""
         return self._netlink is not None
 
-    def start(self, devices: Mapping[str, Iterable[str]]) -> None:
-        """Listen from now on; where it does already, only the devices are new.
+    def start(self, abort: Iterable[str], record: Iterable[str], devices: Mapping[str, Iterable[str]]) -> None:
+        """Listen from now on; where it does already, only what counts is new.
 
-        `devices` are the producers' by their names, as paths below /dev or /sys; symbolic links are followed now,
-        as they go with the device. Where nothing could count, nothing is opened. Takes 0.2 to 0.4 ms.
+        `abort` and `record` are names of kernel subsystems (pci, cpu, memory, block, net, ...). `devices` are
+        the producers' by their names, as paths below /dev or /sys; symbolic links are followed now, as they
+        go with the device. Where nothing could count, nothing is opened. Takes 0.2 to 0.4 ms.
         Failed where the kernel's events cannot be had.
         """
         found = tuple((name, os.path.realpath(path)) for name, paths in devices.items() for path in paths)
-        self._watch = Watch(self._watch.abort, self._watch.record, found)
+        self._watch = Watch(frozenset(abort), frozenset(record), found)
         if self._netlink is not None or not self._watch:
             return
         loop = asyncio.get_running_loop()

@@ -138,7 +138,7 @@ class Handover:
             remedy=f"{cause.remedy} To go back: khoctl abort".strip(),
         )
 
-    async def roll_back(self, cause: KhoError | None, actions: Actions) -> None:
+    async def roll_back(self, cause: KhoError | None, actions: Actions, *, said: str = "called off") -> None:
         """Undo every step done, the last first; a step that cannot be undone does not stop the others.
 
         Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the
@@ -149,7 +149,7 @@ class Handover:
         if cause is not None:
             self.record = replace(self.record, last_error=str(cause))
         await self.keep_if_possible()
-        self.say(cause.what if cause else "called off")
+        self.say(cause.what if cause else said)
         failures = []
         for step in reversed(self.machine.done):
             if step is Step.activate and actions.kernel and (forgot := FORGOT.get(actions.kernel.abort)):

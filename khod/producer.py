@@ -56,7 +56,7 @@ class Step:
     timeout: float
     files: dict[str, int] = field(default_factory=dict)
     """With restore, what was preserved: descriptors that are yours from here on."""
-    _say: Callable[[str, float | None], None] = lambda _reason, _progress: None
+    _say: Callable[[str, float | None], None] = field(default=lambda _reason, _progress: None, repr=False)
 
     def not_yet(self, reason: str, progress: float | None = None) -> None:
         """Tell the operator what takes so long, and how much is done (0 to 1); CalledOff where it is off."""
@@ -129,6 +129,8 @@ class Producer:
         self._connection = Connection(self._socket)
         self._connection.send(f"{wire.PRODUCER}.Register", self._terms)
         told = str(self._connection.reply()["told"])
+        if told == "restore":
+            self._counts = ""  # what was frozen has been handed over
         while self._counts and self._counts != told:
             undo, self._counts = UNDO[self._counts]
             self._handle(Step(undo, "", 0.0))

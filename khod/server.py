@@ -350,9 +350,9 @@ class Producers(Producer):
             )
             made = await self._engine.register(name, owner, process, terms)
             connection.producer = made
-            connection.on_end.append(lambda: self._engine.peers.leave(made))
+            connection.on_end.append(lambda: self._engine.muster.peers.leave(made))
             if connection.peer is None:  # it went while khod looked
-                self._engine.peers.leave(made)
+                self._engine.muster.peers.leave(made)
             return {"version": wire.PRODUCER_VERSION, "run": made.run, "told": made.told}
 
     @varlinkmethod

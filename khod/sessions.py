@@ -44,6 +44,11 @@ class Sessions:
         self._store = store
         self._fds = {name: fd for name, fd in (passed or {}).items() if name.startswith(PREFIX)}
 
+    @property
+    def held(self) -> bool:
+        """Whether there are any."""
+        return bool(self._fds)
+
     async def preserve(self, session: str, files: Sequence[tuple[Kept, int]], deadline: float) -> None:
         """Preserve files in an outgoing session, which is made and put into the store at first."""
         if session not in self._fds:

@@ -85,6 +85,9 @@ class Producer(Protocol):
     def restores(self) -> bool:
         """Whether it has anything to do in the next kernel: then its state counts among what arrived."""
 
+    async def returned(self) -> None:
+        """Return when it can be told more, after a restart of khod; Veto where it cannot any more."""
+
     def holder(self) -> Holder:
         """What the record says of it, besides what it was told."""
 
@@ -228,6 +231,27 @@ class Barrier:
                 if tasks:
                     await asyncio.wait(tasks)
 
+    async def gather_in(self) -> None:
+        """After a restart of khod: wait until everyone who was told something is there again; Refused if not."""
+        told = [member for member in self.members if member.told]
+        for refusal in await asyncio.gather(*map(self._returned, told)):
+            if refusal is not None:
+                raise refusal
+
+    async def _returned(self, member: Member) -> Refused | None:
+        timeout, member.began = member.producer.timeout, time.monotonic()
+        try:
+            async with asyncio.timeout(timeout):
+                await member.producer.returned()
+            return None
+        except TimeoutError:
+            member.answer = f"has not come back within {timeout:g} s since khod was restarted"
+        except Veto as error:
+            member.answer = str(error)
+        finally:
+            member.began = None
+        return self._refused(member, Verb(member.told))
+
     async def undo(self, verb: Verb) -> None:
         """Tell everyone who was told `verb` that it is off, in reverse order; everyone is told.
 
@@ -307,7 +331,7 @@ class Barrier:
         return Refused(
             f"Producer {member.producer.name} refuses to {verb.value}: {member.answer}",
             where=f"{member.producer.kind} {member.producer.name}",
-            remedy="Everything told so far is told that it is off.",
+            remedy=f"Once that is mended: khoctl producers test {member.producer.name}",
         )
 
 

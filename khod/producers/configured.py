@@ -28,6 +28,9 @@ class Configured:
     def restores(self) -> bool:
         return False
 
+    async def returned(self) -> None:
+        """Return at once: it was never here, it is told where it is."""
+
     def holder(self) -> Holder:
         """What the record says of it; all else stands in its file."""
         return Holder(self.name, self.kind)

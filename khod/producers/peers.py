@@ -90,7 +90,8 @@ class Peer:
         """Make the entry of a producer that an earlier khod knew."""
         terms = Terms(holder.timeout, holder.after, holder.before, holder.devices)
         made = cls(holder.name, holder.owner or Owner(-1, ""), holder.process, terms, sessions)
-        made.told, made.kept, made.run, made.restoring = holder.told, holder.kept, run, restoring
+        made.told = Verb.restore.value if restoring else holder.told
+        made.kept, made.run, made.restoring = holder.kept, run, restoring
         return made
 
     def holder(self) -> Holder:
@@ -161,15 +162,26 @@ class Peer:
                 # An undo that was not answered in time stays: whoever comes late hears it, whatever it says.
                 self._telling = None
 
+    async def returned(self) -> None:
+        if not self.connected and (self.process is None or not await self._back_or_gone()):
+            raise Veto("it is gone")
+
     async def _comes_back(self, telling: Telling) -> bool:
         """Wait for a connection; False where there is nobody to tell and nothing to undo."""
-        verb = telling.verb
-        if self.process is None:
-            if verb in UNDO.values():
+        undo = telling.verb in UNDO.values()
+        if self.process is None and not self.restoring:
+            if undo:
                 return False
-            if not self.restoring:
-                raise Veto("its connection ended")
+            raise Veto("its connection ended")
         telling.not_yet("it has not connected yet", None)
+        if await self._back_or_gone():
+            return True
+        if undo:
+            return False
+        raise Veto("its process ended")
+
+    async def _back_or_gone(self) -> bool:
+        """Wait for its connection or the end of its process; whether it is connected."""
         back = asyncio.ensure_future(self._back.wait())
         gone = asyncio.ensure_future(ended(None if self.restoring else self.process))
         try:
@@ -177,11 +189,7 @@ class Peer:
         finally:
             for task in (back, gone):
                 task.cancel()
-        if self.connected:
-            return True
-        if verb in UNDO.values():
-            return False
-        raise Veto("its process ended")
+        return self.connected
 
     # What the connection does
 
@@ -290,7 +298,11 @@ class Peers:
         """Give up on what a producer left before the jump; Refused where it left nothing."""
         peer = self._peers.get(name)
         if peer is None or not peer.restoring or peer.connected:
-            raise Refused(f"Producer {name} left nothing that waits for it", where=name, remedy="khoctl producers")
+            raise Refused(
+                f"Producer {name} left nothing that waits for it",
+                where=name,
+                remedy="khoctl check names those that did.",
+            )
         self._sessions.close(peer.session)
         del self._peers[name]
 

@@ -100,8 +100,10 @@ class Unit(Configured):
                 check_unit(name)
             except UsageError as error:
                 raise Veto(error.what) from None
-        if self.how == "stop" and (state.transient or not (state.can_stop and state.can_start)):
-            raise Veto(f"{self.unit} cannot be stopped and started again{', it is transient' * state.transient}")
+        if self.how == "stop" and state.transient:
+            raise Veto(f"{self.unit} is transient: once it is stopped there is nothing to start")
+        if self.how == "stop" and not (state.can_stop and state.can_start):
+            raise Veto(f"{self.unit} cannot be stopped and started again by hand")
         if self.how == "freeze" and not state.can_freeze:
             raise Veto(f"{self.unit} cannot be frozen: systemd has no freezer for it")
         if await systemd.holds_us():

@@ -11,12 +11,16 @@ from pathlib import Path
 from khod import executor
 from khod.config import Config
 from khod.engine import Engine
+from khod.fdstore import ServiceManager
+from khod.guard import Guard
 from khod.kernel.kexec import KMSG, Kexec
+from khod.kernel.luo import Luo
 from khod.kernel.probe import probe
 from khod.kernel.simulated import Rebooted, SimulatedKernel, image, initrd
 from khod.kernel.sysfs import KHO
 from khod.kernel.thread import KernelThread
 from khod.record import Store
+from khod.sessions import Sessions
 from khod.target import Request
 from tests.bench.figure import Figure
 
@@ -86,6 +90,8 @@ async def _one() -> float:
             store,
             Config(),
             producers=list,
+            sessions=Sessions(Luo(kernel), thread, ServiceManager()),
+            guard=Guard,
             orderly=jump,
             immediate=jump,
             thread=thread,

@@ -28,8 +28,8 @@ async def main():
         told.append([seen.severity.value, seen.event.device, seen.sentence()])
         if [os.path.basename(seen.event.device), seen.event.action] == sys.argv[1:3]:
             ended.set()
-    guard = Guard(["pci", "cpu"], ["virtio", "block", "mem"], happened)
-    guard.start({{"vm1": sys.argv[3:]}})
+    guard = Guard(happened)
+    guard.start(["pci", "cpu"], ["virtio", "block", "mem"], {{"vm1": sys.argv[3:]}})
     with open("{READY}", "w") as ready:
         ready.write("ready")
     async with asyncio.timeout(100):
@@ -48,8 +48,8 @@ from khod import guard
 async def main():
     guard.QUEUE = 1
     told = []
-    watch = guard.Guard(["pci"], [], told.append)
-    watch.start({})
+    watch = guard.Guard(told.append)
+    watch.start(["pci"], [], {})
     with open("/sys/devices/virtual/mem/null/uevent", "w", buffering=1) as null:
         for _ in range(100):
             null.write("add\\n")

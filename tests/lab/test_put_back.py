@@ -15,6 +15,22 @@ from tests.lab.guest import Guest
 from tests.lab.host import IMAGES, INITRD, KHO, Host, image
 
 PARAMETERS = "/sys/module/kho_v3/parameters"
+HOTPLUG_PORT = ("-device", "pcie-root-port,id=hot,chassis=1,slot=1")
+PEER = """\
+import signal, sys, systemd.daemon
+from khod.producer import Producer, Veto
+
+def note(step):
+    print(f"peer {step.verb}", file=open("/run/told", "a"))
+
+def refuse(step):
+    note(step)
+    raise Veto("the connection table is being rebuilt")
+
+Producer("peer", prepare=note, freeze=refuse, thaw=note, cancel=note, after=["ticker"]).start()
+systemd.daemon.notify("READY=1")
+signal.pause()
+"""
 SLOW_TO_STOP = """\
 [Service]
 ExecStart=/bin/sleep infinity
@@ -27,7 +43,9 @@ TimeoutStopSec=300
 def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Boot one host with the v3 interface for the whole file."""
     console = tmp_path_factory.mktemp("put-back") / "console.log"
-    with Guest(lab_kernels.find("7.3.4"), lab_disk, cmdline_extra=KHO, console_log=console) as guest:
+    with Guest(
+        lab_kernels.find("7.3.4"), lab_disk, cmdline_extra=KHO, console_log=console, qemu_extra=HOTPLUG_PORT
+    ) as guest:
         guest.wait_online()
         yield Host(guest).with_module()
 
@@ -206,3 +224,57 @@ def test_a_reset_instead_of_the_jump_is_a_cold_boot(host: Host) -> None:
     status = host.status(code=7)
     assert status["phase"] == "cold_boot"
     assert "booted cold" in status["last_error"]
+
+
+def test_a_veto_in_the_middle_of_three_kinds_and_ranks(host: Host) -> None:
+    """A unit, then a Varlink peer that refuses to freeze, then a hook."""
+    verbs = ("prepare", "freeze", "thaw", "cancel")
+    lines = [f'{verb} = ["sh", "-c", "echo hook {verb} >> /run/told"]' for verb in verbs]
+    host.guest.put("/etc/kho/producers.d/hook.toml", "\n".join([*lines, 'after = ["peer"]\n']))
+    host.guest.put("/etc/kho/producers.d/ticker.toml", 'unit = "ticker.service"\n')
+    host.guest.put("/run/peer.py", PEER)
+    host.shell(
+        "systemd-run -q --unit=ticker sleep infinity;"
+        "systemd-run -q --unit=peer --service-type=notify python3 /run/peer.py"
+    )
+    try:
+        listed = host.khoctl("producers").stdout
+        refused = host.khoctl("kexec", *image("7.3.4"), code=3)
+        state = host.shell("systemctl show -P FreezerState ticker").strip()
+    finally:
+        host.shell("rm /etc/kho/producers.d/*.toml; systemctl stop ticker peer")
+    assert [line.split()[:3] for line in listed.splitlines()[1:]] == [
+        ["0", "ticker", "unit"],
+        ["1", "peer", "varlink"],
+        ["2", "hook", "hook"],
+    ]
+    said = [line.split("  ")[-1] for line in refused.stderr.splitlines()]
+    undone = ["peer: thaw: ready", "ticker: thaw: ready", "hook: cancel: ready", "peer: cancel: ready"]
+    assert [line for line in said if ": thaw: " in line or ": cancel: " in line] == [*undone, "ticker: cancel: ready"]
+    assert host.word("/run/told").splitlines() == [
+        "peer prepare",
+        "hook prepare",
+        "peer freeze",
+        "peer thaw",
+        "hook cancel",
+        "peer cancel",
+    ]
+    assert state == "running"
+    (reason,) = [line for line in refused.stderr.splitlines() if line.startswith("khoctl:")]
+    assert "Producer peer refuses to freeze: the connection table is being rebuilt" in reason
+    idle(host)
+
+
+def test_a_disk_that_is_plugged_in_while_active_ends_the_handover(host: Host) -> None:
+    """This kernel has no driver for hotplug ports, so it looks for the new card when it is told to."""
+    host.khoctl("activate")
+    host.guest.qmp("blockdev-add", driver="null-co", node_name="hot0", size=1 << 20, read_zeroes=True)
+    host.guest.qmp("device_add", driver="virtio-blk-pci", id="disk0", drive="hot0", bus="hot")
+    assert host.status()["phase"] == "active"
+    host.shell("echo 1 > /sys/bus/pci/rescan")
+    host.khoctl("abort")  # returns when whatever goes back is back; were it the one to end it, it would say so
+    status = host.status()
+    assert status["phase"] == "idle"
+    assert "pci device" in status["last_error"]
+    assert "was added" in status["last_error"]
+    assert "hardware changed" in host.khoctl("status").stdout

@@ -102,12 +102,13 @@ class Quiet:
         self.devices: Mapping[str, Iterable[str]] = {}
         self.happened: Callable[[Seen], None] = lambda _seen: None
 
-    def made(self, abort: Iterable[str], record: Iterable[str], happened: Callable[[Seen], None]) -> "Quiet":
-        self.watch, self.happened = Watch(frozenset(abort), frozenset(record)), happened
+    def made(self, happened: Callable[[Seen], None]) -> "Quiet":
+        self.happened = happened
         return self
 
-    def start(self, devices: Mapping[str, Iterable[str]]) -> None:
-        self.watching, self.devices = True, devices
+    def start(self, abort: Iterable[str], record: Iterable[str], devices: Mapping[str, Iterable[str]]) -> None:
+        self.watch, self.devices = Watch(frozenset(abort), frozenset(record)), devices
+        self.watching = True
 
     def stop(self) -> None:
         self.watching = False

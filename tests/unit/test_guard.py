@@ -109,8 +109,8 @@ class Witness:
 @contextmanager
 def watching(witness: Callable[[Seen], None], *abort: str, **devices: tuple[str, ...]) -> Iterator[Guard]:
     """A guard that notes OURS and aborts for `abort` and for the producers' `devices`."""
-    watch = Guard(abort, [OURS], witness)
-    watch.start(devices)
+    watch = Guard(witness)
+    watch.start(abort, [OURS], devices)
     try:
         yield watch
     finally:
@@ -229,7 +229,7 @@ async def test_another_start_brings_new_devices_and_forgets_no_event() -> None:
     witness = Witness()
     with watching(witness, "pci", vm1=("/dev/vdz",)) as watch:
         send(uevent("add", PCI, "pci"))
-        watch.start({"vm2": (f"/sys{DISK}",)})
+        watch.start(["pci"], [OURS], {"vm2": (f"/sys{DISK}",)})
         seen = await witness.after(uevent("remove", DISK, "block", DEVNAME="vdz", MAJOR="254", MINOR="240"))
     assert [(one.event.subsystem, one.producers) for one in seen] == [("pci", ()), ("block", ("vm2",))]
 
@@ -243,7 +243,7 @@ async def test_events_from_before_and_from_after_are_none_of_its_business() -> N
             assert await witness.after() == []
             watch.stop()
             send(uevent("remove", PCI, "pci"))
-            watch.start({})
+            watch.start(["pci"], [OURS], {})
             assert await witness.after() == []
 
 
@@ -273,11 +273,11 @@ async def test_nothing_is_told_once_it_was_stopped_by_what_happened() -> None:
 
 @pytest.mark.usefixtures("alone")
 async def test_start_and_stop_leave_nothing_open_however_often() -> None:
-    watch = Guard(["pci"], [], Witness())
+    watch = Guard(Witness())
     before = descriptors()
     for _ in range(3):
-        watch.start({})
-        watch.start({})
+        watch.start(["pci"], [], {})
+        watch.start(["pci"], [], {})
         assert watch.watching
         assert len(descriptors() - before) == 2  # libudev's and ours, for one socket
         watch.stop()
@@ -287,8 +287,8 @@ async def test_start_and_stop_leave_nothing_open_however_often() -> None:
 
 
 async def test_with_nothing_to_watch_for_nothing_is_opened() -> None:
-    watch, before = Guard([], [], Witness()), descriptors()
-    watch.start({})
+    watch, before = Guard(Witness()), descriptors()
+    watch.start([], [], {})
     assert not watch.watching
     assert descriptors() == before
     watch.stop()
@@ -296,21 +296,21 @@ async def test_with_nothing_to_watch_for_nothing_is_opened() -> None:
 
 @pytest.mark.parametrize("room", [0, 1], ids=["none", "libudev's alone"])
 async def test_without_a_socket_it_says_so(room: int) -> None:
-    watch, before = Guard(["pci"], [], Witness()), descriptors()
+    watch, before = Guard(Witness()), descriptors()
     free = os.dup(0)
     os.close(free)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free + room, hard))
     try:
         with pytest.raises(Failed, match=r"Device events cannot be watched: EMFILE") as caught:
-            watch.start({})
+            watch.start(["pci"], [], {})
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert caught.value.where == "AF_NETLINK"
     assert not watch.watching
     del caught  # it holds on to the stack of the call that failed
     assert descriptors() == before
-    watch.start({})
+    watch.start(["pci"], [], {})
     assert watch.watching
     watch.stop()
 

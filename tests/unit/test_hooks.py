@@ -37,6 +37,9 @@ class Rehearsed:
         self.gate: asyncio.Event | None = None
         self._told = told
 
+    async def returned(self) -> None:
+        """It is here."""
+
     def holder(self) -> Holder:
         return Holder(self.name, self.kind)
 

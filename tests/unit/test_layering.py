@@ -17,7 +17,7 @@ LAYERS = [
     {"kernel"},
     {"machine", "record", "reconcile", "config", "cmdline"},
     {"producers", "fdstore", "sessions", "guard", "executor", "verify", "preflight", "target", "actions"}
-    | {"handover", "arrival", "status"},
+    | {"handover", "arrival", "muster", "status"},
     {"engine"},
     {"server", "journal", "daemon", "__main__"},
 ]

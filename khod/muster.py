@@ -1,0 +1,68 @@
+"""Everyone who takes part: the producers with a file, and those that connect."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from khod import model
+from khod.errors import ConfigError, Refused, UsageError
+from khod.producers.barrier import Barrier, Member, Producer, Told, Verb, ranks
+from khod.producers.lost import Lost
+from khod.producers.peers import Peer, Peers, Terms
+from khod.record import Holder, Owner, Process
+
+
+class Muster:
+    """The producers of this host. `configured` reads the files anew each time; ConfigError where one is wrong."""
+
+    def __init__(self, configured: Callable[[], list[Producer]], peers: Peers) -> None:
+        self.peers = peers
+        self._configured = configured
+
+    def everyone(self) -> list[Producer]:
+        """Every producer that is configured, connected or waited for; ConfigError."""
+        return [*self._configured(), *self.peers.known()]
+
+    def find(self, name: str) -> Producer:
+        """Give a producer by its name; UsageError where there is none."""
+        found = next((producer for producer in self.everyone() if producer.name == name), None)
+        if found is None:
+            raise UsageError(f"There is no producer {name!r}", where=name, remedy="khoctl producers lists them.")
+        return found
+
+    def shown(self, told: Sequence[Member]) -> list[model.Producer]:
+        """What status says of everyone, in rank order; `told` are those of the last attempt."""
+        known = {member.producer.name: member for member in told}
+        shown = []
+        for rank, producers in enumerate(ranks(self.everyone())):
+            members = [known.get(producer.name) or Member(producer) for producer in producers]
+            shown += [replace(member.shown(), rank=rank) for member in members]
+        return shown
+
+    def register(self, name: str, owner: Owner, process: Process, terms: Terms, most: int) -> Peer:
+        """Take in a producer that has connected; Refused where its name has a file, ConfigError where it is a cycle."""
+        if any(producer.name == name for producer in self._configured()):
+            raise Refused(f"There is a producer {name} already: it has a file", where=name, remedy="Choose another.")
+        if terms.after or terms.before:
+            ranks([*(producer for producer in self.everyone() if producer.name != name), Lost(name, **vars(terms))])
+        return self.peers.register(name, owner, process, terms, most)
+
+    def barrier(self, run: str, changed: Callable[[Member], None]) -> Barrier:
+        """A barrier for everyone, with nothing told yet."""
+        return Barrier.of(self.everyone(), run, changed)
+
+    def resumed(self, run: str, changed: Callable[[Member], None], holders: Sequence[Holder], verb: Verb) -> Barrier:
+        """The barrier of an attempt that an earlier khod began, which told its producers `verb` last.
+
+        They alone take part, and one that is gone is said to be. Where the files cannot be read the barrier is
+        broken: nobody can be told.
+        """
+        try:
+            known = {producer.name: producer for producer in self.everyone()}
+            # A record of before it named them has none: then anyone may have been told.
+            kinds = {holder.name: holder.kind for holder in holders} or dict.fromkeys(known, "")
+            notes = {holder.name: holder.note for holder in holders}
+            told: Mapping[str, Told] = {name: Told(verb.value, notes.get(name, "")) for name in kinds}
+            producers = [known.get(name) or Lost(name, kind=kind) for name, kind in kinds.items()]
+            return Barrier.of(producers, run, changed, told)
+        except ConfigError as error:
+            return Barrier(run, changed, error)

@@ -1,0 +1,68 @@
+"""Producers on real kernels: what they hold arrives, and whoever refuses or changes the hardware ends it for all."""
+
+import pytest
+
+from tests.lab.conftest import REPOSITORY, Boot
+from tests.lab.host import KHO, Host
+
+EXAMPLES = REPOSITORY / "packaging/examples"
+MEBIBYTES = 64
+STORE = "/run/kv-store/socket"
+TALK = f"""\
+import hashlib, random, socket, sys
+
+made = random.Random(20241122)
+values = [made.randbytes(1 << 19).hex() for _ in range({MEBIBYTES})]  # a mebibyte of text each
+talk = socket.socket(socket.AF_UNIX)
+talk.connect("{STORE}")
+lines = talk.makefile("rw", newline="\\n")
+
+def ask(line):
+    lines.write(line + "\\n")
+    lines.flush()
+    return lines.readline().rstrip("\\n")
+
+digest = hashlib.sha256()
+if sys.argv[1] == "fill":
+    for number, value in enumerate(values):
+        assert ask(f"SET key-{{number}} {{value}}") == "ok"
+        digest.update(value.encode())
+else:
+    for number in range(len(values)):
+        digest.update(ask(f"GET key-{{number}}").removeprefix("value ").encode())
+print(digest.hexdigest())
+"""
+
+
+def with_store(host: Host) -> str:
+    """Start the key-value store as a service that comes again at boot, and fill it; the digest of what went in."""
+    host.guest.put("/usr/lib/kv-store/kv-store", (EXAMPLES / "kv-store").read_bytes(), mode=0o755)
+    host.guest.put("/etc/systemd/system/kv-store.service", (EXAMPLES / "kv-store.service").read_bytes())
+    host.guest.put("/lab/talk.py", TALK)
+    host.shell("systemctl daemon-reload; systemctl enable -q --now kv-store; sync")
+    return talk(host, "fill")
+
+
+def talk(host: Host, verb: str) -> str:
+    return host.guest.run(["python3", "/lab/talk.py", verb]).stdout.strip()
+
+
+@pytest.mark.parametrize("killed", ["", "after-prepare"])
+def test_a_key_value_store_keeps_its_data_over_the_handover(boot: Boot, killed: str) -> None:
+    host = Host(boot("7.3.4", cmdline_extra=KHO))
+    host.guest.wait_online()
+    digest = with_store(host)
+    if killed:
+        host.guest.put("/etc/kho/khod.toml.d/resume.toml", '[policy]\nafter_daemon_died = "resume"\n')
+        host.khoctl("activate")
+        host.guest.run(["systemctl", "kill", "--signal=SIGKILL", "kho-handover"])
+        host.guest.run(["systemctl", "start", "kho-handover"])
+        assert host.status()["phase"] == "active"
+
+    host.kexec("7.3.4")
+
+    host.khoctl("verify")
+    status = host.status()
+    assert status["phase"] == "verified", status
+    assert "kv-store" in status["verdict"]["arrived"]
+    assert talk(host, "read") == digest

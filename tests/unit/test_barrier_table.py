@@ -1,0 +1,285 @@
+"""Every trouble of every kind of producer at every verb, between two witnesses: nothing stays frozen.
+
+What each trouble is for each kind stands in tests/unit/actors.py.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+import pytest
+
+from khod.config import Config, Deadlines
+from khod.engine import Engine
+from khod.errors import Exit, NotRolledBack, Refused
+from khod.kernel.simulated import Rebooted
+from khod.model import Phase
+from khod.producers import qemu
+from khod.producers import unit as units
+from khod.producers.barrier import Verb
+from khod.producers.hooks import Hook
+from tests.unit.actors import KEPT, NAME, NOT_NOW, Actor, Command, Guest, LuoKernel, Peer, Service, Trouble, serving
+from tests.unit.harness import Host
+
+TABLE = """
+kind     verb     veto     deadline  crash    garbage  late
+varlink  prepare  off      off       off      off      stuck
+varlink  freeze   off      off       off      off      stuck
+varlink  thaw     stuck    stuck     stuck    stuck    stuck
+varlink  cancel   stuck    stuck     stuck    stuck    stuck
+varlink  restore  claimed  claimed   claimed  claimed  claimed
+varlink  finish   claimed  claimed   claimed  claimed  claimed
+hook     prepare  off      off       off      off      off
+hook     freeze   off      off       off      off      off
+hook     thaw     stuck    stuck     stuck    stuck    stuck
+hook     cancel   stuck    stuck     stuck    stuck    stuck
+hook     restore  lost     lost      lost     lost     lost
+hook     finish   lost     lost      lost     lost     lost
+unit     prepare  off      off       off      off      off
+unit     freeze   off      off       off      off      stuck
+unit     thaw     stuck    stuck     stuck    stuck    stuck
+unit     cancel   unasked  unasked   unasked  unasked  unasked
+unit     restore  unasked  unasked   unasked  unasked  unasked
+unit     finish   unasked  unasked   unasked  unasked  unasked
+stop     prepare  off      off       off      off      off
+stop     freeze   off      off       off      off      stuck
+stop     thaw     stuck    stuck     stuck    stuck    stuck
+stop     cancel   unasked  unasked   unasked  unasked  unasked
+stop     restore  unasked  unasked   unasked  unasked  unasked
+stop     finish   unasked  unasked   unasked  unasked  unasked
+qemu     prepare  off      off       off      off      off
+qemu     freeze   off      off       off      off      stuck
+qemu     thaw     stuck    stuck     stuck    stuck    stuck
+qemu     cancel   unasked  unasked   unasked  unasked  unasked
+qemu     restore  unasked  unasked   unasked  unasked  unasked
+qemu     finish   unasked  unasked   unasked  unasked  unasked
+"""
+"""What comes of it; `stop` is a unit that is stopped and started.
+
+off      Refused, everything put back at once
+stuck    NotRolledBack, the others put back; `khoctl abort` puts the rest back when the trouble is over
+claimed  degraded and named, until it comes back and takes what it left
+lost     degraded and named: a hook is told once
+unasked  this kind has nothing to do at that verb, and nobody is asked
+"""
+
+KINDS: dict[str, Callable[[Host, float], Actor]] = {
+    "varlink": Peer,
+    "hook": Command,
+    "unit": lambda host, timeout: Service(host, timeout, "freeze"),
+    "stop": lambda host, timeout: Service(host, timeout, "stop"),
+    "qemu": Guest,
+}
+SHORT = 0.3
+LONG = 20.0
+
+BEFORE_FREEZE = ["first prepare", "last prepare", "first freeze"]
+TOLD = {
+    Verb.prepare: ["first prepare", "first cancel"],
+    Verb.freeze: [*BEFORE_FREEZE, "first thaw", "last cancel", "first cancel"],
+}
+UNDONE = [*BEFORE_FREEZE, "last freeze", "last thaw", "first thaw", "last cancel", "first cancel"]
+RESTORED = ["first restore", "last restore", "first finish", "last finish"]
+
+
+@dataclass
+class Case:
+    """One row: the subject between its witnesses."""
+
+    host: Host
+    subject: Actor
+    verb: Verb
+    trouble: Trouble
+
+    def arm(self) -> None:
+        self.subject.arm(self.verb, self.trouble)
+
+    def witnesses(self, **refuses: str) -> None:
+        """One in the rank before the subject, one in the rank after; `refuses` names the verb that one vetoes."""
+        for name, after, before in (("first", (), (NAME,)), ("last", (NAME,), ())):
+            script = f'echo {name} "$0" >> {self.host.told}; test "$0" != "{refuses.get(name, "")}" || '
+            no = "{ echo no room >&2; exit 1; }"
+            commands = {verb.value: ["/bin/sh", "-c", script + no, verb.value] for verb in Verb}
+            self.host.hooks.append(Hook(name, LONG, after, before, commands=commands))
+
+    async def reached(self, engine: Engine, phase: Phase) -> None:
+        """Wait until khod says that it is in this phase."""
+        while engine.machine.phase is not phase:
+            await self.host.seen(lambda _event: True)
+
+    def kernel_untouched(self) -> bool:
+        return self.host.kernel.calls == [] and not self.host.kernel.active and not self.host.kernel.loaded
+
+    async def at_rest(self, engine: Engine) -> None:
+        """Nobody holds anything for khod, nor khod for anybody; and another handover finds everyone able."""
+        status = await engine.status()
+        assert (status.phase, status.done, status.exit_code) == (Phase.idle, [], Exit.done)
+        assert self.host.record.producers == ()
+        assert self.subject.held == set()
+        assert self.host.fdstore.kept == {}, "LUO sessions"
+        self.host.told.unlink()
+        self.host.hooks = [hook for hook in self.host.hooks if hook.name not in ("first", "last")]
+        await engine.activate()
+        assert "frozen" in self.subject.held
+        await engine.abort()
+        assert self.subject.held == set()
+
+
+async def off(case: Case) -> None:
+    case.witnesses()
+    case.arm()
+    async with serving(case.host) as engine:
+        await case.subject.join()
+        with pytest.raises(Refused) as raised:
+            await case.host.kexec(engine)
+        assert raised.value.exit is Exit.refused
+        assert NAME in raised.value.what
+        assert reason(case) in raised.value.what
+        assert engine.machine.phase is Phase.idle
+        assert case.kernel_untouched()
+        assert case.host.verbs == TOLD[case.verb]
+        await case.subject.recover()
+        await case.at_rest(engine)
+
+
+def reason(case: Case) -> str:
+    return {Trouble.veto: NOT_NOW, Trouble.deadline: f"{SHORT} s", Trouble.late: f"{SHORT} s"}.get(case.trouble, "")
+
+
+async def stuck(case: Case) -> None:
+    forward = case.verb in (Verb.prepare, Verb.freeze)
+    case.witnesses(**({} if forward else {"last": "freeze"}))
+    case.arm()
+    async with serving(case.host) as engine:
+        await case.subject.join()
+        with pytest.raises(NotRolledBack) as raised:
+            await case.host.kexec(engine)
+        assert raised.value.exit is Exit.not_rolled_back
+        assert NAME in raised.value.what
+        assert reason(case) in raised.value.what
+        assert forward or "no room" in raised.value.what, "why it was put back at all"
+        assert engine.machine.phase is Phase.failed
+        assert case.kernel_untouched()
+        assert case.host.verbs == (TOLD[case.verb] if forward else UNDONE)
+        await case.subject.recover()
+        await engine.abort()
+        assert case.host.verbs == (TOLD[case.verb] if forward else UNDONE), "nobody else is told twice"
+        await case.at_rest(engine)
+
+
+async def jump(case: Case) -> None:
+    """Take the host to its next kernel, with nothing wrong."""
+    async with serving(case.host) as engine:
+        await case.subject.join()
+        with pytest.raises(Rebooted):
+            await case.host.kexec(engine)
+    case.subject.rebooted()
+
+
+async def degraded(case: Case, engine: Engine) -> None:
+    await case.reached(engine, Phase.degraded)
+    status = await engine.status()
+    assert status.exit_code == Exit.degraded
+    assert status.verdict is not None
+    assert status.verdict.missing == [NAME]
+    assert {"first", "last"} <= set(status.verdict.arrived)
+    assert NAME in status.verdict.reason
+    assert reason(case) in status.verdict.reason
+    assert case.host.verbs[-len(RESTORED) :] == RESTORED, "the others have theirs"
+
+
+async def claimed(case: Case) -> None:
+    assert isinstance(case.subject, Peer)
+    case.witnesses()
+    await jump(case)
+    case.arm()
+    async with serving(case.host) as engine:
+        await case.subject.join()
+        await degraded(case, engine)
+        await case.subject.recover()
+        await case.reached(engine, Phase.verified)
+        status = await engine.status()
+        assert (status.exit_code, status.last_error) == (Exit.done, "")
+        assert status.verdict is not None
+        assert status.verdict.missing == []
+        assert {"first", "last", NAME} <= set(status.verdict.arrived)
+        assert case.subject.claimed == [KEPT]
+        assert case.host.fdstore.kept == {}
+        assert case.host.record.producers == ()
+
+
+async def lost(case: Case) -> None:
+    case.witnesses()
+    await jump(case)
+    case.arm()
+    async with serving(case.host) as engine:
+        await degraded(case, engine)
+        await case.subject.recover()
+        assert engine.machine.phase is Phase.degraded
+
+
+async def unasked(case: Case) -> None:
+    if case.verb is Verb.cancel:
+        case.witnesses(last="freeze")
+        async with serving(case.host) as engine:
+            await case.subject.join()
+            told = asyncio.ensure_future(case.host.seen(lambda event: event.message == f"{NAME}: cancel: told"))
+            told.add_done_callback(lambda _told: case.arm())
+            with pytest.raises(Refused, match="no room"):
+                await case.host.kexec(engine)
+            assert told.done()
+            assert case.host.verbs == UNDONE
+            await case.subject.recover()
+            await case.at_rest(engine)
+        return
+    case.witnesses()
+    await jump(case)
+    case.arm()
+    asked = case.subject.asked
+    async with serving(case.host) as engine:
+        await case.reached(engine, Phase.verified)
+        status = await engine.status()
+        assert status.verdict is not None
+        assert NAME not in status.verdict.missing
+        assert case.host.verbs[-len(RESTORED) :] == RESTORED
+        assert case.subject.asked == asked
+
+
+OUTCOMES: dict[str, Callable[[Case], Awaitable[None]]] = {
+    "off": off,
+    "stuck": stuck,
+    "claimed": claimed,
+    "lost": lost,
+    "unasked": unasked,
+}
+
+
+def rows() -> list[tuple[str, str, str, str]]:
+    header, *lines = (line.split() for line in TABLE.strip().splitlines())
+    return [
+        (kind, verb, trouble, what)
+        for kind, verb, *all_ in lines
+        for trouble, what in zip(header[2:], all_, strict=True)
+    ]
+
+
+def test_the_table_has_every_trouble_of_every_kind_at_every_verb() -> None:
+    product = {(kind, verb.value, trouble.value) for kind in KINDS for verb in Verb for trouble in Trouble}
+    assert sorted(product) == sorted(row[:3] for row in rows())
+
+
+@pytest.mark.parametrize(("kind", "verb", "trouble", "comes_of_it"), rows())
+async def test_nothing_stays_frozen(
+    host: Host, monkeypatch: pytest.MonkeyPatch, kind: str, verb: str, trouble: str, comes_of_it: str
+) -> None:
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={host.directory / 'bus'}")
+    monkeypatch.setattr(units, "SETTLE", 0.05)
+    monkeypatch.setattr(qemu, "GRACE", 0.05)
+    host.kernel = LuoKernel(host)
+    host.config = Config(deadlines=replace(Deadlines(), restore=SHORT))
+    waits = trouble in ("deadline", "late") and comes_of_it != "unasked"
+    case = Case(host, KINDS[kind](host, SHORT if waits else LONG), Verb(verb), Trouble(trouble))
+    try:
+        await OUTCOMES[comes_of_it](case)
+    finally:
+        await case.subject.leave()
