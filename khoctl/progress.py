@@ -85,7 +85,8 @@ class Shown:
         room = max(1, (self._console.height if self._console else 0) - ROOM)
         lines = [f"{'  >' if found.waiting else '   '} {render.producer(self._now(found))}" for found in ordered[:room]]
         if len(ordered) > room:
-            lines.append(f"    and {len(ordered) - room} more")
+            waited = sum(found.waiting for found in ordered[room:])
+            lines.append(f"    and {len(ordered) - room} more" + (f", {waited} of them waited for" if waited else ""))
         return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
 
     def _now(self, found: Producer) -> Producer:
@@ -132,6 +133,9 @@ def _show_until(client: Client, watcher: Client, shown: Shown) -> None:
                         shown.show(watcher.event())
                 except KhoError:
                     selector.unregister(watcher)
+                else:
+                    if not watcher.more:
+                        selector.unregister(watcher)
 
 
 def _last_words(client: Client, watcher: Client, shown: Shown) -> None:
@@ -139,6 +143,8 @@ def _last_words(client: Client, watcher: Client, shown: Shown) -> None:
     deadline = time.monotonic() + LAST_WORDS
     with suppress(KhoError), selectors.DefaultSelector() as selector:
         final = client.status().phase
+        if not watcher.more:
+            return
         selector.register(watcher, selectors.EVENT_READ)
         while shown.last is not final and selector.select(max(0.0, deadline - time.monotonic())):
             watcher.receive()

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from khod import wire
 from khod.connection import Connection
+from khod.errors import Unreachable
 from khod.model import Check, Event, Producer, Status
 
 T = TypeVar("T")
@@ -42,10 +43,12 @@ class Client(Connection):
         return {name: _contents(self.fds[index]) for name, index in zip(names, indexes, strict=True)}
 
     def monitor(self) -> Iterator[Event]:
-        """Every change from now on, beginning with how it stands; ends with khod."""
+        """Every change from now on, beginning with how it stands; Unreachable when khod ends it."""
         self.ask("Monitor", more=True)
-        while True:
+        yield self.event()
+        while self.more:
             yield self.event()
+        raise Unreachable("khod ended the stream", remedy="It was stopped, or this was not read in time.")
 
     def event(self) -> Event:
         """The next change, after a call of Monitor."""

@@ -29,6 +29,8 @@ class Connection:
         self._text = b""
         self._messages: deque[bytes] = deque()
         self.fds: list[int] = []
+        self.more = False
+        """Whether the last reply is to be followed by another to the same call."""
         try:
             self._socket.connect(str(path))
         except OSError as error:
@@ -90,6 +92,7 @@ class Connection:
         try:
             message = json.loads(self._messages.popleft())
             name, parameters = message.get("error"), message.get("parameters") or {}
+            self.more = bool(message.get("continues"))
         except (ValueError, AttributeError):
             raise self.stranger() from None
         if name is not None:

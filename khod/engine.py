@@ -186,6 +186,8 @@ class Engine:
                 here.machine = Machine(phase, reconcile.due(self.machine.done, observed))
             elif phase in RESTING:
                 return
+            elif phase is Phase.failed:
+                here.actions = None  # what failed may have been mended in a file since
             await here.roll_back(None, self._attempt())
 
     async def check(self) -> list[Check]:

@@ -150,19 +150,21 @@ class Handover:
             self.record = replace(self.record, last_error=str(cause))
         await self.keep_if_possible()
         self.say(cause.what if cause else said)
-        failures = []
+        failures: list[KhoError] = []
         for step in reversed(self.machine.done):
             if step is Step.activate and actions.kernel and (forgot := FORGOT.get(actions.kernel.abort)):
                 self.record = replace(self.record, suspect=forgot)
             try:
                 await actions.undo(step)
             except KhoError as error:
-                failures.append(str(error))
+                failures.append(error)
                 self.say(f"{step.value} could not be put back: {error.what}")
             else:
-                self.machine = self.machine.undone(step)
+                # Whoever could not be thawed was not told `cancel` either: that stays due with it.
+                if step is not Step.prepare or Step.freeze not in self.machine.done:
+                    self.machine = self.machine.undone(step)
         self.machine = self.machine.to(Phase.failed if failures else Phase.idle)
-        self.reason = "; ".join(failures)
+        self.reason = "; ".join(f"{error.what} ({error.where})" if error.where else error.what for error in failures)
         if failures:
             self.record = replace(self.record, last_error=self.reason)
         else:
@@ -170,10 +172,11 @@ class Handover:
         await self.keep_if_possible()
         self.say("not everything is back" if failures else "everything is back as it was")
         if failures:
+            remedies = dict.fromkeys(error.remedy for error in failures if error.remedy)
             raise NotRolledBack(
                 f"{f'{cause.what}. ' if cause else ''}Not everything could be put back: {self.reason}",
                 where=", ".join(step.value for step in self.machine.done),
-                remedy="Look at the kernel log, then try again: khoctl abort",
+                remedy=f"{' '.join(remedies) or 'Look at the kernel log.'} Then: khoctl abort",
             )
         if cause is not None:
             raise cause
@@ -205,4 +208,4 @@ class Handover:
 
     def heard(self, member: Member) -> None:
         """Tell everyone what a producer was told or said."""
-        self.say(f"{member.producer.name}: {member.told}: {member.answer or 'told'}", member.shown())
+        self.say(f"{member.producer.name}: {member.about}: {member.answer or 'told'}", member.shown())

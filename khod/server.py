@@ -29,6 +29,7 @@ from khod import __version__, model, wire
 from khod.config import Access
 from khod.engine import Engine
 from khod.errors import KhoError, Refused, Unreachable, UsageError
+from khod.producers.configured import one_line
 from khod.producers.identity import process_of, unit_of
 from khod.producers.peers import Answer, Peer, Terms
 from khod.protocol import Command, Handover, Producer, Registered, TreeReply, Word, to_wire
@@ -38,15 +39,17 @@ from khod.target import Request
 MAX_MESSAGE = 1 << 20
 """Bytes of one message: the longest honest one is a command line. Files come as descriptors."""
 
-MAX_REASON = 500
 MAX_FILE_NAME = 255
-"""Characters of what a producer says that are kept: it stands in status and record."""
+"""Characters of the name a producer gives a file: it stands in the record."""
 
 OWN_DESCRIPTORS = 256
 """File descriptors khod needs besides its connections: files, pipes, images, hooks."""
 
-MAX_QUEUE = 1000
-"""Events kept for a monitor that does not read; then it is dropped."""
+MAX_QUEUE = 1 << 15
+"""Events kept for a monitor that does not read; then it is dropped.
+
+Two a verb for as many producers as one user may have, there and back: they are shared, a reference each.
+"""
 
 Queue = asyncio.Queue[model.Event | Exception]
 """What a monitor is to be told: events, then how it ends."""
@@ -409,19 +412,13 @@ def _answer(
         )
     for name, token in zip(names, tokens, strict=True):
         if not 0 <= token < 1 << 64:
-            raise UsageError(f"The token {token} is no u64", where=name[:MAX_REASON])
+            raise UsageError(f"The token {token} is no u64", where=name[:MAX_FILE_NAME])
         if not name or len(name) > MAX_FILE_NAME or not name.isprintable():
             raise UsageError(f"{name[:MAX_FILE_NAME]!r} is no name for a file", where="names")
     if progress is not None and not 0 <= progress <= 1:
         raise UsageError(f"The progress is {progress}", where="progress", remedy="It goes from 0 to 1.")
     files = [(model.Kept(name, token), fd.fileno()) for name, token, fd in zip(names, tokens, fds, strict=True)]
-    return Answer(serial, word.value, _plain(reason or ""), progress, files)
-
-
-def _plain(reason: str) -> str:
-    """One line of a reason, fit for a terminal."""
-    line = " ".join(reason.split())[:MAX_REASON]
-    return "".join(char if char.isprintable() else "?" for char in line)
+    return Answer(serial, word.value, one_line(reason or ""), progress, files)
 
 
 def privileged(what: str, *groups: str) -> Caller:

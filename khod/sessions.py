@@ -21,7 +21,7 @@ from khod.model import Kept
 T = TypeVar("T")
 PREFIX = "khod-"
 MOST = 700
-"""Sessions at a time: below the kernel's own bound (744) and FileDescriptorStoreMax= of the unit."""
+"""Sessions at a time: below what kernels take (819 were seen on 6.19.11) and FileDescriptorStoreMax= of the unit."""
 DEVICE_IS_HELD = 5.0
 """Seconds another process (PID 1 at boot) may have the device."""
 AGAIN = 0.1
@@ -42,6 +42,7 @@ class Sessions:
         self._luo = luo
         self._thread = thread
         self._store = store
+        self._inodes: dict[str, set[tuple[int, int]]] = {}
         self._fds = {name: fd for name, fd in (passed or {}).items() if name.startswith(PREFIX)}
 
     @property
@@ -51,6 +52,11 @@ class Sessions:
 
     async def preserve(self, session: str, files: Sequence[tuple[Kept, int]], deadline: float) -> None:
         """Preserve files in an outgoing session, which is made and put into the store at first."""
+        seen = {(stat.st_dev, stat.st_ino) for stat in (os.fstat(file) for _, file in files)}
+        known = self._inodes.setdefault(session, set())
+        if len(seen) < len(files) or seen & known:
+            # 7.3.4 says EBUSY; 6.19.11 takes it, and gives one memory to two.
+            raise Refused("The same file is handed over twice", remedy="Hand each file over once.")
         if session not in self._fds:
             if len(self._fds) >= MOST:
                 raise Refused(f"{MOST} producers have LUO sessions already", remedy="Let one producer hand over more.")
@@ -71,6 +77,7 @@ class Sessions:
                 self._luo.preserve(fd, file, kept)
 
         await self._call(preserve, deadline)
+        known |= seen
 
     async def take(self, session: str, kept: Sequence[Kept], deadline: float) -> list[int]:
         """Give the files of a session that came from the previous kernel: descriptors that are the caller's."""
@@ -88,6 +95,7 @@ class Sessions:
 
     def close(self, session: str) -> None:
         """Close a session, in the store too: of an outgoing one nothing is preserved any more."""
+        self._inodes.pop(session, None)
         if (fd := self._fds.pop(session, None)) is not None:
             self._store.remove(session)
             os.close(fd)

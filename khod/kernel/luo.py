@@ -1,6 +1,7 @@
 """LUO, the Live Update Orchestrator (Linux 6.19 and later): files that live through a kexec, and why one does not."""
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from khod.errors import KhoError, Refused, Unsupported, errno_text
 from khod.kernel.built import built_in, switched_on
 from khod.model import Kept
 
+F_SEAL_EXEC = 0x0020  # include/uapi/linux/fcntl.h
 HUGE = 1 << 16  # bytes; the smallest huge page is larger on every architecture but 64K-page arm64
 ABSENT = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 SESSION = {
@@ -32,7 +34,7 @@ PRESERVE = {
     errno.EBUSY: ("it is preserved already", "Hand each file over once."),
     errno.ENOSPC: ("the session takes no more files", "Use another producer name for the rest."),
     errno.ENOMEM: ("there is no memory to preserve it", "Free memory."),
-    errno.EINVAL: ("the kernel does not take it as it is", "Hand over a memfd without MFD_HUGETLB."),
+    errno.EINVAL: ("this session came from the previous kernel", "khoctl check says what was not taken back yet."),
     errno.EBADF: ("it is no open file", "Keep it open until the answer has come."),
 }
 
@@ -60,6 +62,12 @@ class Luo:
 
     def preserve(self, session: int, fd: int, kept: Kept) -> None:
         """Preserve one file."""
+        if sealed_for_good(fd):
+            raise Refused(
+                f"{kept.name} ({kind(fd)}) would come back read-only: it has F_SEAL_EXEC",
+                where=f"token {kept.token}",
+                remedy="Make it without MFD_NOEXEC_SEAL.",
+            )
         try:
             self._calls.preserve_fd(session, fd, kept.token)
         except OSError as error:
@@ -112,7 +120,7 @@ class Luo:
         if built is False:
             what, remedy = "was built without it", "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
         elif not on or not switched_on(self._calls, "kho"):
-            what, remedy = "was not booted with both kho=on and liveupdate=on", "Add them and boot again."
+            what, remedy = "was not booted with both kho=on and liveupdate=on", "Add kho=on liveupdate=on and boot again."
         else:
             what, remedy = "does not offer it", "Look for `luo` in the kernel log."
         return Unsupported(
@@ -120,6 +128,14 @@ class Luo:
             where=LIVEUPDATE,
             remedy=remedy,
         )
+
+
+def sealed_for_good(fd: int) -> bool:
+    """Whether a memfd has the seal that costs it all others: 7.3.4 gives 0x20 back as 0x3e, not writable any more."""
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & F_SEAL_EXEC)
+    except OSError:
+        return False  # no memfd
 
 
 def kind(fd: int) -> str:

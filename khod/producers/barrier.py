@@ -139,6 +139,8 @@ class Member:
     producer: Producer
     rank: int = 0
     told: str = ""
+    about: str = ""
+    """The verb `answer` is the answer to: after a thaw that failed it still counts as told to freeze."""
     answer: str = ""
     seconds: float = 0.0
     note: str = ""
@@ -157,7 +159,7 @@ class Member:
             self.producer.name,
             self.producer.kind,
             self.rank,
-            self.told,
+            self.about or self.told,
             self.answer,
             self.seconds if self.began is None else time.monotonic() - self.began,
             self.waiting,
@@ -274,7 +276,8 @@ class Barrier:
                     member.told = Verb.prepare.value  # thawed, and still to be told `cancel`
         if failed:
             raise NotRolledBack(
-                f"Not every producer could {UNDO[verb].value}: {'; '.join(failed)}", remedy="Look after these by hand."
+                f"Not every producer could {UNDO[verb].value}: {'; '.join(failed)}",
+                remedy="Help these, or do it by hand and take the verb out of their files.",
             )
 
     async def bring_back(self, verb: Verb, among: Sequence[Member], deadline: float) -> list[Member]:
@@ -295,7 +298,8 @@ class Barrier:
     async def _one(self, member: Member, verb: Verb, deadline: float) -> KhoError | None:
         """Tell one producer; what its no amounts to, None for a yes."""
         producer, began = member.producer, time.monotonic()
-        member.told, member.answer, member.began, member.progress = verb.value, "", began, None
+        member.told = member.about = verb.value
+        member.answer, member.began, member.progress = "", began, None
         self.changed(member)
 
         def not_yet(reason: str, progress: float | None) -> None:
@@ -313,7 +317,9 @@ class Barrier:
             member.answer = f"no answer within {deadline:g} s{waited}"
             refusal = self._refused(member, verb)
         except Unsupported as error:
-            member.answer, refusal = error.what, error
+            member.answer = error.what
+            what = f"Producer {producer.name} cannot {verb.value}: {error.what}"
+            refusal = Unsupported(what, where=error.where, remedy=error.remedy)
         except (Veto, OSError, KhoError) as error:
             member.answer = str(error)
             refusal = self._refused(member, verb)

@@ -7,6 +7,7 @@ later.
 """
 
 import asyncio
+import fcntl
 import os
 import signal
 import sys
@@ -15,12 +16,13 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from khod.producers.barrier import Telling, Veto
-from khod.producers.configured import Configured
+from khod.producers.configured import Configured, one_line
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-CHUNK = 1 << 16
+CHUNK = 1 << 18
+"""Bytes a pipe holds and a read takes: what says much is heard quickly."""
 TAIL = 4096
-LEFT = 4 << 16
+LEFT = 4 * CHUNK
 """Bytes a command may have said and not been heard at its end: a full pipe, and what asyncio reads ahead."""
 PASSED_ON = 1 << 20
 """Bytes of each output of a command that reach the journal; one that never ends must not fill it."""
@@ -50,6 +52,9 @@ class Hook(Configured):
         }
         # Pipes of our own: asyncio's would hold process.wait() back for as long as a child of the hook has them open.
         ends = [os.pipe(), os.pipe()]
+        for reader, _writer in ends:
+            with suppress(PermissionError):  # without CAP_SYS_RESOURCE there is a bound on all of them together
+                fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, CHUNK)
         output, errors = (os.fdopen(reader, "rb", buffering=0) for reader, _ in ends)
         with output, errors:
             try:
@@ -133,4 +138,4 @@ async def _last_line(said: BinaryIO, process: asyncio.subprocess.Process, to: Bi
         to.write(f"\n({passed - PASSED_ON} bytes more were left out here)\n".encode())
         to.flush()
     lines = tail.decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return next((one_line(line) for line in reversed(lines) if line.strip()), "")

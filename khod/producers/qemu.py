@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from khod.producers.barrier import Telling, Verb, Veto
-from khod.producers.configured import Configured
+from khod.producers.configured import Configured, one_line
 from khod.producers.identity import ended, process_of
 from khod.record import Process
 
@@ -32,8 +32,6 @@ RETRY = 0.05
 """Seconds between two tries to connect while too many clients wait."""
 GRACE = 1.0
 """Seconds a process may take to end after its socket was closed."""
-LONGEST = 200
-"""Characters of what QEMU says that are shown."""
 
 PAUSED = "paused"
 GOING = frozenset({"running", "suspended"})
@@ -90,7 +88,7 @@ class _Note:
             reached, state, pid, started = text.split(" ")
             return cls(_Reached(reached), state, Process(int(pid), int(started)))
         except ValueError:
-            raise Veto(f"it was not prepared: its note is {_line(text)!r}") from None
+            raise Veto(f"it was not prepared: its note is {one_line(text)!r}") from None
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ class _Monitor:
         state = answer.get("status") if isinstance(answer, dict) else None
         if not isinstance(state, str):
             raise _Lost("its answer to `query-status` names no state")
-        return _line(state)
+        return one_line(state)
 
     async def execute(self, command: str) -> Any:
         """Carry a command out and give its answer."""
@@ -190,7 +188,7 @@ class _Monitor:
         try:
             return await self.client.execute(command)
         except ExecuteError as error:
-            raise Veto(f"it refuses to `{command}`: {_line(str(error))}") from None
+            raise Veto(f"it refuses to `{command}`: {one_line(str(error))}") from None
         except (ExecInterruptedError, StateError):
             cause = await _hang_up(self.client)
             raise _Lost(f"{_why(cause)} (at `{command}`)") from None
@@ -302,9 +300,3 @@ def _why(cause: BaseException | None) -> str:
     if isinstance(cause, OSError):
         return f"the QMP connection broke: {cause.strerror}"
     return "what it says is not QMP"
-
-
-def _line(text: str) -> str:
-    """Make one line that can be shown of what QEMU says."""
-    line = " ".join(text.split())[:LONGEST]
-    return "".join(character if character.isprintable() else "\ufffd" for character in line)

@@ -34,13 +34,12 @@ print(digest.hexdigest())
 """
 
 
-def with_store(host: Host) -> str:
-    """Start the key-value store as a service that comes again at boot, and fill it; the digest of what went in."""
+def with_store(host: Host) -> None:
+    """Start the key-value store as a service that comes again at boot."""
     host.guest.put("/usr/lib/kv-store/kv-store", (EXAMPLES / "kv-store").read_bytes(), mode=0o755)
     host.guest.put("/etc/systemd/system/kv-store.service", (EXAMPLES / "kv-store.service").read_bytes())
     host.guest.put("/lab/talk.py", TALK)
     host.shell("systemctl daemon-reload; systemctl enable -q --now kv-store; sync")
-    return talk(host, "fill")
 
 
 def talk(host: Host, verb: str) -> str:
@@ -51,7 +50,8 @@ def talk(host: Host, verb: str) -> str:
 def test_a_key_value_store_keeps_its_data_over_the_handover(boot: Boot, killed: str) -> None:
     host = Host(boot("7.3.4", cmdline_extra=KHO))
     host.guest.wait_online()
-    digest = with_store(host)
+    with_store(host)
+    digest = talk(host, "fill")
     if killed:
         host.guest.put("/etc/kho/khod.toml.d/resume.toml", '[policy]\nafter_daemon_died = "resume"\n')
         host.khoctl("activate")
@@ -66,3 +66,16 @@ def test_a_key_value_store_keeps_its_data_over_the_handover(boot: Boot, killed: 
     assert status["phase"] == "verified", status
     assert "kv-store" in status["verdict"]["arrived"]
     assert talk(host, "read") == digest
+
+
+def test_a_kernel_without_luo_keeps_no_producer_s_files(boot: Boot) -> None:
+    host = Host(boot("6.18.15", cmdline_extra=KHO))
+    host.guest.wait_online()
+    with_store(host)
+
+    refused = host.khoctl("activate", code=4)
+
+    assert "kv-store" in refused.stderr
+    assert "was built without it" in refused.stderr
+    assert host.status()["phase"] == "idle"
+    assert host.word("/sys/kernel/debug/kho/out/finalize") == "0"

@@ -44,7 +44,8 @@ UNITS = {
     "rest.service": RESTING,
     "idle.service": RESTING,
     "mortal.service": RESTING,
-    "slow.service": RESTING + "ExecStop=/bin/sh -c 'until [ -e /run/may-stop ]; do sleep 0.05; done'\n",
+    "slow.service": RESTING
+    + "ExecStop=/bin/sh -c 'until [ -e /run/may-stop ]; do sleep 0.05; done'\nTimeoutStopSec=600\n",
     "writer.service": "ExecStart=/bin/sh -c 'while :; do echo x > /mnt/x; sleep 0.05; done'\n",
     "needed.service": RESTING,
     "needs.service": RESTING,

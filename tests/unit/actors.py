@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from jeepney import HeaderFields, Message
 
 from khod import server
 from khod.engine import Engine
+from khod.model import Event
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
 from khod.producers.qemu import PAUSED, Qemu
@@ -63,6 +65,9 @@ class Actor(Protocol):
 
     def arm(self, verb: Verb, trouble: Trouble) -> None:
         """Go wrong at this verb from now on."""
+
+    async def stuck(self) -> None:
+        """Return each time it has come to where it will not answer."""
 
     async def recover(self) -> None:
         """Go wrong no more; what was still to come of the trouble has come when this returns."""
@@ -110,18 +115,39 @@ class LuoKernel(Kernel):
 
 
 @asynccontextmanager
-async def serving(host: Host) -> AsyncIterator[Engine]:
-    """A khod of this host at its socket, in this event loop."""
+async def serving(host: Host, subject: Actor) -> AsyncIterator[Engine]:
+    """A khod of this host in this event loop, the subject with it; at its socket where the subject is a peer."""
     engine = host.engine()
+    if not isinstance(subject, Peer):
+        await engine.start()
+        await subject.join()
+        yield engine
+        return
     registry = server.registry(server.Service(engine), server.Producers(engine))
     factory = server.connections(registry, lambda: engine.config.access)
     listening = await create_unix_server(factory, host.directory / "socket")
     try:
         await engine.start()
+        await subject.join()
         yield engine
     finally:
         listening.close()
         listening.abort_clients()
+
+
+async def readable(fd: int) -> None:
+    """Wait until there is something to read."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def told(event: Event) -> bool:
+    """Whether khod has just told the subject something."""
+    return event.producer is not None and event.producer.name == NAME and event.message.endswith(": told")
 
 
 class Wire:
@@ -140,7 +166,7 @@ class Wire:
         socket.send_fds(self._socket, [json.dumps(message).encode() + b"\0"], files)
         got: list[int] = []
         while b"\0" not in self._text:
-            await self._readable()
+            await readable(self._socket.fileno())
             data, came, _, _ = socket.recv_fds(self._socket, 1 << 16, 16)
             if not data:
                 raise ConnectionError
@@ -151,14 +177,6 @@ class Wire:
         if "error" in answer:
             raise ConnectionError(answer)
         return answer["parameters"], got
-
-    async def _readable(self) -> None:
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self._socket, ready.set)
-        try:
-            await ready.wait()
-        finally:
-            loop.remove_reader(self._socket)
 
     def close(self) -> None:
         self._socket.close()
@@ -176,15 +194,17 @@ class Peer:
         self.asked = 0
         self.claimed: list[bytes] = []
         """What it was given back, for good once it was told to finish."""
-        self._socket, self._timeout = host.directory / "socket", timeout
+        self._host, self._timeout = host, timeout
         self._trouble: tuple[Verb, Trouble] | None = None
+        self._standing_still = False
+        self._stuck = asyncio.Event()
         self._well = asyncio.Event()
         self._changed = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
 
     async def join(self) -> None:
         await self.leave()
-        wire = Wire(self._socket)
+        wire = Wire(self._host.directory / "socket")
         terms = {"name": NAME, "version": 1, "timeout": self._timeout, "after": ["first"], "before": ["last"]}
         registered, _ = await wire.call("Register", terms)
         for undo in BEYOND.get(registered["told"], ()):
@@ -216,6 +236,8 @@ class Peer:
 
     async def _answer(self, verb: Verb, files: list[int]) -> dict[str, Any]:
         trouble = self._trouble[1] if self._trouble is not None and self._trouble[0] is verb else None
+        if trouble in (Trouble.late, Trouble.deadline):
+            self._stuck.set()
         if trouble is Trouble.late:
             await self._well.wait()
         if trouble in (None, Trouble.late) or verb not in UNDOES:
@@ -241,6 +263,14 @@ class Peer:
 
     def arm(self, verb: Verb, trouble: Trouble) -> None:
         self._trouble = (verb, trouble)
+
+    async def stuck(self) -> None:
+        if self._standing_still:
+            await self._host.seen(told)  # it does not hear it
+            return
+        await self._stuck.wait()
+        self._stuck.clear()
+        self._standing_still = self._trouble is not None and self._trouble[1] is Trouble.late
 
     async def recover(self) -> None:
         assert self._serving is not None, "it has joined"
@@ -274,7 +304,7 @@ SCRIPTS = {
 }
 ENDS = {
     Trouble.veto: f"echo '{NOT_NOW}' >&2; exit 1",
-    Trouble.deadline: "exec sleep 600",
+    Trouble.deadline: "echo > here; exec sleep 600",
     Trouble.crash: "kill -KILL $$",
     Trouble.garbage: "printf '\\377\\033[31m\\r' >&2; exit 99",
 }
@@ -286,7 +316,9 @@ class Command:
     def __init__(self, host: Host, timeout: float) -> None:
         self._at = host.directory / NAME
         self._at.mkdir()
-        os.mkfifo(self._at / "never")
+        for fifo in ("here", "never"):
+            os.mkfifo(self._at / fifo)
+        self._here = os.open(self._at / "here", os.O_RDWR | os.O_NONBLOCK)
         commands = {verb.value: self._script(SCRIPTS.get(verb, "")) for verb in Verb}
         self._well = dict(commands)
         self._hook = Hook(NAME, timeout, ("first",), ("last",), commands=commands)
@@ -309,9 +341,13 @@ class Command:
     def arm(self, verb: Verb, trouble: Trouble) -> None:
         does = SCRIPTS.get(verb, "")
         before = "" if verb in UNDOES else does
-        late = f"(read word < never; {does}) & echo $$ $! > late; wait"
+        late = f"(read word < never; {does}) & echo $$ $! > late; echo > here; wait"
         script = late if trouble is Trouble.late else f"{before}\n{ENDS[trouble]}"
         self._hook.commands[verb.value] = self._script(script)
+
+    async def stuck(self) -> None:
+        await readable(self._here)
+        os.read(self._here, 1)
 
     async def recover(self) -> None:
         """Nothing of it may be left that could still do the verb."""
@@ -324,7 +360,7 @@ class Command:
             (self._at / name).unlink()
 
     async def leave(self) -> None:
-        """Nothing is left open."""
+        os.close(self._here)
 
 
 class Bus(FakeBus):
@@ -350,6 +386,7 @@ class Bus(FakeBus):
             self.units["a.service"][key] = ("s", state)
         self._asleep |= method == self.method and not self.awake.is_set()
         if self._asleep and method not in ("Hello", "AddMatch"):
+            self.reached.set()
             await self.awake.wait()
         await super()._answer(message, writer)
 
@@ -398,12 +435,17 @@ class Service:
         if trouble is Trouble.late:
             self.bus.awake.clear()
             return
-        self.bus.instead[method] = {
+        instead: dict[Trouble, Refusal | bytes | asyncio.Event] = {
             Trouble.veto: Refusal("org.freedesktop.systemd1.UnitBusy", NOT_NOW),
             Trouble.deadline: asyncio.Event(),
             Trouble.crash: b"",
             Trouble.garbage: b"\xff" * 64,
-        }[trouble]
+        }
+        self.bus.instead[method] = instead[trouble]
+
+    async def stuck(self) -> None:
+        await self.bus.reached.wait()
+        self.bus.reached.clear()
 
     async def recover(self) -> None:
         self.bus.method, self.bus.halfway = "", None
@@ -447,6 +489,7 @@ class Guest:
     """A VM behind a QMP socket."""
 
     def __init__(self, host: Host, timeout: float) -> None:
+        self._command, self._accepted = "", 0
         self.vm = Monitor(host.directory / "qmp")
         self._running: tuple[asyncio.Server, asyncio.Task[None]] | None = None
         host.hooks.append(Qemu(NAME, timeout, ("first",), ("last",), socket=str(self.vm.path)))
@@ -473,11 +516,19 @@ class Guest:
 
     def arm(self, verb: Verb, trouble: Trouble) -> None:
         """Where nothing is asked at that verb, anything would go wrong: `qmp_capabilities` is the first command."""
-        command = COMMANDS.get(verb, "qmp_capabilities")
+        command = self._command = COMMANDS.get(verb, "qmp_capabilities")
         if trouble is Trouble.late:
             self.vm.gates[command] = asyncio.Event()
         else:
             self.vm.wrong[command], self.vm.does = WORDS[trouble], verb is not Verb.thaw
+
+    async def stuck(self) -> None:
+        """At its command, and where that is still being carried out at every connection after it."""
+        if self._accepted == 0:
+            await self.vm.until(lambda: self._command in self.vm.heard)
+        else:
+            await self.vm.until(lambda: bool(self.vm.gates) and self.vm.accepted > self._accepted)
+        self._accepted = self.vm.accepted
 
     async def recover(self) -> None:
         self.vm.wrong.clear()
@@ -485,7 +536,10 @@ class Guest:
         for command, gate in stuck.items():
             gate.set()
             becomes = {"stop": PAUSED, "cont": "running"}.get(command, self.vm.state)
-            await self.vm.until(lambda becomes=becomes: self.vm.state == becomes)
+            await self.vm.until(partial(self._is, becomes))
+
+    def _is(self, state: str) -> bool:
+        return self.vm.state == state
 
     def rebooted(self) -> None:
         self.vm.state = "running"

@@ -4,7 +4,9 @@ What each trouble is for each kind stands in tests/unit/actors.py.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,7 +20,20 @@ from khod.producers import qemu
 from khod.producers import unit as units
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
-from tests.unit.actors import KEPT, NAME, NOT_NOW, Actor, Command, Guest, LuoKernel, Peer, Service, Trouble, serving
+from tests.unit.actors import (
+    KEPT,
+    NAME,
+    NOT_NOW,
+    Actor,
+    Command,
+    Guest,
+    LuoKernel,
+    Peer,
+    Service,
+    Trouble,
+    serving,
+    told,
+)
 from tests.unit.harness import Host
 
 TABLE = """
@@ -70,8 +85,10 @@ KINDS: dict[str, Callable[[Host, float], Actor]] = {
     "stop": lambda host, timeout: Service(host, timeout, "stop"),
     "qemu": Guest,
 }
-SHORT = 0.3
-LONG = 20.0
+TIMEOUT = 4.0
+"""Seconds the subject has for a verb, far more than it needs. They do not go by: the clock is put forward."""
+LONG = 60.0
+"""Seconds the witnesses have: more than it is ever put forward."""
 
 BEFORE_FREEZE = ["first prepare", "last prepare", "first freeze"]
 TOLD = {
@@ -91,8 +108,25 @@ class Case:
     verb: Verb
     trouble: Trouble
 
+    ahead: float = 0.0
+    """Seconds the event loop's clock was put forward."""
+
     def arm(self) -> None:
         self.subject.arm(self.verb, self.trouble)
+
+    @asynccontextmanager
+    async def time_goes_by(self) -> AsyncIterator[None]:
+        """Put the clock forward whenever the subject will not answer; only then is anybody waited for."""
+        ageing = asyncio.ensure_future(self._age())
+        try:
+            yield
+        finally:
+            ageing.cancel()
+
+    async def _age(self) -> None:
+        while self.trouble in (Trouble.deadline, Trouble.late):
+            await self.subject.stuck()
+            self.ahead += TIMEOUT
 
     def witnesses(self, **refuses: str) -> None:
         """One in the rank before the subject, one in the rank after; `refuses` names the verb that one vetoes."""
@@ -128,10 +162,10 @@ class Case:
 async def off(case: Case) -> None:
     case.witnesses()
     case.arm()
-    async with serving(case.host) as engine:
-        await case.subject.join()
+    async with serving(case.host, case.subject) as engine:
         with pytest.raises(Refused) as raised:
-            await case.host.kexec(engine)
+            async with case.time_goes_by():
+                await case.host.kexec(engine)
         assert raised.value.exit is Exit.refused
         assert NAME in raised.value.what
         assert reason(case) in raised.value.what
@@ -143,17 +177,19 @@ async def off(case: Case) -> None:
 
 
 def reason(case: Case) -> str:
-    return {Trouble.veto: NOT_NOW, Trouble.deadline: f"{SHORT} s", Trouble.late: f"{SHORT} s"}.get(case.trouble, "")
+    """What must be said of the trouble."""
+    missed = f"no answer within {TIMEOUT:g} s"
+    return {Trouble.veto: NOT_NOW, Trouble.deadline: missed, Trouble.late: missed}.get(case.trouble, "")
 
 
 async def stuck(case: Case) -> None:
     forward = case.verb in (Verb.prepare, Verb.freeze)
     case.witnesses(**({} if forward else {"last": "freeze"}))
     case.arm()
-    async with serving(case.host) as engine:
-        await case.subject.join()
+    async with serving(case.host, case.subject) as engine:
         with pytest.raises(NotRolledBack) as raised:
-            await case.host.kexec(engine)
+            async with case.time_goes_by():
+                await case.host.kexec(engine)
         assert raised.value.exit is Exit.not_rolled_back
         assert NAME in raised.value.what
         assert reason(case) in raised.value.what
@@ -169,15 +205,15 @@ async def stuck(case: Case) -> None:
 
 async def jump(case: Case) -> None:
     """Take the host to its next kernel, with nothing wrong."""
-    async with serving(case.host) as engine:
-        await case.subject.join()
+    async with serving(case.host, case.subject) as engine:
         with pytest.raises(Rebooted):
             await case.host.kexec(engine)
     case.subject.rebooted()
 
 
 async def degraded(case: Case, engine: Engine) -> None:
-    await case.reached(engine, Phase.degraded)
+    async with case.time_goes_by():
+        await case.reached(engine, Phase.degraded)
     status = await engine.status()
     assert status.exit_code == Exit.degraded
     assert status.verdict is not None
@@ -193,8 +229,7 @@ async def claimed(case: Case) -> None:
     case.witnesses()
     await jump(case)
     case.arm()
-    async with serving(case.host) as engine:
-        await case.subject.join()
+    async with serving(case.host, case.subject) as engine:
         await degraded(case, engine)
         await case.subject.recover()
         await case.reached(engine, Phase.verified)
@@ -212,31 +247,37 @@ async def lost(case: Case) -> None:
     case.witnesses()
     await jump(case)
     case.arm()
-    async with serving(case.host) as engine:
+    async with serving(case.host, case.subject) as engine:
         await degraded(case, engine)
         await case.subject.recover()
         assert engine.machine.phase is Phase.degraded
 
 
 async def unasked(case: Case) -> None:
-    if case.verb is Verb.cancel:
-        case.witnesses(last="freeze")
-        async with serving(case.host) as engine:
-            await case.subject.join()
-            told = asyncio.ensure_future(case.host.seen(lambda event: event.message == f"{NAME}: cancel: told"))
-            told.add_done_callback(lambda _told: case.arm())
-            with pytest.raises(Refused, match="no room"):
-                await case.host.kexec(engine)
-            assert told.done()
-            assert case.host.verbs == UNDONE
-            await case.subject.recover()
-            await case.at_rest(engine)
-        return
+    await (unasked_before if case.verb is Verb.cancel else unasked_after)(case)
+
+
+async def unasked_before(case: Case) -> None:
+    """In this kernel whatever is asked at all would go wrong from when khod says `cancel` on."""
+    case.witnesses(last="freeze")
+    async with serving(case.host, case.subject) as engine:
+        at_cancel = asyncio.ensure_future(case.host.seen(lambda event: told(event) and "cancel" in event.message))
+        at_cancel.add_done_callback(lambda _told: case.arm())
+        with pytest.raises(Refused, match="no room"):
+            await case.host.kexec(engine)
+        assert at_cancel.done()
+        assert case.host.verbs == UNDONE
+        await case.subject.recover()
+        await case.at_rest(engine)
+
+
+async def unasked_after(case: Case) -> None:
+    """In the next kernel nothing of what was frozen is left, and nobody asks."""
     case.witnesses()
     await jump(case)
     case.arm()
     asked = case.subject.asked
-    async with serving(case.host) as engine:
+    async with serving(case.host, case.subject) as engine:
         await case.reached(engine, Phase.verified)
         status = await engine.status()
         assert status.verdict is not None
@@ -273,12 +314,12 @@ async def test_nothing_stays_frozen(
     host: Host, monkeypatch: pytest.MonkeyPatch, kind: str, verb: str, trouble: str, comes_of_it: str
 ) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={host.directory / 'bus'}")
-    monkeypatch.setattr(units, "SETTLE", 0.05)
-    monkeypatch.setattr(qemu, "GRACE", 0.05)
+    monkeypatch.setattr(units, "SETTLE", TIMEOUT / 2)
+    monkeypatch.setattr(qemu, "GRACE", 0.01)
     host.kernel = LuoKernel(host)
-    host.config = Config(deadlines=replace(Deadlines(), restore=SHORT))
-    waits = trouble in ("deadline", "late") and comes_of_it != "unasked"
-    case = Case(host, KINDS[kind](host, SHORT if waits else LONG), Verb(verb), Trouble(trouble))
+    host.config = Config(deadlines=replace(Deadlines(), restore=TIMEOUT))
+    case = Case(host, KINDS[kind](host, TIMEOUT), Verb(verb), Trouble(trouble))
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: time.monotonic() + case.ahead)
     try:
         await OUTCOMES[comes_of_it](case)
     finally:

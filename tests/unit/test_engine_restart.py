@@ -148,7 +148,7 @@ async def test_a_restart_does_not_forget_a_producer_that_could_not_be_thawed(hos
         await engine.abort()
     engine = await host.started()
     assert (await engine.status()).phase is Phase.failed
-    assert (await engine.status()).left == ["freeze"]
+    assert (await engine.status()).left == ["prepare", "freeze"]
     stuck.unlink()
     await engine.abort()
     assert host.verbs.count("a thaw") == 2

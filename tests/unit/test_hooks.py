@@ -180,6 +180,12 @@ async def test_a_hook_that_ends_otherwise_is_a_veto_with_its_last_line(script: s
         await hook(script).tell(Telling(Verb.prepare, "run-1"))
 
 
+async def test_a_reason_is_one_line_fit_for_a_terminal() -> None:
+    with pytest.raises(Veto) as raised:
+        await hook("printf '\\033[2Jgone\\a\\n' >&2; exit 1").tell(Telling(Verb.prepare, "run-1"))
+    assert str(raised.value) == "?[2Jgone?"
+
+
 async def test_a_hook_killed_by_a_real_time_signal_is_a_veto() -> None:
     with pytest.raises(Veto, match="40"):
         await hook("kill -40 $$").tell(Telling(Verb.prepare, "run-1"))

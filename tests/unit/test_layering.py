@@ -25,7 +25,7 @@ LAYERS = [
 CLIENT_SIDE = {
     "protocol": {"wire", "model", "errors"},
     "connection": {"wire", "errors", "__init__"},
-    "client": {"wire", "model", "connection", "__init__"},
+    "client": {"wire", "model", "errors", "connection", "__init__"},
     "producer": {"wire", "errors", "connection", "__init__"},
     "tree": {"abi.fdt", "model", "errors"},
 }
