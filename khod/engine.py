@@ -119,7 +119,10 @@ class Engine:
         observed = await self._observe(self.config.deadlines.activate)
         found = reconcile.reconcile(record, observed, self.config.policy.after_daemon_died)
         here.reason = found.reason
-        restoring = found.action is reconcile.Action.verify or found.phase in RESTING
+        at_rest = found.action is reconcile.Action.none and found.phase in RESTING
+        if at_rest:
+            here.record = reconcile.settled(here.record, found, observed)
+        restoring = at_rest or found.action is reconcile.Action.verify
         self.muster.peers.expect(here.record.producers, here.record.run, restoring=restoring)
         here.machine = Machine(found.phase, here.record.done if found.phase not in RESTING else ())
         lacking = "" if self._probed.kernel else f"no handover is possible: {self._probed.what}"
@@ -131,8 +134,7 @@ class Engine:
                 await here.roll_back(Failed(found.reason), self._attempt())
             case reconcile.Action.resume:
                 self._watch(self._attempt())
-            case reconcile.Action.none if found.phase in RESTING:
-                here.record = reconcile.settled(here.record, found, observed)
+            case reconcile.Action.none if at_rest:
                 await here.keep_if_possible()
         known = {session_of(here.record.run, holder.name) for holder in here.record.producers}
         if lost := self._sessions.close_all_but(known):
@@ -314,6 +316,12 @@ class Engine:
             if self.machine.phase not in RESTING:
                 raise Refused(
                     f"A producer cannot be tested now ({self.machine.phase.value})", remedy="khoctl status says more."
+                )
+            if here.record.producers:
+                raise Refused(
+                    "Producers have not taken back what they left before the jump: a test could lose it",
+                    where=", ".join(holder.name for holder in here.record.producers),
+                    remedy="Start them first, or: khoctl producers forget NAME",
                 )
             found = self.muster.find(name)
             before, record = here.machine, here.record

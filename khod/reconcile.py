@@ -152,5 +152,6 @@ def settled(record: Record, found: Found, kernel: Observed) -> Record:
             last_error=found.reason,
             suspect="",
             failed_activations=0,
+            producers=(),  # nothing arrived: nobody has anything to take back
         )
     return record

@@ -120,7 +120,10 @@ class Luo:
         if built is False:
             what, remedy = "was built without it", "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
         elif not on or not switched_on(self._calls, "kho"):
-            what, remedy = "was not booted with both kho=on and liveupdate=on", "Add kho=on liveupdate=on and boot again."
+            what, remedy = (
+                "was not booted with both kho=on and liveupdate=on",
+                "Add kho=on liveupdate=on and boot again.",
+            )
         else:
             what, remedy = "does not offer it", "Look for `luo` in the kernel log."
         return Unsupported(

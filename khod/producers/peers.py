@@ -20,9 +20,12 @@ from khod.record import Holder, Owner, Process
 from khod.sessions import Sessions, session_of
 
 KIND = "varlink"
-MAX_TIMEOUT = 86400.0
-PATH_MAX = 4096
-MAX_NAMES = 64
+MAX_TIMEOUT = 600.0
+"""Seconds a peer may ask for: an undo waits as long for one that hangs."""
+
+MAX_FILES = 1024
+MAX_PATH = 255
+MAX_NAMES = 32
 """Names of other producers, or devices, one registration may have: each stands in the record."""
 
 
@@ -247,6 +250,8 @@ class Peer:
     async def _preserve(self, telling: Telling, files: Sequence[tuple[Kept, int]]) -> None:
         if telling.verb not in UNDO:
             raise UsageError(f"Files are handed over with prepare and freeze, not with {telling.verb.value}")
+        if len(self.kept) + len(files) > MAX_FILES:
+            raise UsageError(f"More than {MAX_FILES} files", remedy="Put more into one memfd.")
         names = [kept.name for kept in (*self.kept, *(kept for kept, _ in files))]
         tokens = [kept.token for kept in (*self.kept, *(kept for kept, _ in files))]
         for what, values in (("name", names), ("token", tokens)):
@@ -297,14 +302,14 @@ class Peers:
     def forget(self, name: str) -> None:
         """Give up on what a producer left before the jump; Refused where it left nothing."""
         peer = self._peers.get(name)
-        if peer is None or not peer.restoring or peer.connected:
+        if peer is None or not peer.restoring:
             raise Refused(
                 f"Producer {name} left nothing that waits for it",
                 where=name,
                 remedy="khoctl check names those that did.",
             )
         self._sessions.close(peer.session)
-        del self._peers[name]
+        peer.restoring, peer.told, peer.kept = False, "", ()
 
     def register(self, name: str, owner: Owner, process: Process, terms: Terms, most: int) -> Peer:
         """Take a connection in as the producer `name`, at `most` so many of one user's. UsageError or Refused."""
@@ -346,13 +351,17 @@ class Peers:
 
 def _check_terms(terms: Terms) -> None:
     if not 0 < terms.timeout <= MAX_TIMEOUT:  # a NaN is neither
-        raise UsageError(f"The timeout is {terms.timeout}", where="timeout", remedy="Give seconds, more than 0.")
+        raise UsageError(
+            f"The timeout is {terms.timeout}",
+            where="timeout",
+            remedy=f"Give seconds, more than 0 and at most {MAX_TIMEOUT:g}.",
+        )
     for what, names in (("after", terms.after), ("before", terms.before)):
         for other in names:
             check_name(other)
         _check_count(what, names)
     for device in terms.devices:
-        if not device.startswith(("/sys/", "/dev/")) or "\0" in device or len(device) > PATH_MAX:
+        if not device.startswith(("/sys/", "/dev/")) or "\0" in device or len(device) > MAX_PATH:
             raise UsageError(f"{device[:80]!r} is no device", where="devices", remedy="Give a path below /sys or /dev.")
     _check_count("devices", terms.devices)
 

@@ -159,7 +159,7 @@ def test_a_freeze_that_misses_its_deadline_is_thawed(host: Host) -> None:
 
 
 def test_a_stop_that_misses_its_deadline_is_taken_back(host: Host) -> None:
-    freeze, thaw = told(host, "slow.service", "freeze", "thaw", how="stop", note="running", deadline=3)
+    freeze, thaw = told(host, "slow.service", "freeze", "thaw", how="stop", note="running", deadline=5)
     assert (freeze[0], thaw[0]) == ("no answer", "no answer")  # the start waits until the stop has ended
     assert host.shell("systemctl list-jobs --no-legend").split()[1:3] == ["slow.service", "start"]
     host.shell("touch /run/may-stop")

@@ -23,7 +23,7 @@ from khod.producers.hooks import Hook
 from khod.producers.qemu import Qemu
 from khod.producers.unit import Unit
 from tests.unit.images import CPIO, bzimage
-from tests.unit.khods import DEADLINE, REPOSITORY, Khod, call
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, call, until
 
 EXAMPLES = REPOSITORY / "packaging/examples"
 SAMPLES = sorted((REPOSITORY / "etc/kho/producers.d").glob("*.toml.sample"))
@@ -312,16 +312,21 @@ def serve(client: socket.socket, said: Callable[[str], None]) -> None:
         answer = {"serial": command["serial"], "answer": "ready"}
 
 
-def test_start_returns_when_restore_has_been_called(khod: Khod) -> None:
-    """A producer that begins empty before it has what it left loses it."""
+def jump(khod: Khod) -> list[str]:
+    """Hand over with one producer, `cache`, whose process the jump ends; what it was told. The next kernel runs."""
     told: list[str] = []
     with khod.connect() as before, ThreadPoolExecutor() as threads:
         call(before, "io.kho.Producer.Register", name="cache", version=1)
         serving = threads.submit(serve, before, told.append)
         assert khod.khoctl("kexec", *images(khod)).code == 0
         serving.result(DEADLINE)
-    assert told == ["prepare", "freeze"]
     khod.word("READY=1")
+    return told
+
+
+def test_start_returns_when_restore_has_been_called(khod: Khod) -> None:
+    """A producer that begins empty before it has what it left loses it."""
+    assert jump(khod) == ["prepare", "freeze"]
     order: list[str] = []
     finished = threading.Event()
 
@@ -339,3 +344,41 @@ def test_start_returns_when_restore_has_been_called(khod: Khod) -> None:
         assert "cache" in verified.json["verdict"]["arrived"]
     finally:
         after.stop()
+
+
+def test_after_a_cold_boot_everyone_starts_from_scratch(khod: Khod) -> None:
+    khod.kernel.fault("cold", True)
+    jump(khod)
+    assert khod.khoctl("verify", "--json").json["phase"] == "cold_boot"
+    assert khod.khoctl("check").code == 0, "nobody waits for what is gone"
+    told: list[str] = []
+
+    def note(step: Step) -> None:
+        told.append(step.verb)
+
+    after = Producer("cache", prepare=note, freeze=note, restore=note, finish=note, socket=khod.socket)
+    after.start()
+    try:
+        assert khod.khoctl("activate").code == 0
+        assert told == ["prepare", "freeze"]
+    finally:
+        after.stop()
+
+
+def test_the_ten_lines_of_the_readme_are_a_producer(khod: Khod, tmp_path: Path) -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert 0 < len([line for line in code.splitlines() if line.strip()]) <= 10
+    (tmp_path / "ten.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STORE, khod.socket, tmp_path / "ten.py"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    try:
+        until(lambda: bool(khod.ask("Producers")["producers"]), process)
+        assert [found["name"] for found in khod.ask("Producers")["producers"]] == ["cache"]
+        refused = khod.khoctl("activate")
+        assert refused.code == 4, "it hands a file over, and there is no LUO in v3"
+    finally:
+        process.kill()
+        process.wait(DEADLINE)
