@@ -258,6 +258,7 @@ class Engine:
                 await self._handover.forward(steps, self._attempt(), hold=False)
                 self._handover.machine = self.machine.begin(Step.execute)
                 await self._handover.keep()
+            await self._attempt().barrier.leave()
             return
         if self.machine.phase is Phase.executing:
             async with self._busy:  # the executor comes back soon, and then it is known whether the host goes
@@ -543,7 +544,9 @@ class Engine:
         if here.actions is not None and not here.actions.barrier.broken:
             return here.actions
         if here.machine.done:
-            last = Verb.freeze if Step.freeze in here.machine.done else Verb.prepare
+            last: Verb | None = Verb.freeze if Step.freeze in here.machine.done else Verb.prepare
+            if here.machine.phase is Phase.failed and here.record.producers:
+                last = None
             barrier = self.muster.resumed(here.record.run, here.heard, here.record.producers, last)
         else:
             barrier = self.muster.barrier(here.record.run, here.heard)

@@ -1,6 +1,6 @@
 """Everyone who takes part: the producers with a file, and those that connect."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from khod import model
@@ -50,19 +50,20 @@ class Muster:
         """A barrier for everyone, with nothing told yet."""
         return Barrier.of(self.everyone(), run, changed)
 
-    def resumed(self, run: str, changed: Callable[[Member], None], holders: Sequence[Holder], verb: Verb) -> Barrier:
-        """The barrier of an attempt that an earlier khod began, which told its producers `verb` last.
+    def resumed(
+        self, run: str, changed: Callable[[Member], None], holders: Sequence[Holder], verb: Verb | None
+    ) -> Barrier:
+        """The barrier of an attempt that was begun before, with the producers of its record alone.
 
-        They alone take part, and one that is gone is said to be. Where the files cannot be read the barrier is
-        broken: nobody can be told.
+        Any of them may have been told `verb`; None after a rollback, for then the record has it of each. One
+        that is gone is said to be. Where the files cannot be read the barrier is broken: nobody can be told.
         """
         try:
             known = {producer.name: producer for producer in self.everyone()}
-            # A record of before it named them has none: then anyone may have been told.
-            kinds = {holder.name: holder.kind for holder in holders} or dict.fromkeys(known, "")
-            notes = {holder.name: holder.note for holder in holders}
-            told: Mapping[str, Told] = {name: Told(verb.value, notes.get(name, "")) for name in kinds}
-            producers = [known.get(name) or Lost(name, kind=kind) for name, kind in kinds.items()]
+            if not holders:  # a record of before it named them: then it may be anyone
+                holders = [producer.holder() for producer in known.values()]
+            told = {holder.name: Told(verb.value if verb else holder.told, holder.note) for holder in holders}
+            producers = [known.get(holder.name) or Lost(holder.name, kind=holder.kind) for holder in holders]
             return Barrier.of(producers, run, changed, told)
         except ConfigError as error:
             return Barrier(run, changed, error)

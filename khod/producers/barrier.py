@@ -33,6 +33,8 @@ class Verb(enum.Enum):
 
 
 NO_ANSWER = "no answer"
+LEAVING = 5.0
+"""Seconds a producer has to make way; the shutdown goes on meanwhile."""
 
 UNDO = {Verb.prepare: Verb.cancel, Verb.freeze: Verb.thaw}
 
@@ -84,6 +86,9 @@ class Producer(Protocol):
     @property
     def restores(self) -> bool:
         """Whether it has anything to do in the next kernel: then its state counts among what arrived."""
+
+    async def leave(self, note: str) -> None:
+        """Make way: the host is going down into the next kernel, and nothing is undone any more. `note` as in Telling."""
 
     async def returned(self) -> None:
         """Return when it can be told more, after a restart of khod; Veto where it cannot any more."""
@@ -253,6 +258,19 @@ class Barrier:
         finally:
             member.began = None
         return self._refused(member, Verb(member.told))
+
+    async def leave(self) -> None:
+        """Let everyone make way for the shutdown; nobody can stop it any more, so a failure is only noted."""
+        frozen = [member for member in self.members if member.told == Verb.freeze.value]
+        await asyncio.gather(*map(self._leaves, frozen))
+
+    async def _leaves(self, member: Member) -> None:
+        try:
+            async with asyncio.timeout(LEAVING):
+                await member.producer.leave(member.note)
+        except (Veto, OSError, TimeoutError) as error:
+            member.answer = str(error) or f"did not make way within {LEAVING:g} s"
+            self.changed(member)
 
     async def undo(self, verb: Verb) -> None:
         """Tell everyone who was told `verb` that it is off, in reverse order; everyone is told.

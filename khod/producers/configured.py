@@ -31,6 +31,9 @@ class Configured:
     def restores(self) -> bool:
         return False
 
+    async def leave(self, note: str) -> None:
+        """Nothing: it does not stand in the way."""
+
     async def returned(self) -> None:
         """Return at once: it was never here, it is told where it is."""
 

@@ -165,6 +165,9 @@ class Peer:
                 # An undo that was not answered in time stays: whoever comes late hears it, whatever it says.
                 self._telling = None
 
+    async def leave(self, note: str) -> None:
+        """Nothing: its process gets the shutdown's signals."""
+
     async def returned(self) -> None:
         if not self.connected and (self.process is None or not await self._back_or_gone()):
             raise Veto("it is gone")

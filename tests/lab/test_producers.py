@@ -52,6 +52,9 @@ def test_a_key_value_store_keeps_its_data_over_the_handover(boot: Boot, killed: 
     host.guest.wait_online()
     with_store(host)
     digest = talk(host, "fill")
+    # One that does not end at SIGTERM, and while it is frozen not even gets it.
+    host.guest.put("/etc/kho/producers.d/stubborn.toml", 'unit = "stubborn.service"\n')
+    host.shell("systemd-run -q --unit=stubborn sh -c 'trap \"\" TERM; while :; do sleep 1; done'")
     if killed:
         host.guest.put("/etc/kho/khod.toml.d/resume.toml", '[policy]\nafter_daemon_died = "resume"\n')
         host.khoctl("activate")
@@ -61,6 +64,7 @@ def test_a_key_value_store_keeps_its_data_over_the_handover(boot: Boot, killed: 
 
     host.kexec("7.3.4")
 
+    assert "Waiting for process" not in host.guest.console()
     host.khoctl("verify")
     status = host.status()
     assert status["phase"] == "verified", status

@@ -40,6 +40,9 @@ class Rehearsed:
     async def returned(self) -> None:
         """It is here."""
 
+    async def leave(self, note: str) -> None:
+        """It stands in nobody's way."""
+
     def holder(self) -> Holder:
         return Holder(self.name, self.kind)
 
