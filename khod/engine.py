@@ -84,6 +84,8 @@ class Engine:
         self._probed = Probed(None, "not yet probed", "")
         self._observed: Observed | None = None
         self._busy = asyncio.Lock()
+        self._expecting = asyncio.Event()
+        """Set when it is known who may come back: a rollback at the start waits for them."""
         self._started = asyncio.Event()
 
     @property
@@ -107,6 +109,7 @@ class Engine:
             async with self._busy:
                 await self._start()
         finally:
+            self._expecting.set()
             self._started.set()
 
     async def _start(self) -> None:
@@ -124,21 +127,24 @@ class Engine:
             here.record = reconcile.settled(here.record, found, observed)
         restoring = at_rest or found.action is reconcile.Action.verify
         self.muster.peers.expect(here.record.producers, here.record.run, restoring=restoring)
+        self._expecting.set()
         here.machine = Machine(found.phase, here.record.done if found.phase not in RESTING else ())
         lacking = "" if self._probed.kernel else f"no handover is possible: {self._probed.what}"
         here.say(found.reason or lacking or "khod started")
-        match found.action:
-            case reconcile.Action.verify:
-                await self._verify(observed)
-            case reconcile.Action.roll_back:
-                await here.roll_back(Failed(found.reason), self._attempt())
-            case reconcile.Action.resume:
-                self._watch(self._attempt())
-            case reconcile.Action.none if at_rest:
-                await here.keep_if_possible()
-        known = {session_of(here.record.run, holder.name) for holder in here.record.producers}
-        if lost := self._sessions.close_all_but(known):
-            here.say(f"closed {len(lost)} LUO sessions that no producer was told of")
+        try:
+            match found.action:
+                case reconcile.Action.verify:
+                    await self._verify(observed)
+                case reconcile.Action.roll_back:
+                    await here.roll_back(Failed(found.reason), self._attempt())
+                case reconcile.Action.resume:
+                    self._watch(self._attempt())
+                case reconcile.Action.none if at_rest:
+                    await here.keep_if_possible()
+        finally:
+            known = {session_of(here.record.run, holder.name) for holder in here.record.producers}
+            if lost := self._sessions.close_all_but(known):
+                here.say(f"closed {len(lost)} LUO sessions that no producer was told of")
 
     async def activate(self) -> None:
         """Bring producers and kernel to `active`. On failure everything is back as it was."""
@@ -268,7 +274,7 @@ class Engine:
 
     async def register(self, name: str, owner: Owner, process: Process, terms: Terms) -> Peer:
         """Take a producer in that has connected; it takes part from the next step on."""
-        await self._started.wait()
+        await self._expecting.wait()
         if self.machine.phase is Phase.executing:
             raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
         return self.muster.register(name, owner, process, terms, self.config.producers.max_per_user)

@@ -88,7 +88,7 @@ class Producer(Protocol):
         """Whether it has anything to do in the next kernel: then its state counts among what arrived."""
 
     async def leave(self, note: str) -> None:
-        """Make way: the host is going down into the next kernel, and nothing is undone any more. `note` as in Telling."""
+        """Make way: the host goes down into the next kernel, and nothing is undone any more. `note` as in Telling."""
 
     async def returned(self) -> None:
         """Return when it can be told more, after a restart of khod; Veto where it cannot any more."""

@@ -92,8 +92,10 @@ class Unit(Configured):
             await carry_out(Systemd(bus, self.unit), telling)
 
     async def leave(self, note: str) -> None:
-        """Kill what is frozen. A process that catches SIGTERM does not get it before it is thawed, and
-        systemd-shutdown waits for it as long as DefaultTimeoutStopSec= says (90 s), in the middle of the blackout.
+        """Kill what is frozen.
+
+        A process that catches SIGTERM does not get it while it is frozen, and systemd-shutdown waits for it as
+        long as DefaultTimeoutStopSec= says (90 s), in the middle of the blackout.
         """
         if note == OURS and self.how == "freeze":
             async with system_bus() as bus:

@@ -34,7 +34,7 @@ from tests.unit.test_hooks import gone
 from tests.unit.test_qemu import HANG_UP, SILENCE, Vm
 
 NAME = "subject"
-NOT_NOW = "not now"
+NOT_NOW = "not now; perhaps later"
 KEPT = b"what it held before the jump"
 UNDOES = (Verb.thaw, Verb.cancel)
 
@@ -277,9 +277,10 @@ class Peer:
         verb, trouble = self._trouble or (None, None)
         self._trouble = None
         self._well.set()
-        if self._serving.done() or verb in (Verb.restore, Verb.finish):
+        next_kernel = verb in (Verb.restore, Verb.finish)
+        if self._serving.done() or (next_kernel and trouble is not Trouble.late):
             await self.join()  # in the next kernel this is how a producer claims what it left
-        elif trouble is Trouble.late:
+        elif trouble is Trouble.late and not next_kernel:
             undone = "frozen" if verb in (Verb.freeze, Verb.thaw) else "prepared"
             while undone in self.held:
                 self._changed.clear()

@@ -243,6 +243,14 @@ async def claimed(case: Case) -> None:
         assert case.host.record.producers == ()
 
 
+async def told_again(case: Case, engine: Engine) -> None:
+    """Wait until the subject, which stayed connected, was told a second time and has failed again."""
+    first = engine.record.verdict
+    async with case.time_goes_by():
+        while engine.record.verdict is first:
+            await case.host.seen(lambda _event: True)
+
+
 async def lost(case: Case) -> None:
     case.witnesses()
     await jump(case)
@@ -309,18 +317,53 @@ def test_the_table_has_every_trouble_of_every_kind_at_every_verb() -> None:
     assert sorted(product) == sorted(row[:3] for row in rows())
 
 
+@pytest.fixture
+def prepared(host: Host, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], Case]:
+    """A row made ready: nothing of the host's own is asked, and the clock is the case's."""
+
+    def make(kind: str, verb: str, trouble: str) -> Case:
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={host.directory / 'bus'}")
+        monkeypatch.setattr(units, "SETTLE", TIMEOUT / 2)
+        monkeypatch.setattr(qemu, "GRACE", 0.01)
+        host.kernel = LuoKernel(host)
+        host.config = Config(deadlines=replace(Deadlines(), restore=TIMEOUT))
+        case = Case(host, KINDS[kind](host, TIMEOUT), Verb(verb), Trouble(trouble))
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: time.monotonic() + case.ahead)
+        return case
+
+    return make
+
+
 @pytest.mark.parametrize(("kind", "verb", "trouble", "comes_of_it"), rows())
 async def test_nothing_stays_frozen(
-    host: Host, monkeypatch: pytest.MonkeyPatch, kind: str, verb: str, trouble: str, comes_of_it: str
+    prepared: Callable[[str, str, str], Case], kind: str, verb: str, trouble: str, comes_of_it: str
 ) -> None:
-    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={host.directory / 'bus'}")
-    monkeypatch.setattr(units, "SETTLE", TIMEOUT / 2)
-    monkeypatch.setattr(qemu, "GRACE", 0.01)
-    host.kernel = LuoKernel(host)
-    host.config = Config(deadlines=replace(Deadlines(), restore=TIMEOUT))
-    case = Case(host, KINDS[kind](host, TIMEOUT), Verb(verb), Trouble(trouble))
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: time.monotonic() + case.ahead)
+    case = prepared(kind, verb, trouble)
     try:
         await OUTCOMES[comes_of_it](case)
+    finally:
+        await case.subject.leave()
+
+
+@pytest.mark.parametrize("verb", ["restore", "finish"])
+@pytest.mark.parametrize("trouble", ["veto", "late"])
+async def test_who_stays_connected_and_fails_again_is_named_once(
+    prepared: Callable[[str, str, str], Case], verb: str, trouble: str
+) -> None:
+    """And its late answer is still heard: it has no cause to connect again."""
+    case = prepared("varlink", verb, trouble)
+    case.witnesses()
+    try:
+        await jump(case)
+        case.arm()
+        async with serving(case.host, case.subject) as engine:
+            await degraded(case, engine)
+            await told_again(case, engine)
+            verdict = engine.record.verdict
+            assert verdict is not None
+            assert verdict.missing == [NAME]
+            assert verdict.reason.count(NAME) == 1
+            await case.subject.recover()
+            await case.reached(engine, Phase.verified)
     finally:
         await case.subject.leave()

@@ -243,9 +243,7 @@ def test_on_a_kernel_without_luo_the_store_refuses_and_goes_on_working(khod: Kho
 def test_a_store_that_is_gone_holds_nobody_up(khod: Khod, tmp_path: Path) -> None:
     with store(tmp_path, khod.socket):
         assert khod.khoctl("activate").code == 4
-    with khod.connect() as watcher:
-        for _event in iter(lambda: call(watcher, "Producers")["parameters"]["producers"], []):
-            pass  # until khod has seen its connection end
+    until(lambda: khod.ask("Producers")["producers"] == [], khod.process)
     assert khod.khoctl("activate").code == 0
 
 
