@@ -25,6 +25,9 @@ T = TypeVar("T")
 FRAMES = 10
 """Times a second the producers' lines are drawn."""
 
+FEW = 10
+"""Producers whose lines stay on the terminal at the end."""
+
 ROOM = 6
 """Lines of a terminal left for what is printed above the producers'."""
 
@@ -46,6 +49,7 @@ class Shown:
         self.last: Phase | None = None
         self._producers: dict[str, Producer] = {}
         self._heard: dict[str, float] = {}
+        self._ended = False
         if sys.stderr.isatty():
             from rich.console import Console  # noqa: PLC0415 - dear to import, and only a terminal needs it
             from rich.live import Live  # noqa: PLC0415 - as above
@@ -59,6 +63,7 @@ class Shown:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended = True
         if self._live:
             self._live.stop()
 
@@ -81,6 +86,10 @@ class Shown:
         """One line a producer: those that are waited for first, as many as there is room for."""
         from rich.text import Text  # noqa: PLC0415 - as above
 
+        if self._ended and len(self._producers) > FEW:  # what stays on the screen is what the operator must read
+            odd = [found for found in self._producers.values() if render.odd(found)][:FEW]
+            summary = f"    {render.counted(list(self._producers.values()))}"
+            return Text("\n".join([*(f"    {render.producer(found)}" for found in odd), summary]), no_wrap=True)
         ordered = sorted(self._producers.values(), key=lambda found: not found.waiting)
         room = max(1, (self._console.height if self._console else 0) - ROOM)
         lines = [f"{'  >' if found.waiting else '   '} {render.producer(self._now(found))}" for found in ordered[:room]]

@@ -76,12 +76,13 @@ def status(status: Status) -> str:
         rows.append(("done", ", ".join(status.done)))
     if status.left:
         rows.append(("left", f"{', '.join(status.left)}: not put back"))
-    rows += [("waiting", f"for {producer(found)}") for found in status.producers if found.waiting][:MOST]
+    waiting = [f"for {producer(found)}" for found in status.producers if found.waiting][:MOST]
+    rows += [("" if number else "waiting", text) for number, text in enumerate(waiting)]
     if (more := len(status.waiting_for) - MOST) > 0:
         rows.append(("", f"and {more} more: khoctl producers"))
     if status.producers:
         rows.append(("producers", counted(status.producers)))
-    rows += [("", producer(found)) for found in status.producers if _odd(found)][:MOST]
+    rows += [("", producer(found)) for found in status.producers if odd(found)][:MOST]
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         verdict = status.verdict
         rows.append(("arrived", f"{len(verdict.arrived)}: {', '.join(verdict.arrived) or 'nothing'}"))
@@ -113,7 +114,7 @@ def producer(found: Producer) -> str:
     return f"{found.name} ({found.kind}): {found.phase}: {answer}{done}, {found.seconds:.2f} s"
 
 
-def _odd(found: Producer) -> bool:
+def odd(found: Producer) -> bool:
     """Whether a producer's last word is one the operator should read."""
     return not found.waiting and found.answer not in ("", "ready")
 
@@ -128,8 +129,8 @@ def _reached(found: Producer) -> str:
     if not found.phase:
         return "not told yet"
     if found.waiting:
-        return f"told to {found.phase}"
-    return ("not " if _odd(found) else "") + DONE[found.phase]
+        return f"not {DONE[found.phase]} yet"
+    return ("not " if odd(found) else "") + DONE[found.phase]
 
 
 def producers(found: list[Producer]) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from khod import wire
-from khod.connection import Connection
+from khod.connection import MAX_FDS, Connection
 from khod.errors import KhoError, Unreachable
 
 LOG = logging.getLogger(__name__)
@@ -67,7 +67,10 @@ Handler = Callable[[Step], Mapping[str, int] | None]
 
 
 class Producer:
-    """One producer. `after` and `before` name others; `devices` are paths it cannot do without."""
+    """One producer. `after` and `before` name others; `devices` are paths it cannot do without.
+
+    `socket` is khod's, where it is not the usual one (or KHOD_SOCKET).
+    """
 
     def __init__(
         self,
@@ -83,7 +86,7 @@ class Producer:
         after: Iterable[str] = (),
         before: Iterable[str] = (),
         devices: Iterable[str] = (),
-        socket: Path = Path(wire.SOCKET),
+        socket: Path | None = None,
     ) -> None:
         verbs = {"prepare": prepare, "freeze": freeze, "thaw": thaw, "cancel": cancel}
         self._handlers = {**verbs, "restore": restore, "finish": finish}
@@ -95,7 +98,7 @@ class Producer:
             "before": [*before],
             "devices": [*devices],
         }
-        self._socket = socket
+        self._socket = socket or Path(os.environ.get("KHOD_SOCKET", wire.SOCKET))
         self._connection: Connection | None = None
         self._stopping = threading.Event()
         self._counts = ""
@@ -216,4 +219,7 @@ class Producer:
         except Exception as error:  # whatever goes wrong in a handler, the answer is no
             LOG.exception("%s failed", step.verb)
             return {"answer": "veto", "reason": f"{type(error).__name__}: {error}"}
+        if files and len(files) > MAX_FDS:
+            more = f"{len(files)} files, and one message carries {MAX_FDS}: hand some over with freeze"
+            return {"answer": "veto", "reason": more}
         return {"answer": "ready", "files": dict(files or {})}
