@@ -139,7 +139,7 @@ def producers(found: list[Producer]) -> str:
         return "No producers: none is configured in /etc/kho/producers.d, and none has registered."
     rows = [("RANK", "NAME", "KIND", "PHASE", "SECONDS", "ANSWER")]
     for item in found:
-        done = f" ({item.progress:.0%})" if item.progress is not None else ""
+        done = f" ({item.progress:.0%})" if item.progress is not None and item.waiting else ""
         answer = item.answer or ("..." if item.waiting else "")
         seconds = f"{item.seconds:.3f}" if item.phase else "-"
         rows.append((str(item.rank), item.name, item.kind, item.phase or "-", seconds, f"{answer}{done}" or "-"))

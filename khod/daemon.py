@@ -3,14 +3,13 @@
 import argparse
 import asyncio
 import fcntl
+import gc
 import os
 import signal
 import socket
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from asyncvarlink import create_unix_server
 
 from khod import __version__, config, executor, fdstore, journal, server, status
 from khod.abi.calls import Calls, HostCalls
@@ -22,6 +21,7 @@ from khod.kernel.luo import Luo
 from khod.kernel.probe import probe
 from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.kernel.thread import KernelThread
+from khod.listener import Listener
 from khod.model import Event, Phase
 from khod.producers import directory
 from khod.record import Store
@@ -98,12 +98,13 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         registry = server.registry(self._service, server.Producers(self.engine))
         factory = server.connections(registry, lambda: self.engine.config.access)
-        serving = await create_unix_server(factory, sock=self._listen())
+        serving = Listener(self._listen(), factory)
         watching = asyncio.ensure_future(journal.watchdog())
         try:
             await self.engine.start()
         except KhoError as error:
             _complain(error)
+        gc.freeze()  # or a quarter of the time that a thousand producers take is a look for garbage among the modules
         journal.notify("READY=1")
         await self._stopping.wait()
         journal.notify("STOPPING=1")
@@ -148,7 +149,10 @@ class Daemon:
     def _tell(self, event: Event) -> None:
         self._service.publish(event)
         journal.write(event, f"{event.phase.value.replace('_', ' ')}: {event.message}")
-        self._last = event if event.producer is None else replace(self._last, phase=event.phase)
+        if event.producer is None:
+            self._last = event
+        elif event.phase is not self._last.phase:
+            self._last = replace(self._last, phase=event.phase)
         self._status.change()
 
     def _said(self) -> str:

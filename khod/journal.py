@@ -8,7 +8,7 @@ from collections.abc import Callable
 import systemd.daemon
 import systemd.journal
 
-from khod.model import Event, Phase
+from khod.model import Event, Phase, Producer
 
 # One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered.
 MESSAGE_ID: dict[Phase, str] = {
@@ -33,7 +33,10 @@ MESSAGE_ID: dict[Phase, str] = {
 }
 STATUS_REST = 0.1
 """Seconds between two status texts."""
-ERR, WARNING, INFO, DEBUG = 3, 4, 6, 7  # syslog priorities
+SLOW = 1.0
+"""Seconds after which an answer is worth a record."""
+READY = "ready"
+ERR, WARNING, INFO = 3, 4, 6  # syslog priorities
 PRIORITY = {
     Phase.failed: ERR,
     Phase.cold_boot: ERR,
@@ -45,15 +48,25 @@ PRIORITY = {
 
 
 def write(event: Event, message: str) -> None:
-    """Write a record with the fields KHO_PHASE and KHO_RUN."""
+    """Write a record with the fields KHO_PHASE and KHO_RUN; none of a producer that does as it is told at once."""
+    if _routine(event.producer):
+        return
     systemd.journal.send(
         message,
         MESSAGE_ID=MESSAGE_ID[event.phase],
-        PRIORITY=DEBUG if event.producer and event.producer.answer == "ready" else PRIORITY.get(event.phase, INFO),
+        PRIORITY=PRIORITY.get(event.phase, INFO),
         KHO_PHASE=event.phase.value,
         KHO_RUN=event.run,
         SYSLOG_IDENTIFIER="khod",
+        CODE_FUNC="",  # where in khod says nothing, and systemd would look for it in the stack
     )
+
+
+def _routine(producer: Producer | None) -> bool:
+    """Tell whether a thousand producers would say the same within a second: journald drops records then."""
+    if producer is None or not producer.phase:
+        return False
+    return not producer.answer or (producer.answer == READY and producer.seconds < SLOW)
 
 
 def notify(state: str) -> None:

@@ -87,8 +87,15 @@ class Record:
 
 
 def encode(record: Record) -> bytes:
-    """Render the record as indented JSON: an operator reads it too."""
-    return json.dumps(wire.plain(record), indent=1, default=wire.plain).encode() + b"\n"
+    """Render the record as JSON, a field or a producer on each line: an operator reads it too."""
+    fields = [f'"{name}": {_line(value)}' for name, value in wire.plain(record).items()]
+    return ("{\n" + ",\n".join(fields) + "\n}\n").encode()
+
+
+def _line(value: object) -> str:
+    if isinstance(value, tuple) and value:
+        return "[\n  " + ",\n  ".join(map(_line, value)) + "\n]"
+    return json.dumps(value, default=wire.plain)
 
 
 def decode(raw: bytes, where: str = "") -> Record:

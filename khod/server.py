@@ -10,7 +10,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from asyncvarlink import (
     FileDescriptor,
@@ -20,15 +20,16 @@ from asyncvarlink import (
     VarlinkInterfaceRegistry,
     VarlinkInterfaceServerProtocol,
     VarlinkMethodCall,
-    VarlinkTransport,
     varlinkmethod,
 )
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
+from asyncvarlink.types import JSONObject
 
 from khod import __version__, model, wire
 from khod.config import Access
 from khod.engine import Engine
 from khod.errors import KhoError, Refused, Unreachable, UsageError
+from khod.listener import Transport
 from khod.producers.configured import one_line
 from khod.producers.identity import process_of, unit_of
 from khod.producers.peers import Answer, Peer, Terms
@@ -38,6 +39,9 @@ from khod.target import Request
 
 MAX_MESSAGE = 1 << 20
 """Bytes of one message: the longest honest one is a command line. Files come as descriptors."""
+
+MAX_CALLS = 64
+"""Calls of one client that wait for an answer, the one that is served left out."""
 
 MAX_FILE_NAME = 255
 """Characters of the name a producer gives a file: it stands in the record."""
@@ -68,6 +72,14 @@ class Caller:
     groups: frozenset[int]
 
 
+@dataclass
+class Count:
+    """The connections there are. `per_user` leaves out producers, of which a user may have more."""
+
+    everyone: int = 0
+    per_user: Counter[int] = field(default_factory=Counter)
+
+
 CONNECTION: "contextvars.ContextVar[Connection]" = contextvars.ContextVar("CONNECTION")
 """The connection whose call is being served."""
 
@@ -86,13 +98,15 @@ def peer_of(sock: socket.socket) -> Caller:
 class Connection(VarlinkInterfaceServerProtocol):
     """One client. A message over MAX_MESSAGE ends the connection before it fills our memory."""
 
-    def __init__(self, registry: VarlinkInterfaceRegistry, per_user: "Counter[int]", limit: int) -> None:
+    def __init__(self, registry: VarlinkInterfaceRegistry, count: Count, limit: int) -> None:
         super().__init__(registry)
-        self._per_user = per_user
+        self._count = count
         self._limit = limit
         self._pending = 0
+        self._calls = 0
+        self._serving: asyncio.Future[None] | None = None
         self._held: FileDescriptorArray | None = None
-        self._socket: socket.socket | None = None
+        self._line: Transport | None = None
         self.peer: Caller | None = None
         self.producer: Peer | None = None
         self.on_end: list[Callable[[], None]] = []
@@ -100,15 +114,20 @@ class Connection(VarlinkInterfaceServerProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        assert isinstance(transport, VarlinkTransport)
-        sock = transport._recvfd
-        assert isinstance(sock, socket.socket)
-        self._socket = sock
-        self.peer = peer_of(sock)
-        self._per_user[self.peer.uid] += 1
-        mine, all_of_them = self._per_user[self.peer.uid], self._per_user.total()
-        if (self.peer.uid != 0 and mine > self._limit) or all_of_them > _room():
+        assert isinstance(transport, Transport)
+        self._line = transport
+        self.peer = peer_of(transport.socket)
+        self._count.everyone += 1
+        self._count.per_user[self.peer.uid] += 1
+        mine = self._count.per_user[self.peer.uid]
+        if (self.peer.uid != 0 and mine > self._limit) or self._count.everyone > _room():
             transport.close()
+
+    def enlist(self, producer: Peer) -> None:
+        """Be this producer's connection from here on; producers.max_per_user bounds those."""
+        self.producer = producer
+        if self.peer is not None:
+            self._count.per_user[self.peer.uid] -= 1
 
     def eof_received(self) -> None:
         self._over()
@@ -118,14 +137,19 @@ class Connection(VarlinkInterfaceServerProtocol):
         self._over()
         self._let_go()
         if self.peer is not None:
-            self._per_user[self.peer.uid] -= 1
+            self._count.everyone -= 1
+            self._count.per_user[self.peer.uid] -= self.producer is None
             self.peer = None
         super().connection_lost(exc)
 
     def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
         self._pending += len(data)
+        self._calls += data.count(b"\0")
         if self._pending > MAX_MESSAGE:
             self._refuse(f"The message is longer than {MAX_MESSAGE} bytes")
+            return
+        if self._calls > MAX_CALLS:
+            self._refuse(f"More than {MAX_CALLS} calls wait for an answer")
             return
         try:
             super().message_received(data, self._with_its_message(data, fds))
@@ -154,11 +178,27 @@ class Connection(VarlinkInterfaceServerProtocol):
     def error_received(self, err: Exception, data: bytes, fds: FileDescriptorArray | None) -> None:  # noqa: ARG002
         self._refuse(f"The message is no Varlink call: {err}")
 
+    def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
+        """Serve calls one after the other: the library would, but it relies on not reading meanwhile."""
+        if self._serving is None or self._serving.done():
+            self._serving = self._next(obj, fds)
+        else:
+            self._serving = asyncio.ensure_future(self._in_turn(self._serving, obj, fds))
+            if fds is not None:
+                fds.reference_until_done(self._serving)
+        return self._serving
+
+    async def _in_turn(self, before: "asyncio.Future[None]", obj: JSONObject, fds: FileDescriptorArray | None) -> None:
+        await before
+        if (serving := self._next(obj, fds)) is not None:
+            await serving
+
+    def _next(self, obj: JSONObject, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
+        self._pending, self._calls = 0, self._calls - 1
+        found: asyncio.Future[None] | None = super().request_received(obj, fds)
+        return found
+
     def call_received(self, call: VarlinkMethodCall, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
-        self._pending = 0
-        if self._transport is not None:
-            # The library stops reading while a call is served, and would not see its client go.
-            asyncio.get_running_loop().call_soon(self._transport.resume_reading)
         token = CONNECTION.set(self)
         try:
             future: asyncio.Future[None] | None = super().call_received(call, fds)
@@ -186,14 +226,14 @@ class Connection(VarlinkInterfaceServerProtocol):
 
     def _say_and_hang_up(self, what: str) -> None:
         """Say why, and hang up: what follows on this connection cannot be trusted to be a message."""
-        if self._socket is not None:
+        if self._line is not None:
             # The library reads on while there is data, with the event loop held: only this ends it.
             with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RD)
+                self._line.socket.shutdown(socket.SHUT_RD)
         sent = self.send_error(to_wire(UsageError(what, remedy="Send one JSON object, ended by a NUL byte.")))
         self._pending, self._recv_buffer = 0, b""
-        if self._transport is not None:
-            self._transport.pause_reading()
+        if self._line is not None:
+            self._line.stop_reading()
         sent.add_done_callback(lambda _: self.close())
 
 
@@ -351,8 +391,13 @@ class Producers(Producer):
             terms = Terms(
                 30.0 if timeout is None else timeout, tuple(after or ()), tuple(before or ()), tuple(devices or ())
             )
-            made = await self._engine.register(name, owner, process, terms)
-            connection.producer = made
+            try:
+                made = await self._engine.register(name, owner, process, terms)
+            except Refused:
+                # A connection is one producer; kept open, thousands of them would leave no room for anyone else.
+                asyncio.get_running_loop().call_soon(connection.hang_up)
+                raise
+            connection.enlist(made)
             connection.on_end.append(lambda: self._engine.muster.peers.leave(made))
             if connection.peer is None:  # it went while khod looked
                 self._engine.muster.peers.leave(made)
@@ -473,6 +518,6 @@ def registry(service: Service, producers: Producers) -> VarlinkInterfaceRegistry
 
 
 def connections(made: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> Callable[[], Connection]:
-    """A factory of connections that share their per-user count; `access` is asked anew, for a reload."""
-    per_user: Counter[int] = Counter()
-    return lambda: Connection(made, per_user, access().max_connections_per_user)
+    """A factory of connections that share their count; `access` is asked anew, for a reload."""
+    count = Count()
+    return lambda: Connection(made, count, access().max_connections_per_user)

@@ -6,6 +6,7 @@ library would cost `khoctl status` more than typer itself does (`make bench` hol
 
 import dataclasses
 import enum
+import functools
 import types
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -47,12 +48,17 @@ def _decode(wanted: Any, value: Any) -> Any:
     return value
 
 
+@functools.cache
+def _fields(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
 def plain(value: Any) -> Any:
     """What json.dumps is to make of the model's own types: `default=plain`."""
     if isinstance(value, enum.Enum):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: getattr(value, name) for name in _fields(type(value))}
     raise TypeError(type(value).__name__)
 
 

@@ -137,7 +137,7 @@ def ranks(producers: Iterable[Producer]) -> list[list[Producer]]:
     return result
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """A producer in this attempt: the last verb it was told, its answer, and how long that took (seconds)."""
 
@@ -209,7 +209,9 @@ class Barrier:
 
     def admit(self, producers: Iterable[Producer]) -> list[Member]:
         """Take in producers that came since, in their ranks; the new members. ConfigError names a cycle."""
-        known = {member.producer.name: member for member in self.members}
+        known, producers = {member.producer.name: member for member in self.members}, list(producers)
+        if all(producer.name in known for producer in producers):
+            return []
         everyone = {**{name: member.producer for name, member in known.items()}, **{p.name: p for p in producers}}
         self._ranks = [
             [known.get(producer.name) or Member(producer) for producer in rank] for rank in ranks(everyone.values())
@@ -225,8 +227,9 @@ class Barrier:
         The first no of a rank ends it there: whoever is still at it is cut short. Raises Refused with
         the veto; Unsupported where the kernel cannot keep what a producer hands over.
         """
+        wanted = None if among is None else frozenset(among)
         for rank in self._ranks:
-            chosen = [member for member in rank if among is None or member in among]
+            chosen = [member for member in rank if wanted is None or member in wanted]
             tasks = [asyncio.ensure_future(self._one(member, verb, member.producer.timeout)) for member in chosen]
             try:
                 for first in asyncio.as_completed(tasks):
@@ -300,9 +303,9 @@ class Barrier:
 
     async def bring_back(self, verb: Verb, among: Sequence[Member], deadline: float) -> list[Member]:
         """Tell `restore` or `finish` in rank order, whoever fails; those that did. Each has `deadline` seconds."""
-        failed = []
+        failed, wanted = [], frozenset(among)
         for rank in self._ranks:
-            chosen = [member for member in rank if member in among]
+            chosen = [member for member in rank if member in wanted]
             failed += [member for member, refusal in await self._all(chosen, verb, deadline) if refusal is not None]
         return failed
 

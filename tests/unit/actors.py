@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from asyncvarlink import create_unix_server
 from jeepney import HeaderFields, Message
 
 from khod import server
 from khod.engine import Engine
+from khod.listener import Listener
 from khod.model import Event
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
@@ -111,7 +111,14 @@ class LuoKernel(Kernel):
         return os.dup(self._files[os.fstat(session).st_ino][token])
 
     def finish_session(self, session: int) -> None:
-        self._files[os.fstat(session).st_ino].clear()
+        files = self._files[os.fstat(session).st_ino]
+        while files:
+            os.close(files.popitem()[1])
+
+    def close(self) -> None:
+        """Close what no khod has."""
+        for fd in (*self._names.values(), *(fd for files in self._files.values() for fd in files.values())):
+            os.close(fd)
 
 
 @asynccontextmanager
@@ -125,7 +132,10 @@ async def serving(host: Host, subject: Actor) -> AsyncIterator[Engine]:
         return
     registry = server.registry(server.Service(engine), server.Producers(engine))
     factory = server.connections(registry, lambda: engine.config.access)
-    listening = await create_unix_server(factory, host.directory / "socket")
+    sock = socket.socket(socket.AF_UNIX)
+    (host.directory / "socket").unlink(missing_ok=True)
+    sock.bind(str(host.directory / "socket"))
+    listening = Listener(sock, factory)
     try:
         await engine.start()
         await subject.join()
@@ -161,7 +171,7 @@ class Wire:
     async def call(
         self, method: str, parameters: dict[str, Any], files: Sequence[int] = ()
     ) -> tuple[dict[str, Any], list[int]]:
-        """Call a method of io.kho.Producer; ConnectionError where it is refused, or khod hangs up."""
+        """Call a method of io.kho.Producer; ConnectionError when khod hangs up, as it does after an error."""
         message = {"method": f"io.kho.Producer.{method}", "parameters": parameters}
         socket.send_fds(self._socket, [json.dumps(message).encode() + b"\0"], files)
         got: list[int] = []
@@ -174,8 +184,10 @@ class Wire:
             got += came
         raw, _, self._text = self._text.partition(b"\0")
         answer = json.loads(raw)
-        if "error" in answer:
-            raise ConnectionError(answer)
+        while "error" in answer:
+            await readable(self._socket.fileno())
+            if not self._socket.recv(1 << 16):
+                raise ConnectionError(answer)
         return answer["parameters"], got
 
     def close(self) -> None:
