@@ -69,8 +69,9 @@ async def bring_back(here: Handover, barrier: Barrier, verdict: Verdict, deadlin
     others = tuple(h for h in here.record.producers if h.name not in done | named)
     arrived = sorted({*verdict.arrived, *(m.producer.name for m in waiting if m not in failed)})
     missing = sorted({*verdict.missing, *named} - set(arrived))
-    kept = [part for part in verdict.reason.split(PART) if part and not part.startswith(tuple(map(_of, done)))]
-    reasons = [*kept, *(f"{_of(member.producer.name)} {member.answer}" for member in failed)]
+    told = tuple(_of(member.producer.name) for member in waiting)
+    kept = [part for part in verdict.reason.split(PART) if part and not part.startswith(told)]
+    reasons = [*kept, *(f"{_of(member.producer.name)} {member.answer.replace(PART, ', ')}" for member in failed)]
     verdict = replace(verdict, arrived=arrived, missing=missing, reason=PART.join(reasons))
     here.record = replace(here.record, producers=(*others, *left), verdict=verdict)
     return verdict

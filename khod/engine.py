@@ -282,8 +282,9 @@ class Engine:
     def _peer_came(self, peer: Peer) -> None:
         where = peer.owner.unit or "no unit"
         self._handover.say(f"producer {peer.name} registered (user {peer.owner.uid}, {where})", Member(peer).shown())
+        peer.late = lambda: self._beside(self._late(peer))
         if peer.restoring and self.machine.phase in RESTING:
-            self._beside(self._late(peer))
+            peer.late()
 
     def _peer_left(self, peer: Peer) -> None:
         self._handover.say(f"producer {peer.name} left", Member(peer).shown())

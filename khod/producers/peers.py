@@ -80,6 +80,8 @@ class Peer:
         self.run = ""
         self.restoring = False
         """Whether the previous kernel's khod left this entry: whoever claims it comes from another boot."""
+        self.late: Callable[[], None] = lambda: None
+        """Called when it answers, in the next kernel, what nobody waited for any more."""
         self._sessions = sessions
         self._serial = 0
         self._telling: Telling | None = None
@@ -93,7 +95,9 @@ class Peer:
         """Make the entry of a producer that an earlier khod knew."""
         terms = Terms(holder.timeout, holder.after, holder.before, holder.devices)
         made = cls(holder.name, holder.owner or Owner(-1, ""), holder.process, terms, sessions)
-        made.told = Verb.restore.value if restoring else holder.told
+        # The record is written before anyone is told: whoever stands in it may have been told to prepare.
+        told = {"": Verb.prepare.value, Verb.cancel.value: ""}.get(holder.told, holder.told)
+        made.told = Verb.restore.value if restoring else told
         made.kept, made.run, made.restoring = holder.kept, run, restoring
         return made
 
@@ -231,6 +235,8 @@ class Peer:
         """Pass an answer on; the same command again where it was `not_yet`. A late one counts for nothing."""
         future, telling = self._answer, self._telling
         if future is None or future.done() or telling is None or answer.serial != self._serial:
+            if self.restoring and future is None and answer.word != "not_yet":
+                self.late()  # it is told again: it has no cause to connect again
             return None
         if answer.word == "not_yet":
             telling.not_yet(answer.reason, answer.progress)

@@ -29,10 +29,10 @@ from tests.bench.figure import Figure
 from tests.bench.processes import khod
 
 COUNT = 1000
-ROUNDS = 3
+ROUNDS = 5
 VERBS = ("prepare", "freeze", "thaw")
 LAST = "cancel"
-MOST_SECONDS, MOST_KIB, MOST_RATIO = 2.0, 40.0, 4.0
+MOST_SECONDS, MOST_KIB, MOST_RATIO = 2.0, 40.0, 2.0
 DESCRIPTORS = 4096
 """Each process may have so many: a connection is one, and khod keeps 256 for its own work."""
 DEADLINE = 60.0  # seconds in which some producer is told something
@@ -71,10 +71,10 @@ def run() -> Iterator[Figure]:
     verb = 1e6 / COUNT / len(VERBS)
     yield Figure(
         f"prepare, freeze and thaw of {COUNT} producers",
-        statistics.median(seconds),
+        min(seconds),  # what else runs only adds to it
         MOST_SECONDS,
         "s",
-        f"{_shown(seconds)}; from Activate asked to the last freeze answered, and from Abort asked to the last thaw",
+        f"the best of {_shown(seconds)}; from Activate asked to the last freeze, from Abort asked to the last thaw",
     )
     yield Figure("khod's memory for each of them", max(kib), MOST_KIB, "KiB", f"the most it had, {_shown(kib)}")
     yield Figure(
