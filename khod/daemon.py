@@ -21,7 +21,6 @@ from khod.kernel.luo import Luo
 from khod.kernel.probe import probe
 from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.kernel.thread import KernelThread
-from khod.listener import Listener
 from khod.model import Event, Phase
 from khod.producers import directory
 from khod.record import Store
@@ -98,7 +97,7 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         registry = server.registry(self._service, server.Producers(self.engine))
         factory = server.connections(registry, lambda: self.engine.config.access)
-        serving = Listener(self._listen(), factory)
+        serving = server.Listener(self._listen(), factory)
         watching = asyncio.ensure_future(journal.watchdog())
         try:
             await self.engine.start()

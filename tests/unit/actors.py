@@ -22,7 +22,6 @@ from jeepney import HeaderFields, Message
 
 from khod import server
 from khod.engine import Engine
-from khod.listener import Listener
 from khod.model import Event
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
@@ -135,7 +134,7 @@ async def serving(host: Host, subject: Actor) -> AsyncIterator[Engine]:
     sock = socket.socket(socket.AF_UNIX)
     (host.directory / "socket").unlink(missing_ok=True)
     sock.bind(str(host.directory / "socket"))
-    listening = Listener(sock, factory)
+    listening = server.Listener(sock, factory)
     try:
         await engine.start()
         await subject.join()

@@ -19,7 +19,7 @@ LAYERS = [
     {"producers", "fdstore", "sessions", "guard", "executor", "verify", "preflight", "target", "actions"}
     | {"handover", "arrival", "muster", "status"},
     {"engine"},
-    {"listener", "server", "journal", "daemon", "__main__"},
+    {"server", "journal", "daemon", "__main__"},
 ]
 # What khoctl shares with khod. These stand beside the layers and import only what is named.
 CLIENT_SIDE = {
