@@ -103,6 +103,8 @@ class Producer:
         self._stopping = threading.Event()
         self._counts = ""
         self._tokens = 0
+        self._ahead: Mapping[str, Any] | None = None
+        """A command that came as the answer to `not_yet`."""
 
     def start(self) -> None:
         """Register, take back what was left before the jump, and serve in a thread of its own.
@@ -129,6 +131,7 @@ class Producer:
     def _register(self) -> str:
         """Connect and register; what khod counts on. What was done beyond that is taken back."""
         self._drop()
+        self._ahead = None
         self._connection = Connection(self._socket)
         self._connection.send(f"{wire.PRODUCER}.Register", self._terms)
         told = str(self._connection.reply()["told"])
@@ -161,7 +164,7 @@ class Producer:
 
     def _turn(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Give an answer, be told the next verb, and do it; the answer to that."""
-        command, fds = self._next(answer)
+        (command, fds), self._ahead = ((self._ahead, []) if self._ahead else self._next(answer)), None
         if command is None:
             return {}
         files = dict(zip(command["names"], fds, strict=True))
@@ -205,6 +208,7 @@ class Producer:
         for fd in fds:
             os.close(fd)
         if now is None or now["serial"] != command["serial"]:
+            self._ahead = now
             raise CalledOff(reason)
 
     def _handle(self, step: Step) -> dict[str, Any]:

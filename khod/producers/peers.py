@@ -235,7 +235,9 @@ class Peer:
         """Pass an answer on; the same command again where it was `not_yet`. A late one counts for nothing."""
         future, telling = self._answer, self._telling
         if future is None or future.done() or telling is None or answer.serial != self._serial:
-            if self.restoring and future is None and answer.word != "not_yet":
+            if self.restoring and future is None:
+                if answer.word == "not_yet":  # nobody waits, and nobody undoes it either: let it go on
+                    return Command(answer.serial, Verb.restore, self.run, self.timeout)
                 self.late()  # it is told again: it has no cause to connect again
             return None
         if answer.word == "not_yet":
