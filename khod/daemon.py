@@ -22,7 +22,7 @@ from khod.kernel.probe import probe
 from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.kernel.thread import KernelThread
 from khod.model import Event, Phase
-from khod.producers import directory
+from khod.producers import directory, hooks
 from khod.record import Store
 from khod.sessions import Sessions
 from khod.wire import SOCKET
@@ -92,6 +92,7 @@ class Daemon:
         """Serve until SIGTERM or SIGINT, then put back what is held."""
         loop = asyncio.get_running_loop()
         self._alone()
+        hooks.adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)

@@ -270,6 +270,25 @@ async def test_a_hook_cancelled_while_it_is_spawned_leaves_no_child_behind(tmp_p
     assert [gone(pid) for pid in pids] == [True, True]
 
 
+ORPHANS = """
+import asyncio, sys
+from khod.producers.barrier import Telling, Verb
+from khod.producers.hooks import Hook, adopt_orphans
+adopt_orphans()
+child = "setsid sleep 600 & echo $$ $! > {pids}; mv {pids} {done}; wait"
+script = f"setsid sh -c '{{child}}' & until [ -e {done} ]; do :; done"
+asyncio.run(Hook("a", commands={{"prepare": ["/bin/sh", "-c", script]}}).tell(Telling(Verb.prepare, "r")))
+print("over")
+"""
+
+
+def test_a_child_that_leaves_the_session_is_killed_too(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    ended = run(["-c", ORPHANS.format(pids=tmp_path / "pids", done=done)])
+    assert ended.out == "over\n", ended.err
+    assert [gone(int(pid)) for pid in done.read_text().split()] == [True, True]
+
+
 FLOOD = """
 import asyncio, resource
 from khod.producers.barrier import Telling, Verb
