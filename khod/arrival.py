@@ -61,8 +61,16 @@ async def bring_back(here: Handover, barrier: Barrier, verdict: Verdict, deadlin
     else. A khod that dies in between leaves in the record to whom it is said again.
     """
     waiting = [member for member in barrier.members if member.producer.restores]
-    failed = await barrier.bring_back(Verb.restore, waiting, deadline)
-    failed += await barrier.bring_back(Verb.finish, [member for member in waiting if member not in failed], deadline)
+    empty = [member for member in waiting if member.told != Verb.finish.value]
+    failed = await barrier.bring_back(Verb.restore, empty, deadline)
+    restored = [member for member in waiting if member not in failed]
+    for member in restored:
+        # Recorded before anyone's session is let go: whoever has what is theirs is not told to restore it again.
+        member.told = Verb.finish.value
+    held = {holder.name: holder for holder in barrier.holders()}
+    here.record = replace(here.record, producers=tuple(held.get(h.name, h) for h in here.record.producers))
+    await here.keep_if_possible()
+    failed += await barrier.bring_back(Verb.finish, restored, deadline)
     done = {member.producer.name for member in barrier.members if member not in failed}
     left = tuple(holder for holder in barrier.holders() if holder.name not in done)
     named = {holder.name for holder in left}

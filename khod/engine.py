@@ -491,7 +491,7 @@ class Engine:
         verdict = await arrival.look(
             here, self._store, self._probed.kernel, self._thread, self.config.deadlines.activate
         )
-        barrier = self.muster.resumed(here.record.run, here.heard, here.record.producers, Verb.restore)
+        barrier = self.muster.resumed(here.record.run, here.heard, here.record.producers, None)
         for member in barrier.members:
             if not member.producer.restores:
                 member.told = ""  # it has nothing to take back, and is told nothing

@@ -80,6 +80,8 @@ class Peer:
         self.run = ""
         self.restoring = False
         """Whether the previous kernel's khod left this entry: whoever claims it comes from another boot."""
+        self._taker: Process | None = None
+        """The process that was given what the producer left: for that one only `finish` is due."""
         self.late: Callable[[], None] = lambda: None
         """Called when it answers, in the next kernel, what nobody waited for any more."""
         self._sessions = sessions
@@ -97,7 +99,11 @@ class Peer:
         made = cls(holder.name, holder.owner or Owner(-1, ""), holder.process, terms, sessions)
         # The record is written before anyone is told: whoever stands in it may have been told to prepare.
         told = {"": Verb.prepare.value, Verb.cancel.value: ""}.get(holder.told, holder.told)
-        made.told = Verb.restore.value if restoring else told
+        if restoring and told == Verb.finish.value:
+            made._taker = holder.process
+        elif restoring:
+            told = Verb.restore.value
+        made.told = told
         made.kept, made.run, made.restoring = holder.kept, run, restoring
         return made
 
@@ -146,7 +152,10 @@ class Peer:
     async def tell(self, telling: Telling) -> None:
         verb, self.run = telling.verb, telling.run
         if self.connected or await self._comes_back(telling):
+            if verb is Verb.finish and self._taker != self.process:  # what was given died with the one that took it
+                await self._converse(replace(telling, verb=Verb.restore))
             await self._converse(telling)
+        self._taker = self.process if verb is Verb.restore else None
         if verb is Verb.cancel:
             self._sessions.close(self.session)
             self.kept = ()
@@ -205,6 +214,8 @@ class Peer:
 
     def attach(self, process: Process, terms: Terms) -> None:
         """A connection has come for this entry."""
+        if self._taker not in (None, process):
+            self.told = Verb.restore.value
         self.process, self.terms, self.connected = process, terms, True
         self._telling, self._delivered = None, 0
         self._back.set()
