@@ -40,9 +40,11 @@ class Muster:
 
     def register(self, name: str, owner: Owner, process: Process, terms: Terms, most: int) -> Peer:
         """Take in a producer that has connected; Refused where its name has a file, ConfigError where it is a cycle."""
-        if any(producer.name == name for producer in self._configured()):
+        files = self._configured()
+        if any(producer.name == name for producer in files):
             raise Refused(f"There is a producer {name} already: it has a file", where=name, remedy="Choose another.")
-        if terms.after or terms.before:
+        named = self.peers.names(name) or any(name in (*file.after, *file.before) for file in files)
+        if named or terms.after or terms.before:
             ranks([*(producer for producer in self.everyone() if producer.name != name), Lost(name, **vars(terms))])
         return self.peers.register(name, owner, process, terms, most)
 

@@ -7,6 +7,7 @@ khod saw go needs not be told, and whoever was told by a khod that died is waite
 """
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ MAX_TIMEOUT = 600.0
 
 MAX_FILES = 1024
 MAX_PATH = 255
+DEVICE = re.compile(r"/(sys|dev)/[^\0]+")
 MAX_NAMES = 32
 """Names of other producers, or devices, one registration may have: each stands in the record."""
 
@@ -307,12 +309,17 @@ class Peers:
         self._sessions = sessions
         self._peers: dict[str, Peer] = {}
         self._per_user: Counter[int] = Counter()
+        self._named: Counter[str] = Counter()
         self._gone = gone
         self._came = came
 
     def known(self) -> list[Peer]:
         """Those connected, and those that are waited for."""
         return [peer for peer in self._peers.values() if peer.connected or peer.told or peer.restoring]
+
+    def names(self, name: str) -> bool:
+        """Whether a peer that is connected wants to be told before or after this producer."""
+        return self._named[name] > 0
 
     def expect(self, holders: Iterable[Holder], run: str, *, restoring: bool) -> None:
         """Wait for producers that an earlier khod knew, of this boot or (`restoring`) of the one before."""
@@ -356,6 +363,7 @@ class Peers:
         elif peer.told and not peer.restoring and peer.process not in (None, process):
             self._gone(peer)  # the process that was told is dead, and what it held with it
         self._per_user[owner.uid] += 1
+        self._named.update((*terms.after, *terms.before))
         peer.attach(process, terms)
         self._came(peer)
         return peer
@@ -365,6 +373,7 @@ class Peers:
         if not peer.connected:
             return
         self._per_user[peer.owner.uid] -= 1
+        self._named.subtract((*peer.after, *peer.before))
         peer.detach()
         if not (peer.told or peer.restoring):
             del self._peers[peer.name]
@@ -383,7 +392,7 @@ def _check_terms(terms: Terms) -> None:
             check_name(other)
         _check_count(what, names)
     for device in terms.devices:
-        if not device.startswith(("/sys/", "/dev/")) or "\0" in device or len(device) > MAX_PATH:
+        if not DEVICE.fullmatch(device) or ".." in device.split("/") or len(device) > MAX_PATH:
             raise UsageError(f"{device[:80]!r} is no device", where="devices", remedy="Give a path below /sys or /dev.")
     _check_count("devices", terms.devices)
 

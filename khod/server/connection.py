@@ -171,6 +171,10 @@ class Connection(VarlinkInterfaceServerProtocol):
 
     def _next(self, obj: JSONObject, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
         self._pending, self._calls = 0, self._calls - 1
+        sound = isinstance(obj.get("method"), str) and isinstance(obj.get("parameters", {}), dict)
+        if self.producer is not None and not sound:  # whatever was asked of it, this is no yes
+            self._refuse("The message is no Varlink call")
+            return None
         found: asyncio.Future[None] | None = super().request_received(obj, fds)
         return found
 
@@ -185,6 +189,12 @@ class Connection(VarlinkInterfaceServerProtocol):
             raise
         finally:
             CONNECTION.reset(token)
+
+    def handle_call_exception(self, exc: BaseException, oneway: bool) -> None:
+        """What the library cannot take from a producer (one descriptor named twice) is no yes either."""
+        if self.producer is not None:
+            asyncio.get_running_loop().call_soon(self.hang_up)
+        super().handle_call_exception(exc, oneway)
 
     def hang_up(self) -> None:
         """End the connection after what was said; for its producer it ends at once."""
