@@ -19,7 +19,7 @@ unit: $(VENV)/ready
 	$(PY) -m pytest tests/unit
 
 lab: $(VENV)/ready deb $(VENV)/lab-packages
-	$(PY) -m pytest tests/lab
+	$(PY) -m pytest tests/lab -n 2 --dist loadfile
 
 bench: $(VENV)/ready deb $(VENV)/lab-packages
 	$(PY) -m compileall -q khod khoctl

@@ -300,7 +300,7 @@ class Engine:
     async def forget(self, name: str) -> None:
         """Free what a producer left before the jump and will not claim: the next handover would lose it."""
         async with self._operation():
-            self.muster.peers.forget(name)
+            await self.muster.peers.forget(name)
             here = self._handover
             here.record = replace(
                 here.record, producers=tuple(holder for holder in here.record.producers if holder.name != name)

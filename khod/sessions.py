@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from khod.errors import KhoError, Refused
@@ -92,6 +93,14 @@ class Sessions:
         if (fd := self._fds.get(session)) is not None:
             await self._call(lambda: self._luo.finish(fd), deadline)
             self.close(session)
+
+    async def drop(self, session: str, deadline: float) -> None:
+        """Free what a session of the previous kernel holds; nothing where it did not arrive."""
+        with suppress(KhoError):
+            if session not in self._fds:
+                self._fds[session] = await self._on_device(lambda: self._luo.retrieve(session), deadline)
+            await self.finish(session, deadline)
+        self.close(session)
 
     def close(self, session: str) -> None:
         """Close a session, in the store too: of an outgoing one nothing is preserved any more."""

@@ -328,7 +328,7 @@ class Peers:
                 made = Peer.expected(holder, run, self._sessions, restoring=restoring)
                 self._peers[holder.name] = made
 
-    def forget(self, name: str) -> None:
+    async def forget(self, name: str) -> None:
         """Give up on what a producer left before the jump; Refused where it left nothing."""
         peer = self._peers.get(name)
         if peer is None or not peer.restoring:
@@ -337,7 +337,7 @@ class Peers:
                 where=name,
                 remedy="khoctl check names those that did.",
             )
-        self._sessions.close(peer.session)
+        await self._sessions.drop(peer.session, peer.timeout)
         peer.restoring, peer.told, peer.kept = False, "", ()
 
     def register(self, name: str, owner: Owner, process: Process, terms: Terms, most: int) -> Peer:
