@@ -38,6 +38,8 @@ class Actions:
         self.kernel = kernel
         self.barrier = barrier
         self._producers = producers
+        self.joined: Callable[[], None] = lambda: None
+        """Called when somebody has joined the barrier since it began."""
         self._past: list[Verb] = []
         self._resumed = False
         self.target: Target | None = None
@@ -77,7 +79,8 @@ class Actions:
         if self._resumed:
             await self.barrier.gather_in()
             self._resumed = False
-        new = self.barrier.admit(self._producers())
+        if new := self.barrier.admit(self._producers()):
+            self.joined()
         for verb in self._past if new else []:
             await self._within(verb, new)
 

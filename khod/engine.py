@@ -370,6 +370,7 @@ class Engine:
 
     def _watch(self, actions: Actions) -> None:
         """Watch for devices that come and go, while this attempt lasts; Failed where that is not possible."""
+        actions.joined = lambda: self._watch(actions)
         settings = self.config.guard
         devices = {member.producer.name: member.producer.devices for member in actions.barrier.members}
         self._guard.start(settings.abort, settings.record, devices)
