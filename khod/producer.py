@@ -149,18 +149,20 @@ class Producer:
 
     def _serve(self, answer: dict[str, Any]) -> None:
         """Answer and be told, over and over; where khod goes, connect again."""
-        while not self._stopping.is_set():
-            try:
-                if self._connection is None:
-                    self._register()
-                    answer = {}
-                answer = self._turn(answer)
-            except KhoError as error:
-                # Whoever is frozen stays so: khod may be gone because the host is on its way into the next kernel.
-                LOG.warning("%s", error)
-                self._drop()
-                self._stopping.wait(AGAIN)
-        self._drop()
+        try:
+            while not self._stopping.is_set():
+                try:
+                    if self._connection is None:
+                        self._register()
+                        answer = {}
+                    answer = self._turn(answer)
+                except KhoError as error:
+                    # Whoever is frozen stays so: khod may be gone because the host is on its way to the next kernel.
+                    LOG.warning("%s", error)
+                    self._drop()
+                    self._stopping.wait(AGAIN)
+        finally:
+            self._drop()
 
     def _turn(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Give an answer, be told the next verb, and do it; the answer to that."""
@@ -215,15 +217,19 @@ class Producer:
         """Call the handler; what it comes to as an answer."""
         handler = self._handlers[step.verb]
         try:
-            files = handler(step) if handler is not None else None
+            files = dict((handler(step) if handler is not None else None) or {})
+            for fd in files.values():
+                os.fstat(fd)  # what cannot be sent is the handler's error too
         except Veto as error:
             return {"answer": "veto", "reason": str(error)}
         except CalledOff:
             return {"answer": "veto", "reason": "called off"}
-        except Exception as error:  # whatever goes wrong in a handler, the answer is no
+        except BaseException as error:  # whatever goes wrong in a handler, the answer is no
+            if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                raise  # the process ends, and its connection with it
             LOG.exception("%s failed", step.verb)
             return {"answer": "veto", "reason": f"{type(error).__name__}: {error}"}
-        if files and len(files) > MAX_FDS:
+        if len(files) > MAX_FDS:
             more = f"{len(files)} files, and one message carries {MAX_FDS}: hand some over with freeze"
             return {"answer": "veto", "reason": more}
-        return {"answer": "ready", "files": dict(files or {})}
+        return {"answer": "ready", "files": files}

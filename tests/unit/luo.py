@@ -23,13 +23,14 @@ from typing import Any
 
 from khod import daemon
 from khod.abi.calls import LIVEUPDATE
+from khod.errors import Exit
 from khod.kernel.luo import HUGE
 from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.model import Event
 from khod.record import Store
 from tests.unit.harness import Host, Kernel
 from tests.unit.images import CPIO, bzimage
-from tests.unit.khods import DEADLINE, REPOSITORY, Khod
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, reply, until
 
 NAME_SIZE = 64  # LIVEUPDATE_SESSION_NAME_LENGTH, the NUL included
 DIES_AT = "KHOD_DIES_AT"
@@ -37,7 +38,7 @@ SITE = """\
 from tests.unit.luo import settle_in
 settle_in()
 """
-"""sitecustomize.py of khod's process: its simulated kernel has LUO, also in the khod after a jump."""
+"""sitecustomize.py of khod's process: its simulated kernel has LUO."""
 
 AS_SYSTEMD = """
 import json, os, sys
@@ -331,7 +332,7 @@ def settle_in() -> None:
 
 
 class System:
-    """One machine below a directory: LUO, a service manager, and khods, one after the other."""
+    """One machine below a directory: LUO, a service manager, and khods, one after the other. A jump kills khod."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -340,6 +341,8 @@ class System:
         """The service manager's store, of the one unit there is."""
         self.carries = False
         """Whether the service manager brings its store over a jump, as `systemctl kexec` does."""
+        self.mortal: list[Callable[[], None]] = []
+        """What ends with the kernel besides khod: called once in the jump."""
         self._khods: list[Khod] = []
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listening.bind(str(directory / "luo"))
@@ -355,6 +358,17 @@ class System:
         made = LuoKhod(self, dies_at, ready=ready)
         self._khods.append(made)
         return made
+
+    def jump(self, khod: Khod, *options: str) -> None:
+        """Have khod jump into the next kernel. Another khod is still to be started in it."""
+        ended = khod.khoctl("kexec", *(options or self.images))
+        assert ended.code == Exit.done, ended
+        assert khod.process.wait(DEADLINE) == -signal.SIGKILL
+
+    def emptied(self) -> bool:
+        """Whether no session is left anywhere; khod tells its service manager, and does not wait for it."""
+        until(lambda: (self.kept, self.luo.outgoing, self.luo.unclaimed) == ({}, {}, set()), self._khods[-1].process)
+        return True
 
     def configure(self, text: str) -> None:
         """Write khod.toml."""
@@ -419,6 +433,9 @@ class System:
 
     def _jump(self, *, cold: bool) -> None:
         names = list(self.kept)
+        while self.mortal:
+            self.mortal.pop()()
+        self._khods[-1].process.kill()
         self.luo.jump(cold=cold)
         self._forget()
         if self.carries and not cold:
@@ -461,6 +478,114 @@ class LuoKhod(Khod):
             self._system.hear(data.decode(), list(fds))
             self._words.put(data.decode())
 
+    def listening(self) -> "LuoKhod":
+        """Itself, once it answers at its socket: while it waits for peers it is not ready yet."""
+
+        def answers() -> bool:
+            try:
+                self.connect().close()
+            except OSError:
+                return False
+            return True
+
+        until(answers, self.process)
+        return self
+
     def died(self) -> None:
         """Wait until it was killed where it was to be."""
         assert self.process.wait(DEADLINE) == -signal.SIGKILL, self.errors.read_text()
+
+
+class Watch:
+    """Hears what khod tells, from now on."""
+
+    def __init__(self, khod: Khod) -> None:
+        self._client = khod.connect()
+        self._client.sendall(b'{"method": "io.kho.Handover.Monitor", "parameters": {}, "more": true}\0')
+        reply(self._client)  # how it stands
+
+    def until(self, wanted: str) -> dict[str, Any]:
+        """Wait for the first `PHASE: MESSAGE` with this in it."""
+        while wanted not in "{phase}: {message}".format(**(event := reply(self._client)["parameters"]["event"])):
+            pass
+        return dict(event)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+PRODUCER = "io.kho.Producer"
+
+
+def begin(khod: Khod, method: str, *, files: Sequence[int] = (), **parameters: object) -> socket.socket:
+    """Call a method of io.kho.Handover and do not wait: its answer comes in the socket."""
+    client = khod.connect()
+    call = {"method": f"io.kho.Handover.{method}", "parameters": parameters}
+    socket.send_fds(client, [json.dumps(call).encode() + b"\0"], files)
+    return client
+
+
+class Hand:
+    """A peer by hand, over one raw connection."""
+
+    def __init__(self, khod: Khod, name: str, **terms: Any) -> None:
+        self.socket = khod.connect()
+        self.fds: list[int] = []
+        self.serial = 0
+        self.send("Register", **{"name": name, "version": 1, **terms})
+        self.registered = self.receive()
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Call a method; its parameters, or {"error": NAME, **parameters}."""
+        self.send(method, **parameters)
+        return self.receive()
+
+    def send(self, method: str, files: Sequence[int] = (), **parameters: Any) -> None:
+        message = {"method": f"{PRODUCER}.{method}", "parameters": parameters}
+        socket.send_fds(self.socket, [json.dumps(message).encode() + b"\0"], files)
+
+    def receive(self) -> dict[str, Any]:
+        """The next reply; ConnectionError where khod hangs up."""
+        text = b""
+        while not text.endswith(b"\0"):
+            data, fds, _, _ = socket.recv_fds(self.socket, 1, 16, socket.MSG_CMSG_CLOEXEC)
+            if not data:
+                raise ConnectionError(text)
+            text += data
+            self.fds += fds
+        message = json.loads(text[:-1])
+        error = {"error": message["error"]} if "error" in message else {}
+        return {**error, **message.get("parameters", {})}
+
+    def ready(self, files: Sequence[int] = (), **more: Any) -> None:
+        """Say yes to what it was told last, or that it listens, and wait for nothing."""
+        said = {"serial": self.serial, "answer": "ready"} if self.serial else {}
+        self.send("Next", files, **{**said, **more})
+
+    def told(self) -> str:
+        """Wait for the next verb."""
+        command = self.receive()
+        self.serial = command["serial"]
+        return str(command["verb"])
+
+    def follows(self, *verbs: str) -> None:
+        """Say yes to the last verb and to all of these as they come, in this order; the last is not answered."""
+        for verb in verbs:
+            self.ready()
+            assert self.told() == verb
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+        self.socket.close()
+
+
+def memfd(content: bytes = b"what it holds", flags: int = os.MFD_CLOEXEC) -> int:
+    fd = os.memfd_create("table", flags)
+    os.pwrite(fd, content, 0)
+    return fd
+
+
+def one_file(fd: int, token: int = 0, name: str = "table") -> dict[str, Any]:
+    """The arguments with which a yes hands a file over."""
+    return {"files": [fd], "names": [name], "tokens": [token], "fds": [0]}

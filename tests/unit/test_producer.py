@@ -9,31 +9,37 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from khod.errors import Exit
+from khod.errors import Exit, Refused, Unreachable, UsageError
+from khod.producer import CalledOff, Producer, Step, Veto
 from khod.producers.barrier import Verb
 from tests.unit.actors import follow
-from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, reply
-from tests.unit.luo import System
+from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, reply, until
+from tests.unit.luo import System, Watch, begin, memfd
 
 HELD = "what it holds"
 PEER = """
 import json, os, sys, threading
 from pathlib import Path
 from khod import producer
+from khod.errors import KhoError
 
 producer.AGAIN = 0.02
 name, path, timeout, after, waits = sys.argv[1:]
 table = os.memfd_create("table")
 os.pwrite(table, b"what it holds", 0)
 
+def say(word, found):
+    os.write(1, json.dumps([word, found]).encode() + b"\\n")  # in one piece: there are two threads
+
 def handler(step):
     found = {name: os.pread(fd, 100, 0).decode() for name, fd in step.files.items()}
-    print(json.dumps([step.verb, found]), flush=True)
+    say(step.verb, found)
     if step.verb in waits.split():
         sys.stdin.readline()
     return {"table": table} if step.verb == "prepare" else None
@@ -42,8 +48,13 @@ verbs = ("prepare", "freeze", "thaw", "cancel", "restore", "finish")
 made = producer.Producer(
     name, **dict.fromkeys(verbs, handler), timeout=float(timeout), after=after.split(), socket=Path(path)
 )
-made.start()
-print(json.dumps(["started", {}]), flush=True)
+while True:
+    try:
+        made.start()
+        break
+    except KhoError:
+        threading.Event().wait(producer.AGAIN)  # as a unit that is started again
+say("started", {})
 threading.Event().wait()
 """
 """A producer that says what it is told, and at the verbs in `waits` waits for a line before it answers."""
@@ -65,6 +76,9 @@ class PeerProcess:
             text=True,
         )
         self.held: set[str] = set()
+        self.told: list[str] = []
+        self.came: dict[str, str] = {}
+        """What it was given back last."""
         self._said: queue.Queue[tuple[str, dict[str, str]]] = queue.Queue()
         threading.Thread(target=self._hear, daemon=True).start()
 
@@ -79,6 +93,9 @@ class PeerProcess:
         verb, found = self._said.get(timeout=DEADLINE)
         if verb != "started":
             follow(self.held, Verb(verb))
+        if verb == "restore":
+            self.came = found
+        self.told.append(verb)
         return verb, found
 
     def hears(self, wanted: str) -> dict[str, str]:
@@ -86,6 +103,11 @@ class PeerProcess:
         while (said := self.next())[0] != wanted:
             pass
         return said[1]
+
+    def heard(self, wanted: str) -> None:
+        """Wait until it was told a verb, which may have been long ago."""
+        while wanted not in self.told:
+            self.next()
 
     def go_on(self) -> None:
         """Let it answer what it waits in."""
@@ -109,9 +131,10 @@ def system(tmp_path: Path) -> Iterator[System]:
 def peer(system: System) -> Iterator[Callable[..., PeerProcess]]:
     made: list[PeerProcess] = []
 
-    def start(name: str, **options: Any) -> PeerProcess:
+    def start(name: str, *, wait: bool = True, **options: Any) -> PeerProcess:
         made.append(PeerProcess(system, name, **options))
-        made[-1].hears("started")
+        if wait:
+            made[-1].hears("started")
         return made[-1]
 
     yield start
@@ -119,19 +142,10 @@ def peer(system: System) -> Iterator[Callable[..., PeerProcess]]:
         each.kill()
 
 
-def begin(khod: Khod, method: str, **parameters: object) -> socket.socket:
-    """Call a method of khod's and do not wait for the answer, which comes in the socket."""
-    client = khod.connect()
-    call = {"method": f"io.kho.Handover.{method}", "parameters": parameters}
-    client.sendall(json.dumps(call).encode() + b"\0")
-    return client
-
-
 def begin_kexec(khod: Khod, system: System) -> socket.socket:
-    client = khod.connect()
+    """Begin a handover and do not wait for it."""
     files = [os.open(system.directory / name, os.O_RDONLY) for name in ("vmlinuz", "initrd")]
-    call = {"method": "io.kho.Handover.Kexec", "parameters": {"image": 0, "initrd": 1}}
-    socket.send_fds(client, [json.dumps(call).encode() + b"\0"], files)
+    client = begin(khod, "Kexec", files=files, image=0, initrd=1)
     for fd in files:
         os.close(fd)
     return client
@@ -145,23 +159,18 @@ def at_rest(khod: Khod, system: System) -> None:
     """Nothing of a handover is left anywhere."""
     assert khod.khoctl("status", "--json").json["phase"] == "idle"
     assert (khod.active, khod.loaded) == (False, False)
-    assert khod.record.producers == ()
-    assert system.luo.outgoing == {}
-    assert system.kept == {}
+    until(lambda: khod.record.producers == (), khod.process)  # it says so before it has written it
+    assert system.emptied()
 
 
 # khod is killed
 
 STEPS = [
     "preparing: prepare",
-    "preparing: one: prepare: told",
     "preparing: one: prepare: ready",
-    "preparing: two: prepare: ready",
     "prepared: ",
-    "freezing: freeze",
     "freezing: one: freeze: told",
     "freezing: one: freeze: ready",
-    "freezing: two: freeze: ready",
     "frozen: ",
     "activating: ",
     "active: ",
@@ -170,12 +179,10 @@ STEPS = [
     "executing: ",
 ]
 BACK = [
-    "rolling back: Producer last",
-    "rolling back: two: thaw: told",
-    "rolling back: two: thaw: ready",
-    "rolling back: one: thaw: ready",
-    "rolling back: two: cancel: told",
-    "rolling back: one: cancel: ready",
+    "rolling_back: Producer last",
+    "rolling_back: two: thaw: ready",
+    "rolling_back: two: cancel: told",
+    "rolling_back: one: cancel: ready",
     "idle: everything is back",
 ]
 
@@ -184,8 +191,7 @@ BACK = [
 def test_a_khod_killed_anywhere_is_followed_by_one_that_puts_everything_back(
     system: System, peer: Callable[..., PeerProcess], dies_at: str
 ) -> None:
-    dies_at = dies_at.replace("rolling back", "rolling_back")
-    if dies_at.startswith(("rolling_back", "idle")):
+    if dies_at in BACK:
         system.hook("last", 'after = ["two"]\nfreeze = ["sh", "-c", "echo no room >&2; exit 1"]')
     first = system.khod(dies_at=dies_at)
     peers = [peer("one"), peer("two", after="one")]
@@ -199,10 +205,9 @@ def test_a_khod_killed_anywhere_is_followed_by_one_that_puts_everything_back(
     assert second.khoctl("abort").code == Exit.done
     at_rest(second, system)
     for each in peers:
-        told = [each.next()[0]]
-        while told.count("freeze") < 1 or told[-1] != "cancel":
-            told.append(each.next()[0])
-        assert each.held == set(), told
+        each.heard("freeze")
+        each.hears("cancel")
+        assert each.held == set(), each.told
 
 
 def test_a_peer_whose_process_died_with_khod_is_not_waited_for(
@@ -252,10 +257,13 @@ def test_a_peer_that_lives_and_does_not_come_back_is_named_and_can_be_put_back_l
     well.hears("cancel")
     assert well.held == set()
     assert second.khoctl("abort").code == Exit.not_rolled_back
+    watch = Watch(second)
     stopped.process.send_signal(signal.SIGCONT)
-    stopped.hears("cancel")
+    watch.until("producer stopped registered")
+    watch.close()
     assert second.khoctl("abort").code == Exit.done
     at_rest(second, system)
+    stopped.hears("cancel")
     assert stopped.held == set()
 
 
@@ -279,22 +287,22 @@ def test_with_policy_resume_what_was_preserved_before_khod_died_arrives(
     second = system.khod()
     assert second.khoctl("status", "--json").json["phase"] == last
     assert list(system.luo.outgoing.values()) == [[0]]
-    assert (kexec(second, system) if last == "active" else second.khoctl("kexec")).code == Exit.done
+    system.mortal.append(before.kill)
+    system.jump(second, *(["--now"] if last == "loaded" else []))
     assert before.held == {"prepared", "frozen"}
-    before.kill()
+    third = system.khod()
     after = peer("one")
-    second.word("READY=1")
-    verified = second.khoctl("verify", "--json")
+    after.heard("finish")
+    verified = third.khoctl("verify", "--json")
     assert (verified.code, verified.json["phase"]) == (Exit.done, "verified")
     assert verified.json["verdict"]["arrived"].count("one") == 1
-    assert after.hears("finish") == {}
-    assert system.luo.unclaimed == set()
-    at_rest_after_a_jump(second, system)
+    assert after.came == {"table": HELD}
+    at_rest_after_a_jump(third, system)
 
 
 def at_rest_after_a_jump(khod: Khod, system: System) -> None:
-    assert khod.record.producers == ()
-    assert (system.luo.outgoing, system.luo.unclaimed, system.kept) == ({}, set(), {})
+    until(lambda: khod.record.producers == (), khod.process)
+    assert system.emptied()
     assert khod.khoctl("check").code == Exit.done
 
 
@@ -343,30 +351,256 @@ VERIFYING = [
 ]
 
 
-@pytest.mark.parametrize("carries", [False, True])
-@pytest.mark.parametrize("dies_at", VERIFYING)
+@pytest.mark.parametrize(("dies_at", "carries"), [(each, False) for each in VERIFYING] + [(VERIFYING[2], True)])
 def test_a_khod_killed_while_it_verifies_gives_the_files_back_all_the_same(
     system: System, peer: Callable[..., PeerProcess], dies_at: str, carries: bool
 ) -> None:
     system.carries = carries
-    first = system.khod(dies_at=dies_at)
+    first = system.khod()
     before = peer("one")
-    with begin_kexec(first, system):
-        before.hears("freeze")
-        before.kill()
-        after = PeerProcess(system, "one")
-        try:
-            first.died()
-            second = system.khod()
-            verified = second.khoctl("verify", "--json")
-            assert (verified.code, verified.json["phase"]) == (Exit.done, "verified"), verified
-            assert verified.json["verdict"]["arrived"].count("one") == 1
-            assert verified.json["verdict"]["missing"] == []
-            assert verified.json["handovers"] == 1
-            assert after.hears("restore") == {"table": HELD}
-            after.hears("finish")
-            at_rest_after_a_jump(second, system)
-            assert second.khoctl("activate").code == Exit.done
-            after.hears("freeze")
-        finally:
-            after.kill()
+    system.mortal.append(before.kill)
+    system.jump(first)
+    second = system.khod(dies_at=dies_at, ready=False)
+    after = peer("one", wait=False)
+    second.died()
+    third = system.khod()
+    verified = third.khoctl("verify", "--json")
+    assert (verified.code, verified.json["phase"]) == (Exit.done, "verified"), verified
+    after.heard("finish")
+    assert verified.json["verdict"]["arrived"].count("one") == 1
+    assert verified.json["verdict"]["missing"] == []
+    assert verified.json["handovers"] == 1
+    assert after.came == {"table": HELD}
+    at_rest_after_a_jump(third, system)
+    assert third.khoctl("activate").code == Exit.done
+    after.hears("freeze")
+
+
+# The library
+
+
+@pytest.fixture(scope="module")
+def kept_on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, Khod]]:
+    """A khod for all tests that leave it as it was, and its system."""
+    made = System(tmp_path_factory.mktemp("kept-on"))
+    yield made, made.khod()
+    made.close()
+
+
+@pytest.fixture
+def producer(kept_on: tuple[System, Khod]) -> Iterator[Callable[..., Producer]]:
+    """Start producers in this process, with the khod of the module; idle again after the test."""
+    made: list[Producer] = []
+    khod = kept_on[1]
+
+    def start(name: str = "subject", **options: Any) -> Producer:
+        made.append(Producer(name, socket=khod.socket, **{"timeout": 2.0, **options}))
+        made[-1].start()
+        return made[-1]
+
+    yield start
+    assert khod.khoctl("abort").code == Exit.done
+    for each in made:
+        each.stop()
+    until(lambda: khod.ask("Producers")["producers"] == [], khod.process)
+
+
+def raises(error: BaseException) -> Callable[[Step], None]:
+    def handler(_step: Step) -> None:
+        raise error
+
+    return handler
+
+
+class Surprise(Exception):
+    """Something a handler raises; what it says of itself is nothing for a terminal."""
+
+    def __str__(self) -> str:
+        return "\033[2J\nboom\0" + "x" * 10_000
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Veto("the disk is busy"), "the disk is busy"),
+        (Veto(""), "subject"),
+        (ValueError("no such table"), "no such table"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (Surprise(), "boom"),
+        (AssertionError(), "AssertionError"),
+        (RecursionError("deep"), "deep"),
+        (SystemExit(3), "subject"),
+        (KeyboardInterrupt(), "subject"),
+        (GeneratorExit(), "subject"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+@pytest.mark.parametrize("verb", ["prepare", "freeze"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_a_handler_raises_is_a_veto(
+    kept_on: tuple[System, Khod], producer: Callable[..., Producer], verb: str, error: BaseException, said: str
+) -> None:
+    system, khod = kept_on
+    thawed = threading.Event()
+    undo = {"prepare": "cancel", "freeze": "thaw"}[verb]
+    producer(**{verb: raises(error), undo: lambda _step: thawed.set()})
+    refused = khod.khoctl("activate")
+    assert refused.code == Exit.refused, refused
+    assert said in refused.err
+    assert refused.err.replace("\n", "").isprintable()
+    assert thawed.wait(DEADLINE), "it may have had half of it done"
+    at_rest(khod, system)
+
+
+NONSENSE: list[Any] = ["a string", ["a list"], 7, {"a": "x"}, {"a": -1}, {"a": 1 << 40}, {1: 0}, {"": 0}, {"a": None}]
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE, ids=repr)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_a_handler_returns_that_is_no_files_is_a_veto(
+    kept_on: tuple[System, Khod], producer: Callable[..., Producer], nonsense: Any
+) -> None:
+    system, khod = kept_on
+    cancelled = threading.Event()
+    producer(prepare=lambda _step: nonsense, cancel=lambda _step: cancelled.set())
+    refused = khod.khoctl("activate")
+    assert refused.code == Exit.refused, refused
+    assert "subject" in refused.err
+    assert cancelled.wait(DEADLINE)
+    at_rest(khod, system)
+
+
+def test_not_yet_is_seen_with_its_progress_and_ends_in_yes(
+    kept_on: tuple[System, Khod], producer: Callable[..., Producer]
+) -> None:
+    khod = kept_on[1]
+    said, go = threading.Event(), threading.Event()
+
+    def prepare(step: Step) -> None:
+        step.not_yet("writing back", 0.25)
+        said.set()
+        assert go.wait(DEADLINE)
+
+    producer(prepare=prepare, timeout=DEADLINE)
+    with begin(khod, "Activate") as operation:
+        assert said.wait(DEADLINE)
+        (shown,) = khod.khoctl("status", "--json").json["producers"]
+        assert (shown["waiting"], shown["progress"], shown["phase"]) == (True, 0.25, "prepare")
+        assert "writing back" in shown["answer"]
+        assert "writing back" in khod.khoctl("status").out
+        go.set()
+        assert "error" not in reply(operation)
+    assert khod.active
+
+
+def test_a_not_yet_after_the_abort_raises_and_the_undo_follows(
+    kept_on: tuple[System, Khod], producer: Callable[..., Producer]
+) -> None:
+    system, khod = kept_on
+    said, off, cancelled = threading.Event(), threading.Event(), threading.Event()
+
+    def prepare(step: Step) -> None:
+        step.not_yet("begun")
+        said.set()
+        with suppress(CalledOff):
+            while True:
+                step.not_yet("still at it")
+        off.set()
+        raise CalledOff
+
+    producer(prepare=prepare, cancel=lambda _step: cancelled.set(), timeout=DEADLINE)
+    with begin(khod, "Activate") as operation:
+        assert said.wait(DEADLINE)
+        assert khod.khoctl("abort").code == Exit.done
+        assert "error" in reply(operation)
+    assert off.is_set()
+    assert cancelled.is_set()
+    at_rest(khod, system)
+
+
+def test_files_from_prepare_and_from_freeze_all_arrive_by_name(system: System) -> None:
+    khod = system.khod()
+    files = {name: memfd(name.encode()) for name in ("one", "two", "three")}
+    early = {name: files[name] for name in ("one", "two")}
+    before = Producer(
+        "subject", prepare=lambda _step: early, freeze=lambda _step: {"three": files["three"]}, socket=khod.socket
+    )
+    before.start()
+    system.mortal.append(before.stop)
+    system.jump(khod)
+    for fd in files.values():
+        os.pwrite(fd, b"gone", 0)
+        os.close(fd)
+    khod = system.khod()
+    came: dict[str, bytes] = {}
+    finished = threading.Event()
+
+    def restore(step: Step) -> None:
+        for name, fd in step.files.items():
+            came[name] = os.pread(fd, 100, 0)
+            os.close(fd)
+
+    after = Producer("subject", restore=restore, finish=lambda _step: finished.set(), socket=khod.socket)
+    after.start()
+    assert came == {"one": b"one", "two": b"two", "three": b"three"}, "when start returns it is there"
+    assert finished.wait(DEADLINE)
+    after.stop()
+
+
+def test_without_khod_start_raises_and_names_the_socket(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable) as raised:
+        Producer("subject", socket=tmp_path / "socket").start()
+    assert raised.value.where == str(tmp_path / "socket")
+    assert raised.value.remedy
+
+
+def test_start_raises_what_khod_refuses(kept_on: tuple[System, Khod], producer: Callable[..., Producer]) -> None:
+    khod = kept_on[1]
+    producer()
+    with pytest.raises(Refused, match="subject"):
+        producer()
+    with pytest.raises(UsageError, match="systemd"):
+        producer("systemd")
+    assert [found["name"] for found in khod.ask("Producers")["producers"]] == ["subject"]
+
+
+def test_stop_at_rest_frees_the_name(kept_on: tuple[System, Khod], producer: Callable[..., Producer]) -> None:
+    khod = kept_on[1]
+    producer().stop()
+    until(lambda: khod.ask("Producers")["producers"] == [], khod.process)
+    producer()
+    assert khod.khoctl("activate").code == Exit.done
+
+
+def test_stop_while_a_handover_waits_is_a_veto(kept_on: tuple[System, Khod], producer: Callable[..., Producer]) -> None:
+    system, khod = kept_on
+    stops = producer()
+    assert khod.khoctl("activate").code == Exit.done
+    stops.stop()
+    until(lambda: khod.khoctl("status", "--json").json["phase"] == "idle", khod.process)
+    assert "subject" in khod.khoctl("status", "--json").json["last_error"]
+    at_rest(khod, system)
+
+
+def test_an_idle_producer_comes_back_after_khod_s_death(system: System, peer: Callable[..., PeerProcess]) -> None:
+    first = system.khod()
+    one = peer("one")
+    first.end(signal.SIGKILL)
+    second = system.khod()
+    until(lambda: [found["name"] for found in second.ask("Producers")["producers"]] == ["one"], second.process)
+    assert second.khoctl("activate").code == Exit.done
+    one.hears("freeze")
+    assert one.told == ["started", "prepare", "freeze"]
+
+
+def test_a_frozen_producer_stays_frozen_while_khod_is_gone(system: System, peer: Callable[..., PeerProcess]) -> None:
+    system.configure(RESUME)
+    first = system.khod()
+    one = peer("one")
+    assert first.khoctl("activate").code == Exit.done
+    first.end(signal.SIGKILL)
+    second = system.khod()
+    assert second.khoctl("status", "--json").json["phase"] == "active"
+    assert second.khoctl("abort").code == Exit.done
+    one.hears("cancel")
+    assert one.told == ["started", "prepare", "freeze", "thaw", "cancel"], "nothing before khod said so"

@@ -1,0 +1,479 @@
+"""What producers hand over: what the kernel does not take, whose it is in the next kernel, and what khod keeps open."""
+
+import asyncio
+import fcntl
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from khod.config import Config, Deadlines
+from khod.engine import Engine
+from khod.errors import Exit, KhoError, Refused
+from khod.kernel.simulated import Rebooted
+from khod.model import CheckResult, Kept, Phase
+from khod.producers.barrier import Verb
+from khod.producers.identity import process_of
+from khod.producers.peers import Answer, Terms
+from khod.record import Owner
+from tests.unit.khods import NOBODY, Khod, reply, run, until
+from tests.unit.luo import Hand, LuoHost, System, begin, memfd, one_file
+
+REFUSED = "io.kho.Handover.Refused"
+HELD = b"what it holds"
+OWNER = Owner(0, "kv.service")
+
+
+# In the next kernel: whose it is
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> LuoHost:
+    return LuoHost(tmp_path)
+
+
+class Holder:
+    """A producer `kv` within khod's process: it says yes to everything, hands a memfd over and takes it back."""
+
+    def __init__(self, engine: Engine, owner: Owner, patience: float) -> None:
+        self._engine, self._owner, self._timeout = engine, owner, patience
+        self.told: list[str] = []
+        self.came: dict[str, bytes] = {}
+
+    async def serve(self) -> None:
+        process = process_of(os.getpid())
+        assert process is not None
+        table = memfd(HELD)
+        peer = await self._engine.register("kv", self._owner, process, Terms(self._timeout))
+        try:
+            answer = None
+            while True:
+                command = await peer.next(answer)
+                self.told.append(command.verb.value)
+                for kept, fd in zip(command.kept, command.fds, strict=True):
+                    self.came[kept.name] = os.pread(fd, 100, 0)
+                    os.close(fd)
+                files = [(Kept("table", 7), table)] if command.verb is Verb.prepare else []
+                answer = Answer(command.serial, "ready", files=files)
+        finally:
+            os.close(table)
+            self._engine.muster.peers.leave(peer)
+
+
+@asynccontextmanager
+async def holding(engine: Engine, owner: Owner = OWNER, patience: float = 10.0) -> AsyncIterator[Holder]:
+    """A holder beside this khod; KhoError where it is not taken in."""
+    holder = Holder(engine, owner, patience)
+    serving = asyncio.ensure_future(holder.serve())
+    done, _ = await asyncio.wait({serving}, timeout=0)
+    for task in done:
+        task.result()
+    try:
+        yield holder
+    finally:
+        serving.cancel()
+        with suppress(asyncio.CancelledError):
+            await serving
+
+
+async def reached(host: LuoHost, engine: Engine, phase: Phase) -> None:
+    while engine.machine.phase is not phase:
+        await host.seen(lambda _event: True)
+
+
+async def jump(host: LuoHost, patience: float = 10.0) -> None:
+    """Leave a memfd of `kv`'s in the next kernel; nobody of the old one is left."""
+    engine = await host.started()
+    async with holding(engine, patience=patience):
+        await reached_member(host, engine)
+        with pytest.raises(Rebooted):
+            await host.kexec(engine)
+
+
+async def reached_member(host: LuoHost, engine: Engine) -> None:
+    while [found.name for found in await engine.producers()] != ["kv"]:
+        await host.seen(lambda _event: True)
+
+
+STRANGERS = [Owner(1000, "kv.service"), Owner(0, "other.service"), Owner(0, "")]
+
+
+@pytest.mark.parametrize("carries", [False, True])
+@pytest.mark.parametrize("stranger", STRANGERS, ids=str)
+async def test_what_was_left_is_given_to_its_owner_and_to_nobody_else(
+    host: LuoHost, stranger: Owner, carries: bool
+) -> None:
+    host.carries = carries
+    await jump(host)
+    engine = await host.started()
+    with pytest.raises(Refused) as raised:
+        async with holding(engine, stranger):
+            await reached(host, engine, Phase.verified)
+    assert "kv.service" in raised.value.what
+    assert str(stranger.uid) in raised.value.what
+    async with holding(engine) as holder:
+        await reached(host, engine, Phase.verified)
+        assert holder.came == {"table": HELD}
+        assert holder.told == ["restore", "finish"]
+    assert engine.record.verdict is not None
+    assert engine.record.verdict.arrived.count("kv") == 1
+    assert (host.luo.unclaimed, host.fdstore.kept, host.record.producers) == (set(), {}, ())
+
+
+async def degraded(host: LuoHost) -> Engine:
+    """A khod in whose kernel `kv` did not come in time."""
+    host.config = Config(deadlines=Deadlines(restore=0.01))
+    await jump(host, patience=0.01)
+    engine = await host.started()
+    await reached(host, engine, Phase.degraded)
+    return engine
+
+
+async def blocked(engine: Engine) -> bool:
+    """Whether what was left keeps the next handover from beginning, and is named."""
+    failed = [check for check in await engine.check() if check.result is CheckResult.fail]
+    if not failed:
+        return False
+    assert [check.name for check in failed] == ["claims"]
+    assert "kv" in failed[0].evidence
+    with pytest.raises(Refused, match="kv"):
+        await engine.activate()
+    return True
+
+
+@pytest.mark.parametrize("carries", [False, True])
+async def test_what_nobody_claimed_blocks_until_its_owner_comes_late(host: LuoHost, carries: bool) -> None:
+    host.carries = carries
+    engine = await degraded(host)
+    assert await blocked(engine)
+    with pytest.raises(Refused):
+        async with holding(engine, STRANGERS[0]):
+            await reached(host, engine, Phase.verified)
+    async with holding(engine) as holder:
+        await reached(host, engine, Phase.verified)
+        assert holder.came == {"table": HELD}
+    status = await engine.status()
+    assert (status.phase, status.exit_code, status.last_error) == (Phase.verified, Exit.done, "")
+    assert not await blocked(engine)
+    assert (host.luo.unclaimed, host.fdstore.kept) == (set(), {})
+
+
+@pytest.mark.parametrize("carries", [False, True])
+async def test_what_nobody_claimed_is_still_its_owner_s_after_a_restart_of_khod(host: LuoHost, carries: bool) -> None:
+    host.carries = carries
+    await degraded(host)
+    engine = await host.started()
+    assert engine.machine.phase is Phase.degraded
+    assert await blocked(engine)
+    with pytest.raises(Refused):
+        async with holding(engine, STRANGERS[1]):
+            await reached(host, engine, Phase.verified)
+    async with holding(engine) as holder:
+        await reached(host, engine, Phase.verified)
+        assert holder.came == {"table": HELD}
+
+
+@pytest.mark.parametrize("carries", [False, True])
+async def test_what_is_forgotten_is_freed_and_blocks_no_more(host: LuoHost, carries: bool) -> None:
+    host.carries = carries
+    engine = await degraded(host)
+    with pytest.raises(KhoError):
+        await engine.forget("vk")
+    await engine.forget("kv")
+    assert host.luo.unclaimed == set(), "the kernel holds its memory until then"
+    assert host.fdstore.kept == {}
+    assert not await blocked(engine)
+    async with holding(engine, STRANGERS[0]) as holder:
+        await engine.activate()
+        assert holder.told == ["prepare", "freeze"]
+        await engine.abort()
+
+
+async def test_a_session_that_another_process_has_for_a_moment_is_waited_for(host: LuoHost) -> None:
+    """PID 1 has the device open while it starts units."""
+    host.luo.busy = 2
+    await jump(host)
+    host.luo.busy = 2
+    engine = await host.started()
+    async with holding(engine) as holder:
+        await reached(host, engine, Phase.verified)
+        assert holder.came == {"table": HELD}
+
+
+# Before the jump: what the kernel does not take
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[System]:
+    made = System(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def kept_on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, Khod]]:
+    """A khod for all tests of the module, and its system."""
+    made = System(tmp_path_factory.mktemp("sessions"))
+    yield made, made.khod()
+    made.close()
+
+
+@pytest.fixture
+def peer(kept_on: tuple[System, Khod]) -> Iterator[Hand]:
+    """A producer, told nothing yet."""
+    _, khod = kept_on
+    made = Hand(khod, "subject", timeout=10)
+    made.ready()
+    yield made
+    made.close()
+    assert khod.khoctl("abort").code == Exit.done
+    until(lambda: khod.ask("Producers")["producers"] == [], khod.process)
+
+
+@pytest.fixture
+def activation(kept_on: tuple[System, Khod], peer: Hand) -> Iterator[Any]:
+    """An activation whose first verb the producer has heard."""
+    with begin(kept_on[1], "Activate") as operation:
+        assert peer.told() == "prepare"
+        yield operation
+
+
+def pipe_end() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def sealed() -> int:
+    fd = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, 0x20)  # F_SEAL_EXEC
+    return fd
+
+
+UNPRESERVABLE: dict[str, tuple[Callable[[], int], str, str]] = {
+    "pipe": (pipe_end, "ENOENT", "a pipe"),
+    "hugetlb": (lambda: os.memfd_create("huge", os.MFD_HUGETLB), "ENOENT", "a hugetlb memfd"),
+    "device": (lambda: os.open("/dev/null", os.O_RDWR), "ENOENT", "a character device"),
+    "directory": (lambda: os.open("/", os.O_RDONLY | os.O_DIRECTORY), "ENOENT", "a directory"),
+    "eventfd": (lambda: os.eventfd(0), "ENOENT", "eventfd"),
+    "sealed": (sealed, "F_SEAL_EXEC", "read-only"),
+}
+
+
+@pytest.mark.parametrize("kind", UNPRESERVABLE)
+def test_what_cannot_be_preserved_is_a_veto_that_says_why(
+    kept_on: tuple[System, Khod], peer: Hand, activation: Any, kind: str
+) -> None:
+    make, name, words = UNPRESERVABLE[kind]
+    fd = make()
+    peer.ready(**one_file(fd, name="the table"))
+    os.close(fd)
+    assert peer.told() == "cancel"
+    peer.ready()
+    answer = reply(activation)
+    assert answer["error"] == REFUSED
+    said = answer["parameters"]["what"]
+    assert "subject" in said
+    assert "the table" in said
+    assert name in said
+    assert words in said
+    put_back(kept_on)
+
+
+def put_back(kept_on: tuple[System, Khod]) -> None:
+    system, khod = kept_on
+    assert khod.khoctl("status", "--json").json["phase"] == "idle"
+    assert not khod.active
+    assert system.emptied()
+
+
+def veto(peer: Hand, activation: Any) -> str:
+    """Take the cancel, and give the reason of the refusal."""
+    assert peer.told() == "cancel"
+    peer.ready()
+    answer = reply(activation)
+    assert answer["error"] == REFUSED
+    return str(answer["parameters"]["what"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "names", "same", "word"),
+    [
+        ([1, 2], ["a", "b"], True, "file"),
+        ([1, 1], ["a", "b"], False, "token"),
+        ([1, 2], ["a", "a"], False, "name"),
+    ],
+)
+def test_nothing_is_handed_over_twice(
+    kept_on: tuple[System, Khod],
+    peer: Hand,
+    activation: Any,
+    tokens: list[int],
+    names: list[str],
+    same: bool,
+    word: str,
+) -> None:
+    fds = [memfd(), memfd()]
+    peer.ready(files=fds[:1] * 2 if same else fds, names=names, tokens=tokens, fds=[0, 1])
+    assert word in veto(peer, activation)
+    for fd in fds:
+        os.close(fd)
+    put_back(kept_on)
+
+
+def test_nor_in_two_answers(kept_on: tuple[System, Khod], peer: Hand, activation: Any) -> None:
+    fd, other = memfd(), memfd()
+    peer.ready(**one_file(fd))
+    assert peer.told() == "freeze"
+    assert list(kept_on[0].luo.outgoing.values()) == [[0]]
+    peer.ready(**one_file(fd, token=1, name="again"))
+    assert peer.told() == "thaw"
+    peer.ready()
+    assert "twice" in veto(peer, activation)
+    os.close(fd)
+    os.close(other)
+    put_back(kept_on)
+
+
+def test_a_file_that_another_producer_has_handed_over_is_refused_by_the_kernel(
+    kept_on: tuple[System, Khod], peer: Hand
+) -> None:
+    other = Hand(kept_on[1], "other", timeout=10, after=["subject"])
+    other.ready()
+    fd = memfd()
+    with begin(kept_on[1], "Activate") as operation:
+        assert peer.told() == "prepare"
+        peer.ready(**one_file(fd))
+        assert other.told() == "prepare"
+        other.ready(**one_file(fd))
+        assert other.told() == "cancel"
+        other.ready()
+        assert "EBUSY" in (said := veto(peer, operation))
+        assert "other" in said
+    os.close(fd)
+    other.close()
+    put_back(kept_on)
+
+
+@pytest.mark.parametrize("token", [0, 2**64 - 1])
+@pytest.mark.usefixtures("activation")
+def test_a_token_has_64_bits(kept_on: tuple[System, Khod], peer: Hand, token: int) -> None:
+    fd = memfd()
+    peer.ready(**one_file(fd, token))
+    os.close(fd)
+    assert peer.told() == "freeze"
+    assert list(kept_on[0].luo.outgoing.values()) == [[token]]
+    assert set(kept_on[0].kept) == set(kept_on[0].luo.outgoing), "in the service manager's store, whoever dies"
+
+
+def test_files_with_thaw_are_a_no_and_are_not_kept(kept_on: tuple[System, Khod], peer: Hand, activation: Any) -> None:
+    peer.ready()
+    assert peer.told() == "freeze"
+    peer.send("Next", serial=peer.serial, answer="veto", reason="not now")
+    assert peer.told() == "thaw"
+    fd = memfd()
+    peer.ready(**one_file(fd))
+    os.close(fd)
+    answer = reply(activation)
+    assert answer["error"] == "io.kho.Handover.NotRolledBack"
+    assert "prepare and freeze" in answer["parameters"]["what"]
+    assert kept_on[0].luo.outgoing == {}
+    with begin(kept_on[1], "Abort") as again:
+        for verb in ("thaw", "cancel"):
+            assert peer.told() == verb
+            peer.ready()
+        assert "error" not in reply(again)
+    put_back(kept_on)
+
+
+def open_files(khod: Khod) -> int:
+    return len(os.listdir(f"/proc/{khod.process.pid}/fd"))
+
+
+def test_files_of_a_late_answer_are_closed_and_not_preserved(kept_on: tuple[System, Khod]) -> None:
+    khod = kept_on[1]
+    late = Hand(khod, "late", timeout=0.2)
+    late.ready()
+    before = open_files(khod)
+    with begin(khod, "Activate") as operation:
+        assert late.told() == "prepare"
+        # Its undo goes unanswered too, as it stands still.
+        assert reply(operation)["error"] == "io.kho.Handover.NotRolledBack"
+    fd = memfd()
+    late.ready(**one_file(fd))
+    os.close(fd)
+    assert late.told() == "cancel"
+    late.ready()
+    until(lambda: open_files(khod) <= before, khod.process)
+    assert kept_on[0].luo.outgoing == {}
+    late.close()
+    assert khod.khoctl("abort").code == Exit.done, "it stood still; now it is gone, and holds nothing"
+    assert khod.ask("Producers")["producers"] == []
+    put_back(kept_on)
+
+
+def test_nothing_stays_open_in_khod_over_fifty_handovers(kept_on: tuple[System, Khod]) -> None:
+    system, khod = kept_on
+    peer = Hand(khod, "subject")
+    peer.ready()
+    before = open_files(khod)
+    for turn in range(50):
+        fds = [memfd(), memfd()]
+        with begin(khod, "Activate") as operation:
+            assert peer.told() == "prepare"
+            peer.ready(files=fds, names=["a", "b"], tokens=[1, 2], fds=[0, 1])
+            assert peer.told() == "freeze"
+            if turn % 3 == 0:
+                peer.send("Next", serial=peer.serial, answer="veto")
+            else:
+                peer.ready(**one_file(fd := memfd(), 3))
+                os.close(fd)
+                assert "error" not in reply(operation)
+                operation.close()
+        with begin(khod, "Abort") as abort:
+            for verb in ("thaw", "cancel"):
+                assert peer.told() == verb
+                peer.ready()
+            assert "error" not in reply(abort)
+        for each in fds:
+            os.close(each)
+        assert system.emptied()
+    until(lambda: open_files(khod) <= before, khod.process)
+    peer.close()
+
+
+def test_another_user_does_not_get_what_root_s_producer_left(system: System) -> None:
+    system.configure('[access]\nproducers = "nogroup"\n')
+    khod = system.khod()
+    peer = Hand(khod, "kv")
+    system.mortal.append(peer.close)
+    peer.ready()
+    with begin(khod, "Activate") as operation:
+        assert peer.told() == "prepare"
+        fd = memfd()
+        peer.ready(**one_file(fd))
+        os.close(fd)
+        assert peer.told() == "freeze"
+        peer.ready()
+        assert "error" not in reply(operation)
+    system.jump(khod)
+    khod = system.khod()
+    said = run(["-c", CLAIM, str(khod.socket)], user=NOBODY)
+    assert "Refused" in said.err, said
+    assert "user 0's" in said.err
+    owner = Hand(khod, "kv")
+    owner.ready()
+    assert owner.told() == "restore"
+    assert [os.pread(fd, 100, 0) for fd in owner.fds] == [HELD]
+    owner.close()
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from khod.producer import Producer
+Producer("kv", socket=Path(sys.argv[1])).start()
+"""
