@@ -376,6 +376,25 @@ def test_a_khod_killed_while_it_verifies_gives_the_files_back_all_the_same(
     after.hears("freeze")
 
 
+def test_a_producer_that_dies_with_khod_before_it_has_finished_is_given_its_files_again(
+    system: System, peer: Callable[..., PeerProcess]
+) -> None:
+    """Its next process has nothing of what the one before took."""
+    first = system.khod()
+    system.mortal.append(peer("one").kill)
+    system.jump(first)
+    second = system.khod(dies_at="verifying: one: finish: told", ready=False)
+    took = peer("one", wait=False)
+    second.died()
+    took.kill()
+    third = system.khod()
+    again = peer("one", wait=False)
+    again.heard("finish")
+    assert again.came == {"table": HELD}
+    assert third.khoctl("verify", "--json").json["phase"] == "verified"
+    at_rest_after_a_jump(third, system)
+
+
 # The library
 
 
