@@ -107,7 +107,8 @@ class Sessions:
         self._inodes.pop(session, None)
         if (fd := self._fds.pop(session, None)) is not None:
             self._store.remove(session)
-            os.close(fd)
+            # Not before a call with this descriptor is over: its number may be another session's by then.
+            self._thread.later(lambda: os.close(fd))
 
     def close_all_but(self, wanted: Iterable[str]) -> list[str]:
         """Close the sessions nobody knows: of a producer that was never told they are kept. Their names."""

@@ -34,6 +34,10 @@ class KernelThread:
                 remedy="The call cannot be interrupted; khoctl status shows when it has ended.",
             ) from None
 
+    def later(self, function: Callable[[], object]) -> None:
+        """Run a call after those under way, and wait for nothing; what it raises is lost."""
+        self._pool.submit(function)
+
     def close(self) -> None:
         """Let the thread end after its last call."""
         self._pool.shutdown(wait=False)

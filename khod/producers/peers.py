@@ -281,7 +281,11 @@ class Peer:
         for what, values in (("name", names), ("token", tokens)):
             if twice := sorted(str(value) for value, count in Counter(values).items() if count > 1):
                 raise UsageError(f"The {what} {twice[0]!r} is given to two files", remedy="Give each its own.")
-        await self._sessions.preserve(self.session, files, self.timeout)
+        session = self.session
+        await self._sessions.preserve(session, files, self.timeout)
+        if self._telling is not telling:  # it took long, and was called off meanwhile
+            self._sessions.close(session)
+            return
         self.kept = (*self.kept, *(kept for kept, _ in files))
 
     async def _command(self, telling: Telling) -> Command:

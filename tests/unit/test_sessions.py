@@ -3,6 +3,7 @@
 import asyncio
 import fcntl
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from khod.config import Config, Deadlines
 from khod.engine import Engine
-from khod.errors import Exit, KhoError, Refused
+from khod.errors import Exit, Failed, KhoError, Refused
 from khod.kernel.simulated import Rebooted
 from khod.model import CheckResult, Kept, Phase
 from khod.producers.barrier import Verb
@@ -201,6 +202,34 @@ async def test_a_session_that_another_process_has_for_a_moment_is_waited_for(hos
     async with holding(engine) as holder:
         await reached(host, engine, Phase.verified)
         assert holder.came == {"table": HELD}
+
+
+async def test_what_is_called_off_while_it_is_preserved_stays_in_no_session(host: LuoHost) -> None:
+    """A guest's memory takes seconds to pin, and an abort does not wait for that to begin."""
+    at_it, go_on, preserve = asyncio.Event(), threading.Event(), host.kernel.preserve_fd
+    loop = asyncio.get_running_loop()
+
+    def slowly(session: int, fd: int, token: int) -> None:
+        loop.call_soon_threadsafe(at_it.set)
+        go_on.wait()
+        preserve(session, fd, token)
+
+    engine = await host.started()
+    async with holding(engine):
+        await reached_member(host, engine)
+        host.kernel.preserve_fd = slowly  # type: ignore[method-assign]
+        activation = asyncio.ensure_future(engine.activate())
+        await at_it.wait()
+        abort = asyncio.ensure_future(engine.abort())
+        await host.seen(lambda event: event.phase is Phase.rolling_back)
+        go_on.set()
+        await abort
+        with pytest.raises(Failed):
+            await activation
+        assert host.luo.outgoing == {}
+        assert host.fdstore.kept == {}
+        await engine.activate()
+        assert list(host.luo.outgoing.values()) == [[7]]
 
 
 # Before the jump: what the kernel does not take
