@@ -11,7 +11,7 @@ from khod.kernel.thread import KernelThread
 from khod.machine import Machine
 from khod.model import Generation, Observed, Phase, Verdict
 from khod.producers.barrier import Barrier, Verb
-from khod.record import Store
+from khod.record import Holder, Store
 
 PART = "; "
 """Between the parts of a verdict's reason."""
@@ -67,22 +67,24 @@ async def bring_back(here: Handover, barrier: Barrier, verdict: Verdict, deadlin
     for member in restored:
         # Recorded before anyone's session is let go: whoever has what is theirs is not told to restore it again.
         member.told = Verb.finish.value
-    held = {holder.name: holder for holder in barrier.holders()}
-    here.record = replace(here.record, producers=tuple(held.get(h.name, h) for h in here.record.producers))
+    here.record = replace(here.record, producers=_left(here, barrier, set()))
     await here.keep_if_possible()
     failed += await barrier.bring_back(Verb.finish, restored, deadline)
     done = {member.producer.name for member in barrier.members if member not in failed}
-    left = tuple(holder for holder in barrier.holders() if holder.name not in done)
-    named = {holder.name for holder in left}
-    others = tuple(h for h in here.record.producers if h.name not in done | named)
     arrived = sorted({*verdict.arrived, *(m.producer.name for m in waiting if m not in failed)})
-    missing = sorted({*verdict.missing, *named} - set(arrived))
+    missing = sorted({*verdict.missing, *(member.producer.name for member in failed)} - set(arrived))
     told = tuple(_of(member.producer.name) for member in waiting)
     kept = [part for part in verdict.reason.split(PART) if part and not part.startswith(told)]
     reasons = [*kept, *(f"{_of(member.producer.name)} {member.answer.replace(PART, ', ')}" for member in failed)]
     verdict = replace(verdict, arrived=arrived, missing=missing, reason=PART.join(reasons))
-    here.record = replace(here.record, producers=(*others, *left), verdict=verdict)
+    here.record = replace(here.record, producers=_left(here, barrier, done), verdict=verdict)
     return verdict
+
+
+def _left(here: Handover, barrier: Barrier, done: set[str]) -> tuple[Holder, ...]:
+    """The record's producers without those that are done, as the barrier has them by now."""
+    now = {holder.name: holder for holder in barrier.holders()}
+    return tuple(now.get(old.name, old) for old in here.record.producers if old.name not in done)
 
 
 def unreadable(verdict: Verdict, error: ConfigError) -> Verdict:

@@ -20,7 +20,7 @@ from khod.kernel.probe import Probed
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import KernelThread
 from khod.machine import HELD, RESTING, STEPS, Machine, left
-from khod.model import Check, Event, Generation, Observed, Phase, Status, Step, Verdict
+from khod.model import Check, Event, Observed, Phase, Status, Step, Verdict
 from khod.muster import Muster
 from khod.producers.barrier import Barrier, Member, Producer, Verb
 from khod.producers.peers import Peer, Peers, Terms
@@ -567,9 +567,6 @@ class Engine:
         here.actions = Actions(kernel, self._kexec, self._thread, self._store, config, barrier, late)
         here.actions.resume(here.machine.done)
         return here.actions
-
-    def _generation(self) -> Generation:
-        return self._probed.kernel.generation if self._probed.kernel else Generation.none
 
     def _kernel(self) -> KhoKernel:
         if self._probed.kernel is None:

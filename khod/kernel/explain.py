@@ -1,12 +1,17 @@
 """The kernel's errnos in words: what it means at this call, and what to do next."""
 
 import errno
+from collections.abc import Mapping
+from typing import TypedDict
 
 from khod.errors import Failed, errno_text
 from khod.kernel.protocol import AbortKind
 from khod.model import Step
 
-LOAD = {
+Errnos = Mapping[int, tuple[str, str]]
+"""What an errno means at a call, and what to do next."""
+
+LOAD: Errnos = {
     errno.EPERM: (
         "kexec is locked",
         "Look at /proc/sys/kernel/kexec_load_disabled and kexec_load_limit_reboot: both "
@@ -35,7 +40,7 @@ LOAD = {
     errno.ENOPKG: ("the image's signature uses an algorithm this kernel lacks", "Sign it with one it has."),
     errno.ENOSYS: ("this kernel has no kexec_file_load(2)", "Boot one built with CONFIG_KEXEC_FILE=y."),
 }
-ACTIVATE = {
+ACTIVATE: Errnos = {
     # v3 gives EINVAL whatever the cause; the cause is in the log alone.
     errno.EINVAL: (
         "the kernel could not serialize its state",
@@ -46,7 +51,7 @@ ACTIVATE = {
     errno.ENOMEM: ("there is no scratch memory", "Boot with kho_scratch=512M."),
     errno.EEXIST: ("something else entered the active phase a moment ago", "Find out who, or: khoctl abort --force"),
 }
-EXECUTE = {
+EXECUTE: Errnos = {
     errno.EINVAL: ("no image is loaded", "Something unloaded it; try again."),
     errno.EPERM: ("khod lacks CAP_SYS_BOOT", "Run khod from its unit."),
 }
@@ -58,11 +63,24 @@ CALLS = {
 }
 
 
+class Words(TypedDict):
+    """What an error of ours is made of."""
+
+    what: str
+    where: str
+    remedy: str
+
+
+def words(what: str, table: Errnos, error: OSError, otherwise: str = "Look at the kernel log.") -> Words:
+    """Put an errno in words: `what` failed, what the errno means there, and what to do next."""
+    meaning, remedy = table.get(error.errno or 0, ("", otherwise))
+    because = f", {meaning}" if meaning else ""
+    return {"what": f"{what}: {errno_text(error)}{because}", "where": str(error.filename or ""), "remedy": remedy}
+
+
 def explain(step: Step, error: OSError) -> Failed:
     """Make a sentence of the errno a kernel call of `step` ended in."""
-    meaning, remedy = TABLES[step].get(error.errno or 0, ("", "Look at the kernel log."))
-    what = f"{CALLS[step]}: {errno_text(error)}" + (f", {meaning}" if meaning else "")
-    return Failed(what, where=str(error.filename or ""), remedy=remedy)
+    return Failed(**words(CALLS[step], TABLES[step], error))
 
 
 FORGOT = {

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.errors import KhoError, Refused, Unsupported, errno_text
 from khod.kernel.built import built_in, switched_on
+from khod.kernel.explain import Errnos, words
 from khod.model import Kept
 
 F_SEAL_EXEC = 0x0020  # include/uapi/linux/fcntl.h
 HUGE = 1 << 16  # bytes; the smallest huge page is larger on every architecture but 64K-page arm64
 ABSENT = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
-SESSION = {
+LOG = "Look for `luo` in the kernel log."
+SESSION: Errnos = {
     errno.EBUSY: ("another process has the device open", "Find it with: fuser /dev/liveupdate"),
     errno.EIO: (
         "what the previous kernel handed over cannot be read, and that stays so until a reboot",
@@ -26,7 +28,7 @@ SESSION = {
     errno.ENOMEM: ("the kernel takes no more sessions", "Let one producer hand over more files."),
     errno.EPERM: ("khod lacks the right", "Run khod from its unit."),
 }
-PRESERVE = {
+PRESERVE: Errnos = {
     # Seen on 7.3.4 for hugetlb memfds, pipes, sockets, files with a name, devices, eventfds, other sessions.
     errno.ENOENT: ("nothing in this kernel preserves files of that kind", "Hand over a memfd without MFD_HUGETLB."),
     errno.EOPNOTSUPP: ("nothing in this kernel preserves files of that kind", "Hand over a memfd without MFD_HUGETLB."),
@@ -71,13 +73,7 @@ class Luo:
         try:
             self._calls.preserve_fd(session, fd, kept.token)
         except OSError as error:
-            meaning, remedy = PRESERVE.get(error.errno or 0, ("", "Look for `luo` in the kernel log."))
-            because = f", {meaning}" if meaning else ""
-            raise Refused(
-                f"{kept.name} ({kind(fd)}) cannot be preserved: {errno_text(error)}{because}",
-                where=str(error.filename),
-                remedy=remedy,
-            ) from error
+            raise Refused(**words(f"{kept.name} ({kind(fd)}) cannot be preserved", PRESERVE, error, LOG)) from error
 
     def files(self, session: int, kept: Sequence[Kept]) -> list[int]:
         """Give every file, or raise Refused: the kernel says the same about it each time after."""
@@ -107,9 +103,7 @@ class Luo:
     def _no_session(self, error: OSError, what: str, absent: Sequence[int]) -> KhoError:
         if error.errno in absent:
             return self.why_not()
-        meaning, remedy = SESSION.get(error.errno or 0, ("", "Look for `luo` in the kernel log."))
-        because = f", {meaning}" if meaning else ""
-        return Refused(f"{what}: {errno_text(error)}{because}", where=str(error.filename), remedy=remedy)
+        return Refused(**words(what, SESSION, error, LOG))
 
     def why_not(self) -> Unsupported:
         """Say why this kernel has no LUO, and what to add."""

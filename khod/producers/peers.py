@@ -111,18 +111,7 @@ class Peer:
 
     def holder(self) -> Holder:
         """What the record says of it; the barrier adds what it was told."""
-        terms = self.terms
-        return Holder(
-            self.name,
-            KIND,
-            timeout=terms.timeout,
-            after=terms.after,
-            before=terms.before,
-            devices=terms.devices,
-            owner=self.owner,
-            process=self.process,
-            kept=self.kept,
-        )
+        return Holder(self.name, KIND, owner=self.owner, process=self.process, kept=self.kept, **vars(self.terms))
 
     @property
     def timeout(self) -> float:
@@ -143,6 +132,11 @@ class Peer:
     @property
     def restores(self) -> bool:
         return True
+
+    @property
+    def counted_on(self) -> bool:
+        """Whether it is of this handover or has something to claim, be it connected or not: its name is its own."""
+        return bool(self.told) or self.restoring
 
     @property
     def session(self) -> str:
@@ -319,7 +313,7 @@ class Peers:
 
     def known(self) -> list[Peer]:
         """Those connected, and those that are waited for."""
-        return [peer for peer in self._peers.values() if peer.connected or peer.told or peer.restoring]
+        return [peer for peer in self._peers.values() if peer.connected or peer.counted_on]
 
     def names(self, name: str) -> bool:
         """Whether a peer that is connected wants to be told before or after this producer."""
@@ -351,7 +345,7 @@ class Peers:
         peer = self._peers.get(name)
         if peer is not None and peer.connected:
             raise Refused(f"There is a producer {name} already", where=name, remedy="Choose another name.")
-        if peer is not None and (peer.told or peer.restoring) and peer.owner != owner:
+        if peer is not None and peer.counted_on and peer.owner != owner:
             raise Refused(
                 f"Producer {name} is user {peer.owner.uid}'s in {peer.owner.unit or 'no unit'}, "
                 f"and this is user {owner.uid} in {owner.unit or 'no unit'}",
@@ -362,7 +356,7 @@ class Peers:
             raise Refused(
                 f"User {owner.uid} has {most} producers already", where=name, remedy="producers.max_per_user bounds it."
             )
-        if peer is None or not (peer.told or peer.restoring):
+        if peer is None or not peer.counted_on:
             peer = self._peers[name] = Peer(name, owner, process, terms, self._sessions)
         elif peer.told and not peer.restoring and peer.process not in (None, process):
             self._gone(peer)  # the process that was told is dead, and what it held with it
@@ -379,7 +373,7 @@ class Peers:
         self._per_user[peer.owner.uid] -= 1
         self._named.subtract((*peer.after, *peer.before))
         peer.detach()
-        if not (peer.told or peer.restoring):
+        if not peer.counted_on:
             del self._peers[peer.name]
         self._gone(peer)
 

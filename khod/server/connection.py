@@ -184,17 +184,19 @@ class Connection(VarlinkInterfaceServerProtocol):
             future: asyncio.Future[None] | None = super().call_received(call, fds)
             return future
         except VarlinkErrorReply:
-            if self.producer is not None:  # an answer that is none: whatever was asked, this is no yes
-                asyncio.get_running_loop().call_soon(self.hang_up)
+            self._no_yes()
             raise
         finally:
             CONNECTION.reset(token)
 
     def handle_call_exception(self, exc: BaseException, oneway: bool) -> None:
-        """What the library cannot take from a producer (one descriptor named twice) is no yes either."""
+        self._no_yes()  # one descriptor named twice ends here
+        super().handle_call_exception(exc, oneway)
+
+    def _no_yes(self) -> None:
+        """A producer's answer that is none: whatever it was asked, it ends here; another client may go on."""
         if self.producer is not None:
             asyncio.get_running_loop().call_soon(self.hang_up)
-        super().handle_call_exception(exc, oneway)
 
     def hang_up(self) -> None:
         """End the connection after what was said; for its producer it ends at once."""
@@ -207,11 +209,8 @@ class Connection(VarlinkInterfaceServerProtocol):
         self.on_end.clear()
 
     def _refuse(self, what: str) -> None:
-        self._over()
-        self._say_and_hang_up(what)
-
-    def _say_and_hang_up(self, what: str) -> None:
         """Say why, and hang up: what follows on this connection cannot be trusted to be a message."""
+        self._over()
         if self._line is not None:
             # The library reads on while there is data, with the event loop held: only this ends it.
             with contextlib.suppress(OSError):
