@@ -22,7 +22,8 @@ from khod.kernel.probe import probe
 from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.kernel.thread import KernelThread
 from khod.model import Event, Phase
-from khod.producers import directory, hooks
+from khod.producers import hooks
+from khod.producers.directory import Directory
 from khod.record import Store
 from khod.sessions import Sessions
 from khod.wire import SOCKET
@@ -78,7 +79,7 @@ class Daemon:
             lambda: probe(self._calls),
             Store(opts.state),
             settings,
-            producers=lambda: directory.load(opts.root),
+            producers=Directory(opts.root).producers,
             sessions=sessions,
             guard=Guard,
             orderly=orderly if opts.simulate is None else self._again(jump),

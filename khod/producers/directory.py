@@ -22,6 +22,30 @@ def load(root: Path = Path("/")) -> list[Producer]:
     return [_read(path) for path in sorted((root / DIRECTORY).glob("*.toml"))]
 
 
+class Directory:
+    """The directory below `root`, asked before every step, registration and status: parsed when a file has changed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._seen: list[tuple[str, int, int, int]] | None = None
+        self._found: list[Producer] = []
+
+    def producers(self) -> list[Producer]:
+        """Give every producer with a file, as `load` does."""
+        seen = self._look()
+        if seen is None or seen != self._seen:
+            self._found, self._seen = load(self._root), seen
+        return list(self._found)
+
+    def _look(self) -> list[tuple[str, int, int, int]] | None:
+        """What tells one state of the files from another; None where one goes just now."""
+        try:
+            stats = [(path.name, path.stat()) for path in sorted((self._root / DIRECTORY).glob("*.toml"))]
+        except OSError:
+            return None
+        return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
 def _read(path: Path) -> Producer:
     try:
         values = tomllib.loads(path.read_text())

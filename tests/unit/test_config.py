@@ -13,6 +13,7 @@ from khod import config
 from khod.config import Config
 from khod.errors import ConfigError, Exit
 from khod.producers import directory
+from khod.producers.directory import Directory
 from khod.producers.hooks import Hook
 from tests.unit.khods import REPOSITORY
 
@@ -126,6 +127,22 @@ def test_a_producer_is_read_with_all_its_keys(root: Path) -> None:
     assert (hook.name, hook.timeout, hook.after, hook.before) == ("vm", 3.0, ("net",), ("disk",))
     assert isinstance(hook, Hook)
     assert hook.commands == {"prepare": ["/bin/a", "b c"], "thaw": ["/bin/t"]}
+
+
+def test_a_producer_s_file_is_read_again_when_it_has_changed(root: Path) -> None:
+    found, path = Directory(root), root / "etc/kho/producers.d/vm.toml"
+    assert found.producers() == []
+    path.write_text("timeout = 3\n")
+    assert [producer.timeout for producer in found.producers()] == [3.0]
+    assert found.producers()[0] is found.producers()[0], "nothing has changed"
+    path.write_text("timeout = 30\n")
+    assert [producer.timeout for producer in found.producers()] == [30.0]
+    path.write_text("timeout = 0\n")
+    for _again in range(2):
+        with pytest.raises(ConfigError):
+            found.producers()
+    path.unlink()
+    assert found.producers() == []
 
 
 WRONG_PRODUCERS = [
