@@ -5,13 +5,14 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 from khod.config import Config
-from khod.errors import KhoError, Refused
+from khod.errors import Refused
 from khod.executor import Executor
-from khod.kernel.explain import explain
+from khod.kernel.explain import explain, explain_undo
 from khod.kernel.kexec import Kexec
+from khod.kernel.log import ABOUT
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import KernelThread
-from khod.model import Step
+from khod.model import Generation, Step
 from khod.producers.barrier import Barrier, Member, Producer, Verb, silent
 from khod.record import Store
 from khod.target import Target
@@ -115,7 +116,7 @@ class Actions:
             raise without(missing)
         # Not synced here: within the blackout that is too dear, and a lost file matters only without a
         # jump. Both executors sync before it.
-        await asyncio.to_thread(self._store.write_snapshot, snapshot)
+        await asyncio.to_thread(self._store.snapshots.write, self.barrier.run, snapshot)
 
     def _activate_and_look(self) -> Tree:
         self._kexec.announce("entering the active phase")
@@ -128,7 +129,7 @@ class Actions:
             if self.kernel is not None and self.kernel.active():
                 self.kernel.deactivate()
 
-        await self._back("leaving the active phase", leave)
+        await self._back(Step.activate, "leaving the active phase", leave)
 
     async def _load(self) -> None:
         assert self.target is not None, "a request with an image"
@@ -144,28 +145,39 @@ class Actions:
             if self._kexec.loaded():
                 self._kexec.unload()
 
-        await self._back("unloading the image", unload)
+        await self._back(Step.load, "unloading the image", unload)
 
     async def _execute(self) -> None:
         assert self.executor is not None, "a request that jumps"
-        try:
-            await self.executor()
-        except OSError as error:
-            raise explain(Step.execute, error) from error
+        with self._kexec.listening() as said:
+            try:
+                await self.executor()
+            except OSError as error:
+                raise explain(Step.execute, error, said(ABOUT[Step.execute])) from error
 
     async def _stay(self) -> None:
         """Nothing to put back: the system goes on running."""
 
     async def _call(self, step: Step, function: Callable[[], T], deadline: float) -> T:
-        try:
-            return await self._thread.call(function, step.value, deadline)
-        except OSError as error:
-            raise explain(step, error) from error
+        def listened() -> T:
+            with self._kexec.listening() as said:
+                try:
+                    return function()
+                except OSError as error:
+                    raise explain(step, error, said(ABOUT[step]), generation=self._generation) from error
 
-    async def _back(self, what: str, function: Callable[[], None]) -> None:
-        try:
-            await self._thread.call(function, what, self._deadlines.rollback)
-        except OSError as error:
-            raise KhoError(
-                f"{what[0].upper()}{what[1:]} failed: {error.strerror}", where=str(error.filename)
-            ) from error
+        return await self._thread.call(listened, step.value, deadline)
+
+    async def _back(self, step: Step, what: str, function: Callable[[], None]) -> None:
+        def listened() -> None:
+            with self._kexec.listening() as said:
+                try:
+                    function()
+                except OSError as error:
+                    raise explain_undo(step, error, said(ABOUT[step]), generation=self._generation) from error
+
+        await self._thread.call(listened, what, self._deadlines.rollback)
+
+    @property
+    def _generation(self) -> Generation:
+        return self.kernel.generation if self.kernel else Generation.none

@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 
-from khod.errors import Failed, Unsupported
+from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import KernelThread
 
@@ -45,7 +45,14 @@ async def orderly(*, sessions: bool) -> None:
             where="systemctl kexec",
             remedy="Jump at once: khoctl kexec --now",
         )
-    code, output = await run("systemctl", "--no-ask-password", "kexec")
+    try:
+        code, output = await run("systemctl", "--no-ask-password", "kexec")
+    except OSError as error:
+        raise Failed(
+            f"systemctl cannot be run: {errno_text(error)}",
+            where="systemctl kexec",
+            remedy="Jump at once: khoctl kexec --now",
+        ) from error
     if code != 0:
         raise Failed(
             f"systemd does not take the host down: {output}",

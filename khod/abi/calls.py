@@ -15,6 +15,17 @@ from khod.abi.named import named
 
 READ_SIZE = 1 << 20
 LIVEUPDATE = "/dev/liveupdate"
+KMSG = "/dev/kmsg"
+
+
+class Log(Protocol):
+    """The kernel log from some moment on; /dev/kmsg, opened unbuffered and O_NONBLOCK, is one."""
+
+    def read(self, size: int, /) -> bytes | None:
+        """Give the next record, None or b"" where there is no more; EPIPE where records were overwritten before it."""
+
+    def close(self) -> None:
+        """Read no more."""
 
 
 class Calls(Protocol):
@@ -31,6 +42,9 @@ class Calls(Protocol):
 
     def listdir(self, path: str) -> list[str]:
         """Names in a directory, sorted; empty where there is none."""
+
+    def open_log(self) -> Log:
+        """Open the kernel log behind its last record: what is read from there was logged since."""
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
         """Load an image: `cmdline` ends in NUL, `initrd_fd` is -1 with KEXEC_FILE_NO_INITRAMFS."""
@@ -87,6 +101,12 @@ class HostCalls:
             return sorted(os.listdir(self.at(path)))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def open_log(self) -> Log:
+        with named(f"open {KMSG}"):
+            fd = os.open(self.at(KMSG), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(fd, 0, os.SEEK_END)
+            return os.fdopen(fd, "rb", buffering=0)
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
         kexec_file_load.kexec_file_load(kernel_fd, initrd_fd, cmdline, flags)

@@ -13,7 +13,7 @@ KEXEC_FILE_NO_CMA = 0x00000010
 KEXEC_FILE_FORCE_DTB = 0x00000020
 
 # __NR_kexec_file_load by machine: arch/*/entry/syscalls/*.tbl, scripts/syscall.tbl. glibc has no wrapper.
-NR = {"x86_64": 320, "aarch64": 294, "riscv64": 294, "s390x": 381, "ppc64le": 382}
+NR = {"x86_64": 320, "aarch64": 294, "riscv64": 294, "loongarch64": 294, "s390x": 381, "ppc64le": 382}
 
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long

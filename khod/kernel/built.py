@@ -6,17 +6,20 @@ import zlib
 from khod.abi.calls import Calls
 
 
-def switched_on(calls: Calls, parameter: str) -> bool:
-    """Tell whether a boolean parameter is on the command line, as kstrtobool() reads it."""
-    words = (word.partition("=") for word in calls.read("/proc/cmdline").decode(errors="replace").split())
-    return any(name == parameter and value in ("", "1", "y", "Y", "on") for name, _, value in words)
+def booted_with(calls: Calls, parameter: str) -> bool:
+    """Tell whether a boolean parameter is on the running kernel's command line."""
+    return switched_on(calls.read("/proc/cmdline").decode(errors="replace"), parameter)
 
 
-def built_in(calls: Calls, option: str, prefix: str) -> bool | None:
-    """Ask the kernel's configuration, else for symbols with the prefix; None where neither can be read.
+def switched_on(cmdline: str, parameter: str) -> bool:
+    """Tell whether a command line switches a boolean parameter on, as kstrtobool() reads it: the last one counts."""
+    words = (word.partition("=") for word in cmdline.split())
+    values = [value for name, _, value in words if name == parameter]
+    return bool(values) and values[-1] in ("", "1", "y", "Y", "on")
 
-    Ask once: it holds for the whole boot, and the symbols are megabytes (half a second in a slow guest).
-    """
+
+def configured(calls: Calls, option: str) -> bool | None:
+    """Ask the running kernel's configuration whether it has `option` built in; None where it cannot be read."""
     release = calls.read("/proc/sys/kernel/osrelease").decode().strip()
     for path in ("/proc/config.gz", f"/usr/lib/modules/{release}/config", f"/boot/config-{release}"):
         try:
@@ -25,6 +28,16 @@ def built_in(calls: Calls, option: str, prefix: str) -> bool | None:
         except (OSError, EOFError, zlib.error):
             continue
         return f"\n{option}=y".encode() in config
+    return None
+
+
+def built_in(calls: Calls, option: str, prefix: str) -> bool | None:
+    """Ask the kernel's configuration, else for symbols with the prefix; None where neither can be read.
+
+    Ask once: it holds for the whole boot, and the symbols are megabytes (half a second in a slow guest).
+    """
+    if (found := configured(calls, option)) is not None:
+        return found
     try:
         return f" {prefix}".encode() in calls.read("/proc/kallsyms")
     except OSError:

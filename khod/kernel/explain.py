@@ -1,66 +1,19 @@
-"""The kernel's errnos in words: what it means at this call, and what to do next."""
+"""An errno of the kernel's in words: what it means at this call, on this machine, and what to do next."""
 
-import errno
-from collections.abc import Mapping
+import platform
 from typing import TypedDict
 
-from khod.errors import Failed, errno_text
+from khod.errors import Failed, KhoError, errno_text
+from khod.kernel.errnos import ACTIVATE, DEACTIVATE, EXECUTE, LOAD, LOAD_ON, LOG, UNLOAD, Errnos
 from khod.kernel.protocol import AbortKind
-from khod.model import Step
+from khod.model import Generation, Step
 
-Errnos = Mapping[int, tuple[str, str]]
-"""What an errno means at a call, and what to do next."""
-
-LOAD: Errnos = {
-    errno.EPERM: (
-        "kexec is locked",
-        "Look at /proc/sys/kernel/kexec_load_disabled and kexec_load_limit_reboot: both "
-        "stay as they are until a reboot. Else: lockdown, or khod lacks CAP_SYS_BOOT.",
-    ),
-    errno.ENOEXEC: ("the loader knows no such image format", "Give a kernel image of this architecture."),
-    errno.EADDRNOTAVAIL: (
-        "kernel and initrd do not fit into the KHO scratch memory",
-        "Boot with a larger kho_scratch=, or use a smaller initrd.",
-    ),
-    errno.EINVAL: (
-        "the kernel refuses image, command line or state",
-        "Look at the kernel log; a preserved range that overlaps scratch ends here too.",
-    ),
-    errno.ENOMEM: ("no memory for the image", "Free memory; kernel and initrd must lie in it twice during the load."),
-    errno.EBUSY: ("another kexec load is under way", "Wait for it, then try again."),
-    errno.ENODATA: ("the image is not signed and this kernel enforces signatures", "Use a signed image."),
-    errno.EKEYREJECTED: ("the image's signature does not fit its contents", "Copy the image again; it was changed."),
-    errno.ENOKEY: (
-        "the image is signed with a key this kernel does not trust",
-        "Enroll the key, or use another image.",
-    ),
-    errno.ELIBBAD: ("the image's signature is damaged", "Copy the image again."),
-    errno.EBADMSG: ("the image's signature is damaged", "Copy the image again."),
-    errno.EMSGSIZE: ("the image's signature is damaged", "Copy the image again."),
-    errno.ENOPKG: ("the image's signature uses an algorithm this kernel lacks", "Sign it with one it has."),
-    errno.ENOSYS: ("this kernel has no kexec_file_load(2)", "Boot one built with CONFIG_KEXEC_FILE=y."),
-}
-ACTIVATE: Errnos = {
-    # v3 gives EINVAL whatever the cause; the cause is in the log alone.
-    errno.EINVAL: (
-        "the kernel could not serialize its state",
-        "The kernel log has the cause in `kho failed to serialize "
-        "state: N`: -1 a producer vetoed, -12 no memory, -3 the tree outgrew dt_max "
-        "(raise /sys/kernel/kho/dt_max).",
-    ),
-    errno.ENOMEM: ("there is no scratch memory", "Boot with kho_scratch=512M."),
-    errno.EEXIST: ("something else entered the active phase a moment ago", "Find out who, or: khoctl abort --force"),
-}
-EXECUTE: Errnos = {
-    errno.EINVAL: ("no image is loaded", "Something unloaded it; try again."),
-    errno.EPERM: ("khod lacks CAP_SYS_BOOT", "Run khod from its unit."),
-}
-TABLES = {Step.load: LOAD, Step.activate: ACTIVATE, Step.execute: EXECUTE}
-CALLS = {
+DOING = {
     Step.activate: "The kernel did not enter the active phase",
     Step.load: "The kernel did not take the image",
     Step.execute: "The kernel came back from the jump",
 }
+UNDOING = {Step.activate: "Leaving the active phase failed", Step.load: "Unloading the image failed"}
 
 
 class Words(TypedDict):
@@ -71,16 +24,34 @@ class Words(TypedDict):
     remedy: str
 
 
-def words(what: str, table: Errnos, error: OSError, otherwise: str = "Look at the kernel log.") -> Words:
-    """Put an errno in words: `what` failed, what the errno means there, and what to do next."""
+def words(what: str, table: Errnos, error: OSError, otherwise: str = LOG, quoted: str = "") -> Words:
+    """Put an errno in words: `what` failed, what the errno means there, and what to do next.
+
+    `quoted` is the kernel log's own line about it (`khod.kernel.log.relevant`), "" where there is none. An errno
+    that `table` does not have keeps its name and meaning, and `otherwise` is what to do.
+    """
     meaning, remedy = table.get(error.errno or 0, ("", otherwise))
     because = f", {meaning}" if meaning else ""
-    return {"what": f"{what}: {errno_text(error)}{because}", "where": str(error.filename or ""), "remedy": remedy}
+    says = f"; the kernel log says: {quoted.rstrip('.')}" if quoted else ""
+    return {"what": f"{what}: {errno_text(error)}{because}{says}", "where": str(error.filename or ""), "remedy": remedy}
 
 
-def explain(step: Step, error: OSError) -> Failed:
-    """Make a sentence of the errno a kernel call of `step` ended in."""
-    return Failed(**words(CALLS[step], TABLES[step], error))
+def explain(
+    step: Step, error: OSError, quoted: str = "", *, generation: Generation = Generation.none, machine: str = ""
+) -> Failed:
+    """Make a sentence of the errno that the kernel call of `step` ended in; `machine` as uname -m says it, "" for this.
+
+    `generation` is the one whose active phase was to be entered; `none` where that is not known.
+    """
+    loading = {**LOAD, **LOAD_ON.get(machine or platform.machine(), {})}
+    tables = {Step.load: loading, Step.activate: ACTIVATE[generation], Step.execute: EXECUTE}
+    return Failed(**words(DOING[step], tables[step], error, quoted=quoted))
+
+
+def explain_undo(step: Step, error: OSError, quoted: str = "", *, generation: Generation = Generation.none) -> KhoError:
+    """Make a sentence of the errno that the rollback of `step` (activate or load) ended in."""
+    table = UNLOAD if step is Step.load else DEACTIVATE.get(generation, {})
+    return KhoError(**words(UNDOING[step], table, error, quoted=quoted))
 
 
 FORGOT = {

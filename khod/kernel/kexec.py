@@ -1,14 +1,16 @@
 """What no generation changes: the image slot, the jump, and who this boot is."""
 
 import contextlib
+import re
+from collections.abc import Callable, Iterator
 
-from khod.abi.calls import Calls
+from khod.abi.calls import KMSG, Calls
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
+from khod.kernel.log import relevant, since
 
 # The first from 6.19, the second before and after it.
 LOADED = ("/sys/kernel/kexec/loaded", "/sys/kernel/kexec_loaded")
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
-KMSG = "/dev/kmsg"
 LOAD_DISABLED = "/proc/sys/kernel/kexec_load_disabled"
 LOAD_LIMIT = "/proc/sys/kernel/kexec_load_limit_reboot"
 
@@ -17,7 +19,7 @@ class Kexec:
     """The running kernel's kexec side. Calls raise OSError with the call's name and path."""
 
     def __init__(self, calls: Calls) -> None:
-        self._calls = calls
+        self.calls = calls
 
     def boot_id(self) -> str:
         """This boot's UUID: another one after every boot, a kexec included."""
@@ -34,13 +36,13 @@ class Kexec:
     def loaded(self) -> bool:
         """Tell whether an image waits for the next kexec; the crash slot is another matter and left alone."""
         for path in LOADED:
-            if self._calls.exists(path):
+            if self.calls.exists(path):
                 return self._text(path) == "1"
         return False
 
     def load_disabled(self) -> bool:
         """Tell whether the sysctl kexec_load_disabled is set: it stays so until a reboot."""
-        return self._calls.exists(LOAD_DISABLED) and self._text(LOAD_DISABLED) != "0"
+        return self.calls.exists(LOAD_DISABLED) and self._text(LOAD_DISABLED) != "0"
 
     def load_limit(self) -> int | None:
         """How many more calls kexec_load_limit_reboot allows, None for no limit.
@@ -48,7 +50,7 @@ class Kexec:
         An unload counts as a call (kexec_load_permitted() runs before the flags are looked at), so
         a load that can be undone needs two.
         """
-        if not self._calls.exists(LOAD_LIMIT):
+        if not self.calls.exists(LOAD_LIMIT):
             return None
         left = int(self._text(LOAD_LIMIT))
         return None if left < 0 else left
@@ -57,24 +59,43 @@ class Kexec:
         """Load an image; what is in the state tree at this moment goes with it."""
         flags = KEXEC_FILE_NO_INITRAMFS if initrd_fd is None else 0
         fd = -1 if initrd_fd is None else initrd_fd
-        self._calls.kexec_file_load(kernel_fd, fd, cmdline.encode() + b"\0", flags)
+        self.calls.kexec_file_load(kernel_fd, fd, cmdline.encode() + b"\0", flags)
 
     def unload(self) -> None:
         """Drop the loaded image; nothing happens where there is none."""
-        self._calls.kexec_file_load(-1, -1, b"", KEXEC_FILE_UNLOAD)
+        self.calls.kexec_file_load(-1, -1, b"", KEXEC_FILE_UNLOAD)
 
     def announce(self, text: str) -> None:
         """Leave a line in the kernel log: on a console it outlives this kernel, when the journal may not."""
         with contextlib.suppress(OSError):  # a container without /dev/kmsg goes on all the same
-            self._calls.write(KMSG, f"<5>khod: {text}\n".encode())
+            self.calls.write(KMSG, f"<5>khod: {text}\n".encode())
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Callable[[re.Pattern[str]], str]]:
+        """Listen to the kernel log; what is given quotes the kernel's own lines since, those that are about a call."""
+        try:
+            log = self.calls.open_log()
+        except OSError:  # a container without /dev/kmsg
+            yield lambda _about: ""
+            return
+
+        def said(about: re.Pattern[str]) -> str:
+            # v3's line on a failed activation ends without a newline, and shows only when another follows it.
+            self.announce("a call to the kernel failed")
+            with contextlib.suppress(OSError):
+                return relevant(since(log), about)
+            return ""
+
+        with contextlib.closing(log):
+            yield said
 
     def sync(self) -> None:
         """Write back every file system's dirty pages."""
-        self._calls.sync()
+        self.calls.sync()
 
     def jump(self) -> None:
         """Go: the point of no return, unless the kernel comes back with an OSError."""
-        self._calls.reboot_kexec()
+        self.calls.reboot_kexec()
 
     def _text(self, path: str) -> str:
-        return self._calls.read(path).decode(errors="replace").strip()
+        return self.calls.read(path).decode(errors="replace").strip()

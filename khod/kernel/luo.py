@@ -7,38 +7,81 @@ import stat
 from collections.abc import Sequence
 
 from khod.abi.calls import LIVEUPDATE, Calls
-from khod.errors import KhoError, Refused, Unsupported, errno_text
-from khod.kernel.built import built_in, switched_on
-from khod.kernel.explain import Errnos, words
+from khod.errors import KhoError, Refused, Unsupported
+from khod.kernel.built import booted_with, built_in
+from khod.kernel.errnos import UNIT, Errnos
+from khod.kernel.explain import words
 from khod.model import Kept
 
 F_SEAL_EXEC = 0x0020  # include/uapi/linux/fcntl.h
 HUGE = 1 << 16  # bytes; the smallest huge page is larger on every architecture but 64K-page arm64
 ABSENT = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
-LOG = "Look for `luo` in the kernel log."
+LOG = "Look at the kernel log: journalctl -kb -g 'luo|memfd'"
+BROKEN = f"{LOG}. It stays so until a reboot."
+TOO_MANY = "Raise LimitNOFILE= (systemctl edit kho-handover.service), or hand over fewer files."
+NO_SESSION = ("this kernel's LUO does not know the call, or the descriptor is no session", LOG)
 SESSION: Errnos = {
-    errno.EBUSY: ("another process has the device open", "Find it with: fuser /dev/liveupdate"),
-    errno.EIO: (
-        "what the previous kernel handed over cannot be read, and that stays so until a reboot",
-        "Look for `luo` in the kernel log.",
-    ),
-    errno.ENOENT: ("the previous kernel handed no such session over", "Look for `luo` in the kernel log of this boot."),
+    errno.EBUSY: ("another process has the device open", "Find it with: fuser -v /dev/liveupdate"),
+    errno.EIO: ("what the previous kernel handed over cannot be read", BROKEN),
+    errno.ENOENT: ("the previous kernel handed no such session over", f"khoctl check says what came. {LOG}"),
     errno.EINVAL: ("something else took it", "systemd-analyze fdstore shows where it is kept."),
     errno.EEXIST: ("a session of that name is there already", "khoctl abort --force closes what khod does not know."),
-    errno.ENOMEM: ("the kernel takes no more sessions", "Let one producer hand over more files."),
-    errno.EPERM: ("khod lacks the right", "Run khod from its unit."),
+    errno.ENOMEM: (
+        "there is no memory for it, or the kernel takes no more sessions (6.19: 744)",
+        "Free memory (free -m), or let one producer hand over more files.",
+    ),
+    errno.ENOSPC: ("the kernel takes no more sessions", "Let one producer hand over more files."),
+    errno.EPERM: ("khod lacks the right", UNIT),
+    errno.EACCES: ("khod may not open the device", UNIT),
+    errno.EMFILE: ("khod has too many files open", TOO_MANY),
+    errno.ENFILE: ("the system has too many files open", "Raise it: sysctl fs.file-max; cat /proc/sys/fs/file-nr"),
+    errno.ENAMETOOLONG: ("its name is longer than 63 bytes", "Give the producer a shorter name."),
+    errno.ENOTTY: NO_SESSION,
 }
+"""Opening /dev/liveupdate, CREATE_SESSION and RETRIEVE_SESSION."""
 PRESERVE: Errnos = {
     # Seen on 7.3.4 for hugetlb memfds, pipes, sockets, files with a name, devices, eventfds, other sessions.
     errno.ENOENT: ("nothing in this kernel preserves files of that kind", "Hand over a memfd without MFD_HUGETLB."),
-    errno.EOPNOTSUPP: ("nothing in this kernel preserves files of that kind", "Hand over a memfd without MFD_HUGETLB."),
+    errno.EOPNOTSUPP: ("it has a seal that this kernel does not preserve", "Make it without that seal: F_GET_SEALS"),
     errno.EEXIST: ("that token is in use in this session", "Give each file a token of its own."),
-    errno.EBUSY: ("it is preserved already", "Hand each file over once."),
+    errno.EBUSY: (
+        "it is preserved already, or its pages are in use elsewhere",
+        "Hand each file over once; with `failed to pin folios` in the kernel log: end its I/O, then try again.",
+    ),
     errno.ENOSPC: ("the session takes no more files", "Use another producer name for the rest."),
-    errno.ENOMEM: ("there is no memory to preserve it", "Free memory."),
-    errno.EINVAL: ("this session came from the previous kernel", "khoctl check says what was not taken back yet."),
+    errno.EFBIG: ("it has more than 4,294,967,295 pages", "Split it into several files."),
+    errno.ENOMEM: (
+        "there is no memory to preserve it",
+        "Free memory (free -m): every hole is filled, and what lies in scratch moves out.",
+    ),
+    errno.EINVAL: (
+        "this session came from the previous kernel, or the file's pages cannot be pinned",
+        "khoctl check says what was not taken back yet; `failed to pin folios` in the kernel log means the file.",
+    ),
     errno.EBADF: ("it is no open file", "Keep it open until the answer has come."),
+    errno.ENODEV: ("the module that preserves such files is being unloaded", "Load it again: modprobe"),
+    errno.ENOTTY: NO_SESSION,
 }
+"""SESSION_PRESERVE_FD; what a file's own driver says comes through as it is."""
+RETRIEVE: Errnos = {
+    errno.ENOENT: ("the session holds no such token, or was finished", "Take it by the token it left under."),
+    errno.EINVAL: ("the session is an outgoing one, or what the file was kept in is damaged", BROKEN),
+    errno.EIO: ("its memory did not arrive", BROKEN),
+    errno.ENOMEM: ("there was no memory for it, or khod's memory limit was reached", f"Raise MemoryMax=. {BROKEN}"),
+    errno.ENOSPC: ("the limit of shared memory was reached", f"Raise the size of /dev/shm. {BROKEN}"),
+    errno.EEXIST: ("two parts of it have the same place", BROKEN),
+    errno.EOPNOTSUPP: ("it has a seal that this kernel does not know", f"Jump to a kernel that does. {BROKEN}"),
+    errno.EMFILE: ("khod has too many files open", TOO_MANY),
+    errno.ENFILE: SESSION[errno.ENFILE],
+    errno.ENOTTY: NO_SESSION,
+}
+"""SESSION_RETRIEVE_FD: what failed once fails the same way each time after."""
+FINISH: Errnos = {
+    errno.EBUSY: ("a file in it is not ready to be let go", "Take all of its files first: khoctl check names them."),
+    errno.EINVAL: ("it is an outgoing session", "khoctl abort closes it."),
+    errno.ENOTTY: NO_SESSION,
+}
+"""SESSION_FINISH."""
 
 
 class Luo:
@@ -85,9 +128,7 @@ class Luo:
                 for fd in taken:
                     os.close(fd)
                 raise Refused(
-                    f"{file.name} (token {file.token}) did not arrive: {errno_text(error)}",
-                    where=str(error.filename),
-                    remedy="Look for `luo` and `memfd` in the kernel log of this boot.",
+                    **words(f"{file.name} (token {file.token}) did not arrive", RETRIEVE, error, LOG)
                 ) from error
         return taken
 
@@ -96,9 +137,7 @@ class Luo:
         try:
             self._calls.finish_session(session)
         except OSError as error:
-            raise Refused(
-                f"The kernel does not let go of a LUO session: {errno_text(error)}", where=str(error.filename)
-            ) from error
+            raise Refused(**words("The kernel does not let go of a LUO session", FINISH, error, LOG)) from error
 
     def _no_session(self, error: OSError, what: str, absent: Sequence[int]) -> KhoError:
         if error.errno in absent:
@@ -108,12 +147,12 @@ class Luo:
     def why_not(self) -> Unsupported:
         """Say why this kernel has no LUO, and what to add."""
         try:
-            built, on = built_in(self._calls, "CONFIG_LIVEUPDATE", "luo_"), switched_on(self._calls, "liveupdate")
+            built, on = built_in(self._calls, "CONFIG_LIVEUPDATE", "luo_"), booted_with(self._calls, "liveupdate")
         except OSError:
             built, on = None, False
         if built is False:
             what, remedy = "was built without it", "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
-        elif not on or not switched_on(self._calls, "kho"):
+        elif not on or not booted_with(self._calls, "kho"):
             what, remedy = (
                 "was not booted with both kho=on and liveupdate=on",
                 "Add kho=on liveupdate=on and boot again.",

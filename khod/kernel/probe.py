@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from khod.abi.calls import Calls
 from khod.kernel import debugfs, sysfs
-from khod.kernel.built import built_in, switched_on
+from khod.kernel.built import booted_with, built_in
 from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.sysfs import SysfsKho
@@ -30,7 +30,7 @@ def probe(calls: Calls) -> Probed:
         return Probed(
             None,
             f"It cannot be told whether this kernel has Kexec HandOver: {error}",
-            "Run khod as root, without lockdown=confidentiality.",
+            "Run khod as root, without lockdown.",
         )
 
 
@@ -66,7 +66,7 @@ def _usable(kernel: KhoKernel, what: str, parameter: str) -> Probed:
         return Probed(
             None,
             f"{what}, but its scratch regions cannot be read: {error}",
-            "Run khod as root, without lockdown=confidentiality.",
+            "Run khod as root, without lockdown.",
         )
     if not scratch:
         return Probed(
@@ -83,7 +83,7 @@ def _why_not(calls: Calls) -> tuple[str, str]:
             "This kernel was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER is not set)",
             "Boot a kernel built with CONFIG_KEXEC_HANDOVER=y and CONFIG_KEXEC_HANDOVER_DEBUGFS=y.",
         )
-    if not switched_on(calls, "kho"):
+    if not booted_with(calls, "kho"):
         return (
             "Kexec HandOver is compiled in and switched off: kho=on is not on the kernel command line",
             "Add kho=on to the kernel command line (and kho_scratch= for its size) and boot again.",

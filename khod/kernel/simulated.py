@@ -7,6 +7,7 @@ back is a second `SimulatedKernel` on the same root. After its kexec the root sh
 """
 
 import errno
+import gzip
 import json
 import os
 import re
@@ -20,10 +21,10 @@ from typing import Any
 
 import libfdt
 
-from khod.abi.calls import LIVEUPDATE, HostCalls
+from khod.abi.calls import KMSG, LIVEUPDATE, HostCalls, Log
 from khod.abi.fdt import KHO_MEM, mem, parse
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
-from khod.kernel.kexec import BOOT_ID, KMSG, LOAD_DISABLED, LOAD_LIMIT
+from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.sysfs import IN_DT, KHO
 
 STATE = ".simulated-kernel.json"
@@ -104,6 +105,9 @@ class SimulatedKernel(HostCalls):
             return
         if number := handlers[path](data):
             raise OSError(number, os.strerror(number), f"write {data.decode(errors='replace').strip()!r} to {path}")
+
+    def open_log(self) -> Log:
+        return _Log(self.at(LOG))
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
         self._refresh()
@@ -266,6 +270,21 @@ class SimulatedKernel(HostCalls):
         self._state = State(**json.loads((self.root / STATE).read_text()))
 
 
+class _Log:
+    """The log from its end on, in records as /dev/kmsg gives them: the kernel's own, at level err."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._file.seek(0, os.SEEK_END)
+
+    def read(self, _size: int, /) -> bytes:
+        line = self._file.readline()
+        return b"3,0,0,-;" + line if line else b""
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def _kstrtobool(data: bytes) -> bool | None:
     """lib/kstrtox.c: the first character decides, of `on` and `off` the second."""
     first = data[:1].lower()
@@ -301,21 +320,33 @@ def serialize(ranges: int) -> bytes:
 
 
 def image() -> bytes:
-    """Make the smallest file this kernel's loader takes: a bzImage header over nothing."""
-    made = bytearray(0x400 + 16 * 64)
+    """Make a small file this kernel's loader takes: a bzImage of strings, which says it is v3's KHO too."""
+    words = ("Linux version 6.8.0-kho-v3-simulated (sim) #1", "dt_max", "kho-v1", "ftrace-v1", "ftrace,array-v1")
+    payload = gzip.compress(b"\0".join(word.encode() for word in ("", *words, "ftrace,cpu-v1", "")), mtime=0)
+    made = bytearray(0x400 + -(-len(payload) // 16) * 16)
     made[0x1F1] = 1  # setup_sects
-    struct.pack_into("<I", made, 0x1F4, 64)  # syssize, in paragraphs
+    struct.pack_into("<I", made, 0x1F4, -(-len(payload) // 16))  # syssize, in paragraphs
     made[0x1FE:0x200] = b"\x55\xaa"
     made[0x202:0x206] = b"HdrS"
     struct.pack_into("<HII", made, 0x206, 0x20F, 0, 0)
-    struct.pack_into("<I", made, 0x238, COMMAND_LINE_SIZE - 1)
+    made[0x211] = 1  # loadflags: LOADED_HIGH
+    struct.pack_into(
+        "<I2xHI", made, 0x230, 2 << 20, 3, COMMAND_LINE_SIZE - 1
+    )  # alignment, xloadflags: 64 bits, above 4G
+    struct.pack_into("<II", made, 0x248, 0, len(payload))
     struct.pack_into("<I", made, 0x260, 1 << 20)  # init_size
+    made[0x400 : 0x400 + len(payload)] = payload
     return bytes(made)
 
 
 def initrd() -> bytes:
-    """Make a file that begins as a cpio archive."""
-    return b"070701" + b"0" * 104
+    """Make the smallest initramfs with something to start: an empty /init."""
+    made = b""
+    for name, mode in (("init", 0o100755), ("TRAILER!!!", 0)):
+        fields = (0, mode, 0, 0, 1, 0, 0, 0, 0, 0, 0, len(name) + 1, 0)
+        made += b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        made += bytes(-len(made) % 4)
+    return made
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""The kernel log's own line about a call that failed, where there is one: often it alone has the cause.
+
+Records are read as Documentation/ABI/testing/dev-kmsg has them. Whoever makes the call opens the log before it and
+places it behind its last record, which is all that a call that succeeds costs; the records are read after a failure.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from khod.abi.calls import Log
+from khod.model import Step
+
+RECORD_SIZE = 8192  # bytes; CONSOLE_EXT_LOG_MAX, since 6.3 PRINTK_MESSAGE_MAX (2048); EINVAL for a smaller buffer
+MOST_RECORDS = 1000  # a call that fails logs a few; whatever else floods the log is not followed for ever
+MOST_LINES = 2
+MOST_CHARACTERS = 200
+LOG_KERN = 0  # the facility that only the kernel itself has; a process that writes to /dev/kmsg has another
+LOGLEVEL_NOTICE = 5  # include/linux/kern_levels.h; KHO, kexec and LUO log their failures there or above
+
+SIGNATURES = r"PEFILE|MSCODE|PKCS#?7|X\.?509|[Ss]ignature|[Bb]lacklist|Sig \d+: |Message signed|Unsupported Signe"
+ABOUT: Mapping[Step, re.Pattern[str]] = {
+    Step.activate: re.compile(r"\b(kho|KHO|kexec_kho_out|Lockdown|debugfs)\b"),
+    Step.load: re.compile(
+        rf"\b(kexec[\w-]*|kho|KHO|Lockdown|LoadPin|integrity|ima|purgatory)\b|{SIGNATURES}"
+        r"|op=appraise|Can't kexec|Command line not included|Device tree not included|new device tree|Undefined symbol"
+    ),
+    Step.execute: re.compile(r"\b(kexec\w*|kho|KHO|kho_finalize|luo\w*|memfd_luo|liveupdate|PM)\b|Freezing"),
+}
+"""What a line must speak of, to be about the step's call."""
+LUO = re.compile(r"\b(luo\w*|kho\w*|KHO|memfd_luo|liveupdate)\b")
+"""The same for the calls of /dev/liveupdate."""
+
+OUTCOMES = re.compile(
+    r"signature verification failed|Loading purgatory failed|Error loading purgatory|Error add kernel image"
+    r"|Could not find any suitable kernel location"
+)
+"""Lines that say no more than the errno does: the cause stands in another, before them."""
+
+HEADER = re.compile(rb"(?P<priority>\d+),\d+,\d+,(?P<flags>[^,;]*)[^;]*;(?P<text>[^\n]*)")
+ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: its level (0 to 7), who wrote it (0: the kernel), its text, and whether it goes on with the last."""
+
+    level: int
+    facility: int
+    text: str
+    fragment: bool = False
+
+
+def parse(raw: bytes) -> Record | None:
+    """Read a record as /dev/kmsg gives it, without its dictionary; None where it is none."""
+    if (found := HEADER.match(raw)) is None:
+        return None
+    priority = int(found["priority"])
+    text = ESCAPED.sub(lambda escaped: bytes.fromhex(escaped[1].decode()), found["text"])
+    return Record(priority & 7, priority >> 3, text.decode(errors="replace"), found["flags"].startswith(b"c"))
+
+
+def since(log: Log) -> list[Record]:
+    """Read what was logged since `log` was opened, at most MOST_RECORDS; raises OSError where it cannot be read.
+
+    A line that the kernel wrote without a newline shows only when another follows it, and v3's one line about a
+    failed activation is such a line: write something to the log first.
+    """
+    found: list[Record] = []
+    for _ in range(MOST_RECORDS):
+        try:
+            raw = log.read(RECORD_SIZE)
+        except BrokenPipeError:  # overwritten; the next read gives the oldest that is left
+            continue
+        if not raw:
+            break
+        if (record := parse(raw)) is None:
+            continue
+        if record.fragment and found:
+            found[-1] = replace(found[-1], text=found[-1].text + record.text)
+        else:
+            found.append(record)
+    return found
+
+
+def relevant(records: Sequence[Record], about: re.Pattern[str]) -> str:
+    """Choose the kernel's own lines about a call, the last and most telling ones; "" where there is none.
+
+    Where one names the cause, those that only say that it failed are left out; so is what is merely informative.
+    """
+    said = (record for record in records if record.facility == LOG_KERN and record.level <= LOGLEVEL_NOTICE)
+    lines = list(dict.fromkeys(record.text.strip() for record in said if about.search(record.text)))
+    causes = [line for line in lines if not OUTCOMES.search(line)]
+    return "; ".join(_shown(line) for line in (causes or lines)[-MOST_LINES:])
+
+
+def _shown(line: str) -> str:
+    """Give a line that is safe on a terminal, at most MOST_CHARACTERS long."""
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
