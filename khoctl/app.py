@@ -1,19 +1,17 @@
 """khoctl's commands. Each asks khod over its socket; exit codes are `khod.errors.Exit`."""
 
-import os
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from khoctl import profile, progress, render
+from khoctl import progress, render, target
 from khod.client import Client
 from khod.errors import Exit, KhoError, UsageError
-from khod.files import open_regular
 from khod.model import Check, CheckResult, Phase, Producer, Status
 from khod.wire import SOCKET
 
@@ -33,6 +31,29 @@ app.add_typer(producers, name="producers")
 
 CLEAR = "\x1b[2J\x1b[H"  # the screen emptied, the cursor at its top
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+Image = Annotated[str | None, typer.Option(help="The next kernel; a unified kernel image brings its initrd along.")]
+Initrds = Annotated[list[str] | None, typer.Option(help="Its initrd; several follow one another in this order.")]
+Entry = Annotated[str | None, typer.Option(metavar="ID", help="Boot what this boot loader entry says.")]
+Default = Annotated[bool, typer.Option("--default", help="Boot the boot loader's default entry.")]
+Installed = Annotated[str | None, typer.Option(metavar="VERSION", help="Boot an installed kernel, by its version.")]
+Cmdline = Annotated[
+    str | None,
+    typer.Option(
+        help="Its command line. Without it the entry's or the unified image's own counts, then the running kernel's, "
+        "less BOOT_IMAGE=, initrd= and what else must not travel."
+    ),
+]
+Reuse = Annotated[bool, typer.Option("--reuse-cmdline", help="Use the running kernel's command line in any case.")]
+Append = Annotated[str | None, typer.Option(help="Words to add to the command line.")]
+Remove = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WORD", help="Take a parameter (console), or one word (console=ttyS0), away."),
+]
+LoadOnly = Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")]
+Now = Annotated[bool, typer.Option("--now", help="Sync and jump at once, instead of systemctl kexec.")]
+Profile = Annotated[str | None, typer.Option("--profile", help="Take all of this from /etc/kho/handover.d/NAME.toml.")]
 
 
 class Side(StrEnum):
@@ -95,19 +116,57 @@ def status(
 
 
 @app.command()
-def check(as_json: Json = False) -> None:
-    """Run every preflight check and touch nothing. Exits with 3 where one fails, with 4 where KHO is not there."""
+def check(
+    image: Image = None,
+    initrd: Initrds = None,
+    entry: Entry = None,
+    default: Default = False,
+    kernel: Installed = None,
+    cmdline: Cmdline = None,
+    reuse_cmdline: Reuse = False,
+    append: Append = None,
+    remove: Remove = None,
+    from_profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """Run every preflight check, with an image those of the next kernel too, and touch nothing.
 
-    def ask() -> list[Check]:
-        with Client(_Socket.path) as client:
-            return client.check()
-
-    found = _run(ask, as_json=as_json)
+    Exits with 3 where one fails, with 4 where KHO is not there.
+    """
+    with _asked(locals()) as (request, fds):
+        found = _run(lambda: _once(lambda client: client.check(request, fds)), as_json=as_json)
     typer.echo(render.as_json(found) if as_json else render.checks(found))
+    raise typer.Exit(_judged(found))
+
+
+@app.command()
+def plan(
+    image: Image = None,
+    initrd: Initrds = None,
+    entry: Entry = None,
+    default: Default = False,
+    kernel: Installed = None,
+    cmdline: Cmdline = None,
+    reuse_cmdline: Reuse = False,
+    append: Append = None,
+    remove: Remove = None,
+    load_only: LoadOnly = False,
+    now: Now = False,
+    from_profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """Print what a handover would do, step by step, with the undo beside it, and touch nothing. Exits as check."""
+    with _asked(locals()) as (request, fds):
+        found = _run(lambda: _once(lambda client: client.plan(request, fds)), as_json=as_json)
+    typer.echo(render.as_json(found) if as_json else render.plan(found))
+    raise typer.Exit(_judged(found.checks))
+
+
+def _judged(found: list[Check]) -> Exit:
     results = {item.result for item in found}
     if CheckResult.unsupported in results:
-        raise typer.Exit(Exit.unsupported)
-    raise typer.Exit(Exit.refused if CheckResult.fail in results else Exit.done)
+        return Exit.unsupported
+    return Exit.refused if CheckResult.fail in results else Exit.done
 
 
 @app.command()
@@ -127,53 +186,34 @@ def abort(
 
 @app.command()
 def kexec(
-    image: Annotated[str | None, typer.Option(help="The next kernel.")] = None,
-    initrd: Annotated[str | None, typer.Option(help="Its initrd.")] = None,
-    cmdline: Annotated[
-        str | None,
-        typer.Option(help="Its command line. Without it the running kernel's is used, less BOOT_IMAGE= and initrd=."),
-    ] = None,
-    reuse_cmdline: Annotated[bool, typer.Option("--reuse-cmdline", help="Say so explicitly.")] = False,
-    append: Annotated[str | None, typer.Option(help="Words to add to the command line.")] = None,
-    load_only: Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")] = False,
-    now: Annotated[bool, typer.Option("--now", help="Sync and jump at once, instead of systemctl kexec.")] = False,
+    image: Image = None,
+    initrd: Initrds = None,
+    entry: Entry = None,
+    default: Default = False,
+    kernel: Installed = None,
+    cmdline: Cmdline = None,
+    reuse_cmdline: Reuse = False,
+    append: Append = None,
+    remove: Remove = None,
+    load_only: LoadOnly = False,
+    now: Now = False,
     hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
-    from_profile: Annotated[
-        str | None, typer.Option("--profile", help="Take all of this from /etc/kho/handover.d/NAME.toml.")
-    ] = None,
+    from_profile: Profile = None,
     as_json: Json = False,
 ) -> None:
     """Do what is left of the handover, from wherever it stands, and jump into the next kernel."""
-    asked = {
-        "image": image,
-        "initrd": initrd,
-        "cmdline": cmdline,
-        "append": append,
-        "now": now,
-        "load_only": load_only,
-        "hold": hold,
-    }
+    with _asked(locals()) as (request, fds):
+        _operate(lambda client: client.ask("Kexec", request, fds=fds), as_json=as_json)
+
+
+@contextmanager
+def _asked(given: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
+    """The parameters of a call that names a kernel, with its files open for as long as the call takes."""
     try:
-        if from_profile is not None:
-            asked = profile.load(from_profile) | {key: value for key, value in asked.items() if value}
-        if reuse_cmdline and asked["cmdline"] is not None:
-            raise UsageError("--cmdline and --reuse-cmdline contradict each other", remedy="Give one of them.")
-        if asked["initrd"] is not None and asked["image"] is None:
-            raise UsageError("An initrd without an image", where="--initrd", remedy="Add --image.")
         with ExitStack() as files:
-            request: dict[str, Any] = {key: value for key, value in asked.items() if value}
-            fds: list[int] = []
-            for role in ("image", "initrd"):
-                if (path := asked[role]) is not None:
-                    fd = open_regular(str(path), role)
-                    files.callback(os.close, fd)
-                    request |= {role: len(fds), f"{role}_name": str(path)}
-                    fds.append(fd)
-            if asked["cmdline"] is not None:
-                request["cmdline"] = asked["cmdline"]  # an empty one is one
-            _operate(lambda client: client.ask("Kexec", request, fds=tuple(fds)), as_json=as_json)
+            yield target.asked(given, files)
     except KhoError as error:
-        _end(error, as_json=as_json)
+        _end(error, as_json=given["as_json"])
 
 
 @app.command()
@@ -306,6 +346,12 @@ def _operate(begin: Callable[[Client], None], *, as_json: bool) -> None:
         typer.echo("The host jumped. After the boot: khoctl status", err=True)
         raise typer.Exit(Exit.done)
     typer.echo(render.as_json(found) if as_json else render.status(found))
+
+
+def _once(asked: Callable[[Client], T]) -> T:
+    """Ask one thing of khod."""
+    with Client(_Socket.path) as client:
+        return asked(client)
 
 
 def _run(asked: Callable[[], T], *, as_json: bool) -> T:

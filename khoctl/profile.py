@@ -10,13 +10,19 @@ DIRECTORY = Path("/etc/kho/handover.d")
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 KEYS: dict[str, type] = {
     "image": str,
-    "initrd": str,
+    "initrd": list,
+    "entry": str,
+    "default": bool,
+    "kernel": str,
     "cmdline": str,
+    "reuse_cmdline": bool,
     "append": str,
+    "remove": list,
     "now": bool,
     "load_only": bool,
     "hold": bool,
 }
+"""What a profile may say, and of which type; a list of strings may be one string, too."""
 
 
 def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
@@ -37,8 +43,12 @@ def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
             raise ConfigError(
                 f"`{key}` is no key of a profile's", where=str(path), remedy=f"Known here: {', '.join(KEYS)}."
             )
-        if not isinstance(value, KEYS[key]):
-            raise ConfigError(
-                f"`{key}` is {value!r}", where=str(path), remedy=f"It takes a value of type {KEYS[key].__name__}."
-            )
+        if KEYS[key] is list:
+            wanted, several = "a list of strings", [value] if isinstance(value, str) else value
+            right = isinstance(several, list) and all(isinstance(one, str) for one in several)
+            values[key] = several
+        else:
+            wanted, right = f"a value of type {KEYS[key].__name__}", isinstance(value, KEYS[key])
+        if not right:
+            raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy=f"It takes {wanted}.")
     return {key: values.get(key) for key in KEYS}

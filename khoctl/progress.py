@@ -78,7 +78,9 @@ class Shown:
             if self._live or (event.producer.waiting and not event.producer.answer):
                 return
         if self._console:
-            self._console.print(render.event(event))
+            from rich.text import Text  # noqa: PLC0415 - as above
+
+            self._console.print(Text.from_ansi(render.event(event)))
         else:
             typer.echo(render.event(event), err=True)
 

@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 
 from khod.errors import KhoError
-from khod.model import Check, CheckResult, Event, Phase, Producer, Status
+from khod.model import Check, CheckResult, Event, Fate, Phase, Plan, Producer, Status, Word
 from khod.wire import plain
 
 COLOURS = {
@@ -165,6 +166,36 @@ def checks(found: list[Check]) -> str:
     return "\n".join(lines)
 
 
+FATES = {Fate.kept: (" ", None), Fate.added: ("+", typer.colors.GREEN), Fate.removed: ("-", typer.colors.RED)}
+
+
+def words(found: Sequence[Word]) -> list[str]:
+    """What becomes of the command line, a line each for what changes, and what is lost with it."""
+    changed = [word for word in found if word.fate is not Fate.kept]
+    lines = []
+    for word in changed:
+        sign, colour = FATES[word.fate]
+        lines.append(typer.style(f"{sign} {word.text}", fg=colour))
+        if word.lost:
+            lines.append(typer.style(f"  -> {word.lost}", fg=typer.colors.YELLOW))
+    return lines
+
+
+def plan(found: Plan) -> str:
+    """The steps with their undo, then what becomes of the command line, then what would be in the way."""
+    lines = []
+    for number, step in enumerate(found.steps, 1):
+        lines.append(f"{number}. {typer.style(step.step, bold=True):<8}  {step.does}")
+        lines.append(typer.style(f"   undo: {step.undo}", dim=True))
+    if found.cmdline:
+        lines += ["", f"command line: {found.cmdline}"]
+        lines += [f"  {line}" for line in words(found.words)] or ["  as the running kernel's"]
+    odd = [check for check in found.checks if check.result not in (CheckResult.passed, CheckResult.skipped)]
+    lines += ["", checks(odd) if odd else "Nothing is in the way. Nothing was touched."]
+    return "\n".join(lines)
+
+
 def event(event: Event) -> str:
     """One change as one plain line: seconds since boot, phase, what happened."""
-    return f"{event.seconds:10.3f}  {name(event.phase):<12}  {event.message}".rstrip()
+    line = f"{event.seconds:10.3f}  {name(event.phase):<12}  {event.message}".rstrip()
+    return "\n".join([line, *(f"{'':26}{change}" for change in words(event.words or ()))])

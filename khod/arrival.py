@@ -25,7 +25,7 @@ async def look(
 ) -> Verdict:
     """Compare the tree that arrived with the one that left; what cannot be read is a finding."""
     try:
-        snapshot, arrived = store.snapshot(), None
+        snapshot, arrived = store.snapshots.read(here.record.run), None
         if kernel is not None:
             arrived = await thread.call(kernel.arrived, "reading the state that arrived", deadline)
         now = kernel.generation if kernel else Generation.none

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from khod import wire
 from khod.connection import Connection
 from khod.errors import Unreachable
-from khod.model import Check, Event, Producer, Status
+from khod.model import Check, Event, Plan, Producer, Region, Snapshot, Status
 
 T = TypeVar("T")
 ANSWER = 60.0
@@ -30,13 +30,28 @@ class Client(Connection):
         """Wait for the status that a call of Status, Activate, Abort or Kexec is answered with."""
         return self._decoded(Status, self.reply(), "status")
 
-    def check(self) -> list[Check]:
-        """The preflight checks."""
-        self.ask("Check")
+    def check(self, parameters: Mapping[str, Any] | None = None, fds: tuple[int, ...] = ()) -> list[Check]:
+        """The preflight checks; `parameters` and `fds` as of Kexec."""
+        self.ask("Check", parameters, fds=fds)
         return self._decoded(list[Check], self.reply(), "checks")
 
+    def plan(self, parameters: Mapping[str, Any] | None = None, fds: tuple[int, ...] = ()) -> Plan:
+        """What Kexec with these parameters would do."""
+        self.ask("Plan", parameters, fds=fds)
+        return self._decoded(Plan, self.reply(), "plan")
+
+    def snapshots(self) -> list[Snapshot]:
+        """The state trees that were kept when they left, the newest first."""
+        self.ask("Snapshots")
+        return self._decoded(list[Snapshot], self.reply(), "snapshots")
+
+    def scratch(self) -> list[Region]:
+        """The scratch regions; Unsupported where there are none."""
+        self.ask("Scratch")
+        return self._decoded(list[Region], self.reply(), "regions")
+
     def tree(self, side: str) -> dict[str, bytes]:
-        """A state tree's blobs by name, the root's is ""."""
+        """A state tree's blobs by name, the root's is ""; `side` is out, in, snapshot, or a snapshot's id."""
         self.ask("Tree", {"side": side})
         parameters = self.reply()
         names, indexes = parameters["names"], parameters["blobs"]

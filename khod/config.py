@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 from khod.errors import ConfigError
 
 MAIN = "etc/kho/khod.toml"
+JUDGEMENTS = ("default", "warn", "fail", "off")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Policy:
     after_forgetful_abort: str = "refuse"  # or "warn"
     require_state: bool = False
     max_failed_activations: int = 3
+    unknown_format: str = "refuse"  # or "warn"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,47 @@ class Images:
     """Bounds on what a client may hand over."""
 
     max_size: int = 2 << 30
+    max_unpacked: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """How many state trees are kept, and how many bytes of them; the last one is kept in any case."""
+
+    keep: int = 16
+    max_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a finding of each check amounts to: "default" is its own judgement, see `khod.preflight`."""
+
+    kho: str = "default"
+    scratch: str = "default"
+    capability: str = "default"
+    kexec: str = "default"
+    lockdown: str = "default"
+    foreign: str = "default"
+    state: str = "default"
+    activations: str = "default"
+    crash: str = "default"
+    memory: str = "default"
+    watchdog: str = "default"
+    inhibitors: str = "default"
+    disk: str = "default"
+    record: str = "default"
+    producers: str = "default"
+    kernel_producers: str = "default"
+    claims: str = "default"
+    image: str = "default"
+    initrd: str = "default"
+    cmdline: str = "default"
+    formats: str = "default"
+    fit: str = "default"
+    signature: str = "default"
+
+
+CHECKS = tuple(f.name for f in dataclasses.fields(Checks))
 
 
 @dataclass(frozen=True)
@@ -83,11 +126,15 @@ class Config:
     guard: Guard = field(default_factory=Guard)
     deadlines: Deadlines = field(default_factory=Deadlines)
     images: Images = field(default_factory=Images)
+    snapshots: Snapshots = field(default_factory=Snapshots)
+    checks: Checks = field(default_factory=Checks)
 
 
 CHOICES = {
     "policy.after_daemon_died": ("roll-back", "resume"),
     "policy.after_forgetful_abort": ("refuse", "warn"),
+    "policy.unknown_format": ("refuse", "warn"),
+    **{f"checks.{name}": JUDGEMENTS for name in CHECKS},
 }
 
 

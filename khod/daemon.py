@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from khod import __version__, config, executor, fdstore, journal, server, status
+from khod import __version__, config, executor, fdstore, inhibitors, journal, server, status
 from khod.abi.calls import Calls, HostCalls
 from khod.engine import Engine
 from khod.errors import ConfigError, Exit, KhoError, Refused
@@ -86,6 +86,7 @@ class Daemon:
             immediate=jump if opts.simulate is None else self._again(jump),
             thread=self._thread,
             tell=self._tell,
+            inhibitors=inhibitors.blocking if opts.simulate is None else None,
         )
         self._service = server.Service(self.engine)
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
@@ -15,13 +15,16 @@ from khod.errors import ConfigError, Failed, KhoError, RecordError, Refused, Uns
 from khod.executor import Executor
 from khod.guard import Seen, Severity
 from khod.handover import Handover
+from khod.inhibitors import Inhibitor
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import KernelThread
 from khod.machine import HELD, RESTING, STEPS, Machine, left
-from khod.model import Check, Event, Observed, Phase, Status, Step, Verdict
+from khod.model import Check, Event, Observed, Phase, Plan, Status, Step, Verdict
 from khod.muster import Muster
+from khod.plan import planned
+from khod.preflight.facts import Facts
 from khod.producers.barrier import Barrier, Member, Producer, Verb
 from khod.producers.peers import Peer, Peers, Terms
 from khod.record import Owner, Process, Record, Store
@@ -34,6 +37,14 @@ NO_TREE = {
     "snapshot": "One is taken at activation: khoctl activate",
 }
 
+
+def new_run() -> str:
+    """Name a handover: twelve hex digits, which mark the next kernel's command line too."""
+    return uuid.uuid4().hex[:12]
+
+
+NOTHING = Request()
+"""A request without an image."""
 
 CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
 """Phases that a veto may still end: before the jump is asked for."""
@@ -69,6 +80,7 @@ class Engine:
         immediate: Executor,
         thread: KernelThread,
         tell: Callable[[Event], None],
+        inhibitors: Callable[[], Awaitable[Sequence[Inhibitor] | None]] | None = None,
     ) -> None:
         self.config = config
         self._guard = guard(self._happened)
@@ -81,6 +93,7 @@ class Engine:
         self._aside: set[asyncio.Task[None]] = set()
         self._executors = {False: orderly, True: immediate}
         self._thread = thread
+        self._inhibitors = inhibitors
         self._probed = Probed(None, "not yet probed", "")
         self._observed: Observed | None = None
         self._busy = asyncio.Lock()
@@ -157,16 +170,20 @@ class Engine:
         async with self._operation():
             record = await self._ready(wants_load=Step.load not in self.machine.done)
             target = await self._target(request, record.run)
-            actions = await self._begin(record)
-            actions.target, actions.executor = target, self._executors[request.now]
             try:
+                if target is not None:
+                    preflight.require(await self._checks(target))
+                    self._handover.say(f"the next command line: {target.cmdline}", words=target.words)
+                actions = await self._begin(record)
+                actions.target, actions.executor = target, self._executors[request.now]
                 if request.now:
                     # The bulk of the dirty pages goes out before anyone is frozen; the executor's own
                     # sync then has little left.
                     await asyncio.to_thread(self._kexec.sync)
                 await self._forward(Step.load if request.load_only else Step.execute, hold=request.hold)
             finally:
-                actions.target = None
+                if self._handover.actions is not None:
+                    self._handover.actions.target = None
                 if target is not None:
                     target.close()
 
@@ -198,9 +215,30 @@ class Engine:
                 here.actions = None  # what failed may have been mended in a file since
             await here.roll_back(None, self._attempt())
 
-    async def check(self) -> list[Check]:
-        """Run the preflight checks without touching anything."""
-        return await self._checks(await self._observe(self.config.deadlines.activate))
+    async def check(self, request: Request = NOTHING) -> list[Check]:
+        """Run the preflight checks without touching anything; those of an image where one is given."""
+        async with self._looked_at(request) as (_, checks):
+            return checks
+
+    async def plan(self, request: Request) -> Plan:
+        """Tell what a handover would do, and what its checks say, without touching anything."""
+        async with self._looked_at(request) as (target, checks):
+            everyone, deadlines = self.muster.everyone(), self.config.deadlines
+            machine = self.machine if self.machine.phase in HELD else Machine()
+            steps = planned(machine, self._kernel(), everyone, deadlines, request, target)
+            return Plan(steps, checks, target.cmdline if target else "", target.words if target else [])
+
+    @asynccontextmanager
+    async def _looked_at(self, request: Request) -> AsyncIterator[tuple[Target | None, list[Check]]]:
+        """The next kernel that is asked about, for as long as it is looked at, and every check there is."""
+        await self._started.wait()
+        await self._observe(self.config.deadlines.activate)
+        target = await self._taken(request, self.record.run or new_run()) if request.kernel else None
+        try:
+            yield target, [*await self._checks(), *(await self._checks(target) if target else ())]
+        finally:
+            if target is not None:
+                target.close()
 
     async def status(self) -> Status:
         """Tell how it stands.
@@ -222,15 +260,24 @@ class Engine:
             producers = [member.shown() for member in self._members()]
         return status.build(self._handover, phase, self._observed, self._probed, producers, stale=stale)
 
+    async def snapshots(self) -> list[model.Snapshot]:
+        """List the trees that were kept when they left, the newest first."""
+        return await asyncio.to_thread(self._store.snapshots.known)
+
+    async def scratch(self) -> list[model.Region]:
+        """Give the regions the next kernel must fit into."""
+        await self._started.wait()
+        return await self._thread.call(self._kernel().scratch, "reading scratch", self.config.deadlines.observe)
+
     async def tree(self, side: str) -> Tree:
-        """Read a state tree: `out`, `in` or `snapshot`.
+        """Read a state tree: `out`, `in`, `snapshot` for the last that left, or one that was kept by its id.
 
         v3 has no outgoing tree unless active. The kernel's thread reads it: a read while another
         thread leaves the active phase is v3's deadlock.
         """
         found: Tree | None = None
         if side == "snapshot":
-            found = await asyncio.to_thread(self._store.snapshot)
+            found = await asyncio.to_thread(self._store.snapshots.last)
         elif side in ("in", "out"):
             kernel = self._kernel()
             read = kernel.arrived if side == "in" else lambda: kernel.tree() if kernel.active() is not False else None
@@ -239,7 +286,13 @@ class Engine:
             except OSError as error:
                 raise Failed(f"The tree cannot be read: {error}", where=str(error.filename)) from error
         else:
-            raise UsageError(f"{side!r} is no side", where="Tree", remedy="One of: out, in, snapshot.")
+            found = await asyncio.to_thread(self._store.snapshots.read, side)
+            if found is None:
+                raise UsageError(
+                    f"{side!r} names no state tree",
+                    where="TREE",
+                    remedy="One of out, in, snapshot, or an id: khoctl dt list",
+                )
         if found is None:
             raise Refused(f"There is no `{side}` tree now", where=side, remedy=NO_TREE[side])
         return found
@@ -431,12 +484,11 @@ class Engine:
                 where="khod",
                 remedy=status.SAYS[self.machine.phase][1],
             )
-        checks = await self._checks(observed)
-        preflight.require([check for check in checks if wants_load or check.name != "kexec"])
+        preflight.require([check for check in await self._checks() if wants_load or check.name != "kexec"])
         if self.machine.phase in HELD:
             return self.record
         return Record(
-            run=uuid.uuid4().hex[:12],
+            run=new_run(),
             boot_id=observed.boot_id,
             release=observed.release,
             generation=self._kernel().generation,
@@ -450,22 +502,36 @@ class Engine:
         """Go on with the attempt of this record, or begin it."""
         here = self._handover
         if record is not here.record:
-            await asyncio.to_thread(self._store.prepare_snapshot)
+            about = record.run, record.boot_id, record.release, record.generation
+            await asyncio.to_thread(self._store.snapshots.prepare, *about, self.config.snapshots)
             here.machine, here.actions, here.record = Machine(), None, record
         actions = self._attempt()
         self._watch(actions)
         return actions
 
-    async def _checks(self, observed: Observed) -> list[Check]:
+    async def _checks(self, target: Target | None = None) -> list[Check]:
+        """Run the checks of this host, or those of the next kernel, after the kernel was asked how it stands."""
+        observed = self._observed
+        assert observed is not None, "the kernel was asked before"
         foreign = self._shown(observed) in (Phase.foreign, Phase.inconsistent)
-        facts = preflight.Facts(
-            self._probed, self._kexec, observed, self._store, self.config, self.record, foreign, self.muster.everyone
+        inhibitors = None if target or self._inhibitors is None else await self._inhibitors()
+        facts = Facts(
+            self._probed,
+            self._kexec,
+            observed,
+            self._store,
+            self.config,
+            self.record,
+            foreign,
+            self.muster.everyone,
+            inhibitors,
+            target,
         )
         return await self._thread.call(lambda: preflight.run(facts), "the checks", self.config.deadlines.activate)
 
     async def _target(self, request: Request, run: str) -> Target | None:
         """Take the images into memory and look at them: slow, so long before anyone is frozen."""
-        if request.kernel_fd is None:
+        if request.kernel is None:
             if Step.load not in self.machine.done:
                 raise Refused(
                     "No image is loaded and none was given", where="kexec", remedy="Add --image and --initrd."
@@ -477,9 +543,11 @@ class Engine:
                 where="--image",
                 remedy="Jump into it with: khoctl kexec. Or begin again with: khoctl abort",
             )
-        assert self._observed is not None
-        running, limit = self._observed.cmdline, self.config.images.max_size
-        return await asyncio.to_thread(take, request, request.kernel_fd, running, run, limit)
+        return await self._taken(request, run)
+
+    async def _taken(self, request: Request, run: str) -> Target:
+        assert self._observed is not None, "the kernel was asked before"
+        return await asyncio.to_thread(take, request, self._observed.cmdline, run, self.config.images)
 
     async def _forward(self, last: Step, *, hold: bool) -> None:
         steps = left(self.machine, self._kernel().order, last)

@@ -13,7 +13,7 @@ from khod.actions import Actions
 from khod.errors import Failed, KhoError, NotRolledBack, RecordError
 from khod.kernel.explain import FORGOT
 from khod.machine import HELD, Machine
-from khod.model import Event, Phase, Producer, Step, StepTiming
+from khod.model import Event, Phase, Producer, Step, StepTiming, Word
 from khod.producers.barrier import Member
 from khod.record import Record, Store
 
@@ -202,9 +202,9 @@ class Handover:
         except RecordError as error:
             self.say(str(error))
 
-    def say(self, message: str, producer: Producer | None = None) -> None:
+    def say(self, message: str, producer: Producer | None = None, words: list[Word] | None = None) -> None:
         """Tell everyone how it stands."""
-        self._tell(Event(time.monotonic(), self.machine.phase, message, self.record.run, producer))
+        self._tell(Event(time.monotonic(), self.machine.phase, message, self.record.run, producer, words))
 
     def heard(self, member: Member) -> None:
         """Tell everyone what a producer was told or said."""

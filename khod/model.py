@@ -170,12 +170,71 @@ class Check:
     remedy: str
 
 
+class Fate(enum.Enum):
+    """What becomes of a word of the command line."""
+
+    kept = "kept"
+    added = "added"
+    removed = "removed"
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of the running kernel's command line or the next one's; `lost` says what goes with it, "" nothing."""
+
+    text: str
+    fate: Fate
+    lost: str = ""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One step a handover would take, what it would do, and what would put it back."""
+
+    step: str
+    does: str
+    undo: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a handover would do: its steps in order, the checks before it, and what becomes of the command line."""
+
+    steps: list[Planned]
+    checks: list[Check]
+    cmdline: str
+    words: list[Word]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state tree that was kept when it left.
+
+    `taken_at` is in seconds since the epoch, `bytes` the size of all blobs, `digest` the SHA-256 of the root and
+    then each blob in order of name.
+    """
+
+    id: str
+    run: str
+    taken_at: float
+    boot_id: str
+    release: str
+    generation: Generation
+    bytes: int
+    blobs: list[str]
+    digest: str
+
+
 @dataclass(frozen=True)
 class Event:
-    """One change as the monitor sees it: `seconds` is CLOCK_MONOTONIC, `producer` who it is about if one."""
+    """One change as the monitor sees it: `seconds` is CLOCK_MONOTONIC, `producer` who it is about if one.
+
+    `words` stand with the event that tells the next kernel's command line.
+    """
 
     seconds: float
     phase: Phase
     message: str
     run: str
     producer: Producer | None = None
+    words: list[Word] | None = None

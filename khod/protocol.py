@@ -3,6 +3,7 @@
 import enum
 import types
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from asyncvarlink import FileDescriptor, TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
@@ -43,6 +44,25 @@ class TreeReply(TypedDict):
     blobs: list[FileDescriptor]
 
 
+@dataclass(frozen=True)
+class NextKernel:
+    """The next kernel: descriptors as indexes of those passed along, names for people.
+
+    Several `initrds` follow one another in memory, in this order. Without `cmdline` an image's own counts (a
+    unified kernel image has one), then the running kernel's, less what must not travel; `reuse_cmdline` insists on
+    that. `remove` takes words away by parameter (`console`) or whole (`console=ttyS0`), `append` adds some.
+    """
+
+    image: FileDescriptor | None = None
+    image_name: str | None = None
+    initrds: list[FileDescriptor] | None = None
+    initrd_names: list[str] | None = None
+    cmdline: str | None = None
+    reuse_cmdline: bool | None = None
+    append: str | None = None
+    remove: list[str] | None = None
+
+
 class Handover(VarlinkInterface, name=INTERFACE):
     """Takes this host from one kernel to the next. Reading is for everyone, changing for root and one group.
 
@@ -64,8 +84,19 @@ class Handover(VarlinkInterface, name=INTERFACE):
         yield
 
     @varlinkmethod(return_parameter="checks")
-    async def Check(self) -> list[model.Check]:
-        """Run the preflight checks and touch nothing."""
+    async def Check(self, *, kernel: NextKernel | None = None) -> list[model.Check]:
+        """Run the preflight checks and touch nothing; with an image also those of the next kernel."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="plan")
+    async def Plan(
+        self,
+        *,
+        kernel: NextKernel | None = None,
+        now: bool | None = None,
+        load_only: bool | None = None,
+    ) -> model.Plan:
+        """Tell what Kexec with these parameters would do, step by step, and touch nothing."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="status")
@@ -82,21 +113,12 @@ class Handover(VarlinkInterface, name=INTERFACE):
     async def Kexec(
         self,
         *,
-        image: FileDescriptor | None = None,
-        image_name: str | None = None,
-        initrd: FileDescriptor | None = None,
-        initrd_name: str | None = None,
-        cmdline: str | None = None,
-        append: str | None = None,
+        kernel: NextKernel | None = None,
         now: bool | None = None,
         load_only: bool | None = None,
         hold: bool | None = None,
     ) -> model.Status:
-        """Do what is left of the handover. The reply says that the jump is under way; with `now` none comes.
-
-        `image` and `initrd` are indexes of passed file descriptors. Without `cmdline` the running
-        kernel's is used, less what must not travel.
-        """
+        """Do what is left of the handover. The reply says that the jump is under way; with `now` none comes."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="producers")
@@ -116,7 +138,17 @@ class Handover(VarlinkInterface, name=INTERFACE):
 
     @varlinkmethod
     async def Tree(self, *, side: str) -> TreeReply:
-        """Give a state tree: `out` (what would leave), `in` (what arrived) or `snapshot` (what left)."""
+        """Give a state tree: `out` (would leave), `in` (arrived), `snapshot` (left last), or a snapshot by its id."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="snapshots")
+    async def Snapshots(self) -> list[model.Snapshot]:
+        """List the state trees that were kept when they left, the newest first."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="regions")
+    async def Scratch(self) -> list[model.Region]:
+        """Give the scratch regions, which the next kernel starts in and no state may lie in."""
         raise NotImplementedError
 
 

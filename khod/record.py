@@ -1,26 +1,24 @@
 """The durable record of one handover: written before each step it describes, read at every start.
 
-A write is atomic: a new file, fsync, rename, fsync of the directory. The snapshot of the state tree
-lies beside it; it is made durable by the sync before the jump, and worthless without one.
+A write is atomic: a new file, fsync, rename, fsync of the directory. The snapshots of state trees
+lie beside it; they are made durable by the sync before the jump, and worthless without one.
 """
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from khod import wire
 from khod.errors import RecordError, errno_text
-from khod.kernel.protocol import Tree
 from khod.model import Generation, Kept, Phase, Step, StepTiming, Verdict
+from khod.snapshots import Snapshots
 
 VERSION = 1
 ADDED: dict[str, list[object]] = {"producers": []}
 """Fields a record of this version may lack: an earlier khod wrote it."""
 
 FILE = "handover.json"
-SNAPSHOT = "snapshot"
 RESERVE = 16 << 20
 """Bytes that must be free before the kernel is touched: the record, and a tree of v3's default dt_max."""
 
@@ -159,36 +157,10 @@ class Store:
         except OSError as error:
             raise _unwritable(error, self.path) from error
 
-    def prepare_snapshot(self) -> None:
-        """Make room for a snapshot, before the blackout: the last one goes, an empty one takes its place."""
-        directory = self.directory / SNAPSHOT
-        try:
-            if directory.exists():
-                shutil.rmtree(directory)
-            (directory / "blobs").mkdir(parents=True, mode=0o700)
-        except OSError as error:
-            raise _unwritable(error, directory) from error
-
-    def write_snapshot(self, tree: Tree) -> None:
-        """Keep the outgoing tree: `blobs/NAME` and then `root`, as the kernel showed them."""
-        directory = self.directory / SNAPSHOT
-        try:
-            for name, blob in tree.blobs.items():
-                (directory / "blobs" / name).write_bytes(blob)
-            (directory / "root").write_bytes(tree.root)
-        except OSError as error:
-            raise _unwritable(error, directory) from error
-
-    def snapshot(self) -> Tree | None:
-        """The tree last kept, None where there is none."""
-        directory = self.directory / SNAPSHOT
-        try:
-            blobs = {path.name: path.read_bytes() for path in sorted((directory / "blobs").iterdir())}
-            return Tree((directory / "root").read_bytes(), blobs)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise RecordError(f"The snapshot cannot be read: {errno_text(error)}", where=str(directory)) from error
+    @property
+    def snapshots(self) -> Snapshots:
+        """The state trees that left."""
+        return Snapshots(self.directory / "snapshots")
 
     def free(self) -> int:
         """Bytes that may still be written here."""

@@ -1,59 +1,120 @@
 """The next kernel: what was asked for, and what was made of it in memory."""
 
-from dataclasses import dataclass
+import platform
+from dataclasses import dataclass, field
 
 from khod import cmdline
+from khod.config import Images
 from khod.errors import KhoError
-from khod.images import recognise, sealed
+from khod.images import initrd, sealed
+from khod.images.initrd import Initrd
+from khod.images.kernel import Bundle, take_apart
 from khod.images.sealed import Sealed
+from khod.model import Word
+
+COMMAND_LINE_SIZE = 2048
+"""Bytes, the NUL included, where the image itself could not be looked at: what most architectures take."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A file that was passed in: its descriptor stays the caller's, the name is for people."""
+
+    fd: int
+    name: str
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `khoctl kexec` asks for. File descriptors stay the caller's; None is not given."""
+    """What `khoctl kexec` asks for; `cmdline` None is not given, `reuse` insists on the running kernel's."""
 
-    kernel_fd: int | None = None
-    kernel_name: str = ""
-    initrd_fd: int | None = None
-    initrd_name: str = ""
+    kernel: Given | None = None
+    initrds: tuple[Given, ...] = ()
     cmdline: str | None = None
+    reuse: bool = False
     append: str | None = None
+    remove: tuple[str, ...] = ()
     now: bool = False
     load_only: bool = False
     hold: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Target:
-    """The next kernel, in memory and checked: owned by the attempt that loads it."""
+    """The next kernel, in memory and looked at: owned by the attempt that loads it.
+
+    `kernel` and `initrd` are what the loader is given. `wrong` has, by the check that judges it, what is the
+    matter with a part that was read: an operator may have set that check to warn.
+    """
 
     kernel: Sealed
-    initrd: Sealed | None
-    cmdline: str
+    apart: Bundle | None = None
+    initrd: Sealed | None = None
+    initrds: list[Initrd] = field(default_factory=list)
+    cmdline: str = ""
+    words: list[Word] = field(default_factory=list)
+    wrong: dict[str, KhoError] = field(default_factory=dict)
 
     def close(self) -> None:
-        """Give both images' memory back."""
-        self.kernel.close()
-        if self.initrd is not None:
+        """Give all images' memory back."""
+        if self.apart is not None:
+            self.apart.close()
+        else:
+            self.kernel.close()
+        if self.initrd is not None and (self.apart is None or self.initrd is not self.apart.initrd):
             self.initrd.close()
 
 
-def take(request: Request, kernel_fd: int, running: str, run: str, limit: int) -> Target:
-    """Seal both images and compose the command line; raises Refused or UsageError, nothing is kept then.
+def take(request: Request, running: str, run: str, bounds: Images, machine: str = platform.machine()) -> Target:
+    """Seal and take apart what was given, and compose the command line.
 
-    `running` is the command line that may be reused, `run` what marks the next one, `limit` bounds each
-    image in bytes.
+    Raises UsageError or Refused where a file cannot be read or the command line cannot be, nothing is kept then.
+    `running` is the command line that may be reused, `run` what marks the next one.
     """
-    kernel = sealed.seal(kernel_fd, "image", request.kernel_name, limit)
-    initrd = None
+    assert request.kernel is not None, "a request with an image"
+    target = Target(sealed.seal(request.kernel.fd, "image", request.kernel.name, bounds.max_size))
     try:
-        if request.initrd_fd is not None:
-            initrd = sealed.seal(request.initrd_fd, "initrd", request.initrd_name, limit)
-            recognise.initrd(initrd)
-        longest = recognise.kernel(kernel).cmdline_limit
-        return Target(kernel, initrd, cmdline.compose(running, request.cmdline, request.append, run, longest))
-    except KhoError:
-        kernel.close()
-        if initrd is not None:
-            initrd.close()
+        try:
+            target.apart = take_apart(target.kernel, machine, bounds.max_unpacked)
+            target.kernel = target.apart.kernel
+        except KhoError as error:
+            target.wrong["image"] = error
+        _compose(target, request, running, run)
+        _initrds(target, request.initrds, bounds)
+    except BaseException:
+        target.close()
         raise
+    return target
+
+
+def _compose(target: Target, request: Request, running: str, run: str) -> None:
+    """What was given comes first, then what the image brings along (a UKI), then the running kernel's."""
+    apart, given = target.apart, request.cmdline
+    if given is None and not request.reuse and apart is not None:
+        given = apart.cmdline
+    limit = apart.about.cmdline_limit if apart else COMMAND_LINE_SIZE - 1
+    target.cmdline = cmdline.compose(running, given, request.append, run, limit, request.remove)
+    target.words = cmdline.compare(running, target.cmdline)
+
+
+def _initrds(target: Target, given: tuple[Given, ...], bounds: Images) -> None:
+    """An image's own initrd comes first, as with systemd-stub; then those that were given, in order."""
+    own = [target.apart.initrd] if target.apart and target.apart.initrd else []
+    taken: list[Sealed] = []
+    try:
+        for one in given:
+            taken.append(sealed.seal(one.fd, "initrd", one.name, bounds.max_size))
+        parts = [*own, *taken]
+        for part in parts:
+            try:
+                target.initrds.append(initrd.look(part, bounds.max_unpacked, init=cmdline.init(target.cmdline)))
+            except KhoError as error:
+                target.wrong.setdefault("initrd", error)
+        if len(parts) == 1:
+            target.initrd = parts[0]
+            taken.clear()
+        elif parts:
+            target.initrd = sealed.join(parts, " + ".join(part.name for part in parts))
+    finally:
+        for part in taken:
+            part.close()

@@ -1,8 +1,11 @@
 """Files taken into a sealed memfd, before the blackout: what was checked is what gets loaded."""
 
 import fcntl
+import functools
 import hashlib
+import mmap
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -12,6 +15,7 @@ from khod.files import check_regular
 
 CHUNK = 1 << 20
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+ALIGNMENT = 4  # init/initramfs.c: where an archive may begin
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,17 @@ class Sealed:
 
     fd: int
     size: int
-    sha256: str
     name: str
 
-    def head(self, length: int) -> bytes:
-        """The first `length` bytes, fewer where there are no more."""
-        return os.pread(self.fd, length, 0)
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The contents' digest in hex, computed when it is first asked for."""
+        return hashlib.sha256(self.view()).hexdigest()
+
+    def view(self) -> memoryview:
+        """The contents, mapped for as long as the view or a slice of it is held."""
+        # Private: before 6.7 a write-sealed memfd could not be mapped shared, not even to be read.
+        return memoryview(mmap.mmap(self.fd, self.size, mmap.MAP_PRIVATE, mmap.PROT_READ))
 
     def close(self) -> None:
         """Give the memory back."""
@@ -55,24 +64,64 @@ def seal(fd: int, role: str, name: str, limit: int) -> Sealed:
             where=name,
             remedy="Raise `images.max_size` in /etc/kho/khod.toml if this is meant.",
         )
-    memfd = os.memfd_create(f"khod-{role}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    return fill(_read(fd, role, name, limit), name)
+
+
+def fill(pieces: Iterable[bytes | memoryview], name: str) -> Sealed:
+    """Make a sealed memfd of pieces, one after the other; Refused where there are none, or no memory for them."""
+    memfd = os.memfd_create("khod-image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        digest, copied = hashlib.sha256(), 0
-        while chunk := os.pread(fd, CHUNK, copied):
-            if copied + len(chunk) > limit:
-                raise Refused(f"The {role} grows while it is read", where=name, remedy="Wait for its writer.")
-            digest.update(chunk)
-            os.pwrite(memfd, chunk, copied)
-            copied += len(chunk)
+        size = 0
+        for piece in pieces:
+            size += _write(memfd, piece, size, name)
+        if size == 0:
+            raise Refused("The file holds nothing", where=name, remedy="Copy it again; the kernel loads no empty file.")
         fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALS)
-    except OSError as error:
-        os.close(memfd)
-        raise Refused(
-            f"The {role} cannot be read: {errno_text(error)}",
-            where=name,
-            remedy="Check the file and the disk it lies on.",
-        ) from error
-    except Refused:
+    except BaseException:
         os.close(memfd)
         raise
-    return Sealed(memfd, copied, digest.hexdigest(), name)
+    return Sealed(memfd, size, name)
+
+
+def join(parts: Sequence[Sealed], name: str) -> Sealed:
+    """Put initrds one after the other, in order, each padded with zeros to 4 bytes, as the kernel unpacks them.
+
+    The parts stay the caller's. Refused where there is no memory for it.
+    """
+    return fill((piece for part in parts for piece in (part.view(), bytes(-part.size % ALIGNMENT))), name)
+
+
+def _read(fd: int, role: str, name: str, limit: int) -> Iterator[memoryview]:
+    """Read a file to its end, through one buffer."""
+    buffer, copied = memoryview(bytearray(CHUNK)), 0
+    while True:
+        try:
+            length = os.preadv(fd, [buffer], copied)
+        except OSError as error:
+            raise Refused(
+                f"The {role} cannot be read: {errno_text(error)}",
+                where=name,
+                remedy="Check the file and the disk it lies on.",
+            ) from error
+        if not length:
+            return
+        copied += length
+        if copied > limit:
+            raise Refused(f"The {role} grows while it is read", where=name, remedy="Wait for its writer.")
+        yield buffer[:length]
+
+
+def _write(memfd: int, piece: bytes | memoryview, at: int, name: str) -> int:
+    """Write all of a piece; the bytes written."""
+    length = len(piece)
+    try:
+        while piece:
+            written = os.pwrite(memfd, piece, at)
+            piece, at = piece[written:], at + written
+    except OSError as error:
+        raise Refused(
+            f"There is no memory for it: {errno_text(error)}",
+            where=name,
+            remedy="Free memory on this host, or give khod.service more.",
+        ) from error
+    return length

@@ -13,6 +13,8 @@ class Stateless:
     generation = Generation.stateless
     order = Order.load_first
     abort = AbortKind.needless
+    entering = "nothing to write: this kernel's state is always current"
+    leaving = "nothing: there is no phase to leave"
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
@@ -51,6 +53,7 @@ class FinalizeNoAbort(Stateless):
     """6.19-7.0: `finalize` takes 1 any number of times and answers 0 with EINVAL."""
 
     generation = Generation.finalize_no_abort
+    entering = f"write 1 to {KHO}/out/finalize"
 
     def activate(self) -> None:
         self._calls.write(f"{KHO}/out/finalize", b"1\n")
@@ -62,6 +65,7 @@ class Finalize(FinalizeNoAbort):
     generation = Generation.finalize
     order = Order.activate_first
     abort = AbortKind.forgets
+    leaving = f"write 0 to {KHO}/out/finalize: this kernel then forgets what was preserved before, until a reboot"
 
     def active(self) -> bool:
         return self._calls.read(f"{KHO}/out/finalize").strip() not in (b"0", b"N")

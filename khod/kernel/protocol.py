@@ -32,6 +32,10 @@ class KhoKernel(Protocol):
     generation: Generation
     order: Order
     abort: AbortKind
+    entering: str
+    """What enters the active phase, for people."""
+    leaving: str
+    """What leaves it."""
 
     def active(self) -> bool | None:
         """Tell whether the kernel is in the active phase; None where it has none to leave."""

@@ -19,6 +19,8 @@ class SysfsKho:
     generation = Generation.sysfs
     order = Order.activate_first
     abort = AbortKind.clean
+    entering = f"write 1 to {KHO}/active"
+    leaving = f"write 0 to {KHO}/active"
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls

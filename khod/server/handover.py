@@ -12,10 +12,10 @@ from asyncvarlink import (
 
 from khod import model
 from khod.engine import Engine
-from khod.errors import Unreachable
-from khod.protocol import Handover, TreeReply, to_wire
+from khod.errors import Unreachable, UsageError
+from khod.protocol import Handover, NextKernel, TreeReply, to_wire
 from khod.server.connection import CONNECTION, privileged, wired
-from khod.target import Request
+from khod.target import Given, Request
 
 MAX_QUEUE = 1 << 15
 """Events kept for a monitor that does not read; then it is dropped.
@@ -72,9 +72,20 @@ class Service(Handover):
             queue.put_nowait(LastResult(self._last))
 
     @varlinkmethod(return_parameter="checks")
-    async def Check(self) -> list[model.Check]:
+    async def Check(self, *, kernel: NextKernel | None = None) -> list[model.Check]:
         with wired():
-            return await self._engine.check()
+            if kernel is not None:
+                self._privileged("have khod look at an image")
+            return await self._engine.check(_request(kernel))
+
+    @varlinkmethod(return_parameter="plan")
+    async def Plan(
+        self, *, kernel: NextKernel | None = None, now: bool | None = None, load_only: bool | None = None
+    ) -> model.Plan:
+        with wired():
+            if kernel is not None:
+                self._privileged("have khod look at an image")
+            return await self._engine.plan(_request(kernel, now=now, load_only=load_only))
 
     @varlinkmethod(return_parameter="status")
     async def Activate(self) -> model.Status:
@@ -94,31 +105,14 @@ class Service(Handover):
     async def Kexec(
         self,
         *,
-        image: FileDescriptor | None = None,
-        image_name: str | None = None,
-        initrd: FileDescriptor | None = None,
-        initrd_name: str | None = None,
-        cmdline: str | None = None,
-        append: str | None = None,
+        kernel: NextKernel | None = None,
         now: bool | None = None,
         load_only: bool | None = None,
         hold: bool | None = None,
     ) -> model.Status:
         with wired():
             self._privileged("kexec")
-            await self._engine.kexec(
-                Request(
-                    None if image is None else image.fileno(),
-                    image_name or "the image",
-                    None if initrd is None else initrd.fileno(),
-                    initrd_name or "the initrd",
-                    cmdline,
-                    append,
-                    bool(now),
-                    bool(load_only),
-                    bool(hold),
-                )
-            )
+            await self._engine.kexec(_request(kernel, now=now, load_only=load_only, hold=hold))
             return await self._engine.status()
 
     @varlinkmethod(return_parameter="producers")
@@ -145,8 +139,43 @@ class Service(Handover):
             tree = await self._engine.tree(side)
             return {"names": ["", *tree.blobs], "blobs": [_memfd(blob) for blob in (tree.root, *tree.blobs.values())]}
 
+    @varlinkmethod(return_parameter="snapshots")
+    async def Snapshots(self) -> list[model.Snapshot]:
+        with wired():
+            self._privileged("list the snapshots")
+            return await self._engine.snapshots()
+
+    @varlinkmethod(return_parameter="regions")
+    async def Scratch(self) -> list[model.Region]:
+        with wired():
+            return await self._engine.scratch()
+
     def _privileged(self, what: str) -> None:
         privileged(what, self._engine.config.access.group)
+
+
+def _request(
+    kernel: NextKernel | None, *, now: bool | None = None, load_only: bool | None = None, hold: bool | None = None
+) -> Request:
+    """What the engine is asked, with the descriptors of this call; UsageError where it makes no sense."""
+    asked, flags = kernel or NextKernel(), {"now": bool(now), "load_only": bool(load_only), "hold": bool(hold)}
+    files, names = asked.initrds or [], asked.initrd_names or []
+    if names and len(names) != len(files):
+        raise UsageError(
+            f"{len(files)} initrds and {len(names)} names", where="initrd_names", remedy="Name each or none."
+        )
+    if asked.image is None and (files or asked != NextKernel()):
+        raise UsageError("An initrd or a command line without an image", where="kernel.image", remedy="Add --image.")
+    initrds = [Given(file.fileno(), names[at] if names else f"initrd {at + 1}") for at, file in enumerate(files)]
+    return Request(
+        None if asked.image is None else Given(asked.image.fileno(), asked.image_name or "the image"),
+        tuple(initrds),
+        asked.cmdline,
+        bool(asked.reuse_cmdline),
+        asked.append,
+        tuple(asked.remove or ()),
+        **flags,
+    )
 
 
 def _memfd(blob: bytes) -> FileDescriptor:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from khod import executor
+from khod.abi.calls import KMSG
 from khod.config import Config
 from khod.engine import Engine
 from khod.fdstore import ServiceManager
 from khod.guard import Guard
-from khod.kernel.kexec import KMSG, Kexec
+from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import probe
 from khod.kernel.simulated import Rebooted, SimulatedKernel, image, initrd
@@ -21,7 +22,7 @@ from khod.kernel.sysfs import KHO
 from khod.kernel.thread import KernelThread
 from khod.record import Store
 from khod.sessions import Sessions
-from khod.target import Request
+from khod.target import Given, Request
 from tests.bench.figure import Figure
 
 ROUNDS = 20
@@ -102,7 +103,7 @@ async def _one() -> float:
         (root / "initrd").write_bytes(initrd())
         fds = [os.open(root / what, os.O_RDONLY) for what in ("image", "initrd")]
         try:
-            await engine.kexec(Request(fds[0], "image", fds[1], "initrd", now=True))
+            await engine.kexec(Request(Given(fds[0], "image"), (Given(fds[1], "initrd"),), now=True))
         except Rebooted:
             pass
         finally:

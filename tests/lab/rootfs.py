@@ -25,6 +25,9 @@ PACKAGES = (
     "python3-libfdt",
     "python3-asyncvarlink",
     "python3-jeepney",
+    "python3-jsonschema",
+    "python3-lz4",
+    "python3-zstandard",
     "python3-qemu-qmp",
 )
 EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")

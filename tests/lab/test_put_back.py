@@ -31,6 +31,17 @@ Producer("peer", prepare=note, freeze=refuse, thaw=note, cancel=note, after=["ti
 systemd.daemon.notify("READY=1")
 signal.pause()
 """
+LARGE = """\
+def member(name, size):
+    fields = (1, 0o100644, 0, 0, 1, 0, size, 0, 0, 0, 0, len(name) + 1, 0)
+    head = b"070701" + b"".join(b"%08x" % field for field in fields) + name + bytes(1)
+    return head + bytes(-len(head) % 4)
+
+with open("/tmp/large", "wb") as file:
+    file.write(member(b"zeros", 320 << 20))
+    file.seek(320 << 20, 1)
+    file.write(member(b"TRAILER!!!", 0))
+"""
 SLOW_TO_STOP = """\
 [Service]
 ExecStart=/bin/sleep infinity
@@ -113,7 +124,7 @@ def test_dt_max_too_small(host: Host) -> None:
     [
         (f"head -c 1000000 {IMAGES}/7.3.4/bzImage > /tmp/image", "truncated"),
         (": > /tmp/image", "empty"),
-        ("head -c 100000 /dev/urandom > /tmp/image", "not a bzImage"),
+        ("head -c 100000 /dev/urandom > /tmp/image", "no kernel"),
     ],
 )
 def test_an_image_the_kernel_would_not_take(host: Host, make: str, says: str) -> None:
@@ -124,13 +135,23 @@ def test_an_image_the_kernel_would_not_take(host: Host, make: str, says: str) ->
     idle(host)
 
 
-def test_an_image_too_large_for_scratch_fails_at_the_load_and_is_rolled_back(host: Host) -> None:
-    """The initrd alone is larger than all scratch regions; only the kernel itself finds that out here."""
-    host.shell("{ printf 070701; head -c 320M /dev/zero; } > /tmp/large")
+def test_an_initrd_too_large_for_scratch_is_refused_before_anyone_is_told(host: Host) -> None:
+    """The initrd alone is larger than all scratch regions; with the check off only the kernel itself finds out."""
+    host.guest.put("/tmp/large.py", LARGE)
+    host.shell("python3 /tmp/large.py")
+    host.guest.put("/etc/kho/producers.d/noted.toml", 'prepare = ["touch", "/run/prepared"]\n')
+    command = ("kexec", "--image", f"{IMAGES}/7.3.4/bzImage", "--initrd", "/tmp/large")
     try:
-        failed = host.khoctl("kexec", "--image", f"{IMAGES}/7.3.4/bzImage", "--initrd", "/tmp/large", code=1)
+        refused = host.khoctl(*command, code=3)
+        assert host.shell("ls /run/prepared", check=False) == ""
+        host.guest.put("/etc/kho/khod.toml.d/fit.toml", '[checks]\nfit = "off"\n')
+        host.guest.run(["systemctl", "reload", "kho-handover"])
+        failed = host.khoctl(*command, code=1)
     finally:
-        host.shell("rm /tmp/large")
+        host.shell("rm /tmp/large /etc/kho/producers.d/*.toml; rm -f /etc/kho/khod.toml.d/fit.toml")
+        host.guest.run(["systemctl", "reload", "kho-handover"])
+    assert "check fit" in refused.stderr
+    assert "EADDRNOTAVAIL" in failed.stderr
     assert "scratch" in failed.stderr
     idle(host)
 

@@ -28,7 +28,7 @@ def test_a_handover_from_idle_arrives_byte_for_byte(boot: Boot) -> None:
     assert status["phase"] == "verified"
     assert status["verdict"] == {"arrived": ["ftrace"], "missing": [], "changed": [], "reason": ""}
     assert status["boot_id"] == host.guest.boot_id != first
-    assert host.guest.get("/sys/firmware/kho/dt") == host.guest.get(f"{KHOD}/snapshot/root")
+    assert host.guest.get("/sys/firmware/kho/dt") == host.guest.get(f"{KHOD}/snapshots/{status['run']}/root")
     assert "pages intact" in host.dmesg()  # the module's own oracle for the memory behind the tree
     journal = host.shell("journalctl -b -u kho-handover -o json MESSAGE_ID=7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0c")
     assert '"KHO_PHASE":"verified"' in journal

@@ -25,7 +25,7 @@ from khod.producers.barrier import Producer
 from khod.producers.hooks import Hook
 from khod.record import Record, Store
 from khod.sessions import Sessions
-from khod.target import Request
+from khod.target import Given, Request
 from tests.unit.images import CPIO, bzimage
 
 ACTIVE = f"{KHO}/active"
@@ -230,8 +230,8 @@ class Host:
         """A request with open files, as the server makes one."""
         fds = [os.open(self.directory / name, os.O_RDONLY) for name in (image, initrd) if name is not None]
         try:
-            second = fds[1] if initrd else None
-            yield Request(fds[0], image, second, initrd or "", load_only=load_only, hold=hold)
+            initrds = (Given(fds[1], initrd),) if initrd else ()
+            yield Request(Given(fds[0], image), initrds, load_only=load_only, hold=hold)
         finally:
             for fd in fds:
                 os.close(fd)

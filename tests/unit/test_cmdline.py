@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khod.cmdline import compose, marked, reusable
+from khod.cmdline import compare, compose, has_root, init, losses, marked, off, reusable
 from khod.errors import Exit, UsageError
 
 RUNNING = "BOOT_IMAGE=/boot/vmlinuz-6.8 root=/dev/vda1 ro initrd=\\initrd.img kho=on khod.run=old quiet"
@@ -78,3 +78,60 @@ def test_what_is_appended_reaches_the_kernel_and_not_init() -> None:
 def test_a_quoted_value_travels_whole() -> None:
     """next_arg() of lib/cmdline.c keeps the blanks between double quotes."""
     assert 'dyndbg="file a.c  +p; initrd=x +p"' in compose('dyndbg="file a.c  +p; initrd=x +p"', None, None, "r1", 99)
+
+
+def test_words_are_removed_by_parameter_or_whole() -> None:
+    running = "root=/dev/vda1 console=tty0 console=ttyS0 quiet log-buf-len=1M"
+    gone = ["console=ttyS0", "quiet", "log_buf_len"]
+    assert compose(running, None, "quiet", "r1", 99, gone) == "root=/dev/vda1 console=tty0 quiet khod.run=r1"
+    assert compose(running, None, None, "r1", 99, ["console"]) == "root=/dev/vda1 quiet log-buf-len=1M khod.run=r1"
+    assert compose("a -- console=x", None, None, "r1", 99, ["console"]).endswith("-- console=x"), "that is init's"
+
+
+def fates(running: str, new: str) -> dict[str, str]:
+    return {word.text: word.fate.value for word in compare(running, new)}
+
+
+def test_both_lines_side_by_side() -> None:
+    assert fates(RUNNING, "root=/dev/vda1 kho=on single khod.run=new") == {
+        "root=/dev/vda1": "kept",
+        "kho=on": "kept",
+        "single": "added",
+        "ro": "removed",
+        "quiet": "removed",
+    }
+    twice = [(word.text, word.fate.value) for word in compare("console=a console=a", "console=a")]
+    assert twice == [("console=a", "kept"), ("console=a", "removed")]
+
+
+KHO = "kho=on liveupdate=on reserve_mem=12M:4096:trace trace_instance=boot_map@trace root=/dev/vda"
+
+
+@pytest.mark.parametrize(
+    ("new", "named"),
+    [
+        (KHO, []),
+        ("root=/dev/sda " + KHO.replace("root=/dev/vda", ""), []),
+        (KHO.replace("kho=on ", ""), ["kho=on"]),
+        (KHO.replace("kho=on", "kho=off"), ["kho=on"]),
+        (KHO.replace("liveupdate=on ", ""), ["liveupdate=on"]),
+        (KHO.replace("12M", "24M"), ["trace", "changed"]),
+        (KHO.replace("reserve_mem=12M:4096:trace ", ""), ["trace", "gone"]),
+        (KHO.replace("boot_map@trace", "boot_map@other"), ["boot_map", "changed"]),
+        (KHO.replace("trace_instance=boot_map@trace ", ""), ["boot_map", "gone"]),
+    ],
+)
+def test_what_is_lost_with_a_word_is_named(new: str, named: list[str]) -> None:
+    lost = list(losses(compare(KHO, new)))
+    assert len(lost) == bool(named)
+    assert all(word in lost[0] for word in named)
+    assert off(compare(KHO, new)) is (named == ["kho=on"])
+
+
+@pytest.mark.parametrize(
+    ("line", "init_", "root"),
+    [("root=/dev/vda", "init", True), ("rdinit=/bin/sh", "bin/sh", False), ("a -- root=x rdinit=/y", "init", False)],
+)
+def test_what_runs_first(line: str, init_: str, root: bool) -> None:
+    assert init(line) == init_
+    assert has_root(line) is root

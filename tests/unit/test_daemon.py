@@ -43,7 +43,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[], Khod]]:
 def loaded(khod: Khod) -> None:
     """Bring a khod to `loaded`."""
     files = [os.open(khod.directory / name, os.O_RDONLY) for name in ("vmlinuz", "initrd")]
-    khod.ask("Kexec", files=files, image=0, initrd=1, load_only=True)
+    khod.ask("Kexec", files=files, kernel={"image": 0, "initrds": [1]}, load_only=True)
     for fd in files:
         os.close(fd)
     assert khod.active

@@ -14,9 +14,8 @@ def drive_by_hand(host: Host, *, loaded: bool) -> None:
     host.kernel.echo(ACTIVE, "1")
     if loaded:
         with host.request() as request:
-            assert request.kernel_fd is not None
-            assert request.initrd_fd is not None
-            host.kernel.kexec_file_load(request.kernel_fd, request.initrd_fd, b"root=/dev/sim\0", 0)
+            assert request.kernel is not None
+            host.kernel.kexec_file_load(request.kernel.fd, request.initrds[0].fd, b"root=/dev/sim\0", 0)
     host.kernel.noted.clear()
 
 
@@ -95,7 +94,7 @@ async def test_a_snapshot_that_is_gone_cannot_prove_anything(host: Host) -> None
     engine = await host.started()
     with pytest.raises(Rebooted):
         await host.kexec(engine)
-    for path in sorted(host.store.directory.rglob("snapshot/**/*"), reverse=True):
+    for path in sorted(host.store.directory.rglob("snapshots/**/*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     assert (await (await host.started()).status()).phase is Phase.degraded
 

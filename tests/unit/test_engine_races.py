@@ -122,9 +122,8 @@ async def test_force_clears_up_on_a_kernel_without_kho_too(host: Host, record: b
     """Somebody's own `kexec -l`, or a damaged record, on a host that was booted without kho=on."""
     host.prober = lambda: Probed(None, "no KHO here", "boot another")
     with host.request() as request:
-        assert request.kernel_fd is not None
-        assert request.initrd_fd is not None
-        host.kernel.kexec_file_load(request.kernel_fd, request.initrd_fd, b"root=/dev/sim\0", 0)
+        assert request.kernel is not None
+        host.kernel.kexec_file_load(request.kernel.fd, request.initrds[0].fd, b"root=/dev/sim\0", 0)
     if record is not None:
         host.store.path.write_bytes(record)
     engine = await host.started()

@@ -47,9 +47,8 @@ async def killed_at(host: Host, phase: Phase, done: tuple[Step, ...], active: bo
         host.kernel.echo(ACTIVE, "1")
     if loaded:
         with host.request() as request:
-            assert request.kernel_fd is not None
-            assert request.initrd_fd is not None
-            host.kernel.kexec_file_load(request.kernel_fd, request.initrd_fd, b"root=/dev/sim khod.run=r1\0", 0)
+            assert request.kernel is not None
+            host.kernel.kexec_file_load(request.kernel.fd, request.initrds[0].fd, b"root=/dev/sim khod.run=r1\0", 0)
     boot_id = host.kernel.read("/proc/sys/kernel/random/boot_id").decode().strip()
     host.store.write(Record(phase=phase, done=done, run="r1", boot_id=boot_id, generation=Generation.sysfs))
     host.kernel.noted.clear()

@@ -1,7 +1,6 @@
-"""Images by content, taken once into a sealed memfd; every kind of file that is none."""
+"""Files taken once into a sealed memfd; every kind of file that is none; several made one."""
 
 import fcntl
-import gzip
 import hashlib
 import os
 import socket
@@ -10,14 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from khod import files
 from khod.errors import Exit, KhoError, Refused, UsageError
-from khod.images import recognise, sealed
+from khod.images import sealed
 from khod.images.sealed import Sealed
-from tests.unit.images import CMDLINE_SIZE, CPIO, bzimage
+from tests.unit.images import bzimage
 from tests.unit.khods import NOBODY
 
 LIMIT = 1 << 30
@@ -118,92 +115,24 @@ def test_the_bound_holds_by_size_and_by_what_is_read(path: Path) -> None:
         pass
 
 
-def test_a_bzimage_is_recognised_with_what_it_says_of_itself(path: Path) -> None:
+def test_initrds_are_joined_in_order_each_at_four_bytes(path: Path) -> None:
+    parts = []
+    for contents in (b"one12", b"two", b"four"):
+        path.write_bytes(contents)
+        fd = files.open_regular(str(path), "initrd")
+        parts.append(sealed.seal(fd, "initrd", str(path), LIMIT))
+        os.close(fd)
+    with sealed.join(parts, "all") as joined:
+        assert bytes(joined.view()) == b"one12\0\0\0two\0four"
+        assert (joined.size, joined.name) == (16, "all")
+        with pytest.raises(PermissionError):
+            os.pwrite(joined.fd, b"x", 0)
+    for part in parts:
+        part.close()
+
+
+def test_a_view_outlives_the_file(path: Path) -> None:
     path.write_bytes(bzimage())
     with taken(path) as image:
-        found = recognise.kernel(image, "x86_64")
-    assert (found.format, found.version, found.cmdline_limit) == ("bzImage", "6.8.0-next", CMDLINE_SIZE)
-    assert found.init_size == 1 << 24
-
-
-def test_every_truncation_of_a_bzimage_is_refused(path: Path) -> None:
-    whole = bzimage(size=0x1400)
-    for length in range(1, len(whole), 7):
-        path.write_bytes(whole[:length])
-        with taken(path) as image, pytest.raises(Refused) as raised:
-            recognise.kernel(image, "x86_64")
-        assert raised.value.where == str(path)
-
-
-def test_a_signature_after_the_image_does_not_matter(path: Path) -> None:
-    path.write_bytes(bzimage() + b"~Module signature appended~\n")
-    with taken(path) as image:
-        assert recognise.kernel(image, "x86_64").format == "bzImage"
-
-
-NO_KERNELS = {
-    "ELF": b"\x7fELF\x02\x01" + bytes(0x4000),
-    "gzip": gzip.compress(bytes(0x4000)),
-    "MZ": b"MZ" + bytes(0x4000),
-    "zeroes": bytes(0x4000),
-    "HdrS without boot_flag": bytes(0x202) + b"HdrS" + bytes(0x4000),
-    "boot_flag without HdrS": bytes(0x1FE) + b"\x55\xaa" + bytes(0x4000),
-}
-
-
-@pytest.mark.parametrize("name", NO_KERNELS)
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_what_this_machine_s_loader_does_not_take(path: Path, name: str, machine: str) -> None:
-    path.write_bytes(NO_KERNELS[name])
-    with taken(path) as image, pytest.raises(Refused) as raised:
-        recognise.kernel(image, machine)
-    assert raised.value.exit is Exit.refused
-    assert "--image" in raised.value.remedy
-
-
-def test_an_arm64_image_is_recognised_there_and_nowhere_else(path: Path) -> None:
-    path.write_bytes(bytes(0x38) + b"ARM\x64" + bytes(0x1000))
-    with taken(path) as image:
-        assert recognise.kernel(image, "aarch64").format == "Image"
-        with pytest.raises(Refused):
-            recognise.kernel(image, "x86_64")
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 0x290), st.binary(min_size=1, max_size=8))
-def test_a_damaged_header_is_taken_or_refused(path: Path, at: int, junk: bytes) -> None:
-    damaged = bytearray(bzimage(size=0x1400))
-    damaged[at : at + len(junk)] = junk
-    path.write_bytes(damaged)
-    found: object
-    with taken(path) as image:
-        try:
-            found = recognise.kernel(image, "x86_64")
-        except Refused as error:
-            found = error
-    assert isinstance(found, recognise.Kernel | Refused)
-
-
-INITRDS = {
-    "cpio": CPIO,
-    "gzip": gzip.compress(CPIO),
-    "zstd": b"\x28\xb5\x2f\xfd" + bytes(8),
-    "xz": b"\xfd7zXZ\0" + bytes(8),
-    "lz4": b"\x02\x21\x4c\x18" + bytes(8),
-    "bzip2": b"BZh9" + bytes(8),
-}
-
-
-@pytest.mark.parametrize("name", INITRDS)
-def test_an_initrd_is_named_by_its_outer_format(path: Path, name: str) -> None:
-    path.write_bytes(INITRDS[name])
-    with taken(path, "initrd") as image:
-        assert recognise.initrd(image) == name
-
-
-@pytest.mark.parametrize("contents", [b"0", b"07070", b"no initrd", bzimage(), b"070707", bytes(100)])
-def test_what_no_kernel_unpacks(path: Path, contents: bytes) -> None:
-    path.write_bytes(contents)
-    with taken(path, "initrd") as image, pytest.raises(Refused) as raised:
-        recognise.initrd(image)
-    assert "--initrd" in raised.value.remedy
+        view = image.view()
+    assert bytes(view) == bzimage()

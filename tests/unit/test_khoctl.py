@@ -69,9 +69,9 @@ IMAGES = [
     ("vmlinuz/below", Exit.usage, "ENOTDIR"),
     ("empty", Exit.refused, "empty"),
     ("truncated", Exit.refused, "truncated"),
-    ("cut-in-the-header", Exit.refused, "bzImage"),
-    ("elf", Exit.refused, "bzImage"),
-    ("text", Exit.refused, "bzImage"),
+    ("cut-in-the-header", Exit.refused, "x86_64"),
+    ("elf", Exit.refused, "no kernel"),
+    ("text", Exit.refused, "no kernel"),
 ]
 
 
@@ -118,14 +118,14 @@ def test_a_command_line_no_kernel_takes(khod: Khod, words: tuple[str, ...], said
 def test_a_nul_in_the_command_line(khod: Khod) -> None:
     """No argument of a process can hold one: it comes over the wire."""
     with (khod.directory / "vmlinuz").open("rb") as image, khod.connect() as client:
-        answer = call(client, "Kexec", files=[image.fileno()], image=0, cmdline="root=/dev/sda\0quiet")
+        answer = call(client, "Kexec", files=[image.fileno()], kernel={"image": 0, "cmdline": "root=/dev/sda\0quiet"})
     assert answer["error"] == "io.kho.Handover.UsageError"
     assert "NUL" in answer["parameters"]["what"]
 
 
 def test_a_descriptor_that_cannot_be_read(khod: Khod) -> None:
     with (khod.directory / "vmlinuz").open("ab") as image, khod.connect() as client:
-        answer = call(client, "Kexec", files=[image.fileno()], image=0, image_name="/boot/vmlinuz")
+        answer = call(client, "Kexec", files=[image.fileno()], kernel={"image": 0, "image_name": "/boot/vmlinuz"})
     assert answer["error"] in ("io.kho.Handover.UsageError", "io.kho.Handover.Refused")
     assert "EBADF" in answer["parameters"]["what"]
     assert answer["parameters"]["where"] == "/boot/vmlinuz"
@@ -135,7 +135,7 @@ def test_a_file_over_the_bound_is_refused_by_its_size_alone(khod: Khod) -> None:
     with (khod.directory / "huge").open("w+b") as image, khod.connect() as client:
         image.write(struct.pack("<I", 0))
         image.truncate(1 << 40)  # sparse: to read it would take hours
-        answer = call(client, "Kexec", files=[image.fileno()], image=0)
+        answer = call(client, "Kexec", files=[image.fileno()], kernel={"image": 0})
     assert answer["error"] == "io.kho.Handover.Refused"
     assert "max_size" in answer["parameters"]["remedy"]
 
@@ -217,7 +217,7 @@ def test_json_is_json_everywhere(khod: Khod) -> None:
     assert (status.json["phase"], status.json["generation"]) == ("idle", "sysfs")
     checks = khod.khoctl("check", "--json")
     assert checks.code == Exit.done
-    assert {check["result"] for check in checks.json} == {"passed"}
+    assert {check["result"] for check in checks.json} <= {"passed", "skipped"}
     abort = khod.khoctl("abort", "--json")
     assert abort.json["phase"] == "idle"
     error = khod.khoctl("kexec", "--json", "--image", khod.directory / "nowhere")

@@ -15,9 +15,9 @@ LAYERS = [
     {"__init__", "model", "errors", "wire", "files"},
     {"abi", "images"},
     {"kernel"},
-    {"machine", "record", "reconcile", "config", "cmdline"},
-    {"producers", "fdstore", "sessions", "guard", "executor", "verify", "preflight", "target", "actions"}
-    | {"handover", "arrival", "muster", "status"},
+    {"machine", "record", "reconcile", "config", "cmdline", "formats", "snapshots"},
+    {"producers", "fdstore", "sessions", "guard", "executor", "verify", "preflight", "target", "actions", "plan"}
+    | {"handover", "arrival", "muster", "status", "inhibitors"},
     {"engine"},
     {"server", "journal", "daemon", "__main__"},
 ]

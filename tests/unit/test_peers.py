@@ -366,7 +366,7 @@ def verb(operation: socket.socket) -> str:
 def load(khod: Khod, system: System) -> socket.socket:
     """Begin to bring a handover to `loaded`."""
     files = [os.open(system.directory / name, os.O_RDONLY) for name in ("vmlinuz", "initrd")]
-    operation = begin(khod, "Kexec", files=files, image=0, initrd=1, load_only=True)
+    operation = begin(khod, "Kexec", files=files, kernel={"image": 0, "initrds": [1]}, load_only=True)
     for fd in files:
         os.close(fd)
     return operation

@@ -145,7 +145,7 @@ def peer(system: System) -> Iterator[Callable[..., PeerProcess]]:
 def begin_kexec(khod: Khod, system: System) -> socket.socket:
     """Begin a handover and do not wait for it."""
     files = [os.open(system.directory / name, os.O_RDONLY) for name in ("vmlinuz", "initrd")]
-    client = begin(khod, "Kexec", files=files, image=0, initrd=1)
+    client = begin(khod, "Kexec", files=files, kernel={"image": 0, "initrds": [1]})
     for fd in files:
         os.close(fd)
     return client

@@ -1,7 +1,6 @@
 """The durable record: what goes in comes out, a crash leaves the old or the new one whole, damage has a sentence."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khod.errors import RecordError
-from khod.kernel.protocol import Tree
 from khod.model import Generation, Kept, Phase, Step, StepTiming, Verdict
 from khod.record import VERSION, Holder, Owner, Process, Record, Store, decode, encode
 from tests.unit.khods import REPOSITORY
@@ -161,7 +159,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_no_record_is_none_and_no_error(store: Store) -> None:
     assert store.read() is None
-    assert store.snapshot() is None
+    assert store.snapshots.last() is None
 
 
 def test_a_write_replaces_the_record_and_leaves_nothing_else(store: Store) -> None:
@@ -241,7 +239,7 @@ def test_a_read_only_file_system_is_a_record_error_and_the_record_can_be_read(ti
 def test_a_missing_directory_is_a_record_error(tmp_path: Path) -> None:
     store = Store(tmp_path / "nowhere")
     assert store.read() is None
-    for write in (lambda: store.write(FULL), store.free, lambda: store.write_snapshot(Tree(b""))):
+    for write in (lambda: store.write(FULL), store.free):
         with pytest.raises(RecordError) as raised:
             write()
         assert str(tmp_path / "nowhere") in raised.value.where
@@ -259,23 +257,6 @@ def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("no directory")
     with pytest.raises(RecordError, match="ENOTDIR"):
         Store(tmp_path / "state").write(FULL)
-
-
-TREES = [Tree(b"root"), Tree(b"root", {"memblock": b"\0\1", "LUO": b"", "kexec-metadata": os.urandom(5000)})]
-
-
-@pytest.mark.parametrize("tree", TREES)
-def test_a_snapshot_comes_back_as_it_was(store: Store, tree: Tree) -> None:
-    store.prepare_snapshot()
-    store.write_snapshot(tree)
-    assert store.snapshot() == tree
-
-
-def test_a_snapshot_holds_nothing_of_the_one_before(store: Store) -> None:
-    for tree in reversed(TREES):
-        store.prepare_snapshot()
-        store.write_snapshot(tree)
-        assert store.snapshot() == tree
 
 
 def test_a_record_of_before_producers_were_in_it_is_still_one() -> None:

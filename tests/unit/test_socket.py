@@ -73,8 +73,8 @@ WRONG_CALLS = {
     "a parameter too many": {"method": "io.kho.Handover.Abort", "parameters": {"harder": True}},
     "a parameter of another type": {"method": "io.kho.Handover.Abort", "parameters": {"force": "yes"}},
     "a stream without more": {"method": "io.kho.Handover.Monitor"},
-    "a descriptor that was not passed": {"method": "io.kho.Handover.Kexec", "parameters": {"image": 3}},
-    "a negative descriptor": {"method": "io.kho.Handover.Kexec", "parameters": {"image": -1}},
+    "a descriptor that was not passed": {"method": "io.kho.Handover.Kexec", "parameters": {"kernel": {"image": 3}}},
+    "a negative descriptor": {"method": "io.kho.Handover.Kexec", "parameters": {"kernel": {"image": -1}}},
     "an unknown side": {"method": "io.kho.Handover.Tree", "parameters": {"side": "up"}},
 }
 
@@ -133,12 +133,12 @@ def test_a_message_just_over_the_bound_is_answered(khod: Khod) -> None:
 
 
 def test_many_large_messages_that_are_each_within_the_bound(khod: Khod) -> None:
-    call_ = {"method": "io.kho.Handover.Kexec", "parameters": {"cmdline": "x" * (MIB // 2)}}
+    call_ = {"method": "io.kho.Handover.Kexec", "parameters": {"kernel": {"cmdline": "x" * (MIB // 2)}}}
     before = khod.resident
     with khod.connect() as client:
         for _turn in range(40):
             client.sendall(json.dumps(call_).encode() + b"\0")
-            assert reply(client)["error"] == "io.kho.Handover.Refused"
+            assert reply(client)["error"] == "io.kho.Handover.UsageError"
     assert khod.resident - before < 32 * MIB
 
 

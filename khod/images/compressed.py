@@ -1,0 +1,180 @@
+"""The compressions a kernel build and an initrd may use, unpacked in bounded pieces.
+
+scripts/Makefile.lib makes them, lib/decompress_*.c and this module take them apart. No piece is larger
+than an lz4 block, and nothing goes on past `limit`: a decompression bomb costs no more than that.
+"""
+
+import bz2
+import lzma
+import struct
+import zlib
+from collections.abc import Callable, Generator
+
+from khod.errors import Refused
+
+PIECE = 1 << 20  # bytes of output at a time, and
+FEED = 1 << 18  # of input
+WINDOW = 1 << 27  # zstd -22 and xz with a 128 MiB dictionary, the most a kernel build uses
+LZ4_BLOCK = 8 << 20  # lib/decompress_unlz4.c: LZ4_DEFAULT_UNCOMPRESSED_CHUNK_SIZE
+LZ4_MAGIC, LZ4_SIZE = 0x184C2102, 4
+LZ4_ROOM = LZ4_BLOCK + LZ4_BLOCK // 255 + 16  # LZ4_compressBound of it
+
+Pieces = Generator[bytes, None, int]
+
+MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x02\x21\x4c\x18": "lz4",
+    b"BZh": "bzip2",
+    b"\x5d\0\0": "lzma",
+    b"\x89LZO": "lzo",  # named only: no maintained library unpacks it
+}
+HEAD = max(map(len, MAGIC))
+"""Bytes `recognise` needs."""
+
+
+def recognise(head: bytes) -> str:
+    """Name the compression by its first bytes; "" where it is none."""
+    return next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
+
+
+def unpack(method: str, data: memoryview, limit: int, where: str) -> Pieces:
+    """Unpack the one stream `data` begins with, piece by piece; what it returns is its length in `data`.
+
+    `limit` bounds the sum of the pieces, in bytes. Refused where the stream is damaged or truncated, where
+    it holds more than `limit`, or where nothing here unpacks it.
+    """
+    if method not in METHODS:
+        how = f"with {method}" if method else "in a way no kernel build uses"
+        raise Refused(f"It is compressed {how}, which khod does not unpack", where=where, remedy=_ANOTHER)
+    pieces, total = METHODS[method](data), 0
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            return int(end.value)
+        except (ValueError, OSError, zlib.error, lzma.LZMAError, MemoryError) as error:
+            reason = str(error) or type(error).__name__
+            raise Refused(f"What {method} packed in it is damaged: {reason}", where=where, remedy=_COPY) from None
+        total += len(piece)
+        if total > limit:
+            raise Refused(
+                f"It unpacks to more than the {limit} bytes allowed",
+                where=where,
+                remedy="Raise `images.max_unpacked` in /etc/kho/khod.toml if this is meant.",
+            )
+        yield piece
+
+
+_ANOTHER = "Compress it in another way."
+_COPY = "Copy the file again, or make it again."
+_TRUNCATED = "it ends too early"
+
+
+def _gzip(data: memoryview) -> Pieces:
+    engine = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    at = 0
+    while not engine.eof:
+        if engine.unconsumed_tail:
+            feed: bytes | memoryview = engine.unconsumed_tail
+        else:
+            feed = data[at : at + FEED]
+            at += len(feed)
+        piece = engine.decompress(feed, PIECE)
+        if piece:
+            yield piece
+        elif not feed and not engine.eof:
+            raise ValueError(_TRUNCATED)
+    return at - len(engine.unused_data)
+
+
+def _by_engine(engine: bz2.BZ2Decompressor | lzma.LZMADecompressor, data: memoryview) -> Pieces:
+    at = 0
+    while not engine.eof:
+        feed = data[at : at + FEED] if engine.needs_input else b""
+        if engine.needs_input and not feed:
+            raise ValueError(_TRUNCATED)
+        at += len(feed)
+        if piece := engine.decompress(feed, PIECE):
+            yield piece
+    return at - len(engine.unused_data)
+
+
+def _bzip2(data: memoryview) -> Pieces:
+    return _by_engine(bz2.BZ2Decompressor(), data)
+
+
+def _xz(data: memoryview) -> Pieces:
+    return _by_engine(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2 * WINDOW), data)
+
+
+def _lzma(data: memoryview) -> Pieces:
+    return _by_engine(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=2 * WINDOW), data)
+
+
+def _zstd(data: memoryview) -> Pieces:
+    import zstandard  # noqa: PLC0415 - khod at rest does without
+
+    try:
+        length = _zstd_frame(data)
+        engine = zstandard.ZstdDecompressor(max_window_size=WINDOW)
+        with engine.stream_reader(data[:length]) as reader:
+            while piece := reader.read(PIECE):
+                yield piece
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    return length
+
+
+def _zstd_frame(data: memoryview) -> int:
+    """Measure a frame by its blocks (RFC 8878, 3.1.1): the library does not say where one ended."""
+    import zstandard  # noqa: PLC0415 - khod at rest does without
+
+    parameters = zstandard.get_frame_parameters(data[:FEED])
+    at, last = zstandard.frame_header_size(data[:FEED]), False
+    while not last:
+        header = int.from_bytes(data[at : at + 3], "little")
+        last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+        at += 3 + (1 if kind == 1 else size)  # of a run, one byte stands there
+        if at > len(data):
+            raise ValueError(_TRUNCATED)
+    at += 4 * parameters.has_checksum
+    if at > len(data):
+        raise ValueError(_TRUNCATED)
+    return at
+
+
+def _lz4(data: memoryview) -> Pieces:
+    """The legacy frame: no end mark, so it goes on to a zero, or to the four bytes a kernel build appends."""
+    import lz4.block  # noqa: PLC0415 - khod at rest does without
+
+    at = 0
+    while len(data) - at > LZ4_SIZE:
+        (size,) = struct.unpack_from("<I", data, at)
+        if size == 0:
+            break
+        at += LZ4_SIZE
+        if size == LZ4_MAGIC:
+            continue
+        if size > LZ4_ROOM:
+            raise ValueError(f"a block of {size} bytes")
+        if size > len(data) - at:
+            raise ValueError(_TRUNCATED)
+        try:
+            piece = lz4.block.decompress(data[at : at + size], uncompressed_size=LZ4_BLOCK)
+        except lz4.block.LZ4BlockError as error:
+            raise ValueError(str(error)) from None
+        at += size
+        yield piece
+    return at
+
+
+METHODS: dict[str, Callable[[memoryview], Pieces]] = {
+    "gzip": _gzip,
+    "xz": _xz,
+    "zstd": _zstd,
+    "lz4": _lz4,
+    "bzip2": _bzip2,
+    "lzma": _lzma,
+}

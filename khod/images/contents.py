@@ -1,0 +1,99 @@
+"""What stands in a kernel's code and data: its release, its configuration, the KHO formats it knows."""
+
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from khod.errors import Refused
+from khod.images import elf
+from khod.images.elf import Read
+
+MARKS = ("dt_max",)
+"""Words that tell v3's KHO from mainline's: names of files only v3 has."""
+
+STEP = 4 << 20
+OVERLAP = 256  # bytes looked at twice: more than the longest string of interest
+LONGEST = 64
+CONFIG_LIMIT = 4 << 20  # bytes; an allyesconfig is 300 kB
+
+VERSION = re.compile(rb"-v[0-9]{1,4}\0")
+# A string of its own (in a struct, a pointer's bytes may come before it), or the end of one that a linker has merged
+# it into: names we know are cut out of that.
+WHOLE = re.compile(rb"(?:^|[^ -~])([a-z][a-z0-9,_-]*)$")
+TAIL = re.compile(rb"(kho|kho-test|luo|luo-session|memfd|memblock|reserve-mem|ftrace(?:,array|,cpu)?)$")
+MOST = 100_000  # versions: a kernel has hundreds
+LINUX = b"Linux version "  # init/version-timestamp.c: linux_banner
+BANNER = re.compile(LINUX + rb"([0-9][^ \0]{0,63}) ")
+IKCFG_ST = b"IKCFG_ST"  # kernel/configs.c
+IKCONFIG = IKCFG_ST + b"\x1f\x8b\x08"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found; the fields are `khod.images.kernel.Kernel`'s."""
+
+    version: str
+    config: str | None
+    compatible: frozenset[str]
+    marks: frozenset[str]
+
+
+def look(read: Read, size: int, where: str) -> Contents:
+    """Search a kernel of `size` bytes, uncompressed; in a vmlinux only where its constants lie.
+
+    Refused where it is made of more versions than can be looked at.
+    """
+    version, config, marks = "", None, set[str]()
+    names, count = set[str](), 0
+    for at, seen, text in _windows(read, size):
+        for found in VERSION.finditer(text):
+            count += 1
+            if found.end() > seen:
+                names |= _name(text, found.start(), found.end() - 1)
+        if count > MOST:
+            raise Refused(f"There are more than {MOST} versions in it", where=where, remedy="Is it a kernel?")
+        marks |= {mark for mark in MARKS if text.find(b"\0" + mark.encode() + b"\0") >= 0}
+        if not version and (start := text.find(LINUX)) >= 0 and (banner := BANNER.search(text, start)):
+            version = banner[1].decode(errors="replace")
+        if config is None and (start := text.find(IKCONFIG)) >= 0:
+            config = _config(read, at + start + len(IKCFG_ST))
+    return Contents(version, config, frozenset(_of_kho(names)), frozenset(marks))
+
+
+def _windows(read: Read, size: int) -> Iterator[tuple[int, int, bytes]]:
+    """The constants in pieces that overlap: where each begins, how many of its bytes were seen before, its bytes."""
+    found = elf.read(read)
+    constants = [
+        (section.offset, min(section.offset + section.size, size))
+        for section in (found.sections if found else ())
+        if "rodata" in section.name or section.name in (".data", ".init.data")
+    ]
+    done = 0
+    for begin, end in sorted(constants) or [(0, size)]:
+        start = max(begin, done)  # sections of a damaged file may overlap
+        done = max(end, done)
+        for at in range(start, end, STEP):
+            first = max(at - OVERLAP, start)
+            yield first, at - first, bytes(read(first, min(at + STEP, end) - first))
+
+
+def _name(text: bytes, start: int, end: int) -> set[str]:
+    """The names that end in the version `text[start:end]`."""
+    before, version = text[max(start - LONGEST, 0) : start], text[start:end]
+    return {(found[1] + version).decode() for pattern in (WHOLE, TAIL) if (found := pattern.search(before))}
+
+
+def _of_kho(names: set[str]) -> set[str]:
+    """Leave out device tree names (`arm,gic-v3`): with a comma, only the parts of a format that is there too."""
+    families = {name.rpartition("-v")[0] for name in names}
+    return {name for name in names if "," not in name or name.partition(",")[0] in families}
+
+
+def _config(read: Read, at: int) -> str | None:
+    engine = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        text = engine.decompress(read(at, CONFIG_LIMIT), CONFIG_LIMIT)
+    except zlib.error:
+        return None
+    return text.decode(errors="replace") if engine.eof else None

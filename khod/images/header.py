@@ -1,0 +1,206 @@
+"""What each architecture's kernel image says in its header, and what its kexec_file_load(2) takes.
+
+The formats are in Documentation/arch/{x86/boot,arm64/booting,riscv/boot-image-header}.rst, and for loongarch
+and s390 in arch/loongarch/include/asm/image.h and arch/s390/include/asm/setup.h.
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from khod.errors import Refused
+from khod.images import elf, pe
+
+# arch/*/kernel/{kexec-bzimage64,kexec_image,kexec_elf,kexec_efi,machine_kexec_file}.c, arch/powerpc/kexec/elf_64.c
+LOADS: dict[str, tuple[str, ...]] = {
+    "x86_64": ("bzImage",),
+    "aarch64": ("Image",),
+    "riscv64": ("Image", "vmlinux"),
+    "loongarch64": ("vmlinux.efi", "vmlinux"),
+    "ppc64le": ("vmlinux",),
+    "s390x": ("Image", "vmlinux"),
+}
+# COMMAND_LINE_SIZE less the NUL; x86 and s390 name their own in the header. loongarch's loader puts `kexec_file` and
+# `initrd=START,SIZE` in front.
+CMDLINE = {"aarch64": 2047, "riscv64": 1023, "loongarch64": 4095 - 64, "ppc64le": 2047, "s390x": 894}
+ELFCOREHDR = 30  # MAX_ELFCOREHDR_STR_LEN, which x86's loader wants free whether it loads for a crash or not
+SECTOR, PARAGRAPH, MIB2 = 512, 16, 2 << 20
+
+# The setup header, struct setup_header
+SETUP_SECTS, SYSSIZE, BOOT_FLAG, HDRS, VERSION, KERNEL_VERSION = 0x1F1, 0x1F4, 0x1FE, 0x202, 0x206, 0x20E
+LOADFLAGS, KERNEL_ALIGNMENT, XLOADFLAGS, CMDLINE_SIZE, PAYLOAD, INIT_SIZE = 0x211, 0x230, 0x236, 0x238, 0x248, 0x260
+SETUP_END = 0x268
+LOADED_HIGH, XLF_KERNEL_64, XLF_CAN_BE_LOADED_ABOVE_4G = 1, 1, 2
+PROTOCOL = 0x020C
+
+# The 64 bytes arm64, riscv and loongarch agree on: text_offset, image_size or their like, and a magic at 56
+FLAT, FLAT_MAGIC = 64, slice(56, 60)
+ARM64_MAGIC, RISCV_MAGIC, EFI_MAGIC = b"ARM\x64", b"RSC\x05", b"\xcd\x23\x82\x81"
+PE_LOONGARCH = 0x6264  # IMAGE_FILE_MACHINE_LOONGARCH64
+# s390: the entry's mark, and struct parmarea's kernel_version and max_command_line_size
+S390_MAGIC, S390_PARMAREA = (0x10008, b"S390EP"), 0x10428
+RELEASE = 64  # bytes: __NEW_UTS_LEN
+
+
+@dataclass(frozen=True)
+class Header:
+    """A kernel image by its header; the fields are `khod.images.kernel.Kernel`'s.
+
+    `payload` is where a compressed kernel lies in it (offset and length in bytes), None where it is not compressed.
+    """
+
+    format: str
+    arch: str
+    cmdline_limit: int
+    memory: int
+    alignment: int
+    version: str = ""
+    text_offset: int = 0
+    setup_size: int = 0
+    payload: tuple[int, int] | None = None
+    opaque: str = ""
+
+
+def read(view: memoryview, machine: str, where: str) -> Header | None:
+    """Recognise a kernel image, `machine`'s own formats first; None where it is none, Refused where it is cut off."""
+    for reader in sorted(_READERS, key=lambda reader: _READERS[reader] != machine):
+        if header := reader(view, where):
+            return header
+    return None
+
+
+def check(header: Header, machine: str, where: str) -> None:
+    """Raise Refused where `machine`'s kexec_file_load(2) does not take the image."""
+    takes = LOADS.get(machine, ())
+    if header.arch != machine:
+        raise Refused(
+            f"The image is for {header.arch or 'an unknown processor'}, and this machine is {machine}",
+            where=where,
+            remedy=f"Give --image a kernel for {machine}.",
+        )
+    if header.format not in takes:
+        raise Refused(
+            f"The image is a {header.format}, and {machine}'s kexec_file_load(2) takes only a {' or a '.join(takes)}",
+            where=where,
+            remedy=f"Give --image the {takes[0]} of the same build, for instance /boot/vmlinuz-VERSION.",
+        )
+
+
+def _bzimage(view: memoryview, where: str) -> Header | None:
+    if bytes(view[HDRS : HDRS + 4]) != b"HdrS" or bytes(view[BOOT_FLAG : BOOT_FLAG + 2]) != b"\x55\xaa":
+        return None
+    if len(view) < SETUP_END:
+        raise pe.truncated("its setup header", SETUP_END, len(view), where)
+    (syssize,) = struct.unpack_from("<I", view, SYSSIZE)
+    setup_size = (view[SETUP_SECTS] or 4) * SECTOR + SECTOR
+    if len(view) < setup_size + syssize * PARAGRAPH:
+        raise pe.truncated("what its header names", setup_size + syssize * PARAGRAPH, len(view), where)
+    _check_bzimage(view, where)
+    alignment, xload, cmdline_size = struct.unpack_from("<I2xHI", view, KERNEL_ALIGNMENT)
+    offset, length = struct.unpack_from("<II", view, PAYLOAD)
+    if setup_size + offset + length > len(view):
+        raise pe.truncated("its compressed kernel", setup_size + offset + length, len(view), where)
+    (at,) = struct.unpack_from("<H", view, KERNEL_VERSION)
+    return Header(
+        "bzImage",
+        "x86_64" if xload & XLF_KERNEL_64 else "i686",
+        max(cmdline_size - ELFCOREHDR - 1, 0),
+        struct.unpack_from("<I", view, INIT_SIZE)[0],
+        alignment,
+        _release(view[at + SECTOR :]) if at else "",
+        setup_size=setup_size,
+        payload=(setup_size + offset, length),
+    )
+
+
+def _check_bzimage(view: memoryview, where: str) -> None:
+    """Raise Refused where one of bzImage64_probe()'s conditions does not hold."""
+    (protocol,) = struct.unpack_from("<H", view, VERSION)
+    (xload,) = struct.unpack_from("<H", view, XLOADFLAGS)
+    wrong = [
+        (protocol < PROTOCOL, f"speaks boot protocol {protocol >> 8}.{protocol & 0xFF:02}, older than 2.12"),
+        (not view[LOADFLAGS] & LOADED_HIGH, "is a zImage"),
+        (not xload & XLF_KERNEL_64, "is not a 64-bit kernel"),
+        (not xload & XLF_CAN_BE_LOADED_ABOVE_4G, "cannot be loaded above 4 GiB"),
+    ]
+    for is_wrong, what in wrong:
+        if is_wrong:
+            raise Refused(
+                f"The image {what}, and x86_64's kexec_file_load(2) does not take it",
+                where=where,
+                remedy="Give --image a 64-bit bzImage of Linux 3.8 or later.",
+            )
+
+
+def _arm64(view: memoryview, where: str) -> Header | None:
+    if len(view) < FLAT or bytes(view[FLAT_MAGIC]) != ARM64_MAGIC:
+        return None
+    text_offset, image_size = struct.unpack_from("<QQ", view, 8)
+    _sized(image_size, where)
+    return Header("Image", "aarch64", CMDLINE["aarch64"], image_size, MIB2, text_offset=text_offset)
+
+
+def _riscv(view: memoryview, where: str) -> Header | None:
+    if len(view) < FLAT or bytes(view[FLAT_MAGIC]) != RISCV_MAGIC:
+        return None
+    text_offset, image_size = struct.unpack_from("<QQ", view, 8)
+    _sized(image_size, where)
+    return Header("Image", "riscv64", CMDLINE["riscv64"], image_size, text_offset, text_offset=text_offset)
+
+
+def _loongarch(view: memoryview, where: str) -> Header | None:
+    portable = pe.read(view, where)  # the magic is that of every kernel with an EFI stub, x86's too
+    if bytes(view[FLAT_MAGIC]) != EFI_MAGIC or portable is None or portable.machine != PE_LOONGARCH:
+        return None
+    kernel_asize, text_offset = struct.unpack_from("<QQ", view, 16)
+    _sized(kernel_asize, where)
+    return Header("vmlinux.efi", "loongarch64", CMDLINE["loongarch64"], kernel_asize, MIB2, text_offset=text_offset)
+
+
+def _s390(view: memoryview, where: str) -> Header | None:  # noqa: ARG001 - one of the readers
+    at, magic = S390_MAGIC
+    if len(view) < S390_PARMAREA + 16 or bytes(view[at : at + len(magic)]) != magic:
+        return None
+    version, limit = struct.unpack_from(">QQ", view, S390_PARMAREA)
+    return Header(
+        "Image",
+        "s390x",
+        limit - 2 if limit > 1 else CMDLINE["s390x"],  # the loader refuses one that fills it, its NUL included
+        len(view),
+        4096,
+        _release(view[version:]) if version else "",
+        opaque="an s390 Image does not say where its compressed kernel lies",
+    )
+
+
+def _vmlinux(view: memoryview, where: str) -> Header | None:
+    found = elf.read(lambda offset, length: view[offset : offset + length])
+    if found is None:
+        return None
+    if found.end > len(view):
+        raise pe.truncated("a segment", found.end, len(view), where)
+    return Header("vmlinux", found.arch, CMDLINE.get(found.arch, 0), found.memory, found.alignment)
+
+
+_READERS: dict[Callable[[memoryview, str], Header | None], str] = {
+    _bzimage: "x86_64",
+    _arm64: "aarch64",
+    _riscv: "riscv64",
+    _loongarch: "loongarch64",
+    _s390: "s390x",
+    _vmlinux: "ppc64le",
+}
+
+
+def _sized(size: int, where: str) -> None:
+    """The loaders refuse an Image of before Linux 3.17, which does not name its size."""
+    if size == 0:
+        raise Refused(
+            "The image's header names no size, and kexec_file_load(2) does not take that",
+            where=where,
+            remedy="Give --image a newer kernel.",
+        )
+
+
+def _release(view: memoryview) -> str:
+    return bytes(view[: RELEASE + 1]).split(b"\0")[0].split(b" ")[0].decode(errors="replace")

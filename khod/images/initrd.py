@@ -1,0 +1,204 @@
+"""Walk an initrd as the kernel unpacks it (init/initramfs.c), without keeping any of it."""
+
+import posixpath
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from khod.errors import Refused
+from khod.images import compressed
+from khod.images.sealed import ALIGNMENT, Sealed
+
+MAGIC, MAGIC_CRC = b"070701", b"070702"
+DIGIT = ord("0")  # an archive's first byte
+HEADER = 110  # bytes: the magic, and thirteen hexadecimal numbers of eight digits
+MODE, FILESIZE, NAMESIZE, CHECK = 1, 6, 11, 12  # their places among the numbers
+TRAILER = b"TRAILER!!!"
+PATH_MAX = 4096
+PIECE = 1 << 20
+NOT_ZERO = re.compile(rb"[^\0]")
+
+
+@dataclass(frozen=True)
+class Initrd:
+    """What an initrd holds.
+
+    `formats` are those of its parts in order, for instance ("cpio", "zstd"); `files` counts its entries, `unpacked`
+    the bytes of its archives. `init` tells whether the program to start is among them, and `opaque`, where not "",
+    why a part could not be looked into: then `files` and `init` say nothing of that part.
+    """
+
+    formats: tuple[str, ...]
+    files: int
+    unpacked: int
+    init: bool
+    opaque: str = ""
+
+
+def look(image: Sealed, limit: int, init: str = "init") -> Initrd:
+    """Walk every archive of an initrd to its end; Refused, with where, where the kernel could not unpack all of it.
+
+    `limit` is the most bytes it may unpack to, `init` the path in it that will be started.
+    """
+    view, walk, formats, at = image.view(), _Walk(image.name, init), list[str](), 0
+    while found := NOT_ZERO.search(view, at):
+        at = found.start()
+        if view[at] == DIGIT and at % ALIGNMENT == 0:
+            stream = _Stream((view[start : start + PIECE] for start in range(at, len(view), PIECE)), at)
+            walk.archive(stream, "")
+            formats.append("cpio")
+            walk.unpacked += stream.at - at
+            at = stream.at
+            continue
+        method = compressed.recognise(bytes(view[at : at + compressed.HEAD]))
+        if not method:
+            raise _no_archive(image.name, at)
+        formats.append(method)
+        if method not in compressed.METHODS:
+            opaque = f"what follows byte {at} is compressed with {method}, which khod does not unpack"
+            return Initrd(tuple(formats), walk.files, walk.unpacked, walk.init_seen, opaque)
+        at += _packed(walk, method, view[at:], at, limit)
+    if not formats:
+        raise _no_archive(image.name, 0)
+    return Initrd(tuple(formats), walk.files, walk.unpacked, walk.init_seen)
+
+
+def _packed(walk: "_Walk", method: str, view: memoryview, at: int, limit: int) -> int:
+    """Walk one compressed part; its bytes in the file."""
+    lengths: list[int] = []
+
+    def pieces() -> Iterator[bytes]:
+        lengths.append((yield from compressed.unpack(method, view, limit - walk.unpacked, walk.where)))
+
+    stream, within = _Stream(pieces(), 0), f" of what {method} packed at byte {at}"
+    try:
+        walk.archive(stream, within)
+    except Refused as error:
+        if within in error.what:
+            raise
+        raise Refused(f"{error.what} (the part at byte {at})", where=error.where, remedy=error.remedy) from None
+    if stream.peek() is not None:
+        raise walk.damaged("no cpio header stands", stream.at, within)
+    walk.unpacked += stream.at
+    return lengths[0]
+
+
+class _Stream:
+    """Bytes that come in pieces; `at` is the offset of the next one."""
+
+    def __init__(self, pieces: Iterator[bytes] | Iterator[memoryview], at: int) -> None:
+        self._pieces = pieces
+        self._piece: bytes | memoryview = b""
+        self._used = 0
+        self.at = at
+
+    def peek(self) -> int | None:
+        """The next byte, None at the end."""
+        while self._used == len(self._piece):
+            piece = next(self._pieces, None)
+            if piece is None:
+                return None
+            self._piece, self._used = piece, 0
+        return self._piece[self._used]
+
+    def chunks(self, length: int) -> Iterator[bytes | memoryview]:
+        """The next `length` bytes in pieces, fewer at the end."""
+        while length and self.peek() is not None:
+            chunk = self._piece[self._used : self._used + length]
+            self._used += len(chunk)
+            self.at += len(chunk)
+            length -= len(chunk)
+            yield chunk
+
+    def take(self, length: int) -> bytes:
+        """The next `length` bytes, fewer at the end."""
+        return b"".join(self.chunks(length))
+
+    def zeros(self) -> None:
+        """Go on to the next byte that is none."""
+        while self.peek() is not None:
+            found = NOT_ZERO.search(self._piece, self._used)
+            end = found.start() if found else len(self._piece)
+            self.at += end - self._used
+            self._used = end
+            if found:
+                return
+
+
+class _Walk:
+    """What was seen so far; it raises Refused where the kernel would stop."""
+
+    def __init__(self, where: str, init: str) -> None:
+        self.where = where
+        self._init = init
+        self.files = 0
+        self.unpacked = 0
+        self.init_seen = False
+
+    def archive(self, stream: _Stream, within: str) -> None:
+        """Walk entries, trailers and zeros up to something else; `within` says what the offsets count in."""
+        while (byte := stream.peek()) in (0, DIGIT):
+            if byte == 0:
+                stream.zeros()
+            elif stream.at % ALIGNMENT:
+                raise self.damaged("an entry is not aligned to 4 bytes", stream.at, within)
+            else:
+                self._entry(stream, within)
+
+    def damaged(self, what: str, at: int, within: str) -> Refused:
+        """Word the refusal."""
+        return Refused(
+            f"The initrd is damaged: {what} at byte {at}{within}",
+            where=self.where,
+            remedy="Copy it again, or make it again (update-initramfs, dracut, mkosi-initrd).",
+        )
+
+    def _entry(self, stream: _Stream, within: str) -> None:
+        start = stream.at
+        head = stream.take(HEADER)
+        if head[: len(MAGIC)] not in (MAGIC, MAGIC_CRC):
+            raise self.damaged("no newc header stands", start, within)
+        try:
+            fields = struct.unpack(">13I", bytes.fromhex(head[len(MAGIC) :].decode("ascii")))
+        except (ValueError, struct.error):
+            raise self.damaged("an entry's header is no row of numbers", start, within) from None
+        mode, size, name_size, check = (fields[place] for place in (MODE, FILESIZE, NAMESIZE, CHECK))
+        name = self._name(stream, name_size, start, within)
+        total = 0
+        for chunk in stream.chunks(size):
+            total += len(chunk)
+            check -= sum(chunk) if head.startswith(MAGIC_CRC) and stat.S_ISREG(mode) else 0
+        if total < size:
+            raise self.damaged("it ends within the entry", start, within)
+        if head.startswith(MAGIC_CRC) and stat.S_ISREG(mode) and check % (1 << 32):
+            raise self.damaged("the checksum does not fit the entry", start, within)
+        stream.take(-stream.at % ALIGNMENT)
+        if name not in (TRAILER, b""):
+            self.files += 1
+            regular = stat.S_ISREG(mode) or stat.S_ISLNK(mode)
+            self.init_seen |= regular and posixpath.normpath(b"/" + name).lstrip(b"/") == self._init.encode()
+
+    def _name(self, stream: _Stream, size: int, start: int, within: str) -> bytes:
+        """Read an entry's name; "" where the kernel skips the entry."""
+        padded = size + -(HEADER + size) % ALIGNMENT
+        if not 0 < size <= PATH_MAX:
+            skipped = sum(len(chunk) for chunk in stream.chunks(padded))
+            name, short = b"", skipped < size
+        else:
+            name = stream.take(padded)[:size]
+            short = len(name) < size
+        if short:
+            raise self.damaged("it ends within the entry", start, within)
+        if name and name[-1] != 0:
+            raise self.damaged("a name has no end in the entry", start, within)
+        return name.split(b"\0")[0]
+
+
+def _no_archive(where: str, at: int) -> Refused:
+    return Refused(
+        f"The initrd is neither a cpio archive nor compressed in a way a kernel knows, at byte {at}",
+        where=where,
+        remedy="Give --initrd an initramfs, for instance /boot/initrd.img-VERSION.",
+    )

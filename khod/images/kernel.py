@@ -1,0 +1,233 @@
+"""A kernel image taken apart: down to what the running kernel's loader takes, and what that says of itself."""
+
+import enum
+import struct
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from khod.errors import KhoError, Refused
+from khod.images import compressed, contents, header, pe, sealed
+from khod.images.contents import MARKS, Contents
+from khod.images.header import Header
+from khod.images.pe import Portable, Section
+from khod.images.sealed import Sealed
+
+__all__ = ["MARKS", "Bundle", "Kernel", "Signature", "take_apart"]
+
+LAYERS = 4  # files within files
+MODULE_SIGNATURE = b"~Module signature appended~\n"  # include/linux/module_signature.h
+# drivers/firmware/efi/libstub/zboot-header.S
+ZBOOT, ZBOOT_PAYLOAD = b"MZ\0\0zimg", 8
+ZBOOT_NUMBERS = struct.Struct("<II")  # offset and length, in bytes
+PROFILES = 2  # the common sections and the first profile
+NO_CONTENTS = Contents("", None, frozenset(), frozenset())
+
+
+class Signature(enum.Enum):
+    """How an image is signed: in its PE certificate table, or as a module is, after its end."""
+
+    none = "none"
+    pe = "pe"
+    appended = "appended"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel image says of itself, as the running kernel's loader will be given it.
+
+    `format` is bzImage, Image (arm64, riscv, s390), vmlinux.efi (loongarch) or vmlinux; `arch` is uname -m's word,
+    `version` uname -r's ("" where it has none). In bytes: `cmdline_limit` without the NUL, what this architecture's
+    loader leaves of it; `size` of the file; `setup_size` of x86's real-mode part, which is not in the kernel's
+    segment; `memory` it needs to start (x86 init_size, image_size, the span of an ELF's PT_LOADs); `alignment`;
+    `text_offset` (arm64, riscv, loongarch). `config` is the embedded configuration (IKCONFIG), `compatible` the KHO
+    formats it knows, `marks` which of MARKS it has; where `opaque` is not "", it says why none of these is known.
+    """
+
+    format: str
+    arch: str
+    version: str
+    cmdline_limit: int
+    size: int
+    setup_size: int
+    memory: int
+    alignment: int
+    text_offset: int
+    signature: Signature
+    config: str | None
+    compatible: frozenset[str]
+    marks: frozenset[str]
+    opaque: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One file taken apart: what the loader is given, and what came with it. Owns its descriptors.
+
+    `formats` from the outside in, for instance ("UKI", "bzImage"), ("zboot zstd", "Image"). `initrd`, `cmdline`,
+    `osrel` and `uname` are a unified kernel image's, None and "" where it has none.
+    """
+
+    formats: tuple[str, ...]
+    kernel: Sealed
+    initrd: Sealed | None
+    cmdline: str | None
+    osrel: str
+    uname: str
+    about: Kernel
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.kernel.close()
+        if self.initrd is not None:
+            self.initrd.close()
+
+
+def take_apart(image: Sealed, machine: str, limit: int) -> Bundle:
+    """Unpack an image as far as `machine`'s (uname -m) kexec_file_load(2) needs, and look at what is in there.
+
+    `limit` is the most bytes anything may unpack to. The bundle owns `image` then; where Refused is raised, because
+    this machine's loader cannot be given it or it is damaged, `image` stays the caller's.
+    """
+    formats: list[str] = []
+    kernel, parts, initrd = image, dict[str, memoryview](), None
+    try:
+        while True:
+            view = kernel.view()
+            portable = pe.read(view, image.name)
+            parts = parts or _parts(view, portable)
+            layer = _layer(view, portable, image.name, limit)
+            if layer is None:
+                break
+            if len(formats) == LAYERS:
+                raise Refused(f"More than {LAYERS} files lie within each other", where=image.name, remedy=_ANOTHER)
+            formats.append(layer[0])
+            outer, kernel = kernel, sealed.fill(layer[1], image.name)
+            if outer is not image:
+                outer.close()
+        about = _about(view, portable, machine, image.name, limit)
+        initrd = _initrd(parts, image.name)
+    except BaseException:
+        if kernel is not image:
+            kernel.close()
+        raise
+    if kernel is not image:
+        image.close()
+    cmdline = _text(parts, ".cmdline") if ".cmdline" in parts else None
+    return Bundle(
+        (*formats, about.format), kernel, initrd, cmdline, _text(parts, ".osrel"), _text(parts, ".uname"), about
+    )
+
+
+_ANOTHER = "Give --image a kernel image, for instance /boot/vmlinuz-VERSION."
+
+
+def _layer(
+    view: memoryview, portable: Portable | None, where: str, limit: int
+) -> tuple[str, Iterable[bytes | memoryview]] | None:
+    """Find what is around another file: its name, and what is in it, in pieces. None where nothing is."""
+    if (linux := _parts(view, portable).get(".linux")) is not None:
+        return "UKI", [linux]
+    if bytes(view[: len(ZBOOT)]) == ZBOOT and portable is not None:
+        offset, size = ZBOOT_NUMBERS.unpack_from(view, ZBOOT_PAYLOAD)
+        if offset + size > len(view):
+            raise pe.truncated("its compressed kernel", offset + size, len(view), where)
+        packed = view[offset : offset + size]
+        method = compressed.recognise(bytes(packed[: compressed.HEAD]))
+        return f"zboot {method}".rstrip(), compressed.unpack(method, packed, limit, where)
+    if method := compressed.recognise(bytes(view[: compressed.HEAD])):
+        return method, compressed.unpack(method, view, limit, where)
+    return None
+
+
+def _parts(view: memoryview, portable: Portable | None) -> dict[str, memoryview]:
+    """Give a unified kernel image's sections by name, as systemd-stub starts it; none where it is no such image.
+
+    Where it has several profiles (.profile begins each), the first is started: its sections, before the common ones.
+    """
+    common, first = dict[str, Section](), dict[str, Section]()
+    if portable is not None:
+        profiles = 0
+        for section in portable.sections:
+            profiles += section.name == ".profile"
+            if profiles < PROFILES:
+                (first if profiles else common).setdefault(section.name, section)
+    parts = common | first
+    if ".linux" not in parts:
+        return {}
+    return {name: view[section.offset : section.offset + section.size] for name, section in parts.items()}
+
+
+def _text(parts: dict[str, memoryview], name: str) -> str:
+    return bytes(parts.get(name, b"")).decode(errors="replace").strip("\0 \n")
+
+
+def _initrd(parts: dict[str, memoryview], where: str) -> Sealed | None:
+    """Join the microcode and the initrd, as systemd-stub does."""
+    microcode, initrd = parts.get(".ucode", memoryview(b"")), parts.get(".initrd", memoryview(b""))
+    if not microcode and not initrd:
+        return None
+    return sealed.fill([microcode, bytes(-len(microcode) % sealed.ALIGNMENT), initrd], f"{where}: .initrd")
+
+
+def _about(view: memoryview, portable: Portable | None, machine: str, where: str, limit: int) -> Kernel:
+    found = header.read(view, machine, where)
+    if found is None:
+        raise Refused("The image is no kernel of a kind khod knows", where=where, remedy=_ANOTHER)
+    header.check(found, machine, where)
+    opaque, inside = found.opaque, NO_CONTENTS
+    if not opaque:
+        try:
+            inside = _inside(view, found, where, limit)
+        except KhoError as error:
+            opaque = error.what
+    return Kernel(
+        found.format,
+        found.arch,
+        found.version or inside.version,
+        found.cmdline_limit,
+        len(view),
+        found.setup_size,
+        found.memory,
+        found.alignment,
+        found.text_offset,
+        _signature(view, portable),
+        inside.config,
+        inside.compatible,
+        inside.marks,
+        opaque,
+    )
+
+
+def _signature(view: memoryview, portable: Portable | None) -> Signature:
+    if portable is not None and portable.certificates:
+        return Signature.pe
+    return Signature.appended if bytes(view[-len(MODULE_SIGNATURE) :]) == MODULE_SIGNATURE else Signature.none
+
+
+def _inside(view: memoryview, found: Header, where: str, limit: int) -> Contents:
+    """Look at the kernel's code and data, unpacked in memory where they are compressed; Refused where that fails."""
+    if found.payload is None:
+        return contents.look(lambda offset, length: view[offset : offset + length], len(view), where)
+    offset, length = found.payload
+    packed = view[offset : offset + length]
+    method = compressed.recognise(bytes(packed[: compressed.HEAD]))
+    pieces = list(compressed.unpack(method, packed, limit, where))
+    ends = list(accumulate(len(piece) for piece in pieces))
+    size, said = ends[-1] if ends else 0, int.from_bytes(packed[-4:], "little")  # scripts/Makefile.lib: size_append
+    if size & 0xFFFFFFFF != said:
+        raise Refused(f"Its code unpacks to {size} bytes, and its build noted {said}", where=where, remedy=_ANOTHER)
+
+    def read(at: int, length: int) -> bytes:
+        """Give a range of the pieces together."""
+        first = bisect_right(ends, at)
+        last = bisect_right(ends, at + length - 1)
+        start = ends[first - 1] if first else 0
+        wanted, parts = at - start, []
+        for piece in pieces[first : last + 1]:
+            parts.append(memoryview(piece)[wanted : wanted + length])
+            wanted, length = 0, length - len(parts[-1])
+        return b"".join(parts)
+
+    return contents.look(read, size, where)

@@ -1,0 +1,79 @@
+"""The PE headers of EFI kernels and unified kernel images (PE Format, Microsoft), as far as they matter here."""
+
+import struct
+from dataclasses import dataclass
+
+from khod.errors import Refused
+
+DOS_HEADER, E_LFANEW = 0x40, 0x3C
+COFF = struct.Struct("<4sHHIIIHH")  # with the signature before it
+SECTION = struct.Struct("<8sIIII16x")
+OPTIONAL = {0x10B: 92, 0x20B: 108}  # PE32, PE32+: where NumberOfRvaAndSizes stands
+CERTIFICATE_TABLE = 4  # the data directory's index; its address is an offset in the file
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section: where its contents lie in the file, in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Portable:
+    """A PE file: the processor it names, its sections in order, and the bytes of its certificate table."""
+
+    machine: int
+    sections: tuple[Section, ...]
+    certificates: int
+
+
+def read(view: memoryview, where: str) -> Portable | None:
+    """Read a PE file's headers; None where it has none, Refused where it ends before what they name."""
+    if len(view) < DOS_HEADER or bytes(view[:2]) != b"MZ":
+        return None
+    (at,) = struct.unpack_from("<I", view, E_LFANEW)
+    if at + COFF.size > len(view):
+        return None
+    magic, machine, count, _, _, _, optional, _ = COFF.unpack_from(view, at)
+    if magic != b"PE\0\0":
+        return None
+    table = at + COFF.size + optional
+    if table + count * SECTION.size > len(view):
+        raise truncated("the PE section table", table + count * SECTION.size, len(view), where)
+    sections = tuple(_section(view, table + number * SECTION.size, where) for number in range(count))
+    return Portable(machine, sections, _certificates(view, at + COFF.size, optional, where))
+
+
+def _section(view: memoryview, at: int, where: str) -> Section:
+    raw_name, virtual, _, raw, offset = SECTION.unpack_from(view, at)
+    name = raw_name.rstrip(b"\0").decode(errors="replace")
+    size = min(virtual, raw)  # a file's section is padded; a section may be larger in memory
+    if size and offset + size > len(view):
+        raise truncated(f"section {name!r}", offset + size, len(view), where)
+    return Section(name, offset, size)
+
+
+def _certificates(view: memoryview, at: int, size: int, where: str) -> int:
+    """Bytes of the certificate table, which a signature is in; 0 where there is none."""
+    counts = OPTIONAL.get(int.from_bytes(view[at : at + min(size, 2)], "little"))
+    if counts is None:
+        return 0
+    entry = counts + 4 + 8 * CERTIFICATE_TABLE
+    if entry + 8 > size or struct.unpack_from("<I", view, at + counts)[0] <= CERTIFICATE_TABLE:
+        return 0
+    offset, length = struct.unpack_from("<II", view, at + entry)
+    if length and offset + length > len(view):
+        raise truncated("its certificate table", offset + length, len(view), where)
+    return int(length)
+
+
+def truncated(what: str, promised: int, size: int, where: str) -> Refused:
+    """Word the refusal of a file that ends before what its headers name."""
+    return Refused(
+        f"The image is truncated: {what} ends at byte {promised}, the file at byte {size}",
+        where=where,
+        remedy="Copy the kernel image again.",
+    )

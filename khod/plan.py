@@ -1,0 +1,64 @@
+"""What a handover would do, step by step, with what puts each step back. Nothing is touched to tell."""
+
+from collections.abc import Sequence
+
+from khod.config import Deadlines
+from khod.kernel.protocol import KhoKernel
+from khod.machine import STEPS, Machine, left
+from khod.model import Planned, Step
+from khod.producers.barrier import Producer, ranks
+from khod.target import Request, Target
+
+SHOWN = 8
+"""Producers of one rank that are named."""
+
+
+def planned(
+    machine: Machine,
+    kernel: KhoKernel,
+    producers: Sequence[Producer],
+    deadlines: Deadlines,
+    request: Request,
+    target: Target | None,
+) -> list[Planned]:
+    """The steps left from where the machine stands, in this kernel's order; ConfigError for a cycle of producers."""
+    last = Step.load if request.load_only else Step.execute
+    told = _told(producers)
+    does = {
+        Step.prepare: f"tell {told} to prepare, {deadlines.prepare:g} s at most: work goes on",
+        Step.freeze: f"tell {told} to freeze, {deadlines.freeze:g} s at most: the blackout begins",
+        Step.activate: f"{kernel.entering}; keep a snapshot of the state tree",
+        Step.load: f"kexec_file_load: {_loaded(target)}",
+        Step.execute: "sync all disks, then reboot(LINUX_REBOOT_CMD_KEXEC): the point of no return"
+        if request.now
+        else "systemctl kexec: an orderly shutdown, then the jump, the point of no return",
+    }
+    undo = {step: row.undo for step, row in STEPS.items()} | {
+        Step.activate: kernel.leaving,
+        Step.execute: "where the jump comes back with an errno, everything above",
+    }
+    steps = [Planned(step.value, does[step], undo[step]) for step in left(machine, kernel.order, last)]
+    if not request.load_only:
+        after = "in the next kernel: hold what arrived against the snapshot, give the producers back what they left"
+        steps.append(Planned("verify", after, "none: what is missing is named (exit code 7)"))
+    return steps
+
+
+def _told(producers: Sequence[Producer]) -> str:
+    if not producers:
+        return "nobody (no producers)"
+    words = []
+    for rank in ranks(list(producers)):
+        names = [producer.name for producer in rank]
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        words.append(", ".join(names[:SHOWN]) + more)
+    return ", then ".join(words)
+
+
+def _loaded(target: Target | None) -> str:
+    if target is None:
+        return "the image you give with --image, --entry, --default or --kernel"
+    about = target.apart.about if target.apart else None
+    formats = f" ({', '.join(target.apart.formats)}{f' {about.version}' if about else ''})" if target.apart else ""
+    initrd = f", initrd {target.initrd.name} ({target.initrd.size >> 10} KiB)" if target.initrd else ", no initrd"
+    return f"{target.kernel.name}{formats}{initrd}"

@@ -1,0 +1,78 @@
+"""What the checks look at, and what each of them says."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from khod.config import Config
+from khod.errors import KhoError
+from khod.inhibitors import Inhibitor
+from khod.kernel.kexec import Kexec
+from khod.kernel.probe import Probed
+from khod.model import CheckResult, Observed, Region
+from khod.producers.barrier import Producer
+from khod.record import Record, Store
+from khod.target import Target
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the checks look at, in the kernel's thread. `inhibitors` is None where nobody could be asked."""
+
+    probed: Probed
+    kexec: Kexec
+    observed: Observed
+    store: Store
+    config: Config
+    record: Record
+    foreign: bool
+    producers: Callable[[], list[Producer]]
+    inhibitors: Sequence[Inhibitor] | None = None
+    target: Target | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check says: the outcome, the evidence for it, and what to do."""
+
+    result: CheckResult
+    evidence: str
+    remedy: str = ""
+
+    @classmethod
+    def passed(cls, evidence: str) -> Self:
+        """Nothing is in the way."""
+        return cls(CheckResult.passed, evidence)
+
+    @classmethod
+    def warn(cls, evidence: str, remedy: str) -> Self:
+        """It may go wrong."""
+        return cls(CheckResult.warn, evidence, remedy)
+
+    @classmethod
+    def fail(cls, evidence: str, remedy: str) -> Self:
+        """It would go wrong."""
+        return cls(CheckResult.fail, evidence, remedy)
+
+    @classmethod
+    def skipped(cls, why: str) -> Self:
+        """It could not be looked at, or need not be."""
+        return cls(CheckResult.skipped, why)
+
+    @classmethod
+    def of(cls, error: KhoError) -> Self:
+        """One of our errors as a finding."""
+        return cls(CheckResult.fail, f"{error.what} ({error.where})" if error.where else error.what, error.remedy)
+
+    def judged(self, judgement: str) -> Self:
+        """The finding as the operator wants it taken: `warn` softens a failure, `fail` hardens a warning."""
+        if judgement == "warn" and self.result in (CheckResult.fail, CheckResult.unsupported):
+            return replace(self, result=CheckResult.warn)
+        if judgement == "fail" and self.result is CheckResult.warn:
+            return replace(self, result=CheckResult.fail)
+        return self
+
+
+def shown(regions: Sequence[Region]) -> str:
+    """Put regions in words, sizes in MiB."""
+    return ", ".join(f"{region.size >> 20} MiB at {region.addr:#x}" for region in regions)

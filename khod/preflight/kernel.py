@@ -1,0 +1,133 @@
+"""Checks of the running kernel: whether it can hand over, and whether it would be let."""
+
+from khod.kernel import host
+from khod.kernel.built import configured
+from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
+from khod.kernel.sysfs import KHO
+from khod.model import CheckResult, Generation
+from khod.preflight.facts import Facts, Finding, shown
+from khod.reconcile import said
+
+LOCKED = ("integrity", "confidentiality")
+FINALIZED = (Generation.finalize, Generation.finalize_no_abort)
+"""Generations driven by a debugfs file that can be written: debugfs_locked_down() in fs/debugfs/file.c closes those."""
+UNDOABLE_LOAD = 2  # calls: one to load, one to unload
+
+
+def kho(facts: Facts) -> Finding:
+    """KHO is there and on, and which generation it is."""
+    result = CheckResult.unsupported if facts.probed.kernel is None else CheckResult.passed
+    return Finding(result, facts.probed.what, facts.probed.remedy)
+
+
+def scratch(facts: Facts) -> Finding | None:
+    """Memory is reserved for the next kernel to start in."""
+    if facts.probed.kernel is None:
+        return None
+    regions = facts.probed.kernel.scratch()
+    total = sum(region.size for region in regions) >> 20
+    return Finding.passed(f"{total} MiB in {len(regions)} regions: {shown(regions)}")
+
+
+def capability(facts: Facts) -> Finding:
+    """Khod may load and jump at all."""
+    allowed = host.may_boot(facts.kexec.calls)
+    if allowed is None:
+        return Finding.skipped("The kernel does not say what this process may do")
+    if not allowed:
+        return Finding.fail("khod lacks CAP_SYS_BOOT: it can neither load an image nor jump", "Run khod from its unit.")
+    return Finding.passed("khod has CAP_SYS_BOOT")
+
+
+def kexec(facts: Facts) -> Finding:
+    """Loading is not switched off, and may be undone."""
+    if facts.kexec.load_disabled():
+        return Finding.fail(
+            f"Loading is switched off: {LOAD_DISABLED} is 1",
+            "It stays so until a reboot; find who sets it (sysctl.d).",
+        )
+    if (limit := facts.kexec.load_limit()) is not None and limit < UNDOABLE_LOAD:
+        return Finding.fail(
+            f"{LOAD_LIMIT} allows {limit} more calls, and a load and its undo are two",
+            "It cannot be raised until a reboot; find who sets it (sysctl.d).",
+        )
+    return Finding.passed("Loading is allowed")
+
+
+def lockdown(facts: Facts) -> Finding:
+    """What the firmware and the kernel allow of unsigned code."""
+    level, secure = host.lockdown(facts.kexec.calls), host.secure_boot(facts.kexec.calls)
+    boot = {True: "Secure Boot is on", False: "Secure Boot is off", None: "no Secure Boot"}[secure]
+    if level in LOCKED and facts.probed.kernel and facts.probed.kernel.generation in FINALIZED:
+        return Finding.fail(
+            f"Lockdown is {level}, {boot}: it lets nobody write debugfs's `finalize`",
+            "Boot without lockdown (Secure Boot switches it on), or a kernel from 7.1 on.",
+        )
+    if level == "integrity" or secure:
+        return Finding.passed(f"Lockdown is {level or 'not there'}, {boot}: only signed images are loaded")
+    return Finding.passed(f"Lockdown is {level or 'not there'}, {boot}")
+
+
+def signatures_enforced(facts: Facts) -> bool | None:
+    """Whether the loader takes signed images alone; None where the kernel's configuration cannot be read."""
+    if host.lockdown(facts.kexec.calls) in LOCKED:
+        return True
+    return configured(facts.kexec.calls, "CONFIG_KEXEC_SIG_FORCE")
+
+
+def foreign(facts: Facts) -> Finding:
+    """Nobody else has loaded an image or entered the active phase."""
+    if facts.foreign:
+        return Finding.fail(
+            f"Something other than khod is at work: {said(facts.observed)}",
+            "Finish it by hand, or put it back with: khoctl abort --force",
+        )
+    return Finding.passed(f"Nobody else is at work: {said(facts.observed)}")
+
+
+def state(facts: Facts) -> Finding | None:
+    """No abort has made this kernel forget what it was to keep."""
+    if not facts.record.suspect or facts.record.boot_id != facts.observed.boot_id:
+        return None
+    refuse = facts.config.policy.after_forgetful_abort == "refuse"
+    return Finding(
+        CheckResult.fail if refuse else CheckResult.warn,
+        facts.record.suspect[0].upper() + facts.record.suspect[1:],
+        'Reboot, or set policy.after_forgetful_abort = "warn".',
+    )
+
+
+def activations(facts: Facts) -> Finding | None:
+    """Failed activations of this boot are few: each may have leaked memory."""
+    failed, most = facts.record.failed_activations, facts.config.policy.max_failed_activations
+    if not failed or facts.record.boot_id != facts.observed.boot_id:
+        return None
+    return Finding(
+        CheckResult.fail if failed >= most else CheckResult.warn,
+        f"{failed} activations failed in this boot, each may have leaked kernel memory (up to dt_max)",
+        "Find the cause in the kernel log; policy.max_failed_activations sets the bound.",
+    )
+
+
+def crash(facts: Facts) -> Finding:
+    """The crash kernel's slot is left as it is; one loaded while active carries KHO's data along, which is harmless."""
+    loaded = host.crash_loaded(facts.kexec.calls)
+    if loaded is None:
+        return Finding.skipped("This kernel has no slot for a crash kernel")
+    return Finding.passed(f"{'A' if loaded else 'No'} crash kernel is loaded; khod leaves its slot alone")
+
+
+def memory(facts: Facts) -> Finding | None:
+    """V3 allocates dt_max bytes in one piece when it serializes."""
+    kernel, calls = facts.probed.kernel, facts.kexec.calls
+    if kernel is None or kernel.generation is not Generation.sysfs:
+        return None
+    if (free := host.available(calls)) is None:
+        return Finding.skipped("The kernel does not say how much memory is free")
+    needed = int(calls.read(f"{KHO}/dt_max"), 0)
+    if free < needed:
+        return Finding.fail(
+            f"{free >> 20} MiB of memory are free, the state tree may take {needed >> 20} (dt_max)",
+            f"Free memory, or write a smaller number to {KHO}/dt_max.",
+        )
+    return Finding.passed(f"{free >> 20} MiB of memory are free, the state tree may take {needed >> 20} (dt_max)")

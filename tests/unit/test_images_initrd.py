@@ -1,0 +1,153 @@
+"""Initrds walked as init/initramfs.c unpacks them."""
+
+import gzip
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from khod.errors import Refused
+from khod.images import initrd, sealed
+from khod.images.initrd import Initrd
+from tests.unit.images import CPIO, PACK, bzimage, cpio
+
+LIMIT = 64 << 20
+EARLY = cpio({"kernel/x86/microcode/GenuineIntel.bin": b"microcode"})
+
+
+def look(contents: bytes, limit: int = LIMIT, init: str = "init") -> Initrd:
+    with sealed.fill([contents], "/boot/initrd") as image:
+        return initrd.look(image, limit, init)
+
+
+def refusal(contents: bytes, limit: int = LIMIT) -> Refused:
+    with pytest.raises(Refused) as raised:
+        look(contents, limit)
+    assert raised.value.where == "/boot/initrd"
+    assert raised.value.remedy
+    return raised.value
+
+
+def test_a_plain_archive() -> None:
+    assert look(CPIO) == Initrd(("cpio",), 1, len(CPIO), True)
+
+
+@pytest.mark.parametrize("method", PACK)
+def test_a_compressed_archive(method: str) -> None:
+    assert look(PACK[method](CPIO)) == Initrd((method,), 1, len(CPIO), True)
+
+
+@pytest.mark.parametrize("method", PACK)
+def test_several_archives_one_after_the_other(method: str) -> None:
+    whole = EARLY + bytes(512) + PACK[method](CPIO)
+    assert look(whole) == Initrd(("cpio", method), 2, len(EARLY) + 512 + len(CPIO), True)
+
+
+@pytest.mark.parametrize("method", [method for method in PACK if method != "lz4"])
+def test_after_a_compressed_archive_comes_another(method: str) -> None:
+    packed = PACK[method](EARLY)
+    whole = packed + bytes(-len(packed) % 4) + CPIO + PACK["gzip"](CPIO)
+    assert look(whole).formats == (method, "cpio", "gzip")
+    assert look(whole).files == 3
+
+
+def test_archives_that_a_compressed_file_holds_are_all_walked() -> None:
+    assert look(gzip.compress(EARLY + bytes(512) + CPIO)).files == 2
+
+
+def test_nothing_says_where_lz4_s_legacy_frame_ends_but_zeros() -> None:
+    packed = PACK["lz4"](EARLY)
+    assert look(packed + bytes(512 - len(packed) % 4) + CPIO).files == 2
+    refusal(packed + CPIO)
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "found"),
+    [
+        ("init", "init", True),
+        ("./init", "init", True),
+        ("/init", "init", True),
+        ("sbin/init", "init", False),
+        ("usr/lib/systemd/systemd", "usr/lib/systemd/systemd", True),
+        ("init.d", "init", False),
+    ],
+)
+def test_what_will_be_started_is_looked_for(name: str, init: str, found: bool) -> None:
+    assert look(cpio({name: b""}), init=init).init is found
+
+
+def test_a_link_can_be_started_and_a_directory_cannot() -> None:
+    assert look(cpio({"init": b"usr/lib/systemd/systemd"}, mode=0o120777)).init
+    assert not look(cpio({"init": b""}, mode=0o040755)).init
+
+
+def test_checksums_are_checked_where_the_archive_has_them() -> None:
+    good = cpio({"init": b"contents"}, magic=b"070702")
+    assert look(good).init
+    assert "checksum" in refusal(good.replace(b"contents", b"content!")).what
+
+
+def test_every_truncation_is_refused() -> None:
+    whole = cpio({"init": b"x" * 100})
+    whole = whole[: whole.rindex(b"070701")]
+    assert len(whole) == 110 + len("init\0") + 1 + 100
+    assert look(whole).init
+    for length in range(1, len(whole)):
+        assert "byte 0" in refusal(whole[:length]).what
+
+
+@pytest.mark.parametrize("method", PACK)
+def test_a_truncated_compressed_archive_says_where(method: str) -> None:
+    packed = PACK[method](cpio({"init": os.urandom(4000)}))
+    for cut in (len(packed) // 2, len(packed) - 200):
+        assert "byte" in refusal(bytes(512) + packed[:cut]).what
+
+
+NO_ARCHIVES = (
+    *(b"0", b"07070", b"no initrd", bzimage(), b"070707" + bytes(200), bytes(100), b"070701" + b"0" * 103),
+    *(b"\x04\x22\x4d\x18" + bytes(64), gzip.compress(b"no archive"), CPIO + b"junk", gzip.compress(CPIO + b"junk")),
+    *(bytes(2) + CPIO, gzip.compress(bytes(2) + CPIO), CPIO.replace(b"0000000A", b"0000000G")),
+    *(b"070701" + b" " * 104 + bytes(400), b"070701" + b"\xff" * 104, CPIO[:-4] + b"x" * 4),
+    cpio({"init": b""}).replace(b"init\0", b"init!"),
+)
+
+
+@pytest.mark.parametrize("contents", NO_ARCHIVES)
+def test_what_no_kernel_unpacks(contents: bytes) -> None:
+    refusal(contents)
+
+
+def test_a_bomb_stops_at_the_limit() -> None:
+    bomb = gzip.compress(cpio({"init": bytes(16 << 20)}))
+    error = refusal(bomb, 1 << 20)
+    assert "images.max_unpacked" in error.remedy
+    half = gzip.compress(cpio({"init": bytes(600 << 10)}))
+    assert look(half, 1 << 20).init
+    refusal(half + half, 1 << 20)
+
+
+def test_what_khod_does_not_unpack_is_said() -> None:
+    found = look(EARLY + b"\x89LZO\0\r\n\x1a\n")
+    assert found.formats == ("cpio", "lzo")
+    assert "lzo" in found.opaque
+    assert not found.init
+
+
+def test_an_entry_the_kernel_skips_is_not_counted() -> None:
+    whole = cpio({"x" * 5000: b"body", "init": b""})
+    assert look(whole) == Initrd(("cpio",), 1, len(whole), True)
+
+
+WHOLES = [CPIO, *(EARLY + PACK[method](CPIO) for method in PACK)]
+
+
+@given(st.sampled_from(WHOLES), st.integers(0, 400), st.binary(min_size=1, max_size=8))
+def test_a_damaged_initrd_is_walked_or_refused(whole: bytes, at: int, junk: bytes) -> None:
+    damaged = whole[:at] + junk + whole[at + len(junk) :]
+    found: object
+    try:
+        found = look(damaged, 1 << 20)
+    except Refused as error:
+        found = error
+    assert isinstance(found, Initrd | Refused)

@@ -1,0 +1,127 @@
+"""Which kernel an entry or a version means: trees laid out as the Boot Loader Specification and distributions do."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from khoctl import sources
+from khod.errors import Refused, UsageError
+
+FEDORA = """\
+title      Fedora 19 (Rawhide)
+sort-key   fedora
+machine-id 6a9857a393724b7a981ebb5b8495b9ea
+version    3.8.0-2.fc19.x86_64
+options    root=UUID=6d3376e4-fc93-4509-95ec-a21d68011da2 quiet
+options    kho=on
+# a comment
+linux      /6a9857a3/3.8.0/linux
+initrd     /6a9857a3/3.8.0/microcode
+initrd\t/6a9857a3/3.8.0/initrd
+"""
+
+
+def put(root: Path, path: str, text: str = "x") -> Path:
+    place = root / path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text)
+    return place
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    put(tmp_path, "boot/loader/entries/fedora.conf", FEDORA)
+    for name in ("linux", "microcode", "initrd"):
+        put(tmp_path, f"boot/6a9857a3/3.8.0/{name}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("wanted", ["fedora", "fedora.conf", None])
+def test_a_type_1_entry(root: Path, wanted: str | None) -> None:
+    found = sources.entry(wanted, root)
+    assert found.kernel == root / "boot/6a9857a3/3.8.0/linux"
+    assert [path.name for path in found.initrds] == ["microcode", "initrd"]
+    assert found.cmdline == "root=UUID=6d3376e4-fc93-4509-95ec-a21d68011da2 quiet kho=on"
+    assert "Fedora 19 (Rawhide)" in found.name
+
+
+def test_a_type_2_entry_is_one_file_that_brings_everything(root: Path) -> None:
+    put(root, "efi/EFI/Linux/next+3-1.efi")
+    found = sources.entry("next", root)
+    assert found == sources.entry("next.efi", root)
+    assert (found.kernel, found.initrds, found.cmdline) == (root / "efi/EFI/Linux/next+3-1.efi", (), None)
+
+
+def test_an_id_that_is_not_there_names_those_that_are(root: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        sources.entry("fedor", root)
+    assert "fedora.conf" in raised.value.remedy
+
+
+def test_the_default_is_what_the_loader_was_told(root: Path) -> None:
+    put(root, "boot/loader/entries/other.conf", FEDORA.replace("Fedora 19", "Other"))
+    put(root, "boot/loader/loader.conf", "timeout 3\ndefault oth*\n")
+    assert "Other" in sources.entry(None, root).name
+    variable = put(root, "sys/firmware/efi/efivars/LoaderEntryDefault-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f")
+    variable.write_bytes(b"\7\0\0\0" + "fedora.conf\0".encode("utf-16-le"))
+    assert "Fedora" in sources.entry(None, root).name
+
+
+def test_without_a_default_the_newest_that_may_boot(root: Path) -> None:
+    put(root, "boot/loader/entries/new.conf", FEDORA.replace("3.8.0-2.fc19", "3.10.0-1.fc19").replace("19 (", "new ("))
+    put(root, "boot/loader/entries/bad+0-3.conf", FEDORA.replace("3.8.0-2.fc19", "4.0.0-1.fc19"))
+    assert [one.id for one in sources.entries(root)] == ["new.conf", "fedora.conf", "bad.conf"]
+    assert "new" in sources.entry(None, root).name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("/6a9857a3/3.8.0/linux", "/nowhere/linux", "/nowhere/linux"),
+        ("/6a9857a3/3.8.0/linux", "/../etc/passwd", "/../etc/passwd"),
+        ("linux      /6a9857a3/3.8.0/linux", "efi /EFI/shell.efi", "no kernel"),
+        ("quiet", "$kernelopts", "$kernelopts"),
+        ("sort-key   fedora", "architecture ia32", "ia32"),
+    ],
+)
+def test_an_entry_that_cannot_be_booted_says_why(root: Path, old: str, new: str, said: str) -> None:
+    put(root, "etc/passwd")
+    put(root, "boot/loader/entries/fedora.conf", FEDORA.replace(old, new))
+    with pytest.raises(Refused) as raised:
+        sources.entry("fedora", root)
+    assert said in raised.value.what
+    assert "fedora.conf" in raised.value.where
+
+
+def test_this_machine_s_architecture_is_taken(root: Path) -> None:
+    ours = {"x86_64": "x64", "aarch64": "aa64"}[platform.machine()]
+    put(root, "boot/loader/entries/fedora.conf", FEDORA + f"architecture {ours.upper()}\n")
+    assert sources.entry("fedora", root).kernel.name == "linux"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "initrd"),
+    [
+        ("boot/vmlinuz-6.12", "boot/initrd.img-6.12"),  # Debian
+        ("boot/vmlinuz-6.12", "boot/initramfs-6.12.img"),  # Fedora before the specification
+        ("usr/lib/modules/6.12/vmlinuz", "boot/initrd-6.12"),  # SUSE
+        ("usr/lib/modules/6.12/vmlinuz", None),
+    ],
+)
+def test_an_installed_kernel(tmp_path: Path, kernel: str, initrd: str | None) -> None:
+    put(tmp_path, kernel)
+    if initrd:
+        put(tmp_path, initrd)
+    found = sources.installed("6.12", tmp_path)
+    assert found.kernel == tmp_path / kernel
+    assert found.initrds == ((tmp_path / initrd,) if initrd else ())
+    assert found.cmdline is None
+    assert bool(found.note) is (initrd is None)
+
+
+@pytest.mark.parametrize("version", ["", "..", "a/b", "../6.12", "6.13"])
+def test_a_version_that_is_none(tmp_path: Path, version: str) -> None:
+    put(tmp_path, "usr/lib/modules/6.12/vmlinuz")
+    with pytest.raises(UsageError):
+        sources.installed(version, tmp_path)
