@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from khod.config import Config, Deadlines
+from khod.config import Checks, Config, Deadlines
 from khod.errors import Exit, Failed, KhoError, MalformedTree, NotRolledBack, Refused
 from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.simulated import Rebooted
@@ -96,8 +96,19 @@ async def test_dt_max_too_small_is_put_back_and_names_dt_max(host: Host) -> None
     await put_back(host)
 
 
-async def test_an_initrd_too_large_for_scratch_is_put_back(host: Host) -> None:
+async def test_what_does_not_fit_into_scratch_is_refused_before_anyone_is_told(host: Host) -> None:
     host.kernel._set("/sys/kernel/kho/scratch_len", b"0x4000\n")
+    host.hook("a")
+    engine = await host.started()
+    with pytest.raises(Refused, match="EADDRNOTAVAIL") as raised:
+        await host.kexec(engine)
+    assert raised.value.where == "check fit"
+    assert host.verbs == host.kernel.calls == []
+
+
+async def test_what_does_not_fit_into_scratch_after_all_is_put_back(host: Host) -> None:
+    host.kernel._set("/sys/kernel/kho/scratch_len", b"0x4000\n")
+    host.config = Config(checks=Checks(fit="off"))
     engine = await host.started()
     with pytest.raises(Failed) as raised:
         await host.kexec(engine)
