@@ -23,10 +23,12 @@ KEYS: dict[str, type] = {
     "hold": bool,
 }
 """What a profile may say, and of which type; a list of strings may be one string, too."""
+ONE_OF = (("image", "entry", "default", "kernel"), ("cmdline", "reuse_cmdline"))
+"""Keys that contradict each other."""
 
 
 def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
-    """Read a profile; ConfigError names the file and the key."""
+    """Read a profile: every key, None where it is not given; ConfigError names the file and the key."""
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} is no name for a profile", where=str(directory), remedy="Letters, digits, `.`, `_` and `-`."
@@ -51,4 +53,10 @@ def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
             wanted, right = f"a value of type {KEYS[key].__name__}", isinstance(value, KEYS[key])
         if not right:
             raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy=f"It takes {wanted}.")
+    for group in ONE_OF:
+        given = [f"`{key}`" for key in group if values.get(key) not in (None, False)]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{' and '.join(given)} contradict each other", where=str(path), remedy="Keep one of them."
+            )
     return {key: values.get(key) for key in KEYS}

@@ -1,42 +1,48 @@
-"""Which kernel to boot, as the host's boot loader or its kernel packages have it.
+"""Which kernel to boot, as the host's boot loader or its kernel packages have it."""
 
-Boot loader entries are those of the Boot Loader Specification (uapi-group.org): type #1, a file in loader/entries,
-and type #2, a unified kernel image in EFI/Linux. Paths in an entry are relative to the partition it stands on.
-"""
-
-import fnmatch
+import functools
 import os
-import platform
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from khoctl import grubenv, versions
+from khoctl.defaults import default
+from khoctl.entries import Entry, Field, entries, os_release, partitions, read, searched
 from khod.errors import Refused, UsageError
 
-PARTITIONS = ("efi", "boot", "boot/efi")
-"""Where the EFI system partition and the extended boot loader partition are mounted."""
-ENTRIES, UNIFIED, LOADER = "loader/entries", "EFI/Linux", "loader/loader.conf"
-COUNTED = re.compile(r"(?P<name>.+?)(?:\+(?P<left>\d+)(?:-\d+)?)?(?P<suffix>\.conf|\.efi)")
-"""A file name with its boot counter: NAME+LEFT-DONE.conf."""
-DEFAULT = "sys/firmware/efi/efivars/LoaderEntryDefault-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
-ARCHITECTURES = {"x86_64": "x64", "aarch64": "aa64", "riscv64": "riscv64", "loongarch64": "loongarch64"}
-NAMED = re.compile(r"[A-Za-z0-9._+~-]+")
+__all__ = ["Entry", "Source", "entries", "entry", "installed"]
+
+ARCHITECTURES = {
+    "x86_64": "x64",
+    "i686": "ia32",
+    "aarch64": "aa64",
+    "armv7l": "arm",
+    "riscv64": "riscv64",
+    "loongarch64": "loongarch64",
+}
+"""uname(2)'s names of machines, and UEFI's, which entries use."""
 KERNELS = (
-    "usr/lib/modules/{}/vmlinuz",
-    "lib/modules/{}/vmlinuz",
-    "boot/vmlinuz-{}",
-    "boot/vmlinux-{}",
-    "boot/Image-{}",
+    *(f"usr/lib/modules/{{}}/{name}" for name in ("vmlinuz", "vmlinux", "Image", "vmlinuz.efi", "Image.gz")),
+    *(f"lib/modules/{{}}/{name}" for name in ("vmlinuz", "vmlinux", "Image", "vmlinuz.efi", "Image.gz")),
+    *(f"boot/{name}-{{}}" for name in ("vmlinuz", "vmlinux", "Image")),
 )
-INITRDS = ("boot/initrd.img-{}", "boot/initramfs-{}.img", "boot/initrd-{}", "usr/lib/modules/{}/initrd")
+INITRDS = (
+    "boot/initrd.img-{}",  # Debian
+    "boot/initramfs-{}.img",  # Fedora
+    "boot/initrd-{}",  # SUSE
+    "usr/lib/modules/{}/initrd",
+    "usr/lib/modules/{}/initrd.img",
+    "usr/lib/modules/{}/initramfs.img",  # ostree
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to boot: files by path, and the command line they bring along, None where they bring none.
+    """What to boot: files by path, and the command line it brings along.
 
-    `note` is a sentence the operator should read, "" where there is none.
+    `initrds` are in order. `cmdline` is None where it brings none: a UKI carries its own inside, an installed kernel
+    has none. `name` is for people; `note` is what the operator should be told before the jump, "" mostly.
     """
 
     kernel: Path
@@ -46,157 +52,202 @@ class Source:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One boot loader entry: `id` as the loader names it, `fields` each key's values in order."""
-
-    id: str
-    path: Path
-    partition: Path
-    fields: dict[str, list[str]]
-    left: int | None = None
-
-    def one(self, key: str) -> str:
-        """The value of a key, "" where it is not there."""
-        return self.fields.get(key, [""])[0]
-
-
 def entry(wanted: str | None, root: Path = Path("/")) -> Source:
-    """The entry of this id, None for the default one; UsageError where there is none, Refused where it is no kernel."""
+    """A boot loader entry by its id, with or without the suffix; None: the one that the loader would boot by itself.
+
+    Raises UsageError where there is none of this id, Refused where it cannot be booted by kexec, or there are none.
+    """
     found = entries(root)
-    ids = ", ".join(one.id for one in found) or "none"
-    where = ", ".join(str(root / part / ENTRIES) for part in PARTITIONS)
-    if wanted is None:
-        chosen = _default(found, root)
-    else:
-        chosen = next((one for one in found if wanted in (one.id, one.id.rpartition(".")[0])), None)
-    if chosen is None:
-        what = "There is no boot loader entry" if wanted is None else f"There is no boot loader entry {wanted!r}"
-        raise UsageError(what, where=where, remedy=f"Those that are there: {ids}.")
-    return _source(chosen)
-
-
-def entries(root: Path = Path("/")) -> list[Entry]:
-    """Every entry, sorted as the specification has it: those that may still boot first, then the newest."""
-    found = {one.id: one for one in _all(root)}.values()
-    ordered = sorted(found, key=lambda one: one.id)
-    ordered.sort(key=lambda one: _version(one.one("version") or one.id), reverse=True)
-    ordered.sort(key=lambda one: (not one.one("sort-key"), one.one("sort-key"), one.one("machine-id")))
-    return sorted(ordered, key=lambda one: one.left == 0)
+    if not found:
+        raise Refused(
+            "This host has no boot loader entries",
+            where=searched(root),
+            remedy="Name an installed kernel with --kernel VERSION, or files with --image and --initrd.",
+        )
+    if wanted is not None:
+        return _source(_named(wanted, found, root), root)
+    return _source(default([one for one in found if _fits(one)] or found, root), root)
 
 
 def installed(version: str, root: Path = Path("/")) -> Source:
-    """An installed kernel by its version, with the initrd that was made for it; UsageError where there is none."""
-    if not NAMED.fullmatch(version) or version in (".", ".."):
-        raise UsageError(f"{version!r} is no kernel version", where="--kernel", remedy="Give it as uname -r says it.")
-    kernel = _first(root, KERNELS, version)
+    """An installed kernel by its version, with its initrd; a note says so where it has none.
+
+    Looks where kernel packages put it, then where kernel-install(8) does, then for an entry of that version. Raises
+    UsageError where it is nowhere, Refused where only an entry has it and kexec cannot boot that.
+    """
+    if version in ("", ".", "..") or "/" in version or "\0" in version:
+        raise UsageError(f"{version!r} is no kernel version", where="--kernel", remedy="Give it as `uname -r` says it.")
+    laid_out = [directory / version for directory in _token_directories(root)]
+    packaged = [root / place.format(version) for place in KERNELS]
+    kernel = next((path for path in (*packaged, *(place / "linux" for place in laid_out)) if path.is_file()), None)
     if kernel is None:
-        known = sorted({path.name for path in (root / "usr/lib/modules").glob("*")})
-        places = ", ".join(str(root / place.format(version)) for place in KERNELS)
+        for one in entries(root):
+            if version == one.text("version") or one.stem == version or one.stem.endswith(f"-{version}"):
+                return replace(_source(one, root), name=f"kernel {version}, entry {one.id}")
         raise UsageError(
-            f"No kernel {version} is installed", where=places, remedy=f"Versions here: {', '.join(known) or 'none'}."
+            f"No kernel {version} is installed",
+            where=", ".join(map(str, (root / "boot", root / "usr/lib/modules", *laid_out))),
+            remedy=f"There are: {', '.join(_versions(root)) or 'none'}.",
         )
-    initrd = _first(root, INITRDS, version)
-    places = ", ".join(str(root / place.format(version)) for place in INITRDS)
-    note = "" if initrd else f"No initrd of {version} was found ({places}): it boots without one."
-    return Source(kernel, (initrd,) if initrd else (), None, f"kernel {version}", note)
+    singles = [(path,) for path in (root / place.format(version) for place in INITRDS) if path.is_file()]
+    beside = [found for place in laid_out if (found := _beside(place))]
+    groups = [*beside, *singles] if kernel.parent in laid_out else [*singles, *beside]
+    note = "" if groups else f"No initrd of {version} was found below {root / 'boot'} or {root / 'usr/lib/modules'}."
+    return Source(kernel, groups[0] if groups else (), None, f"kernel {version}", note)
 
 
-def _first(root: Path, places: tuple[str, ...], version: str) -> Path | None:
-    return next((path for path in (root / place.format(version) for place in places) if path.is_file()), None)
-
-
-def _all(root: Path) -> Iterator[Entry]:
-    for partition in (root / part for part in PARTITIONS):
-        for path in sorted((partition / UNIFIED).glob("*.efi")):
-            if name := COUNTED.fullmatch(path.name):
-                yield Entry(name["name"] + name["suffix"], path, partition, {"uki": [path.name]}, _left(name))
-        for path in sorted((partition / ENTRIES).glob("*.conf")):
-            if name := COUNTED.fullmatch(path.name):
-                yield Entry(name["name"] + name["suffix"], path, partition, _fields(path), _left(name))
-
-
-def _left(name: re.Match[str]) -> int | None:
-    return None if name["left"] is None else int(name["left"])
-
-
-def _fields(path: Path) -> dict[str, list[str]]:
-    fields: dict[str, list[str]] = {}
-    try:
-        text = path.read_text(errors="replace")
-    except OSError as error:
-        raise UsageError(f"The entry cannot be read: {error.strerror}", where=str(path)) from None
-    for line in text.splitlines():
-        key, _, value = line.strip().replace("\t", " ").partition(" ")
-        if key and not key.startswith("#"):
-            fields.setdefault(key, []).append(value.strip())
-    return fields
-
-
-def _default(found: list[Entry], root: Path) -> Entry | None:
-    """What the loader was told to boot by itself: the EFI variable, loader.conf, else the first entry."""
-    for pattern in _patterns(root):
-        names = {one.id: one for one in found} | {one.id.rpartition(".")[0]: one for one in found}
-        if match := next((one for name, one in names.items() if fnmatch.fnmatchcase(name, pattern)), None):
-            return match
-    return found[0] if found else None
-
-
-def _patterns(root: Path) -> Iterator[str]:
-    variable = root / DEFAULT
-    if variable.exists():  # four bytes of attributes, then UTF-16
-        yield variable.read_bytes()[4:].decode("utf-16-le", errors="replace").rstrip("\0")
-    for partition in PARTITIONS:
-        path = root / partition / LOADER
+def _token_directories(root: Path) -> list[Path]:
+    """$BOOT/TOKEN, kernel-install's directories, for every token that may be this system's."""
+    tokens = []
+    for path in (root / "etc/kernel/entry-token", root / "etc/machine-id"):
         if path.is_file():
-            yield from (value for value in _fields(path).get("default", []) if value and not value.startswith("@"))
+            tokens.append(read(path).strip())
+    for path in (root / "etc/os-release", root / "usr/lib/os-release"):
+        if path.is_file():
+            said = os_release(read(path))
+            tokens += [said.get("IMAGE_ID", ""), said.get("ID", "")]
+            break
+    names = [token for token in (*tokens, "Default") if token not in ("", ".", "..") and "/" not in token]
+    return [partition / name for partition in partitions(root) for name in dict.fromkeys(names)]
 
 
-def _source(chosen: Entry) -> Source:
-    name = f"entry {chosen.id}" + (f" ({chosen.one('title')})" if chosen.one("title") else "")
-    wanted, ours = chosen.one("architecture").lower(), ARCHITECTURES.get(platform.machine(), platform.machine())
-    if wanted and wanted != ours:
-        raise Refused(f"The {name} is for {wanted}, and this machine is {ours}", where=str(chosen.path))
-    if chosen.path.suffix == ".efi":
-        return Source(chosen.path, (), None, name)
-    if unified := chosen.one("uki"):
-        return Source(_inside(chosen, unified), (), _options(chosen), name)
-    if not (kernel := chosen.one("linux")):
+def _beside(directory: Path) -> tuple[Path, ...]:
+    """The initrds that kernel-install put beside a kernel, in the order it writes into an entry: microcode first."""
+    return tuple(path for name in ("microcode*", "initrd*") for path in sorted(directory.glob(name)) if path.is_file())
+
+
+def _versions(root: Path) -> list[str]:
+    """Every version that `installed` takes, the newest first."""
+    found = set(_parts(root, KERNELS))
+    found |= {path.parent.name for directory in _token_directories(root) for path in directory.glob("*/linux")}
+    found |= {one.text("version") for one in entries(root) if one.text("version") and not one.unified}
+    return sorted(found, key=functools.cmp_to_key(versions.compare), reverse=True)
+
+
+def _parts(root: Path, places: tuple[str, ...]) -> Iterator[str]:
+    """What stands for {} in those of `places` that are files."""
+    for before, after in (place.split("{}") for place in places):
+        for path in root.glob(f"{before}*{after}"):
+            yield str(path.relative_to(root)).removeprefix(before).removesuffix(after)
+
+
+def _fits(one: Entry) -> bool:
+    """Whether an entry is for this machine's architecture; a loader hides those that are not."""
+    machine = os.uname().machine
+    wanted = one.text("architecture").lower()
+    return wanted in ("", ARCHITECTURES.get(machine, machine))
+
+
+def _source(one: Entry, root: Path) -> Source:
+    """What an entry boots. Raises Refused, with file and line, where kexec cannot boot it as the loader would."""
+    title = one.text("title")
+    name = f"entry {one.id}" + (f" ({title})" if title else "")
+    if one.unified:
+        return Source(one.path, (), None, name)
+    _refuse_foreign(one)
+    kernel = one.last("uki") or one.last("linux")
+    if kernel is None:
+        started = one.last("efi") or one.last("uki-url")
         raise Refused(
-            f"The {name} names no kernel{': it starts an EFI program' if chosen.one('efi') else ''}",
-            where=str(chosen.path),
-            remedy="Choose an entry with `linux` or `uki`.",
+            f"The entry {one.id} names no kernel" + (f": it starts {started.value}, an EFI program" if started else ""),
+            where=one.where(started),
+            remedy="Choose an entry with `linux` or `uki` in it: kexec boots nothing else.",
         )
-    initrds = tuple(_inside(chosen, path) for path in chosen.fields.get("initrd", []))
-    return Source(_inside(chosen, kernel), initrds, _options(chosen) or "", name)
+    variables = grubenv.read(root)
+    initrds = tuple(
+        _file(one, field, path, root)
+        for field in one.fields
+        if field.key == "initrd"
+        for path in grubenv.expand(field.value, variables, one.where(field)).split()
+    )
+    cmdline = _cmdline(one, variables)
+    if cmdline is None and kernel.key == "linux":
+        cmdline = ""  # as the loader boots it; the running kernel's may name another root
+    return Source(_file(one, kernel, kernel.value, root), initrds, cmdline, name, _note(one))
 
 
-def _options(chosen: Entry) -> str | None:
-    options = chosen.fields.get("options")
-    if options is None:
-        return None
-    line = " ".join(options)
-    if "$" in line:
+def _named(wanted: str, found: list[Entry], root: Path) -> Entry:
+    """The entry of this id. A part of an id is none: the next kernel update would change what it means."""
+    chosen = [one for one in found if wanted in (one.id, one.path.name)]
+    chosen = chosen or [one for one in found if wanted == one.stem]
+    ids = list(dict.fromkeys(one.id for one in chosen))
+    if len(ids) > 1:
+        raise UsageError(f"{wanted!r} is {' and '.join(ids)}", where=searched(root), remedy="Name it with its suffix.")
+    if chosen:
+        return chosen[0]
+    import difflib  # noqa: PLC0415 - only who mistyped needs it
+
+    known = list(dict.fromkeys(one.id for one in found))
+    near = [known_id for known_id in known if known_id.startswith(wanted)] or difflib.get_close_matches(wanted, known)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(
+        f"There is no boot loader entry {wanted!r}",
+        where=searched(root),
+        remedy=f"{hint}There are: {', '.join(known)}.",
+    )
+
+
+def _refuse_foreign(one: Entry) -> None:
+    """Raise Refused for what an entry asks of its loader and kexec cannot give."""
+    if not _fits(one):
         raise Refused(
-            f"The entry {chosen.id} has a boot loader's variable in its options: {line}",
-            where=str(chosen.path),
-            remedy="Give the command line with --cmdline.",
+            f"The entry {one.id} is for {one.text('architecture')}, and this machine is {os.uname().machine}",
+            where=one.where(one.last("architecture")),
+            remedy="Choose an entry for this machine.",
         )
-    return line
+    profile = one.last("profile")
+    if profile and profile.value != "0":
+        raise Refused(
+            f"The entry {one.id} boots profile {profile.value} of its unified kernel image",
+            where=one.where(profile),
+            remedy="kexec boots the image's main profile only: choose an entry without `profile`.",
+        )
+    for field in one.fields:
+        if any("\udc80" <= char <= "\udcff" for char in field.value):
+            raise Refused(
+                f"The entry {one.id} is no UTF-8", where=one.where(field), remedy="Write the line again in UTF-8."
+            )
 
 
-def _inside(chosen: Entry, path: str) -> Path:
-    """A path of an entry, on the partition the entry stands on; Refused where it leaves that or is not there."""
-    place = chosen.partition / path.lstrip("/")
-    inside = os.path.realpath(place).startswith(os.path.realpath(chosen.partition) + os.sep)
-    if not inside or not place.is_file():
-        what = "does not exist" if inside else "lies on another file system"
-        raise Refused(f"{path}, which the entry {chosen.id} names, {what}", where=str(chosen.path))
-    return place
+def _cmdline(one: Entry, variables: dict[str, str]) -> str | None:
+    """The entry's options, joined by a space; None where it has none, and GRUB has no `default_kernelopts` either."""
+    options = [field for field in one.fields if field.key == "options"]
+    if not options and (fallback := variables.get("default_kernelopts")):
+        return grubenv.expand(fallback, variables, one.where())
+    lines = [grubenv.expand(field.value, variables, one.where(field)) for field in options]
+    return " ".join(line.strip() for line in lines if line.strip()) if options else None
 
 
-def _version(text: str) -> tuple[tuple[int, int, str], ...]:
-    """A version to sort by: runs of digits as numbers, which are newer than letters."""
-    return tuple(
-        (1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.findall(r"\d+|[a-z]+", text.lower())
+def _note(one: Entry) -> str:
+    """What of the entry gets lost on the way."""
+    notes = []
+    if tree := one.last("devicetree") or one.last("devicetree-overlay"):
+        notes.append(f"{one.id} names a device tree ({tree.value}): it is not used, kexec hands on the running one.")
+    if extra := [field.value for field in one.fields if field.key == "extra"]:
+        notes.append(f"{one.id} names extra files ({', '.join(extra)}): only the EFI stub loads these, kexec does not.")
+    return " ".join(notes)
+
+
+def _file(one: Entry, field: Field, value: str, root: Path) -> Path:
+    """A file that an entry names; Refused where it is not there, or not on the entry's own file system.
+
+    A path is relative to that file system. It stands on the partition; where that is none of its own, as with Fedora's
+    /boot without a partition, paths begin at the root.
+    """
+    bases = [one.partition]
+    if one.partition.stat().st_dev == root.stat().st_dev:
+        bases.append(root)
+    paths = [base / value.lstrip("/") for base in bases]
+    inside = ".." not in value.split("/") and "\0" not in value
+    if inside:
+        for base, path in zip(bases, paths, strict=True):
+            if os.path.lexists(path):
+                inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(base))
+                if inside and path.is_file():
+                    return path
+                break
+    raise Refused(
+        f"The entry {one.id} names {value!r}, which {'is no file there' if inside else 'leads out of its file system'}",
+        where=one.where(field),
+        remedy=f"Mount {one.partition}, or correct the entry." if inside else "Correct the entry.",
     )

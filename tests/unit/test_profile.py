@@ -1,0 +1,60 @@
+"""Profiles: what `khoctl kexec` would be given, under the names of its options."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from khoctl import profile
+from khod.errors import ConfigError
+from tests.unit.khods import REPOSITORY
+
+
+def load(directory: Path, text: str) -> dict[str, Any]:
+    """What is given of a profile, keys that are not left out."""
+    (directory / "next.toml").write_text(text)
+    return {key: value for key, value in profile.load("next", directory).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('initrd = "a"', {"initrd": ["a"]}),
+        ('initrd = ["a", "b"]', {"initrd": ["a", "b"]}),
+        ('remove = "quiet"\nentry = "x"', {"remove": ["quiet"], "entry": "x"}),
+        ('kernel = "7.3.4"\nreuse_cmdline = true', {"kernel": "7.3.4", "reuse_cmdline": True}),
+        ('default = false\nimage = "/i"\ncmdline = ""', {"default": False, "image": "/i", "cmdline": ""}),
+    ],
+)
+def test_every_key_has_its_type(tmp_path: Path, text: str, found: dict[str, Any]) -> None:
+    assert load(tmp_path, text) == found
+
+
+@pytest.mark.parametrize("text", ["initrd = 1", "initrd = [1]", "remove = true", "default = 'x'", "kernel = 6.12"])
+def test_another_type_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"`{text.split(maxsplit=1)[0]}`"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ('image = "/i"\nentry = "x"', ("image", "entry")),
+        ('default = true\nkernel = "6.12"', ("default", "kernel")),
+        ('cmdline = ""\nreuse_cmdline = true', ("cmdline", "reuse_cmdline")),
+    ],
+)
+def test_keys_that_contradict_each_other_are_named(tmp_path: Path, text: str, keys: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"`{keys[0]}` and `{keys[1]}`") as raised:
+        load(tmp_path, text)
+    assert raised.value.where == str(tmp_path / "next.toml")
+
+
+def test_the_sample_is_a_profile_and_shows_every_key(tmp_path: Path) -> None:
+    text = (REPOSITORY / "etc/kho/handover.d/example.toml.sample").read_text()
+    assert load(tmp_path, text) == {
+        key: [value] if profile.KEYS[key] is list else value for key, value in tomllib.loads(text).items()
+    }
+    shown = {line.lstrip("#").partition(" = ")[0] for line in text.splitlines()}
+    assert profile.KEYS.keys() <= shown
