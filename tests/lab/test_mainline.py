@@ -3,7 +3,7 @@
 import pytest
 
 from tests.lab.conftest import Boot
-from tests.lab.host import INSTANCE, KHO, TRACE, Host
+from tests.lab.host import INSTANCE, KHO, TRACE, Host, image
 
 LINE = "written-before-the-jump"
 
@@ -44,6 +44,12 @@ def test_another_format_hands_over_nothing_and_khod_is_not_fooled(boot: Boot) ->
     host = Host(boot("6.19.11", cmdline_extra=f"{KHO} {TRACE}"))
     host.guest.wait_online()
     write_line(host)
+    refused = host.khoctl("kexec", *image("7.3.4"), code=3)
+    assert "check formats" in refused.stderr
+    assert "kho-v1" in refused.stderr
+    assert "kho-v4" in refused.stderr
+    host.guest.put("/etc/kho/khod.toml.d/formats.toml", '[checks]\nformats = "warn"\n')
+    host.guest.run(["systemctl", "reload", "kho-handover"])
 
     host.kexec("7.3.4")
 
