@@ -17,6 +17,7 @@ FEED = 1 << 18  # of input
 WINDOW = 1 << 27  # zstd -22 and xz with a 128 MiB dictionary, the most a kernel build uses
 LZ4_BLOCK = 8 << 20  # lib/decompress_unlz4.c: LZ4_DEFAULT_UNCOMPRESSED_CHUNK_SIZE
 LZ4_MAGIC, LZ4_SIZE = 0x184C2102, 4
+LZ4_RATIO = 256  # more than a byte of a block can stand for
 LZ4_ROOM = LZ4_BLOCK + LZ4_BLOCK // 255 + 16  # LZ4_compressBound of it
 
 Pieces = Generator[bytes, None, int]
@@ -161,8 +162,9 @@ def _lz4(data: memoryview) -> Pieces:
             raise ValueError(f"a block of {size} bytes")
         if size > len(data) - at:
             raise ValueError(_TRUNCATED)
+        room = min(LZ4_BLOCK, size * LZ4_RATIO)  # all of it is allocated, and a file may have millions of small blocks
         try:
-            piece = lz4.block.decompress(data[at : at + size], uncompressed_size=LZ4_BLOCK)
+            piece = lz4.block.decompress(data[at : at + size], uncompressed_size=room)
         except lz4.block.LZ4BlockError as error:
             raise ValueError(str(error)) from None
         at += size

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.bench import barrier, overhead, processes, window
+from tests.bench import barrier, images, overhead, processes, window
 from tests.bench.figure import Figure
 
-BENCHES: list[Callable[[], Iterator[Figure]]] = [overhead.run, processes.run, barrier.run, window.run]
+BENCHES: list[Callable[[], Iterator[Figure]]] = [overhead.run, processes.run, images.run, barrier.run, window.run]
 
 
 def main() -> int:
