@@ -116,9 +116,10 @@ def signature(facts: Facts, target: Target, about: Kernel) -> Finding:
         return Finding.passed(f"{target.kernel.name} is signed ({about.signature.value})")
     if enforced:
         return Finding.fail(
-            f"{target.kernel.name} is not signed, and this kernel loads signed images alone: it would say ENODATA",
+            f"{target.kernel.name} is not signed, and this kernel loads signed images alone: it would say ENODATA, or "
+            "ELIBBAD of an image that is no PE",  # seen on 7.3.4, of one built without CONFIG_EFI_STUB
             "Use a signed image (Debian: linux-image-VERSION-amd64, not -unsigned), or sign it with a key this kernel "
-            "trusts (sbsign).",
+            "trusts (sbsign), for which it must be built with CONFIG_EFI_STUB.",
         )
     if enforced is None:
         return Finding.warn(
