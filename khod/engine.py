@@ -328,7 +328,7 @@ class Engine:
     async def register(self, name: str, owner: Owner, process: Process, terms: Terms) -> Peer:
         """Take a producer in that has connected; it takes part from the next step on."""
         await self._expecting.wait()
-        if self.machine.phase is Phase.executing:
+        if self.machine.phase is Phase.executing and not self.muster.peers.awaits(name):
             raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
         return self.muster.register(name, owner, process, terms, self.config.producers.max_per_user)
 

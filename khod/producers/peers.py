@@ -315,6 +315,11 @@ class Peers:
         """Those connected, and those that are waited for."""
         return [peer for peer in self._peers.values() if peer.connected or peer.counted_on]
 
+    def awaits(self, name: str) -> bool:
+        """Whether this handover counts on a producer of this name that is not connected."""
+        peer = self._peers.get(name)
+        return peer is not None and bool(peer.told) and not peer.restoring and not peer.connected
+
     def names(self, name: str) -> bool:
         """Whether a peer that is connected wants to be told before or after this producer."""
         return self._named[name] > 0

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from khod.errors import Exit, Refused, Unreachable, UsageError
+from khod.model import Phase
 from khod.producer import CalledOff, Producer, Step, Veto
 from khod.producers.barrier import Verb
 from tests.unit.actors import follow
 from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, reply, until
-from tests.unit.luo import System, Watch, begin, memfd
+from tests.unit.luo import Hand, System, Watch, begin, memfd
 
 HELD = "what it holds"
 PEER = """
@@ -142,10 +143,10 @@ def peer(system: System) -> Iterator[Callable[..., PeerProcess]]:
         each.kill()
 
 
-def begin_kexec(khod: Khod, system: System) -> socket.socket:
+def begin_kexec(khod: Khod, system: System, **more: object) -> socket.socket:
     """Begin a handover and do not wait for it."""
     files = [os.open(system.directory / name, os.O_RDONLY) for name in ("vmlinuz", "initrd")]
-    client = begin(khod, "Kexec", files=files, kernel={"image": 0, "initrds": [1]})
+    client = begin(khod, "Kexec", files=files, kernel={"image": 0, "initrds": [1]}, **more)
     for fd in files:
         os.close(fd)
     return client
@@ -323,6 +324,29 @@ def test_with_policy_resume_a_peer_that_does_not_come_back_is_a_veto(
     at_rest(second, system)
     well.hears("cancel")
     assert well.held == set()
+
+
+def test_with_policy_resume_a_peer_may_come_back_while_the_jump_waits_for_it(system: System) -> None:
+    """Whoever asks for the jump may be faster than a peer that lost khod; nobody new gets in by that."""
+    system.configure(RESUME)
+    first = system.khod()
+    one = Hand(first, "one")
+    with begin_kexec(first, system, load_only=True) as operation:
+        one.follows("prepare", "freeze")
+        one.ready()
+        assert reply(operation)["parameters"]["status"]["phase"] == "loaded"
+    first.end(signal.SIGKILL)
+    one.close()
+    second = system.khod()
+    with begin(second, "Kexec", now=True):
+        until(lambda: second.record.phase is Phase.executing, second.process)
+        stranger = Hand(second, "stranger")
+        assert stranger.registered["error"] == "io.kho.Handover.Refused"
+        back = Hand(second, "one")
+        assert back.registered["told"] == "freeze"
+        assert second.process.wait(DEADLINE) == -signal.SIGKILL, "the jump"
+    stranger.close()
+    back.close()
 
 
 def test_with_policy_resume_a_handover_that_was_not_yet_held_is_put_back(
