@@ -3,15 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from khoctl import progress, render, target
+from khoctl import dt, progress, render, target
 from khod.client import Client
-from khod.errors import Exit, KhoError, UsageError
+from khod.errors import Exit, KhoError
 from khod.model import Check, CheckResult, Phase, Producer, Status
 from khod.wire import SOCKET
 
@@ -24,8 +23,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed and rolled back, 2 usage, 3 refused, 4 not supported here, "
     "5 khod not reachable, 6 failed and not fully rolled back, 7 degraded after boot.",
 )
-dt = typer.Typer(no_args_is_help=True, help="The state tree that is handed over.")
-app.add_typer(dt, name="dt")
+app.add_typer(dt.app, name="dt")
 producers = typer.Typer(help="The holders of state outside the kernel. Without a command: list them.")
 app.add_typer(producers, name="producers")
 
@@ -54,21 +52,6 @@ Remove = Annotated[
 LoadOnly = Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")]
 Now = Annotated[bool, typer.Option("--now", help="Sync and jump at once, instead of systemctl kexec.")]
 Profile = Annotated[str | None, typer.Option("--profile", help="Take all of this from /etc/kho/handover.d/NAME.toml.")]
-
-
-class Side(StrEnum):
-    """Which state tree."""
-
-    out = "out"
-    arrived = "in"
-    snapshot = "snapshot"
-
-
-class Form(StrEnum):
-    """How a tree is written."""
-
-    dtb = "dtb"
-    dts = "dts"
 
 
 class _Socket:
@@ -281,56 +264,6 @@ def producers_forget(name: str, as_json: Json = False) -> None:
             client.forget(name)
 
     _run(ask, as_json=as_json)
-
-
-@dt.command("show")
-def dt_show(
-    side: Annotated[
-        Side, typer.Option(help="out: what would leave, in: what arrived, snapshot: what left.")
-    ] = Side.out,
-    as_json: Json = False,
-) -> None:
-    """Show a state tree."""
-    from khod import tree  # noqa: PLC0415 - libfdt is dear to import, and only dt needs it
-
-    blobs = _tree(side, as_json=as_json)
-    for line in [render.as_json(tree.plain(blobs))] if as_json else tree.show(blobs):
-        typer.echo(line)
-
-
-@dt.command("export")
-def dt_export(
-    output: Annotated[Path, typer.Argument(help="The file to write; - for standard output.")],
-    side: Annotated[Side, typer.Option(help="out, in or snapshot.")] = Side.out,
-    blob: Annotated[str, typer.Option(help="A producer's blob by name; the root without it.")] = "",
-    form: Annotated[Form, typer.Option("--format", help="dtb: the bytes as they are. dts: source for dtc.")] = Form.dtb,
-) -> None:
-    """Write one blob of a state tree to a file."""
-    from khod import tree  # noqa: PLC0415 - as above
-
-    blobs = _tree(side, as_json=False)
-    try:
-        if blob not in blobs:
-            raise UsageError(
-                f"There is no blob {blob!r}", where="--blob", remedy=f"One of: {', '.join(filter(None, blobs))}."
-            )
-        data = blobs[blob] if form is Form.dtb else tree.dts(blobs[blob], blob).encode()
-        if str(output) == "-":
-            sys.stdout.buffer.write(data)
-        else:
-            output.write_bytes(data)
-    except OSError as error:
-        _end(UsageError(f"The file cannot be written: {error.strerror}", where=str(output)), as_json=False)
-    except KhoError as error:
-        _end(error, as_json=False)
-
-
-def _tree(side: Side, *, as_json: bool) -> dict[str, bytes]:
-    def ask() -> dict[str, bytes]:
-        with Client(_Socket.path) as client:
-            return client.tree(side.value)
-
-    return _run(ask, as_json=as_json)
 
 
 def _operate(begin: Callable[[Client], None], *, as_json: bool) -> None:

@@ -1,0 +1,272 @@
+"""khoctl dt: state trees, khod's and those in files, listed, shown, exported, compared, held against schemas."""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from khoctl import render
+from khod.client import Client
+from khod.errors import Exit, KhoError, UsageError, errno_text
+from khod.model import Region, Snapshot
+from khod.trees.stored import load
+
+SIDES = ("out", "in", "snapshot")
+ROOT = "root"
+"""How the root's blob is asked for by name; its own name is "" as on the wire."""
+REGION = re.compile(r"(0x[0-9a-fA-F]+|[0-9]+)\+(0x[0-9a-fA-F]+|[0-9]+)([KMGT]?)")
+SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+TABLE = "{:<{}}  {:<20}  {:<16}  {:<16}  {:>10}  {:<16}  {}"
+DIGITS = 16  # of a digest, in a table
+AT_ONCE = 1000  # lines written together
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The state tree that is handed over. TREE is out (what would leave now), in (what arrived), snapshot (the "
+    "last that left), the id of a snapshot that is kept, or a path: a blob, a directory with root and blobs/, - for "
+    "standard input. Paths need no khod.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Tree = Annotated[str, typer.Argument(metavar="[TREE]", show_default=False, help="out, in, snapshot, an id, or a path.")]
+Side = Annotated[str | None, typer.Option(hidden=True, help="The same as TREE.")]
+Blob = Annotated[str | None, typer.Option(metavar="NAME", help="One blob of the tree; root for the root's.")]
+
+
+class Form(StrEnum):
+    """How a tree is written."""
+
+    dtb = "dtb"
+    dts = "dts"
+    json = "json"
+
+
+@app.command("list")
+def dt_list(context: typer.Context, as_json: Json = False) -> None:
+    """List the snapshots khod keeps, the newest first."""
+    with _ending(as_json=as_json):
+        with Client(_socket(context)) as client:
+            found = client.snapshots()
+        _print([render.as_json(found)] if as_json else _table(found))
+
+
+@app.command("show")
+def dt_show(
+    context: typer.Context,
+    tree: Tree = "out",
+    summary: Annotated[bool, typer.Option("--summary", help="Leave nodes and properties out.")] = False,
+    blob: Blob = None,
+    scratch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDR+SIZE", help="A scratch region to hold memory against; khod knows those of this host."
+        ),
+    ] = None,
+    side: Side = None,
+    as_json: Json = False,
+) -> None:
+    """Show a tree, and where in physical memory what it hands over lies."""
+    with _ending(as_json=as_json):
+        given = [_region(text) for text in scratch or ()]
+        blobs, regions = _tree(context, side or tree, scratch=True)
+        blobs = blobs if blob is None else _one(blobs, blob)
+        if as_json:
+            from khod.trees.plain import plain  # noqa: PLC0415 - each command imports what it needs
+
+            _print([render.as_json(plain(blobs))])
+            return
+        from khod.trees.shown import ASCII, BLOCKS, show  # noqa: PLC0415 - as above
+
+        width = shutil.get_terminal_size().columns - 2  # its bars
+        pen = BLOCKS if _takes(BLOCKS.levels + BLOCKS.scratch + BLOCKS.clash) else ASCII
+        _print(map(_shown, show(blobs, scratch=given or regions, width=width, pen=pen, summary=summary)))
+
+
+@app.command("diff")
+def dt_diff(
+    context: typer.Context,
+    left: Annotated[
+        str, typer.Argument(metavar="[A]", show_default=False, help="A tree; the last that left.")
+    ] = "snapshot",
+    right: Annotated[str, typer.Argument(metavar="[B]", show_default=False, help="A tree; what arrived.")] = "in",
+    as_json: Json = False,
+) -> None:
+    """Compare two trees. Exits with 1 where they differ, as diff does."""
+    from khod.trees.difference import differences, lines  # noqa: PLC0415 - as above
+
+    with _ending(as_json=as_json):
+        found = list(differences(_tree(context, left)[0], _tree(context, right)[0]))
+        if as_json:
+            _print([render.as_json(found)])
+        elif found:
+            text = [f"--- {left}", f"+++ {right}", *(line for item in found for line in lines(item))]
+            _print(map(_changed, text))
+    raise typer.Exit(1 if found else Exit.done)
+
+
+@app.command("export")
+def dt_export(
+    context: typer.Context,
+    names: Annotated[
+        list[str], typer.Argument(metavar="[TREE] OUTPUT", help="A tree, and the file to write; - for standard output.")
+    ],
+    blob: Blob = ROOT,
+    form: Annotated[
+        Form,
+        typer.Option("--format", help="dtb: the bytes as they are. dts: source for dtc. json: with values decoded."),
+    ] = Form.dtb,
+    side: Side = None,
+) -> None:
+    """Write one blob of a tree to a file."""
+    with _ending():
+        *tree, output = names
+        if len(tree) > 1:
+            raise UsageError("There are too many words", where=" ".join(names), remedy="Give [TREE] OUTPUT.")
+        blobs = _one(_tree(context, side or (tree or ["out"])[0])[0], blob or ROOT)
+        for name, data in blobs.items():
+            written = _written(name, data, form)
+            if output == "-":
+                sys.stdout.buffer.write(written)
+                sys.stdout.buffer.flush()
+                continue
+            try:
+                Path(output).write_bytes(written)
+            except OSError as error:
+                raise UsageError(f"The file cannot be written: {errno_text(error)}", where=output) from None
+
+
+@app.command("validate")
+def dt_validate(
+    context: typer.Context,
+    tree: Tree = "out",
+    schemas: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="More schemas, COMPATIBLE.json; they win over all others.")
+    ] = None,
+    side: Side = None,
+) -> None:
+    """Hold a tree against the schemas of its nodes' compatibles. Exits with 3 where something does not fit."""
+    from khod.trees import validate as checking  # noqa: PLC0415 - as above
+
+    with _ending():
+        if schemas is not None and not schemas.is_dir():
+            raise UsageError("There is no such directory", where=str(schemas))
+        known = checking.schemas((checking.OWN, *((schemas,) if schemas else ())))
+        found = list(checking.validate(_tree(context, side or tree)[0], known))
+        _print(f"{finding} (said only)" if finding.fits else str(finding) for finding in found)
+    raise typer.Exit(Exit.done if all(finding.fits for finding in found) else Exit.refused)
+
+
+def _written(name: str, data: bytes, form: Form) -> bytes:
+    if form is Form.dtb:
+        return data
+    if form is Form.json:
+        from khod.trees.plain import plain  # noqa: PLC0415 - as above
+
+        return f"{render.as_json(plain({name: data}))}\n".encode()
+    from khod.trees.source import dts  # noqa: PLC0415 - as above
+
+    text, note = dts(data, name)
+    if note:
+        typer.echo(f"khoctl: {note}", err=True)
+    return text.encode()
+
+
+def _tree(context: typer.Context, name: str, *, scratch: bool = False) -> tuple[Mapping[str, bytes], Sequence[Region]]:
+    """Find a tree by what the operator calls it; with `scratch` the regions of this host, where khod knows any."""
+    if name not in SIDES and (name == "-" or "/" in name or os.path.lexists(name)):
+        return load(name), ()
+    with Client(_socket(context)) as client:
+        blobs = client.tree(name)
+        if not scratch:
+            return blobs, ()
+        try:
+            return blobs, client.scratch()
+        except KhoError:
+            return blobs, ()  # a tree can be shown without
+
+
+def _one(blobs: Mapping[str, bytes], name: str) -> dict[str, bytes]:
+    key = "" if name == ROOT else name
+    if key not in blobs:
+        names = ", ".join(found or ROOT for found in blobs)
+        raise UsageError(f"There is no blob {name!r}", where="--blob", remedy=f"One of: {names}.")
+    return {key: blobs[key]}
+
+
+def _region(text: str) -> Region:
+    if not (found := REGION.fullmatch(text)):
+        raise UsageError(f"{text!r} is no region", where="--scratch", remedy="Give one as 0x100000000+512M.")
+    return Region(int(found[1], 0), int(found[2], 0) << SHIFT[found[3]])
+
+
+def _table(found: Sequence[Snapshot]) -> Iterator[str]:
+    if not found:
+        yield "No snapshots: nothing has left this host yet."
+        return
+    width = max(len(item.id) for item in found)
+    yield TABLE.format("ID", width, "TAKEN (UTC)", "KERNEL", "GENERATION", "BYTES", "DIGEST", "BLOBS; BOOT; RUN")
+    for item in found:
+        taken = datetime.fromtimestamp(item.taken_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        blobs = f"{', '.join(item.blobs) or '-'}; {item.boot_id}; {item.run}"
+        digest = item.digest[:DIGITS]
+        yield TABLE.format(item.id, width, taken, item.release, item.generation.value, item.bytes, digest, blobs)
+
+
+def _shown(line: str) -> str:
+    """A blob's own line stands out, and what is marked as wrong."""
+    if line.endswith("(!)") or " (!) " in line:
+        return typer.style(line, fg=typer.colors.RED)
+    return line if line.startswith((" ", "|", "0x")) else typer.style(line, bold=True)
+
+
+def _changed(line: str) -> str:
+    if line.startswith(("---", "+++")):
+        return typer.style(line, bold=True)
+    return typer.style(line, fg=typer.colors.RED if line.startswith("-") else typer.colors.GREEN)
+
+
+def _takes(characters: str) -> bool:
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Write lines, many at once; colours go to a terminal alone, and where NO_COLOR does not ask for none."""
+    colour = None if not os.environ.get("NO_COLOR") else False
+    held: list[str] = []
+    for line in lines:
+        held.append(line)
+        if len(held) == AT_ONCE:
+            typer.echo("\n".join(held), color=colour)
+            held.clear()
+    if held:
+        typer.echo("\n".join(held), color=colour)
+
+
+def _socket(context: typer.Context) -> Path:
+    """khod's socket, an option of khoctl itself."""
+    return Path(context.find_root().params["socket"])
+
+
+@contextmanager
+def _ending(*, as_json: bool = False) -> Iterator[None]:
+    """Our errors become a sentence and an exit code, an interrupt 130 as in a shell."""
+    try:
+        yield
+    except KhoError as error:
+        if as_json:
+            typer.echo(render.error_json(error))
+        typer.echo(f"khoctl: {error}", err=True)
+        raise typer.Exit(error.exit) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

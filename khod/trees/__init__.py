@@ -1,0 +1,1 @@
+"""State trees for people: shown, exported, compared and held against schemas. Nothing here asks khod or a kernel."""

@@ -1,0 +1,55 @@
+"""A producer's blob as a node: most are an FDT, since Linux 7.0 some are a C structure, any may be anything."""
+
+import struct
+
+from khod.abi import fdt
+from khod.abi.fdt import Node
+from khod.errors import MalformedTree
+
+METADATA = "kexec-metadata"
+KHO_KEXEC_METADATA = struct.Struct("=I65sI")  # version, previous_release, kexec_count; include/linux/kho/abi
+METADATA_VERSION = 1
+LUO_SER = struct.Struct("=8sQQQ")  # compatible, liveupdate_num, sessions_pa, flbs_pa; luo-v3 to luo-v5
+CUT = (
+    "debugfs shows as much of it as there was when the file was made (seen on Linux 6.19 and 7.3); "
+    "the kernel hands over all of it"
+)
+HIDDEN = (
+    "debugfs shows no root in a kernel that was itself reached by a handover (seen on Linux 6.19 and 7.3); "
+    "the kernel hands one over all the same"
+)
+
+
+def opened(name: str, blob: bytes) -> Node:
+    """Read a blob, "" names the root, which is always an FDT; MalformedTree where it is nothing we know.
+
+    A structure comes as one node whose properties are its members.
+    """
+    if name and blob[: fdt.U32.size] != fdt.U32.pack(fdt.MAGIC):
+        view = memoryview(blob)
+        if (
+            name == METADATA
+            and len(blob) == KHO_KEXEC_METADATA.size
+            and blob[:4] == struct.pack("=I", METADATA_VERSION)
+        ):
+            members = {"version": view[:4], "previous_release": _text(view[4:69]), "kexec_count": view[69:]}
+            return Node(METADATA, members)
+        if blob.startswith(b"luo-v") and len(blob) == LUO_SER.size:
+            numbers = {
+                key: view[at : at + 8] for at, key in ((8, "liveupdate_num"), (16, "sessions_pa"), (24, "flbs_pa"))
+            }
+            return Node(name, {"compatible": _text(view[:8])} | numbers)
+        raise MalformedTree("It is no FDT, and no structure we know", where=name)
+    if not name and not blob:
+        raise MalformedTree("There is no root", remedy=f"Seen on a live kernel this is no damage: {HIDDEN}.")
+    try:
+        return fdt.parse(blob, name)
+    except MalformedTree as error:
+        if not name and fdt.cut(blob):
+            error.remedy = f"Seen on a live kernel this is no damage: {CUT}."
+        raise
+
+
+def _text(member: memoryview) -> memoryview:
+    """A char array up to its first NUL, which is left on as in a property."""
+    return member[: bytes(member).find(b"\0") + 1] or member

@@ -1,0 +1,141 @@
+"""What differs between two trees: by path and property, `mem` by ranges, a blob of no known kind by offsets."""
+
+import enum
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+from khod.abi.fdt import KHO_MEM, Node
+from khod.errors import MalformedTree
+from khod.trees.blobs import opened
+from khod.trees.kinds import decoded, human
+from khod.trees.shown import printable, words
+
+SPANS = 4  # differing spans of a blob that are named
+BLOCK = 4096  # bytes compared at once while looking for them
+
+
+class Change(enum.Enum):
+    """What happened to it between the left and the right."""
+
+    added = "+"
+    removed = "-"
+    changed = "!"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One of them: `prop` is "" where it is a whole node or blob, `left` and `right` are in words."""
+
+    change: Change
+    blob: str
+    path: str
+    prop: str
+    left: str
+    right: str
+
+
+def differences(left: Mapping[str, bytes], right: Mapping[str, bytes]) -> Iterator[Difference]:
+    """Compare two trees' blobs by name, the root's is "", which is named "root"."""
+    for name in sorted(left.keys() | right.keys()):
+        shown = printable(name) or "root"
+        if name not in right:
+            yield Difference(Change.removed, shown, "", "", human(len(left[name])), "")
+        elif name not in left:
+            yield Difference(Change.added, shown, "", "", "", human(len(right[name])))
+        elif left[name] != right[name]:
+            yield from _blob(name, shown, left[name], right[name])
+
+
+def lines(found: Difference) -> Iterator[str]:
+    """One difference as diff has it: `-` and `+` lines under the place."""
+    place = ":".join(filter(None, (found.blob, found.path)))
+    name = f"{found.prop} = " if found.prop and (found.left or found.right) else found.prop
+    if found.change is not Change.added:
+        yield f"-{place} {name}{found.left}".rstrip()
+    if found.change is not Change.removed:
+        yield f"+{place} {name}{found.right}".rstrip()
+
+
+def _blob(name: str, shown: str, left: bytes, right: bytes) -> Iterator[Difference]:
+    try:
+        before, after = opened(name, left), opened(name, right)
+    except MalformedTree:
+        spans = list(_spans(left, right))
+        more = f" and {len(spans) - SPANS} more" if len(spans) > SPANS else ""
+        at = f"differs at {', '.join(f'{first:#x}-{last - 1:#x}' for first, last in spans[:SPANS])}{more}"
+        yield Difference(Change.changed, shown, "", "", f"{human(len(left))}, {at}", f"{human(len(right))}, {at}")
+        return
+    found = list(_nodes(shown, "", (before, None), (after, None)))
+    yield from found
+    if not found:
+        yield Difference(Change.changed, shown, "/", "", "the same tree", "the same tree, laid out otherwise")
+
+
+def _spans(left: bytes, right: bytes) -> Iterator[tuple[int, int]]:
+    """The spans of offsets that differ; what one of the two is longer by is one, too."""
+    short = min(len(left), len(right))
+    for start in range(0, short, BLOCK):
+        a, b = left[start : min(start + BLOCK, short)], right[start : min(start + BLOCK, short)]
+        if a == b:
+            continue
+        for differs, offsets in groupby(range(len(a)), key=lambda at, a=a, b=b: a[at] != b[at]):  # type: ignore[misc]
+            if differs:
+                span = list(offsets)
+                yield start + span[0], start + span[-1] + 1
+    if len(left) != len(right):
+        yield short, max(len(left), len(right))
+
+
+def _nodes(
+    blob: str, path: str, left: tuple[Node, Node | None], right: tuple[Node, Node | None]
+) -> Iterator[Difference]:
+    """Compare two nodes, each with its parent, and all below them."""
+    (before, _), (after, _) = left, right
+    here = printable(path) or "/"
+    for key in dict.fromkeys((*before.properties, *after.properties)):
+        old, new = before.properties.get(key), after.properties.get(key)
+        if old is None or new is None:
+            change = Change.added if old is None else Change.removed
+            yield Difference(change, blob, here, printable(key), _text(key, *left), _text(key, *right))
+        elif old != new:
+            said = (_text(key, *left), _text(key, *right))
+            if key == "mem":
+                said = _mem(old, new, *said)
+            yield Difference(Change.changed, blob, here, printable(key), *said)
+    olds = {child.name: child for child in before.children}
+    news = {child.name: child for child in after.children}
+    for name in dict.fromkeys((*olds, *news)):
+        below = f"{path}/{name}"
+        if name not in news:
+            yield Difference(Change.removed, blob, printable(below), "", _count(olds[name]), "")
+        elif name not in olds:
+            yield Difference(Change.added, blob, printable(below), "", "", _count(news[name]))
+        else:
+            yield from _nodes(blob, below, (olds[name], before), (news[name], after))
+
+
+def _count(node: Node) -> str:
+    found = list(node.walk())
+    return f"a node ({printable(node.compatible) or 'no compatible'}, {len(found) - 1} below it)"
+
+
+def _text(key: str, node: Node, parent: Node | None) -> str:
+    if key not in node.properties:
+        return ""
+    return words(decoded(key, node, parent), len(node.properties[key]), known=True) or "empty"
+
+
+def _mem(old: memoryview, new: memoryview, left: str, right: str) -> tuple[str, str]:
+    """Say how many ranges and bytes only one of the two has."""
+    if len(old) % KHO_MEM.size or len(new) % KHO_MEM.size:
+        return left, right
+    befores, afters = ({entry for (entry,) in struct.iter_unpack(f"{KHO_MEM.size}s", raw)} for raw in (old, new))
+    gone, came = (sum(KHO_MEM.unpack(entry)[1] for entry in only) for only in (befores - afters, afters - befores))
+    if befores == afters:
+        return f"{left}", f"{right}, the same ranges in another order or number"
+    return (
+        f"{left}; {len(befores - afters)} ranges, {human(gone)} only here",
+        f"{right}; {len(afters - befores)} ranges, {human(came)} only here",
+    )

@@ -1,0 +1,135 @@
+"""Where in physical memory a v3 tree's `mem` lies, merged as the kernel's mem cache would merge it on load.
+
+kho_alloc_mem_cache() of the v3 series: each range grows to whole pages, and ranges that overlap or touch become one;
+a property whose length is no multiple of 16 is passed over. A range over scratch fails the load with EINVAL.
+"""
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import accumulate, chain, compress, islice, repeat
+from operator import add, gt, rshift, sub
+from typing import Any
+
+from khod.abi.fdt import KHO_MEM
+from khod.model import Region
+
+PAGE_SHIFT = 12  # x86-64, and arm64 as most build it; with larger pages more would merge
+TOP = 1 << (64 - PAGE_SHIFT)
+FAST_FROM = 50_000
+"""Ranges from which importing numpy (0.1 s) costs less than it saves."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Ranges after the merge: page numbers [firsts[i], lasts[i]) in order, `below[i]` pages before the i-th.
+
+    `hole` is the index of the range behind the largest hole (0: none), `size` the bytes asked for, `beyond` how
+    many ranges run past the end of the address space. The sequences may be numpy's.
+    """
+
+    firsts: Sequence[int] | Any
+    lasts: Sequence[int] | Any
+    below: Sequence[int] | Any
+    hole: int
+    size: int
+    beyond: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The sum of a tree's `mem`; sizes and addresses in bytes, `density` (0 to 1) by column of [start, end)."""
+
+    ranges: int
+    bytes: int
+    merged: int
+    merged_bytes: int
+    hole: Region | None
+    in_scratch: int
+    beyond: int
+    start: int
+    end: int
+    density: tuple[float, ...]
+    scratch: tuple[bool, ...]
+
+
+def summarise(mems: Sequence[memoryview], scratch: Sequence[Region] = (), width: int = 80) -> Memory | None:
+    """Add up `mem` properties, over `width` columns from the lowest address (of scratch, too) to the highest.
+
+    None where there is no range. Lengths that are no multiple of 16 are left out, as the kernel does.
+    """
+    whole = [raw for raw in mems if raw and len(raw) % KHO_MEM.size == 0]
+    count = sum(len(raw) for raw in whole) // KHO_MEM.size
+    if not count:
+        return None
+    merged = _quickly(whole, count) or _plainly(whole)
+    pages = [(area.addr >> PAGE_SHIFT, -(-(area.addr + area.size) >> PAGE_SHIFT)) for area in scratch]
+    low = min(int(merged.firsts[0]), *(first for first, _ in pages), TOP)
+    high = max(int(merged.lasts[-1]), *(last for _, last in pages), low + 1)
+    width = max(1, min(width, high - low))
+    edges = [low + (high - low) * column // width for column in range(width + 1)]
+    covered = [_covered(merged, edge) for edge in edges]
+    at = merged.hole
+    return Memory(
+        ranges=count,
+        bytes=merged.size,
+        merged=len(merged.firsts),
+        merged_bytes=_covered(merged, TOP) << PAGE_SHIFT,
+        hole=_region(int(merged.lasts[at - 1]), int(merged.firsts[at])) if at else None,
+        in_scratch=sum(_covered(merged, last) - _covered(merged, first) for first, last in pages) << PAGE_SHIFT,
+        beyond=merged.beyond,
+        start=low << PAGE_SHIFT,
+        end=high << PAGE_SHIFT,
+        density=tuple((covered[i + 1] - covered[i]) / (edges[i + 1] - edges[i]) for i in range(width)),
+        scratch=tuple(any(a < edges[i + 1] and edges[i] < b for a, b in pages) for i in range(width)),
+    )
+
+
+def _region(first: int, last: int) -> Region:
+    return Region(first << PAGE_SHIFT, (last - first) << PAGE_SHIFT)
+
+
+def _covered(merged: Merged, page: int) -> int:
+    """How many pages below `page` are in a range."""
+    at = bisect_right(merged.firsts, page)
+    return int(merged.below[at]) - max(0, int(merged.lasts[at - 1]) - page) if at else 0
+
+
+def _quickly(whole: Sequence[memoryview], count: int) -> Merged | None:
+    if count < FAST_FROM or not find_spec("numpy"):
+        return None
+    from khod.trees import fast  # noqa: PLC0415 - numpy is optional, and dear to import
+
+    if (found := fast.merged(whole, PAGE_SHIFT)) is None:
+        return None
+    starts, ends, below, hole, size = found
+    return Merged(starts, ends, below, hole, size, 0)
+
+
+def _plainly(whole: Sequence[memoryview]) -> Merged:
+    """Merge by sorting starts and ends apart: a range begins anew where all that began before it have ended."""
+    numbers = [raw.cast("Q") for raw in whole]
+    sizes = list(chain.from_iterable(raw[1::2].tolist() for raw in numbers))
+    size = sum(sizes)
+    addrs = list(chain.from_iterable(raw[::2].tolist() for raw in numbers))
+    lasts = list(map(rshift, map(add, map(add, addrs, sizes), repeat((1 << PAGE_SHIFT) - 1)), repeat(PAGE_SHIFT)))
+    del sizes  # half a million numbers are 20 MB
+    firsts = list(map(rshift, addrs, repeat(PAGE_SHIFT)))
+    del addrs
+    firsts, lasts = _sorted(firsts), _sorted(lasts)
+    beyond = len(lasts) - bisect_right(lasts, TOP)
+    lasts[len(lasts) - beyond :] = [TOP] * beyond
+    apart = list(map(gt, islice(firsts, 1, None), lasts))
+    starts = [firsts[0], *compress(islice(firsts, 1, None), apart)]
+    ends = [*compress(lasts, apart), lasts[-1]]
+    holes = list(map(sub, islice(starts, 1, None), ends))
+    hole = holes.index(max(holes)) + 1 if holes else 0
+    return Merged(starts, ends, list(accumulate(map(sub, ends, starts), initial=0)), hole, size, beyond)
+
+
+def _sorted(numbers: list[int]) -> list[int]:
+    """Sort, with the numbers themselves in order in memory too: each pass after this one is three times as fast."""
+    numbers.sort()
+    return array("Q", numbers).tolist()

@@ -1,0 +1,58 @@
+"""A tree as JSON.
+
+    {"root": NODE, "memblock": NODE, "other": {"bytes": HEX, "why": TEXT}}
+    NODE = {"compatible": TEXT, "properties": {NAME: VALUE}, "children": {NAME: NODE}}
+    VALUE = {"raw": HEX, "length": N, "kind": KIND, "value": ANY, "wrong": TEXT}
+
+`raw` is all the bytes; `value` what they mean in the `kind` they were decoded as (`khod.trees.kinds`), null for bytes
+of no known meaning; `wrong` stands only where the bytes are not what the name promises. The root of a blob that is an
+FDT has "fdt" besides: {"version", "boot_cpuid_phys", "reservations": [{"addr", "size"}]}. So everything in the
+blob can be made again from this, but for the order in which libfdt happened to lay it out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from khod.abi import fdt
+from khod.abi.fdt import Node
+from khod.errors import MalformedTree
+from khod.trees.blobs import opened
+from khod.trees.kinds import decoded
+
+
+def plain(blobs: Mapping[str, bytes]) -> dict[str, Any]:
+    """Give a tree's blobs as JSON would have them, the root under "root"; what is no tree comes as hex, with why."""
+    made: dict[str, Any] = {}
+    for name, blob in blobs.items():
+        try:
+            made[name or "root"] = node(opened(name, blob)) | _layout(blob)
+        except MalformedTree as error:
+            made[name or "root"] = {"bytes": blob.hex(), "why": error.what}
+    return made
+
+
+def node(found: Node, parent: Node | None = None) -> dict[str, Any]:
+    """One node with all below it."""
+    return {
+        "compatible": found.compatible,
+        "properties": {key: value(key, found, parent) for key in found.properties},
+        "children": {child.name: node(child, found) for child in found.children},
+    }
+
+
+def value(key: str, found: Node, parent: Node | None) -> dict[str, Any]:
+    """One property."""
+    raw, meaning = found.properties[key], decoded(key, found, parent)
+    known = None if meaning.kind == "bytes" else meaning.value
+    wrong = {"wrong": meaning.wrong} if meaning.wrong else {}
+    return {"raw": bytes(raw).hex(), "length": len(raw), "kind": meaning.kind, "value": known} | wrong
+
+
+def _layout(blob: bytes) -> dict[str, Any]:
+    if not blob.startswith(fdt.U32.pack(fdt.MAGIC)):
+        return {}
+    head = fdt.read(blob)
+    reservations = [{"addr": region.addr, "size": region.size} for region in head.reservations]
+    return {
+        "fdt": {"version": head.version, "boot_cpuid_phys": head.boot_cpuid_phys, "reservations": reservations},
+    }

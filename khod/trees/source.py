@@ -1,0 +1,161 @@
+"""Device tree source, and what dtc makes of it to the byte.
+
+dtc lays a blob out in one way: header, reservations at the next multiple of 8, nodes, then the names in order of
+their first use, a name that ends another one shared. libfdt's sequential writer, which the kernel's producers use,
+lays out the same tree otherwise (reservations at a multiple of 16, so at 48 and not at 40, and the names from last to
+first), and no option of dtc's changes that. So `dtc` turns the source into the blob's own bytes where dtc (or something
+that lays out as it does) made the blob, and into the same tree in dtc's layout otherwise: the bytes of
+`dtc -I dtb -O dtb BLOB`.
+`compiled` knows these bytes without dtc, and the first line of the source says which of the two it is.
+"""
+
+import re
+from collections.abc import Iterator
+
+from khod.abi.fdt import (
+    FDT_BEGIN_NODE,
+    FDT_END,
+    FDT_END_NODE,
+    FDT_PROP,
+    HEADER,
+    MAGIC,
+    PROP,
+    RESERVATION,
+    U32,
+    V16_SIZE,
+    VERSIONS,
+    Fdt,
+    Node,
+    read,
+)
+from khod.errors import UsageError
+from khod.trees.kinds import strings
+
+WRITABLE = re.compile(r"[0-9A-Za-z,._+*#?@-]+")  # PROPNODECHAR of dtc's lexer
+NODE = re.compile(r"[0-9A-Za-z,._+-]+(@[0-9A-Za-z,._+-]*)?")  # what dtc's checks want, else they have to be overruled
+PROPERTY = re.compile(r"[0-9A-Za-z,._+*#?-]+")
+CHECKED = ("phandle", "linux,phandle")
+"""Properties whose values dtc's checks look into."""
+ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"'})
+NO_NAME_CHECK = ("-E", "no-name_is_string")  # and with it name_properties, which rests on it
+
+
+def dts(blob: bytes, name: str = "") -> tuple[str, str]:
+    """Write a blob as source for dtc, and say what dtc will not give back ("" where it gives back the same bytes).
+
+    The first line is a comment with the command. Raises MalformedTree, and UsageError where a name has characters
+    that the source language has no way to write.
+    """
+    tree = read(blob, name)
+    asked = options(tree)
+    same = compiled(tree) == blob
+    if not same and compiled(tree, len(blob)) == blob:
+        same, asked = True, (*asked, "-S", str(len(blob)))
+    command = " ".join(("dtc -I dts -O dtb", *asked))
+    note = (
+        ""
+        if same
+        else (
+            "dtc makes the same tree of this in its own layout, not the same bytes: "
+            f"those of `{' '.join(('dtc -I dtb -O dtb', *asked))}` of the blob"
+        )
+    )
+    says = f"/* `{command}`: {note}. */" if note else f"/* `{command}` makes the same bytes of this again. */"
+    lines = ["/dts-v1/;", says]
+    lines += [f"/memreserve/ {region.addr:#x} {region.size:#x};" for region in tree.reservations]
+    return "\n".join([*lines, "/ {", *_body(tree.root, "\t", name), "};\n"]), note
+
+
+def _body(node: Node, tabs: str, where: str) -> Iterator[str]:
+    for key, value in node.properties.items():
+        yield f"{tabs}{_writable(key, where)}{_value(value)};"
+    for child in node.children:
+        yield f"{tabs}{_writable(child.name, where)} {{"
+        yield from _body(child, f"{tabs}\t", where)
+        yield f"{tabs}}};"
+
+
+def _writable(name: str, where: str) -> str:
+    if not WRITABLE.fullmatch(name):
+        raise UsageError(
+            f"Device tree source has no way to write the name {name!a}",
+            where=where,
+            remedy="Use --format dtb or --format json.",
+        )
+    return name
+
+
+def _value(raw: memoryview) -> str:
+    """Strings as strings, all else as bytes, which dtc takes as they are."""
+    if not raw:
+        return ""
+    try:
+        return " = " + ", ".join(f'"{text.translate(ESCAPES)}"' for text in strings(raw))
+    except ValueError:
+        return f" = [{raw.hex(' ')}]"
+
+
+def options(tree: Fdt) -> tuple[str, ...]:
+    """Give the options dtc needs besides -I and -O: what stands in no source, and checks to be overruled."""
+    nodes = [node for _path, node in tree.root.walk()]
+    keys = {key for node in nodes for key in node.properties}
+    odd = any(not NODE.fullmatch(node.name) for node in nodes[1:]) or any(not PROPERTY.fullmatch(key) for key in keys)
+    asked: tuple[str, ...] = ("-f",) if odd or keys & set(CHECKED) else ()
+    if "name" in keys:
+        asked += NO_NAME_CHECK  # where it is what it should be, dtc takes it away as redundant
+    if tree.boot_cpuid_phys or any(child.name == "cpus" for child in tree.root.children):
+        asked += ("-b", str(tree.boot_cpuid_phys))  # otherwise it is 0, or /cpus' first reg
+    if tree.version != VERSIONS[-1]:
+        asked += ("-V", str(tree.version))
+    return asked
+
+
+def compiled(tree: Fdt, size: int = 0) -> bytes:
+    """Give the bytes dtc makes of `dts` with `options`, padded with zeros to `size` as -S would."""
+    made = _laid_out(tree)
+    if size <= len(made):
+        return made
+    return made[:4] + U32.pack(size) + made[8:].ljust(size - 8, b"\0")
+
+
+def _laid_out(tree: Fdt) -> bytes:
+    names = bytearray()
+    nodes = bytearray()
+    _write(tree.root, nodes, names)
+    nodes += U32.pack(FDT_END)
+    reservations = b"".join(RESERVATION.pack(region.addr, region.size) for region in tree.reservations)
+    reserve_at = 40  # of either header the next multiple of 8
+    nodes_at = reserve_at + len(reservations) + RESERVATION.size
+    names_at = nodes_at + len(nodes)
+    total = names_at + len(names)
+    header = HEADER.pack(
+        MAGIC,
+        total,
+        nodes_at,
+        names_at,
+        reserve_at,
+        tree.version,
+        VERSIONS[0],
+        tree.boot_cpuid_phys,
+        len(names),
+        len(nodes),
+    )
+    if tree.version == VERSIONS[0]:
+        header = header[:V16_SIZE].ljust(reserve_at, b"\0")
+    return b"".join((header, reservations, bytes(RESERVATION.size), nodes, names))
+
+
+def _write(node: Node, nodes: bytearray, names: bytearray) -> None:
+    name = node.name.encode(errors="surrogateescape")
+    nodes += U32.pack(FDT_BEGIN_NODE) + name.ljust(len(name) + 4 & ~3, b"\0")
+    for key, value in node.properties.items():
+        word = key.encode(errors="surrogateescape") + b"\0"
+        if (at := names.find(word)) < 0:
+            at = len(names)
+            names += word
+        nodes += U32.pack(FDT_PROP) + PROP.pack(len(value), at)
+        nodes += value
+        nodes += bytes(-len(value) & 3)
+    for child in node.children:
+        _write(child, nodes, names)
+    nodes += U32.pack(FDT_END_NODE)

@@ -1,0 +1,66 @@
+"""Trees as files: a blob, or a directory of them as khod keeps it or as debugfs has it. Bounded, whatever is there."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from khod.errors import UsageError, errno_text
+
+LARGEST = 128 << 20
+"""Bytes of one blob: far above v3's dt_max (10 MiB by default), far below what hurts."""
+CHUNK = 1 << 20
+MOST = 1000
+"""Blobs of a directory."""
+LAYOUTS = (("root", "blobs"), ("fdt", "sub_fdts"))
+"""A directory's root blob and the directory of the others: khod's snapshots, copies of /sys/kernel/debug/kho/out."""
+
+
+class SupportsRead(Protocol):
+    """A file of bytes."""
+
+    def read(self, size: int, /) -> bytes | None:
+        """Read at most `size` bytes."""
+
+
+def load(path: str) -> dict[str, bytes]:
+    """Read a tree's blobs by name, the root's is ""; `-` is standard input. UsageError where that cannot be."""
+    try:
+        if path == "-":
+            return {"": _bounded(sys.stdin.buffer, "standard input")}
+        return _directory(Path(path)) if Path(path).is_dir() else {"": _file(Path(path))}
+    except OSError as error:
+        raise UsageError(
+            f"The tree cannot be read: {errno_text(error)}",
+            where=path,
+            remedy="Give out, in, snapshot, an id of khoctl dt list, or the path of a readable file or directory.",
+        ) from None
+    except ValueError as error:  # a NUL in the path
+        raise UsageError(f"The tree cannot be read: {error}", where=ascii(path)) from None
+
+
+def _directory(path: Path) -> dict[str, bytes]:
+    for root, blobs in LAYOUTS:
+        if (path / root).exists():
+            names = sorted((path / blobs).iterdir()) if (path / blobs).is_dir() else []
+            if len(names) > MOST:
+                raise UsageError(f"There are more than {MOST} blobs", where=str(path / blobs))
+            return {"": _file(path / root)} | {name.name: _file(name) for name in names}
+    raise UsageError("This directory is no tree: it has neither `root` nor `fdt`", where=str(path))
+
+
+def _file(path: Path) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        if path.is_file() and os.fstat(file.fileno()).st_size <= LARGEST:
+            return file.readall()
+        return _bounded(file, str(path))
+
+
+def _bounded(file: SupportsRead, where: str) -> bytes:
+    """Read what has no size, such as a pipe, to its end."""
+    data = bytearray()
+    while chunk := file.read(CHUNK):
+        data += chunk
+        if len(data) > LARGEST:
+            raise UsageError(f"This is no tree: it has more than {LARGEST >> 20} MiB", where=where)
+    return bytes(data)
