@@ -1,36 +1,55 @@
 """Where kexec_file_load(2) will put an image's segments: with KHO on, in scratch memory alone, or nowhere.
 
-What the kernel does (kernel/kexec_file.c, locate_mem_hole_top_down(); kernel/liveupdate/kexec_handover.c,
-kho_locate_mem_hole()): each segment in turn goes into the first scratch region that has a hole for it, in the order
-the kernel lists them, as high up in there as its alignment and what was placed before it allow. EADDRNOTAVAIL where
-no region has one.
+What the kernel does (kernel/kexec_file.c, kexec_add_buffer() and locate_mem_hole_callback(); kho_fill_kimage() and
+kho_locate_mem_hole() in kernel/liveupdate/kexec_handover.c): each segment in turn, in whole pages, goes into the first
+scratch region that has a hole for it, in the order in which the kernel lists them: as high up in there as its alignment
+and what was placed before it allow, or as low where the loader asks for that. EADDRNOTAVAIL where no region has one.
+
+What cannot be seen from outside is taken at its largest: PURGATORY, EFI_MAP, DEVICE_TREE, v3's memory cache. A kernel
+with CONFIG_IMA_KEXEC places its measurement list before all others; that is not counted here.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from khod.images.kernel import Kernel
 from khod.model import Generation, Region
 
-PAGE = 4096
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 SCRATCH_ENTRY = 16  # struct kho_scratch { phys_addr_t addr; phys_addr_t size; }
-SCRATCH_ALIGNMENT = 0x10000  # kho_fill_kimage(): SZ_64K
-# arch/x86/kernel/kexec-bzimage64.c: the lowest addresses, and what goes in front of the kernel.
-MIN_PURGATORY, MIN_BOOTPARAM, MIN_KERNEL, MIN_INITRD = 0x3000, 0x3000, 0x100000, 0x1000000
-PURGATORY = 8 * PAGE
-"""More than any build's: it has the SHA-256 code, a stack of a page and its data."""
-BOOT_PARAMS = 4 * PAGE
-"""struct boot_params (a page), the EFI memory map and the setup_data for EFI, KHO, IMA and the random seed."""
+KHO_ALIGNMENT = 64 * KIB  # kho_fill_kimage(): SZ_64K
+# arch/x86/kernel/kexec-bzimage64.c: the lowest addresses. The kernel's is its header's pref_address: 16 MiB, unless
+# CONFIG_PHYSICAL_START was changed.
+MIN_PURGATORY, MIN_BOOTPARAM, MIN_KERNEL, MIN_INITRD = 0x3000, 0x3000, 16 * MIB, 16 * MIB
+PURGATORY = 24 * KIB
+"""A page more than the five it takes in 6.18.15, 6.19.11, 7.3.4 and Debian's 7.2.12."""
+EFI_MAP = 64 * 48
+"""EFI's runtime memory map: 64 descriptors of 48 bytes, more than firmware usually has."""
+BOOT_PARAMS = 4096 + 30 + EFI_MAP + (16 + 96) + (16 + 32) + (16 + 16) + (16 + 32)
+"""struct boot_params, MAX_ELFCOREHDR_STR_LEN, and behind a struct setup_data each: EFI, random seed, IMA and KHO."""
+# arch/arm64/kernel/kexec_image.c and machine_kexec_file.c
+MIN_KIMG_ALIGN = 2 * MIB
+INITRD_WINDOW = 32 * GIB
+DEVICE_TREE = 2 * MIB  # MAX_FDT_SIZE
+NO_END = 1 << 64
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment to be placed: `size` and `alignment` in bytes, `lowest` the lowest address it may have."""
+    """One segment to be placed, in bytes, not below the address `lowest`; `top_down` as high up as it may be.
+
+    What comes after a `base` lies above it, with a `window` within so many bytes from the start of the GiB that the
+    base begins in; where there is no room for that, the base moves up to the next hole.
+    """
 
     name: str
     size: int
-    alignment: int = PAGE
+    alignment: int = 1
     lowest: int = 0
+    top_down: bool = True
+    base: bool = False
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class NoRoom:
-    """The first segment that no region has a hole for, and the size in bytes of the largest hole left."""
+    """The first segment that no region has a hole for, and how large it could have been, in bytes."""
 
     segment: Segment
     hole: int
@@ -54,58 +73,92 @@ def segments(
 ) -> list[Segment] | None:
     """What the loader places, in its order; None for an architecture whose loader is not known here.
 
-    `initrd`, `cmdline` (with its NUL) and `tree` (of v3, which copies it into the image) are in bytes.
+    `initrd`, `cmdline` (with its NUL) and `tree` (of v3, which copies it into the image; 0 where it is not known yet)
+    are in bytes.
     """
-    if kernel.arch != "x86_64":
-        return None
-    handover = [Segment("KHO's scratch list", regions * SCRATCH_ENTRY, SCRATCH_ALIGNMENT)]
-    if generation is Generation.sysfs and tree:
-        handover = [Segment("KHO's tree", tree), Segment("KHO's memory cache", tree), *handover]
-    return [
-        *handover,
-        Segment("purgatory", PURGATORY, lowest=MIN_PURGATORY),
-        Segment("boot parameters", BOOT_PARAMS + cmdline, lowest=MIN_BOOTPARAM),
-        Segment("kernel", kernel.memory, kernel.alignment, MIN_KERNEL),
-        *([Segment("initrd", initrd, lowest=MIN_INITRD)] if initrd else []),
-    ]
-
-
-def place(wanted: Sequence[Segment], scratch: Sequence[Region]) -> list[Placed] | NoRoom:
-    """Place every segment as the kernel would."""
-    placed: list[Placed] = []
-    for segment in wanted:
-        at = next((at for region in scratch if (at := _hole(segment, region, placed)) is not None), None)
-        if at is None:
-            return NoRoom(segment, _largest(scratch, placed))
-        placed.append(Placed(segment, at))
-    return placed
-
-
-def _hole(segment: Segment, region: Region, placed: Sequence[Placed]) -> int | None:
-    """The highest place in a region, clear of all that was placed before."""
-    size, alignment = _pages(segment.size), max(segment.alignment, PAGE)
-    at = (region.addr + region.size - size) // alignment * alignment
-    while at >= max(region.addr, segment.lowest):
-        met = [other for other in placed if other.at < at + size and at < other.at + _pages(other.segment.size)]
-        if not met:
-            return at
-        at = (min(other.at for other in met) - size) // alignment * alignment
+    if kernel.arch == "x86_64":
+        return [*_handover(generation, regions, tree), *_bzimage(kernel, initrd, cmdline)]
+    if kernel.arch == "aarch64":
+        return [*_handover(generation, regions, tree), *_arm64(kernel, initrd)]
     return None
 
 
-def _largest(scratch: Sequence[Region], placed: Sequence[Placed]) -> int:
-    """The largest hole that is left, in bytes."""
-    largest = 0
-    for region in scratch:
-        inside = sorted(
-            (one for one in placed if region.addr <= one.at < region.addr + region.size), key=lambda one: one.at
-        )
-        begin = region.addr
-        for one in inside:
-            largest, begin = max(largest, one.at - begin), one.at + _pages(one.segment.size)
-        largest = max(largest, region.addr + region.size - begin)
-    return largest
+def place(wanted: Sequence[Segment], scratch: Sequence[Region], page: int = mmap.PAGESIZE) -> list[Placed] | NoRoom:
+    """Place every segment as the kernel would; `page` is the running kernel's, in bytes."""
+    whole = [replace(one, size=_up(one.size, page), alignment=max(one.alignment, page)) for one in wanted]
+    missing: list[NoRoom] = []
+    floor = 0
+    while True:
+        placed, found = _attempt(whole, scratch, floor)
+        if found is None:
+            return placed
+        missing.append(found)
+        base = next((one for one in placed if one.segment.base), None)
+        if base is None:
+            first = missing[0].segment
+            return NoRoom(first, max(one.hole for one in missing if one.segment == first))
+        floor = base.at + base.segment.size
 
 
-def _pages(size: int) -> int:
-    return -(-size // PAGE) * PAGE
+def _handover(generation: Generation, regions: int, tree: int) -> Iterator[Segment]:
+    """V3 copies its tree, and all `mem` in it as one array, which is no larger; what came later lists the scratch."""
+    if generation is Generation.sysfs:
+        yield Segment("KHO's memory cache", max(tree, 1), KHO_ALIGNMENT)
+        yield Segment("KHO's tree", max(tree, 1), KHO_ALIGNMENT)
+    else:
+        yield Segment("KHO's scratch list", regions * SCRATCH_ENTRY, KHO_ALIGNMENT)
+
+
+def _bzimage(kernel: Kernel, initrd: int, cmdline: int) -> Iterator[Segment]:
+    """What bzImage64_load() adds."""
+    yield Segment("purgatory", PURGATORY, lowest=MIN_PURGATORY)
+    yield Segment("boot parameters", BOOT_PARAMS + cmdline, lowest=MIN_BOOTPARAM)
+    yield Segment("kernel", kernel.memory, kernel.alignment, MIN_KERNEL)
+    if initrd:
+        yield Segment("initrd", initrd, lowest=MIN_INITRD)
+
+
+def _arm64(kernel: Kernel, initrd: int) -> Iterator[Segment]:
+    """What image_load() and load_other_segments() add."""
+    yield Segment("kernel", kernel.text_offset + kernel.memory, MIN_KIMG_ALIGN, top_down=False, base=True)
+    if initrd:
+        yield Segment("initrd", initrd, top_down=False, window=INITRD_WINDOW)
+    yield Segment("device tree", DEVICE_TREE, MIN_KIMG_ALIGN)
+
+
+def _attempt(wanted: Iterable[Segment], scratch: Sequence[Region], floor: int) -> tuple[list[Placed], NoRoom | None]:
+    """Place as many as have room, the base not below `floor`, and give the first that has none."""
+    placed: list[Placed] = []
+    base: Placed | None = None
+    for segment in wanted:
+        lowest, highest = max(segment.lowest, floor if segment.base else 0), NO_END
+        if base is not None:
+            lowest = max(lowest, base.at + base.segment.size)
+            highest = base.at // GIB * GIB + segment.window if segment.window else NO_END
+        bounded = replace(segment, lowest=lowest)
+        holes = [hole for region in scratch for hole in _holes(bounded, highest, region, placed)]
+        hole = next((hole for hole in holes if hole.size >= segment.size), None)
+        if hole is None:
+            return placed, NoRoom(segment, max((hole.size for hole in holes), default=0))
+        end = hole.addr + hole.size
+        at = (end - segment.size) // segment.alignment * segment.alignment if segment.top_down else hole.addr
+        placed.append(Placed(segment, at))
+        base = placed[-1] if segment.base else base
+    return placed, None
+
+
+def _holes(segment: Segment, highest: int, region: Region, placed: Iterable[Placed]) -> list[Region]:
+    """What is left of a region, from the first address that the segment may have, in the order it would be taken."""
+    end = region.addr + region.size
+    taken = sorted((one.at, one.at + one.segment.size) for one in placed if region.addr <= one.at < end)
+    starts, ends = [region.addr, *(after for _, after in taken)], [*(at for at, _ in taken), end]
+    holes = []
+    for start, stop in zip(starts, ends, strict=True):
+        first, last = _up(max(start, segment.lowest), segment.alignment), min(stop, highest)
+        if first < last:
+            holes.append(Region(first, last - first))
+    return holes[::-1] if segment.top_down else holes
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
