@@ -31,7 +31,7 @@ deb: $(VENV)/deb-packages
 $(VENV)/ready: pyproject.toml packaging/python-packages.txt
 	packaging/ensure-packages packaging/python-packages.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev]'
 	$(PY) -m compileall -q khod khoctl
 	touch $@
 

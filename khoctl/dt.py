@@ -5,19 +5,20 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from khoctl import render
-from khod.client import Client
+from khoctl.asking import Json, client, ending
 from khod.errors import Exit, KhoError, UsageError, errno_text
-from khod.model import Region, Snapshot
+from khod.region import Region
 from khod.trees.stored import load
+
+if TYPE_CHECKING:
+    from khod.model import Snapshot
 
 SIDES = ("out", "in", "snapshot")
 ROOT = "root"
@@ -30,11 +31,11 @@ AT_ONCE = 1000  # lines written together
 
 app = typer.Typer(
     no_args_is_help=True,
+    rich_markup_mode=None,
     help="The state tree that is handed over. TREE is out (what would leave now), in (what arrived), snapshot (the "
     "last that left), the id of a snapshot that is kept, or a path: a blob, a directory with root and blobs/, - for "
     "standard input. Paths need no khod.",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Tree = Annotated[str, typer.Argument(metavar="[TREE]", show_default=False, help="out, in, snapshot, an id, or a path.")]
 Side = Annotated[str | None, typer.Option(hidden=True, help="The same as TREE.")]
 Blob = Annotated[str | None, typer.Option(metavar="NAME", help="One blob of the tree; root for the root's.")]
@@ -49,17 +50,16 @@ class Form(StrEnum):
 
 
 @app.command("list")
-def dt_list(context: typer.Context, as_json: Json = False) -> None:
+def dt_list(as_json: Json = False) -> None:
     """List the snapshots khod keeps, the newest first."""
-    with _ending(as_json=as_json):
-        with Client(_socket(context)) as client:
-            found = client.snapshots()
-        _print([render.as_json(found)] if as_json else _table(found))
+    with ending(as_json=as_json):
+        with client() as khod:
+            found = khod.snapshots()
+        _print([_json(found)] if as_json else _table(found))
 
 
 @app.command("show")
 def dt_show(
-    context: typer.Context,
     tree: Tree = "out",
     summary: Annotated[bool, typer.Option("--summary", help="Leave nodes and properties out.")] = False,
     blob: Blob = None,
@@ -73,14 +73,14 @@ def dt_show(
     as_json: Json = False,
 ) -> None:
     """Show a tree, and where in physical memory what it hands over lies."""
-    with _ending(as_json=as_json):
+    with ending(as_json=as_json):
         given = [_region(text) for text in scratch or ()]
-        blobs, regions = _tree(context, side or tree, scratch=True)
+        blobs, regions = _tree(side or tree, scratch=True)
         blobs = blobs if blob is None else _one(blobs, blob)
         if as_json:
             from khod.trees.plain import plain  # noqa: PLC0415 - each command imports what it needs
 
-            _print([render.as_json(plain(blobs))])
+            _print([_json(plain(blobs))])
             return
         from khod.trees.shown import ASCII, BLOCKS, show  # noqa: PLC0415 - as above
 
@@ -91,7 +91,6 @@ def dt_show(
 
 @app.command("diff")
 def dt_diff(
-    context: typer.Context,
     left: Annotated[
         str, typer.Argument(metavar="[A]", show_default=False, help="A tree; the last that left.")
     ] = "snapshot",
@@ -101,10 +100,10 @@ def dt_diff(
     """Compare two trees. Exits with 1 where they differ, as diff does."""
     from khod.trees.difference import differences, lines  # noqa: PLC0415 - as above
 
-    with _ending(as_json=as_json):
-        found = list(differences(_tree(context, left)[0], _tree(context, right)[0]))
+    with ending(as_json=as_json):
+        found = list(differences(_tree(left)[0], _tree(right)[0]))
         if as_json:
-            _print([render.as_json(found)])
+            _print([_json(found)])
         elif found:
             text = [f"--- {left}", f"+++ {right}", *(line for item in found for line in lines(item))]
             _print(map(_changed, text))
@@ -113,7 +112,6 @@ def dt_diff(
 
 @app.command("export")
 def dt_export(
-    context: typer.Context,
     names: Annotated[
         list[str], typer.Argument(metavar="[TREE] OUTPUT", help="A tree, and the file to write; - for standard output.")
     ],
@@ -125,11 +123,11 @@ def dt_export(
     side: Side = None,
 ) -> None:
     """Write one blob of a tree to a file."""
-    with _ending():
+    with ending():
         *tree, output = names
         if len(tree) > 1:
             raise UsageError("There are too many words", where=" ".join(names), remedy="Give [TREE] OUTPUT.")
-        blobs = _one(_tree(context, side or (tree or ["out"])[0])[0], blob or ROOT)
+        blobs = _one(_tree(side or (tree or ["out"])[0])[0], blob or ROOT)
         for name, data in blobs.items():
             written = _written(name, data, form)
             if output == "-":
@@ -144,7 +142,6 @@ def dt_export(
 
 @app.command("validate")
 def dt_validate(
-    context: typer.Context,
     tree: Tree = "out",
     schemas: Annotated[
         Path | None, typer.Option(metavar="DIR", help="More schemas, COMPATIBLE.json; they win over all others.")
@@ -154,11 +151,11 @@ def dt_validate(
     """Hold a tree against the schemas of its nodes' compatibles. Exits with 3 where something does not fit."""
     from khod.trees import validate as checking  # noqa: PLC0415 - as above
 
-    with _ending():
+    with ending():
         if schemas is not None and not schemas.is_dir():
             raise UsageError("There is no such directory", where=str(schemas))
         known = checking.schemas((checking.OWN, *((schemas,) if schemas else ())))
-        found = list(checking.validate(_tree(context, side or tree)[0], known))
+        found = list(checking.validate(_tree(side or tree)[0], known))
         _print(f"{finding} (said only)" if finding.fits else str(finding) for finding in found)
     raise typer.Exit(Exit.done if all(finding.fits for finding in found) else Exit.refused)
 
@@ -169,7 +166,7 @@ def _written(name: str, data: bytes, form: Form) -> bytes:
     if form is Form.json:
         from khod.trees.plain import plain  # noqa: PLC0415 - as above
 
-        return f"{render.as_json(plain({name: data}))}\n".encode()
+        return f"{_json(plain({name: data}))}\n".encode()
     from khod.trees.source import dts  # noqa: PLC0415 - as above
 
     text, note = dts(data, name)
@@ -178,16 +175,16 @@ def _written(name: str, data: bytes, form: Form) -> bytes:
     return text.encode()
 
 
-def _tree(context: typer.Context, name: str, *, scratch: bool = False) -> tuple[Mapping[str, bytes], Sequence[Region]]:
+def _tree(name: str, *, scratch: bool = False) -> tuple[Mapping[str, bytes], Sequence[Region]]:
     """Find a tree by what the operator calls it; with `scratch` the regions of this host, where khod knows any."""
     if name not in SIDES and (name == "-" or "/" in name or os.path.lexists(name)):
         return load(name), ()
-    with Client(_socket(context)) as client:
-        blobs = client.tree(name)
+    with client() as khod:
+        blobs = khod.tree(name)
         if not scratch:
             return blobs, ()
         try:
-            return blobs, client.scratch()
+            return blobs, khod.scratch()
         except KhoError:
             return blobs, ()  # a tree can be shown without
 
@@ -206,7 +203,13 @@ def _region(text: str) -> Region:
     return Region(int(found[1], 0), int(found[2], 0) << SHIFT[found[3]])
 
 
-def _table(found: Sequence[Snapshot]) -> Iterator[str]:
+def _json(value: Any) -> str:
+    from khoctl import render  # noqa: PLC0415 - it knows all that khod may say; a tree is shown without
+
+    return render.as_json(value)
+
+
+def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
     if not found:
         yield "No snapshots: nothing has left this host yet."
         return
@@ -251,22 +254,3 @@ def _print(lines: Iterable[str]) -> None:
             held.clear()
     if held:
         typer.echo("\n".join(held), color=colour)
-
-
-def _socket(context: typer.Context) -> Path:
-    """khod's socket, an option of khoctl itself."""
-    return Path(context.find_root().params["socket"])
-
-
-@contextmanager
-def _ending(*, as_json: bool = False) -> Iterator[None]:
-    """Our errors become a sentence and an exit code, an interrupt 130 as in a shell."""
-    try:
-        yield
-    except KhoError as error:
-        if as_json:
-            typer.echo(render.error_json(error))
-        typer.echo(f"khoctl: {error}", err=True)
-        raise typer.Exit(error.exit) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from khod import wire
 from khod.connection import Connection
 from khod.errors import Unreachable
-from khod.model import Check, Event, Plan, Producer, Region, Snapshot, Status
+from khod.model import Check, Event, Plan, Producer, Snapshot, Status
+from khod.region import Region
 
 T = TypeVar("T")
 ANSWER = 60.0

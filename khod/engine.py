@@ -28,6 +28,7 @@ from khod.preflight.facts import Facts
 from khod.producers.barrier import Barrier, Member, Producer, Verb
 from khod.producers.peers import Peer, Peers, Terms
 from khod.record import Owner, Process, Record, Store
+from khod.region import Region
 from khod.sessions import Sessions, session_of
 from khod.target import Request, Target, take
 
@@ -264,7 +265,7 @@ class Engine:
         """List the trees that were kept when they left, the newest first."""
         return await asyncio.to_thread(self._store.snapshots.known)
 
-    async def scratch(self) -> list[model.Region]:
+    async def scratch(self) -> list[Region]:
         """Give the regions the next kernel must fit into."""
         await self._started.wait()
         return await self._thread.call(self._kernel().scratch, "reading scratch", self.config.deadlines.observe)

@@ -59,14 +59,6 @@ class Order(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Region:
-    """A range of physical memory: `addr` and `size` in bytes."""
-
-    addr: int
-    size: int
-
-
-@dataclass(frozen=True)
 class Observed:
     """What the kernel itself says, now."""
 

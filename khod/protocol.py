@@ -10,6 +10,7 @@ from asyncvarlink import FileDescriptor, TypedVarlinkErrorReply, VarlinkInterfac
 
 from khod import model
 from khod.errors import BY_NAME, KhoError
+from khod.region import Region
 from khod.wire import INTERFACE, PRODUCER
 
 
@@ -147,7 +148,7 @@ class Handover(VarlinkInterface, name=INTERFACE):
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="regions")
-    async def Scratch(self) -> list[model.Region]:
+    async def Scratch(self) -> list[Region]:
         """Give the scratch regions, which the next kernel starts in and no state may lie in."""
         raise NotImplementedError
 

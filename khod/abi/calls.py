@@ -13,7 +13,6 @@ from typing import Protocol
 from khod.abi import kexec_file_load, liveupdate, reboot
 from khod.abi.named import named
 
-READ_SIZE = 1 << 20
 LIVEUPDATE = "/dev/liveupdate"
 KMSG = "/dev/kmsg"
 
@@ -83,7 +82,7 @@ class HostCalls:
 
     def read(self, path: str) -> bytes:
         with named(f"read {path}"), open(self.at(path), "rb", buffering=0) as file:
-            return b"".join(iter(lambda: file.read(READ_SIZE), b""))
+            return file.readall()  # v3's dt, a page each call, into one buffer of the size that sysfs reports
 
     def write(self, path: str, data: bytes) -> None:
         with named(f"write {data.decode(errors='replace').strip()!r} to {path}"):

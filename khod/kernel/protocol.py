@@ -4,7 +4,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from khod.model import Generation, Order, Region
+from khod.model import Generation, Order
+from khod.region import Region
 
 
 class AbortKind(enum.Enum):

@@ -3,7 +3,8 @@
 from khod.abi import fdt
 from khod.abi.calls import Calls
 from khod.kernel.protocol import AbortKind, Tree, regions
-from khod.model import Generation, Order, Region
+from khod.model import Generation, Order
+from khod.region import Region
 
 KHO = "/sys/kernel/kho"
 IN_DT = "/sys/firmware/kho/dt"

@@ -9,9 +9,10 @@ from khod.errors import KhoError
 from khod.inhibitors import Inhibitor
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
-from khod.model import CheckResult, Observed, Region
+from khod.model import CheckResult, Observed
 from khod.producers.barrier import Producer
 from khod.record import Record, Store
+from khod.region import Region
 from khod.target import Target
 
 

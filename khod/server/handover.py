@@ -14,6 +14,7 @@ from khod import model
 from khod.engine import Engine
 from khod.errors import Unreachable, UsageError
 from khod.protocol import Handover, NextKernel, TreeReply, to_wire
+from khod.region import Region
 from khod.server.connection import CONNECTION, privileged, wired
 from khod.target import Given, Request
 
@@ -146,7 +147,7 @@ class Service(Handover):
             return await self._engine.snapshots()
 
     @varlinkmethod(return_parameter="regions")
-    async def Scratch(self) -> list[model.Region]:
+    async def Scratch(self) -> list[Region]:
         with wired():
             return await self._engine.scratch()
 

@@ -10,13 +10,13 @@ import numpy as np
 
 MAP = 1 << 24
 """Pages a map of one byte each may span (64 GiB of memory, 16 MiB here): marking is ten times as fast as sorting."""
-LONG = 16
-"""Pages of a range from which marking it page by page is no gain."""
 Array = Any
 
 
-def merged(whole: Sequence[memoryview], shift: int) -> tuple[Array, Array, Array, int, int] | None:
+def merged(whole: Sequence[memoryview], shift: int, long: int) -> tuple[Array, Array, Array, int, int] | None:
     """Merge `mem` properties in pages of 1 << shift bytes; None where a range may run past 64 bits.
+
+    With a range of more than `long` pages marking each is no gain.
 
     Gives the first and the last page (exclusive) of each merged range, how many pages are merged before each and in
     all, the index of the range behind the largest hole (0: there is none), and the bytes asked for.
@@ -37,29 +37,36 @@ def merged(whole: Sequence[memoryview], shift: int) -> tuple[Array, Array, Array
         np.add(addrs, sizes, out=lasts[part])
     lasts += mask
     lasts >>= bits
-    starts, ends = _runs(firsts, lasts)
+    starts, ends = _runs(firsts, lasts, long)
     below = np.concatenate((np.zeros(1, np.uint64), (ends - starts).cumsum()))
     hole = int(np.argmax(starts[1:] - ends[:-1])) + 1 if len(starts) > 1 else 0
     return starts, ends, below, hole, size
 
 
-def _runs(firsts: Array, lasts: Array) -> tuple[Array, Array]:
+def _runs(firsts: Array, lasts: Array, long: int) -> tuple[Array, Array]:
     """The merged ranges: those that overlap or touch are one."""
     low, high = firsts.min(), lasts.max()
     pages = lasts - firsts
     longest = int(pages.max())
-    if int(high - low) > MAP or longest > LONG or not pages.all():
+    if int(high - low) > MAP or longest > long or not pages.all():
         return _sorted(firsts, lasts)
     used = np.zeros(int(high - low) + 2, np.bool_)  # an unused page in front, and one behind
-    firsts = firsts - low + np.uint64(1)
+    firsts -= low
     for page in range(longest):
-        used[(firsts[pages > page] if page else firsts) + np.uint64(page)] = True
-    edges = np.flatnonzero(used[1:] != used[:-1]).astype(np.uint64) + low
+        if page:
+            longer = pages > page
+            firsts, pages = firsts[longer], pages[longer]
+        firsts += np.uint64(1)
+        used[firsts] = True
+    edges = np.flatnonzero(used[1:] != used[:-1]).view(np.uint64)
+    edges += low
     return edges[::2], edges[1::2]
 
 
 def _sorted(firsts: Array, lasts: Array) -> tuple[Array, Array]:
     """The same by sorting starts and ends apart: a range begins anew where all that began before it have ended."""
+    if int(lasts.max()) >> 32 == 0:
+        firsts, lasts = firsts.astype(np.uint32), lasts.astype(np.uint32)  # half the time to sort
     firsts.sort()
     lasts.sort()
     apart = firsts[1:] > lasts[:-1]

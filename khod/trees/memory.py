@@ -6,20 +6,24 @@ a property whose length is no multiple of 16 is passed over. A range over scratc
 
 from array import array
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import accumulate, chain, compress, islice, repeat
-from operator import add, gt, rshift, sub
+from operator import add, gt, ne, rshift, sub
 from typing import Any
 
 from khod.abi.fdt import KHO_MEM
-from khod.model import Region
+from khod.region import Region
 
 PAGE_SHIFT = 12  # x86-64, and arm64 as most build it; with larger pages more would merge
 TOP = 1 << (64 - PAGE_SHIFT)
 FAST_FROM = 50_000
 """Ranges from which importing numpy (0.1 s) costs less than it saves."""
+SPARSE = 16
+"""Pages for each range up to which a map of pages is faster than sorting."""
+LONG = 16
+"""Pages of a range from which marking it page by page is no gain."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +102,20 @@ def _covered(merged: Merged, page: int) -> int:
 
 
 def _quickly(whole: Sequence[memoryview], count: int) -> Merged | None:
-    if count < FAST_FROM or not find_spec("numpy"):
+    if count < FAST_FROM:
         return None
-    from khod.trees import fast  # noqa: PLC0415 - numpy is optional, and dear to import
-
-    if (found := fast.merged(whole, PAGE_SHIFT)) is None:
+    try:
+        from khod.trees import fast  # noqa: PLC0415 - numpy is optional, and dear to import
+    except ImportError:
+        return None
+    if (found := fast.merged(whole, PAGE_SHIFT, LONG)) is None:
         return None
     starts, ends, below, hole, size = found
     return Merged(starts, ends, below, hole, size, 0)
 
 
 def _plainly(whole: Sequence[memoryview]) -> Merged:
-    """Merge by sorting starts and ends apart: a range begins anew where all that began before it have ended."""
+    """The same without numpy: a pass of C code over half a million numbers each, and lists dropped when read."""
     numbers = [raw.cast("Q") for raw in whole]
     sizes = list(chain.from_iterable(raw[1::2].tolist() for raw in numbers))
     size = sum(sizes)
@@ -118,18 +124,37 @@ def _plainly(whole: Sequence[memoryview]) -> Merged:
     del sizes  # half a million numbers are 20 MB
     firsts = list(map(rshift, addrs, repeat(PAGE_SHIFT)))
     del addrs
-    firsts, lasts = _sorted(firsts), _sorted(lasts)
-    beyond = len(lasts) - bisect_right(lasts, TOP)
-    lasts[len(lasts) - beyond :] = [TOP] * beyond
-    apart = list(map(gt, islice(firsts, 1, None), lasts))
-    starts = [firsts[0], *compress(islice(firsts, 1, None), apart)]
-    ends = [*compress(lasts, apart), lasts[-1]]
-    holes = list(map(sub, islice(starts, 1, None), ends))
+    beyond = sum(map(gt, lasts, repeat(TOP))) if max(lasts) > TOP else 0
+    if beyond:
+        lasts = list(map(min, lasts, repeat(TOP)))
+    starts, ends = _runs(firsts, lasts)
+    holes = array("Q", map(sub, islice(starts, 1, None), ends))
     hole = holes.index(max(holes)) + 1 if holes else 0
-    return Merged(starts, ends, list(accumulate(map(sub, ends, starts), initial=0)), hole, size, beyond)
+    return Merged(starts, ends, array("Q", accumulate(map(sub, ends, starts), initial=0)), hole, size, beyond)
 
 
-def _sorted(numbers: list[int]) -> list[int]:
-    """Sort, with the numbers themselves in order in memory too: each pass after this one is three times as fast."""
-    numbers.sort()
-    return array("Q", numbers).tolist()
+def _runs(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array[int]]":
+    """The merged ranges: those that overlap or touch are one."""
+    low, span = min(firsts), max(lasts) - min(firsts)
+    pages = list(map(sub, lasts, firsts))
+    if span > SPARSE * len(firsts) or max(pages) > LONG or not all(pages):
+        return _sorted(firsts, lasts)
+    used = bytearray(span + 2)  # an unused page in front, and one behind
+    before = low - 1
+    for page in range(max(pages)):
+        if page:
+            longer = list(map(gt, pages, repeat(page)))
+            firsts, pages = list(compress(firsts, longer)), list(compress(pages, longer))
+        deque(map(used.__setitem__, map(sub, firsts, repeat(before - page)), repeat(1)), maxlen=0)
+    del firsts, pages, lasts
+    edges = array("Q", compress(range(low, low + span + 1), map(ne, used, islice(used, 1, None))))
+    return edges[::2], edges[1::2]
+
+
+def _sorted(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array[int]]":
+    """The same by sorting starts and ends apart: a range begins anew where all that began before it have ended."""
+    firsts.sort()
+    lasts.sort()
+    apart = list(map(gt, islice(firsts, 1, None), lasts))
+    starts, ends = compress(islice(firsts, 1, None), apart), compress(lasts, apart)
+    return array("Q", chain(firsts[:1], starts)), array("Q", chain(ends, lasts[-1:]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from khod.abi.fdt import KHO_MEM, Node
 from khod.errors import MalformedTree
-from khod.model import Region
+from khod.region import Region
 from khod.trees.blobs import opened
 from khod.trees.kinds import Decoded, decoded, hexadecimal, human, promised
 from khod.trees.memory import Memory, summarise

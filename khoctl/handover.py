@@ -1,0 +1,194 @@
+"""The commands of a handover, from check to verify. Each asks khod; exit codes are `khod.errors.Exit`."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from khoctl import progress, render, target
+from khoctl.asking import Json, client, ending, socket
+from khod.client import Client
+from khod.errors import Exit
+from khod.model import Check, CheckResult, Phase, Status
+
+app = typer.Typer(rich_markup_mode=None)
+CLEAR = "\x1b[2J\x1b[H"  # the screen emptied, the cursor at its top
+Image = Annotated[str | None, typer.Option(help="The next kernel; a unified kernel image brings its initrd along.")]
+Initrds = Annotated[list[str] | None, typer.Option(help="Its initrd; several follow one another in this order.")]
+Entry = Annotated[str | None, typer.Option(metavar="ID", help="Boot what this boot loader entry says.")]
+Default = Annotated[bool, typer.Option("--default", help="Boot the boot loader's default entry.")]
+Installed = Annotated[str | None, typer.Option(metavar="VERSION", help="Boot an installed kernel, by its version.")]
+Cmdline = Annotated[
+    str | None,
+    typer.Option(
+        help="Its command line. Without it the entry's or the unified image's own counts, then the running kernel's, "
+        "less BOOT_IMAGE=, initrd= and what else must not travel."
+    ),
+]
+Reuse = Annotated[bool, typer.Option("--reuse-cmdline", help="Use the running kernel's command line in any case.")]
+Append = Annotated[str | None, typer.Option(help="Words to add to the command line.")]
+Remove = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WORD", help="Take a parameter (console), or one word (console=ttyS0), away."),
+]
+LoadOnly = Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")]
+Now = Annotated[bool, typer.Option("--now", help="Sync and jump at once, instead of systemctl kexec.")]
+Profile = Annotated[str | None, typer.Option("--profile", help="Take all of this from /etc/kho/handover.d/NAME.toml.")]
+
+
+@app.command()
+def status(
+    as_json: Json = False, watch: Annotated[bool, typer.Option(help="Stay, and show every change.")] = False
+) -> None:
+    """Say how it stands. Exits with 7 after a degraded or cold boot, with 6 where the kernel was not put back."""
+    with ending(as_json=as_json), client() as asking:
+        if watch:
+            with client() as following:
+                for _event in following.monitor():
+                    if sys.stdout.isatty() and not as_json:
+                        typer.echo(CLEAR, nl=False)
+                    typer.echo(_page(asking.status(), as_json=as_json))
+                    sys.stdout.flush()
+        found = asking.status()
+    typer.echo(_page(found, as_json=as_json))
+    raise typer.Exit(found.exit_code)
+
+
+def _page(found: Status, *, as_json: bool) -> str:
+    return render.as_json(found) if as_json else render.status(found)
+
+
+@app.command()
+def check(
+    image: Image = None,
+    initrd: Initrds = None,
+    entry: Entry = None,
+    default: Default = False,
+    kernel: Installed = None,
+    cmdline: Cmdline = None,
+    reuse_cmdline: Reuse = False,
+    append: Append = None,
+    remove: Remove = None,
+    from_profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """Run every preflight check, with an image those of the next kernel too, and touch nothing.
+
+    Exits with 3 where one fails, with 4 where KHO is not there.
+    """
+    with ending(as_json=as_json), _asked(locals()) as (request, fds), client() as khod:
+        found = khod.check(request, fds)
+    typer.echo(render.as_json(found) if as_json else render.checks(found))
+    raise typer.Exit(_judged(found))
+
+
+@app.command()
+def plan(
+    image: Image = None,
+    initrd: Initrds = None,
+    entry: Entry = None,
+    default: Default = False,
+    kernel: Installed = None,
+    cmdline: Cmdline = None,
+    reuse_cmdline: Reuse = False,
+    append: Append = None,
+    remove: Remove = None,
+    load_only: LoadOnly = False,
+    now: Now = False,
+    from_profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """Print what a handover would do, step by step, with the undo beside it, and touch nothing. Exits as check."""
+    with ending(as_json=as_json), _asked(locals()) as (request, fds), client() as khod:
+        found = khod.plan(request, fds)
+    typer.echo(render.as_json(found) if as_json else render.plan(found))
+    raise typer.Exit(_judged(found.checks))
+
+
+def _judged(found: list[Check]) -> Exit:
+    results = {item.result for item in found}
+    if CheckResult.unsupported in results:
+        return Exit.unsupported
+    return Exit.refused if CheckResult.fail in results else Exit.done
+
+
+@app.command()
+def activate(as_json: Json = False) -> None:
+    """Freeze the producers and serialize the kernel's state; what is left is `khoctl kexec`, or `khoctl abort`."""
+    with ending(as_json=as_json):
+        _operate(lambda khod: khod.ask("Activate"), as_json=as_json)
+
+
+@app.command()
+def abort(
+    force: Annotated[bool, typer.Option("--force", help="Also put back what khod did not do.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put everything back: image unloaded, active phase left, producers thawed and cancelled."""
+    with ending(as_json=as_json):
+        _operate(lambda khod: khod.ask("Abort", {"force": force}), as_json=as_json)
+
+
+@app.command()
+def kexec(
+    image: Image = None,
+    initrd: Initrds = None,
+    entry: Entry = None,
+    default: Default = False,
+    kernel: Installed = None,
+    cmdline: Cmdline = None,
+    reuse_cmdline: Reuse = False,
+    append: Append = None,
+    remove: Remove = None,
+    load_only: LoadOnly = False,
+    now: Now = False,
+    hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
+    from_profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """Do what is left of the handover, from wherever it stands, and jump into the next kernel."""
+    with ending(as_json=as_json), _asked(locals()) as (request, fds):
+        _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json)
+
+
+@contextmanager
+def _asked(given: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
+    """The parameters of a call that names a kernel, with its files open for as long as the call takes."""
+    with ExitStack() as files:
+        yield target.asked(given, files)
+
+
+@app.command()
+def monitor(as_json: Json = False) -> None:
+    """Print every change, one line each, until interrupted."""
+    with ending(as_json=as_json), client() as khod:
+        for event in khod.monitor():
+            typer.echo(render.as_json(event) if as_json else render.event(event))
+            sys.stdout.flush()
+
+
+@app.command()
+def verify(as_json: Json = False) -> None:
+    """Wait until this boot's verification is over. Exits with 7 where state did not arrive whole."""
+    with ending(as_json=as_json), client() as following, client() as asking:
+        for event in following.monitor():
+            if event.phase is not Phase.verifying:
+                break
+        found = asking.status()
+    typer.echo(_page(found, as_json=as_json))
+    raise typer.Exit(found.exit_code)
+
+
+def _operate(begin: Callable[[Client], None], *, as_json: bool) -> None:
+    """Begin what changes something, and show what happens until it is over."""
+    try:
+        found = progress.watched(socket(), begin, Client.answer, quiet=as_json)
+    except KeyboardInterrupt:
+        typer.echo("khod goes on with it. To see: khoctl status. To stop it: khoctl abort", err=True)
+        raise
+    if found is None:
+        typer.echo("The host jumped. After the boot: khoctl status", err=True)
+        raise typer.Exit(Exit.done)
+    typer.echo(_page(found, as_json=as_json))

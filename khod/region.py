@@ -1,0 +1,11 @@
+"""A range of physical memory; apart from `khod.model`, whose import costs more than to read a tree."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Region:
+    """A range of physical memory: `addr` and `size` in bytes."""
+
+    addr: int
+    size: int
