@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from khod.errors import MalformedTree
-from khod.model import Region
+from khod.region import Region
 
 KHO_MEM = struct.Struct("=QQ")  # struct kho_mem of the v3 series
 HEADER = struct.Struct(">10I")  # struct fdt_header
@@ -28,6 +28,8 @@ V16_SIZE = 36
 MAX_DEPTH = 64  # the kernel's own unflattening stops here (FDT_MAX_DEPTH in drivers/of/fdt.c)
 MAX_ITEMS = 200_000
 """Nodes and properties of a tree together: what bounds the memory that reading takes. v3's has four for each CPU."""
+MAX_PATHS = 64 << 20
+"""Bytes of names, and of the paths of all nodes and properties: each path has every name above it in it once more."""
 MAX_NAME = 1024
 """Bytes of a name. The specification knows 31; reserve_mem= takes what the command line holds."""
 
@@ -120,7 +122,7 @@ class _Reader:
         self.strings_at, self.strings_end = strings_at, strings_at + strings
         self.header_size = size
         self.names: dict[int, str] = {}
-        self.items = 0
+        self.items = self.path = self.paths = 0
 
     def bad(self, what: str) -> MalformedTree:
         return MalformedTree(what, where=self.where)
@@ -167,6 +169,7 @@ class _Reader:
                 open_nodes.append((self.node_name(), {}, {}))
             elif token == FDT_END_NODE:
                 open_nodes.pop()
+                self.path -= len(name) + 1
                 made = Node(name, properties, tuple(children.values()))
                 if not open_nodes:
                     return made
@@ -196,11 +199,13 @@ class _Reader:
         self.at = value + (length + 3 & ~3)
         if nameoff not in self.names:
             self.names[nameoff] = self.name(self.strings_at + nameoff, self.strings_end)
+            self.paths += len(self.names[nameoff])
         return self.names[nameoff], self.view[value : value + length]
 
     def node_name(self) -> str:
-        self.count()
         name = self.name(self.at, self.end)
+        self.path += len(name) + 1
+        self.count()
         self.at += len(name.encode(errors="surrogateescape")) + 4 & ~3
         return name
 
@@ -211,8 +216,11 @@ class _Reader:
 
     def count(self) -> None:
         self.items += 1
+        self.paths += self.path
         if self.items > MAX_ITEMS:
             raise self.bad(f"The tree has more than {MAX_ITEMS} nodes and properties")
+        if self.paths > MAX_PATHS:
+            raise self.bad(f"The names and paths of the tree have more than {MAX_PATHS >> 20} MiB")
 
 
 def mem(node: Node) -> list[Region]:
