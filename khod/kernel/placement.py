@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from khod.images.kernel import Kernel
-from khod.model import Generation, Region
+from khod.model import Generation
+from khod.region import Region
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 SCRATCH_ENTRY = 16  # struct kho_scratch { phys_addr_t addr; phys_addr_t size; }

@@ -11,7 +11,7 @@ from khod.abi import fdt
 from khod.abi.fdt import Node
 from khod.errors import MalformedTree
 from khod.kernel.simulated import serialize
-from khod.model import Region
+from khod.region import Region
 from tests.unit import generated
 
 VALID = serialize(4)

@@ -14,7 +14,8 @@ from khod.kernel.probe import probe
 from khod.kernel.protocol import AbortKind, KhoKernel, regions
 from khod.kernel.simulated import serialize
 from khod.kernel.sysfs import SysfsKho
-from khod.model import Generation, Order, Region
+from khod.model import Generation, Order
+from khod.region import Region
 
 V3, DEBUG = "sys/kernel/kho", "sys/kernel/debug/kho"
 HOST = {
