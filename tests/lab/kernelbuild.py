@@ -17,6 +17,8 @@ from tests.lab.errors import LabError
 from tests.lab.process import call
 
 FRAGMENT = Path(__file__).parent / "kernel.config"
+SIGNED_FRAGMENT = Path(__file__).parent / "kernel-signed.config"
+KEY, CERTIFICATE = "lab.key", "lab.pem"  # made for one kernel; the certificate's name stands in SIGNED_FRAGMENT
 # Without these a kernel is of no use here; whatever else the fragment wants may be missing in one version or another.
 NEEDED = (
     "CONFIG_KEXEC_FILE",
@@ -30,6 +32,7 @@ NEEDED = (
     "CONFIG_SERIAL_8250_CONSOLE",
     "CONFIG_IKCONFIG",
 )
+NEEDED_SIGNED = (*NEEDED, "CONFIG_EFI_STUB", "CONFIG_KEXEC_SIG_FORCE", "CONFIG_KEXEC_BZIMAGE_VERIFY_SIG")
 # What kbuild wants of a kernel tree to build a module against it: configuration, headers and host programs.
 DEVEL = (
     ".config",
@@ -55,10 +58,11 @@ def make(tree: Path, *goals: str | Path) -> None:
     call(["nice", "-n", "19", "make", "-C", tree, f"-j{os.cpu_count() or 1}", *goals])
 
 
-def build(version: str, target: Path) -> None:
+def build(version: str, target: Path, *, signed: bool = False) -> None:
     """Make the directory `target` with bzImage, config and devel.tar.zst of an upstream kernel version.
 
-    LabError, saying which versions there are, if the archive no longer has this one.
+    A `signed` one loads signed images alone; its own signature, key and certificate are made here. LabError, saying
+    which versions there are, if the archive no longer has this one.
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="linux-") as name:
         tarball = KernelArchive().tarball(version, Path(name))
@@ -66,25 +70,48 @@ def build(version: str, target: Path) -> None:
         tree = Path(name) / "tree"
         tree.mkdir()
         call(["tar", "--extract", "--strip-components=1", "--file", tarball, "--directory", tree])
-        configure(tree)
+        if signed:
+            make_key(tree)
+        configure(tree, signed=signed)
         print(f"configured {tree}; compiling", flush=True)
         make(tree, "bzImage")
         make(tree, "modules")  # a goal of its own: two at once race for the generated headers
         target.mkdir()
         shutil.copy(tree / "arch/x86/boot/bzImage", target / "bzImage")
+        if signed:
+            for file in (KEY, CERTIFICATE):
+                shutil.copy(tree / file, target / file)
+            sign(target / "bzImage", tree / KEY, tree / CERTIFICATE)
         shutil.copy(tree / ".config", target / "config")
         pack_devel(tree, target / "devel.tar.zst")
 
 
-def configure(tree: Path) -> None:
-    """Configure a kernel tree with FRAGMENT over tinyconfig; LabError if something in NEEDED did not stay."""
+def make_key(folder: Path) -> None:
+    """Make a key to sign images with, and its certificate, in this directory; they protect nothing."""
+    subject = ("-subj", "/CN=khod lab, throw-away/", "-days", "36500")
+    made = ("-keyout", KEY, "-out", CERTIFICATE)
+    call(["openssl", "req", "-new", "-x509", "-sha256", "-newkey", "rsa:2048", "-nodes", *subject, *made], cwd=folder)
+
+
+def sign(image: Path, key: Path, certificate: Path) -> None:
+    """Sign an image with an EFI stub, in place, as for Secure Boot."""
+    call(["sbsign", "--key", key, "--cert", certificate, "--output", image, image])
+
+
+def configure(tree: Path, *, signed: bool = False) -> None:
+    """Configure a kernel tree with its fragments over tinyconfig; LabError if something needed did not stay."""
+    fragments = [FRAGMENT, SIGNED_FRAGMENT] if signed else [FRAGMENT]
     make(tree, "tinyconfig")
-    call(["scripts/kconfig/merge_config.sh", "-m", ".config", FRAGMENT], cwd=tree)
+    call(["scripts/kconfig/merge_config.sh", "-m", ".config", *fragments], cwd=tree)
     make(tree, "olddefconfig")
     said = set((tree / ".config").read_text().splitlines())
-    if missing := [symbol for symbol in NEEDED if f"{symbol}=y" not in said]:
-        raise LabError(f"{FRAGMENT} does not get {', '.join(missing)} in {tree}: look at what they depend on there")
-    wanted = re.findall(r"^CONFIG_\w+=.*$", FRAGMENT.read_text(), re.MULTILINE)
+    if missing := [symbol for symbol in (NEEDED_SIGNED if signed else NEEDED) if f"{symbol}=y" not in said]:
+        raise LabError(
+            f"{fragments[-1]} does not get {', '.join(missing)} in {tree}: look at what they depend on there"
+        )
+    wanted = [
+        line for fragment in fragments for line in re.findall(r"^CONFIG_\w+=.*$", fragment.read_text(), re.MULTILINE)
+    ]
     dropped = [line for line in wanted if line not in said]
     print(f"not in this version: {' '.join(dropped) or 'nothing'}", flush=True)
 

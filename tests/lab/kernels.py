@@ -18,6 +18,7 @@ from tests.lab.errors import LabError
 
 ENVIRONMENT = "KHO_LAB_KERNELS"
 VERSIONS = ("6.18.15", "6.19.11", "7.3.4")  # a stock kernel for each generation of KHO; v3 is a module on 7.3.4
+SIGNED = "7.3.4-signed"  # a variant of its own: signed, and it loads nothing that is not
 MODULE = Path(__file__).parent / "module"
 
 
@@ -66,10 +67,11 @@ def look(version: str) -> Kernel | None:
 
 
 def build(version: str) -> Kernel:
-    """Build a kernel into the cache, unless it is there."""
+    """Build a kernel into the cache, unless it is there; VERSION-signed is a variant of VERSION."""
     target = cache.directory() / "kernels" / version
+    upstream = version.removesuffix("-signed")
     try:
-        cache.once(target, lambda path: kernelbuild.build(version, path))
+        cache.once(target, lambda path: kernelbuild.build(upstream, path, signed=upstream != version))
     except LabError as error:
         places = ", ".join(str(folder / version) for folder in folders())
         raise LabError(f"no kernel {version} in {places}, and building it failed: {error}") from error
@@ -81,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         match arguments:
             case ["list"]:
-                for version in VERSIONS:
+                for version in (*VERSIONS, SIGNED):
                     kernel = look(version)
                     print(f"{version}: {kernel.bzimage if kernel else 'not here'}")
                 print(f"listed in the archive: {' '.join(KernelArchive().versions(SOURCE_PACKAGE))}")
