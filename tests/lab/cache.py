@@ -62,7 +62,10 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 def prune(folder: Path, pattern: str, keep: int) -> None:
-    """Remove all but the `keep` newest files of `folder` that match; a guest that has one open does not notice."""
-    files = sorted(folder.glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in files[keep:]:
-        file.unlink(missing_ok=True)
+    """Remove all but the `keep` newest entries of `folder` that match; a guest that has one open does not notice."""
+    entries = sorted(folder.glob(pattern), key=lambda entry: entry.stat().st_mtime, reverse=True)
+    for entry in entries[keep:]:
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)

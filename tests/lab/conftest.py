@@ -11,25 +11,45 @@ from typing import Any
 
 import pytest
 
-from tests.lab import disk
+from tests.lab import disk, saved
 from tests.lab import kernels as lab_kernels
 from tests.lab.guest import Guest
+from tests.lab.host import HOTPLUG, KHO, TRACE
 from tests.lab.process import call
 
 REPOSITORY = Path(__file__).parents[2]
 CONSOLES = pytest.StashKey[list[Path]]()
-BOOTING = {"boot", "guest"}
+BOOTING = {"boot", "online", "host"}
 TAIL = 20_000  # characters of each console in a report
+
+# Under `--dist loadfile` a worker takes one file after the other; a long one must not be left at the end.
+LONGEST = (
+    "test_put_back",
+    "test_unit",
+    "test_mainline",
+    "test_producers",
+    "test_formats",
+    "test_sources",
+    "test_liveupdate",
+    "test_unsupported",
+)
 
 Find = Callable[[str], lab_kernels.Kernel]
 Boot = Callable[..., Guest]
+Online = Callable[..., Guest]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep xdist from sorting the files by how many tests they have."""
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that boots something as `lab`, so that -m "not lab" leaves the quick ones."""
+    """Mark every test that boots something as `lab`, so that -m "not lab" leaves the quick ones; LONGEST first."""
     for item in items:
         if BOOTING & set(getattr(item, "fixturenames", ())):
             item.add_marker("lab")
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -67,9 +87,10 @@ def packages() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def lab_disk(kernels: Find, packages: list[Path]) -> Path:
-    """Give the disk for scenarios: the project's packages installed, the kernels, an initrd, and the v3 module."""
+    """Give the disk for scenarios: the project's packages installed, all kernels, an initrd, and the v3 module."""
     module = kernels("7.3.4").module()
-    files = disk.standard_files([kernels(version) for version in lab_kernels.VERSIONS], module)
+    versions = (*lab_kernels.VERSIONS, lab_kernels.SIGNED)
+    files = disk.standard_files([kernels(version) for version in versions], module)
     return disk.build(packages, files)
 
 
@@ -82,9 +103,37 @@ def boot(request: pytest.FixtureRequest, kernels: Find, tmp_path: Path) -> Itera
     with ExitStack() as stack:
 
         def start(version: str, *, disk: Path | None = None, **options: Any) -> Guest:
-            logs = request.node.stash.setdefault(CONSOLES, [])
-            logs.append(tmp_path / f"console-{len(logs)}-{re.sub('[^0-9a-z.]', '', version)}.log")
             image = disk or request.getfixturevalue("lab_disk")
-            return stack.enter_context(Guest(kernels(version), image, console_log=logs[-1], **options))
+            log = _console(request.node, tmp_path, version)
+            return stack.enter_context(Guest(kernels(version), image, console_log=log, **options))
 
         yield start
+
+
+@pytest.fixture
+def online(request: pytest.FixtureRequest, kernels: Find, tmp_path: Path) -> Iterator[Online]:
+    """Give a function that goes on with a guest of a kernel version that was booted and saved before.
+
+    It has everything a kernel may hand over, and a port for hotplug: the more alike the guests, the fewer boots. The
+    disk is lab_disk unless one is given as `disk`. The guests end with the test.
+    """
+    with ExitStack() as stack:
+
+        def go_on(version: str, *, disk: Path | None = None) -> Guest:
+            image = disk or request.getfixturevalue("lab_disk")
+            log = _console(request.node, tmp_path, version)
+            return stack.enter_context(usual(kernels(version), image, log))
+
+        yield go_on
+
+
+def usual(kernel: lab_kernels.Kernel, disk: Path, console_log: Path) -> Guest:
+    """Give the guest of `online`, for a fixture of another scope."""
+    return saved.resumed(kernel, disk, console_log=console_log, cmdline_extra=f"{KHO} {TRACE}", qemu_extra=HOTPLUG)
+
+
+def _console(item: pytest.Item, folder: Path, version: str) -> Path:
+    """Name the log of another console, and note it for the report of a failure."""
+    logs = item.stash.setdefault(CONSOLES, [])
+    logs.append(folder / f"console-{len(logs)}-{re.sub('[^0-9a-z.]', '', version)}.log")
+    return logs[-1]

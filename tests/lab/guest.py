@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,6 +44,16 @@ class Hello:
     how: Literal["power-on", "reset", "kexec"]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What a guest was when it was saved: QEMU's migration stream, the disk as it was then, the console's text."""
+
+    memory: Path
+    disk: Path
+    console: Path
+    hello: Hello
+
+
 class Pending:
     """A command on its way in the guest, from Guest.start()."""
 
@@ -74,17 +86,22 @@ class Guest:
         panic_is_loss: bool = True,
         qemu_extra: Sequence[str] = (),
         console_log: Path | None = None,
+        drive: str | None = None,
+        saved: Saved | None = None,
     ) -> None:
         """Describe the machine; nothing runs before the with statement.
 
         The disk's image is never written: QEMU keeps what the guest writes in a temporary overlay of its own, through
-        kexec and reset. With `reboot` false a reset ends QEMU. `accel` is kvm or tcg, probed if not given.
-        `console_log` defaults to a file in a temporary directory.
+        kexec and reset, unless `drive` says otherwise. With `reboot` false a reset ends QEMU. `accel` is kvm or tcg,
+        probed if not given. `console_log` defaults to a file in a temporary directory. A guest with `saved` does not
+        boot but goes on from there: all else must be as it was then (see tests/lab/saved.py).
         """
         self._kernel = kernel
         self._accel = accel
         self._panic_is_loss = panic_is_loss
         self._console_log = console_log
+        self._saved = saved
+        kept = f"file={saved.disk},format=qcow2" if saved else f"file={disk},format=raw"
         self._arguments = [
             "-kernel",
             str(kernel.bzimage),
@@ -95,9 +112,10 @@ class Guest:
             "-smp",
             str(smp),
             "-drive",
-            f"file={disk},format=raw,if=virtio,cache=unsafe,snapshot=on",
+            f"{drive or f'{kept},snapshot=on'},if=virtio,cache=unsafe",
             *([] if reboot else ["-no-reboot"]),
             *qemu_extra,
+            *(["-incoming", f"exec:cat {shlex.quote(str(saved.memory))}"] if saved else []),
         ]
         self._stack = ExitStack()
         self._machine: Machine | None = None
@@ -107,7 +125,7 @@ class Guest:
         self._sequence = 0
 
     def __enter__(self) -> Self:
-        """Start QEMU and wait for the agent; GuestLost or WaitTimeout if it does not come up."""
+        """Start QEMU and wait for the agent; GuestLost or WaitTimeout if it does not come up or go on."""
         with ExitStack() as stack:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="khod-lab-"))
             arguments = [*machine_arguments(self._accel or probe_accel(self._kernel)), *self._arguments]
@@ -116,9 +134,14 @@ class Guest:
                 self._console_log or Path(directory) / "console.log",
                 panic_is_loss=self._panic_is_loss,
                 on_agent_line=self._take,
+                before=self._saved.console.read_bytes() if self._saved else b"",
             )
+            if self._saved:
+                self._hellos.append(self._saved.hello)
             stack.enter_context(self._machine)
             self.wait_hello(BOOT_TIMEOUT)
+            if self._saved:  # its clock stood still, the one its next kernel reads did not
+                self.run(["date", "--utc", f"--set=@{time.time()}"])
             self._stack = stack.pop_all()
         return self
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from khod.kernel.protocol import regions
+from khod.model import Region
 from tests.lab.errors import Result
 from tests.lab.guest import Guest
 
@@ -14,8 +16,27 @@ INITRD = "/lab/initrd.img"
 MODULE = "/lab/kho_v3.ko"
 KHO = "kho=on liveupdate=on"
 TRACE = "reserve_mem=12M:4096:trace trace_instance=boot_map@trace"
+HOTPLUG = ("-device", "pcie-root-port,id=hot,chassis=1,slot=1")
+OUT = "/sys/kernel/debug/kho/out"
 MARKER = "khod-test.second=1"
 INSTANCE = "/sys/kernel/tracing/instances/boot_map"
+
+# An archive of a given size, to the byte: one member of zeros, which take no room on the disk.
+ARCHIVE = """\
+import sys
+
+def member(name, size):
+    fields = (1, 0o100644, 0, 0, 1, 0, size, 0, 0, 0, 0, len(name) + 1, 0)
+    head = b"070701" + b"".join(b"%08x" % field for field in fields) + name + bytes(1)
+    return head + bytes(-len(head) % 4)
+
+total, end = int(sys.argv[2]), member(b"TRAILER!!!", 0)
+zeros = total - len(end) - len(member(b"zeros", 0))
+with open(sys.argv[1], "wb") as file:
+    file.write(member(b"zeros", zeros))
+    file.seek(zeros, 1)
+    file.write(end)
+"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,16 @@ class Host:
         assert result.rc == code, said
         assert "Traceback" not in result.stderr, said
         return result
+
+    def checks(self, *words: str, code: int = 0) -> dict[str, dict[str, str]]:
+        """Give what `khoctl check` finds, by the check's name."""
+        found = json.loads(self.khoctl("check", *words, "--json", code=code).stdout)
+        return {check["name"]: check for check in found}
+
+    def configure(self, name: str, text: str) -> None:
+        """Write a fragment of khod's configuration and have khod read it."""
+        self.guest.put(f"/etc/kho/khod.toml.d/{name}.toml", text)
+        self.guest.run(["systemctl", "reload", "kho-handover"])
 
     def status(self, code: int = 0) -> dict[str, Any]:
         """Give khoctl status as JSON."""
@@ -53,6 +84,14 @@ class Host:
     def sha256(self, path: str) -> str:
         """Hash a file of the guest."""
         return hashlib.sha256(self.guest.get(path)).hexdigest()
+
+    def scratch(self) -> list[Region]:
+        """Give the kernel's scratch regions, in its order."""
+        return regions(self.guest.get(f"{OUT}/scratch_phys"), self.guest.get(f"{OUT}/scratch_len"))
+
+    def archive(self, path: str, size: int) -> None:
+        """Leave an initrd of so many bytes in the guest: zeros, which take no room there."""
+        self.guest.run(["python3", "-c", ARCHIVE, path, str(size)])
 
     def with_module(self) -> "Host":
         """Give this kernel the v3 interface, now and at every boot, and khod a fresh look at it."""

@@ -49,11 +49,13 @@ class Machine:
         *,
         panic_is_loss: bool = True,
         on_agent_line: Callable[[bytes], object] = bytes,
+        before: bytes = b"",
     ) -> None:
         """Describe the machine; what its console prints also goes to the file `console_log`.
 
         With `panic_is_loss` false a panic is just text, for scenarios that cause one. `on_agent_line` is called for
-        each line from the agent, in the reader thread with the lock held.
+        each line from the agent, in the reader thread with the lock held. `before` is what the console said in the
+        QEMU that this one goes on from.
         """
         self.lock = threading.Condition()
         self.lost: str | None = None
@@ -61,7 +63,7 @@ class Machine:
         self._arguments = tuple(arguments)
         self._panic_is_loss = panic_is_loss
         self._on_agent_line = on_agent_line
-        self._console = bytearray()
+        self._console = bytearray(before)
         self._events: list[Json] = []
         self._replies: dict[str, Json] = {}
         self._sequence = 0
@@ -72,6 +74,7 @@ class Machine:
         """Start QEMU; the QMP commands work from here on. LabError if it is not installed, GuestLost if it refuses."""
         with ExitStack() as stack:
             self._log = stack.enter_context(self.console_log.open("wb"))
+            self._log.write(self._console)
             self._stderr = stack.enter_context(tempfile.TemporaryFile())
             near, far = self._socket_pairs(stack)
             self._lines = near
@@ -211,6 +214,15 @@ class Machine:
         if "error" in reply:
             raise LabError(f"QMP {command} {dashed}: {reply['error']['desc']}")
         return reply["return"]
+
+    def wait_event(self, event: str, timeout: float, **data: Any) -> Json:
+        """Wait for a QMP event with these data, from now or before; give all its data."""
+
+        def came() -> Json | None:
+            named = (message.get("data", {}) for message in self._events if message["event"] == event)
+            return next((found for found in named if data.items() <= found.items()), None)
+
+        return self.wait(f"QEMU's event {event} {data}", timeout, came)
 
     def wait(self, condition: str, timeout: float, probe: Callable[[], T | None]) -> T:
         """Call `probe`, with the lock held, after every change until it gives something other than None; give that.

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.lab.conftest import REPOSITORY, Boot
+from tests.lab.conftest import REPOSITORY, Online
 from tests.lab.guest import Guest
 
-ROOT_PORT = ["-device", "pcie-root-port,id=hot,chassis=1,slot=1"]
 RESCAN = "echo 1 > /sys/bus/pci/rescan"
 READY = "/run/guard.ready"
 
@@ -80,8 +79,8 @@ def install(guest: Guest) -> None:
         guest.put(f"/lab/khod/{name}", (REPOSITORY / "khod" / name).read_bytes())
 
 
-def test_devices_that_come_and_go(boot: Boot, plain_disk: Path) -> None:
-    guest = boot("7.3.4", disk=plain_disk, qemu_extra=ROOT_PORT)
+def test_devices_that_come_and_go(online: Online, plain_disk: Path) -> None:
+    guest = online("7.3.4", disk=plain_disk)
     assert guest.wait_online() == "running"
     install(guest)
     port = guest.run(["sh", "-ec", "readlink -f /sys/class/pci_bus/0000:01/device"]).stdout.strip()

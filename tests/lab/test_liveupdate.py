@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.lab.conftest import REPOSITORY, Boot
+from tests.lab.conftest import REPOSITORY, Online
 from tests.lab.guest import Guest
-from tests.lab.host import IMAGES, INITRD, KHO
+from tests.lab.host import IMAGES, INITRD
 
 VERSION = "7.3.4"
 HOME = "/lab/luo"
@@ -253,9 +253,9 @@ ExecStart=/usr/bin/python3 {home}/ask.py {mode}
 """
 
 
-def prepared(boot: Boot, disk: Path, mode: str) -> Guest:
+def prepared(online: Online, disk: Path, mode: str) -> Guest:
     """Boot a guest with the script in it and a keeper that runs `mode`, and the image of the next kernel loaded."""
-    guest = boot(VERSION, disk=disk, cmdline_extra=KHO)
+    guest = online(VERSION, disk=disk)
     guest.wait_online()
     for module in MODULES:
         guest.put(f"{HOME}/{module}", (REPOSITORY / module).read_bytes())
@@ -284,9 +284,9 @@ def show(guest: Guest, *words: str) -> str:
     return guest.run(["systemctl", "show", *words]).stdout.strip()
 
 
-def test_the_service_manager_carries_sessions(boot: Boot, plain_disk: Path) -> None:
+def test_the_service_manager_carries_sessions(online: Online, plain_disk: Path) -> None:
     """What the kernel takes and refuses; then `systemctl kexec`, with sessions in a unit's store."""
-    guest = prepared(boot, plain_disk, "keep")
+    guest = prepared(online, plain_disk, "keep")
 
     assert ask(guest, "kinds") == {
         "the device while it is open": "EBUSY",
@@ -351,9 +351,9 @@ def test_the_service_manager_carries_sessions(boot: Boot, plain_disk: Path) -> N
     assert show(guest, "-P", "NFileDescriptorStore", "keeper") == "1"
 
 
-def test_a_jump_with_nothing_stopped(boot: Boot, plain_disk: Path) -> None:
+def test_a_jump_with_nothing_stopped(online: Online, plain_disk: Path) -> None:
     """reboot(2) alone: the kernel has the sessions, the service manager knows of nothing; and a session to its end."""
-    guest = prepared(boot, plain_disk, "leave")
+    guest = prepared(online, plain_disk, "leave")
     left = kept(guest)
     guest.run(["sync"])
 

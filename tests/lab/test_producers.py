@@ -1,7 +1,7 @@
 """Producers on real kernels: what they hold arrives, and whoever refuses or changes the hardware ends it for all."""
 
-from tests.lab.conftest import REPOSITORY, Boot
-from tests.lab.host import KHO, Host
+from tests.lab.conftest import REPOSITORY, Online
+from tests.lab.host import Host
 
 EXAMPLES = REPOSITORY / "packaging/examples"
 MEBIBYTES = 64
@@ -44,9 +44,9 @@ def talk(host: Host, verb: str) -> str:
     return host.guest.run(["python3", "/lab/talk.py", verb]).stdout.strip()
 
 
-def test_a_key_value_store_keeps_its_data_over_two_handovers(boot: Boot) -> None:
+def test_a_key_value_store_keeps_its_data_over_two_handovers(online: Online) -> None:
     """The second with khod killed and started again half-way."""
-    host = Host(boot("7.3.4", cmdline_extra=KHO))
+    host = Host(online("7.3.4"))
     host.guest.wait_online()
     with_store(host)
     digest = talk(host, "fill")
@@ -80,8 +80,8 @@ def arrived(host: Host, digest: str) -> None:
     assert talk(host, "read") == digest
 
 
-def test_a_kernel_without_luo_keeps_no_producer_s_files(boot: Boot) -> None:
-    host = Host(boot("6.18.15", cmdline_extra=KHO))
+def test_a_kernel_without_luo_keeps_no_producer_s_files(online: Online) -> None:
+    host = Host(online("6.18.15"))
     host.guest.wait_online()
     with_store(host)
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.lab import kernels as lab_kernels
-from tests.lab.guest import Guest
-from tests.lab.host import IMAGES, INITRD, KHO, Host, image
+from tests.lab.conftest import usual
+from tests.lab.host import IMAGES, INITRD, Host, image
 
 PARAMETERS = "/sys/module/kho_v3/parameters"
-HOTPLUG_PORT = ("-device", "pcie-root-port,id=hot,chassis=1,slot=1")
 PEER = """\
 import signal, sys, systemd.daemon
 from khod.producer import Producer, Veto
@@ -31,17 +30,6 @@ Producer("peer", prepare=note, freeze=refuse, thaw=note, cancel=note, after=["ti
 systemd.daemon.notify("READY=1")
 signal.pause()
 """
-LARGE = """\
-def member(name, size):
-    fields = (1, 0o100644, 0, 0, 1, 0, size, 0, 0, 0, 0, len(name) + 1, 0)
-    head = b"070701" + b"".join(b"%08x" % field for field in fields) + name + bytes(1)
-    return head + bytes(-len(head) % 4)
-
-with open("/tmp/large", "wb") as file:
-    file.write(member(b"zeros", 320 << 20))
-    file.seek(320 << 20, 1)
-    file.write(member(b"TRAILER!!!", 0))
-"""
 SLOW_TO_STOP = """\
 [Service]
 ExecStart=/bin/sleep infinity
@@ -52,12 +40,9 @@ TimeoutStopSec=300
 
 @pytest.fixture(scope="module")
 def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Boot one host with the v3 interface for the whole file."""
+    """Give one host with the v3 interface to the whole file."""
     console = tmp_path_factory.mktemp("put-back") / "console.log"
-    with Guest(
-        lab_kernels.find("7.3.4"), lab_disk, cmdline_extra=KHO, console_log=console, qemu_extra=HOTPLUG_PORT
-    ) as guest:
-        guest.wait_online()
+    with usual(lab_kernels.find("7.3.4"), lab_disk, console) as guest:
         yield Host(guest).with_module()
 
 
@@ -136,9 +121,8 @@ def test_an_image_the_kernel_would_not_take(host: Host, make: str, says: str) ->
 
 
 def test_an_initrd_too_large_for_scratch_is_refused_before_anyone_is_told(host: Host) -> None:
-    """The initrd alone is larger than all scratch regions; with the check off only the kernel itself finds out."""
-    host.guest.put("/tmp/large.py", LARGE)
-    host.shell("python3 /tmp/large.py")
+    """The initrd alone is larger than any scratch region; with the check off only the kernel itself finds out."""
+    host.archive("/tmp/large", max(region.size for region in host.scratch()) + (1 << 20))
     host.guest.put("/etc/kho/producers.d/noted.toml", 'prepare = ["touch", "/run/prepared"]\n')
     command = ("kexec", "--image", f"{IMAGES}/7.3.4/bzImage", "--initrd", "/tmp/large")
     try:

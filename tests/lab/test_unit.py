@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from tests.lab import kernels as lab_kernels
-from tests.lab.conftest import REPOSITORY, Boot
-from tests.lab.guest import Guest
+from tests.lab.conftest import REPOSITORY, Online, usual
 from tests.lab.host import IMAGES, INITRD, Host
 from tests.lab.process import call
 
@@ -38,33 +37,50 @@ async def main(unit, how, deadline, note, *verbs):
 asyncio.run(main(*sys.argv[1:]))
 """
 RESTING = "ExecStart=/bin/sleep infinity\n"
-COUNT = "n=0; while :; do n=$$((n+1)); echo $$n > /run/n; mv /run/n /run/count; sleep 0.05; done"
+# Loops in one process each: in a shell's every turn forks, which keeps an emulated machine busy.
+COUNT = """\
+import itertools, os, time
+for n in itertools.count():
+    with open("/run/n", "w") as file:
+        print(n, file=file)
+    os.rename("/run/n", "/run/count")
+    time.sleep(0.05)
+"""
+WRITE = """\
+import time
+while True:
+    with open("/mnt/x", "w") as file:
+        print("x", file=file)
+    time.sleep(0.05)
+"""
 UNITS = {
-    "count.service": f"ExecStart=/bin/sh -c '{COUNT}'\n",
+    "count.service": f"ExecStart=/usr/bin/python3 {KHOD}/count.py\n",
     "rest.service": RESTING,
     "idle.service": RESTING,
     "mortal.service": RESTING,
     "slow.service": RESTING
     + "ExecStop=/bin/sh -c 'until [ -e /run/may-stop ]; do sleep 0.05; done'\nTimeoutStopSec=600\n",
-    "writer.service": "ExecStart=/bin/sh -c 'while :; do echo x > /mnt/x; sleep 0.05; done'\n",
+    "writer.service": f"ExecStart=/usr/bin/python3 {KHOD}/write.py\n",
     "needed.service": RESTING,
     "needs.service": RESTING,
 }
-MOVES = "timeout {seconds} sh -c 'from=$(cat /run/count); until [ $(cat /run/count) -gt $from ]; do :; done'"
+MOVES = "timeout {seconds} sh -c 'read from < /run/count; while read now < /run/count; [ $now -le $from ]; do :; done'"
 
 
 @pytest.fixture(scope="module")
 def host(plain_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Boot one guest for the whole file, with khod's sources, some services, and a file system to freeze on /mnt."""
+    """Give one guest to the whole file, with khod's sources, some services, and a file system to freeze on /mnt."""
     place = tmp_path_factory.mktemp("unit")
     call(["mke2fs", "-q", "-t", "ext4", place / "disk", "32M"])
-    drive = ["-drive", f"file={place / 'disk'},format=raw,if=virtio,snapshot=on"]
-    kernel = lab_kernels.find("7.3.4")
-    with Guest(kernel, plain_disk, qemu_extra=drive, console_log=place / "console.log") as guest:
-        guest.wait_online()
+    with usual(lab_kernels.find("7.3.4"), plain_disk, place / "console.log") as guest:
+        guest.qmp("blockdev-add", driver="file", node_name="mnt0", filename=str(place / "disk"))
+        guest.qmp("device_add", driver="virtio-blk-pci", id="mnt", drive="mnt0", bus="hot")
         here = Host(guest)
         install(here)
-        here.shell("mount /dev/vdb /mnt; systemctl start count rest mortal slow writer needed needs")
+        here.shell(
+            "echo 1 > /sys/bus/pci/rescan; mount /dev/vdb /mnt;"
+            "systemctl start count rest mortal slow writer needed needs"
+        )
         yield here
 
 
@@ -75,7 +91,8 @@ def install(host: Host, where: str = "/run/systemd/system") -> None:
         tar.add(REPOSITORY / "khod", "khod", filter=lambda entry: None if "__pycache__" in entry.name else entry)
     host.guest.put(f"{KHOD}/khod.tar", packed.getvalue())
     host.shell(f"tar -C {KHOD} -xf {KHOD}/khod.tar")
-    host.guest.put(f"{KHOD}/driver.py", DRIVER)
+    for name, text in {"driver": DRIVER, "count": COUNT, "write": WRITE}.items():
+        host.guest.put(f"{KHOD}/{name}.py", text)
     for name, text in UNITS.items():
         requires = "[Unit]\nRequires=needed.service\n" if name == "needs.service" else ""
         host.guest.put(f"{where}/{name}", f"{requires}[Service]\n{text}")
@@ -222,8 +239,8 @@ def test_systemd_starts_anew_while_a_unit_is_frozen(host: Host) -> None:
     assert counts(host, 20)
 
 
-def test_a_kexec_goes_past_a_frozen_unit_and_the_next_kernel_starts_it(boot: Boot, plain_disk: Path) -> None:
-    host = Host(boot("7.3.4", disk=plain_disk))
+def test_a_kexec_goes_past_a_frozen_unit_and_the_next_kernel_starts_it(online: Online, plain_disk: Path) -> None:
+    host = Host(online("7.3.4", disk=plain_disk))
     host.guest.wait_online()
     install(host, "/etc/systemd/system")
     host.shell(

@@ -1,8 +1,8 @@
 """Hosts that cannot hand over: khod runs there, touches nothing, and says what is missing and what to add."""
 
 from tests.lab import stock
-from tests.lab.conftest import Boot
-from tests.lab.host import KHO, Host, image
+from tests.lab.conftest import Boot, Online
+from tests.lab.host import Host, image
 
 PID = "systemctl show -P MainPID kho-handover"
 UNMOUNT = (
@@ -50,9 +50,9 @@ def test_kho_switched_off(boot: Boot) -> None:
     refuses(host, "kho=on is not on the kernel command line", "Add kho=on to the kernel command line")
 
 
-def test_debugfs_unmounted(boot: Boot) -> None:
+def test_debugfs_unmounted(online: Online) -> None:
     """It is not mounted for the operator: the remedy says how, and then khod sees KHO without a restart."""
-    host = Host(boot("7.3.4", cmdline_extra=KHO))
+    host = Host(online("7.3.4"))
     assert host.guest.wait_online() == "running"
     host.shell(UNMOUNT)
     assert " debugfs " not in host.word("/proc/mounts")
