@@ -1,11 +1,41 @@
-"""Mainline KHO, by `finalize` and stateless: state arrives, and the kernel's own oracles say so."""
+"""Mainline KHO, by `finalize` and stateless: state arrives, and the kernel's own oracles say so.
+
+From one kernel to another of these: test_formats.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from tests.lab.conftest import Boot
-from tests.lab.host import INSTANCE, KHO, TRACE, Host, image
+from tests.lab import trees
+from tests.lab.conftest import Online
+from tests.lab.host import INSTANCE, Host
 
 LINE = "written-before-the-jump"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a kernel shows its blobs: which are FDTs and which C structures, and what becomes of some.
+
+    With a `stale` root debugfs shows as much of the outgoing one as there was at boot, and none at all in a kernel that
+    was handed to. Of the `freed` the kernel gives the page back when it has read it, and debugfs shows what is there
+    now.
+    """
+
+    fdts: frozenset[str]
+    structures: frozenset[str] = frozenset()
+    stale: frozenset[str] = frozenset({trees.ROOT})
+    freed: frozenset[str] = frozenset()
+
+
+ALL = frozenset({trees.ROOT, "memblock", "kho_test"})
+SHOWN = {
+    "6.18.15": Shown(ALL, stale=frozenset()),
+    "6.19.11": Shown(ALL | {"LUO"}),
+    "7.3.4": Shown(ALL, frozenset({"LUO", "kexec-metadata"}), freed=frozenset({"LUO"})),
+}
 
 
 def write_line(host: Host) -> None:
@@ -18,11 +48,14 @@ def line_is_there(host: Host) -> bool:
     return LINE in host.shell(f"cat {INSTANCE}/trace")
 
 
-@pytest.mark.parametrize("version", ["6.18.15", "6.19.11", "7.3.4"])
-def test_preserved_memory_arrives(boot: Boot, version: str) -> None:
-    host = Host(boot(version, cmdline_extra=f"{KHO} {TRACE}"))
+@pytest.mark.parametrize("version", SHOWN)
+def test_preserved_memory_and_every_tree_arrive(online: Online, version: str, tmp_path: Path) -> None:
+    host, shown = Host(online(version)), SHOWN[version]
     host.guest.wait_online()
     write_line(host)
+    host.khoctl("activate")  # 6.18.15 has an outgoing tree only then
+    out = trees.mainline(host, "out")
+    assert trees.held(host, "out", out, tmp_path, cut=shown.stale, other=shown.structures) == shown.fdts - shown.stale
 
     host.kexec(version)
 
@@ -35,36 +68,25 @@ def test_preserved_memory_arrives(boot: Boot, version: str) -> None:
     assert "KHO restore succeeded" in log
     assert line_is_there(host)
 
-    host.khoctl("activate")  # a second handover in a row: 7.3.4 may show no out/fdt in a kernel that was handed to
+    came = trees.mainline(host, "in")
+    other = shown.structures - shown.freed
+    assert trees.held(host, "in", came, tmp_path, other=other, freed=shown.freed) == shown.fdts
+    differing = trees.differing(host, "snapshot", "in", code=1 if shown.stale else 0)
+    assert differing - shown.freed == {name or "root" for name in shown.stale}
+    assert status["run"] in host.khoctl("dt", "list").stdout
+    host.khoctl("dt", "validate", "in")
+
+    # A second handover in a row. What kho_test has taken back it does not hand on.
+    host.khoctl("activate")
     assert host.status()["phase"] == "active"
+    out, other = trees.mainline(host, "out"), shown.structures | shown.stale
+    assert trees.held(host, "out", out, tmp_path, other=other) == shown.fdts - shown.stale - {"kho_test"}
+    host.khoctl("dt", "validate")
 
 
-def test_another_format_hands_over_nothing_and_khod_is_not_fooled(boot: Boot) -> None:
-    """6.19.11 writes kho-v1, 7.3.4 reads kho-v4: the trace line may survive by luck, the state does not."""
-    host = Host(boot("6.19.11", cmdline_extra=f"{KHO} {TRACE}"))
-    host.guest.wait_online()
-    write_line(host)
-    refused = host.khoctl("kexec", *image("7.3.4"), code=3)
-    assert "check formats" in refused.stderr
-    assert "kho-v1" in refused.stderr
-    assert "kho-v4" in refused.stderr
-    host.guest.put("/etc/kho/khod.toml.d/formats.toml", '[checks]\nformats = "warn"\n')
-    host.guest.run(["systemctl", "reload", "kho-handover"])
-
-    host.kexec("7.3.4")
-
-    status = host.status(code=7)
-    assert status["phase"] == "degraded"
-    assert status["verdict"]["arrived"] == []
-    assert "memblock" in status["verdict"]["missing"]
-    assert "is incompatible with" in host.dmesg()
-    host.khoctl("verify", code=7)
-    assert host.shell("systemctl show -P ActiveState kho-verify.service").strip() == "failed"
-
-
-def test_after_an_abort_a_kernel_that_forgets_is_suspect(boot: Boot) -> None:
+def test_after_an_abort_a_kernel_that_forgets_is_suspect(online: Online) -> None:
     """On 6.18.15 an abort destroys the kernel's list of preserved pages: the next handover is refused."""
-    host = Host(boot("6.18.15", cmdline_extra=f"{KHO} {TRACE}"))
+    host = Host(online("6.18.15"))
     host.guest.wait_online()
     host.khoctl("activate")
     assert host.word("/sys/kernel/debug/kho/out/finalize") == "1"

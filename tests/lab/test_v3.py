@@ -1,13 +1,16 @@
 """The mission's own document, on a real kernel: activate, look, abort, then the whole handover from idle."""
 
-from tests.lab.conftest import Boot
-from tests.lab.host import KHO, Host
+from pathlib import Path
+
+from tests.lab import trees
+from tests.lab.conftest import Online
+from tests.lab.host import Host
 
 KHOD = "/var/lib/khod"
 
 
-def test_a_handover_from_idle_arrives_byte_for_byte(boot: Boot) -> None:
-    host = Host(boot("7.3.4", cmdline_extra=KHO))
+def test_a_handover_from_idle_arrives_byte_for_byte(online: Online, tmp_path: Path) -> None:
+    host = Host(online("7.3.4"))
     assert host.guest.wait_online() == "running"
     host.with_module()
     host.guest.run(["systemctl", "start", "kho-handover"])
@@ -17,6 +20,8 @@ def test_a_handover_from_idle_arrives_byte_for_byte(boot: Boot) -> None:
     shown = host.khoctl("dt", "show").stdout
     assert 'compatible = "kho-v1"' in shown
     assert "global-trace" in shown
+    assert trees.held(host, "out", trees.v3(host, "out"), tmp_path) == {trees.ROOT}
+    host.khoctl("dt", "validate")
 
     host.khoctl("abort")
     host.untouched()
@@ -29,6 +34,12 @@ def test_a_handover_from_idle_arrives_byte_for_byte(boot: Boot) -> None:
     assert status["verdict"] == {"arrived": ["ftrace"], "missing": [], "changed": [], "reason": ""}
     assert status["boot_id"] == host.guest.boot_id != first
     assert host.guest.get("/sys/firmware/kho/dt") == host.guest.get(f"{KHOD}/snapshots/{status['run']}/root")
+    assert trees.held(host, "in", trees.v3(host, "in"), tmp_path) == {trees.ROOT}
+    assert trees.differing(host, "snapshot", "in", code=0) == set()
+    assert host.khoctl("dt", "diff").stdout == ""
+    assert status["run"] in host.khoctl("dt", "list").stdout
+    host.khoctl("dt", "validate", "in")
+    host.khoctl("dt", "validate", "snapshot")
     assert "pages intact" in host.dmesg()  # the module's own oracle for the memory behind the tree
     journal = host.shell("journalctl -b -u kho-handover -o json MESSAGE_ID=7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0c")
     assert '"KHO_PHASE":"verified"' in journal
