@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from khod.kernel.protocol import regions
-from khod.model import Region
+from khod.region import Region
 from tests.lab.errors import Result
 from tests.lab.guest import Guest
 
