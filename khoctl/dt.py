@@ -77,16 +77,24 @@ def dt_show(
         given = [_region(text) for text in scratch or ()]
         blobs, regions = _tree(side or tree, scratch=True)
         blobs = blobs if blob is None else _one(blobs, blob)
-        if as_json:
+        if as_json and not summary:
             from khod.trees.plain import plain  # noqa: PLC0415 - each command imports what it needs
 
             _print([_json(plain(blobs))])
             return
-        from khod.trees.shown import ASCII, BLOCKS, show  # noqa: PLC0415 - as above
+        from khod.trees import drawn  # noqa: PLC0415 - as above
 
         width = shutil.get_terminal_size().columns - 2  # its bars
-        pen = BLOCKS if _takes(BLOCKS.levels + BLOCKS.scratch + BLOCKS.clash) else ASCII
-        _print(map(_shown, show(blobs, scratch=given or regions, width=width, pen=pen, summary=summary)))
+        pen = drawn.BLOCKS if _takes("".join(vars(drawn.BLOCKS).values())) else drawn.ASCII
+        if summary:
+            from khod.trees.summary import summary as summed  # noqa: PLC0415 - as above
+
+            found = summed(blobs, given or regions, width)
+            _print([_json(found)] if as_json else map(_shown, drawn.short(found, blobs, pen)))
+            return
+        from khod.trees.shown import show  # noqa: PLC0415 - as above
+
+        _print(map(_shown, show(blobs, scratch=given or regions, width=width, pen=pen)))
 
 
 @app.command("diff")

@@ -4,13 +4,14 @@ import enum
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 from khod.abi.fdt import KHO_MEM, Node
 from khod.errors import MalformedTree
 from khod.trees.blobs import opened
-from khod.trees.kinds import decoded, human
-from khod.trees.shown import printable, words
+from khod.trees.kinds import decoded
+from khod.trees.shown import words
+from khod.trees.words import human, printable
 
 SPANS = 4  # differing spans of a blob that are named
 BLOCK = 4096  # bytes compared at once while looking for them
@@ -62,9 +63,10 @@ def _blob(name: str, shown: str, left: bytes, right: bytes) -> Iterator[Differen
     try:
         before, after = opened(name, left), opened(name, right)
     except MalformedTree:
-        spans = list(_spans(left, right))
-        more = f" and {len(spans) - SPANS} more" if len(spans) > SPANS else ""
-        at = f"differs at {', '.join(f'{first:#x}-{last - 1:#x}' for first, last in spans[:SPANS])}{more}"
+        spans = _spans(left, right)  # there may be millions
+        said = [f"{first:#x}-{last - 1:#x}" for first, last in islice(spans, SPANS)]
+        others = sum(1 for _ in spans)
+        at = f"differs at {', '.join(said)}{f' and {others} more' if others else ''}"
         yield Difference(Change.changed, shown, "", "", f"{human(len(left))}, {at}", f"{human(len(right))}, {at}")
         return
     found = list(_nodes(shown, "", (before, None), (after, None)))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from khod.abi.fdt import KHO_MEM, Node
+from khod.trees.words import counted, family, hexadecimal, human
 
-VERSION = "-v"  # separates a compatible's family from its version
-HEAD = 32  # bytes shown of what cannot be decoded
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+MOST = 1 << 16
+"""Bytes of strings, and pairs, that are taken apart: each of them becomes an object many times its size."""
 KHO_VMALLOC = struct.Struct("=QIHH")  # struct kho_vmalloc: first, total_pages, flags, order
 U32_PAIR = struct.Struct("=II")
 
@@ -38,24 +38,14 @@ class Decoded:
     wrong: str = ""
 
 
-def human(size: int) -> str:
-    """A size in bytes in the largest unit it reaches, with at most one decimal."""
-    unit = min(max(size.bit_length() - 1, 0) // 10, len(UNITS) - 1)
-    scaled = size / (1 << 10 * unit)
-    return f"{scaled:.0f} {UNITS[unit]}" if scaled == int(scaled) else f"{scaled:.1f} {UNITS[unit]}"
-
-
 def strings(raw: memoryview) -> list[str]:
     """Decode NUL-terminated strings; ValueError where one is empty, has no end or is not printable."""
+    if len(raw) > MOST:
+        raise ValueError(f"strings of at most {MOST} bytes")
     *parts, rest = bytes(raw).decode("latin-1").split("\0")
     if rest or not parts or not all(part.isascii() and part.isprintable() and part for part in parts):
         raise ValueError("strings, each with its NUL")
     return parts
-
-
-def hexadecimal(raw: bytes | memoryview) -> str:
-    """The bytes as hex in groups, cut after HEAD of them."""
-    return f"{bytes(raw[:HEAD]).hex(' ')}{' ...' if len(raw) > HEAD else ''}" or "nothing"
 
 
 def _number(layout: str) -> Callable[[memoryview], int]:
@@ -74,12 +64,14 @@ def _number(layout: str) -> Callable[[memoryview], int]:
 def _pairs(raw: memoryview) -> list[dict[str, int]]:
     if len(raw) % U32_PAIR.size:
         raise ValueError(f"pairs of {U32_PAIR.size} bytes")
+    if len(raw) > U32_PAIR.size * MOST:
+        raise ValueError(f"at most {MOST} pairs")
     return [{"crc": crc, "type": kind} for crc, kind in U32_PAIR.iter_unpack(raw)]
 
 
 def _pairs_text(found: list[dict[str, int]]) -> str:
     shown = ", ".join(f"{event['crc']:#010x}={event['type']}" for event in found[:4])
-    return f"{len(found)} events, crc=type: {shown}{' ...' if len(found) > 4 else ''}"  # noqa: PLR2004 - a line's worth
+    return f"{counted(len(found), 'event')}, crc=type: {shown}{' ...' if len(found) > 4 else ''}"  # noqa: PLR2004 - a line's worth
 
 
 def _mem(raw: memoryview) -> dict[str, int]:
@@ -105,7 +97,7 @@ ADDRESS = Kind("address", _number("Q"), "{:#x}".format)
 SIZE = Kind("size", _number("Q"), lambda size: f"{size:#x} ({human(size)})")
 STRINGS = Kind("strings", strings, lambda found: ", ".join(f'"{text}"' for text in found))
 EVENTS = Kind("events", _pairs, _pairs_text)
-MEM = Kind("mem", _mem, lambda found: f"{found['ranges']} ranges, {human(found['bytes'])}")
+MEM = Kind("mem", _mem, lambda found: f"{counted(found['ranges'], 'range')}, {human(found['bytes'])}")
 VMALLOC = Kind("kho_vmalloc", _vmalloc, _vmalloc_text)
 EMPTY = Kind("empty", lambda raw: True, lambda found: "")  # noqa: ARG005
 
@@ -135,11 +127,6 @@ CHILDREN: Mapping[str, Mapping[str, Kind]] = {
     "kho-test": {"nr_folios": U32, "folios_info": VMALLOC, "csum": FLAGS},
 }
 """The properties of a child that has no compatible, by its parent's."""
-
-
-def family(compatible: str) -> str:
-    """A compatible without its version: `kho` of `kho-v4`."""
-    return compatible.rpartition(VERSION)[0] or compatible
 
 
 def promised(key: str, node: Node, parent: Node | None) -> Kind | None:

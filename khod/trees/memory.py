@@ -44,7 +44,10 @@ class Merged:
 
 @dataclass(frozen=True)
 class Memory:
-    """The sum of a tree's `mem`; sizes and addresses in bytes, `density` (0 to 1) by column of [start, end)."""
+    """The sum of a tree's ranges; sizes and addresses in bytes.
+
+    By column of [start, end): `density` from 0 to 1, whether there is `scratch`, whether a range lies over it.
+    """
 
     ranges: int
     bytes: int
@@ -57,10 +60,11 @@ class Memory:
     end: int
     density: tuple[float, ...]
     scratch: tuple[bool, ...]
+    clash: tuple[bool, ...]
 
 
 def summarise(mems: Sequence[memoryview], scratch: Sequence[Region] = (), width: int = 80) -> Memory | None:
-    """Add up `mem` properties, over `width` columns from the lowest address (of scratch, too) to the highest.
+    """Add up ranges as `mem` has them, over `width` columns from the lowest address (of scratch, too) to the highest.
 
     None where there is no range. Lengths that are no multiple of 16 are left out, as the kernel does.
     """
@@ -82,12 +86,15 @@ def summarise(mems: Sequence[memoryview], scratch: Sequence[Region] = (), width:
         merged=len(merged.firsts),
         merged_bytes=_covered(merged, TOP) << PAGE_SHIFT,
         hole=_region(int(merged.lasts[at - 1]), int(merged.firsts[at])) if at else None,
-        in_scratch=sum(_covered(merged, last) - _covered(merged, first) for first, last in pages) << PAGE_SHIFT,
+        in_scratch=sum(_between(merged, first, last) for first, last in pages) << PAGE_SHIFT,
         beyond=merged.beyond,
         start=low << PAGE_SHIFT,
         end=high << PAGE_SHIFT,
         density=tuple((covered[i + 1] - covered[i]) / (edges[i + 1] - edges[i]) for i in range(width)),
         scratch=tuple(any(a < edges[i + 1] and edges[i] < b for a, b in pages) for i in range(width)),
+        clash=tuple(
+            any(_between(merged, max(a, edges[i]), min(b, edges[i + 1])) for a, b in pages) for i in range(width)
+        ),
     )
 
 
@@ -99,6 +106,11 @@ def _covered(merged: Merged, page: int) -> int:
     """How many pages below `page` are in a range."""
     at = bisect_right(merged.firsts, page)
     return int(merged.below[at]) - max(0, int(merged.lasts[at - 1]) - page) if at else 0
+
+
+def _between(merged: Merged, first: int, last: int) -> int:
+    """How many pages of [first, last) are in a range."""
+    return _covered(merged, last) - _covered(merged, first) if first < last else 0
 
 
 def _quickly(whole: Sequence[memoryview], count: int) -> Merged | None:

@@ -37,6 +37,8 @@ PROPERTY = re.compile(r"[0-9A-Za-z,._+*#?-]+")
 CHECKED = ("phandle", "linux,phandle")
 """Properties whose values dtc's checks look into."""
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"'})
+MOST_NAMES = 1000
+"""Names of properties, of which producers have a dozen: each new one is looked for in all before it, as dtc does."""
 NO_NAME_CHECK = ("-E", "no-name_is_string")  # and with it name_properties, which rests on it
 
 
@@ -44,10 +46,10 @@ def dts(blob: bytes, name: str = "") -> tuple[str, str]:
     """Write a blob as source for dtc, and say what dtc will not give back ("" where it gives back the same bytes).
 
     The first line is a comment with the command. Raises MalformedTree, and UsageError where a name has characters
-    that the source language has no way to write.
+    that the source language has no way to write, or there are too many names.
     """
     tree = read(blob, name)
-    asked = options(tree)
+    asked = options(tree, name)
     same = compiled(tree) == blob
     if not same and compiled(tree, len(blob)) == blob:
         same, asked = True, (*asked, "-S", str(len(blob)))
@@ -66,6 +68,9 @@ def dts(blob: bytes, name: str = "") -> tuple[str, str]:
     return "\n".join([*lines, "/ {", *_body(tree.root, "\t", name), "};\n"]), note
 
 
+_OTHER = "Use --format dtb or --format json."
+
+
 def _body(node: Node, tabs: str, where: str) -> Iterator[str]:
     for key, value in node.properties.items():
         yield f"{tabs}{_writable(key, where)}{_value(value)};"
@@ -80,7 +85,7 @@ def _writable(name: str, where: str) -> str:
         raise UsageError(
             f"Device tree source has no way to write the name {name!a}",
             where=where,
-            remedy="Use --format dtb or --format json.",
+            remedy=_OTHER,
         )
     return name
 
@@ -95,17 +100,24 @@ def _value(raw: memoryview) -> str:
         return f" = [{raw.hex(' ')}]"
 
 
-def options(tree: Fdt) -> tuple[str, ...]:
-    """Give the options dtc needs besides -I and -O: what stands in no source, and checks to be overruled."""
+def options(tree: Fdt, where: str = "") -> tuple[str, ...]:
+    """Give the options dtc needs besides -I and -O: what stands in no source, and checks to be overruled.
+
+    Raises UsageError, whose `where` is the given one, where there are more than MOST_NAMES names of properties.
+    """
     nodes = [node for _path, node in tree.root.walk()]
     keys = {key for node in nodes for key in node.properties}
+    if len(keys) > MOST_NAMES:
+        raise UsageError(
+            f"The properties have more than {MOST_NAMES} names, which dtc is not made for", where=where, remedy=_OTHER
+        )
     odd = any(not NODE.fullmatch(node.name) for node in nodes[1:]) or any(not PROPERTY.fullmatch(key) for key in keys)
     asked: tuple[str, ...] = ("-f",) if odd or keys & set(CHECKED) else ()
     if "name" in keys:
         asked += NO_NAME_CHECK  # where it is what it should be, dtc takes it away as redundant
     if tree.boot_cpuid_phys or any(child.name == "cpus" for child in tree.root.children):
         asked += ("-b", str(tree.boot_cpuid_phys))  # otherwise it is 0, or /cpus' first reg
-    if tree.version != VERSIONS[-1]:
+    if tree.version < VERSIONS[-1]:  # dtc writes none that is later
         asked += ("-V", str(tree.version))
     return asked
 
@@ -121,7 +133,7 @@ def compiled(tree: Fdt, size: int = 0) -> bytes:
 def _laid_out(tree: Fdt) -> bytes:
     names = bytearray()
     nodes = bytearray()
-    _write(tree.root, nodes, names)
+    _write(tree.root, nodes, names, {})
     nodes += U32.pack(FDT_END)
     reservations = b"".join(RESERVATION.pack(region.addr, region.size) for region in tree.reservations)
     reserve_at = 40  # of either header the next multiple of 8
@@ -134,7 +146,7 @@ def _laid_out(tree: Fdt) -> bytes:
         nodes_at,
         names_at,
         reserve_at,
-        tree.version,
+        min(tree.version, VERSIONS[-1]),
         VERSIONS[0],
         tree.boot_cpuid_phys,
         len(names),
@@ -145,17 +157,19 @@ def _laid_out(tree: Fdt) -> bytes:
     return b"".join((header, reservations, bytes(RESERVATION.size), nodes, names))
 
 
-def _write(node: Node, nodes: bytearray, names: bytearray) -> None:
+def _write(node: Node, nodes: bytearray, names: bytearray, known: dict[str, int]) -> None:
     name = node.name.encode(errors="surrogateescape")
     nodes += U32.pack(FDT_BEGIN_NODE) + name.ljust(len(name) + 4 & ~3, b"\0")
     for key, value in node.properties.items():
-        word = key.encode(errors="surrogateescape") + b"\0"
-        if (at := names.find(word)) < 0:
-            at = len(names)
-            names += word
-        nodes += U32.pack(FDT_PROP) + PROP.pack(len(value), at)
+        if key not in known:
+            word = key.encode(errors="surrogateescape") + b"\0"
+            if (at := names.find(word)) < 0:
+                at = len(names)
+                names += word
+            known[key] = at
+        nodes += U32.pack(FDT_PROP) + PROP.pack(len(value), known[key])
         nodes += value
         nodes += bytes(-len(value) & 3)
     for child in node.children:
-        _write(child, nodes, names)
+        _write(child, nodes, names, known)
     nodes += U32.pack(FDT_END_NODE)

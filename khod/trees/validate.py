@@ -19,7 +19,7 @@ from khod.abi.fdt import Node
 from khod.errors import ConfigError, MalformedTree
 from khod.trees.blobs import METADATA, opened
 from khod.trees.kinds import decoded
-from khod.trees.shown import printable
+from khod.trees.words import printable
 
 OURS = Path(__file__).parent / "schemas"
 OWN = Path("/etc/kho/schemas")

@@ -1,0 +1,102 @@
+"""A tree in short as text, with a strip that draws where in physical memory what it hands over lies."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from khod.abi.fdt import KHO_MEM
+from khod.trees.memory import Memory
+from khod.trees.summary import Blob, Summary
+from khod.trees.words import MARK, counted, hexadecimal, human, printable
+
+CLASH = {
+    True: "the kernel refuses to load an image with this",  # v3: kho_alloc_mem_cache()
+    False: "the next kernel is loaded over it",
+}
+
+
+@dataclass(frozen=True)
+class Pen:
+    """The characters a strip is drawn with: `levels` from empty to full, scratch, and memory over scratch."""
+
+    levels: str
+    scratch: str
+    clash: str
+
+
+BLOCKS = Pen(" ▁▂▃▄▅▆▇█", "░", "X")
+ASCII = Pen(" .:-=+*#@", "s", "X")
+
+
+def short(found: Summary, blobs: Mapping[str, bytes], pen: Pen = BLOCKS) -> Iterator[str]:
+    """Describe a tree's blobs, a line at a time."""
+    for blob in found.blobs:
+        yield head(blob)
+        if blob.wrong:
+            yield from wrong(blob, blobs[blob.name])
+            continue
+        compatible = f'"{printable(blob.compatible)}", ' if blob.compatible else ""
+        yield f"  {compatible}{counted(blob.nodes, 'node')}, {counted(blob.properties, 'property', 'properties')}"
+        for path, length in (blob.mem or {}).items():
+            yield f"  {printable(path)} mem: {ranges(length)}"
+    yield from memory(found, pen)
+
+
+def head(blob: Blob) -> str:
+    """The line a blob begins with."""
+    exact = f" ({blob.bytes} bytes)" if blob.bytes >> 10 else ""
+    return f"{printable(blob.name) or 'root'}: {human(blob.bytes)}{exact}"
+
+
+def wrong(blob: Blob, data: bytes) -> Iterator[str]:
+    """Why a blob cannot be shown, and how it begins."""
+    remedy = f". {blob.remedy}" if blob.remedy else ""
+    yield f"  {blob.wrong}{remedy} {MARK if blob.damaged else ''}".rstrip()
+    yield f"  {hexadecimal(data)}"
+
+
+def ranges(length: int) -> str:
+    """How many ranges a `mem` of `length` bytes has."""
+    if length % KHO_MEM.size:
+        return f"{length} bytes, no multiple of {KHO_MEM.size}: the kernel ignores it {MARK}"
+    return counted(length // KHO_MEM.size, "range")
+
+
+def memory(of: Summary, pen: Pen) -> Iterator[str]:
+    """The sum of all ranges, and the strip; nothing where there are none."""
+    if (found := of.memory) is None:
+        return
+    yield f"memory: {counted(found.ranges, 'range')}, {human(found.bytes)}"
+    how = "merged as the kernel's mem cache" if of.cached else "merged"
+    yield f"  {how}: {counted(found.merged, 'range')}, {human(found.merged_bytes)} in whole pages"
+    if found.hole:
+        yield f"  largest hole: {human(found.hole.size)} from {found.hole.addr:#x}"
+    if found.beyond:
+        yield f"  {counted(found.beyond, 'range')} run past the end of the address space {MARK}"
+    for region in of.scratch:
+        yield f"  scratch: {human(region.size)} from {region.addr:#x}"
+    if found.in_scratch:
+        yield f"  {human(found.in_scratch)} of it lie in scratch: {CLASH[of.cached]} {MARK}"
+    yield from strip(found, pen, scratch=bool(of.scratch))
+
+
+def strip(found: Memory, pen: Pen, *, scratch: bool) -> Iterator[str]:
+    """Draw the memory from the lowest address to the highest, as full as the fullest column is tall."""
+    fullest = max(found.density)
+    top = len(pen.levels) - 1
+    drawn = [
+        pen.clash
+        if clash
+        else pen.levels[max(1, round(density / fullest * top))]
+        if density
+        else pen.scratch
+        if at
+        else pen.levels[0]
+        for density, at, clash in zip(found.density, found.scratch, found.clash, strict=True)
+    ]
+    yield f"|{''.join(drawn)}|"
+    legend = f"{pen.levels[-1]} {fullest:.0%} used"
+    legend += f", {pen.scratch} scratch" if scratch else ""
+    legend += f", {pen.clash} both" if any(found.clash) else ""
+    first, last = f"{found.start:#x}", f"{found.end - 1:#x}"
+    room = len(found.density) + 2 - len(first) - len(last)  # the bars stand before the first column and after the last
+    yield f"{first}{legend:^{max(len(legend) + 2, room)}}{last}"
