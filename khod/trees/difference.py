@@ -11,7 +11,7 @@ from khod.errors import MalformedTree
 from khod.trees.blobs import opened
 from khod.trees.kinds import decoded
 from khod.trees.shown import words
-from khod.trees.words import human, printable
+from khod.trees.words import counted, human, printable
 
 SPANS = 4  # differing spans of a blob that are named
 BLOCK = 4096  # bytes compared at once while looking for them
@@ -138,6 +138,6 @@ def _mem(old: memoryview, new: memoryview, left: str, right: str) -> tuple[str, 
     if befores == afters:
         return f"{left}", f"{right}, the same ranges in another order or number"
     return (
-        f"{left}; {len(befores - afters)} ranges, {human(gone)} only here",
-        f"{right}; {len(afters - befores)} ranges, {human(came)} only here",
+        f"{left}; {counted(len(befores - afters), 'range')}, {human(gone)} only here",
+        f"{right}; {counted(len(afters - befores), 'range')}, {human(came)} only here",
     )

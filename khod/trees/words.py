@@ -9,7 +9,9 @@ MARK = "(!)"
 
 def human(size: int) -> str:
     """A size in bytes in the largest unit it reaches, with at most one decimal."""
-    unit = min(max(size.bit_length() - 1, 0) // 10, len(UNITS) - 1)
+    if size < 1 << 10:
+        return counted(size, "byte")
+    unit = min((size.bit_length() - 1) // 10, len(UNITS) - 1)
     scaled = size / (1 << 10 * unit)
     return f"{scaled:.0f} {UNITS[unit]}" if scaled == int(scaled) else f"{scaled:.1f} {UNITS[unit]}"
 

@@ -1,0 +1,120 @@
+"""Trees held against schemas: ours take what the kernels write and nothing else; the operator's own win."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from khod.errors import ConfigError
+from khod.trees.validate import OURS, schemas, validate
+from tests.unit.trees import (
+    KEXEC_METADATA,
+    KHO_TEST,
+    LUO_V1,
+    LUO_V5,
+    PAGE,
+    U32,
+    compatible,
+    fdt,
+    ftrace,
+    kho_v1,
+    kho_v4,
+    mem,
+    memblock,
+    memfd,
+)
+
+WRITTEN = [  # what the kernels write, by the sources
+    ("", kho_v1(memblock=PAGE)),
+    ("", kho_v1()),
+    ("", kho_v4(memblock=(PAGE, 141))),
+    ("", kho_v4(memblock=(PAGE, 141)).replace(b"kho-v4", b"kho-v3")),
+    ("", ftrace([mem((64, 64), (PAGE, PAGE)), b""])),
+    ("", fdt(compatible("kho-v1"))),
+    ("memblock", memblock(trace=(PAGE, PAGE))),
+    ("memblock", memblock()),
+    ("LUO", LUO_V1),
+    ("LUO", LUO_V5),
+    ("kexec-metadata", KEXEC_METADATA),
+    ("kho_test", KHO_TEST),
+    ("memfd", memfd(2)),
+    ("memfd", memfd(1)),
+]
+OTHERWISE = [  # (blob's name, blob, where, what is said)
+    ("", kho_v4(memblock=(0, 141)), "root:/: memblock/preserved-data", "less than the minimum"),
+    ("", kho_v1(memblock=PAGE + 1), "root:/: memblock/fdt", "not a multiple"),
+    ("", fdt(compatible("kho-v4")), "root:/", "'preserved-memory-map' is a required property"),
+    ("", fdt(compatible("kho-v4") | {"preserved-memory-map": U32(0)}), "root:/", "not of type 'integer'"),
+    ("", ftrace([mem((0, PAGE))[:-1]]), "cpu0: mem", "'ranges' is a required property"),
+    ("", ftrace([mem((0, PAGE))]), "cpu0: mem/ranges", "not a multiple of 2"),
+    ("", ftrace([], events=b"123"), "/ftrace", "not of type 'array'"),
+    ("memblock", memblock(trace=(PAGE, 0)), "/trace", "less than the minimum"),
+    ("memfd", memfd(1, seals=U32(0)), "memfd:/", "Additional properties"),
+    ("kexec-metadata", KEXEC_METADATA[:-1], "kexec-metadata:/", "no structure we know"),
+    ("kho_test", KHO_TEST.replace(U32(0x4B484F21), U32(1)), "kho_test:/", "1263030049 was expected"),
+    ("", b"no tree at all", "root:/", "magic"),
+]
+
+
+@pytest.fixture(scope="module")
+def known() -> Mapping[str, Any]:
+    return schemas(())
+
+
+def test_every_compatible_is_written_by_a_test(known: Mapping[str, Any]) -> None:
+    words = b" ".join(blob for _name, blob in WRITTEN) + b" ".join(name.encode() for name, _blob in WRITTEN)
+    assert {name for name in known if name.encode() not in words} == {"kho-v2", "luo-session-v1"}
+
+
+@pytest.mark.parametrize(("name", "blob"), WRITTEN)
+def test_what_a_kernel_writes_fits(name: str, blob: bytes, known: Mapping[str, Any]) -> None:
+    assert [str(found) for found in validate({name: blob}, known) if not found.fits] == []
+
+
+@pytest.mark.parametrize(("name", "blob", "where", "said"), OTHERWISE)
+def test_what_no_kernel_writes_does_not(
+    name: str, blob: bytes, where: str, said: str, known: Mapping[str, Any]
+) -> None:
+    found = [str(one) for one in validate({name: blob}, known) if not one.fits]
+    assert any(where in one and said in one for one in found), found
+
+
+def test_a_compatible_without_a_schema_is_only_said(known: Mapping[str, Any]) -> None:
+    (found,) = validate({"other": fdt(compatible("other-v1"))}, known)
+    assert found.fits
+    assert "no schema for other-v1" in str(found)
+
+
+def test_the_operator_s_own_schema_wins(tmp_path: Path) -> None:
+    (tmp_path / "other-v1.json").write_text(json.dumps({"properties": {"children": {"minProperties": 1}}}))
+    (tmp_path / "memblock-v1.json").write_text("{}")
+    mine = schemas((tmp_path, tmp_path / "nowhere"))
+    (found,) = validate({"other": fdt(compatible("other-v1"))}, mine)
+    assert not found.fits
+    assert not list(validate({"memblock": fdt(compatible("memblock-v1") | {"odd": b"1"})}, mine))
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("{", "bad.json:1"),
+        ('{\n  "type": 7\n}', "/type"),
+        ("", "bad.json:1"),
+        ('{"$ref": "https://example.org/x.json"}', "bad.json"),
+        ('{"properties": {"name": {"pattern": "("}}}', "bad.json"),
+    ],
+)
+def test_what_is_no_schema_is_named_with_its_place(tmp_path: Path, text: str, where: str) -> None:
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        list(validate({"x": fdt(compatible("bad"))}, schemas((tmp_path,))))
+    assert where in str(caught.value)
+
+
+def test_each_of_ours_says_where_it_was_read() -> None:
+    for path in OURS.glob("*.json"):
+        text = json.loads(path.read_text())
+        assert text["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+        assert text["$comment"], path
