@@ -13,6 +13,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from khod.errors import Exit, errno_text
 from khod.wire import SOCKET
 
 MODULES = {
@@ -69,14 +70,14 @@ def _main(
 
 def main() -> NoReturn:
     """Run khoctl, and leave at once: to take the interpreter apart would take a tenth of the time."""
-    code: Any = 0
+    code: Any = Exit.done
     try:
-        app(prog_name="khoctl")
-    except SystemExit as end:
-        code = end.code
-    try:
+        try:
+            app(prog_name="khoctl")
+        except SystemExit as end:
+            code = end.code
         sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # whoever read it has gone, or its disk is full
-        code = code or 1
-    os._exit(code if isinstance(code, int) else 1)
+    except OSError as error:  # a command says what it cannot read; this is what it could not say
+        code = code or Exit.failed
+        typer.echo(f"khoctl: Standard output cannot be written: {errno_text(error)}.", err=True)
+    os._exit(code if isinstance(code, int) else Exit.failed)

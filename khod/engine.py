@@ -273,12 +273,14 @@ class Engine:
     async def tree(self, side: str) -> Tree:
         """Read a state tree: `out`, `in`, `snapshot` for the last that left, or one that was kept by its id.
 
+        Before any has left, `snapshot` is the last that was taken.
         v3 has no outgoing tree unless active. The kernel's thread reads it: a read while another
         thread leaves the active phase is v3's deadlock.
         """
         found: Tree | None = None
         if side == "snapshot":
-            found = await asyncio.to_thread(self._store.snapshots.last)
+            boot = self._observed.boot_id if self._observed else ""
+            found = await asyncio.to_thread(self._store.snapshots.last, boot)
         elif side in ("in", "out"):
             kernel = self._kernel()
             read = kernel.arrived if side == "in" else lambda: kernel.tree() if kernel.active() is not False else None

@@ -64,9 +64,11 @@ class Snapshots:
         except OSError as error:
             raise RecordError(f"The snapshot cannot be read: {errno_text(error)}", where=str(place)) from error
 
-    def last(self) -> Tree | None:
-        """The tree that left last."""
-        newest = next(self._taken(), None)
+    def last(self, boot_id: str = "") -> Tree | None:
+        """The tree that left last: none that was taken in the boot `boot_id`, unless there are no others."""
+        taken = list(self._taken())
+        left = (place for place in taken if not boot_id or _about(place).get("boot_id") != boot_id)
+        newest = next(left, next(iter(taken), None))
         return None if newest is None else self.read(newest.name)
 
     def known(self) -> list[Snapshot]:
@@ -107,9 +109,7 @@ class Snapshots:
 
 def _described(place: Path) -> Snapshot:
     blobs = _blobs(place)
-    about: dict[str, Any] = {}
-    with suppress(ValueError, FileNotFoundError):  # a power cut may have taken it; the tree counts all the same
-        about = json.loads((place / ABOUT).read_text())
+    about = _about(place)
     generation = about.get("generation", "")
     return Snapshot(
         id=place.name,
@@ -122,6 +122,13 @@ def _described(place: Path) -> Snapshot:
         blobs=[name for name in blobs if name],
         digest=_digest(place, blobs),
     )
+
+
+def _about(place: Path) -> dict[str, Any]:
+    with suppress(ValueError, FileNotFoundError):  # a power cut may have taken it; the tree counts all the same
+        found = json.loads((place / ABOUT).read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _blobs(place: Path) -> dict[str, bytes]:

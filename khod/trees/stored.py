@@ -28,7 +28,11 @@ def load(path: str) -> dict[str, bytes]:
     try:
         if path == "-":
             return {"": _bounded(sys.stdin.buffer, "standard input")}
-        return _directory(Path(path)) if Path(path).is_dir() else {"": _file(Path(path))}
+        if Path(path).is_dir():
+            return _directory(Path(path))
+        if not (blob := _file(Path(path))):
+            raise UsageError("The file is empty", where=path)
+        return {"": blob}
     except OSError as error:
         raise UsageError(
             f"The tree cannot be read: {errno_text(error)}",

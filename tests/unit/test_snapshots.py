@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,14 @@ def test_what_cannot_be_written_is_a_record_error_with_its_path(tmp_path: Path) 
     with pytest.raises(RecordError) as raised:
         kept.write("r1", Tree(b""))
     assert str(tmp_path / "file") in raised.value.where
+
+
+def test_what_was_taken_in_this_boot_has_not_left_yet(kept: Snapshots) -> None:
+    for number, (boot, tree) in enumerate([("before", TREES[0]), ("now", TREES[1])]):
+        kept.prepare(f"r{number}", boot, "7.3.4", Generation.stateless, Bounds())
+        kept.write(f"r{number}", tree)
+        os.utime(kept.directory / f"r{number}/root", (number, number))
+    assert kept.last("now") == TREES[0]
+    assert kept.last("later") == TREES[1]
+    shutil.rmtree(kept.directory / "r0")
+    assert kept.last("now") == TREES[1], "better than nothing"
