@@ -25,13 +25,16 @@ TAIL = 20_000  # characters of each console in a report
 # Under `--dist loadfile` a worker takes one file after the other; a long one must not be left at the end.
 LONGEST = (
     "test_put_back",
-    "test_unit",
     "test_mainline",
-    "test_producers",
+    "test_unit",
     "test_formats",
     "test_sources",
-    "test_liveupdate",
+    "test_producers",
+    "test_signed",
     "test_unsupported",
+    "test_liveupdate",
+    "test_v3",
+    "test_lab",
 )
 
 Find = Callable[[str], lab_kernels.Kernel]

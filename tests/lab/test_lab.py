@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tests.lab import disk
 from tests.lab.accel import machine_arguments
 from tests.lab.agent import Agent
-from tests.lab.conftest import Boot, Find
+from tests.lab.conftest import Boot, Find, usual
 from tests.lab.errors import CommandFailed, GuestLost, LabError, WaitTimeout
 from tests.lab.guest import Guest
 from tests.lab.kernels import look
@@ -82,6 +83,18 @@ def test_guest_through_kexec_and_reset(boot: Boot, plain_disk: Path) -> None:
     guest.qmp("quit")
     with pytest.raises(GuestLost, match="QEMU ended"):
         guest.wait_reboot(third.boot_id)
+
+
+@pytest.mark.lab
+def test_each_saved_guest_goes_on_from_the_same_point(kernels: Find, plain_disk: Path, tmp_path: Path) -> None:
+    boots = []
+    for name in ("first", "second"):
+        with usual(kernels("7.3.4"), plain_disk, tmp_path / name) as guest:
+            boots.append(guest.boot_id)
+            assert "multi-user.target" in guest.console()  # of the boot that was saved
+            assert abs(int(guest.run(["date", "+%s"]).stdout) - time.time()) < 60
+            guest.run(["sh", "-ec", "test ! -e /var/lib/been; touch /var/lib/been; sync"])
+    assert boots[0] == boots[1]
 
 
 @pytest.mark.lab
