@@ -150,7 +150,8 @@ def _lz4(data: memoryview) -> Pieces:
     """The legacy frame: no end mark, so it goes on to a zero, or to the four bytes a kernel build appends."""
     import lz4.block  # noqa: PLC0415 - khod at rest does without
 
-    at = 0
+    at = LZ4_SIZE  # the magic, which may be all there is
+    gathered = bytearray()  # a file may have millions of blocks of a byte, and a piece costs more than that
     while len(data) - at > LZ4_SIZE:
         (size,) = struct.unpack_from("<I", data, at)
         if size == 0:
@@ -168,7 +169,15 @@ def _lz4(data: memoryview) -> Pieces:
         except lz4.block.LZ4BlockError as error:
             raise ValueError(str(error)) from None
         at += size
-        yield piece
+        if not gathered and len(piece) >= PIECE:
+            yield piece
+            continue
+        gathered += piece
+        if len(gathered) >= PIECE:
+            yield bytes(gathered)
+            gathered.clear()
+    if gathered:
+        yield bytes(gathered)
     return at
 
 

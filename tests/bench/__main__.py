@@ -3,10 +3,17 @@
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.bench import barrier, images, overhead, processes, window
+from tests.bench import barrier, images, overhead, processes, trees, window
 from tests.bench.figure import Figure
 
-BENCHES: list[Callable[[], Iterator[Figure]]] = [overhead.run, processes.run, images.run, barrier.run, window.run]
+BENCHES: list[Callable[[], Iterator[Figure]]] = [
+    overhead.run,
+    processes.run,
+    trees.run,
+    images.run,
+    barrier.run,
+    window.run,
+]
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ Nodes = Mapping[str, Any]
 
 def fdt(root: Nodes) -> bytes:
     """Write a tree."""
-    writer = libfdt.FdtSw(1 << 20)
+    writer = libfdt.FdtSw(12 << 20)  # room for all at once: a growing tree is copied each time
     writer.finish_reservemap()
     _node(writer, "", root)
     made = writer.as_fdt()
