@@ -78,13 +78,19 @@ def take(request: Request, running: str, run: str, bounds: Images, machine: str 
             target.apart = take_apart(target.kernel, machine, bounds.max_unpacked)
             target.kernel = target.apart.kernel
         except KhoError as error:
-            target.wrong["image"] = error
+            target.wrong["image"] = _alone(error)
         _compose(target, request, running, run)
         _initrds(target, request.initrds, bounds)
     except BaseException:
         target.close()
         raise
     return target
+
+
+def _alone(error: KhoError) -> KhoError:
+    """Give an error to be kept: its traceback's frames would keep what they had mapped, and the target itself."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 def _compose(target: Target, request: Request, running: str, run: str) -> None:
@@ -109,7 +115,7 @@ def _initrds(target: Target, given: tuple[Given, ...], bounds: Images) -> None:
             try:
                 target.initrds.append(initrd.look(part, bounds.max_unpacked, init=cmdline.init(target.cmdline)))
             except KhoError as error:
-                target.wrong.setdefault("initrd", error)
+                target.wrong.setdefault("initrd", _alone(error))
         if len(parts) == 1:
             target.initrd = parts[0]
             taken.clear()

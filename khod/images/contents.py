@@ -49,10 +49,10 @@ def look(read: Read, size: int, where: str) -> Contents:
     for at, seen, text in _windows(read, size):
         for found in VERSION.finditer(text):
             count += 1
+            if count > MOST:
+                raise Refused(f"There are more than {MOST} versions in it", where=where, remedy="Is it a kernel?")
             if found.end() > seen:
                 names |= _name(text, found.start(), found.end() - 1)
-        if count > MOST:
-            raise Refused(f"There are more than {MOST} versions in it", where=where, remedy="Is it a kernel?")
         marks |= {mark for mark in MARKS if text.find(b"\0" + mark.encode() + b"\0") >= 0}
         if not version and (start := text.find(LINUX)) >= 0 and (banner := BANNER.search(text, start)):
             version = banner[1].decode(errors="replace")

@@ -18,6 +18,8 @@ MODE, FILESIZE, NAMESIZE, CHECK = 1, 6, 11, 12  # their places among the numbers
 TRAILER = b"TRAILER!!!"
 PATH_MAX = 4096
 PIECE = 1 << 20
+PARTS = 1000
+"""Parts, each compressed by itself: one that packs nothing is 20 bytes long, and takes as long to begin as any."""
 NOT_ZERO = re.compile(rb"[^\0]")
 
 
@@ -56,6 +58,12 @@ def look(image: Sealed, limit: int, init: str = "init") -> Initrd:
         if not method:
             raise _no_archive(image.name, at)
         formats.append(method)
+        if len(formats) > PARTS:
+            raise Refused(
+                f"The initrd has more than {PARTS} parts",
+                where=image.name,
+                remedy="Pack it as one archive.",
+            )
         if method not in compressed.METHODS:
             opaque = f"what follows byte {at} is compressed with {method}, which khod does not unpack"
             return Initrd(tuple(formats), walk.files, walk.unpacked, walk.init_seen, opaque)
