@@ -14,6 +14,8 @@ VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 LOADERS = ("efi/loader/loader.conf", "boot/efi/loader/loader.conf", "boot/loader/loader.conf")
 """systemd-boot reads the one on the EFI system partition; /boot may be that."""
 SAVED = "@saved"
+DIGITS = 9
+"""The most of a place in the menu; int() refuses a number of thousands."""
 
 
 def default(found: Sequence[Entry], root: Path) -> Entry:
@@ -67,7 +69,7 @@ def _matching(pattern: str, found: Sequence[Entry]) -> Entry | None:
 def _saved(saved: str, found: Sequence[Entry]) -> Entry | None:
     """GRUB's saved_entry: an id, a title, or a place in the menu, counted from 0."""
     named = next((one for one in found if saved in (one.id, one.stem, one.text("title"))), None)
-    if named is None and saved.isdecimal() and int(saved) < len(found):
+    if named is None and saved.isdecimal() and len(saved) <= DIGITS and int(saved) < len(found):
         return found[int(saved)]
     return named
 

@@ -24,6 +24,9 @@ COUNTED = re.compile(r"(?P<stem>.+?)(?:\+(?P<left>[0-9]+)(?:-(?P<done>[0-9]+))?)
 SIZE = 256 * 1024
 """The most that is read of an entry's text, of a UKI's headers and of its os-release, in bytes."""
 
+VALUE = 4096
+"""The most of a value in an os-release, in characters: shlex copies what it has at each of them."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -115,7 +118,7 @@ def os_release(text: str) -> dict[str, str]:
     for line in text.split("\n"):
         name, _, value = line.strip().partition("=")
         try:
-            found[name] = "".join(shlex.split(value))
+            found[name] = "".join(shlex.split(value[:VALUE]))
         except ValueError:
             continue
     return found

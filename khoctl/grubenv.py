@@ -11,7 +11,9 @@ SIZE = 64 * 1024
 """The most that is read, in bytes: GRUB's own block is 1 KiB."""
 OPTIONAL = frozenset({"tuned_params", "tuned_initrd", "early_initrd", "extra_cmdline"})
 """What an entry may name though nobody set it: empty then, as GRUB has it."""
-_SETTING = re.compile(r"^([^#=\n]+)=((?:\\.|[^\\\n])*)$", re.MULTILINE | re.DOTALL)
+# A value is never given back once it is read, and a backslash at the very end ends it: else a block of lines that go
+# on would be tried from each of them.
+_SETTING = re.compile(r"^([^#=\n]+)=((?:\\.|[^\\\n])*+)\\?$", re.MULTILINE | re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))", re.ASCII)
 
 

@@ -5,6 +5,8 @@ import re
 _SKIPPED = re.compile(r"[^a-zA-Z0-9.~^-]*")
 _DIGITS = re.compile(r"[0-9]*")
 _LETTERS = re.compile(r"[a-zA-Z]*")
+_LONGEST = 1 << 14
+"""Characters that are looked at: every step copies what is left."""
 _MARKS = ("~", "", "-", "^", ".")
 """What sorts before anything else at a place, lowest first; "" is the end of the string."""
 
@@ -14,6 +16,7 @@ def compare(left: str, right: str) -> int:
 
     The specification's steps in its order: `123~rc1` < `123` < `123-1` < `123.1`, and 9 < 10.
     """
+    left, right = left[:_LONGEST], right[:_LONGEST]
     while True:
         left, right = left[len(_head(_SKIPPED, left)) :], right[len(_head(_SKIPPED, right)) :]
         for mark in _MARKS:

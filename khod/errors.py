@@ -114,10 +114,13 @@ BY_NAME: dict[str, type[KhoError]] = {
 
 
 def sentence(error: KhoError) -> str:
-    """Say what failed, on which path, what to do next."""
+    """Say what failed, on which path, what to do next; fit for a terminal, whatever was read from a file."""
     where = f" ({error.where})" if error.where else ""
     remedy = f" {error.remedy}" if error.remedy else ""
-    return f"{error.what}{where}.{remedy}"
+    said = f"{error.what}{where}.{remedy}"
+    if said.isprintable():
+        return said
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in said)
 
 
 def errno_text(error: OSError) -> str:
