@@ -106,8 +106,8 @@ def test_a_truncated_compressed_archive_says_where(method: str) -> None:
 
 NO_ARCHIVES = (
     *(b"0", b"07070", b"no initrd", bzimage(), b"070707" + bytes(200), bytes(100), b"070701" + b"0" * 103),
-    *(b"\x04\x22\x4d\x18" + bytes(64), gzip.compress(b"no archive"), CPIO + b"junk", gzip.compress(CPIO + b"junk")),
-    *(bytes(2) + CPIO, gzip.compress(bytes(2) + CPIO), CPIO.replace(b"0000000A", b"0000000G")),
+    *(b"\x04\x22\x4d\x18" + bytes(64), PACK["gzip"](b"no archive"), CPIO + b"junk", PACK["gzip"](CPIO + b"junk")),
+    *(bytes(2) + CPIO, PACK["gzip"](bytes(2) + CPIO), CPIO.replace(b"0000000A", b"0000000G")),
     *(b"070701" + b" " * 104 + bytes(400), b"070701" + b"\xff" * 104, CPIO[:-4] + b"x" * 4),
     cpio({"init": b""}).replace(b"init\0", b"init!"),
 )
