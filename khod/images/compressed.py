@@ -56,20 +56,31 @@ def unpack(method: str, data: memoryview, limit: int, where: str) -> Pieces:
         except StopIteration as end:
             return int(end.value)
         except (ValueError, OSError, zlib.error, lzma.LZMAError, MemoryError) as error:
-            reason = str(error) or type(error).__name__
-            raise Refused(f"What {method} packed in it is damaged: {reason}", where=where, remedy=_COPY) from None
+            raise damaged(method, error, where) from None
         total += len(piece)
         if total > limit:
-            raise Refused(
-                f"It unpacks to more than the {limit} bytes allowed",
-                where=where,
-                remedy="Raise `images.max_unpacked` in /etc/kho/khod.toml if this is meant.",
-            )
+            raise too_large(limit, where)
         yield piece
 
 
+def damaged(method: str, error: Exception, where: str) -> Refused:
+    """Say that what was packed cannot be unpacked."""
+    reason = str(error) or type(error).__name__
+    return Refused(
+        f"What {method} packed in it is damaged: {reason}", where=where, remedy="Copy the file again, or make it again."
+    )
+
+
+def too_large(limit: int, where: str) -> Refused:
+    """Say that it unpacks to more than `limit` bytes."""
+    return Refused(
+        f"It unpacks to more than the {limit} bytes allowed",
+        where=where,
+        remedy="Raise `images.max_unpacked` in /etc/kho/khod.toml if this is meant.",
+    )
+
+
 _ANOTHER = "Compress it in another way."
-_COPY = "Copy the file again, or make it again."
 _TRUNCATED = "it ends too early"
 
 
@@ -147,11 +158,32 @@ def _zstd_frame(data: memoryview) -> int:
 
 
 def _lz4(data: memoryview) -> Pieces:
-    """The legacy frame: no end mark, so it goes on to a zero, or to the four bytes a kernel build appends."""
-    import lz4.block  # noqa: PLC0415 - khod at rest does without
-
-    at = LZ4_SIZE  # the magic, which may be all there is
     gathered = bytearray()  # a file may have millions of blocks of a byte, and a piece costs more than that
+    walk = lz4_blocks(data)
+    while True:
+        try:
+            at, size = next(walk)
+        except StopIteration as end:
+            if gathered:
+                yield bytes(gathered)
+            return int(end.value)
+        piece = lz4_block(data[at : at + size])
+        if not gathered and len(piece) >= PIECE:
+            yield piece
+            continue
+        gathered += piece
+        if len(gathered) >= PIECE:
+            yield bytes(gathered)
+            gathered.clear()
+
+
+def lz4_blocks(data: memoryview) -> Generator[tuple[int, int], None, int]:
+    """Find the blocks of the legacy frames `data` begins with, their places and sizes; ValueError where they are cut.
+
+    There is no end mark, so it goes on to a zero, or to the four bytes a kernel build appends; what it returns is the
+    place behind the last block.
+    """
+    at = LZ4_SIZE  # the magic, which may be all there is
     while len(data) - at > LZ4_SIZE:
         (size,) = struct.unpack_from("<I", data, at)
         if size == 0:
@@ -163,22 +195,20 @@ def _lz4(data: memoryview) -> Pieces:
             raise ValueError(f"a block of {size} bytes")
         if size > len(data) - at:
             raise ValueError(_TRUNCATED)
-        room = min(LZ4_BLOCK, size * LZ4_RATIO)  # all of it is allocated, and a file may have millions of small blocks
-        try:
-            piece = lz4.block.decompress(data[at : at + size], uncompressed_size=room)
-        except lz4.block.LZ4BlockError as error:
-            raise ValueError(str(error)) from None
+        yield at, size
         at += size
-        if not gathered and len(piece) >= PIECE:
-            yield piece
-            continue
-        gathered += piece
-        if len(gathered) >= PIECE:
-            yield bytes(gathered)
-            gathered.clear()
-    if gathered:
-        yield bytes(gathered)
     return at
+
+
+def lz4_block(packed: memoryview) -> bytes:
+    """Unpack one block; ValueError where it is damaged, or stands for more than LZ4_BLOCK bytes."""
+    import lz4.block  # noqa: PLC0415 - khod at rest does without
+
+    room = min(LZ4_BLOCK, len(packed) * LZ4_RATIO)  # all of it is allocated, and a file may have millions of blocks
+    try:
+        return bytes(lz4.block.decompress(packed, uncompressed_size=room))
+    except lz4.block.LZ4BlockError as error:
+        raise ValueError(str(error)) from None
 
 
 METHODS: dict[str, Callable[[memoryview], Pieces]] = {

@@ -46,13 +46,15 @@ def look(read: Read, size: int, where: str) -> Contents:
     """
     version, config, marks = "", None, set[str]()
     names, count = set[str](), 0
-    for at, seen, text in _windows(read, size):
+    for at, seen, text, constant in _windows(read, size):
         for found in VERSION.finditer(text):
             count += 1
             if count > MOST:
                 raise Refused(f"There are more than {MOST} versions in it", where=where, remedy="Is it a kernel?")
             if found.end() > seen:
                 names |= _name(text, found.start(), found.end() - 1)
+        if not constant:
+            continue
         marks |= {mark for mark in MARKS if text.find(b"\0" + mark.encode() + b"\0") >= 0}
         if not version and (start := text.find(LINUX)) >= 0 and (banner := BANNER.search(text, start)):
             version = banner[1].decode(errors="replace")
@@ -61,21 +63,25 @@ def look(read: Read, size: int, where: str) -> Contents:
     return Contents(version, config, frozenset(_of_kho(names)), frozenset(marks))
 
 
-def _windows(read: Read, size: int) -> Iterator[tuple[int, int, bytes]]:
-    """The constants in pieces that overlap: where each begins, how many of its bytes were seen before, its bytes."""
+def _windows(read: Read, size: int) -> Iterator[tuple[int, int, bytes, bool]]:
+    """What is not code, in pieces that overlap.
+
+    Where each begins, how many of its bytes were seen before, its bytes, and whether they are constants, among which
+    all is but the names in structs.
+    """
     found = elf.read(read)
-    constants = [
-        (section.offset, min(section.offset + section.size, size))
+    sections = [
+        (section.offset, min(section.offset + section.size, size), "rodata" in section.name)
         for section in (found.sections if found else ())
         if "rodata" in section.name or section.name in (".data", ".init.data")
     ]
     done = 0
-    for begin, end in sorted(constants) or [(0, size)]:
+    for begin, end, constant in sorted(sections) or [(0, size, True)]:
         start = max(begin, done)  # sections of a damaged file may overlap
         done = max(end, done)
         for at in range(start, end, STEP):
             first = max(at - OVERLAP, start)
-            yield first, at - first, bytes(read(first, min(at + STEP, end) - first))
+            yield first, at - first, bytes(read(first, min(at + STEP, end) - first)), constant
 
 
 def _name(text: bytes, start: int, end: int) -> set[str]:

@@ -2,10 +2,9 @@
 
 import enum
 import struct
-from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate
 
 from khod.errors import KhoError, Refused
 from khod.images import compressed, contents, header, pe, sealed
@@ -13,6 +12,7 @@ from khod.images.contents import MARKS, Contents
 from khod.images.header import Header
 from khod.images.pe import Portable, Section
 from khod.images.sealed import Sealed
+from khod.images.unpacked import unpacked
 
 __all__ = ["MARKS", "Bundle", "Kernel", "Signature", "take_apart"]
 
@@ -206,28 +206,18 @@ def _signature(view: memoryview, portable: Portable | None) -> Signature:
     return Signature.appended if bytes(view[-len(MODULE_SIGNATURE) :]) == MODULE_SIGNATURE else Signature.none
 
 
-def _inside(view: memoryview, found: Header, where: str, limit: int) -> Contents:
+def _inside(view: memoryview, head: Header, where: str, limit: int) -> Contents:
     """Look at the kernel's code and data, unpacked in memory where they are compressed; Refused where that fails."""
-    if found.payload is None:
+    if head.payload is None:
         return contents.look(lambda offset, length: view[offset : offset + length], len(view), where)
-    offset, length = found.payload
+    offset, length = head.payload
     packed = view[offset : offset + length]
-    method = compressed.recognise(bytes(packed[: compressed.HEAD]))
-    pieces = list(compressed.unpack(method, packed, limit, where))
-    ends = list(accumulate(len(piece) for piece in pieces))
-    size, said = ends[-1] if ends else 0, int.from_bytes(packed[-4:], "little")  # scripts/Makefile.lib: size_append
-    if size & 0xFFFFFFFF != said:
-        raise Refused(f"Its code unpacks to {size} bytes, and its build noted {said}", where=where, remedy=_ANOTHER)
-
-    def read(at: int, length: int) -> bytes:
-        """Give a range of the pieces together."""
-        first = bisect_right(ends, at)
-        last = bisect_right(ends, at + length - 1)
-        start = ends[first - 1] if first else 0
-        wanted, parts = at - start, []
-        for piece in pieces[first : last + 1]:
-            parts.append(memoryview(piece)[wanted : wanted + length])
-            wanted, length = 0, length - len(parts[-1])
-        return b"".join(parts)
-
-    return contents.look(read, size, where)
+    said = int.from_bytes(packed[-4:], "little")  # scripts/Makefile.lib: size_append
+    with closing(unpacked(packed, said, limit, where)) as whole:
+        if whole.size & 0xFFFFFFFF != said:
+            raise Refused(
+                f"Its code unpacks to {whole.size} bytes, and its build noted {said}", where=where, remedy=_ANOTHER
+            )
+        found = contents.look(whole.read, whole.size, where)
+        whole.check()
+    return found

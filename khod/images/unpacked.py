@@ -1,0 +1,128 @@
+"""What a kernel's payload unpacks to, as far as it is looked at: all of it kept, or of lz4's blocks one at a time.
+
+Memory that is touched for the first time costs more than lz4 does, so what nobody reads is unpacked, which proves
+that it is whole, and dropped. Both are read at places, as a file is.
+"""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, islice, pairwise
+
+from khod.images import compressed
+
+
+def unpacked(data: memoryview, said: int, limit: int, where: str) -> "Pieces | Blocks":
+    """Unpack what `data` begins with, to `limit` bytes at most; whoever has it closes it.
+
+    `said` is the size, modulo 2^32, that a build noted: where one lz4 frame has it, it is taken by its blocks. Refused
+    where it is damaged, too large, or packed in a way that nothing here unpacks.
+    """
+    method = compressed.recognise(bytes(data[: compressed.HEAD]))
+    if method == "lz4" and (spans := _frame(data, limit // compressed.LZ4_BLOCK + 1)):
+        blocks = Blocks(data, spans, where)
+        if blocks.size & 0xFFFFFFFF == said and blocks.size <= limit:
+            return blocks
+        blocks.close()
+    return Pieces(compressed.unpack(method, data, limit, where))
+
+
+def _frame(data: memoryview, most: int) -> list[tuple[int, int]]:
+    """The blocks of a single frame, where there are no more than `most`; none where it is cut, or several frames."""
+    try:
+        spans = list(islice(compressed.lz4_blocks(data), most + 1))
+    except ValueError:
+        return []
+    joined = all(before + size + compressed.LZ4_SIZE == at for (before, size), (at, _) in pairwise(spans))
+    return spans if joined and len(spans) <= most else []
+
+
+class Pieces:
+    """All of it: `size` in bytes, and what lies where."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = list(pieces)
+        self._ends = list(accumulate(map(len, self._pieces)))
+        self.size = self._ends[-1] if self._ends else 0
+
+    def read(self, at: int, length: int) -> bytes:
+        """Give what is there, less at the end."""
+        first = bisect_right(self._ends, at)
+        last = bisect_right(self._ends, at + length - 1)
+        wanted, parts = at - (self._ends[first - 1] if first else 0), []
+        for piece in self._pieces[first : last + 1]:
+            parts.append(memoryview(piece)[wanted : wanted + length])
+            wanted, length = 0, length - len(parts[-1])
+        return b"".join(parts)
+
+    def check(self) -> None:
+        """All of it has been unpacked."""
+
+    def close(self) -> None:
+        """Nothing goes on."""
+
+
+class Blocks:
+    """An lz4 frame's blocks, of which all but the last stand for 8 MiB and each for itself.
+
+    Two are unpacked ahead of the one that is read, by threads: lz4 lets go of the interpreter's lock.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, data: memoryview, spans: list[tuple[int, int]], where: str) -> None:
+        """`spans` as `compressed.lz4_blocks` finds them, at least one; Refused where the last is damaged."""
+        self._data, self._spans, self._where = data, spans, where
+        self._pool = ThreadPoolExecutor(min(self.AHEAD, os.cpu_count() or 1))
+        self._held: dict[int, Future[bytes]] = {}
+        self._read = -1  # the block that was read last
+        self._unread = set(range(len(spans) - 1))
+        self._last = self._unpack(len(spans) - 1)  # kept: a vmlinux ends in the table of its sections
+        self.size = (len(spans) - 1) * compressed.LZ4_BLOCK + len(self._last)
+
+    def read(self, at: int, length: int) -> bytes:
+        """Give what is there, less at the end; Refused where it is damaged."""
+        parts = []
+        end = min(at + length, self.size)
+        while at < end:
+            number, offset = divmod(at, compressed.LZ4_BLOCK)
+            parts.append(memoryview(self._block(number))[offset : offset + end - at])
+            at += len(parts[-1])
+        return parts[0].tobytes() if len(parts) == 1 else b"".join(parts)
+
+    def check(self) -> None:
+        """Unpack what nobody has read; Refused where it is damaged."""
+        self._held, self._read = {}, -1
+        for _block in self._pool.map(self._drop, sorted(self._unread)):
+            pass
+
+    def close(self) -> None:
+        """End its threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _block(self, number: int) -> bytes:
+        """Give a block, begin with those behind it where it follows on the one before, and let go of all others."""
+        if number == len(self._spans) - 1:
+            return self._last
+        if number != self._read:
+            ahead = self.AHEAD if number == self._read + 1 else 0
+            wanted = range(number, min(number + 1 + ahead, len(self._spans) - 1))
+            self._held = {at: self._held.get(at) or self._pool.submit(self._unpack, at) for at in wanted}
+            self._read = number
+        block = self._held[number].result()
+        self._unread.discard(number)
+        return block
+
+    def _unpack(self, number: int) -> bytes:
+        at, size = self._spans[number]
+        try:
+            block = compressed.lz4_block(self._data[at : at + size])
+            if len(block) != compressed.LZ4_BLOCK and number < len(self._spans) - 1:
+                raise ValueError(f"block {number} has {len(block)} bytes")
+        except (ValueError, MemoryError) as error:
+            raise compressed.damaged("lz4", error, self._where) from None
+        return block
+
+    def _drop(self, number: int) -> None:
+        self._unpack(number)

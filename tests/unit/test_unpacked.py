@@ -1,0 +1,83 @@
+"""A payload read at places: whatever its frame, the same bytes; and damage is noticed where nobody reads."""
+
+import random
+import struct
+from contextlib import closing
+
+import pytest
+
+from khod.errors import Refused
+from khod.images.compressed import LZ4_BLOCK
+from khod.images.unpacked import Blocks, Pieces, unpacked
+from tests.unit.images import PACK
+
+LIMIT = 1 << 30
+WHOLE = random.Random(1).randbytes(1 << 20) * 30  # 3 blocks of 8 MiB, and one of 6
+SAID = struct.pack("<I", len(WHOLE))
+PACKED = PACK["lz4"](WHOLE) + SAID
+
+
+def take(data: bytes, said: int = len(WHOLE), limit: int = LIMIT) -> Pieces | Blocks:
+    return unpacked(memoryview(data), said, limit, "vmlinuz")
+
+
+def blocks(packed: bytes) -> list[tuple[int, int]]:
+    """Where the blocks of one frame lie, by hand."""
+    found, at = [], 4
+    while at < len(packed) - 4:
+        (size,) = struct.unpack_from("<I", packed, at)
+        found.append((at + 4, size))
+        at += 4 + size
+    return found
+
+
+@pytest.mark.parametrize("method", sorted(PACK))
+def test_a_place_has_the_same_bytes_in_each_packing(method: str) -> None:
+    with closing(take(PACK[method](WHOLE) + SAID)) as whole:
+        assert whole.size == len(WHOLE)
+        chance = random.Random(method)
+        spans = [(chance.randrange(len(WHOLE)), chance.randrange(1 << 20)) for _ in range(40)]
+        spans += [(edge - 5, 10) for edge in range(LZ4_BLOCK, len(WHOLE), LZ4_BLOCK)]
+        spans += [(0, len(WHOLE)), (len(WHOLE) - 1, 100), (len(WHOLE), 1), (0, 0)]
+        for at, length in (*spans, *sorted(spans)):
+            assert whole.read(at, length) == WHOLE[at : at + length]
+        whole.check()
+
+
+def test_one_frame_is_taken_by_its_blocks_and_two_are_not() -> None:
+    half = PACK["lz4"](WHOLE[: len(WHOLE) // 2])
+    joined = half + PACK["lz4"](WHOLE[len(WHOLE) // 2 :]) + SAID
+    for data, kind in ((PACKED, Blocks), (joined, Pieces)):
+        with closing(take(data)) as whole:
+            assert isinstance(whole, kind)
+            assert whole.read(0, len(WHOLE)) == WHOLE
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_damaged_block_is_noticed_though_nobody_reads_it(number: int) -> None:
+    (at, size) = blocks(PACKED)[number]
+    broken = PACKED[:at] + bytes([0xF0]) + b"\xff" * (size - 1) + PACKED[at + size :]
+    with pytest.raises(Refused, match="lz4 packed in it is damaged"), closing(take(broken)) as whole:
+        whole.check()
+
+
+def test_a_block_that_stands_for_less_is_noticed() -> None:
+    """Its size may be right by chance: the last block makes up for it."""
+    short = PACK["lz4"](WHOLE[: LZ4_BLOCK - 100])[4:]
+    rest = PACK["lz4"](WHOLE[LZ4_BLOCK:])[4:]
+    data = PACKED[:4] + short + rest + SAID
+    with pytest.raises(Refused, match="block 0"), closing(take(data)) as whole:
+        whole.check()
+
+
+def test_a_cut_frame_is_refused() -> None:
+    with pytest.raises(Refused, match="too early"):
+        take(PACKED[:-100])
+
+
+def test_the_bound_holds_for_blocks_as_well() -> None:
+    for limit in (len(WHOLE) - 1, LZ4_BLOCK, 1):
+        with pytest.raises(Refused, match=f"more than the {limit} bytes"):
+            take(PACKED, limit=limit)
+    with closing(take(PACKED, limit=len(WHOLE))) as whole:
+        assert isinstance(whole, Blocks)
