@@ -164,7 +164,7 @@ def dt_validate(
             raise UsageError("There is no such directory", where=str(schemas))
         known = checking.schemas((checking.OWN, *((schemas,) if schemas else ())))
         found = list(checking.validate(_tree(side or tree)[0], known))
-        _print(f"{finding} (said only)" if finding.fits else str(finding) for finding in found)
+        _print(f"{finding} (not judged)" if finding.fits else str(finding) for finding in found)
     raise typer.Exit(Exit.done if all(finding.fits for finding in found) else Exit.refused)
 
 

@@ -87,7 +87,7 @@ def _vmalloc(raw: memoryview) -> dict[str, int]:
 
 
 def _vmalloc_text(found: dict[str, int]) -> str:
-    return f"{found['total_pages']} pages of order {found['order']}, listed from {found['first']:#x}"
+    return f"{counted(found['total_pages'], 'page')} of order {found['order']}, listed from {found['first']:#x}"
 
 
 U32 = Kind("u32", _number("I"), str)

@@ -3,15 +3,19 @@
 import hashlib
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from khod.abi.calls import HostCalls
 from khod.config import Snapshots as Bounds
 from khod.errors import RecordError, UsageError
 from khod.kernel.protocol import Tree
+from khod.kernel.sysfs import SysfsKho
 from khod.model import Generation
 from khod.snapshots import Snapshots
+from tests.unit.trees import PAGE, ftrace, mem
 
 TREES = [Tree(b"root"), Tree(b"root", {"LUO": b"", "kexec-metadata": os.urandom(5000), "memblock": b"\0\1"})]
 
@@ -108,3 +112,20 @@ def test_what_was_taken_in_this_boot_has_not_left_yet(kept: Snapshots) -> None:
     assert kept.last("later") == TREES[1]
     shutil.rmtree(kept.directory / "r0")
     assert kept.last("now") == TREES[1], "better than nothing"
+
+
+def test_within_the_blackout_a_snapshot_is_one_copy(kept: Snapshots, tmp_path: Path) -> None:
+    """10 MiB of v3 tree are read into one buffer, held against the format and written from there."""
+    dt = tmp_path / "sys/kernel/kho/dt"
+    dt.parent.mkdir(parents=True)
+    dt.write_bytes(ftrace([mem((0, PAGE)) * 650_000]))
+    kernel = SysfsKho(HostCalls(tmp_path))
+    kept.prepare("r1", "boot", "6.8", Generation.sysfs, Bounds())
+    tracemalloc.start()
+    try:
+        kept.write("r1", kernel.tree())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (kept.directory / "r1/root").read_bytes() == dt.read_bytes()
+    assert peak < dt.stat().st_size * 1.1

@@ -37,7 +37,7 @@ SHOWN = [
     ("LUO", LUO_V1, ["liveupdate-number = 1", "luo-session-header = 0x1041000", "luo-flb-header = 0x1042000"]),
     ("LUO", LUO_V5, ['compatible = "luo-v5"', "liveupdate_num = 3", "sessions_pa = 0x1040000", "flbs_pa = 0x0"]),
     ("kexec-metadata", KEXEC_METADATA, ["version = 1", 'previous_release = "7.3.4-kho"', "kexec_count = 2"]),
-    ("kho_test", KHO_TEST, ["magic = 0x4b484f21", "nr_folios = 512", "csum = 0xcafe", "1 pages of order 0"]),
+    ("kho_test", KHO_TEST, ["magic = 0x4b484f21", "nr_folios = 512", "csum = 0xcafe", "1 page of order 0"]),
     ("memfd", memfd(), ["size = 0x10000 (64 KiB)", "nr_folios = 16", "seals = 0x1", "listed from 0x7f000"]),
     ("", ftrace([mem((0x1000, PAGE))]), ["trace-flags = 0x40401", "cpu = 0", "mem = 1 range, 4 KiB", "2 events"]),
 ]
