@@ -109,10 +109,9 @@ def configure(tree: Path, *, signed: bool = False) -> None:
         raise LabError(
             f"{fragments[-1]} does not get {', '.join(missing)} in {tree}: look at what they depend on there"
         )
-    wanted = [
-        line for fragment in fragments for line in re.findall(r"^CONFIG_\w+=.*$", fragment.read_text(), re.MULTILINE)
-    ]
-    dropped = [line for line in wanted if line not in said]
+    text = "\n".join(fragment.read_text() for fragment in fragments)
+    wanted = dict(re.findall(r"^(CONFIG_\w+)(=.*)$", text, re.MULTILINE))  # of two lines the later one counts
+    dropped = [symbol + value for symbol, value in wanted.items() if symbol + value not in said]
     print(f"not in this version: {' '.join(dropped) or 'nothing'}", flush=True)
 
 
