@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 SIDES = ("out", "in", "snapshot")
 ROOT = "root"
 """How the root's blob is asked for by name; its own name is "" as on the wire."""
-REGION = re.compile(r"(0x[0-9a-fA-F]+|[0-9]+)\+(0x[0-9a-fA-F]+|[0-9]+)([KMGT]?)")
+NUMBER = r"(0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19})"
+REGION = re.compile(rf"{NUMBER}\+{NUMBER}([KMGT]?)")
 SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 TABLE = "{:<{}}  {:<20}  {:<16}  {:<16}  {:>10}  {:<16}  {}"
 DIGITS = 16  # of a digest, in a table
@@ -206,9 +207,11 @@ def _one(blobs: Mapping[str, bytes], name: str) -> dict[str, bytes]:
 
 
 def _region(text: str) -> Region:
-    if not (found := REGION.fullmatch(text)):
-        raise UsageError(f"{text!r} is no region", where="--scratch", remedy="Give one as 0x100000000+512M.")
-    return Region(int(found[1], 0), int(found[2], 0) << SHIFT[found[3]])
+    if found := REGION.fullmatch(text):
+        region = Region(int(found[1], 0), int(found[2], 0) << SHIFT[found[3]])
+        if region.addr + region.size <= 1 << 64:
+            return region
+    raise UsageError(f"{text!r} is no region", where="--scratch", remedy="Give one as 0x100000000+512M.")
 
 
 def _json(value: Any) -> str:

@@ -185,3 +185,12 @@ def test_khoctl_ends_with_the_exit_code_of_an_error_of_ours() -> None:
     with ThreadPoolExecutor(TOGETHER) as pool:
         bad = [line for found in pool.map(endings, ENDINGS["trees"]) for line in found]
     assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize(
+    "text", ["010+5", "0x0+99999999999999999999", f"{'9' * 5000}+1", "0xffffffffffffffff+2", "1+2+3", ""]
+)
+def test_a_region_that_is_none_is_wrong_usage(text: str) -> None:
+    told = khoctl("show", "--scratch", text, str(corpus.PLACE / "seeds/trees/v3.dtb"))
+    assert told.returncode == Exit.usage
+    assert "is no region" in told.stderr
