@@ -21,8 +21,9 @@ from pathlib import Path
 
 from khod.images.compressed import WINDOW
 
-ROOM = 2 * WINDOW + (64 << 20)
-"""Bytes of address space a run may add: the largest dictionary that unpacking may ask for, and little else."""
+ROOM = 2 * WINDOW + (256 << 20)
+"""Bytes of address space a run may add: the largest dictionary that unpacking may ask for, 64 MiB that the C library
+sets aside for each of its threads, and little else."""
 PATIENCE = 20.0
 """Seconds of processor time after which a case is one that hangs: ten thousand times what one takes."""
 MOST = 5
