@@ -16,7 +16,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy
 
 unit: $(VENV)/ready
-	$(PY) -m pytest tests/unit
+	$(PY) -m pytest tests/unit -n 2 --dist loadfile
 
 lab: $(VENV)/ready deb $(VENV)/lab-packages
 	$(PY) -m pytest tests/lab -n 2 --dist loadfile

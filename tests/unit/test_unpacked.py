@@ -33,14 +33,15 @@ def blocks(packed: bytes) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("method", sorted(PACK))
 def test_a_place_has_the_same_bytes_in_each_packing(method: str) -> None:
-    with closing(take(PACK[method](WHOLE) + SAID)) as whole:
-        assert whole.size == len(WHOLE)
+    held = WHOLE if method == "lz4" else WHOLE[: 5 << 20]
+    with closing(take(PACK[method](held) + struct.pack("<I", len(held)))) as whole:
+        assert whole.size == len(held)
         chance = random.Random(method)
-        spans = [(chance.randrange(len(WHOLE)), chance.randrange(1 << 20)) for _ in range(40)]
-        spans += [(edge - 5, 10) for edge in range(LZ4_BLOCK, len(WHOLE), LZ4_BLOCK)]
-        spans += [(0, len(WHOLE)), (len(WHOLE) - 1, 100), (len(WHOLE), 1), (0, 0)]
+        spans = [(chance.randrange(len(held)), chance.randrange(1 << 20)) for _ in range(40)]
+        spans += [(edge - 5, 10) for edge in range(LZ4_BLOCK, len(held), LZ4_BLOCK)]
+        spans += [(0, len(held)), (len(held) - 1, 100), (len(held), 1), (0, 0)]
         for at, length in (*spans, *sorted(spans)):
-            assert whole.read(at, length) == WHOLE[at : at + length]
+            assert whole.read(at, length) == held[at : at + length]
         whole.check()
 
 
