@@ -3,7 +3,6 @@
 import enum
 import struct
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import dataclass
 
 from khod.errors import KhoError, Refused
@@ -213,11 +212,11 @@ def _inside(view: memoryview, head: Header, where: str, limit: int) -> Contents:
     offset, length = head.payload
     packed = view[offset : offset + length]
     said = int.from_bytes(packed[-4:], "little")  # scripts/Makefile.lib: size_append
-    with closing(unpacked(packed, said, limit, where)) as whole:
-        if whole.size & 0xFFFFFFFF != said:
-            raise Refused(
-                f"Its code unpacks to {whole.size} bytes, and its build noted {said}", where=where, remedy=_ANOTHER
-            )
-        found = contents.look(whole.read, whole.size, where)
-        whole.check()
+    whole = unpacked(packed, said, limit, where)
+    if whole.size & 0xFFFFFFFF != said:
+        raise Refused(
+            f"Its code unpacks to {whole.size} bytes, and its build noted {said}", where=where, remedy=_ANOTHER
+        )
+    found = contents.look(whole.read, whole.size, where)
+    whole.check()
     return found

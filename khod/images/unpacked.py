@@ -4,17 +4,15 @@ Memory that is touched for the first time costs more than lz4 does, so what nobo
 that it is whole, and dropped. Both are read at places, as a file is.
 """
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, islice, pairwise
 
 from khod.images import compressed
 
 
 def unpacked(data: memoryview, said: int, limit: int, where: str) -> "Pieces | Blocks":
-    """Unpack what `data` begins with, to `limit` bytes at most; whoever has it closes it.
+    """Unpack what `data` begins with, to `limit` bytes at most.
 
     `said` is the size, modulo 2^32, that a build noted: where one lz4 frame has it, it is taken by its blocks. Refused
     where it is damaged, too large, or packed in a way that nothing here unpacks.
@@ -24,7 +22,6 @@ def unpacked(data: memoryview, said: int, limit: int, where: str) -> "Pieces | B
         blocks = Blocks(data, spans, where)
         if blocks.size & 0xFFFFFFFF == said and blocks.size <= limit:
             return blocks
-        blocks.close()
     return Pieces(compressed.unpack(method, data, limit, where))
 
 
@@ -59,26 +56,18 @@ class Pieces:
     def check(self) -> None:
         """All of it has been unpacked."""
 
-    def close(self) -> None:
-        """Nothing goes on."""
-
 
 class Blocks:
-    """An lz4 frame's blocks, of which all but the last stand for 8 MiB and each for itself.
-
-    Two are unpacked ahead of the one that is read, by threads: lz4 lets go of the interpreter's lock.
-    """
-
-    AHEAD = 2
+    """An lz4 frame's blocks, of which all but the last stand for 8 MiB and each for itself; read from front to back."""
 
     def __init__(self, data: memoryview, spans: list[tuple[int, int]], where: str) -> None:
         """`spans` as `compressed.lz4_blocks` finds them, at least one; Refused where the last is damaged."""
         self._data, self._spans, self._where = data, spans, where
-        self._pool = ThreadPoolExecutor(min(self.AHEAD, os.cpu_count() or 1))
-        self._held: dict[int, Future[bytes]] = {}
-        self._read = -1  # the block that was read last
-        self._unread = set(range(len(spans) - 1))
+        # glibc asks the kernel for the memory of each block anew (10 ms seen, nine of them page faults), unless
+        # something larger has been given back before: then it keeps what one block was in, up to twice that.
+        bytearray(compressed.LZ4_BLOCK + compressed.PIECE)
         self._last = self._unpack(len(spans) - 1)  # kept: a vmlinux ends in the table of its sections
+        self._number, self._block = -1, b""
         self.size = (len(spans) - 1) * compressed.LZ4_BLOCK + len(self._last)
 
     def read(self, at: int, length: int) -> bytes:
@@ -87,32 +76,28 @@ class Blocks:
         end = min(at + length, self.size)
         while at < end:
             number, offset = divmod(at, compressed.LZ4_BLOCK)
-            parts.append(memoryview(self._block(number))[offset : offset + end - at])
+            parts.append(memoryview(self._at(number))[offset : offset + end - at])
             at += len(parts[-1])
         return parts[0].tobytes() if len(parts) == 1 else b"".join(parts)
 
     def check(self) -> None:
         """Unpack what nobody has read; Refused where it is damaged."""
-        self._held, self._read = {}, -1
-        for _block in self._pool.map(self._drop, sorted(self._unread)):
-            pass
+        self._go_on(len(self._spans) - 2)
 
-    def close(self) -> None:
-        """End its threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def _block(self, number: int) -> bytes:
-        """Give a block, begin with those behind it where it follows on the one before, and let go of all others."""
+    def _at(self, number: int) -> bytes:
         if number == len(self._spans) - 1:
             return self._last
-        if number != self._read:
-            ahead = self.AHEAD if number == self._read + 1 else 0
-            wanted = range(number, min(number + 1 + ahead, len(self._spans) - 1))
-            self._held = {at: self._held.get(at) or self._pool.submit(self._unpack, at) for at in wanted}
-            self._read = number
-        block = self._held[number].result()
-        self._unread.discard(number)
-        return block
+        if number < self._number:
+            return self._unpack(number)
+        self._go_on(number)
+        return self._block
+
+    def _go_on(self, number: int) -> None:
+        """Unpack up to a block, and keep that one alone."""
+        while self._number < number:
+            self._block = b""
+            self._block = self._unpack(self._number + 1)
+            self._number += 1
 
     def _unpack(self, number: int) -> bytes:
         at, size = self._spans[number]
@@ -123,6 +108,3 @@ class Blocks:
         except (ValueError, MemoryError) as error:
             raise compressed.damaged("lz4", error, self._where) from None
         return block
-
-    def _drop(self, number: int) -> None:
-        self._unpack(number)

@@ -2,7 +2,6 @@
 
 import random
 import struct
-from contextlib import closing
 
 import pytest
 
@@ -34,32 +33,32 @@ def blocks(packed: bytes) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("method", sorted(PACK))
 def test_a_place_has_the_same_bytes_in_each_packing(method: str) -> None:
     held = WHOLE if method == "lz4" else WHOLE[: 5 << 20]
-    with closing(take(PACK[method](held) + struct.pack("<I", len(held)))) as whole:
-        assert whole.size == len(held)
-        chance = random.Random(method)
-        spans = [(chance.randrange(len(held)), chance.randrange(1 << 20)) for _ in range(40)]
-        spans += [(edge - 5, 10) for edge in range(LZ4_BLOCK, len(held), LZ4_BLOCK)]
-        spans += [(0, len(held)), (len(held) - 1, 100), (len(held), 1), (0, 0)]
-        for at, length in (*spans, *sorted(spans)):
-            assert whole.read(at, length) == held[at : at + length]
-        whole.check()
+    whole = take(PACK[method](held) + struct.pack("<I", len(held)))
+    assert whole.size == len(held)
+    chance = random.Random(method)
+    spans = [(chance.randrange(len(held)), chance.randrange(1 << 20)) for _ in range(40)]
+    spans += [(edge - 5, 10) for edge in range(LZ4_BLOCK, len(held), LZ4_BLOCK)]
+    spans += [(0, len(held)), (len(held) - 1, 100), (len(held), 1), (0, 0)]
+    for at, length in (*spans, *sorted(spans)):
+        assert whole.read(at, length) == held[at : at + length]
+    whole.check()
 
 
 def test_one_frame_is_taken_by_its_blocks_and_two_are_not() -> None:
     half = PACK["lz4"](WHOLE[: len(WHOLE) // 2])
     joined = half + PACK["lz4"](WHOLE[len(WHOLE) // 2 :]) + SAID
     for data, kind in ((PACKED, Blocks), (joined, Pieces)):
-        with closing(take(data)) as whole:
-            assert isinstance(whole, kind)
-            assert whole.read(0, len(WHOLE)) == WHOLE
+        whole = take(data)
+        assert isinstance(whole, kind)
+        assert whole.read(0, len(WHOLE)) == WHOLE
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_a_damaged_block_is_noticed_though_nobody_reads_it(number: int) -> None:
     (at, size) = blocks(PACKED)[number]
     broken = PACKED[:at] + bytes([0xF0]) + b"\xff" * (size - 1) + PACKED[at + size :]
-    with pytest.raises(Refused, match="lz4 packed in it is damaged"), closing(take(broken)) as whole:
-        whole.check()
+    with pytest.raises(Refused, match="lz4 packed in it is damaged"):
+        take(broken).check()
 
 
 def test_a_block_that_stands_for_less_is_noticed() -> None:
@@ -67,8 +66,8 @@ def test_a_block_that_stands_for_less_is_noticed() -> None:
     short = PACK["lz4"](WHOLE[: LZ4_BLOCK - 100])[4:]
     rest = PACK["lz4"](WHOLE[LZ4_BLOCK:])[4:]
     data = PACKED[:4] + short + rest + SAID
-    with pytest.raises(Refused, match="block 0"), closing(take(data)) as whole:
-        whole.check()
+    with pytest.raises(Refused, match="block 0"):
+        take(data).check()
 
 
 def test_a_cut_frame_is_refused() -> None:
@@ -80,5 +79,4 @@ def test_the_bound_holds_for_blocks_as_well() -> None:
     for limit in (len(WHOLE) - 1, LZ4_BLOCK, 1):
         with pytest.raises(Refused, match=f"more than the {limit} bytes"):
             take(PACKED, limit=limit)
-    with closing(take(PACKED, limit=len(WHOLE))) as whole:
-        assert isinstance(whole, Blocks)
+    assert isinstance(take(PACKED, limit=len(WHOLE)), Blocks)
