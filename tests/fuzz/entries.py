@@ -1,6 +1,5 @@
 """Boot entries, GRUB's environment block and loader.conf: damaged, and the loader's default looked for among them."""
 
-import functools
 import re
 import tempfile
 from dataclasses import dataclass
@@ -59,25 +58,16 @@ def alone(name: str, data: bytes) -> Case:
 
 def held(case: Case) -> str:
     """Look for the entry that would be booted; "" where there is one, else what is said instead."""
-    root = Path(_root().name)
-    for path, data in case.files.items():
-        place = root / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(data)
     said = []
-    try:
+    with tempfile.TemporaryDirectory(prefix="khod-fuzz-") as directory:
+        root = Path(directory)
+        for path, data in case.files.items():
+            place = root / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(data)
         for wanted in (None, "a"):
             try:
                 sources.entry(wanted, root)
             except KhoError as error:
                 said.append(NAMES_IN.sub("N", spoken(error)))
-    finally:
-        for path in case.files:
-            (root / path).unlink()
     return "; ".join(said)
-
-
-@functools.cache
-def _root() -> tempfile.TemporaryDirectory[str]:
-    """One for all cases of a process, and gone with it."""
-    return tempfile.TemporaryDirectory(prefix="khod-fuzz-")
