@@ -390,7 +390,7 @@ class Engine:
             found = self.muster.find(name)
             before, record = here.machine, here.record
             here.machine, here.actions = Machine(), None
-            here.record = replace(record, run=uuid.uuid4().hex[:12], boot_id=observed.boot_id, producers=(), timings=())
+            here.record = replace(record, run=new_run(), boot_id=observed.boot_id, producers=(), timings=())
             answers: list[model.Producer] = []
 
             def heard(member: Member) -> None:
