@@ -164,7 +164,8 @@ def dt_validate(
         if schemas is not None and not schemas.is_dir():
             raise UsageError("There is no such directory", where=str(schemas))
         known = checking.schemas((checking.OWN, *((schemas,) if schemas else ())))
-        found = list(checking.validate(_tree(side or tree)[0], known))
+        name = side or tree
+        found = list(checking.validate(_tree(name)[0], known, shortened=not Path(name).is_file()))
         _print(f"{finding} (not judged)" if finding.fits else str(finding) for finding in found)
     raise typer.Exit(Exit.done if all(finding.fits for finding in found) else Exit.refused)
 
