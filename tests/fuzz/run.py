@@ -142,7 +142,7 @@ def _child(kind: str, numbers: Iterable[int], patience: float, current: "ctypes.
             report.endings[QUOTED.sub("N", ending)] += 1
     signal.setitimer(signal.ITIMER_PROF, 0)
     report.seconds = time.process_time() - started
-    report.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    report.peak = _most_resident()
     report.grown = report.peak - resident
     writer.send(report)
     writer.close()
@@ -151,3 +151,9 @@ def _child(kind: str, numbers: Iterable[int], patience: float, current: "ctypes.
 def _pages(field_: int) -> int:
     """A field of statm(5) in bytes: 0 the address space, 1 what is resident."""
     return int(Path("/proc/self/statm").read_text().split()[field_]) * mmap.PAGESIZE
+
+
+def _most_resident() -> int:
+    """The most bytes that were resident: ru_maxrss would count what the process that started this one has, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
