@@ -26,8 +26,8 @@ ROOT = "root"
 NUMBER = r"(0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19})"
 REGION = re.compile(rf"{NUMBER}\+{NUMBER}([KMGT]?)")
 SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-TABLE = "{:<{}}  {:<20}  {:<16}  {:<16}  {:>10}  {:<16}  {}"
-DIGITS = 16  # of a digest, in a table
+COLUMNS = ("ID", "TAKEN (UTC)", "KERNEL", "GENERATION", "BYTES", "DIGEST", "BOOT", "BLOBS")
+DIGITS = 12  # of a digest and a boot's id, in the table
 AT_ONCE = 1000  # lines written together
 
 app = typer.Typer(
@@ -225,13 +225,16 @@ def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
     if not found:
         yield "No snapshots: nothing has left this host yet."
         return
-    width = max(len(item.id) for item in found)
-    yield TABLE.format("ID", width, "TAKEN (UTC)", "KERNEL", "GENERATION", "BYTES", "DIGEST", "BLOBS; BOOT; RUN")
-    for item in found:
-        taken = datetime.fromtimestamp(item.taken_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        blobs = f"{', '.join(item.blobs) or '-'}; {item.boot_id}; {item.run}"
-        digest = item.digest[:DIGITS]
-        yield TABLE.format(item.id, width, taken, item.release, item.generation.value, item.bytes, digest, blobs)
+    rows = [COLUMNS, *map(_row, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _row(item: "Snapshot") -> tuple[str, ...]:
+    taken = datetime.fromtimestamp(item.taken_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    ids = item.digest[:DIGITS], item.boot_id[:DIGITS]
+    return item.id, taken, item.release, item.generation.value, str(item.bytes), *ids, ", ".join(item.blobs) or "-"
 
 
 def _shown(line: str) -> str:

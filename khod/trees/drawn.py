@@ -8,6 +8,7 @@ from khod.trees.memory import Memory
 from khod.trees.summary import Blob, Summary
 from khod.trees.words import MARK, counted, hexadecimal, human, printable
 
+PERCENT = 0.01
 CLASH = {
     True: "the kernel refuses to load an image with this",  # v3: kho_alloc_mem_cache()
     False: "the next kernel is loaded over it",
@@ -94,7 +95,7 @@ def strip(found: Memory, pen: Pen, *, scratch: bool) -> Iterator[str]:
         for density, at, clash in zip(found.density, found.scratch, found.clash, strict=True)
     ]
     yield f"|{''.join(drawn)}|"
-    legend = f"{pen.levels[-1]} {fullest:.0%} used"
+    legend = f"{pen.levels[-1]} {'under 1%' if fullest < PERCENT else f'{fullest:.0%}'} used"
     legend += f", {pen.scratch} scratch" if scratch else ""
     legend += f", {pen.clash} both" if any(found.clash) else ""
     first, last = f"{found.start:#x}", f"{found.end - 1:#x}"

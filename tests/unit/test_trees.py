@@ -144,6 +144,11 @@ def test_a_strip_is_as_dense_as_its_memory() -> None:
     assert bar == "|@=..|", "25 pages in columns of 6, 6, 6 and 7: full, a half, 1/6 and 1/7"
 
 
+def test_a_page_in_a_terabyte_is_not_said_to_be_nothing() -> None:
+    *_, legend = show({"": ftrace([mem((0, PAGE), (1 << 40, PAGE))])}, width=40)
+    assert "under 1% used" in legend
+
+
 def test_the_short_form_has_no_nodes() -> None:
     blobs = {"": ftrace([mem((0, PAGE)), mem((PAGE, 10))[:-1]]), "kexec-metadata": KEXEC_METADATA}
     found = list(short(summary(blobs, width=20), blobs))
