@@ -58,7 +58,7 @@ def initrd(facts: Facts) -> Finding | None:
             "Give --initrd, or the root with --append root=...",
         )
     files, unpacked = sum(one.files for one in target.initrds), sum(one.unpacked for one in target.initrds)
-    what = f"{target.initrd.name}: {files} files, {unpacked / 2**20:.1f} MiB unpacked"
+    what = f"{target.initrd.name}: {files} {'file' if files == 1 else 'files'}, {unpacked / 2**20:.1f} MiB unpacked"
     init = lines.init(target.cmdline)
     if any(one.init for one in target.initrds):
         return Finding.passed(f"{what}, /{init} is there")

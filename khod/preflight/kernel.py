@@ -26,7 +26,9 @@ def scratch(facts: Facts) -> Finding | None:
         return None
     regions = facts.probed.kernel.scratch()
     total = sum(region.size for region in regions) >> 20
-    return Finding.passed(f"{total} MiB in {len(regions)} regions: {shown(regions)}")
+    return Finding.passed(
+        f"{total} MiB in {len(regions)} {'region' if len(regions) == 1 else 'regions'}: {shown(regions)}"
+    )
 
 
 def capability(facts: Facts) -> Finding:
