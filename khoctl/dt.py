@@ -28,6 +28,7 @@ REGION = re.compile(rf"{NUMBER}\+{NUMBER}([KMGT]?)")
 SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 COLUMNS = ("ID", "TAKEN (UTC)", "KERNEL", "GENERATION", "BYTES", "DIGEST", "BOOT", "BLOBS")
 DIGITS = 12  # of a digest and a boot's id, in the table
+DIFFERENT = 1  # as diff(1) ends
 AT_ONCE = 1000  # lines written together
 
 app = typer.Typer(
@@ -106,17 +107,18 @@ def dt_diff(
     right: Annotated[str, typer.Argument(metavar="[B]", show_default=False, help="A tree; what arrived.")] = "in",
     as_json: Json = False,
 ) -> None:
-    """Compare two trees. Exits with 1 where they differ, as diff does."""
-    from khod.trees.difference import differences, lines  # noqa: PLC0415 - as above
+    """Compare two trees. Exits with 1 where they differ, as diff does; what a kernel does not show is only said."""
+    from khod.trees.difference import Change, differences, lines  # noqa: PLC0415 - as above
 
     with ending(as_json=as_json):
-        found = list(differences(_tree(left)[0], _tree(right)[0]))
+        kernels = not any(Path(name).is_file() for name in (left, right))
+        found = list(differences(_tree(left)[0], _tree(right)[0], kernels=kernels))
         if as_json:
             _print([_json(found)])
         elif found:
             text = [f"--- {left}", f"+++ {right}", *(line for item in found for line in lines(item))]
             _print(map(_changed, text))
-    raise typer.Exit(1 if found else Exit.done)
+    raise typer.Exit(DIFFERENT if any(item.change is not Change.unknown for item in found) else Exit.done)
 
 
 @app.command("export")
@@ -247,7 +249,7 @@ def _shown(line: str) -> str:
 def _changed(line: str) -> str:
     if line.startswith(("---", "+++")):
         return typer.style(line, bold=True)
-    return typer.style(line, fg=typer.colors.RED if line.startswith("-") else typer.colors.GREEN)
+    return typer.style(line, fg={"-": typer.colors.RED, "+": typer.colors.GREEN}.get(line[0], typer.colors.YELLOW))
 
 
 def _takes(characters: str) -> bool:

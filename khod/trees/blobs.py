@@ -6,7 +6,7 @@ from khod.abi import fdt
 from khod.abi.fdt import Node
 from khod.errors import MalformedTree
 
-METADATA = "kexec-metadata"
+METADATA, LUO = "kexec-metadata", "LUO"
 KHO_KEXEC_METADATA = struct.Struct("=I65sI")  # version, previous_release, kexec_count; include/linux/kho/abi
 METADATA_VERSION = 1
 LUO_SER = struct.Struct("=8sQQQ")  # compatible, liveupdate_num, sessions_pa, flbs_pa; luo-v3 to luo-v5
@@ -14,6 +14,7 @@ CUT = (
     "debugfs shows as much of it as there was when the file was made (seen on Linux 6.19 and 7.3); "
     "the kernel hands over all of it"
 )
+FREED = "The kernel gives LUO's page back once it has read it (seen on Linux 7.3): anything may stand there by now"
 HIDDEN = (
     "debugfs shows no root in a kernel that was itself reached by a handover (seen on Linux 6.19 and 7.3); "
     "the kernel hands one over all the same"
@@ -23,6 +24,7 @@ HIDDEN = (
 def opened(name: str, blob: bytes) -> Node:
     """Read a blob, "" names the root, which is always an FDT; MalformedTree where it is nothing we know.
 
+    The error has a remedy where a healthy kernel may show such a thing.
     A structure comes as one node whose properties are its members.
     """
     if name and blob[: fdt.U32.size] != fdt.U32.pack(fdt.MAGIC):
@@ -39,7 +41,9 @@ def opened(name: str, blob: bytes) -> Node:
                 key: view[at : at + 8] for at, key in ((8, "liveupdate_num"), (16, "sessions_pa"), (24, "flbs_pa"))
             }
             return Node(name, {"compatible": _text(view[:8])} | numbers)
-        raise MalformedTree("It is no FDT, and no structure we know", where=name)
+        raise MalformedTree(
+            "It is no FDT, and no structure we know", where=name, remedy=f"{FREED}." if name == LUO else ""
+        )
     if not name and not blob:
         raise MalformedTree("There is no root", remedy=f"Seen on a live kernel this is no damage: {HIDDEN}.")
     try:

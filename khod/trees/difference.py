@@ -23,11 +23,15 @@ class Change(enum.Enum):
     added = "+"
     removed = "-"
     changed = "!"
+    unknown = "?"  # one of the two is not shown as it is, so nobody can tell
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One of them: `prop` is "" where it is a whole node or blob, `left` and `right` are in words."""
+    """One of them: `prop` is "" where it is a whole node or blob, `left` and `right` are in words.
+
+    Where it is unknown, `right` says why.
+    """
 
     change: Change
     blob: str
@@ -37,8 +41,13 @@ class Difference:
     right: str
 
 
-def differences(left: Mapping[str, bytes], right: Mapping[str, bytes]) -> Iterator[Difference]:
-    """Compare two trees' blobs by name, the root's is "", which is named "root"."""
+def differences(
+    left: Mapping[str, bytes], right: Mapping[str, bytes], *, kernels: bool = False
+) -> Iterator[Difference]:
+    """Compare two trees' blobs by name, the root's is "", which is named "root".
+
+    With `kernels` they are as a kernel shows them: what it may hide or cut off is unknown, and no difference.
+    """
     for name in sorted(left.keys() | right.keys()):
         shown = printable(name) or "root"
         if name not in right:
@@ -46,12 +55,15 @@ def differences(left: Mapping[str, bytes], right: Mapping[str, bytes]) -> Iterat
         elif name not in left:
             yield Difference(Change.added, shown, "", "", "", human(len(right[name])))
         elif left[name] != right[name]:
-            yield from _blob(name, shown, left[name], right[name])
+            yield from _blob(name, shown, left[name], right[name], kernels=kernels)
 
 
 def lines(found: Difference) -> Iterator[str]:
     """One difference as diff has it: `-` and `+` lines under the place."""
     place = ":".join(filter(None, (found.blob, found.path)))
+    if found.change is Change.unknown:
+        yield f"?{place} {found.right}"
+        return
     name = f"{found.prop} = " if found.prop and (found.left or found.right) else found.prop
     if found.change is not Change.added:
         yield f"-{place} {name}{found.left}".rstrip()
@@ -59,10 +71,13 @@ def lines(found: Difference) -> Iterator[str]:
         yield f"+{place} {name}{found.right}".rstrip()
 
 
-def _blob(name: str, shown: str, left: bytes, right: bytes) -> Iterator[Difference]:
+def _blob(name: str, shown: str, left: bytes, right: bytes, *, kernels: bool) -> Iterator[Difference]:
     try:
         before, after = opened(name, left), opened(name, right)
-    except MalformedTree:
+    except MalformedTree as error:
+        if kernels and error.remedy:
+            yield Difference(Change.unknown, shown, "", "", "", f"{error.what}. {error.remedy}")
+            return
         spans = _spans(left, right)  # there may be millions
         said = [f"{first:#x}-{last - 1:#x}" for first, last in islice(spans, SPANS)]
         others = sum(1 for _ in spans)

@@ -61,5 +61,5 @@ def held(
 
 
 def differing(host: Host, left: str, right: str, code: int) -> set[str]:
-    """Give the names of the blobs in which khoctl finds two trees to differ."""
+    """Give the names of the blobs in which khoctl finds two trees to differ, or cannot tell whether they do."""
     return {found["blob"] for found in json.loads(host.khoctl("dt", "diff", left, right, "--json", code=code).stdout)}

@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from khod.region import Region
-from khod.trees.difference import Difference, differences, lines
+from khod.trees.difference import Change, Difference, differences, lines
 from khod.trees.drawn import ASCII, short
 from khod.trees.plain import plain
 from khod.trees.shown import show
@@ -225,3 +225,17 @@ def test_bytes_that_are_no_tree_differ_by_their_offsets() -> None:
     (one,) = differences({"x": left}, {"x": bytes(right)})
     assert isinstance(one, Difference)
     assert "differs at 0x5-0x6, 0x1000-0x1000, 0x2710-0x2711" in one.left
+
+
+def test_what_a_kernel_does_not_show_is_no_difference() -> None:
+    """Seen on 7.3.4: the outgoing root is cut off or not there, and LUO's page is free once it was read."""
+    left = {"": kho_v4(memblock=(PAGE, 141))[:-20], "LUO": LUO_V5, "memblock": memblock(a=(0, PAGE))}
+    right = {"": kho_v4(memblock=(PAGE, 141)), "LUO": bytes(range(32)), "memblock": memblock(a=(0, PAGE))}
+    unknown = list(differences(left, right, kernels=True))
+    assert [(one.change, one.blob) for one in unknown] == [(Change.unknown, "root"), (Change.unknown, "LUO")]
+    assert [line[:5] for one in unknown for line in lines(one)] == ["?root", "?LUO "]
+    assert all("(seen on Linux" in one.right for one in unknown)
+    assert [one.change for one in differences(left, right)] == [Change.changed, Change.changed], "in files it is one"
+    (hidden,) = differences({"": b""}, {"": right[""]}, kernels=True)
+    assert "There is no root" in hidden.right
+    assert "LUO's page back" in "\n".join(show({"LUO": right["LUO"]}))
