@@ -70,6 +70,9 @@ def _main(
 
 def main() -> NoReturn:
     """Run khoctl, and leave at once: to take the interpreter apart would take a tenth of the time."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed: the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
     code: Any = Exit.done
     try:
         try:

@@ -197,6 +197,18 @@ def test_an_output_that_cannot_be_written_is_said() -> None:
     assert ended.stderr.startswith(b"khoctl: Standard output cannot be written: ENOSPC")
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_traceback(tmp_path: Path, closed: str) -> None:
+    (tmp_path / "blob").write_bytes(ftrace([mem((0, PAGE))]))
+    words = f"{sys.executable} -m khoctl dt"
+    for command in (f"show {tmp_path}/blob", f"export {tmp_path}/blob -", f"export {tmp_path}/blob {tmp_path}/made"):
+        ended = subprocess.run(
+            ["sh", "-c", f"{words} {command} {closed}"], cwd=REPOSITORY, capture_output=True, check=False
+        )
+        assert (ended.returncode, ended.stderr) == (Exit.done, b"")
+    assert (tmp_path / "made").read_bytes() == (tmp_path / "blob").read_bytes()
+
+
 def test_a_terminal_without_blocks_is_drawn_to_in_ascii() -> None:
     blob = ftrace([mem((0, PAGE), (2 * PAGE, PAGE))])
     shown = run("dt", "show", "-", given=blob, encoding="ascii").stdout
