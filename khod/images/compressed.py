@@ -17,7 +17,6 @@ FEED = 1 << 18  # of input
 WINDOW = 1 << 27  # zstd -22 and xz with a 128 MiB dictionary, the most a kernel build uses
 LZ4_BLOCK = 8 << 20  # lib/decompress_unlz4.c: LZ4_DEFAULT_UNCOMPRESSED_CHUNK_SIZE
 LZ4_MAGIC, LZ4_SIZE = 0x184C2102, 4
-LZ4_RATIO = 256  # more than a byte of a block can stand for
 LZ4_ROOM = LZ4_BLOCK + LZ4_BLOCK // 255 + 16  # LZ4_compressBound of it
 
 Pieces = Generator[bytes, None, int]
@@ -158,6 +157,7 @@ def _zstd_frame(data: memoryview) -> int:
 
 
 def _lz4(data: memoryview) -> Pieces:
+    room = bytearray(LZ4_BLOCK)
     gathered = bytearray()  # a file may have millions of blocks of a byte, and a piece costs more than that
     walk = lz4_blocks(data)
     while True:
@@ -167,11 +167,8 @@ def _lz4(data: memoryview) -> Pieces:
             if gathered:
                 yield bytes(gathered)
             return int(end.value)
-        piece = lz4_block(data[at : at + size])
-        if not gathered and len(piece) >= PIECE:
-            yield piece
-            continue
-        gathered += piece
+        length = lz4_block(data[at : at + size], room)
+        gathered += memoryview(room)[:length]
         if len(gathered) >= PIECE:
             yield bytes(gathered)
             gathered.clear()
@@ -200,14 +197,13 @@ def lz4_blocks(data: memoryview) -> Generator[tuple[int, int], None, int]:
     return at
 
 
-def lz4_block(packed: memoryview) -> bytes:
-    """Unpack one block; ValueError where it is damaged, or stands for more than LZ4_BLOCK bytes."""
-    import lz4.block  # noqa: PLC0415 - khod at rest does without
+def lz4_block(packed: memoryview, room: bytearray) -> int:
+    """Unpack one block into `room`, the bytes of it; ValueError where it is damaged, or stands for more than that."""
+    import cramjam  # noqa: PLC0415 - khod at rest does without
 
-    room = min(LZ4_BLOCK, len(packed) * LZ4_RATIO)  # all of it is allocated, and a file may have millions of blocks
     try:
-        return bytes(lz4.block.decompress(packed, uncompressed_size=room))
-    except lz4.block.LZ4BlockError as error:
+        return int(cramjam.lz4.decompress_block_into(packed, room, output_len=len(room)))
+    except cramjam.DecompressionError as error:
         raise ValueError(str(error)) from None
 
 

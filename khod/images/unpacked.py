@@ -1,7 +1,7 @@
 """What a kernel's payload unpacks to, as far as it is looked at: all of it kept, or of lz4's blocks one at a time.
 
-Memory that is touched for the first time costs more than lz4 does, so what nobody reads is unpacked, which proves
-that it is whole, and dropped. Both are read at places, as a file is.
+Memory that is touched for the first time costs more than lz4 does, so its blocks share one room: what nobody reads is
+unpacked, which proves that it is whole, and gone. Both are read at places, as a file is.
 """
 
 from bisect import bisect_right
@@ -58,53 +58,54 @@ class Pieces:
 
 
 class Blocks:
-    """An lz4 frame's blocks, of which all but the last stand for 8 MiB and each for itself; read from front to back."""
+    """An lz4 frame's blocks, of which all but the last stand for 8 MiB and each for itself; best read front to back."""
 
     def __init__(self, data: memoryview, spans: list[tuple[int, int]], where: str) -> None:
         """`spans` as `compressed.lz4_blocks` finds them, at least one; Refused where the last is damaged."""
         self._data, self._spans, self._where = data, spans, where
-        # glibc asks the kernel for the memory of each block anew (10 ms seen, nine of them page faults), unless
-        # something larger has been given back before: then it keeps what one block was in, up to twice that.
-        bytearray(compressed.LZ4_BLOCK + compressed.PIECE)
-        self._last = self._unpack(len(spans) - 1)  # kept: a vmlinux ends in the table of its sections
-        self._number, self._block = -1, b""
+        self._room = bytearray(compressed.LZ4_BLOCK)
+        self._last = bytes(self._unpack(len(spans) - 1))  # kept: a vmlinux ends in the table of its sections
+        self._held = self._done = -1  # the block in `_room`; all up to `_done` were there
         self.size = (len(spans) - 1) * compressed.LZ4_BLOCK + len(self._last)
 
     def read(self, at: int, length: int) -> bytes:
         """Give what is there, less at the end; Refused where it is damaged."""
-        parts = []
+        parts = bytearray()
         end = min(at + length, self.size)
         while at < end:
             number, offset = divmod(at, compressed.LZ4_BLOCK)
-            parts.append(memoryview(self._at(number))[offset : offset + end - at])
-            at += len(parts[-1])
-        return parts[0].tobytes() if len(parts) == 1 else b"".join(parts)
+            part = self._at(number)[offset : offset + end - at]
+            if len(part) == end - at and not parts:
+                return bytes(part)
+            parts += part
+            at += len(part)
+        return bytes(parts)
 
     def check(self) -> None:
         """Unpack what nobody has read; Refused where it is damaged."""
-        self._go_on(len(self._spans) - 2)
+        while self._done < len(self._spans) - 2:
+            self._next()
 
-    def _at(self, number: int) -> bytes:
+    def _at(self, number: int) -> memoryview:
         if number == len(self._spans) - 1:
-            return self._last
-        if number < self._number:
-            return self._unpack(number)
-        self._go_on(number)
-        return self._block
+            return memoryview(self._last)
+        while self._done < number:
+            self._next()
+        if self._held != number:
+            self._unpack(number)
+            self._held = number
+        return memoryview(self._room)
 
-    def _go_on(self, number: int) -> None:
-        """Unpack up to a block, and keep that one alone."""
-        while self._number < number:
-            self._block = b""
-            self._block = self._unpack(self._number + 1)
-            self._number += 1
+    def _next(self) -> None:
+        self._unpack(self._done + 1)
+        self._held = self._done = self._done + 1
 
-    def _unpack(self, number: int) -> bytes:
+    def _unpack(self, number: int) -> memoryview:
         at, size = self._spans[number]
         try:
-            block = compressed.lz4_block(self._data[at : at + size])
-            if len(block) != compressed.LZ4_BLOCK and number < len(self._spans) - 1:
-                raise ValueError(f"block {number} has {len(block)} bytes")
-        except (ValueError, MemoryError) as error:
+            length = compressed.lz4_block(self._data[at : at + size], self._room)
+            if length != compressed.LZ4_BLOCK and number < len(self._spans) - 1:
+                raise ValueError(f"block {number} has {length} bytes")
+        except ValueError as error:
             raise compressed.damaged("lz4", error, self._where) from None
-        return block
+        return memoryview(self._room)[:length]

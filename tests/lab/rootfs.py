@@ -26,7 +26,7 @@ PACKAGES = (
     "python3-asyncvarlink",
     "python3-jeepney",
     "python3-jsonschema",
-    "python3-lz4",
+    "python3-cramjam",
     "python3-zstandard",
     "python3-qemu-qmp",
 )

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import lz4.block
+import cramjam
 import zstandard
 
 CMDLINE_SIZE = 2047 - 30 - 1
@@ -30,7 +30,7 @@ def _lz4(data: bytes) -> bytes:
     """Pack as `lz4 -l` does: blocks of 8 MiB, each with its size before it."""
     packed = [b"\x02\x21\x4c\x18"]
     for at in range(0, len(data), 8 << 20):
-        block = lz4.block.compress(data[at : at + (8 << 20)], store_size=False)
+        block = bytes(cramjam.lz4.compress_block(data[at : at + (8 << 20)], store_size=False))
         packed += [struct.pack("<I", len(block)), block]
     return b"".join(packed)
 
