@@ -88,6 +88,7 @@ def test_predictions_hold_over_two_jumps(online: Online) -> None:
     assert "is incompatible with 'kho-v4'" in log
     assert "Revived memory reservation" not in log
     host.khoctl("verify", code=7)
+    assert host.guest.wait_online() == "degraded"  # the unit asks the same, and may hear it a little later
     assert host.shell("systemctl show -P ActiveState kho-verify.service").strip() == "failed"
     host.shell("rm /etc/kho/khod.toml.d/formats.toml; systemctl reload kho-handover")
     all_three(host, "7.3.4", luo=False)
