@@ -78,7 +78,7 @@ def main() -> NoReturn:
         try:
             app(prog_name="khoctl")
         except SystemExit as end:
-            code = end.code
+            code = end.code or Exit.done
         sys.stdout.flush()
     except OSError as error:  # a command says what it cannot read; this is what it could not say
         code = code or Exit.failed

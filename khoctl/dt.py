@@ -80,21 +80,21 @@ def dt_show(
         blobs, regions = _tree(side or tree, scratch=True)
         blobs = blobs if blob is None else _one(blobs, blob)
         if as_json and not summary:
-            from khod.trees.plain import plain  # noqa: PLC0415 - each command imports what it needs
+            from khod.trees.plain import plain
 
             _print([_json(plain(blobs))])
             return
-        from khod.trees import drawn  # noqa: PLC0415 - as above
+        from khod.trees import drawn
 
         width = shutil.get_terminal_size().columns - 2  # its bars
         pen = drawn.BLOCKS if _takes("".join(vars(drawn.BLOCKS).values())) else drawn.ASCII
         if summary:
-            from khod.trees.summary import summary as summed  # noqa: PLC0415 - as above
+            from khod.trees.summary import summary as summed
 
             found = summed(blobs, given or regions, width)
             _print([_json(found)] if as_json else map(_shown, drawn.short(found, blobs, pen)))
             return
-        from khod.trees.shown import show  # noqa: PLC0415 - as above
+        from khod.trees.shown import show
 
         _print(map(_shown, show(blobs, scratch=given or regions, width=width, pen=pen)))
 
@@ -108,7 +108,7 @@ def dt_diff(
     as_json: Json = False,
 ) -> None:
     """Compare two trees. Exits with 1 where they differ, as diff does; what a kernel does not show is only said."""
-    from khod.trees.difference import Change, differences, lines  # noqa: PLC0415 - as above
+    from khod.trees.difference import Change, differences, lines
 
     with ending(as_json=as_json):
         kernels = not any(Path(name).is_file() for name in (left, right))
@@ -160,7 +160,7 @@ def dt_validate(
     side: Side = None,
 ) -> None:
     """Hold a tree against the schemas of its nodes' compatibles. Exits with 3 where something does not fit."""
-    from khod.trees import validate as checking  # noqa: PLC0415 - as above
+    from khod.trees import validate as checking
 
     with ending():
         if schemas is not None and not schemas.is_dir():
@@ -176,10 +176,10 @@ def _written(name: str, data: bytes, form: Form) -> bytes:
     if form is Form.dtb:
         return data
     if form is Form.json:
-        from khod.trees.plain import plain  # noqa: PLC0415 - as above
+        from khod.trees.plain import plain
 
         return f"{_json(plain({name: data}))}\n".encode()
-    from khod.trees.source import dts  # noqa: PLC0415 - as above
+    from khod.trees.source import dts
 
     text, note = dts(data, name)
     if note:
@@ -218,7 +218,7 @@ def _region(text: str) -> Region:
 
 
 def _json(value: Any) -> str:
-    from khoctl import render  # noqa: PLC0415 - it knows all that khod may say; a tree is shown without
+    from khoctl import render
 
     return render.as_json(value)
 
