@@ -99,7 +99,6 @@ STRINGS = Kind("strings", strings, lambda found: ", ".join(f'"{text}"' for text 
 EVENTS = Kind("events", _pairs, _pairs_text)
 MEM = Kind("mem", _mem, lambda found: f"{counted(found['ranges'], 'range')}, {human(found['bytes'])}")
 VMALLOC = Kind("kho_vmalloc", _vmalloc, _vmalloc_text)
-EMPTY = Kind("empty", lambda raw: True, lambda found: "")  # noqa: ARG005
 
 ANYWHERE: Mapping[str, Kind] = {"compatible": STRINGS, "mem": MEM}
 FAMILIES: Mapping[str, Mapping[str, Kind]] = {

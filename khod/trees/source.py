@@ -6,7 +6,7 @@ lays out the same tree otherwise (reservations at a multiple of 16, so at 48 and
 first), and no option of dtc's changes that. So `dtc` turns the source into the blob's own bytes where dtc (or something
 that lays out as it does) made the blob, and into the same tree in dtc's layout otherwise: the bytes of
 `dtc -I dtb -O dtb BLOB`.
-`compiled` knows these bytes without dtc, and the first line of the source says which of the two it is.
+`compiled` knows these bytes without dtc, and the second line of the source says which of the two it is.
 """
 
 import re
@@ -39,36 +39,31 @@ CHECKED = ("phandle", "linux,phandle")
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"'})
 MOST_NAMES = 1000
 """Names of properties, of which producers have a dozen: each new one is looked for in all before it, as dtc does."""
+OTHER_FORMS = "Use --format dtb or --format json."
 NO_NAME_CHECK = ("-E", "no-name_is_string")  # and with it name_properties, which rests on it
 
 
 def dts(blob: bytes, name: str = "") -> tuple[str, str]:
     """Write a blob as source for dtc, and say what dtc will not give back ("" where it gives back the same bytes).
 
-    The first line is a comment with the command. Raises MalformedTree, and UsageError where a name has characters
+    The second line is a comment with the command. Raises MalformedTree, and UsageError where a name has characters
     that the source language has no way to write, or there are too many names.
     """
     tree = read(blob, name)
     asked = options(tree, name)
-    same = compiled(tree) == blob
-    if not same and compiled(tree, len(blob)) == blob:
-        same, asked = True, (*asked, "-S", str(len(blob)))
-    command = " ".join(("dtc -I dts -O dtb", *asked))
-    note = (
-        ""
-        if same
-        else (
+    made, note = compiled(tree), ""
+    if padded(made, len(blob)) != blob:
+        note = (
             "dtc makes the same tree of this in its own layout, not the same bytes: "
             f"those of `{' '.join(('dtc -I dtb -O dtb', *asked))}` of the blob"
         )
-    )
+    elif made != blob:
+        asked += ("-S", str(len(blob)))
+    command = " ".join(("dtc -I dts -O dtb", *asked))
     says = f"/* `{command}`: {note}. */" if note else f"/* `{command}` makes the same bytes of this again. */"
     lines = ["/dts-v1/;", says]
     lines += [f"/memreserve/ {region.addr:#x} {region.size:#x};" for region in tree.reservations]
     return "\n".join([*lines, "/ {", *_body(tree.root, "\t", name), "};\n"]), note
-
-
-_OTHER = "Use --format dtb or --format json."
 
 
 def _body(node: Node, tabs: str, where: str) -> Iterator[str]:
@@ -85,7 +80,7 @@ def _writable(name: str, where: str) -> str:
         raise UsageError(
             f"Device tree source has no way to write the name {name!a}",
             where=where,
-            remedy=_OTHER,
+            remedy=OTHER_FORMS,
         )
     return name
 
@@ -109,7 +104,9 @@ def options(tree: Fdt, where: str = "") -> tuple[str, ...]:
     keys = {key for node in nodes for key in node.properties}
     if len(keys) > MOST_NAMES:
         raise UsageError(
-            f"The properties have more than {MOST_NAMES} names, which dtc is not made for", where=where, remedy=_OTHER
+            f"The properties have more than {MOST_NAMES} names, which dtc is not made for",
+            where=where,
+            remedy=OTHER_FORMS,
         )
     odd = any(not NODE.fullmatch(node.name) for node in nodes[1:]) or any(not PROPERTY.fullmatch(key) for key in keys)
     asked: tuple[str, ...] = ("-f",) if odd or keys & set(CHECKED) else ()
@@ -122,15 +119,15 @@ def options(tree: Fdt, where: str = "") -> tuple[str, ...]:
     return asked
 
 
-def compiled(tree: Fdt, size: int = 0) -> bytes:
-    """Give the bytes dtc makes of `dts` with `options`, padded with zeros to `size` as -S would."""
-    made = _laid_out(tree)
+def padded(made: bytes, size: int) -> bytes:
+    """Give a blob padded with zeros to `size` bytes, as dtc's -S would; as it is where it has as many."""
     if size <= len(made):
         return made
     return made[:4] + U32.pack(size) + made[8:].ljust(size - 8, b"\0")
 
 
-def _laid_out(tree: Fdt) -> bytes:
+def compiled(tree: Fdt) -> bytes:
+    """Give the bytes dtc makes of `dts` with `options`."""
     names = bytearray()
     nodes = bytearray()
     _write(tree.root, nodes, names, {})
