@@ -11,9 +11,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from khod import __version__, config, executor, fdstore, inhibitors, journal, server, status
+from khod import __version__, config, executor, fdstore, inhibitors, journal, server
 from khod.abi.calls import Calls, HostCalls
-from khod.engine import Engine
+from khod.engine import Engine, status
 from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.guard import Guard
 from khod.kernel.kexec import Kexec

@@ -16,8 +16,8 @@ LAYERS = [
     {"abi", "images"},
     {"kernel"},
     {"machine", "record", "reconcile", "config", "cmdline", "formats", "snapshots"},
-    {"producers", "fdstore", "sessions", "guard", "executor", "verify", "preflight", "target", "actions", "plan"}
-    | {"handover", "arrival", "muster", "status", "inhibitors"},
+    {"producers", "fdstore", "sessions", "guard", "executor", "verify", "preflight", "target", "plan"}
+    | {"muster", "inhibitors"},
     {"engine"},
     {"server", "journal", "daemon", "__main__"},
 ]

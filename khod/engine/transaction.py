@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from khod.actions import Actions
+from khod.engine.steps import Actions
 from khod.errors import Failed, KhoError, NotRolledBack, RecordError
 from khod.kernel.explain import FORGOT
 from khod.machine import HELD, Machine

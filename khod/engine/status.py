@@ -1,7 +1,7 @@
 """What the operator is told at three in the morning: one sentence on where it stands, one on what to do."""
 
+from khod.engine.transaction import Handover
 from khod.errors import Exit
-from khod.handover import Handover
 from khod.kernel.probe import Probed
 from khod.machine import RESTING
 from khod.model import Generation, Observed, Phase, Producer, Status

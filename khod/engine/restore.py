@@ -4,8 +4,8 @@ import time
 from dataclasses import replace
 
 from khod import verify
+from khod.engine.transaction import Handover
 from khod.errors import ConfigError, KhoError
-from khod.handover import Handover
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.thread import KernelThread
 from khod.machine import Machine

@@ -8,13 +8,15 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Protocol
 
-from khod import arrival, model, preflight, reconcile, status
-from khod.actions import Actions
+from khod import model, preflight, reconcile
 from khod.config import Config
+from khod.engine import restore as arrival
+from khod.engine import status
+from khod.engine.steps import Actions
+from khod.engine.transaction import Handover
 from khod.errors import ConfigError, Failed, KhoError, RecordError, Refused, Unsupported, UsageError
 from khod.executor import Executor
 from khod.guard import Seen, Severity
-from khod.handover import Handover
 from khod.inhibitors import Inhibitor
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed

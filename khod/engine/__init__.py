@@ -1,0 +1,5 @@
+"""What runs a handover: operations, the transaction they move, the attempt that acts, the restoration afterwards."""
+
+from khod.engine.operations import Engine
+
+__all__ = ["Engine"]
