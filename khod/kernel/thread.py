@@ -1,43 +1,44 @@
-"""The one thread every kernel call is made in.
+"""The one thread every call that changes the kernel is made in.
 
 v3's ftrace producer takes a lock at activation and drops it at abort, so both writes must come from
 one long-lived thread; and a sysfs write that blocks (the kernel serializes under a mutex, without a
-time limit) must never block the daemon.
+time limit) must never block the daemon. What only asks the kernel has a thread of its own
+(`Workers.observer`), so that a question that hangs keeps no undo from its work. The outgoing tree is read
+in this one: a read while another thread leaves the active phase is v3's deadlock.
 """
 
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass, field
 
-from khod.errors import Failed
-
-T = TypeVar("T")
+from khod.worker import Worker
 
 
-class KernelThread:
-    """Runs calls one after the other; a caller's deadline ends its waiting, never the call."""
+class KernelThread(Worker):
+    """The kernel's thread."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kernel")
+        super().__init__("kernel", "The kernel")
 
-    async def call(self, function: Callable[[], T], what: str, deadline: float) -> T:
-        """Return what `function` returns or raises; Failed after `deadline` seconds, the call goes on."""
-        future = asyncio.get_running_loop().run_in_executor(self._pool, function)
-        try:
-            return await asyncio.wait_for(asyncio.shield(future), deadline)
-        except TimeoutError:
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())
-            raise Failed(
-                f"The kernel did not come back from {what} within {deadline:g} s",
-                where=what,
-                remedy="The call cannot be interrupted; khoctl status shows when it has ended.",
-            ) from None
 
-    def later(self, function: Callable[[], object]) -> None:
-        """Run a call after those under way, and wait for nothing; what it raises is lost."""
-        self._pool.submit(function)
+def _disk() -> Worker:
+    return Worker("disk", "The file system of khod's record")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Whose threads which calls are made in: what hangs in one holds up nothing in another."""
+
+    kernel: Worker = field(default_factory=KernelThread)
+    """Calls that change the kernel, and reads of its outgoing tree."""
+    observer: Worker = field(default_factory=lambda: Worker("observer", "The kernel", max_waiting=64))
+    """How the kernel stands."""
+    disk: Worker = field(default_factory=_disk)
+    """The record and the snapshot, in the order they were written."""
+    files: Worker = field(default_factory=lambda: Worker("files", "A file system", threads=2))
+    """Images that are read, and sync(2) before anyone is frozen."""
+    queries: Worker = field(default_factory=lambda: Worker("queries", "A check", threads=2, max_waiting=256))
+    """Checks, and whatever else is asked without being part of a handover."""
 
     def close(self) -> None:
-        """Let the thread end after its last call."""
-        self._pool.shutdown(wait=False)
+        """Let every thread end after its last call."""
+        for worker in (self.kernel, self.observer, self.disk, self.files, self.queries):
+            worker.close()

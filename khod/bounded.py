@@ -1,0 +1,44 @@
+"""Waiting with a bound that holds whatever is waited for does, even about being cancelled."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+CUT_SECONDS = 1.0
+"""Seconds that something called off has to end; then it is left to itself."""
+
+_left_alone: "set[asyncio.Future[Any]]" = set()
+"""What did not end when it was called off: referred to from here, or it could be collected half-way."""
+
+
+async def within(seconds: float, work: Awaitable[T]) -> T:
+    """Return or raise what `work` does; TimeoutError after `seconds`, and CUT_SECONDS more at the most.
+
+    `work` runs in a task of its own. It is cancelled at its deadline, or when the caller is; where it does not
+    end then, it goes on alone. A cancellation that neither of them asked for becomes a RuntimeError, so that the
+    caller does not take it for its own.
+    """
+    task = asyncio.ensure_future(work)
+    overdue = False
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            overdue = True
+            task.cancel()
+            await asyncio.wait({task}, timeout=CUT_SECONDS)
+            if not task.done():
+                _left_alone.add(task)
+                task.add_done_callback(_let_go)
+    if not task.done() or (overdue and task.cancelled()):
+        raise TimeoutError(f"it did not end within {seconds:g} s")
+    if task.cancelled():
+        raise RuntimeError("it was cancelled, and nobody asked for that")
+    return task.result()
+
+
+def _let_go(task: "asyncio.Future[Any]") -> None:
+    _left_alone.discard(task)
+    if not task.cancelled():
+        task.exception()  # seen: or the event loop complains of it

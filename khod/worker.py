@@ -1,0 +1,117 @@
+"""Threads for calls that may hang: each kind of call has its own, so that what hangs holds up nothing of another kind.
+
+The threads are started with the worker, because a rollback must not depend on whether a new thread can be had
+(TasksMax=), and they are daemon threads, because a call that never comes back must not keep khod from ending.
+"""
+
+import asyncio
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from khod.errors import Failed
+
+T = TypeVar("T")
+Job = Callable[[], None]
+
+
+class Worker:
+    """Runs calls in the order they come, `threads` at a time; a caller's deadline ends its waiting, never the call.
+
+    `subject` names what is waited for in the sentence that a missed deadline becomes. With `max_waiting` calls
+    not yet begun the next one is refused at once.
+    """
+
+    def __init__(self, name: str, subject: str, *, threads: int = 1, max_waiting: int = 1 << 16) -> None:
+        self._subject = subject
+        self._max_waiting = max_waiting
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads = threads
+        for number in range(threads):
+            threading.Thread(target=_work, args=(self._jobs,), name=f"{name}-{number}", daemon=True).start()
+        self._end = weakref.finalize(self, _end, self._jobs, threads)
+
+    async def call(self, function: Callable[[], T], what: str, deadline: float | None) -> T:
+        """Return what `function` returns or raises; Failed after `deadline` seconds, while the call goes on.
+
+        With None it is waited for without a bound: the caller must be one that can be called off.
+        """
+        if self._jobs.qsize() >= self._max_waiting:
+            raise Failed(f"{self._subject} does not keep up: {self._jobs.qsize()} calls wait", where=what)
+        future = self._submit(function)
+        await asyncio.wait({future}, timeout=deadline)
+        if future.done():
+            return future.result()
+        raise Failed(
+            f"{self._subject} did not come back from {what} within {deadline:g} s",
+            where=what,
+            remedy="The call cannot be interrupted; khoctl status shows when it has ended.",
+        )
+
+    def later(self, function: Callable[[], object]) -> None:
+        """Run a call after those under way, and wait for nothing; what it raises is lost.
+
+        Where `max_waiting` calls wait it is dropped.
+        """
+        if self._jobs.qsize() >= self._max_waiting:
+            return
+
+        def run() -> None:
+            with suppress(Exception):  # nobody waits for it
+                function()
+
+        self._jobs.put(run)
+
+    def close(self) -> None:
+        """Let the threads end after their last call."""
+        self._end()
+
+    def _submit(self, function: Callable[[], T]) -> "asyncio.Future[T]":
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        future.add_done_callback(_retrieve)
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = function()
+            except BaseException as raised:  # noqa: BLE001 - it belongs to the caller, whatever it is
+                error = raised
+            try:
+                loop.call_soon_threadsafe(_settle, future, result, error)
+            except RuntimeError:  # the loop has ended, and its callers with it
+                return
+
+        self._jobs.put(run)
+        return future
+
+
+def _work(jobs: "queue.SimpleQueue[Job | None]") -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # or it keeps what it was about until the next one comes
+
+
+def _end(jobs: "queue.SimpleQueue[Job | None]", threads: int) -> None:
+    for _ in range(threads):
+        jobs.put(None)
+
+
+def _settle(future: "asyncio.Future[Any]", result: object, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    elif isinstance(error, StopIteration):  # a future cannot carry one
+        future.set_exception(RuntimeError(repr(error)))
+    else:
+        future.set_exception(error)
+
+
+def _retrieve(future: "asyncio.Future[Any]") -> None:
+    """Mark an error as seen: whoever waited may have given up long ago."""
+    if not future.cancelled():
+        future.exception()
