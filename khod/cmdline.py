@@ -95,6 +95,11 @@ def marked(running: str, run: str) -> bool:
     return f"{MARKER}{run}" in WORD.findall(running)
 
 
+def mark(running: str) -> str:
+    """Name the run whose kexec started the running kernel; "" where none says so."""
+    return next((word.removeprefix(MARKER) for word in WORD.findall(running) if word.startswith(MARKER)), "")
+
+
 def init(line: str) -> str:
     """What the kernel runs first from its initrd, as a path in there: `rdinit=`, else `init`."""
     words = [word.partition("=")[2] for word in _split(WORD.findall(line))[0] if word.startswith("rdinit=")]

@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +25,9 @@ from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.kernel.thread import KernelThread
 from khod.model import Event, Phase
 from khod.producers import hooks
+from khod.producers.configured import one_line
 from khod.producers.directory import Directory
+from khod.producers.registrations import Registrations
 from khod.record import Store
 from khod.sessions import Sessions
 from khod.wire import SOCKET
@@ -68,8 +72,9 @@ class Daemon:
         self._thread = KernelThread()
         self._passed = fdstore.passed()
         sessions = Sessions(Luo(self._calls), self._thread, fdstore.ServiceManager(), passed=self._passed)
-        settings, kexec = config.load(opts.root), Kexec(self._calls)
-        jump = executor.immediate(kexec, self._thread, settings.deadlines.execute)
+        settings, self._config_error = _load_config(opts.root)
+        kexec = Kexec(self._calls)
+        jump = executor.immediate(kexec, self._thread, lambda: self.engine.config.deadlines.execute)
 
         async def orderly() -> None:
             await executor.orderly(sessions=sessions.held)
@@ -82,12 +87,15 @@ class Daemon:
             producers=Directory(opts.root).producers,
             sessions=sessions,
             guard=Guard,
-            orderly=orderly if opts.simulate is None else self._again(jump),
-            immediate=jump if opts.simulate is None else self._again(jump),
+            orderly=orderly if opts.simulate is None else _StartAgain(jump),
+            immediate=jump if opts.simulate is None else _StartAgain(jump),
             thread=self._thread,
             tell=self._tell,
             inhibitors=inhibitors.blocking if opts.simulate is None else None,
+            shutdown=executor.on_the_way if opts.simulate is None else _never_goes_down,
+            registrations=Registrations(opts.socket.parent / "registrations"),
         )
+        self.engine.config_error = self._config_error
         self._service = server.Service(self.engine)
 
     async def run(self) -> None:
@@ -103,23 +111,41 @@ class Daemon:
         serving = server.Listener(self._listen(), factory)
         watching = asyncio.ensure_future(journal.watchdog())
         try:
-            await self.engine.start()
-        except KhoError as error:
-            _complain(error)
-        gc.freeze()  # or a quarter of the time that a thousand producers take is a look for garbage among the modules
-        journal.notify("READY=1")
-        await self._stopping.wait()
-        journal.notify("STOPPING=1")
-        jumping = False if self._options.simulate else await executor.on_the_way()
-        try:
-            await self.engine.stop(jumping=jumping)
+            await self._start()
+            journal.notify("READY=1")
+            await self._stopping.wait()
+            journal.notify("STOPPING=1")
+            await self._stop()
         finally:
             watching.cancel()
             self._service.close()
             serving.close()
             await asyncio.wait({asyncio.ensure_future(serving.wait_closed())}, timeout=FAREWELL)
             serving.abort_clients()
-            self._thread.close()
+            await journal.flush()
+
+    async def _start(self) -> None:
+        """Find out how the host stands, and roll back what is due; it is served whatever comes of that.
+
+        With a wrong configuration the defaults do for a rollback, and for giving back what arrived; where nothing of
+        that is left to do, ConfigError ends khod.
+        """
+        with _more_time():
+            try:
+                await self.engine.start()
+            except Exception as error:  # noqa: BLE001 - the host is served, and its operator told
+                _complain(error)
+        gc.freeze()  # or a quarter of the time that a thousand producers take is a look for garbage among the modules
+        if self._config_error is not None:
+            if self.engine.at_rest:
+                raise self._config_error
+            _complain(f"The defaults are used, and no handover begins: {self._config_error}")
+
+    async def _stop(self) -> None:
+        """Put back what is held, unless the host is on its way into the kexec."""
+        with _more_time():
+            jumping = False if self._options.simulate else await executor.on_the_way()
+            await self.engine.stop(jumping=jumping)
 
     def _alone(self) -> None:
         """Refuse to run beside another khod on the same record: it would take the other's handover for a dead one's."""
@@ -166,26 +192,58 @@ class Daemon:
         journal.reloading()
         try:
             self.engine.config = config.load(self._options.root)
+            self.engine.config_error = self._config_error = None
         except ConfigError as error:
             _complain(f"The configuration stays as it was: {error}")
-            journal.notify(f"STATUS=The configuration stays as it was: {error}")
+            journal.notify(f"STATUS={one_line(f'The configuration stays as it was: {error}')}")
         journal.notify("READY=1")
 
-    def _again(self, jump: executor.Executor) -> executor.Executor:
-        """After the simulated kernel's jump, be the khod that its next kernel starts."""
 
-        async def jump_and_start_again() -> None:
-            try:
-                await jump()
-            except Rebooted:
-                sys.stdout.flush()
-                os.execv(sys.executable, [sys.executable, "-m", "khod", *sys.argv[1:]])  # noqa: S606
+@dataclass(frozen=True)
+class _StartAgain:
+    """After the simulated kernel's jump, be the khod that its next kernel starts."""
 
-        return jump_and_start_again
+    jump: executor.Immediate
+
+    @property
+    def in_kernel(self) -> bool:
+        """As of the jump."""
+        return self.jump.in_kernel
+
+    async def __call__(self) -> None:
+        try:
+            await self.jump()
+        except Rebooted:
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, "-m", "khod", *sys.argv[1:]])  # noqa: S606
+
+
+async def _never_goes_down() -> bool:
+    """What systemd would say of a simulated kernel's host: it jumps at once or not at all."""
+    return False
+
+
+def _load_config(root: Path) -> tuple[config.Config, ConfigError | None]:
+    """The configuration, or the defaults and what is wrong with it."""
+    try:
+        return config.load(root), None
+    except ConfigError as error:
+        return config.Config(), error
+
+
+@contextmanager
+def _more_time() -> Iterator[None]:
+    """Have the service manager wait, for as long as this lasts."""
+    extending = asyncio.ensure_future(journal.extend_timeout())
+    try:
+        yield
+    finally:
+        extending.cancel()
 
 
 def _complain(what: object) -> None:
-    sys.stderr.write(f"khod: {what}\n")
+    with suppress(OSError, ValueError):  # nobody reads it any more
+        sys.stderr.write(f"khod: {what}\n")
 
 
 def main() -> None:

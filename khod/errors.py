@@ -7,7 +7,8 @@ name, its fields and its exit code.
 import enum
 import errno as errno_names
 import os
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 
 class Exit(enum.IntEnum):
@@ -53,9 +54,13 @@ class UsageError(KhoError):
 
 
 class ConfigError(KhoError):
-    """A configuration file cannot be used; `where` is FILE:LINE."""
+    """A configuration file cannot be used; `where` is FILE:LINE.
+
+    `readable` is what the other files of the same directory describe: an undo goes on with those.
+    """
 
     exit = Exit.usage
+    readable: Sequence[Any] = ()
 
 
 class Refused(KhoError):

@@ -3,26 +3,38 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
+from khod.bounded import CUT_SECONDS, within
 from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.kexec import Kexec
-from khod.kernel.thread import KernelThread
+from khod.worker import Worker
 
-ASKING = 10.0
+ASK_SECONDS = 5.0
 """Seconds systemd has to say what it is about."""
 
 CARRIES_SESSIONS = 261
 """The version of systemd that began to."""
 
 Executor = Callable[[], Awaitable[None]]
+Shutdown = Callable[[], Awaitable[bool | None]]
+"""Asks whether the host is on its way into the kexec; None where nobody can tell."""
 
 
 async def run(*argv: str) -> tuple[int, str]:
-    """Run a command; its exit code and standard output and error together."""
+    """Run a command; its exit code and standard output and error together. Cut short, it leaves nothing running."""
     process = await asyncio.create_subprocess_exec(
         *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    output, _ = await process.communicate()
+    try:
+        output, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            with suppress(TimeoutError):
+                await within(CUT_SECONDS, process.wait())
     return process.returncode or 0, output.decode(errors="replace").strip()
 
 
@@ -64,9 +76,8 @@ async def orderly(*, sessions: bool) -> None:
 async def on_the_way() -> bool | None:
     """Tell whether systemd is taking the host into a kexec, whoever asked for it; None where it does not say."""
     try:
-        async with asyncio.timeout(ASKING):
-            code, output = await run("systemctl", "show", "--property=ActiveState,Job", "kexec.target")
-    except (OSError, TimeoutError):
+        code, output = await within(ASK_SECONDS, run("systemctl", "show", "--property=ActiveState,Job", "kexec.target"))
+    except (OSError, TimeoutError, RuntimeError):
         return None
     if code != 0:
         return None
@@ -74,11 +85,28 @@ async def on_the_way() -> bool | None:
     return facts.get("Job", "0") not in ("", "0") or facts.get("ActiveState") in ("active", "activating")
 
 
-def immediate(kexec: Kexec, thread: KernelThread, deadline: float) -> Executor:
+@dataclass
+class Immediate:
     """Sync the disks and call reboot(2), with nothing stopped in between."""
 
-    async def jump() -> None:
-        await thread.call(kexec.sync, "sync(2)", deadline)
-        await thread.call(kexec.jump, "reboot(LINUX_REBOOT_CMD_KEXEC)", deadline)
+    kexec: Kexec
+    thread: Worker
+    sync_seconds: Callable[[], float]
+    """What sync(2) may take; reboot(2) is waited for without a bound, because what comes after it is not ours."""
+    in_kernel: bool = False
+    """Whether reboot(2) was called and has not come back: it may jump at any moment."""
 
-    return jump
+    async def __call__(self) -> None:
+        await self.thread.call(self.kexec.sync, "sync(2)", self.sync_seconds())
+        self.in_kernel = True
+        call = asyncio.ensure_future(self.thread.call(self.kexec.jump, "reboot(LINUX_REBOOT_CMD_KEXEC)", None))
+        call.add_done_callback(self._came_back)
+        await asyncio.shield(call)
+
+    def _came_back(self, _call: "asyncio.Future[None]") -> None:
+        self.in_kernel = False
+
+
+def immediate(kexec: Kexec, thread: Worker, deadline: float | Callable[[], float]) -> Immediate:
+    """Make the jump without systemd; `deadline` is for sync(2), in seconds."""
+    return Immediate(kexec, thread, deadline if callable(deadline) else lambda: deadline)

@@ -4,11 +4,14 @@ systemd keeps what `FDSTORE=1` sends until `FDSTOREREMOVE=1` names it, passes it
 (LISTEN_FDNAMES), and from 261 on carries the LUO sessions in it across `systemctl kexec`.
 """
 
-import asyncio
 import os
+import select
 from typing import Protocol
 
 import systemd.daemon
+
+from khod.errors import Failed
+from khod.worker import Worker
 
 SETTLE = 10.0
 """Seconds the service manager has to have read what it was sent."""
@@ -28,32 +31,56 @@ class FdStore(Protocol):
 
 
 class ServiceManager:
-    """systemd's; without one (NOTIFY_SOCKET is not set) nothing is kept, and khod's own descriptors must do."""
+    """systemd's; without one (NOTIFY_SOCKET is not set) nothing is kept, and khod's own descriptors must do.
+
+    It is told by a thread of its own, in order: where PID 1 does not read, khod goes on.
+    """
+
+    def __init__(self) -> None:
+        self._worker = Worker("fdstore", "The service manager")
+        self._failed: OSError | None = None
 
     def put(self, name: str, fd: int) -> None:
-        # FDPOLL=0: systemd would drop a descriptor that reports an error or its end.
-        systemd.daemon.notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fds=[fd])
+        copy = os.dup(fd)  # the given one may be closed before it is sent
+
+        def send() -> None:
+            try:
+                # FDPOLL=0: systemd would drop a descriptor that reports an error or its end.
+                systemd.daemon.notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fds=[copy])
+            except OSError as error:
+                self._failed = error
+            finally:
+                os.close(copy)
+
+        self._worker.later(send)
 
     def remove(self, name: str) -> None:
-        systemd.daemon.notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        self._worker.later(lambda: systemd.daemon.notify(f"FDSTOREREMOVE=1\nFDNAME={name}"))
 
     async def settle(self) -> None:
         if not os.environ.get("NOTIFY_SOCKET"):
             return
+        try:
+            await self._worker.call(self._send_barrier, "taking a descriptor into its store", SETTLE)
+        except Failed as error:
+            raise TimeoutError(error.what) from error
+
+    def _send_barrier(self) -> None:
+        """Send BARRIER=1, and return when its descriptor was closed at the other end (sd_notify_barrier(3))."""
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
         reader, writer = os.pipe()
         try:
-            systemd.daemon.notify("BARRIER=1", fds=[writer])
+            try:
+                systemd.daemon.notify("BARRIER=1", fds=[writer])
+            finally:
+                os.close(writer)
+            ended = select.poll()
+            ended.register(reader, select.POLLHUP)
+            if not ended.poll(SETTLE * 1000):
+                raise TimeoutError("the service manager has not read what it was sent")
         finally:
-            os.close(writer)
-        loop, closed = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(
-            reader, closed.set
-        )  # the other end is closed when the message was read, as sd_notify_barrier(3) has it
-        try:
-            async with asyncio.timeout(SETTLE):
-                await closed.wait()
-        finally:
-            loop.remove_reader(reader)
             os.close(reader)
 
 

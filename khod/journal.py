@@ -1,14 +1,22 @@
-"""What systemd hears: readiness, status text, the watchdog, and journal records with fields."""
+"""What systemd hears: readiness, status text, the watchdog, and journal records with fields.
+
+Both are told by threads of their own: a journald or a PID 1 that does not read blocks whoever writes to it, and what
+tells how a handover goes must not decide how it goes. What cannot be told is dropped.
+"""
 
 import asyncio
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import systemd.daemon
 import systemd.journal
 
+from khod.errors import KhoError
 from khod.model import Event, Phase, Producer
+from khod.producers.configured import one_line
+from khod.worker import Worker
 
 # One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered.
 MESSAGE_ID: dict[Phase, str] = {
@@ -47,19 +55,34 @@ PRIORITY = {
 }
 
 
+MAX_WAITING = 1024
+"""Records, and notifications, that may wait to be written: then the next ones are dropped."""
+FLUSH_SECONDS = 1.0
+"""Seconds khod's end waits for them."""
+EXTEND_SECONDS = 30.0
+"""Seconds more that are asked for, over and over, while a start or a stop goes on."""
+
+_journald = Worker("journal", "The journal", max_waiting=MAX_WAITING)
+_manager = Worker("notify", "The service manager", max_waiting=MAX_WAITING)
+
+
 def write(event: Event, message: str) -> None:
     """Write a record with the fields KHO_PHASE and KHO_RUN; none of a producer that does as it is told at once."""
     if _routine(event.producer):
         return
-    systemd.journal.send(
-        message,
-        MESSAGE_ID=MESSAGE_ID[event.phase],
-        PRIORITY=PRIORITY.get(event.phase, INFO),
-        KHO_PHASE=event.phase.value,
-        KHO_RUN=event.run,
-        SYSLOG_IDENTIFIER="khod",
-        CODE_FUNC="",  # where in khod says nothing, and systemd would look for it in the stack
-    )
+
+    def send() -> None:
+        systemd.journal.send(
+            message,
+            MESSAGE_ID=MESSAGE_ID[event.phase],
+            PRIORITY=PRIORITY.get(event.phase, INFO),
+            KHO_PHASE=event.phase.value,
+            KHO_RUN=event.run,
+            SYSLOG_IDENTIFIER="khod",
+            CODE_FUNC="",  # where in khod says nothing, and systemd would look for it in the stack
+        )
+
+    _journald.later(send)
 
 
 def _routine(producer: Producer | None) -> bool:
@@ -70,8 +93,22 @@ def _routine(producer: Producer | None) -> bool:
 
 
 def notify(state: str) -> None:
-    """Tell the service manager; nothing happens where there is none."""
-    systemd.daemon.notify(state)
+    """Tell the service manager; nothing happens where there is none, or where it does not listen."""
+    _manager.later(lambda: systemd.daemon.notify(state))
+
+
+async def flush() -> None:
+    """Wait until what was said so far is out, and no longer than FLUSH_SECONDS."""
+    for worker in (_manager, _journald):
+        with suppress(KhoError):
+            await worker.call(lambda: None, "being told", FLUSH_SECONDS)
+
+
+async def extend_timeout() -> None:
+    """Ask for more time, over and over: a rollback has its own bound, and to be killed on the way would end it."""
+    while True:
+        notify(f"EXTEND_TIMEOUT_USEC={int(EXTEND_SECONDS * 1e6)}")
+        await asyncio.sleep(EXTEND_SECONDS / 3)
 
 
 class StatusText:
@@ -96,13 +133,13 @@ class StatusText:
         self._resting = self._changed
         if self._changed:
             self._changed = False
-            notify(f"STATUS={self._text()}"[:500])
+            notify(f"STATUS={one_line(self._text())}")
             asyncio.get_running_loop().call_later(STATUS_REST, self._send)
 
 
 def reloading() -> None:
     """Begin a reload as Type=notify-reload wants it: with the time it began, in microseconds."""
-    systemd.daemon.notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 async def watchdog() -> None:
@@ -111,5 +148,5 @@ async def watchdog() -> None:
     if not usec.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
     while True:
-        systemd.daemon.notify("WATCHDOG=1")
+        notify("WATCHDOG=1")
         await asyncio.sleep(int(usec) / 2e6)

@@ -47,7 +47,7 @@ TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
     P.loading: (P.loaded, P.rolling_back),
     P.loaded: (P.freezing, P.executing, P.rolling_back),
     P.executing: (P.rolling_back, P.verifying, P.cold_boot),
-    P.rolling_back: (P.idle, P.failed),
+    P.rolling_back: (P.idle, P.verified, P.degraded, P.cold_boot, P.failed),
     P.verifying: (P.verified, P.degraded),
     P.verified: (P.preparing,),
     P.degraded: (P.preparing, P.verified),

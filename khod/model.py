@@ -5,7 +5,8 @@ values are seconds since the epoch.
 """
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 
 class Phase(enum.Enum):
@@ -106,18 +107,62 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """One thing that speaks against a handover: a producer's, or with "" the kernel's or khod's own."""
+
+    producer: str
+    text: str
+
+    @property
+    def sentence(self) -> str:
+        """The finding with whose it is."""
+        return f"producer {self.producer}: {self.text}" if self.producer else self.text
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What the kernel after the jump had of the state before it; names are those of the tree's blobs."""
+    """What the kernel after the jump had of the state before it; names are those of the tree's blobs.
+
+    `reason` says all `findings` in one line; "" where there is nothing against it.
+    """
 
     arrived: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     reason: str = ""
+    findings: list[Finding] = field(default_factory=list)
+
+    def with_findings(self, findings: Iterable[Finding]) -> "Verdict":
+        """The same verdict with these findings, and what they come to in one line."""
+        kept = list(findings)
+        return replace(self, findings=kept, reason="; ".join(finding.sentence for finding in kept))
+
+    @property
+    def found(self) -> list[Finding]:
+        """The findings; an earlier khod's record has them in one line alone."""
+        return self.findings or ([Finding("", self.reason)] if self.reason else [])
+
+
+@dataclass(frozen=True)
+class NotUndone:
+    """One thing a rollback could not put back: of which step, whose ("" for the kernel's), why, and what to do."""
+
+    step: str
+    producer: str
+    why: str
+    remedy: str
 
 
 @dataclass(frozen=True)
 class Status:
-    """What the operator is told. `phase` is the machine's, unless the kernel contradicts it."""
+    """What the operator is told.
+
+    `outcome` is what the handover into this boot came to (verified, degraded, cold_boot; idle where there was none)
+    and does not change with what is done since; `claims` are those who have not taken back what they left before the
+    jump. `phase` is the machine's, unless the kernel contradicts it: where this boot had no handover, an active phase
+    or an image that is not khod's shows as `foreign`; `foreign` says so in any case. `left` are the steps that a
+    rollback could not undo, `not_undone` the same item by item.
+    """
 
     phase: Phase
     summary: str
@@ -140,6 +185,10 @@ class Status:
     timings: list[StepTiming]
     last_error: str
     stale: bool
+    outcome: Phase = Phase.idle
+    foreign: bool = False
+    claims: list[str] = field(default_factory=list)
+    not_undone: list[NotUndone] = field(default_factory=list)
 
 
 class CheckResult(enum.Enum):
@@ -196,6 +245,8 @@ class Plan:
     checks: list[Check]
     cmdline: str
     words: list[Word]
+    rollback_seconds: float = 0.0
+    """The most that putting everything back may take, from `khoctl abort` to its answer."""
 
 
 @dataclass(frozen=True)

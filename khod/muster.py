@@ -19,8 +19,22 @@ class Muster:
         self._configured = configured
 
     def everyone(self) -> list[Producer]:
-        """Every producer that is configured, connected or waited for; ConfigError."""
-        return [*self._configured(), *self.peers.known()]
+        """Every producer that is configured, connected or waited for.
+
+        ConfigError where a file is wrong, or where somebody is registered under a name that has a file: the file
+        counts, and a handover that went without either of them would lose its state.
+        """
+        files, peers = self._configured(), self.peers.known()
+        named = {file.name for file in files}
+        for peer in peers:
+            if peer.name in named:
+                where = peer.owner.unit or (f"process {peer.process.pid}" if peer.process else "no process")
+                raise ConfigError(
+                    f"Two producers are called {peer.name}: one has a file, the other is registered ({where})",
+                    where=f"producer {peer.name}",
+                    remedy=f"Stop {where}, or rename the file in /etc/kho/producers.d.",
+                )
+        return [*files, *peers]
 
     def find(self, name: str) -> Producer:
         """Give a producer by its name; UsageError where there is none."""
@@ -53,19 +67,36 @@ class Muster:
         return Barrier.of(self.everyone(), run, changed)
 
     def resumed(
-        self, run: str, changed: Callable[[Member], None], holders: Sequence[Holder], verb: Verb | None
+        self,
+        run: str,
+        changed: Callable[[Member], None],
+        holders: Sequence[Holder],
+        verb: Verb | None,
+        *,
+        restoring: bool = False,
     ) -> Barrier:
         """The barrier of an attempt that was begun before, with the producers of its record alone.
 
-        Any of them may have been told `verb`; None after a rollback, for then the record has it of each. One
-        that is gone is said to be. Where the files cannot be read the barrier is broken: nobody can be told.
+        Any of them may have been told `verb`; None where the record has it of each. One that is gone, or whose
+        file cannot be read, is said to be: all the others are told. With `restoring` so is one that has nothing to
+        restore with any more.
         """
+        unreadable: ConfigError | None = None
         try:
-            known = {producer.name: producer for producer in self.everyone()}
-            if not holders:  # a record of before it named them: then it may be anyone
-                holders = [producer.holder() for producer in known.values()]
-            told = {holder.name: Told(verb.value if verb else holder.told, holder.note) for holder in holders}
-            producers = [known.get(holder.name) or Lost(holder.name, kind=holder.kind) for holder in holders]
-            return Barrier.of(producers, run, changed, told)
+            files = self._configured()
         except ConfigError as error:
-            return Barrier(run, changed, error)
+            files, unreadable = list(error.readable), error
+        known = {(producer.name, producer.kind): producer for producer in [*files, *self.peers.known()]}
+        if not holders and verb is not None:  # no record says who: then it may be anyone
+            holders = [producer.holder() for producer in known.values()]
+        told = {holder.name: Told(verb.value if verb else holder.told, holder.note) for holder in holders}
+        producers: list[Producer] = []
+        for holder in holders:
+            found = known.get((holder.name, holder.kind))
+            if found is None or (restoring and holder.restores and not found.restores):
+                found = Lost(holder.name, kind=holder.kind, had_to_restore=holder.restores, unreadable=unreadable)
+            producers.append(found)
+        barrier = Barrier.of(producers, run, changed, told, any_order=True)
+        if not producers and unreadable is not None:
+            barrier.broken = unreadable  # then there may be somebody in it
+        return barrier

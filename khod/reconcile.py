@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass, replace
 
-from khod.cmdline import marked
+from khod.cmdline import mark, marked
 from khod.errors import RecordError
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
@@ -23,50 +23,51 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True)
 class Found:
-    """The phase khod starts in, why, and what it does about it."""
+    """The phase khod starts in, why, and what it does about it.
+
+    `doubt` is why what arrived cannot be all of what the producers had, "" where nothing speaks against it.
+    """
 
     phase: Phase
     reason: str
     action: Action = Action.none
+    doubt: str = ""
+
+
+JUMPABLE = frozenset(Step) - {Step.execute}
+"""The steps after which everybody is frozen and the image has the state."""
 
 
 def reconcile(record: Record | RecordError | None, kernel: Observed, after_daemon_died: str = "roll-back") -> Found:
-    """Decide by the table of the design: every pair of record and kernel has one answer."""
+    """Decide by the table of the design: every pair of record and kernel has one answer.
+
+    What somebody else made of the kernel is no part of it: that is asked anew each time (`foreign`).
+    """
     if isinstance(record, RecordError):
         return Found(Phase.inconsistent, record.what)
-    if record is None or record.phase in RESTING:
-        return _at_rest(record, kernel)
+    if record is None:
+        return _without_record(kernel)
     if record.boot_id == kernel.boot_id:
         return _same_boot(record, kernel, after_daemon_died)
-    if record.phase is Phase.verifying:
-        return Found(Phase.idle, "the host booted again before the last handover was verified")
-    by_our_kexec = marked(kernel.cmdline, record.run)
-    if record.phase in (Phase.failed, Phase.rolling_back) and not by_our_kexec:
-        return _at_rest(None, kernel)  # whatever could not be put back went with its kernel
-    jumped_by_hand = by_our_kexec and record.phase in HELD and Step.load in record.done
-    if record.phase is Phase.executing or jumped_by_hand:
-        if kernel.arrived or by_our_kexec:
-            return Found(Phase.verifying, "first start after the jump", Action.verify)
-        return Found(
-            Phase.cold_boot,
-            "the host booted cold instead of jumping: "
-            f"neither this handover's mark on the command line nor state from {record.release} is here",
-        )
-    return Found(
-        Phase.inconsistent,
-        f"the record says {record.phase.value} in another boot ({record.boot_id}), and {said(kernel)} in this one",
-    )
+    return _other_boot(record, kernel)
 
 
-def _at_rest(record: Record | None, kernel: Observed) -> Found:
-    if kernel.active or kernel.loaded:
-        return Found(Phase.foreign, f"{said(kernel)}, and khod did not do it")
-    if record is not None and record.boot_id == kernel.boot_id:
-        return Found(record.phase, record.last_error)
+def provisional(record: Record | RecordError | None) -> Found:
+    """Where the host stands by the record alone, until the kernel has answered."""
+    if isinstance(record, RecordError):
+        return Found(Phase.inconsistent, record.what)
+    return Found(record.phase if record else Phase.idle, "khod starts: the kernel was not asked yet")
+
+
+def _without_record(kernel: Observed) -> Found:
+    if (run := mark(kernel.cmdline)) and kernel.arrived:
+        return Found(Phase.degraded, f"this boot was reached by the handover {run}, of which no record is left")
     return Found(Phase.idle, "")
 
 
 def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Found:
+    if record.phase in RESTING:
+        return Found(record.phase, record.last_error)
     if record.phase is Phase.verifying:
         return Found(Phase.verifying, "khod died while it verified", Action.verify)
     if record.phase is Phase.rolling_back:
@@ -74,12 +75,47 @@ def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Foun
     if record.phase is Phase.failed:
         kept = {Step.activate: kernel.active, Step.load: kernel.loaded}
         clean = not any(kept.get(step, True) for step in record.done)
-        return Found(Phase.idle, "") if clean else Found(Phase.failed, record.last_error)
-    if not agrees(record, kernel):
+        return Found(record.outcome, "") if clean else Found(Phase.failed, record.last_error)
+    if beyond(record, kernel):
         return Found(Phase.inconsistent, f"the record says {record.phase.value}, and {said(kernel)}")
+    if not agrees(record, kernel):
+        # Part of it was put back, by khod or by hand, and could not be recorded. Who is frozen is frozen all the same.
+        return Found(record.phase, f"khod died after {record.phase.value}, and {said(kernel)}", Action.roll_back)
     if after_daemon_died == "resume" and record.phase in HELD:
         return Found(record.phase, "khod was restarted and resumed", Action.resume)
     return Found(record.phase, f"khod died at {record.phase.value}", Action.roll_back)
+
+
+def _other_boot(record: Record, kernel: Observed) -> Found:
+    if record.phase in RESTING:
+        if record.interrupted:
+            return Found(Phase.cold_boot, f"the host went down and booted cold: {record.interrupted}")
+        return Found(Phase.idle, "")
+    if record.phase is Phase.verifying:
+        return Found(Phase.idle, "the host booted again before the last handover was verified")
+    by_our_kexec = marked(kernel.cmdline, record.run)
+    if by_our_kexec or (record.phase is Phase.executing and kernel.arrived):
+        return Found(Phase.verifying, "first start after the jump", Action.verify, _doubt(record))
+    if record.phase is Phase.executing:
+        return Found(
+            Phase.cold_boot,
+            "the host booted cold instead of jumping: "
+            f"neither this handover's mark on the command line nor state from {record.release} is here",
+        )
+    if record.phase in (Phase.failed, Phase.rolling_back):
+        return Found(Phase.idle, "")  # whatever could not be put back went with its kernel
+    return Found(
+        Phase.idle,
+        f"the host went down while a handover was at {record.phase.value}, before the jump: nothing was handed over",
+    )
+
+
+def _doubt(record: Record) -> str:
+    if record.phase is Phase.executing or (record.phase in HELD and set(record.done) >= JUMPABLE):
+        return ""
+    if record.phase in (Phase.failed, Phase.rolling_back):
+        return "the host jumped into the image of a handover that was being rolled back: what arrived is stale"
+    return f"the host jumped while the handover was at {record.phase.value}: not every producer was frozen"
 
 
 def agrees(record: Record, kernel: Observed) -> bool:
@@ -91,6 +127,12 @@ def agrees(record: Record, kernel: Observed) -> bool:
     open_ended = record.done[doing[0] :] if doing else ()
     facts = ((Step.activate, kernel.active), (Step.load, kernel.loaded))
     return all(fact is None or step in open_ended or fact == (step in record.done) for step, fact in facts)
+
+
+def beyond(record: Record, kernel: Observed) -> bool:
+    """Tell whether the kernel shows what no recorded step of khod's did."""
+    facts = ((Step.activate, kernel.active), (Step.load, kernel.loaded))
+    return any(fact and step not in record.done for step, fact in facts)
 
 
 def said(kernel: Observed) -> str:
@@ -111,47 +153,68 @@ def observe(kexec: Kexec, kernel: KhoKernel | None) -> Observed:
     )
 
 
+def foreign(record: Record, kernel: Observed) -> bool:
+    """Tell whether somebody else has entered the active phase or loaded an image: khod has nothing under way."""
+    return record.phase in RESTING and bool(kernel.active or kernel.loaded)
+
+
 def shown(record: Record, kernel: Observed) -> Phase:
-    """The phase an operator is told, while khod runs: the record's, unless the kernel contradicts it."""
-    if record.phase in (Phase.foreign, *RESTING):
-        if kernel.active or kernel.loaded:
-            return Phase.foreign
-        return Phase.idle if record.phase is Phase.foreign else record.phase
+    """The phase an operator is told, while khod runs: the record's, unless the kernel contradicts it.
+
+    What this boot's handover came to is hidden by nothing that was done since.
+    """
+    if foreign(record, kernel) and record.phase is Phase.idle:
+        return Phase.foreign
     if record.phase in HELD and not agrees(record, kernel):
         return Phase.inconsistent
     return record.phase
 
 
-def due(done: tuple[Step, ...], kernel: Observed) -> tuple[Step, ...]:
-    """The steps to put back by force: those of the record, and what the kernel shows beyond them."""
+def due(done: tuple[Step, ...], kernel: Observed, *, told: bool) -> tuple[Step, ...]:
+    """The steps to put back by force: those of the record, and what the kernel shows beyond them.
+
+    With `told` also those of the producers: what no record says may have been done, and an undo of what was
+    never done is harmless.
+    """
+    steps = (*((Step.prepare, Step.freeze) if told else ()), *done)
     facts = ((Step.activate, kernel.active), (Step.load, kernel.loaded))
-    return (*done, *(step for step, fact in facts if fact and step not in done))
+    return (*dict.fromkeys(steps), *(step for step, fact in facts if fact and step not in done))
 
 
 def settled(record: Record, found: Found, kernel: Observed) -> Record:
-    """The record of a host at rest: what it was about belongs to another boot, its counts stay."""
-    if found.phase is Phase.idle:
-        same = record.boot_id == kernel.boot_id
-        return Record(
-            boot_id=kernel.boot_id,
-            release=kernel.release,
-            handovers=record.handovers,
-            previous_release=record.previous_release,
-            last_error=record.last_error if same else "",
-            suspect=record.suspect if same else "",
-            failed_activations=record.failed_activations if same else 0,
-        )
-    if found.phase is Phase.cold_boot:
+    """The record of a host at rest: what was under way is over; what it was about another boot does not stay.
+
+    In this boot its outcome stays, whatever was tried since.
+    """
+    if record.boot_id == kernel.boot_id:
+        # An earlier khod kept what waits in `producers`, which are nobody's now.
+        claims, run = record.claims or record.producers, record.arrived_run or (record.run if record.producers else "")
         return replace(
             record,
             phase=found.phase,
+            outcome=found.phase,
             done=(),
-            boot_id=kernel.boot_id,
-            release=kernel.release,
-            previous_release=record.release,
-            last_error=found.reason,
-            suspect="",
-            failed_activations=0,
-            producers=(),  # nothing arrived: nobody has anything to take back
+            producers=(),
+            claims=claims,
+            arrived_run=run,
+            interrupted="",
         )
-    return record
+    kept = record if found.phase is Phase.cold_boot else Record(previous_release=record.previous_release)
+    return replace(
+        kept,
+        phase=found.phase,
+        outcome=found.phase,
+        done=(),
+        boot_id=kernel.boot_id,
+        release=kernel.release,
+        handovers=record.handovers,
+        previous_release=record.release if found.phase is Phase.cold_boot else record.previous_release,
+        last_error=found.reason,
+        suspect="",
+        failed_activations=0,
+        producers=(),  # nothing arrived: nobody has anything to take back
+        claims=(),
+        arrived_run="",
+        not_undone=(),
+        interrupted="",
+    )

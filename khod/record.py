@@ -6,19 +6,23 @@ lie beside it; they are made durable by the sync before the jump, and worthless 
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from khod import wire
 from khod.errors import RecordError, errno_text
-from khod.model import Generation, Kept, Phase, Step, StepTiming, Verdict
+from khod.model import Generation, Kept, NotUndone, Observed, Phase, Step, StepTiming, Verdict
 from khod.snapshots import Snapshots
 
 VERSION = 1
-ADDED: dict[str, list[object]] = {"producers": []}
+ADDED = frozenset(
+    {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings"}
+)
 """Fields a record of this version may lack: an earlier khod wrote it."""
 
 FILE = "handover.json"
+DEPARTURE = "departure.json"
+UNREADABLE = "handover.json.unreadable"
 RESERVE = 16 << 20
 """Bytes that must be free before the kernel is touched: the record, and a tree of v3's default dt_max."""
 
@@ -43,6 +47,7 @@ class Process:
 class Holder:
     """A producer of this handover: what it was told last, and what is needed to tell it more.
 
+    `restores` says whether it has anything to do in the next kernel: there it counts as missing until it has.
     `timeout`, `after`, `before` and `devices` stand here for peers alone, of which no file tells.
     """
 
@@ -57,11 +62,16 @@ class Holder:
     owner: Owner | None = None
     process: Process | None = None
     kept: tuple[Kept, ...] = ()
+    restores: bool = False
 
 
 @dataclass(frozen=True)
 class Record:
-    """What khod must know after it died, or after the jump. Times as in `khod.model`."""
+    """What khod must know after it died, or after the jump. Times as in `khod.model`.
+
+    What is under way (`phase` to `producers`) and what this boot came to (`outcome` to `claims`) are two subjects:
+    a handover that begins, ends or is rolled back changes nothing of the second.
+    """
 
     version: int = VERSION
     phase: Phase = Phase.idle
@@ -80,8 +90,38 @@ class Record:
     suspect: str = ""
     """Why the state of the boot `boot_id` may not be whole: an abort that made the kernel forget."""
     producers: tuple[Holder, ...] = ()
+    """Who takes part in the handover `run`."""
     failed_activations: int = 0
     """Failed activations in the boot `boot_id`: each may leak up to dt_max of kernel memory."""
+    not_undone: tuple[NotUndone, ...] = ()
+    """What the last rollback could not put back."""
+    interrupted: str = ""
+    """Why a handover was rolled back when khod was stopped: if the next khod starts in another boot, the host went
+    down in the middle of it."""
+    outcome: Phase = Phase.idle
+    """What the handover into the boot `boot_id` came to: verified, degraded, cold_boot; idle where there was none."""
+    arrived_run: str = ""
+    """The handover this boot was reached by: its sessions are the previous kernel's, and freed by no rollback."""
+    claims: tuple[Holder, ...] = ()
+    """What was left by the previous kernel's producers and not taken back yet."""
+
+    def begin_run(self, run: str, observed: Observed, generation: Generation) -> "Record":
+        """Give the record of a new handover in this boot; what this boot came to stays."""
+        return replace(
+            self,
+            phase=Phase.idle,
+            done=(),
+            run=run,
+            boot_id=observed.boot_id,
+            release=observed.release,
+            generation=generation,
+            window_began_at=0.0,
+            timings=(),
+            last_error="",
+            producers=(),
+            not_undone=(),
+            interrupted="",
+        )
 
 
 def encode(record: Record) -> bytes:
@@ -112,7 +152,7 @@ def decode(raw: bytes, where: str = "") -> Record:
             )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")
-        return wire.decode(Record, ADDED | values)
+        return wire.decode(Record, values, may_lack=ADDED)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error!r}", where=where, remedy=remedy) from None
 
@@ -156,6 +196,31 @@ class Store:
                 os.close(fd)
         except OSError as error:
             raise _unwritable(error, self.path) from error
+
+    def write_departure(self, record: Record) -> None:
+        """Leave a copy of the record with the jump; both executors sync it to the disk."""
+        try:
+            new = self.directory / f"{DEPARTURE}.new"
+            new.write_bytes(encode(record))
+            new.rename(self.directory / DEPARTURE)
+        except OSError as error:
+            raise _unwritable(error, self.directory / DEPARTURE) from error
+
+    def read_departure(self) -> Record | None:
+        """The copy that was left with the last jump; None where there is none that can be read."""
+        try:
+            return decode((self.directory / DEPARTURE).read_bytes(), DEPARTURE)
+        except (OSError, RecordError):
+            return None
+
+    def set_aside(self) -> None:
+        """Keep a record that cannot be read under another name: another is written in its place."""
+        try:
+            self.path.rename(self.directory / UNREADABLE)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _unwritable(error, self.directory / UNREADABLE) from error
 
     @property
     def snapshots(self) -> Snapshots:

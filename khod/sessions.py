@@ -9,8 +9,7 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from khod.errors import KhoError, Refused
@@ -26,6 +25,8 @@ MOST = 700
 DEVICE_IS_HELD = 5.0
 """Seconds another process (PID 1 at boot) may have the device."""
 AGAIN = 0.1
+GONE = (errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.EINVAL)
+"""What RETRIEVE_SESSION says of a session that did not arrive, that somebody else took, or on a kernel without LUO."""
 
 
 def session_of(run: str, producer: str) -> str:
@@ -65,9 +66,9 @@ class Sessions:
             self._store.put(session, self._fds[session])
             try:
                 await self._store.settle()
-            except TimeoutError:
+            except OSError as error:  # a TimeoutError is one
                 raise Refused(
-                    "The service manager did not take a LUO session into its store",
+                    f"The service manager did not take a LUO session into its store: {error}",
                     where="FDSTORE",
                     remedy="systemctl status",
                 ) from None
@@ -95,11 +96,22 @@ class Sessions:
             self.close(session)
 
     async def drop(self, session: str, deadline: float) -> None:
-        """Free what a session of the previous kernel holds; nothing where it did not arrive."""
-        with suppress(KhoError):
-            if session not in self._fds:
+        """Free what a session of the previous kernel holds; nothing where it did not arrive.
+
+        Beside `finish` the only way it ends: whoever calls this was told to.
+        """
+        if session not in self._fds:
+            try:
                 self._fds[session] = await self._on_device(lambda: self._luo.retrieve(session), deadline)
+            except KhoError as error:
+                if getattr(error.__cause__, "errno", None) in GONE:
+                    return
+                raise
+        try:
             await self.finish(session, deadline)
+        except KhoError as error:
+            if getattr(error.__cause__, "errno", None) != errno.EINVAL:  # an outgoing one: to close it is its end
+                raise
         self.close(session)
 
     def close(self, session: str) -> None:
@@ -110,12 +122,14 @@ class Sessions:
             # Not before a call with this descriptor is over: its number may be another session's by then.
             self._thread.later(lambda: os.close(fd))
 
-    def close_all_but(self, wanted: Iterable[str]) -> list[str]:
-        """Close the sessions nobody knows: of a producer that was never told they are kept. Their names."""
-        others = sorted(self._fds.keys() - set(wanted))
-        for session in others:
-            self.close(session)
-        return others
+    def of_run(self, run: str) -> list[str]:
+        """The sessions of one handover that are held, by name."""
+        return sorted(name for name in self._fds if name.startswith(f"{PREFIX}{run}-"))
+
+    @property
+    def names(self) -> list[str]:
+        """All sessions that are held, by name."""
+        return sorted(self._fds)
 
     async def _on_device(self, function: Callable[[], T], deadline: float) -> T:
         """Make a call that opens /dev/liveupdate; wait while another process has it."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from khod.abi import fdt
 from khod.errors import MalformedTree, Refused
 from khod.kernel.protocol import Tree
-from khod.model import Generation, Verdict
+from khod.model import Finding, Generation, Verdict
 
 # Blobs the kernel itself rewrites between snapshot and jump, or on arrival.
 VOLATILE = frozenset({"kexec-metadata", "LUO"})
@@ -19,13 +19,14 @@ def compare(before: Tree | None, arrived: Tree | None, was: Generation, now: Gen
     """Name each producer of the snapshot as arrived, missing or changed; `reason` is "" where all is well."""
     if arrived is None:
         missing = sorted(producers(before, was)) if before else []
-        return Verdict(
-            missing=missing,
-            reason="the new kernel was reached by the kexec and KHO handed it nothing: "
-            "look for `KHO:` in its log (kho=on missing, or it reads another KHO format)",
+        nothing = (
+            "the new kernel was reached by the kexec and KHO handed it nothing: "
+            "look for `KHO:` in its log (kho=on missing, or it reads another KHO format)"
         )
+        return Verdict(missing=missing).with_findings([Finding("", nothing)])
     if before is None:
-        return Verdict(arrived=sorted(producers(arrived, now)), reason="there is no snapshot to compare with")
+        uncompared = Finding("", "there is no snapshot to compare with")
+        return Verdict(arrived=sorted(producers(arrived, now))).with_findings([uncompared])
     left, came = producers(before, was), producers(arrived, now)
     missing = sorted(left.keys() - came.keys())
     changed = sorted(name for name in left.keys() & came.keys() if left[name] != came[name] and name not in VOLATILE)
@@ -36,7 +37,8 @@ def compare(before: Tree | None, arrived: Tree | None, was: Generation, now: Gen
     # What they write counts, not how userspace drives it: 6.18.15 and 6.19.11 hand over to each other, both ways.
     if (was is Generation.sysfs) is not (now is Generation.sysfs):
         reasons.append(f"the kernel before offered KHO as {was.value}, this one as {now.value}")
-    return Verdict(sorted(came.keys() - set(changed)), missing, changed, "; ".join(reasons))
+    verdict = Verdict(sorted(came.keys() - set(changed)), missing, changed)
+    return verdict.with_findings(Finding("", reason) for reason in reasons)
 
 
 def producers(tree: Tree, generation: Generation) -> dict[str, object]:

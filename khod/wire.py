@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import functools
 import types
+from collections.abc import Set
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from khod.errors import BY_NAME, KhoError
@@ -19,27 +20,30 @@ PRODUCER = "io.kho.Producer"
 PRODUCER_VERSION = 1
 
 
-def decode(wanted: type[T], value: Any) -> T:
+def decode(wanted: type[T], value: Any, *, may_lack: Set[str] = frozenset()) -> T:
     """Make a dataclass, enum, list, tuple or plain value of the model from JSON.
 
-    Enums go by their names. Raises TypeError or KeyError where the JSON is of another shape.
+    Enums go by their names. Fields named in `may_lack` have their default where they are left out. Raises TypeError
+    or KeyError where the JSON is of another shape.
     """
-    made: T = _decode(wanted, value)
+    made: T = _decode(wanted, value, may_lack)
     return made
 
 
-def _decode(wanted: Any, value: Any) -> Any:
+def _decode(wanted: Any, value: Any, may_lack: Set[str]) -> Any:
     inner = get_args(wanted)
     if get_origin(wanted) in (types.UnionType, Union):
-        return None if value is None else _decode(inner[0], value)
+        return None if value is None else _decode(inner[0], value, may_lack)
     if get_origin(wanted) in (list, tuple):
         if not isinstance(value, list):
-            raise TypeError(f"{value!r} is no list")
-        return get_origin(wanted)(_decode(inner[0], item) for item in value)
+            raise TypeError(f"{value!r} is not a list")
+        return get_origin(wanted)(_decode(inner[0], item, may_lack) for item in value)
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
         if not isinstance(value, dict):
-            raise TypeError(f"{value!r} is no object")
-        return wanted(**{name: _decode(hint, value[name]) for name, hint in get_type_hints(wanted).items()})
+            raise TypeError(f"{value!r} is not an object")
+        absent = may_lack - value.keys()
+        hints = ((name, hint) for name, hint in get_type_hints(wanted).items() if name not in absent)
+        return wanted(**{name: _decode(hint, value[name], may_lack) for name, hint in hints})
     if issubclass(wanted, enum.Enum):
         return wanted[value]
     allowed = (float, int) if wanted is float else wanted

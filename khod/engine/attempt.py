@@ -1,17 +1,19 @@
-"""What each step of the machine does to producers and kernel, next to what its undo does."""
+"""One attempt at a handover: whom it tells, what it loads, how it jumps, and next to each step its undo."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
+from khod.bounded import CUT_SECONDS
 from khod.config import Config
-from khod.errors import Refused
-from khod.executor import Executor
+from khod.errors import Exit, Failed, KhoError, Refused
+from khod.executor import Executor, Shutdown
 from khod.kernel.explain import explain, explain_undo
 from khod.kernel.kexec import Kexec
 from khod.kernel.log import ABOUT
 from khod.kernel.protocol import KhoKernel, Tree
-from khod.kernel.thread import KernelThread
+from khod.kernel.thread import Workers
+from khod.machine import Machine
 from khod.model import Generation, Step
 from khod.producers.barrier import Barrier, Member, Producer, Verb, silent
 from khod.record import Store
@@ -22,35 +24,50 @@ T = TypeVar("T")
 VERBS = {Step.prepare: Verb.prepare, Step.freeze: Verb.freeze}
 
 
-class Actions:
-    """The steps of one attempt. Every method raises KhoError; kernel calls have the deadlines of the config."""
+class JumpUnderWay(KhoError):
+    """The jump was asked for and has not come back: it may still happen, so nothing may be undone."""
+
+    exit = Exit.not_rolled_back
+
+
+class Attempt:
+    """The steps of one attempt. Every method raises KhoError; kernel calls have the deadlines of the config.
+
+    `everyone` gives the producers that are there by now, `joined` is called when somebody has joined since it began,
+    `shutdown` asks systemd whether the host is on its way into the kexec.
+    """
 
     def __init__(
         self,
         kernel: KhoKernel | None,
         kexec: Kexec,
-        thread: KernelThread,
+        workers: Workers,
         store: Store,
-        config: Config,
+        config: Callable[[], Config],
         barrier: Barrier,
-        producers: Callable[[], Iterable[Producer]],
+        *,
+        everyone: Callable[[], Iterable[Producer]] = list,
+        joined: "Callable[[Attempt], None]" = lambda _attempt: None,
+        shutdown: Shutdown | None = None,
     ) -> None:
-        """Gather what they act on; `producers` gives those that are there by now."""
         self.kernel = kernel
         self.barrier = barrier
-        self._producers = producers
-        self.joined: Callable[[], None] = lambda: None
-        """Called when somebody has joined the barrier since it began."""
-        self._past: list[Verb] = []
-        self._resumed = False
-        self.target: Target | None = None
-        self.executor: Executor | None = None
+        self.resumed = False
+        """Whether an earlier khod began it: whoever it told something must come back before there is more."""
+        self.past: list[Verb] = []
+        """The verbs that are behind everyone; whoever comes late is brought up to them."""
+        self.going_down = False
+        """Whether somebody else has sent the host into the kexec: then nobody need be asked for the jump."""
         self._kexec = kexec
-        self._thread = thread
+        self._workers = workers
         self._store = store
-        self._deadlines = config.deadlines
-        self._require_state = config.policy.require_state
-        self._require_kernel = config.producers.require_kernel
+        self._config = config
+        self._everyone = everyone
+        self._joined = joined
+        self._shutdown = shutdown
+        self._target: Target | None = None
+        self._executor: Executor | None = None
+        self._execution: asyncio.Future[None] | None = None
         self._do: dict[Step, Callable[[], Awaitable[None]]] = {
             Step.prepare: lambda: self._told(Verb.prepare),
             Step.freeze: lambda: self._told(Verb.freeze),
@@ -58,125 +75,201 @@ class Actions:
             Step.load: self._load,
             Step.execute: self._execute,
         }
-        self._undo: dict[Step, Callable[[], Awaitable[None]]] = {
-            Step.prepare: lambda: barrier.undo(Verb.prepare),
-            Step.freeze: lambda: barrier.undo(Verb.freeze),
-            Step.activate: self._deactivate,
-            Step.load: self._unload,
-            Step.execute: self._stay,
-        }
+
+    def resume(self, machine: Machine) -> None:
+        """Take up an attempt that an earlier khod began: these verbs are behind everyone."""
+        self.past = [VERBS[step] for step in machine.done if step in VERBS]
+        self.resumed = bool(machine.done)
+
+    def aim(self, target: Target | None, executor: Executor) -> None:
+        """Set what is loaded, None where that is done, and how the jump is made."""
+        self._target, self._executor = target, executor
+
+    def drop_target(self) -> None:
+        """Give the images' memory back, once the kernel's thread is done with them."""
+        if self._target is not None:
+            self._workers.kernel.later(self._target.close)
+            self._target = None
 
     async def do(self, step: Step) -> None:
-        """Carry a step out; before it whoever came since the last one is brought to where the others are."""
-        await self._catch_up()
+        """Carry a step out."""
         await self._do[step]()
 
-    def resume(self, done: Sequence[Step]) -> None:
-        """Take up an attempt that an earlier khod began: these verbs are behind everyone."""
-        self._past = [VERBS[step] for step in done if step in VERBS]
-        self._resumed = bool(done)
+    # Producers
 
-    async def _catch_up(self) -> None:
-        if self._resumed:
-            await self.barrier.gather_in()
-            self._resumed = False
-        if new := self.barrier.admit(self._producers()):
-            self.joined()
-        for verb in self._past if new else []:
-            await self._within(verb, new)
+    async def wait_reconnected(self) -> None:
+        """After a restart of khod: wait for everyone who was told something; Refused where one does not come."""
+        await self.barrier.gather_in()
+        self.resumed = False
 
-    async def undo(self, step: Step) -> None:
-        """Put a step back; harmless where the step had no effect."""
-        if step in VERBS:
-            self._past = [verb for verb in self._past if verb is not VERBS[step]]
-        await self._undo[step]()
+    def admit_late(self) -> list[Member]:
+        """Take in whoever came since; those that are to be brought up to the others. ConfigError."""
+        new = self.barrier.admit(self._everyone())
+        if new:
+            self._joined(self)
+        return new if self.past else []
 
-    async def _told(self, verb: Verb) -> None:
-        await self._within(verb, None)
-        self._past.append(verb)
-
-    async def _within(self, verb: Verb, among: Sequence[Member] | None) -> None:
-        deadline = self._deadlines.prepare if verb is Verb.prepare else self._deadlines.freeze
+    async def tell(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
+        """Tell everyone, or those `among` them, within the deadline that all of them have together."""
+        deadlines = self._config().deadlines
+        deadline = deadlines.prepare if verb is Verb.prepare else deadlines.freeze
         try:
             async with asyncio.timeout(deadline):
                 await self.barrier.tell(verb, among)
         except TimeoutError:
             raise silent(self.barrier.members, verb, deadline) from None
 
+    async def undo_verb(self, verb: Verb) -> list[tuple[str, KhoError]]:
+        """Tell everyone that `verb` is off; those that failed by name ("" for all of them), and how."""
+        self.past = [past for past in self.past if past is not verb]
+        return await self.barrier.undo(verb)
+
+    async def _told(self, verb: Verb) -> None:
+        await self.tell(verb)
+        self.past.append(verb)
+
+    # Kernel
+
     async def _activate(self) -> None:
-        snapshot = await self._call(Step.activate, self._activate_and_look, self._deadlines.activate)
-        assert self.kernel is not None, "as above"
-        if self._require_state and not producers(snapshot, self.kernel.generation):
+        snapshot = await self._call(Step.activate, self._activate_and_read, self._config().deadlines.activate)
+        assert self.kernel is not None, "as in _activate_and_read"
+        present = producers(snapshot, self.kernel.generation)
+        if self._config().policy.require_state and not present:
             raise Refused(
                 "Nothing would be handed over: no producer in the kernel has any state",
                 where="policy.require_state",
                 remedy="Give the kernel state to keep (reserve_mem=, liveupdate=on), or unset policy.require_state.",
             )
-        if missing := sorted(set(self._require_kernel) - producers(snapshot, self.kernel.generation).keys()):
+        if missing := sorted(set(self._config().producers.require_kernel) - present.keys()):
             raise without(missing)
         # Not synced here: within the blackout that is too dear, and a lost file matters only without a
         # jump. Both executors sync before it.
-        await asyncio.to_thread(self._store.snapshots.write, self.barrier.run, snapshot)
+        await self._workers.disk.call(
+            lambda: self._store.snapshots.write(self.barrier.run, snapshot),
+            "writing the snapshot",
+            self._config().deadlines.activate,
+        )
 
-    def _activate_and_look(self) -> Tree:
+    def _activate_and_read(self) -> Tree:
         self._kexec.announce("entering the active phase")
         assert self.kernel is not None, "a handover begins on a kernel with KHO"
         self.kernel.activate()
         return self.kernel.tree()
 
-    async def _deactivate(self) -> None:
+    async def _load(self) -> None:
+        assert self._target is not None, "a request with an image"
+        target, initrd = self._target, self._target.initrd
+        await self._call(
+            Step.load,
+            lambda: self._kexec.load(target.kernel.fd, None if initrd is None else initrd.fd, target.cmdline),
+            self._config().deadlines.load,
+        )
+
+    async def undo_activate(self) -> None:
+        """Leave the active phase, where the kernel is in it."""
+
         def leave() -> None:
             if self.kernel is not None and self.kernel.active():
                 self.kernel.deactivate()
 
         await self._back(Step.activate, "leaving the active phase", leave)
 
-    async def _load(self) -> None:
-        assert self.target is not None, "a request with an image"
-        target, initrd = self.target, self.target.initrd
-        await self._call(
-            Step.load,
-            lambda: self._kexec.load(target.kernel.fd, None if initrd is None else initrd.fd, target.cmdline),
-            self._deadlines.load,
-        )
+    async def undo_load(self) -> None:
+        """Unload the image, where there is one."""
 
-    async def _unload(self) -> None:
         def unload() -> None:
             if self._kexec.loaded():
                 self._kexec.unload()
 
         await self._back(Step.load, "unloading the image", unload)
 
-    async def _execute(self) -> None:
-        assert self.executor is not None, "a request that jumps"
-        with self._kexec.listening() as said:
-            try:
-                await self.executor()
-            except OSError as error:
-                raise explain(Step.execute, error, said(ABOUT[Step.execute])) from error
-
-    async def _stay(self) -> None:
-        """Nothing to put back: the system goes on running."""
-
     async def _call(self, step: Step, function: Callable[[], T], deadline: float) -> T:
         def listened() -> T:
-            with self._kexec.listening() as said:
+            with self._kexec.listening() as quote:
                 try:
                     return function()
                 except OSError as error:
-                    raise explain(step, error, said(ABOUT[step]), generation=self._generation) from error
+                    raise explain(step, error, quote(ABOUT[step]), generation=self._generation) from error
 
-        return await self._thread.call(listened, step.value, deadline)
+        return await self._workers.kernel.call(listened, step.value, deadline)
 
     async def _back(self, step: Step, what: str, function: Callable[[], None]) -> None:
         def listened() -> None:
-            with self._kexec.listening() as said:
+            with self._kexec.listening() as quote:
                 try:
                     function()
                 except OSError as error:
-                    raise explain_undo(step, error, said(ABOUT[step]), generation=self._generation) from error
+                    raise explain_undo(step, error, quote(ABOUT[step]), generation=self._generation) from error
 
-        await self._thread.call(listened, what, self._deadlines.rollback)
+        await self._workers.kernel.call(listened, what, self._config().deadlines.rollback)
+
+    # The jump
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether reboot(2) was called and has not come back: it may jump at any moment."""
+        return getattr(self._executor, "in_kernel", False)
+
+    async def goes_down(self) -> bool | None:
+        """Whether the host is on its way into the kexec; None where nobody can tell."""
+        return None if self._shutdown is None else await self._shutdown()
+
+    async def ended(self) -> None:
+        """Wait until the executor that JumpUnderWay was raised for comes back; raises KhoError where it failed."""
+        if self._execution is not None:
+            await self._executed(self._execution)
+
+    async def _execute(self) -> None:
+        """Jump, or have systemd do it; JumpUnderWay where that was asked for and has not come back."""
+        if self.going_down:
+            return
+        assert self._executor is not None, "a request that jumps"
+        deadline = self._config().deadlines.execute
+        self._execution = execution = asyncio.ensure_future(self._executor())
+        try:
+            await asyncio.wait({execution}, timeout=deadline)
+        except asyncio.CancelledError:
+            await self._stop_executor(execution)
+            raise
+        if not execution.done():
+            await self._stop_executor(execution)
+            if await self.goes_down() is None:
+                raise JumpUnderWay(
+                    f"systemctl kexec did not come back within {deadline:g} s, and systemd does not say whether the "
+                    "host goes down: nothing was undone",
+                    where="systemctl kexec",
+                    remedy="If systemctl list-jobs shows no kexec.target: khoctl abort --force",
+                )
+            raise Failed(
+                f"systemctl kexec did not come back within {deadline:g} s, and the host does not go down",
+                where="systemctl kexec",
+                remedy="Look at journalctl -b, or jump at once: khoctl kexec --now",
+            )
+        await self._executed(execution)
+
+    async def _stop_executor(self, execution: "asyncio.Future[None]") -> None:
+        """Call off what only asks for the jump; JumpUnderWay where it cannot be, or where the host goes down."""
+        if self.in_kernel:
+            raise JumpUnderWay(
+                "The kernel has not come back from reboot(2) and may still jump: nothing was undone",
+                where="reboot(LINUX_REBOOT_CMD_KEXEC)",
+                remedy="Wait: where it comes back, khod puts everything back by itself. Look at the kernel log.",
+            )
+        execution.cancel()
+        await asyncio.wait({execution}, timeout=2 * CUT_SECONDS)
+        if await self.goes_down():
+            raise JumpUnderWay(
+                "The host is on its way into the next kernel: nothing was undone",
+                where="kexec.target",
+                remedy="Wait: where it does not go down, khod puts everything back by itself.",
+            )
+
+    async def _executed(self, execution: "asyncio.Future[None]") -> None:
+        with self._kexec.listening() as quote:
+            try:
+                await asyncio.shield(execution)
+            except OSError as error:
+                raise explain(Step.execute, error, quote(ABOUT[Step.execute])) from error
 
     @property
     def _generation(self) -> Generation:

@@ -1,56 +1,42 @@
-"""What others may ask of khod, one operation at a time: each asks the kernel first, then moves the handover."""
+"""What others may have khod do, one operation at a time: each moves the handover, or puts it back."""
 
 import asyncio
-import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from khod import model, preflight, reconcile
 from khod.config import Config
-from khod.engine import restore as arrival
 from khod.engine import status
-from khod.engine.steps import Actions
-from khod.engine.transaction import Handover
-from khod.errors import ConfigError, Failed, KhoError, RecordError, Refused, Unsupported, UsageError
-from khod.executor import Executor
+from khod.engine.attempt import Attempt, JumpUnderWay
+from khod.engine.observer import Observer
+from khod.engine.queries import NOTHING, Inhibitors, Queries, new_run
+from khod.engine.restoration import Restoration
+from khod.engine.transaction import Transaction
+from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, RecordError, Refused
+from khod.executor import Executor, Shutdown
 from khod.guard import Seen, Severity
-from khod.inhibitors import Inhibitor
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
-from khod.kernel.protocol import KhoKernel, Tree
-from khod.kernel.thread import KernelThread
-from khod.machine import HELD, RESTING, STEPS, Machine, left
-from khod.model import Check, Event, Observed, Phase, Plan, Status, Step, Verdict
+from khod.kernel.protocol import Tree
+from khod.kernel.thread import Workers
+from khod.machine import HELD, RESTING, Machine, left
+from khod.model import Check, Event, Observed, Phase, Plan, Status, Step
 from khod.muster import Muster
-from khod.plan import planned
-from khod.preflight.facts import Facts
 from khod.producers.barrier import Barrier, Member, Producer, Verb
 from khod.producers.peers import Peer, Peers, Terms
+from khod.producers.registrations import Registrations
 from khod.record import Owner, Process, Record, Store
 from khod.region import Region
 from khod.sessions import Sessions, session_of
-from khod.target import Request, Target, take
+from khod.target import Request, Target
+from khod.worker import Worker
 
-NO_TREE = {
-    "out": "The kernel has one only in the active phase: khoctl activate",
-    "in": "This kernel was not reached by a handover, or it handed nothing over.",
-    "snapshot": "One is taken at activation: khoctl activate",
-}
-
-
-def new_run() -> str:
-    """Name a handover: twelve hex digits, which mark the next kernel's command line too."""
-    return uuid.uuid4().hex[:12]
-
-
-NOTHING = Request()
-"""A request without an image."""
-
-CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
-"""Phases that a veto may still end: before the jump is asked for."""
+T = TypeVar("T")
+LOG = logging.getLogger(__name__)
+WATCH_SECONDS = 10.0
+"""Seconds between two questions to systemd whether the host still goes down."""
 
 
 class Watcher(Protocol):
@@ -67,7 +53,10 @@ class Watcher(Protocol):
 
 
 class Engine:
-    """One host's handover. `tell` is called with every change, from the event loop."""
+    """One host's handover. `tell` is called with every change, from the event loop.
+
+    `shutdown` asks systemd whether the host is on its way into the kexec; without one nobody can tell.
+    """
 
     def __init__(
         self,
@@ -81,226 +70,188 @@ class Engine:
         guard: Callable[[Callable[[Seen], None]], Watcher],
         orderly: Executor,
         immediate: Executor,
-        thread: KernelThread,
+        thread: Worker,
         tell: Callable[[Event], None],
-        inhibitors: Callable[[], Awaitable[Sequence[Inhibitor] | None]] | None = None,
+        inhibitors: Inhibitors | None = None,
+        shutdown: Shutdown | None = None,
+        workers: Workers | None = None,
+        registrations: Registrations | None = None,
     ) -> None:
         self.config = config
-        self._guard = guard(self._happened)
-        self._handover = Handover(store, tell, self._guard.look)
+        self.config_error: ConfigError | None = None
+        """Why `config` are the defaults: no handover begins with them."""
+        self._guard = guard(self._on_device_event)
         self._kexec = kexec
-        self._prober = prober
         self._store = store
         self._sessions = sessions
-        self.muster = Muster(producers, Peers(sessions, self._peer_left, self._peer_came))
-        self._aside: set[asyncio.Task[None]] = set()
         self._executors = {False: orderly, True: immediate}
         self._thread = thread
         self._inhibitors = inhibitors
-        self._probed = Probed(None, "not yet probed", "")
-        self._observed: Observed | None = None
+        self._shutdown = shutdown
+        self._workers = workers or Workers(kernel=thread)
         self._busy = asyncio.Lock()
-        self._expecting = asyncio.Event()
-        """Set when it is known who may come back: a rollback at the start waits for them."""
+        self._known = asyncio.Event()
+        """Set when it is known where the host stands and who may come back: a rollback at the start waits for them."""
         self._started = asyncio.Event()
+        self._going_down = False
+        self._background: set[asyncio.Task[Any]] = set()
+        self._transaction = Transaction(store, self._workers.disk, tell, self._guard.look)
+        peers = Peers(sessions, self._peer_left, self._peer_came, registrations, self._on_unkept_registration)
+        self.muster = Muster(producers, peers)
+        self._observer = Observer(kexec, prober, self._workers)
+        self._restoration = Restoration(
+            self._transaction, self.muster, store, self._workers, self._settings, busy=self._busy, spawn=self._spawn
+        )
+        self.queries = Queries(
+            self._transaction,
+            self._observer,
+            self.muster,
+            self._restoration,
+            sessions,
+            store,
+            kexec,
+            self._workers,
+            config=self._settings,
+            inhibitors=lambda: self._inhibitors,
+            busy=self._busy,
+            known=self._known,
+            started=self._started,
+        )
 
     @property
     def machine(self) -> Machine:
         """Where the handover stands."""
-        return self._handover.machine
+        return self._transaction.machine
 
     @property
     def record(self) -> Record:
         """What is known of it."""
-        return self._handover.record
+        return self._transaction.record
 
     @property
     def waiting(self) -> list[str]:
         """The producers whose answer is waited for."""
-        return [member.producer.name for member in self._members() if member.waiting]
+        return [member.producer.name for member in self.queries.members if member.waiting]
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is held anywhere, and nobody has anything to take back."""
+        waiting = self.record.claims or self.queries.unknown_sessions
+        return self._transaction.phase in RESTING and not waiting
+
+    # Start and stop
 
     async def start(self) -> None:
-        """Compare the record with the kernel and do what that calls for; whoever asks meanwhile waits."""
+        """Compare the record with the kernel and do what that calls for; operations wait, questions do not.
+
+        Raises what a rollback ended in. The host is served all the same.
+        """
         try:
             async with self._busy:
                 await self._start()
         finally:
-            self._expecting.set()
+            self._known.set()
             self._started.set()
 
     async def _start(self) -> None:
-        try:
-            record: Record | RecordError | None = self._store.read()
-        except RecordError as error:
-            record = error
-        here = self._handover
-        here.record = record if isinstance(record, Record) else Record()
-        observed = await self._observe(self.config.deadlines.activate)
+        record = await self._read_record()
+        self._transaction.start(reconcile.provisional(record), record if isinstance(record, Record) else Record())
+        observed = await self._observe_at_start(record)
         found = reconcile.reconcile(record, observed, self.config.policy.after_daemon_died)
-        here.reason = found.reason
-        at_rest = found.action is reconcile.Action.none and found.phase in RESTING
-        if at_rest:
-            here.record = reconcile.settled(here.record, found, observed)
-        restoring = at_rest or found.action is reconcile.Action.verify
-        self.muster.peers.expect(here.record.producers, here.record.run, restoring=restoring)
-        self._expecting.set()
-        here.machine = Machine(found.phase, here.record.done if found.phase not in RESTING else ())
-        lacking = "" if self._probed.kernel else f"no handover is possible: {self._probed.what}"
-        here.say(found.reason or lacking or "khod started")
+        departed, unreadable = await self._read_departure(record, observed), found.reason
+        if departed is not None:
+            record, found = departed, reconcile.reconcile(departed, observed)
+        current = record if isinstance(record, Record) else Record()
+        if found.phase in RESTING and found.action is reconcile.Action.none:
+            current = reconcile.settled(current, found, observed)
+        self._transaction.start(found, current)
+        self.muster.peers.remember(observed.boot_id)
+        await self._expect(found)
+        self._known.set()
+        lacking = "" if self._observer.probed.kernel else f"no handover is possible: {self._observer.probed.what}"
+        self._transaction.emit(found.reason or lacking or "khod started")
+        match found.action:
+            case reconcile.Action.verify:
+                doubt = f"the record could not be read: {unreadable}" if departed is not None else ""
+                await self._restoration.begin(observed, self._observer.probed.kernel, found.doubt)
+                if doubt:
+                    self._transaction.emit(f"{doubt}; what stood beside it was used")
+            case reconcile.Action.roll_back:
+                await self._roll_back(Failed(found.reason))
+            case reconcile.Action.resume:
+                self._watch(self._acting())
+            case reconcile.Action.none if found.phase in RESTING:
+                await self._transaction.try_write_record()
+        self._close_stray_sessions(observed)
+
+    async def _read_record(self) -> Record | RecordError | None:
         try:
-            match found.action:
-                case reconcile.Action.verify:
-                    await self._verify(observed)
-                case reconcile.Action.roll_back:
-                    await here.roll_back(Failed(found.reason), self._attempt())
-                case reconcile.Action.resume:
-                    self._watch(self._attempt())
-                case reconcile.Action.none if at_rest:
-                    await here.keep_if_possible()
-        finally:
-            known = {session_of(here.record.run, holder.name) for holder in here.record.producers}
-            if lost := self._sessions.close_all_but(known):
-                here.say(f"closed {len(lost)} LUO sessions that no producer was told of")
+            return await self._workers.disk.call(self._store.read, "reading the record", self.config.deadlines.activate)
+        except RecordError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - a record that cannot be had is one that cannot be read
+            return RecordError(f"The record cannot be read: {error}", where=str(self._store.path))
 
-    async def activate(self) -> None:
-        """Bring producers and kernel to `active`. On failure everything is back as it was."""
-        async with self._operation():
-            await self._begin(await self._ready(wants_load=False))
-            await self._forward(Step.activate, hold=False)
+    async def _observe_at_start(self, record: Record | RecordError | None) -> Observed:
+        """Ask the kernel; where it does not answer, take it to be where the record has it: then an undo may begin."""
+        observed = await self._observer.try_observe(self.config.deadlines.activate)
+        if observed is not None:
+            return observed
+        boot_id = ""
+        with suppress(KhoError, OSError):
+            boot_id = await self._workers.files.call(
+                self._kexec.boot_id, "reading the boot id", self.config.deadlines.observe
+            )
+        known = record if isinstance(record, Record) else Record()
+        self._transaction.emit("the kernel does not say how it stands: the record is taken for it")
+        return Observed(
+            boot_id or known.boot_id,
+            known.release,
+            active=None,
+            loaded=Step.load in known.done,
+            arrived=False,
+            cmdline="",
+        )
 
-    async def kexec(self, request: Request) -> None:
-        """Do what is left, up to the jump or, with `load_only`, the loaded image."""
-        async with self._operation():
-            record = await self._ready(wants_load=Step.load not in self.machine.done)
-            target = await self._target(request, record.run)
-            try:
-                if target is not None:
-                    preflight.require(await self._checks(target))
-                    self._handover.say(f"the next command line: {target.cmdline}", words=target.words)
-                actions = await self._begin(record)
-                actions.target, actions.executor = target, self._executors[request.now]
-                if request.now:
-                    # The bulk of the dirty pages goes out before anyone is frozen; the executor's own
-                    # sync then has little left.
-                    await asyncio.to_thread(self._kexec.sync)
-                await self._forward(Step.load if request.load_only else Step.execute, hold=request.hold)
-            finally:
-                if self._handover.actions is not None:
-                    self._handover.actions.target = None
-                if target is not None:
-                    target.close()
+    async def _read_departure(self, record: Record | RecordError | None, observed: Observed) -> Record | None:
+        """The copy that left with the jump into this boot, where the record itself cannot be read or is gone."""
+        if isinstance(record, Record):
+            return None
+        departed = await self._workers.disk.call(
+            self._store.read_departure, "reading the record", self.config.deadlines.activate
+        )
+        if departed is None or departed.boot_id == observed.boot_id:
+            return None
+        if reconcile.reconcile(departed, observed).action is not reconcile.Action.verify:
+            return None
+        with suppress(KhoError):
+            await self._workers.disk.call(self._store.set_aside, "keeping the record", self.config.deadlines.activate)
+        return departed
 
-    async def abort(self, *, force: bool = False) -> None:
-        """Put everything back. With `force` also what khod did not do."""
-        here = self._handover
-        await self._started.wait()
-        if self._busy.locked():
-            if self.machine.phase is Phase.executing:
-                raise Refused("The jump is under way and cannot be called back", where="abort")
-            here.call_off(Failed("The handover was called off", where="abort"))
-        if self.machine.phase is Phase.verifying:
-            raise Refused("Producers are taking back what they left, which has no undo", remedy="khoctl verify")
-        async with self._at_work():
-            here.go_on()
-            observed = await self._observe(self.config.deadlines.rollback)
-            phase = self._shown(observed)
-            if phase in (Phase.foreign, Phase.inconsistent):
-                if not force:
-                    raise Refused(
-                        f"This is not khod's to put back: {here.reason or phase.value}; {reconcile.said(observed)}",
-                        where=phase.value,
-                        remedy="To do it all the same: khoctl abort --force",
-                    )
-                here.machine = Machine(phase, reconcile.due(self.machine.done, observed))
-            elif phase in RESTING:
-                return
-            elif phase is Phase.failed:
-                here.actions = None  # what failed may have been mended in a file since
-            await here.roll_back(None, self._attempt())
+    async def _expect(self, found: reconcile.Found) -> None:
+        """Say who may come back: those of the handover under way, and those with something to claim."""
+        peers, record = self.muster.peers, self.record
+        if found.action is reconcile.Action.verify and not record.claims:
+            peers.expect(record.producers, record.run, restoring=True)
+            return
+        peers.expect(record.claims, record.arrived_run, restoring=True)
+        peers.expect(record.producers, record.run, restoring=False)
 
-    async def check(self, request: Request = NOTHING) -> list[Check]:
-        """Run the preflight checks without touching anything; those of an image where one is given."""
-        async with self._looked_at(request) as (_, checks):
-            return checks
+    def _close_stray_sessions(self, observed: Observed) -> None:
+        """Close outgoing sessions that this boot's own handover left behind: of a producer that was never told.
 
-    async def plan(self, request: Request) -> Plan:
-        """Tell what a handover would do, and what its checks say, without touching anything."""
-        async with self._looked_at(request) as (target, checks):
-            everyone, deadlines = self.muster.everyone(), self.config.deadlines
-            machine = self.machine if self.machine.phase in HELD else Machine()
-            steps = planned(machine, self._kernel(), everyone, deadlines, request, target)
-            return Plan(steps, checks, target.cmdline if target else "", target.words if target else [])
-
-    @asynccontextmanager
-    async def _looked_at(self, request: Request) -> AsyncIterator[tuple[Target | None, list[Check]]]:
-        """The next kernel that is asked about, for as long as it is looked at, and every check there is."""
-        await self._started.wait()
-        await self._observe(self.config.deadlines.activate)
-        target = await self._taken(request, self.record.run or new_run()) if request.kernel else None
-        try:
-            yield target, [*await self._checks(), *(await self._checks(target) if target else ())]
-        finally:
-            if target is not None:
-                target.close()
-
-    async def status(self) -> Status:
-        """Tell how it stands.
-
-        Asks the kernel only while no operation does, and waits for it no longer than
-        deadlines.observe: reading `active` blocks while the kernel serializes.
+        Only on knowledge: what came from the previous kernel ends by `finish` and by `forget`, and a session of
+        which no record says whose it is stays and is listed.
         """
-        await self._started.wait()
-        stale = self._busy.locked()
-        if not stale:
-            try:
-                await self._observe(self.config.deadlines.observe)
-            except KhoError:
-                stale = True
-        phase = self._shown(None if stale else self._observed)
-        try:
-            producers = await self.producers()
-        except ConfigError:  # khoctl check says which file
-            producers = [member.shown() for member in self._members()]
-        return status.build(self._handover, phase, self._observed, self._probed, producers, stale=stale)
-
-    async def snapshots(self) -> list[model.Snapshot]:
-        """List the trees that were kept when they left, the newest first."""
-        return await asyncio.to_thread(self._store.snapshots.known)
-
-    async def scratch(self) -> list[Region]:
-        """Give the regions the next kernel must fit into."""
-        await self._started.wait()
-        return await self._thread.call(self._kernel().scratch, "reading scratch", self.config.deadlines.observe)
-
-    async def tree(self, side: str) -> Tree:
-        """Read a state tree: `out`, `in`, `snapshot` for the last that left, or one that was kept by its id.
-
-        Before any has left, `snapshot` is the last that was taken.
-        v3 has no outgoing tree unless active. The kernel's thread reads it: a read while another
-        thread leaves the active phase is v3's deadlock.
-        """
-        found: Tree | None = None
-        if side == "snapshot":
-            boot = self._observed.boot_id if self._observed else ""
-            found = await asyncio.to_thread(self._store.snapshots.last, boot)
-        elif side in ("in", "out"):
-            kernel = self._kernel()
-            read = kernel.arrived if side == "in" else lambda: kernel.tree() if kernel.active() is not False else None
-            try:
-                found = await self._thread.call(read, "reading the tree", self.config.deadlines.activate)
-            except OSError as error:
-                raise Failed(f"The tree cannot be read: {error}", where=str(error.filename)) from error
-        else:
-            found = await asyncio.to_thread(self._store.snapshots.read, side)
-            if found is None:
-                raise UsageError(
-                    f"{side!r} names no state tree",
-                    where="TREE",
-                    remedy="One of out, in, snapshot, or an id: khoctl dt list",
-                )
-        if found is None:
-            raise Refused(f"There is no `{side}` tree now", where=side, remedy=NO_TREE[side])
-        return found
+        record = self.record
+        ours = record.run not in ("", record.arrived_run) and record.boot_id == observed.boot_id
+        if not ours or self._transaction.phase is Phase.inconsistent:
+            return
+        wanted = {session_of(record.run, holder.name) for holder in record.producers}
+        if stray := [session for session in self._sessions.of_run(record.run) if session not in wanted]:
+            for session in stray:
+                self._sessions.close(session)
+            self._transaction.emit(f"closed {len(stray)} LUO sessions that no producer was told of")
 
     async def stop(self, *, jumping: bool | None) -> None:
         """End: roll back what is held, unless the host is on its way into the kexec.
@@ -310,44 +261,195 @@ class Engine:
         is unloaded and the host boots cold. Where systemd does not say (None), what khod asked for itself
         counts: to roll back under a jump would lose the state for good.
         """
-        if self.machine.phase is Phase.verifying:
-            for task in self._aside:  # the next khod says it again to whoever did not finish
+        self.muster.peers.stop_remembering()
+        if self._transaction.phase is Phase.verifying:
+            for task in self._background:  # the next khod says it again to whoever did not finish
                 task.cancel()
             return
         if jumping is None:
-            jumping = self.machine.phase is Phase.executing
+            jumping = self._transaction.phase is Phase.executing
         if jumping and Step.load in self.machine.done:
-            if self.machine.phase in HELD:
-                steps = left(self.machine, self._kernel().order, Step.execute)[:-1]
-                await self._handover.forward(steps, self._attempt(), hold=False)
-                self._handover.machine = self.machine.begin(Step.execute)
-                await self._handover.keep()
-            await self._attempt().barrier.leave()
+            await self._go_along()
             return
-        if self.machine.phase is Phase.executing:
-            async with self._busy:  # the executor comes back soon, and then it is known whether the host goes
-                pass
-        if self._busy.locked() or self.machine.phase in HELD | {Phase.executing}:
-            await self.abort()
+        attempt = self._transaction.attempt
+        if self._transaction.phase is Phase.executing and attempt is not None and attempt.in_kernel:
+            return  # reboot(2) has not come back: nothing may be undone, and nobody can wait for it
+        if self._busy.locked() or self._transaction.phase in HELD | {Phase.executing}:
+            await self._abort(Failed("khod was stopped in the middle of a handover", where="abort"), stopping=True)
+
+    async def _go_along(self) -> None:
+        """The host goes into the kexec: bring the handover to where the jump may find it, or unload the image."""
+        self._going_down = True
+        if (attempt := self._transaction.attempt) is not None:
+            attempt.going_down = True
+        async with self._busy:  # what is under way ends first: at the jump, which is asked for already, or rolled back
+            if self._transaction.phase in HELD:
+                with suppress(KhoError):  # then it was rolled back, and the host boots cold
+                    steps = left(self.machine, self._observer.kernel.order, Step.execute)[:-1]
+                    await self._transaction.forward(steps, hold=False)
+                if self._transaction.phase in HELD:
+                    await self._transaction.depart()
+        if self._transaction.phase is Phase.executing:
+            await self._acting().barrier.leave()
+
+    # Operations
+
+    async def activate(self) -> None:
+        """Bring producers and kernel to `active`. On failure everything is put back."""
+        async with self._operation():
+            await self._begin(await self._check_may_start(wants_load=False))
+            await self._transaction.forward(self._remaining(Step.activate), hold=False)
+
+    async def kexec(self, request: Request) -> None:
+        """Do what is left, up to the jump or, with `load_only`, the loaded image."""
+        async with self._operation():
+            record = await self._check_may_start(wants_load=Step.load not in self.machine.done)
+            target = await self._target(request, record.run)
+            attempt: Attempt | None = None
+            try:
+                if target is not None:
+                    await self._check_target(target)
+                attempt = await self._begin(record)
+                attempt.aim(target, self._executors[request.now])
+                if request.now:
+                    # The bulk of the dirty pages goes out before anyone is frozen; the executor's own
+                    # sync then has little left.
+                    await self._interruptible(
+                        self._workers.files.call(self._kexec.sync, "sync(2)", self.config.deadlines.execute)
+                    )
+                last = Step.load if request.load_only else Step.execute
+                await self._transaction.forward(self._remaining(last), hold=request.hold)
+            except JumpUnderWay as error:
+                raise NotRolledBack(error.what, where=error.where, remedy=error.remedy) from error
+            finally:
+                if attempt is not None:
+                    attempt.drop_target()
+                elif target is not None:
+                    target.close()
+                if self._transaction.phase is Phase.executing:
+                    self._spawn(self._watch_jump())
+
+    async def abort(self, *, force: bool = False) -> None:
+        """Put everything back. With `force` also what khod did not do, or what it cannot know."""
+        await self._started.wait()
+        if self._transaction.phase is Phase.verifying:
+            raise Refused("Producers are taking back what they left, which has no undo", remedy="khoctl verify")
+        if self._transaction.phase is Phase.executing:
+            await self._check_jump_may_be_called_back(force=force)
+        await self._abort(Failed("The handover was called off", where="abort"), force=force)
+
+    async def _abort(self, cause: KhoError, *, force: bool = False, stopping: bool = False) -> None:
+        """End what is under way and put it back; the undo comes before any question to the kernel that may hang."""
+        if self._busy.locked():
+            self._transaction.cancel(cause)
+        async with self._at_work():
+            if failure := self._transaction.failure_after(cause):
+                raise failure  # whoever was under way has rolled back for this, and could not put everything back
+            self._transaction.settle_cancel()
+            observed = await self._observer.try_observe(self.config.deadlines.observe)
+            phase = self.queries.effective_phase(observed)
+            foreign = observed is not None and reconcile.foreign(self._transaction.current(), observed)
+            if phase is Phase.inconsistent or foreign:
+                self._take_over(phase, observed, force=force)
+            elif phase in RESTING:
+                return
+            elif phase is Phase.failed:
+                self._transaction.attach(None)  # what failed may have been mended in a file since
+            elif phase is Phase.executing and self._acting().in_kernel:
+                raise self._not_to_be_called_back()
+            interrupted = f"a handover was at {phase.value} when khod was stopped" if stopping else ""
+            await self._roll_back(None, interrupted=interrupted)
+
+    def _take_over(self, phase: Phase, observed: Observed | None, *, force: bool) -> None:
+        """Take over what is not khod's, or of which its record does not say everything; Refused without `force`."""
+        kernel = "the kernel was not asked" if observed is None else reconcile.said(observed)
+        if not force:
+            raise Refused(
+                f"khod did not do this, or cannot tell: {self._transaction.reason or phase.value}; {kernel}",
+                where=phase.value,
+                remedy="To put it back all the same: khoctl abort --force",
+            )
+        shown = observed or Observed("", "", active=True, loaded=True, arrived=False, cmdline="")
+        unknown = phase is Phase.inconsistent or not self.record.boot_id or not self.record.run
+        steps = reconcile.due(self.machine.done, shown, told=unknown)
+        self._transaction.adopt(Phase.inconsistent if phase is Phase.inconsistent else Phase.foreign, steps)
+        self._transaction.attach(None)
+
+    async def forget(self, name: str) -> None:
+        """Give up what a producer left before the jump, or that it comes back after a restart of khod."""
+        async with self._operation():
+            record = self.record
+            claims = tuple(holder for holder in record.claims if holder.name != name)
+            if len(claims) < len(record.claims):
+                await self.muster.peers.forget(name, self.config.deadlines.restore)
+                await self._transaction.note_claims(claims)
+                self._transaction.emit(f"what {name} left is freed")
+            elif name in self.queries.unknown_sessions:
+                await self._sessions.drop(name, self.config.deadlines.restore)
+                self._transaction.emit(f"the LUO session {name} is freed")
+            elif self.muster.peers.give_up(name):
+                self._transaction.emit(f"{name} is not expected to come back any more")
+            else:
+                raise Refused(
+                    f"Producer {name} left nothing that waits for it, and is not expected back",
+                    where=name,
+                    remedy="khoctl check names those that are.",
+                )
+
+    async def rehearse(self, name: str) -> list[model.Producer]:
+        """Drive one producer through prepare, freeze, thaw and cancel, with the kernel left alone; its answers."""
+        async with self._operation():
+            observed = await self._observe()
+            if self._transaction.phase not in RESTING:
+                raise Refused(
+                    f"A producer cannot be tested now ({self._transaction.phase.value})",
+                    remedy="khoctl status says more.",
+                )
+            if self.record.claims:
+                raise Refused(
+                    "Producers have not taken back what they left before the jump: a test could lose it",
+                    where=", ".join(holder.name for holder in self.record.claims),
+                    remedy="Start them first, or: khoctl producers forget NAME",
+                )
+            producer, answers = self.muster.find(name), list[model.Producer]()
+
+            def on_changed(member: Member) -> None:
+                self._transaction.on_member_changed(member)
+                if not member.waiting:
+                    answers.append(member.shown())
+
+            record = self.record.begin_run(new_run(), observed, self.record.generation)
+            try:
+                with self._transaction.aside(record):
+                    self._transaction.attach(self._new_attempt(Barrier.of([producer], record.run, on_changed)))
+                    await self._transaction.forward((Step.prepare, Step.freeze), hold=False)
+                    await self._transaction.roll_back(None, said="the test is over")
+            finally:
+                await self._transaction.try_write_record()
+            return answers
+
+    # Producers that connect
 
     async def register(self, name: str, owner: Owner, process: Process, terms: Terms) -> Peer:
         """Take a producer in that has connected; it takes part from the next step on."""
-        await self._expecting.wait()
-        if self.machine.phase is Phase.executing and not self.muster.peers.awaits(name):
+        await self._known.wait()
+        if self._transaction.phase is Phase.executing and not self.muster.peers.awaits(name):
             raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
         return self.muster.register(name, owner, process, terms, self.config.producers.max_per_user)
 
     def _peer_came(self, peer: Peer) -> None:
         where = peer.owner.unit or "no unit"
-        self._handover.say(f"producer {peer.name} registered (user {peer.owner.uid}, {where})", Member(peer).shown())
-        peer.late = lambda: self._beside(self._late(peer))
-        if peer.restoring and self.machine.phase in RESTING:
+        self._transaction.emit(
+            f"producer {peer.name} registered (user {peer.owner.uid}, {where})", Member(peer).shown()
+        )
+        peer.late = lambda: self._restoration.restore_late(peer)
+        if peer.restoring and self._transaction.phase in RESTING:
             peer.late()
 
     def _peer_left(self, peer: Peer) -> None:
-        self._handover.say(f"producer {peer.name} left", Member(peer).shown())
+        self._transaction.emit(f"producer {peer.name} left", Member(peer).shown())
         if peer.told and not peer.restoring:
-            self.call_off(
+            self.cancel(
                 Refused(
                     f"Producer {peer.name} went away after it was told to {peer.told}: its connection ended",
                     where=f"{peer.kind} {peer.name}",
@@ -355,89 +457,51 @@ class Engine:
                 )
             )
 
-    async def forget(self, name: str) -> None:
-        """Free what a producer left before the jump and will not claim: the next handover would lose it."""
-        async with self._operation():
-            await self.muster.peers.forget(name)
-            here = self._handover
-            here.record = replace(
-                here.record, producers=tuple(holder for holder in here.record.producers if holder.name != name)
-            )
-            await here.keep()
-            here.say(f"what {name} left is freed")
+    def _on_unkept_registration(self, error: OSError) -> None:
+        self._transaction.emit(
+            f"producers would not be missed after a restart of khod, their list is not kept: {error}"
+        )
 
-    async def producers(self) -> list[model.Producer]:
-        """Every producer, in the order they are told, with its last answer."""
-        await self._started.wait()
-        return self.muster.shown(self._members())
+    # What ends a handover
 
-    def _members(self) -> list[Member]:
-        here = self._handover
-        return here.actions.barrier.members if here.actions else []
-
-    async def rehearse(self, name: str) -> list[model.Producer]:
-        """Drive one producer through prepare, freeze, thaw and cancel, with the kernel left alone; its answers."""
-        async with self._operation():
-            here, observed = self._handover, await self._observe(self.config.deadlines.activate)
-            if self.machine.phase not in RESTING:
-                raise Refused(
-                    f"A producer cannot be tested now ({self.machine.phase.value})", remedy="khoctl status says more."
-                )
-            if here.record.producers:
-                raise Refused(
-                    "Producers have not taken back what they left before the jump: a test could lose it",
-                    where=", ".join(holder.name for holder in here.record.producers),
-                    remedy="Start them first, or: khoctl producers forget NAME",
-                )
-            found = self.muster.find(name)
-            before, record = here.machine, here.record
-            here.machine, here.actions = Machine(), None
-            here.record = replace(record, run=new_run(), boot_id=observed.boot_id, producers=(), timings=())
-            answers: list[model.Producer] = []
-
-            def heard(member: Member) -> None:
-                here.heard(member)
-                if not member.waiting:
-                    answers.append(member.shown())
-
-            actions = self._act(Barrier.of([found], here.record.run, heard))
-            try:
-                await here.forward((Step.prepare, Step.freeze), actions, hold=False)
-                await here.roll_back(None, actions, said="the test is over")
-            finally:
-                if here.machine.phase is Phase.idle:
-                    here.machine, here.record = before, record
-                    await here.keep_if_possible()
-            return answers
-
-    def call_off(self, cause: KhoError) -> None:
+    def cancel(self, cause: KhoError) -> None:
         """End the handover under way for `cause`, if there is one that still can be ended."""
-        if self.machine.phase not in CAN_END:
+        if self._going_down or not self._transaction.can_be_cancelled:
             return
-        if self._busy.locked():
-            self._handover.call_off(cause)
-        else:
-            self._beside(self._end(cause))
+        self._transaction.cancel(cause)
+        if not self._busy.locked():
+            self._spawn(self._end_held())
 
-    async def _end(self, cause: KhoError) -> None:
-        """Roll a handover back that waited for orders."""
+    async def _end_held(self) -> None:
+        """Roll a handover back that waited for orders; whoever has the lock before does it as well."""
         async with self._at_work():
-            if self.machine.phase in HELD:
-                with suppress(KhoError):  # it stands in the record, and everyone was told
-                    await self._handover.roll_back(cause, self._attempt())
+            await self._act_on_cause(quiet=True)
 
-    def _watch(self, actions: Actions) -> None:
+    async def _act_on_cause(self, *, quiet: bool = False) -> None:
+        """Roll back for what has ended the handover and was not acted on; raises it, unless `quiet`."""
+        cause = self._transaction.cause
+        if cause is None:
+            return
+        if self._transaction.phase not in HELD:
+            self._transaction.settle_cancel()
+            return
+        try:
+            await self._roll_back(cause)
+        except KhoError:
+            if not quiet:  # it stands in the record, and everyone was told
+                raise
+
+    def _watch(self, attempt: Attempt) -> None:
         """Watch for devices that come and go, while this attempt lasts; Failed where that is not possible."""
-        actions.joined = lambda: self._watch(actions)
         settings = self.config.guard
-        devices = {member.producer.name: member.producer.devices for member in actions.barrier.members}
+        devices = {member.producer.name: member.producer.devices for member in attempt.barrier.members}
         self._guard.start(settings.abort, settings.record, devices)
 
-    def _happened(self, seen: Seen) -> None:
+    def _on_device_event(self, seen: Seen) -> None:
         sentence = seen.sentence()
-        self._handover.say(sentence)
+        self._transaction.emit(sentence)
         if seen.severity is Severity.abort:
-            self.call_off(
+            self.cancel(
                 Refused(
                     f"The hardware changed during the handover: {sentence}",
                     where="guard",
@@ -445,16 +509,59 @@ class Engine:
                 )
             )
 
-    def _beside(self, work: Coroutine[None, None, None]) -> None:
-        """Run something nobody waits for; it is ended with khod."""
-        task = asyncio.ensure_future(work)
-        self._aside.add(task)
-        task.add_done_callback(self._aside.discard)
+    # The jump
 
-    async def now(self) -> Event:
-        """How it stands, as an event."""
-        await self._started.wait()
-        return Event(time.monotonic(), self._shown(self._observed), self._handover.reason, self.record.run)
+    async def _check_jump_may_be_called_back(self, *, force: bool) -> None:
+        """Refuse to undo anything under a jump that may still happen."""
+        attempt = self._acting()
+        if attempt.in_kernel:
+            raise self._not_to_be_called_back()
+        down = await attempt.goes_down()
+        if down or (down is None and not force):
+            raise Refused(
+                "The host is on its way into the next kernel"
+                if down
+                else "systemd was asked to take the host into the next kernel, and nobody can tell whether it does",
+                where="abort",
+                remedy="Wait for it; systemctl list-jobs shows it."
+                if down
+                else "If systemctl list-jobs shows no kexec.target: khoctl abort --force",
+            )
+
+    def _not_to_be_called_back(self) -> Refused:
+        return Refused(
+            "reboot(2) is in the kernel and cannot be called back",
+            where="abort",
+            remedy="Wait: where it comes back, khod puts everything back by itself.",
+        )
+
+    async def _watch_jump(self) -> None:
+        """Notice a jump that does not happen: it came back, or systemd has given it up."""
+        attempt = self._acting()
+        try:
+            await attempt.ended()
+        except KhoError as error:
+            await self._roll_back_jump(error)
+            return
+        while self._transaction.phase is Phase.executing and not self._going_down:
+            await asyncio.sleep(max(WATCH_SECONDS, self.config.deadlines.execute))
+            if self._transaction.phase is Phase.executing and await attempt.goes_down() is False:
+                await self._roll_back_jump(
+                    Failed(
+                        "systemd took the request and does not take the host down",
+                        where="kexec.target",
+                        remedy="Look at journalctl -b and systemctl list-jobs.",
+                    )
+                )
+                return
+
+    async def _roll_back_jump(self, cause: KhoError) -> None:
+        async with self._at_work():
+            if self._transaction.phase is Phase.executing:
+                with suppress(KhoError):  # it stands in the record, and everyone was told
+                    await self._roll_back(cause)
+
+    # How an operation goes
 
     @asynccontextmanager
     async def _operation(self) -> AsyncIterator[None]:
@@ -462,13 +569,16 @@ class Engine:
         await self._started.wait()
         if self._busy.locked():
             raise Refused(
-                f"Another operation is under way ({self.machine.phase.value})",
+                f"Another operation is under way ({self._transaction.phase.value})",
                 where="khod",
                 remedy="Wait for it, or: khoctl abort",
             )
-        self._handover.go_on()
         async with self._at_work():
-            yield
+            await self._act_on_cause()
+            try:
+                yield
+            finally:
+                await self._act_on_cause()
 
     @asynccontextmanager
     async def _at_work(self) -> AsyncIterator[None]:
@@ -477,65 +587,55 @@ class Engine:
             try:
                 yield
             finally:
-                if self.machine.phase not in HELD:
+                if self._transaction.phase not in HELD:
                     self._guard.stop()
 
-    async def _ready(self, *, wants_load: bool) -> Record:
+    async def _check_may_start(self, *, wants_load: bool) -> Record:
         """Refuse before anything is touched; else give the record to go on with, a fresh one from rest."""
-        observed = await self._observe(self.config.deadlines.activate)
-        if self.machine.phase not in RESTING | HELD | {Phase.foreign}:
+        if self.config_error is not None:
+            raise self.config_error
+        observed = await self._observe()
+        phase = self._transaction.phase
+        if phase not in RESTING | HELD:
             raise Refused(
-                f"A handover cannot go on from here ({self.machine.phase.value}): {self._handover.reason}",
+                f"A handover cannot go on from here ({phase.value}): {self._transaction.reason}",
                 where="khod",
-                remedy=status.SAYS[self.machine.phase][1],
+                remedy=status.SAYS[phase][1],
             )
-        preflight.require([check for check in await self._checks() if wants_load or check.name != "kexec"])
-        if self.machine.phase in HELD:
+        if waiting := self.queries.absent:
+            names = ", ".join(found.name for found in waiting)
+            self._transaction.emit(f"waiting for producers to connect again: {names}")
+            await self._interruptible(self.muster.peers.wait_returned({found.name for found in waiting}))
+        checks = await self._interruptible(self.queries.run_checks(observed))
+        preflight.require([check for check in checks if wants_load or check.name != "kexec"])
+        if phase in HELD:
             return self.record
-        return Record(
-            run=new_run(),
-            boot_id=observed.boot_id,
-            release=observed.release,
-            generation=self._kernel().generation,
-            handovers=self.record.handovers,
-            previous_release=self.record.previous_release,
-            suspect=self.record.suspect,
-            failed_activations=self.record.failed_activations,
-        )
+        return self.record.begin_run(new_run(), observed, self._observer.kernel.generation)
 
-    async def _begin(self, record: Record) -> Actions:
-        """Go on with the attempt of this record, or begin it."""
-        here = self._handover
-        if record is not here.record:
-            about = record.run, record.boot_id, record.release, record.generation
-            await asyncio.to_thread(self._store.snapshots.prepare, *about, self.config.snapshots)
-            here.machine, here.actions, here.record = Machine(), None, record
-        actions = self._attempt()
-        self._watch(actions)
-        return actions
-
-    async def _checks(self, target: Target | None = None) -> list[Check]:
-        """Run the checks of this host, or those of the next kernel, after the kernel was asked how it stands."""
-        observed = self._observed
+    async def _check_target(self, target: Target) -> None:
+        observed = self._observer.last
         assert observed is not None, "the kernel was asked before"
-        foreign = self._shown(observed) in (Phase.foreign, Phase.inconsistent)
-        inhibitors = None if target or self._inhibitors is None else await self._inhibitors()
-        facts = Facts(
-            self._probed,
-            self._kexec,
-            observed,
-            self._store,
-            self.config,
-            self.record,
-            foreign,
-            self.muster.everyone,
-            inhibitors,
-            target,
-        )
-        return await self._thread.call(lambda: preflight.run(facts), "the checks", self.config.deadlines.activate)
+        preflight.require(await self._interruptible(self.queries.run_checks(observed, target)))
+        self._transaction.emit(f"the next command line: {target.cmdline}", words=target.words)
+
+    async def _begin(self, record: Record) -> Attempt:
+        """Go on with the attempt of this record, or begin it."""
+        if record.run != self.record.run:
+            about = record.run, record.boot_id, record.release, record.generation
+            await self._interruptible(
+                self._workers.disk.call(
+                    lambda: self._store.snapshots.prepare(*about, self.config.snapshots),
+                    "making room for the snapshot",
+                    self.config.deadlines.prepare,
+                )
+            )
+            self._transaction.begin(record)
+        attempt = self._acting()
+        self._watch(attempt)
+        return attempt
 
     async def _target(self, request: Request, run: str) -> Target | None:
-        """Take the images into memory and look at them: slow, so long before anyone is frozen."""
+        """The next kernel in memory, None where it is loaded already."""
         if request.kernel is None:
             if Step.load not in self.machine.done:
                 raise Refused(
@@ -548,100 +648,98 @@ class Engine:
                 where="--image",
                 remedy="Jump into it with: khoctl kexec. Or begin again with: khoctl abort",
             )
-        return await self._taken(request, run)
+        observed = self._observer.last
+        assert observed is not None, "the kernel was asked before"
+        return await self._interruptible(self.queries.build_target(request, observed, run))
 
-    async def _taken(self, request: Request, run: str) -> Target:
-        assert self._observed is not None, "the kernel was asked before"
-        return await asyncio.to_thread(take, request, self._observed.cmdline, run, self.config.images)
+    async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
+        return await self._transaction.interruptible(work)
 
-    async def _forward(self, last: Step, *, hold: bool) -> None:
-        steps = left(self.machine, self._kernel().order, last)
-        await self._handover.forward(steps, self._attempt(), hold=hold)
+    async def _roll_back(self, cause: KhoError | None, *, interrupted: str = "") -> None:
+        self._acting()
+        await self._transaction.roll_back(cause, interrupted=interrupted)
 
-    async def _verify(self, observed: Observed) -> None:
-        """Hold what arrived against the snapshot, and give the producers back what they left."""
-        here = self._handover
-        await arrival.enter(here, observed)
-        verdict = await arrival.look(
-            here, self._store, self._probed.kernel, self._thread, self.config.deadlines.activate
-        )
-        barrier = self.muster.resumed(here.record.run, here.heard, here.record.producers, None)
-        for member in barrier.members:
-            if not member.producer.restores:
-                member.told = ""  # it has nothing to take back, and is told nothing
-        self._act(barrier)
-        if barrier.broken:
-            await arrival.conclude(here, arrival.unreadable(verdict, barrier.broken))
-        elif any(member.producer.restores for member in barrier.members):
-            # Not waited for here: a producer may start only after khod is ready.
-            self._beside(self._bring_back(barrier, verdict))
-        else:
-            here.record = replace(here.record, producers=())
-            await arrival.conclude(here, verdict)
+    def _remaining(self, last: Step) -> tuple[Step, ...]:
+        return left(self.machine, self._observer.kernel.order, last)
 
-    async def _bring_back(self, barrier: Barrier, verdict: Verdict) -> None:
-        async with self._busy:
-            verdict = await arrival.bring_back(self._handover, barrier, verdict, self.config.deadlines.restore)
-            await arrival.conclude(self._handover, verdict)
-        for peer in self.muster.peers.known():
-            if peer.connected and peer.restoring:  # it came when nobody waited for it any more
-                self._beside(self._late(peer))
+    async def _observe(self) -> Observed:
+        return await self._observer.observe(self.config.deadlines.activate)
 
-    async def _late(self, peer: Peer) -> None:
-        """Give a producer that comes after the verification what it left, and correct the verdict."""
-        here = self._handover
-        async with self._busy:
-            verdict = here.record.verdict or Verdict()
-            if here.machine.phase in RESTING and peer.restoring:
-                barrier = Barrier.of([peer], here.record.run, here.heard)
-                verdict = await arrival.bring_back(here, barrier, verdict, peer.timeout)
-                if here.machine.phase in (Phase.verified, Phase.degraded):
-                    await arrival.conclude(here, verdict)
+    def _settings(self) -> Config:
+        return self.config
 
-    async def _observe(self, deadline: float) -> Observed:
-        """Ask the kernel how it stands, in its own thread."""
-
-        def look() -> tuple[Probed, Observed]:
-            probed = self._probed if self._probed.kernel is not None else self._prober()
-            return probed, reconcile.observe(self._kexec, probed.kernel)
-
-        try:
-            self._probed, observed = await self._thread.call(look, "saying how it stands", deadline)
-        except OSError as error:
-            raise Failed(f"The kernel cannot be asked: {error}", where=str(error.filename)) from error
-        self._observed = observed
-        return observed
-
-    def _shown(self, observed: Observed | None) -> Phase:
-        """The machine's phase, unless what the kernel says contradicts it."""
-        under_way = self._busy.locked() and self.machine.phase not in RESTING | HELD | {Phase.foreign}
-        if observed is None or under_way:
-            return self.machine.phase
-        return reconcile.shown(self._handover.current(), observed)
-
-    def _attempt(self) -> Actions:
-        """The actions of the attempt under way; made where it has none yet (a start, a first step)."""
-        here = self._handover
-        if here.actions is not None and not here.actions.barrier.broken:
-            return here.actions
-        if here.machine.done:
-            last: Verb | None = Verb.freeze if Step.freeze in here.machine.done else Verb.prepare
-            if here.machine.phase is Phase.failed and here.record.producers:
+    def _acting(self) -> Attempt:
+        """The attempt under way; made where there is none yet (a start, a first step)."""
+        found = self._transaction.attempt
+        if found is not None and not found.barrier.broken:
+            return found
+        changed, record = self._transaction.on_member_changed, self.record
+        if self.machine.done:
+            last: Verb | None = Verb.freeze if Step.freeze in self.machine.done else Verb.prepare
+            if self._transaction.phase is Phase.failed and record.producers:
                 last = None
-            barrier = self.muster.resumed(here.record.run, here.heard, here.record.producers, last)
+            barrier = self.muster.resumed(record.run, changed, record.producers, last)
         else:
-            barrier = self.muster.barrier(here.record.run, here.heard)
-        return self._act(barrier, self.muster.everyone)
+            barrier = self.muster.barrier(record.run, changed)
+        attempt = self._new_attempt(barrier, everyone=self.muster.everyone)
+        attempt.resume(self.machine)
+        self._transaction.attach(attempt)
+        return attempt
 
-    def _act(self, barrier: Barrier, late: Callable[[], list[Producer]] = list) -> Actions:
-        """Begin an attempt with this barrier; `late` gives those that may still join it."""
-        here = self._handover
-        kernel, config = self._probed.kernel, self.config
-        here.actions = Actions(kernel, self._kexec, self._thread, self._store, config, barrier, late)
-        here.actions.resume(here.machine.done)
-        return here.actions
+    def _new_attempt(self, barrier: Barrier, *, everyone: Callable[[], list[Producer]] = list) -> Attempt:
+        return Attempt(
+            self._observer.probed.kernel,
+            self._kexec,
+            self._workers,
+            self._store,
+            self._settings,
+            barrier,
+            everyone=everyone,
+            joined=self._watch,
+            shutdown=self._shutdown,
+        )
 
-    def _kernel(self) -> KhoKernel:
-        if self._probed.kernel is None:
-            raise Unsupported(self._probed.what, remedy=self._probed.remedy)
-        return self._probed.kernel
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run something nobody waits for; it is ended with khod."""
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._on_background_end)
+
+    def _on_background_end(self, task: "asyncio.Task[Any]") -> None:
+        self._background.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            LOG.error("khod itself failed: %r", error)
+
+    # Questions: see Queries
+
+    async def status(self) -> Status:
+        """Tell how it stands."""
+        return await self.queries.status()
+
+    async def now(self) -> Event:
+        """How it stands, as an event."""
+        return await self.queries.now()
+
+    async def producers(self) -> list[model.Producer]:
+        """Every producer, in the order they are told, with its last answer."""
+        return await self.queries.producers()
+
+    async def check(self, request: Request = NOTHING) -> list[Check]:
+        """Run the preflight checks without touching anything; those of an image where one is given."""
+        return await self.queries.check(request)
+
+    async def plan(self, request: Request) -> Plan:
+        """Tell what a handover would do, and what its checks say, without touching anything."""
+        return await self.queries.plan(request)
+
+    async def snapshots(self) -> list[model.Snapshot]:
+        """List the trees that were kept when they left, the newest first."""
+        return await self.queries.snapshots()
+
+    async def scratch(self) -> list[Region]:
+        """Give the regions the next kernel must fit into."""
+        return await self.queries.scratch()
+
+    async def tree(self, side: str) -> Tree:
+        """Read a state tree: `out`, `in`, `snapshot`, or one that was kept by its id."""
+        return await self.queries.tree(side)

@@ -1,108 +1,146 @@
 """After the jump: what arrived is held against the snapshot, and the producers take back what they left."""
 
-import time
+import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 
 from khod import verify
-from khod.engine.transaction import Handover
-from khod.errors import ConfigError, KhoError
+from khod.config import Config
+from khod.engine.transaction import Transaction
+from khod.errors import KhoError
 from khod.kernel.protocol import KhoKernel
-from khod.kernel.thread import KernelThread
-from khod.machine import Machine
-from khod.model import Generation, Observed, Phase, Verdict
-from khod.producers.barrier import Barrier, Verb
+from khod.kernel.thread import Workers
+from khod.machine import RESTING
+from khod.model import Finding, Generation, Observed, Phase, Verdict
+from khod.muster import Muster
+from khod.producers.barrier import Barrier, Member, Verb
+from khod.producers.peers import Peer
 from khod.record import Holder, Store
 
-PART = "; "
-"""Between the parts of a verdict's reason."""
-
-SHOWN = 20
+MAX_NAMES_SHOWN = 20
 """Names in one message; the verdict has them all."""
 
 
-async def look(
-    here: Handover, store: Store, kernel: KhoKernel | None, thread: KernelThread, deadline: float
-) -> Verdict:
-    """Compare the tree that arrived with the one that left; what cannot be read is a finding."""
-    try:
-        snapshot, arrived = store.snapshots.read(here.record.run), None
-        if kernel is not None:
-            arrived = await thread.call(kernel.arrived, "reading the state that arrived", deadline)
-        now = kernel.generation if kernel else Generation.none
-        return verify.compare(snapshot, arrived, here.record.generation, now)
-    except (KhoError, OSError) as error:
-        return Verdict(reason=str(error))
+class Restoration:
+    """What the handover into this boot came to, and who has not taken back what it left.
 
-
-async def enter(here: Handover, observed: Observed) -> None:
-    """Record that this boot is the one after the jump; a khod that dies while it verifies is not counted again."""
-    here.machine = Machine(Phase.verifying)
-    record = here.record
-    if record.boot_id != observed.boot_id:
-        began = record.window_began_at
-        here.record = replace(
-            record,
-            boot_id=observed.boot_id,
-            previous_release=record.release,
-            release=observed.release,
-            suspect="",
-            failed_activations=0,
-            handovers=record.handovers + 1,
-            blackout_seconds=time.time() - began if began else None,
-        )
-    await here.keep_if_possible()
-    here.say("this kernel was reached by a handover; what arrived is being checked")
-
-
-async def bring_back(here: Handover, barrier: Barrier, verdict: Verdict, deadline: float) -> Verdict:
-    """Tell `restore` and then `finish`, rank by rank, and add to the verdict who has its state again.
-
-    Whoever is done leaves the record; the others stay in it, so that what they left is given to nobody
-    else. A khod that dies in between leaves in the record to whom it is said again.
+    `busy` is held while producers are told, `spawn` starts what nobody waits for.
     """
-    waiting = [member for member in barrier.members if member.producer.restores]
-    empty = [member for member in waiting if member.told != Verb.finish.value]
-    failed = await barrier.bring_back(Verb.restore, empty, deadline)
-    restored = [member for member in waiting if member not in failed]
-    for member in restored:
-        # Recorded before anyone's session is let go: whoever has what is theirs is not told to restore it again.
-        member.told = Verb.finish.value
-    here.record = replace(here.record, producers=_left(here, barrier, set()))
-    await here.keep_if_possible()
-    failed += await barrier.bring_back(Verb.finish, restored, deadline)
-    done = {member.producer.name for member in barrier.members if member not in failed}
-    arrived = sorted({*verdict.arrived, *(m.producer.name for m in waiting if m not in failed)})
-    missing = sorted({*verdict.missing, *(member.producer.name for member in failed)} - set(arrived))
-    told = tuple(_of(member.producer.name) for member in waiting)
-    kept = [part for part in verdict.reason.split(PART) if part and not part.startswith(told)]
-    reasons = [*kept, *(f"{_of(member.producer.name)} {member.answer.replace(PART, ', ')}" for member in failed)]
-    verdict = replace(verdict, arrived=arrived, missing=missing, reason=PART.join(reasons))
-    here.record = replace(here.record, producers=_left(here, barrier, done), verdict=verdict)
-    return verdict
 
+    def __init__(
+        self,
+        transaction: Transaction,
+        muster: Muster,
+        store: Store,
+        workers: Workers,
+        config: Callable[[], Config],
+        *,
+        busy: asyncio.Lock,
+        spawn: Callable[[Coroutine[None, None, None]], None],
+    ) -> None:
+        self._transaction = transaction
+        self._muster = muster
+        self._store = store
+        self._workers = workers
+        self._config = config
+        self._busy = busy
+        self._spawn = spawn
+        self._barrier: Barrier | None = None
 
-def _left(here: Handover, barrier: Barrier, done: set[str]) -> tuple[Holder, ...]:
-    """The record's producers without those that are done, as the barrier has them by now."""
-    now = {holder.name: holder for holder in barrier.holders()}
-    return tuple(now.get(old.name, old) for old in here.record.producers if old.name not in done)
+    @property
+    def members(self) -> list[Member]:
+        """Whoever was told to take something back."""
+        return self._barrier.members if self._barrier else []
 
+    async def begin(self, observed: Observed, kernel: KhoKernel | None, *doubts: str) -> None:
+        """Verify this boot, and have the producers take back what they left.
 
-def unreadable(verdict: Verdict, error: ConfigError) -> Verdict:
-    """The verdict where it cannot even be told who had something to take back."""
-    return replace(verdict, reason=PART.join(part for part in (verdict.reason, str(error)) if part))
+        They are not waited for here: a producer may start only after khod is ready. `doubts` speak against it.
+        """
+        await self._transaction.enter_verifying(observed)
+        verdict = await self._compare(kernel)
+        verdict = verdict.with_findings([*verdict.found, *(Finding("", doubt) for doubt in doubts if doubt)])
+        record = self._transaction.record
+        changed = self._transaction.on_member_changed
+        self._barrier = barrier = self._muster.resumed(record.arrived_run, changed, record.claims, None, restoring=True)
+        if barrier.members:
+            self._spawn(self._bring_all_back(barrier, verdict))
+        else:
+            await self._conclude(verdict)
 
+    def restore_late(self, peer: Peer) -> None:
+        """Give a producer that comes after the verification what it left, and correct the verdict."""
+        self._spawn(self._restore_late(peer))
 
-def _of(producer: str) -> str:
-    """How a reason that is a producer's begins."""
-    return f"producer {producer}:"
+    async def _compare(self, kernel: KhoKernel | None) -> Verdict:
+        """Compare the tree that arrived with the one that left; what cannot be read is a finding."""
+        record, deadline = self._transaction.record, self._config().deadlines.activate
+        try:
+            snapshot = await self._workers.disk.call(
+                lambda: self._store.snapshots.read(record.arrived_run), "reading the snapshot", deadline
+            )
+            arrived = None
+            if kernel is not None:
+                arrived = await self._workers.observer.call(kernel.arrived, "reading the state that arrived", deadline)
+            now = kernel.generation if kernel else Generation.none
+            return verify.compare(snapshot, arrived, record.generation, now)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the producers still have to be given what is theirs
+            text = str(error) if isinstance(error, (KhoError, OSError)) else f"khod itself failed: {error!r}"
+            return Verdict().with_findings([Finding("", text)])
 
+    async def _bring_all_back(self, barrier: Barrier, verdict: Verdict) -> None:
+        async with self._busy:
+            try:
+                verdict = await self._bring_back(barrier, verdict, self._config().deadlines.restore)
+            except Exception as error:  # noqa: BLE001 - or this boot would be verified for ever
+                verdict = verdict.with_findings([*verdict.found, Finding("", f"khod itself failed: {error!r}")])
+            await self._conclude(verdict)
+        for peer in self._muster.peers.known():
+            if peer.connected and peer.restoring:  # it came when nobody waited for it any more
+                self.restore_late(peer)
 
-async def conclude(here: Handover, verdict: Verdict) -> None:
-    """End the verification, or correct it when somebody came late: verified, or degraded with the reason."""
-    phase = Phase.degraded if verdict.reason else Phase.verified
-    if here.machine.phase is not phase:
-        here.machine = here.machine.to(phase)
-    here.reason = verdict.reason
-    here.record = replace(here.record, verdict=verdict, last_error=verdict.reason)
-    await here.keep_if_possible()
-    here.say(verdict.reason or f"the state of {len(verdict.arrived)} producers: {', '.join(verdict.arrived[:SHOWN])}")
+    async def _restore_late(self, peer: Peer) -> None:
+        async with self._busy:
+            record = self._transaction.record
+            if self._transaction.phase not in RESTING or not peer.restoring:
+                return
+            barrier = Barrier.of([peer], record.arrived_run, self._transaction.on_member_changed)
+            verdict = await self._bring_back(barrier, record.verdict or Verdict(), peer.timeout)
+            if record.outcome in (Phase.verified, Phase.degraded):
+                await self._conclude(verdict)
+
+    async def _bring_back(self, barrier: Barrier, verdict: Verdict, deadline: float) -> Verdict:
+        """Tell `restore` and then `finish`, rank by rank, and add to the verdict who has its state again.
+
+        Whoever is done leaves the claims; the others stay in them, so that what they left is given to nobody
+        else. A khod that dies in between leaves in the record to whom it is said again.
+        """
+        members = barrier.members
+        empty = [member for member in members if member.told != Verb.finish.value]
+        failed = await barrier.bring_back(Verb.restore, empty, deadline)
+        restored = [member for member in members if member not in failed]
+        for member in restored:
+            # Recorded before anyone's session is let go: whoever has what is theirs is not told to restore it again.
+            member.told = Verb.finish.value
+        await self._transaction.note_claims(self._claims(barrier, set()))
+        failed += await barrier.bring_back(Verb.finish, restored, deadline)
+        names = {member.producer.name for member in members}
+        lost = {member.producer.name for member in failed}
+        findings = [finding for finding in verdict.found if finding.producer not in names]
+        findings += [Finding(member.producer.name, member.answer) for member in failed]
+        arrived = sorted({*verdict.arrived, *(names - lost)})
+        missing = sorted({*verdict.missing, *lost} - set(arrived))
+        await self._transaction.note_claims(self._claims(barrier, names - lost))
+        return replace(verdict, arrived=arrived, missing=missing).with_findings(findings)
+
+    def _claims(self, barrier: Barrier, done: set[str]) -> tuple[Holder, ...]:
+        """The record's claims without those of whoever is done, as the barrier has them by now."""
+        now = {holder.name: holder for holder in barrier.holders()}
+        claims = self._transaction.record.claims
+        return tuple(now.get(old.name, old) for old in claims if old.name not in done)
+
+    async def _conclude(self, verdict: Verdict) -> None:
+        arrived = ", ".join(verdict.arrived[:MAX_NAMES_SHOWN])
+        count = len(verdict.arrived)
+        said = f"the state of {count} producer{'' if count == 1 else 's'} arrived: {arrived}"
+        await self._transaction.conclude(verdict, verdict.reason or said)

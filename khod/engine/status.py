@@ -1,10 +1,12 @@
 """What the operator is told at three in the morning: one sentence on where it stands, one on what to do."""
 
-from khod.engine.transaction import Handover
+from khod import reconcile
+from khod.engine.transaction import Transaction
 from khod.errors import Exit
 from khod.kernel.probe import Probed
 from khod.machine import RESTING
-from khod.model import Generation, Observed, Phase, Producer, Status
+from khod.model import Generation, Observed, Phase, Producer, Status, Step
+from khod.record import Record
 
 SAYS: dict[Phase, tuple[str, str]] = {
     Phase.idle: ("Nothing is under way.", ""),
@@ -19,7 +21,10 @@ SAYS: dict[Phase, tuple[str, str]] = {
     ),
     Phase.loading: ("The kernel is taking the next image.", "To go back: khoctl abort"),
     Phase.loaded: ("The next kernel is loaded.", "khoctl kexec jumps, khoctl abort goes back"),
-    Phase.executing: ("The jump is under way.", ""),
+    Phase.executing: (
+        "The jump is under way.",
+        "If the host does not go down: systemctl list-jobs, then khoctl abort",
+    ),
     Phase.verifying: ("This kernel was reached by a handover; what arrived is being checked.", ""),
     Phase.verified: ("The handover succeeded: all state arrived.", ""),
     Phase.degraded: (
@@ -33,8 +38,8 @@ SAYS: dict[Phase, tuple[str, str]] = {
     Phase.rolling_back: ("A handover is being put back.", ""),
     Phase.failed: ("A handover failed and could not be put back whole.", "Try again: khoctl abort"),
     Phase.foreign: (
-        "Somebody drives the kernel without khod.",
-        "Find out who; khod touches nothing. To put it back: khoctl abort --force",
+        "Another program is using KHO or kexec; khod will not touch it.",
+        "Find out who. To put it back: khoctl abort --force",
     ),
     Phase.inconsistent: (
         "khod's record and the kernel contradict each other.",
@@ -42,12 +47,11 @@ SAYS: dict[Phase, tuple[str, str]] = {
     ),
 }
 
-EXITS = {
-    Phase.degraded: Exit.degraded,
-    Phase.cold_boot: Exit.degraded,
-    Phase.failed: Exit.not_rolled_back,
-    Phase.inconsistent: Exit.not_rolled_back,
-}
+EXITS = {Phase.failed: Exit.not_rolled_back, Phase.inconsistent: Exit.not_rolled_back}
+"""Of what is under way; whatever this boot's handover came to counts beside it."""
+OUTCOME_EXITS = {Phase.degraded: Exit.degraded, Phase.cold_boot: Exit.degraded}
+FOREIGN = "Another program is using KHO or kexec as well; khod will not touch it."
+REBOOT = "Do not reboot before: it would jump into the image that is still loaded."
 
 
 SHOWN = 5
@@ -60,25 +64,28 @@ def some(names: list[str]) -> str:
 
 
 def build(
-    handover: Handover,
+    transaction: Transaction,
     phase: Phase,
     kernel: Observed | None,
     probed: Probed,
     producers: list[Producer],
     *,
+    claims: list[str],
+    absent: list[str],
     stale: bool,
 ) -> Status:
     """Put together what is known; `phase` is what the kernel leaves of the machine's."""
-    record, done = handover.record, [step.value for step in handover.machine.done]
-    summary, remedy = SAYS[phase]
-    if probed.kernel is None and phase in RESTING:
-        summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
+    record, done = transaction.record, [step.value for step in transaction.machine.done]
+    foreign = kernel is not None and not stale and reconcile.foreign(transaction.current(), kernel)
+    summary, remedy = _words(phase, record, probed, foreign=foreign, absent=absent)
     contradicted = phase in (Phase.foreign, Phase.inconsistent)
+    unfinished = phase in (Phase.failed, Phase.inconsistent)
+    outcome = phase if phase in OUTCOME_EXITS else record.outcome
     return Status(
         phase=phase,
         summary=summary,
         remedy=remedy,
-        exit_code=EXITS.get(phase, Exit.done).value,
+        exit_code=EXITS.get(phase, OUTCOME_EXITS.get(outcome, Exit.done)).value,
         generation=probed.kernel.generation if probed.kernel else Generation.none,
         kernel_active=kernel.active if kernel else None,
         kernel_loaded=kernel.loaded if kernel else None,
@@ -86,14 +93,33 @@ def build(
         boot_id=kernel.boot_id if kernel else "",
         run=record.run,
         done=done,
-        left=done if phase is Phase.failed else [],
-        waiting_for=[producer.name for producer in producers if producer.waiting],
+        left=done if unfinished else [],
+        waiting_for=[*(producer.name for producer in producers if producer.waiting), *absent],
         producers=producers,
         verdict=record.verdict,
         previous_release=record.previous_release,
         handovers=record.handovers,
         blackout_seconds=record.blackout_seconds,
         timings=list(record.timings),
-        last_error=handover.reason if contradicted else record.last_error,
+        last_error=transaction.reason if contradicted and transaction.reason else record.last_error,
         stale=stale,
+        outcome=outcome,
+        foreign=foreign,
+        claims=claims,
+        not_undone=list(record.not_undone) if phase is Phase.failed else [],
     )
+
+
+def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absent: list[str]) -> tuple[str, str]:
+    """What the operator reads first: where it stands, and what to do."""
+    summary, remedy = SAYS[phase]
+    if probed.kernel is None and phase in RESTING:
+        summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
+    if foreign and phase is not Phase.foreign:
+        summary, remedy = f"{summary} {FOREIGN}", f"{remedy} {SAYS[Phase.foreign][1]}".strip()
+    if phase is Phase.failed and any(item.step == Step.load.value for item in record.not_undone):
+        remedy = f"{remedy} {REBOOT}"
+    if absent and phase in RESTING:
+        summary = f"{summary} Producers of before khod was restarted are not back: {some(absent)}."
+        remedy = remedy or "Start them, or: khoctl producers forget NAME"
+    return summary, remedy

@@ -1,32 +1,49 @@
-"""One handover under way: the machine, its record and its actions, moved together.
+"""One handover under way: the only writer of the machine and of its record.
 
-Every step is recorded before it is taken; a failed step leads to the undo of all that was done.
+Every step is recorded before it is taken; a failed step leads to the undo of all that was done. What ends a
+handover stays a fact until somebody has acted on it: it is looked at before each step, after the last one, and
+again before the handover is let go.
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
-from khod.engine.steps import Actions
-from khod.errors import Failed, KhoError, NotRolledBack, RecordError
+from khod.engine.attempt import Attempt, JumpUnderWay
+from khod.engine.rollback import Failure, undo_all
+from khod.errors import Failed, KhoError, NotRolledBack
 from khod.kernel.explain import FORGOT
-from khod.machine import HELD, Machine
-from khod.model import Event, Phase, Producer, Step, StepTiming, Word
+from khod.machine import HELD, RESTING, STEPS, Machine
+from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, Verdict, Word
 from khod.producers.barrier import Member
-from khod.record import Record, Store
+from khod.reconcile import Found
+from khod.record import Holder, Record, Store
+from khod.worker import Worker
 
-INTERRUPTIBLE = frozenset({Step.prepare, Step.freeze})
-"""Steps an abort may cut short: they wait for producers. A kernel call is waited for."""
-
-TOGETHER = (Step.activate, Step.load)
+T = TypeVar("T")
+LOG = logging.getLogger(__name__)
+COALESCED = (Step.activate, Step.load)
 """One durable record names both where they follow each other: an fsync between them would lengthen the blackout."""
 
+RECORD_SECONDS = 60.0
+"""Seconds one write of the record may take on the way forward: a step that is not recorded is not taken."""
+RECORD_UNDO_SECONDS = 4.0
+"""Seconds it may take on the way back, at its beginning and at its end: a file system that hangs thaws nobody."""
 
-def together(steps: Sequence[Step]) -> Sequence[Step]:
-    """The first step, and the next where both are recorded by one write."""
-    return steps[:2] if tuple(steps[:2]) == TOGETHER else steps[:1]
+INTERRUPT_SECONDS = 15.0
+"""Seconds that what is cancelled in the middle of a step has to end; then the undo begins all the same."""
+
+CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
+"""Phases that a veto may still end: before the jump is asked for."""
+
+
+def recorded_ahead(steps: Sequence[Step]) -> Sequence[Step]:
+    """The steps after the first that its record names too."""
+    return steps[1:2] if tuple(steps[:2]) == COALESCED else ()
 
 
 def _cause(error: Exception) -> KhoError:
@@ -38,174 +55,383 @@ def _cause(error: Exception) -> KhoError:
     return Failed(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more.")
 
 
-class Handover:
-    """Where this host's handover stands. `tell` is called with every change, from the event loop."""
+class Transaction:
+    """Where this host's handover stands. `tell` is called with every change, from the event loop.
 
-    def __init__(self, store: Store, tell: Callable[[Event], None], look: Callable[[], None] = lambda: None) -> None:
-        """Begin at rest; `look` is called before each step, and calls off what must not go on."""
-        self.machine = Machine()
-        self.record = Record()
-        self.reason = ""
-        self.actions: Actions | None = None
-        self._off: KhoError | None = None
-        self._called_off = asyncio.Event()
+    `before_step` is called before each step, and cancels what must not go on.
+    """
+
+    def __init__(
+        self, store: Store, disk: Worker, tell: Callable[[Event], None], before_step: Callable[[], None]
+    ) -> None:
+        self._machine = Machine()
+        self._record = Record()
+        self._reason = ""
+        self._attempt: Attempt | None = None
+        self._cause: KhoError | None = None
+        self._cancelled = asyncio.Event()
+        self._acted_on: tuple[KhoError, KhoError] | None = None
+        self._jump_asked = False
         self._store = store
+        self._disk = disk
         self._tell = tell
-        self._look = look
+        self._before_step = before_step
 
-    async def forward(self, steps: Sequence[Step], actions: Actions, *, hold: bool) -> None:
+    @property
+    def machine(self) -> Machine:
+        """The phase, and the steps whose undo is due."""
+        return self._machine
+
+    @property
+    def phase(self) -> Phase:
+        """The machine's phase."""
+        return self._machine.phase
+
+    @property
+    def record(self) -> Record:
+        """The record as it was written last."""
+        return self._record
+
+    @property
+    def reason(self) -> str:
+        """Why it stands where it stands, "" where there is nothing to say."""
+        return self._reason
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """What acts for the handover under way."""
+        return self._attempt
+
+    @property
+    def cause(self) -> KhoError | None:
+        """What has ended the handover and was not acted on yet."""
+        return self._cause
+
+    # Beginnings
+
+    def start(self, found: Found, record: Record) -> None:
+        """Stand where a start of khod has found the host."""
+        self._record, self._reason = record, found.reason
+        self._machine = Machine(found.phase, () if found.phase in RESTING else record.done)
+
+    def begin(self, record: Record) -> None:
+        """Begin the run of this record, from rest."""
+        self._machine, self._attempt, self._record, self._reason = Machine(), None, record, ""
+
+    def attach(self, attempt: Attempt | None) -> None:
+        """Act by this attempt from here on; None where another is to be made of the record."""
+        self._attempt = attempt
+
+    def adopt(self, phase: Phase, steps: tuple[Step, ...]) -> None:
+        """Take over what khod has no record of (`foreign`) or none that agrees (`inconsistent`), to put it back."""
+        self._machine = Machine(phase, steps)
+
+    @contextmanager
+    def aside(self, record: Record) -> Iterator[None]:
+        """Drive something else than a handover, at rest; where that ends at rest, all is as it was before."""
+        machine, before, reason = self._machine, self._record, self._reason
+        self.begin(record)
+        try:
+            yield
+        finally:
+            if self.phase in RESTING:
+                self._machine, self._attempt, self._record, self._reason = machine, None, before, reason
+
+    # What ends it
+
+    @property
+    def can_be_cancelled(self) -> bool:
+        """Whether there is something that can still be ended: before the jump is asked for."""
+        return self.phase in CAN_END or (self.phase is Phase.executing and not self._jump_asked)
+
+    def cancel(self, cause: KhoError) -> None:
+        """End what is under way; the first cause counts, and stays until it has led to a rollback."""
+        if self._cause is None:
+            self._cause = cause
+            self._cancelled.set()
+
+    def settle_cancel(self) -> None:
+        """Forget a cause that found nothing to end."""
+        self._cause = None
+        self._cancelled.clear()
+
+    def raise_if_cancelled(self) -> None:
+        """Raise what has ended the handover, once what waits to be heard was heard."""
+        self._before_step()
+        if self._cause is not None:
+            raise self._cause
+
+    def failure_after(self, cause: KhoError) -> KhoError | None:
+        """What the rollback that acted on `cause` could not put back; None where it put everything back."""
+        if self._acted_on is not None and self._acted_on[0] is cause and self._acted_on[1] is not cause:
+            return self._acted_on[1]
+        return None
+
+    async def interruptible(self, work: Awaitable[T]) -> T:
+        """Wait for `work`, and no longer than until the handover is cancelled; raises the cause then.
+
+        `work` is cancelled in its turn. What it asked of the kernel goes on there: every undo is made by the
+        same thread, behind it.
+        """
+        task = asyncio.ensure_future(work)
+        cancelled = asyncio.ensure_future(self._cancelled.wait())
+        try:
+            await asyncio.wait({task, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=INTERRUPT_SECONDS)
+                if self._cause is not None and (not task.done() or task.cancelled()):
+                    raise self._cause
+            return await task
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        finally:
+            cancelled.cancel()
+
+    # The way forward
+
+    async def forward(self, steps: Sequence[Step], *, hold: bool) -> None:
         """Take the steps in order; on failure everything is put back and the cause raised."""
         recorded: Sequence[Step] = ()
         for number, step in enumerate(steps):
-            before = self.machine
+            before = self._machine
             try:
-                self._still_on()
-                ahead = None if step in recorded else together(steps[number:])[1:]
+                await self._catch_up(step)
+                self.raise_if_cancelled()
+                ahead = None if step in recorded else recorded_ahead(steps[number:])
                 recorded = recorded if ahead is None else (step, *ahead)
-                await self._step(step, actions, ahead)
-            except Exception as error:  # whatever went wrong, a bug of ours too: the kernel must be put back
-                cause = _cause(error)
-                if not self.machine.done:
-                    raise cause from error
-                if step is Step.activate and isinstance(error.__cause__, OSError):  # the kernel's own no
-                    self.record = replace(self.record, failed_activations=self.record.failed_activations + 1)
-                if hold and before.phase in HELD:
-                    await self._hold(step, before, actions, cause)
-                await self.roll_back(cause, actions)
-        await self.keep()
+                await self._take(step, ahead)
+            except JumpUnderWay:
+                self.settle_cancel()
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever went wrong, a bug of ours too: it must be undone
+                await self._failed(error, step, before, hold=hold)
+        if self.phase is Phase.executing:
+            return
+        try:
+            self.raise_if_cancelled()
+            await self.write_record()
+            self.raise_if_cancelled()
+        except Exception as error:  # noqa: BLE001 - as above
+            await self._failed(error, None, self._machine, hold=False)
 
-    async def _step(self, step: Step, actions: Actions, ahead: Sequence[Step] | None) -> None:
+    async def _failed(self, error: Exception, step: Step | None, before: Machine, *, hold: bool) -> NoReturn:
+        cause, called_off = _cause(error), self._cause is not None
+        if not self._machine.done:
+            self.settle_cancel()
+            raise cause from error
+        if step is Step.activate and isinstance(error.__cause__, OSError):  # the kernel's own no
+            self._record = replace(self._record, failed_activations=self._record.failed_activations + 1)
+        if hold and step is not None and before.phase in HELD and not called_off:
+            await self._hold(step, before, cause)
+        await self.roll_back(self._cause or cause)
+        raise AssertionError("a rollback with a cause raises")
+
+    async def _catch_up(self, step: Step) -> None:
+        """Bring whoever came since to where the others are: each verb is recorded before it is told."""
+        attempt = self._acting()
+        if attempt.resumed:
+            await self.interruptible(attempt.wait_reconnected())
+        if step is Step.execute and self._jump_asked:
+            return
+        while late := attempt.admit_late():
+            for verb in attempt.past:
+                await self.write_record()
+                await self.interruptible(attempt.tell(verb, late))
+
+    async def _take(self, step: Step, ahead: Sequence[Step] | None) -> None:
         """Take one step, recorded with those `ahead`; None where a durable record names it already."""
-        self.machine = self.machine.begin(step)
-        done = (*self.machine.done, *(ahead or ()))
-        await self._write(replace(self.current(), done=done), durable=ahead is not None)
-        self.say(step.value)
+        attempt = self._acting()
+        self._machine = self._machine.begin(step)
+        done = (*self._machine.done, *(ahead or ()))
+        await self._write(replace(self.current(), done=done), durable=ahead is not None, departs=step is Step.execute)
+        self.emit(step.value)
         began = time.monotonic()
         if step is Step.activate:
-            self.record = replace(self.record, window_began_at=time.time())
-        await self._interruptibly(step, actions)
+            self._record = replace(self._record, window_began_at=time.time())
+        if step is Step.execute:
+            self.raise_if_cancelled()
+            self._jump_asked = True
+        await self.interruptible(attempt.do(step))
         timing = StepTiming(step.value, began, time.monotonic() - began)
-        self.record = replace(self.record, timings=(*self.record.timings, timing))
-        self.machine = self.machine.finish(step)
-        self.say(f"{step.value} took {timing.seconds:.3f} s")
+        self._record = replace(self._record, timings=(*self._record.timings, timing))
+        self._machine = self._machine.finish(step)
+        self.emit(f"{step.value} took {timing.seconds:.3f} s")
 
-    async def _interruptibly(self, step: Step, actions: Actions) -> None:
-        if step not in INTERRUPTIBLE:
-            await actions.do(step)
-            return
-        work = asyncio.ensure_future(actions.do(step))
-        abort = asyncio.ensure_future(self._called_off.wait())
-        try:
-            await asyncio.wait({work, abort}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                work.cancel()
-                await asyncio.wait({work})
-                self._still_on()
-            await work
-        finally:
-            abort.cancel()
-
-    def call_off(self, cause: KhoError) -> None:
-        """End what is under way, at the next step at the latest; the first cause counts."""
-        if not self._called_off.is_set():
-            self._off = cause
-            self._called_off.set()
-
-    def go_on(self) -> None:
-        """Forget that something before this was called off."""
-        self._off = None
-        self._called_off.clear()
-
-    def _still_on(self) -> None:
-        self._look()
-        if self._off is not None:
-            raise self._off
-
-    async def _hold(self, step: Step, before: Machine, actions: Actions, cause: KhoError) -> NoReturn:
+    async def _hold(self, step: Step, before: Machine, cause: KhoError) -> NoReturn:
         """Put only the failed step back and stay where it began, as --hold asks."""
-        try:
-            await actions.undo(step)
-        except KhoError as error:
-            self.say(f"{step.value} could not be put back: {error.what}")
-            await self.roll_back(cause, actions)
-        self.machine, self.reason = before, cause.what
-        self.record = replace(self.record, last_error=str(cause))
-        await self.keep()
-        self.say(f"held at {before.phase.value}: {cause.what}")
+        if await undo_all(self._acting(), (step,), self.emit):
+            await self.roll_back(cause)
+        self._machine, self._reason, self._jump_asked = before, cause.what, False
+        self._record = replace(self._record, last_error=str(cause))
+        await self.write_record()
+        self.emit(f"held at {before.phase.value}: {cause.what}")
         raise NotRolledBack(
             f"{cause.what}; held at {before.phase.value} as asked",
             where=cause.where,
             remedy=f"{cause.remedy} To go back: khoctl abort".strip(),
         )
 
-    async def roll_back(self, cause: KhoError | None, actions: Actions, *, said: str = "called off") -> None:
-        """Undo every step done, the last first; a step that cannot be undone does not stop the others.
+    async def depart(self) -> None:
+        """Record that the host goes down into the next kernel, whoever asked for it: nothing is undone from here on."""
+        if self.phase is not Phase.executing:
+            self._machine = self._machine.begin(Step.execute)
+        self._jump_asked = True
+        await self._write(self.current(), durable=True, departs=True)
 
-        Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the
-        operator asked for it.
+    # The way back
+
+    async def roll_back(self, cause: KhoError | None, *, said: str = "cancelled", interrupted: str = "") -> None:
+        """Undo every step done; one that cannot be undone does not stop the others, and nothing is waited for forever.
+
+        Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the operator
+        asked for it. `interrupted` says that khod is being stopped in the middle of a handover.
         """
-        if self.machine.phase is not Phase.rolling_back:  # khod may have died while it rolled back
-            self.machine = self.machine.to(Phase.rolling_back)
-        if cause is not None:
-            self.record = replace(self.record, last_error=str(cause))
-        await self.keep_if_possible()
-        self.say(cause.what if cause else said)
-        failures: list[KhoError] = []
-        for step in reversed(self.machine.done):
-            if step is Step.activate and actions.kernel and (forgot := FORGOT.get(actions.kernel.abort)):
-                self.record = replace(self.record, suspect=forgot)
-            try:
-                await actions.undo(step)
-            except KhoError as error:
-                failures.append(error)
-                self.say(f"{step.value} could not be put back: {error.what}")
-            else:
-                # Whoever could not be thawed was not told `cancel` either: that stays due with it.
-                if step is not Step.prepare or Step.freeze not in self.machine.done:
-                    self.machine = self.machine.undone(step)
-        self.machine = self.machine.to(Phase.failed if failures else Phase.idle)
-        self.reason = "; ".join(f"{error.what} ({error.where})" if error.where else error.what for error in failures)
+        if self.phase is not Phase.rolling_back:  # khod may have died while it rolled back
+            self._machine = self._machine.to(Phase.rolling_back)
+        self._record = replace(
+            self._record,
+            interrupted=interrupted or self._record.interrupted,
+            last_error=self._record.last_error if cause is None else str(cause),
+        )
+        await self.try_write_record(RECORD_UNDO_SECONDS)
+        self.emit(cause.what if cause else said)
+        attempt = self._acting()
+        if Step.activate in self._machine.done and attempt.kernel and (forgot := FORGOT.get(attempt.kernel.abort)):
+            self._record = replace(self._record, suspect=forgot)
+        failures = await undo_all(attempt, self._machine.done, self.emit)
+        left = {failure.step for failure in failures}
+        if Step.freeze in left:  # whoever could not be thawed was not told `cancel` either
+            left.add(Step.prepare)
+        for step in set(self._machine.done) - left:
+            self._machine = self._machine.undone(step)
+        await self._end_rollback(cause, failures)
+
+    async def _end_rollback(self, cause: KhoError | None, failures: Sequence[Failure]) -> None:
+        self._machine = self._machine.to(Phase.failed if failures else self._record.outcome)
+        self._reason = "; ".join(dict.fromkeys(failure.sentence for failure in failures))
+        self._record = replace(
+            self._record,
+            not_undone=tuple(item for failure in failures for item in failure.items),
+            last_error=self._reason if failures else self._record.last_error,
+            producers=self.current().producers if failures else (),
+        )
+        self._jump_asked = False
+        await self.try_write_record(RECORD_UNDO_SECONDS)
+        self.emit("Not everything was rolled back." if failures else "Rolled back.")
+        raised = cause
         if failures:
-            self.record = replace(self.record, last_error=self.reason)
-        else:
-            self.record = replace(self.record, producers=())
-        await self.keep_if_possible()
-        self.say("not everything is back" if failures else "everything is back as it was")
-        if failures:
-            remedies = dict.fromkeys(error.remedy for error in failures if error.remedy)
-            raise NotRolledBack(
-                f"{f'{cause.what}. ' if cause else ''}Not everything could be put back: {self.reason}",
-                where=", ".join(step.value for step in self.machine.done),
+            remedies = dict.fromkeys(item.remedy for item in self._record.not_undone if item.remedy)
+            raised = NotRolledBack(
+                f"{f'{cause.what}. ' if cause else ''}Not everything could be put back: {self._reason}",
+                where=", ".join(step.value for step in self._machine.done),
                 remedy=f"{' '.join(remedies) or 'Look at the kernel log.'} Then: khoctl abort",
             )
-        if cause is not None:
-            raise cause
+        if cause is not None and raised is not None:
+            self._acted_on = (cause, raised)
+        self.settle_cancel()
+        if raised is not None:
+            raise raised
+
+    # After the jump
+
+    async def enter_verifying(self, observed: Observed) -> None:
+        """Record that this boot is the one after the jump; a khod that dies while it verifies is not counted again.
+
+        What the producers left waits for them from here on, whatever else becomes of the record.
+        """
+        record = self._record
+        if record.boot_id != observed.boot_id:
+            began = record.window_began_at
+            record = replace(
+                record,
+                boot_id=observed.boot_id,
+                previous_release=record.release,
+                release=observed.release,
+                suspect="",
+                failed_activations=0,
+                handovers=record.handovers + 1,
+                blackout_seconds=time.time() - began if began else None,
+                outcome=Phase.idle,
+                arrived_run=record.run,
+                claims=tuple(replace(holder, told="") for holder in record.producers if holder.restores),
+            )
+        elif not record.claims and record.producers:  # an earlier khod's, which kept them there
+            record = replace(record, arrived_run=record.run, claims=record.producers)
+        self._record = replace(record, producers=(), done=(), not_undone=(), interrupted="")
+        self._machine = Machine(Phase.verifying)
+        await self.try_write_record()
+        self.emit("this kernel was reached by a handover; what arrived is being checked")
+
+    async def note_claims(self, claims: tuple[Holder, ...]) -> None:
+        """Record who has not taken back what it left."""
+        self._record = replace(self._record, claims=claims)
+        await self.try_write_record()
+
+    async def conclude(self, verdict: Verdict, message: str) -> None:
+        """Record what the handover into this boot came to: verified, or degraded with the reason.
+
+        It may be corrected when somebody comes late, also while another handover is under way.
+        """
+        outcome = Phase.degraded if verdict.reason else Phase.verified
+        at_rest = self.phase in RESTING or self.phase is Phase.verifying
+        if at_rest and self.phase is not outcome:
+            self._machine = self._machine.to(outcome)
+        self._record = replace(self._record, verdict=verdict, outcome=outcome)
+        if at_rest:
+            self._reason = verdict.reason
+            self._record = replace(self._record, last_error=verdict.reason)
+        await self.try_write_record()
+        self.emit(message)
+
+    # The record and its listeners
 
     def current(self) -> Record:
         """The record as it would be written now."""
-        known = self.actions is not None and self.machine.done and not self.actions.barrier.broken
-        producers = self.actions.barrier.holders() if self.actions and known else self.record.producers
-        return replace(self.record, phase=self.machine.phase, done=self.machine.done, producers=producers)
+        attempt, done = self._attempt, self._machine.done
+        known = attempt is not None and done and not attempt.barrier.broken
+        producers = attempt.barrier.holders() if attempt is not None and known else self._record.producers
+        return replace(self._record, phase=self.phase, done=done, producers=producers)
 
-    async def keep(self) -> None:
+    async def write_record(self) -> None:
         """Write the record, durably; RecordError."""
         await self._write(self.current(), durable=True)
 
-    async def _write(self, record: Record, *, durable: bool) -> None:
-        self.record = record
-        await asyncio.to_thread(self._store.write, record, durable=durable)
-
-    async def keep_if_possible(self) -> None:
-        """Write the record on the way back: a full disk must not keep the kernel from being put back."""
+    async def try_write_record(self, seconds: float = RECORD_SECONDS) -> None:
+        """Write the record where a failure must stop nothing: a full disk keeps nobody from being thawed."""
+        record = self.current()
+        self._record = record
         try:
-            await self.keep()
-        except RecordError as error:
-            self.say(str(error))
+            await self._disk.call(lambda: self._store.write(record), "writing the record", seconds)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the way back goes on
+            self.emit(str(error))
 
-    def say(self, message: str, producer: Producer | None = None, words: list[Word] | None = None) -> None:
-        """Tell everyone how it stands."""
-        self._tell(Event(time.monotonic(), self.machine.phase, message, self.record.run, producer, words))
+    async def _write(self, record: Record, *, durable: bool, departs: bool = False) -> None:
+        """Write it on the way forward: to be cut short, as a file system that hangs must not hold what can be undone.
 
-    def heard(self, member: Member) -> None:
-        """Tell everyone what a producer was told or said."""
-        self.say(f"{member.producer.name}: {member.about}: {member.answer or 'told'}", member.shown())
+        With `departs` a copy is left beside it: after the jump it stands in for a record that cannot be read.
+        """
+
+        def write() -> None:
+            self._store.write(record, durable=durable)
+            if departs:
+                self._store.write_departure(record)
+
+        self._record = record
+        await self.interruptible(self._disk.call(write, "writing the record", RECORD_SECONDS))
+
+    def emit(self, message: str, producer: Producer | None = None, words: list[Word] | None = None) -> None:
+        """Emit an Event with the current phase to every listener; a listener that fails is not heard of."""
+        try:
+            self._tell(Event(time.monotonic(), self.phase, message, self._record.run, producer, words))
+        except Exception:  # what tells how it stands must not decide how it goes
+            LOG.exception("An event could not be passed on: %s", message)
+
+    def on_member_changed(self, member: Member) -> None:
+        """Emit what a producer was told or said."""
+        self.emit(f"{member.producer.name}: {member.about}: {member.answer or 'told'}", member.shown())
+
+    def _acting(self) -> Attempt:
+        assert self._attempt is not None, "an attempt is attached before it is moved"
+        return self._attempt

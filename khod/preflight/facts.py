@@ -9,8 +9,10 @@ from khod.errors import KhoError
 from khod.inhibitors import Inhibitor
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
+from khod.kernel.protocol import Tree
 from khod.model import CheckResult, Observed
 from khod.producers.barrier import Producer
+from khod.producers.registrations import Registered
 from khod.record import Record, Store
 from khod.region import Region
 from khod.target import Target
@@ -18,7 +20,12 @@ from khod.target import Target
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks look at, in the kernel's thread. `inhibitors` is None where nobody could be asked."""
+    """What the checks look at, in a thread of their own.
+
+    `inhibitors` is None where nobody could be asked, `outgoing` where the kernel has no outgoing tree now or could not
+    be asked for it. `absent` are producers that were registered before khod was restarted and have not come back,
+    `unknown_sessions` LUO sessions of which no record says whose they are.
+    """
 
     probed: Probed
     kexec: Kexec
@@ -30,6 +37,9 @@ class Facts:
     producers: Callable[[], list[Producer]]
     inhibitors: Sequence[Inhibitor] | None = None
     target: Target | None = None
+    outgoing: Tree | None = None
+    unknown_sessions: Sequence[str] = ()
+    absent: Sequence[Registered] = ()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Checks of those who hold state: they are here, and none has something left from the last time."""
 
-from khod.machine import RESTING
 from khod.model import Order
 from khod.preflight.facts import Facts, Finding
 from khod.producers.barrier import ranks
+from khod.producers.identity import process_of
+from khod.producers.registrations import Registered
 from khod.verify import producers as present
 from khod.verify import without
 
@@ -18,8 +19,19 @@ def producers(facts: Facts) -> Finding:
             f"Required and not here: {', '.join(missing)}",
             "Start what registers under these names; producers.require asks for them.",
         )
+    if facts.absent:
+        gone = ", ".join(f"{found.name} (process {found.process.pid}, {_fate(found)})" for found in facts.absent)
+        return Finding.fail(
+            f"Registered before khod was restarted and not back: {gone}; a handover now would go without their state",
+            "Wait until they connect again, start them, or give them up with: khoctl producers forget NAME",
+        )
     shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
     return Finding.passed(f"{len(names)}: {shown or 'none'}")
+
+
+def _fate(registered: Registered) -> str:
+    alive = process_of(registered.process.pid) == registered.process
+    return "alive and not connected" if alive else "ended while khod was down"
 
 
 def kernel_producers(facts: Facts) -> Finding | None:
@@ -27,7 +39,9 @@ def kernel_producers(facts: Facts) -> Finding | None:
     kernel, required = facts.probed.kernel, set(facts.config.producers.require_kernel)
     if not required or kernel is None or kernel.order is not Order.load_first:
         return None
-    if missing := sorted(required - present(kernel.tree(), kernel.generation).keys()):
+    if facts.outgoing is None:
+        return Finding.skipped("The kernel's tree cannot be read now")
+    if missing := sorted(required - present(facts.outgoing, kernel.generation).keys()):
         error = without(missing)
         return Finding.fail(error.what, error.remedy)
     return Finding.passed(f"In the tree: {', '.join(sorted(required))}")
@@ -35,10 +49,16 @@ def kernel_producers(facts: Facts) -> Finding | None:
 
 def claims(facts: Facts) -> Finding | None:
     """Nothing that was left before the last jump waits to be taken back."""
-    if not facts.record.producers or facts.record.phase not in RESTING:
-        return None
-    names = ", ".join(holder.name for holder in facts.record.producers)
-    return Finding.fail(
-        f"Left before the last jump and not taken back yet: {names}; another jump would lose it",
-        "Start these producers, or give their state up with: khoctl producers forget NAME",
-    )
+    waiting = [holder.name for holder in facts.record.claims]
+    if waiting:
+        return Finding.fail(
+            f"Left before the last jump and not taken back yet: {', '.join(waiting)}; another jump would lose it",
+            "Start these producers, or give their state up with: khoctl producers forget NAME",
+        )
+    if facts.unknown_sessions:
+        return Finding.fail(
+            f"LUO sessions of which no record says whose they are: {', '.join(facts.unknown_sessions)}; they hold "
+            "memory that came from the previous kernel, and another jump would lose it",
+            "Find out whose they are; to free one: khoctl producers forget SESSION",
+        )
+    return None

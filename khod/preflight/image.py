@@ -156,7 +156,7 @@ def fit(facts: Facts, target: Target, about: Kernel) -> Finding:
 
 def _tree(facts: Facts) -> int:
     """Bytes of the tree that v3 copies into the image: what it is where it can be told, else 0."""
-    return len(facts.probed.kernel.tree().root) if facts.probed.kernel and facts.probed.kernel.active() else 0
+    return len(facts.outgoing.root) if facts.outgoing and facts.observed.active else 0
 
 
 def mib(size: int) -> str:

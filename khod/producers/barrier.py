@@ -14,7 +14,8 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Protocol
 
 from khod import model
-from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused, Unsupported
+from khod.bounded import CUT_SECONDS
+from khod.errors import ConfigError, Failed, KhoError, Refused, Unsupported
 from khod.record import Holder
 
 
@@ -33,10 +34,14 @@ class Verb(enum.Enum):
 
 
 NO_ANSWER = "no answer"
+READY = "ready"
 LEAVING = 5.0
 """Seconds a producer has to make way; the shutdown goes on meanwhile."""
 
 UNDO = {Verb.prepare: Verb.cancel, Verb.freeze: Verb.thaw}
+AFTER = {Verb.thaw: Verb.prepare.value, Verb.cancel: Verb.cancel.value, Verb.finish: Verb.finish.value}
+"""What counts as told once these were answered with a yes, and not before: whoever was thawed is still to be told
+`cancel`, and whoever could not be is told `thaw` again."""
 
 
 class Veto(Exception):
@@ -86,6 +91,10 @@ class Producer(Protocol):
     @property
     def restores(self) -> bool:
         """Whether it has anything to do in the next kernel: then its state counts among what arrived."""
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it can be told something now; one that must first come back holds up nobody else's undo."""
 
     async def leave(self, note: str) -> None:
         """Make way: the host goes down into the next kernel, and nothing is undone any more. `note` as in Telling."""
@@ -144,19 +153,28 @@ class Member:
     producer: Producer
     rank: int = 0
     told: str = ""
+    """The verb whose undo is due: it changes when a verb is told, and for an undo when the answer to it is there."""
     about: str = ""
     """The verb `answer` is the answer to: after a thaw that failed it still counts as told to freeze."""
     answer: str = ""
     seconds: float = 0.0
-    note: str = ""
     progress: float | None = None
     began: float | None = None
     """When what it is told now began (CLOCK_MONOTONIC), None while it is told nothing."""
+    telling: Telling | None = None
+    """The last of `prepare` and `freeze`, which its note is read from: it may still be at it."""
+    calls: int = 0
+    """How often it was told anything: what comes of a call that nobody waits for any more changes nothing here."""
 
     @property
     def waiting(self) -> bool:
         """Whether its answer is waited for."""
         return self.began is not None
+
+    @property
+    def note(self) -> str:
+        """What the producer must still know after a restart of khod."""
+        return self.telling.note if self.telling else ""
 
     def shown(self) -> model.Producer:
         """What status says of it."""
@@ -178,7 +196,7 @@ class Barrier:
 
     run: str
     changed: Callable[[Member], None]
-    broken: ConfigError | None = None
+    broken: KhoError | None = None
     """Why the producers are not known: then nobody can be told of the undo, and that is said."""
     _ranks: list[list[Member]] = field(default_factory=list)
 
@@ -189,13 +207,24 @@ class Barrier:
         run: str,
         changed: Callable[[Member], None],
         told: Mapping[str, Told] | None = None,
+        *,
+        any_order: bool = False,
     ) -> "Barrier":
-        """Gather producers; `told` is what a khod that died had told them, so that they hear of the undo."""
-        here = cls(run, changed)
-        here.admit(producers)
+        """Gather producers; `told` is what a khod that died had told them, so that they hear of the undo.
+
+        ConfigError names a cycle in their order; with `any_order` they are of one rank then.
+        """
+        here, producers = cls(run, changed), list(producers)
+        try:
+            here.admit(producers)
+        except ConfigError:
+            if not any_order:
+                raise
+            here._ranks = [[Member(producer) for producer in producers]]
         for member in here.members:
             if told and (before := told.get(member.producer.name)):
-                member.told, member.note = before.verb, before.note
+                member.told = before.verb
+                member.telling = Telling(Verb.prepare, run, before.note)
         return here
 
     @property
@@ -205,7 +234,9 @@ class Barrier:
 
     def holders(self) -> tuple[Holder, ...]:
         """Every producer as the record has it."""
-        return tuple(replace(m.producer.holder(), told=m.told, note=m.note) for m in self.members)
+        return tuple(
+            replace(m.producer.holder(), told=m.told, note=m.note, restores=m.producer.restores) for m in self.members
+        )
 
     def admit(self, producers: Iterable[Producer]) -> list[Member]:
         """Take in producers that came since, in their ranks; the new members. ConfigError names a cycle."""
@@ -239,7 +270,7 @@ class Barrier:
                 for task in tasks:
                     task.cancel()
                 if tasks:
-                    await asyncio.wait(tasks)
+                    await asyncio.wait(tasks, timeout=CUT_SECONDS)
 
     async def gather_in(self) -> None:
         """After a restart of khod: wait until everyone who was told something is there again; Refused if not."""
@@ -265,94 +296,114 @@ class Barrier:
     async def leave(self) -> None:
         """Let everyone make way for the shutdown; nobody can stop it any more, so a failure is only noted."""
         frozen = [member for member in self.members if member.told == Verb.freeze.value]
-        await asyncio.gather(*map(self._leaves, frozen))
+        leaving = [asyncio.ensure_future(self._leaves(member)) for member in frozen]
+        if leaving:
+            await asyncio.wait(leaving, timeout=LEAVING + CUT_SECONDS)
 
     async def _leaves(self, member: Member) -> None:
         try:
             async with asyncio.timeout(LEAVING):
                 await member.producer.leave(member.note)
-        except (Veto, OSError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - the host goes down, whatever goes wrong here
             member.answer = str(error) or f"did not make way within {LEAVING:g} s"
             self.changed(member)
 
-    async def undo(self, verb: Verb) -> None:
-        """Tell everyone who was told `verb` that it is off, in reverse order; everyone is told.
+    async def undo(self, verb: Verb) -> list[tuple[str, KhoError]]:
+        """Tell everyone who was told `verb` that it is off, in reverse order; those that failed by name, and how.
 
-        Raises NotRolledBack naming those that failed, after the last was told.
+        Everyone is told, and each rank is waited for as long as its slowest member may take and no longer. One
+        that cannot be told anything before it has come back (khod was restarted) holds up no rank: it is waited
+        for at the end.
         """
         if self.broken is not None:
-            raise NotRolledBack(
-                f"The producers cannot be told to {UNDO[verb].value}: {self.broken.what}",
-                where=self.broken.where,
-                remedy="Mend this file, then: khoctl abort",
-            )
-        failed = []
+            return [("", self.broken)]
+        failed: list[tuple[str, KhoError]] = []
+        absent: list[tuple[Member, asyncio.Future[KhoError | None]]] = []
         for rank in reversed(self._ranks):
-            told = [member for member in rank if member.told == verb.value]
-            for member, refusal in await self._all(told, UNDO[verb]):
-                if refusal is not None:
-                    member.told = verb.value  # so that another abort tells it again
-                    failed.append(f"{member.producer.name}: {member.answer}")
-                elif verb is Verb.freeze:
-                    member.told = Verb.prepare.value  # thawed, and still to be told `cancel`
-        if failed:
-            raise NotRolledBack(
-                f"Not every producer could {UNDO[verb].value}: {'; '.join(failed)}",
-                remedy="Help these, or do it by hand and take the verb out of their files.",
-            )
+            told = [(member, self._call(member, UNDO[verb])) for member in rank if member.told == verb.value]
+            absent += [(member, task) for member, task in told if not member.producer.reachable]
+            failed += await self._failures([pair for pair in told if pair[0].producer.reachable], UNDO[verb])
+        return [*failed, *await self._failures(absent, UNDO[verb])]
 
     async def bring_back(self, verb: Verb, among: Sequence[Member], deadline: float) -> list[Member]:
         """Tell `restore` or `finish` in rank order, whoever fails; those that did. Each has `deadline` seconds."""
-        failed, wanted = [], frozenset(among)
+        failed: list[str] = []
         for rank in self._ranks:
-            chosen = [member for member in rank if member in wanted]
-            failed += [member for member, refusal in await self._all(chosen, verb, deadline) if refusal is not None]
-        return failed
+            calls = [(member, self._call(member, verb, deadline)) for member in rank if member in among]
+            failed += [name for name, _ in await self._failures(calls, verb, deadline)]
+        return [member for member in among if member.producer.name in failed]
 
-    async def _all(
-        self, members: Sequence[Member], verb: Verb, deadline: float = 0.0
-    ) -> list[tuple[Member, KhoError | None]]:
-        """Tell all of these side by side, and wait for the slowest."""
-        calls = (self._one(member, verb, max(deadline, member.producer.timeout)) for member in members)
-        return list(zip(members, await asyncio.gather(*calls), strict=True))
+    def _call(self, member: Member, verb: Verb, deadline: float = 0.0) -> "asyncio.Future[KhoError | None]":
+        return asyncio.ensure_future(self._one(member, verb, max(deadline, member.producer.timeout)))
+
+    async def _failures(
+        self, calls: "Sequence[tuple[Member, asyncio.Future[KhoError | None]]]", verb: Verb, deadline: float = 0.0
+    ) -> list[tuple[str, KhoError]]:
+        """Wait for calls side by side, each with its own deadline; who said no, and who is still at it."""
+        if not calls:
+            return []
+        longest = max(max(deadline, member.producer.timeout) for member, _ in calls)
+        try:
+            await asyncio.wait([task for _, task in calls], timeout=longest + CUT_SECONDS)
+        finally:
+            for _, task in calls:
+                task.cancel()
+        failed = []
+        for member, task in calls:
+            if not task.done() or task.cancelled():
+                member.calls += 1  # what comes of it later is not asked for
+                longest = max(deadline, member.producer.timeout)
+                member.answer, member.began = f"no answer within {longest:g} s, and it cannot be cut short", None
+                refusal: KhoError | None = self._refused(member, verb)
+                self.changed(member)
+            else:
+                refusal = task.result()
+            if refusal is not None:
+                failed.append((member.producer.name, refusal))
+        return failed
 
     async def _one(self, member: Member, verb: Verb, deadline: float) -> KhoError | None:
         """Tell one producer; what its no amounts to, None for a yes."""
         producer, began = member.producer, time.monotonic()
-        member.told = member.about = verb.value
-        member.answer, member.began, member.progress = "", began, None
+        member.about, member.answer, member.began, member.progress = verb.value, "", began, None
+        member.calls += 1
+        call = member.calls
+        if verb not in AFTER:
+            member.told = verb.value
         self.changed(member)
 
         def not_yet(reason: str, progress: float | None) -> None:
-            member.answer, member.progress = f"not yet: {reason}" if reason else "not yet", progress
-            self.changed(member)
+            if member.calls == call:
+                member.answer, member.progress = f"not yet: {reason}" if reason else "not yet", progress
+                self.changed(member)
 
         telling = Telling(verb, self.run, member.note, not_yet)
-        refusal: KhoError | None = None
+        if verb in UNDO:
+            member.telling = telling
+        answer, refusal, done = NO_ANSWER, None, False
         try:
-            async with asyncio.timeout(deadline):
-                await producer.tell(telling)
-            member.answer = "ready"
-        except TimeoutError:
-            waited = f" ({member.answer})" if member.answer else ""
-            member.answer = f"no answer within {deadline:g} s{waited}"
-            refusal = self._refused(member, verb)
-        except Unsupported as error:
-            member.answer = error.what
-            what = f"Producer {producer.name} cannot {verb.value}: {error.what}"
-            refusal = Unsupported(what, where=error.where, remedy=error.remedy)
-        except (Veto, OSError, KhoError) as error:
-            member.answer = str(error)
-            refusal = self._refused(member, verb)
-        except asyncio.CancelledError:
-            member.answer = NO_ANSWER
-            raise
+            try:
+                async with asyncio.timeout(deadline):
+                    await producer.tell(telling)
+                answer, done = READY, True
+            except TimeoutError:
+                waited = f" ({member.answer})" if member.answer else ""
+                answer = f"no answer within {deadline:g} s{waited}"
+            except Unsupported as error:
+                answer = error.what
+                what = f"Producer {producer.name} cannot {verb.value}: {error.what}"
+                refusal = Unsupported(what, where=error.where, remedy=error.remedy)
+            except (Veto, OSError, KhoError) as error:
+                answer = str(error)
+            except Exception as error:  # noqa: BLE001 - one producer's, whatever it is: the others go on
+                answer = f"khod itself failed: {error!r}"
         finally:
-            member.began, member.seconds = None, time.monotonic() - began
-            if verb in (Verb.prepare, Verb.freeze):
-                member.note = telling.note
-            self.changed(member)
-        return refusal
+            if member.calls == call:
+                member.answer, member.began, member.seconds = answer, None, time.monotonic() - began
+                if done:
+                    member.told = AFTER.get(verb, verb.value)
+                self.changed(member)
+        return None if done else refusal or self._refused(member, verb)
 
     def _refused(self, member: Member, verb: Verb) -> Refused:
         return Refused(

@@ -31,6 +31,10 @@ class Configured:
     def restores(self) -> bool:
         return False
 
+    @property
+    def reachable(self) -> bool:
+        return True
+
     async def leave(self, note: str) -> None:
         """Nothing: it does not stand in the way."""
 

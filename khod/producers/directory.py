@@ -18,8 +18,18 @@ Values = dict[str, Any]
 
 
 def load(root: Path = Path("/")) -> list[Producer]:
-    """Read every producer's file, by name; ConfigError that names the file."""
-    return [_read(path) for path in sorted((root / DIRECTORY).glob("*.toml"))]
+    """Read every producer's file, by name; ConfigError that names the first that is wrong, and has all the others."""
+    found: list[Producer] = []
+    wrong: ConfigError | None = None
+    for path in sorted((root / DIRECTORY).glob("*.toml")):
+        try:
+            found.append(_read(path))
+        except ConfigError as error:
+            wrong = wrong or error
+    if wrong is not None:
+        wrong.readable = found
+        raise wrong
+    return found
 
 
 class Directory:

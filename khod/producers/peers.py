@@ -9,14 +9,15 @@ khod saw go needs not be told, and whoever was told by a khod that died is waite
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from khod.errors import KhoError, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Kept
 from khod.producers.barrier import UNDO, Telling, Verb, Veto
 from khod.producers.configured import check_name
-from khod.producers.identity import ended
+from khod.producers.identity import ended, process_of
+from khod.producers.registrations import Registered, Registrations
 from khod.record import Holder, Owner, Process
 from khod.sessions import Sessions, session_of
 
@@ -27,6 +28,8 @@ MAX_TIMEOUT = 600.0
 MAX_FILES = 1024
 MAX_PATH = 255
 DEVICE = re.compile(r"/(sys|dev)/[^\0]+")
+RETURN_SECONDS = 10.0
+"""Seconds a producer whose process lives has to connect again after khod was restarted; the library tries each one."""
 MAX_NAMES = 32
 """Names of other producers, or devices, one registration may have: each stands in the record."""
 
@@ -132,6 +135,10 @@ class Peer:
     @property
     def restores(self) -> bool:
         return True
+
+    @property
+    def reachable(self) -> bool:
+        return self.connected
 
     @property
     def counted_on(self) -> bool:
@@ -301,15 +308,71 @@ def _fail(future: "asyncio.Future[None]", error: Exception) -> None:
 
 
 class Peers:
-    """All peers of this host, by name. `gone` is called with one that leaves, `came` with one that registers."""
+    """All peers of this host, by name.
 
-    def __init__(self, sessions: Sessions, gone: Callable[[Peer], None], came: Callable[[Peer], None]) -> None:
+    `gone` is called with one that leaves, `came` with one that registers. `registrations` outlives a restart of
+    khod; `unkept` is called where it could not be written.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        gone: Callable[[Peer], None],
+        came: Callable[[Peer], None],
+        registrations: Registrations | None = None,
+        unkept: Callable[[OSError], None] = lambda _error: None,
+    ) -> None:
         self._sessions = sessions
         self._peers: dict[str, Peer] = {}
         self._per_user: Counter[int] = Counter()
         self._named: Counter[str] = Counter()
         self._gone = gone
         self._came = came
+        self._registrations = registrations
+        self._unkept = unkept
+        self._absent: dict[str, Registered] = {}
+        self._returned = asyncio.Event()
+
+    def remember(self, boot_id: str) -> None:
+        """Expect those that an earlier khod of this boot had, until each has come back or is given up."""
+        if self._registrations is None:
+            return
+        try:
+            found = self._registrations.load(boot_id)
+        except OSError as error:
+            self._unkept(error)
+            return
+        self._absent = {registered.name: registered for registered in found if registered.name not in self._connected()}
+
+    @property
+    def absent(self) -> list[Registered]:
+        """Those that were registered before khod was restarted, and have not come back."""
+        return list(self._absent.values())
+
+    async def wait_returned(self, names: Collection[str], seconds: float = RETURN_SECONDS) -> None:
+        """Wait until those absent of these names whose process lives have come back, and no longer than `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                while any(name in names and _lives(found) for name, found in self._absent.items()):
+                    self._returned.clear()
+                    await self._returned.wait()
+        except TimeoutError:
+            return
+
+    def _connected(self) -> set[str]:
+        return {name for name, peer in self._peers.items() if peer.connected}
+
+    def stop_remembering(self) -> None:
+        """Keep the registrations as they are: khod ends, and every connection with it."""
+        if self._registrations is not None:
+            self._registrations.close()
+
+    def _keep(self, change: Callable[[Registrations], None]) -> None:
+        if self._registrations is not None:
+            try:
+                change(self._registrations)
+            except OSError as error:
+                self._unkept(error)
 
     def known(self) -> list[Peer]:
         """Those connected, and those that are waited for."""
@@ -331,17 +394,20 @@ class Peers:
                 made = Peer.expected(holder, run, self._sessions, restoring=restoring)
                 self._peers[holder.name] = made
 
-    async def forget(self, name: str) -> None:
-        """Give up on what a producer left before the jump; Refused where it left nothing."""
+    def give_up(self, name: str) -> bool:
+        """Expect a producer back no more that was registered before khod was restarted; whether it was."""
+        if self._absent.pop(name, None) is None:
+            return False
+        self._returned.set()
+        self._keep(lambda registrations: registrations.remove(name))
+        return True
+
+    async def forget(self, name: str, deadline: float) -> None:
+        """Free what a producer left before the jump; nothing where it left nothing."""
         peer = self._peers.get(name)
-        if peer is None or not peer.restoring:
-            raise Refused(
-                f"Producer {name} left nothing that waits for it",
-                where=name,
-                remedy="khoctl check names those that did.",
-            )
-        await self._sessions.drop(peer.session, peer.timeout)
-        peer.restoring, peer.told, peer.kept = False, "", ()
+        if peer is not None and peer.restoring:
+            await self._sessions.drop(peer.session, deadline)
+            peer.restoring, peer.told, peer.kept = False, "", ()
 
     def register(self, name: str, owner: Owner, process: Process, terms: Terms, most: int) -> Peer:
         """Take a connection in as the producer `name`, at `most` so many of one user's. UsageError or Refused."""
@@ -357,6 +423,13 @@ class Peers:
                 where=name,
                 remedy="Run it in the same unit as before, or: khoctl producers forget NAME",
             )
+        if (absent := self._absent.get(name)) is not None and absent.owner != owner:
+            raise Refused(
+                f"Producer {name} was user {absent.owner.uid}'s in {absent.owner.unit or 'no unit'} before khod was "
+                f"restarted, and this is user {owner.uid} in {owner.unit or 'no unit'}",
+                where=name,
+                remedy="Run it in the same unit as before, or: khoctl producers forget NAME",
+            )
         if self._per_user[owner.uid] >= most:
             raise Refused(
                 f"User {owner.uid} has {most} producers already", where=name, remedy="producers.max_per_user bounds it."
@@ -368,6 +441,9 @@ class Peers:
         self._per_user[owner.uid] += 1
         self._named.update((*terms.after, *terms.before))
         peer.attach(process, terms)
+        self._absent.pop(name, None)
+        self._returned.set()
+        self._keep(lambda registrations: registrations.add(Registered(name, owner, process)))
         self._came(peer)
         return peer
 
@@ -378,9 +454,14 @@ class Peers:
         self._per_user[peer.owner.uid] -= 1
         self._named.subtract((*peer.after, *peer.before))
         peer.detach()
+        self._keep(lambda registrations: registrations.remove(peer.name))
         if not peer.counted_on:
             del self._peers[peer.name]
         self._gone(peer)
+
+
+def _lives(registered: Registered) -> bool:
+    return process_of(registered.process.pid) == registered.process
 
 
 def _check_terms(terms: Terms) -> None:

@@ -53,6 +53,7 @@ class Kernel(SimulatedKernel):
         """For each sync(2) the call noted before it."""
         self.gate = threading.Event()
         self.gate.set()
+        self._serializing = threading.Event()
         self._store = store
 
     def _note(self, what: str) -> None:
@@ -65,13 +66,19 @@ class Kernel(SimulatedKernel):
     def read(self, path: str) -> bytes:
         if path == f"{KHO}/dt":
             self.readers.add(threading.get_ident())
+        if path == ACTIVE and self._serializing.is_set():
+            self.gate.wait()  # one mutex for whoever asks and whoever writes
         return super().read(path)
 
     def write(self, path: str, data: bytes) -> None:
         if path == ACTIVE:
             self._note(f"active={data.decode().strip()}")
+            self._serializing.set()
             self.gate.wait()
-        super().write(path, data)
+        try:
+            super().write(path, data)
+        finally:
+            self._serializing.clear()
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
         self._note("unload" if flags & UNLOAD else "load")
@@ -87,7 +94,7 @@ class Kernel(SimulatedKernel):
 
     @property
     def active(self) -> bool:
-        return self.read(ACTIVE) == b"1\n"
+        return super().read(ACTIVE) == b"1\n"
 
     @property
     def loaded(self) -> bool:

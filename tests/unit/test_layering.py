@@ -12,7 +12,7 @@ from tests.unit.khods import REPOSITORY
 
 # From the bottom up. A module imports from its own layer and from those before it.
 LAYERS = [
-    {"__init__", "model", "region", "errors", "wire", "files"},
+    {"__init__", "model", "region", "errors", "wire", "files", "bounded", "worker"},
     {"abi", "images"},
     {"kernel"},
     {"machine", "record", "reconcile", "config", "cmdline", "formats", "snapshots"},

@@ -71,15 +71,17 @@ def test_from_every_phase_on_the_way_there_is_a_way_back(order: Order) -> None:
         assert here.to(P.rolling_back).phase is P.rolling_back
 
 
-def test_a_rollback_ends_in_idle_or_failed_alone_and_failed_may_be_tried_again() -> None:
-    assert set(TRANSITIONS[P.rolling_back]) == {P.idle, P.failed}
+def test_a_rollback_ends_at_rest_or_failed_and_failed_may_be_tried_again() -> None:
+    """At rest is what this boot's handover came to: a rollback of another one changes nothing of it."""
+    assert set(TRANSITIONS[P.rolling_back]) == {*RESTING, P.failed}
     assert P.rolling_back in TRANSITIONS[P.failed]
 
 
 def test_only_executing_leads_out_of_this_kernel() -> None:
     """The one transition without a way back stands in one row."""
     after = {P.verifying, P.cold_boot}
-    assert {here for here, row in TRANSITIONS.items() if after & set(row)} == {P.executing}
+    assert {here for here, row in TRANSITIONS.items() if after & set(row)} == {P.executing, P.rolling_back}
+    assert P.verifying not in TRANSITIONS[P.rolling_back], "it goes back to what this boot came to, and no further"
 
 
 def test_every_phase_is_in_the_table_and_leads_somewhere() -> None:

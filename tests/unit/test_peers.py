@@ -767,10 +767,26 @@ async def test_nobody_watches_before_and_after(host: LuoHost) -> None:
 
 async def test_nothing_calls_the_jump_back(host: LuoHost) -> None:
     engine = await host.started()
-    await at(host, Phase.executing, "add", "memory")
+    loop, reboot = asyncio.get_running_loop(), host.kernel.reboot_kexec
+
+    def jump() -> None:
+        loop.call_soon_threadsafe(host.guard.event, "add", "memory")
+        reboot()
+
+    host.kernel.reboot_kexec = jump  # type: ignore[method-assign]
     with pytest.raises(Rebooted):
         await host.kexec(engine)
     assert host.kernel.calls[-1] == "reboot"
+
+
+async def test_hardware_that_changes_before_the_jump_is_asked_for_ends_the_handover(host: LuoHost) -> None:
+    """The record says `executing` by then, and nobody was asked to jump yet."""
+    engine = await host.started()
+    await at(host, Phase.executing, "add", "memory")
+    with pytest.raises(Refused, match="memory"):
+        await host.kexec(engine)
+    assert "reboot" not in host.kernel.calls
+    await back_at_rest(host, engine)
 
 
 async def test_a_producer_s_device_that_goes_ends_the_handover_in_its_name(host: LuoHost) -> None:

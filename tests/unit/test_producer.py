@@ -184,7 +184,7 @@ BACK = [
     "rolling_back: two: thaw: ready",
     "rolling_back: two: cancel: told",
     "rolling_back: one: cancel: ready",
-    "idle: everything is back",
+    "idle: Rolled back.",
 ]
 
 
@@ -327,7 +327,7 @@ def test_with_policy_resume_a_peer_that_does_not_come_back_is_a_veto(
 
 
 def test_with_policy_resume_a_peer_may_come_back_while_the_jump_waits_for_it(system: System) -> None:
-    """Whoever asks for the jump may be faster than a peer that lost khod; nobody new gets in by that."""
+    """Whoever asks for the jump may be faster than a peer that lost khod."""
     system.configure(RESUME)
     first = system.khod()
     one = Hand(first, "one")
@@ -339,13 +339,11 @@ def test_with_policy_resume_a_peer_may_come_back_while_the_jump_waits_for_it(sys
     one.close()
     second = system.khod()
     with begin(second, "Kexec", now=True):
-        until(lambda: second.record.phase is Phase.executing, second.process)
-        stranger = Hand(second, "stranger")
-        assert stranger.registered["error"] == "io.kho.Handover.Refused"
+        until(lambda: "one" in second.khoctl("status", "--json").json["waiting_for"], second.process)
+        assert second.record.phase is Phase.loaded, "there is a way back for as long as somebody is waited for"
         back = Hand(second, "one")
         assert back.registered["told"] == "freeze"
         assert second.process.wait(DEADLINE) == -signal.SIGKILL, "the jump"
-    stranger.close()
     back.close()
 
 

@@ -452,7 +452,7 @@ async def test_the_library_is_not_imported_before_it_is_needed() -> None:
 async def refusal(here: Vm, verb: Verb, note: str = "") -> str:
     """What a barrier says of a VM that misses a deadline of 1 s."""
     barrier = Barrier.of([Qemu("vm", timeout=1.0, socket=str(here.path))], "run-1", lambda _member: None)
-    barrier.members[0].note = note
+    barrier.members[0].telling = Telling(Verb.prepare, "run-1", note)
     with pytest.raises(Refused):
         await barrier.tell(verb)
     return barrier.members[0].answer

@@ -7,7 +7,7 @@ import pytest
 from khod.errors import RecordError
 from khod.machine import HELD, RESTING, STEPS
 from khod.model import Generation, Observed, Phase, Step
-from khod.reconcile import Action, due, reconcile, settled, shown
+from khod.reconcile import Action, due, foreign, reconcile, settled, shown
 from khod.record import Record
 
 P, S = Phase, Step
@@ -94,11 +94,24 @@ def test_a_kernel_with_nothing_to_leave_contradicts_no_active_phase(phase: Phase
 # none or idle | active or loaded | foreign
 
 
+DRIVEN = [ACTIVE, LOADED, BOTH, replace(LOADED, active=None)]
+
+
 @pytest.mark.parametrize("kept", [None, *(record(phase, boot) for phase in RESTING for boot in (HERE, BEFORE))])
-@pytest.mark.parametrize("kernel", [ACTIVE, LOADED, BOTH, replace(LOADED, active=None)])
+@pytest.mark.parametrize("kernel", DRIVEN)
 def test_somebody_else_s_doing_is_foreign_and_not_touched(kept: Record | None, kernel: Observed) -> None:
     found = reconcile(kept, kernel)
-    assert (found.phase, found.action) == (P.foreign, Action.none)
+    assert found.action is Action.none
+    assert foreign(settled(kept or Record(), found, kernel), kernel)
+
+
+@pytest.mark.parametrize("kernel", DRIVEN)
+@pytest.mark.parametrize("phase", [P.verified, P.degraded, P.cold_boot])
+def test_somebody_else_s_doing_does_not_hide_what_this_boot_came_to(phase: Phase, kernel: Observed) -> None:
+    kept = record(phase, done=())
+    assert reconcile(kept, kernel).phase is phase
+    assert shown(kept, kernel) is phase
+    assert shown(record(P.idle, done=()), kernel) is P.foreign
 
 
 # executing, other boot | KHO state came in | verify
@@ -143,9 +156,12 @@ CONTRADICTIONS = [
     (P.frozen, ACTIVE),
     (P.frozen, BOTH),
     (P.activating, LOADED),
-    (P.active, IDLE),
     (P.active, BOTH),
     (P.active, LOADED),
+]
+"""The kernel shows what no step of the record did."""
+PARTLY_UNDONE = [
+    (P.active, IDLE),
     (P.loading, LOADED),
     (P.loaded, ACTIVE),
     (P.loaded, LOADED),
@@ -153,6 +169,7 @@ CONTRADICTIONS = [
     (P.executing, IDLE),
     (P.executing, ACTIVE),
 ]
+"""The kernel shows less than the record."""
 
 
 @pytest.mark.parametrize(("phase", "kernel"), CONTRADICTIONS)
@@ -164,18 +181,47 @@ def test_a_kernel_that_is_elsewhere_in_the_same_boot_is_inconsistent(phase: Phas
         assert ("inactive" in found.reason) is not kernel.active, "what was found"
 
 
-@pytest.mark.parametrize("phase", [phase for phase in BEGUN if phase not in (P.executing, P.loaded)])
-def test_a_phase_of_another_boot_is_inconsistent(phase: Phase) -> None:
+@pytest.mark.parametrize(("phase", "kernel"), PARTLY_UNDONE)
+def test_what_was_undone_and_not_recorded_leads_to_the_undo_of_the_rest(phase: Phase, kernel: Observed) -> None:
+    """khod died in a rollback whose record could not be written: whoever is frozen is frozen all the same."""
+    for policy in ("roll-back", "resume"):
+        found = reconcile(record(phase), kernel, policy)
+        assert (found.phase, found.action) == (phase, Action.roll_back)
+
+
+@pytest.mark.parametrize("phase", [phase for phase in BEGUN if phase is not P.executing])
+def test_a_boot_after_a_loss_of_power_is_idle_and_says_what_was_lost(phase: Phase) -> None:
     found = reconcile(record(phase, BEFORE), IDLE)
-    assert (found.phase, found.action) == (P.inconsistent, Action.none)
+    assert (found.phase, found.action) == (P.idle, Action.none)
     assert phase.value in found.reason
-    assert BEFORE in found.reason
 
 
-@pytest.mark.parametrize("phase", [P.failed, P.rolling_back])
-def test_a_stale_image_that_could_not_be_unloaded_and_was_jumped_into_is_not_idle(phase: Phase) -> None:
-    found = reconcile(record(phase, BEFORE, done=(S.load,)), ARRIVED)
-    assert found.phase is not P.idle
+def test_a_host_that_was_rebooted_in_the_middle_has_booted_cold() -> None:
+    """khod was stopped, rolled back, and the next one starts in another boot."""
+    kept = replace(record(P.idle, BEFORE, done=()), interrupted="a handover was at freezing")
+    found = reconcile(kept, IDLE)
+    assert found.phase is P.cold_boot
+    assert "freezing" in found.reason
+    assert reconcile(replace(kept, boot_id=HERE), IDLE).phase is P.idle, "khod alone was restarted"
+
+
+@pytest.mark.parametrize("phase", [P.failed, P.rolling_back, P.freezing, P.loading])
+def test_whatever_bears_the_mark_is_verified_and_doubted(phase: Phase) -> None:
+    """A stale image that could not be unloaded, or a reboot by somebody else while producers were being frozen."""
+    found = reconcile(record(phase, BEFORE, done=(S.prepare, S.load)), ARRIVED)
+    assert (found.phase, found.action) == (P.verifying, Action.verify)
+    assert found.doubt
+
+
+def test_a_jump_by_hand_from_where_all_was_ready_is_not_doubted() -> None:
+    assert reconcile(record(P.loaded, BEFORE), ARRIVED).doubt == ""
+    assert reconcile(record(P.executing, BEFORE), ARRIVED).doubt == ""
+
+
+def test_a_boot_reached_by_a_handover_of_which_no_record_is_left_is_not_idle() -> None:
+    found = reconcile(None, ARRIVED)
+    assert found.phase is P.degraded
+    assert RUN in found.reason
 
 
 @pytest.mark.parametrize("kernel", [IDLE, ACTIVE, BOTH, ARRIVED])
@@ -200,7 +246,9 @@ def test_what_is_left_of_a_failed_rollback_stands_until_it_is_gone(done: tuple[S
 # while khod runs
 
 
-@pytest.mark.parametrize(("phase", "kernel"), [(phase, kernel) for phase, kernel in CONTRADICTIONS if phase in HELD])
+@pytest.mark.parametrize(
+    ("phase", "kernel"), [(phase, kernel) for phase, kernel in CONTRADICTIONS + PARTLY_UNDONE if phase in HELD]
+)
 def test_a_contradiction_is_shown_when_it_comes_up_later(phase: Phase, kernel: Observed) -> None:
     assert shown(record(phase), kernel) is P.inconsistent
 
@@ -211,10 +259,12 @@ def test_what_the_kernel_does_not_contradict_is_shown_as_it_is(phase: Phase) -> 
 
 
 def test_force_puts_back_what_the_kernel_shows_and_what_the_record_says() -> None:
-    assert set(due((), BOTH)) == {S.activate, S.load}
-    assert due((), BOTH).index(S.activate) < due((), BOTH).index(S.load), "undone in reverse: unload, then 0"
-    assert due((S.prepare, S.freeze), LOADED) == (S.prepare, S.freeze, S.load)
-    assert due(BEGUN[P.loaded], IDLE) == BEGUN[P.loaded]
+    shown_alone = due((), BOTH, told=False)
+    assert set(shown_alone) == {S.activate, S.load}
+    assert shown_alone.index(S.activate) < shown_alone.index(S.load), "undone in reverse: unload, then 0"
+    assert due((S.prepare, S.freeze), LOADED, told=False) == (S.prepare, S.freeze, S.load)
+    assert due(BEGUN[P.loaded], IDLE, told=False) == BEGUN[P.loaded]
+    assert due((), ACTIVE, told=True) == (S.prepare, S.freeze, S.activate), "who may have been told is told"
 
 
 def test_counts_of_another_boot_are_dropped_and_the_count_of_handovers_is_not() -> None:

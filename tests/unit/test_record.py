@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khod.errors import RecordError
-from khod.model import Generation, Kept, Phase, Step, StepTiming, Verdict
+from khod.model import Finding, Generation, Kept, NotUndone, Phase, Step, StepTiming, Verdict
 from khod.record import VERSION, Holder, Owner, Process, Record, Store, decode, encode
 from tests.unit.khods import REPOSITORY
 
@@ -30,7 +30,7 @@ FULL = Record(
     blackout_seconds=1.5,
     timings=(StepTiming("prepare", 12.0, 0.5),),
     last_error="Der Müller sagt nein",
-    verdict=Verdict(["ftrace"], ["memblock"], ["LUO"], "did not arrive: memblock"),
+    verdict=Verdict(["ftrace"], ["memblock"], ["LUO"], "did not arrive", [Finding("", "did not arrive")]),
     suspect="an abort",
     producers=(
         Holder(
@@ -45,20 +45,27 @@ FULL = Record(
             Owner(1000, "kv.service"),
             Process(77, 123456),
             (Kept("table", (1 << 64) - 1),),
+            restores=True,
         ),
     ),
     failed_activations=2,
+    not_undone=(NotUndone("freeze", "kv", "it sleeps", "Look."),),
+    interrupted="a handover was at freezing",
+    outcome=Phase.degraded,
+    arrived_run="ba9876543210",
+    claims=(Holder("kv", "varlink", owner=Owner(1000, "kv.service")),),
 )
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 number = st.floats(allow_nan=False, allow_infinity=False)
 timing = st.builds(StepTiming, text, number, number)
-verdict = st.none() | st.builds(Verdict, st.lists(text), st.lists(text), st.lists(text), text)
+finding = st.builds(Finding, text, text)
+verdict = st.none() | st.builds(Verdict, st.lists(text), st.lists(text), st.lists(text), text, st.lists(finding))
 texts = st.lists(text, max_size=2).map(tuple)
 owner = st.none() | st.builds(Owner, st.integers(0, 1 << 32), text)
 process = st.none() | st.builds(Process, st.integers(1, 1 << 22), st.integers(0, 1 << 60))
 kept = st.lists(st.builds(Kept, text, st.integers(0, (1 << 64) - 1)), max_size=2).map(tuple)
-holder = st.builds(Holder, text, text, text, text, number, texts, texts, texts, owner, process, kept)
+holder = st.builds(Holder, text, text, text, text, number, texts, texts, texts, owner, process, kept, st.booleans())
 records = st.builds(
     Record,
     version=st.just(VERSION),
@@ -75,6 +82,11 @@ records = st.builds(
     verdict=verdict,
     producers=st.lists(holder, max_size=2).map(tuple),
     failed_activations=st.integers(0, 100),
+    not_undone=st.lists(st.builds(NotUndone, text, text, text, text), max_size=2).map(tuple),
+    interrupted=text,
+    outcome=st.sampled_from(Phase),
+    arrived_run=text,
+    claims=st.lists(holder, max_size=2).map(tuple),
 )
 
 

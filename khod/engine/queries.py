@@ -1,0 +1,274 @@
+"""What anyone may ask of khod: nothing here changes the host, and nothing here waits for an operation."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+from khod import model, preflight, reconcile
+from khod.config import Config
+from khod.engine import status
+from khod.engine.observer import Observer
+from khod.engine.restoration import Restoration
+from khod.engine.rollback import bound_seconds
+from khod.engine.transaction import Transaction
+from khod.errors import ConfigError, Failed, KhoError, Refused, UsageError
+from khod.inhibitors import Inhibitor
+from khod.kernel.kexec import Kexec
+from khod.kernel.protocol import Tree
+from khod.kernel.thread import Workers
+from khod.machine import HELD, RESTING, Machine
+from khod.model import Check, Event, Observed, Phase, Plan, Status
+from khod.muster import Muster
+from khod.plan import planned
+from khod.preflight.facts import Facts
+from khod.producers.barrier import Member
+from khod.producers.registrations import Registered
+from khod.record import Store
+from khod.region import Region
+from khod.sessions import Sessions, session_of
+from khod.target import Request, Target, take
+
+T = TypeVar("T")
+NO_TREE = {
+    "out": "The kernel has one only in the active phase: khoctl activate",
+    "in": "This kernel was not reached by a handover, or it handed nothing over.",
+    "snapshot": "One is taken at activation: khoctl activate",
+}
+NOTHING = Request()
+"""A request without an image."""
+Inhibitors = Callable[[], Awaitable[Sequence[Inhibitor] | None]]
+
+
+def new_run() -> str:
+    """Name a handover: twelve hex digits, which mark the next kernel's command line too."""
+    return uuid.uuid4().hex[:12]
+
+
+class Queries:
+    """The read-only side of khod. `busy` tells whether an operation is under way; `started` when the start is over.
+
+    `config` and `inhibitors` give what counts now.
+    """
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        observer: Observer,
+        muster: Muster,
+        restoration: Restoration,
+        sessions: Sessions,
+        store: Store,
+        kexec: Kexec,
+        workers: Workers,
+        *,
+        config: Callable[[], Config],
+        inhibitors: Callable[[], Inhibitors | None],
+        busy: asyncio.Lock,
+        known: asyncio.Event,
+        started: asyncio.Event,
+    ) -> None:
+        self._transaction = transaction
+        self._observer = observer
+        self._muster = muster
+        self._restoration = restoration
+        self._sessions = sessions
+        self._store = store
+        self._kexec = kexec
+        self._workers = workers
+        self._config = config
+        self._inhibitors = inhibitors
+        self._busy = busy
+        self._known = known
+        self._started = started
+
+    async def status(self) -> Status:
+        """Tell how it stands, also while khod starts.
+
+        Asks the kernel only while no operation does, and waits for it no longer than
+        deadlines.observe: reading `active` blocks while the kernel serializes.
+        """
+        deadline = self._config().deadlines.observe
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline):
+                await self._known.wait()
+        observed = None if self._busy.locked() else await self._observer.try_observe(deadline)
+        try:
+            producers = self._muster.shown(self.members)
+        except ConfigError:  # khoctl check says which file
+            producers = [member.shown() for member in self.members]
+        return status.build(
+            self._transaction,
+            self.effective_phase(observed),
+            self._observer.last,
+            self._observer.probed,
+            producers,
+            claims=[*(holder.name for holder in self._transaction.record.claims), *self.unknown_sessions],
+            absent=[registered.name for registered in self.absent],
+            stale=observed is None,
+        )
+
+    async def now(self) -> Event:
+        """How it stands, as an event."""
+        phase, record = self.effective_phase(self._observer.last), self._transaction.record
+        return Event(time.monotonic(), phase, self._transaction.reason, record.run)
+
+    async def producers(self) -> list[model.Producer]:
+        """Every producer, in the order they are told, with its last answer."""
+        return self._muster.shown(self.members)
+
+    @property
+    def members(self) -> list[Member]:
+        """Whoever was told something in the attempt under way, or takes back what it left."""
+        attempt = self._transaction.attempt
+        return attempt.barrier.members if attempt else self._restoration.members
+
+    @property
+    def absent(self) -> list[Registered]:
+        """Producers of before khod was restarted that have not come back; those of the attempt are waited for by it."""
+        counted_on = {holder.name for holder in self._transaction.record.producers}
+        return [registered for registered in self._muster.peers.absent if registered.name not in counted_on]
+
+    @property
+    def unknown_sessions(self) -> list[str]:
+        """LUO sessions that khod was given and of which no record says whose they are: they are kept."""
+        record = self._transaction.record
+        claimed = {session_of(record.arrived_run, holder.name) for holder in record.claims}
+        own = set(self._sessions.of_run(record.run)) if record.run and record.run != record.arrived_run else set()
+        return [name for name in self._sessions.names if name not in claimed | own]
+
+    async def check(self, request: Request = NOTHING) -> list[Check]:
+        """Run the preflight checks without touching anything; those of an image where one is given."""
+        async with self._inspected(request) as (_, checks):
+            return checks
+
+    async def plan(self, request: Request) -> Plan:
+        """Tell what a handover would do, and what its checks say, without touching anything."""
+        async with self._inspected(request) as (target, checks):
+            everyone, deadlines = self._muster.everyone(), self._config().deadlines
+            machine = self._transaction.machine if self._transaction.phase in HELD else Machine()
+            steps = planned(machine, self._observer.kernel, everyone, deadlines, request, target)
+            words = target.words if target else []
+            return Plan(steps, checks, target.cmdline if target else "", words, bound_seconds(deadlines, everyone))
+
+    async def snapshots(self) -> list[model.Snapshot]:
+        """List the trees that were kept when they left, the newest first."""
+        return await self._query(self._store.snapshots.known, "listing the snapshots")
+
+    async def scratch(self) -> list[Region]:
+        """Give the regions the next kernel must fit into."""
+        await self._started.wait()
+        return await self._query(self._observer.kernel.scratch, "reading scratch")
+
+    async def tree(self, side: str) -> Tree:
+        """Read a state tree: `out`, `in`, `snapshot` for the last that left, or one that was kept by its id.
+
+        Before any has left, `snapshot` is the last that was taken.
+        v3 has no outgoing tree unless active. The kernel's thread reads it: a read while another
+        thread leaves the active phase is v3's deadlock.
+        """
+        found: Tree | None = None
+        if side == "snapshot":
+            boot = self._observer.last.boot_id if self._observer.last else ""
+            found = await self._query(lambda: self._store.snapshots.last(boot), "reading the snapshot")
+        elif side in ("in", "out"):
+            await self._started.wait()
+            kernel = self._observer.kernel
+            read = kernel.arrived if side == "in" else lambda: kernel.tree() if kernel.active() is not False else None
+            try:
+                deadline = self._config().deadlines.activate
+                found = await self._workers.kernel.call(read, "reading the tree", deadline)
+            except OSError as error:
+                raise Failed(f"The tree cannot be read: {error}", where=str(error.filename)) from error
+        else:
+            found = await self._query(lambda: self._store.snapshots.read(side), "reading the snapshot")
+            if found is None:
+                raise UsageError(
+                    f"No such state tree: {side!r}",
+                    where="TREE",
+                    remedy="One of out, in, snapshot, or an id: khoctl dt list",
+                )
+        if found is None:
+            raise Refused(f"There is no `{side}` tree now", where=side, remedy=NO_TREE[side])
+        return found
+
+    def effective_phase(self, observed: Observed | None) -> Phase:
+        """The machine's phase, unless what the kernel says contradicts it."""
+        phase = self._transaction.phase
+        under_way = self._busy.locked() and phase not in RESTING | HELD
+        if observed is None or under_way:
+            return phase
+        return reconcile.shown(self._transaction.current(), observed)
+
+    async def run_checks(self, observed: Observed, target: Target | None = None) -> list[Check]:
+        """Run the checks of this host, or those of the next kernel, after the kernel was asked how it stands."""
+        current = self._transaction.current()
+        phase = self.effective_phase(observed)
+        foreign = reconcile.foreign(current, observed) or phase is Phase.inconsistent
+        ask = self._inhibitors()
+        facts = Facts(
+            self._observer.probed,
+            self._kexec,
+            observed,
+            self._store,
+            self._config(),
+            self._transaction.record,
+            foreign,
+            self._muster.everyone,
+            None if target or ask is None else await ask(),
+            target,
+            outgoing=await self._outgoing(observed) if target or self._config().producers.require_kernel else None,
+            unknown_sessions=self.unknown_sessions,
+            absent=self.absent,
+        )
+        deadline = self._config().deadlines.activate
+        return await self._workers.queries.call(lambda: preflight.run(facts), "the checks", deadline)
+
+    async def build_target(self, request: Request, observed: Observed, run: str) -> Target:
+        """Take the images into memory and look at them: slow, so long before anyone is frozen.
+
+        It may be called off: what arrives afterwards is closed.
+        """
+        bounds = self._config().images
+        work = self._workers.files.call(lambda: take(request, observed.cmdline, run, bounds), "reading the image", None)
+        task = asyncio.ensure_future(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_close_target)
+            raise
+
+    async def _outgoing(self, observed: Observed) -> Tree | None:
+        """The outgoing tree, where the kernel has one now: read in the kernel's thread, as v3 wants it."""
+        kernel = self._observer.probed.kernel
+        if kernel is None or observed.active is False:
+            return None
+        try:
+            deadline = self._config().deadlines.observe
+            return await self._workers.kernel.call(kernel.tree, "reading the tree", deadline)
+        except (KhoError, OSError):
+            return None
+
+    async def _query(self, function: Callable[[], T], what: str) -> T:
+        return await self._workers.queries.call(function, what, self._config().deadlines.activate)
+
+    @asynccontextmanager
+    async def _inspected(self, request: Request) -> AsyncIterator[tuple[Target | None, list[Check]]]:
+        """The next kernel that is asked about, for as long as it is looked at, and every check there is."""
+        await self._started.wait()
+        observed = await self._observer.observe(self._config().deadlines.activate)
+        run = self._transaction.record.run or new_run()
+        target = await self.build_target(request, observed, run) if request.kernel else None
+        try:
+            checks = [*await self.run_checks(observed), *(await self.run_checks(observed, target) if target else ())]
+            yield target, checks
+        finally:
+            if target is not None:
+                target.close()
+
+
+def _close_target(task: "asyncio.Future[Target]") -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()

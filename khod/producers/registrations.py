@@ -1,0 +1,99 @@
+"""Who is registered, kept over a restart of khod: a handover must not go without somebody who has not come back yet.
+
+A file of lines, one for each registration and each leave, in this boot: an append is whole or not there, and costs a
+producer that registers some ten microseconds. It outlives khod, not the boot, so nothing of it is synced.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from khod import wire
+from khod.record import Owner, Process
+
+MAX_LINES = 1 << 14
+"""Lines that are appended before the file is written anew."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A producer that was registered, and the process that had its connection."""
+
+    name: str
+    owner: Owner
+    process: Process
+
+
+class Registrations:
+    """The file. Methods raise OSError; a line that cannot be read counts as nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._boot_id = ""
+        self._fd: int | None = None
+        self._known: dict[str, Registered] = {}
+        self._lines = 0
+
+    def load(self, boot_id: str) -> list[Registered]:
+        """Give those that were registered in this boot and had not left, and begin the file anew with them."""
+        for line in self._read():
+            try:
+                values = json.loads(line)
+                if values["boot_id"] != boot_id:
+                    continue
+                if "left" in values:
+                    self._known.pop(values["left"], None)
+                else:
+                    found = wire.decode(Registered, values["registered"])
+                    self._known[found.name] = found
+            except (ValueError, TypeError, KeyError):
+                continue  # where there was no room for all of it
+        self._boot_id = boot_id
+        self._begin()
+        return list(self._known.values())
+
+    def add(self, registered: Registered) -> None:
+        """Keep a registration."""
+        self._known[registered.name] = registered
+        self._append({"registered": wire.plain(registered)})
+
+    def remove(self, name: str) -> None:
+        """Forget a producer that left, or that an operator gave up."""
+        if self._known.pop(name, None) is not None:
+            self._append({"left": name})
+
+    def close(self) -> None:
+        """Keep what stands there: khod ends, and its producers' connections with it."""
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None
+
+    def _read(self) -> list[str]:
+        try:
+            return self._path.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+
+    def _begin(self) -> None:
+        """Write the file anew, with those that are registered now."""
+        new = self._path.with_name(f"{self._path.name}.new")
+        with open(new, "wb") as file:
+            file.writelines(self._line({"registered": wire.plain(found)}) for found in self._known.values())
+        new.rename(self._path)
+        self.close()
+        self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._lines = 0
+
+    def _line(self, values: dict[str, object]) -> bytes:
+        """One line, begun anew: the one before it may have been cut off."""
+        return f"\n{json.dumps({'boot_id': self._boot_id, **values}, default=wire.plain)}\n".encode()
+
+    def _append(self, values: dict[str, object]) -> None:
+        if self._fd is None:
+            return
+        self._lines += 1
+        if self._lines > MAX_LINES:
+            self._begin()
+        else:
+            os.write(self._fd, self._line(values))
