@@ -96,6 +96,9 @@ class Muster:
             if found is None or (restoring and holder.restores and not found.restores):
                 found = Lost(holder.name, kind=holder.kind, had_to_restore=holder.restores, unreadable=unreadable)
             producers.append(found)
+        if restoring:  # whoever has nothing to restore may stand between two that have
+            named = {holder.name for holder in holders}
+            producers += [file for file in files if not file.restores and file.name not in named]
         barrier = Barrier.of(producers, run, changed, told, any_order=True)
         if not producers and unreadable is not None:
             barrier.broken = unreadable  # then there may be somebody in it

@@ -63,7 +63,7 @@ class Restoration:
         record = self._transaction.record
         changed = self._transaction.on_member_changed
         self._barrier = barrier = self._muster.resumed(record.arrived_run, changed, record.claims, None, restoring=True)
-        if barrier.members:
+        if record.claims:
             self._spawn(self._bring_all_back(barrier, verdict))
         else:
             await self._conclude(verdict)
@@ -115,7 +115,7 @@ class Restoration:
         Whoever is done leaves the claims; the others stay in them, so that what they left is given to nobody
         else. A khod that dies in between leaves in the record to whom it is said again.
         """
-        members = barrier.members
+        members = [member for member in barrier.members if member.producer.restores]
         empty = [member for member in members if member.told != Verb.finish.value]
         failed = await barrier.bring_back(Verb.restore, empty, deadline)
         restored = [member for member in members if member not in failed]
