@@ -21,20 +21,23 @@ class Muster:
     def everyone(self) -> list[Producer]:
         """Every producer that is configured, connected or waited for.
 
-        ConfigError where a file is wrong, or where somebody is registered under a name that has a file: the file
-        counts, and a handover that went without either of them would lose its state.
+        ConfigError where a file is wrong, or where somebody is registered under a name that has a file: a handover
+        that went without either of them would lose its state.
         """
-        files, peers = self._configured(), self.peers.known()
+        files = self._configured()
+        for peer in self._shadowed(files):
+            where = peer.owner.unit or (f"process {peer.process.pid}" if peer.process else "no process")
+            raise ConfigError(
+                f"Two producers are called {peer.name}: one has a file, the other is registered ({where})",
+                where=f"producer {peer.name}",
+                remedy=f"Stop {where}, or rename the file in /etc/kho/producers.d.",
+            )
+        return [*files, *self.peers.known()]
+
+    def _shadowed(self, files: Sequence[Producer]) -> list[Peer]:
+        """Those registered under a name that has a file."""
         named = {file.name for file in files}
-        for peer in peers:
-            if peer.name in named:
-                where = peer.owner.unit or (f"process {peer.process.pid}" if peer.process else "no process")
-                raise ConfigError(
-                    f"Two producers are called {peer.name}: one has a file, the other is registered ({where})",
-                    where=f"producer {peer.name}",
-                    remedy=f"Stop {where}, or rename the file in /etc/kho/producers.d.",
-                )
-        return [*files, *peers]
+        return [peer for peer in self.peers.known() if peer.name in named]
 
     def find(self, name: str) -> Producer:
         """Give a producer by its name; UsageError where there is none."""
@@ -46,11 +49,13 @@ class Muster:
     def shown(self, told: Sequence[Member]) -> list[model.Producer]:
         """What status says of everyone, in rank order; `told` are those of the last attempt."""
         known = {member.producer.name: member for member in told}
-        shown = []
-        for rank, producers in enumerate(ranks(self.everyone())):
+        files, shown = self._configured(), []
+        shadowed = self._shadowed(files)
+        peers = [peer for peer in self.peers.known() if peer not in shadowed]
+        for rank, producers in enumerate(ranks([*files, *peers])):
             members = [known.get(producer.name) or Member(producer) for producer in producers]
             shown += [replace(member.shown(), rank=rank) for member in members]
-        return shown
+        return shown + [replace(Member(peer).shown(), answer="there is a file of this name") for peer in shadowed]
 
     def register(self, name: str, owner: Owner, process: Process, terms: Terms, most: int) -> Peer:
         """Take in a producer that has connected; Refused where its name has a file, ConfigError where it is a cycle."""
