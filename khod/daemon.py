@@ -92,7 +92,7 @@ class Daemon:
             thread=self._thread,
             tell=self._tell,
             inhibitors=inhibitors.blocking if opts.simulate is None else None,
-            shutdown=executor.on_the_way if opts.simulate is None else _never_goes_down,
+            shutdown=_on_the_way if opts.simulate is None else _never_goes_down,
             registrations=Registrations(opts.socket.parent / "registrations"),
         )
         self.engine.config_error = self._config_error
@@ -144,8 +144,11 @@ class Daemon:
     async def _stop(self) -> None:
         """Put back what is held, unless the host is on its way into the kexec."""
         with _more_time():
-            jumping = False if self._options.simulate else await executor.on_the_way()
-            await self.engine.stop(jumping=jumping)
+            if self._options.simulate:
+                await self.engine.stop(jumping=False)
+                return
+            jumping, going_down = await asyncio.gather(executor.on_the_way(), executor.goes_down())
+            await self.engine.stop(jumping=jumping, going_down=going_down)
 
     def _alone(self) -> None:
         """Refuse to run beside another khod on the same record: it would take the other's handover for a dead one's."""
@@ -216,6 +219,10 @@ class _StartAgain:
         except Rebooted:
             sys.stdout.flush()
             os.execv(sys.executable, [sys.executable, "-m", "khod", *sys.argv[1:]])  # noqa: S606
+
+
+async def _on_the_way() -> bool | None:
+    return await executor.on_the_way(executor.ASK_UNDO_SECONDS)
 
 
 async def _never_goes_down() -> bool:

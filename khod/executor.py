@@ -11,8 +11,10 @@ from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.kexec import Kexec
 from khod.worker import Worker
 
-ASK_SECONDS = 5.0
-"""Seconds systemd has to say what it is about."""
+ASK_SECONDS = 10.0
+"""Seconds systemd has to say what it is about when khod is stopped."""
+ASK_UNDO_SECONDS = 2.0
+"""Seconds it has before an abort."""
 
 CARRIES_SESSIONS = 261
 """The version of systemd that began to."""
@@ -73,16 +75,25 @@ async def orderly(*, sessions: bool) -> None:
         )
 
 
-async def on_the_way() -> bool | None:
+async def on_the_way(seconds: float = ASK_SECONDS) -> bool | None:
     """Tell whether systemd is taking the host into a kexec, whoever asked for it; None where it does not say."""
     try:
-        code, output = await within(ASK_SECONDS, run("systemctl", "show", "--property=ActiveState,Job", "kexec.target"))
+        code, output = await within(seconds, run("systemctl", "show", "--property=ActiveState,Job", "kexec.target"))
     except (OSError, TimeoutError, RuntimeError):
         return None
     if code != 0:
         return None
     facts = dict(line.partition("=")[::2] for line in output.splitlines())
     return facts.get("Job", "0") not in ("", "0") or facts.get("ActiveState") in ("active", "activating")
+
+
+async def goes_down() -> bool:
+    """Tell whether the host is being shut down, in whatever way: systemd's own word, False where it says none."""
+    try:
+        _, output = await within(ASK_SECONDS, run("systemctl", "is-system-running"))
+    except (OSError, TimeoutError, RuntimeError):
+        return False
+    return output == "stopping"
 
 
 @dataclass

@@ -216,6 +216,12 @@ class Store:
     def set_aside(self) -> None:
         """Keep a record that cannot be read under another name: another is written in its place."""
         try:
+            self.read()
+        except RecordError:
+            pass
+        else:
+            return
+        try:
             self.path.rename(self.directory / UNREADABLE)
         except FileNotFoundError:
             return

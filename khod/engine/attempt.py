@@ -256,7 +256,7 @@ class Attempt:
                 remedy="Wait: where it comes back, khod puts everything back by itself. Look at the kernel log.",
             )
         execution.cancel()
-        await asyncio.wait({execution}, timeout=2 * CUT_SECONDS)
+        await asyncio.wait({execution}, timeout=CUT_SECONDS)
         if await self.goes_down():
             raise JumpUnderWay(
                 "The host is on its way into the next kernel: nothing was undone",

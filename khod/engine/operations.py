@@ -158,8 +158,9 @@ class Engine:
         self._transaction.start(reconcile.provisional(record), record if isinstance(record, Record) else Record())
         observed = await self._observe_at_start(record)
         found = reconcile.reconcile(record, observed, self.config.policy.after_daemon_died)
-        departed, unreadable = await self._read_departure(record, observed), found.reason
-        if departed is not None:
+        note = ""
+        if (departed := await self._read_departure(record, observed)) is not None:
+            note = f"The copy that left with the jump stands in for the record: {found.reason}"
             record, found = departed, reconcile.reconcile(departed, observed)
         current = record if isinstance(record, Record) else Record()
         if found.phase in RESTING and found.action is reconcile.Action.none:
@@ -172,10 +173,7 @@ class Engine:
         self._transaction.emit(found.reason or lacking or "khod started")
         match found.action:
             case reconcile.Action.verify:
-                doubt = f"the record could not be read: {unreadable}" if departed is not None else ""
-                await self._restoration.begin(observed, self._observer.probed.kernel, found.doubt)
-                if doubt:
-                    self._transaction.emit(f"{doubt}; what stood beside it was used")
+                await self._restoration.begin(observed, self._observer.probed.kernel, found.doubt, note)
             case reconcile.Action.roll_back:
                 await self._roll_back(Failed(found.reason))
             case reconcile.Action.resume:
@@ -194,24 +192,24 @@ class Engine:
 
     async def _observe_at_start(self, record: Record | RecordError | None) -> Observed:
         """Ask the kernel; where it does not answer, take it to be where the record has it: then an undo may begin."""
-        observed = await self._observer.try_observe(self.config.deadlines.activate)
-        if observed is not None:
-            return observed
-        boot_id = ""
+        while (observed := await self._observer.try_observe(self.config.deadlines.activate)) is None:
+            if isinstance(record, Record) and record.done and await self._boot_id() in ("", record.boot_id):
+                self._transaction.emit(
+                    "the kernel does not say how it stands: it is taken to be where the record has it"
+                )
+                loaded = Step.load in record.done
+                return Observed(record.boot_id, record.release, active=None, loaded=loaded, arrived=False, cmdline="")
+            # Whether state came in is no guess: what is taken for a cold boot gives up what arrived.
+            self._transaction.emit("the kernel does not say how it stands: it is asked again")
+        return observed
+
+    async def _boot_id(self) -> str:
+        """This boot's id, "" where it cannot be read."""
         with suppress(KhoError, OSError):
-            boot_id = await self._workers.files.call(
+            return await self._workers.files.call(
                 self._kexec.boot_id, "reading the boot id", self.config.deadlines.observe
             )
-        known = record if isinstance(record, Record) else Record()
-        self._transaction.emit("the kernel does not say how it stands: the record is taken for it")
-        return Observed(
-            boot_id or known.boot_id,
-            known.release,
-            active=None,
-            loaded=Step.load in known.done,
-            arrived=False,
-            cmdline="",
-        )
+        return ""
 
     async def _read_departure(self, record: Record | RecordError | None, observed: Observed) -> Record | None:
         """The copy that left with the jump into this boot, where the record itself cannot be read or is gone."""
@@ -253,13 +251,14 @@ class Engine:
                 self._sessions.close(session)
             self._transaction.emit(f"closed {len(stray)} LUO sessions that no producer was told of")
 
-    async def stop(self, *, jumping: bool | None) -> None:
-        """End: roll back what is held, unless the host is on its way into the kexec.
+    async def stop(self, *, jumping: bool | None, going_down: bool = False) -> None:
+        """End: roll back what is held, unless the host is on its way into the kexec (`jumping`).
 
         Somebody else may have pulled the trigger: with an image loaded systemd 262 makes a kexec even of
         a plain `systemctl reboot`. Then the state goes along in good order, or, where that fails, the image
         is unloaded and the host boots cold. Where systemd does not say (None), what khod asked for itself
-        counts: to roll back under a jump would lose the state for good.
+        counts: to roll back under a jump would lose the state for good. With `going_down` the host is shut down in
+        any case: then the record says what it was shut down in the middle of.
         """
         self.muster.peers.stop_remembering()
         if self._transaction.phase is Phase.verifying:
@@ -275,7 +274,7 @@ class Engine:
         if self._transaction.phase is Phase.executing and attempt is not None and attempt.in_kernel:
             return  # reboot(2) has not come back: nothing may be undone, and nobody can wait for it
         if self._busy.locked() or self._transaction.phase in HELD | {Phase.executing}:
-            await self._abort(Failed("khod was stopped in the middle of a handover", where="abort"), stopping=True)
+            await self._abort(Failed("khod was stopped in the middle of a handover", where="abort"), down=going_down)
 
     async def _go_along(self) -> None:
         """The host goes into the kexec: bring the handover to where the jump may find it, or unload the image."""
@@ -338,11 +337,14 @@ class Engine:
             await self._check_jump_may_be_called_back(force=force)
         await self._abort(Failed("The handover was called off", where="abort"), force=force)
 
-    async def _abort(self, cause: KhoError, *, force: bool = False, stopping: bool = False) -> None:
+    async def _abort(self, cause: KhoError, *, force: bool = False, down: bool = False) -> None:
         """End what is under way and put it back; the undo comes before any question to the kernel that may hang."""
+        under_way = self._transaction.phase
         if self._busy.locked():
             self._transaction.cancel(cause)
         async with self._at_work():
+            if down and self._transaction.phase in RESTING and under_way not in RESTING:
+                await self._transaction.note_interrupted(f"a handover was at {under_way.value}, and was rolled back")
             if failure := self._transaction.failure_after(cause):
                 raise failure  # whoever was under way has rolled back for this, and could not put everything back
             self._transaction.settle_cancel()
@@ -350,17 +352,17 @@ class Engine:
             phase = self.queries.effective_phase(observed)
             foreign = observed is not None and reconcile.foreign(self._transaction.current(), observed)
             if phase is Phase.inconsistent or foreign:
-                self._take_over(phase, observed, force=force)
+                await self._take_over(phase, observed, force=force)
             elif phase in RESTING:
                 return
             elif phase is Phase.failed:
                 self._transaction.attach(None)  # what failed may have been mended in a file since
             elif phase is Phase.executing and self._acting().in_kernel:
                 raise self._not_to_be_called_back()
-            interrupted = f"a handover was at {phase.value} when khod was stopped" if stopping else ""
+            interrupted = f"a handover was at {phase.value}, and was rolled back" if down else ""
             await self._roll_back(None, interrupted=interrupted)
 
-    def _take_over(self, phase: Phase, observed: Observed | None, *, force: bool) -> None:
+    async def _take_over(self, phase: Phase, observed: Observed | None, *, force: bool) -> None:
         """Take over what is not khod's, or of which its record does not say everything; Refused without `force`."""
         kernel = "the kernel was not asked" if observed is None else reconcile.said(observed)
         if not force:
@@ -372,7 +374,12 @@ class Engine:
         shown = observed or Observed("", "", active=True, loaded=True, arrived=False, cmdline="")
         unknown = phase is Phase.inconsistent or not self.record.boot_id or not self.record.run
         steps = reconcile.due(self.machine.done, shown, told=unknown)
-        self._transaction.adopt(Phase.inconsistent if phase is Phase.inconsistent else Phase.foreign, steps)
+        if self._transaction.phase is Phase.inconsistent:
+            with suppress(KhoError):  # another record is written in its place
+                await self._workers.disk.call(
+                    self._store.set_aside, "keeping the record", self.config.deadlines.observe
+                )
+        self._transaction.adopt(Phase.inconsistent if phase is Phase.inconsistent else Phase.foreign, steps, shown)
         self._transaction.attach(None)
 
     async def forget(self, name: str) -> None:

@@ -52,14 +52,16 @@ class Restoration:
         """Whoever was told to take something back."""
         return self._barrier.members if self._barrier else []
 
-    async def begin(self, observed: Observed, kernel: KhoKernel | None, *doubts: str) -> None:
+    async def begin(self, observed: Observed, kernel: KhoKernel | None, doubt: str, note: str) -> None:
         """Verify this boot, and have the producers take back what they left.
 
-        They are not waited for here: a producer may start only after khod is ready. `doubts` speak against it.
+        They are not waited for here: a producer may start only after khod is ready. `doubt` speaks against all of it
+        having arrived ("" where nothing does), `note` is as in Transaction.enter_verifying.
         """
-        await self._transaction.enter_verifying(observed)
+        await self._transaction.enter_verifying(observed, note)
         verdict = await self._compare(kernel)
-        verdict = verdict.with_findings([*verdict.found, *(Finding("", doubt) for doubt in doubts if doubt)])
+        if doubt:
+            verdict = verdict.with_findings([*verdict.found, Finding("", doubt)])
         record = self._transaction.record
         changed = self._transaction.on_member_changed
         self._barrier = barrier = self._muster.resumed(record.arrived_run, changed, record.claims, None, restoring=True)

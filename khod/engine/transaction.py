@@ -31,10 +31,10 @@ COALESCED = (Step.activate, Step.load)
 
 RECORD_SECONDS = 60.0
 """Seconds one write of the record may take on the way forward: a step that is not recorded is not taken."""
-RECORD_UNDO_SECONDS = 4.0
+RECORD_UNDO_SECONDS = 2.0
 """Seconds it may take on the way back, at its beginning and at its end: a file system that hangs thaws nobody."""
 
-INTERRUPT_SECONDS = 15.0
+INTERRUPT_SECONDS = 5.0
 """Seconds that what is cancelled in the middle of a step has to end; then the undo begins all the same."""
 
 CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
@@ -72,6 +72,7 @@ class Transaction:
         self._cancelled = asyncio.Event()
         self._acted_on: tuple[KhoError, KhoError] | None = None
         self._jump_asked = False
+        self._note = ""
         self._store = store
         self._disk = disk
         self._tell = tell
@@ -122,9 +123,11 @@ class Transaction:
         """Act by this attempt from here on; None where another is to be made of the record."""
         self._attempt = attempt
 
-    def adopt(self, phase: Phase, steps: tuple[Step, ...]) -> None:
+    def adopt(self, phase: Phase, steps: tuple[Step, ...], observed: Observed) -> None:
         """Take over what khod has no record of (`foreign`) or none that agrees (`inconsistent`), to put it back."""
         self._machine = Machine(phase, steps)
+        if not self._record.boot_id:
+            self._record = replace(self._record, boot_id=observed.boot_id, release=observed.release)
 
     @contextmanager
     def aside(self, record: Record) -> Iterator[None]:
@@ -336,11 +339,13 @@ class Transaction:
 
     # After the jump
 
-    async def enter_verifying(self, observed: Observed) -> None:
+    async def enter_verifying(self, observed: Observed, note: str = "") -> None:
         """Record that this boot is the one after the jump; a khod that dies while it verifies is not counted again.
 
-        What the producers left waits for them from here on, whatever else becomes of the record.
+        What the producers left waits for them from here on, whatever else becomes of the record. `note` is what an
+        operator should know also where all state arrived.
         """
+        self._note = note
         record = self._record
         if record.boot_id != observed.boot_id:
             began = record.window_began_at
@@ -364,6 +369,11 @@ class Transaction:
         await self.try_write_record()
         self.emit("this kernel was reached by a handover; what arrived is being checked")
 
+    async def note_interrupted(self, what: str) -> None:
+        """Record what the host was shut down in the middle of, where the rollback is over already."""
+        self._record = replace(self._record, interrupted=what)
+        await self.try_write_record(RECORD_UNDO_SECONDS)
+
     async def note_claims(self, claims: tuple[Holder, ...]) -> None:
         """Record who has not taken back what it left."""
         self._record = replace(self._record, claims=claims)
@@ -381,7 +391,7 @@ class Transaction:
         self._record = replace(self._record, verdict=verdict, outcome=outcome)
         if at_rest:
             self._reason = verdict.reason
-            self._record = replace(self._record, last_error=verdict.reason)
+            self._record = replace(self._record, last_error=verdict.reason or self._note)
         await self.try_write_record()
         self.emit(message)
 
