@@ -388,11 +388,11 @@ class Engine:
             record = self.record
             claims = tuple(holder for holder in record.claims if holder.name != name)
             if len(claims) < len(record.claims):
-                await self.muster.peers.forget(name, self.config.deadlines.restore)
+                await self.muster.peers.forget(name, self.config.deadlines.activate)
                 await self._transaction.note_claims(claims)
                 self._transaction.emit(f"what {name} left is freed")
             elif name in self.queries.unknown_sessions:
-                await self._sessions.drop(name, self.config.deadlines.restore)
+                await self._sessions.drop(name, self.config.deadlines.activate)
                 self._transaction.emit(f"the LUO session {name} is freed")
             elif self.muster.peers.give_up(name):
                 self._transaction.emit(f"{name} is not expected to come back any more")
