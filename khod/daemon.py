@@ -25,11 +25,11 @@ from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.kernel.thread import KernelThread
 from khod.model import Event, Phase
 from khod.producers import hooks
-from khod.producers.configured import one_line
 from khod.producers.directory import Directory
 from khod.producers.registrations import Registrations
 from khod.record import Store
 from khod.sessions import Sessions
+from khod.text import join_names, one_line
 from khod.wire import SOCKET
 
 FAREWELL = 2.0
@@ -188,7 +188,7 @@ class Daemon:
 
     def _said(self) -> str:
         """The status text: where it stands, and who is waited for or what happened last."""
-        waiting = status.some(self.engine.waiting)
+        waiting = join_names(self.engine.waiting, status.MAX_NAMES_SHOWN)
         return f"{status.SAYS[self._last.phase][0]} {f'Waiting for {waiting}' if waiting else self._last.message}"
 
     def _reload(self) -> None:

@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from khod.text import printable
+
 
 class Exit(enum.IntEnum):
     """khoctl's exit codes, a promise to scripts."""
@@ -122,10 +124,7 @@ def sentence(error: KhoError) -> str:
     """Say what failed, on which path, what to do next; fit for a terminal, whatever was read from a file."""
     where = f" ({error.where})" if error.where else ""
     remedy = f" {error.remedy}" if error.remedy else ""
-    said = f"{error.what}{where}.{remedy}"
-    if said.isprintable():
-        return said
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in said)
+    return printable(f"{error.what}{where}.{remedy}")
 
 
 def errno_text(error: OSError) -> str:

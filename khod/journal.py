@@ -15,7 +15,7 @@ import systemd.journal
 
 from khod.errors import KhoError
 from khod.model import Event, Phase, Producer
-from khod.producers.configured import one_line
+from khod.text import one_line
 from khod.worker import Worker
 
 # One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered.
@@ -61,6 +61,9 @@ FLUSH_SECONDS = 1.0
 """Seconds khod's end waits for them."""
 EXTEND_SECONDS = 30.0
 """Seconds more that are asked for, over and over, while a start or a stop goes on."""
+
+MAX_STATUS = 500
+"""Characters of the status text."""
 
 _journald = Worker("journal", "The journal", max_waiting=MAX_WAITING)
 _manager = Worker("notify", "The service manager", max_waiting=MAX_WAITING)
@@ -133,7 +136,7 @@ class StatusText:
         self._resting = self._changed
         if self._changed:
             self._changed = False
-            notify(f"STATUS={one_line(self._text())}")
+            notify(f"STATUS={one_line(self._text(), MAX_STATUS)}")
             asyncio.get_running_loop().call_later(STATUS_REST, self._send)
 
 

@@ -8,8 +8,9 @@ from khod.machine import STEPS, Machine, left
 from khod.model import Planned, Step
 from khod.producers.barrier import Producer, ranks
 from khod.target import Request, Target
+from khod.text import format_size, join_names, printable
 
-SHOWN = 8
+MAX_NAMES_SHOWN = 8
 """Producers of one rank that are named."""
 
 
@@ -49,9 +50,7 @@ def _told(producers: Sequence[Producer]) -> str:
         return "nobody (no producers)"
     words = []
     for rank in ranks(list(producers)):
-        names = [producer.name for producer in rank]
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        words.append(", ".join(names[:SHOWN]) + more)
+        words.append(join_names((producer.name for producer in rank), MAX_NAMES_SHOWN))
     return ", then ".join(words)
 
 
@@ -60,5 +59,5 @@ def _loaded(target: Target | None) -> str:
         return "the image you give with --image, --entry, --default or --kernel"
     about = target.apart.about if target.apart else None
     formats = f" ({', '.join(target.apart.formats)}{f' {about.version}' if about else ''})" if target.apart else ""
-    initrd = f", initrd {target.initrd.name} ({target.initrd.size >> 10} KiB)" if target.initrd else ", no initrd"
-    return f"{target.kernel.name}{formats}{initrd}"
+    initrd = f", initrd {target.initrd.name} ({format_size(target.initrd.size)})" if target.initrd else ", no initrd"
+    return printable(f"{target.kernel.name}{formats}{initrd}")

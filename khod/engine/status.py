@@ -7,6 +7,7 @@ from khod.kernel.probe import Probed
 from khod.machine import RESTING
 from khod.model import Generation, Observed, Phase, Producer, Status, Step
 from khod.record import Record
+from khod.text import join_names
 
 SAYS: dict[Phase, tuple[str, str]] = {
     Phase.idle: ("Nothing is under way.", ""),
@@ -54,13 +55,7 @@ FOREIGN = "Another program is using KHO or kexec as well; khod will not touch it
 REBOOT = "Do not reboot before: it would jump into the image that is still loaded."
 
 
-SHOWN = 5
-
-
-def some(names: list[str]) -> str:
-    """Names in one line: all, or the first few and how many more."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+MAX_NAMES_SHOWN = 5
 
 
 def build(
@@ -120,6 +115,8 @@ def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absen
     if phase is Phase.failed and any(item.step == Step.load.value for item in record.not_undone):
         remedy = f"{remedy} {REBOOT}"
     if absent and phase in RESTING:
-        summary = f"{summary} Producers of before khod was restarted are not back: {some(absent)}."
+        summary = (
+            f"{summary} Producers of before khod was restarted are not back: {join_names(absent, MAX_NAMES_SHOWN)}."
+        )
         remedy = remedy or "Start them, or: khoctl producers forget NAME"
     return summary, remedy

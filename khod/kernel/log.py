@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from khod.abi.calls import Log
 from khod.model import Step
+from khod.text import printable, shorten
 
 RECORD_SIZE = 8192  # bytes; CONSOLE_EXT_LOG_MAX, since 6.3 PRINTK_MESSAGE_MAX (2048); EINVAL for a smaller buffer
 MOST_RECORDS = 1000  # a call that fails logs a few; whatever else floods the log is not followed for ever
@@ -91,10 +92,4 @@ def relevant(records: Sequence[Record], about: re.Pattern[str]) -> str:
     said = (record for record in records if record.facility == LOG_KERN and record.level <= LOGLEVEL_NOTICE)
     lines = list(dict.fromkeys(record.text.strip() for record in said if about.search(record.text)))
     causes = [line for line in lines if not OUTCOMES.search(line)]
-    return "; ".join(_shown(line) for line in (causes or lines)[-MOST_LINES:])
-
-
-def _shown(line: str) -> str:
-    """Give a line that is safe on a terminal, at most MOST_CHARACTERS long."""
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
-    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
+    return "; ".join(shorten(printable(line), MOST_CHARACTERS) for line in (causes or lines)[-MOST_LINES:])

@@ -5,10 +5,11 @@ from khod.preflight.facts import Facts, Finding
 from khod.producers.barrier import ranks
 from khod.producers.identity import process_of
 from khod.producers.registrations import Registered
+from khod.text import join_names
 from khod.verify import producers as present
 from khod.verify import without
 
-SHOWN = 20
+MAX_NAMES_SHOWN = 20
 
 
 def producers(facts: Facts) -> Finding:
@@ -16,17 +17,17 @@ def producers(facts: Facts) -> Finding:
     names = [producer.name for rank in ranks(facts.producers()) for producer in rank]
     if missing := sorted(set(facts.config.producers.require) - set(names)):
         return Finding.fail(
-            f"Required and not here: {', '.join(missing)}",
+            f"Required and not here: {join_names(missing, MAX_NAMES_SHOWN)}",
             "Start what registers under these names; producers.require asks for them.",
         )
     if facts.absent:
-        gone = ", ".join(f"{found.name} (process {found.process.pid}, {_fate(found)})" for found in facts.absent)
+        absent = [f"{found.name} (process {found.process.pid}, {_fate(found)})" for found in facts.absent]
+        gone = join_names(absent, MAX_NAMES_SHOWN)
         return Finding.fail(
             f"Registered before khod was restarted and not back: {gone}; a handover now would go without their state",
             "Wait until they connect again, start them, or give them up with: khoctl producers forget NAME",
         )
-    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-    return Finding.passed(f"{len(names)}: {shown or 'none'}")
+    return Finding.passed(f"{len(names)}: {join_names(names, MAX_NAMES_SHOWN) or 'none'}")
 
 
 def _fate(registered: Registered) -> str:
@@ -49,16 +50,17 @@ def kernel_producers(facts: Facts) -> Finding | None:
 
 def claims(facts: Facts) -> Finding | None:
     """Nothing that was left before the last jump waits to be taken back."""
-    waiting = [holder.name for holder in facts.record.claims]
-    if waiting:
+    if facts.record.claims:
+        names = join_names((holder.name for holder in facts.record.claims), MAX_NAMES_SHOWN)
         return Finding.fail(
-            f"Left before the last jump and not taken back yet: {', '.join(waiting)}; another jump would lose it",
+            f"Left before the last jump and not taken back yet: {names}; another jump would lose it",
             "Start these producers, or give their state up with: khoctl producers forget NAME",
         )
     if facts.unknown_sessions:
+        names = join_names(facts.unknown_sessions, MAX_NAMES_SHOWN)
         return Finding.fail(
-            f"LUO sessions of which no record says whose they are: {', '.join(facts.unknown_sessions)}; they hold "
-            "memory that came from the previous kernel, and another jump would lose it",
+            f"LUO sessions of which no record says whose they are: {names}; they hold memory that came from the "
+            "previous kernel, and another jump would lose it",
             "Find out whose they are; to free one: khoctl producers forget SESSION",
         )
     return None

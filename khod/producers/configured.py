@@ -7,10 +7,11 @@ from typing import Any
 
 from khod.errors import ConfigError, UsageError
 from khod.record import Holder
+from khod.text import one_line
+
+__all__ = ["Configured", "check_name", "one_line", "string", "strings"]
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
-LONGEST = 300
-"""Characters of somebody else's reason that are shown: it stands in status and record."""
 
 RESERVED = ("systemd",)
 """Names no producer may have: LUO's session of that name is the service manager's."""
@@ -72,8 +73,3 @@ def string(value: Any, path: Path, key: str) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy='It takes a string, "like this".')
     return value
-
-
-def one_line(text: str) -> str:
-    """One short line of what somebody else wrote, fit for a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split())[:LONGEST])

@@ -8,10 +8,11 @@ from itertools import groupby, islice
 
 from khod.abi.fdt import KHO_MEM, Node
 from khod.errors import MalformedTree
+from khod.text import format_size, printable
 from khod.trees.blobs import opened
 from khod.trees.kinds import decoded
 from khod.trees.shown import words
-from khod.trees.words import counted, human, printable
+from khod.trees.words import counted
 
 SPANS = 4  # differing spans of a blob that are named
 BLOCK = 4096  # bytes compared at once while looking for them
@@ -51,9 +52,9 @@ def differences(
     for name in sorted(left.keys() | right.keys()):
         shown = printable(name) or "root"
         if name not in right:
-            yield Difference(Change.removed, shown, "", "", human(len(left[name])), "")
+            yield Difference(Change.removed, shown, "", "", format_size(len(left[name])), "")
         elif name not in left:
-            yield Difference(Change.added, shown, "", "", "", human(len(right[name])))
+            yield Difference(Change.added, shown, "", "", "", format_size(len(right[name])))
         elif left[name] != right[name]:
             yield from _blob(name, shown, left[name], right[name], kernels=kernels)
 
@@ -82,7 +83,9 @@ def _blob(name: str, shown: str, left: bytes, right: bytes, *, kernels: bool) ->
         said = [f"{first:#x}-{last - 1:#x}" for first, last in islice(spans, SPANS)]
         others = sum(1 for _ in spans)
         at = f"differs at {', '.join(said)}{f' and {others} more' if others else ''}"
-        yield Difference(Change.changed, shown, "", "", f"{human(len(left))}, {at}", f"{human(len(right))}, {at}")
+        yield Difference(
+            Change.changed, shown, "", "", f"{format_size(len(left))}, {at}", f"{format_size(len(right))}, {at}"
+        )
         return
     found = list(_nodes(shown, "", (before, None), (after, None)))
     yield from found
@@ -153,6 +156,6 @@ def _mem(old: memoryview, new: memoryview, left: str, right: str) -> tuple[str, 
     if befores == afters:
         return f"{left}", f"{right}, the same ranges in another order or number"
     return (
-        f"{left}; {counted(len(befores - afters), 'range')}, {human(gone)} only here",
-        f"{right}; {counted(len(afters - befores), 'range')}, {human(came)} only here",
+        f"{left}; {counted(len(befores - afters), 'range')}, {format_size(gone)} only here",
+        f"{right}; {counted(len(afters - befores), 'range')}, {format_size(came)} only here",
     )

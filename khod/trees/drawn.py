@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from khod.abi.fdt import KHO_MEM
+from khod.text import format_size, printable
 from khod.trees.memory import Memory
 from khod.trees.summary import Blob, Summary
-from khod.trees.words import MARK, counted, hexadecimal, human, printable
+from khod.trees.words import MARK, counted, hexadecimal
 
 PERCENT = 0.01
 CLASH = {
@@ -45,7 +46,7 @@ def short(found: Summary, blobs: Mapping[str, bytes], pen: Pen = BLOCKS) -> Iter
 def head(blob: Blob) -> str:
     """The line a blob begins with."""
     exact = f" ({blob.bytes} bytes)" if blob.bytes >> 10 else ""
-    return f"{printable(blob.name) or 'root'}: {human(blob.bytes)}{exact}"
+    return f"{printable(blob.name) or 'root'}: {format_size(blob.bytes)}{exact}"
 
 
 def wrong(blob: Blob, data: bytes) -> Iterator[str]:
@@ -66,17 +67,17 @@ def memory(of: Summary, pen: Pen) -> Iterator[str]:
     """The sum of all ranges, and the strip; nothing where there are none."""
     if (found := of.memory) is None:
         return
-    yield f"memory: {counted(found.ranges, 'range')}, {human(found.bytes)}"
+    yield f"memory: {counted(found.ranges, 'range')}, {format_size(found.bytes)}"
     how = "merged as the kernel's mem cache" if of.cached else "merged"
-    yield f"  {how}: {counted(found.merged, 'range')}, {human(found.merged_bytes)} in whole pages"
+    yield f"  {how}: {counted(found.merged, 'range')}, {format_size(found.merged_bytes)} in whole pages"
     if found.hole:
-        yield f"  largest hole: {human(found.hole.size)} from {found.hole.addr:#x}"
+        yield f"  largest hole: {format_size(found.hole.size)} from {found.hole.addr:#x}"
     if found.beyond:
         yield f"  {counted(found.beyond, 'range')} run past the end of the address space {MARK}"
     for region in of.scratch:
-        yield f"  scratch: {human(region.size)} from {region.addr:#x}"
+        yield f"  scratch: {format_size(region.size)} from {region.addr:#x}"
     if found.in_scratch:
-        yield f"  {human(found.in_scratch)} of it lie in scratch: {CLASH[of.cached]} {MARK}"
+        yield f"  {format_size(found.in_scratch)} of it lie in scratch: {CLASH[of.cached]} {MARK}"
     yield from strip(found, pen, scratch=bool(of.scratch))
 
 

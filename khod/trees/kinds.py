@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from khod.abi.fdt import KHO_MEM, Node
-from khod.trees.words import counted, family, hexadecimal, human
+from khod.text import format_size
+from khod.trees.words import counted, family, hexadecimal
 
 MOST = 1 << 16
 """Bytes of strings, and pairs, that are taken apart: each of them becomes an object many times its size."""
@@ -94,10 +95,10 @@ U32 = Kind("u32", _number("I"), str)
 U64 = Kind("u64", _number("Q"), str)
 FLAGS = Kind("u32", _number("I"), "{:#x}".format)
 ADDRESS = Kind("address", _number("Q"), "{:#x}".format)
-SIZE = Kind("size", _number("Q"), lambda size: f"{size:#x} ({human(size)})")
+SIZE = Kind("size", _number("Q"), lambda size: f"{size:#x} ({format_size(size)})")
 STRINGS = Kind("strings", strings, lambda found: ", ".join(f'"{text}"' for text in found))
 EVENTS = Kind("events", _pairs, _pairs_text)
-MEM = Kind("mem", _mem, lambda found: f"{counted(found['ranges'], 'range')}, {human(found['bytes'])}")
+MEM = Kind("mem", _mem, lambda found: f"{counted(found['ranges'], 'range')}, {format_size(found['bytes'])}")
 VMALLOC = Kind("kho_vmalloc", _vmalloc, _vmalloc_text)
 
 ANYWHERE: Mapping[str, Kind] = {"compatible": STRINGS, "mem": MEM}

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from khod.abi.fdt import Node
 from khod.region import Region
+from khod.text import printable
 from khod.trees.blobs import opened
 from khod.trees.drawn import BLOCKS, Pen, head, memory, wrong
 from khod.trees.kinds import Decoded, decoded, promised
 from khod.trees.summary import summary
-from khod.trees.words import MARK, printable
+from khod.trees.words import MARK
 
 
 def show(

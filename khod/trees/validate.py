@@ -17,9 +17,9 @@ from typing import Any
 from khod.abi import fdt
 from khod.abi.fdt import Node
 from khod.errors import ConfigError, MalformedTree
+from khod.text import printable
 from khod.trees.blobs import METADATA, opened
 from khod.trees.kinds import decoded
-from khod.trees.words import printable
 
 OURS = Path(__file__).parent / "schemas"
 OWN = Path("/etc/kho/schemas")
