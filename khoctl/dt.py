@@ -15,6 +15,7 @@ import typer
 from khoctl.asking import Json, client, ending
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.region import Region
+from khod.text import printable
 from khod.trees.stored import load
 
 if TYPE_CHECKING:
@@ -224,19 +225,31 @@ def _json(value: Any) -> str:
 
 
 def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
-    if not found:
+    taken = [item for item in found if item.run]
+    if not taken:
         yield "No snapshots: nothing has left this host yet."
-        return
-    rows = [COLUMNS, *map(_row, found)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip()
+    else:
+        rows = [COLUMNS, *map(_row, taken)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            yield "  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip()
+    for item in found:
+        if item.wrong:
+            yield _shown(f"{printable(item.id)}: {printable(item.wrong)} (!)")
 
 
 def _row(item: "Snapshot") -> tuple[str, ...]:
-    taken = datetime.fromtimestamp(item.taken_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
     ids = item.digest[:DIGITS], item.boot_id[:DIGITS]
-    return item.id, taken, item.release, item.generation.value, str(item.bytes), *ids, ", ".join(item.blobs) or "-"
+    words = item.id, _date(item.taken_at), item.release, item.generation.value, str(item.bytes), *ids
+    return *map(printable, words), ", ".join(map(printable, item.blobs)) or "-"
+
+
+def _date(seconds: float) -> str:
+    """A time since the epoch; a clock that was wrong may have left one that no calendar has."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 def _shown(line: str) -> str:

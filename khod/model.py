@@ -251,10 +251,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state tree that was kept when it left.
+    """A state tree that was kept when it left; or, with `run` empty, what lies among them and is none.
 
-    `taken_at` is in seconds since the epoch, `bytes` the size of all blobs, `digest` the SHA-256 of the root and
-    then each blob in order of name.
+    `taken_at` is in seconds since the epoch, for people: what orders them is the order they were taken in. `bytes` is
+    the size of all blobs, `digest` the SHA-256 of the root and then each blob in order of name. `wrong` says what is
+    the matter with it, "" nothing.
     """
 
     id: str
@@ -266,6 +267,7 @@ class Snapshot:
     bytes: int
     blobs: list[str]
     digest: str
+    wrong: str = ""
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class Handover(VarlinkInterface, name=INTERFACE):
 
     @varlinkmethod(return_parameter="snapshots")
     async def Snapshots(self) -> list[model.Snapshot]:
-        """List the state trees that were kept when they left, the newest first."""
+        """List the state trees that were kept when they left, the newest first; then, `run` empty, what is none."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="regions")

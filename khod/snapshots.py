@@ -2,26 +2,35 @@
 
 Inside the blackout a snapshot costs its write and no more: what is known of it before stands in its directory
 before, and the digest is made by whoever asks first.
+
+Which one is newer is told by a number that each gets when it is prepared; the wall clock may be set back in between
+(a board without a battery), and is shown to people alone. Whatever else lies in the directory is left as it is and
+listed with what is wrong with it: only a lack of room, or a disk that fails, may refuse a handover.
 """
 
-import hashlib
-import json
-import re
-import shutil
-from collections.abc import Iterator
+import errno
+import os
+import tempfile
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from khod import config
+from khod import snapshot_directory as files
 from khod.errors import RecordError, UsageError, errno_text
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Snapshot
+from khod.snapshot_directory import DamagedError, Entry
 
-ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-"""A snapshot is named as the run that took it."""
-ABOUT, ROOT, BLOBS, DIGEST = "about.json", "root", "blobs", "sha256"
+MAX_STRANGERS_LISTED = 20
+REMEDIES = {
+    errno.ENOSPC: "Make room on that file system (df -h, df -i). Nothing of the kernel's was changed.",
+    errno.EDQUOT: "Make room within the quota of that file system. Nothing of the kernel's was changed.",
+    errno.EROFS: "Mount that file system writable, and look in the kernel log for why it is not.",
+    errno.EIO: "The disk fails: look at the kernel log.",
+}
+"""What to do where a snapshot cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +40,18 @@ class Snapshots:
     directory: Path
 
     def prepare(self, run: str, boot_id: str, release: str, generation: Generation, bounds: config.Snapshots) -> None:
-        """Make room for the snapshot of this run, before the blackout; the oldest ones go beyond `bounds`."""
+        """Make room for the snapshot of this run, before the blackout; the oldest ones go beyond `bounds`.
+
+        What is made is durable, so that no loss of power later leaves a tree of which nothing is known.
+        """
         place = self._place(run)
+        about = {"run": run, "boot_id": boot_id, "release": release, "generation": generation.name}
         try:
-            self._prune(bounds)
-            if place.exists():
-                shutil.rmtree(place)
-            (place / BLOBS).mkdir(parents=True, mode=0o700)
-            about = {"boot_id": boot_id, "release": release, "generation": generation.name}
-            (place / ABOUT).write_text(json.dumps(about) + "\n")
+            self.directory.mkdir(parents=True, exist_ok=True)
+            entries, _strangers = self._examined()
+            self._prune(entries, bounds)
+            self._vacate(place)
+            self._make(place, about, max((entry.sequence for entry in entries), default=0) + 1)
         except OSError as error:
             raise _unwritable(error, place) from error
 
@@ -47,9 +59,7 @@ class Snapshots:
         """Keep the outgoing tree: `blobs/NAME` and then `root`, as the kernel showed them."""
         place = self._place(run)
         try:
-            for name, blob in tree.blobs.items():
-                (place / BLOBS / name).write_bytes(blob)
-            (place / ROOT).write_bytes(tree.root)
+            files.write_tree(place, tree)
         except OSError as error:
             raise _unwritable(error, place) from error
 
@@ -57,48 +67,97 @@ class Snapshots:
         """The tree of this run, None where none was kept."""
         place = self._place(run)
         try:
-            blobs = {path.name: path.read_bytes() for path in sorted((place / BLOBS).iterdir())}
-            return Tree((place / ROOT).read_bytes(), blobs)
+            return files.read_tree(place)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise RecordError(f"The snapshot cannot be read: {errno_text(error)}", where=str(place)) from error
+        except (OSError, DamagedError) as error:
+            what = errno_text(error) if isinstance(error, OSError) else str(error)
+            raise RecordError(
+                f"The snapshot cannot be read: {what}", where=str(place), remedy="khoctl dt list has the others."
+            ) from error
 
     def last(self, boot_id: str = "") -> Tree | None:
         """The tree that left last: none that was taken in the boot `boot_id`, unless there are no others."""
-        taken = list(self._taken())
-        left = (place for place in taken if not boot_id or _about(place).get("boot_id") != boot_id)
+        taken = self._taken()
+        left = (entry for entry in taken if not boot_id or entry.about.get("boot_id") != boot_id)
         newest = next(left, next(iter(taken), None))
-        return None if newest is None else self.read(newest.name)
+        return None if newest is None else self.read(newest.path.name)
 
     def known(self) -> list[Snapshot]:
-        """Describe each, the newest first."""
+        """Describe each, the newest first; then, with `run` empty, what else is there and is no snapshot."""
+        entries, strangers = self._examine_or_raise()
+        rests = [entry for entry in entries if entry.written_ns is None and entry.wrong]
+        strangers += [(entry.path.name, f"the rest of a snapshot: {'; '.join(entry.wrong)}") for entry in rests]
+        found = [described for entry in _newest_first(entries) if (described := _described(entry))]
+        found += [_stranger(self.directory / name, what) for name, what in strangers[:MAX_STRANGERS_LISTED]]
+        if (more := len(strangers) - MAX_STRANGERS_LISTED) > 0:
+            found.append(_stranger(self.directory / f"{more} more", "not snapshots either"))
+        return found
+
+    def _taken(self) -> list[Entry]:
+        """The entries that have a tree, the newest first."""
+        return _newest_first(self._examine_or_raise()[0])
+
+    def _examine_or_raise(self) -> tuple[list[Entry], list[tuple[str, str]]]:
         try:
-            return [_described(place) for place in self._taken()]
+            return self._examined()
         except OSError as error:
-            raise RecordError(f"A snapshot cannot be read: {errno_text(error)}", where=str(self.directory)) from error
+            raise RecordError(
+                f"The snapshots cannot be listed: {errno_text(error)}", where=str(self.directory)
+            ) from error
 
-    def _taken(self) -> Iterator[Path]:
-        """The directories that have a tree, the newest first."""
-        found = [place for place in self._all() if (place / ROOT).exists()]
-        return iter(sorted(found, key=lambda place: (place / ROOT).stat().st_mtime_ns, reverse=True))
+    def _examined(self) -> tuple[list[Entry], list[tuple[str, str]]]:
+        """Every entry that is khod's, and by name the others with what they are; OSError for the directory alone."""
+        entries, strangers = list[Entry](), list[tuple[str, str]]()
+        try:
+            names = sorted(os.listdir(self.directory))
+        except FileNotFoundError:
+            return [], []
+        for name in names:
+            try:
+                found = files.examine(self.directory / name)
+            except FileNotFoundError:
+                continue  # removed since
+            except OSError as error:
+                found = f"it cannot be looked at: {errno_text(error)}"
+            if isinstance(found, Entry):
+                entries.append(found)
+            else:
+                strangers.append((name, found))
+        return entries, strangers
 
-    def _all(self) -> list[Path]:
-        return [place for place in self.directory.glob("*") if ID.fullmatch(place.name)]
-
-    def _prune(self, bounds: config.Snapshots) -> None:
+    def _prune(self, entries: list[Entry], bounds: config.Snapshots) -> None:
         """Leave room for one more within the bounds; what was never written goes, too."""
         room, size, kept = bounds.keep - 1, 0, set[Path]()
-        for place in self._taken():
-            size += sum(len(blob) for blob in _blobs(place).values())
+        for entry in _newest_first(entries):
+            size += entry.size
             if len(kept) < room and size <= bounds.max_bytes:
-                kept.add(place)
-        for place in self._all():
-            if place not in kept:
-                shutil.rmtree(place)
+                kept.add(entry.path)
+        for entry in entries:
+            if entry.path not in kept:
+                files.remove(entry.path)
+
+    def _vacate(self, place: Path) -> None:
+        """Clear the name of this run: an earlier snapshot of it goes, anything else there is put aside."""
+        with suppress(FileNotFoundError):
+            if isinstance(files.examine(place), Entry):
+                files.remove(place)
+            if os.path.lexists(place):
+                place.rename(self.directory / f"{place.name}.{uuid.uuid4().hex}.aside")
+
+    def _make(self, place: Path, about: dict[str, str], sequence: int) -> None:
+        """Make the directory under a name of its own and give it its name in one step, durably."""
+        new = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".new", dir=self.directory))
+        try:
+            files.make(new, about, sequence)
+            new.rename(place)
+        except OSError:
+            files.remove(new)
+            raise
+        files.sync_directory(self.directory)
 
     def _place(self, run: str) -> Path:
-        if not ID.fullmatch(run):
+        if not files.RUN.fullmatch(run):
             raise UsageError(
                 f"{run!r} names no state tree",
                 where="TREE",
@@ -107,50 +166,57 @@ class Snapshots:
         return self.directory / run
 
 
-def _described(place: Path) -> Snapshot:
-    blobs = _blobs(place)
-    about = _about(place)
-    generation = about.get("generation", "")
+def _newest_first(entries: list[Entry]) -> list[Entry]:
+    """Those that have a tree: by their number, those without one (of an earlier khod) last."""
+    return sorted((e for e in entries if e.written_ns is not None), key=lambda entry: entry.age, reverse=True)
+
+
+def _described(entry: Entry) -> Snapshot | None:
+    """Put a snapshot in the model's words; None where it was removed meanwhile."""
+    about, blobs, digest, wrong = entry.about, list[str](), "", list(entry.wrong)
+    try:
+        blobs, digest = files.blob_names(entry.path), files.digest(entry.path)
+    except FileNotFoundError:
+        if not os.path.lexists(entry.path):
+            return None
+    except OSError as error:
+        wrong.append(f"it cannot be read: {errno_text(error)}")
+    except DamagedError as error:
+        wrong += [str(error)] if str(error) not in wrong else []
+    generation = about.get("generation")
     return Snapshot(
-        id=place.name,
-        run=place.name,
-        taken_at=(place / ROOT).stat().st_mtime,
+        id=entry.path.name,
+        run=entry.path.name,
+        taken_at=(entry.written_ns or 0) / 1e9,
         boot_id=str(about.get("boot_id", "")),
         release=str(about.get("release", "")),
-        generation=Generation[generation] if generation in Generation.__members__ else Generation.none,
-        bytes=sum(len(blob) for blob in blobs.values()),
-        blobs=[name for name in blobs if name],
-        digest=_digest(place, blobs),
+        generation=Generation.__members__.get(generation, Generation.none)
+        if isinstance(generation, str)
+        else Generation.none,
+        bytes=entry.size,
+        blobs=blobs,
+        digest=digest,
+        wrong="; ".join(wrong),
     )
 
 
-def _about(place: Path) -> dict[str, Any]:
-    with suppress(ValueError, FileNotFoundError):  # a power cut may have taken it; the tree counts all the same
-        found = json.loads((place / ABOUT).read_text())
-        return found if isinstance(found, dict) else {}
-    return {}
-
-
-def _blobs(place: Path) -> dict[str, bytes]:
-    names = sorted((place / BLOBS).iterdir())
-    return {"": (place / ROOT).read_bytes(), **{path.name: path.read_bytes() for path in names}}
-
-
-def _digest(place: Path, blobs: dict[str, bytes]) -> str:
-    """The digest as it was made first: bytes that have changed since show in it."""
-    kept = place / DIGEST
-    if kept.exists():
-        return kept.read_text().strip()
-    made = hashlib.sha256()
-    for blob in blobs.values():
-        made.update(blob)
-    kept.write_text(f"{made.hexdigest()}\n")
-    return made.hexdigest()
+def _stranger(path: Path, what: str) -> Snapshot:
+    """What lies in the directory and is no snapshot: it has no run, and is left as it is."""
+    return Snapshot(
+        id=path.name,
+        run="",
+        taken_at=0.0,
+        boot_id="",
+        release="",
+        generation=Generation.none,
+        bytes=0,
+        blobs=[],
+        digest="",
+        wrong=what,
+    )
 
 
 def _unwritable(error: OSError, path: Path) -> RecordError:
-    return RecordError(
-        f"The snapshot cannot be written: {errno_text(error)}",
-        where=str(path),
-        remedy="Make room or mount the file system writable; the kernel was not touched since.",
-    )
+    remedy = REMEDIES.get(error.errno or 0, f"Look at it (ls -la {path.parent}) and at the kernel log.")
+    at = error.filename if isinstance(error.filename, str) else str(path)
+    return RecordError(f"The snapshot cannot be written: {errno_text(error)}", where=at, remedy=remedy)

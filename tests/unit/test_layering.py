@@ -15,7 +15,7 @@ LAYERS = [
     {"__init__", "model", "region", "text", "errors", "wire", "files", "bounded", "worker"},
     {"abi", "images"},
     {"kernel"},
-    {"machine", "record", "reconcile", "config", "cmdline", "formats", "snapshots"},
+    {"machine", "record", "reconcile", "config", "cmdline", "formats", "snapshots", "snapshot_directory"},
     {"producers", "fdstore", "sessions", "guard", "executor", "verify", "preflight", "target", "plan"}
     | {"muster", "inhibitors"},
     {"engine"},
