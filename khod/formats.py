@@ -1,6 +1,7 @@
 """Whether the next kernel understands what this one writes, read off its image before it is loaded."""
 
 import enum
+import mmap
 import re
 from dataclasses import dataclass
 
@@ -33,6 +34,11 @@ class Understood:
 
 def understood(written: Written, kernel: Kernel) -> Understood:
     """Hold each format of the running kernel's trees against those the image knows."""
+    if kernel.page_size not in (0, mmap.PAGESIZE):
+        # kho_radix_encode_key() keys the preserved pages by PAGE_SHIFT (include/linux/kho/abi/kexec_handover.h, 7.3),
+        # memfd and LUO count in pages, and kho_populate() compares `compatible` alone.
+        ours, its = (f"{size >> 10} KiB" for size in (mmap.PAGESIZE, kernel.page_size))
+        return Understood(Answer.different, f"its pages have {its}, this kernel's {ours}, and KHO counts in pages")
     if kernel.opaque:
         return Understood(Answer.unknown, f"its code cannot be looked at: {kernel.opaque}")
     reads = sorted(known for known in kernel.compatible if family(known) == "kho")

@@ -28,13 +28,16 @@ SECTOR, PARAGRAPH, MIB2 = 512, 16, 2 << 20
 
 # The setup header, struct setup_header
 SETUP_SECTS, SYSSIZE, BOOT_FLAG, HDRS, VERSION, KERNEL_VERSION = 0x1F1, 0x1F4, 0x1FE, 0x202, 0x206, 0x20E
-LOADFLAGS, KERNEL_ALIGNMENT, XLOADFLAGS, CMDLINE_SIZE, PAYLOAD, INIT_SIZE = 0x211, 0x230, 0x236, 0x238, 0x248, 0x260
+LOADFLAGS, KERNEL_ALIGNMENT, RELOCATABLE_KERNEL, XLOADFLAGS, CMDLINE_SIZE = 0x211, 0x230, 0x234, 0x236, 0x238
+PAYLOAD, PREF_ADDRESS, INIT_SIZE = 0x248, 0x258, 0x260
 SETUP_END = 0x268
-LOADED_HIGH, XLF_KERNEL_64, XLF_CAN_BE_LOADED_ABOVE_4G = 1, 1, 2
+LOADED_HIGH, XLF_KERNEL_64, XLF_CAN_BE_LOADED_ABOVE_4G, XLF_5LEVEL = 1, 1 << 0, 1 << 1, 1 << 5
 PROTOCOL = 0x020C
 
 # The 64 bytes arm64, riscv and loongarch agree on: text_offset, image_size or their like, and a magic at 56
-FLAT, FLAT_MAGIC = 64, slice(56, 60)
+FLAT, FLAT_MAGIC, FLAGS = 64, slice(56, 60), 24
+BIG_ENDIAN = 1  # bit 0 of arm64's flags, and of riscv's
+ARM64_PAGE_SIZES = (0, 4096, 16384, 65536)  # bits 1 and 2; 0 for a kernel that does not say it
 ARM64_MAGIC, RISCV_MAGIC, EFI_MAGIC = b"ARM\x64", b"RSC\x05", b"\xcd\x23\x82\x81"
 PE_LOONGARCH = 0x6264  # IMAGE_FILE_MACHINE_LOONGARCH64
 # s390: the entry's mark, and struct parmarea's kernel_version and max_command_line_size
@@ -59,6 +62,10 @@ class Header:
     setup_size: int = 0
     payload: tuple[int, int] | None = None
     opaque: str = ""
+    pref_address: int = 0
+    relocatable: bool = True
+    five_level: bool = True
+    page_size: int = 0
 
 
 def read(view: memoryview, machine: str, where: str) -> Header | None:
@@ -100,6 +107,12 @@ def _bzimage(view: memoryview, where: str) -> Header | None:
     offset, length = struct.unpack_from("<II", view, PAYLOAD)
     if setup_size + offset + length > len(view):
         raise pe.truncated("its compressed kernel", setup_size + offset + length, len(view), where)
+    if alignment & (alignment - 1):  # <asm/boot.h> lets no other be built, and the loader's ALIGN_DOWN() wants it
+        raise Refused(
+            f"The image is damaged: its header names an alignment of {alignment:#x}, which is no power of two",
+            where=where,
+            remedy="Copy the image again from its package.",
+        )
     (at,) = struct.unpack_from("<H", view, KERNEL_VERSION)
     return Header(
         "bzImage",
@@ -110,6 +123,9 @@ def _bzimage(view: memoryview, where: str) -> Header | None:
         _release(view[at + SECTOR :]) if at else "",
         setup_size=setup_size,
         payload=(setup_size + offset, length),
+        pref_address=struct.unpack_from("<Q", view, PREF_ADDRESS)[0],
+        relocatable=bool(view[RELOCATABLE_KERNEL]),
+        five_level=bool(xload & XLF_5LEVEL),
     )
 
 
@@ -137,7 +153,16 @@ def _arm64(view: memoryview, where: str) -> Header | None:
         return None
     text_offset, image_size = struct.unpack_from("<QQ", view, 8)
     _sized(image_size, where)
-    return Header("Image", "aarch64", CMDLINE["aarch64"], image_size, MIB2, text_offset=text_offset)
+    flags = _flags(view, where)
+    return Header(
+        "Image",
+        "aarch64",
+        CMDLINE["aarch64"],
+        image_size,
+        MIB2,
+        text_offset=text_offset,
+        page_size=ARM64_PAGE_SIZES[flags >> 1 & 3],
+    )
 
 
 def _riscv(view: memoryview, where: str) -> Header | None:
@@ -145,6 +170,7 @@ def _riscv(view: memoryview, where: str) -> Header | None:
         return None
     text_offset, image_size = struct.unpack_from("<QQ", view, 8)
     _sized(image_size, where)
+    _flags(view, where)
     return Header("Image", "riscv64", CMDLINE["riscv64"], image_size, text_offset, text_offset=text_offset)
 
 
@@ -200,6 +226,18 @@ def _sized(size: int, where: str) -> None:
             where=where,
             remedy="Give --image a newer kernel.",
         )
+
+
+def _flags(view: memoryview, where: str) -> int:
+    """Give the header's flags; Refused for a kernel of the other byte order, which reads KHO's numbers as others."""
+    (flags,) = struct.unpack_from("<Q", view, FLAGS)
+    if flags & BIG_ENDIAN:
+        raise Refused(
+            "The image is a big-endian kernel, and this one is little-endian: it would read other numbers",
+            where=where,
+            remedy="Give --image a little-endian kernel.",
+        )
+    return int(flags)
 
 
 def _release(view: memoryview) -> str:

@@ -1,6 +1,7 @@
 """A kernel image taken apart: down to what the running kernel's loader takes, and what that says of itself."""
 
 import enum
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ class Kernel:
     segment; `memory` it needs to start (x86 init_size, image_size, the span of an ELF's PT_LOADs); `alignment`;
     `text_offset` (arm64, riscv, loongarch). `config` is the embedded configuration (IKCONFIG), `compatible` the KHO
     formats it knows, `marks` which of MARKS it has; where `opaque` is not "", it says why none of these is known.
+
+    Of x86's header: `pref_address`, below which it is not placed; `relocatable`, whether it may run elsewhere;
+    `five_level`, whether it can be started with five levels of page tables. `page_size` in bytes is what arm64's header
+    or the configuration says, 0 where neither does.
     """
 
     format: str
@@ -58,6 +63,10 @@ class Kernel:
     compatible: frozenset[str]
     marks: frozenset[str]
     opaque: str
+    pref_address: int = 0
+    relocatable: bool = True
+    five_level: bool = True
+    page_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,17 @@ def _about(view: memoryview, portable: Portable | None, machine: str, where: str
         inside.compatible,
         inside.marks,
         opaque,
+        found.pref_address,
+        found.relocatable,
+        found.five_level,
+        found.page_size or _page_size(inside.config or ""),
     )
+
+
+def _page_size(config: str) -> int:
+    """The page size a configuration names (CONFIG_PAGE_SHIFT, every architecture's since 6.9), 0 where it does not."""
+    found = re.search(r"^CONFIG_PAGE_SHIFT=([0-9]{1,2})$", config, re.MULTILINE)
+    return 1 << int(found[1]) if found else 0
 
 
 def _signature(view: memoryview, portable: Portable | None) -> Signature:

@@ -46,6 +46,13 @@ def may_boot(calls: Calls) -> bool | None:
     return None if found is None else bool(int(found, 16) >> CAP_SYS_BOOT & 1)
 
 
+def five_level_paging(calls: Calls) -> bool | None:
+    """Whether this x86 kernel runs with five levels of page tables: where it does not it clears the flag."""
+    if (found := _field(calls, "/proc/cpuinfo", "flags")) is None:
+        return None
+    return "la57" in found.split(" ")
+
+
 def available(calls: Calls) -> int | None:
     """Bytes of memory that can be had without swapping."""
     found = _field(calls, "/proc/meminfo", "MemAvailable")
@@ -79,6 +86,6 @@ def _field(calls: Calls, path: str, name: str) -> str | None:
     """A `Name: value` line of a file in /proc."""
     for line in (_text(calls, path) or "").splitlines():
         key, _, value = line.partition(":")
-        if key == name:
+        if key.rstrip("\t ") == name:
             return value.strip()
     return None

@@ -20,9 +20,9 @@ from khod.region import Region
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 SCRATCH_ENTRY = 16  # struct kho_scratch { phys_addr_t addr; phys_addr_t size; }
 KHO_ALIGNMENT = 64 * KIB  # kho_fill_kimage(): SZ_64K
-# arch/x86/kernel/kexec-bzimage64.c: the lowest addresses. The kernel's is its header's pref_address: 16 MiB, unless
-# CONFIG_PHYSICAL_START was changed.
-MIN_PURGATORY, MIN_BOOTPARAM, MIN_KERNEL, MIN_INITRD = 0x3000, 0x3000, 16 * MIB, 16 * MIB
+# arch/x86/kernel/kexec-bzimage64.c: the lowest addresses. The kernel's is its header's pref_address where that is
+# higher (43b1d3e68ee7, Linux 6.8): CONFIG_PHYSICAL_START, 16 MiB unless it was changed.
+MIN_PURGATORY, MIN_BOOTPARAM, MIN_KERNEL, MIN_INITRD = 0x3000, 0x3000, 1 * MIB, 16 * MIB
 PURGATORY = 24 * KIB
 """A page more than the five it takes in 6.18.15, 6.19.11, 7.3.4 and Debian's 7.2.12."""
 EFI_MAP = 64 * 48
@@ -114,7 +114,7 @@ def _bzimage(kernel: Kernel, initrd: int, cmdline: int) -> Iterator[Segment]:
     """What bzImage64_load() adds."""
     yield Segment("purgatory", PURGATORY, lowest=MIN_PURGATORY)
     yield Segment("boot parameters", BOOT_PARAMS + cmdline, lowest=MIN_BOOTPARAM)
-    yield Segment("kernel", kernel.memory, kernel.alignment, MIN_KERNEL)
+    yield Segment("kernel", kernel.memory, kernel.alignment, max(kernel.pref_address, MIN_KERNEL))
     if initrd:
         yield Segment("initrd", initrd, lowest=MIN_INITRD)
 

@@ -1,10 +1,12 @@
 """Checks of the next kernel: whether this host can load it, and whether it would take over what is left to it."""
 
+import mmap
 from collections.abc import Callable
 
 from khod import cmdline as lines
 from khod.formats import Answer, understood
 from khod.images.kernel import Kernel, Signature
+from khod.kernel import host
 from khod.kernel.placement import NoRoom, place, segments
 from khod.kernel.written import written
 from khod.model import CheckResult
@@ -37,6 +39,12 @@ def image(facts: Facts) -> Finding | None:
         return Finding.of(error)
     assert target.apart is not None, "either taken apart or wrong"
     about = target.apart.about
+    if not about.five_level and host.five_level_paging(facts.kexec.calls):
+        return Finding.fail(
+            f"{target.kernel.name} cannot be started with five levels of page tables, which this kernel runs with: "
+            "the loader would say ENOEXEC",  # bzImage64_probe(): XLF_5LEVEL
+            "Give --image a kernel built with CONFIG_X86_5LEVEL=y, or boot this one with no5lvl.",
+        )
     return Finding.passed(
         f"{target.kernel.name}: {' with '.join(target.apart.formats)}, {about.version or 'no version'}, {about.arch}, "
         f"{about.size / 2**20:.1f} MiB, {about.memory / 2**20:.1f} MiB in memory"
@@ -140,17 +148,39 @@ def fit(facts: Facts, target: Target, about: Kernel) -> Finding:
     wanted = segments(about, initrd_size, line, kernel.generation, len(scratch), _tree(facts))
     if wanted is None:
         return Finding.skipped(f"How the loader of {about.arch} places its segments is not known here")
+    if wrong := _contradiction(about):
+        return wrong
     found = place(wanted, scratch)
     if isinstance(found, NoRoom):
+        above = about.pref_address if found.segment.name == "kernel" else 0
         return Finding.fail(
-            f"The {found.segment.name} takes {mib(found.segment.size)} and the largest hole left in scratch is "
-            f"{mib(found.hole)}: {shown(scratch)}; the kernel would say EADDRNOTAVAIL",
+            f"The {found.segment.name} takes {mib(found.segment.size)} and the largest hole left in scratch"
+            f"{f' from {above:#x} on, the pref_address in its header,' if above else ''} is {mib(found.hole)}: "
+            f"{shown(scratch)}; the kernel would say EADDRNOTAVAIL",
             "Boot with a larger kho_scratch=, or use a smaller initrd.",
+        )
+    at = next(one.at for one in found if one.segment.name == "kernel")
+    if not about.relocatable and about.pref_address not in (0, at):
+        return Finding.fail(
+            f"The image is not relocatable: it would be loaded at {at:#x}, and move itself to {about.pref_address:#x}, "
+            "over what lies there and is handed over",
+            "Use a kernel built with CONFIG_RELOCATABLE=y.",
         )
     total = sum(segment.size for segment in wanted)
     return Finding.passed(
         f"Kernel ({mib(about.memory)}), initrd ({mib(initrd_size)}) and what the loader adds ({mib(total)} in all) "
         f"fit into scratch: {shown(scratch)}"
+    )
+
+
+def _contradiction(about: Kernel) -> Finding | None:
+    """What no header can say of itself: sanity_check_segment_list() in kernel/kexec_core.c says EINVAL."""
+    loaded, room = about.size - about.setup_size, -(-about.memory // mmap.PAGESIZE) * mmap.PAGESIZE
+    if about.format != "bzImage" or loaded <= room:
+        return None
+    return Finding.fail(
+        f"The image is damaged: its header wants {mib(room)} in memory (init_size), and {mib(loaded)} go there",
+        "Copy the image again from its package.",
     )
 
 

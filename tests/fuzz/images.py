@@ -157,8 +157,10 @@ def _setup(data: bytes) -> Iterator[Field]:
             (0x20E, 2),
             (0x211, 1),
             (0x230, 4),
+            (0x234, 1),
             (0x236, 2),
             (0x238, 4),
+            (0x258, 8),
         ):
             yield Field(at, size, "little")
         yield from (Field(at, 4, "little") for at in (0x248, 0x24C, 0x260))

@@ -71,11 +71,11 @@ def bzimage(
     struct.pack_into("<H", image, 0x206, 0x020F)
     struct.pack_into("<H", image, 0x20E, 0x300 - 0x200)
     image[0x211] = 1  # LOADED_HIGH
-    struct.pack_into("<I", image, 0x230, 2 << 20)  # kernel_alignment
+    struct.pack_into("<IB", image, 0x230, 2 << 20, 1)  # kernel_alignment, relocatable_kernel
     struct.pack_into("<H", image, 0x236, 3)  # XLF_KERNEL_64, XLF_CAN_BE_LOADED_ABOVE_4G
     struct.pack_into("<I", image, 0x238, cmdline_size)
     struct.pack_into("<II", image, 0x248, 0, len(packed))
-    struct.pack_into("<I", image, 0x260, 1 << 24)
+    struct.pack_into("<QI", image, 0x258, 16 << 20, 1 << 24)  # pref_address, init_size
     image[0x300 : 0x300 + len(version) + 1] = version + b"\0"
     image[SETUP_SIZE : SETUP_SIZE + len(packed)] = packed
     if len(contents) <= len(image) - SETUP_SIZE - len(packed):

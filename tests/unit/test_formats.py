@@ -1,5 +1,8 @@
 """Whether the next kernel reads what this one writes: strings as strings(1) shows them in each lab kernel."""
 
+import mmap
+from dataclasses import replace
+
 import pytest
 
 from khod.formats import Answer, understood
@@ -53,6 +56,16 @@ def test_each_ordered_pair_of_the_lab(running: str, target: str) -> None:
     assert found.answer is (Answer.same if (running, target) in SAME else Answer.different)
     if found.answer is Answer.different:
         assert {"kho-v1", "kho-v4"} <= set(found.why.replace(",", " ").split())
+
+
+@pytest.mark.parametrize("opaque", ["", "compressed in a way khod does not know"])
+def test_another_page_size_is_another_format(opaque: str) -> None:
+    """KHO's radix tree is laid out by PAGE_SHIFT, and the kernels compare `compatible` alone."""
+    for size, answer in ((mmap.PAGESIZE, Answer.same), (0, Answer.same), (mmap.PAGESIZE * 16, Answer.different)):
+        about = replace(kernel(KNOWN["7.3.4"], opaque=opaque), page_size=size)
+        found = understood(WRITES["7.3.4"], about)
+        assert found.answer is (Answer.unknown if opaque and answer is Answer.same else answer)
+        assert ("KiB" in found.why) is (answer is Answer.different)
 
 
 def test_luo_that_the_next_kernel_does_not_have_is_lost() -> None:

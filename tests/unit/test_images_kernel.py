@@ -77,6 +77,7 @@ def test_a_bzimage_says_all_of_itself() -> None:
     assert (about.format, about.arch, about.version) == ("bzImage", "x86_64", "6.8.0-next")
     assert (about.cmdline_limit, about.size, about.setup_size) == (CMDLINE_SIZE, len(bzimage()), SETUP_SIZE)
     assert (about.memory, about.alignment, about.text_offset) == (1 << 24, 2 << 20, 0)
+    assert (about.pref_address, about.relocatable, about.five_level, about.page_size) == (16 << 20, True, False, 0)
     assert about.signature is Signature.none
     assert about.config == CONFIG
     assert about.compatible == set(FORMATS)
@@ -122,6 +123,7 @@ def test_a_build_that_noted_another_size_is_not_believed() -> None:
         (0x236, b"\1\0", "4 GiB"),
         (0x1F4, struct.pack("<I", 1 << 20), "truncated"),
         (0x24C, struct.pack("<I", 1 << 20), "truncated"),
+        (0x230, struct.pack("<I", 3 << 20), "0x300000, which is no power of two"),
     ],
 )
 def test_what_the_loader_of_x86_refuses_is_refused_before(at: int, new: bytes, what: str) -> None:
@@ -148,6 +150,24 @@ def test_a_flat_image_is_its_architecture_s(machine: str, format_: str, alignmen
     assert (about.format, about.arch, about.version) == (format_, machine, "6.8.0-next")
     assert (about.memory, about.alignment, about.text_offset) == (64 + len(code()) + 0x1000, alignment, offset)
     assert (about.config, about.compatible) == (CONFIG, frozenset(FORMATS))
+
+
+@pytest.mark.parametrize(("bits", "size"), [(0, 0), (1, 4096), (2, 16384), (3, 65536)])
+def test_an_arm64_image_says_its_page_size(bits: int, size: int) -> None:
+    """Bits 1 and 2 of the flags (Documentation/arch/arm64/booting.rst)."""
+    with apart(changed(flat("aarch64"), 24, struct.pack("<Q", 8 | bits << 1)), "aarch64") as bundle:
+        assert bundle.about.page_size == size
+
+
+def test_a_page_size_stands_in_a_configuration_too() -> None:
+    for config, size in ((CONFIG, 0), (f"{CONFIG}CONFIG_PAGE_SHIFT=14\n", 16384), ("# CONFIG_PAGE_SHIFT=14\n", 0)):
+        with apart(flat("loongarch64", code(config=config)), "loongarch64") as bundle:
+            assert bundle.about.page_size == size
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "riscv64"])
+def test_a_big_endian_image_is_refused(machine: str) -> None:
+    assert "big-endian" in refusal(changed(flat(machine), 24, b"\1"), machine).what
 
 
 def test_an_s390_image_says_what_it_can() -> None:

@@ -128,6 +128,17 @@ def test_the_lowest_address_and_the_alignment_hold() -> None:
     )
 
 
+def test_a_kernel_goes_no_lower_than_its_header_prefers() -> None:
+    """bzImage64_load(): MIN_KERNEL_LOAD_ADDR (1 MiB), or the header's pref_address where that is higher."""
+    scratch = [Region(2 * MIB, 40 * MIB), Region(96 * MIB, 40 * MIB)]
+    for pref, expected in ((0, 20), (16 * MIB, 20), (24 * MIB, 116), (100 * MIB, 116)):
+        found = at(loaded(replace(KERNEL, memory=20 * MIB, pref_address=pref), 0, scratch))
+        assert found["kernel"] == expected * MIB
+    refused = loaded(replace(KERNEL, memory=20 * MIB, pref_address=GIB), 0, scratch)
+    assert isinstance(refused, NoRoom)
+    assert (refused.segment.name, refused.segment.lowest, refused.hole) == ("kernel", GIB, 0)
+
+
 def test_pages_are_the_running_kernel_s() -> None:
     wanted = [Segment("a", 1), Segment("b", 0x10001)]
     assert at(place(wanted, [Region(0x100000, 0x40000)], 64 * KIB)) == {"a": 0x130000, "b": 0x110000}

@@ -1,0 +1,142 @@
+"""The checks of this host and of the next kernel, one by one, on a directory that looks like the host."""
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from khod import preflight
+from khod.abi.calls import HostCalls
+from khod.config import Config, Images
+from khod.kernel.kexec import Kexec
+from khod.kernel.probe import probe
+from khod.model import Check, CheckResult, Observed
+from khod.preflight.facts import Facts
+from khod.record import Record, Store
+from khod.target import Given, Request, Target, take
+from tests.unit.images import CPIO, bzimage
+
+OUT = "sys/kernel/debug/kho/out"
+MIB, GIB = 1 << 20, 1 << 30
+HOST = {
+    "proc/sys/kernel/osrelease": "7.3.4\n",
+    "proc/sys/kernel/random/boot_id": "boot\n",
+    "proc/cmdline": "root=/dev/vda kho=on\n",
+    f"{OUT}/scratch_phys": f"{64 * MIB:#x}\n",
+    f"{OUT}/scratch_len": f"{256 * MIB:#x}\n",
+    f"{OUT}/fdt": "kho-v1\0",
+}
+
+
+class Site:
+    """A host in a directory: its files, and the checks run on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.root = directory / "root"
+        self.calls = HostCalls(self.root)
+        self.targets: list[Target] = []
+        (directory / "state").mkdir()
+        self.lay(HOST)
+
+    def lay(self, files: Mapping[str, str]) -> None:
+        """Write files below the root."""
+        for name, text in files.items():
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / name).write_text(text)
+
+    def link(self, name: str, target: str) -> None:
+        """Make a symbolic link below the root, to nowhere mostly, as those of a namespace are."""
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / name).symlink_to(target)
+
+    def image(self, contents: bytes, cmdline: str | None = None) -> Target:
+        """An x86 image as the next kernel."""
+        paths = {"image": self.directory / "vmlinuz", "initrd": self.directory / "initrd"}
+        for path, data in zip(paths.values(), (contents, CPIO), strict=True):
+            path.write_bytes(data)
+        image, initrd = (os.open(path, os.O_RDONLY) for path in paths.values())
+        try:
+            request = Request(Given(image, "vmlinuz"), (Given(initrd, "initrd"),), cmdline)
+            running = self.calls.read("/proc/cmdline").decode()
+            self.targets.append(take(request, running, "run", Images(), "x86_64"))
+        finally:
+            os.close(image)
+            os.close(initrd)
+        return self.targets[-1]
+
+    def facts(self, target: Target | None = None) -> Facts:
+        """What the checks look at."""
+        kexec = Kexec(self.calls)
+        observed = Observed("boot", "7.3.4", None, loaded=False, arrived=False, cmdline=kexec.cmdline())
+        store, record = Store(self.directory / "state"), Record()
+        found = probe(self.calls)
+        return Facts(found, kexec, observed, store, Config(), record, False, list, None, target)
+
+    def checks(self, target: Target | None = None) -> dict[str, Check]:
+        """What the checks find, by name."""
+        return {check.name: check for check in preflight.run(self.facts(target))}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path)
+    yield made
+    for target in made.targets:
+        target.close()
+
+
+def changed(at: int, new: bytes) -> bytes:
+    return bzimage()[:at] + new + bzimage()[at + len(new) :]
+
+
+# The next kernel's header
+
+
+def test_a_kernel_is_not_placed_below_the_pref_address_of_its_header(site: Site) -> None:
+    """bzImage64_load(): buf_min; CONFIG_PHYSICAL_START=0x40000000, and scratch ends at 0x14000000."""
+    found = site.checks(site.image(changed(0x258, struct.pack("<Q", GIB))))["fit"]
+    assert found.result is CheckResult.fail
+    assert "0x40000000" in found.evidence
+    assert site.checks(site.image(changed(0x258, struct.pack("<Q", 128 * MIB))))["fit"].result is CheckResult.passed
+
+
+@pytest.mark.parametrize(
+    ("pref", "relocatable", "result"),
+    [
+        (128 * MIB, 1, CheckResult.passed),
+        (128 * MIB, 0, CheckResult.fail),
+        (302 * MIB, 0, CheckResult.passed),  # where the loader puts it anyway
+        (0, 0, CheckResult.passed),  # it names no place
+    ],
+)
+def test_a_kernel_that_moves_itself_over_what_is_handed_over_is_refused(
+    site: Site, pref: int, relocatable: int, result: CheckResult
+) -> None:
+    image = bytearray(changed(0x258, struct.pack("<Q", pref)))
+    image[0x234] = relocatable
+    found = site.checks(site.image(bytes(image)))["fit"]
+    assert found.result is result, found.evidence
+    assert ("relocatable" in found.evidence) is (result is CheckResult.fail)
+
+
+def test_more_than_the_header_wants_in_memory_is_no_kernel(site: Site) -> None:
+    """sanity_check_segment_list(): bufsz > memsz is EINVAL."""
+    found = site.checks(site.image(changed(0x260, struct.pack("<I", 4096))))["fit"]
+    assert found.result is CheckResult.fail
+    assert "init_size" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("flags", "levels", "result"),
+    [("fpu la57 smep", 0, CheckResult.fail), ("fpu la57", 32, CheckResult.passed), ("fpu", 0, CheckResult.passed)],
+)
+def test_five_levels_of_page_tables_are_held_against_the_image(
+    site: Site, flags: str, levels: int, result: CheckResult
+) -> None:
+    """bzImage64_probe(): without XLF_5LEVEL it says ENOEXEC where pgtable_l5_enabled()."""
+    site.lay({"proc/cpuinfo": f"processor\t: 0\nflags\t\t: {flags}\n"})
+    found = site.checks(site.image(changed(0x236, struct.pack("<H", 3 | levels))))["image"]
+    assert found.result is result
