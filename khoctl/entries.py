@@ -15,6 +15,7 @@ from pathlib import Path
 
 from khoctl import versions
 from khod.errors import Refused, errno_text
+from khod.text import ASCII_SPACE, split_first
 
 PARTITIONS = ("boot", "efi", "boot/efi")
 """Where $BOOT and the EFI system partition are mounted; of two entries of one name the first one's counts."""
@@ -106,9 +107,9 @@ def fields(text: str) -> tuple[Field, ...]:
     """The lines of an entry, or of loader.conf; comments and empty ones are left out."""
     found = []
     for number, line in enumerate(text.split("\n"), 1):
-        key, *value = line.split(None, 1) or [""]
+        key, value = split_first(line)
         if key and not key.startswith("#"):
-            found.append(Field(number, key, "".join(value).strip()))
+            found.append(Field(number, key, value))
     return tuple(found)
 
 
@@ -116,7 +117,7 @@ def os_release(text: str) -> dict[str, str]:
     """The settings of an os-release(5); a line that is none is left out."""
     found = {}
     for line in text.split("\n"):
-        name, _, value = line.strip().partition("=")
+        name, _, value = line.strip(ASCII_SPACE).partition("=")
         try:
             found[name] = "".join(shlex.split(value[:VALUE]))
         except ValueError:

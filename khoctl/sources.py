@@ -10,6 +10,7 @@ from khoctl import grubenv, versions
 from khoctl.defaults import default
 from khoctl.entries import Entry, Field, entries, os_release, partitions, read, searched
 from khod.errors import Refused, UsageError
+from khod.text import ASCII_SPACE, split_words
 
 __all__ = ["Entry", "Source", "entries", "entry", "installed"]
 
@@ -101,7 +102,7 @@ def _token_directories(root: Path) -> list[Path]:
     tokens = []
     for path in (root / "etc/kernel/entry-token", root / "etc/machine-id"):
         if path.is_file():
-            tokens.append(read(path).strip())
+            tokens.append(read(path).strip(ASCII_SPACE))
     for path in (root / "etc/os-release", root / "usr/lib/os-release"):
         if path.is_file():
             said = os_release(read(path))
@@ -158,7 +159,7 @@ def _source(one: Entry, root: Path) -> Source:
         _file(one, field, path, root)
         for field in one.fields
         if field.key == "initrd"
-        for path in grubenv.expand(field.value, variables, one.where(field)).split()
+        for path in split_words(grubenv.expand(field.value, variables, one.where(field)))
     )
     cmdline = _cmdline(one, variables)
     if cmdline is None and kernel.key == "linux":
@@ -214,8 +215,8 @@ def _cmdline(one: Entry, variables: dict[str, str]) -> str | None:
     options = [field for field in one.fields if field.key == "options"]
     if not options and (fallback := variables.get("default_kernelopts")):
         return grubenv.expand(fallback, variables, one.where())
-    lines = [grubenv.expand(field.value, variables, one.where(field)) for field in options]
-    return " ".join(line.strip() for line in lines if line.strip()) if options else None
+    lines = (grubenv.expand(field.value, variables, one.where(field)).strip(ASCII_SPACE) for field in options)
+    return " ".join(filter(None, lines)) if options else None
 
 
 def _note(one: Entry) -> str:

@@ -5,8 +5,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from khod.errors import UsageError
-from khod.kernel.built import switched_on
+from khod.kernel.next_arg import INIT, QUOTE, Arg, kernel_args, kernel_words, parse, switched_on
 from khod.model import Fate, Word
+from khod.text import printable, shorten
+
+MAX_SHOWN = 80
+"""Characters of a word that a message shows."""
 
 NOT_REUSED = (
     "BOOT_IMAGE=",  # the boot loader's note of what it booted
@@ -19,13 +23,15 @@ NOT_REUSED = (
 """Words of the running kernel's command line that do not travel, by how they begin."""
 
 MARKER = "khod.run="
-INIT = "--"
-"""Words after this one are init's, not the kernel's (Documentation/admin-guide/kernel-parameters.rst)."""
 
-WORD = re.compile(r'(?:[^\s"]|"[^"]*(?:"|$))+')
-"""As next_arg() in lib/cmdline.c splits: double quotes keep white space together."""
+WORD = re.compile(r'(?:[^\t-\r "]|"[^"]*(?:"|\Z))+')
+"""An operator's word: as the kernel's (`khod.kernel.next_arg`), but that ASCII white space alone ends it.
+
+Where the kernel ends one in the middle of a character, `torn` says so; the line that is given stays as it is.
+"""
 
 OPTIONS = "--cmdline/--append/--remove"
+PROC = "/proc/cmdline"
 
 
 def compose(
@@ -38,11 +44,15 @@ def compose(
     the image takes, in bytes without the NUL. Raises UsageError.
     """
     for text in (given or "", append or "", *remove):
-        _one_line(text)
+        _check_text(text, OPTIONS)
+    if given is None:
+        _check_text(running.replace("\n", " "), PROC)
     base, init = _split(reusable(running) if given is None else WORD.findall(given))
     added, added_init = _split(WORD.findall(append or ""))
     kept = [word for word in base if not any(_names(name, word) for name in remove)]
     to_init = [*init, *added_init]
+    for word in (*kept, *added, *to_init):
+        _check_quotes(word, PROC if given is None and word not in added else OPTIONS)
     line = " ".join([*kept, *added, f"{MARKER}{run}", *([INIT, *to_init] if to_init else [])])
     if (length := len(line.encode())) > limit:
         raise UsageError(
@@ -53,46 +63,63 @@ def compose(
 
 def _names(name: str, word: str) -> bool:
     """Whether a name for --remove means this word; the kernel reads dashes in a parameter's name as underscores."""
-    parameter, _, value = word.partition("=")
-    wanted, equals, text = name.partition("=")
-    return _same(wanted, parameter) and (not equals or text == value)
+    wanted, arg = parse(name), parse(word)
+    return arg.named(wanted.param) and (wanted.value is None or wanted.value == arg.value)
 
 
-def _same(one: str, other: str) -> bool:
-    return one.replace("-", "_") == other.replace("-", "_")
-
-
-def _one_line(text: str) -> None:
+def _check_text(text: str, where: str) -> None:
     """Raise UsageError where a kernel would cut the text off, or cannot be given it."""
     for name, char in (("NUL", "\0"), ("newline", "\n")):
         if char in text:
             raise UsageError(
                 f"The command line has a {name} at character {text.index(char)}",
-                where=OPTIONS,
+                where=where,
                 remedy="Remove it: a kernel command line is one line of text.",
             )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"The command line is no UTF-8 at character {error.start}", where=OPTIONS, remedy="Write it in UTF-8."
+            f"The command line is no UTF-8 at character {error.start}",
+            where=where,
+            remedy="Write it in UTF-8." if where == OPTIONS else "Give a command line in UTF-8 with --cmdline.",
         ) from None
+
+
+def _check_quotes(word: str, where: str) -> None:
+    """Raise UsageError for a quote that is not closed: the kernel takes all that follows into that word."""
+    if word.count(QUOTE) % 2:
+        raise UsageError(
+            f"The command line has a double quote without its end, in: {shorten(printable(word), MAX_SHOWN)}",
+            where=where,
+            remedy="Close it"
+            + (": all that follows would be one word." if where == OPTIONS else ", with --remove or --cmdline."),
+        )
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
     """The kernel's words, and init's."""
-    at = words.index(INIT) if INIT in words else len(words)
+    at = next((at for at, word in enumerate(words) if parse(word) == Arg(INIT, None)), len(words))
     return words[:at], words[at + 1 :]
 
 
 def reusable(running: str) -> list[str]:
     """The words of the running command line that may travel."""
-    return [word for word in WORD.findall(running) if not word.startswith(NOT_REUSED)]
+    return [word for word in WORD.findall(running) if not _stays(parse(word))]
+
+
+def _stays(arg: Arg) -> bool:
+    return arg.value is not None and any(arg.named(name.removesuffix("=")) for name in NOT_REUSED)
 
 
 def marked(running: str, run: str) -> bool:
     """Tell whether the running kernel was started by the kexec of this run."""
-    return f"{MARKER}{run}" in WORD.findall(running)
+    return f"{MARKER}{run}" in kernel_words(running)
+
+
+def torn(line: str) -> list[str]:
+    """The operator's words that are more than one word to the kernel: it takes the byte 0xA0 for white space."""
+    return [word for word in WORD.findall(line) if kernel_words(word) != [word]]
 
 
 def mark(running: str) -> str:
@@ -102,27 +129,36 @@ def mark(running: str) -> str:
 
 def init(line: str) -> str:
     """What the kernel runs first from its initrd, as a path in there: `rdinit=`, else `init`."""
-    words = [word.partition("=")[2] for word in _split(WORD.findall(line))[0] if word.startswith("rdinit=")]
-    return words[-1].strip('"').lstrip("/") if words else "init"
+    values = [arg.value for arg in kernel_args(line) if arg.param == "rdinit" and arg.value is not None]
+    return values[-1].lstrip("/") if values else "init"
 
 
 def has_root(line: str) -> bool:
     """Tell whether the kernel can go on without an initrd's init: it is told where its root is."""
-    return any(word.startswith("root=") for word in _split(WORD.findall(line))[0])
+    return any(arg.param == "root" and arg.value is not None for arg in kernel_args(line))
 
 
 def compare(running: str, new: str) -> list[Word]:
     """Put both lines side by side, word by word: the new one's in their order, then what is no longer there.
 
-    What must not travel and the marker are no difference. `lost` says what a handover loses with a word.
+    What must not travel and the marker are no difference. `lost` says what a handover loses with a word of the
+    kernel's; init's words are nothing to it.
     """
-    old, now = Counter(reusable(running)), Counter(reusable(new))
-    here = Counter(old)
+    old, now = Counter(_placed(running)), Counter(_placed(new))
+    left = Counter(old)
     words = []
-    for word in reusable(new):
-        words.append(Word(word, Fate.kept if here[word] else Fate.added))
-        here[word] -= 1
-    return [*words, *(Word(word, Fate.removed, _lost(word, new)) for word in (old - now).elements())]
+    for placed in _placed(new):
+        words.append(Word(placed[0], Fate.kept if left[placed] else Fate.added))
+        left[placed] -= 1
+    gone = (old - now).elements()
+    return [*words, *(Word(word, Fate.removed, "" if is_init else _lost(word, new)) for word, is_init in gone)]
+
+
+def _placed(line: str) -> list[tuple[str, bool]]:
+    """The words that may travel, each with whether it is init's: the same word means another thing there."""
+    words = reusable(line)
+    kernels = len(_split(words)[0])
+    return [(word, at >= kernels) for at, word in enumerate(words)]
 
 
 def losses(words: Sequence[Word]) -> Iterator[str]:
@@ -132,14 +168,15 @@ def losses(words: Sequence[Word]) -> Iterator[str]:
 
 def off(words: Sequence[Word]) -> bool:
     """Tell whether the next kernel would come up with Kexec HandOver off, while the running one has it on."""
-    return any(_same(word.text.partition("=")[0], "kho") and word.lost for word in words)
+    return any(parse(word.text).named("kho") and word.lost for word in words)
 
 
 def _lost(word: str, new: str) -> str:
     """What a handover loses when this word is gone, in view of the new line; "" nothing."""
-    parameter, _, value = word.partition("=")
-    others = [text for name, _, text in (other.partition("=") for other in WORD.findall(new)) if _same(name, parameter)]
-    match parameter.replace("-", "_"):
+    arg = parse(word)
+    value = arg.value or ""
+    others = [other.value or "" for other in kernel_args(new) if other.named(arg.param)]
+    match arg.param.replace("-", "_"):
         case "kho" if switched_on(word, "kho") and not switched_on(new, "kho"):
             return f"without {word} the next kernel takes nothing over"
         case "liveupdate" if switched_on(word, "liveupdate") and not switched_on(new, "liveupdate"):

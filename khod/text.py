@@ -56,6 +56,13 @@ def format_size(size: int) -> str:
     return f"{scaled:.0f} {UNITS[unit]}" if scaled == int(scaled) else f"{scaled:.1f} {UNITS[unit]}"
 
 
+def split_first(text: str) -> tuple[str, str]:
+    """The first word, and the rest without the white space around it, ASCII white space alone."""
+    text = text.strip(ASCII_SPACE)
+    end = next((at for at, char in enumerate(text) if char in ASCII_SPACE), len(text))
+    return text[:end], text[end:].lstrip(ASCII_SPACE)
+
+
 def split_words(text: str) -> list[str]:
     """Split at ASCII white space alone, as an operator separates words."""
     return [word for word in text.translate(_TO_SPACE).split(" ") if word]

@@ -4,18 +4,12 @@ import gzip
 import zlib
 
 from khod.abi.calls import Calls
+from khod.kernel.next_arg import switched_on
 
 
 def booted_with(calls: Calls, parameter: str) -> bool:
     """Tell whether a boolean parameter is on the running kernel's command line."""
-    return switched_on(calls.read("/proc/cmdline").decode(errors="replace"), parameter)
-
-
-def switched_on(cmdline: str, parameter: str) -> bool:
-    """Tell whether a command line switches a boolean parameter on, as kstrtobool() reads it: the last one counts."""
-    words = (word.partition("=") for word in cmdline.split())
-    values = [value for name, _, value in words if name == parameter]
-    return bool(values) and values[-1] in ("", "1", "y", "Y", "on")
+    return switched_on(calls.read("/proc/cmdline").decode(errors="surrogateescape"), parameter)
 
 
 def configured(calls: Calls, option: str) -> bool | None:

@@ -30,8 +30,8 @@ class Kexec:
         return self._text("/proc/sys/kernel/osrelease")
 
     def cmdline(self) -> str:
-        """The running kernel's command line."""
-        return self._text("/proc/cmdline")
+        """The running kernel's command line; bytes that are no UTF-8 stand as surrogates."""
+        return self.calls.read("/proc/cmdline").removesuffix(b"\n").decode(errors="surrogateescape")
 
     def loaded(self) -> bool:
         """Tell whether an image waits for the next kexec; the crash slot is another matter and left alone."""

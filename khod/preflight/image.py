@@ -9,11 +9,13 @@ from khod.images.kernel import Kernel, Signature
 from khod.kernel import host
 from khod.kernel.placement import NoRoom, place, segments
 from khod.kernel.written import written
-from khod.model import CheckResult
+from khod.model import CheckResult, Fate
 from khod.preflight.facts import Facts, Finding, shown
 from khod.preflight.kernel import signatures_enforced
 from khod.target import Target
+from khod.text import join_names
 
+MAX_SHOWN = 3
 UNREADABLE = "The image could not be looked at: see the check `image`"
 
 
@@ -87,9 +89,20 @@ def cmdline(facts: Facts) -> Finding | None:
         return None
     lost = list(lines.losses(target.words))
     if not lost:
-        return Finding.passed(target.cmdline)
+        return _torn(target) or Finding.passed(target.cmdline)
     result = CheckResult.fail if lines.off(target.words) else CheckResult.warn
     return Finding(result, "; ".join(lost), "Add it again with --append, or reuse the running line: --reuse-cmdline")
+
+
+def _torn(target: Target) -> Finding | None:
+    """Words that the running kernel does not have and the next one would not read as they were written."""
+    torn = [word.text for word in target.words if word.fate is Fate.added and lines.torn(word.text)]
+    if not torn:
+        return None
+    return Finding.warn(
+        f"The next kernel ends a word at the byte 0xA0, which is within a character of: {join_names(torn, MAX_SHOWN)}",
+        'Put the value between double quotes, as in root="LABEL=...", or use other characters.',
+    )
 
 
 @_of_target

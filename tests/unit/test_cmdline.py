@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khod.cmdline import compare, compose, has_root, init, losses, marked, off, reusable
+from khod.cmdline import compare, compose, has_root, init, losses, marked, off, reusable, torn
 from khod.errors import Exit, UsageError
+from khod.kernel.next_arg import Arg, kernel_args, kernel_words, parse, switched_on
 
 RUNNING = "BOOT_IMAGE=/boot/vmlinuz-6.8 root=/dev/vda1 ro initrd=\\initrd.img kho=on khod.run=old quiet"
 
@@ -135,3 +136,125 @@ def test_what_is_lost_with_a_word_is_named(new: str, named: list[str]) -> None:
 def test_what_runs_first(line: str, init_: str, root: bool) -> None:
     assert init(line) == init_
     assert has_root(line) is root
+
+
+# White space: what lib/ctype.c marks as `_S` separates the kernel's words, ASCII's alone the operator's.
+
+NOT_SPACE = "\x1c\x1d\x1e\x1f\x85\u1680\u2000\u2003\u2028\u2029\u202f\u205f\u3000\u200b\ufeff"
+"""White space to Python (the last two to people), none to the kernel."""
+
+
+@pytest.mark.parametrize("char", NOT_SPACE, ids=ascii)
+def test_a_line_keeps_white_space_that_is_none_to_the_kernel(char: str) -> None:
+    given_line = f"root=LABEL=my{char}disk quiet"
+    for line in (compose("", given_line, None, "r1", 99), compose("", "", given_line, "r1", 99)):
+        assert line.startswith(given_line)
+    assert compose(f"BOOT_IMAGE=x {given_line}", None, None, "r1", 99) == f"{given_line} khod.run=r1"
+    assert [word.text for word in compare("quiet", given_line)] == given_line.split(" ")
+    assert compose(given_line, None, None, "r1", 99, ["root"]) == "quiet khod.run=r1"
+    assert torn(given_line) == []
+    assert not marked(f"a{char}khod.run=r1", "r1")
+    assert not has_root(f"a{char}root=x")
+    assert init(f"a{char}rdinit=/x") == "init"
+    assert not switched_on(f"a{char}kho=on", "kho")
+
+
+@pytest.mark.parametrize("char", "\t\v\f\r ", ids=ascii)
+def test_ascii_white_space_separates(char: str) -> None:
+    assert compose(f"a{char}{char}initrd=x{char}b", None, None, "r1", 99) == "a b khod.run=r1"
+    assert marked(f"a{char}khod.run=r1{char}", "r1")
+    assert switched_on(f"a{char}kho=on", "kho")
+
+
+@pytest.mark.parametrize("char", ["\u00a0", "à", "†", "\u0420", "\U0001f4a0"], ids=ascii)
+def test_the_byte_that_is_latin_1_s_no_break_space_ends_a_word_of_the_kernel_s(char: str) -> None:
+    """Byte 160 is `_S|_SP` in lib/ctype.c, and the last one of each of these in UTF-8."""
+    assert char.encode().endswith(b"\xa0")
+    given_line = f"root=LABEL=voil{char}kho=on quiet"
+    assert compose("", given_line, None, "r1", 99) == f"{given_line} khod.run=r1", "bytes travel as they are"
+    assert torn(given_line) == [f"root=LABEL=voil{char}kho=on"]
+    assert torn(f'root="LABEL=voil{char}" quiet') == []
+    assert switched_on(given_line, "kho"), "it reads one there"
+    assert [arg.param for arg in kernel_args(given_line)] == ["root", "kho", "quiet"]
+
+
+def test_a_running_line_that_is_no_utf_8_is_not_changed_in_silence() -> None:
+    running = b"root=LABEL=\xff\xfe quiet".decode(errors="surrogateescape")
+    with pytest.raises(UsageError, match="no UTF-8 at character 11") as raised:
+        compose(running, None, None, "r1", 99)
+    assert raised.value.where == "/proc/cmdline"
+    assert compose(running, "root=/dev/vda", None, "r1", 99) == "root=/dev/vda khod.run=r1"
+    assert kernel_words(running) == running.split(" ")
+
+
+# Quotes: as next_arg() has them.
+
+
+@pytest.mark.parametrize(
+    ("word", "param", "value"),
+    [
+        ("quiet", "quiet", None),
+        ("a=b=c", "a", "b=c"),
+        ("a=", "a", ""),
+        ("=a=b", "=a", "b"),
+        ("=", "=", None),
+        ('a="b c"', "a", "b c"),
+        ('"a=b c"', "a", "b c"),
+        ('"a b"', "a b", None),
+        ('a=b"c d"', "a", 'b"c d"'),
+        ('a="b"c', "a", 'b"c'),
+        ('a="b', "a", "b"),
+        ('a="', "a", ""),
+        ('"', "", None),
+        ('"--"', "--", None),
+    ],
+)
+def test_a_word_is_taken_apart_as_the_kernel_does(word: str, param: str, value: str | None) -> None:
+    assert parse(word) == Arg(param, value)
+
+
+@pytest.mark.parametrize(("given_line", "append"), [('root=/dev/vda quiet"', "kho=on"), ("quiet", 'a="b'), ('"', None)])
+def test_a_quote_without_its_end_is_refused(given_line: str, append: str | None) -> None:
+    """next_arg() would take the marker, and all else that follows, into that word."""
+    with pytest.raises(UsageError, match="double quote without its end") as raised:
+        compose("", given_line, append, "r1", 99)
+    assert raised.value.where.startswith("--cmdline")
+    with pytest.raises(UsageError, match="double quote without its end") as raised:
+        compose(given_line if '"' in given_line else 'x"', None, None, "r1", 99)
+    assert raised.value.where == "/proc/cmdline"
+
+
+def test_a_quote_without_its_end_can_be_removed() -> None:
+    assert compose('ro quiet" b', None, None, "r1", 99, ['quiet" b']) == "ro khod.run=r1"
+
+
+def test_quotes_around_a_word_hide_nothing() -> None:
+    assert compose('"initrd=a b" "BOOT-IMAGE=x" ro', None, None, "r1", 99) == "ro khod.run=r1"
+    assert init('"rdinit=/bin/sh"') == "bin/sh"
+    assert has_root('"root=/dev/vda"')
+    assert switched_on('kho="on"', "kho")
+    assert not list(losses(compare("kho=on", '"kho=on"')))
+
+
+def test_what_is_init_s_is_none_of_the_kernel_s() -> None:
+    assert not switched_on("quiet -- kho=on", "kho")
+    assert not switched_on('quiet "--" kho=on', "kho")
+    assert not list(losses(compare("quiet -- kho=on", "quiet")))
+    assert list(losses(compare("kho=on", "quiet -- kho=on")))
+
+
+@pytest.mark.parametrize(
+    ("line", "on"),
+    [
+        *((f"kho={value}", True) for value in ("on", "ON", "On", "oN", "1", "y", "Y", "yes", "t", "true", "enabled")),
+        *((f"kho={value}", False) for value in ("off", "0", "n", "f", "disabled", "", "o", "x", "\u0131", "\u0130n")),
+        ("kho", False),  # kstrtobool(NULL) is EINVAL
+        ("kho=off kho=on", True),
+        ("kho=on kho=off", False),
+        ("kho=on kho=what", True),  # EINVAL changes nothing
+        ("xkho=on", False),
+        ("kho.x=on", False),
+    ],
+)
+def test_a_boolean_is_read_as_kstrtobool_does(line: str, on: bool) -> None:
+    assert switched_on(line, "kho") is on

@@ -330,3 +330,14 @@ def test_a_version_that_only_an_entry_has(tmp_path: Path) -> None:
     for version in ("6.1", "12"):
         with pytest.raises(UsageError):
             sources.installed(version, tmp_path)
+
+
+def test_white_space_that_is_none_to_the_kernel_stays_in_the_options(tmp_path: Path) -> None:
+    add(tmp_path, "a.conf", "options\t root=LABEL=my\u3000disk \u00a0\noptions  \x0b \noptions \u2003quiet \r\n")
+    assert sources.entry("a", tmp_path).cmdline == "root=LABEL=my\u3000disk \u00a0 \u2003quiet"
+
+
+def test_an_initrd_s_name_may_have_white_space_that_is_none_to_ascii(tmp_path: Path) -> None:
+    put(tmp_path, "boot/init\u3000rd")
+    add(tmp_path, "a.conf", "initrd /init\u3000rd\n")
+    assert [path.name for path in sources.entry("a", tmp_path).initrds] == ["init\u3000rd"]

@@ -140,3 +140,12 @@ def test_five_levels_of_page_tables_are_held_against_the_image(
     site.lay({"proc/cpuinfo": f"processor\t: 0\nflags\t\t: {flags}\n"})
     found = site.checks(site.image(changed(0x236, struct.pack("<H", 3 | levels))))["image"]
     assert found.result is result
+
+
+def test_a_word_that_the_kernel_would_read_as_two_is_warned_of(site: Site) -> None:
+    found = site.checks(site.image(bzimage(), "root=LABEL=voilà kho=on"))["cmdline"]
+    assert (found.result, "voilà" in found.evidence) == (CheckResult.warn, True)
+    assert "double quotes" in found.remedy
+    assert site.checks(site.image(bzimage(), 'root="LABEL=voilà" kho=on'))["cmdline"].result is CheckResult.passed
+    site.lay({"proc/cmdline": "root=LABEL=voilà kho=on\n"})
+    assert site.checks(site.image(bzimage()))["cmdline"].result is CheckResult.passed, "the running kernel reads it so"
