@@ -186,6 +186,8 @@ def _lost(word: str, new: str) -> str:
             name = value.rpartition(":")[2]
             changed = any(text.rpartition(":")[2] == name for text in others)
             return f"the memory reserved as {name} is lost: {word} is {'changed' if changed else 'gone'}"
+        case "kho_scratch" | "kho_bootmem":
+            return ""  # one name before Linux 7.4 and one since; a kernel reached by a handover gets its scratch by it
         case "trace_instance":
             name = re.split(r"[@^,]", value)[0]
             changed = any(re.split(r"[@^,]", text)[0] == name for text in others)

@@ -6,6 +6,12 @@ from khod.model import Generation, Order
 from khod.region import Region
 
 KHO = "/sys/kernel/debug/kho"
+SCRATCH_NAMES = ("bootmem", "scratch")
+"""What KHO's scratch memory is called in debugfs (NAME_phys, NAME_len) and on the command line (kho_NAME=).
+
+Linux 7.4 renamed it (85d3615cea17, 8fe64603a475); which name a kernel has, its files say. Before that a node without
+memory had an area of 0x0, which is none.
+"""
 
 
 class Stateless:
@@ -40,7 +46,12 @@ class Stateless:
         return self._tree("in") if self._calls.exists(f"{KHO}/in/fdt") else None
 
     def scratch(self) -> list[Region]:
-        return regions(self._calls.read(f"{KHO}/out/scratch_phys"), self._calls.read(f"{KHO}/out/scratch_len"))
+        name = scratch_name(self._calls)
+        return regions(*(self._calls.read(f"{KHO}/out/{name}_{what}") for what in ("phys", "len")))
+
+    @property
+    def scratch_parameter(self) -> str:
+        return f"kho_{scratch_name(self._calls)}="
 
     def _tree(self, side: str) -> Tree:
         blobs = f"{KHO}/{side}/sub_fdts"
@@ -73,3 +84,8 @@ class Finalize(FinalizeNoAbort):
 
     def deactivate(self) -> None:
         self._calls.write(f"{KHO}/out/finalize", b"0\n")
+
+
+def scratch_name(calls: Calls) -> str:
+    """What this kernel calls its scratch memory; the older name where it shows neither."""
+    return next((name for name in SCRATCH_NAMES if calls.exists(f"{KHO}/out/{name}_phys")), SCRATCH_NAMES[-1])

@@ -13,6 +13,11 @@ Errnos = Mapping[int, tuple[str, str]]
 """What an errno means at a call, and what to do next."""
 
 ENOTSUPP = 524  # include/linux/errno.h: the kernel's own, which no process should see, and the signature check returns
+SCRATCH_PARAMETERS = "kho_scratch= (kho_bootmem= where the kernel calls it that, as Linux 7.4 does)"
+"""For where it cannot be told which name the kernel has; where it can: KhoKernel.scratch_parameter."""
+LARGER_SCRATCH = (
+    f"khoctl check shows what is needed by region; boot with a larger {SCRATCH_PARAMETERS}, or use a smaller initrd."
+)
 LOG = "Look at the kernel log: journalctl -kb -g 'kexec|kho|luo|pefile|lockdown|ima'"
 UNIT = "Run khod from its unit: systemctl restart kho-handover.service"
 LIST_KEYS = "keyctl list %:.secondary_trusted_keys; keyctl list %:.platform"
@@ -47,7 +52,7 @@ LOAD: Errnos = {
     errno.ENOEXEC: ("the loader knows no such image format", "Give a kernel image of this architecture."),
     errno.EADDRNOTAVAIL: (
         "kernel and initrd do not fit into the KHO scratch memory, or without KHO into any hole of the memory",
-        "khoctl check shows what is needed by region; boot with a larger kho_scratch=, or use a smaller initrd.",
+        LARGER_SCRATCH,
     ),
     errno.ENOENT: ("this kernel has no sha256, which its loader needs", "modprobe sha256_generic, or build it in."),
     errno.ENOSYS: ("this kernel has no kexec_file_load(2)", "Boot one built with CONFIG_KEXEC_FILE=y."),
@@ -109,7 +114,7 @@ LOAD_ON: Mapping[str, Errnos] = {
         errno.EADDRNOTAVAIL: (
             "kernel and initrd do not fit into the KHO scratch memory, or no place for the initrd lies within 32 GiB "
             "of the kernel",
-            "khoctl check shows what is needed by region; boot with a larger kho_scratch=, or use a smaller initrd.",
+            LARGER_SCRATCH,
         ),
     },
     "riscv64": {
@@ -140,7 +145,7 @@ LOAD_ON: Mapping[str, Errnos] = {
         errno.ETXTBSY: (
             "the image would lie over the running kernel or over the tables of the I/O host bridges, or a process "
             "has its file open for writing",
-            "fuser -v IMAGE; else boot with scratch elsewhere (kho_scratch=), or a smaller image.",
+            f"fuser -v IMAGE; else boot with scratch elsewhere ({SCRATCH_PARAMETERS}), or a smaller image.",
         ),
         errno.EINVAL: (
             "the command line is too long, the image needs more than half of the memory, or the next kernel's device "

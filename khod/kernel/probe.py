@@ -9,6 +9,7 @@ from khod.abi.calls import Calls
 from khod.kernel import debugfs, sysfs
 from khod.kernel.built import booted_with, built_in
 from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
+from khod.kernel.errnos import SCRATCH_PARAMETERS
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.sysfs import SysfsKho
 
@@ -86,7 +87,7 @@ def _why_not(calls: Calls) -> tuple[str, str]:
     if not booted_with(calls, "kho"):
         return (
             "Kexec HandOver is compiled in and switched off: kho=on is not on the kernel command line",
-            "Add kho=on to the kernel command line (and kho_scratch= for its size) and boot again.",
+            f"Add kho=on to the kernel command line (and {SCRATCH_PARAMETERS} for its scratch memory) and boot again.",
         )
     if b" debugfs " not in calls.read("/proc/mounts"):
         return (

@@ -38,6 +38,10 @@ class KhoKernel(Protocol):
     leaving: str
     """What leaves it."""
 
+    @property
+    def scratch_parameter(self) -> str:
+        """The parameter by which this kernel is told how much scratch memory to reserve, with its `=`."""
+
     def active(self) -> bool | None:
         """Tell whether the kernel is in the active phase; None where it has none to leave."""
 
@@ -61,6 +65,6 @@ class KhoKernel(Protocol):
 
 
 def regions(phys: bytes, length: bytes) -> list[Region]:
-    """Pair scratch_phys with scratch_len, a line each; a line may be 0x0, which is no region."""
+    """Pair scratch_phys with scratch_len (or bootmem_*), a line each; a line may be 0x0, which is no region."""
     pairs = zip(phys.split(), length.split(), strict=True)
     return [Region(int(addr, 16), int(size, 16)) for addr, size in pairs if int(size, 16)]

@@ -22,6 +22,7 @@ class SysfsKho:
     abort = AbortKind.clean
     entering = f"write 1 to {KHO}/active"
     leaving = f"write 0 to {KHO}/active"
+    scratch_parameter = "kho_scratch="
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls

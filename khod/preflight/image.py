@@ -170,7 +170,7 @@ def fit(facts: Facts, target: Target, about: Kernel) -> Finding:
             f"The {found.segment.name} takes {mib(found.segment.size)} and the largest hole left in scratch"
             f"{f' from {above:#x} on, the pref_address in its header,' if above else ''} is {mib(found.hole)}: "
             f"{shown(scratch)}; the kernel would say EADDRNOTAVAIL",
-            "Boot with a larger kho_scratch=, or use a smaller initrd.",
+            f"Boot with a larger {kernel.scratch_parameter}, or use a smaller initrd.",
         )
     at = next(one.at for one in found if one.segment.name == "kernel")
     if not about.relocatable and about.pref_address not in (0, at):

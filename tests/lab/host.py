@@ -86,8 +86,9 @@ class Host:
         return hashlib.sha256(self.guest.get(path)).hexdigest()
 
     def scratch(self) -> list[Region]:
-        """Give the kernel's scratch regions, in its order."""
-        return regions(self.guest.get(f"{OUT}/scratch_phys"), self.guest.get(f"{OUT}/scratch_len"))
+        """Give the kernel's scratch regions, in its order, by whichever name it has for them."""
+        name = self.shell(f"cd {OUT}; ls -d bootmem_phys scratch_phys 2>/dev/null || true").split("_")[0]
+        return regions(self.guest.get(f"{OUT}/{name}_phys"), self.guest.get(f"{OUT}/{name}_len"))
 
     def archive(self, path: str, size: int) -> None:
         """Leave an initrd of so many bytes in the guest: zeros, which take no room there."""

@@ -33,7 +33,8 @@ HOOK = "".join(
 def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Boot one host for the whole file."""
     console = tmp_path_factory.mktemp("fit") / "console.log"
-    kernel, extra = lab_kernels.find(VERSION), f"{KHO} kho_scratch=16M,96M,64M"
+    sizes = "16M,96M,64M"
+    kernel, extra = lab_kernels.find(VERSION), f"{KHO} kho_scratch={sizes} kho_bootmem={sizes}"  # a kernel knows one
     with Guest(kernel, lab_disk, cmdline_extra=extra, console_log=console) as guest:
         guest.wait_online()
         yield Host(guest)

@@ -129,6 +129,13 @@ def test_what_is_lost_with_a_word_is_named(new: str, named: list[str]) -> None:
     assert off(compare(KHO, new)) is (named == ["kho=on"])
 
 
+@pytest.mark.parametrize("running", ["kho_scratch=512M", "kho_bootmem=512M"])
+@pytest.mark.parametrize("new", ["quiet", "kho_scratch=1G", "kho_bootmem=512M"])
+def test_nothing_is_lost_with_either_name_of_scratch(running: str, new: str) -> None:
+    """A kernel that is reached by a handover gets its scratch from the one before (kho_memory_init())."""
+    assert not list(losses(compare(f"kho=on {running}", f"kho=on {new}")))
+
+
 @pytest.mark.parametrize(
     ("line", "init_", "root"),
     [("root=/dev/vda", "init", True), ("rdinit=/bin/sh", "bin/sh", False), ("a -- root=x rdinit=/y", "init", False)],

@@ -259,6 +259,10 @@ def test_one_errno_means_another_thing_in_each_generation() -> None:
     scratch = explain(Step.activate, refusal(errno.ENOMEM), generation=Generation.sysfs)
     assert "scratch" in scratch.what
     assert "kho_scratch=" in scratch.remedy
+    for machine in MACHINES:  # which generation is running the loader's errno does not say
+        remedy = explain(Step.load, refusal(errno.EADDRNOTAVAIL), machine=machine).remedy
+        assert "kho_scratch=" in remedy
+        assert "kho_bootmem=" in remedy
 
 
 def test_v3_gives_one_errno_for_all_so_the_remedy_reads_the_log_s_number() -> None:

@@ -26,6 +26,7 @@ HOST = {
 SCRATCH = {"scratch_phys": "0x100000000\n", "scratch_len": "0x20000000\n"}
 V3_FILES = {f"{V3}/{name}": text for name, text in {"active": "0\n", "dt_max": "0xa00000\n", **SCRATCH}.items()}
 OUT = {f"{DEBUG}/out/{name}": text for name, text in SCRATCH.items()}
+BOOTMEM = {name.replace("scratch", "bootmem"): text for name, text in OUT.items()}  # from Linux 7.4 on
 FDT = {f"{DEBUG}/out/fdt": "tree", f"{DEBUG}/out/sub_fdts/memblock": "m", f"{DEBUG}/out/sub_fdts/LUO": "l"}
 KEXEC_DIRECTORY = {"sys/kernel/kexec/loaded": "0\n"}  # came with 6.19
 
@@ -38,6 +39,7 @@ KERNELS: dict[str, tuple[Mapping[str, str], type[KhoKernel] | None]] = {
     "6.19": ({**OUT, **FDT, **KEXEC_DIRECTORY, f"{DEBUG}/out/finalize": "0\n"}, FinalizeNoAbort),
     "6.19, finalized": ({**OUT, **FDT, **KEXEC_DIRECTORY, f"{DEBUG}/out/finalize": "1\n"}, FinalizeNoAbort),
     "7.3": ({**OUT, **FDT, **KEXEC_DIRECTORY}, Stateless),
+    "7.4": ({**BOOTMEM, **FDT, **KEXEC_DIRECTORY}, Stateless),
 }
 
 
@@ -119,13 +121,19 @@ def test_a_damaged_configuration_is_no_answer(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "parameter"), [(V3_FILES, "kho_scratch="), ({**OUT, **FDT}, "kho=on"), (KERNELS["6.18"][0], "kho=on")]
+    ("base", "parameter"),
+    [
+        (V3_FILES, "kho_scratch="),
+        ({**OUT, **FDT}, "kho=on"),
+        ({**BOOTMEM, **FDT}, "kho=on"),
+        (KERNELS["6.18"][0], "kho=on"),
+    ],
 )
 @pytest.mark.parametrize("text", ["0x0\n", "0x0\n0x0\n", ""])
 def test_no_scratch_memory_is_unusable_and_names_the_parameter(
     root: Path, base: Mapping[str, str], parameter: str, text: str
 ) -> None:
-    lay(root, {**base, **{name: text for name in base if "scratch" in name}})
+    lay(root, {**base, **{name: text for name in base if "scratch" in name or "bootmem" in name}})
     found = probe(HostCalls(root))
     assert found.kernel is None
     assert "scratch" in found.what
@@ -266,3 +274,34 @@ def test_the_limit_of_loads(root: Path, text: str, left: int | None) -> None:
     assert Kexec(HostCalls(root)).load_limit() is None
     lay(root, {"proc/sys/kernel/kexec_load_limit_reboot": text})
     assert Kexec(HostCalls(root)).load_limit() == left
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"), [("7.3", "kho_scratch="), ("7.4", "kho_bootmem="), ("v3", "kho_scratch=")]
+)
+def test_scratch_is_read_and_named_as_the_running_kernel_calls_it(root: Path, name: str, parameter: str) -> None:
+    lay(root, KERNELS[name][0])
+    kernel = probe(HostCalls(root)).kernel
+    assert kernel is not None
+    assert kernel.scratch() == [Region(0x1_0000_0000, 0x2000_0000)]
+    assert kernel.scratch_parameter == parameter
+
+
+def test_where_both_names_are_shown_the_newer_one_counts(root: Path) -> None:
+    lay(root, {**OUT, f"{DEBUG}/out/bootmem_phys": "0x1000\n0x2000\n", f"{DEBUG}/out/bootmem_len": "0x1000\n0x3000\n"})
+    assert Stateless(HostCalls(root)).scratch() == [Region(0x1000, 0x1000), Region(0x2000, 0x3000)]
+
+
+def test_half_of_a_name_is_evidence(root: Path) -> None:
+    lay(root, {f"{DEBUG}/out/bootmem_phys": "0x1000\n"})
+    found = probe(HostCalls(root))
+    assert found.kernel is None
+    assert "bootmem_len" in found.what
+
+
+def test_where_no_name_can_be_told_both_are_suggested(root: Path) -> None:
+    lay(root, {"proc/cmdline": "quiet\n"})
+    (root / "proc/config.gz").write_bytes(gzip.compress(b"#\nCONFIG_KEXEC_HANDOVER=y\n"))
+    remedy = probe(HostCalls(root)).remedy
+    assert "kho_scratch=" in remedy
+    assert "kho_bootmem=" in remedy

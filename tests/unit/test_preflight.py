@@ -142,6 +142,16 @@ def test_five_levels_of_page_tables_are_held_against_the_image(
     assert found.result is result
 
 
+@pytest.mark.parametrize("name", ["scratch", "bootmem"])
+def test_more_scratch_is_asked_for_by_the_running_kernel_s_name(site: Site, name: str) -> None:
+    for what in ("phys", "len"):
+        (site.root / f"{OUT}/scratch_{what}").rename(site.root / f"{OUT}/{name}_{what}")
+    assert site.checks(site.image(bzimage()))["fit"].result is CheckResult.passed
+    site.lay({f"{OUT}/{name}_len": "0x4000\n"})
+    found = site.checks(site.targets[0])["fit"]
+    assert (found.result, f"kho_{name}=" in found.remedy) == (CheckResult.fail, True)
+
+
 def test_a_word_that_the_kernel_would_read_as_two_is_warned_of(site: Site) -> None:
     found = site.checks(site.image(bzimage(), "root=LABEL=voilà kho=on"))["cmdline"]
     assert (found.result, "voilà" in found.evidence) == (CheckResult.warn, True)

@@ -664,8 +664,13 @@ static int __init find_scratch(void)
 	if (IS_ERR(debugfs))
 		return PTR_ERR(debugfs);
 
-	n = read_scratch(debugfs, "kho/out/scratch_phys", phys);
-	ret = n < 0 ? n : read_scratch(debugfs, "kho/out/scratch_len", len);
+	/* Linux 7.4 calls it bootmem. */
+	n = read_scratch(debugfs, "kho/out/bootmem_phys", phys);
+	ret = n < 0 ? n : read_scratch(debugfs, "kho/out/bootmem_len", len);
+	if (n == -ENOENT) {
+		n = read_scratch(debugfs, "kho/out/scratch_phys", phys);
+		ret = n < 0 ? n : read_scratch(debugfs, "kho/out/scratch_len", len);
+	}
 	kern_unmount(debugfs);
 	if (ret < 0)
 		return ret;
