@@ -100,6 +100,7 @@ class Checks:
     memory: str = "default"
     watchdog: str = "default"
     inhibitors: str = "default"
+    uptime: str = "default"
     disk: str = "default"
     record: str = "default"
     producers: str = "default"

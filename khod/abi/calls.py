@@ -39,6 +39,9 @@ class Calls(Protocol):
     def exists(self, path: str) -> bool:
         """Tell whether the path is there and may be looked at."""
 
+    def is_file(self, path: str) -> bool:
+        """Tell whether the path is a regular file, or a link to one: what can be read without waiting for anybody."""
+
     def listdir(self, path: str) -> list[str]:
         """Names in a directory, sorted; empty where there is none."""
 
@@ -94,6 +97,9 @@ class HostCalls:
 
     def exists(self, path: str) -> bool:
         return self.at(path).exists()
+
+    def is_file(self, path: str) -> bool:
+        return self.at(path).is_file()
 
     def listdir(self, path: str) -> list[str]:
         try:

@@ -25,6 +25,7 @@ CHECKS: Mapping[str, Callable[[Facts], Finding | None]] = {
     "memory": kernel.memory,
     "watchdog": host.watchdog,
     "inhibitors": host.inhibitors,
+    "uptime": host.uptime,
     "disk": host.disk,
     "record": host.record,
     "producers": holders.producers,

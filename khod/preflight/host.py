@@ -1,7 +1,10 @@
 """Checks of the host around the kernel."""
 
+import math
+
 from khod.errors import RecordError
 from khod.kernel import host
+from khod.preflight import minimum_uptime
 from khod.preflight.facts import Facts, Finding
 from khod.record import RESERVE
 
@@ -23,6 +26,37 @@ def watchdog(facts: Facts) -> Finding:
         f"A watchdog is armed and keeps running through the jump: {names}",
         "Be sure that the next kernel takes it over in that time; systemd.conf's RebootWatchdogSec= and "
         "KExecWatchdogSec= set what it is left with.",
+    )
+
+
+def uptime(facts: Facts) -> Finding:
+    """An orderly jump does not sleep in the blackout because the host has not been up for long enough."""
+    calls = facts.kexec.calls
+    up, found = minimum_uptime.uptime(calls), minimum_uptime.setting(calls)
+    if up is None or not calls.exists(minimum_uptime.BOOTED):
+        return Finding.skipped("The kernel does not say how long it has been up, or systemd does not run this host")
+    wanted = minimum_uptime.DEFAULT_SECONDS if found is None else found.seconds
+    if up >= wanted:
+        return Finding.passed(f"systemd would not wait: it asks for {wanted:g} s of uptime, this host has {up:.0f} s")
+    manager = minimum_uptime.ask_manager()
+    if manager is not None and manager.version < minimum_uptime.SINCE_VERSION:
+        return Finding.passed(f"systemd {manager.version} asks for no uptime before a shutdown")
+    if manager is not None and manager.machine and found is None:
+        return Finding.passed(f"systemd asks for no uptime in a virtual machine ({manager.machine})")
+    return _too_early(up, wanted, found.where if found else "", certain=manager is not None)
+
+
+def _too_early(up: float, wanted: float, where: str, *, certain: bool) -> Finding:
+    """What is left to wait; `where` it is set, "" for systemd's default."""
+    left = "for ever" if math.isinf(wanted) else f"for {math.ceil(wanted - up)} s"
+    source = f"set in {where}" if where else "its default on bare metal"
+    wait = "" if math.isinf(wanted) else f"Wait {math.ceil(wanted - up)} s, or j"
+    return Finding.warn(
+        f"This host has been up for {up:.0f} s, and systemd {'wants' if certain else 'may want'} {wanted:g} "
+        f"(MinimumUptimeSec=, {source}): an orderly jump now would sleep {left} within the blackout, right before "
+        "reboot(2). --now does not wait",
+        f"{wait or 'J'}ump with --now, or set MinimumUptimeSec=0 in /etc/systemd/system.conf.d/kho.conf and run: "
+        "systemctl daemon-reexec",
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from khod import preflight
 from khod.abi.calls import HostCalls
-from khod.config import Config, Images
+from khod.config import CHECKS, Config, Images
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe
 from khod.model import Check, CheckResult, Observed
@@ -17,6 +17,7 @@ from khod.preflight.facts import Facts
 from khod.record import Record, Store
 from khod.target import Given, Request, Target, take
 from tests.unit.images import CPIO, bzimage
+from tests.unit.khods import REPOSITORY
 
 OUT = "sys/kernel/debug/kho/out"
 MIB, GIB = 1 << 20, 1 << 30
@@ -159,3 +160,9 @@ def test_a_word_that_the_kernel_would_read_as_two_is_warned_of(site: Site) -> No
     assert site.checks(site.image(bzimage(), 'root="LABEL=voilà" kho=on'))["cmdline"].result is CheckResult.passed
     site.lay({"proc/cmdline": "root=LABEL=voilà kho=on\n"})
     assert site.checks(site.image(bzimage()))["cmdline"].result is CheckResult.passed, "the running kernel reads it so"
+
+
+def test_every_check_can_be_set() -> None:
+    assert set(CHECKS) == preflight.CHECKS.keys() | preflight.IMAGE_CHECKS.keys()
+    text = (REPOSITORY / "etc/kho/khod.toml").read_text()
+    assert [name for name in CHECKS if f'\n{name} = "default"\n' not in text] == []

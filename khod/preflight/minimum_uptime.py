@@ -1,0 +1,195 @@
+"""How long systemd makes a host be up before it lets it go: MinimumUptimeSec= (since 261), read as systemd reads it.
+
+systemd-shutdown sleeps right before reboot(2) where CLOCK_BOOTTIME has not come that far, which is within the blackout
+of an orderly jump. No property on the bus has the setting, so its files are read; which systemd runs, and whether in a
+virtual machine, its manager says over its private socket.
+"""
+
+import math
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from khod.abi.calls import Calls
+from khod.kernel.next_arg import kernel_words, parse
+from khod.text import ASCII_SPACE
+
+BOOTED = "/run/systemd/system"  # sd_booted(3)
+UPTIME = "/proc/uptime"
+SINCE_VERSION = 261
+DEFAULT_SECONDS = 15.0
+"""On bare metal; none in a virtual machine."""
+
+ASK_SECONDS = 5.0
+DIRECTORIES = ("/etc/systemd", "/run/systemd", "/usr/local/lib/systemd", "/usr/lib/systemd")
+"""The first one that has a file of a name wins (systemd-system.conf(5))."""
+SECTION, KEY, PARAMETER = "Manager", "MinimumUptimeSec", "systemd.minimum_uptime_sec"
+CONTAINERS = frozenset(
+    {"systemd-nspawn", "lxc-libvirt", "lxc", "openvz", "docker", "podman", "rkt", "wsl", "proot", "pouch"}
+    | {"container-other"}
+)
+"""What the manager's Virtualization= says and is no virtual machine (systemd-detect-virt(1))."""
+
+MICROSECONDS = {
+    **dict.fromkeys(("seconds", "second", "sec", "s"), 10**6),
+    **dict.fromkeys(("minutes", "minute", "min"), 60 * 10**6),
+    **dict.fromkeys(("months", "month", "M"), 2629800 * 10**6),
+    **dict.fromkeys(("msec", "ms"), 1000),
+    "m": 60 * 10**6,
+    **dict.fromkeys(("hours", "hour", "hr", "h"), 3600 * 10**6),
+    **dict.fromkeys(("days", "day", "d"), 86400 * 10**6),
+    **dict.fromkeys(("weeks", "week", "w"), 7 * 86400 * 10**6),
+    **dict.fromkeys(("years", "year", "y"), 31557600 * 10**6),
+    **dict.fromkeys(("usec", "us", "\u03bcs", "\u00b5s"), 1),
+}
+"""systemd.time(7), in the order in which systemd tries them (extract_multiplier() in src/basic/time-util.c)."""
+NUMBER = re.compile(r"\+?([0-9]+)(?:\.([0-9]+))?")
+USEC_INFINITY = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Manager:
+    """The systemd that runs this host: its version, and the kind of virtual machine it is in ("" for none)."""
+
+    version: int
+    machine: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A minimum in seconds, infinity for ever, and where it is set."""
+
+    seconds: float
+    where: str
+
+
+def uptime(calls: Calls) -> float | None:
+    """Seconds since boot by CLOCK_BOOTTIME; None where the kernel does not say."""
+    if not calls.exists(UPTIME):
+        return None
+    with suppress(ValueError, IndexError):
+        return float(calls.read(UPTIME).split()[0])
+    return None
+
+
+def setting(calls: Calls) -> Setting | None:
+    """What is set, None for nothing: by the kernel command line, else by the last file that does."""
+    found: Setting | None = None
+    for path in (*_first(calls, "system.conf"), *_drop_ins(calls)):
+        for value in _read_values(calls, path):
+            if not value:
+                found = None
+            elif (seconds := parse_span(value)) is not None:
+                found = Setting(seconds, path)
+    if calls.exists("/proc/cmdline"):
+        for word in kernel_words(calls.read("/proc/cmdline").decode(errors="surrogateescape")):
+            arg = parse(word)
+            if arg.named(PARAMETER) and (seconds := parse_span(arg.value or "")) is not None:
+                found = Setting(seconds, "the kernel command line")
+    return found
+
+
+def ask_manager() -> Manager | None:
+    """Ask systemd what it is, by its private socket and not over the bus; None where it does not say in time."""
+    command = ["systemctl", "show", "--property=Version", "--property=Virtualization"]
+    try:
+        process = subprocess.Popen(  # noqa: S603 - a constant
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+    except OSError:
+        return None
+    try:
+        output = process.communicate(timeout=ASK_SECONDS)[0].decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        process.kill()  # and not waited for: it may hang where no signal reaches it
+        return None
+    return parse_manager(output)
+
+
+def parse_manager(output: str) -> Manager | None:
+    """Read the properties as `systemctl show` prints them; None where there is no version among them."""
+    properties = dict(line.partition("=")[::2] for line in output.split("\n"))
+    version = re.match(r"v?([0-9]{1,9})", properties.get("Version", ""))
+    if version is None:
+        return None
+    kind = properties.get("Virtualization", "").strip(ASCII_SPACE)
+    return Manager(int(version[1]), "" if kind == "none" or kind in CONTAINERS else kind)
+
+
+def parse_span(text: str) -> float | None:
+    """Seconds of a time span as systemd's parse_sec() reads it: `15`, `1min 30s`, `infinity`; None if it is none."""
+    text = text.strip(ASCII_SPACE)
+    if text == "infinity":
+        return math.inf
+    total, left = 0, text
+    while left:
+        number = NUMBER.match(left)
+        if number is None:
+            return None
+        rest = left[number.end() :]
+        left = rest.lstrip(ASCII_SPACE)
+        unit = next((unit for unit in MICROSECONDS if left.startswith(unit)), "")
+        if not unit and rest and left == rest:  # something else stands right behind the number
+            return None
+        left = left[len(unit) :].lstrip(ASCII_SPACE)
+        scale = MICROSECONDS[unit] if unit else 10**6
+        whole, fraction = number[1], number[2] or ""
+        if len(whole) > len(str(USEC_INFINITY)):
+            return None
+        total += int(whole) * scale
+        for digit in fraction:
+            scale //= 10
+            total += int(digit) * scale
+    return total / 10**6 if text and total < USEC_INFINITY else None
+
+
+def _first(calls: Calls, name: str) -> list[str]:
+    """The one file of this name that counts."""
+    return [path for path in (f"{directory}/{name}" for directory in DIRECTORIES) if calls.exists(path)][:1]
+
+
+def _drop_ins(calls: Calls) -> list[str]:
+    """Every drop-in that counts, in order of their names; one that is a link to /dev/null hides those of its name."""
+    names = set[str]()
+    for directory in DIRECTORIES:
+        with suppress(OSError):
+            names |= set(calls.listdir(f"{directory}/system.conf.d"))
+    conf = sorted(name for name in names if name.endswith(".conf") and not name.startswith("."))
+    return [path for name in conf for path in _first(calls, f"system.conf.d/{name}")]
+
+
+def _read_values(calls: Calls, path: str) -> list[str]:
+    """What a file sets it to; nothing where it cannot be read, as for systemd."""
+    with suppress(OSError):
+        if calls.is_file(path):
+            return list(_values(calls.read(path).decode(errors="replace")))
+    return []
+
+
+def _values(text: str) -> Iterator[str]:
+    """The setting's values, line by line (systemd.syntax(7))."""
+    section = ""
+    for line in _joined(text):
+        if line.startswith("[") and line.endswith("]"):
+            section = line[1:-1]
+            continue
+        key, equals, value = line.partition("=")
+        if equals and section == SECTION and key.strip(ASCII_SPACE) == KEY:
+            yield value.strip(ASCII_SPACE)
+
+
+def _joined(text: str) -> Iterator[str]:
+    """The lines without comments; one that ends in a backslash goes on in the next that is no comment."""
+    held = ""
+    for raw in text.split("\n"):
+        line = raw.strip(ASCII_SPACE)
+        if line.startswith(("#", ";")):
+            continue
+        if line.endswith("\\"):
+            held += f"{line[:-1]} "
+            continue
+        yield f"{held}{line}"
+        held = ""
+    yield held
