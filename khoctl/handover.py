@@ -34,7 +34,13 @@ Remove = Annotated[
     typer.Option(metavar="WORD", help="Take a parameter (console), or one word (console=ttyS0), away."),
 ]
 LoadOnly = Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")]
-Now = Annotated[bool, typer.Option("--now", help="Sync and jump at once, instead of systemctl kexec.")]
+Now = Annotated[
+    bool,
+    typer.Option(
+        "--now",
+        help="Sync and jump at once, instead of systemctl kexec. Where the jump itself fails, this alone rolls back.",
+    ),
+]
 Profile = Annotated[str | None, typer.Option("--profile", help="Take all of this from /etc/kho/handover.d/NAME.toml.")]
 
 
@@ -148,7 +154,11 @@ def kexec(
     from_profile: Profile = None,
     as_json: Json = False,
 ) -> None:
-    """Do what is left of the handover, from wherever it stands, and jump into the next kernel."""
+    """Do what is left of the handover, from wherever it stands, and jump into the next kernel.
+
+    Whatever fails before systemd takes the host down is rolled back. After that nothing is: where reboot(2) fails,
+    systemd goes on to an ordinary reboot, and nothing arrives.
+    """
     with ending(as_json=as_json), _asked(locals()) as (request, fds):
         _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json)
 

@@ -91,6 +91,8 @@ class Checks:
     kho: str = "default"
     scratch: str = "default"
     capability: str = "default"
+    namespaces: str = "default"
+    processors: str = "default"
     kexec: str = "default"
     lockdown: str = "default"
     foreign: str = "default"

@@ -13,6 +13,13 @@ from khod.text import format_size, join_names, printable
 MAX_NAMES_SHOWN = 8
 """Producers of one rank that are named."""
 
+UNDO_NOW = "where reboot(2) comes back with an errno, everything above"
+UNDO_ORDERLY = (
+    "everything above, as long as systemd has not begun; then none: where reboot(2) fails, systemd goes on to an "
+    "ordinary reboot, a cold boot in which nothing arrives"
+)
+"""systemd-shutdown ends in reboot(RB_AUTOBOOT) whatever the kexec said (src/shutdown/shutdown.c, seen in 262)."""
+
 
 def planned(
     machine: Machine,
@@ -32,11 +39,11 @@ def planned(
         Step.load: f"kexec_file_load: {_loaded(target)}",
         Step.execute: "sync all disks, then reboot(LINUX_REBOOT_CMD_KEXEC): the point of no return"
         if request.now
-        else "systemctl kexec: an orderly shutdown, then the jump, the point of no return",
+        else "systemctl kexec: the point of no return; an orderly shutdown, then the jump",
     }
     undo = {step: row.undo for step, row in STEPS.items()} | {
         Step.activate: kernel.leaving,
-        Step.execute: "where the jump comes back with an errno, everything above",
+        Step.execute: UNDO_NOW if request.now else UNDO_ORDERLY,
     }
     steps = [Planned(step.value, does[step], undo[step]) for step in left(machine, kernel.order, last)]
     if not request.load_only:

@@ -42,6 +42,9 @@ class Calls(Protocol):
     def is_file(self, path: str) -> bool:
         """Tell whether the path is a regular file, or a link to one: what can be read without waiting for anybody."""
 
+    def readlink(self, path: str) -> str:
+        """Give what a symbolic link names; those of /proc/PID/ns name the namespace itself."""
+
     def listdir(self, path: str) -> list[str]:
         """Names in a directory, sorted; empty where there is none."""
 
@@ -100,6 +103,10 @@ class HostCalls:
 
     def is_file(self, path: str) -> bool:
         return self.at(path).is_file()
+
+    def readlink(self, path: str) -> str:
+        with named(f"readlink {path}"):
+            return os.readlink(self.at(path))
 
     def listdir(self, path: str) -> list[str]:
         try:

@@ -284,8 +284,8 @@ EXECUTE: Errnos = {
     errno.EPERM: ("khod lacks CAP_SYS_BOOT", UNIT),
     errno.EINVAL: (
         "no image is loaded, khod runs in a container's PID namespace, or a preserved file could not be frozen",
-        "cat /sys/kernel/kexec_loaded: where it is 0 something unloaded it, try again. readlink /proc/1/ns/pid "
-        "/proc/self/ns/pid must agree. " + FROZEN_BACK,
+        "cat /sys/kernel/kexec_loaded: where it is 0 something unloaded it, try again. khoctl check says whether khod "
+        "is in the host's PID namespace. " + FROZEN_BACK,
     ),
     errno.EBUSY: (
         "a kexec load is under way, or a preserved file is in use and could not be frozen",

@@ -3,6 +3,7 @@
 Each function answers None where the kernel does not say.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from khod.abi.calls import Calls
@@ -13,6 +14,9 @@ STATUS = "/proc/self/status"
 WATCHDOGS = "/sys/class/watchdog"
 CRASH = ("/sys/kernel/kexec/crash_loaded", "/sys/kernel/kexec_crash_loaded")  # the first from 6.19
 CAP_SYS_BOOT = 22  # include/uapi/linux/capability.h
+# The first namespaces' inodes: PROC_PID_INIT_INO, PROC_USER_INIT_INO (include/linux/proc_ns.h; in the uapi since 6.18)
+INITIAL_NAMESPACES = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
+PROCESSORS = "/sys/devices/system/cpu"
 KIB = 1024
 
 
@@ -44,6 +48,40 @@ def may_boot(calls: Calls) -> bool | None:
     """Whether this process has CAP_SYS_BOOT in effect, which kexec_file_load(2) and reboot(2) ask for."""
     found = _field(calls, STATUS, "CapEff")
     return None if found is None else bool(int(found, 16) >> CAP_SYS_BOOT & 1)
+
+
+def namespaces(calls: Calls) -> dict[str, bool]:
+    """Whether this process is in the host's own namespace, by kind; without those of which the kernel says nothing."""
+    found = {}
+    for kind, inode in INITIAL_NAMESPACES.items():
+        with suppress(OSError):
+            found[kind] = calls.readlink(f"/proc/self/ns/{kind}") == f"{kind}:[{inode}]"
+    return found
+
+
+def possible_processors(calls: Calls) -> int | None:
+    """How many processors this host may ever have, num_possible_cpus()."""
+    if not (text := _text(calls, f"{PROCESSORS}/possible")):
+        return None
+    ranges = (part.partition("-") for part in text.split(","))
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)
+
+
+def has_cpu_hotplug(calls: Calls) -> bool:
+    """Whether this kernel was built to switch processors off (CONFIG_HOTPLUG_CPU): kernel/cpu.c shows its states."""
+    return calls.exists(f"{PROCESSORS}/hotplug")
+
+
+def spinning_processors(calls: Calls) -> list[str]:
+    """The processors that the firmware lets spin in memory, which nothing can switch off (arm64's `spin-table`)."""
+    tree = "/proc/device-tree/cpus"
+    methods = {name: _text(calls, f"{tree}/{name}/enable-method") for name in calls.listdir(tree)}
+    return [name for name, method in methods.items() if method and method.rstrip("\0") == "spin-table"]
+
+
+def processor_bugs(calls: Calls) -> list[str]:
+    """What the kernel works around in these x86 processors, as /proc/cpuinfo names it."""
+    return (_field(calls, "/proc/cpuinfo", "bugs") or "").split(" ")
 
 
 def five_level_paging(calls: Calls) -> bool | None:

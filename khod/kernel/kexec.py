@@ -94,7 +94,7 @@ class Kexec:
         self.calls.sync()
 
     def jump(self) -> None:
-        """Go: the point of no return, unless the kernel comes back with an OSError."""
+        """Go: the point of no return, unless the kernel comes back with an OSError, which a rollback follows."""
         self.calls.reboot_kexec()
 
     def _text(self, path: str) -> str:

@@ -16,6 +16,8 @@ CHECKS: Mapping[str, Callable[[Facts], Finding | None]] = {
     "kho": kernel.kho,
     "scratch": kernel.scratch,
     "capability": kernel.capability,
+    "namespaces": kernel.namespaces,
+    "processors": kernel.processors,
     "kexec": kernel.kexec,
     "lockdown": kernel.lockdown,
     "foreign": kernel.foreign,

@@ -1,13 +1,18 @@
 """Checks of the running kernel: whether it can hand over, and whether it would be let."""
 
+import platform
+
 from khod.kernel import host
 from khod.kernel.built import configured
 from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
+from khod.kernel.next_arg import kernel_args
 from khod.kernel.sysfs import KHO
 from khod.model import CheckResult, Generation
 from khod.preflight.facts import Facts, Finding, shown
 from khod.reconcile import said
+from khod.text import join_names
 
+MAX_NAMES_SHOWN = 4
 LOCKED = ("integrity", "confidentiality")
 FINALIZED = (Generation.finalize, Generation.finalize_no_abort)
 """Generations driven by a debugfs file that can be written: debugfs_locked_down() in fs/debugfs/file.c closes those."""
@@ -39,6 +44,52 @@ def capability(facts: Facts) -> Finding:
     if not allowed:
         return Finding.fail("khod lacks CAP_SYS_BOOT: it can neither load an image nor jump", "Run khod from its unit.")
     return Finding.passed("khod has CAP_SYS_BOOT")
+
+
+def namespaces(facts: Facts) -> Finding | None:
+    """Khod runs in the host's own namespaces: reboot(2) acts on the PID namespace of its caller."""
+    found = host.namespaces(facts.kexec.calls)
+    if not found:
+        return None
+    if not found.get("pid", True):
+        return Finding.fail(
+            "khod runs in a PID namespace of its own, where reboot(2) does not jump: it would say EINVAL",
+            "Run khod from its unit on the host, not in a container.",
+        )
+    if not found.get("user", True):
+        return Finding.fail(
+            "khod runs in a user namespace of its own, where CAP_SYS_BOOT is not the host's: it would be EPERM",
+            "Run khod from its unit on the host, not in a container.",
+        )
+    return Finding.passed("khod runs in the host's namespaces")
+
+
+def processors(facts: Facts) -> Finding | None:
+    """The kernel can let go of every processor; where it cannot, the load says so: on some kernels in the blackout."""
+    calls = facts.kexec.calls
+    if platform.machine() == "x86_64":
+        if "tdx_pw_mce" not in host.processor_bugs(calls):
+            return None
+        return Finding.warn(
+            "These processors have the TDX erratum (tdx_pw_mce), with which 6.18 and 6.19 load no image: EOPNOTSUPP",
+            "Try it first: khoctl kexec --load-only. Else switch TDX off in the firmware.",
+        )
+    if platform.machine() != "aarch64" or (possible := host.possible_processors(calls)) is None:
+        return None
+    stuck = ""
+    if possible > 1 and not host.has_cpu_hotplug(calls):
+        stuck = f"{possible} processors are possible, and this kernel was built without CONFIG_HOTPLUG_CPU"
+    elif spinning := host.spinning_processors(calls):
+        stuck = f"the firmware lets processors spin that nothing switches off: {join_names(spinning, MAX_NAMES_SHOWN)}"
+    elif any(arg.named("kvm-arm.mode") and arg.value == "protected" for arg in kernel_args(facts.observed.cmdline)):
+        stuck = "KVM is in protected mode (kvm-arm.mode=protected)"
+    if stuck:  # cpus_are_stuck_in_kernel() in arch/arm64/kernel/smp.c; seen on 7.3.4
+        return Finding.fail(
+            f"The kernel would load no image (EBUSY, `CPUs are stuck in the kernel`): {stuck}",
+            "Boot a kernel with CONFIG_HOTPLUG_CPU=y on firmware with PSCI, without kvm-arm.mode=protected, or with "
+            "maxcpus=1 nr_cpus=1.",
+        )
+    return Finding.passed(f"The kernel can switch off all but one of {possible} processors")
 
 
 def kexec(facts: Facts) -> Finding:

@@ -10,6 +10,7 @@ import pytest
 from khod import preflight
 from khod.abi.calls import HostCalls
 from khod.config import CHECKS, Config, Images
+from khod.kernel import host
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe
 from khod.model import Check, CheckResult, Observed
@@ -160,6 +161,85 @@ def test_a_word_that_the_kernel_would_read_as_two_is_warned_of(site: Site) -> No
     assert site.checks(site.image(bzimage(), 'root="LABEL=voilà" kho=on'))["cmdline"].result is CheckResult.passed
     site.lay({"proc/cmdline": "root=LABEL=voilà kho=on\n"})
     assert site.checks(site.image(bzimage()))["cmdline"].result is CheckResult.passed, "the running kernel reads it so"
+
+
+# What would make reboot(2), or the load before it, fail
+
+
+@pytest.mark.parametrize(
+    ("links", "result", "word"),
+    [
+        ({"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}, CheckResult.passed, "host's"),
+        ({"pid": 4026532281, "user": 0xEFFFFFFD}, CheckResult.fail, "EINVAL"),
+        ({"pid": 0xEFFFFFFC, "user": 4026532281}, CheckResult.fail, "EPERM"),
+        ({"pid": 4026532281}, CheckResult.fail, "PID namespace"),
+    ],
+)
+def test_a_namespace_of_its_own_is_no_place_to_jump_from(
+    site: Site, links: Mapping[str, int], result: CheckResult, word: str
+) -> None:
+    """reboot_pid_ns() in kernel/pid_namespace.c; within a container /proc/1/ns/pid is no other than one's own."""
+    for kind, inode in links.items():
+        site.link(f"proc/self/ns/{kind}", f"{kind}:[{inode}]")
+        site.link(f"proc/1/ns/{kind}", f"{kind}:[{inode}]")
+    found = site.checks()["namespaces"]
+    assert (found.result, word in found.evidence) == (result, True)
+
+
+def test_this_host_s_own_namespaces_are_read() -> None:
+    found = host.namespaces(HostCalls())
+    assert found["pid"] is (os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC)
+    assert found["user"] is (os.stat("/proc/self/ns/user").st_ino == 0xEFFFFFFD)
+
+
+CPU = "sys/devices/system/cpu"
+
+
+@pytest.mark.parametrize(
+    ("files", "result", "word"),
+    [
+        ({f"{CPU}/possible": "0-3\n"}, CheckResult.fail, "CONFIG_HOTPLUG_CPU"),
+        ({f"{CPU}/possible": "0\n"}, CheckResult.passed, "1 processors"),
+        ({f"{CPU}/possible": "0,2-3\n", f"{CPU}/hotplug/states": ""}, CheckResult.passed, "3 processors"),
+        (
+            {
+                f"{CPU}/possible": "0-1\n",
+                f"{CPU}/hotplug/states": "",
+                "proc/device-tree/cpus/cpu@1/enable-method": "spin-table\0",
+                "proc/device-tree/cpus/cpu@0/enable-method": "psci\0",
+            },
+            CheckResult.fail,
+            "cpu@1",
+        ),
+        (
+            {
+                f"{CPU}/possible": "0-1\n",
+                f"{CPU}/hotplug/states": "",
+                "proc/cmdline": "kvm-arm.mode=protected kho=on\n",
+            },
+            CheckResult.fail,
+            "protected",
+        ),
+    ],
+)
+def test_processors_that_cannot_be_let_go_of_are_told_before_anyone_is_frozen(
+    site: Site, monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str], result: CheckResult, word: str
+) -> None:
+    """arm64's machine_kexec_prepare() says EBUSY where cpus_are_stuck_in_kernel()."""
+    site.lay(files)
+    assert "processors" not in site.checks()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    found = site.checks()["processors"]
+    assert (found.result, word in found.evidence) == (result, True), found
+    assert "EBUSY" in found.evidence or result is CheckResult.passed
+
+
+def test_the_tdx_erratum_is_warned_of(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    site.lay({"proc/cpuinfo": "processor\t: 0\nbugs\t\t: spectre_v1 tdx_pw_mce\n"})
+    assert site.checks()["processors"].result is CheckResult.warn
+    site.lay({"proc/cpuinfo": "processor\t: 0\nbugs\t\t: spectre_v1\n"})
+    assert "processors" not in site.checks()
 
 
 def test_every_check_can_be_set() -> None:

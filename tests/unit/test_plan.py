@@ -1,0 +1,57 @@
+"""What a plan promises: the undo of each step, and none where there is none."""
+
+from pathlib import Path
+
+import pytest
+
+from khod.abi.calls import HostCalls
+from khod.config import Deadlines
+from khod.kernel.debugfs import Finalize, Stateless
+from khod.kernel.protocol import KhoKernel
+from khod.machine import Machine
+from khod.model import Planned
+from khod.plan import planned
+from khod.producers.hooks import Hook
+from khod.target import Request
+from tests.unit.khods import REPOSITORY
+
+
+def steps(kernel: KhoKernel, request: Request, *names: str) -> dict[str, Planned]:
+    hooks = [Hook(name) for name in names]
+    return {step.step: step for step in planned(Machine(), kernel, hooks, Deadlines(), request, None)}
+
+
+@pytest.mark.parametrize("generation", [Stateless, Finalize])
+def test_a_rollback_after_the_jump_is_promised_for_the_immediate_one_alone(
+    tmp_path: Path, generation: type[Stateless]
+) -> None:
+    """systemd-shutdown goes on to an ordinary reboot where reboot(RB_KEXEC) fails."""
+    kernel = generation(HostCalls(tmp_path))
+    orderly, now = (steps(kernel, Request(now=now))["execute"] for now in (False, True))
+    assert "reboot(2) comes back" in now.undo
+    assert "cold boot" not in now.undo
+    assert "cold boot" in orderly.undo
+    assert "as long as systemd has not begun" in orderly.undo
+    assert "comes back" not in orderly.undo
+    assert orderly.does.startswith("systemctl kexec: the point of no return")
+
+
+def test_a_plan_that_only_loads_promises_no_jump(tmp_path: Path) -> None:
+    assert list(steps(Stateless(HostCalls(tmp_path)), Request(load_only=True))) == ["prepare", "load"]
+
+
+def test_producers_are_named_in_part_and_fit_for_a_terminal(tmp_path: Path) -> None:
+    found = steps(Stateless(HostCalls(tmp_path)), Request(), *(f"p{number}" for number in range(20)))
+    assert "p0, p1" in found["prepare"].does
+    assert "and 12 more" in found["prepare"].does
+
+
+PROMISES = ("README.md", "packaging/man/khoctl.8", "packaging/man/khod.8", "packaging/man/khod-producer.7")
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_each_document_says_where_the_rollback_ends(name: str) -> None:
+    text = " ".join((REPOSITORY / name).read_text().split())
+    assert "ordinary reboot" in text or "boots cold" in text
+    assert "even that comes back with an errno" not in text
+    assert "refuses on the way" not in text
