@@ -184,7 +184,7 @@ def _written(name: str, data: bytes, form: Form) -> bytes:
 
     text, note = dts(data, name)
     if note:
-        typer.echo(f"khoctl: {note}", err=True)
+        typer.echo(f"khoctl: {printable(note)}", err=True)
     return text.encode()
 
 

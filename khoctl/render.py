@@ -1,16 +1,24 @@
-"""What khoctl prints: the same dataclasses as a page for people or as JSON."""
+"""What khoctl prints: the same dataclasses as a page for people or as JSON.
 
+A page is of lines that are ours: whatever khod passes on of others (producers, other users, files, images) is escaped
+first, every field of it, so that no text moves the cursor or looks like a line of the page. JSON escapes by itself.
+"""
+
+import dataclasses
+import enum
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
 from khod.errors import KhoError
 from khod.model import Check, CheckResult, Event, Fate, Phase, Plan, Producer, Status, Word
+from khod.text import printable
 from khod.wire import plain
 
+T = TypeVar("T")
 COLOURS = {
     Phase.verified: typer.colors.GREEN,
     Phase.degraded: typer.colors.RED,
@@ -47,6 +55,25 @@ GENERATIONS = {
 }
 
 
+def escaped(value: T) -> T:
+    """Escape every string in a value of the model's: `khod.text.printable`."""
+    made: T = _escaped(value)
+    return made
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_escaped(item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _escaped(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
 def as_json(value: Any) -> str:
     """One line of JSON; enums by their names, as on the wire."""
     return json.dumps(value, default=plain)
@@ -72,6 +99,7 @@ def name(phase: Phase) -> str:
 
 def status(status: Status) -> str:
     """A page for the operator: where it stands, what to do, then the evidence."""
+    status = escaped(status)
     rows = [("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_said(status)}")]
     if status.done and status.phase is not Phase.failed:
         rows.append(("done", ", ".join(status.done)))
@@ -108,6 +136,7 @@ def status(status: Status) -> str:
 
 def producer(found: Producer) -> str:
     """What one producer was told last, and what it answered."""
+    found = escaped(found)
     if not found.phase:
         return f"{found.name} ({found.kind}): {found.answer or 'not told yet'}"
     done = f", {found.progress:.0%} done" if found.progress is not None and found.waiting else ""
@@ -130,12 +159,18 @@ def _reached(found: Producer) -> str:
     if not found.phase:
         return "not told yet"
     if found.waiting:
-        return f"not {DONE[found.phase]} yet"
-    return ("not " if odd(found) else "") + DONE[found.phase]
+        return f"not {_done(found)} yet"
+    return ("not " if odd(found) else "") + _done(found)
+
+
+def _done(found: Producer) -> str:
+    """The verb it was told last, when it is done; the verb itself where this khoctl does not know it."""
+    return DONE.get(found.phase, printable(found.phase))
 
 
 def producers(found: list[Producer]) -> str:
     """A line a producer, in the order they are told."""
+    found = escaped(found)
     if not found:
         return "No producers: none is configured in /etc/kho/producers.d, and none has registered."
     rows = [("RANK", "NAME", "KIND", "PHASE", "SECONDS", "ANSWER")]
@@ -156,6 +191,7 @@ def _said(status: Status) -> str:
 
 def checks(found: list[Check]) -> str:
     """A line a check, its remedy below it."""
+    found = escaped(found)
     width = max(len(check.name) for check in found)
     lines = []
     for check in found:
@@ -171,7 +207,7 @@ FATES = {Fate.kept: (" ", None), Fate.added: ("+", typer.colors.GREEN), Fate.rem
 
 def words(found: Sequence[Word]) -> list[str]:
     """What becomes of the command line, a line each for what changes, and what is lost with it."""
-    changed = [word for word in found if word.fate is not Fate.kept]
+    changed = [escaped(word) for word in found if word.fate is not Fate.kept]
     lines = []
     for word in changed:
         sign, colour = FATES[word.fate]
@@ -183,6 +219,7 @@ def words(found: Sequence[Word]) -> list[str]:
 
 def plan(found: Plan) -> str:
     """The steps with their undo, then what becomes of the command line, then what would be in the way."""
+    found = escaped(found)
     lines = []
     for number, step in enumerate(found.steps, 1):
         lines.append(f"{number}. {typer.style(step.step, bold=True):<8}  {step.does}")
@@ -197,5 +234,5 @@ def plan(found: Plan) -> str:
 
 def event(event: Event) -> str:
     """One change as one plain line: seconds since boot, phase, what happened."""
-    line = f"{event.seconds:10.3f}  {name(event.phase):<12}  {event.message}".rstrip()
+    line = f"{event.seconds:10.3f}  {name(event.phase):<12}  {printable(event.message)}".rstrip()
     return "\n".join([line, *(f"{'':26}{change}" for change in words(event.words or ()))])

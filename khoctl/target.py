@@ -10,6 +10,7 @@ import typer
 from khoctl import profile
 from khod.errors import UsageError
 from khod.files import open_regular
+from khod.text import printable
 
 WAYS = ("image", "entry", "default", "kernel")
 """The ways to say which kernel: one of them."""
@@ -79,5 +80,5 @@ def _source(wanted: Mapping[str, Any]) -> tuple[str, list[str], str | None]:
 
     found = sources.installed(wanted["kernel"]) if wanted["kernel"] else sources.entry(wanted["entry"])
     if found.note:
-        typer.echo(f"khoctl: {found.note}", err=True)
+        typer.echo(f"khoctl: {printable(found.note)}", err=True)
     return str(found.kernel), [*map(str, found.initrds), *given], found.cmdline

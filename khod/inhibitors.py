@@ -9,6 +9,7 @@ from jeepney import HeaderFields
 
 from khod.producers.barrier import Veto
 from khod.producers.unit import system_bus
+from khod.text import one_line
 
 LOGIND = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
 KEPT = "/run/systemd/inhibit"
@@ -19,7 +20,7 @@ ASKING = 2.0
 
 @dataclass(frozen=True)
 class Inhibitor:
-    """Somebody who blocks a shutdown, and why, in its own words."""
+    """Somebody who blocks a shutdown, and why, in its own words: a short printable line each."""
 
     who: str
     why: str
@@ -37,7 +38,7 @@ async def blocking() -> Sequence[Inhibitor] | None:
     if answer.header.fields.get(HeaderFields.signature) != "a(ssssuu)":
         return None
     return [
-        Inhibitor(who, why)
+        Inhibitor(one_line(who), one_line(why))
         for what, who, why, mode, _uid, _pid in answer.body[0]
         if mode.startswith("block") and "shutdown" in what.split(":")
     ]

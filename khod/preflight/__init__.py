@@ -11,6 +11,7 @@ from khod.errors import KhoError, Refused, Unsupported, errno_text
 from khod.model import Check, CheckResult
 from khod.preflight import holders, host, image, kernel
 from khod.preflight.facts import Facts, Finding
+from khod.text import printable
 
 CHECKS: Mapping[str, Callable[[Facts], Finding | None]] = {
     "kho": kernel.kho,
@@ -48,10 +49,17 @@ IMAGE_CHECKS: Mapping[str, Callable[[Facts], Finding | None]] = {
 
 
 def run(facts: Facts) -> list[Check]:
-    """Run the checks of this host, or with a target those of the next kernel; what cannot be read is a finding."""
+    """Run the checks of this host, or with a target those of the next kernel; what cannot be read is a finding.
+
+    What they found of others' text (names, reasons, versions, command lines) is escaped: each is one line.
+    """
     checks = CHECKS if facts.target is None else IMAGE_CHECKS
     found = [(name, _found(name, function, facts)) for name, function in checks.items()]
-    return [Check(name, one.result, one.evidence, one.remedy) for name, one in found if one is not None]
+    return [
+        Check(name, one.result, printable(one.evidence), printable(one.remedy))
+        for name, one in found
+        if one is not None
+    ]
 
 
 def require(checks: list[Check]) -> None:

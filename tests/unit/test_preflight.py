@@ -3,6 +3,7 @@
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from khod import preflight
 from khod.abi.calls import HostCalls
 from khod.config import CHECKS, Config, Images
+from khod.inhibitors import Inhibitor
 from khod.kernel import host
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe
@@ -246,3 +248,28 @@ def test_every_check_can_be_set() -> None:
     assert set(CHECKS) == preflight.CHECKS.keys() | preflight.IMAGE_CHECKS.keys()
     text = (REPOSITORY / "etc/kho/khod.toml").read_text()
     assert [name for name in CHECKS if f'\n{name} = "default"\n' not in text] == []
+
+
+# Text of others
+
+
+def test_who_blocks_a_shutdown_writes_no_line_of_ours(site: Site) -> None:
+    """Any user of an active session may take an inhibitor, and names himself and his reason."""
+    why = "x\x1b[2J\x1b]0;owned\x07)\npass  signature  vmlinuz is signed"
+    held = [Inhibitor("mallory\u202e", why), *(Inhibitor(f"user{number}", "y" * 10_000) for number in range(5000))]
+    found = next(check for check in preflight.run(replace(site.facts(), inhibitors=held)) if check.name == "inhibitors")
+    assert found.result is CheckResult.warn
+    assert found.evidence.isprintable()
+    assert "mallory?" in found.evidence
+    assert "more" in found.evidence
+    assert len(found.evidence) < 4000
+
+
+def test_no_check_of_a_host_that_lies_is_more_than_a_line(site: Site) -> None:
+    bad = "\x1b[2J\npass  signature  signed"
+    site.lay({"sys/class/watchdog/watchdog0/identity": bad, "sys/class/watchdog/watchdog0/state": "active"})
+    site.lay({"proc/cmdline": f"root=/dev/vda kho=on {bad}"})
+    image = bzimage(version=b"6.8\x1b[2J\xe2\x80\xae")
+    checks = [*site.checks().values(), *site.checks(site.image(image, "root=/dev/vda \x1b[8m\u202e kho=on")).values()]
+    assert [check for check in checks if not f"{check.evidence}{check.remedy}".isprintable()] == []
+    assert any("\\x1b" in check.evidence for check in checks)

@@ -1,0 +1,124 @@
+"""What khoctl prints of others' text: no field of any of the model's moves a cursor or forges a line."""
+
+import dataclasses
+import enum
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from khoctl import render
+from khod.errors import KhoError
+from khod.model import (
+    Check,
+    CheckResult,
+    Event,
+    Fate,
+    Generation,
+    Phase,
+    Plan,
+    Planned,
+    Producer,
+    Status,
+    StepTiming,
+    Verdict,
+    Word,
+)
+
+HOSTILE = "x\x1b[2J\x1b]0;owned\x07\x1b[8m)\npass  signature  vmlinuz is signed\r\x9b2J\u202e\u2066\u2028\x7f\udc9b"
+OURS = re.compile(r"\x1b\[[0-9;]*m")
+"""The colours and weights that khoctl itself puts in; of what is hostile no sequence is one of these after escaping."""
+
+
+def hostile(value: Any) -> Any:
+    """The same with something hostile behind every string that says something of its own."""
+    if isinstance(value, enum.Enum) or value in ("", "ready"):
+        return value
+    if isinstance(value, str):
+        return value + HOSTILE
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{name: hostile(field) for name, field in vars(value).items()})
+    return value
+
+
+def producer(name: str, phase: str, answer: str, *, waiting: bool = False) -> Producer:
+    return Producer(name, "hook", 0, phase, answer, 0.5, waiting, 0.5 if waiting else None)
+
+
+PRODUCERS = [
+    producer("a", "freeze", "ready"),
+    producer("b", "freeze", "no: busy"),
+    producer("c", "prepare", "", waiting=True),
+    producer("d", "", ""),
+]
+VERDICT = Verdict(["memblock"], ["db"], ["LUO"], "producer db: no answer")
+CHECKS = [Check("inhibitors", CheckResult.warn, "A shutdown is blocked: mallory (why)", "End that first.")]
+WORDS = [Word("quiet", Fate.removed, "the log"), Word("kho=on", Fate.kept), Word("single", Fate.added)]
+EVENT = Event(1.0, Phase.freezing, "db: no", "run", PRODUCERS[1], WORDS)
+PLAN = Plan([Planned("prepare", "tell db to prepare", "tell it cancel")], CHECKS, "kho=on single", WORDS)
+
+
+def status(phase: Phase) -> Status:
+    return Status(
+        phase=phase,
+        summary="It stands.",
+        remedy="Do this.",
+        exit_code=0,
+        generation=Generation.stateless,
+        kernel_active=None,
+        kernel_loaded=True,
+        kernel_release="7.3.4",
+        boot_id="boot",
+        run="run",
+        done=["prepare"],
+        left=["load"],
+        waiting_for=["c"],
+        producers=PRODUCERS,
+        verdict=VERDICT,
+        previous_release="6.19.11",
+        handovers=1,
+        blackout_seconds=1.5,
+        timings=[StepTiming("prepare", 1.0, 0.5)],
+        last_error="db said no",
+        stale=True,
+    )
+
+
+PAGES: dict[str, tuple[Callable[[Any], str], Any]] = {
+    **{f"status, {phase.value}": (render.status, status(phase)) for phase in Phase},
+    "producers": (render.producers, PRODUCERS),
+    "counted": (render.counted, PRODUCERS),
+    **{f"producer {found.name}": (render.producer, found) for found in PRODUCERS},
+    "checks": (render.checks, CHECKS),
+    "words": (lambda words: "\n".join(render.words(words)), WORDS),
+    "plan": (render.plan, PLAN),
+    "event": (render.event, EVENT),
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_the_lines_that_are_ours_and_nothing_a_terminal_acts_on(name: str) -> None:
+    make, harmless = PAGES[name]
+    page, plain = make(hostile(harmless)), make(harmless)
+    assert page.count("\n") == plain.count("\n")
+    assert len(OURS.findall(page)) == len(OURS.findall(plain))
+    assert OURS.sub("", page).replace("\n", "").isprintable()
+    assert OURS.sub("", plain).split() != [], "there is something to print"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_is_harmless_is_printed_as_it_is(name: str) -> None:
+    make, harmless = PAGES[name]
+    assert "\\" not in make(harmless)
+
+
+def test_json_is_ascii_and_whole() -> None:
+    line = render.as_json(hostile(status(Phase.idle)))
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line)["summary"] == f"It stands.{HOSTILE}"
+    assert render.error_json(KhoError(HOSTILE, where=HOSTILE)).isprintable()
