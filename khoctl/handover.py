@@ -184,7 +184,7 @@ def verify(as_json: Json = False) -> None:
     """Wait until this boot's verification is over. Exits with 7 where state did not arrive whole."""
     with ending(as_json=as_json), client() as following, client() as asking:
         for event in following.monitor():
-            if event.phase is not Phase.verifying:
+            if event.phase not in (Phase.verifying, Phase.rolling_back):  # of a start that is not over yet
                 break
         found = asking.status()
     typer.echo(_page(found, as_json=as_json))

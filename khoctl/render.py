@@ -15,7 +15,7 @@ import typer
 
 from khod.errors import KhoError
 from khod.model import Check, CheckResult, Event, Fate, Phase, Plan, Producer, Status, Word
-from khod.text import printable
+from khod.text import join_names, printable
 from khod.wire import plain
 
 T = TypeVar("T")
@@ -103,12 +103,17 @@ def status(status: Status) -> str:
     rows = [("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_said(status)}")]
     if status.done and status.phase is not Phase.failed:
         rows.append(("done", ", ".join(status.done)))
-    if status.left:
-        rows.append(("left", f"{', '.join(status.left)}: not put back"))
+    if status.outcome not in (Phase.idle, status.phase):
+        rows.append(("this boot", f"{name(status.outcome)}: what the handover into it came to"))
+    rows += _not_undone(status)
+    if status.claims:
+        rows.append(("claims", f"{join_names(status.claims, MOST)}: left before the jump and not taken back yet"))
     waiting = [f"for {producer(found)}" for found in status.producers if found.waiting][:MOST]
     rows += [("" if number else "waiting", text) for number, text in enumerate(waiting)]
-    if (more := len(status.waiting_for) - MOST) > 0:
-        rows.append(("", f"and {more} more: khoctl producers"))
+    if (more := len(status.waiting_for) - len(waiting)) > 0:
+        unconnected = [name for name in status.waiting_for if name not in {found.name for found in status.producers}]
+        text = join_names(unconnected, MOST) if unconnected else f"and {more} more: khoctl producers"
+        rows.append(("" if waiting else "waiting", text))
     if status.producers:
         rows.append(("producers", counted(status.producers)))
     rows += [("", producer(found)) for found in status.producers if odd(found)][:MOST]
@@ -131,7 +136,20 @@ def status(status: Status) -> str:
         rows.append(("next", status.remedy))
     head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
     stale = " (the kernel was not asked just now)" if status.stale else ""
-    return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<9}  {text}" for key, text in rows)])
+    return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
+
+
+def _not_undone(status: Status) -> list[tuple[str, str]]:
+    """What a rollback could not put back, whose it is, why, and what to do."""
+    rows = [
+        f"{item.step}{f' of {item.producer}' if item.producer else ''}: {item.why}. {item.remedy}".rstrip()
+        for item in status.not_undone[:MOST]
+    ]
+    if not rows and status.left:
+        rows = [", ".join(status.left)]
+    if (more := len(status.not_undone) - MOST) > 0:
+        rows.append(f"and {more} more: khoctl status --json")
+    return [("" if number else "not undone", text) for number, text in enumerate(rows)]
 
 
 def producer(found: Producer) -> str:
@@ -227,6 +245,8 @@ def plan(found: Plan) -> str:
     if found.cmdline:
         lines += ["", f"command line: {found.cmdline}"]
         lines += [f"  {line}" for line in words(found.words)] or ["  as the running kernel's"]
+    if found.rollback_seconds:
+        lines += ["", f"Until the jump is asked for, `khoctl abort` puts it back within {found.rollback_seconds:g} s."]
     odd = [check for check in found.checks if check.result not in (CheckResult.passed, CheckResult.skipped)]
     lines += ["", checks(odd) if odd else "Nothing is in the way. Nothing was touched."]
     return "\n".join(lines)

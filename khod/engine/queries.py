@@ -111,7 +111,8 @@ class Queries:
         )
 
     async def now(self) -> Event:
-        """How it stands, as an event."""
+        """How it stands, as an event; once that is known."""
+        await self._known.wait()
         phase, record = self.effective_phase(self._observer.last), self._transaction.record
         return Event(time.monotonic(), phase, self._transaction.reason, record.run)
 
