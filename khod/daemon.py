@@ -4,12 +4,13 @@ import argparse
 import asyncio
 import fcntl
 import gc
+import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,7 +123,6 @@ class Daemon:
             serving.close()
             await asyncio.wait({asyncio.ensure_future(serving.wait_closed())}, timeout=FAREWELL)
             serving.abort_clients()
-            await journal.flush()
 
     async def _start(self) -> None:
         """Find out how the host stands, and roll back what is due; it is served whatever comes of that.
@@ -249,13 +249,13 @@ def _more_time() -> Iterator[None]:
 
 
 def _complain(what: object) -> None:
-    with suppress(OSError, ValueError):  # nobody reads it any more
-        sys.stderr.write(f"khod: {what}\n")
+    journal.complain(f"khod: {what}")
 
 
 def main() -> None:
     """Run khod; exits with 2 where the configuration is wrong."""
     opts = options(sys.argv[1:])
+    logging.basicConfig(handlers=[journal.Handler()])
     try:
         asyncio.run(_main(opts))
     except ConfigError as error:
@@ -264,6 +264,8 @@ def main() -> None:
     except KhoError as error:
         _complain(error)
         sys.exit(error.exit)
+    finally:
+        journal.flush()
 
 
 async def _main(opts: Options) -> None:

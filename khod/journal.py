@@ -5,7 +5,10 @@ tells how a handover goes must not decide how it goes. What cannot be told is dr
 """
 
 import asyncio
+import logging
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +16,6 @@ from contextlib import suppress
 import systemd.daemon
 import systemd.journal
 
-from khod.errors import KhoError
 from khod.model import Event, Phase, Producer
 from khod.text import one_line
 from khod.worker import Worker
@@ -88,6 +90,24 @@ def write(event: Event, message: str) -> None:
     _journald.later(send)
 
 
+def complain(what: str) -> None:
+    """Write a line to standard error, where somebody reads it."""
+
+    def send() -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"{what}\n")
+            sys.stderr.flush()
+
+    _journald.later(send)
+
+
+class Handler(logging.Handler):
+    """Log records go the same way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(self.format(record))
+
+
 def _routine(producer: Producer | None) -> bool:
     """Tell whether a thousand producers would say the same within a second: journald drops records then."""
     if producer is None or not producer.phase:
@@ -100,11 +120,12 @@ def notify(state: str) -> None:
     _manager.later(lambda: systemd.daemon.notify(state))
 
 
-async def flush() -> None:
-    """Wait until what was said so far is out, and no longer than FLUSH_SECONDS."""
+def flush() -> None:
+    """Wait until what was said so far is out, and no longer than FLUSH_SECONDS: khod ends."""
     for worker in (_manager, _journald):
-        with suppress(KhoError):
-            await worker.call(lambda: None, "being told", FLUSH_SECONDS)
+        said = threading.Event()
+        worker.later(said.set)
+        said.wait(FLUSH_SECONDS)
 
 
 async def extend_timeout() -> None:

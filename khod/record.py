@@ -179,14 +179,22 @@ class Store:
 
     def write(self, record: Record, *, durable: bool = True) -> None:
         """Replace the record; without `durable` it survives khod, and not a loss of power."""
+        self._replace(FILE, record, durable=durable)
+
+    def write_departure(self, record: Record) -> None:
+        """Leave a copy of the record with the jump; both executors sync it to the disk."""
+        self._replace(DEPARTURE, record, durable=False)
+
+    def _replace(self, name: str, record: Record, *, durable: bool) -> None:
+        """Write a file anew: all of it or nothing."""
         try:
-            new = self.directory / f"{FILE}.new"
+            new = self.directory / f"{name}.new"
             with open(new, "wb") as file:
                 file.write(encode(record))
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
-            new.rename(self.path)
+            new.rename(self.directory / name)
             if not durable:
                 return
             fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -195,16 +203,7 @@ class Store:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise _unwritable(error, self.path) from error
-
-    def write_departure(self, record: Record) -> None:
-        """Leave a copy of the record with the jump; both executors sync it to the disk."""
-        try:
-            new = self.directory / f"{DEPARTURE}.new"
-            new.write_bytes(encode(record))
-            new.rename(self.directory / DEPARTURE)
-        except OSError as error:
-            raise _unwritable(error, self.directory / DEPARTURE) from error
+            raise _unwritable(error, self.directory / name) from error
 
     def read_departure(self) -> Record | None:
         """The copy that was left with the last jump; None where there is none that can be read."""

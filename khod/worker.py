@@ -105,7 +105,7 @@ def _settle(future: "asyncio.Future[Any]", result: object, error: BaseException 
         return
     if error is None:
         future.set_result(result)
-    elif isinstance(error, StopIteration):  # a future cannot carry one
+    elif isinstance(error, (StopIteration, asyncio.CancelledError)):  # they would mean something else to who waits
         future.set_exception(RuntimeError(repr(error)))
     else:
         future.set_exception(error)

@@ -165,6 +165,11 @@ class Attempt:
             self._config().deadlines.load,
         )
 
+    @property
+    def undo_seconds(self) -> float:
+        """What the undo of one kernel call may take, after which the call itself was given up."""
+        return self._config().deadlines.rollback + CUT_SECONDS
+
     async def undo_activate(self) -> None:
         """Leave the active phase, where the kernel is in it."""
 

@@ -388,11 +388,11 @@ class Engine:
             record = self.record
             claims = tuple(holder for holder in record.claims if holder.name != name)
             if len(claims) < len(record.claims):
-                await self.muster.peers.forget(name, self.config.deadlines.activate)
+                await self._interruptible(self.muster.peers.forget(name, self.config.deadlines.activate))
                 await self._transaction.note_claims(claims)
                 self._transaction.emit(f"what {name} left is freed")
             elif name in self.queries.unknown_sessions:
-                await self._sessions.drop(name, self.config.deadlines.activate)
+                await self._interruptible(self._sessions.drop(name, self.config.deadlines.activate))
                 self._transaction.emit(f"the LUO session {name} is freed")
             elif self.muster.peers.give_up(name):
                 self._transaction.emit(f"{name} is not expected to come back any more")
@@ -406,7 +406,7 @@ class Engine:
     async def rehearse(self, name: str) -> list[model.Producer]:
         """Drive one producer through prepare, freeze, thaw and cancel, with the kernel left alone; its answers."""
         async with self._operation():
-            observed = await self._observe()
+            observed = await self._interruptible(self._observe())
             if self._transaction.phase not in RESTING:
                 raise Refused(
                     f"A producer cannot be tested now ({self._transaction.phase.value})",
@@ -504,6 +504,12 @@ class Engine:
         devices = {member.producer.name: member.producer.devices for member in attempt.barrier.members}
         self._guard.start(settings.abort, settings.record, devices)
 
+    def _stop_watching(self) -> None:
+        try:
+            self._guard.stop()
+        except Exception:  # what it watched for is over
+            LOG.exception("The guard could not be stopped")
+
     def _on_device_event(self, seen: Seen) -> None:
         sentence = seen.sentence()
         self._transaction.emit(sentence)
@@ -595,13 +601,13 @@ class Engine:
                 yield
             finally:
                 if self._transaction.phase not in HELD:
-                    self._guard.stop()
+                    self._stop_watching()
 
     async def _check_may_start(self, *, wants_load: bool) -> Record:
         """Refuse before anything is touched; else give the record to go on with, a fresh one from rest."""
         if self.config_error is not None:
             raise self.config_error
-        observed = await self._observe()
+        observed = await self._interruptible(self._observe())
         phase = self._transaction.phase
         if phase not in RESTING | HELD:
             raise Refused(

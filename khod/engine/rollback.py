@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from khod.bounded import CUT_SECONDS
+from khod.bounded import CUT_SECONDS, within
 from khod.config import Deadlines
 from khod.engine.attempt import Attempt
 from khod.errors import KhoError
@@ -60,7 +60,7 @@ async def _undo_kernel(attempt: Attempt, steps: Sequence[Step], emit: Callable[[
             why, remedy = "the active phase is kept: the image that has its state is still loaded", ""
         else:
             try:
-                await undo[step]()
+                await within(attempt.undo_seconds, undo[step]())
                 continue
             except KhoError as error:
                 why, remedy = _words(error), error.remedy

@@ -185,6 +185,8 @@ class Transaction:
                 await asyncio.wait({task}, timeout=INTERRUPT_SECONDS)
                 if self._cause is not None and (not task.done() or task.cancelled()):
                     raise self._cause
+            if task.cancelled():
+                raise RuntimeError("it was cancelled, and nobody asked for that")
             return await task
         except asyncio.CancelledError:
             task.cancel()
@@ -248,7 +250,8 @@ class Transaction:
         attempt = self._acting()
         self._machine = self._machine.begin(step)
         done = (*self._machine.done, *(ahead or ()))
-        await self._write(replace(self.current(), done=done), durable=ahead is not None, departs=step is Step.execute)
+        if ahead is not None:
+            await self._write(replace(self.current(), done=done), departs=step is Step.execute)
         self.emit(step.value)
         began = time.monotonic()
         if step is Step.activate:
@@ -281,7 +284,7 @@ class Transaction:
         if self.phase is not Phase.executing:
             self._machine = self._machine.begin(Step.execute)
         self._jump_asked = True
-        await self._write(self.current(), durable=True, departs=True)
+        await self._write(self.current(), departs=True)
 
     # The way back
 
@@ -406,7 +409,7 @@ class Transaction:
 
     async def write_record(self) -> None:
         """Write the record, durably; RecordError."""
-        await self._write(self.current(), durable=True)
+        await self._write(self.current())
 
     async def try_write_record(self, seconds: float = RECORD_SECONDS) -> None:
         """Write the record where a failure must stop nothing: a full disk keeps nobody from being thawed."""
@@ -417,14 +420,14 @@ class Transaction:
         except Exception as error:  # noqa: BLE001 - whatever it is, the way back goes on
             self.emit(str(error))
 
-    async def _write(self, record: Record, *, durable: bool, departs: bool = False) -> None:
+    async def _write(self, record: Record, *, departs: bool = False) -> None:
         """Write it on the way forward: to be cut short, as a file system that hangs must not hold what can be undone.
 
         With `departs` a copy is left beside it: after the jump it stands in for a record that cannot be read.
         """
 
         def write() -> None:
-            self._store.write(record, durable=durable)
+            self._store.write(record)
             if departs:
                 self._store.write_departure(record)
 
