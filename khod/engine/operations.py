@@ -10,11 +10,13 @@ from khod import model, preflight, reconcile
 from khod.config import Config
 from khod.engine import status
 from khod.engine.attempt import Attempt, JumpUnderWay
+from khod.engine.jump import Jump
 from khod.engine.observer import Observer
 from khod.engine.queries import NOTHING, Inhibitors, Queries, new_run
 from khod.engine.restoration import Restoration
+from khod.engine.startup import Startup
 from khod.engine.transaction import Transaction
-from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, RecordError, Refused
+from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused
 from khod.executor import Executor, Shutdown
 from khod.guard import Seen, Severity
 from khod.kernel.kexec import Kexec
@@ -35,8 +37,6 @@ from khod.worker import Worker
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
-WATCH_SECONDS = 10.0
-"""Seconds between two questions to systemd whether the host still goes down."""
 
 
 class Watcher(Protocol):
@@ -93,7 +93,6 @@ class Engine:
         self._known = asyncio.Event()
         """Set when it is known where the host stands and who may come back: a rollback at the start waits for them."""
         self._started = asyncio.Event()
-        self._going_down = False
         self._background: set[asyncio.Task[Any]] = set()
         self._transaction = Transaction(store, self._workers.disk, tell, self._guard.look)
         peers = Peers(sessions, self._peer_left, self._peer_came, registrations, self._on_unkept_registration)
@@ -102,6 +101,8 @@ class Engine:
         self._restoration = Restoration(
             self._transaction, self.muster, store, self._workers, self._settings, busy=self._busy, spawn=self._spawn
         )
+        self._startup = Startup(self._transaction, self._observer, peers, store, kexec, self._workers, self._settings)
+        self._jump = Jump(self._transaction, self._settings, self._give_up_jump)
         self.queries = Queries(
             self._transaction,
             self._observer,
@@ -154,86 +155,22 @@ class Engine:
             self._started.set()
 
     async def _start(self) -> None:
-        record = await self._read_record()
-        self._transaction.start(reconcile.provisional(record), record if isinstance(record, Record) else Record())
-        observed = await self._observe_at_start(record)
-        found = reconcile.reconcile(record, observed, self.config.policy.after_daemon_died)
-        note = ""
-        if (departed := await self._read_departure(record, observed)) is not None:
-            note = f"The copy that left with the jump stands in for the record: {found.reason}"
-            record, found = departed, reconcile.reconcile(departed, observed)
-        current = record if isinstance(record, Record) else Record()
-        if found.phase in RESTING and found.action is reconcile.Action.none:
-            current = reconcile.settled(current, found, observed)
-        self._transaction.start(found, current)
-        self.muster.peers.remember(observed.boot_id)
-        await self._expect(found)
+        found, observed, note = await self._startup.find_out()
         self._known.set()
         lacking = "" if self._observer.probed.kernel else f"no handover is possible: {self._observer.probed.what}"
         self._transaction.emit(found.reason or lacking or "khod started")
-        match found.action:
-            case reconcile.Action.verify:
-                await self._restoration.begin(observed, self._observer.probed.kernel, found.doubt, note)
-            case reconcile.Action.roll_back:
-                await self._roll_back(Failed(found.reason))
-            case reconcile.Action.resume:
-                self._watch(self._acting())
-            case reconcile.Action.none if found.phase in RESTING:
-                await self._transaction.try_write_record()
-        self._close_stray_sessions(observed)
-
-    async def _read_record(self) -> Record | RecordError | None:
         try:
-            return await self._workers.disk.call(self._store.read, "reading the record", self.config.deadlines.activate)
-        except RecordError as error:
-            return error
-        except Exception as error:  # noqa: BLE001 - a record that cannot be had is one that cannot be read
-            return RecordError(f"The record cannot be read: {error}", where=str(self._store.path))
-
-    async def _observe_at_start(self, record: Record | RecordError | None) -> Observed:
-        """Ask the kernel; where it does not answer, take it to be where the record has it: then an undo may begin."""
-        while (observed := await self._observer.try_observe(self.config.deadlines.activate)) is None:
-            if isinstance(record, Record) and record.done and await self._boot_id() in ("", record.boot_id):
-                self._transaction.emit(
-                    "the kernel does not say how it stands: it is taken to be where the record has it"
-                )
-                loaded = Step.load in record.done
-                return Observed(record.boot_id, record.release, active=None, loaded=loaded, arrived=False, cmdline="")
-            # Whether state came in is no guess: what is taken for a cold boot gives up what arrived.
-            self._transaction.emit("the kernel does not say how it stands: it is asked again")
-        return observed
-
-    async def _boot_id(self) -> str:
-        """This boot's id, "" where it cannot be read."""
-        with suppress(KhoError, OSError):
-            return await self._workers.files.call(
-                self._kexec.boot_id, "reading the boot id", self.config.deadlines.observe
-            )
-        return ""
-
-    async def _read_departure(self, record: Record | RecordError | None, observed: Observed) -> Record | None:
-        """The copy that left with the jump into this boot, where the record itself cannot be read or is gone."""
-        if isinstance(record, Record):
-            return None
-        departed = await self._workers.disk.call(
-            self._store.read_departure, "reading the record", self.config.deadlines.activate
-        )
-        if departed is None or departed.boot_id == observed.boot_id:
-            return None
-        if reconcile.reconcile(departed, observed).action is not reconcile.Action.verify:
-            return None
-        with suppress(KhoError):
-            await self._workers.disk.call(self._store.set_aside, "keeping the record", self.config.deadlines.activate)
-        return departed
-
-    async def _expect(self, found: reconcile.Found) -> None:
-        """Say who may come back: those of the handover under way, and those with something to claim."""
-        peers, record = self.muster.peers, self.record
-        if found.action is reconcile.Action.verify and not record.claims:
-            peers.expect(record.producers, record.run, restoring=True)
-            return
-        peers.expect(record.claims, record.arrived_run, restoring=True)
-        peers.expect(record.producers, record.run, restoring=False)
+            match found.action:
+                case reconcile.Action.verify:
+                    await self._restoration.begin(observed, self._observer.probed.kernel, found.doubt, note)
+                case reconcile.Action.roll_back:
+                    await self._roll_back(Failed(found.reason))
+                case reconcile.Action.resume:
+                    self._watch(self._acting())
+                case reconcile.Action.none if found.phase in RESTING:
+                    await self._transaction.try_write_record()
+        finally:
+            self._close_stray_sessions(observed)
 
     def _close_stray_sessions(self, observed: Observed) -> None:
         """Close outgoing sessions that this boot's own handover left behind: of a producer that was never told.
@@ -270,24 +207,24 @@ class Engine:
         if jumping and Step.load in self.machine.done:
             await self._go_along()
             return
-        attempt = self._transaction.attempt
-        if self._transaction.phase is Phase.executing and attempt is not None and attempt.in_kernel:
+        if self._jump.in_kernel:
             return  # reboot(2) has not come back: nothing may be undone, and nobody can wait for it
         if self._busy.locked() or self._transaction.phase in HELD | {Phase.executing}:
             await self._abort(Failed("khod was stopped in the middle of a handover", where="abort"), down=going_down)
 
     async def _go_along(self) -> None:
         """The host goes into the kexec: bring the handover to where the jump may find it, or unload the image."""
-        self._going_down = True
-        if (attempt := self._transaction.attempt) is not None:
-            attempt.going_down = True
+        under_way = self._transaction.phase
+        self._jump.go_along()
         async with self._busy:  # what is under way ends first: at the jump, which is asked for already, or rolled back
-            if self._transaction.phase in HELD:
-                with suppress(KhoError):  # then it was rolled back, and the host boots cold
+            with suppress(KhoError):
+                if self._transaction.phase in HELD:
                     steps = left(self.machine, self._observer.kernel.order, Step.execute)[:-1]
                     await self._transaction.forward(steps, hold=False)
                 if self._transaction.phase in HELD:
                     await self._transaction.depart()
+            if self._transaction.phase in RESTING:  # it was rolled back, and the host boots cold
+                await self._transaction.note_interrupted(f"a handover was at {under_way.value}, and was rolled back")
         if self._transaction.phase is Phase.executing:
             await self._acting().barrier.leave()
 
@@ -326,7 +263,7 @@ class Engine:
                 elif target is not None:
                     target.close()
                 if self._transaction.phase is Phase.executing:
-                    self._spawn(self._watch_jump())
+                    self._spawn(self._jump.watch(self._acting()))
 
     async def abort(self, *, force: bool = False) -> None:
         """Put everything back. With `force` also what khod did not do, or what it cannot know."""
@@ -334,7 +271,7 @@ class Engine:
         if self._transaction.phase is Phase.verifying:
             raise Refused("Producers are taking back what they left, which has no undo", remedy="khoctl verify")
         if self._transaction.phase is Phase.executing:
-            await self._check_jump_may_be_called_back(force=force)
+            await self._jump.check_may_be_called_back(self._acting(), force=force)
         await self._abort(Failed("The handover was called off", where="abort"), force=force)
 
     async def _abort(self, cause: KhoError, *, force: bool = False, down: bool = False) -> None:
@@ -357,8 +294,7 @@ class Engine:
                 return
             elif phase is Phase.failed:
                 self._transaction.attach(None)  # what failed may have been mended in a file since
-            elif phase is Phase.executing and self._acting().in_kernel:
-                raise self._not_to_be_called_back()
+            self._jump.refuse_in_kernel()
             interrupted = f"a handover was at {phase.value}, and was rolled back" if down else ""
             await self._roll_back(None, interrupted=interrupted)
 
@@ -473,7 +409,7 @@ class Engine:
 
     def cancel(self, cause: KhoError) -> None:
         """End the handover under way for `cause`, if there is one that still can be ended."""
-        if self._going_down or not self._transaction.can_be_cancelled:
+        if self._jump.going_down or not self._transaction.can_be_cancelled:
             return
         self._transaction.cancel(cause)
         if not self._busy.locked():
@@ -522,53 +458,8 @@ class Engine:
                 )
             )
 
-    # The jump
-
-    async def _check_jump_may_be_called_back(self, *, force: bool) -> None:
-        """Refuse to undo anything under a jump that may still happen."""
-        attempt = self._acting()
-        if attempt.in_kernel:
-            raise self._not_to_be_called_back()
-        down = await attempt.goes_down()
-        if down or (down is None and not force):
-            raise Refused(
-                "The host is on its way into the next kernel"
-                if down
-                else "systemd was asked to take the host into the next kernel, and nobody can tell whether it does",
-                where="abort",
-                remedy="Wait for it; systemctl list-jobs shows it."
-                if down
-                else "If systemctl list-jobs shows no kexec.target: khoctl abort --force",
-            )
-
-    def _not_to_be_called_back(self) -> Refused:
-        return Refused(
-            "reboot(2) is in the kernel and cannot be called back",
-            where="abort",
-            remedy="Wait: where it comes back, khod puts everything back by itself.",
-        )
-
-    async def _watch_jump(self) -> None:
-        """Notice a jump that does not happen: it came back, or systemd has given it up."""
-        attempt = self._acting()
-        try:
-            await attempt.ended()
-        except KhoError as error:
-            await self._roll_back_jump(error)
-            return
-        while self._transaction.phase is Phase.executing and not self._going_down:
-            await asyncio.sleep(max(WATCH_SECONDS, self.config.deadlines.execute))
-            if self._transaction.phase is Phase.executing and await attempt.goes_down() is False:
-                await self._roll_back_jump(
-                    Failed(
-                        "systemd took the request and does not take the host down",
-                        where="kexec.target",
-                        remedy="Look at journalctl -b and systemctl list-jobs.",
-                    )
-                )
-                return
-
-    async def _roll_back_jump(self, cause: KhoError) -> None:
+    async def _give_up_jump(self, cause: KhoError) -> None:
+        """Roll back a jump that does not happen."""
         async with self._at_work():
             if self._transaction.phase is Phase.executing:
                 with suppress(KhoError):  # it stands in the record, and everyone was told

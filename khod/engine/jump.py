@@ -1,0 +1,83 @@
+"""The jump that was asked for: whether it may still be called back, and what happens where it does not come."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from khod.config import Config
+from khod.engine.attempt import Attempt
+from khod.engine.transaction import Transaction
+from khod.errors import Failed, KhoError, Refused
+from khod.model import Phase
+
+WATCH_SECONDS = 10.0
+"""Seconds between two questions to systemd whether the host still goes down."""
+
+
+class Jump:
+    """Watches `executing`. `give_up` rolls it back for a cause, where the host is still there by then."""
+
+    def __init__(
+        self, transaction: Transaction, config: Callable[[], Config], give_up: Callable[[KhoError], Awaitable[None]]
+    ) -> None:
+        self._transaction = transaction
+        self._config = config
+        self._give_up = give_up
+        self.going_down = False
+        """Whether somebody else has sent the host into the kexec, and khod makes way for it."""
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether reboot(2) was called and has not come back."""
+        attempt = self._transaction.attempt
+        return self._transaction.phase is Phase.executing and attempt is not None and attempt.in_kernel
+
+    def go_along(self) -> None:
+        """Ask nobody for the jump any more: the host is on its way."""
+        self.going_down = True
+        if (attempt := self._transaction.attempt) is not None:
+            attempt.going_down = True
+
+    def refuse_in_kernel(self) -> None:
+        """Raise Refused where reboot(2) may jump at any moment: nothing is undone before it has come back."""
+        if self.in_kernel:
+            raise Refused(
+                "reboot(2) is in the kernel and cannot be called back",
+                where="abort",
+                remedy="Wait: where it comes back, khod puts everything back by itself.",
+            )
+
+    async def check_may_be_called_back(self, attempt: Attempt, *, force: bool) -> None:
+        """Refuse to undo anything under a jump that may still happen."""
+        self.refuse_in_kernel()
+        down = await attempt.goes_down()
+        if down:
+            raise Refused(
+                "The host is on its way into the next kernel",
+                where="abort",
+                remedy="Wait for it; systemctl list-jobs shows it.",
+            )
+        if down is None and not force:
+            raise Refused(
+                "systemd was asked to take the host into the next kernel, and nobody can tell whether it does",
+                where="abort",
+                remedy="If systemctl list-jobs shows no kexec.target: khoctl abort --force",
+            )
+
+    async def watch(self, attempt: Attempt) -> None:
+        """Notice a jump that does not happen: it came back, or systemd has given it up."""
+        try:
+            await attempt.ended()
+        except KhoError as error:
+            await self._give_up(error)
+            return
+        while self._transaction.phase is Phase.executing and not self.going_down:
+            await asyncio.sleep(max(WATCH_SECONDS, self._config().deadlines.execute))
+            if self._transaction.phase is Phase.executing and await attempt.goes_down() is False:
+                await self._give_up(
+                    Failed(
+                        "systemd took the request and does not take the host down",
+                        where="kexec.target",
+                        remedy="Look at journalctl -b and systemctl list-jobs.",
+                    )
+                )
+                return

@@ -1,0 +1,108 @@
+"""The first thing a khod does: compare its record with the kernel, and know who may come back."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from khod import reconcile
+from khod.config import Config
+from khod.engine.observer import Observer
+from khod.engine.transaction import Transaction
+from khod.errors import KhoError, RecordError
+from khod.kernel.kexec import Kexec
+from khod.kernel.thread import Workers
+from khod.machine import RESTING
+from khod.model import Observed, Step
+from khod.producers.peers import Peers
+from khod.reconcile import Action, Found
+from khod.record import Record, Store
+
+
+class Startup:
+    """Finds out where the host stands; nothing of it waits for a kernel or a file system without being asked again."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        observer: Observer,
+        peers: Peers,
+        store: Store,
+        kexec: Kexec,
+        workers: Workers,
+        config: Callable[[], Config],
+    ) -> None:
+        self._transaction = transaction
+        self._observer = observer
+        self._peers = peers
+        self._store = store
+        self._kexec = kexec
+        self._workers = workers
+        self._config = config
+
+    async def find_out(self) -> tuple[Found, Observed, str]:
+        """Put the transaction where the host stands; what was found, what the kernel says, and what to tell of it."""
+        record = await self._read_record()
+        self._transaction.start(reconcile.provisional(record), record if isinstance(record, Record) else Record())
+        observed = await self._observe(record)
+        found = reconcile.reconcile(record, observed, self._config().policy.after_daemon_died)
+        note = ""
+        if (departed := await self._read_departure(record, observed)) is not None:
+            note = f"The copy that left with the jump stands in for the record: {found.reason}"
+            record, found = departed, reconcile.reconcile(departed, observed)
+        current = record if isinstance(record, Record) else Record()
+        if found.phase in RESTING and found.action is Action.none:
+            current = reconcile.settled(current, found, observed)
+        self._transaction.start(found, current)
+        self._peers.remember(observed.boot_id)
+        self._expect(found, current)
+        return found, observed, note
+
+    async def _read_record(self) -> Record | RecordError | None:
+        try:
+            deadline = self._config().deadlines.activate
+            return await self._workers.disk.call(self._store.read, "reading the record", deadline)
+        except RecordError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - a record that cannot be had is one that cannot be read
+            return RecordError(f"The record cannot be read: {error}", where=str(self._store.path))
+
+    async def _observe(self, record: Record | RecordError | None) -> Observed:
+        """Ask the kernel; where it does not answer, take it to be where the record has it: then an undo may begin."""
+        while (observed := await self._observer.try_observe(self._config().deadlines.activate)) is None:
+            if isinstance(record, Record) and record.done and await self._boot_id() in ("", record.boot_id):
+                self._transaction.emit("the kernel does not say how it stands: the record is taken for it")
+                loaded = Step.load in record.done
+                return Observed(record.boot_id, record.release, active=None, loaded=loaded, arrived=False, cmdline="")
+            # Whether state came in is no guess: what is taken for a cold boot gives up what arrived.
+            self._transaction.emit("the kernel does not say how it stands: it is asked again")
+        return observed
+
+    async def _boot_id(self) -> str:
+        """This boot's id, "" where it cannot be read."""
+        with suppress(KhoError, OSError):
+            deadline = self._config().deadlines.observe
+            return await self._workers.files.call(self._kexec.boot_id, "reading the boot id", deadline)
+        return ""
+
+    async def _read_departure(self, record: Record | RecordError | None, observed: Observed) -> Record | None:
+        """The copy that left with the jump into this boot, where the record itself cannot be read or is gone."""
+        if isinstance(record, Record):
+            return None
+        deadline = self._config().deadlines.activate
+        with suppress(KhoError):
+            departed = await self._workers.disk.call(self._store.read_departure, "reading the record", deadline)
+            if departed is None or departed.boot_id == observed.boot_id:
+                return None
+            if reconcile.reconcile(departed, observed).action is not Action.verify:
+                return None
+            with suppress(KhoError):
+                await self._workers.disk.call(self._store.set_aside, "keeping the record", deadline)
+            return departed
+        return None
+
+    def _expect(self, found: Found, record: Record) -> None:
+        """Say who may come back: those of the handover under way, and those with something to claim."""
+        if found.action is Action.verify and not record.claims:
+            self._peers.expect(record.producers, record.run, restoring=True)
+            return
+        self._peers.expect(record.claims, record.arrived_run, restoring=True)
+        self._peers.expect(record.producers, record.run, restoring=False)
