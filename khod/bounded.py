@@ -9,7 +9,7 @@ CUT_SECONDS = 1.0
 """Seconds that something called off has to end; then it is left to itself."""
 
 _left_alone: "set[asyncio.Future[Any]]" = set()
-"""What did not end when it was called off: referred to from here, or it could be collected half-way."""
+"""What was called off and has not ended: referred to from here, or it could be collected half-way."""
 
 
 async def within(seconds: float, work: Awaitable[T]) -> T:
@@ -26,11 +26,10 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
     finally:
         if not task.done():
             overdue = True
+            _left_alone.add(task)
+            task.add_done_callback(_let_go)
             task.cancel()
             await asyncio.wait({task}, timeout=CUT_SECONDS)
-            if not task.done():
-                _left_alone.add(task)
-                task.add_done_callback(_let_go)
     if not task.done() or (overdue and task.cancelled()):
         raise TimeoutError(f"it did not end within {seconds:g} s")
     if task.cancelled():

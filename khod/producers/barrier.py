@@ -14,7 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Protocol
 
 from khod import model
-from khod.bounded import CUT_SECONDS
+from khod.bounded import CUT_SECONDS, within
 from khod.errors import ConfigError, Failed, KhoError, Refused, Unsupported
 from khod.record import Holder
 
@@ -383,8 +383,7 @@ class Barrier:
         answer, refusal, done = NO_ANSWER, None, False
         try:
             try:
-                async with asyncio.timeout(deadline):
-                    await producer.tell(telling)
+                await within(deadline, producer.tell(telling))
                 answer, done = READY, True
             except TimeoutError:
                 waited = f" ({member.answer})" if member.answer else ""
