@@ -15,8 +15,8 @@ from typing import TypeVar
 from khod.errors import KhoError, Refused
 from khod.fdstore import FdStore
 from khod.kernel.luo import Luo
-from khod.kernel.thread import KernelThread
 from khod.model import Kept
+from khod.worker import Worker
 
 T = TypeVar("T")
 PREFIX = "khod-"
@@ -37,9 +37,7 @@ def session_of(run: str, producer: str) -> str:
 class Sessions:
     """The sessions of this host, by name. Methods raise KhoError, Unsupported where the kernel has no LUO."""
 
-    def __init__(
-        self, luo: Luo, thread: KernelThread, store: FdStore, *, passed: Mapping[str, int] | None = None
-    ) -> None:
+    def __init__(self, luo: Luo, thread: Worker, store: FdStore, *, passed: Mapping[str, int] | None = None) -> None:
         """Begin with those the service manager kept."""
         self._luo = luo
         self._thread = thread

@@ -15,7 +15,7 @@ from khod.engine.observer import Observer
 from khod.engine.queries import NOTHING, Inhibitors, Queries, new_run
 from khod.engine.restoration import Restoration
 from khod.engine.startup import Startup
-from khod.engine.transaction import Transaction
+from khod.engine.transaction import Transaction, told_error
 from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused
 from khod.executor import Executor, Shutdown
 from khod.guard import Seen, Severity
@@ -481,6 +481,10 @@ class Engine:
             await self._act_on_cause()
             try:
                 yield
+            except KhoError:
+                raise
+            except Exception as error:  # whatever it is, it reaches the operator as a sentence
+                raise told_error(error) from error
             finally:
                 await self._act_on_cause()
 

@@ -46,8 +46,8 @@ def recorded_ahead(steps: Sequence[Step]) -> Sequence[Step]:
     return steps[1:2] if tuple(steps[:2]) == COALESCED else ()
 
 
-def _cause(error: Exception) -> KhoError:
-    """The error an operator is told."""
+def told_error(error: Exception) -> KhoError:
+    """Return the error an operator is told."""
     if isinstance(error, KhoError):
         return error
     if isinstance(error, OSError):
@@ -222,7 +222,7 @@ class Transaction:
             await self._failed(error, None, self._machine, hold=False)
 
     async def _failed(self, error: Exception, step: Step | None, before: Machine, *, hold: bool) -> NoReturn:
-        cause, called_off = _cause(error), self._cause is not None
+        cause, called_off = told_error(error), self._cause is not None
         if not self._machine.done:
             self.settle_cancel()
             raise cause from error
@@ -271,7 +271,10 @@ class Transaction:
             await self.roll_back(cause)
         self._machine, self._reason, self._jump_asked = before, cause.what, False
         self._record = replace(self._record, last_error=str(cause))
-        await self.write_record()
+        try:
+            await self.write_record()
+        except Exception:  # noqa: BLE001 - what cannot be recorded is not held
+            await self.roll_back(self._cause or cause)
         self.emit(f"held at {before.phase.value}: {cause.what}")
         raise NotRolledBack(
             f"{cause.what}; held at {before.phase.value} as asked",
@@ -438,7 +441,7 @@ class Transaction:
         """Emit an Event with the current phase to every listener; a listener that fails is not heard of."""
         try:
             self._tell(Event(time.monotonic(), self.phase, message, self._record.run, producer, words))
-        except Exception:  # what tells how it stands must not decide how it goes
+        except (Exception, asyncio.CancelledError):  # what tells how it stands must not decide how it goes
             LOG.exception("An event could not be passed on: %s", message)
 
     def on_member_changed(self, member: Member) -> None:
