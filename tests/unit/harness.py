@@ -19,10 +19,11 @@ from khod.kernel.luo import Luo
 from khod.kernel.probe import Probed, probe
 from khod.kernel.simulated import SimulatedKernel
 from khod.kernel.sysfs import KHO
-from khod.kernel.thread import KernelThread
+from khod.kernel.thread import Workers
 from khod.model import Event
 from khod.producers.barrier import Producer
 from khod.producers.hooks import Hook
+from khod.producers.registrations import Registrations
 from khod.record import Record, Store
 from khod.sessions import Sessions
 from khod.target import Given, Request
@@ -162,6 +163,12 @@ class Host:
         self.broken: ConfigError | None = None
         self.events: list[Event] = []
         self.fdstore = KeptFds()
+        self.workers: Workers | None = None
+        """Whose threads make the calls of every khod; None for threads of its own."""
+        self.shutdown: executor.Shutdown | None = None
+        """What says whether the host is on its way into the kexec; None where nobody can tell."""
+        self.registrations: Path | None = None
+        """Where registrations outlive a khod; None where they do not."""
         self.told = directory / "told"
         (directory / "state").mkdir()
         self.store = Store(directory / "state")
@@ -177,7 +184,8 @@ class Host:
         return list(self.hooks)
 
     def engine(self, **executors: executor.Executor) -> Engine:
-        kexec, thread = Kexec(self.kernel), KernelThread()
+        workers = self.workers or Workers()
+        kexec, thread = Kexec(self.kernel), workers.kernel
         jump = executor.immediate(kexec, thread, 10)
         return Engine(
             kexec,
@@ -191,6 +199,9 @@ class Host:
             immediate=executors.get("immediate", jump),
             thread=thread,
             tell=self._tell,
+            shutdown=self.shutdown,
+            workers=workers,
+            registrations=Registrations(self.registrations) if self.registrations else None,
         )
 
     async def started(self, **executors: executor.Executor) -> Engine:
