@@ -394,11 +394,6 @@ class Barrier:
                 refusal = Unsupported(what, where=error.where, remedy=error.remedy)
             except (Veto, OSError, KhoError) as error:
                 answer = str(error)
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                answer = "khod itself failed: it was cancelled, and nobody asked for that"
             except Exception as error:  # noqa: BLE001 - one producer's, whatever it is: the others go on
                 answer = f"khod itself failed: {error!r}"
         finally:
