@@ -1,9 +1,15 @@
-"""Who blocks a shutdown, by systemd-logind's word: `systemctl kexec` asks the same."""
+"""Who blocks a shutdown, by systemd-logind's word: `systemctl kexec` asks the same.
+
+Every check asks, and everyone may have checks made, while the bus bounds root's connections: so there is one at a time
+for everybody, and what was answered counts for a moment.
+"""
 
 import asyncio
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from jeepney import HeaderFields
 
@@ -16,20 +22,57 @@ KEPT = "/run/systemd/inhibit"
 """Where logind keeps them; where it is not there logind does not run, and a call would start it."""
 ASKING = 2.0
 """Seconds logind has to answer."""
+MAX_INHIBITORS = 64
+"""How many are told: any user may have more, and each is a part of every check's answer."""
+CACHE_SECONDS = 1.0
+"""How long an answer counts, from when it was asked for."""
 
 
 @dataclass(frozen=True)
 class Inhibitor:
-    """Somebody who blocks a shutdown, and why, in its own words: a short printable line each."""
+    """Somebody who blocks a shutdown, and why, in its own words: one line each, fit for a terminal."""
 
     who: str
     why: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "who", one_line(self.who))
+        object.__setattr__(self, "why", one_line(self.why))
 
-async def blocking() -> Sequence[Inhibitor] | None:
-    """Everyone who blocks a shutdown; None where logind cannot be asked."""
+
+Answer = Sequence[Inhibitor] | None
+
+
+class _Asked:
+    """The last question: its answer, or that it is under way."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.asked_at = time.monotonic()
+        self.answer: asyncio.Task[Answer] = asyncio.ensure_future(_ask())
+
+    @property
+    def counts(self) -> bool:
+        """Whether another question would be answered no better, or is not allowed yet."""
+        if self.loop is not asyncio.get_running_loop() or self.answer.cancelled():
+            return False
+        return not self.answer.done() or time.monotonic() - self.asked_at < CACHE_SECONDS
+
+
+_last: _Asked | None = None
+
+
+async def blocking() -> Answer:
+    """Everyone who blocks a shutdown, the first MAX_INHIBITORS; None where logind cannot be asked."""
+    global _last  # noqa: PLW0603  # there is one logind, and one bus that bounds this process's connections
     if not os.access(KEPT, os.F_OK):
         return None
+    if _last is None or not _last.counts:
+        _last = _Asked()
+    return await asyncio.shield(_last.answer)
+
+
+async def _ask() -> Answer:
     try:
         async with asyncio.timeout(ASKING), system_bus() as bus:
             answer = await bus.call(LOGIND, "ListInhibitors")
@@ -37,8 +80,9 @@ async def blocking() -> Sequence[Inhibitor] | None:
         return None
     if answer.header.fields.get(HeaderFields.signature) != "a(ssssuu)":
         return None
-    return [
-        Inhibitor(one_line(who), one_line(why))
+    blockers = (
+        (who, why)
         for what, who, why, mode, _uid, _pid in answer.body[0]
         if mode.startswith("block") and "shutdown" in what.split(":")
-    ]
+    )
+    return [Inhibitor(who, why) for who, why in islice(blockers, MAX_INHIBITORS)]

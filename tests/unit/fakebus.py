@@ -42,6 +42,8 @@ class FakeBus:
     result: str | None = "done"
     """How jobs end; None: they do not."""
     processes: list[int] = field(default_factory=list)
+    inhibitors: list[tuple[Any, ...]] = field(default_factory=list)
+    """What systemd-logind lists."""
     welcome: bytes = b"OK 0123456789abcdef0123456789abcdef\r\n"
     said: list[str] = field(default_factory=list)
     reached: asyncio.Event = field(default_factory=asyncio.Event)
@@ -111,6 +113,8 @@ class FakeBus:
                 path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
                 gone = unit(LoadState="not-found", ActiveState="inactive")
                 return "a{sv}", (self.units.get(bytes.fromhex(path).decode(), gone),)
+            case "ListInhibitors":
+                return "a(ssssuu)", (self.inhibitors,)
             case "FreezeUnit" | "ThawUnit":
                 if name not in self.units or self.state(name, "ActiveState") != "active":
                     raise Refusal(f"{SYSTEMD}.UnitInactive", "Unit is not active")
