@@ -80,10 +80,31 @@ class Connection:
         }
         data = json.dumps(call).encode() + b"\0"
         try:
-            sent = socket.send_fds(self._socket, [data], fds) if fds else 0
+            sent = self._send_files(data, fds) if fds else 0
             self._socket.sendall(data[sent:])
         except OSError:
+            self._raise_refusal()
             raise Unreachable("khod closed the connection", remedy=JOURNAL) from None
+
+    def _send_files(self, data: bytes, fds: tuple[int, ...]) -> int:
+        """Send with descriptors; without them where khod lets this user send none, and it says why in its answer.
+
+        The kernel refuses them (EPERM, Linux 6.16) for khod. Khod may need to accept the connection first, and has
+        when it answers.
+        """
+        for _ in range(2):
+            try:
+                return socket.send_fds(self._socket, [data], fds)
+            except PermissionError:
+                self.send(f"{wire.SERVICE}.GetInfo")
+                self.reply()
+        return 0
+
+    def _raise_refusal(self) -> None:
+        """Raise what khod said before it closed the connection, if it said anything."""
+        with suppress(Unreachable):
+            self._socket.setblocking(False)
+            self.reply()
 
     def reply(self) -> Mapping[str, Any]:
         """Wait for the next reply and give its parameters; one of our errors is raised."""

@@ -17,6 +17,7 @@ T = TypeVar("T")
 SOCKET = "/run/khod/io.kho.Handover"
 INTERFACE = "io.kho.Handover"
 PRODUCER = "io.kho.Producer"
+SERVICE = "org.varlink.service"
 PRODUCER_VERSION = 1
 
 

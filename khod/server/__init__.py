@@ -1,4 +1,9 @@
-"""The Varlink server: what the socket serves, and to whom."""
+"""The Varlink server: what the socket serves, and to whom.
+
+Everyone may connect and ask. Who it is comes from the kernel, and until that is known nobody costs more than a
+connection: `limits` says how many there may be and what each may hold, `load` how much of the time they get, `rules`
+who may call what.
+"""
 
 from collections.abc import Callable
 
@@ -7,7 +12,7 @@ from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from khod import __version__
 from khod.config import Access
-from khod.server.connection import Connection, Count
+from khod.server.clients import Clients
 from khod.server.handover import Service
 from khod.server.listener import Listener
 from khod.server.producers import Producers
@@ -24,7 +29,6 @@ def registry(service: Service, producers: Producers) -> VarlinkInterfaceRegistry
     return made
 
 
-def connections(made: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> Callable[[], Connection]:
-    """A factory of connections that share their count; `access` is asked anew, for a reload."""
-    count = Count()
-    return lambda: Connection(made, count, access().max_connections_per_user)
+def connections(made: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> Clients:
+    """All clients of what is served, for a Listener; `access` is asked anew, for a reload."""
+    return Clients(made, access)

@@ -1,257 +1,305 @@
-"""One client: who is asking comes from the kernel, how much they may send is bounded."""
+"""One client: its calls, one after the other. Who asks comes from the kernel, what it may from the rules."""
 
-import asyncio
-import contextlib
 import contextvars
-import grp
-import resource
+import logging
 import socket
-import struct
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any
 
-from asyncvarlink import (
-    FileDescriptorArray,
-    VarlinkErrorReply,
-    VarlinkInterfaceRegistry,
-    VarlinkInterfaceServerProtocol,
-    VarlinkMethodCall,
-)
-from asyncvarlink.types import JSONObject
+from asyncvarlink import FileDescriptor, VarlinkErrorReply, VarlinkMethodCall
+from asyncvarlink.conversion import ConversionError, FileDescriptorVarlinkType
+from asyncvarlink.serviceerrors import InvalidParameter, MethodNotFound
 
 from khod.errors import KhoError, Refused, UsageError
 from khod.producers.peers import Peer
-from khod.protocol import to_wire
-from khod.server.listener import Transport
-
-MAX_MESSAGE = 1 << 20
-"""Bytes of one message: the longest honest one is a command line. Files come as descriptors."""
-
-MAX_CALLS = 64
-"""Calls of one client that wait for an answer, the one that is served left out."""
-
-OWN_DESCRIPTORS = 256
-"""File descriptors khod needs besides its connections: files, pipes, images, hooks."""
-
-UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
-SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h
-PEERGROUPS_SIZE = 1024  # bytes: the most CPython's getsockopt takes, 256 groups
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who is at the other end, as the kernel noted at connect(2)."""
-
-    pid: int
-    uid: int
-    groups: frozenset[int]
-
-
-@dataclass
-class Count:
-    """The connections there are. `per_user` leaves out producers, of which a user may have more."""
-
-    everyone: int = 0
-    per_user: Counter[int] = field(default_factory=Counter)
-
+from khod.server import messages
+from khod.server.access import Caller, Standing
+from khod.server.events import Stream
+from khod.server.files import PassedFiles
+from khod.server.limits import MAX_MESSAGE_BYTES, MAX_OTHERS_MESSAGE_BYTES
+from khod.server.places import Place
+from khod.server.rules import OPERATORS, RULES, Kind
+from khod.server.shared import Shared
+from khod.server.transport import Transport
+from khod.wire import PRODUCER
 
 CONNECTION: "contextvars.ContextVar[Connection]" = contextvars.ContextVar("CONNECTION")
 """The connection whose call is being served."""
 
-
-def peer_of(sock: socket.socket) -> Caller:
-    """Ask the kernel who connected."""
-    pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
-    try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, PEERGROUPS_SIZE)
-        groups = struct.unpack(f"{len(raw) // 4}I", raw)
-    except OSError:
-        groups = ()  # more groups than we asked room for: the primary one must do
-    return Caller(pid, uid, frozenset((gid, *groups)))
+Serve = Callable[[], Any]
+Message = dict[str, Any]
+_LOG = logging.getLogger("khod.server")
 
 
-class Connection(VarlinkInterfaceServerProtocol):
-    """One client. A message over MAX_MESSAGE ends the connection before it fills our memory."""
+class Connection:
+    """One client, from accept(2) to its end. A call that was begun is finished, whether or not the client stays."""
 
-    def __init__(self, registry: VarlinkInterfaceRegistry, count: Count, limit: int) -> None:
-        super().__init__(registry)
-        self._count = count
-        self._limit = limit
-        self._pending = 0
-        self._calls = 0
-        self._serving: asyncio.Future[None] | None = None
-        self._held: FileDescriptorArray | None = None
-        self._line: Transport | None = None
-        self.peer: Caller | None = None
+    def __init__(
+        self,
+        shared: Shared,
+        sock: socket.socket,
+        caller: Caller,
+        standing: Standing,
+        place: Place,
+        gone: Callable[["Connection"], None],
+    ) -> None:
+        """Begin to serve it; `gone` is called when the connection has ended."""
+        self._shared = shared
+        self.caller = caller
+        self._standing = standing
+        self._known_at = shared.groups.changes
+        self._place = place
+        self._gone = gone
         self.producer: Peer | None = None
+        self.is_open = True
         self.on_end: list[Callable[[], None]] = []
         """Called when the client has said its last; a monitor would wait for the next event otherwise."""
+        self._stream: Stream | None = None
+        self._answered = False
+        self._ends_after_reply = False
+        self._oneway = False
+        self._urgent = False
+        self.transport = Transport(
+            sock,
+            caller.uid,
+            self,
+            shared.lane(rights=self.has_rights),
+            buffered=shared.buffered(caller.uid),
+            room=shared.room(caller.uid),
+        )
+        self.transport.let_send_files(allowed=self.may_send_files)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        assert isinstance(transport, Transport)
-        self._line = transport
-        self.peer = peer_of(transport.socket)
-        self._count.everyone += 1
-        self._count.per_user[self.peer.uid] += 1
-        mine = self._count.per_user[self.peer.uid]
-        if (self.peer.uid != 0 and mine > self._limit) or self._count.everyone > _room():
-            transport.close()
+    # What the client may: a reload changes it, or the end of a lookup
 
-    def enlist(self, producer: Peer) -> None:
-        """Be this producer's connection from here on; producers.max_per_user bounds those."""
-        self.producer = producer
-        if self.peer is not None:
-            self._count.per_user[self.peer.uid] -= 1
+    @property
+    def standing(self) -> Standing:
+        """What the client is now."""
+        groups = self._shared.groups
+        if self._known_at != groups.changes:
+            self._known_at = groups.changes
+            before, self._standing = self._standing, groups.standing(self.caller)
+            if before is not self._standing:
+                self._serve_as_due()
+        return self._standing
 
-    def eof_received(self) -> None:
-        self._over()
-        super().eof_received()
+    @property
+    def has_rights(self) -> bool:
+        """Whether it is more than somebody who asks."""
+        return self.producer is not None or self.standing is not Standing.other
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._over()
-        self._let_go()
-        if self.peer is not None:
-            self._count.everyone -= 1
-            self._count.per_user[self.peer.uid] -= self.producer is None
-            self.peer = None
-        super().connection_lost(exc)
+    @property
+    def max_bytes(self) -> int:
+        return MAX_MESSAGE_BYTES if self.has_rights else MAX_OTHERS_MESSAGE_BYTES
 
-    def message_received(self, data: bytes, fds: FileDescriptorArray | None) -> None:
-        self._pending += len(data)
-        self._calls += data.count(b"\0")
-        if self._pending > MAX_MESSAGE:
-            self._refuse(f"The message is longer than {MAX_MESSAGE} bytes")
-            return
-        if self._calls > MAX_CALLS:
-            self._refuse(f"More than {MAX_CALLS} calls wait for an answer")
-            return
-        try:
-            super().message_received(data, self._with_its_message(data, fds))
-        except (ValueError, RecursionError) as error:  # no UTF-8, or nested beyond reason
-            self.error_received(error, data, fds)
-        if b"\0" in data:
-            self._let_go()
+    @property
+    def may_send_files(self) -> bool:
+        return self.producer is not None or self.standing in OPERATORS
 
-    def _with_its_message(self, data: bytes, fds: FileDescriptorArray | None) -> FileDescriptorArray | None:
-        """Hold descriptors until their message is complete.
+    def _serve_as_due(self) -> None:
+        """Take the turns that are due to it now, and the descriptors."""
+        if self.is_open:
+            self.transport.move(self._shared.lane(rights=self.has_rights))
+            self.transport.let_send_files(allowed=self.may_send_files)
 
-        They come with the first piece, and the library (0.3.3) closes those of an incomplete one: a call
-        longer than 4096 bytes, as a long command line makes it, would lose its images.
-        """
-        if fds:
-            self._let_go()
-            fds.reference(self)
-            self._held = fds
-        return self._held if b"\0" in data else None
+    def reserve_producers_place(self) -> bool:
+        """Keep room for this connection as a producer's; `enlist` is due then."""
+        return self._place.reserve_producers()
 
-    def _let_go(self) -> None:
-        if self._held is not None:
-            self._held.release(self)
-            self._held = None
+    def enlist(self, producer: Peer | None) -> None:
+        """Be this producer's connection from here on; None where it could not be registered."""
+        registered = producer is not None and self.is_open
+        self._place.settle(registered=registered)
+        if registered:
+            self.producer = producer
+            self._serve_as_due()
 
-    def error_received(self, err: Exception, data: bytes, fds: FileDescriptorArray | None) -> None:  # noqa: ARG002
-        self._refuse(f"The message is no Varlink call: {err}")
+    # What the transport tells
 
-    def request_received(self, obj: JSONObject, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
-        """Serve calls one after the other: the library would, but it relies on not reading meanwhile."""
-        if self._serving is None or self._serving.done():
-            self._serving = self._next(obj, fds)
-        else:
-            self._serving = asyncio.ensure_future(self._in_turn(self._serving, obj, fds))
-            if fds is not None:
-                fds.reference_until_done(self._serving)
-        return self._serving
+    def refuse(self, what: str) -> None:
+        self._end_with(UsageError(what, remedy="Send one JSON object, ended by a NUL byte."))
 
-    async def _in_turn(self, before: "asyncio.Future[None]", obj: JSONObject, fds: FileDescriptorArray | None) -> None:
-        await before
-        if (serving := self._next(obj, fds)) is not None:
-            await serving
+    def refuse_files(self) -> None:
+        self._end_with(self._shared.groups.refusal(self.caller, "hand files over"))
 
-    def _next(self, obj: JSONObject, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
-        self._pending, self._calls = 0, self._calls - 1
-        sound = isinstance(obj.get("method"), str) and isinstance(obj.get("parameters", {}), dict)
-        if self.producer is not None and not sound:  # whatever was asked of it, this is no yes
-            self._refuse("The message is no Varlink call")
-            return None
-        found: asyncio.Future[None] | None = super().request_received(obj, fds)
-        return found
+    def _end_with(self, error: KhoError) -> None:
+        self.transport.send(messages.encode_error(error))
+        self.hang_up()
 
-    def call_received(self, call: VarlinkMethodCall, fds: FileDescriptorArray | None) -> "asyncio.Future[None] | None":
-        token = CONNECTION.set(self)
-        try:
-            future: asyncio.Future[None] | None = super().call_received(call, fds)
-            return future
-        except VarlinkErrorReply:
-            self._no_yes()
-            raise
-        finally:
-            CONNECTION.reset(token)
+    def drained(self) -> None:
+        if self._stream is not None:
+            self._stream.go_on()
+        elif self._answered:
+            self._answered = False
+            self.transport.resume()
 
-    def handle_call_exception(self, exc: BaseException, oneway: bool) -> None:
-        self._no_yes()  # one descriptor named twice ends here
-        super().handle_call_exception(exc, oneway)
+    def hung_up(self) -> None:
+        while self.on_end:
+            self.on_end.pop()()
 
-    def _no_yes(self) -> None:
-        """A producer's answer that is none: whatever it was asked, it ends here; another client may go on."""
-        if self.producer is not None:
-            asyncio.get_running_loop().call_soon(self.hang_up)
+    def lost(self, sock: socket.socket) -> None:
+        self.is_open = False
+        self.hung_up()
+        self._gone(self)
+        self._shared.dispose(sock, self.caller.uid, self._place.give)
 
     def hang_up(self) -> None:
         """End the connection after what was said; for its producer it ends at once."""
-        self._over()
-        self.close()
+        self.hung_up()
+        self.transport.close()
 
-    def _over(self) -> None:
-        for end in self.on_end:
-            end()
-        self.on_end.clear()
+    def end_after_reply(self) -> None:
+        """Hang up when the call under way is answered."""
+        self._ends_after_reply = True
 
-    def _refuse(self, what: str) -> None:
-        """Say why, and hang up: what follows on this connection cannot be trusted to be a message."""
-        self._over()
-        if self._line is not None:
-            # The library reads on while there is data, with the event loop held: only this ends it.
-            with contextlib.suppress(OSError):
-                self._line.socket.shutdown(socket.SHUT_RD)
-        sent = self.send_error(to_wire(UsageError(what, remedy="Send one JSON object, ended by a NUL byte.")))
-        self._pending, self._recv_buffer = 0, b""
-        if self._line is not None:
-            self._line.stop_reading()
-        sent.add_done_callback(lambda _: self.close())
+    # Calls
+
+    def message(self, text: bytes, fds: list[int]) -> None:
+        files = PassedFiles(fds, partial(self._shared.room(self.caller.uid).close, self.caller.uid))
+        try:
+            message = messages.parse(text)
+        except messages.NotJson as error:
+            files.close()
+            self.refuse(f"The message is no Varlink call: {error}")
+            return
+        self._oneway = message.get("oneway") is True
+        self._try(message, files, may_wait=True)
+
+    def _try(self, message: Message, files: PassedFiles, *, may_wait: bool) -> None:
+        try:
+            self._serve(messages.call_of(message), files, message if may_wait else None)
+        except (VarlinkErrorReply, KhoError) as error:
+            files.close()
+            self._drop_after_bad_answer(error)
+            self._reply(messages.encode_error(error))
+
+    def _serve(self, call: VarlinkMethodCall, files: PassedFiles, again: Message | None) -> None:
+        """Begin to serve a call. `again` is its message, where it may be tried once more when the groups are known."""
+        method, signature = self._shared.registry.lookup_method(call)
+        if (rule := RULES.get(call.method)) is None:
+            raise MethodNotFound(method=call.method)
+        takes_image = rule.image and call.parameters.get("kernel") is not None
+        callers = OPERATORS if takes_image else rule.callers
+        if self.standing not in callers:
+            if again is None or not self._shared.groups.is_pending:
+                raise self._shared.groups.refusal(self.caller, rule.what, producers=Standing.producer in callers)
+            self._spawn(self._try_again(again, files))
+            return
+        if rule.registered and self.producer is None:
+            raise Refused("This connection is not a producer", remedy=f"Call {PRODUCER}.Register first.")
+        try:
+            parameters = signature.parameter_type.fromjson(call.parameters, {FileDescriptorVarlinkType: files})
+        except ConversionError as error:
+            raise InvalidParameter(parameter=error.location[0]) from error
+        files.close_unnamed()
+        serve = partial(method, **parameters)
+        self._urgent = self.standing in OPERATORS and rule.kind in (Kind.question, Kind.operation)
+        if self._urgent:
+            self._shared.load.begin()
+        if takes_image or rule.kind in (Kind.operation, Kind.conversation):
+            self._spawn(self._run(serve, files))
+            return
+        files.close()
+        match rule.kind:
+            case Kind.fixed:
+                self._reply(self._shared.fixed_answer((call.method, *parameters.values()), serve))
+            case Kind.stream:
+                self._begin_stream()
+            case _:
+                question = (call.method, *sorted(parameters.items()))
+                self._shared.answers(self.standing).ask(question, partial(_answer, serve), self._deliver)
+
+    async def _try_again(self, message: Message, files: PassedFiles) -> None:
+        await self._shared.groups.wait()
+        if self.is_open:
+            self._try(message, files, may_wait=False)
+        else:
+            files.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a call in a task of its own. Nobody cancels it: half an operation would be left, or half a file's."""
+        token = CONNECTION.set(self)
+        try:
+            self._shared.spawn(work)
+        finally:
+            CONNECTION.reset(token)
+
+    async def _run(self, serve: Serve, files: PassedFiles) -> None:
+        """Serve a call whose answer is this client's alone."""
+        passed: Sequence[FileDescriptor] = ()
+        try:
+            result = await serve()
+            data, passed = messages.encode_with_files(result.parameters)
+        except (VarlinkErrorReply, KhoError) as error:
+            data = messages.encode_error(error)
+        except Exception:  # noqa: BLE001  # the client must hear that it failed, and a producer's connection ends
+            _LOG.exception("a call failed")
+            data = messages.encode_error(messages.INTERNAL)
+            self._drop_after_bad_answer(messages.INTERNAL)
+        finally:
+            files.close()
+        self._reply(data, passed)
+
+    def _deliver(self, answer: bytes) -> None:
+        self.transport.submit(partial(self._reply, answer))
+
+    def _reply(self, data: bytes, passed: Sequence[FileDescriptor] = ()) -> None:
+        """Answer the call; the next one is read when the client has read this."""
+        if self._urgent:
+            self._urgent = False
+            self._shared.load.end()
+        fds = () if self._oneway else tuple(file.fileno() for file in passed)
+
+        def sent() -> None:
+            for file in passed:
+                file.close()
+
+        self.transport.send(b"" if self._oneway else data, fds, sent)
+        if self._ends_after_reply:
+            self.hang_up()
+        self._end_call()
+
+    def _end_call(self) -> None:
+        self._answered = not self.transport.is_drained
+        if not self._answered:
+            self.transport.resume()
+
+    def _drop_after_bad_answer(self, error: Exception) -> None:
+        """Hang up on a producer that said what is no answer: whatever it was asked, it did not say yes."""
+        if self.producer is not None and isinstance(error, VarlinkErrorReply):
+            self.end_after_reply()
+
+    # A monitor
+
+    def _begin_stream(self) -> None:
+        service = self._shared.service
+        self._stream = Stream(service.events, self.transport, self._end_stream)
+        self.on_end.append(self._stop_stream)
+        self._shared.answers(self.standing).ask("Monitor", service.first_event, self._begin)
+
+    def _begin(self, first: bytes) -> None:
+        self.transport.submit(lambda: self._stream.begin(first) if self._stream is not None else None)
+
+    def _stop_stream(self) -> None:
+        """The client has gone, or will say nothing more."""
+        if self._stream is not None:
+            self._stream.stop()
+            self._stream = None
+            self._end_call()
+
+    def _end_stream(self) -> None:
+        self.on_end.remove(self._stop_stream)
+        self._stream = None
+        self._end_call()
 
 
-def privileged(what: str, *groups: str) -> Caller:
-    """Give the caller, if it is root's or in one of the groups; Refused otherwise."""
-    peer = CONNECTION.get().peer
-    assert peer is not None, "a call comes from a connected peer"
-    named = [group for group in groups if group]
-    if peer.uid == 0 or any(_gid(group) in peer.groups for group in named):
-        return peer
-    raise Refused(
-        f"User {peer.uid} may not {what}",
-        where=f"process {peer.pid}",
-        remedy=f"Run it as root{f' or join group {named[-1]}' if named else ''}.",
-    )
-
-
-def _room() -> int:
-    """How many connections this process can hold: a descriptor each, and some for its own work."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OWN_DESCRIPTORS
-
-
-@contextlib.contextmanager
-def wired() -> Iterator[None]:
-    """Send our errors as Varlink errors."""
+async def _answer(serve: Serve) -> bytes:
+    """Compute what everyone who asks the same is answered."""
     try:
-        yield
-    except KhoError as error:
-        raise to_wire(error) from error
-
-
-def _gid(group: str) -> int | None:
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        return None
+        result = await serve()
+        return messages.encode(result.parameters)
+    except (VarlinkErrorReply, KhoError) as error:
+        return messages.encode_error(error)
+    except Exception:  # noqa: BLE001  # whoever asked must hear that it failed
+        _LOG.exception("a question failed")
+        return messages.encode_error(messages.INTERNAL)

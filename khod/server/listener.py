@@ -1,91 +1,96 @@
-"""The listening socket: accepts clients, each with a transport that suits many of them."""
+"""The listening socket: accepts clients, some at a time, so that whoever is served goes on being served."""
 
 import asyncio
 import socket
-import weakref
-from collections.abc import Callable
+import time
+from contextlib import suppress
 
-from asyncvarlink import VarlinkTransport
-from asyncvarlink.protocol import VarlinkBaseProtocol
+from khod.abi.peercred import pass_rights
+from khod.server.clients import Clients
+from khod.server.load import ACCEPT_SHARE, ACCEPT_SHARE_BUSY, Allowance
 
-BACKLOG = 128
-FULL = 1.0
-"""Seconds until the next try where this process can hold no more connections."""
-
-
-class Transport(VarlinkTransport):
-    """Writes at once what the socket takes, and reads on while a call is served, to see its client go.
-
-    The library (0.3.3) waits for the event loop to write and stops reading for each call: with a thousand producers
-    that is half of khod's time.
-    """
-
-    def __init__(self, conn: socket.socket, protocol: VarlinkBaseProtocol) -> None:
-        super().__init__(asyncio.get_running_loop(), conn, conn, protocol)
-        self.socket = conn
-        self._queued: asyncio.Future[None] | None = None
-
-    def pause_reading(self) -> None:
-        """Read on; the protocol bounds how much comes."""
-
-    def stop_reading(self) -> None:
-        """Read no more."""
-        super().pause_reading()
-
-    def send_message(self, data: bytes, fds: list[int] | None = None) -> "asyncio.Future[None]":
-        sent = 0
-        if not fds and not self.is_closing() and (self._queued is None or self._queued.done()):
-            try:
-                sent = self.socket.send(data)
-            except OSError:
-                sent = 0  # the library finds out why, and says it
-        if sent == len(data):
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            done.set_result(None)
-            return done
-        self._queued = super().send_message(data[sent:], fds)
-        return self._queued
+BACKLOG = 64
+"""Connections that wait to be accepted. Root's is behind so many of anyone's, and behind whoever waits for a place."""
+BURST_SECONDS = 0.005
+"""How long connections are accepted without a pause."""
+TURN_ACCEPTS = 32
+"""Connections that are accepted in one turn of the event loop."""
+RETRY_SECONDS = 0.1
+"""Until the next try where this process can hold no more descriptors."""
 
 
 class Listener:
     """Accepts on a socket from the start on."""
 
-    def __init__(self, sock: socket.socket, made: Callable[[], VarlinkBaseProtocol]) -> None:
-        """Serve each client with a protocol of its own."""
-        self._sock = sock
-        self._made = made
-        self._clients: weakref.WeakSet[Transport] = weakref.WeakSet()
+    def __init__(self, sock: socket.socket, clients: Clients) -> None:
+        """Hand each client over to `clients`."""
+        self._socket = sock
+        self._clients = clients
+        self._loop = asyncio.get_running_loop()
+        self._allowance = Allowance(clients.shared.load.share(ACCEPT_SHARE, ACCEPT_SHARE_BUSY), BURST_SECONDS)
+        self._trusts = True
+        self._timer: asyncio.TimerHandle | None = None
         sock.setblocking(False)
         sock.listen(BACKLOG)
-        asyncio.get_running_loop().add_reader(sock, self._accept)
+        clients.shared.load.on_relief.append(self._look_again)
+        self._begin = asyncio.ensure_future(self._accept_when_groups_are_known())
+
+    async def _accept_when_groups_are_known(self) -> None:
+        """Wait for them, not for long: an operator's descriptors may have come before khod was started."""
+        await self._clients.shared.groups.wait()
+        self._loop.add_reader(self._socket, self._accept)
 
     def close(self) -> None:
         """Accept nobody any more."""
-        asyncio.get_running_loop().remove_reader(self._sock)
-        self._sock.close()
+        self._begin.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
 
     async def wait_closed(self) -> None:
         """Wait until every client is gone."""
-        for client in list(self._clients):
-            await asyncio.shield(client.closed_future)
+        await self._clients.wait_closed()
 
     def abort_clients(self) -> None:
         """Hang up on everyone who is left, whatever was still to be said."""
-        for client in list(self._clients):
-            client.abort()
+        self._clients.abort()
 
     def _accept(self) -> None:
+        began = time.monotonic()
+        wait_seconds = 0.0
         try:
-            conn, _ = self._sock.accept()
+            for _ in range(TURN_ACCEPTS):
+                sock, _ = self._socket.accept()
+                if self._clients.admit(sock):
+                    break  # whoever has rights is served before the next ones are accepted
         except BlockingIOError:
-            return
-        except OSError:  # no descriptor or no memory left: whoever waits goes on waiting
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self._sock)
-            loop.call_later(FULL, self._again)
-            return
-        self._clients.add(Transport(conn, self._made()))
+            pass
+        except OSError:  # no descriptor or no memory left, or the client has gone: whoever waits goes on waiting
+            wait_seconds = RETRY_SECONDS
+        self._trust_senders()
+        self._allowance.spend(time.monotonic() - began)
+        wait_seconds = max(wait_seconds, self._allowance.wait_seconds())
+        if wait_seconds:
+            self._loop.remove_reader(self._socket)
+            self._wait(wait_seconds)
 
-    def _again(self) -> None:
-        if self._sock.fileno() >= 0:
-            asyncio.get_running_loop().add_reader(self._sock, self._accept)
+    def _trust_senders(self) -> None:
+        """Let descriptors be sent before accept(2), as an operator's client may do, or let nobody do it."""
+        if self._clients.shared.trusts_senders is not self._trusts:
+            self._trusts = self._clients.shared.trusts_senders
+            with suppress(OSError):  # before Linux 6.16 it cannot be forbidden
+                pass_rights(self._socket, allowed=self._trusts)
+
+    def _look_again(self) -> None:
+        """Look again how long to wait: the share has become another."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._wait(self._allowance.wait_seconds())
+
+    def _wait(self, seconds: float) -> None:
+        self._timer = self._loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._timer = None
+        self._loop.add_reader(self._socket, self._accept)

@@ -1,21 +1,18 @@
 """io.kho.Producer over one engine."""
 
-import asyncio
+from functools import partial
 
-from asyncvarlink import (
-    FileDescriptor,
-    varlinkmethod,
-)
+from asyncvarlink import FileDescriptor, varlinkmethod
 
 from khod import model, wire
 from khod.engine import Engine
 from khod.errors import Refused, UsageError
 from khod.producers.configured import one_line
 from khod.producers.identity import process_of, unit_of
-from khod.producers.peers import Answer, Terms
+from khod.producers.peers import Answer, Peer, Terms
 from khod.protocol import Command, Producer, Registered, Word
 from khod.record import Owner
-from khod.server.connection import CONNECTION, privileged, wired
+from khod.server.connection import CONNECTION
 
 MAX_FILE_NAME = 255
 """Characters of the name a producer gives a file: it stands in the record."""
@@ -40,30 +37,36 @@ class Producers(Producer):
         before: list[str] | None = None,
         devices: list[str] | None = None,
     ) -> Registered:
-        with wired():
-            connection, access = CONNECTION.get(), self._engine.config.access
-            peer = privileged("be a producer", access.group, access.producers)
-            if version < 1:
-                raise UsageError(f"There is no version {version} of {wire.PRODUCER}", where="version", remedy="Give 1.")
-            if connection.producer is not None:
-                raise Refused(f"This connection is producer {connection.producer.name}", remedy="Open another one.")
-            owner, process = Owner(peer.uid, unit_of(peer.pid)), process_of(peer.pid)
-            if process is None:
-                raise Refused("The process that connected has ended", where=f"process {peer.pid}")
-            terms = Terms(
-                30.0 if timeout is None else timeout, tuple(after or ()), tuple(before or ()), tuple(devices or ())
+        connection = CONNECTION.get()
+        caller = connection.caller
+        if version < 1:
+            raise UsageError(f"There is no version {version} of {wire.PRODUCER}", where="version", remedy="Give 1.")
+        if connection.producer is not None:
+            raise Refused(f"This connection is producer {connection.producer.name}", remedy="Open another one.")
+        owner, process = Owner(caller.uid, one_line(unit_of(caller.pid))), process_of(caller.pid)
+        if process is None:
+            raise Refused("The process that connected has ended", where=f"process {caller.pid}")
+        terms = Terms(
+            30.0 if timeout is None else timeout, tuple(after or ()), tuple(before or ()), tuple(devices or ())
+        )
+        if not connection.reserve_producers_place():
+            connection.end_after_reply()
+            raise Refused(
+                "There is no room for another producer", where=name, remedy="LimitNOFILE= of the unit bounds them."
             )
-            try:
-                made = await self._engine.register(name, owner, process, terms)
-            except Refused:
-                # A connection is one producer; kept open, thousands of them would leave no room for anyone else.
-                asyncio.get_running_loop().call_soon(connection.hang_up)
-                raise
-            connection.enlist(made)
-            connection.on_end.append(lambda: self._engine.muster.peers.leave(made))
-            if connection.peer is None:  # it went while khod looked
-                self._engine.muster.peers.leave(made)
-            return {"version": wire.PRODUCER_VERSION, "run": made.run, "told": made.told}
+        producer: Peer | None = None
+        try:
+            producer = await self._engine.register(name, owner, process, terms)
+        except Refused:
+            # A connection is one producer; kept open, thousands of them would leave no room for anyone else.
+            connection.end_after_reply()
+            raise
+        finally:
+            connection.enlist(producer)
+        connection.on_end.append(partial(self._engine.muster.peers.leave, producer))
+        if not connection.is_open:  # it went while khod looked
+            self._engine.muster.peers.leave(producer)
+        return {"version": wire.PRODUCER_VERSION, "run": producer.run, "told": producer.told}
 
     @varlinkmethod
     async def Next(
@@ -77,25 +80,24 @@ class Producers(Producer):
         tokens: list[int] | None = None,
         fds: list[FileDescriptor] | None = None,
     ) -> Command:
-        with wired():
-            connection = CONNECTION.get()
-            if (peer := connection.producer) is None:
-                raise Refused("This connection is no producer", remedy=f"Call {wire.PRODUCER}.Register first.")
-            try:
-                said = None if answer is None else _answer(serial, answer, reason, progress, names, tokens, fds)
-                command = await peer.next(said)
-            except UsageError:
-                asyncio.get_running_loop().call_soon(connection.hang_up)
-                raise
-            return {
-                "serial": command.serial,
-                "verb": command.verb.value,
-                "run": command.run,
-                "timeout": command.timeout,
-                "names": [kept.name for kept in command.kept],
-                "tokens": [kept.token for kept in command.kept],
-                "fds": [FileDescriptor(fd, should_close=True) for fd in command.fds],
-            }
+        connection = CONNECTION.get()
+        peer = connection.producer
+        assert peer is not None, "the rules say so"
+        try:
+            said = None if answer is None else _answer(serial, answer, reason, progress, names, tokens, fds)
+            command = await peer.next(said)
+        except UsageError:
+            connection.end_after_reply()
+            raise
+        return {
+            "serial": command.serial,
+            "verb": command.verb.value,
+            "run": command.run,
+            "timeout": command.timeout,
+            "names": [kept.name for kept in command.kept],
+            "tokens": [kept.token for kept in command.kept],
+            "fds": [FileDescriptor(fd, should_close=True) for fd in command.fds],
+        }
 
 
 def _answer(

@@ -2,8 +2,8 @@
 
 import json
 import os
+import signal
 import socket
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from khod.errors import Exit
-from tests.unit.khods import NOBODY, Khod, call, hung_up, khoctl, reply, run
+from tests.unit.khods import NOBODY, Khod, call, hung_up, khoctl, let_others_in, reply, run
 
 MIB = 1 << 20
 
@@ -21,10 +21,7 @@ MIB = 1 << 20
 def khod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Khod]:
     """One khod for the whole file: what one client does must not harm the next."""
     directory = tmp_path_factory.mktemp("khod")
-    below = Path(tempfile.gettempdir())
-    for part in (directory, *directory.parents):
-        if below in part.parents:
-            part.chmod(0o755)  # an unprivileged caller must reach the socket
+    let_others_in(directory)
     made = Khod(directory)
     yield made
     made.close()
@@ -166,11 +163,46 @@ def test_monitors_that_come_and_go_leave_nothing_behind(khod: Khod) -> None:
 
 
 def test_descriptors_no_one_asked_for_are_closed(khod: Khod) -> None:
-    before = len(os.listdir(f"/proc/{khod.process.pid}/fd"))
+    before = khod.descriptors
     with khod.connect() as client:
         for _turn in range(20):
             call(client, "Status", files=[client.fileno()] * 10)
-        assert len(os.listdir(f"/proc/{khod.process.pid}/fd")) < before + 20
+        assert khod.descriptors < before + 20
+
+
+@pytest.mark.parametrize("index", [-1, -2, 2, 253, 1 << 40, True])
+@pytest.mark.parametrize("where", ["image", "initrds"])
+def test_a_descriptor_is_named_by_its_place_and_by_nothing_else(khod: Khod, index: int, where: str) -> None:
+    before = khod.descriptors
+    kernel = {"image": 0, "initrds": [1]} | {where: index if where == "image" else [index]}
+    with khod.connect() as client, (khod.directory / "file").open("w") as file:
+        answer = call(client, "Kexec", files=[file.fileno()] * 2, kernel=kernel, load_only=True)
+        assert answer["error"] == "org.varlink.service.InvalidParameter", answer
+        assert call(client, "Status")["parameters"]["status"]["phase"] == "idle"
+        assert khod.descriptors <= before + 1
+
+
+def test_each_call_has_the_descriptors_that_came_with_it(khod: Khod) -> None:
+    """However they are packed: a call without any before and behind, all sent before the first is read."""
+    texts = [f"contents {number}" for number in range(3)]
+    files = [khod.directory / text for text in texts]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    plain = b'{"method": "org.varlink.service.GetInfo"}\0'
+    with khod.connect() as client, ExitStack() as opened:
+        khod.process.send_signal(signal.SIGSTOP)
+        for file in files:
+            client.sendall(plain)
+            fd = opened.enter_context(file.open()).fileno()
+            parameters = {"kernel": {"image": 0, "image_name": file.name}}
+            check = json.dumps({"method": "io.kho.Handover.Check", "parameters": parameters}).encode() + b"\0"
+            socket.send_fds(client, [check + plain], [fd])
+        khod.process.send_signal(signal.SIGCONT)
+        for _file in files:
+            assert reply(client)["parameters"]["vendor"]
+            checks = reply(client)["parameters"]["checks"]
+            assert [check["result"] for check in checks if check["name"] == "image"] == ["fail"], "it is no kernel"
+            assert reply(client)["parameters"]["vendor"]
 
 
 def test_an_unprivileged_caller_may_look_and_nothing_else(khod: Khod) -> None:

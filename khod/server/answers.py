@@ -1,0 +1,85 @@
+"""Answers to questions that many ask: computed and encoded once for everyone who asks the same thing at a time."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
+
+from khod.server.load import Allowance
+
+MAX_COST_SECONDS = 0.25
+"""What one answer may cost of the allowance: most of a long time is waiting, for the kernel."""
+
+Produce = Callable[[], Awaitable[bytes]]
+Deliver = Callable[[bytes], None]
+
+
+@dataclass
+class _Question:
+    """One thing that is asked. Whoever comes while an answer is being computed gets the next one: this is old."""
+
+    produce: Produce
+    waiting: list[Deliver] = field(default_factory=list)
+    is_asked: bool = False
+
+
+class Answers:
+    """Answers by question; there is never more than one computation of a question, and one batch that waits for it."""
+
+    def __init__(self, allowance: Allowance | None = None) -> None:
+        """Compute at once, or as the allowance permits."""
+        self._allowance = allowance
+        self._questions: dict[Hashable, _Question] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def ask(self, question: Hashable, produce: Produce, deliver: Deliver) -> None:
+        """Have `deliver` called with the answer, which is not older than this call; `produce` raises nothing."""
+        waiting = self._questions.get(question)
+        if waiting is None:
+            waiting = self._questions[question] = _Question(produce)
+        waiting.waiting.append(deliver)
+        self._begin()
+
+    def go_on(self) -> None:
+        """Look again how long to wait: the share has become another."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._try_again()
+
+    def _begin(self) -> None:
+        """Compute what is waited for and not under way."""
+        if self._timer is not None:
+            return
+        wait_seconds = 0.0
+        for name, question in self._questions.items():
+            if question.is_asked:
+                continue
+            wait_seconds = self._allowance.wait_seconds() if self._allowance is not None else 0.0
+            if wait_seconds:
+                self._timer = asyncio.get_running_loop().call_later(wait_seconds, self._try_again)
+                return
+            question.is_asked = True
+            task = asyncio.ensure_future(self._compute(name, question))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _try_again(self) -> None:
+        self._timer = None
+        self._begin()
+
+    async def _compute(self, name: Hashable, question: _Question) -> None:
+        batch, question.waiting = question.waiting, []
+        began = time.monotonic()
+        try:
+            answer = await question.produce()
+        finally:
+            del self._questions[name]
+            if question.waiting:
+                question.is_asked = False
+                self._questions[name] = question  # behind the others
+            if self._allowance is not None:
+                self._allowance.spend(min(time.monotonic() - began, MAX_COST_SECONDS))
+            self._begin()
+        for deliver in batch:
+            deliver(answer)

@@ -1,0 +1,59 @@
+"""All clients: whoever connects is let in, or not."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+from asyncvarlink import VarlinkInterfaceRegistry
+
+from khod.config import Access
+from khod.server.access import Caller, Standing
+from khod.server.connection import Connection
+from khod.server.shared import Shared
+
+OTHERS_SEND_BYTES = 32 << 10
+"""Of an answer, what the kernel keeps for a client without rights; it doubles this (socket(7))."""
+
+
+class Clients:
+    """Every connection."""
+
+    def __init__(self, registry: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> None:
+        """Serve what is in the registry; `access` is asked anew, for a reload."""
+        self.shared = Shared(registry, access)
+        self._everyone: set[Connection] = set()
+        self._emptied = asyncio.Event()
+
+    def admit(self, sock: socket.socket) -> bool:
+        """Serve a client that has connected, or hang up where it has enough; whether it is one with rights."""
+        caller = Caller(sock)
+        if self.shared.places.has_enough(caller.uid):  # a crowd of one user's is sent away as fast as it comes
+            self.shared.dispose(sock, caller.uid)
+            return False
+        standing = self.shared.groups.standing(caller)
+        place = self.shared.places.take(caller.uid, standing)
+        if place is None:
+            self.shared.dispose(sock, caller.uid)
+            return False
+        sock.setblocking(False)
+        if standing is Standing.other:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, OTHERS_SEND_BYTES)
+        self._everyone.add(Connection(self.shared, sock, caller, standing, place, self._forget))
+        return standing is not Standing.other
+
+    def _forget(self, connection: Connection) -> None:
+        self._everyone.discard(connection)
+        if not self._everyone:
+            self._emptied.set()
+
+    async def wait_closed(self) -> None:
+        """Wait until every client is gone."""
+        while self._everyone:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def abort(self) -> None:
+        """Hang up on everyone who is left, whatever was still to be said."""
+        for connection in list(self._everyone):
+            connection.transport.end()
+        self.shared.close()

@@ -1,0 +1,50 @@
+"""Closes what may take long to close.
+
+The last reference to somebody else's file may block whoever drops it: a TCP socket lingers as long as its owner
+chose, a file of a FUSE or NFS server asks that server. systemd closes such files in a thread too (asynchronous_close).
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+
+
+class Closer:
+    """Closes descriptors in a thread of its own, one after the other. Khod's end waits for none of them."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._queue: SimpleQueue[tuple[int, Callable[[], None]]] = SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._thread: threading.Thread | None = None
+        self._waiting = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many descriptors are not closed yet."""
+        return self._waiting
+
+    def close(self, fd: int, closed: Callable[[], None] = lambda: None) -> None:
+        """Close a descriptor by and by; `closed` is called in the event loop afterwards."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        self._waiting += 1
+        self._queue.put((fd, closed))
+
+    def _run(self) -> None:
+        while True:
+            fd, closed = self._queue.get()
+            with suppress(OSError):  # the descriptor is gone all the same: close(2)
+                os.close(fd)
+            try:
+                self._loop.call_soon_threadsafe(self._note_closed, closed)
+            except RuntimeError:
+                return  # the event loop has ended, and khod with it
+
+    def _note_closed(self, closed: Callable[[], None]) -> None:
+        self._waiting -= 1
+        closed()

@@ -1,0 +1,131 @@
+"""Descriptors of clients: how many khod holds of them, who waits for room, and how they are let go."""
+
+import fcntl
+import os
+import socket
+import struct
+import termios
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from asyncvarlink import FileDescriptor, FileDescriptorArray
+
+from khod.server.closer import Closer
+from khod.server.limits import MAX_FDS, Quota
+
+MAX_PEEKS = 8
+"""Reads in which a socket that is dropped is emptied: a sender's buffer is 208 KiB, net.core.wmem_max."""
+PEEK_BYTES = 64 << 10
+
+
+class Waiting(Protocol):
+    """A client whose next message brings descriptors, for which there was no room."""
+
+    uid: int
+
+    def go_on(self) -> None:
+        """Try again."""
+
+
+class Room:
+    """Room for the descriptors that clients pass along, for as long as their calls are served."""
+
+    def __init__(self, total: int, per_user: int, closer: Closer | None = None) -> None:
+        """Let a user have so many. They are closed by `closer`, or at once where it is None: root's are trusted."""
+        self._quota = Quota(total, per_user)
+        self._closer = closer
+        self._waiting: list[Waiting] = []
+
+    def has_room(self, uid: int) -> bool:
+        """Whether the descriptors of one more message fit."""
+        return self._quota.has_room(uid, MAX_FDS)
+
+    def wait(self, client: Waiting) -> None:
+        """Let a client go on when there is room again."""
+        self._waiting.append(client)
+
+    def take(self, uid: int, fds: Sequence[int]) -> None:
+        """Count descriptors that have come; there was room for them."""
+        taken = self._quota.take(uid, len(fds))
+        assert taken, "room was asked for before"
+
+    def close(self, uid: int, fds: Sequence[int]) -> None:
+        """Close descriptors that came."""
+        for fd in fds:
+            if self._closer is None:
+                os.close(fd)
+                self._give(uid)
+            else:
+                self._closer.close(fd, lambda: self._give(uid))
+
+    def _give(self, uid: int) -> None:
+        self._quota.give(uid)
+        if self._waiting:
+            again = [client for client in self._waiting if self.has_room(client.uid)]
+            self._waiting = [client for client in self._waiting if client not in again]
+            for client in again:
+                client.go_on()
+
+
+class PassedFiles(FileDescriptorArray):
+    """The descriptors of one call, each by its index: -1 is none, and neither is `true`."""
+
+    def __init__(self, fds: Sequence[int], close: Callable[[Sequence[int]], None]) -> None:
+        """Have `close` close them when nobody needs them any more."""
+        super().__init__(self)
+        for fd in fds:
+            self.add(FileDescriptor(fd))
+        self._open = dict(enumerate(fds))
+        self._named: set[int] = set()
+        self._close = close
+
+    def __getitem__(self, index: int) -> FileDescriptor:
+        if isinstance(index, bool) or index < 0:
+            raise IndexError(index)
+        file = super().__getitem__(index)
+        self._named.add(index)
+        return file
+
+    def close_unnamed(self) -> None:
+        """Close what no parameter of the call names."""
+        self._close([self._open.pop(index) for index in self._open.keys() - self._named])
+
+    def close(self) -> None:
+        """Close all of them."""
+        self._close([*self._open.values()])
+        self._open.clear()
+
+
+def dispose(sock: socket.socket, closer: Closer, closed: Callable[[], None]) -> None:
+    """Close the socket of a client without rights; by `closer` where descriptors of its are still in it.
+
+    To drop a descriptor may take for ever, and who drops the last reference waits. MSG_PEEK without room for
+    descriptors tells that there are some (MSG_CTRUNC), and neither takes them in nor drops them.
+    """
+    try:
+        harmless = _is_emptied(sock)
+    except OSError:
+        harmless = False
+    if harmless:
+        sock.close()
+        closed()
+    else:
+        closer.close(sock.detach(), closed)
+
+
+def _is_emptied(sock: socket.socket) -> bool:
+    """Read away what is in a socket, up to a descriptor; whether nothing is left."""
+    for _ in range(MAX_PEEKS):
+        if not unread_bytes(sock):
+            return True
+        data, _, flags, _ = sock.recvmsg(PEEK_BYTES, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        if flags & socket.MSG_CTRUNC or not data:
+            return False
+        sock.recv(len(data), socket.MSG_DONTWAIT)
+    return False
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """Give how many bytes a socket holds that were not read."""
+    (count,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))
+    return int(count)

@@ -1,0 +1,146 @@
+"""The turns of clients: users take them one after the other, and all together have no more than their share of time."""
+
+import asyncio
+import select
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from khod.server.load import Allowance
+
+MAX_EVENTS = 64
+"""Clients that are looked at in one turn of the event loop."""
+
+
+class Member(Protocol):
+    """A client of a lane."""
+
+    uid: int
+    events: int
+    """What epoll said of it and it has not heard yet; 0 where it waits for no turn."""
+
+    def handle(self) -> None:
+        """Read or write, one message at the most."""
+
+    def abort(self) -> None:
+        """End the connection."""
+
+
+class Lane:
+    """Clients that are watched and served together.
+
+    They are in an epoll of their own, which is one descriptor to the event loop: a lane whose allowance is used up
+    is not looked at, however many of its clients have something to say.
+    """
+
+    def __init__(self, turn_seconds: float, allowance: Allowance | None = None) -> None:
+        """Serve for `turn_seconds` at a time; without an allowance for as long as there is something to do."""
+        self._turn_seconds = turn_seconds
+        self._allowance = allowance
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        self._members: dict[int, Member] = {}
+        self._work: dict[int, deque[tuple[Member, Callable[[], None]]]] = {}
+        self._users: deque[int] = deque()
+        self._next: asyncio.Handle | None = None
+        self._paused = False
+        self._in_turn = False
+        self._loop.add_reader(self._epoll.fileno(), self._on_ready)
+
+    def close(self) -> None:
+        """Serve nobody any more."""
+        if self._next is not None:
+            self._next.cancel()
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def add(self, fd: int, member: Member, events: int) -> None:
+        """Watch a client for these events of epoll(7)."""
+        self._members[fd] = member
+        self._epoll.register(fd, events)
+
+    def watch(self, fd: int, events: int) -> None:
+        """Watch a client for other events."""
+        self._epoll.modify(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Watch a client no more; work it was given is still done."""
+        if self._members.pop(fd, None) is not None and not self._epoll.closed:
+            self._epoll.unregister(fd)
+
+    def submit(self, member: Member, work: Callable[[], None]) -> None:
+        """Do something for a client when it is its user's turn."""
+        queue = self._work.get(member.uid)
+        if queue is None:
+            queue = self._work[member.uid] = deque()
+            self._users.append(member.uid)
+        queue.append((member, work))
+        if self._next is None and not self._in_turn and not self._epoll.closed:
+            self._next = self._loop.call_soon(self._go_on)
+
+    def _on_ready(self) -> None:
+        if self._next is None:
+            self._turn()
+
+    def _go_on(self) -> None:
+        self._next = None
+        if self._paused:
+            self._paused = False
+            self._loop.add_reader(self._epoll.fileno(), self._on_ready)
+        self._turn()
+
+    def _turn(self) -> None:
+        began = time.monotonic()
+        if self._allowance is not None and self._allowance.wait_seconds():
+            self._plan(0.0)
+            return
+        self._in_turn = True
+        try:
+            self._collect()
+            while self._users and time.monotonic() - began < self._turn_seconds:
+                self._do_next()
+        finally:
+            self._in_turn = False
+            self._plan(time.monotonic() - began)
+
+    def _collect(self) -> None:
+        for fd, events in self._epoll.poll(0, MAX_EVENTS):
+            member = self._members[fd]
+            waits = member.events
+            member.events |= events
+            if not waits:
+                self.submit(member, member.handle)
+
+    def _do_next(self) -> None:
+        uid = self._users.popleft()
+        queue = self._work[uid]
+        member, work = queue.popleft()
+        if queue:
+            self._users.append(uid)
+        else:
+            del self._work[uid]
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  # whatever one client brings about must not end the others' turns
+            self._loop.call_exception_handler({"message": "Serving a client failed", "exception": error})
+            member.abort()
+
+    def go_on(self) -> None:
+        """Look again how long to wait: the share has become another."""
+        if self._paused and self._next is not None:
+            self._next.cancel()
+            self._next = self._loop.call_soon(self._go_on)
+
+    def _plan(self, spent_seconds: float) -> None:
+        """Go on with what is left, at once or when the allowance has been filled up."""
+        wait_seconds = 0.0
+        if self._allowance is not None:
+            self._allowance.spend(spent_seconds)
+            wait_seconds = self._allowance.wait_seconds()
+        if wait_seconds:
+            self._paused = True
+            self._loop.remove_reader(self._epoll.fileno())
+            self._next = self._loop.call_later(wait_seconds, self._go_on)
+        elif self._users:
+            self._next = self._loop.call_soon(self._go_on)

@@ -1,0 +1,100 @@
+"""How the event loop's time is divided: those without rights get a share of it, whatever they do.
+
+Khod serves everyone in one thread. What anyone may ask (accepting, reading, parsing, answering) is therefore paid for
+from an allowance that fills up by and by: when it is used up, its work waits, and root's goes on. The shares are
+small while something is under way for root, an operator or a producer, and larger while nothing is.
+"""
+
+import time
+from collections.abc import Callable
+
+from khod.model import Event, Phase
+
+ACCEPT_SHARE, ACCEPT_SHARE_BUSY = 0.80, 0.05
+"""Of the time, what accepting connections may take. Root's waits in the same queue of the kernel's as everyone's."""
+CLIENTS_SHARE, CLIENTS_SHARE_BUSY = 0.20, 0.05
+"""Of the time, what reading from clients without rights and writing to them may take."""
+QUESTIONS_SHARE, QUESTIONS_SHARE_BUSY = 0.20, 0.05
+"""Of the time, how long the engine may be at work on what they ask."""
+
+UNDER_WAY = frozenset(
+    {
+        Phase.preparing,
+        Phase.freezing,
+        Phase.activating,
+        Phase.loading,
+        Phase.executing,
+        Phase.verifying,
+        Phase.rolling_back,
+    }
+)
+"""Phases in which something happens, whoever asked for it."""
+
+
+class Load:
+    """Whether there is work that others must not slow down."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._phase = Phase.idle
+        self.on_relief: list[Callable[[], None]] = []
+        """Called when there is no such work any more: whoever waits may go on sooner."""
+
+    def begin(self) -> None:
+        """Note that a call of somebody with rights has begun."""
+        self._calls += 1
+
+    def end(self) -> None:
+        """Note that it has ended."""
+        self._calls -= 1
+        self._relieve()
+
+    def note(self, event: Event) -> None:
+        """Take the phase of an event."""
+        was_busy = self.busy
+        self._phase = event.phase
+        if was_busy:
+            self._relieve()
+
+    def _relieve(self) -> None:
+        if not self.busy:
+            for go_on in self.on_relief:
+                go_on()
+
+    @property
+    def busy(self) -> bool:
+        """Whether such a call is being served, or a handover is in a phase that goes on by itself."""
+        return self._calls > 0 or self._phase in UNDER_WAY
+
+    def share(self, usual: float, busy: float) -> Callable[[], float]:
+        """Make a share that depends on this load."""
+        return lambda: busy if self.busy else usual
+
+
+class Allowance:
+    """A share of the time: a bucket that fills at this rate, up to `burst_seconds`, and may be overdrawn once."""
+
+    def __init__(
+        self, share: Callable[[], float], burst_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._share = share
+        self._burst_seconds = burst_seconds
+        self._clock = clock
+        self._credit_seconds = burst_seconds
+        self._filled_at = clock()
+
+    def spend(self, seconds: float) -> None:
+        """Note that so much time was used."""
+        self._fill()
+        self._credit_seconds -= seconds
+
+    def wait_seconds(self) -> float:
+        """Give how long nothing more may be used; 0 where something may."""
+        self._fill()
+        return 0.0 if self._credit_seconds > 0 else -self._credit_seconds / self._share() + 0.001
+
+    def _fill(self) -> None:
+        now = self._clock()
+        earned = (now - self._filled_at) * self._share()
+        self._credit_seconds = min(self._burst_seconds, self._credit_seconds + earned)
+        self._filled_at = now

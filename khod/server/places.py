@@ -1,0 +1,86 @@
+"""Places for connections: how many there may be of each kind, and of each user."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from khod.server.access import Standing
+from khod.server.limits import Limits, Quota
+
+
+class Places:
+    """Every place there is."""
+
+    def __init__(self, limits: Limits, max_per_user: Callable[[], int]) -> None:
+        """Let a user who is not root have `max_per_user` connections, those of producers not counted."""
+        self.max_per_user = max_per_user
+        self.connections = 0
+        self.max_connections = limits.everyone
+        self.askers: Counter[int] = Counter()
+        self.by_standing = {
+            Standing.other: Quota(limits.others),
+            Standing.producer: Quota(limits.producers),
+            Standing.operator: Quota(limits.operators),
+            Standing.root: Quota(limits.everyone),
+        }
+
+    def has_enough(self, uid: int) -> bool:
+        """Whether a user has as many connections as one may, those of producers not counted."""
+        return self.askers[uid] >= self.max_per_user()
+
+    def take(self, uid: int, standing: Standing) -> "Place | None":
+        """Take a place for a connection; None where the user, or everyone like him, has enough."""
+        quota = self.by_standing[standing]
+        if standing is Standing.root:
+            if self.connections >= self.max_connections:
+                return None
+        elif self.has_enough(uid):
+            return None
+        # The fewer places are left the fewer one user may have, so there is one for whoever comes next.
+        if standing is Standing.other and quota.of(uid) > 0 and quota.of(uid) >= quota.free // 2:
+            return None
+        return Place(self, uid, standing) if quota.take(uid) else None
+
+
+class Place:
+    """The place of one connection, which may become a producer's."""
+
+    def __init__(self, places: Places, uid: int, standing: Standing) -> None:
+        self._places = places
+        self._uid = uid
+        self._standing = standing
+        self._is_askers = standing is not Standing.root
+        self._is_reserved = False
+        places.connections += 1
+        if self._is_askers:
+            places.askers[uid] += 1
+
+    def reserve_producers(self) -> bool:
+        """Keep room for a producer that registers; False where there is none. `settle` says how it went."""
+        if self._standing in (Standing.other, Standing.operator):
+            self._is_reserved = self._places.by_standing[Standing.producer].take(self._uid)
+            return self._is_reserved
+        return True
+
+    def settle(self, *, registered: bool) -> None:
+        """Be a producer's place from here on, or give back what was reserved."""
+        if registered:
+            self._give_asker()
+            if self._is_reserved:
+                self._places.by_standing[self._standing].give(self._uid)
+                self._standing = Standing.producer
+        elif self._is_reserved:
+            self._places.by_standing[Standing.producer].give(self._uid)
+        self._is_reserved = False
+
+    def give(self) -> None:
+        """Leave the place to others: the connection has ended, and its descriptor is closed."""
+        self._give_asker()
+        self._places.by_standing[self._standing].give(self._uid)
+        self._places.connections -= 1
+
+    def _give_asker(self) -> None:
+        if self._is_askers:
+            self._is_askers = False
+            self._places.askers[self._uid] -= 1
+            if not self._places.askers[self._uid]:
+                del self._places.askers[self._uid]

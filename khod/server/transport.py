@@ -1,0 +1,322 @@
+"""One client's socket: complete messages come in one at a time, and what the socket takes goes out at once.
+
+While a call is served nothing more is read: what a client sends meanwhile stays in the kernel, at its own expense,
+and so do the calls of a client that does not read its answers. That it hangs up is seen all the same.
+"""
+
+import array
+import select
+import socket
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from khod.abi.peercred import pass_rights
+from khod.server.files import Room
+from khod.server.lane import Lane
+from khod.server.limits import FREE_BYTES, MAX_FDS, Quota
+
+CHUNK_BYTES = 16 << 10
+OTHERS_CHUNK_BYTES = 4 << 10
+MAX_IDLE_READS = 16
+"""How often a socket may say that there is something to read when there is nothing: out-of-band data does that."""
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+HALF_CLOSED = select.EPOLLRDHUP
+GONE = select.EPOLLHUP | select.EPOLLERR
+
+
+class Owner(Protocol):
+    """Whose socket it is, and what it is told."""
+
+    @property
+    def max_bytes(self) -> int:
+        """The longest message it may send now."""
+
+    @property
+    def may_send_files(self) -> bool:
+        """Whether it may send descriptors now."""
+
+    def message(self, text: bytes, fds: list[int]) -> None:
+        """Take in a message and the descriptors that came with it; `resume` lets the next one come."""
+
+    def refuse(self, what: str) -> None:
+        """Say why what came in is no message, and hang up."""
+
+    def refuse_files(self) -> None:
+        """Say that it may not send descriptors, and hang up."""
+
+    def drained(self) -> None:
+        """Learn that the client has read all that was sent."""
+
+    def hung_up(self) -> None:
+        """Learn that the client will say nothing more; it may still read."""
+
+    def lost(self, sock: socket.socket) -> None:
+        """Close the socket: the connection has ended."""
+
+
+class Transport:
+    """The socket of one client, served in the turns of a lane."""
+
+    def __init__(
+        self, sock: socket.socket, uid: int, owner: Owner, lane: Lane, *, buffered: Quota | None, room: Room
+    ) -> None:
+        """Begin to read. `buffered` bounds what is held in both directions, None for root's; `room` descriptors."""
+        self.uid = uid
+        self.events = 0
+        self.is_open = True
+        self._socket = sock
+        self._owner = owner
+        self._lane = lane
+        self._buffered = buffered
+        self._counted_bytes = 0
+        self._room = room
+        self._input = bytearray()
+        self._searched = 0
+        self._fds: list[int] = []
+        self._output: deque[tuple[memoryview, tuple[int, ...], Callable[[], None]]] = deque()
+        self._output_bytes = 0
+        self._held = False
+        """Whether nothing is read for now: a call is served, or there is no room for descriptors."""
+        self._closing = False
+        self._broken = False
+        self._idle_reads = 0
+        self._watched = READ | HALF_CLOSED
+        lane.add(sock.fileno(), self, self._watched)
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether the client has read all that was sent."""
+        return not self._output
+
+    def move(self, lane: Lane) -> None:
+        """Be served in another lane's turns from here on."""
+        self._lane.remove(self._socket.fileno())
+        self._lane = lane
+        lane.add(self._socket.fileno(), self, self._watched)
+
+    def let_send_files(self, *, allowed: bool) -> None:
+        """Have the kernel refuse descriptors before they are on their way, where it can."""
+        with suppress(OSError):  # it cannot before Linux 6.16: they are noticed in here
+            pass_rights(self._socket, allowed=allowed)
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do something for this client in its turn."""
+        self._lane.submit(self, work)
+
+    def handle(self) -> None:
+        """Do what the last events of epoll(7) call for; at most one message is read."""
+        events, self.events = self.events, 0
+        if self.is_open and events & WRITE:
+            self._flush()
+        if not self.is_open:
+            return
+        if events & GONE and (self._held or self._closing or not self._owner.may_send_files):
+            self.end()
+        elif self._held:
+            # What comes now waits in the kernel. Whoever has hung up has nothing more to say: a monitor ends.
+            self._watch(drop=events & (READ | HALF_CLOSED))
+            if events & HALF_CLOSED:
+                self._owner.hung_up()
+        elif events & (READ | HALF_CLOSED | GONE) and not self._closing:
+            self._receive()
+
+    # Reading
+
+    def _receive(self) -> None:
+        try:
+            data = self._read()
+        except BlockingIOError:
+            self._idle_reads += 1
+            if self._idle_reads > MAX_IDLE_READS:
+                self.end()
+            return
+        except OSError:
+            self.end()
+            return
+        if data is None:
+            return
+        if not data:
+            self._owner.hung_up()
+            self.close()
+            return
+        self._idle_reads = 0
+        self._input += data
+        self._next_message()
+
+    def _read(self) -> bytes | None:
+        """Read what is there; None where descriptors are in the way. No more than one message with them.
+
+        The descriptors of whoever may not send any never become this process's.
+        """
+        may_send_files = self._owner.may_send_files
+        size = CHUNK_BYTES if may_send_files else OTHERS_CHUNK_BYTES
+        data, _, flags, _ = self._socket.recvmsg(size, 0, socket.MSG_PEEK)
+        if not flags & socket.MSG_CTRUNC:
+            return self._socket.recv(len(data)) if data else data
+        if not may_send_files:
+            self._owner.refuse_files()
+            return None
+        if not self._room.has_room(self.uid):
+            self._held = True
+            self._watch(drop=READ)
+            self._room.wait(self)
+            return None
+        return self._read_with_files(data.find(0) + 1 or len(data))
+
+    def _read_with_files(self, size: int) -> bytes | None:
+        # To the end of the message and no further: descriptors come with the bytes they were sent with.
+        space = socket.CMSG_SPACE((MAX_FDS - len(self._fds)) * array.array("i").itemsize)
+        data, messages, flags, _ = self._socket.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+        fds = array.array("i")
+        for level, kind, content in messages:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        self._room.take(self.uid, fds)
+        self._fds += fds
+        if flags & socket.MSG_CTRUNC:
+            self._owner.refuse(f"More than {MAX_FDS} descriptors came with one message, or khod has no room for them")
+            return None
+        return data
+
+    def go_on(self) -> None:
+        """Read on: there is room for descriptors again."""
+        if self.is_open:
+            self._held = False
+            self._watch(add=READ)
+
+    def _next_message(self) -> None:
+        """Hand the next message over, where one is complete."""
+        end = self._input.find(0, self._searched)
+        length = len(self._input) if end < 0 else end
+        if length > self._owner.max_bytes:
+            self._owner.refuse(f"The message is longer than {self._owner.max_bytes} bytes")
+        elif not self._count_buffered():
+            self._owner.refuse("Too many unfinished messages and unread answers of this user's are held already")
+        elif end < 0:
+            self._searched = length
+        else:
+            text = bytes(self._input[:end])
+            del self._input[: end + 1]
+            self._searched = 0
+            self._count_buffered()
+            fds, self._fds = self._fds, []
+            self._held = True
+            self._owner.message(text, fds)
+
+    def resume(self) -> None:
+        """Let the next message come: the one before is answered."""
+        if not self.is_open or self._closing:
+            return
+        if b"\0" in self._input:
+            self.submit(self._go_on_with_input)
+        else:
+            self._held = False
+            self._watch(add=READ)
+
+    def _go_on_with_input(self) -> None:
+        if self.is_open and not self._closing:
+            self._next_message()
+
+    # Writing
+
+    def send(self, data: bytes, fds: tuple[int, ...] = (), sent: Callable[[], None] = lambda: None) -> None:
+        """Send, and keep what the socket does not take; `sent` is called when nothing of it is needed any more."""
+        count = 0
+        if not data or not self.is_open or self._closing or self._broken:
+            sent()
+            return
+        if not self._output:
+            count = self._write(data, fds)
+        if count == len(data) or self._broken:
+            sent()
+            return
+        self._output.append((memoryview(data)[count:], () if count else fds, sent))
+        self._output_bytes += len(data) - count
+        self._watch(add=WRITE)
+        if not self._count_buffered():
+            self._break()
+
+    def _write(self, data: bytes | memoryview, fds: tuple[int, ...]) -> int:
+        try:
+            return socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._break()
+            return 0
+
+    def _break(self) -> None:
+        """End the connection soon: nothing can be sent any more."""
+        self._broken = True
+        self.submit(self.end)
+
+    def _flush(self) -> None:
+        while self._output and not self._broken:
+            data, fds, sent = self._output[0]
+            count = self._write(data, fds)
+            self._output_bytes -= count
+            if count < len(data):
+                self._output[0] = (data[count:], () if count else fds, sent)
+                break
+            self._output.popleft()
+            sent()
+        self._count_buffered()
+        if not self._output:
+            self._watch(drop=WRITE)
+            if self._closing:
+                self.end()
+            else:
+                self._owner.drained()
+
+    # The end
+
+    def close(self) -> None:
+        """End the connection after what was sent; read nothing more."""
+        if self.is_open and not self._closing:
+            self._closing = True
+            self._watch(drop=READ | HALF_CLOSED)
+            if not self._output:
+                self.submit(self.end)
+
+    def abort(self) -> None:
+        """End the connection, whatever was still to be sent."""
+        self.end()
+
+    def end(self) -> None:
+        """End the connection."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        self._lane.remove(self._socket.fileno())
+        self._room.close(self.uid, self._fds)
+        for _, _, sent in self._output:
+            sent()
+        self._output.clear()
+        self._input.clear()
+        self._output_bytes = 0
+        self._count_buffered()
+        self._owner.lost(self._socket)
+
+    # What it costs
+
+    def _count_buffered(self) -> bool:
+        """Count what is held beyond a small part that is free; False where it is too much."""
+        if self._buffered is None:
+            return True
+        held = max(0, len(self._input) + self._output_bytes - FREE_BYTES)
+        if held > self._counted_bytes and not self._buffered.take(self.uid, held - self._counted_bytes):
+            return False
+        if held < self._counted_bytes:
+            self._buffered.give(self.uid, self._counted_bytes - held)
+        self._counted_bytes = held
+        return True
+
+    def _watch(self, add: int = 0, drop: int = 0) -> None:
+        watched = (self._watched | add) & ~drop
+        if watched != self._watched and self.is_open:
+            self._watched = watched
+            self._lane.watch(self._socket.fileno(), watched)

@@ -1,0 +1,93 @@
+"""Root's activate and abort while 100 connections of five users without rights do their worst.
+
+The attackers have one processor's time in a cgroup, as the users of a host that shares its time between slices have;
+where there are no cgroups they are bound to one processor. In turn with them root does the same alone.
+"""
+
+import os
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from khod.client import Client
+from tests.bench.figure import Figure
+from tests.bench.processes import khod
+from tests.unit import attackers
+
+USERS = (65534, 65533, 60001, 60002, 60003)
+CONNECTIONS = 20  # of each user
+ROUNDS = 15
+TIMES = 4  # activate and abort in a round
+MOST_RATIO = 2.0
+PERIOD_USEC = 100_000
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "cpu.max", f"{PERIOD_USEC} {PERIOD_USEC}"),
+    (Path("/sys/fs/cgroup/cpu"), "cpu.cfs_quota_us", str(PERIOD_USEC)),
+)
+"""Where cgroups of version 2 and 1 are, and what holds one to a processor's time."""
+
+
+def run() -> Iterator[Figure]:
+    """Measure one khod on the simulated kernel."""
+    with khod() as (_pid, path), ExitStack() as stack:
+        Path(path).parent.chmod(0o755)  # so that others reach the socket
+        crowd = [stack.enter_context(attackers.process(path, uid, CONNECTIONS)) for uid in USERS]
+        how = stack.enter_context(_one_processor([process.pid for process in crowd]))
+        alone, under = [], []
+        for _ in range(ROUNDS):
+            _signal(crowd, signal.SIGSTOP)
+            alone.append(_seconds(path))
+            _signal(crowd, signal.SIGCONT)
+            under.append(_seconds(path))
+        assert all(process.poll() is None for process in crowd), "an attacker ended"
+    ours, theirs = statistics.median(under), statistics.median(alone)
+    yield Figure(
+        f"root's activate and abort among {CONNECTIONS * len(USERS)} attackers / alone",
+        statistics.median(each / other for each, other in zip(under, alone, strict=True)),
+        MOST_RATIO,
+        "",
+        f"{ours * 1e3:.0f} ms and {theirs * 1e3:.0f} ms, medians of {ROUNDS} rounds side by side; attackers {how}",
+    )
+
+
+def _seconds(path: str) -> float:
+    """Activate and abort TIMES times, each on a connection of its own; give the seconds for one of them."""
+    began = time.perf_counter()
+    for method in ("Activate", "Abort") * TIMES:
+        with Client(Path(path)) as client:
+            client.ask(method)
+            client.answer()
+    return (time.perf_counter() - began) / TIMES
+
+
+def _signal(crowd: list["subprocess.Popen[str]"], number: signal.Signals) -> None:
+    for process in crowd:
+        process.send_signal(number)
+
+
+@contextmanager
+def _one_processor(pids: list[int]) -> Iterator[str]:
+    """Give these processes one processor's time together; says how."""
+    for parent, name, value in CGROUPS:
+        group = parent / f"khod-bench-{os.getpid()}"
+        if not (parent / "cgroup.procs").exists():
+            continue
+        group.mkdir()
+        try:
+            if (group / name).exists():
+                (group / name).write_text(value)
+                for pid in pids:
+                    (group / "cgroup.procs").write_text(str(pid))
+                yield f"in a cgroup with {name}={value}"
+                return
+        finally:
+            for pid in pids:
+                (parent / "cgroup.procs").write_text(str(pid))
+            group.rmdir()
+    for pid in pids:
+        os.sched_setaffinity(pid, {max(os.sched_getaffinity(0))})
+    yield "bound to one processor"

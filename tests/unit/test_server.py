@@ -1,0 +1,661 @@
+"""What the server is made of: quotas, shares of time, turns, answers for many, the events' log, rights."""
+
+import asyncio
+import grp
+import json
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from asyncvarlink.interface import varlinksignature
+
+from khod import server
+from khod.config import Access
+from khod.engine import Engine
+from khod.model import Event, Phase, Status
+from khod.protocol import Handover, Producer
+from khod.server import access, messages
+from khod.server.access import Caller, Groups, Standing
+from khod.server.answers import Answers
+from khod.server.closer import Closer
+from khod.server.events import EventLog, Stream
+from khod.server.files import PassedFiles, Room, dispose
+from khod.server.lane import Lane
+from khod.server.limits import MAX_FDS, OWN_DESCRIPTORS, Limits, Quota
+from khod.server.load import Allowance, Load
+from khod.server.places import Place, Places
+from khod.server.rules import EVERYONE, OPERATORS, PRODUCERS, RULES, Kind
+from khod.wire import INTERFACE, PRODUCER, SERVICE
+from tests.unit.harness import Host
+
+LINUX_DESCRIPTORS = (1024, 8192, 524288)  # the usual soft limit, the unit's LimitNOFILE=, systemd's hard limit
+ALICE, BOB = 1000, 1001
+TURN_SECONDS = 60.0  # so long that no turn of a test ends early
+
+
+# Rights
+
+
+def methods(interface: type) -> set[str]:
+    return {name for name in vars(interface) if varlinksignature(getattr(interface, name)) is not None}
+
+
+def test_every_method_has_a_rule_and_no_other_has() -> None:
+    handover = {f"{INTERFACE}.{name}" for name in methods(Handover)}
+    producer = {f"{PRODUCER}.{name}" for name in methods(Producer)}
+    assert handover | producer | {f"{SERVICE}.GetInfo", f"{SERVICE}.GetInterfaceDescription"} == RULES.keys()
+
+
+def test_who_has_no_rights_may_ask_and_nothing_else() -> None:
+    open_to_all = {name for name, rule in RULES.items() if rule.callers is EVERYONE}
+    assert {RULES[name].kind for name in open_to_all} == {Kind.fixed, Kind.question, Kind.stream, Kind.conversation}
+    assert [name for name in open_to_all if RULES[name].kind is Kind.conversation] == [f"{PRODUCER}.Next"]
+    assert RULES[f"{PRODUCER}.Register"].callers is PRODUCERS
+    assert all(rule.callers is OPERATORS for rule in RULES.values() if rule.kind is Kind.operation)
+    assert all(rule.what for rule in RULES.values() if rule.callers is not EVERYONE or rule.image)
+
+
+# What is sent
+
+
+def test_replies_are_encoded_as_the_library_does_it() -> None:
+    event = Event(1.5, Phase.preparing, "a message \x1b \u2028", "run", None, None)
+    signature = varlinksignature(Handover.Monitor)
+    assert signature is not None
+    theirs = signature.return_type.tojson({"event": event})
+    assert json.loads(messages.encode({"event": event}, continues=True)[:-1]) == {
+        "parameters": theirs,
+        "continues": True,
+    }
+
+
+async def test_a_status_is_encoded_as_the_library_does_it(host: Host) -> None:
+    engine = await host.started()
+    host.hook("a")
+    await engine.activate()
+    status: Status = await engine.status()
+    signature = varlinksignature(Handover.Status)
+    assert signature is not None
+    theirs = signature.return_type.tojson({"status": status})
+    assert json.loads(messages.encode({"status": status})[:-1]) == {"parameters": theirs}
+
+
+# Quotas
+
+
+@pytest.mark.parametrize("descriptors", LINUX_DESCRIPTORS)
+def test_whatever_others_hold_there_are_descriptors_for_root_and_for_khod(descriptors: int) -> None:
+    limits = Limits.of(descriptors)
+    held = limits.others + limits.operators + limits.producers + limits.files
+    assert held + OWN_DESCRIPTORS <= descriptors
+    assert limits.everyone + OWN_DESCRIPTORS <= descriptors
+    assert limits.files >= MAX_FDS, "the largest message must get through some time"
+
+
+def test_a_quota_bounds_each_user_and_all_together() -> None:
+    quota = Quota(10, per_user=6)
+    assert quota.take(ALICE, 6)
+    assert not quota.take(ALICE)
+    assert not quota.take(BOB, 5)
+    assert quota.take(BOB, 4)
+    quota.give(ALICE, 6)
+    assert quota.free == 6
+    assert quota.take(BOB, 2)
+    assert not quota.take(BOB)
+
+
+def places(descriptors: int = 8192, per_user: int = 64) -> Places:
+    return Places(Limits.of(descriptors), lambda: per_user)
+
+
+def taken(all_places: Places, uid: int, standing: Standing = Standing.other) -> list[Place]:
+    """Take as many places as a user gets."""
+    found = []
+    while (place := all_places.take(uid, standing)) is not None:
+        found.append(place)
+    return found
+
+
+def test_one_user_has_no_more_connections_than_the_configuration_allows() -> None:
+    every = places()
+    assert len(taken(every, ALICE)) == 64
+    assert len(taken(every, BOB)) == 64
+
+
+def test_many_users_together_leave_places_for_another_one_and_for_everyone_with_rights() -> None:
+    """A user of a container has 65536 user ids at his disposal."""
+    every = places()
+    crowd = [place for uid in range(2000, 2500) for place in taken(every, uid)]
+    assert len(crowd) <= Limits.of(8192).others
+    few = places()
+    for uid in range(2000, 2020):
+        taken(few, uid)
+    assert taken(few, ALICE), "twenty users took what they got"
+    assert taken(every, ALICE, Standing.operator)
+    assert taken(every, BOB, Standing.producer)
+    assert every.take(0, Standing.root)
+
+
+def test_a_place_that_is_left_can_be_taken_again() -> None:
+    every = places()
+    for _ in range(2):
+        for place in taken(every, ALICE):
+            place.give()
+    assert every.connections == 0
+    assert not every.askers
+    assert all(quota.of(ALICE) == 0 for quota in every.by_standing.values())
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_producers_connection_is_no_askers_any_more(registered: bool) -> None:
+    every = places(per_user=1)
+    place = every.take(ALICE, Standing.operator)
+    assert place is not None
+    assert place.reserve_producers()
+    place.settle(registered=registered)
+    assert bool(taken(every, ALICE, Standing.operator)) is registered
+    place.give()
+    assert every.by_standing[Standing.producer].of(ALICE) == 0
+
+
+# Shares of time
+
+
+class Clock:
+    """A clock that stands still."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_an_allowance_is_a_share_of_the_time() -> None:
+    clock = Clock()
+    allowance = Allowance(lambda: 0.1, 0.005, clock)
+    used = 0.0
+    while clock.now < 10.0:
+        if wait := allowance.wait_seconds():
+            clock.now += wait
+        else:
+            clock.now += 0.001
+            used += 0.001
+            allowance.spend(0.001)
+    assert 0.5 < used <= 1.01
+
+
+def test_what_was_not_used_is_no_credit_for_later() -> None:
+    clock = Clock()
+    allowance = Allowance(lambda: 0.1, 0.005, clock)
+    clock.now = 3600.0
+    allowance.spend(0.006)
+    assert allowance.wait_seconds() > 0
+
+
+def test_the_share_falls_while_something_is_under_way_for_those_with_rights() -> None:
+    load = Load()
+    share = load.share(0.5, 0.1)
+    reliefs: list[float] = []
+    load.on_relief.append(lambda: reliefs.append(share()))
+    assert share() == 0.5
+    load.begin()
+    assert share() == 0.1
+    load.note(Event(0.0, Phase.preparing, "", ""))
+    load.end()
+    assert share() == 0.1, "it goes on, whoever asked for it"
+    assert reliefs == []
+    load.note(Event(0.0, Phase.active, "", ""))
+    assert reliefs == [0.5]
+
+
+# Turns
+
+
+class Guest:
+    """A client of a lane. Each message it gets is noted with its user."""
+
+    def __init__(self, uid: int, heard: list[int], lane: Lane) -> None:
+        self.uid = uid
+        self.events = 0
+        self.ours, self.theirs = socket.socketpair()
+        self.ours.setblocking(False)
+        self._heard = heard
+        self.aborted = False
+        self.broken = False
+        lane.add(self.ours.fileno(), self, 1)
+
+    def handle(self) -> None:
+        self.events = 0
+        if self.broken:
+            raise ValueError("broken")
+        if self.ours.recv(1):
+            self._heard.append(self.uid)
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+
+@asynccontextmanager
+async def lane_of(*users: int) -> AsyncIterator[tuple[Lane, list[Guest], list[int]]]:
+    lane = Lane(TURN_SECONDS)
+    heard: list[int] = []
+    guests = [Guest(uid, heard, lane) for uid in users]
+    yield lane, guests, heard
+    lane.close()
+    for guest in guests:
+        guest.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110  # each turn of the event loop may bring it about
+        await asyncio.sleep(0)
+
+
+async def test_users_take_turns_however_many_connections_one_has() -> None:
+    async with lane_of(*[ALICE] * 20, BOB) as (_lane, guests, heard):
+        for guest in guests:
+            guest.theirs.send(b"xx")
+        await until(lambda: len(heard) == 42)
+    assert heard.index(BOB) <= 1
+    assert heard[2:].index(BOB) <= 22, "the second one comes when it is read, after what was collected by then"
+
+
+async def test_a_fault_in_one_clients_turn_ends_that_client_alone() -> None:
+    async with lane_of(ALICE, BOB) as (_lane, (alice, bob), heard):
+        faults: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
+        alice.broken = True
+        alice.theirs.send(b"x")
+        bob.theirs.send(b"x")
+        await until(lambda: heard == [BOB] and alice.aborted)
+        assert isinstance(faults[0]["exception"], ValueError)
+
+
+async def test_a_lane_whose_allowance_is_used_up_is_not_looked_at() -> None:
+    clock = Clock()
+    allowance = Allowance(lambda: 0.1, 0.005, clock)
+    lane = Lane(TURN_SECONDS, allowance)
+    heard: list[int] = []
+    guest = Guest(ALICE, heard, lane)
+    allowance.spend(3600.0)
+    guest.theirs.send(b"x")
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert heard == []
+    clock.now = 1e6
+    lane.go_on()
+    await until(lambda: heard == [ALICE])
+    lane.close()
+    guest.close()
+
+
+# Answers for many
+
+
+async def test_whoever_asks_the_same_at_a_time_gets_one_answer() -> None:
+    answers, asked = Answers(), 0
+    got: list[bytes] = []
+    goes_on = asyncio.Event()
+
+    async def produce() -> bytes:
+        nonlocal asked
+        asked += 1
+        number = asked
+        await goes_on.wait()
+        return b"%d" % number
+
+    answers.ask("status", produce, got.append)
+    await asyncio.sleep(0)
+    for _ in range(100):
+        answers.ask("status", produce, got.append)
+    assert asked == 1
+    goes_on.set()
+    await until(lambda: len(got) == 101)
+    # Whoever came while the first was computed may know of something newer.
+    assert got == [b"1"] + [b"2"] * 100
+    assert len({id(answer) for answer in got[1:]}) == 1, "it is encoded once"
+
+
+async def test_questions_that_are_not_the_same_do_not_wait_for_each_other() -> None:
+    answers = Answers()
+    got: list[bytes] = []
+    never = asyncio.Event()
+
+    async def hang() -> bytes:
+        await never.wait()
+        return b""
+
+    async def answer() -> bytes:
+        return b"status"
+
+    answers.ask("check", hang, got.append)
+    answers.ask("status", answer, got.append)
+    await until(lambda: got == [b"status"])
+    never.set()
+
+
+async def test_answers_wait_for_their_allowance_and_those_with_rights_have_their_own() -> None:
+    clock = Clock()
+    allowance = Allowance(lambda: 0.1, 0.005, clock)
+    others, mine, got = Answers(allowance), Answers(), []
+    allowance.spend(3600.0)
+
+    async def answer() -> bytes:
+        return b"x"
+
+    others.ask("status", answer, lambda _answer: got.append("others"))
+    mine.ask("status", answer, lambda _answer: got.append("mine"))
+    await until(lambda: got == ["mine"])
+    clock.now = 1e6
+    others.go_on()
+    await until(lambda: got == ["mine", "others"])
+
+
+# Monitors
+
+
+class Monitor:
+    """Where a monitor is: it has read all but what came while it does not read."""
+
+    def __init__(self) -> None:
+        self.reads = True
+        self.sent: list[bytes] = []
+        self._unread = 0
+
+    @property
+    def is_drained(self) -> bool:
+        return self._unread == 0
+
+    def submit(self, work: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(work)
+
+    def send(self, data: bytes) -> None:
+        self.sent.append(data)
+        self._unread += not self.reads
+
+    def read(self) -> None:
+        self.reads, self._unread = True, 0
+
+
+def log_of(max_events: int = 100, max_bytes: int = 10_000) -> EventLog:
+    return EventLog(lambda: b"last", max_events, max_bytes)
+
+
+async def test_every_monitor_is_told_each_event_once_and_in_order() -> None:
+    log, monitors = log_of(), [Monitor() for _ in range(3)]
+    for monitor in monitors:
+        Stream(log, monitor, lambda: None).begin(b"first")
+    for number in range(200):
+        log.append(b"%d " % number)
+        await asyncio.sleep(0)
+    expected = b"first" + b"".join(b"%d " % number for number in range(200))
+    await until(lambda: all(b"".join(monitor.sent) == expected for monitor in monitors))
+    assert log.kept_bytes < 100, "what everyone was told is not kept"
+
+
+@pytest.mark.parametrize("bound", [{"max_events": 50}, {"max_bytes": 500}], ids=str)
+async def test_what_monitors_do_not_read_is_bounded_over_all_of_them(bound: dict[str, int]) -> None:
+    log, monitors, ended = log_of(**bound), [Monitor() for _ in range(100)], []
+    streams = [Stream(log, monitor, lambda: ended.append(1)) for monitor in monitors]
+    for monitor, stream in zip(monitors, streams, strict=True):
+        monitor.reads = False
+        stream.begin(b"first")
+    for number in range(1000):
+        log.append(b"%09d " % number)
+        assert log.kept_bytes <= 500
+    assert all(monitor.sent == [b"first"] for monitor in monitors)
+    for monitor, stream in zip(monitors, streams, strict=True):
+        monitor.read()
+        stream.go_on()
+    assert all(monitor.sent == [b"first", b"last"] for monitor in monitors), "it missed some: that is an end"
+    assert len(ended) == 100
+    assert not log.has_streams
+
+
+async def test_a_monitor_hears_what_happens_between_its_call_and_its_first_event() -> None:
+    log, monitor = log_of(), Monitor()
+    stream = Stream(log, monitor, lambda: None)
+    log.append(b"between")
+    stream.begin(b"first ")
+    await until(lambda: b"".join(monitor.sent) == b"first between")
+    stream.stop()
+    assert not log.has_streams
+
+
+async def test_the_end_comes_after_what_was_not_told_yet() -> None:
+    log, monitor, ended = log_of(), Monitor(), asyncio.Event()
+    Stream(log, monitor, ended.set).begin(b"first ")
+    log.append(b"second ")
+    log.close()
+    await ended.wait()
+    assert b"".join(monitor.sent) == b"first second last"
+
+
+# Descriptors
+
+
+@pytest.mark.parametrize("index", [-1, -2, 2, 253, True, False])
+def test_an_index_that_is_none_of_the_passed_descriptors(index: int) -> None:
+    closed: list[int] = []
+    files = PassedFiles([os.dup(1), os.dup(1)], closed.extend)
+    with pytest.raises(IndexError):
+        files[index]
+    files.close()
+    for fd in closed:
+        os.close(fd)
+
+
+def test_what_no_parameter_names_is_closed_at_once() -> None:
+    closed: list[int] = []
+    files = PassedFiles([10, 11, 12], closed.extend)
+    assert files[1].fileno() == 11
+    files.close_unnamed()
+    assert sorted(closed) == [10, 12]
+    files.close()
+    assert sorted(closed) == [10, 11, 12]
+
+
+class Waiting:
+    """A client that waits for room."""
+
+    def __init__(self, uid: int) -> None:
+        self.uid = uid
+        self.went_on = 0
+
+    def go_on(self) -> None:
+        self.went_on += 1
+
+
+def test_who_finds_no_room_goes_on_when_there_is_some_and_one_user_does_not_take_all() -> None:
+    room = Room(2 * MAX_FDS, MAX_FDS)
+    mine = [os.dup(1) for _ in range(MAX_FDS)]
+    room.take(ALICE, mine)
+    assert not room.has_room(ALICE)
+    assert room.has_room(BOB)
+    alice = Waiting(ALICE)
+    room.wait(alice)
+    room.close(ALICE, mine[:1])
+    assert alice.went_on == 0, "the largest message would not fit"
+    room.close(ALICE, mine[1:])
+    assert alice.went_on == 1
+
+
+async def test_a_socket_with_descriptors_in_it_is_closed_by_a_thread() -> None:
+    """The last reference to somebody else's file may block whoever drops it."""
+    closer, closed = Closer("test"), asyncio.Event()
+    ours, theirs = socket.socketpair()
+    socket.send_fds(theirs, [b"x"], [1])
+    dispose(ours, closer, closed.set)
+    assert closer.waiting == 1
+    await closed.wait()
+    assert closer.waiting == 0
+    with suppress(ConnectionResetError):
+        assert theirs.recv(1) == b""
+    theirs.close()
+
+
+@pytest.mark.parametrize("unread", [0, 1, 100_000])
+async def test_a_socket_without_is_closed_at_once(unread: int) -> None:
+    closer, closed = Closer("test"), asyncio.Event()
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    theirs.sendall(bytes(unread))
+    dispose(ours, closer, closed.set)
+    assert closed.is_set()
+    with suppress(ConnectionResetError):
+        assert theirs.recv(1) == b""
+    theirs.close()
+
+
+# Groups
+
+
+class Nss:
+    """Stands for the name service: `answers` is set when it does, and it knows these groups."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **groups: int) -> None:
+        self.groups = groups
+        self.answers = threading.Event()
+        self.threads: set[int] = set()
+        monkeypatch.setattr(grp, "getgrnam", self._getgrnam)
+        monkeypatch.setattr(access, "peer_credentials", lambda _sock: (1, ALICE, ALICE))
+        monkeypatch.setattr(access, "peer_groups", lambda _sock: (7, 8))
+
+    def _getgrnam(self, name: str) -> grp.struct_group:
+        self.threads.add(threading.get_ident())
+        assert self.answers.wait(20)
+        return grp.struct_group((name, "x", self.groups[name], []))
+
+
+async def test_groups_are_looked_up_once_and_never_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    nss = Nss(monkeypatch, kho=7, makers=8)
+    nss.answers.set()
+    settings = Access("kho", "makers")
+    groups, caller = Groups(lambda: settings), Caller(socket.socket())
+    await groups.wait()
+    for _ in range(10):
+        assert groups.standing(caller) is Standing.operator
+    assert len(nss.threads) == 1
+    assert threading.get_ident() not in nss.threads
+
+
+@pytest.mark.parametrize(
+    ("named", "standing"),
+    [
+        (Access("kho", "makers"), Standing.operator),
+        (Access("", "makers"), Standing.producer),
+        (Access("strangers", "makers"), Standing.producer),
+        (Access("strangers", ""), Standing.other),
+        (Access("unknown", "unknown"), Standing.other),
+        (Access("", ""), Standing.other),
+    ],
+    ids=str,
+)
+async def test_what_a_caller_is_by_its_groups(
+    monkeypatch: pytest.MonkeyPatch, named: Access, standing: Standing
+) -> None:
+    nss = Nss(monkeypatch, kho=7, makers=8, strangers=9)
+    nss.answers.set()
+    groups, caller = Groups(lambda: named), Caller(socket.socket())
+    await groups.wait()
+    assert groups.standing(caller) is standing
+
+
+async def test_a_reload_counts_at_once_and_a_new_group_when_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    nss = Nss(monkeypatch, kho=7, more=8)
+    nss.answers.set()
+    settings = Access("kho", "")
+    groups, caller = Groups(lambda: settings), Caller(socket.socket())
+    await groups.wait()
+    assert groups.standing(caller) is Standing.operator
+    nss.answers.clear()
+    settings = Access("more", "")
+    assert groups.standing(caller) is Standing.other
+    assert groups.is_pending
+    before = groups.changes
+    nss.answers.set()
+    await groups.wait()
+    assert groups.changes > before, "connections that are there ask again"
+    assert groups.standing(caller) is Standing.operator
+
+
+async def test_a_group_that_is_made_later_is_found_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    nss = Nss(monkeypatch)
+    nss.answers.set()
+    settings = Access("kho", "")
+    groups, caller = Groups(lambda: settings), Caller(socket.socket())
+    await groups.wait()
+    nss.groups["kho"] = 7
+    assert "kho" in groups.refusal(caller, "activate").remedy
+    assert not groups.is_pending, "not at every refusal: anyone can have as many as he likes"
+    monkeypatch.setattr(access, "RETRY_SECONDS", 0.0)
+    groups.refusal(caller, "activate")
+    await groups.wait()
+    assert groups.standing(caller) is Standing.operator
+
+
+@asynccontextmanager
+async def served(host: Host) -> AsyncIterator[tuple[Engine, Callable[[], socket.socket]]]:
+    """A khod in this event loop, and how to connect to it."""
+    engine = host.engine()
+    path, sock = str(host.directory / "socket"), socket.socket(socket.AF_UNIX)
+    sock.bind(path)
+    made = server.registry(server.Service(engine), server.Producers(engine))
+    listening = server.Listener(sock, server.connections(made, lambda: engine.config.access))
+    await engine.start()
+    clients: list[socket.socket] = []
+
+    def connect() -> socket.socket:
+        clients.append(socket.socket(socket.AF_UNIX))
+        clients[-1].setblocking(False)
+        clients[-1].connect(path)
+        return clients[-1]
+
+    try:
+        yield engine, connect
+    finally:
+        listening.close()
+        listening.abort_clients()
+        for client in clients:
+            client.close()
+
+
+async def ask(client: socket.socket, method: str, **parameters: object) -> dict[str, Any]:
+    """Make a call in this event loop; its reply."""
+    loop, text = asyncio.get_running_loop(), b""
+    call = {"method": method, "parameters": parameters}
+    await loop.sock_sendall(client, json.dumps(call).encode() + b"\0")
+    while not text.endswith(b"\0"):
+        piece = await loop.sock_recv(client, 1 << 16)
+        assert piece, "khod hung up"
+        text += piece
+    found: dict[str, Any] = json.loads(text[:-1])
+    return found
+
+
+async def test_a_name_service_that_hangs_is_waited_for_by_those_alone_who_need_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nss = Nss(monkeypatch, kho=7)
+    monkeypatch.setattr(access, "LOOKUP_WAIT_SECONDS", 0.2)
+    async with served(host) as (_engine, connect):
+        operator, other = connect(), connect()
+        refused = await ask(operator, f"{INTERFACE}.Activate")
+        assert refused["error"] == f"{INTERFACE}.Refused"
+        waits = asyncio.ensure_future(ask(operator, f"{INTERFACE}.Activate"))
+        assert (await ask(other, f"{INTERFACE}.Status"))["parameters"]["status"]["phase"] == "idle"
+        nss.answers.set()
+        answer = await waits
+        if "error" in answer:  # it had waited long enough before
+            answer = await ask(operator, f"{INTERFACE}.Activate")
+        assert answer["parameters"]["status"]["phase"] == "active"
+        assert threading.get_ident() not in nss.threads
