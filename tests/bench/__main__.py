@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.bench import barrier, images, overhead, processes, trees, window
+from tests.bench import attackers, barrier, images, overhead, processes, trees, window
 from tests.bench.figure import Figure
 
 BENCHES: list[Callable[[], Iterator[Figure]]] = [
@@ -12,6 +12,7 @@ BENCHES: list[Callable[[], Iterator[Figure]]] = [
     trees.run,
     images.run,
     barrier.run,
+    attackers.run,
     window.run,
 ]
 

@@ -21,7 +21,8 @@ from tests.unit import attackers
 USERS = (65534, 65533, 60001, 60002, 60003)
 CONNECTIONS = 20  # of each user
 ROUNDS = 15
-TIMES = 4  # activate and abort in a round
+TIMES = 5  # activate and abort in a round
+METHODS = ("Activate", "Abort")
 MOST_RATIO = 2.0
 PERIOD_USEC = 100_000
 CGROUPS = (
@@ -37,31 +38,35 @@ def run() -> Iterator[Figure]:
         Path(path).parent.chmod(0o755)  # so that others reach the socket
         crowd = [stack.enter_context(attackers.process(path, uid, CONNECTIONS)) for uid in USERS]
         how = stack.enter_context(_one_processor([process.pid for process in crowd]))
-        alone, under = [], []
+        rounds = []
         for _ in range(ROUNDS):
             _signal(crowd, signal.SIGSTOP)
-            alone.append(_seconds(path))
+            alone = _seconds(path)
             _signal(crowd, signal.SIGCONT)
-            under.append(_seconds(path))
+            rounds.append((_seconds(path), alone))
         assert all(process.poll() is None for process in crowd), "an attacker ended"
-    ours, theirs = statistics.median(under), statistics.median(alone)
-    yield Figure(
-        f"root's activate and abort among {CONNECTIONS * len(USERS)} attackers / alone",
-        statistics.median(each / other for each, other in zip(under, alone, strict=True)),
-        MOST_RATIO,
-        "",
-        f"{ours * 1e3:.0f} ms and {theirs * 1e3:.0f} ms, medians of {ROUNDS} rounds side by side; attackers {how}",
-    )
+    for method in METHODS:
+        ours, theirs = zip(*((among[method], alone[method]) for among, alone in rounds), strict=True)
+        yield Figure(
+            f"root's {method.lower()} among {CONNECTIONS * len(USERS)} attackers / alone",
+            statistics.median(each / other for each, other in zip(ours, theirs, strict=True)),
+            MOST_RATIO,
+            "",
+            f"{statistics.median(ours) * 1e3:.0f} ms and {statistics.median(theirs) * 1e3:.0f} ms, medians of {ROUNDS} "
+            f"rounds side by side; attackers {how}",
+        )
 
 
-def _seconds(path: str) -> float:
-    """Activate and abort TIMES times, each on a connection of its own; give the seconds for one of them."""
-    began = time.perf_counter()
-    for method in ("Activate", "Abort") * TIMES:
+def _seconds(path: str) -> dict[str, float]:
+    """Activate and abort TIMES times, each on a connection of its own; the median seconds of each."""
+    taken: dict[str, list[float]] = {method: [] for method in METHODS}
+    for method in METHODS * TIMES:
+        began = time.perf_counter()
         with Client(Path(path)) as client:
             client.ask(method)
             client.answer()
-    return (time.perf_counter() - began) / TIMES
+        taken[method].append(time.perf_counter() - began)
+    return {method: statistics.median(seconds) for method, seconds in taken.items()}
 
 
 def _signal(crowd: list["subprocess.Popen[str]"], number: signal.Signals) -> None:
