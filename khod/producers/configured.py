@@ -1,11 +1,17 @@
 """What every producer has that a file in /etc/kho/producers.d describes."""
 
+import asyncio
+import errno
 import re
+import traceback
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from khod.errors import ConfigError, UsageError
+from khod.errors import ConfigError, KhoError, UsageError
+from khod.producers.barrier import Telling, Veto
+from khod.producers.output import STDERR
 from khod.record import Holder
 from khod.text import one_line
 
@@ -15,6 +21,21 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 
 RESERVED = ("systemd",)
 """Names no producer may have: LUO's session of that name is the service manager's."""
+
+CUT_SECONDS = 2.0
+"""How long a verb that is cut short, at its deadline or by an abort, may take to end. Each kind has less for all it
+waits for by then; this is for what none of them expects."""
+
+SHORT_OF = {
+    errno.EAGAIN: "khod may start no more processes (TasksMax= of kho-handover.service, kernel.pid_max)",
+    errno.EMFILE: "khod has too many files open (LimitNOFILE= of kho-handover.service)",
+    errno.ENFILE: "the host has too many files open (sysctl fs.file-max)",
+    errno.ENOMEM: "there is no memory left for it",
+}
+"""What the host or khod lacks where the kernel says so."""
+
+_abandoned: set[asyncio.Future[None]] = set()
+"""What was cut short and has not ended: a task that nobody refers to may be collected in the middle."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +56,18 @@ class Configured:
     @property
     def reachable(self) -> bool:
         return True
+    async def tell(self, telling: Telling) -> None:
+        """Carry a verb out: it ends in success or in Veto, and within CUT_SECONDS once it is cancelled."""
+        await _bounded(self._carry_out(telling), telling)
 
     async def leave(self, note: str) -> None:
+        """Make way, or raise Veto; bounded as `tell` is."""
+        await _bounded(self._make_way(note), None)
+
+    async def _carry_out(self, telling: Telling) -> None:
+        """What `tell` does for this kind; whatever it raises is a Veto."""
+
+    async def _make_way(self, note: str) -> None:
         """Nothing: it does not stand in the way."""
 
     async def returned(self) -> None:
@@ -61,11 +92,13 @@ def check_name(name: str) -> None:
 
 def strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str]:
     """Check a list of strings, with `some` at least one; ConfigError names the file."""
-    if not isinstance(value, list) or not all(isinstance(word, str) and word for word in value) or (some and not value):
+    given = value if isinstance(value, list) else [None]
+    words = [word for word in given if isinstance(word, str) and word and "\0" not in word]
+    if len(words) < len(given) or (some and not words):
         raise ConfigError(
-            f"`{key}` is {value!r}", where=str(path), remedy='It takes a list of strings, ["one", "two"].'
+            f"`{key}` is {value!r}", where=str(path), remedy='It takes a list of strings without a NUL, ["one", "two"].'
         )
-    return value
+    return words
 
 
 def string(value: Any, path: Path, key: str) -> str:
@@ -73,3 +106,62 @@ def string(value: Any, path: Path, key: str) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy='It takes a string, "like this".')
     return value
+
+
+def describe_error(error: Exception) -> str:
+    """Say in plain words what an exception means that is not ours."""
+    if isinstance(error, OSError):
+        said = SHORT_OF.get(error.errno or 0) or error.strerror or str(error)
+        return one_line(f"{said} ({error.filename})" if error.filename else said)
+    return one_line(str(error)) or type(error).__name__
+
+
+async def settle(task: "asyncio.Future[Any]", seconds: float) -> bool:
+    """Wait at most so long for the end of a task; whether it has ended. A cancellation meanwhile counts afterwards."""
+    loop = asyncio.get_running_loop()
+    deadline, cancelled = loop.time() + seconds, None
+    while not task.done() and (left := deadline - loop.time()) > 0:
+        try:
+            await asyncio.wait({task}, timeout=left)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if task.done() and not task.cancelled():
+        task.exception()  # it is looked at, whoever else looks
+    if cancelled is not None:
+        raise cancelled
+    return task.done()
+
+
+async def _bounded(work: Coroutine[Any, Any, None], telling: Telling | None) -> None:
+    """Run a verb in a task of its own, which is cancelled once and then left to clean up, however often we are."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel()
+        try:
+            ended = await settle(task, CUT_SECONDS)
+        except asyncio.CancelledError:
+            ended = task.done()
+        if not ended:
+            _abandoned.add(task)
+            task.add_done_callback(_forget)
+            if telling is not None:
+                telling.not_yet(f"it was cut short and has not ended within {CUT_SECONDS:g} s", None)
+        raise
+    if task.cancelled():
+        raise Veto("it was cancelled from within")
+    error = task.exception()
+    if error is None:
+        return
+    if not isinstance(error, Exception) or isinstance(error, Veto | KhoError):
+        raise error
+    if not isinstance(error, OSError):
+        STDERR.write("".join(traceback.format_exception(error)).encode())
+    raise Veto(f"khod could not carry it out: {describe_error(error)}") from error
+
+
+def _forget(task: "asyncio.Future[None]") -> None:
+    _abandoned.discard(task)
+    if not task.cancelled():
+        task.exception()

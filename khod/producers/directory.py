@@ -1,5 +1,7 @@
 """/etc/kho/producers.d: one producer a file. What it names decides the kind: commands, a unit, or a QMP socket."""
 
+import os
+import stat
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,9 @@ from khod.producers.unit import Unit, check_unit
 DIRECTORY = "etc/kho/producers.d"
 VERBS = tuple(verb.value for verb in Verb)
 Values = dict[str, Any]
+MAX_BYTES = 1 << 20
+MAX_TIMEOUT_SECONDS = 86400
+"""For one verb; a hook without an end would hold every rollback."""
 
 
 def load(root: Path = Path("/")) -> list[Producer]:
@@ -53,13 +58,13 @@ class Directory:
             stats = [(path.name, path.stat()) for path in sorted((self._root / DIRECTORY).glob("*.toml"))]
         except OSError:
             return None
-        return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return [(name, found.st_ino, found.st_size, found.st_mtime_ns) for name, found in stats]
 
 
 def _read(path: Path) -> Producer:
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(_text(path))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, a number without end
         raise ConfigError(f"The producer cannot be read: {error}", where=str(path)) from None
     try:
         check_name(path.stem)
@@ -80,11 +85,26 @@ def _read(path: Path) -> Producer:
     return made
 
 
+def _text(path: Path) -> str:
+    """Read a file; ValueError for what is none, such as a FIFO, which would never end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    return content.decode()
+
+
 def _common(values: Values, path: Path) -> Values:
     """Take the keys that all kinds have."""
     timeout = values.pop("timeout", 30.0)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise ConfigError(f"`timeout` is {timeout!r}", where=str(path), remedy="It takes a positive number of seconds.")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_SECONDS:
+        raise ConfigError(
+            f"`timeout` is {timeout!r}",
+            where=str(path),
+            remedy=f"It takes a positive number of seconds, at most {MAX_TIMEOUT_SECONDS}.",
+        )
     lists = {key: tuple(strings(values.pop(key, []), path, key)) for key in ("after", "before", "devices")}
     return {"name": path.stem, "timeout": float(timeout), **lists}
 

@@ -1,0 +1,264 @@
+"""Processes that khod starts, and those it inherits: each exit status is taken once, by whom it is for.
+
+khod is a child subreaper: whatever a command of its leaves behind becomes khod's child when its parent ends, in
+whatever session and environment it runs. Such an orphan is reaped when it ends. What khod itself waits for is not:
+
+- A command started by `start` is known here by its number, and so is a child of asyncio's.
+- Any other child in khod's own session was started by khod. Commands, and all they start, have sessions of their own:
+  setsid(2) cannot be undone.
+
+The end of a child is an event of its pidfd in the event loop: no thread waits for it, so a rollback needs no new one.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from khod.producers.identity import ended, process_of
+
+LAUNCHER = "/usr/bin/env"
+"""What khod executes; it executes the command in turn.
+
+A vfork(2) stops the whole of khod until the child has executed something, which takes for ever where the command lies
+on a file system that does not answer. env(1) is in memory; it may then wait as long as it likes.
+"""
+CANNOT_START = (126, 127)
+"""Exit codes of env(1) where the command is there and cannot be executed, and where it is not there."""
+
+KILL_WAIT_SECONDS = 1.0
+"""How long the end of what was sent SIGKILL is waited for: it comes at once, or when the kernel lets go of it."""
+RETRY_SECONDS = 0.1
+"""When to look again at a child that has ended and cannot be waited for yet: a debugger has it."""
+
+PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_prctl.restype = ctypes.c_int
+_prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+
+_awaited: set[int] = set()
+"""Children whose exit status somebody takes."""
+_unwatched: list["subprocess.Popen[bytes]"] = []
+"""Commands that were killed at once, for lack of a descriptor to watch them by."""
+_adopts = False
+
+
+class Child:
+    """A command that runs, in a session of its own. Its exit status is taken whenever it ends, waited for or not."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self.pid = process.pid
+        self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[int | None] = self._loop.create_future()
+        self._pidfd = os.pidfd_open(self.pid)
+        try:
+            self._loop.add_reader(self._pidfd, self._ended)
+        except OSError:
+            os.close(self._pidfd)
+            raise
+        _awaited.add(self.pid)
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return not self._end.done()
+
+    async def wait(self) -> int | None:
+        """Wait for its end: its exit code, -N where signal N killed it, None where somebody else took its status."""
+        return await asyncio.shield(self._end)
+
+    def kill(self) -> None:
+        """Send SIGKILL to its process group."""
+        if self.running:
+            _kill_group(self.pid)
+
+    def _ended(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        # What it leaves in its group, before it is waited for: afterwards the number may be another group's.
+        _kill_group(self.pid)
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            code = None
+        else:
+            if pid == 0:
+                self._loop.call_later(RETRY_SECONDS, self._ended)
+                return
+            code = os.waitstatus_to_exitcode(status)
+        os.close(self._pidfd)
+        _awaited.discard(self.pid)
+        self._process.returncode = -1 if code is None else code  # or subprocess would wait for this number once more
+        if not self._end.done():
+            self._end.set_result(code)
+
+
+def start(argv: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Child:
+    """Start a command in a session of its own, without standard input; OSError or ValueError where that fails.
+
+    Where the command itself cannot be executed, that is its end, with one of CANNOT_START.
+    """
+    plain = "=" not in argv[0] and not argv[0].startswith("-")  # or env(1) takes it for something else
+    process = subprocess.Popen(  # noqa: S603 - the administrator's own words
+        [LAUNCHER, *argv] if plain else argv,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
+    try:
+        return Child(process)
+    except OSError:
+        _kill_group(process.pid)
+        _unwatched.append(process)
+        raise
+
+
+async def end(child: Child, environment: Mapping[str, str]) -> list[str]:
+    """Kill a command with all it started, and say what is still there KILL_WAIT_SECONDS later.
+
+    What has left its process group is known by the environment it was started with, and is a child of ours once its
+    own parent has ended. What does not die sleeps in the kernel: it is left to itself, and reaped when it ends.
+    """
+    deadline = asyncio.get_running_loop().time() + KILL_WAIT_SECONDS
+    mine = {f"{name}={value}".encode() for name, value in environment.items()}
+    killed: set[int] = set()
+    child.kill()
+    while asyncio.get_running_loop().time() < deadline:
+        strays = [pid for pid in set(_children()) - _awaited - killed if mine <= _environment(pid)]
+        for pid in strays:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)  # its number is its own until we have waited for it
+        killed.update(strays)
+        if not strays and not child.running:
+            break
+        await _wait([*map(_gone, strays), child.wait()], deadline)
+    reap_orphans()
+    left = [child.pid] if child.running else []
+    return [text for pid in (*left, *sorted(killed)) if (text := _describe_undead(pid))]
+
+
+def adopt_orphans() -> None:
+    """Have the kernel give this process the orphans below it, PR_SET_CHILD_SUBREAPER of prctl(2), and reap them.
+
+    Called in an event loop it reaps an orphan when that ends, and has asyncio wait for its own children without a
+    thread for each; without one, orphans are reaped at the end of the next command.
+    """
+    global _adopts  # noqa: PLW0603 - what prctl sets is the process's, too
+    if _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), "prctl(PR_SET_CHILD_SUBREAPER)")
+    _adopts = True
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    loop.add_signal_handler(signal.SIGCHLD, reap_orphans)
+    if sys.version_info < (3, 12):  # later ones do it by themselves
+        watcher = _Watcher()
+        watcher.attach_loop(loop)
+        asyncio.set_child_watcher(watcher)
+
+
+def reap_orphans() -> None:
+    """Take the exit status of every orphan that has ended, and nobody else's."""
+    for process in [process for process in _unwatched if process.poll() is not None]:
+        _unwatched.remove(process)
+    if not _adopts:
+        return
+    for pid in _children():
+        if pid in _awaited or any(process.pid == pid for process in _unwatched):
+            continue
+        found = _look_up(pid)
+        if found is not None and found.state == "Z" and found.session != os.getsid(0):
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+
+
+if sys.version_info < (3, 12):
+
+    class _Watcher(asyncio.PidfdChildWatcher):
+        """Waits for asyncio's children as Python 3.12 does, and says which ones they are."""
+
+        def add_child_handler(self, pid: int, callback: Callable[..., object], *args: object) -> None:
+            super().add_child_handler(pid, self._ended, callback, *args)
+            _awaited.add(pid)
+
+        def _ended(self, pid: int, code: int, callback: Callable[..., object], *args: object) -> None:
+            _awaited.discard(pid)
+            callback(pid, code, *args)
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+async def _gone(pid: int) -> None:
+    """Wait for the end of a process; for nothing where there is no descriptor left to do that with."""
+    with suppress(OSError):
+        await ended(process_of(pid))
+
+
+async def _wait(ends: Iterable[Coroutine[Any, Any, object]], deadline: float) -> None:
+    """Wait for all of these, until the deadline (a time of the event loop)."""
+    waiting = [asyncio.ensure_future(end) for end in ends]
+    try:
+        await asyncio.wait(waiting, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class _Stat:
+    """What /proc/PID/stat says: name, state and session, see proc_pid_stat(5)."""
+
+    name: str
+    state: str
+    session: int
+
+
+def _look_up(pid: int) -> _Stat | None:
+    """Describe a process; None where there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    name, _, rest = text.partition("(")[2].rpartition(")")  # the name may contain anything
+    fields = rest.split()
+    return _Stat(name, fields[0], int(fields[3]))
+
+
+def _describe_undead(pid: int) -> str:
+    """Say that a process is still there after SIGKILL; "" where it has ended."""
+    found = _look_up(pid)
+    if found is None or found.state in "ZX":
+        return ""
+    why = "it sleeps in the kernel and does not die" if found.state == "D" else f"it does not die (state {found.state})"
+    return f"process {pid} ({found.name}) was sent SIGKILL: {why}"
+
+
+def _children() -> list[int]:
+    """This process's children; none where the kernel does not list them (CONFIG_PROC_CHILDREN)."""
+    found: list[int] = []
+    with suppress(OSError):  # a thread that ends just now, or no descriptor left
+        for task in os.listdir("/proc/self/task"):
+            found += map(int, Path(f"/proc/self/task/{task}/children").read_text().split())
+    return found
+
+
+def _environment(pid: int) -> set[bytes]:
+    try:
+        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    except OSError:
+        return set()

@@ -1,0 +1,185 @@
+"""What commands write, passed on to khod's own output, which must never hold a command up, nor khod.
+
+khod's output may have gone (EPIPE: journald lost the stream), be full (ENOSPC), or not be read for any length of time.
+A thread of its own writes to each stream; what it does not take is dropped, and counted.
+"""
+
+import asyncio
+import atexit
+import fcntl
+import os
+import select
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+READ_BYTES = 1 << 18
+"""Bytes a pipe holds and a read takes: what writes much is read quickly."""
+TAIL_BYTES = 4096
+"""Bytes at the end of an output among which its last line is."""
+REST_BYTES = 4 * READ_BYTES
+"""Bytes that are still read once the command has ended; a child that holds the pipe may go on for ever."""
+PASSED_ON = 1 << 20
+"""Bytes of each output of a command that reach the journal; one that never ends must not fill it."""
+BUFFER_BYTES = 4 << 20
+"""Bytes that wait for a stream which is not read."""
+FLUSH_SECONDS = 1.0
+"""How long khod's end waits for what was not written yet."""
+
+
+class Outlet:
+    """One of khod's own streams, `stdout` or `stderr`. Writing to it neither blocks nor fails."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._waiting: deque[tuple[object, bytes]] = deque()
+        self._bytes = 0
+        self._dropped = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread, so that none is needed later; where that fails it is tried again with the next bytes."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name=f"khod-{self._name}", daemon=True)
+            with suppress(RuntimeError):  # can't start new thread
+                thread.start()
+                self._thread = thread
+
+    def write(self, data: bytes) -> None:
+        """Have bytes written in their turn, or drop them where too many wait."""
+        with self._changed:
+            self.start()
+            if self._thread is None or self._bytes + len(data) > BUFFER_BYTES:
+                self._dropped += len(data)
+                return
+            self._waiting.append((getattr(sys, self._name), data))
+            self._bytes += len(data)
+            self._changed.notify_all()
+
+    def flush(self, deadline: float) -> None:
+        """Wait until all is written or dropped, or until `deadline` (CLOCK_MONOTONIC)."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes, max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                stream, data = self._waiting.popleft()
+            written = _put(stream, data)
+            with self._changed:
+                self._dropped += len(data) - written
+                dropped = self._dropped if written and not self._waiting else 0
+            if dropped:
+                line = f"\n(khod dropped {dropped} bytes that commands wrote: its {self._name} did not take them)\n"
+                dropped = dropped if _put(stream, line.encode()) else 0
+            with self._changed:
+                self._bytes -= len(data)
+                self._dropped -= dropped
+                self._changed.notify_all()
+
+
+def _put(stream: Any, data: bytes) -> int:
+    """Write to a stream as long as it takes; how many bytes it took."""
+    written = 0
+    # EPIPE, ENOSPC, EIO, EBADF; a stream that was closed, or is none (it was closed at the start), has no number.
+    with suppress(OSError, ValueError, AttributeError):
+        while written < len(data):
+            try:
+                written += os.write(stream.fileno(), data[written:])
+            except BlockingIOError:
+                poll = select.poll()
+                poll.register(stream.fileno(), select.POLLOUT)
+                poll.poll()
+    return written
+
+
+STDOUT = Outlet("stdout")
+STDERR = Outlet("stderr")
+
+
+def start() -> None:
+    """Start the threads that write."""
+    STDOUT.start()
+    STDERR.start()
+
+
+@atexit.register
+def flush() -> None:
+    """Wait FLUSH_SECONDS, and no longer, until all is written."""
+    deadline = time.monotonic() + FLUSH_SECONDS
+    STDOUT.flush(deadline)
+    STDERR.flush(deadline)
+
+
+class Output:
+    """One output of a command: a pipe, read in the event loop and passed on. `writer` is the command's end of it."""
+
+    def __init__(self, outlet: Outlet) -> None:
+        self._outlet = outlet
+        self._reader, self.writer = os.pipe()
+        self._listening = False
+        self._tail = b""
+        self._read_bytes = 0
+
+    def __enter__(self) -> "Output":
+        with suppress(OSError):  # without CAP_SYS_RESOURCE there is a bound on the pipes of a user together
+            fcntl.fcntl(self._reader, fcntl.F_SETPIPE_SZ, READ_BYTES)
+        os.set_blocking(self._reader, False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hush()
+        self.close_writer()
+        os.close(self._reader)
+
+    def close_writer(self) -> None:
+        """Close the command's end: it has its own by now."""
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+
+    def listen(self) -> None:
+        """Read from now on, whenever there is something."""
+        asyncio.get_running_loop().add_reader(self._reader, self._read)
+        self._listening = True
+
+    def finish(self) -> str:
+        """Read what is there, at most REST_BYTES, and give the last line; whoever still has the pipe is not heard."""
+        self._hush()
+        before = self._read_bytes
+        while self._read() and self._read_bytes - before < REST_BYTES:
+            pass
+        if self._read_bytes > PASSED_ON:
+            self._outlet.write(f"\n({self._read_bytes - PASSED_ON} bytes more were left out here)\n".encode())
+        lines = self._tail.decode(errors="replace").split("\n")
+        return next((line for line in reversed(lines) if line.strip()), "")
+
+    def _hush(self) -> None:
+        if self._listening:
+            asyncio.get_running_loop().remove_reader(self._reader)
+            self._listening = False
+
+    def _read(self) -> bool:
+        """Read once and pass it on; whether there was anything."""
+        try:
+            chunk = os.read(self._reader, READ_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            chunk = b""
+        if not chunk:
+            self._hush()
+            return False
+        if passed_on := chunk[: max(0, PASSED_ON - self._read_bytes)]:
+            self._outlet.write(passed_on)
+        self._read_bytes += len(chunk)
+        self._tail = (self._tail + chunk[-TAIL_BYTES:])[-TAIL_BYTES:]
+        return True
