@@ -44,6 +44,7 @@ class Producers:
     require: tuple[str, ...] = ()
     require_kernel: tuple[str, ...] = ()
     max_per_user: int = 2048
+    max_bytes: int = 1 << 46
 
 
 @dataclass(frozen=True)

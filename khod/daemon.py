@@ -72,7 +72,15 @@ class Daemon:
         self._last = Event(0.0, Phase.idle, "", "")
         self._thread = KernelThread()
         self._passed = fdstore.passed()
-        sessions = Sessions(Luo(self._calls), self._thread, fdstore.ServiceManager(), passed=self._passed)
+        runtime = opts.socket.parent
+        sessions = Sessions(
+            Luo(self._calls),
+            self._thread,
+            fdstore.ServiceManager(),
+            passed=self._passed,
+            max_bytes=lambda: self.engine.config.producers.max_bytes,
+            account=runtime / "outgoing",
+        )
         settings, self._config_error = _load_config(opts.root)
         kexec = Kexec(self._calls)
         jump = executor.immediate(kexec, self._thread, lambda: self.engine.config.deadlines.execute)
@@ -94,7 +102,7 @@ class Daemon:
             tell=self._tell,
             inhibitors=inhibitors.blocking if opts.simulate is None else None,
             shutdown=_on_the_way if opts.simulate is None else _never_goes_down,
-            registrations=Registrations(opts.socket.parent / "registrations"),
+            registrations=Registrations(runtime / "registrations"),
         )
         self.engine.config_error = self._config_error
         self._service = server.Service(self.engine)

@@ -9,12 +9,17 @@ import asyncio
 import errno
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
+from khod.abi.statx import statx
 from khod.errors import KhoError, Refused
 from khod.fdstore import FdStore
+from khod.kernel.account import Account, Grown, Measured, format_bytes
 from khod.kernel.luo import Luo
+from khod.kernel.memory import Memory, read_memory
 from khod.model import Kept
 from khod.worker import Worker
 
@@ -37,13 +42,29 @@ def session_of(run: str, producer: str) -> str:
 class Sessions:
     """The sessions of this host, by name. Methods raise KhoError, Unsupported where the kernel has no LUO."""
 
-    def __init__(self, luo: Luo, thread: Worker, store: FdStore, *, passed: Mapping[str, int] | None = None) -> None:
-        """Begin with those the service manager kept."""
+    def __init__(
+        self,
+        luo: Luo,
+        thread: Worker,
+        store: FdStore,
+        *,
+        passed: Mapping[str, int] | None = None,
+        max_bytes: Callable[[], int] = lambda: sys.maxsize,
+        memory: Callable[[], Memory] = read_memory,
+        account: Path | None = None,
+    ) -> None:
+        """Begin with those the service manager kept.
+
+        All outgoing files together have at most `max_bytes()`, or the host's memory; `account` is where their size is
+        kept for the next khod.
+        """
         self._luo = luo
         self._thread = thread
         self._store = store
-        self._inodes: dict[str, set[tuple[int, int]]] = {}
+        self._inodes: dict[str, set[tuple[tuple[int, int], int]]] = {}
         self._fds = {name: fd for name, fd in (passed or {}).items() if name.startswith(PREFIX)}
+        self._account = Account(max_bytes, memory, account)
+        self._account.take_up(self._fds)
 
     @property
     def held(self) -> bool:
@@ -52,7 +73,7 @@ class Sessions:
 
     async def preserve(self, session: str, files: Sequence[tuple[Kept, int]], deadline: float) -> None:
         """Preserve files in an outgoing session, which is made and put into the store at first."""
-        seen = {(stat.st_dev, stat.st_ino) for stat in (os.fstat(file) for _, file in files)}
+        seen = {(found.dev, found.ino) for found in (statx(file) for _, file in files)}
         known = self._inodes.setdefault(session, set())
         if len(seen) < len(files) or seen & known:
             # 7.3.4 says EBUSY; 6.19.11 takes it, and gives one memory to two.
@@ -70,14 +91,39 @@ class Sessions:
                     where="FDSTORE",
                     remedy="systemctl status",
                 ) from None
-        fd = self._fds[session]
-
-        def preserve() -> None:
-            for kept, file in files:
-                self._luo.preserve(fd, file, kept)
-
-        await self._call(preserve, deadline)
+        if (fd := self._fds.get(session)) is None:
+            raise Refused("The handover was called off before the files were preserved", where=session)
+        try:
+            await self._call(lambda: self._preserve(session, fd, files), deadline)
+        except Grown:
+            self.close(session)  # it holds more than it may: at once, not when its producer is told of the veto
+            raise
         known |= seen
+
+    def _preserve(self, session: str, fd: int, files: Sequence[tuple[Kept, int]]) -> None:
+        """Preserve files, where there may be so many bytes more; nothing else is preserved meanwhile."""
+        if len(files) > 1:  # before the first of them is filled
+            self._account.check([Measured.of(kept, file) for kept, file in files])
+        try:
+            for kept, file in files:
+                before = Measured.of(kept, file)  # as it is just before the call: its owner may write to it
+                self._account.check([before])
+                self._account.count(session, before.size)
+                try:
+                    self._luo.preserve(fd, file, kept)
+                except KhoError:
+                    self._account.count(session, -before.size)
+                    raise
+                # From here on the kernel keeps its size.
+                if (after := Measured.of(kept, file)).size > before.size:
+                    self._account.count(session, after.size - before.size)
+                    raise Grown(
+                        f"{before} grew to {format_bytes(after.size)} while it was handed over",
+                        where=kept.name,
+                        remedy="Give a file its size before it is handed over.",
+                    )
+        finally:
+            self._account.write()
 
     async def take(self, session: str, kept: Sequence[Kept], deadline: float) -> list[int]:
         """Give the files of a session that came from the previous kernel: descriptors that are the caller's."""
@@ -85,7 +131,13 @@ class Sessions:
             # systemd brings them over a `systemctl kexec`; after an immediate jump nobody has asked the kernel yet.
             self._fds[session] = await self._on_device(lambda: self._luo.retrieve(session), deadline)
             self._store.put(session, self._fds[session])
-        return await self._call(lambda: self._luo.files(self._fds[session], kept), deadline)
+        fd = self._fds[session]
+
+        def files() -> list[int]:
+            self._account.release(session)  # nothing of it goes out
+            return self._luo.files(fd, kept)
+
+        return await self._call(files, deadline)
 
     async def finish(self, session: str, deadline: float) -> None:
         """Let go of a session whose files were all given back."""
@@ -118,7 +170,11 @@ class Sessions:
         if (fd := self._fds.pop(session, None)) is not None:
             self._store.remove(session)
             # Not before a call with this descriptor is over: its number may be another session's by then.
-            self._thread.later(lambda: os.close(fd))
+            self._thread.later(lambda: self._let_go(session, fd))
+
+    def _let_go(self, session: str, fd: int) -> None:
+        os.close(fd)
+        self._account.release(session)
 
     def of_run(self, run: str) -> list[str]:
         """The sessions of one handover that are held, by name."""

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Sequence
 
 from khod.abi.calls import LIVEUPDATE, Calls
+from khod.abi.statx import statx
 from khod.errors import KhoError, Refused, Unsupported
 from khod.kernel.built import booted_with, built_in
 from khod.kernel.errnos import UNIT, Errnos
@@ -177,12 +178,13 @@ def sealed_for_good(fd: int) -> bool:
 def kind(fd: int) -> str:
     """Say what a descriptor refers to, for people: `a pipe`, `a hugetlb memfd`, `a regular file`."""
     try:
-        mode, target = os.fstat(fd).st_mode, os.readlink(f"/proc/self/fd/{fd}")
+        found, target = statx(fd), os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
         return "no open file"
+    mode = found.mode
     if target.startswith("/memfd:"):
         # Both kinds say /memfd:, and hugetlbfs has pages of its own size as blocks.
-        return "a hugetlb memfd" if os.fstat(fd).st_blksize > HUGE else "a memfd"
+        return "a hugetlb memfd" if found.blksize > HUGE else "a memfd"
     if target.startswith("anon_inode:"):
         return target.removeprefix("anon_inode:").strip("[]").split()[0]
     named = [(stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a directory")]

@@ -56,6 +56,7 @@ class Configured:
     @property
     def reachable(self) -> bool:
         return True
+
     async def tell(self, telling: Telling) -> None:
         """Carry a verb out: it ends in success or in Veto, and within CUT_SECONDS once it is cancelled."""
         await _bounded(self._carry_out(telling), telling)

@@ -16,22 +16,23 @@ import enum
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from khod.producers.barrier import Telling, Verb, Veto
-from khod.producers.configured import Configured, one_line
+from khod.producers.configured import Configured, one_line, settle
 from khod.producers.identity import ended, process_of
+from khod.producers.sockets import connect
 from khod.record import Process
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
-RETRY = 0.05
-"""Seconds between two tries to connect while too many clients wait."""
 GRACE = 1.0
 """Seconds a process may take to end after its socket was closed."""
+HANG_UP_SECONDS = 0.5
+"""How long QEMU may hold up the end of a session; then the connection is cut, which it cannot hold up."""
 
 PAUSED = "paused"
 GOING = frozenset({"running", "suspended"})
@@ -98,23 +99,14 @@ class Qemu(Configured):
     socket: str = ""
     kind: str = "qemu"
 
-    async def tell(self, telling: Telling) -> None:
+    async def _carry_out(self, telling: Telling) -> None:
         steps: dict[Verb, Callable[[Telling], Awaitable[None]]] = {
             Verb.prepare: self._prepare,
             Verb.freeze: self._freeze,
             Verb.thaw: self._thaw,
         }
-        if (step := steps.get(telling.verb)) is None:
-            return
-        # In a task of its own, which is cancelled once and then left to hang up, however often we are.
-        work = asyncio.ensure_future(step(telling))
-        try:
-            await asyncio.wait({work})
-        except asyncio.CancelledError:
-            work.cancel()
-            await _through(work)
-            raise
-        await work
+        if step := steps.get(telling.verb):
+            await step(telling)
 
     async def _prepare(self, telling: Telling) -> None:
         async with _monitor(self.socket, telling) as vm:
@@ -165,6 +157,7 @@ class _Monitor:
     """A QMP session, and whose it is. Whatever is wrong with an answer is a Veto."""
 
     client: "QMPClient"
+    connection: socket.socket
     telling: Telling
     process: Process
 
@@ -190,7 +183,7 @@ class _Monitor:
         except ExecuteError as error:
             raise Veto(f"it refuses to `{command}`: {one_line(str(error))}") from None
         except (ExecInterruptedError, StateError):
-            cause = await _hang_up(self.client)
+            cause = await _hang_up(self.client, self.connection)
             raise _Lost(f"{_why(cause)} (at `{command}`)") from None
         except QMPError as error:
             raise _Lost(f"{_why(error)} (at `{command}`)") from None
@@ -202,9 +195,9 @@ async def _monitor(path: str, telling: Telling) -> AsyncIterator[_Monitor]:
     telling.not_yet("waiting for the QMP greeting: another client may hold it, or QEMU is busy", None)
     client, connection = await _session(path)
     try:
-        yield _Monitor(client, telling, _peer(connection))
+        yield _Monitor(client, connection, telling, _peer(connection))
     finally:
-        await _hang_up(client)
+        await _hang_up(client, connection)
 
 
 async def _session(path: str) -> "tuple[QMPClient, socket.socket]":
@@ -216,11 +209,14 @@ async def _session(path: str) -> "tuple[QMPClient, socket.socket]":
         raise Veto("the Python package qemu.qmp is missing: install python3-qemu-qmp") from None
     # A second time for one case: what came first was the answer to a command of an earlier client, and an error.
     for last in (False, True):
-        connection = await _connected(path)
+        try:
+            connection = await connect(path)
+        except OSError as error:
+            raise _Lost(f"its QMP socket {path} cannot be connected to: {error.strerror or error}") from None
         client = QMPClient()
         client.events.event_filter = lambda _event: False  # it would keep them all, and nobody reads them
         try:
-            await client.connect(connection)
+            await _negotiate(client, connection)
             return client, connection
         except ConnectError as error:
             if last or not isinstance(error.exc, QMPError):
@@ -233,45 +229,40 @@ async def _session(path: str) -> "tuple[QMPClient, socket.socket]":
     raise AssertionError("the last round returns or raises")
 
 
-async def _connected(path: str) -> socket.socket:
-    """Connect, and wait where too many others do."""
-    connection = socket.socket(socket.AF_UNIX)
+async def _negotiate(client: "QMPClient", connection: socket.socket) -> None:
+    """Wait for the greeting and negotiate; cut short, the library has HANG_UP_SECONDS to clean up."""
+    connecting = asyncio.ensure_future(client.connect(connection))
     try:
-        connection.setblocking(False)
-        while True:
-            try:
-                connection.connect(path)
-                return connection
-            except BlockingIOError:
-                # unix(7) has no event for this. To poll(2) the socket is writable, which asyncio takes for connected.
-                await asyncio.sleep(RETRY)
-    except OSError as error:
-        connection.close()
-        raise _Lost(f"its QMP socket {path} cannot be connected to: {error.strerror or error}") from None
+        await asyncio.wait({connecting})
     except asyncio.CancelledError:
-        connection.close()
+        connecting.cancel()
+        await _finish(connecting, connection)
+        await _hang_up(client, connection)  # it may have come about just now
         raise
+    await connecting
 
 
-async def _hang_up(client: "QMPClient") -> BaseException | None:
+async def _hang_up(client: "QMPClient", connection: socket.socket) -> BaseException | None:
     """End the session, once; what had ended it before, if anything had."""
     if client.runstate.name == "IDLE":
         return None
-    return await _through(asyncio.ensure_future(client.disconnect()))
+    ending = asyncio.ensure_future(client.disconnect())
+    await _finish(ending, connection)
+    return ending.exception() if ending.done() and not ending.cancelled() else None
 
 
-async def _through(task: asyncio.Future[None]) -> BaseException | None:
-    """Wait for the end of a task and give what it raised; a cancellation meanwhile counts afterwards."""
-    cancelled = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    raised = None if task.cancelled() else task.exception()
-    if cancelled is not None:
-        raise cancelled
-    return raised
+async def _finish(ending: "asyncio.Future[Any]", connection: socket.socket) -> None:
+    """Wait for the end of a session, and make it end where it does not: QEMU serves nobody else before."""
+    try:
+        if await settle(ending, HANG_UP_SECONDS):
+            return
+    finally:
+        if not ending.done():
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+    if not await settle(ending, HANG_UP_SECONDS):
+        ending.cancel()
+        await settle(ending, HANG_UP_SECONDS)
 
 
 def _peer(connection: socket.socket) -> Process:

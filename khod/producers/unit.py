@@ -34,6 +34,7 @@ from jeepney.bus import get_bus
 from khod.errors import UsageError
 from khod.producers.barrier import Telling, Verb, Veto
 from khod.producers.configured import Configured, one_line
+from khod.producers.sockets import connect
 
 HOW = ("freeze", "stop")
 NAME = re.compile(r"[A-Za-z0-9:_.\\@-]+\.(service|scope|slice|socket|mount|swap|target|timer|path|automount|device)")
@@ -63,8 +64,10 @@ JOBS = f"type='signal',sender='{SYSTEMD}',interface='{SYSTEMD}.Manager',member='
 CHUNK = 1 << 16
 LARGEST = 128 << 20
 """Bytes of a message, as the D-Bus specification bounds it."""
-SETTLE = 5.0
+SETTLE = 1.0
 """Seconds given to systemd to take up what was called before a verb is cut short."""
+HANG_UP_SECONDS = 0.5
+"""How long the end of a connection is waited for; it needs nothing of the other side."""
 GARBLED = (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error, RecursionError)
 """What jeepney raises on bytes that are no D-Bus message."""
 
@@ -83,15 +86,15 @@ class Unit(Configured):
     how: str = "freeze"
     kind: str = "unit"
 
-    async def tell(self, telling: Telling) -> None:
+    async def _carry_out(self, telling: Telling) -> None:
         """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
         verbs = {Verb.prepare: self._prepare, Verb.freeze: self._freeze, Verb.thaw: self._thaw}
-        if (carry_out := verbs.get(telling.verb)) is None:
+        if (step := verbs.get(telling.verb)) is None:
             return
         async with system_bus() as bus:
-            await carry_out(Systemd(bus, self.unit), telling)
+            await step(Systemd(bus, self.unit), telling)
 
-    async def leave(self, note: str) -> None:
+    async def _make_way(self, note: str) -> None:
         """Kill what is frozen.
 
         A process that catches SIGTERM does not get it while it is frozen, and systemd-shutdown waits for it as
@@ -302,7 +305,7 @@ async def system_bus() -> AsyncIterator[Bus]:
     """Connect to the system bus, and hang up whatever happens; Veto where it is not there."""
     address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or ADDRESS
     try:
-        reader, writer = await asyncio.open_unix_connection(get_bus(address))
+        reader, writer = await asyncio.open_unix_connection(sock=await connect(get_bus(address)))
     except OSError as error:
         raise Veto(f"the system bus cannot be reached at {address}: {error.strerror or error}") from None
     except (ValueError, RuntimeError):
@@ -314,8 +317,9 @@ async def system_bus() -> AsyncIterator[Bus]:
     finally:
         # Not close(): that waits for a peer that may never read what is still to be written.
         writer.transport.abort()
-        with suppress(OSError):
-            await writer.wait_closed()
+        with suppress(OSError):  # TimeoutError is one
+            async with asyncio.timeout(HANG_UP_SECONDS):
+                await writer.wait_closed()
 
 
 class Systemd:

@@ -1,6 +1,7 @@
 """What producers hand over: what the kernel does not take, whose it is in the next kernel, and what khod keeps open."""
 
 import asyncio
+import errno
 import fcntl
 import os
 import threading
@@ -11,17 +12,23 @@ from typing import Any
 
 import pytest
 
+from khod.abi.statx import statx
 from khod.config import Config, Deadlines
 from khod.engine import Engine
 from khod.errors import Exit, Failed, KhoError, Refused
+from khod.kernel.luo import Luo
+from khod.kernel.memory import Memory, read_memory
 from khod.kernel.simulated import Rebooted
+from khod.kernel.thread import KernelThread
 from khod.model import CheckResult, Kept, Phase
 from khod.producers.barrier import Verb
 from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Terms
 from khod.record import Owner
+from khod.sessions import Sessions
+from tests.unit.harness import KeptFds
 from tests.unit.khods import NOBODY, Khod, reply, run, until
-from tests.unit.luo import Hand, LuoHost, System, begin, memfd, one_file
+from tests.unit.luo import FakeLuo, Hand, LuoHost, System, begin, memfd, one_file
 
 REFUSED = "io.kho.Handover.Refused"
 HELD = b"what it holds"
@@ -127,7 +134,7 @@ async def test_what_was_left_is_given_to_its_owner_and_to_nobody_else(
 async def degraded(host: LuoHost) -> Engine:
     """A khod in whose kernel `kv` did not come in time."""
     host.config = Config(deadlines=Deadlines(restore=0.01))
-    await jump(host, patience=0.01)
+    await jump(host, patience=0.2)
     engine = await host.started()
     await reached(host, engine, Phase.degraded)
     return engine
@@ -506,3 +513,190 @@ from pathlib import Path
 from khod.producer import Producer
 Producer("kv", socket=Path(sys.argv[1])).start()
 """
+
+
+# How much of it there may be
+
+GIB = 1 << 30
+
+
+class Host:
+    """A kernel with LUO, the service manager's store, and khods one after the other, of which only the sessions run."""
+
+    def __init__(self, directory: Path) -> None:
+        self.luo, self.store = FakeLuo(), KeptFds()
+        self.bound, self.memory = 100 * GIB, Memory(64 * GIB, 24 * GIB)
+        self._directory = directory
+        self._fds: list[int] = []
+
+    def khod(self) -> Sessions:
+        calls: Any = self.luo
+        return Sessions(
+            Luo(calls),
+            KernelThread(),
+            self.store,
+            passed=self.store.passed(),
+            max_bytes=lambda: self.bound,
+            memory=lambda: self.memory,
+            account=self._directory / "sessions.json",
+        )
+
+    def file(self, size: int, written: bytes = b"") -> int:
+        """A memfd of this size with nothing in it but what is written."""
+        self._fds.append(memfd(written))
+        os.ftruncate(self._fds[-1], size)
+        return self._fds[-1]
+
+    @property
+    def taken(self) -> int:
+        """How many files the kernel was asked to preserve and preserves."""
+        return sum(map(len, self.luo.outgoing.values()))
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self.luo.jump(cold=True)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Host]:
+    made = Host(tmp_path)
+    yield made
+    made.close()
+
+
+async def refused(sessions: Sessions, session: str, *files: tuple[Kept, int]) -> str:
+    with pytest.raises(Refused) as raised:
+        await sessions.preserve(session, files, 10)
+    return str(raised.value)
+
+
+async def test_holes_for_which_there_is_no_memory_are_refused_before_the_kernel_fills_them(machine: Host) -> None:
+    sessions = machine.khod()
+    said = await refused(sessions, "khod-1-a", (Kept("table", 1), machine.file(25 * GIB)))
+    assert "table (a memfd, 25.0 GiB)" in said
+    assert "24.0 GiB of memory are available, and 4.0 GiB of that stay free" in said
+    assert "free memory" in said
+    await refused(sessions, "khod-1-a", (Kept("table", 1), machine.file(20 * GIB + 1)))
+    assert machine.taken == 0
+    await sessions.preserve("khod-1-a", [(Kept("table", 1), machine.file(20 * GIB))], 10)
+    assert machine.taken == 1
+
+
+async def test_what_has_its_memory_already_needs_none(machine: Host) -> None:
+    machine.memory = Memory(64 * GIB, 0)
+    await machine.khod().preserve("khod-1-a", [(Kept("table", 1), machine.file(4096, b"all of it"))], 10)
+    assert "holes" in await refused(machine.khod(), "khod-1-b", (Kept("more", 1), machine.file(4097, b"not all")))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["max_bytes", "memory"])
+@pytest.mark.parametrize("by", ["answer", "answers", "producers", "khods"])
+async def test_files_that_are_small_enough_one_by_one_are_bounded_together(machine: Host, by: str, own: bool) -> None:
+    machine.bound = 40 * GIB if own else 100 * GIB
+    machine.memory = Memory(64 * GIB if own else 40 * GIB, 40 * GIB)
+    files = [(Kept(f"part {number}", number), machine.file(15 * GIB)) for number in range(3)]
+    sessions = machine.khod()
+    if by == "answer":
+        said = await refused(sessions, "khod-1-a", *files)
+        assert machine.taken == 0, "all of them are looked at before the first is filled"
+    else:
+        for number, file in enumerate(files[:2]):
+            await sessions.preserve("khod-1-a" if by != "producers" else f"khod-1-{number}", [file], 10)
+        sessions = machine.khod() if by == "khods" else sessions
+        said = await refused(sessions, "khod-1-a", files[2])
+        assert machine.taken == 2
+    assert "part 2 (a memfd, 15.0 GiB)" in said
+    assert "45.0 GiB, more than" in said
+    assert ("producers.max_bytes: 40.0 GiB" in said) is own
+    assert ("raise producers.max_bytes" in said) is own
+
+
+async def test_what_was_let_go_counts_no_more_for_this_khod_or_the_next(machine: Host) -> None:
+    sessions = machine.khod()
+    for turn in range(3):
+        machine.memory = Memory(64 * GIB, 64 * GIB)
+        await sessions.preserve(f"khod-{turn}-a", [(Kept("table", 1), machine.file(60 * GIB))], 10)
+        sessions.close(f"khod-{turn}-a")
+        sessions = machine.khod() if turn == 1 else sessions
+
+
+async def test_what_the_kernel_refuses_does_not_count(machine: Host) -> None:
+    sessions, huge = machine.khod(), os.memfd_create("huge", os.MFD_HUGETLB)
+    os.ftruncate(huge, 16 * GIB)
+    machine.memory = Memory(20 * GIB, 20 * GIB)
+    assert "ENOENT" in await refused(sessions, "khod-1-a", (Kept("huge", 1), huge))
+    await sessions.preserve("khod-1-a", [(Kept("table", 1), machine.file(16 * GIB))], 10)
+    os.close(huge)
+
+
+async def test_a_file_that_grows_until_it_is_preserved_is_let_go_at_once(machine: Host) -> None:
+    """The kernel cannot be told how much it may take at most; from the call on the size stays."""
+    preserve = machine.luo.preserve_fd
+
+    def too_late(session: int, fd: int, token: int) -> None:
+        os.ftruncate(fd, 1 << 40)
+        preserve(session, fd, token)
+
+    machine.luo.preserve_fd = too_late  # type: ignore[method-assign]
+    sessions = machine.khod()
+    said = await refused(sessions, "khod-1-a", (Kept("table", 1), machine.file(4096)))
+    assert "table (a memfd, 4.0 KiB) grew to 1.0 TiB" in said
+    assert machine.store.kept == {}
+    machine.luo.preserve_fd = preserve  # type: ignore[method-assign]
+    await sessions.preserve("khod-1-b", [(Kept("table", 1), machine.file(4096))], 10)
+    assert list(machine.luo.outgoing) == ["khod-1-b"]
+
+
+async def test_without_a_word_on_memory_nothing_is_preserved(machine: Host) -> None:
+    def unreadable() -> Memory:
+        raise OSError(errno.EIO, "Input/output error")
+
+    calls: Any = machine.luo
+    sessions = Sessions(Luo(calls), KernelThread(), machine.store, memory=unreadable)
+    assert "Input/output error" in await refused(sessions, "khod-1-a", (Kept("table", 1), machine.file(4096)))
+
+
+async def test_an_account_that_cannot_be_written_is_a_refusal(machine: Host, tmp_path: Path) -> None:
+    (tmp_path / "sessions.json.new").mkdir()
+    said = await refused(machine.khod(), "khod-1-a", (Kept("table", 1), machine.file(4096)))
+    assert str(tmp_path / "sessions.json") in said
+
+
+def test_a_sparse_memfd_of_a_producer_is_refused(kept_on: tuple[System, Khod], peer: Hand, activation: Any) -> None:
+    """It costs its owner nothing, and the host all of its memory."""
+    fd = os.memfd_create("sparse")
+    os.ftruncate(fd, 1 << 50)
+    peer.ready(**one_file(fd))
+    os.close(fd)
+    said = veto(peer, activation)
+    assert "table (a memfd, 1.0 PiB)" in said
+    assert "the memory of this host" in said
+    put_back(kept_on)
+
+
+def test_memory_is_what_proc_says_within_the_limits_of_the_control_groups(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  8 kB\nMemFree: 1 kB\nMemAvailable:   6 kB\n")
+    assert read_memory(tmp_path) == Memory(8192, 6144)
+    (tmp_path / "proc/self/cgroup").write_text("4:memory:/x\n0::/a.slice/b.service\n")
+    for group, most, current in (("a.slice/b.service", "max", 10), ("a.slice", "5000", 904)):
+        at = tmp_path / "sys/fs/cgroup" / group
+        at.mkdir(parents=True, exist_ok=True)
+        (at / "memory.max").write_text(f"{most}\n")
+        (at / "memory.current").write_text(f"{current}\n")
+    assert read_memory(tmp_path) == Memory(8192, 4096)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  8 kB\n")
+    with pytest.raises(ValueError, match="invalid literal"):
+        read_memory(tmp_path)
+
+
+def test_statx_says_what_fstat_does() -> None:
+    for fd in (memfd(b"a" * 5000), pipe_end(), os.open("/", os.O_RDONLY), os.open("/dev/null", os.O_RDWR)):
+        found, stat = statx(fd), os.fstat(fd)
+        said = (found.mode, found.ino, found.size, found.blocks, found.blksize)
+        assert said == (stat.st_mode, stat.st_ino, stat.st_size, stat.st_blocks, stat.st_blksize)
+        assert os.makedev(*found.dev) == stat.st_dev
+        os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor") as raised:
+        statx(fd)
+    assert raised.value.errno == errno.EBADF

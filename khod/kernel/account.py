@@ -1,0 +1,125 @@
+"""How much memory the files take that producers hand over, and how much they may."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from khod.abi.statx import statx
+from khod.errors import Refused, errno_text
+from khod.kernel.luo import kind
+from khod.kernel.memory import Memory
+from khod.model import Kept
+
+SPARE_SHARE = 16
+"""Of the host's memory, one part in so many stays free of what the kernel allocates for files."""
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class Account:
+    """What outgoing sessions hold, in bytes, and whether more may be preserved. For the kernel's thread alone.
+
+    The kernel fills a file's holes and pins all of it, in khod's name: nobody else is asked whether there is memory
+    for that. The whole of a file counts against a bound on all that is handed over, its holes against the memory that
+    is available then. What is counted is kept in a file, which a khod that takes up these sessions goes on from; it is
+    to lie in /run, which ends with the boot as outgoing sessions do.
+    """
+
+    def __init__(self, bound: Callable[[], int], memory: Callable[[], Memory], path: Path | None) -> None:
+        self._bound, self._memory, self._path = bound, memory, path
+        self._held: dict[str, int] = {}
+
+    def take_up(self, sessions: Iterable[str]) -> None:
+        """Go on from what an earlier khod counted for these sessions."""
+        if self._path is not None:
+            with suppress(OSError, ValueError, TypeError, AttributeError):  # there was none
+                counted = json.loads(self._path.read_text())
+                self._held = {name: int(counted[name]) for name in sessions if name in counted}
+
+    def check(self, files: Sequence["Measured"]) -> None:
+        """Raise Refused, naming the file, where these together would take more than there may be."""
+        try:
+            memory = self._memory()
+        except (OSError, ValueError) as error:
+            raise Refused(f"It cannot be told how much memory there is: {error}", where="/proc/meminfo") from error
+        bound, total, holes = min(self._bound(), memory.total), sum(self._held.values()), 0
+        spare = memory.total // SPARE_SHARE
+        for file in files:
+            total, holes = total + file.size, holes + file.holes
+            if total > bound:
+                own = bound < memory.total
+                raise Refused(
+                    f"With {file} the files of this handover would have {format_bytes(total)}, more than "
+                    f"{'producers.max_bytes' if own else 'the memory of this host'}: {format_bytes(bound)}",
+                    where=file.name,
+                    remedy=f"Hand over less{', or raise producers.max_bytes in khod.toml' if own else ''}.",
+                )
+            if file.holes and holes > memory.available - spare:
+                raise Refused(
+                    f"With {file} the kernel would fill holes of {format_bytes(holes)}: "
+                    f"{format_bytes(memory.available)} of memory are available, "
+                    f"and {format_bytes(spare)} of that stay free",
+                    where=file.name,
+                    remedy="Make the file no larger than what it holds, or free memory (free -m).",
+                )
+
+    def count(self, session: str, size: int) -> None:
+        """Count what a session holds from now on, or no more where `size` is negative."""
+        self._held[session] = self._held.get(session, 0) + size
+
+    def release(self, session: str) -> None:
+        """Count nothing of a session any more."""
+        if self._held.pop(session, None) is not None:
+            with suppress(Refused):  # what is counted too much is of a session that no later khod has
+                self.write()
+
+    def write(self) -> None:
+        """Keep what is counted for the next khod; Refused where that fails."""
+        if self._path is None:
+            return
+        try:
+            new = self._path.with_name(f"{self._path.name}.new")
+            new.write_text(json.dumps(self._held))
+            new.rename(self._path)
+        except OSError as error:
+            raise Refused(
+                f"It cannot be written down how much is handed over: {errno_text(error)}",
+                where=str(self._path),
+                remedy="Make room there.",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A file that is handed over: its size in whole pages, and how much of that has no memory yet, in bytes."""
+
+    name: str
+    kind: str
+    size: int
+    holes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}, {format_bytes(self.size)})"
+
+    @classmethod
+    def of(cls, kept: Kept, fd: int) -> "Measured":
+        """Measure a file as it is now; Refused where it is none."""
+        try:
+            found = statx(fd)
+        except OSError as error:
+            raise Refused(f"{kept.name} is no open file: {errno_text(error)}", where=kept.name) from error
+        size = -(-found.size // PAGE_BYTES) * PAGE_BYTES
+        return cls(kept.name, kind(fd), size, max(0, size - found.blocks * 512))
+
+
+class Grown(Refused):
+    """A file became larger while it was preserved: the kernel took more than was asked for."""
+
+
+def format_bytes(count: int) -> str:
+    """Say a size in the largest unit of which there is one."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+    power = max(0, min(len(units) - 1, (count.bit_length() - 1) // 10))
+    return f"{count / (1 << 10 * power):.1f} {units[power]}" if power else f"{count} bytes"

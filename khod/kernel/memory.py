@@ -1,0 +1,41 @@
+"""How much memory there is for what the kernel allocates in khod's name.
+
+It is asked of the host khod runs on, whatever kernel it drives: files that producers hand over are this host's memory.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+MEMINFO = "proc/meminfo"
+CGROUP = "proc/self/cgroup"
+HIERARCHY = "sys/fs/cgroup"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: what the host has, and what can be had of that without swapping, within khod's control groups."""
+
+    total: int
+    available: int
+
+
+def read_memory(root: Path = Path("/")) -> Memory:
+    """Read it; OSError or ValueError where /proc does not say."""
+    fields = dict(line.partition(":")[::2] for line in (root / MEMINFO).read_text().splitlines())
+    total, available = (int(fields.get(name, "").removesuffix("kB")) << 10 for name in ("MemTotal", "MemAvailable"))
+    return Memory(total, min([available, *_limits(root)]))
+
+
+def _limits(root: Path) -> list[int]:
+    """Bytes that are left in khod's control group and in those above it, where they have a limit (cgroup v2)."""
+    found: list[int] = []
+    with suppress(OSError, ValueError):
+        lines = (root / CGROUP).read_text().splitlines()
+        group = "".join(line.removeprefix("0::") for line in lines if line.startswith("0::"))
+        at = root / HIERARCHY / group.strip("/")
+        while at != root / HIERARCHY and ".." not in at.parts:
+            with suppress(OSError, ValueError):  # "max" is no limit
+                found.append(max(0, int((at / "memory.max").read_text()) - int((at / "memory.current").read_text())))
+            at = at.parent
+    return found
