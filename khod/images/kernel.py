@@ -122,7 +122,7 @@ def take_apart(image: Sealed, machine: str, limit: int) -> Bundle:
         raise
     if kernel is not image:
         image.close()
-    cmdline = _text(parts, ".cmdline", errors="surrogateescape") if ".cmdline" in parts else None
+    cmdline = _text(parts, ".cmdline") if ".cmdline" in parts else None
     return Bundle(
         (*formats, about.format), kernel, initrd, cmdline, _text(parts, ".osrel"), _text(parts, ".uname"), about
     )
@@ -167,8 +167,8 @@ def _parts(view: memoryview, portable: Portable | None) -> dict[str, memoryview]
     return {name: view[section.offset : section.offset + section.size] for name, section in parts.items()}
 
 
-def _text(parts: dict[str, memoryview], name: str, *, errors: str = "replace") -> str:
-    return bytes(parts.get(name, b"")).decode(errors=errors).strip("\0 \n")
+def _text(parts: dict[str, memoryview], name: str) -> str:
+    return bytes(parts.get(name, b"")).decode(errors="replace").strip("\0 \n")
 
 
 def _initrd(parts: dict[str, memoryview], where: str) -> Sealed | None:
