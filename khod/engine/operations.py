@@ -210,7 +210,8 @@ class Engine:
         if self._jump.in_kernel:
             return  # reboot(2) has not come back: nothing may be undone, and nobody can wait for it
         if self._busy.locked() or self._transaction.phase in HELD | {Phase.executing}:
-            await self._abort(Failed("khod was stopped in the middle of a handover", where="abort"), down=going_down)
+            stopped = Failed("khod was stopped in the middle of a handover", where="abort")
+            await self._abort(stopped, stopping=True, down=going_down)
 
     async def _go_along(self) -> None:
         """The host goes into the kexec: bring the handover to where the jump may find it, or unload the image."""
@@ -274,7 +275,7 @@ class Engine:
             await self._jump.check_may_be_called_back(self._acting(), force=force)
         await self._abort(Failed("The handover was called off", where="abort"), force=force)
 
-    async def _abort(self, cause: KhoError, *, force: bool = False, down: bool = False) -> None:
+    async def _abort(self, cause: KhoError, *, force: bool = False, stopping: bool = False, down: bool = False) -> None:
         """End what is under way and put it back; the undo comes before any question to the kernel that may hang."""
         under_way = self._transaction.phase
         if self._busy.locked():
@@ -294,7 +295,8 @@ class Engine:
                 return
             elif phase is Phase.failed:
                 self._transaction.attach(None)  # what failed may have been mended in a file since
-            self._jump.refuse_in_kernel()
+            elif phase is Phase.executing:  # what only asks for the jump may have come through meanwhile
+                await self._jump.check_may_be_called_back(self._acting(), force=force or stopping)
             interrupted = f"a handover was at {phase.value}, and was rolled back" if down else ""
             await self._roll_back(None, interrupted=interrupted)
 
