@@ -102,6 +102,7 @@ class Daemon:
             tell=self._tell,
             inhibitors=inhibitors.blocking if opts.simulate is None else None,
             shutdown=_on_the_way if opts.simulate is None else _never_goes_down,
+            goes_down=executor.goes_down if opts.simulate is None else None,
             registrations=Registrations(runtime / "registrations"),
         )
         self.engine.config_error = self._config_error

@@ -63,6 +63,11 @@ class Jump:
                 remedy="If systemctl list-jobs shows no kexec.target: khoctl abort --force",
             )
 
+    async def until_called_off(self, attempt: Attempt) -> None:
+        """Return when systemd says that the host is not, or no longer, on its way into the kexec."""
+        while await attempt.goes_down() is not False:  # noqa: ASYNC110 - systemd has to be asked
+            await asyncio.sleep(WATCH_SECONDS)
+
     async def watch(self, attempt: Attempt) -> None:
         """Notice a jump that does not happen: it came back, or systemd has given it up."""
         try:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
@@ -55,7 +55,8 @@ class Watcher(Protocol):
 class Engine:
     """One host's handover. `tell` is called with every change, from the event loop.
 
-    `shutdown` asks systemd whether the host is on its way into the kexec; without one nobody can tell.
+    `shutdown` asks systemd whether the host is on its way into the kexec; without one nobody can tell. `goes_down` asks
+    whether it is shut down in whatever way.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Engine:
         tell: Callable[[Event], None],
         inhibitors: Inhibitors | None = None,
         shutdown: Shutdown | None = None,
+        goes_down: Callable[[], Awaitable[bool]] | None = None,
         workers: Workers | None = None,
         registrations: Registrations | None = None,
     ) -> None:
@@ -94,7 +96,7 @@ class Engine:
         """Set when it is known where the host stands and who may come back: a rollback at the start waits for them."""
         self._started = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
-        self._transaction = Transaction(store, self._workers.disk, tell, self._guard.look)
+        self._transaction = Transaction(store, self._workers.disk, tell, self._guard.look, goes_down)
         peers = Peers(sessions, self._peer_left, self._peer_came, registrations, self._on_unkept_registration)
         self.muster = Muster(producers, peers)
         self._observer = Observer(kexec, prober, self._workers)
@@ -393,14 +395,42 @@ class Engine:
 
     def _peer_left(self, peer: Peer) -> None:
         self._transaction.emit(f"producer {peer.name} left", Member(peer).shown())
-        if peer.told and not peer.restoring:
-            self.cancel(
-                Refused(
-                    f"Producer {peer.name} went away after it was told to {peer.told}: its connection ended",
-                    where=f"{peer.kind} {peer.name}",
-                    remedy="Look why it ended, then begin again.",
-                )
-            )
+        if not peer.told or peer.restoring:
+            return
+        cause = Refused(
+            f"Producer {peer.name} went away after it was told to {peer.told}: its connection ended",
+            where=f"{peer.kind} {peer.name}",
+            remedy="Look why it ended, then begin again.",
+        )
+        attempt = self._transaction.attempt
+        if attempt is not None and peer.told == Verb.freeze.value and Step.load in self.machine.done:
+            judgement = asyncio.ensure_future(self._judge_departure(attempt, cause))
+            self._transaction.wait_for_judgement(judgement)
+        else:
+            self.cancel(cause)
+
+    async def _judge_departure(self, attempt: Attempt, cause: KhoError) -> None:
+        """End the handover for a frozen producer that has left, unless the host is on its way into the kexec.
+
+        Then systemd has stopped it: what is ordered after khod is stopped before it. A frozen producer has handed over
+        all it has, and with the host going down nobody will thaw it.
+        """
+        try:
+            excused = bool(await attempt.goes_down())
+        except Exception:  # without an answer it counts as having died
+            LOG.exception("systemd could not be asked whether the host goes down")
+            excused = False
+        if not excused:
+            self._cancel_attempt(attempt, cause)
+            return
+        attempt.going_down = True
+        self._spawn(self._end_without_shutdown(attempt, cause))
+
+    async def _end_without_shutdown(self, attempt: Attempt, cause: KhoError) -> None:
+        """End the handover after all, where the shutdown that excuses a producer's leaving is called off."""
+        await self._jump.until_called_off(attempt)
+        attempt.going_down = False
+        self._cancel_attempt(attempt, cause)
 
     def _on_unkept_registration(self, error: OSError) -> None:
         self._transaction.emit(
@@ -416,6 +446,11 @@ class Engine:
         self._transaction.cancel(cause)
         if not self._busy.locked():
             self._spawn(self._end_held())
+
+    def _cancel_attempt(self, attempt: Attempt, cause: KhoError) -> None:
+        """End this attempt, and none that was begun since."""
+        if self._transaction.attempt is attempt:
+            self.cancel(cause)
 
     async def _end_held(self) -> None:
         """Roll a handover back that waited for orders; whoever has the lock before does it as well."""

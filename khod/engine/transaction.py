@@ -37,6 +37,9 @@ RECORD_UNDO_SECONDS = 2.0
 INTERRUPT_SECONDS = 5.0
 """Seconds that what is cancelled in the middle of a step has to end; then the undo begins all the same."""
 
+SHUTDOWN_SECONDS = 2.0
+"""Seconds systemd has, after an undo, to say whether the host is being shut down."""
+
 CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
 """Phases that a veto may still end: before the jump is asked for."""
 
@@ -55,14 +58,27 @@ def told_error(error: Exception) -> KhoError:
     return Failed(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more.")
 
 
+async def _answered_yes(asked: "asyncio.Future[bool]") -> bool:
+    """Whether the answer to this question is yes; no where it cannot be had within SHUTDOWN_SECONDS."""
+    await asyncio.wait({asked}, timeout=SHUTDOWN_SECONDS)
+    asked.cancel()
+    return asked.done() and not asked.cancelled() and asked.exception() is None and asked.result()
+
+
 class Transaction:
     """Where this host's handover stands. `tell` is called with every change, from the event loop.
 
-    `before_step` is called before each step, and cancels what must not go on.
+    `before_step` is called before each step, and cancels what must not go on. `goes_down` asks whether the host is
+    being shut down.
     """
 
     def __init__(
-        self, store: Store, disk: Worker, tell: Callable[[Event], None], before_step: Callable[[], None]
+        self,
+        store: Store,
+        disk: Worker,
+        tell: Callable[[Event], None],
+        before_step: Callable[[], None],
+        goes_down: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
         self._machine = Machine()
         self._record = Record()
@@ -77,6 +93,8 @@ class Transaction:
         self._disk = disk
         self._tell = tell
         self._before_step = before_step
+        self._goes_down = goes_down
+        self._doubts: set[asyncio.Future[None]] = set()
 
     @property
     def machine(self) -> Machine:
@@ -158,9 +176,16 @@ class Transaction:
         self._cause = None
         self._cancelled.clear()
 
-    def raise_if_cancelled(self) -> None:
-        """Raise what has ended the handover, once what waits to be heard was heard."""
+    def wait_for_judgement(self, judgement: "asyncio.Future[None]") -> None:
+        """Take no further step before it is known whether something ends the handover: `judgement` cancels it if so."""
+        self._doubts.add(judgement)
+        judgement.add_done_callback(self._doubts.discard)
+
+    async def raise_if_cancelled(self) -> None:
+        """Raise what has ended the handover, once what waits to be heard or judged was."""
         self._before_step()
+        while self._doubts and self._cause is None:
+            await self.interruptible(asyncio.wait(set(self._doubts)))
         if self._cause is not None:
             raise self._cause
 
@@ -203,7 +228,7 @@ class Transaction:
             before = self._machine
             try:
                 await self._catch_up(step)
-                self.raise_if_cancelled()
+                await self.raise_if_cancelled()
                 ahead = None if step in recorded else recorded_ahead(steps[number:])
                 recorded = recorded if ahead is None else (step, *ahead)
                 await self._take(step, ahead)
@@ -215,9 +240,9 @@ class Transaction:
         if self.phase is Phase.executing:
             return
         try:
-            self.raise_if_cancelled()
+            await self.raise_if_cancelled()
             await self.write_record()
-            self.raise_if_cancelled()
+            await self.raise_if_cancelled()
         except Exception as error:  # noqa: BLE001 - as above
             await self._failed(error, None, self._machine, hold=False)
 
@@ -257,7 +282,7 @@ class Transaction:
         if step is Step.activate:
             self._record = replace(self._record, window_began_at=time.time())
         if step is Step.execute:
-            self.raise_if_cancelled()
+            await self.raise_if_cancelled()
             self._jump_asked = True
         await self.interruptible(attempt.do(step))
         timing = StepTiming(step.value, began, time.monotonic() - began)
@@ -295,8 +320,11 @@ class Transaction:
         """Undo every step done; one that cannot be undone does not stop the others, and nothing is waited for forever.
 
         Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the operator
-        asked for it. `interrupted` says that khod is being stopped in the middle of a handover.
+        asked for it. `interrupted` says that khod is being stopped in the middle of a handover. Where the host is
+        shut down, what it holds may be what has ended the handover, before khod itself is stopped: the record says so.
         """
+        under_way = self.phase
+        asked = asyncio.ensure_future(self._goes_down()) if self._goes_down and cause else None
         if self.phase is not Phase.rolling_back:  # khod may have died while it rolled back
             self._machine = self._machine.to(Phase.rolling_back)
         self._record = replace(
@@ -315,6 +343,9 @@ class Transaction:
             left.add(Step.prepare)
         for step in set(self._machine.done) - left:
             self._machine = self._machine.undone(step)
+        if asked is not None and not self._record.interrupted and await _answered_yes(asked):
+            interrupted = f"a handover was at {under_way.value}, and was rolled back"
+            self._record = replace(self._record, interrupted=interrupted)
         await self._end_rollback(cause, failures)
 
     async def _end_rollback(self, cause: KhoError | None, failures: Sequence[Failure]) -> None:

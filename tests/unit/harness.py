@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +169,8 @@ class Host:
         """What says whether the host is on its way into the kexec; None where nobody can tell."""
         self.registrations: Path | None = None
         """Where registrations outlive a khod; None where they do not."""
+        self.goes_down: Callable[[], Awaitable[bool]] | None = None
+        """What says whether the host is shut down, in whatever way; None where nobody can tell."""
         self.told = directory / "told"
         (directory / "state").mkdir()
         self.store = Store(directory / "state")
@@ -200,6 +202,7 @@ class Host:
             thread=thread,
             tell=self._tell,
             shutdown=self.shutdown,
+            goes_down=self.goes_down,
             workers=workers,
             registrations=Registrations(self.registrations) if self.registrations else None,
         )

@@ -15,12 +15,12 @@ import pytest
 from khod.abi.statx import statx
 from khod.config import Config, Deadlines
 from khod.engine import Engine
-from khod.errors import Exit, Failed, KhoError, Refused
+from khod.errors import Exit, Failed, KhoError, Refused, Unreachable
 from khod.kernel.luo import Luo
 from khod.kernel.memory import Memory, read_memory
 from khod.kernel.simulated import Rebooted
 from khod.kernel.thread import KernelThread
-from khod.model import CheckResult, Kept, Phase
+from khod.model import CheckResult, Event, Kept, Phase
 from khod.producers.barrier import Verb
 from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Terms
@@ -700,3 +700,92 @@ def test_statx_says_what_fstat_does() -> None:
     with pytest.raises(OSError, match="Bad file descriptor") as raised:
         statx(fd)
     assert raised.value.errno == errno.EBADF
+
+
+# The host goes down while something is held: systemd stops what is ordered after khod before khod itself
+
+
+async def down() -> bool:
+    return True
+
+
+async def stays_up() -> bool:
+    return False
+
+
+async def test_a_frozen_producer_that_the_shutdown_stops_goes_along(host: LuoHost) -> None:
+    host.shutdown, host.goes_down, host.carries = down, down, True
+    engine = await host.started()
+    async with holding(engine):
+        await reached_member(host, engine)
+        await host.kexec(engine, load_only=True)
+    await engine.stop(jumping=True, going_down=True)
+    assert "unload" not in host.kernel.calls
+    with pytest.raises(Rebooted):
+        host.kernel.reboot_kexec()
+    host.shutdown = host.goes_down = stays_up
+    engine = await host.started()
+    async with holding(engine) as holder:
+        await reached(host, engine, Phase.verified)
+        assert holder.came == {"table": HELD}
+
+
+async def test_a_frozen_producer_that_leaves_an_unharmed_host_ends_the_handover(host: LuoHost) -> None:
+    host.shutdown = host.goes_down = stays_up
+    engine = await host.started()
+    async with holding(engine):
+        await reached_member(host, engine)
+        await host.kexec(engine, load_only=True)
+    await reached(host, engine, Phase.idle)
+    assert "kv went away" in engine.record.last_error
+    assert host.kernel.calls[-2:] == ["unload", "active=0"]
+    assert engine.record.interrupted == ""
+
+
+async def test_the_jump_waits_until_systemd_has_said_why_a_producer_left(host: LuoHost) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def hesitates() -> bool:
+        asked.set()
+        await answer.wait()
+        return False
+
+    def leaves(event: Event) -> bool:
+        if event.phase is Phase.executing:
+            for peer in engine.muster.peers.known():
+                engine.muster.peers.leave(peer)
+        return False
+
+    host.shutdown = host.goes_down = hesitates
+    engine = await host.started()
+    with suppress(Unreachable):  # what the holder is told of the end of its connection
+        async with holding(engine):
+            await reached_member(host, engine)
+            watching = asyncio.ensure_future(host.seen(leaves))
+            handover = asyncio.ensure_future(host.kexec(engine))
+            await asked.wait()
+            answer.set()
+            with pytest.raises(Refused, match="kv went away"):
+                await handover
+            watching.cancel()
+    assert "reboot" not in host.kernel.calls
+
+
+async def test_a_shutdown_that_ends_a_handover_before_khod_is_stopped_is_said_after_the_boot(host: LuoHost) -> None:
+    host.shutdown = host.goes_down = down
+    engine = await host.started()
+    async with holding(engine):
+        await reached_member(host, engine)
+        await engine.activate()  # no image is loaded: this shutdown is none into the next kernel
+    await reached(host, engine, Phase.idle)
+    await engine.stop(jumping=False, going_down=True)
+    with host.request() as request:
+        assert request.kernel is not None
+        host.kernel.kexec_file_load(request.kernel.fd, request.initrds[0].fd, b"root=/dev/sim\0", 0)
+    host.kernel.fault("cold", True)
+    with pytest.raises(Rebooted):
+        host.kernel.reboot_kexec()
+    host.shutdown = host.goes_down = stays_up
+    status = await (await host.started()).status()
+    assert (status.phase, status.exit_code) == (Phase.cold_boot, Exit.degraded)
+    assert "a handover was at active" in status.last_error
