@@ -140,7 +140,14 @@ class Verdict:
     @property
     def found(self) -> list[Finding]:
         """The findings; an earlier khod's record has them in one line alone."""
-        return self.findings or ([Finding("", self.reason)] if self.reason else [])
+        return self.findings or [_finding(part) for part in self.reason.split("; ") if part]
+
+
+def _finding(sentence: str) -> Finding:
+    """Read a finding's sentence."""
+    head, _, text = sentence.partition(": ")
+    what, _, name = head.partition(" ")
+    return Finding(name, text) if what == "producer" and text and " " not in name else Finding("", sentence)
 
 
 @dataclass(frozen=True)

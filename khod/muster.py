@@ -99,7 +99,7 @@ class Muster:
         for holder in holders:
             found = known.get((holder.name, holder.kind))
             if found is None or (restoring and holder.restores and not found.restores):
-                found = Lost(holder.name, kind=holder.kind, had_to_restore=holder.restores, unreadable=unreadable)
+                found = Lost(holder.name, kind=holder.kind, had_to_restore=bool(holder.restores), unreadable=unreadable)
             producers.append(found)
         if restoring:  # whoever has nothing to restore may stand between two that have
             named = {holder.name for holder in holders}

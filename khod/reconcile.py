@@ -187,8 +187,9 @@ def settled(record: Record, found: Found, kernel: Observed) -> Record:
     In this boot its outcome stays, whatever was tried since.
     """
     if record.boot_id == kernel.boot_id:
-        # An earlier khod kept what waits in `producers`, which are nobody's now.
-        claims, run = record.claims or record.producers, record.arrived_run or (record.run if record.producers else "")
+        # An earlier khod kept what waits in `producers` of a record at rest, which are nobody's now.
+        earlier = record.producers if record.phase in RESTING else ()
+        claims, run = record.claims or earlier, record.arrived_run or (record.run if earlier else "")
         return replace(
             record,
             phase=found.phase,

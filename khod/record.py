@@ -47,7 +47,8 @@ class Process:
 class Holder:
     """A producer of this handover: what it was told last, and what is needed to tell it more.
 
-    `restores` says whether it has anything to do in the next kernel: there it counts as missing until it has.
+    `restores` says whether it has anything to do in the next kernel: there it counts as missing until it has. None
+    where an earlier khod did not record that.
     `timeout`, `after`, `before` and `devices` stand here for peers alone, of which no file tells.
     """
 
@@ -62,7 +63,7 @@ class Holder:
     owner: Owner | None = None
     process: Process | None = None
     kept: tuple[Kept, ...] = ()
-    restores: bool = False
+    restores: bool | None = None
 
 
 @dataclass(frozen=True)

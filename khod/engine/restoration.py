@@ -65,7 +65,10 @@ class Restoration:
         record = self._transaction.record
         changed = self._transaction.on_member_changed
         self._barrier = barrier = self._muster.resumed(record.arrived_run, changed, record.claims, None, restoring=True)
-        if record.claims:
+        idle = {member.producer.name for member in barrier.members if not member.producer.restores}
+        if any(holder.name in idle for holder in record.claims):  # an earlier khod did not record who restores
+            await self._transaction.note_claims(tuple(held for held in record.claims if held.name not in idle))
+        if self._transaction.record.claims:
             self._spawn(self._bring_all_back(barrier, verdict))
         else:
             await self._conclude(verdict)

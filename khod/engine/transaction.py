@@ -397,7 +397,7 @@ class Transaction:
                 blackout_seconds=time.time() - began if began else None,
                 outcome=Phase.idle,
                 arrived_run=record.run,
-                claims=tuple(replace(holder, told="") for holder in record.producers if holder.restores),
+                claims=tuple(replace(holder, told="") for holder in record.producers if holder.restores is not False),
             )
         elif not record.claims and record.producers:  # an earlier khod's, which kept them there
             record = replace(record, arrived_run=record.run, claims=record.producers)
