@@ -19,7 +19,7 @@ class Muster:
         self._configured = configured
 
     def everyone(self) -> list[Producer]:
-        """Every producer that is configured, connected or waited for.
+        """Every producer that is configured, connected or waited for; whoever has something to claim takes no part.
 
         ConfigError where a file is wrong, or where somebody is registered under a name that has a file: a handover
         that went without either of them would lose its state.
@@ -32,7 +32,7 @@ class Muster:
                 where=f"producer {peer.name}",
                 remedy=f"Stop {where}, or rename the file in /etc/kho/producers.d.",
             )
-        return [*files, *self.peers.known()]
+        return [*files, *self.peers.taking_part()]
 
     def _shadowed(self, files: Sequence[Producer]) -> list[Peer]:
         """Those registered under a name that has a file."""
@@ -93,7 +93,7 @@ class Muster:
             files, unreadable = list(error.readable), error
         known = {(producer.name, producer.kind): producer for producer in [*files, *self.peers.known()]}
         if not holders and verb is not None:  # no record says who: then it may be anyone
-            holders = [producer.holder() for producer in known.values()]
+            holders = [producer.holder() for producer in (*files, *self.peers.taking_part())]
         told = {holder.name: Told(verb.value if verb else holder.told, holder.note) for holder in holders}
         producers: list[Producer] = []
         for holder in holders:

@@ -390,7 +390,7 @@ class Engine:
             f"producer {peer.name} registered (user {peer.owner.uid}, {where})", Member(peer).shown()
         )
         peer.late = lambda: self._restoration.restore_late(peer)
-        if peer.restoring and self._transaction.phase in RESTING:
+        if peer.restoring and self._transaction.phase is not Phase.verifying:
             peer.late()
 
     def _peer_left(self, peer: Peer) -> None:
@@ -528,12 +528,15 @@ class Engine:
     @asynccontextmanager
     async def _at_work(self) -> AsyncIterator[None]:
         """Hold the handover; afterwards the guard watches on only where it waits half-way."""
-        async with self._busy:
-            try:
-                yield
-            finally:
-                if self._transaction.phase not in HELD:
-                    self._stop_watching()
+        try:
+            async with self._busy:
+                try:
+                    yield
+                finally:
+                    if self._transaction.phase not in HELD:
+                        self._stop_watching()
+        finally:
+            self._restoration.resume()
 
     async def _check_may_start(self, *, wants_load: bool) -> Record:
         """Refuse before anything is touched; else give the record to go on with, a fresh one from rest."""

@@ -46,6 +46,7 @@ class Restoration:
         self._busy = busy
         self._spawn = spawn
         self._barrier: Barrier | None = None
+        self._late: set[Peer] = set()
 
     @property
     def members(self) -> list[Member]:
@@ -74,8 +75,17 @@ class Restoration:
             await self._conclude(verdict)
 
     def restore_late(self, peer: Peer) -> None:
-        """Give a producer that comes after the verification what it left, and correct the verdict."""
-        self._spawn(self._restore_late(peer))
+        """Give a producer that comes after the verification what it left, and correct the verdict.
+
+        While a handover is under way it waits for the end of that.
+        """
+        self._late.add(peer)
+        self.resume()
+
+    def resume(self) -> None:
+        """Give those what they left who came while a handover was under way."""
+        while self._late and self._transaction.phase in RESTING:
+            self._spawn(self._restore_late(self._late.pop()))
 
     async def _compare(self, kernel: KhoKernel | None) -> Verdict:
         """Compare the tree that arrived with the one that left; what cannot be read is a finding."""
@@ -107,7 +117,10 @@ class Restoration:
     async def _restore_late(self, peer: Peer) -> None:
         async with self._busy:
             record = self._transaction.record
-            if self._transaction.phase not in RESTING or not peer.restoring:
+            if self._transaction.phase not in RESTING:
+                self._late.add(peer)
+                return
+            if not peer.connected or not peer.restoring:
                 return
             barrier = Barrier.of([peer], record.arrived_run, self._transaction.on_member_changed)
             verdict = await self._bring_back(barrier, record.verdict or Verdict(), peer.timeout)

@@ -53,7 +53,7 @@ def claims(facts: Facts) -> Finding | None:
     if facts.record.claims:
         names = join_names((holder.name for holder in facts.record.claims), MAX_NAMES_SHOWN)
         return Finding.fail(
-            f"Left before the last jump and not taken back yet: {names}; another jump would lose it",
+            f"Left before the last jump and not taken back yet: {names}; a handover would go without them and lose it",
             "Start these producers, or give their state up with: khoctl producers forget NAME",
         )
     if facts.unknown_sessions:

@@ -378,6 +378,10 @@ class Peers:
         """Those connected, and those that are waited for."""
         return [peer for peer in self._peers.values() if peer.connected or peer.counted_on]
 
+    def taking_part(self) -> list[Peer]:
+        """Those of a handover: not whoever has not taken back yet what the previous kernel's khod left here."""
+        return [peer for peer in self.known() if not peer.restoring]
+
     def awaits(self, name: str) -> bool:
         """Whether this handover counts on a producer of this name that is not connected."""
         peer = self._peers.get(name)
