@@ -124,7 +124,7 @@ def torn(line: str) -> list[str]:
 
 def mark(running: str) -> str:
     """Name the run whose kexec started the running kernel; "" where none says so."""
-    return next((word.removeprefix(MARKER) for word in WORD.findall(running) if word.startswith(MARKER)), "")
+    return next((word.removeprefix(MARKER) for word in kernel_words(running) if word.startswith(MARKER)), "")
 
 
 def init(line: str) -> str:

@@ -138,7 +138,9 @@ async def test_a_veto_is_refused_and_undone_in_reverse(host: Host, verb: str) ->
 
 
 async def test_a_producer_that_misses_its_deadline_is_told_that_it_is_off(host: Host) -> None:
-    host.hook("slow", {"freeze": "sleep 600"}, timeout=0.2)
+    host.hook(
+        "slow", {"freeze": "sleep 600"}, timeout=2
+    )  # seconds, in which a shell must have begun: it notes the verb
     engine = await host.started()
     with pytest.raises(KhoError) as raised:
         await engine.activate()
