@@ -220,8 +220,14 @@ class Attempt:
         return None if self._shutdown is None else await self._shutdown()
 
     async def ended(self) -> None:
-        """Wait until the executor that JumpUnderWay was raised for comes back; raises KhoError where it failed."""
-        if self._execution is not None:
+        """Wait until the executor that JumpUnderWay was raised for comes back; raises what it failed with.
+
+        One that was cut short has not failed: whether the jump comes is systemd's to say.
+        """
+        if self._execution is None:
+            return
+        await asyncio.wait({self._execution})
+        if not self._execution.cancelled():
             await self._executed(self._execution)
 
     async def _execute(self) -> None:
@@ -238,6 +244,12 @@ class Attempt:
             raise
         if not execution.done():
             await self._stop_executor(execution)
+            if hasattr(self._executor, "in_kernel"):  # which asks nobody
+                raise Failed(
+                    f"sync(2) did not come back within {deadline:g} s: the host does not jump",
+                    where="sync(2)",
+                    remedy="Look for the file system that hangs: journalctl -k",
+                )
             if await self.goes_down() is None:
                 raise JumpUnderWay(
                     f"systemctl kexec did not come back within {deadline:g} s, and systemd does not say whether the "

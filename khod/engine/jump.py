@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from khod.config import Config
 from khod.engine.attempt import Attempt
-from khod.engine.transaction import Transaction
+from khod.engine.transaction import Transaction, told_error
 from khod.errors import Failed, KhoError, Refused
 from khod.model import Phase
 
@@ -72,8 +72,8 @@ class Jump:
         """Notice a jump that does not happen: it came back, or systemd has given it up."""
         try:
             await attempt.ended()
-        except KhoError as error:
-            await self._give_up(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the jump does not come
+            await self._give_up(told_error(error))
             return
         while self._transaction.phase is Phase.executing and not self.going_down:
             await asyncio.sleep(max(WATCH_SECONDS, self._config().deadlines.execute))

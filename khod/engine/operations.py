@@ -166,13 +166,22 @@ class Engine:
                 case reconcile.Action.verify:
                     await self._restoration.begin(observed, self._observer.probed.kernel, found.doubt, note)
                 case reconcile.Action.roll_back:
-                    await self._roll_back(Failed(found.reason))
+                    if not await self._still_jumps(found.phase, observed):
+                        await self._roll_back(Failed(found.reason))
                 case reconcile.Action.resume:
                     self._watch(self._acting())
                 case reconcile.Action.none if found.phase in RESTING:
                     await self._transaction.try_write_record()
         finally:
             self._close_stray_sessions(observed)
+
+    async def _still_jumps(self, phase: Phase, observed: Observed) -> bool:
+        """Whether the jump that an earlier khod asked for is still to come; then it is watched."""
+        if phase is not Phase.executing or not observed.loaded or not await self._acting().goes_down():
+            return False
+        self._transaction.emit("the host is on its way into the next kernel: nothing is undone")
+        self._spawn(self._jump.watch(self._acting()))
+        return True
 
     def _close_stray_sessions(self, observed: Observed) -> None:
         """Close outgoing sessions that this boot's own handover left behind: of a producer that was never told.
