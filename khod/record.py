@@ -110,7 +110,7 @@ class Record:
         """Give the record of a new handover in this boot; what this boot came to stays."""
         return replace(
             self,
-            phase=Phase.idle,
+            phase=self.outcome,
             done=(),
             run=run,
             boot_id=observed.boot_id,

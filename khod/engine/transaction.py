@@ -135,7 +135,8 @@ class Transaction:
 
     def begin(self, record: Record) -> None:
         """Begin the run of this record, from rest."""
-        self._machine, self._attempt, self._record, self._reason = Machine(), None, record, ""
+        # What this boot came to stays where nothing comes of it before its first step.
+        self._machine, self._attempt, self._record, self._reason = Machine(record.outcome), None, record, ""
 
     def attach(self, attempt: Attempt | None) -> None:
         """Act by this attempt from here on; None where another is to be made of the record."""
