@@ -24,6 +24,7 @@ TAIL = 20_000  # characters of each console in a report
 
 # Under `--dist loadfile` a worker takes one file after the other; a long one must not be left at the end.
 LONGEST = (
+    "test_safety",
     "test_put_back",
     "test_mainline",
     "test_unit",
