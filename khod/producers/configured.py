@@ -159,7 +159,7 @@ async def _bounded(work: Coroutine[Any, Any, None], telling: Telling | None) -> 
         raise error
     if not isinstance(error, OSError):
         STDERR.write("".join(traceback.format_exception(error)).encode())
-    raise Veto(f"khod could not carry it out: {describe_error(error)}") from error
+    raise Veto(f"it could not be carried out: {describe_error(error)}") from error
 
 
 def _forget(task: "asyncio.Future[None]") -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -156,6 +157,13 @@ WRONG_PRODUCERS = [
     "timeout = nan\n",
     "timeout = true\n",
     'after = "net"\n',
+    'thaw = ["/bin/echo", "a\\u0000b"]\n',
+    'after = ["a\\u0000b"]\n',
+    "timeout = inf\n",
+    f"timeout = 1{'0' * 400}\n",
+    f"timeout = 1{'0' * 5000}\n",
+    f"after = {'[' * 5000}\n",
+    "#" * ((1 << 20) + 1),
     "= 3\n",
 ]
 
@@ -167,6 +175,18 @@ def test_a_wrong_producer_names_its_file(root: Path, text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         directory.load(root)
     assert raised.value.where.startswith(str(path))
+
+
+@pytest.mark.timeout(30)
+def test_a_producer_s_file_that_is_none_names_itself(root: Path) -> None:
+    """A FIFO would hold whoever opens it, for ever."""
+    path = root / "etc/kho/producers.d/vm.toml"
+    for make in (os.mkfifo, Path.mkdir):
+        make(path)
+        with pytest.raises(ConfigError) as raised:
+            directory.load(root)
+        assert raised.value.where == str(path)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize("name", ["v m", "ä", "x" * 65, "systemd", ".x", "-x"])

@@ -1,18 +1,27 @@
 """Producers: the barrier's order and its undo, vetoes, deadlines; hooks that crash, fork, flood or never end."""
 
 import asyncio
+import errno
+import json
 import os
 import re
 import select
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from khod.errors import ConfigError, Refused
+from khod.errors import ConfigError, Exit, NotRolledBack, Refused
 from khod.producers.barrier import Barrier, Telling, Verb, Veto, ranks
 from khod.producers.hooks import PASSED_ON, Hook
+from khod.producers.identity import ended, process_of
 from khod.record import Holder
-from tests.unit.khods import run
+from tests.unit.hung import frozen_file_system, silent_file_system
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, run, until
 
 
 def hook(script: str, *, timeout: float = 20.0, name: str = "a", after: tuple[str, ...] = ()) -> Hook:
@@ -315,3 +324,350 @@ def test_a_hook_that_prints_a_gibibyte_is_heard_to_its_end_and_not_kept() -> Non
     assert f"({(1 << 30) + 9 - PASSED_ON} bytes more were left out here)" in ended.err
     assert len(ended.err) < PASSED_ON + 1000
     assert PASSED_ON < len(ended.out) < PASSED_ON + 1000
+
+
+# Whatever goes wrong
+
+
+async def vetoed(producer: Hook, verb: Verb = Verb.thaw) -> str:
+    with pytest.raises(Veto) as raised:
+        await producer.tell(Telling(verb, "r"))
+    reason = str(raised.value)
+    assert reason.isprintable()
+    return reason
+
+
+async def test_an_argument_that_no_command_can_have_is_a_veto() -> None:
+    for argument in ("a\0b", "\ud800"):
+        assert "/bin/echo cannot be started" in await vetoed(Hook("a", commands={"thaw": ["/bin/echo", argument]}))
+
+
+async def test_an_undo_that_cannot_be_started_keeps_nobody_from_theirs(tmp_path: Path) -> None:
+    """It is told again by the next abort, and not forgotten."""
+    scripts = {name: hook(f"echo {name} >> {tmp_path}/told", name=name) for name in "ab"}
+    broken = Hook("c", after=("b",), commands={"thaw": ["/bin/echo", "a\0b"]})
+    here = barrier(*scripts.values(), broken)
+    await here.tell(Verb.freeze)
+    for _again in range(2):
+        with pytest.raises(NotRolledBack, match="c: /bin/echo cannot be started"):
+            await here.undo(Verb.freeze)
+    told = (tmp_path / "told").read_text().split()
+    assert sorted(told[2:]) == ["a", "b"], "the thaw of each, once"
+
+
+async def test_a_hook_needs_no_new_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """At TasksMax= there is none."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    await hook(f"echo words; touch {tmp_path}/done").tell(Telling(Verb.thaw, "r"))
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.EAGAIN, "TasksMax="), (errno.ENOMEM, "memory"), (errno.EMFILE, "LimitNOFILE=")]
+)
+async def test_what_the_host_lacks_is_said(monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+    def refuse(*_arguments: object, **_more: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    assert words in await vetoed(hook("exit 0"))
+
+
+async def test_a_surprise_is_a_veto_and_no_end_of_the_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def surprise(_hook: Hook, _telling: Telling) -> None:
+        raise KeyError("what nobody expected")
+
+    monkeypatch.setattr(Hook, "_carry_out", surprise)
+    assert "what nobody expected" in await vetoed(hook("exit 0"))
+
+
+SCARCE = """
+import asyncio, os, resource
+from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.hooks import Hook, adopt_orphans
+async def tell():
+    try:
+        await Hook("a", commands={"thaw": ["/bin/true"]}).tell(Telling(Verb.thaw, "r"))
+        return "done"
+    except Veto as veto:
+        return str(veto)
+async def main():
+    adopt_orphans()
+    print(await tell())
+    before, most = os.listdir("/proc/self/fd"), resource.getrlimit(resource.RLIMIT_NOFILE)
+    for few in range(3, max(map(int, before)) + 16):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most[1]))
+        print(await tell())
+    resource.setrlimit(resource.RLIMIT_NOFILE, most)
+    assert os.listdir("/proc/self/fd") == before
+    print(await tell())
+    try:
+        print(os.waitpid(-1, 0))
+    except ChildProcessError:
+        print("no child is left")
+asyncio.run(main())
+"""
+
+
+def test_with_every_number_of_descriptors_it_is_done_or_a_veto() -> None:
+    ended = run(["-c", SCARCE])
+    said = ended.out.splitlines()
+    assert said[-1:] == ["no child is left"], ended
+    assert said[0] == said[-2] == "done"
+    assert said.count("done") > 2, "the last ones were enough"
+    for reason in {*said} - {"done", said[-1]}:
+        assert "too many files open" in reason, reason
+
+
+@pytest.mark.parametrize("again", [0, 1, 3])
+async def test_wherever_a_hook_is_cancelled_nothing_of_it_is_left(tmp_path: Path, again: int) -> None:
+    """At every turn of the event loop up to where it waits for the command, and `again` in the turns after."""
+    pids = tmp_path / "pids"
+    endless = hook(f"sleep 600 & echo $$ $! >> {pids}; sleep 600")
+    tasks, descriptors = asyncio.all_tasks(), len(os.listdir("/proc/self/fd"))
+    for turn in range(8):
+        telling = asyncio.ensure_future(endless.tell(Telling(Verb.freeze, "r")))
+        for _turn in range(turn):
+            await asyncio.sleep(0)
+        for _time in range(1 + again):
+            telling.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait({telling})
+        assert telling.cancelled()
+        assert asyncio.all_tasks() == tasks
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+    if pids.exists():
+        assert all(gone(int(pid)) for pid in pids.read_text().split())
+
+
+# What does not die
+
+
+async def test_a_hook_that_sleeps_in_the_kernel_is_left_to_itself_and_named(tmp_path: Path) -> None:
+    """Its own storage is frozen: SIGKILL does not end it before the one who froze that is told to thaw."""
+    reasons: list[str] = []
+    telling = Telling(Verb.thaw, "r", "", lambda reason, _progress: reasons.append(reason))
+    with frozen_file_system(tmp_path / "mnt") as frozen:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await Hook("db", commands={"thaw": ["touch", str(frozen / "log")]}).tell(telling)
+        found = re.fullmatch(
+            r"process (\d+) \(touch\) was sent SIGKILL: it sleeps in the kernel and does not die", reasons[-1]
+        )
+        assert found, reasons
+        process = process_of(int(found[1]))
+        assert process is not None
+    await ended(process)
+    while process_of(process.pid) == process:  # noqa: ASYNC110 - its exit status is taken in a turn of this loop
+        await asyncio.sleep(0)
+
+
+UNDEAD = """
+import asyncio
+from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.hooks import Hook, adopt_orphans
+async def main():
+    adopt_orphans()
+    # Its own exit code says what became of it; what it leaves behind is said too.
+    script = "touch {log} & until grep -q ' D ' /proc/$!/stat; do :; done; echo not now >&2; exit {code}"
+    try:
+        await Hook("db", commands={{"thaw": ["/bin/sh", "-c", script]}}).tell(Telling(Verb.thaw, "r"))
+        print("done")
+    except Veto as veto:
+        print(veto)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "done"), (1, "not now; process ")])
+def test_what_a_hook_leaves_asleep_in_the_kernel_is_named_too(tmp_path: Path, code: int, said: str) -> None:
+    with frozen_file_system(tmp_path / "mnt") as frozen:
+        ended = run(["-c", UNDEAD.format(log=frozen / "log", code=code)])
+    assert ended.out.startswith(said), ended
+    assert re.search(r"db thaw: process \d+ \(touch\) .* sleeps in the kernel and does not die", ended.err)
+
+
+SILENT = """
+import asyncio
+from khod.producers.barrier import Telling, Verb
+from khod.producers.hooks import Hook
+async def main():
+    try:
+        async with asyncio.timeout(0.5):
+            await Hook("a", commands={{"thaw": ["{command}"]}}).tell(Telling(Verb.thaw, "r"))
+    except TimeoutError:
+        print("over")
+asyncio.run(main())
+"""
+
+
+def test_a_command_on_a_file_system_that_does_not_answer_holds_nobody_up(tmp_path: Path) -> None:
+    """Whoever vforks stands still until the child has executed it."""
+    with silent_file_system(tmp_path / "mnt") as silent:
+        ended = run(["-c", SILENT.format(command=silent / "thaw")])
+    assert ended.out == "over\n", ended.err
+
+
+@pytest.mark.parametrize("name", ["a=b", "-x", "plain"])
+async def test_a_command_of_any_name_is_run_as_it_is(tmp_path: Path, name: str) -> None:
+    script = tmp_path / name
+    script.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@" > "${0%/*}/said"\n')
+    script.chmod(0o755)
+    await Hook("a", commands={"thaw": [str(script), "--", "A=1", ""]}).tell(Telling(Verb.thaw, "r"))
+    assert (tmp_path / "said").read_text() == f"{script}\n--\nA=1\n\n"
+
+
+# Where its words go
+
+DEAF = """
+import asyncio, os, sys
+from khod.producers.barrier import Telling, Verb
+from khod.producers.hooks import Hook
+async def main():
+    script = "head -c 300000 /dev/zero; head -c 300000 /dev/zero >&2; touch {done}"
+    await Hook("a", commands={{"thaw": ["/bin/sh", "-c", script]}}).tell(Telling(Verb.thaw, "r"))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("to", [">&-", "> /dev/full", "> >(:)", "> >(exec sleep 600)", "< /dev/null"])
+def test_output_that_cannot_be_passed_on_harms_no_hook(tmp_path: Path, to: str) -> None:
+    """Closed, full, gone, not read, not writable: standard output and error alike."""
+    done = tmp_path / "done"
+    with subprocess.Popen(
+        ["bash", "-c", f'exec "$0" -c "$1" 1{to} 2{to}', sys.executable, DEAF.format(done=done)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.wait(DEADLINE) == 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert done.exists()
+
+
+UNREAD = """
+import asyncio, sys
+from khod.producers.barrier import Telling, Verb
+from khod.producers.hooks import Hook
+async def main():
+    for turn in range(8):
+        await Hook("a", commands={"thaw": ["/bin/sh", "-c", "yes | head -c 1000000"]}).tell(Telling(Verb.thaw, "r"))
+    print("told", file=sys.stderr, flush=True)
+    sys.stdin.read()
+asyncio.run(main())
+"""
+
+
+def test_what_nobody_reads_for_too_long_is_dropped_and_counted() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", UNREAD],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        assert process.stderr.readline() == b"told\n", "eight times, and nobody has read a word"
+        read = b""
+        while not (found := re.search(rb"\n\(khod dropped (\d+) bytes .*\)\n", read[-200:])):
+            chunk = os.read(process.stdout.fileno(), 1 << 20)
+            assert chunk, "it ended before it said what it dropped"
+            read += chunk
+        process.stdin.close()
+        assert process.wait(DEADLINE) == 0
+        read += process.stdout.read()
+    assert read.count(b"y\n") * 2 + int(found[1]) == 8_000_000
+    assert read.count(b"khod dropped") == 1
+
+
+def test_a_khod_whose_journal_is_gone_thaws_all_the_same(tmp_path: Path) -> None:
+    """journald was killed: what it held of the streams is lost, and writing says EPIPE from then on."""
+    frozen = tmp_path / "frozen"
+    at = tmp_path / "root/etc/kho/producers.d"
+    at.mkdir(parents=True)
+    script = f"echo thawing; echo still >&2; rm {frozen}; echo thawed"
+    (at / "a.toml").write_text(f'freeze = ["touch", "{frozen}"]\nthaw = ["/bin/sh", "-c", "{script}"]\n')
+    khod = Deaf(tmp_path)
+    try:
+        assert khod.khoctl("activate").code == Exit.done
+        os.close(khod.journal)
+        assert khod.khoctl("abort").code == Exit.done
+        assert not frozen.exists()
+    finally:
+        khod.close()
+
+
+class Deaf(Khod):
+    """A khod whose standard output goes into a pipe, which has one reader: `journal`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.journal, self._writer = os.pipe()
+        super().__init__(directory)
+        os.close(self._writer)
+
+    def command(self) -> list[str]:
+        return ["sh", "-c", f'exec "$0" "$@" > /proc/{os.getpid()}/fd/{self._writer}', *super().command()]
+
+
+# Orphans
+
+LEAVES_BEHIND = {
+    "daemon": "setsid env -i sh -c ': > {left}; exec sleep 0.1' &",
+    "orphans-of-its-own": "setsid env -i sh -c ': > {left}; (sleep 0.1 &); exec sleep 0.2' &",
+    "twice-removed": "(setsid env -i sh -c 'setsid sh -c \": > {left}; sleep 0.1\" & exit 0' &);",
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES_BEHIND)
+def test_whatever_a_hook_leaves_behind_is_reaped_when_it_ends(tmp_path: Path, kind: str) -> None:
+    """In a session and an environment of its own, as sudo or a daemon: it is not known to be the hook's."""
+    at, left = tmp_path / "root/etc/kho/producers.d", tmp_path / "left"
+    at.mkdir(parents=True)
+    script = f"{LEAVES_BEHIND[kind].format(left=left)} until [ -e {left} ]; do :; done; exit 0"
+    (at / "d.toml").write_text(f"thaw = {json.dumps(['/bin/sh', '-c', script])}\n")
+    khod = Khod(tmp_path)
+    try:
+        assert khod.khoctl("producers", "test", "d").code == Exit.done
+        children = Path(f"/proc/{khod.process.pid}/task/{khod.process.pid}/children")
+        until(lambda: not children.read_text(), khod.process)
+    finally:
+        khod.close()
+
+
+OTHERS = """
+import asyncio, subprocess, threading
+from khod.producers.barrier import Telling, Verb
+from khod.producers.hooks import Hook, adopt_orphans
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+async def main():
+    adopt_orphans()
+    threading.Thread.start = refuse
+    told = Telling(Verb.thaw, "r")
+    orphan = Hook("a", commands={"thaw": ["/bin/sh", "-c", "setsid env -i true & exit 0"]})
+    theirs = [subprocess.Popen(["/bin/sh", "-c", f"exit {code}"]) for code in (3, 4)]
+    ours = [
+        await asyncio.create_subprocess_exec("/bin/sh", "-c", f"exit {5 + new}", start_new_session=bool(new))
+        for new in (0, 1)
+    ]
+    for turn in range(10):
+        await orphan.tell(told)
+    print(*[process.wait() for process in theirs], *[await process.wait() for process in ours])
+asyncio.run(main())
+"""
+
+
+def test_no_exit_status_is_taken_from_whoever_waits_for_it() -> None:
+    """Of asyncio's children too, which are waited for without a thread."""
+    ended = run(["-c", OTHERS])
+    assert ended.out == "3 4 5 6\n", ended.err
+    assert "already read" not in ended.err

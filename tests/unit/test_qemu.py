@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -533,6 +533,45 @@ async def test_wherever_it_is_cancelled_nothing_is_left_and_thaw_puts_it_right(
             assert here.state == "running"
             turn += 1
         assert turn > 5
+
+
+@pytest.mark.parametrize("call", ["connect", "disconnect"])
+async def test_a_session_that_does_not_end_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """QEMU serves nobody else while it lasts: the undo of this very verb would wait for it."""
+    monkeypatch.setattr(qemu, "HANG_UP_SECONDS", 0.05)
+    call_it = getattr(QMPClient, call)
+
+    async def held_up(client: QMPClient, *arguments: object) -> None:
+        try:
+            await call_it(client, *arguments)
+        finally:
+            with suppress(asyncio.CancelledError):
+                await asyncio.get_running_loop().create_future()
+
+    async with vm(tmp_path) as here:
+        note = await tell(here.path, Verb.freeze, await tell(here.path, Verb.prepare))
+        here.gates["query-status"] = here.gates["qmp_capabilities"] = asyncio.Event()
+        with monkeypatch.context() as patch:
+            patch.setattr(QMPClient, call, held_up)
+            thaw = asyncio.ensure_future(tell(here.path, Verb.thaw, note))
+            await here.until(lambda: here.clients == 1)
+            await turns(20)
+            thaw.cancel()
+            await asyncio.wait({thaw})
+            assert thaw.cancelled()
+        for gate in here.gates.values():
+            gate.set()
+        await tell(here.path, Verb.thaw, note)
+        assert here.state == "running"
+
+
+async def test_a_surprise_in_the_library_is_a_veto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def surprise(_client: QMPClient, _connection: socket.socket) -> None:
+        raise AssertionError("what nobody expected")
+
+    monkeypatch.setattr(QMPClient, "connect", surprise)
+    async with vm(tmp_path) as here:
+        assert "what nobody expected" in await veto(here.path, Verb.prepare)
 
 
 async def test_what_happens_in_the_vm_meanwhile_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

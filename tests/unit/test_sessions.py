@@ -27,6 +27,7 @@ from khod.producers.peers import Answer, Terms
 from khod.record import Owner
 from khod.sessions import Sessions
 from tests.unit.harness import KeptFds
+from tests.unit.hung import silent_file_system
 from tests.unit.khods import NOBODY, Khod, reply, run, until
 from tests.unit.luo import FakeLuo, Hand, LuoHost, System, begin, memfd, one_file
 
@@ -645,6 +646,40 @@ async def test_a_file_that_grows_until_it_is_preserved_is_let_go_at_once(machine
     machine.luo.preserve_fd = preserve  # type: ignore[method-assign]
     await sessions.preserve("khod-1-b", [(Kept("table", 1), machine.file(4096))], 10)
     assert list(machine.luo.outgoing) == ["khod-1-b"]
+
+
+SILENT = """
+import asyncio, errno, os
+from khod.errors import Refused
+from khod.kernel.luo import Luo
+from khod.kernel.thread import KernelThread
+from khod.model import Kept
+from khod.sessions import Sessions
+class Calls:
+    def create_session(self, name):
+        return os.pipe()[1]
+    def preserve_fd(self, session, fd, token):
+        raise OSError(errno.ENOENT, "no handler")
+class Store:
+    def put(self, name, fd):
+        pass
+    async def settle(self):
+        pass
+async def main():
+    sessions = Sessions(Luo(Calls()), KernelThread(), Store())
+    try:
+        await sessions.preserve("khod-1-a", [(Kept("table", 1), os.open({path!r}, os.O_PATH))], 10)
+    except Refused as error:
+        print(error.what)
+asyncio.run(main())
+"""
+
+
+def test_a_descriptor_of_a_file_system_that_does_not_answer_holds_nobody_up(tmp_path: Path) -> None:
+    """fstat(2) asks the file system; whoever sends such a descriptor would stop khod for good."""
+    with silent_file_system(tmp_path / "mnt") as silent:
+        ended = run(["-c", SILENT.format(path=str(silent))])
+    assert "table (a directory) cannot be preserved: ENOENT" in ended.out, ended
 
 
 async def test_without_a_word_on_memory_nothing_is_preserved(machine: Host) -> None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import os
+import socket
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from khod.errors import UsageError
 from khod.producers.barrier import Telling, Verb, Veto
-from khod.producers.unit import OURS, Unit, check_unit
+from khod.producers.unit import OURS, Bus, Unit, check_unit
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
 
 Props = dict[str, tuple[str, Any]]
@@ -386,6 +387,73 @@ async def test_a_bus_that_is_not_there_is_a_veto(place: Path) -> None:
 async def test_an_address_that_is_no_bus_is_a_veto(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
     assert address in (await vetoed(Verb.prepare))[0]
+
+
+async def test_a_bus_at_which_too_many_wait_is_waited_for(place: Path) -> None:
+    """To asyncio's own connect it would look connected."""
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(place))
+        listener.listen(0)
+        first.connect(str(place))
+        telling = asyncio.ensure_future(vetoed(Verb.prepare))
+        for _turn in range(10):
+            await asyncio.sleep(0)
+        assert not telling.done()
+        listener.accept()[0].close()
+        listener.setblocking(False)
+        taken, _ = await asyncio.get_running_loop().sock_accept(listener)
+        taken.close()
+        assert "the system bus h" in (await telling)[0], "hung up, or has gone"
+
+
+async def test_a_connection_that_does_not_end_holds_nobody_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(_writer: asyncio.StreamWriter) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(asyncio.StreamWriter, "wait_closed", never)
+    async with serving(place, a=unit(FreezerState="frozen")) as bus:
+        await tell(Verb.thaw, OURS)
+        assert bus.state("a.service", "FreezerState") == "running"
+
+
+async def test_a_verb_that_cannot_be_cut_short_is_left_to_itself(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("khod.producers.configured.CUT_SECONDS", 0.05)
+    ended = asyncio.Event()
+
+    async def stubborn(_bus: Bus, *_call: object) -> None:
+        while not ended.is_set():
+            with suppress(asyncio.CancelledError):
+                await ended.wait()
+        raise Veto("too late")
+
+    monkeypatch.setattr(Bus, "call", stubborn)
+    reasons: list[str] = []
+    telling = Telling(Verb.thaw, "run-1", OURS, lambda reason, _progress: reasons.append(reason))
+    async with serving(place, a=unit()):
+        work = asyncio.ensure_future(Unit("a", unit="a.service").tell(telling))
+        for cancel in [False] * 10 + [True] * 3:
+            await asyncio.sleep(0)
+            if cancel:
+                work.cancel()
+        await asyncio.wait({work})
+        assert work.cancelled()
+        assert reasons == ["it was cut short and has not ended within 0.05 s"]
+        ended.set()
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("verb", [Verb.freeze, None], ids=["verb", "leave"])
+async def test_a_surprise_is_a_veto(place: Path, monkeypatch: pytest.MonkeyPatch, verb: Verb | None) -> None:
+    async def surprise(_bus: Bus, *_call: object) -> None:
+        raise RuntimeError("what nobody expected")
+
+    monkeypatch.setattr(Bus, "call", surprise)
+    async with serving(place, a=unit()):
+        if verb:
+            assert "what nobody expected" in (await vetoed(verb, OURS))[0]
+        else:
+            with pytest.raises(Veto, match="what nobody expected"):
+                await Unit("a", unit="a.service").leave(OURS)
 
 
 @pytest.mark.parametrize("job", [("u", (7,)), (None, ())], ids=["u", "nothing"])
