@@ -37,6 +37,8 @@ from khod.worker import Worker
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
+SHUTDOWN_QUESTIONS = 3
+"""Times systemd is asked whether the host goes down, where it does not answer: busy with a shutdown, it may not."""
 
 
 class Watcher(Protocol):
@@ -223,6 +225,7 @@ class Engine:
         if self._busy.locked() or self._transaction.phase in HELD | {Phase.executing}:
             stopped = Failed("khod was stopped in the middle of a handover", where="abort")
             await self._abort(stopped, stopping=True, down=going_down)
+        await self._transaction.settle_shutdown_note()
 
     async def _go_along(self) -> None:
         """The host goes into the kexec: bring the handover to where the jump may find it, or unload the image."""
@@ -424,11 +427,13 @@ class Engine:
         Then systemd has stopped it: what is ordered after khod is stopped before it. A frozen producer has handed over
         all it has, and with the host going down nobody will thaw it.
         """
+        excused: bool | None = None
         try:
-            excused = bool(await attempt.goes_down())
+            for _question in range(SHUTDOWN_QUESTIONS):
+                if (excused := await attempt.goes_down()) is not None:
+                    break
         except Exception:  # without an answer it counts as having died
             LOG.exception("systemd could not be asked whether the host goes down")
-            excused = False
         if not excused:
             self._cancel_attempt(attempt, cause)
             return

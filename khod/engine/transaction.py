@@ -38,7 +38,7 @@ INTERRUPT_SECONDS = 5.0
 """Seconds that what is cancelled in the middle of a step has to end; then the undo begins all the same."""
 
 SHUTDOWN_SECONDS = 2.0
-"""Seconds systemd has, after an undo, to say whether the host is being shut down."""
+"""Seconds an undo that is over waits for systemd to say whether the host is shut down; the record may have it later."""
 
 CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
 """Phases that a veto may still end: before the jump is asked for."""
@@ -56,13 +56,6 @@ def told_error(error: Exception) -> KhoError:
     if isinstance(error, OSError):
         return Failed(str(error))
     return Failed(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more.")
-
-
-async def _answered_yes(asked: "asyncio.Future[bool]") -> bool:
-    """Whether the answer to this question is yes; no where it cannot be had within SHUTDOWN_SECONDS."""
-    await asyncio.wait({asked}, timeout=SHUTDOWN_SECONDS)
-    asked.cancel()
-    return asked.done() and not asked.cancelled() and asked.exception() is None and asked.result()
 
 
 class Transaction:
@@ -95,6 +88,7 @@ class Transaction:
         self._before_step = before_step
         self._goes_down = goes_down
         self._doubts: set[asyncio.Future[None]] = set()
+        self._shutdown_note: asyncio.Future[None] | None = None
 
     @property
     def machine(self) -> Machine:
@@ -324,8 +318,8 @@ class Transaction:
         asked for it. `interrupted` says that khod is being stopped in the middle of a handover. Where the host is
         shut down, what it holds may be what has ended the handover, before khod itself is stopped: the record says so.
         """
-        under_way = self.phase
-        asked = asyncio.ensure_future(self._goes_down()) if self._goes_down and cause else None
+        if cause is not None:
+            self._shutdown_note = asyncio.ensure_future(self._note_shutdown(self._record.run, self.phase))
         if self.phase is not Phase.rolling_back:  # khod may have died while it rolled back
             self._machine = self._machine.to(Phase.rolling_back)
         self._record = replace(
@@ -344,9 +338,8 @@ class Transaction:
             left.add(Step.prepare)
         for step in set(self._machine.done) - left:
             self._machine = self._machine.undone(step)
-        if asked is not None and not self._record.interrupted and await _answered_yes(asked):
-            interrupted = f"a handover was at {under_way.value}, and was rolled back"
-            self._record = replace(self._record, interrupted=interrupted)
+        if self._shutdown_note is not None:
+            await asyncio.wait({self._shutdown_note}, timeout=SHUTDOWN_SECONDS)
         await self._end_rollback(cause, failures)
 
     async def _end_rollback(self, cause: KhoError | None, failures: Sequence[Failure]) -> None:
@@ -406,6 +399,21 @@ class Transaction:
         self._machine = Machine(Phase.verifying)
         await self.try_write_record()
         self.emit("this kernel was reached by a handover; what arrived is being checked")
+
+    async def _note_shutdown(self, run: str, under_way: Phase) -> None:
+        """Record that the host is shut down in the middle of this rollback, where systemd says so."""
+        try:
+            down = self._goes_down is not None and await self._goes_down()
+        except Exception:  # without an answer nothing is known of a shutdown
+            LOG.exception("systemd could not be asked whether the host is shut down")
+            return
+        if down and self._record.run == run and self.phase in RESTING | {Phase.rolling_back, Phase.failed}:
+            await self.note_interrupted(f"a handover was at {under_way.value}, and was rolled back")
+
+    async def settle_shutdown_note(self) -> None:
+        """Wait until systemd has answered what the last rollback asked, and the record has it."""
+        if self._shutdown_note is not None:
+            await asyncio.wait({self._shutdown_note})
 
     async def note_interrupted(self, what: str) -> None:
         """Record what the host was shut down in the middle of, where the rollback is over already."""

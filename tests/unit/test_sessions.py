@@ -14,7 +14,7 @@ import pytest
 
 from khod.abi.statx import statx
 from khod.config import Config, Deadlines
-from khod.engine import Engine
+from khod.engine import Engine, transaction
 from khod.errors import Exit, Failed, KhoError, Refused, Unreachable
 from khod.kernel.luo import Luo
 from khod.kernel.memory import Memory, read_memory
@@ -806,13 +806,25 @@ async def test_the_jump_waits_until_systemd_has_said_why_a_producer_left(host: L
     assert "reboot" not in host.kernel.calls
 
 
-async def test_a_shutdown_that_ends_a_handover_before_khod_is_stopped_is_said_after_the_boot(host: LuoHost) -> None:
-    host.shutdown = host.goes_down = down
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "after the rollback"])
+async def test_a_shutdown_that_ends_a_handover_before_khod_is_stopped_is_said_after_the_boot(
+    host: LuoHost, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transaction, "SHUTDOWN_SECONDS", 0)
+    over = asyncio.Event()
+
+    async def answers() -> bool:
+        if late:
+            await over.wait()
+        return True
+
+    host.shutdown, host.goes_down = down, answers
     engine = await host.started()
     async with holding(engine):
         await reached_member(host, engine)
         await engine.activate()  # no image is loaded: this shutdown is none into the next kernel
     await reached(host, engine, Phase.idle)
+    over.set()
     await engine.stop(jumping=False, going_down=True)
     with host.request() as request:
         assert request.kernel is not None
