@@ -11,7 +11,6 @@ import os
 import select
 import sys
 import threading
-import time
 from collections import deque
 from contextlib import suppress
 from types import TracebackType
@@ -27,8 +26,8 @@ PASSED_ON = 1 << 20
 """Bytes of each output of a command that reach the journal; one that never ends must not fill it."""
 BUFFER_BYTES = 4 << 20
 """Bytes that wait for a stream which is not read."""
-FLUSH_SECONDS = 1.0
-"""How long khod's end waits for what was not written yet."""
+STALL_SECONDS = 1.0
+"""How long khod's end waits for a stream that takes nothing more."""
 
 
 class Outlet:
@@ -61,10 +60,11 @@ class Outlet:
             self._bytes += len(data)
             self._changed.notify_all()
 
-    def flush(self, deadline: float) -> None:
-        """Wait until all is written or dropped, or until `deadline` (CLOCK_MONOTONIC)."""
+    def flush(self) -> None:
+        """Wait until all is written or dropped, or nothing was for STALL_SECONDS."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._bytes, max(0.0, deadline - time.monotonic()))
+            while self._bytes and self._changed.wait(STALL_SECONDS):
+                pass
 
     def _run(self) -> None:
         while True:
@@ -111,10 +111,9 @@ def start() -> None:
 
 @atexit.register
 def flush() -> None:
-    """Wait FLUSH_SECONDS, and no longer, until all is written."""
-    deadline = time.monotonic() + FLUSH_SECONDS
-    STDOUT.flush(deadline)
-    STDERR.flush(deadline)
+    """At khod's end, wait for what was not written yet."""
+    STDOUT.flush()
+    STDERR.flush()
 
 
 class Output:
