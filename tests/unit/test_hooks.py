@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from khod.errors import ConfigError, Exit, NotRolledBack, Refused
+from khod.errors import ConfigError, Exit, Refused
 from khod.producers.barrier import Barrier, Telling, Verb, Veto, ranks
 from khod.producers.hooks import PASSED_ON, Hook
 from khod.producers.identity import ended, process_of
@@ -349,8 +349,9 @@ async def test_an_undo_that_cannot_be_started_keeps_nobody_from_theirs(tmp_path:
     here = barrier(*scripts.values(), broken)
     await here.tell(Verb.freeze)
     for _again in range(2):
-        with pytest.raises(NotRolledBack, match="c: /bin/echo cannot be started"):
-            await here.undo(Verb.freeze)
+        [(name, error)] = await here.undo(Verb.freeze)
+        assert name == "c"
+        assert "/bin/echo cannot be started" in error.what
     told = (tmp_path / "told").read_text().split()
     assert sorted(told[2:]) == ["a", "b"], "the thaw of each, once"
 
