@@ -4,6 +4,7 @@ A file of lines, one for each registration and each leave, in this boot: an appe
 producer that registers some ten microseconds. It outlives khod, not the boot, so nothing of it is synced.
 """
 
+import errno
 import json
 import os
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Registrations:
                 else:
                     found = wire.decode(Registered, values["registered"])
                     self._known[found.name] = found
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # where there was no room for all of it
         self._boot_id = boot_id
         self._begin()
@@ -96,4 +97,6 @@ class Registrations:
         if self._lines > MAX_LINES:
             self._begin()
         else:
-            os.write(self._fd, self._line(values))
+            line = self._line(values)
+            if os.write(self._fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
