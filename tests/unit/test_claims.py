@@ -1,5 +1,6 @@
 """What arrived ends by `finish` and `forget` alone: nothing else that happens to khod or its record frees it."""
 
+import asyncio
 import errno
 import os
 from collections.abc import Awaitable, Callable, Iterator
@@ -10,14 +11,16 @@ import pytest
 
 from khod.config import Checks, Config, Deadlines
 from khod.engine import Engine
-from khod.errors import Exit, Failed, NotRolledBack, Refused
+from khod.errors import Exit, Failed, NotRolledBack, Refused, Unreachable
 from khod.kernel.simulated import Rebooted
 from khod.model import Phase
 from khod.producers.barrier import Producer
+from khod.producers.identity import process_of
+from khod.producers.peers import Answer, Terms
 from tests.unit.harness import ACTIVE
 from tests.unit.luo import LuoHost
 from tests.unit.scripted import Scripted, raises
-from tests.unit.test_sessions import HELD, holding, reached
+from tests.unit.test_sessions import HELD, OWNER, holding, reached
 
 
 @pytest.fixture
@@ -167,6 +170,25 @@ async def test_who_comes_while_a_handover_is_under_way_is_given_its_own_when_tha
         await reached(host, engine, Phase.verified)
         assert holder.came == {"table": HELD}
     assert host.fdstore.kept == {}
+
+
+async def test_an_abort_beside_a_late_restore_does_not_reach_the_next_handover(host: LuoHost) -> None:
+    engine = await degraded(host)
+    process = process_of(os.getpid())
+    assert process is not None
+    peer = await engine.register("kv", OWNER, process, Terms(10.0))
+    restore = await peer.next(None)
+    abort = asyncio.ensure_future(engine.abort())
+    await asyncio.sleep(0)
+    finish = await peer.next(Answer(restore.serial, "ready"))
+    answering = asyncio.ensure_future(peer.next(Answer(finish.serial, "ready")))
+    await abort
+    engine.muster.peers.leave(peer)
+    with pytest.raises(Unreachable):
+        await answering
+    os.close(restore.fds[0])
+    await engine.activate()
+    assert engine.machine.phase is Phase.active
 
 
 async def test_who_could_not_be_put_back_has_nothing_to_claim(host: LuoHost) -> None:
