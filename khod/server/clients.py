@@ -38,8 +38,12 @@ class Clients:
         sock.setblocking(False)
         if standing is Standing.other:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, OTHERS_SEND_BYTES)
-        self._everyone.add(Connection(self.shared, sock, caller, standing, place, self._forget))
-        return standing is not Standing.other
+        connection = Connection(self.shared, sock, caller, standing, place, self._forget)
+        self._everyone.add(connection)
+        if standing is Standing.other:
+            return False
+        connection.transport.begin()
+        return True
 
     def _forget(self, connection: Connection) -> None:
         self._everyone.discard(connection)

@@ -92,13 +92,14 @@ class Lane:
 
     def _turn(self) -> None:
         began = time.monotonic()
-        if self._allowance is not None and self._allowance.wait_seconds():
-            self._plan(0.0)
-            return
+        until = began + self._turn_seconds
+        if self._allowance is not None:
+            until = min(until, began + self._allowance.left_seconds())
         self._in_turn = True
         try:
-            self._collect()
-            while self._users and time.monotonic() - began < self._turn_seconds:
+            if until > began:
+                self._collect()
+            while self._users and time.monotonic() < until:
                 self._do_next()
         finally:
             self._in_turn = False

@@ -11,10 +11,8 @@ from khod.server.load import ACCEPT_SHARE, ACCEPT_SHARE_BUSY, Allowance
 
 BACKLOG = 64
 """Connections that wait to be accepted. Root's is behind so many of anyone's, and behind whoever waits for a place."""
-BURST_SECONDS = 0.005
-"""How long connections are accepted without a pause."""
-TURN_ACCEPTS = 32
-"""Connections that are accepted in one turn of the event loop."""
+TURN_SECONDS = 0.001
+"""How long connections are accepted in one turn of the event loop."""
 RETRY_SECONDS = 0.1
 """Until the next try where this process can hold no more descriptors."""
 
@@ -27,7 +25,7 @@ class Listener:
         self._socket = sock
         self._clients = clients
         self._loop = asyncio.get_running_loop()
-        self._allowance = Allowance(clients.shared.load.share(ACCEPT_SHARE, ACCEPT_SHARE_BUSY), BURST_SECONDS)
+        self._allowance = Allowance(clients.shared.load.share(ACCEPT_SHARE, ACCEPT_SHARE_BUSY))
         self._trusts = True
         self._timer: asyncio.TimerHandle | None = None
         sock.setblocking(False)
@@ -58,9 +56,10 @@ class Listener:
 
     def _accept(self) -> None:
         began = time.monotonic()
+        until = began + min(TURN_SECONDS, self._allowance.left_seconds())
         wait_seconds = 0.0
         try:
-            for _ in range(TURN_ACCEPTS):
+            while time.monotonic() < until:
                 sock, _ = self._socket.accept()
                 if self._clients.admit(sock):
                     break  # whoever has rights is served before the next ones are accepted

@@ -17,6 +17,11 @@ CLIENTS_SHARE, CLIENTS_SHARE_BUSY = 0.20, 0.05
 QUESTIONS_SHARE, QUESTIONS_SHARE_BUSY = 0.20, 0.05
 """Of the time, how long the engine may be at work on what they ask."""
 
+PERIOD_SECONDS = 0.01
+"""What a share of this earns is used without a pause: a client that asks now and then waits for nothing."""
+MIN_WAIT_SECONDS = 0.001
+"""The shortest pause: the event loop counts in milliseconds."""
+
 UNDER_WAY = frozenset(
     {
         Phase.preparing,
@@ -72,15 +77,18 @@ class Load:
 
 
 class Allowance:
-    """A share of the time: a bucket that fills at this rate, up to `burst_seconds`, and may be overdrawn once."""
+    """A share of the time: a bucket that fills at this rate, holds what a short period earns, and may be overdrawn."""
 
     def __init__(
-        self, share: Callable[[], float], burst_seconds: float, clock: Callable[[], float] = time.monotonic
+        self,
+        share: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+        period_seconds: float = PERIOD_SECONDS,
     ) -> None:
         self._share = share
-        self._burst_seconds = burst_seconds
         self._clock = clock
-        self._credit_seconds = burst_seconds
+        self._period_seconds = period_seconds
+        self._credit_seconds = share() * period_seconds
         self._filled_at = clock()
 
     def spend(self, seconds: float) -> None:
@@ -88,13 +96,18 @@ class Allowance:
         self._fill()
         self._credit_seconds -= seconds
 
+    def left_seconds(self) -> float:
+        """Give how much may be used now."""
+        self._fill()
+        return max(0.0, self._credit_seconds)
+
     def wait_seconds(self) -> float:
         """Give how long nothing more may be used; 0 where something may."""
         self._fill()
-        return 0.0 if self._credit_seconds > 0 else -self._credit_seconds / self._share() + 0.001
+        return 0.0 if self._credit_seconds > 0 else -self._credit_seconds / self._share() + MIN_WAIT_SECONDS
 
     def _fill(self) -> None:
-        now = self._clock()
-        earned = (now - self._filled_at) * self._share()
-        self._credit_seconds = min(self._burst_seconds, self._credit_seconds + earned)
+        now, share = self._clock(), self._share()
+        earned = (now - self._filled_at) * share
+        self._credit_seconds = min(share * self._period_seconds, self._credit_seconds + earned)
         self._filled_at = now

@@ -31,8 +31,6 @@ TURN_SECONDS = 0.005
 """How long clients with rights are served before the event loop looks after its other work."""
 OTHERS_TURN_SECONDS = 0.001
 """How long the others are."""
-BURST_SECONDS = 0.005
-"""What an allowance holds at the most: a client that asks now and then never waits for it."""
 
 
 class Shared:
@@ -53,9 +51,9 @@ class Shared:
         self._roots_room = Room(limits.files, limits.files)
         self._room = Room(limits.files, max(MAX_FDS, limits.files // 2), self._files)
         share = self.load.share(CLIENTS_SHARE, CLIENTS_SHARE_BUSY)
-        self._lane, self._others_lane = Lane(TURN_SECONDS), Lane(OTHERS_TURN_SECONDS, Allowance(share, BURST_SECONDS))
+        self._lane, self._others_lane = Lane(TURN_SECONDS), Lane(OTHERS_TURN_SECONDS, Allowance(share))
         share = self.load.share(QUESTIONS_SHARE, QUESTIONS_SHARE_BUSY)
-        self._answers, self._others_answers = Answers(), Answers(Allowance(share, BURST_SECONDS))
+        self._answers, self._others_answers = Answers(), Answers(Allowance(share))
         self.load.on_relief += [self._others_lane.go_on, self._others_answers.go_on]
         self._fixed: dict[Hashable, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()

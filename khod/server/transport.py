@@ -107,6 +107,11 @@ class Transport:
         """Do something for this client in its turn."""
         self._lane.submit(self, work)
 
+    def begin(self) -> None:
+        """Read what the client has sent already, without waiting for a turn."""
+        self.events |= READ
+        self.handle()
+
     def handle(self) -> None:
         """Do what the last events of epoll(7) call for; at most one message is read."""
         events, self.events = self.events, 0

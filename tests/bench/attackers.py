@@ -1,7 +1,7 @@
 """Root's activate and abort while 100 connections of five users without rights do their worst.
 
-The attackers have one processor's time in a cgroup, as the users of a host that shares its time between slices have;
-where there are no cgroups they are bound to one processor. In turn with them root does the same alone.
+The attackers are bound to one processor, in a cgroup where there are any, as users are in a slice of theirs: what is
+measured is khod, and not how a host divides its processors. In turn with them root does the same alone.
 """
 
 import os
@@ -29,13 +29,12 @@ CGROUPS = (
     (Path("/sys/fs/cgroup"), "cpu.max", f"{PERIOD_USEC} {PERIOD_USEC}"),
     (Path("/sys/fs/cgroup/cpu"), "cpu.cfs_quota_us", str(PERIOD_USEC)),
 )
-"""Where cgroups of version 2 and 1 are, and what holds one to a processor's time."""
+"""Where cgroups of version 2 and 1 are made, and what gives one a processor's time."""
 
 
 def run() -> Iterator[Figure]:
     """Measure one khod on the simulated kernel."""
     with khod() as (_pid, path), ExitStack() as stack:
-        Path(path).parent.chmod(0o755)  # so that others reach the socket
         crowd = [stack.enter_context(attackers.process(path, uid, CONNECTIONS)) for uid in USERS]
         how = stack.enter_context(_one_processor([process.pid for process in crowd]))
         rounds = []
@@ -76,7 +75,9 @@ def _signal(crowd: list["subprocess.Popen[str]"], number: signal.Signals) -> Non
 
 @contextmanager
 def _one_processor(pids: list[int]) -> Iterator[str]:
-    """Give these processes one processor's time together; says how."""
+    """Give these processes one processor together, and the weight of one slice; says how."""
+    for pid in pids:
+        os.sched_setaffinity(pid, {max(os.sched_getaffinity(0))})
     for parent, name, value in CGROUPS:
         group = parent / f"khod-bench-{os.getpid()}"
         if not (parent / "cgroup.procs").exists():
@@ -87,12 +88,10 @@ def _one_processor(pids: list[int]) -> Iterator[str]:
                 (group / name).write_text(value)
                 for pid in pids:
                     (group / "cgroup.procs").write_text(str(pid))
-                yield f"in a cgroup with {name}={value}"
+                yield f"on one processor in a cgroup, {name}={value}"
                 return
         finally:
             for pid in pids:
                 (parent / "cgroup.procs").write_text(str(pid))
             group.rmdir()
-    for pid in pids:
-        os.sched_setaffinity(pid, {max(os.sched_getaffinity(0))})
-    yield "bound to one processor"
+    yield "on one processor"

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,20 @@ class Khod:
         return client
 
     def connect_as(self, user: int) -> socket.socket:
-        """Connect as another user, who must reach the socket: `let_others_in`."""
+        """Connect as another user, whatever of the path is closed to it."""
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client.settimeout(DEADLINE)
+        self.directory.chmod(0o755)
+        directory = os.open(self.directory, os.O_PATH | os.O_DIRECTORY)
         os.setegid(user)
         os.seteuid(user)
         try:
-            return self.connect()
+            client.connect(f"/proc/self/fd/{directory}/{self.socket.name}")
         finally:
             os.seteuid(0)
             os.setegid(0)
+            os.close(directory)
+        return client
 
     @property
     def descriptors(self) -> int:
@@ -152,12 +159,12 @@ class Khod:
         self._notify.shutdown(socket.SHUT_RDWR)
 
 
-def let_others_in(directory: Path) -> None:
-    """Let other users reach a temporary directory."""
-    below = Path(tempfile.gettempdir())
-    for part in (directory, *directory.parents):
-        if below in part.parents:
-            part.chmod(0o755)
+@contextmanager
+def public_directory() -> Iterator[Path]:
+    """A directory that other users reach; pytest closes its own to them whenever another session begins."""
+    with tempfile.TemporaryDirectory(prefix="khod-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 def cli(path: Path, *words: str | Path) -> Answer:

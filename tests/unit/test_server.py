@@ -1,29 +1,21 @@
-"""What the server is made of: quotas, shares of time, turns, answers for many, the events' log, rights."""
+"""What the server is made of: rules, quotas, shares of time, turns, answers for many, the events' log."""
 
 import asyncio
-import grp
 import json
-import os
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from asyncvarlink.interface import varlinksignature
 
-from khod import server
-from khod.config import Access
-from khod.engine import Engine
 from khod.model import Event, Phase, Status
 from khod.protocol import Handover, Producer
-from khod.server import access, messages
-from khod.server.access import Caller, Groups, Standing
+from khod.server import messages
+from khod.server.access import Standing
 from khod.server.answers import Answers
-from khod.server.closer import Closer
 from khod.server.events import EventLog, Stream
-from khod.server.files import PassedFiles, Room, dispose
 from khod.server.lane import Lane
 from khod.server.limits import MAX_FDS, OWN_DESCRIPTORS, Limits, Quota
 from khod.server.load import Allowance, Load
@@ -31,6 +23,7 @@ from khod.server.places import Place, Places
 from khod.server.rules import EVERYONE, OPERATORS, PRODUCERS, RULES, Kind
 from khod.wire import INTERFACE, PRODUCER, SERVICE
 from tests.unit.harness import Host
+from tests.unit.turns import until
 
 LINUX_DESCRIPTORS = (1024, 8192, 524288)  # the usual soft limit, the unit's LimitNOFILE=, systemd's hard limit
 ALICE, BOB = 1000, 1001
@@ -177,7 +170,7 @@ class Clock:
 
 def test_an_allowance_is_a_share_of_the_time() -> None:
     clock = Clock()
-    allowance = Allowance(lambda: 0.1, 0.005, clock)
+    allowance = Allowance(lambda: 0.1, clock)
     used = 0.0
     while clock.now < 10.0:
         if wait := allowance.wait_seconds():
@@ -191,7 +184,7 @@ def test_an_allowance_is_a_share_of_the_time() -> None:
 
 def test_what_was_not_used_is_no_credit_for_later() -> None:
     clock = Clock()
-    allowance = Allowance(lambda: 0.1, 0.005, clock)
+    allowance = Allowance(lambda: 0.1, clock)
     clock.now = 3600.0
     allowance.spend(0.006)
     assert allowance.wait_seconds() > 0
@@ -255,11 +248,6 @@ async def lane_of(*users: int) -> AsyncIterator[tuple[Lane, list[Guest], list[in
         guest.close()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  # each turn of the event loop may bring it about
-        await asyncio.sleep(0)
-
-
 async def test_users_take_turns_however_many_connections_one_has() -> None:
     async with lane_of(*[ALICE] * 20, BOB) as (_lane, guests, heard):
         for guest in guests:
@@ -282,7 +270,7 @@ async def test_a_fault_in_one_clients_turn_ends_that_client_alone() -> None:
 
 async def test_a_lane_whose_allowance_is_used_up_is_not_looked_at() -> None:
     clock = Clock()
-    allowance = Allowance(lambda: 0.1, 0.005, clock)
+    allowance = Allowance(lambda: 0.1, clock)
     lane = Lane(TURN_SECONDS, allowance)
     heard: list[int] = []
     guest = Guest(ALICE, heard, lane)
@@ -345,7 +333,7 @@ async def test_questions_that_are_not_the_same_do_not_wait_for_each_other() -> N
 
 async def test_answers_wait_for_their_allowance_and_those_with_rights_have_their_own() -> None:
     clock = Clock()
-    allowance = Allowance(lambda: 0.1, 0.005, clock)
+    allowance = Allowance(lambda: 0.1, clock)
     others, mine, got = Answers(allowance), Answers(), []
     allowance.spend(3600.0)
 
@@ -438,224 +426,3 @@ async def test_the_end_comes_after_what_was_not_told_yet() -> None:
     log.close()
     await ended.wait()
     assert b"".join(monitor.sent) == b"first second last"
-
-
-# Descriptors
-
-
-@pytest.mark.parametrize("index", [-1, -2, 2, 253, True, False])
-def test_an_index_that_is_none_of_the_passed_descriptors(index: int) -> None:
-    closed: list[int] = []
-    files = PassedFiles([os.dup(1), os.dup(1)], closed.extend)
-    with pytest.raises(IndexError):
-        files[index]
-    files.close()
-    for fd in closed:
-        os.close(fd)
-
-
-def test_what_no_parameter_names_is_closed_at_once() -> None:
-    closed: list[int] = []
-    files = PassedFiles([10, 11, 12], closed.extend)
-    assert files[1].fileno() == 11
-    files.close_unnamed()
-    assert sorted(closed) == [10, 12]
-    files.close()
-    assert sorted(closed) == [10, 11, 12]
-
-
-class Waiting:
-    """A client that waits for room."""
-
-    def __init__(self, uid: int) -> None:
-        self.uid = uid
-        self.went_on = 0
-
-    def go_on(self) -> None:
-        self.went_on += 1
-
-
-def test_who_finds_no_room_goes_on_when_there_is_some_and_one_user_does_not_take_all() -> None:
-    room = Room(2 * MAX_FDS, MAX_FDS)
-    mine = [os.dup(1) for _ in range(MAX_FDS)]
-    room.take(ALICE, mine)
-    assert not room.has_room(ALICE)
-    assert room.has_room(BOB)
-    alice = Waiting(ALICE)
-    room.wait(alice)
-    room.close(ALICE, mine[:1])
-    assert alice.went_on == 0, "the largest message would not fit"
-    room.close(ALICE, mine[1:])
-    assert alice.went_on == 1
-
-
-async def test_a_socket_with_descriptors_in_it_is_closed_by_a_thread() -> None:
-    """The last reference to somebody else's file may block whoever drops it."""
-    closer, closed = Closer("test"), asyncio.Event()
-    ours, theirs = socket.socketpair()
-    socket.send_fds(theirs, [b"x"], [1])
-    dispose(ours, closer, closed.set)
-    assert closer.waiting == 1
-    await closed.wait()
-    assert closer.waiting == 0
-    with suppress(ConnectionResetError):
-        assert theirs.recv(1) == b""
-    theirs.close()
-
-
-@pytest.mark.parametrize("unread", [0, 1, 100_000])
-async def test_a_socket_without_is_closed_at_once(unread: int) -> None:
-    closer, closed = Closer("test"), asyncio.Event()
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    theirs.sendall(bytes(unread))
-    dispose(ours, closer, closed.set)
-    assert closed.is_set()
-    with suppress(ConnectionResetError):
-        assert theirs.recv(1) == b""
-    theirs.close()
-
-
-# Groups
-
-
-class Nss:
-    """Stands for the name service: `answers` is set when it does, and it knows these groups."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **groups: int) -> None:
-        self.groups = groups
-        self.answers = threading.Event()
-        self.threads: set[int] = set()
-        monkeypatch.setattr(grp, "getgrnam", self._getgrnam)
-        monkeypatch.setattr(access, "peer_credentials", lambda _sock: (1, ALICE, ALICE))
-        monkeypatch.setattr(access, "peer_groups", lambda _sock: (7, 8))
-
-    def _getgrnam(self, name: str) -> grp.struct_group:
-        self.threads.add(threading.get_ident())
-        assert self.answers.wait(20)
-        return grp.struct_group((name, "x", self.groups[name], []))
-
-
-async def test_groups_are_looked_up_once_and_never_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    nss = Nss(monkeypatch, kho=7, makers=8)
-    nss.answers.set()
-    settings = Access("kho", "makers")
-    groups, caller = Groups(lambda: settings), Caller(socket.socket())
-    await groups.wait()
-    for _ in range(10):
-        assert groups.standing(caller) is Standing.operator
-    assert len(nss.threads) == 1
-    assert threading.get_ident() not in nss.threads
-
-
-@pytest.mark.parametrize(
-    ("named", "standing"),
-    [
-        (Access("kho", "makers"), Standing.operator),
-        (Access("", "makers"), Standing.producer),
-        (Access("strangers", "makers"), Standing.producer),
-        (Access("strangers", ""), Standing.other),
-        (Access("unknown", "unknown"), Standing.other),
-        (Access("", ""), Standing.other),
-    ],
-    ids=str,
-)
-async def test_what_a_caller_is_by_its_groups(
-    monkeypatch: pytest.MonkeyPatch, named: Access, standing: Standing
-) -> None:
-    nss = Nss(monkeypatch, kho=7, makers=8, strangers=9)
-    nss.answers.set()
-    groups, caller = Groups(lambda: named), Caller(socket.socket())
-    await groups.wait()
-    assert groups.standing(caller) is standing
-
-
-async def test_a_reload_counts_at_once_and_a_new_group_when_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    nss = Nss(monkeypatch, kho=7, more=8)
-    nss.answers.set()
-    settings = Access("kho", "")
-    groups, caller = Groups(lambda: settings), Caller(socket.socket())
-    await groups.wait()
-    assert groups.standing(caller) is Standing.operator
-    nss.answers.clear()
-    settings = Access("more", "")
-    assert groups.standing(caller) is Standing.other
-    assert groups.is_pending
-    before = groups.changes
-    nss.answers.set()
-    await groups.wait()
-    assert groups.changes > before, "connections that are there ask again"
-    assert groups.standing(caller) is Standing.operator
-
-
-async def test_a_group_that_is_made_later_is_found_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    nss = Nss(monkeypatch)
-    nss.answers.set()
-    settings = Access("kho", "")
-    groups, caller = Groups(lambda: settings), Caller(socket.socket())
-    await groups.wait()
-    nss.groups["kho"] = 7
-    assert "kho" in groups.refusal(caller, "activate").remedy
-    assert not groups.is_pending, "not at every refusal: anyone can have as many as he likes"
-    monkeypatch.setattr(access, "RETRY_SECONDS", 0.0)
-    groups.refusal(caller, "activate")
-    await groups.wait()
-    assert groups.standing(caller) is Standing.operator
-
-
-@asynccontextmanager
-async def served(host: Host) -> AsyncIterator[tuple[Engine, Callable[[], socket.socket]]]:
-    """A khod in this event loop, and how to connect to it."""
-    engine = host.engine()
-    path, sock = str(host.directory / "socket"), socket.socket(socket.AF_UNIX)
-    sock.bind(path)
-    made = server.registry(server.Service(engine), server.Producers(engine))
-    listening = server.Listener(sock, server.connections(made, lambda: engine.config.access))
-    await engine.start()
-    clients: list[socket.socket] = []
-
-    def connect() -> socket.socket:
-        clients.append(socket.socket(socket.AF_UNIX))
-        clients[-1].setblocking(False)
-        clients[-1].connect(path)
-        return clients[-1]
-
-    try:
-        yield engine, connect
-    finally:
-        listening.close()
-        listening.abort_clients()
-        for client in clients:
-            client.close()
-
-
-async def ask(client: socket.socket, method: str, **parameters: object) -> dict[str, Any]:
-    """Make a call in this event loop; its reply."""
-    loop, text = asyncio.get_running_loop(), b""
-    call = {"method": method, "parameters": parameters}
-    await loop.sock_sendall(client, json.dumps(call).encode() + b"\0")
-    while not text.endswith(b"\0"):
-        piece = await loop.sock_recv(client, 1 << 16)
-        assert piece, "khod hung up"
-        text += piece
-    found: dict[str, Any] = json.loads(text[:-1])
-    return found
-
-
-async def test_a_name_service_that_hangs_is_waited_for_by_those_alone_who_need_it(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nss = Nss(monkeypatch, kho=7)
-    monkeypatch.setattr(access, "LOOKUP_WAIT_SECONDS", 0.2)
-    async with served(host) as (_engine, connect):
-        operator, other = connect(), connect()
-        refused = await ask(operator, f"{INTERFACE}.Activate")
-        assert refused["error"] == f"{INTERFACE}.Refused"
-        waits = asyncio.ensure_future(ask(operator, f"{INTERFACE}.Activate"))
-        assert (await ask(other, f"{INTERFACE}.Status"))["parameters"]["status"]["phase"] == "idle"
-        nss.answers.set()
-        answer = await waits
-        if "error" in answer:  # it had waited long enough before
-            answer = await ask(operator, f"{INTERFACE}.Activate")
-        assert answer["parameters"]["status"]["phase"] == "active"
-        assert threading.get_ident() not in nss.threads

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from khod.errors import Exit
-from tests.unit.khods import NOBODY, Khod, call, hung_up, khoctl, let_others_in, reply, run
+from khod.client import Client
+from khod.errors import Exit, UsageError
+from tests.unit.khods import NOBODY, Khod, call, hung_up, khoctl, public_directory, reply, run
 
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def khod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Khod]:
+def khod() -> Iterator[Khod]:
     """One khod for the whole file: what one client does must not harm the next."""
-    directory = tmp_path_factory.mktemp("khod")
-    let_others_in(directory)
-    made = Khod(directory)
-    yield made
-    made.close()
+    with public_directory() as directory:
+        made = Khod(directory)
+        yield made
+        made.close()
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +129,12 @@ def test_a_message_just_over_the_bound_is_answered(khod: Khod) -> None:
         assert answer["error"] == "io.kho.Handover.UsageError"
         assert str(MIB) in answer["parameters"]["what"]
         assert hung_up(client)
+
+
+def test_a_client_hears_why_its_message_was_not_taken(khod: Khod) -> None:
+    """Khod hangs up in the middle of it; what it said before that is still to be read."""
+    with Client(khod.socket) as client, pytest.raises(UsageError, match=str(MIB)):
+        client.ask("Kexec", {"kernel": {"cmdline": "x" * 8 * MIB}})
 
 
 def test_many_large_messages_that_are_each_within_the_bound(khod: Khod) -> None:
