@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint unit lab bench deb kernels clean
+.PHONY: demo test lint unit model lab bench deb kernels clean
 
 demo: $(VENV)/ready
 	@packaging/demo $(PY)
 
-test: lint unit lab
+test: lint unit model lab
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check khod khoctl tests
@@ -17,6 +17,9 @@ lint: $(VENV)/ready
 
 unit: $(VENV)/ready
 	$(PY) -m pytest tests/unit -n 2 --dist loadfile
+
+model: $(VENV)/ready
+	$(PY) -m pytest tests/model -n 2
 
 lab: $(VENV)/ready deb $(VENV)/lab-packages
 	$(PY) -m pytest tests/lab -n 2 --dist loadfile

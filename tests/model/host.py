@@ -1,0 +1,489 @@
+"""One khod on the modelled host: the one place that knows how khod is put together and spoken to.
+
+It stands for `khod.daemon` and `khod.server`: builds the engine over the model's collaborators, serves producers'
+connections, starts and stops it as systemd does.
+"""
+
+import asyncio
+import functools
+import typing
+from asyncio import events
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import khod.engine.queries
+import khod.executor
+import khod.kernel.account
+import khod.preflight.holders
+import khod.producers.peers
+import khod.wire
+from khod import cmdline, executor, fdstore, inhibitors
+from khod.abi.statx import Statx
+from khod.config import Config, Images
+from khod.engine import Engine
+from khod.errors import KhoError
+from khod.guard import Seen
+from khod.images import sealed
+from khod.images.kernel import Bundle, Kernel, take_apart
+from khod.images.sealed import Sealed
+from khod.inhibitors import Inhibitor
+from khod.kernel.kexec import Kexec
+from khod.kernel.luo import Luo
+from khod.kernel.memory import Memory
+from khod.kernel.probe import Probed, probe
+from khod.kernel.simulated import image
+from khod.kernel.thread import Workers
+from khod.machine import HELD, RESTING, STEPS
+from khod.model import Event, Phase, Status, Step
+from khod.producers.barrier import Producer
+from khod.record import Process as Identity
+from khod.record import Store
+from khod.sessions import Sessions
+from khod.target import Given, Request, Target
+from tests.model.calls import KernelCalls
+from tests.model.clock import VirtualLoop
+from tests.model.connection import Connection, Watcher, give
+from tests.model.disk import Disk
+from tests.model.faults import EXCEPTIONS, FOREVER, Faults, Fiber, Killed
+from tests.model.kernel import STATELESS, ImageFile, MemoryKernel
+from tests.model.patches import Replacement
+from tests.model.process import Pool, PooledWorker, Process, status_of
+from tests.model.systemd import KhodsStore, ServiceManager
+
+CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
+"""Phases in which a device that goes away, or a producer, ends the handover."""
+
+IMAGE = image()
+
+get_type_hints = functools.cache(typing.get_type_hints)
+"""Three quarters of the time that reading a record takes."""
+
+
+@functools.cache
+def about(kind: str) -> Kernel:
+    """What an image of this kind says of itself."""
+    with sealed.fill([IMAGE], "vmlinuz") as whole:
+        bundle = take_apart(whole, "x86_64", 1 << 30)
+    if bundle.kernel is not whole:
+        bundle.close()
+    return replace(bundle.about, marks=frozenset()) if kind == STATELESS else bundle.about
+
+
+def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
+    """What khod's modules find instead of what needs a real host; `khod_of` gives the one that runs."""
+    return [
+        (khod.engine.queries, "take", lambda *arguments: khod_of()._take(*arguments)),
+        (khod.executor, "run", lambda *argv: khod_of()._systemctl(*argv)),
+        (khod.wire, "get_type_hints", get_type_hints),
+        (khod.producers.peers, "ended", lambda process: khod_of()._ended(process)),
+        (khod.producers.peers, "process_of", lambda pid: khod_of()._process_of(pid)),
+        (khod.preflight.holders, "process_of", lambda pid: khod_of()._process_of(pid)),
+        (khod.kernel.account, "statx", statx),
+    ]
+
+
+def statx(fd: int) -> Statx:
+    """Describe a file of the model's."""
+    found = status_of(fd)
+    return Statx(found.st_blksize, found.st_mode, found.st_ino, found.st_size, found.st_blocks, (0, found.st_dev))
+
+
+class Scene(Protocol):
+    """What a khod needs of the host it runs on."""
+
+    kernel: MemoryKernel
+    disk: Disk
+    faults: Faults
+    systemd: ServiceManager
+    config: Config
+    world_loop: VirtualLoop
+
+    def file_producers(self) -> list[Producer]:
+        """Those with a file, as khod may tell them; ConfigError."""
+
+    def process_by(self, pid: int) -> Process | None:
+        """A producer's process, by its number."""
+
+    def heard(self, event: Event) -> None:
+        """What khod tells everyone."""
+
+    def record_is_hidden(self) -> None:
+        """A read says that there is no record, which is what an operator who removes it comes to."""
+
+    def jumped(self, by: str) -> None:
+        """The kernel that runs has gone."""
+
+    def finished(self, session: str) -> None:
+        """A session of the previous kernel was finished."""
+
+    def synced(self) -> None:
+        """Dirty pages were written back."""
+
+
+@dataclass
+class Operation:
+    """Something that was asked of khod. `result` or `error` once it is over."""
+
+    kind: str
+    began: float
+    task: "asyncio.Task[Any] | None" = None
+    result: Any = None
+    error: BaseException | None = None
+    ended: float | None = None
+    bound: float | None = None
+    """Until when it must be over, in virtual time."""
+    about: str = ""
+    faults: int = 0
+    """How many faults had fired when it began."""
+    phase: Phase = Phase.idle
+    """Where khod stood as it began."""
+    alone: bool = True
+    """Whether nothing else was under way then."""
+    noted: bool = False
+    """Whether the invariants have seen its end."""
+
+    @property
+    def over(self) -> bool:
+        return self.ended is not None
+
+    @property
+    def outcome(self) -> str:
+        if not self.over:
+            return "under way"
+        return "done" if self.error is None else f"{type(self.error).__name__}: {self.error}"
+
+
+class Khod:
+    """One incarnation of khod, from its start to its end."""
+
+    def __init__(self, scene: Scene, loop: VirtualLoop, pid: int) -> None:
+        self.scene, self.loop = scene, loop
+        self.process = Process("khod", pid)
+        self.connections: list[Connection] = []
+        self.operations: list[Operation] = []
+        self.pools: list[Pool] = []
+        self.last_event: Event | None = None
+        self.started = False
+        self.stopping = False
+        self._hanging: list[asyncio.Future[None]] = []
+        loop.pools = self._in_pool
+        self._default = Pool(self.process, loop, scene.faults, None)
+        self.pools.append(self._default)
+
+    def build(self) -> None:
+        """Put it together, as its process does before it starts; `replacements` are in place."""
+        previous = events._get_running_loop()
+        events._set_running_loop(self.loop)
+        try:
+            self.engine = self._engine()
+        finally:
+            events._set_running_loop(previous)
+
+    def _engine(self) -> Engine:
+        scene = self.scene
+        calls = KernelCalls(
+            scene.kernel, self.process, self.point, lambda: scene.jumped("khod"), scene.synced, scene.finished
+        )
+        kexec = Kexec(calls)
+        workers = Workers(
+            kernel=self._worker("The kernel", 1),
+            observer=self._worker("The kernel", 1),
+            disk=self._worker("The file system", 1),
+            files=self._worker("A file system", 2),
+            queries=self._worker("A check", 2),
+        )
+        store = KhodsStore(scene.systemd, self.point, self._settle)
+        sessions = Sessions(
+            Luo(calls),
+            workers.kernel,
+            store,
+            passed=scene.systemd.pass_to(self.process),
+            memory=lambda: Memory(1 << 40, 1 << 40),
+        )
+        jump = executor.immediate(kexec, workers.kernel, lambda: self.engine.config.deadlines.execute)
+
+        async def orderly() -> None:
+            await executor.orderly(sessions=sessions.held)
+
+        def prober() -> Probed:
+            self.point("prober", "before")
+            return probe(calls)
+
+        return Engine(
+            kexec,
+            prober,
+            Store(scene.disk.directory),
+            scene.config,
+            producers=self._producers,
+            sessions=sessions,
+            guard=self._made_guard,
+            orderly=orderly,
+            immediate=jump,
+            thread=workers.kernel,
+            workers=workers,
+            tell=self._tell,
+            inhibitors=self._inhibitors,
+            shutdown=self._on_the_way_before_an_abort,
+            goes_down=executor.goes_down,
+        )
+
+    # How it stands, by its own word
+
+    @property
+    def phase(self) -> Phase:
+        return self.engine.machine.phase
+
+    @property
+    def reason(self) -> str:
+        return self.engine._transaction.reason
+
+    @property
+    def done(self) -> tuple[Step, ...]:
+        return self.engine.machine.done
+
+    @property
+    def calls_hang(self) -> bool:
+        """Whether a blocking call of it is under way."""
+        return any(pool.hung for pool in self.pools)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something that was asked of it is not over."""
+        return any(not operation.over for operation in self.operations)
+
+    @staticmethod
+    def at_rest(status: Status) -> bool:
+        """Whether khod says that nothing of its own is held anywhere."""
+        return not status.stale and (status.phase in RESTING or status.phase is Phase.foreign)
+
+    @staticmethod
+    def says_foreign(status: Status) -> bool:
+        """Whether khod says that somebody else is at work in the kernel."""
+        return bool(getattr(status, "foreign", status.phase is Phase.foreign))
+
+    @staticmethod
+    def outcome(status: Status) -> Phase:
+        """What the handover of this boot came to, by khod's word."""
+        found = getattr(status, "outcome", status.phase)
+        return found if isinstance(found, Phase) else status.phase
+
+    @staticmethod
+    def not_undone(status: Status) -> set[str]:
+        """Steps that are reported as not put back, by name."""
+        return set(status.left)
+
+    # What is asked of it
+
+    def begin(self, kind: str, work: Callable[[], Coroutine[Any, Any, Any]], about: str = "") -> Operation:
+        """Ask something; it is begun with the loop's next turn."""
+        operation = Operation(
+            kind, self.loop.time(), about=about, faults=self.scene.faults.fired, phase=self.phase, alone=not self.busy
+        )
+        operation.task = self.loop.create_task(self._carry_out(operation, work))
+        self.operations = [each for each in self.operations if not (each.over and each.noted)]
+        self.operations.append(operation)
+        return operation
+
+    async def _carry_out(self, operation: Operation, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        try:
+            operation.result = await work()
+        except Killed:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the outcome, whatever it is
+            operation.error = error
+        operation.ended = self.loop.time()
+
+    def serve(self, work: Coroutine[Any, Any, Any]) -> None:
+        self.loop.create_task(work)
+
+    def start(self) -> Operation:
+        """Do what systemd's ExecStart= does."""
+
+        async def start() -> None:
+            with suppress(KhoError):
+                await self.engine.start()
+            self.started = True
+
+        return self.begin("start", start)
+
+    def stop(self) -> Operation:
+        """Do what SIGTERM does."""
+
+        async def stop() -> None:
+            self.stopping = True
+            jumping, going_down = await asyncio.gather(self._on_the_way(), executor.goes_down())
+            await self.engine.stop(jumping=jumping, going_down=going_down)
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            if others:
+                await asyncio.wait(others)
+
+        return self.begin("stop", stop)
+
+    def kexec(self, kind: str | None, *, now: bool, load_only: bool, hold: bool) -> Operation:
+        """khoctl kexec, with an image of this kind or without one."""
+
+        async def jump() -> None:
+            given = None
+            if kind is not None:
+                fd = self.process.open(ImageFile(kind, IMAGE))
+                given = Given(fd, kind)
+            try:
+                await self.engine.kexec(Request(given, now=now, load_only=load_only, hold=hold))
+            finally:
+                if given is not None:
+                    self.process.close(given.fd)
+
+        return self.begin("load" if load_only else "kexec", jump)
+
+    def reload(self, config: Config) -> None:
+        """systemctl reload."""
+        self.engine.config = config
+
+    def release_hung(self) -> None:
+        """Let whatever hangs for ever come back."""
+        for pool in self.pools:
+            pool.release()
+        hanging, self._hanging = self._hanging, []
+        for future in hanging:
+            self.loop.call_soon(give, future, None)
+
+    def die(self, *, completes: bool = False) -> None:
+        """SIGKILL, or its kernel's end: none of it runs any more."""
+        if not self.process.alive:
+            return
+        self.process.end()
+        for connection in self.connections:
+            connection.lost()
+        for pool in self.pools:
+            pool.abandon(completes=completes)
+
+    # Its collaborators
+
+    def point(self, site: str, when: str) -> None:
+        """A call that is about to be made, or has been: it may fail, hang, or be the last."""
+        if not self.process.alive:
+            raise Killed
+        faults = self.scene.faults
+        if faults.kills(site, when):
+            self.die()
+            raise Killed
+        fault = faults.at(site, when)
+        if fault is None:
+            return
+        if fault.seconds:
+            if Fiber.current is not None:
+                Fiber.current.stall(fault.seconds)
+            return
+        if (site, fault.error) == ("disk.read", "ENOENT"):
+            self.scene.record_is_hidden()
+        raise EXCEPTIONS[fault.error](site)
+
+    async def async_point(self, site: str, when: str) -> None:
+        """The same for a coroutine."""
+        if not self.process.alive or self.scene.faults.kills(site, when):
+            self.die()
+            raise Killed
+        fault = self.scene.faults.at(site, when)
+        if fault is None:
+            return
+        if fault.error:
+            raise EXCEPTIONS[fault.error](site)
+        if fault.seconds != FOREVER:
+            await asyncio.sleep(fault.seconds)
+            return
+        future: asyncio.Future[None] = self.loop.create_future()
+        self._hanging.append(future)
+        await future
+
+    def _producers(self) -> list[Producer]:
+        self.point("producers", "before")
+        return self.scene.file_producers()
+
+    def _made_guard(self, happened: Callable[[Seen], None]) -> Watcher:
+        self.guard = Watcher(self, happened)
+        return self.guard
+
+    def _tell(self, event: Event) -> None:
+        self.point("tell", "before")
+        self.last_event = event
+        self.scene.heard(event)
+        self.point("tell", "after")
+
+    async def _settle(self) -> None:
+        async with asyncio.timeout(fdstore.SETTLE):
+            await self.async_point("fdstore.settle", "before")
+
+    async def _inhibitors(self) -> list[Inhibitor] | None:
+        try:
+            async with asyncio.timeout(inhibitors.ASKING):
+                await self.async_point("inhibitors", "before")
+        except TimeoutError:
+            return None
+        return []
+
+    def _in_pool(self, pool: Any, function: Callable[[], Any]) -> "asyncio.Future[Any]":
+        return self._default.run(function) if pool is None else pool.run(function)
+
+    def _worker(self, subject: str, threads: int) -> PooledWorker:
+        made = Pool(self.process, self.loop, self.scene.faults, threads)
+        self.pools.append(made)
+        return PooledWorker(made, subject)
+
+    def _process_of(self, pid: int) -> Identity | None:
+        found = self.scene.process_by(pid)
+        return Identity(pid, pid) if found is not None and found.alive else None
+
+    def _take(self, request: Request, running: str, run: str, bounds: Images, machine: str = "") -> Target:  # noqa: ARG002
+        self.point("files.take", "before")
+        assert request.kernel is not None, "a request with an image"
+        kind = request.kernel.name
+        fd = self.process.open(ImageFile(kind, IMAGE))
+        whole = Sealed(fd, len(IMAGE), kind)
+        line = cmdline.compose(running, None, None, run, 2047)
+        words = cmdline.compare(running, line)
+        bundle = Bundle(("bzImage",), whole, None, None, "", "", about(kind))
+        return Target(whole, apart=bundle, cmdline=line, words=words)
+
+    async def _systemctl(self, *argv: str) -> tuple[int, str]:
+        """What `khod.executor` runs."""
+        systemd = self.scene.systemd
+        if "--version" in argv:
+            return 0, "systemd 262" if systemd.carries else "systemd 260"
+        if "is-system-running" in argv:
+            return 0, "running" if systemd.job is None else "stopping"
+        if "show" in argv:
+            await self.async_point("systemd.asked", "before")
+            if not systemd.answers:
+                return 1, "no answer"
+            kexec = systemd.job is not None and systemd.job.kexec
+            return 0, f"ActiveState=inactive\nJob={17 if kexec else 0}"
+        await self.async_point("systemctl", "before")
+        self.systemctl_kexec()
+        await self.async_point("systemctl", "after")
+        return 0, ""
+
+    def systemctl_kexec(self) -> None:
+        """systemctl kexec was taken."""
+        self.scene.systemd.begin(kexec=True, by="khod", run=self.engine.record.run)
+
+    async def _on_the_way(self) -> bool | None:
+        return await executor.on_the_way()
+
+    async def _on_the_way_before_an_abort(self) -> bool | None:
+        return await executor.on_the_way(executor.ASK_UNDO_SECONDS)
+
+    async def _ended(self, process: Identity | None) -> None:
+        """khod.producers.identity.ended."""
+        future: asyncio.Future[None] = self.loop.create_future()
+        if process is None:
+            await future
+            return
+        found = self.scene.process_by(process.pid)
+        if found is None or not found.alive:
+            return
+        found.on_end.append(lambda: (self.loop.call_soon(give, future, None), None)[1])
+        await future
