@@ -96,9 +96,9 @@ def _holders_without_peers(right: Any) -> Any:
 def _status_of_the_kernel_alone(right: Any) -> Any:
     async def status(self: Engine) -> Status:
         found: Status = await right(self)
-        return (
-            replace(found, phase=Phase.idle, exit_code=0) if found.phase in (Phase.degraded, Phase.foreign) else found
-        )
+        hidden = found.phase in (Phase.degraded, Phase.foreign)
+        phase = Phase.idle if hidden else found.phase
+        return replace(found, phase=phase, outcome=Phase.idle, foreign=False, exit_code=0)
 
     return status
 

@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import khod.engine.queries
 import khod.executor
 import khod.kernel.account
+import khod.kernel.luo
 import khod.preflight.holders
 import khod.producers.peers
+import khod.sessions
 import khod.wire
 from khod import cmdline, executor, fdstore, inhibitors
 from khod.abi.statx import Statx
@@ -80,7 +82,7 @@ def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
         (khod.producers.peers, "ended", lambda process: khod_of()._ended(process)),
         (khod.producers.peers, "process_of", lambda pid: khod_of()._process_of(pid)),
         (khod.preflight.holders, "process_of", lambda pid: khod_of()._process_of(pid)),
-        (khod.kernel.account, "statx", statx),
+        *((module, "statx", statx) for module in (khod.kernel.account, khod.kernel.luo, khod.sessions)),
     ]
 
 
