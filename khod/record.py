@@ -213,6 +213,13 @@ class Store:
         except (OSError, RecordError):
             return None
 
+    def remove_departure(self) -> None:
+        """Remove the copy that was left with the last jump, where there is one."""
+        try:
+            (self.directory / DEPARTURE).unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(error, self.directory / DEPARTURE) from error
+
     def set_aside(self) -> None:
         """Keep a record that cannot be read under another name: another is written in its place."""
         try:

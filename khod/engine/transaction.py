@@ -220,9 +220,10 @@ class Transaction:
         """Take the steps in order; on failure everything is put back and the cause raised."""
         recorded: Sequence[Step] = ()
         for number, step in enumerate(steps):
-            before = self._machine
+            before, caught_up = self._machine, False
             try:
                 await self._catch_up(step)
+                caught_up = True
                 await self.raise_if_cancelled()
                 ahead = None if step in recorded else recorded_ahead(steps[number:])
                 recorded = recorded if ahead is None else (step, *ahead)
@@ -231,7 +232,8 @@ class Transaction:
                 self.settle_cancel()
                 raise
             except Exception as error:  # noqa: BLE001 - whatever went wrong, a bug of ours too: it must be undone
-                await self._failed(error, step, before, hold=hold)
+                # Whoever came late and could not be brought up to the others is not left half-way by --hold.
+                await self._failed(error, step, before, hold=hold and caught_up)
         if self.phase is Phase.executing:
             return
         try:
@@ -397,7 +399,7 @@ class Transaction:
             record = replace(record, arrived_run=record.run, claims=record.producers)
         self._record = replace(record, producers=(), done=(), not_undone=(), interrupted="")
         self._machine = Machine(Phase.verifying)
-        await self.try_write_record()
+        await self.try_write_record(arrived=True)
         self.emit("this kernel was reached by a handover; what arrived is being checked")
 
     async def _note_shutdown(self, run: str, under_way: Phase) -> None:
@@ -454,12 +456,21 @@ class Transaction:
         """Write the record, durably; RecordError."""
         await self._write(self.current())
 
-    async def try_write_record(self, seconds: float = RECORD_SECONDS) -> None:
-        """Write the record where a failure must stop nothing: a full disk keeps nobody from being thawed."""
+    async def try_write_record(self, seconds: float = RECORD_SECONDS, *, arrived: bool = False) -> None:
+        """Write the record where a failure must stop nothing: a full disk keeps nobody from being thawed.
+
+        With `arrived` the copy that left with the jump has served, and goes: it says nothing of what this boot does.
+        """
+
+        def write() -> None:
+            self._store.write(record)
+            if arrived:
+                self._store.remove_departure()
+
         record = self.current()
         self._record = record
         try:
-            await self._disk.call(lambda: self._store.write(record), "writing the record", seconds)
+            await self._disk.call(write, "writing the record", seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is, the way back goes on
             self.emit(str(error))
 

@@ -283,6 +283,8 @@ class Khod:
         operation = Operation(
             kind, self.loop.time(), about=about, faults=self.scene.faults.fired, phase=self.phase, alone=not self.busy
         )
+        for other in self.operations:
+            other.alone = other.alone and other.over
         operation.task = self.loop.create_task(self._carry_out(operation, work))
         self.operations = [each for each in self.operations if not (each.over and each.noted)]
         self.operations.append(operation)

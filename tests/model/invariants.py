@@ -259,7 +259,7 @@ class Invariants:
 
     def _record(self) -> None:
         found = self.on_disk()
-        if self.damaged:
+        if self.damaged or self.removed:
             return
         if found.error:
             self.violated("record_readable", found.error)
@@ -368,7 +368,8 @@ class Invariants:
             return
         odd = self._held() or kernel.active or kernel.loaded or self.bad_outcome is not None
         if not odd:
-            self.damaged = self.damaged and (khod.phase not in RESTING or bool(self.on_disk().error))
+            forgotten = khod.phase in RESTING and not self.on_disk().error and not kernel.luo.unclaimed
+            self.damaged = self.damaged and not forgotten
             return
         if (status := world.ask_status()) is None:
             return
@@ -434,6 +435,8 @@ class Invariants:
                 self.violated("recovers", "khod does not answer")
             elif status.phase is Phase.executing and (world.systemd.job is not None or not world.systemd.answers):
                 pass  # nothing is undone under a jump that may still happen
+            elif self.removed:
+                pass  # there is no record of what was done
             elif status.phase is Phase.failed and "is gone or says nothing" in status.last_error:
                 pass  # nobody can be told any more, and that is said
             elif held or world.kernel.active or world.kernel.loaded:
