@@ -299,13 +299,16 @@ class Engine:
                 await self._transaction.note_interrupted(f"a handover was at {under_way.value}, and was rolled back")
             if failure := self._transaction.failure_after(cause):
                 raise failure  # whoever was under way has rolled back for this, and could not put everything back
-            self._transaction.settle_cancel()
+            if self._transaction.cause is cause:
+                self._transaction.settle_cancel()  # it found nothing to end; any other is still to be acted on
             observed = await self._observer.try_observe(self.config.deadlines.observe)
             phase = self.queries.effective_phase(observed)
             foreign = observed is not None and reconcile.foreign(self._transaction.current(), observed)
-            if phase is Phase.inconsistent or foreign:
+            unrecorded = force and phase in RESTING and not self.record.run
+            if phase is Phase.inconsistent or foreign or unrecorded:
                 await self._take_over(phase, observed, force=force)
             elif phase in RESTING:
+                self._transaction.settle_cancel()
                 return
             elif phase is Phase.failed:
                 self._transaction.attach(None)  # what failed may have been mended in a file since

@@ -83,7 +83,7 @@ async def _undo_producers(attempt: Attempt, steps: Sequence[Step], emit: Callabl
             failed = [("", KhoError(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more."))]
         if failed:
             items = tuple(
-                NotUndone(step.value, name, _words(error), error.remedy or "Help it, or do it by hand.")
+                NotUndone(step.value, name, _words(error), f"Help {name}, or do it by hand." if name else error.remedy)
                 for name, error in failed
             )
             failures.append(Failure(step, items))
