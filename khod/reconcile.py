@@ -94,7 +94,7 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
     if record.phase is Phase.verifying:
         return Found(Phase.idle, "the host booted again before the last handover was verified")
     by_our_kexec = marked(kernel.cmdline, record.run)
-    if by_our_kexec or (record.phase is Phase.executing and kernel.arrived):
+    if by_our_kexec or kernel.arrived:  # whoever's image it was: what the producers had left came with it
         return Found(Phase.verifying, "first start after the jump", Action.verify, _doubt(record))
     if record.phase is Phase.executing:
         return Found(
@@ -113,6 +113,8 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
 def _doubt(record: Record) -> str:
     if record.phase is Phase.executing or (record.phase in HELD and set(record.done) >= JUMPABLE):
         return ""
+    if record.phase in HELD and Step.freeze in record.done:
+        return "the host jumped into an image that khod had not loaded"
     if record.phase in (Phase.failed, Phase.rolling_back):
         return "the host jumped into the image of a handover that was being rolled back: what arrived is stale"
     return f"the host jumped while the handover was at {record.phase.value}: not every producer was frozen"

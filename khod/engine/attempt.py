@@ -262,7 +262,22 @@ class Attempt:
                 where="systemctl kexec",
                 remedy="Look at journalctl -b, or jump at once: khoctl kexec --now",
             )
-        await self._executed(execution)
+        try:
+            await self._executed(execution)
+        except Exception:
+            # systemctl may fail once systemd has taken its request. An immediate jump asks nobody.
+            if not hasattr(self._executor, "in_kernel"):
+                await self._refuse_under_shutdown()
+            raise
+
+    async def _refuse_under_shutdown(self) -> None:
+        """Raise JumpUnderWay where the host goes down."""
+        if await self.goes_down():
+            raise JumpUnderWay(
+                "The host is on its way into the next kernel: nothing was undone",
+                where="kexec.target",
+                remedy="Wait: where it does not go down, khod puts everything back by itself.",
+            )
 
     async def _stop_executor(self, execution: "asyncio.Future[None]") -> None:
         """Call off what only asks for the jump; JumpUnderWay where it cannot be, or where the host goes down."""
@@ -274,12 +289,7 @@ class Attempt:
             )
         execution.cancel()
         await asyncio.wait({execution}, timeout=CUT_SECONDS)
-        if await self.goes_down():
-            raise JumpUnderWay(
-                "The host is on its way into the next kernel: nothing was undone",
-                where="kexec.target",
-                remedy="Wait: where it does not go down, khod puts everything back by itself.",
-            )
+        await self._refuse_under_shutdown()
 
     async def _executed(self, execution: "asyncio.Future[None]") -> None:
         with self._kexec.listening() as quote:

@@ -278,3 +278,11 @@ def test_counts_of_another_boot_are_dropped_and_the_count_of_handovers_is_not() 
 
 def test_every_step_of_the_machine_is_in_this_file_s_table() -> None:
     assert {row.doing for row in STEPS.values()} | {row.done for row in STEPS.values()} == BEGUN.keys()
+
+
+@pytest.mark.parametrize("phase", [P.frozen, P.active, P.preparing])
+def test_state_that_came_with_somebody_else_s_image_is_verified_and_doubted(phase: Phase) -> None:
+    """LUO's sessions go along with any kexec; what the producers had left waits for them."""
+    found = reconcile(record(phase, BEFORE), replace(ARRIVED, cmdline="root=/dev/sda"))
+    assert (found.phase, found.action) == (P.verifying, Action.verify)
+    assert found.doubt
