@@ -172,10 +172,16 @@ class Attempt:
 
     async def undo_activate(self) -> None:
         """Leave the active phase, where the kernel is in it."""
+        kernel = self.kernel
+        if kernel is None:
+            raise Failed(
+                "The kernel could not be asked, so how it leaves its active phase is not known",
+                where="leaving the active phase",
+            )
 
         def leave() -> None:
-            if self.kernel is not None and self.kernel.active():
-                self.kernel.deactivate()
+            if kernel.active():
+                kernel.deactivate()
 
         await self._back(Step.activate, "leaving the active phase", leave)
 

@@ -14,6 +14,7 @@ from khod.engine.jump import Jump
 from khod.engine.observer import Observer
 from khod.engine.queries import NOTHING, Inhibitors, Queries, new_run
 from khod.engine.restoration import Restoration
+from khod.engine.rollback import bound_seconds
 from khod.engine.startup import Startup
 from khod.engine.transaction import Transaction, told_error
 from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused
@@ -282,7 +283,7 @@ class Engine:
 
     async def abort(self, *, force: bool = False) -> None:
         """Put everything back. With `force` also what khod did not do, or what it cannot know."""
-        await self._started.wait()
+        await self._wait_started()
         if self._transaction.phase is Phase.verifying:
             raise Refused("Producers are taking back what they left, which has no undo", remedy="khoctl verify")
         if self._transaction.phase is Phase.executing:
@@ -493,6 +494,27 @@ class Engine:
         settings = self.config.guard
         devices = {member.producer.name: member.producer.devices for member in attempt.barrier.members}
         self._guard.start(settings.abort, settings.record, devices)
+
+    async def _wait_started(self) -> None:
+        """Wait until khod's start is over; Failed where the kernel keeps it from that."""
+        try:
+            async with asyncio.timeout(self._start_seconds()):
+                await self._started.wait()
+        except TimeoutError:
+            raise Failed(
+                "khod has not come to the end of its start: the kernel does not say how it stands",
+                where="abort",
+                remedy="Look at the kernel log; khoctl status says what khod waits for.",
+            ) from None
+
+    def _start_seconds(self) -> float:
+        """More than a start may take that asks the kernel once and rolls back, whatever order the producers have."""
+        try:
+            producers = self.muster.everyone()
+        except KhoError:
+            producers = [*self.muster.peers.known()]
+        deadlines = self.config.deadlines
+        return deadlines.activate + bound_seconds(deadlines, ()) + sum(2 * producer.timeout for producer in producers)
 
     def _stop_watching(self) -> None:
         try:
