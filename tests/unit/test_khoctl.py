@@ -235,7 +235,9 @@ def test_check_says_what_it_looked_at(khod: Khod) -> None:
 
 
 def test_a_monitor_streams_every_phase(khod: Khod) -> None:
-    command = [sys.executable, "-m", "khoctl", f"--socket={khod.socket}", "monitor", "--json"]
+    # A shell leaves SIGINT ignored in what it starts in the background, and that is inherited.
+    heeding = ["env", "--default-signal=INT"]
+    command = [*heeding, sys.executable, "-m", "khoctl", f"--socket={khod.socket}", "monitor", "--json"]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as monitor:
         try:
             assert monitor.stdout is not None
