@@ -318,9 +318,9 @@ def test_a_hook_that_prints_a_gibibyte_is_heard_to_its_end_and_not_kept() -> Non
     """The most of it reaches neither our memory nor the journal."""
     ended = run(["-c", FLOOD.format(size=1 << 30)])
     assert ended.code == 0
-    grown, reason = ended.out.rstrip("\n").rpartition("\n")[2].split(" ", 1)
-    assert reason == "the end"
-    assert int(grown) < 16 << 10, "KiB"
+    grown = re.search(r"^(\d+) the end$", ended.out, re.MULTILINE)  # what was left out is said by a thread, at any time
+    assert grown is not None
+    assert int(grown[1]) < 16 << 10, "KiB"
     assert f"({(1 << 30) + 9 - PASSED_ON} bytes more were left out here)" in ended.err
     assert len(ended.err) < PASSED_ON + 1000
     assert PASSED_ON < len(ended.out) < PASSED_ON + 1000
