@@ -59,26 +59,34 @@ class Groups:
         """Look up the groups of `access`, which is asked for anew each time."""
         self._access = access
         self._seen: Access | None = None
+        self._looked_up_for: Access | None = None
         self._gids: dict[str, int | None] = {}
         self._thread: threading.Thread | None = None
         self._looked_up = asyncio.Event()
         self._asked_at = 0.0
         self._loop = asyncio.get_running_loop()
-        self.changes = 0
-        """How often somebody's standing may have changed."""
-        self.check()
+        self._changes = 0
+        self._check()
 
-    def check(self) -> None:
-        """Begin a lookup where the configuration is another one."""
+    @property
+    def changes(self) -> int:
+        """How often somebody's standing may have changed, a reload that nobody has asked after yet included."""
+        self._check()
+        return self._changes
+
+    def _check(self) -> None:
+        """Note a configuration that is another one, and begin a lookup; one that hangs is not begun twice."""
         access = self._access()
-        if access is not self._seen and self._thread is None:
+        if access is not self._seen:
             self._seen = access
-            self.changes += 1
+            self._changes += 1
+        if access is not self._looked_up_for and self._thread is None:
+            self._looked_up_for = access
             self._look_up([name for name in (access.group, access.producers) if name])
 
     def standing(self, caller: Caller) -> Standing:
         """Tell what a caller is now."""
-        self.check()
+        self._check()
         if caller.uid == 0:
             return Standing.root
         access = self._access()
@@ -125,10 +133,10 @@ class Groups:
 
     def _note(self, gids: dict[str, int | None]) -> None:
         self._gids |= gids
-        self.changes += 1
+        self._changes += 1
         self._thread = None
         self._looked_up.set()
-        self.check()  # there may have been a reload meanwhile
+        self._check()  # there may have been a reload meanwhile
 
 
 def gid_of(name: str) -> int | None:

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -164,3 +165,26 @@ async def test_a_name_service_that_hangs_is_waited_for_by_those_alone_who_need_i
             answer = await ask(operator, f"{INTERFACE}.Activate")
         assert answer["parameters"]["status"]["phase"] == "active"
         assert threading.get_ident() not in nss.threads
+
+
+@pytest.mark.parametrize("name_service", ["answers", "hangs"])
+async def test_a_reload_takes_rights_from_the_connections_that_are_there(
+    host: Host, monkeypatch: pytest.MonkeyPatch, name_service: str
+) -> None:
+    """Nobody else need come for it, and no lookup need end."""
+    nss = Nss(monkeypatch, kho=7)
+    nss.answers.set()
+    monkeypatch.setattr(access, "LOOKUP_WAIT_SECONDS", 0.2)
+    async with served(host) as (engine, connect):
+        operator = connect()
+        assert "error" not in await ask(operator, f"{INTERFACE}.Activate")
+        assert "error" not in await ask(operator, f"{INTERFACE}.Abort")
+        if name_service == "hangs":
+            nss.answers.clear()
+            engine.config = replace(engine.config, access=Access("kho", ""))
+            assert "error" not in await ask(operator, f"{INTERFACE}.Activate")
+            assert "error" not in await ask(operator, f"{INTERFACE}.Abort")
+        engine.config = replace(engine.config, access=Access("", ""))
+        refused = await ask(operator, f"{INTERFACE}.Activate")
+        nss.answers.set()
+        assert refused["error"] == f"{INTERFACE}.Refused"
