@@ -240,7 +240,7 @@ class Engine:
                 if self._transaction.phase in HELD:
                     await self._transaction.depart()
             if self._transaction.phase in RESTING:  # it was rolled back, and the host boots cold
-                await self._transaction.note_interrupted(f"a handover was at {under_way.value}, and was rolled back")
+                await self._transaction.note_interrupted(under_way)
         if self._transaction.phase is Phase.executing:
             await self._acting().barrier.leave()
 
@@ -297,7 +297,7 @@ class Engine:
             self._transaction.cancel(cause)
         async with self._at_work():
             if down and self._transaction.phase in RESTING and under_way not in RESTING:
-                await self._transaction.note_interrupted(f"a handover was at {under_way.value}, and was rolled back")
+                await self._transaction.note_interrupted(under_way)
             if failure := self._transaction.failure_after(cause):
                 raise failure  # whoever was under way has rolled back for this, and could not put everything back
             if self._transaction.cause is cause:
@@ -315,8 +315,7 @@ class Engine:
                 self._transaction.attach(None)  # what failed may have been mended in a file since
             elif phase is Phase.executing:  # what only asks for the jump may have come through meanwhile
                 await self._jump.check_may_be_called_back(self._acting(), force=force or stopping)
-            interrupted = f"a handover was at {phase.value}, and was rolled back" if down else ""
-            await self._roll_back(None, interrupted=interrupted)
+            await self._roll_back(None, interrupted=phase if down else None)
 
     async def _take_over(self, phase: Phase, observed: Observed | None, *, force: bool) -> None:
         """Take over what is not khod's, or of which its record does not say everything; Refused without `force`."""
@@ -642,7 +641,7 @@ class Engine:
     async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
         return await self._transaction.interruptible(work)
 
-    async def _roll_back(self, cause: KhoError | None, *, interrupted: str = "") -> None:
+    async def _roll_back(self, cause: KhoError | None, *, interrupted: Phase | None = None) -> None:
         self._acting()
         await self._transaction.roll_back(cause, interrupted=interrupted)
 

@@ -40,6 +40,8 @@ INTERRUPT_SECONDS = 5.0
 SHUTDOWN_SECONDS = 2.0
 """Seconds an undo that is over waits for systemd to say whether the host is shut down; the record may have it later."""
 
+ANYTHING = (Exception, asyncio.CancelledError)
+"""What a collaborator may raise, whatever it promises."""
 CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
 """Phases that a veto may still end: before the jump is asked for."""
 
@@ -49,13 +51,20 @@ def recorded_ahead(steps: Sequence[Step]) -> Sequence[Step]:
     return steps[1:2] if tuple(steps[:2]) == COALESCED else ()
 
 
-def told_error(error: Exception) -> KhoError:
+def told_error(error: BaseException) -> KhoError:
     """Return the error an operator is told."""
     if isinstance(error, KhoError):
         return error
     if isinstance(error, OSError):
         return Failed(str(error))
     return Failed(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more.")
+
+
+def raise_if_cancelling(error: BaseException) -> None:
+    """Raise it where this task is being ended from outside: khod's event loop ends, and nothing may be undone."""
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+        raise error
 
 
 class Transaction:
@@ -81,6 +90,7 @@ class Transaction:
         self._cancelled = asyncio.Event()
         self._acted_on: tuple[KhoError, KhoError] | None = None
         self._jump_asked = False
+        self._rolled_back_from = Phase.rolling_back
         self._note = ""
         self._store = store
         self._disk = disk
@@ -231,7 +241,8 @@ class Transaction:
             except JumpUnderWay:
                 self.settle_cancel()
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever went wrong, a bug of ours too: it must be undone
+            except ANYTHING as error:  # a bug of ours, too: it must be undone
+                raise_if_cancelling(error)
                 # Whoever came late and could not be brought up to the others is not left half-way by --hold.
                 await self._failed(error, step, before, hold=hold and caught_up)
         if self.phase is Phase.executing:
@@ -240,10 +251,11 @@ class Transaction:
             await self.raise_if_cancelled()
             await self.write_record()
             await self.raise_if_cancelled()
-        except Exception as error:  # noqa: BLE001 - as above
+        except ANYTHING as error:
+            raise_if_cancelling(error)
             await self._failed(error, None, self._machine, hold=False)
 
-    async def _failed(self, error: Exception, step: Step | None, before: Machine, *, hold: bool) -> NoReturn:
+    async def _failed(self, error: BaseException, step: Step | None, before: Machine, *, hold: bool) -> NoReturn:
         cause, called_off = told_error(error), self._cause is not None
         if not self._machine.done:
             self.settle_cancel()
@@ -313,22 +325,25 @@ class Transaction:
 
     # The way back
 
-    async def roll_back(self, cause: KhoError | None, *, said: str = "cancelled", interrupted: str = "") -> None:
+    async def roll_back(
+        self, cause: KhoError | None, *, said: str = "cancelled", interrupted: Phase | None = None
+    ) -> None:
         """Undo every step done; one that cannot be undone does not stop the others, and nothing is waited for forever.
 
         Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the operator
-        asked for it. `interrupted` says that khod is being stopped in the middle of a handover. Where the host is
-        shut down, what it holds may be what has ended the handover, before khod itself is stopped: the record says so.
+        asked for it. `interrupted` is where the handover was when khod was stopped by a shutdown of the host. A
+        shutdown may also be the cause, where it has stopped a producer before khod: systemd is asked, and the record
+        says so.
         """
         if cause is not None:
             self._shutdown_note = asyncio.ensure_future(self._note_shutdown(self._record.run, self.phase))
+        self._rolled_back_from = self.phase
+        if interrupted is not None:
+            self._set_interrupted(interrupted)
         if self.phase is not Phase.rolling_back:  # khod may have died while it rolled back
             self._machine = self._machine.to(Phase.rolling_back)
-        self._record = replace(
-            self._record,
-            interrupted=interrupted or self._record.interrupted,
-            last_error=self._record.last_error if cause is None else str(cause),
-        )
+        if cause is not None:
+            self._record = replace(self._record, last_error=str(cause))
         await self.try_write_record(RECORD_UNDO_SECONDS)
         self.emit(cause.what if cause else said)
         attempt = self._acting()
@@ -410,17 +425,23 @@ class Transaction:
             LOG.exception("systemd could not be asked whether the host is shut down")
             return
         if down and self._record.run == run and self.phase in RESTING | {Phase.rolling_back, Phase.failed}:
-            await self.note_interrupted(f"a handover was at {under_way.value}, and was rolled back")
+            await self.note_interrupted(under_way)
 
     async def settle_shutdown_note(self) -> None:
         """Wait until systemd has answered what the last rollback asked, and the record has it."""
         if self._shutdown_note is not None:
             await asyncio.wait({self._shutdown_note})
 
-    async def note_interrupted(self, what: str) -> None:
+    async def note_interrupted(self, under_way: Phase) -> None:
         """Record what the host was shut down in the middle of, where the rollback is over already."""
-        self._record = replace(self._record, interrupted=what)
+        self._set_interrupted(under_way)
         await self.try_write_record(RECORD_UNDO_SECONDS)
+
+    def _set_interrupted(self, under_way: Phase) -> None:
+        if under_way is Phase.rolling_back:  # which the shutdown itself may have brought about
+            under_way = self._rolled_back_from
+        what = "being rolled back" if under_way is Phase.rolling_back else f"at {under_way.value}, and was rolled back"
+        self._record = replace(self._record, interrupted=f"a handover was {what}")
 
     async def note_claims(self, claims: tuple[Holder, ...]) -> None:
         """Record who has not taken back what it left."""
