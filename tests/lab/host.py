@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,12 @@ class Host:
         """Give khoctl status as JSON."""
         found: dict[str, Any] = json.loads(self.khoctl("status", "--json", code=code).stdout)
         return found
+
+    def settled(self, code: int = 0) -> dict[str, Any]:
+        """Wait until a khod that was just started has rolled back, or has taken stock; status answers before."""
+        busy = 'khoctl status --json | grep -qE \'"phase": "(rolling_back|verifying)"\''
+        self.shell(f"timeout 60 sh -c {shlex.quote(f'while {busy}; do sleep 0.2; done')}")
+        return self.status(code)
 
     def shell(self, script: str, *, check: bool = True) -> str:
         """Run a shell script, give its standard output."""

@@ -80,7 +80,7 @@ def test_predictions_hold_over_two_jumps(online: Online) -> None:
     assert judged(host, "7.3.4")["result"] == "warn"
     host.kexec("7.3.4")
 
-    status = host.status(code=7)
+    status = host.settled(code=7)
     assert status["phase"] == "degraded"
     assert status["verdict"]["arrived"] == []
     assert "memblock" in status["verdict"]["missing"]

@@ -75,7 +75,7 @@ def watching(guest: Guest, name: str, action: str, *devices: str) -> Iterator[li
 
 
 def install(guest: Guest) -> None:
-    for name in ("__init__.py", "errors.py", "guard.py"):
+    for name in ("__init__.py", "errors.py", "guard.py", "text.py"):
         guest.put(f"/lab/khod/{name}", (REPOSITORY / "khod" / name).read_bytes())
 
 

@@ -159,7 +159,7 @@ def test_stopping_the_service_while_active_rolls_back(host: Host) -> None:
 def test_khod_killed_and_started_again_rolls_back(host: Host, words: tuple[str, ...]) -> None:
     host.khoctl(*words)
     host.guest.run(["systemctl", "kill", "--signal=SIGKILL", "kho-handover"])
-    assert "khod died" in host.status()["last_error"]  # the socket waits for the khod that systemd starts again
+    assert "khod died" in host.settled()["last_error"]  # the socket waits for the khod that systemd starts again
 
 
 def test_an_activation_by_hand_is_foreign_and_left_alone(host: Host) -> None:
@@ -204,31 +204,6 @@ def test_an_unprivileged_user_may_look_and_no_more(host: Host) -> None:
     refused = host.guest.run([*nobody, "khoctl", "activate"], check=False)
     assert refused.rc == 3
     assert "65534" in refused.stderr
-
-
-def test_a_load_attempted_while_kexec_load_is_disabled(host: Host) -> None:
-    """The sysctl stays set until a reboot, so this and the reset come last."""
-    host.shell("echo 1 > /proc/sys/kernel/kexec_load_disabled")
-    refused = host.khoctl("kexec", *image("7.3.4"), code=3)
-    assert "kexec_load_disabled" in refused.stderr
-    idle(host)
-
-
-def test_a_reset_instead_of_the_jump_is_a_cold_boot(host: Host) -> None:
-    host.guest.reset()
-    host.guest.wait_online()
-    idle(host)
-    host.guest.put("/run/systemd/system/slow.service", SLOW_TO_STOP)
-    host.shell("systemctl daemon-reload; systemctl start slow")
-    host.khoctl("kexec", *image("7.3.4"))
-    record = json.loads(host.guest.get("/var/lib/khod/handover.json"))  # the orderly shutdown waits for slow.service
-    assert record["phase"] == "executing"
-
-    host.guest.reset()
-
-    status = host.status(code=7)
-    assert status["phase"] == "cold_boot"
-    assert "booted cold" in status["last_error"]
 
 
 def test_a_veto_in_the_middle_of_three_kinds_and_ranks(host: Host) -> None:
@@ -283,3 +258,28 @@ def test_a_disk_that_is_plugged_in_while_active_ends_the_handover(host: Host) ->
     assert "pci device" in status["last_error"]
     assert "was added" in status["last_error"]
     assert "hardware changed" in host.khoctl("status").stdout
+
+
+def test_a_load_attempted_while_kexec_load_is_disabled(host: Host) -> None:
+    """The sysctl stays set until a reboot, so this and the reset come last: what the boot came to stays, too."""
+    host.shell("echo 1 > /proc/sys/kernel/kexec_load_disabled")
+    refused = host.khoctl("kexec", *image("7.3.4"), code=3)
+    assert "kexec_load_disabled" in refused.stderr
+    idle(host)
+
+
+def test_a_reset_instead_of_the_jump_is_a_cold_boot(host: Host) -> None:
+    host.guest.reset()
+    host.guest.wait_online()
+    idle(host)
+    host.guest.put("/run/systemd/system/slow.service", SLOW_TO_STOP)
+    host.shell("systemctl daemon-reload; systemctl start slow")
+    host.khoctl("kexec", *image("7.3.4"))
+    record = json.loads(host.guest.get("/var/lib/khod/handover.json"))  # the orderly shutdown waits for slow.service
+    assert record["phase"] == "executing"
+
+    host.guest.reset()
+
+    status = host.status(code=7)
+    assert status["phase"] == "cold_boot"
+    assert "booted cold" in status["last_error"]
