@@ -92,7 +92,7 @@ EXCEPTIONS: dict[str, Callable[[str], BaseException]] = {
     "Failed": lambda site: Failed("failed", where=site),
     "Refused": lambda site: Refused("refused", where=site),
     "Unsupported": lambda site: Unsupported("unsupported", where=site),
-    "RecordError": lambda site: RecordError("no room", where=site),
+    "RecordError": lambda site: RecordError("The record cannot be read: no room", where=site),
     "ConfigError": lambda site: ConfigError("wrong", where=site),
     "NotRolledBack": lambda site: NotRolledBack("held", where=site),
     "Veto": lambda site: Veto(f"no at {site}"),

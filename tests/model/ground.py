@@ -158,8 +158,15 @@ class Ground:
     def lost_member(self, service: Service) -> None:
         """A producer that took part is gone: the handover is to end."""
         khod = self.khod
-        if isinstance(service, PeerProcess) and khod is not None and khod.started and service.registered:
+        if not isinstance(service, PeerProcess) or khod is None or self.is_excused(service):
+            return
+        if khod.started and service.registered:
             self._must_end(f"{service.name} is gone")
+
+    def is_excused(self, service: Service) -> bool:
+        """Tell whether a producer may go: frozen, with the host on its way into the kexec, as systemd says."""
+        systemd = self.systemd
+        return service.frozen and self.kernel.loaded and systemd.job is not None and systemd.answers
 
     def _must_end(self, why: str) -> None:
         if self.khod is not None and self.khod.phase in CAN_END:

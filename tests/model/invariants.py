@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from khod.bounded import CUT_SECONDS
+from khod.engine.rollback import KERNEL, OVERHEAD_SECONDS
 from khod.errors import Exit, KhoError, RecordError
 from khod.machine import HELD, RESTING
 from khod.model import Event, Phase, Status, Step
+from khod.producers.barrier import UNDO
 from khod.record import Record, decode
 from khod.sessions import session_of
 from tests.model.kernel import Image
@@ -59,11 +62,10 @@ class OnDisk:
 
 
 def abort_bound(world: "Ground") -> float:
-    """Seconds in which an abort must be over: every deadline it may have to wait for, twice, and some for the disk."""
-    deadlines = world.config.deadlines
-    steps = deadlines.activate + deadlines.load + deadlines.execute + 4 * deadlines.rollback + deadlines.restore
-    producers = sum(3 * peer.timeout for peer in world.peers()) + sum(3 * file.timeout for file in world.files.values())
-    return float(2 * (steps + producers) + 600.0)
+    """Seconds in which an abort must be over: what `khoctl plan` prints, with each producer in a rank of its own."""
+    timeouts = [peer.timeout for peer in world.peers()] + [file.timeout for file in world.files.values()]
+    slowest = sum(timeout + CUT_SECONDS for timeout in timeouts)
+    return float(len(KERNEL) * world.config.deadlines.rollback + len(UNDO) * slowest + OVERHEAD_SECONDS)
 
 
 class Invariants:

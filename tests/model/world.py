@@ -88,7 +88,7 @@ class World(Ground):
     def do_leave(self, name: str) -> None:
         service = self.services[name]
         if isinstance(service, PeerProcess):
-            if service.registered and (service.frozen or service.prepared):
+            if service.registered and (service.frozen or service.prepared) and not self.is_excused(service):
                 self._must_end(f"{name} has left")
             service.hang_up()
 
