@@ -1,5 +1,6 @@
 """Everyone who takes part: the producers with a file, and those that connect."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ from khod.producers.barrier import Barrier, Member, Producer, Told, Verb, ranks
 from khod.producers.lost import Lost
 from khod.producers.peers import Peer, Peers, Terms
 from khod.record import Holder, Owner, Process
+
+LOG = logging.getLogger(__name__)
 
 
 class Muster:
@@ -91,6 +94,9 @@ class Muster:
             files = self._configured()
         except ConfigError as error:
             files, unreadable = list(error.readable), error
+        except Exception as error:
+            LOG.exception("the producers' files cannot be read")
+            files, unreadable = [], ConfigError(f"The producers' files cannot be read: {error!r}", where="producers.d")
         known = {(producer.name, producer.kind): producer for producer in [*files, *self.peers.known()]}
         if not holders and verb is not None:  # no record says who: then it may be anyone
             holders = [producer.holder() for producer in (*files, *self.peers.taking_part())]

@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -81,7 +82,7 @@ class Sessions:
         if session not in self._fds:
             if len(self._fds) >= MOST:
                 raise Refused(f"{MOST} producers have LUO sessions already", remedy="Let one producer hand over more.")
-            self._fds[session] = await self._on_device(lambda: self._luo.create(session), deadline)
+            self._fds[session] = await self._on_device(lambda: self._luo.create(session), deadline, self._close_late)
             self._store.put(session, self._fds[session])
             try:
                 await self._store.settle()
@@ -129,15 +130,14 @@ class Sessions:
         """Give the files of a session that came from the previous kernel: descriptors that are the caller's."""
         if session not in self._fds:
             # systemd brings them over a `systemctl kexec`; after an immediate jump nobody has asked the kernel yet.
-            self._fds[session] = await self._on_device(lambda: self._luo.retrieve(session), deadline)
-            self._store.put(session, self._fds[session])
+            await self._retrieve(session, deadline)
         fd = self._fds[session]
 
         def files() -> list[int]:
             self._account.release(session)  # nothing of it goes out
             return self._luo.files(fd, kept)
 
-        return await self._call(files, deadline)
+        return await self._call(files, deadline, lambda fds: self._close_late(*fds))
 
     async def finish(self, session: str, deadline: float) -> None:
         """Let go of a session whose files were all given back."""
@@ -152,7 +152,7 @@ class Sessions:
         """
         if session not in self._fds:
             try:
-                self._fds[session] = await self._on_device(lambda: self._luo.retrieve(session), deadline)
+                await self._retrieve(session, deadline)
             except KhoError as error:
                 if getattr(error.__cause__, "errno", None) in GONE:
                     return
@@ -185,13 +185,28 @@ class Sessions:
         """All sessions that are held, by name."""
         return sorted(self._fds)
 
-    async def _on_device(self, function: Callable[[], T], deadline: float) -> T:
+    async def _retrieve(self, session: str, deadline: float) -> None:
+        self._keep(
+            session, await self._on_device(lambda: self._luo.retrieve(session), deadline, partial(self._keep, session))
+        )
+
+    def _keep(self, session: str, fd: int) -> None:
+        """Keep a session of the previous kernel's, also one that came when nobody waited for it any more."""
+        self._fds[session] = fd
+        self._store.put(session, fd)
+
+    def _close_late(self, *fds: int) -> None:
+        """Close what came when nobody waited for it any more."""
+        for fd in fds:
+            self._thread.later(partial(os.close, fd))
+
+    async def _on_device(self, function: Callable[[], T], deadline: float, late: Callable[[T], object]) -> T:
         """Make a call that opens /dev/liveupdate; wait while another process has it."""
         try:
             async with asyncio.timeout(DEVICE_IS_HELD):
                 while True:
                     try:
-                        return await self._call(function, deadline)
+                        return await self._call(function, deadline, late)
                     except KhoError as error:
                         if getattr(error.__cause__, "errno", None) != errno.EBUSY:
                             raise
@@ -203,5 +218,5 @@ class Sessions:
                 remedy="Find it with: fuser /dev/liveupdate",
             ) from None
 
-    async def _call(self, function: Callable[[], T], deadline: float) -> T:
-        return await self._thread.call(function, "preserving files", deadline)
+    async def _call(self, function: Callable[[], T], deadline: float, late: Callable[[T], object] | None = None) -> T:
+        return await self._thread.call(function, "preserving files", deadline, late)

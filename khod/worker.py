@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from khod.errors import Failed
@@ -34,17 +35,29 @@ class Worker:
             threading.Thread(target=_work, args=(self._jobs,), name=f"{name}-{number}", daemon=True).start()
         self._end = weakref.finalize(self, _end, self._jobs, threads)
 
-    async def call(self, function: Callable[[], T], what: str, deadline: float | None) -> T:
+    async def call(
+        self,
+        function: Callable[[], T],
+        what: str,
+        deadline: float | None,
+        late: Callable[[T], object] | None = None,
+    ) -> T:
         """Return what `function` returns or raises; Failed after `deadline` seconds, while the call goes on.
 
-        With None it is waited for without a bound: the caller must be one that can be called off.
+        With None it is waited for without a bound: the caller must be one that can be called off. What comes when
+        the caller no longer waits is given to `late`, in the event loop: a descriptor must be closed, or kept.
         """
         if self._jobs.qsize() >= self._max_waiting:
             raise Failed(f"{self._subject} does not keep up: {self._jobs.qsize()} calls wait", where=what)
         future = self._submit(function)
-        await asyncio.wait({future}, timeout=deadline)
-        if future.done():
-            return future.result()
+        try:
+            await asyncio.wait({future}, timeout=deadline)
+            if future.done():
+                late = None
+                return future.result()
+        finally:
+            if late is not None:
+                future.add_done_callback(partial(_hand_over, late))
         raise Failed(
             f"{self._subject} did not come back from {what} within {deadline:g} s",
             where=what,
@@ -109,6 +122,11 @@ def _settle(future: "asyncio.Future[Any]", result: object, error: BaseException 
         future.set_exception(RuntimeError(repr(error)))
     else:
         future.set_exception(error)
+
+
+def _hand_over(late: Callable[[T], object], future: "asyncio.Future[T]") -> None:
+    if not future.cancelled() and future.exception() is None:
+        late(future.result())
 
 
 def _retrieve(future: "asyncio.Future[Any]") -> None:

@@ -228,18 +228,11 @@ class Queries:
         return await self._workers.queries.call(lambda: preflight.run(facts), "the checks", deadline)
 
     async def build_target(self, request: Request, observed: Observed, run: str) -> Target:
-        """Take the images into memory and look at them: slow, so long before anyone is frozen.
-
-        It may be called off: what arrives afterwards is closed.
-        """
+        """Take the images into memory and look at them: slow, so long before anyone is frozen. It may be called off."""
         bounds = self._config().images
-        work = self._workers.files.call(lambda: take(request, observed.cmdline, run, bounds), "reading the image", None)
-        task = asyncio.ensure_future(work)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(_close_target)
-            raise
+        return await self._workers.files.call(
+            lambda: take(request, observed.cmdline, run, bounds), "reading the image", None, late=Target.close
+        )
 
     async def _outgoing(self, observed: Observed) -> Tree | None:
         """The outgoing tree, where the kernel has one now: read in the kernel's thread, as v3 wants it."""
@@ -268,8 +261,3 @@ class Queries:
         finally:
             if target is not None:
                 target.close()
-
-
-def _close_target(task: "asyncio.Future[Target]") -> None:
-    if not task.cancelled() and task.exception() is None:
-        task.result().close()

@@ -104,7 +104,9 @@ def _status_of_the_kernel_alone(right: Any) -> Any:
 
 
 def _call_without_deadline(_right: Any) -> Any:
-    async def call(self: PooledWorker, function: Callable[[], Any], _what: str, _deadline: float) -> Any:
+    async def call(
+        self: PooledWorker, function: Callable[[], Any], _what: str, _deadline: float, _late: object = None
+    ) -> Any:
         return await self._submit(function)
 
     return call

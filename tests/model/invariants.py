@@ -130,6 +130,10 @@ class Invariants:
         if by == "job" and (job := world.systemd.job) is not None and job.called_back:
             self.violated("called_back", "khod had said that everything was put back")
 
+    def forget_events_of_devices(self) -> None:
+        """Another khod is started: what the one before had read and did not act on is lost with it (policy resume)."""
+        self.must_end = {run: why for run, why in self.must_end.items() if not why.startswith("device:")}
+
     def went_cold(self, job: Job) -> None:
         """A shutdown that was to end in a kexec found nothing to jump into."""
         if job.kexec and job.by == "khod" and job.called_back:
@@ -177,7 +181,7 @@ class Invariants:
             job.called_back = True
         self._put_back(operation)
         if operation.kind == "abort" and operation.about == "force" and operation.error is None:
-            self.removed = False
+            self.removed = self.removed and any(service.lost_its_file for service in self._world.everyone())
         if operation.kind in ("activate", "kexec", "load", "abort"):
             text = str(operation.error or "")
             if isinstance(operation.error, KhoError) and not text.isprintable():
@@ -355,7 +359,7 @@ class Invariants:
 
     def _bounded(self) -> None:
         khod = self._world.khod
-        if khod is None or khod.busy or khod.loop.ready or khod.phase not in RESTING:
+        if khod is None or khod.busy or khod.loop.ready or khod.phase not in RESTING or khod.calls_hang:
             return
         if len(khod.process.fds) > len(self._world.systemd.kept) + SPARE_DESCRIPTORS:
             self.violated("bounded", f"khod has {len(khod.process.fds)} descriptors open at rest")

@@ -6,10 +6,10 @@ import stat
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
-from khod.errors import Failed
 from khod.worker import Worker
 from tests.model.clock import VirtualLoop
 from tests.model.faults import FOREVER, Faults, Fiber, Killed
@@ -130,20 +130,14 @@ class PooledWorker(Worker):
     """A worker of khod's whose threads are the model's."""
 
     def __init__(self, pool: "Pool", subject: str) -> None:  # the parent's would start threads
-        self._pool, self._subject = pool, subject
+        self._pool, self._subject, self._max_waiting = pool, subject, 1
+        self._jobs: SimpleQueue[Any] = SimpleQueue()
 
     def later(self, function: Callable[[], object]) -> None:
         self._submit(function)
 
     def close(self) -> None:
         """Nothing: the calls that are queued are still made."""
-
-    async def call(self, function: Callable[[], Any], what: str, deadline: float | None) -> Any:
-        future = self._submit(function)
-        await asyncio.wait({future}, timeout=deadline)
-        if future.done():
-            return future.result()
-        raise Failed(f"{self._subject} did not come back from {what} within {deadline:g} s", where=what)
 
     def _submit(self, function: Callable[[], Any]) -> "asyncio.Future[Any]":
         future = self._pool.run(function)

@@ -92,6 +92,8 @@ class Service:
         self.run = ""
         self.frozen_run = ""
         """The handover it was frozen for last, if it still is or not."""
+        self.lost_its_file = False
+        """Whether its file was removed under it: only the record can say of it then."""
         self.behaviours: dict[str, list[Behaviour]] = {}
 
     def boot(self) -> None:
@@ -99,6 +101,7 @@ class Service:
         self.alive = True
         self.prepared = self.frozen = False
         self.run = self.frozen_run = ""
+        self.lost_its_file = False
 
     def next_behaviour(self, verb: str) -> Behaviour:
         planned = self.behaviours.get(verb)

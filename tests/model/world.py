@@ -104,7 +104,8 @@ class World(Ground):
         self._add_file(name)
 
     def do_remove_file(self, name: str) -> None:
-        self.files.pop(name, None)
+        if (file := self.files.pop(name, None)) is not None:
+            file.service.lost_its_file = file.service.frozen or file.service.prepared
 
     def do_break_files(self, broken: bool) -> None:
         self.broken = broken
@@ -114,7 +115,7 @@ class World(Ground):
     def do_device(self, action: str, subsystem: str) -> None:
         khod, event = self.khod, Uevent(action, subsystem, "/sys/devices/x")
         if khod is not None and khod.started and khod.guard.event(event):
-            self._must_end(f"{subsystem} {action}")
+            self._must_end(f"device: {subsystem} {action}")
 
     def do_foreign_load(self, image: str) -> None:
         passing = Process("kexec", next(self._pids))
@@ -170,6 +171,7 @@ class World(Ground):
         self.faults.kill = Fault(site, when, nth=nth)
 
     def do_start(self, then: Any) -> None:
+        self.invariants.forget_events_of_devices()
         self.start_khod(then)
 
     def do_sigterm(self, then: Any) -> None:
