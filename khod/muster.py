@@ -97,8 +97,11 @@ class Muster:
         except Exception as error:
             LOG.exception("the producers' files cannot be read")
             files, unreadable = [], ConfigError(f"The producers' files cannot be read: {error!r}", where="producers.d")
+        nobody_knows = not holders and verb is not None  # no record says who: then it may be anyone
+        if nobody_knows:
+            self.peers.expect_absent(run)
         known = {(producer.name, producer.kind): producer for producer in [*files, *self.peers.known()]}
-        if not holders and verb is not None:  # no record says who: then it may be anyone
+        if nobody_knows:
             holders = [producer.holder() for producer in (*files, *self.peers.taking_part())]
         told = {holder.name: Told(verb.value if verb else holder.told, holder.note) for holder in holders}
         producers: list[Producer] = []

@@ -217,6 +217,11 @@ class Attempt:
     # The jump
 
     @property
+    def immediate(self) -> bool:
+        """Whether it calls reboot(2) itself, and systemd knows nothing of it."""
+        return hasattr(self._executor, "in_kernel")
+
+    @property
     def in_kernel(self) -> bool:
         """Whether reboot(2) was called and has not come back: it may jump at any moment."""
         return getattr(self._executor, "in_kernel", False)
@@ -250,7 +255,7 @@ class Attempt:
             raise
         if not execution.done():
             await self._stop_executor(execution)
-            if hasattr(self._executor, "in_kernel"):  # which asks nobody
+            if self.immediate:
                 raise Failed(
                     f"sync(2) did not come back within {deadline:g} s: the host does not jump",
                     where="sync(2)",
@@ -272,7 +277,7 @@ class Attempt:
             await self._executed(execution)
         except Exception:
             # systemctl may fail once systemd has taken its request. An immediate jump asks nobody.
-            if not hasattr(self._executor, "in_kernel"):
+            if not self.immediate:
                 await self._refuse_under_shutdown()
             raise
 

@@ -70,19 +70,21 @@ class Jump:
 
     async def watch(self, attempt: Attempt) -> None:
         """Notice a jump that does not happen: it came back, or systemd has given it up."""
+        cause: KhoError = Failed(
+            "systemd took the request and does not take the host down",
+            where="kexec.target",
+            remedy="Look at journalctl -b and systemctl list-jobs.",
+        )
         try:
             await attempt.ended()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the jump does not come
-            await self._give_up(told_error(error))
-            return
+        except Exception as error:  # noqa: BLE001 - whatever it is: what asked for the jump has failed
+            cause = told_error(error)
+            # systemctl may fail once systemd has taken its request; of reboot(2) there is nothing to ask.
+            if attempt.immediate or not await attempt.goes_down():
+                await self._give_up(cause)
+                return
         while self._transaction.phase is Phase.executing and not self.going_down:
             await asyncio.sleep(max(WATCH_SECONDS, self._config().deadlines.execute))
             if self._transaction.phase is Phase.executing and await attempt.goes_down() is False:
-                await self._give_up(
-                    Failed(
-                        "systemd took the request and does not take the host down",
-                        where="kexec.target",
-                        remedy="Look at journalctl -b and systemctl list-jobs.",
-                    )
-                )
+                await self._give_up(cause)
                 return

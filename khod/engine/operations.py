@@ -296,26 +296,32 @@ class Engine:
         if self._busy.locked():
             self._transaction.cancel(cause)
         async with self._at_work():
-            if down and self._transaction.phase in RESTING and under_way not in RESTING:
-                await self._transaction.note_interrupted(under_way)
-            if failure := self._transaction.failure_after(cause):
-                raise failure  # whoever was under way has rolled back for this, and could not put everything back
-            if self._transaction.cause is cause:
-                self._transaction.settle_cancel()  # it found nothing to end; any other is still to be acted on
-            observed = await self._observer.try_observe(self.config.deadlines.observe)
-            phase = self.queries.effective_phase(observed)
-            foreign = observed is not None and reconcile.foreign(self._transaction.current(), observed)
-            unrecorded = force and phase in RESTING and not self.record.run
-            if phase is Phase.inconsistent or foreign or unrecorded:
-                await self._take_over(phase, observed, force=force)
-            elif phase in RESTING:
-                self._transaction.settle_cancel()
-                return
-            elif phase is Phase.failed:
-                self._transaction.attach(None)  # what failed may have been mended in a file since
-            elif phase is Phase.executing:  # what only asks for the jump may have come through meanwhile
-                await self._jump.check_may_be_called_back(self._acting(), force=force or stopping)
-            await self._roll_back(None, interrupted=phase if down else None)
+            try:
+                await self._put_back(cause, under_way, force=force, stopping=stopping, down=down)
+            finally:  # where this was refused, what has happened meanwhile may end the handover all the same
+                await self._act_on_cause(quiet=True)
+
+    async def _put_back(self, cause: KhoError, under_way: Phase, *, force: bool, stopping: bool, down: bool) -> None:
+        if down and self._transaction.phase in RESTING and under_way not in RESTING:
+            await self._transaction.note_interrupted(under_way)
+        if failure := self._transaction.failure_after(cause):
+            raise failure  # whoever was under way has rolled back for this, and could not put everything back
+        if self._transaction.cause is cause:
+            self._transaction.settle_cancel()  # it found nothing to end; any other is still to be acted on
+        observed = await self._observer.try_observe(self.config.deadlines.observe)
+        phase = self.queries.effective_phase(observed)
+        foreign = observed is not None and reconcile.foreign(self._transaction.current(), observed)
+        unrecorded = force and phase in RESTING and not self.record.run
+        if phase is Phase.inconsistent or foreign or unrecorded:
+            await self._take_over(phase, observed, force=force)
+        elif phase in RESTING:
+            self._transaction.settle_cancel()
+            return
+        elif phase is Phase.failed:
+            self._transaction.attach(None)  # what failed may have been mended in a file since
+        elif phase is Phase.executing:  # what only asks for the jump may have come through meanwhile
+            await self._jump.check_may_be_called_back(self._acting(), force=force or stopping)
+        await self._roll_back(None, interrupted=phase if down else None)
 
     async def _take_over(self, phase: Phase, observed: Observed | None, *, force: bool) -> None:
         """Take over what is not khod's, or of which its record does not say everything; Refused without `force`."""

@@ -1,5 +1,6 @@
 """The first thing a khod does: compare its record with the kernel, and know who may come back."""
 
+import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -15,6 +16,9 @@ from khod.model import Observed, Step
 from khod.producers.peers import Peers
 from khod.reconcile import Action, Found
 from khod.record import Record, Store
+
+ASK_AGAIN_SECONDS = 5.0
+"""Between a question to the kernel that came to nothing and the next one."""
 
 
 class Startup:
@@ -53,7 +57,7 @@ class Startup:
             current = reconcile.settled(current, found, observed)
         self._transaction.start(found, current)
         self._peers.remember(observed.boot_id)
-        self._expect(found, current)
+        self._expect(found, current, observed)
         return found, observed, note
 
     async def _read_record(self) -> Record | RecordError | None:
@@ -74,6 +78,7 @@ class Startup:
                 return Observed(record.boot_id, record.release, active=None, loaded=loaded, arrived=False, cmdline="")
             # Whether state came in is no guess: what is taken for a cold boot gives up what arrived.
             self._transaction.emit("the kernel does not say how it stands: it is asked again")
+            await asyncio.sleep(ASK_AGAIN_SECONDS)  # it may have failed at once
         return observed
 
     async def _boot_id(self) -> str:
@@ -99,9 +104,12 @@ class Startup:
             return departed
         return None
 
-    def _expect(self, found: Found, record: Record) -> None:
-        """Say who may come back: those of the handover under way, and those with something to claim."""
-        if found.action is Action.verify and not record.claims:
+    def _expect(self, found: Found, record: Record, observed: Observed) -> None:
+        """Say who may come back: those of the handover under way, and those with something to claim.
+
+        At the first start after a jump the claims are those of the boot before, and were lost in it.
+        """
+        if found.action is Action.verify and (record.boot_id != observed.boot_id or not record.claims):
             self._peers.expect(record.producers, record.run, restoring=True)
             return
         self._peers.expect(record.claims, record.arrived_run, restoring=True)

@@ -391,6 +391,12 @@ class Peers:
         """Whether a peer that is connected wants to be told before or after this producer."""
         return self._named[name] > 0
 
+    def expect_absent(self, run: str) -> None:
+        """Count on those that have not come back since khod was restarted: any of them may be frozen."""
+        terms = vars(Terms())
+        holders = [Holder(one.name, KIND, owner=one.owner, process=one.process, **terms) for one in self.absent]
+        self.expect(holders, run, restoring=False)
+
     def expect(self, holders: Iterable[Holder], run: str, *, restoring: bool) -> None:
         """Wait for producers that an earlier khod knew, of this boot or (`restoring`) of the one before."""
         for holder in holders:

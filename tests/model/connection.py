@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from khod import wire
 from khod.errors import KhoError, Refused, UsageError
 from khod.guard import Seen, Severity, Uevent, Watch
 from khod.producers.peers import Peer, Terms
+from khod.producers.registrations import Registrations
 from khod.protocol import Word
 from khod.record import Owner
 from khod.record import Process as Identity
@@ -17,6 +20,32 @@ from tests.model.process import duplicate
 
 if TYPE_CHECKING:
     from tests.model.host import Khod
+
+
+class KeptRegistrations(Registrations):
+    """The registrations below /run: khod's death leaves them, and its kernel's end does not."""
+
+    def __init__(self, khod: "Khod", lines: list[str]) -> None:
+        super().__init__(Path("/run/khod/registrations"))
+        self._khod, self._kept, self._open = khod, lines, False
+
+    def _read(self) -> list[str]:
+        self._khod.point("registrations", "before")
+        return list(self._kept)
+
+    def _begin(self) -> None:
+        self._khod.point("registrations", "before")
+        found = [self._line({"registered": wire.plain(found)}) for found in self._known.values()]
+        self._kept[:] = b"".join(found).decode().splitlines()
+        self._open = True
+
+    def _append(self, values: dict[str, object]) -> None:
+        if self._open:
+            self._khod.point("registrations", "before")
+            self._kept += self._line(values).decode().splitlines()
+
+    def close(self) -> None:
+        self._open = False
 
 
 class Watcher:

@@ -36,7 +36,16 @@ SYNC_SITES = (
 )
 """Calls that block: they are made in threads, can hang there, and come back when they do."""
 
-LOOP_SITES = ("tell", "guard.start", "guard.stop", "guard.look", "fdstore.put", "fdstore.remove", "producers")
+LOOP_SITES = (
+    "tell",
+    "guard.start",
+    "guard.stop",
+    "guard.look",
+    "fdstore.put",
+    "fdstore.remove",
+    "producers",
+    "registrations",
+)
 """Calls made from the event loop: they raise or they are done."""
 
 ASYNC_SITES = (

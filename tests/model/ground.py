@@ -82,6 +82,7 @@ class Ground:
         self.kernel = MemoryKernel(setting.kernel, lambda: str(self.new_uuid()))
         self.systemd = ServiceManager()
         self.left: dict[str, Left] = {}
+        self.registrations: list[str] = []
         self.services: dict[str, Service] = {}
         self.files: dict[str, FileProducer] = {}
         self.shadows = {PEERS[0]: Service(PEERS[0], self, f"file {PEERS[0]}")}
@@ -326,8 +327,9 @@ class Ground:
         orderly = by == "job"
         run = _run_of(image)
         arrives = image.kind == self.kernel.kind and not self.lose and not self.cold
-        self.left = self._what_left(arrives, carried=not orderly or self.systemd.carries)
         tree = self.kernel.carried(image) if arrives else None
+        arrives = tree is not None  # the sessions, too: the tree says where they are
+        self.left = self._what_left(arrives, carried=not orderly or self.systemd.carries)
         changed, cold = self.change, self.cold
         self.lose = self.cold = self.change = False
         self.tree_arrived = tree is not None and not changed
@@ -378,6 +380,7 @@ class Ground:
             service.boot()
         self.kernel.luo.jump(arrives=outgoing)
         self.kernel.boot(kind, line, tree)
+        self.registrations.clear()
         self.systemd.boot(self.kernel.luo, orderly=by == "job")
         self.boot_by, self.boot_run = by, run
         self.invariants.booted()

@@ -46,7 +46,7 @@ from khod.sessions import Sessions
 from khod.target import Given, Request, Target
 from tests.model.calls import KernelCalls
 from tests.model.clock import VirtualLoop
-from tests.model.connection import Connection, Watcher, give
+from tests.model.connection import Connection, KeptRegistrations, Watcher, give
 from tests.model.disk import Disk
 from tests.model.faults import EXCEPTIONS, FOREVER, Faults, Fiber, Killed
 from tests.model.kernel import STATELESS, ImageFile, MemoryKernel
@@ -101,6 +101,8 @@ class Scene(Protocol):
     systemd: ServiceManager
     config: Config
     world_loop: VirtualLoop
+    registrations: list[str]
+    """Lines of a file below /run."""
 
     def file_producers(self) -> list[Producer]:
         """Those with a file, as khod may tell them; ConfigError."""
@@ -191,10 +193,10 @@ class Khod:
         kexec = Kexec(calls)
         workers = Workers(
             kernel=self._worker("The kernel", 1),
-            observer=self._worker("The kernel", 1),
+            observer=self._worker("The kernel", 1, 64),
             disk=self._worker("The file system", 1),
             files=self._worker("A file system", 2),
-            queries=self._worker("A check", 2),
+            queries=self._worker("A check", 2, 256),
         )
         store = KhodsStore(scene.systemd, self.point, self._settle)
         sessions = Sessions(
@@ -229,6 +231,7 @@ class Khod:
             inhibitors=self._inhibitors,
             shutdown=self._on_the_way_before_an_abort,
             goes_down=executor.goes_down,
+            registrations=KeptRegistrations(self, scene.registrations),
         )
 
     # How it stands, by its own word
@@ -432,10 +435,10 @@ class Khod:
     def _in_pool(self, pool: Any, function: Callable[[], Any]) -> "asyncio.Future[Any]":
         return self._default.run(function) if pool is None else pool.run(function)
 
-    def _worker(self, subject: str, threads: int) -> PooledWorker:
+    def _worker(self, subject: str, threads: int, max_waiting: int = 1 << 16) -> PooledWorker:
         made = Pool(self.process, self.loop, self.scene.faults, threads)
         self.pools.append(made)
-        return PooledWorker(made, subject)
+        return PooledWorker(made, subject, max_waiting)
 
     def _process_of(self, pid: int) -> Identity | None:
         found = self.scene.process_by(pid)

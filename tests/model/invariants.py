@@ -119,9 +119,15 @@ class Invariants:
         run = next((word[9:] for word in image.cmdline.split() if word.startswith("khod.run=")), "")
         if by == "foreign" or not run:
             return
+        record = self.on_disk().record
+        if record.phase is Phase.failed and Step.load in record.done:
+            return  # it could not be unloaded, and khod has said so: do not reboot
         if (why := self.must_end.get(run)) is not None:
             self.violated("event_lost", f"{why} in run {run}, and the host jumped all the same (by {by})")
+        waiting = {holder.name for holder in record.claims}  # they take no part, where the check lets it pass
         for service in self._members():
+            if service.name in waiting:
+                continue
             took_part = by == "khod" or run in (service.run, service.frozen_run)
             if took_part and not service.frozen and self.khod_was_up:
                 self.violated(
@@ -130,9 +136,12 @@ class Invariants:
         if by == "job" and (job := world.systemd.job) is not None and job.called_back:
             self.violated("called_back", "khod had said that everything was put back")
 
-    def forget_events_of_devices(self) -> None:
-        """Another khod is started: what the one before had read and did not act on is lost with it (policy resume)."""
-        self.must_end = {run: why for run, why in self.must_end.items() if not why.startswith("device:")}
+    def forget_events(self) -> None:
+        """Another khod is started, which may resume: what the one before had read and not acted on went with it.
+
+        A producer that is gone is missed before the next step: see jump_frozen.
+        """
+        self.must_end.clear()
 
     def went_cold(self, job: Job) -> None:
         """A shutdown that was to end in a kexec found nothing to jump into."""
@@ -175,9 +184,10 @@ class Invariants:
         says_back = (
             operation.error is None if operation.kind == "abort" else operation.kind == "kexec" and operation.error
         )
-        forced = operation.about == "force" and not world.systemd.answers  # by somebody who knows more than khod
         job, khod = world.systemd.job, world.khod
-        if says_back and not forced and job is not None and khod is not None and khod.phase in RESTING:
+        if job is not None and operation.about == "force" and not world.systemd.answers:
+            job.forced = True
+        if says_back and job is not None and not job.forced and khod is not None and khod.phase in RESTING:
             job.called_back = True
         self._put_back(operation)
         if operation.kind == "abort" and operation.about == "force" and operation.error is None:
@@ -424,7 +434,8 @@ class Invariants:
     def claims(self) -> list[str]:
         """The producers whose state waits for them, by the record of a host at rest."""
         record = self.on_disk().record
-        return [holder.name for holder in record.claims] if record.phase in RESTING else []
+        of_this_boot = record.boot_id == self._world.kernel.boot_id
+        return [holder.name for holder in record.claims] if of_this_boot and record.phase in RESTING else []
 
     def recovered(self) -> None:
         """Everything is mended and an abort was made: nothing is held any more."""

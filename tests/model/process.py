@@ -6,9 +6,8 @@ import stat
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from khod.worker import Worker
 from tests.model.clock import VirtualLoop
@@ -129,9 +128,9 @@ def forget_all() -> None:
 class PooledWorker(Worker):
     """A worker of khod's whose threads are the model's."""
 
-    def __init__(self, pool: "Pool", subject: str) -> None:  # the parent's would start threads
-        self._pool, self._subject, self._max_waiting = pool, subject, 1
-        self._jobs: SimpleQueue[Any] = SimpleQueue()
+    def __init__(self, pool: "Pool", subject: str, max_waiting: int) -> None:  # the parent's would start threads
+        self._pool, self._subject, self._max_waiting = pool, subject, max_waiting
+        self._jobs = cast("Any", pool.jobs)
 
     def later(self, function: Callable[[], object]) -> None:
         self._submit(function)
@@ -145,6 +144,14 @@ class PooledWorker(Worker):
         return future
 
 
+class Jobs(deque[Any]):
+    """Calls that are not begun yet."""
+
+    def qsize(self) -> int:
+        """How many there are, as a queue.SimpleQueue says it."""
+        return len(self)
+
+
 class Pool:
     """Threads of a khod, in virtual time: `width` calls side by side, the others wait behind them.
 
@@ -155,7 +162,7 @@ class Pool:
         self._process, self._loop, self._faults = process, loop, faults
         self._width = width
         self._running = 0
-        self._queue: deque[tuple[Callable[[], Any], Callable[[Any, BaseException | None], None]]] = deque()
+        self.jobs = Jobs()
         self.hung: list[tuple[Fiber, Callable[[Any, BaseException | None], None]]] = []
 
     def run(self, function: Callable[[], Any]) -> "asyncio.Future[Any]":
@@ -197,7 +204,7 @@ class Pool:
     def abandon(self, *, completes: bool) -> None:
         """The process was killed: a call that hangs in the kernel takes no effect, or still does."""
         hung, self.hung = self.hung, []
-        self._queue.clear()
+        self.jobs.clear()
         for fiber, _done in hung:
             if completes:
                 fiber.resume()
@@ -205,13 +212,13 @@ class Pool:
                 fiber.abandon()
 
     def _enqueue(self, function: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
-        self._queue.append((function, done))
+        self.jobs.append((function, done))
         self._loop.call_soon(self._next)
 
     def _next(self) -> None:
-        if not self._queue or (self._width is not None and self._running >= self._width):
+        if not self.jobs or (self._width is not None and self._running >= self._width):
             return
-        function, done = self._queue.popleft()
+        function, done = self.jobs.popleft()
         self._running += 1
         if self._faults.may_hang:
             self._continue(Fiber(function), done)
@@ -244,5 +251,5 @@ class Pool:
         if isinstance(error, Killed):
             return
         done(result, error)
-        if self._queue:
+        if self.jobs:
             self._loop.call_soon(self._next)

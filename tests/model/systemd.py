@@ -16,6 +16,8 @@ class Job:
     run: str = ""
     called_back: bool = False
     """Whether khod has said since that everything was put back."""
+    forced: bool = False
+    """Whether it was put back by force while systemd did not answer: somebody knew more than khod."""
 
 
 class ServiceManager:

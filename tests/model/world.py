@@ -115,7 +115,7 @@ class World(Ground):
     def do_device(self, action: str, subsystem: str) -> None:
         khod, event = self.khod, Uevent(action, subsystem, "/sys/devices/x")
         if khod is not None and khod.started and khod.guard.event(event):
-            self._must_end(f"device: {subsystem} {action}")
+            self._must_end(f"{subsystem} {action}")
 
     def do_foreign_load(self, image: str) -> None:
         passing = Process("kexec", next(self._pids))
@@ -171,7 +171,7 @@ class World(Ground):
         self.faults.kill = Fault(site, when, nth=nth)
 
     def do_start(self, then: Any) -> None:
-        self.invariants.forget_events_of_devices()
+        self.invariants.forget_events()
         self.start_khod(then)
 
     def do_sigterm(self, then: Any) -> None:
@@ -259,6 +259,7 @@ class World(Ground):
             self.run("end")
             if operation.over and operation.error is None and not self.kernel.loaded and not self.kernel.active:
                 break
+        self.run(LONG)  # whoever is back takes what it left, or cannot, and is asked no more
         for name in self.invariants.claims():
             if (khod := self.khod) is not None:
                 khod.begin("forget", partial(khod.engine.forget, name), about=name)
