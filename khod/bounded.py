@@ -5,6 +5,8 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+ANYTHING = (Exception, asyncio.CancelledError)
+"""What a collaborator may raise, whatever it promises."""
 CUT_SECONDS = 1.0
 """Seconds that something called off has to end; then it is left to itself."""
 
@@ -41,3 +43,10 @@ def _let_go(task: "asyncio.Future[Any]") -> None:
     _left_alone.discard(task)
     if not task.cancelled():
         task.exception()  # seen: or the event loop complains of it
+
+
+def raise_if_cancelling(error: BaseException) -> None:
+    """Raise it where this task is being ended from outside: khod's event loop ends, and nothing may be undone."""
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+        raise error

@@ -21,7 +21,7 @@ class FdStore(Protocol):
     """Where descriptors are kept beside khod."""
 
     def put(self, name: str, fd: int) -> None:
-        """Keep a descriptor under a name; the given one stays the caller's."""
+        """Keep a descriptor under a name; the given one stays the caller's. Any thread may ask for it."""
 
     def remove(self, name: str) -> None:
         """Close what is kept under a name."""

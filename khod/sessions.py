@@ -8,6 +8,7 @@ open for the time of one call only.
 import asyncio
 import errno
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from khod.kernel.memory import Memory, read_memory
 from khod.model import Kept
 from khod.worker import Worker
 
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 PREFIX = "khod-"
 MOST = 700
@@ -186,14 +188,19 @@ class Sessions:
         return sorted(self._fds)
 
     async def _retrieve(self, session: str, deadline: float) -> None:
-        self._keep(
-            session, await self._on_device(lambda: self._luo.retrieve(session), deadline, partial(self._keep, session))
-        )
+        def retrieve() -> int:
+            fd = self._luo.retrieve(session)
+            try:
+                self._store.put(session, fd)  # at once: a khod that dies before has freed what it holds
+            except Exception:  # what cannot be kept twice is kept once
+                LOG.exception("a LUO session cannot be kept by the service manager")
+            return fd
 
-    def _keep(self, session: str, fd: int) -> None:
-        """Keep a session of the previous kernel's, also one that came when nobody waited for it any more."""
-        self._fds[session] = fd
-        self._store.put(session, fd)
+        def keep(fd: int) -> None:
+            """Keep it, also where it came when nobody waited for it any more."""
+            self._fds[session] = fd
+
+        keep(await self._on_device(retrieve, deadline, keep))
 
     def _close_late(self, *fds: int) -> None:
         """Close what came when nobody waited for it any more."""
@@ -202,21 +209,21 @@ class Sessions:
 
     async def _on_device(self, function: Callable[[], T], deadline: float, late: Callable[[T], object]) -> T:
         """Make a call that opens /dev/liveupdate; wait while another process has it."""
-        try:
-            async with asyncio.timeout(DEVICE_IS_HELD):
-                while True:
-                    try:
-                        return await self._call(function, deadline, late)
-                    except KhoError as error:
-                        if getattr(error.__cause__, "errno", None) != errno.EBUSY:
-                            raise
-                    await asyncio.sleep(AGAIN)
-        except TimeoutError:
-            raise Refused(
-                "Another process has /dev/liveupdate open",
-                where="/dev/liveupdate",
-                remedy="Find it with: fuser /dev/liveupdate",
-            ) from None
+        loop = asyncio.get_running_loop()
+        until = loop.time() + DEVICE_IS_HELD
+        while True:
+            try:
+                return await self._call(function, deadline, late)
+            except KhoError as error:
+                if getattr(error.__cause__, "errno", None) != errno.EBUSY:
+                    raise
+                if loop.time() >= until:
+                    raise Refused(
+                        "Another process has /dev/liveupdate open",
+                        where="/dev/liveupdate",
+                        remedy="Find it with: fuser /dev/liveupdate",
+                    ) from None
+            await asyncio.sleep(AGAIN)
 
     async def _call(self, function: Callable[[], T], deadline: float, late: Callable[[T], object] | None = None) -> T:
         return await self._thread.call(function, "preserving files", deadline, late)

@@ -1,6 +1,7 @@
 """One attempt at a handover: whom it tells, what it loads, how it jumps, and next to each step its undo."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from khod.record import Store
 from khod.target import Target
 from khod.verify import producers, without
 
+LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 VERBS = {Step.prepare: Verb.prepare, Step.freeze: Verb.freeze}
 
@@ -228,7 +230,11 @@ class Attempt:
 
     async def goes_down(self) -> bool | None:
         """Whether the host is on its way into the kexec; None where nobody can tell."""
-        return None if self._shutdown is None else await self._shutdown()
+        try:
+            return None if self._shutdown is None else await self._shutdown()
+        except Exception:  # whoever is asked: then nobody can tell
+            LOG.exception("systemd could not be asked whether the host goes down")
+            return None
 
     async def ended(self) -> None:
         """Wait until the executor that JumpUnderWay was raised for comes back; raises what it failed with.

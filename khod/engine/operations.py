@@ -180,9 +180,16 @@ class Engine:
 
     async def _still_jumps(self, phase: Phase, observed: Observed) -> bool:
         """Whether the jump that an earlier khod asked for is still to come; then it is watched."""
-        if phase is not Phase.executing or not observed.loaded or not await self._acting().goes_down():
+        if phase is not Phase.executing or not observed.loaded or self._shutdown is None:
             return False
-        self._transaction.emit("the host is on its way into the next kernel: nothing is undone")
+        if (down := await self._acting().goes_down()) is False:
+            return False
+        self._transaction.emit(
+            "the host is on its way into the next kernel: nothing is undone"
+            if down
+            else "systemd does not say whether the host is on its way into the next kernel: nothing is undone. "
+            "If systemctl list-jobs shows no kexec.target: khoctl abort --force"
+        )
         self._spawn(self._jump.watch(self._acting()))
         return True
 
@@ -437,13 +444,10 @@ class Engine:
         all it has, and with the host going down nobody will thaw it.
         """
         excused: bool | None = None
-        try:
-            for _question in range(SHUTDOWN_QUESTIONS):
-                if (excused := await attempt.goes_down()) is not None:
-                    break
-        except Exception:  # without an answer it counts as having died
-            LOG.exception("systemd could not be asked whether the host goes down")
-        if not excused:
+        for _question in range(SHUTDOWN_QUESTIONS):
+            if (excused := await attempt.goes_down()) is not None:
+                break
+        if not excused:  # without an answer it counts as having died
             self._cancel_attempt(attempt, cause)
             return
         attempt.going_down = True
@@ -455,7 +459,7 @@ class Engine:
         attempt.going_down = False
         self._cancel_attempt(attempt, cause)
 
-    def _on_unkept_registration(self, error: OSError) -> None:
+    def _on_unkept_registration(self, error: Exception) -> None:
         self._transaction.emit(
             f"producers would not be missed after a restart of khod, their list is not kept: {error}"
         )

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn, TypeVar
 
+from khod.bounded import ANYTHING, raise_if_cancelling
 from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.rollback import Failure, undo_all
 from khod.errors import Failed, KhoError, NotRolledBack
@@ -40,8 +41,6 @@ INTERRUPT_SECONDS = 5.0
 SHUTDOWN_SECONDS = 2.0
 """Seconds an undo that is over waits for systemd to say whether the host is shut down; the record may have it later."""
 
-ANYTHING = (Exception, asyncio.CancelledError)
-"""What a collaborator may raise, whatever it promises."""
 CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
 """Phases that a veto may still end: before the jump is asked for."""
 
@@ -58,13 +57,6 @@ def told_error(error: BaseException) -> KhoError:
     if isinstance(error, OSError):
         return Failed(str(error))
     return Failed(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more.")
-
-
-def raise_if_cancelling(error: BaseException) -> None:
-    """Raise it where this task is being ended from outside: khod's event loop ends, and nothing may be undone."""
-    task = asyncio.current_task()
-    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-        raise error
 
 
 class Transaction:

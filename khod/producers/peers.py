@@ -320,7 +320,7 @@ class Peers:
         gone: Callable[[Peer], None],
         came: Callable[[Peer], None],
         registrations: Registrations | None = None,
-        unkept: Callable[[OSError], None] = lambda _error: None,
+        unkept: Callable[[Exception], None] = lambda _error: None,
     ) -> None:
         self._sessions = sessions
         self._peers: dict[str, Peer] = {}
@@ -339,7 +339,7 @@ class Peers:
             return
         try:
             found = self._registrations.load(boot_id)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is: nobody is kept from registering by it
             self._unkept(error)
             return
         self._absent = {registered.name: registered for registered in found if registered.name not in self._connected()}
@@ -371,7 +371,7 @@ class Peers:
         if self._registrations is not None:
             try:
                 change(self._registrations)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 self._unkept(error)
 
     def known(self) -> list[Peer]:

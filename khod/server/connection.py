@@ -11,6 +11,7 @@ from asyncvarlink import FileDescriptor, VarlinkErrorReply, VarlinkMethodCall
 from asyncvarlink.conversion import ConversionError, FileDescriptorVarlinkType
 from asyncvarlink.serviceerrors import InvalidParameter, MethodNotFound
 
+from khod.bounded import ANYTHING, raise_if_cancelling
 from khod.errors import KhoError, Refused, UsageError
 from khod.producers.peers import Peer
 from khod.server import messages
@@ -232,7 +233,8 @@ class Connection:
             data, passed = messages.encode_with_files(result.parameters)
         except (VarlinkErrorReply, KhoError) as error:
             data = messages.encode_error(error)
-        except Exception:  # noqa: BLE001  # the client must hear that it failed, and a producer's connection ends
+        except ANYTHING as error:  # the client must hear that it failed, and a producer's connection ends
+            raise_if_cancelling(error)
             _LOG.exception("a call failed")
             data = messages.encode_error(messages.INTERNAL)
             self._drop_after_bad_answer(messages.INTERNAL)

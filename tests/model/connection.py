@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from khod import wire
+from khod.bounded import ANYTHING
 from khod.errors import KhoError, Refused, UsageError
 from khod.guard import Seen, Severity, Uevent, Watch
 from khod.producers.peers import Peer, Terms
@@ -135,7 +136,7 @@ class Connection(Line):
             result = await serve
         except KhoError:
             world.call_soon(fail, future, Rejected())
-        except Exception:  # noqa: BLE001 - the library answers an exception of any class with an error
+        except ANYTHING:  # khod answers an exception of any class with an error
             world.call_soon(fail, future, Rejected())
         else:
             world.call_soon(give, future, result)

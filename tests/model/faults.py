@@ -197,6 +197,8 @@ class Faults:
     def __init__(self) -> None:
         self.armed: list[Fault] = []
         self.kill: Fault | None = None
+        self.killed_at = ("", "")
+        """Where khod died last by a rule."""
         self.points = 0
         self.fired = 0
 
@@ -233,5 +235,5 @@ class Faults:
         kill.nth -= 1
         if kill.nth > 0:
             return False
-        self.kill = None
+        self.kill, self.killed_at = None, (site, when)
         return True

@@ -126,7 +126,7 @@ class Invariants:
             self.violated("event_lost", f"{why} in run {run}, and the host jumped all the same (by {by})")
         waiting = {holder.name for holder in record.claims}  # they take no part, where the check lets it pass
         for service in self._members():
-            if service.name in waiting:
+            if service.name in waiting or service.restarted:
                 continue
             took_part = by == "khod" or run in (service.run, service.frozen_run)
             if took_part and not service.frozen and self.khod_was_up:
@@ -187,11 +187,15 @@ class Invariants:
         job, khod = world.systemd.job, world.khod
         if job is not None and operation.about == "force" and not world.systemd.answers:
             job.forced = True
-        if says_back and job is not None and not job.forced and khod is not None and khod.phase in RESTING:
+        knows = khod is not None and khod.phase in RESTING and not self.damaged and not self.removed
+        if says_back and knows and job is not None and not job.forced:
             job.called_back = True
         self._put_back(operation)
         if operation.kind == "abort" and operation.about == "force" and operation.error is None:
-            self.removed = self.removed and any(service.lost_its_file for service in self._world.everyone())
+            if self.removed or self.damaged:
+                for service in self._world.everyone():
+                    service.is_unknown = service.lost_its_file
+            self.removed = False
         if operation.kind in ("activate", "kexec", "load", "abort"):
             text = str(operation.error or "")
             if isinstance(operation.error, KhoError) and not text.isprintable():
@@ -242,7 +246,7 @@ class Invariants:
         found: list[Service] = []
         found += [file.service for file in world.files.values() if file.service.alive]
         found += [peer for peer in world.peers() if peer.registered]
-        return found
+        return [service for service in found if not service.is_unknown]
 
     def _held(self) -> list[Service]:
         """Everyone khod has frozen, and could thaw."""
@@ -302,7 +306,8 @@ class Invariants:
         world = self._world
         for session, cause in world.kernel.luo.freed:
             owner = next((left for left in world.left.values() if left.session == session), None)
-            if owner is not None and not owner.forgotten and not owner.taken_back:
+            between = world.faults.killed_at in BETWEEN_TWO_OWNERS and cause == "death of khod"
+            if owner is not None and not owner.forgotten and not owner.taken_back and not between:
                 self.violated("session_freed", f"{session} of {owner.name} was let go: {cause}")
         world.kernel.luo.freed.clear()
 
@@ -471,5 +476,7 @@ class Invariants:
             raise self.violation
 
 
+BETWEEN_TWO_OWNERS = (("luo.retrieve", "after"), ("fdstore.put", "before"))
+"""Where khod alone has a session, which no kernel call avoids: the points of its death that lose one."""
 SPARE_DESCRIPTORS = 2
 """Descriptors a khod at rest may have besides the sessions that the service manager has, too."""

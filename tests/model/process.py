@@ -6,10 +6,11 @@ import stat
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
-from khod.worker import Worker
+from khod.worker import Worker, _settle
 from tests.model.clock import VirtualLoop
 from tests.model.faults import FOREVER, Faults, Fiber, Killed
 
@@ -168,15 +169,7 @@ class Pool:
     def run(self, function: Callable[[], Any]) -> "asyncio.Future[Any]":
         future = self._loop.create_future()
 
-        def done(result: Any, error: BaseException | None) -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
-
-        self._enqueue(function, done)
+        self._enqueue(function, partial(_settle, future))
         return future
 
     def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":

@@ -92,8 +92,12 @@ class Service:
         self.run = ""
         self.frozen_run = ""
         """The handover it was frozen for last, if it still is or not."""
+        self.restarted = False
+        """Whether it died and came back in this boot: nobody watches what has a file for that."""
         self.lost_its_file = False
         """Whether its file was removed under it: only the record can say of it then."""
+        self.is_unknown = False
+        """Whether neither a file nor a record that can be read has told khod of it when an abort was forced."""
         self.behaviours: dict[str, list[Behaviour]] = {}
 
     def boot(self) -> None:
@@ -101,7 +105,7 @@ class Service:
         self.alive = True
         self.prepared = self.frozen = False
         self.run = self.frozen_run = ""
-        self.lost_its_file = False
+        self.lost_its_file = self.restarted = self.is_unknown = False
 
     def next_behaviour(self, verb: str) -> Behaviour:
         planned = self.behaviours.get(verb)
@@ -113,7 +117,7 @@ class Service:
         """Have the effect of a verb."""
         match verb:
             case "prepare":
-                self.prepared, self.run = True, run
+                self.prepared, self.run, self.restarted, self.is_unknown = True, run, False, False
             case "freeze":
                 self.prepared = self.frozen = True
                 self.run = self.frozen_run = run

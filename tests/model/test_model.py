@@ -1,13 +1,12 @@
 """The model in `make test`: a fixed number of examples, the same each time; `python -m tests.model` runs more."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.model.bugs import BUGS, Bug, find
-from tests.model.machine import Count, example, explore, quiet
+from tests.model.machine import example, explore, quiet
 from tests.model.script import replay
 
 EXAMPLES = 120
@@ -17,26 +16,6 @@ PLAIN = 200
 SEED = 20_261_101
 CASES = Path(__file__).parent / "cases"
 """Lists of rules that broke an invariant once; see `tests.model.script`."""
-
-NOT_YET = frozenset(
-    {
-        "bounded",  # a session that is made after its caller gave up on a hung call stays open
-        "called_back",  # a khod that died at `executing` rolls back where systemd does not answer
-        "claims_recorded",  # after a jump that somebody else made of a kernel that shows no tree
-        "forgettable",  # on a read-only disk
-        "jump_frozen",  # into an image that could not be unloaded, which is said (do not reboot)
-        "recovers",  # a producer whose file is gone for good stays `failed`
-        "session_freed",  # khod's death between RETRIEVE_SESSION and FDSTORE
-    }
-)
-"""Invariants that do not hold in every case yet, with the case that is known."""
-
-
-@pytest.fixture(autouse=True)
-def _known() -> Iterator[None]:
-    before, Count.known = Count.known, NOT_YET
-    yield
-    Count.known = before
 
 
 def test_the_invariants_hold_whatever_hypothesis_thinks_of() -> None:
@@ -53,7 +32,7 @@ def test_the_invariants_hold_in_random_examples() -> None:
 @pytest.mark.parametrize("case", sorted(CASES.glob("*.rules")), ids=lambda case: case.stem)
 def test_the_invariants_hold_in_what_was_found_before(case: Path) -> None:
     with quiet():
-        replay(case, NOT_YET)
+        replay(case, frozenset())
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)

@@ -98,6 +98,7 @@ class World(Ground):
         if isinstance(service, PeerProcess):
             service.start()
         else:
+            service.restarted = service.restarted or not service.alive
             service.alive = True
 
     def do_add_file(self, name: str) -> None:
