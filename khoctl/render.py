@@ -7,6 +7,7 @@ first, every field of it, so that no text moves the cursor or looks like a line 
 import dataclasses
 import enum
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -36,6 +37,8 @@ DONE = {
     "restore": "restored",
     "finish": "finished",
 }
+SECONDS_SHOWN = 120
+"""From here on a time ago is in minutes."""
 MOST = 10
 """Producers a page shows by name; `khoctl producers` shows all."""
 
@@ -97,12 +100,25 @@ def name(phase: Phase) -> str:
     return phase.value.replace("_", " ")
 
 
+def since(at: float) -> str:
+    """A time of the wall clock's, and how long ago that was where the clock was not set back since."""
+    seconds = round(time.time() - at)
+    ago = f"{seconds} s" if seconds < SECONDS_SHOWN else f"{seconds // 60} min"
+    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    return f"{clock} ({ago} ago)" if seconds >= 0 else clock
+
+
 def status(status: Status) -> str:
     """A page for the operator: where it stands, what to do, then the evidence."""
     status = escaped(status)
     rows = [("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_said(status)}")]
+    if status.begun is not None:
+        image = f" to {status.begun.image}" if status.begun.image else ""
+        rows.append(("begun", f"{since(status.begun.at)} by {status.begun.by or 'somebody unknown'}{image}"))
     if status.done and status.phase is not Phase.failed:
         rows.append(("done", ", ".join(status.done)))
+    if status.under_way is not None:
+        rows.append(("now", f"{status.under_way.step}, {status.under_way.seconds:.1f} s"))
     if status.outcome not in (Phase.idle, status.phase):
         rows.append(("this boot", f"{name(status.outcome)}: what the handover into it came to"))
     rows += _not_undone(status)

@@ -161,14 +161,32 @@ class NotUndone:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """Who began the handover `run` and when (seconds since the epoch, 0 where nobody did), and the image it took."""
+
+    at: float = 0.0
+    by: str = ""
+    image: str = ""
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """The step under way, and for how many seconds."""
+
+    step: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Status:
     """What the operator is told.
 
     `outcome` is what the handover into this boot came to (verified, degraded, cold_boot; idle where there was none)
     and does not change with what is done since; `claims` are those who have not taken back what they left before the
     jump. `phase` is the machine's, unless the kernel contradicts it: where this boot had no handover, an active phase
-    or an image that is not khod's shows as `foreign`; `foreign` says so in any case. `left` are the steps that a
-    rollback could not undo, `not_undone` the same item by item.
+    or an image that is not khod's shows as `foreign`; `foreign` says so in any case. `done` are the steps that are
+    finished, `under_way` is the one that is not. `left` are the steps that a rollback could not undo, `not_undone` the
+    same item by item.
     """
 
     phase: Phase
@@ -196,6 +214,8 @@ class Status:
     foreign: bool = False
     claims: list[str] = field(default_factory=list)
     not_undone: list[NotUndone] = field(default_factory=list)
+    begun: Begun | None = None
+    under_way: UnderWay | None = None
 
 
 class CheckResult(enum.Enum):

@@ -6,17 +6,18 @@ lie beside it; they are made durable by the sync before the jump, and worthless 
 
 import json
 import os
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from khod import wire
 from khod.errors import RecordError, errno_text
-from khod.model import Generation, Kept, NotUndone, Observed, Phase, Step, StepTiming, Verdict
+from khod.model import Begun, Generation, Kept, NotUndone, Observed, Phase, Step, StepTiming, Verdict
 from khod.snapshots import Snapshots
 
 VERSION = 1
 ADDED = frozenset(
-    {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings"}
+    {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
 )
 """Fields a record of this version may lack: an earlier khod wrote it."""
 
@@ -105,8 +106,9 @@ class Record:
     """The handover this boot was reached by: its sessions are the previous kernel's, and freed by no rollback."""
     claims: tuple[Holder, ...] = ()
     """What was left by the previous kernel's producers and not taken back yet."""
+    begun: Begun = field(default_factory=Begun)
 
-    def begin_run(self, run: str, observed: Observed, generation: Generation) -> "Record":
+    def begin_run(self, run: str, observed: Observed, generation: Generation, by: str = "") -> "Record":
         """Give the record of a new handover in this boot; what this boot came to stays."""
         return replace(
             self,
@@ -122,6 +124,7 @@ class Record:
             producers=(),
             not_undone=(),
             interrupted="",
+            begun=Begun(time.time(), by),
         )
 
 

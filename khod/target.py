@@ -55,6 +55,12 @@ class Target:
     words: list[Word] = field(default_factory=list)
     wrong: dict[str, KhoError] = field(default_factory=dict)
 
+    @property
+    def description(self) -> str:
+        """Name the image, and the release it says it is."""
+        version = self.apart.about.version if self.apart else ""
+        return f"{self.kernel.name} ({version})" if version else self.kernel.name
+
     def close(self) -> None:
         """Give all images' memory back."""
         if self.apart is not None:

@@ -253,22 +253,24 @@ class Engine:
 
     # Operations
 
-    async def activate(self) -> None:
-        """Bring producers and kernel to `active`. On failure everything is put back."""
+    async def activate(self, *, by: str = "") -> None:
+        """Bring producers and kernel to `active`. On failure everything is put back. `by` is who asks, for people."""
         async with self._operation():
-            await self._begin(await self._check_may_start(wants_load=False))
+            await self._begin(await self._check_may_start(wants_load=False, by=by))
             await self._transaction.forward(self._remaining(Step.activate), hold=False)
 
-    async def kexec(self, request: Request) -> None:
-        """Do what is left, up to the jump or, with `load_only`, the loaded image."""
+    async def kexec(self, request: Request, *, by: str = "") -> None:
+        """Do what is left, up to the jump or, with `load_only`, the loaded image. `by` is who asks, for people."""
         async with self._operation():
-            record = await self._check_may_start(wants_load=Step.load not in self.machine.done)
+            record = await self._check_may_start(wants_load=Step.load not in self.machine.done, by=by)
             target = await self._target(request, record.run)
             attempt: Attempt | None = None
             try:
                 if target is not None:
                     await self._check_target(target)
                 attempt = await self._begin(record)
+                if target is not None:
+                    self._transaction.aim(target.description)
                 attempt.aim(target, self._executors[request.now])
                 if request.now:
                     # The bulk of the dirty pages goes out before anyone is frozen; the executor's own
@@ -557,10 +559,12 @@ class Engine:
         """One at a time; whoever comes second is refused, not queued: the first may change what it meant."""
         await self._started.wait()
         if self._busy.locked():
+            begun = self.record.begun if self._transaction.phase not in RESTING else model.Begun()
             raise Refused(
-                f"Another operation is under way ({self._transaction.phase.value})",
+                f"Another operation is under way ({self._transaction.phase.value})"
+                f"{f', begun by {begun.by}' if begun.by else ''}",
                 where="khod",
-                remedy="Wait for it, or: khoctl abort",
+                remedy="Wait for it: khoctl status. To call it off, if it is yours: khoctl abort",
             )
         async with self._at_work():
             await self._act_on_cause()
@@ -586,7 +590,7 @@ class Engine:
         finally:
             self._restoration.resume()
 
-    async def _check_may_start(self, *, wants_load: bool) -> Record:
+    async def _check_may_start(self, *, wants_load: bool, by: str) -> Record:
         """Refuse before anything is touched; else give the record to go on with, a fresh one from rest."""
         if self.config_error is not None:
             raise self.config_error
@@ -606,7 +610,7 @@ class Engine:
         preflight.require([check for check in checks if wants_load or check.name != "kexec"])
         if phase in HELD:
             return self.record
-        return self.record.begin_run(new_run(), observed, self._observer.kernel.generation)
+        return self.record.begin_run(new_run(), observed, self._observer.kernel.generation, by)
 
     async def _check_target(self, target: Target) -> None:
         observed = self._observer.last

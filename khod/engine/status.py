@@ -70,7 +70,8 @@ def build(
     stale: bool,
 ) -> Status:
     """Put together what is known; `phase` is what the kernel leaves of the machine's."""
-    record, done = transaction.record, [step.value for step in transaction.machine.done]
+    record, under_way = transaction.record, transaction.under_way
+    due = [step.value for step in transaction.machine.done]
     foreign = kernel is not None and not stale and reconcile.foreign(transaction.current(), kernel)
     summary, remedy = _words(phase, record, probed, foreign=foreign, absent=absent)
     contradicted = phase in (Phase.foreign, Phase.inconsistent)
@@ -87,8 +88,8 @@ def build(
         kernel_release=kernel.release if kernel else "",
         boot_id=kernel.boot_id if kernel else "",
         run=record.run,
-        done=done,
-        left=done if unfinished else [],
+        done=[step for step in due if under_way is None or step != under_way.step],
+        left=due if unfinished else [],
         waiting_for=[*(producer.name for producer in producers if producer.waiting), *absent],
         producers=producers,
         verdict=record.verdict,
@@ -102,6 +103,8 @@ def build(
         foreign=foreign,
         claims=claims,
         not_undone=list(record.not_undone) if phase is Phase.failed else [],
+        begun=record.begun if record.begun.at and phase not in RESTING else None,
+        under_way=under_way,
     )
 
 

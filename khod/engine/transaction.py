@@ -19,7 +19,7 @@ from khod.engine.rollback import Failure, undo_all
 from khod.errors import Failed, KhoError, NotRolledBack
 from khod.kernel.explain import FORGOT
 from khod.machine import HELD, RESTING, STEPS, Machine
-from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, Verdict, Word
+from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
 from khod.producers.barrier import Member
 from khod.reconcile import Found
 from khod.record import Holder, Record, Store
@@ -81,6 +81,7 @@ class Transaction:
         self._cause: KhoError | None = None
         self._cancelled = asyncio.Event()
         self._acted_on: tuple[KhoError, KhoError] | None = None
+        self._step_began = 0.0
         self._jump_asked = False
         self._rolled_back_from = Phase.rolling_back
         self._note = ""
@@ -118,6 +119,14 @@ class Transaction:
         return self._attempt
 
     @property
+    def under_way(self) -> UnderWay | None:
+        """The step that has begun and is not finished."""
+        for step in self._machine.done[-1:]:
+            if self.phase is STEPS[step].doing:
+                return UnderWay(step.value, time.monotonic() - self._step_began)
+        return None
+
+    @property
     def cause(self) -> KhoError | None:
         """What has ended the handover and was not acted on yet."""
         return self._cause
@@ -133,6 +142,10 @@ class Transaction:
         """Begin the run of this record, from rest."""
         # What this boot came to stays where nothing comes of it before its first step.
         self._machine, self._attempt, self._record, self._reason = Machine(record.outcome), None, record, ""
+
+    def aim(self, image: str) -> None:
+        """Note what the handover takes the host to; its next record says so."""
+        self._record = replace(self._record, begun=replace(self._record.begun, image=image))
 
     def attach(self, attempt: Attempt | None) -> None:
         """Act by this attempt from here on; None where another is to be made of the record."""
@@ -279,7 +292,7 @@ class Transaction:
         if ahead is not None:
             await self._write(replace(self.current(), done=done), departs=step is Step.execute)
         self.emit(step.value)
-        began = time.monotonic()
+        self._step_began = began = time.monotonic()
         if step is Step.activate:
             self._record = replace(self._record, window_began_at=time.time())
         if step is Step.execute:

@@ -1,6 +1,7 @@
 """Who is asking and what it may do: root, the operators' group, the producers' group, everyone else."""
 
 import asyncio
+import contextvars
 import enum
 import grp
 import socket
@@ -13,6 +14,8 @@ from khod.abi.peercred import peer_credentials, peer_groups
 from khod.config import Access
 from khod.errors import Refused
 
+CALLER: "contextvars.ContextVar[Caller]" = contextvars.ContextVar("CALLER")
+"""Who makes the call that is being served."""
 LOOKUP_WAIT_SECONDS = 2.0
 """How long a call waits for a lookup of the groups that is under way."""
 RETRY_SECONDS = 30.0

@@ -15,7 +15,7 @@ from khod.bounded import ANYTHING, raise_if_cancelling
 from khod.errors import KhoError, Refused, UsageError
 from khod.producers.peers import Peer
 from khod.server import messages
-from khod.server.access import Caller, Standing
+from khod.server.access import CALLER, Caller, Standing
 from khod.server.events import Stream
 from khod.server.files import PassedFiles
 from khod.server.limits import MAX_MESSAGE_BYTES, MAX_OTHERS_MESSAGE_BYTES
@@ -219,11 +219,10 @@ class Connection:
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a call in a task of its own. Nobody cancels it: half an operation would be left, or half a file's."""
-        token = CONNECTION.set(self)
-        try:
-            self._shared.spawn(work)
-        finally:
-            CONNECTION.reset(token)
+        context = contextvars.copy_context()
+        context.run(CONNECTION.set, self)
+        context.run(CALLER.set, self.caller)
+        context.run(self._shared.spawn, work)
 
     async def _run(self, serve: Serve, files: PassedFiles) -> None:
         """Serve a call whose answer is this client's alone."""

@@ -1,6 +1,8 @@
 """io.kho.Handover over one engine. Who may call what stands in `khod.server.rules`."""
 
 import os
+from contextlib import suppress
+from pathlib import Path
 
 from asyncvarlink import FileDescriptor, varlinkmethod
 
@@ -11,6 +13,7 @@ from khod.producers.configured import one_line
 from khod.protocol import Handover, NextKernel, TreeReply
 from khod.region import Region
 from khod.server import messages
+from khod.server.access import CALLER
 from khod.server.events import EventLog
 from khod.server.load import Load
 from khod.target import Given, Request
@@ -58,7 +61,7 @@ class Service(Handover):
 
     @varlinkmethod(return_parameter="status")
     async def Activate(self) -> model.Status:
-        await self._engine.activate()
+        await self._engine.activate(by=_caller())
         return await self._engine.status()
 
     @varlinkmethod(return_parameter="status")
@@ -75,7 +78,7 @@ class Service(Handover):
         load_only: bool | None = None,
         hold: bool | None = None,
     ) -> model.Status:
-        await self._engine.kexec(_request(kernel, now=now, load_only=load_only, hold=hold))
+        await self._engine.kexec(_request(kernel, now=now, load_only=load_only, hold=hold), by=_caller())
         return await self._engine.status()
 
     @varlinkmethod(return_parameter="producers")
@@ -102,6 +105,15 @@ class Service(Handover):
     @varlinkmethod(return_parameter="regions")
     async def Scratch(self) -> list[Region]:
         return await self._engine.scratch()
+
+
+def _caller() -> str:
+    """Who makes the call under way, for people: no name of the name service's, which may hang."""
+    caller = CALLER.get()
+    with suppress(OSError):
+        command = Path(f"/proc/{caller.pid}/comm").read_text(errors="replace").strip()
+        return one_line(f"{'root' if caller.uid == 0 else f'user {caller.uid}'} ({command}, process {caller.pid})")
+    return f"{'root' if caller.uid == 0 else f'user {caller.uid}'} (process {caller.pid})"
 
 
 def _request(

@@ -179,13 +179,18 @@ async def test_an_unusable_image_leaves_a_resting_phase_as_it_was(host: Host, ph
 async def test_status_answers_while_the_kernel_serializes(host: Host) -> None:
     engine = await host.started()
     host.kernel.gate.clear()
-    activation = asyncio.ensure_future(engine.activate())
+    activation = asyncio.ensure_future(engine.activate(by="root (khoctl, process 4711)"))
     try:
         await host.seen(lambda event: event.phase is Phase.activating)
         status = await engine.status()
         assert status.phase is Phase.activating
         assert status.stale
-        with pytest.raises(Refused):
+        assert status.done == ["prepare", "freeze"]
+        assert status.under_way is not None
+        assert status.under_way.step == "activate"
+        assert status.begun is not None
+        assert status.begun.by == "root (khoctl, process 4711)"
+        with pytest.raises(Refused, match=r"begun by root \(khoctl, process 4711\)"):
             await engine.activate()
     finally:
         host.kernel.gate.set()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khod.errors import RecordError
-from khod.model import Finding, Generation, Kept, NotUndone, Phase, Step, StepTiming, Verdict
+from khod.model import Begun, Finding, Generation, Kept, NotUndone, Phase, Step, StepTiming, Verdict
 from khod.record import VERSION, Holder, Owner, Process, Record, Store, decode, encode
 from tests.unit.khods import REPOSITORY
 
@@ -54,6 +54,7 @@ FULL = Record(
     outcome=Phase.degraded,
     arrived_run="ba9876543210",
     claims=(Holder("kv", "varlink", owner=Owner(1000, "kv.service")),),
+    begun=Begun(1795661761.5, "root (khoctl, process 4711)", "Image (7.3.4)"),
 )
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -87,6 +88,7 @@ records = st.builds(
     outcome=st.sampled_from(Phase),
     arrived_run=text,
     claims=st.lists(holder, max_size=2).map(tuple),
+    begun=st.builds(Begun, number, st.text(), st.text()),
 )
 
 
