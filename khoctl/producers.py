@@ -30,6 +30,13 @@ def test(name: str, as_json: Json = False) -> None:
 
 
 @app.command()
+def retry(name: str, as_json: Json = False) -> None:
+    """Tell a producer again to take back what it left before the last jump, once its trouble is mended."""
+    with ending(as_json=as_json), client() as khod:
+        khod.retry(name)
+
+
+@app.command()
 def forget(name: str, as_json: Json = False) -> None:
     """Free what a producer left before the last jump and will not take back: a new handover would lose it."""
     with ending(as_json=as_json), client() as khod:

@@ -79,6 +79,11 @@ class Client(Connection):
         """Wait for the answer to a call of Rehearse."""
         return self._decoded(list[Producer], self.reply(), "producers")
 
+    def retry(self, name: str) -> None:
+        """Tell a producer again to take back what it left before the last jump."""
+        self.ask("Retry", {"name": name})
+        self.reply()
+
     def forget(self, name: str) -> None:
         """Free what a producer left before the jump."""
         self.ask("Forget", {"name": name})

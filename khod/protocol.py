@@ -133,6 +133,11 @@ class Handover(VarlinkInterface, name=INTERFACE):
         raise NotImplementedError
 
     @varlinkmethod
+    async def Retry(self, *, name: str) -> None:
+        """Tell a producer again to take back what it left before the jump; Refused where it does not."""
+        raise NotImplementedError
+
+    @varlinkmethod
     async def Forget(self, *, name: str) -> None:
         """Free what a producer left before the jump and will not claim."""
         raise NotImplementedError

@@ -373,6 +373,20 @@ class Engine:
                     remedy="khoctl check names those that are.",
                 )
 
+    async def retry(self, name: str) -> None:
+        """Tell a producer of any kind again to take back what it left before the jump; Refused where it does not."""
+        async with self._operation():
+            claim = next((holder for holder in self.record.claims if holder.name == name), None)
+            if claim is None or self._transaction.phase not in RESTING:
+                raise Refused(
+                    f"Producer {name} left nothing that waits for it"
+                    if claim is None
+                    else f"A handover is under way ({self._transaction.phase.value}): nothing is given back meanwhile",
+                    where=name,
+                    remedy="khoctl status names those that something waits for." if claim is None else "khoctl status",
+                )
+            await self._restoration.retry(claim)
+
     async def rehearse(self, name: str) -> list[model.Producer]:
         """Drive one producer through prepare, freeze, thaw and cancel, with the kernel left alone; its answers."""
         async with self._operation():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from khod import verify
 from khod.config import Config
 from khod.engine.transaction import Transaction
-from khod.errors import KhoError
+from khod.errors import KhoError, Refused
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.thread import Workers
 from khod.machine import RESTING
@@ -47,11 +47,13 @@ class Restoration:
         self._spawn = spawn
         self._barrier: Barrier | None = None
         self._late: set[Peer] = set()
+        self._told_later: dict[str, Member] = {}
 
     @property
     def members(self) -> list[Member]:
         """Whoever was told to take something back."""
-        return self._barrier.members if self._barrier else []
+        members = self._barrier.members if self._barrier else []
+        return [self._told_later.get(member.producer.name, member) for member in members]
 
     async def begin(self, observed: Observed, kernel: KhoKernel | None, doubt: str, note: str) -> None:
         """Verify this boot, and have the producers take back what they left.
@@ -123,9 +125,28 @@ class Restoration:
             if not peer.connected or not peer.restoring:
                 return
             barrier = Barrier.of([peer], record.arrived_run, self._transaction.on_member_changed)
-            verdict = await self._bring_back(barrier, record.verdict or Verdict(), peer.timeout)
-            if record.outcome in (Phase.verified, Phase.degraded):
-                await self._conclude(verdict)
+            await self._bring_back_later(barrier, peer.timeout)
+
+    async def retry(self, holder: Holder) -> None:
+        """Tell a producer again to take back what it left, at rest and with nothing else under way."""
+        changed, run = self._transaction.on_member_changed, self._transaction.record.arrived_run
+        barrier = self._muster.resumed(run, changed, [holder], None, restoring=True)
+        await self._bring_back_later(barrier, self._config().deadlines.restore)
+        if any(claim.name == holder.name for claim in self._transaction.record.claims):
+            (member,) = [member for member in barrier.members if member.producer.name == holder.name]
+            raise Refused(
+                f"Producer {holder.name} did not take back what it left: {member.answer}",
+                where=f"{holder.kind} {holder.name}",
+                remedy=f"It still waits. Mend the cause and try again, or: khoctl producers forget {holder.name}",
+            )
+
+    async def _bring_back_later(self, barrier: Barrier, deadline: float) -> None:
+        """Give somebody what is theirs after the verification, and correct the verdict where there was one."""
+        record = self._transaction.record
+        self._told_later |= {member.producer.name: member for member in barrier.members}
+        verdict = await self._bring_back(barrier, record.verdict or Verdict(), deadline)
+        if record.outcome in (Phase.verified, Phase.degraded):
+            await self._conclude(verdict)
 
     async def _bring_back(self, barrier: Barrier, verdict: Verdict, deadline: float) -> Verdict:
         """Tell `restore` and then `finish`, rank by rank, and add to the verdict who has its state again.

@@ -5,7 +5,7 @@ from khod.engine.transaction import Transaction
 from khod.errors import Exit
 from khod.kernel.probe import Probed
 from khod.machine import RESTING
-from khod.model import Generation, Observed, Phase, Producer, Status, Step
+from khod.model import Generation, Observed, Phase, Producer, Status, Step, Verdict
 from khod.record import Record
 from khod.text import join_names
 
@@ -29,8 +29,8 @@ SAYS: dict[Phase, tuple[str, str]] = {
     Phase.verifying: ("This kernel was reached by a handover; what arrived is being checked.", ""),
     Phase.verified: ("The handover succeeded: all state arrived.", ""),
     Phase.degraded: (
-        "This kernel was reached by the kexec, and the state did not arrive whole.",
-        "Producers must start from scratch; look for `KHO:` in the kernel log.",
+        "This kernel was reached by the kexec, and some state did not arrive.",
+        "Whose state is missing must start from scratch. Look at the kernel log: journalctl -kb -g KHO",
     ),
     Phase.cold_boot: (
         "The handover failed: this host booted cold, nothing arrived.",
@@ -111,6 +111,8 @@ def build(
 def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absent: list[str]) -> tuple[str, str]:
     """What the operator reads first: where it stands, and what to do."""
     summary, remedy = SAYS[phase]
+    if phase is Phase.degraded and record.verdict is not None:
+        summary, remedy = _degraded(record.verdict)
     if probed.kernel is None and phase in RESTING:
         summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
     if foreign and phase is not Phase.foreign:
@@ -123,3 +125,18 @@ def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absen
         )
         remedy = remedy or "Start them, or: khoctl producers forget NAME"
     return summary, remedy
+
+
+def _degraded(verdict: Verdict) -> tuple[str, str]:
+    """Say of a handover that did not bring everything whose state is missing: that decides what is to be done."""
+    summary, remedy = SAYS[Phase.degraded]
+    names = sorted({finding.producer for finding in verdict.found if finding.producer})
+    if not names:
+        return summary, remedy
+    shown = join_names(names, MAX_NAMES_SHOWN)
+    remedy = "khoctl producers says why. Mend it, then: khoctl producers retry NAME"
+    others = sorted(set(verdict.arrived) - set(names))
+    fine = f"What arrived: {join_names(others, MAX_NAMES_SHOWN)}." if others else "Nothing else arrived either."
+    if not {*verdict.missing, *verdict.changed} <= set(names) or any(not found.producer for found in verdict.found):
+        remedy = f"{remedy}. What the kernel did not bring is lost: journalctl -kb -g KHO"
+    return f"This kernel was reached by the kexec; not taken back: what {shown} left. {fine}", remedy

@@ -54,7 +54,8 @@ def claims(facts: Facts) -> Finding | None:
         names = join_names((holder.name for holder in facts.record.claims), MAX_NAMES_SHOWN)
         return Finding.fail(
             f"Left before the last jump and not taken back yet: {names}; a handover would go without them and lose it",
-            "Start these producers, or give their state up with: khoctl producers forget NAME",
+            "Start these producers, or mend them, then: khoctl producers retry NAME. To give the state up: "
+            "khoctl producers forget NAME",
         )
     if facts.unknown_sessions:
         names = join_names(facts.unknown_sessions, MAX_NAMES_SHOWN)

@@ -90,6 +90,10 @@ class Service(Handover):
         return await self._engine.rehearse(name)
 
     @varlinkmethod
+    async def Retry(self, *, name: str) -> None:
+        await self._engine.retry(name)
+
+    @varlinkmethod
     async def Forget(self, *, name: str) -> None:
         await self._engine.forget(name)
 

@@ -58,6 +58,7 @@ RULES = {
     f"{INTERFACE}.Abort": _operators("abort"),
     f"{INTERFACE}.Kexec": _operators("kexec"),
     f"{INTERFACE}.Rehearse": _operators("test a producer"),
+    f"{INTERFACE}.Retry": _operators("have a producer take its state back"),
     f"{INTERFACE}.Forget": _operators("forget a producer"),
     f"{INTERFACE}.Tree": _operators("read the state tree"),
     f"{INTERFACE}.Snapshots": _operators("list the snapshots"),
