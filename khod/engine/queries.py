@@ -24,6 +24,7 @@ from khod.model import Check, Event, Observed, Phase, Plan, Status
 from khod.muster import Muster
 from khod.plan import planned
 from khod.preflight.facts import Facts
+from khod.preflight.handover import handover
 from khod.producers.barrier import Member
 from khod.producers.registrations import Registered
 from khod.record import Store
@@ -256,8 +257,10 @@ class Queries:
         run = self._transaction.record.run or new_run()
         target = await self.build_target(request, observed, run) if request.kernel else None
         try:
-            checks = [*await self.run_checks(observed), *(await self.run_checks(observed, target) if target else ())]
-            yield target, checks
+            phase, current = self.effective_phase(observed), self._transaction.current()
+            first = handover(phase, current, busy=self._busy.locked(), takes_image=target is not None)
+            of_target = await self.run_checks(observed, target) if target else ()
+            yield target, [first, *await self.run_checks(observed), *of_target]
         finally:
             if target is not None:
                 target.close()
