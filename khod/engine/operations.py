@@ -584,12 +584,22 @@ class Engine:
             await self._act_on_cause()
             try:
                 yield
-            except KhoError:
+            except KhoError as error:
+                self._say_what_stays(error)
                 raise
             except Exception as error:  # whatever it is, it reaches the operator as a sentence
                 raise told_error(error) from error
             finally:
                 await self._act_on_cause()
+
+    def _say_what_stays(self, error: KhoError) -> None:
+        """Add to a refusal in the middle of a handover where that stands: the blackout may go on."""
+        phase = self._transaction.phase
+        if phase in HELD and not isinstance(error, NotRolledBack):
+            frozen = sum(member.told == Verb.freeze.value for member in self.queries.members)
+            held = f", {frozen} producer{'' if frozen == 1 else 's'} frozen" if frozen else ""
+            stays = f"The handover stays as it was: {phase.value}{held}. Try again, or: khoctl abort"
+            error.remedy = f"{error.remedy} {stays}".strip()
 
     @asynccontextmanager
     async def _at_work(self) -> AsyncIterator[None]:

@@ -287,11 +287,12 @@ class Barrier:
             return None
         except TimeoutError:
             member.answer = f"has not come back within {timeout:g} s since khod was restarted"
+            return self._failed(member, member.answer)
         except Veto as error:
             member.answer = str(error)
+            return self._failed(member, f"is not there any more since khod was restarted: {error}")
         finally:
             member.began = None
-        return self._refused(member, Verb(member.told))
 
     async def leave(self) -> None:
         """Let everyone make way for the shutdown; nobody can stop it any more, so a failure is only noted."""
@@ -354,7 +355,7 @@ class Barrier:
                 member.calls += 1  # what comes of it later is not asked for
                 longest = max(deadline, member.producer.timeout)
                 member.answer, member.began = f"no answer within {longest:g} s, and it cannot be cut short", None
-                refusal: KhoError | None = self._refused(member, verb)
+                refusal: KhoError | None = self._failed(member, f"did not answer {verb.value} within {longest:g} s")
                 self.changed(member)
             else:
                 refusal = task.result()
@@ -380,7 +381,8 @@ class Barrier:
         telling = Telling(verb, self.run, member.note, not_yet)
         if verb in UNDO:
             member.telling = telling
-        answer, refusal, done = NO_ANSWER, None, False
+        answer, done = NO_ANSWER, False
+        refusal: KhoError | None = None
         try:
             try:
                 await within(deadline, producer.tell(telling))
@@ -388,6 +390,7 @@ class Barrier:
             except TimeoutError:
                 waited = f" ({member.answer})" if member.answer else ""
                 answer = f"no answer within {deadline:g} s{waited}"
+                refusal = self._failed(member, f"did not answer {verb.value} within {deadline:g} s{waited}")
             except Unsupported as error:
                 answer = error.what
                 what = f"Producer {producer.name} cannot {verb.value}: {error.what}"
@@ -402,11 +405,11 @@ class Barrier:
                 if done:
                     member.told = AFTER.get(verb, verb.value)
                 self.changed(member)
-        return None if done else refusal or self._refused(member, verb)
+        return None if done else refusal or self._failed(member, f"refuses to {verb.value}: {answer}")
 
-    def _refused(self, member: Member, verb: Verb) -> Refused:
+    def _failed(self, member: Member, how: str) -> Refused:
         return Refused(
-            f"Producer {member.producer.name} refuses to {verb.value}: {member.answer}",
+            f"Producer {member.producer.name} {how}",
             where=f"{member.producer.kind} {member.producer.name}",
             remedy=f"Once that is mended: khoctl producers test {member.producer.name}",
         )

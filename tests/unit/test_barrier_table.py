@@ -87,7 +87,7 @@ KINDS: dict[str, Callable[[Host, float], Actor]] = {
 }
 TIMEOUT = 4.0
 """Seconds the subject has for a verb, far more than it needs. They do not go by: the clock is put forward."""
-MISSED = "no answer within 4 s"
+MISSED = "within 4 s"
 LONG = 60.0
 """Seconds the witnesses have: more than it is ever put forward."""
 
@@ -180,6 +180,7 @@ def check_reason(case: Case, said: str) -> None:
     """The producer is named and what was wrong with it; only a missed deadline is waited for."""
     assert NAME in said
     assert (MISSED in said) == (case.trouble in (Trouble.deadline, Trouble.late))
+    assert MISSED not in said or f"{NAME} refuses" not in said, "a missed deadline is no refusal"
     if case.trouble is Trouble.veto:
         assert NOT_NOW.partition(";")[0] in said
     if case.trouble is Trouble.crash and isinstance(case.subject, Peer):

@@ -91,3 +91,20 @@ async def test_the_plan_has_it_too(host: VirtualHost) -> None:
         (found,) = [check for check in (await engine.plan(request)).checks if check.name == "handover"]
     assert found.result is CheckResult.fail
     assert "khoctl abort" in found.remedy
+
+
+@in_virtual_time
+async def test_a_refusal_in_the_middle_says_what_stays(host: VirtualHost) -> None:
+    """Whoever reads 'no room on the disk' must not take the host to be as before: everyone is frozen."""
+    for name in ("a", "b"):
+        Scripted(host, name)
+    engine = await host.started()
+    await engine.activate()
+    with pytest.raises(Refused) as refused:
+        await engine.kexec(Request())
+    for words in ("active", "2 producers frozen", "khoctl abort"):
+        assert words in refused.value.remedy
+    await engine.abort()
+    with pytest.raises(Refused) as refused:
+        await engine.kexec(Request())
+    assert "frozen" not in refused.value.remedy
