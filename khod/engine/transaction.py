@@ -20,9 +20,10 @@ from khod.errors import Failed, KhoError, NotRolledBack
 from khod.kernel.explain import FORGOT
 from khod.machine import HELD, RESTING, STEPS, Machine
 from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
-from khod.producers.barrier import Member
+from khod.producers.barrier import GONE, Member
 from khod.reconcile import Found
 from khod.record import Holder, Record, Store
+from khod.text import join_names
 from khod.worker import Worker
 
 T = TypeVar("T")
@@ -37,6 +38,11 @@ RECORD_UNDO_SECONDS = 2.0
 
 INTERRUPT_SECONDS = 5.0
 """Seconds that what is cancelled in the middle of a step has to end; then the undo begins all the same."""
+
+NOT_UNDONE = "Not everything could be put back"
+"""What follows the first cause where a rollback fails, too: a later one must not hide it."""
+MAX_NAMES_SHOWN = 10
+"""Producers in one message; status has them all."""
 
 SHUTDOWN_SECONDS = 2.0
 """Seconds an undo that is over waits for systemd to say whether the host is shut down; the record may have it later."""
@@ -367,20 +373,24 @@ class Transaction:
     async def _end_rollback(self, cause: KhoError | None, failures: Sequence[Failure]) -> None:
         self._machine = self._machine.to(Phase.failed if failures else self._record.outcome)
         self._reason = "; ".join(dict.fromkeys(failure.sentence for failure in failures))
+        first = self._record.last_error.partition(NOT_UNDONE)[0]
+        left = f"{first.rstrip(' .')}. {NOT_UNDONE}: {self._reason}".removeprefix(". ")
         self._record = replace(
             self._record,
             not_undone=tuple(item for failure in failures for item in failure.items),
-            last_error=self._reason if failures else self._record.last_error,
+            last_error=left if failures else self._record.last_error,
             producers=self.current().producers if failures else (),
         )
         self._jump_asked = False
         await self.try_write_record(RECORD_UNDO_SECONDS)
-        self.emit("Not everything was rolled back." if failures else "Rolled back.")
+        gone = [member.producer.name for member in self._acting().barrier.members if member.answer == GONE]
+        died = f" Gone while it was stopped, and not told: {join_names(gone, MAX_NAMES_SHOWN)}." if gone else ""
+        self.emit(f"{'Not everything was rolled back.' if failures else 'Rolled back.'}{died}")
         raised = cause
         if failures:
             remedies = dict.fromkeys(item.remedy for item in self._record.not_undone if item.remedy)
             raised = NotRolledBack(
-                f"{f'{cause.what}. ' if cause else ''}Not everything could be put back: {self._reason}",
+                f"{f'{cause.what}. ' if cause else ''}{NOT_UNDONE}: {self._reason}",
                 where=", ".join(step.value for step in self._machine.done),
                 remedy=f"{' '.join(remedies) or 'Look at the kernel log.'} Then: khoctl abort",
             )

@@ -35,6 +35,8 @@ class Verb(enum.Enum):
 
 NO_ANSWER = "no answer"
 READY = "ready"
+GONE = "gone, and not told"
+"""The answer of an undo that there is nobody left to tell of."""
 LEAVING = 5.0
 """Seconds a producer has to make way; the shutdown goes on meanwhile."""
 
@@ -105,8 +107,10 @@ class Producer(Protocol):
     def holder(self) -> Holder:
         """What the record says of it, besides what it was told."""
 
-    async def tell(self, telling: Telling) -> None:
+    async def tell(self, telling: Telling) -> str | None:
         """Carry a verb out; returns when it is done, raises Veto with the reason otherwise.
+
+        Returns GONE where an undo has found nobody to tell.
 
         It may be cancelled at any time: a deadline, or an abort. The undo follows, and must find it
         with nothing under way that could still freeze something.
@@ -385,8 +389,8 @@ class Barrier:
         refusal: KhoError | None = None
         try:
             try:
-                await within(deadline, producer.tell(telling))
-                answer, done = READY, True
+                said = await within(deadline, producer.tell(telling))
+                answer, done = said or READY, True
             except TimeoutError:
                 waited = f" ({member.answer})" if member.answer else ""
                 answer = f"no answer within {deadline:g} s{waited}"

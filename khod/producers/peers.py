@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from khod.errors import KhoError, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Kept
-from khod.producers.barrier import UNDO, Telling, Verb, Veto
+from khod.producers.barrier import GONE, UNDO, Telling, Verb, Veto
 from khod.producers.configured import check_name
 from khod.producers.identity import ended, process_of
 from khod.producers.registrations import Registered, Registrations
@@ -152,9 +152,10 @@ class Peer:
 
     # What the barrier does
 
-    async def tell(self, telling: Telling) -> None:
+    async def tell(self, telling: Telling) -> str | None:
         verb, self.run = telling.verb, telling.run
-        if self.connected or await self._comes_back(telling):
+        here = self.connected or await self._comes_back(telling)
+        if here:
             if verb is Verb.finish and self._taker != self.process:  # what was given died with the one that took it
                 await self._converse(replace(telling, verb=Verb.restore))
             await self._converse(telling)
@@ -166,6 +167,7 @@ class Peer:
             await self._sessions.finish(self.session, self.timeout)
             self.kept, self.restoring = (), False
         self.told = {Verb.thaw: Verb.prepare.value, Verb.cancel: "", Verb.finish: ""}.get(verb, verb.value)
+        return None if here else GONE
 
     async def _converse(self, telling: Telling) -> None:
         """Give the command and wait for the answer to it."""

@@ -1,0 +1,67 @@
+"""What a rollback says afterwards: what began it, and who was not there any more to hear of it."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from khod.engine import Engine
+from khod.errors import Failed, NotRolledBack
+from khod.model import Phase
+from khod.producers.identity import process_of
+from khod.producers.peers import Answer, Peer, Terms
+from khod.record import Owner
+from tests.unit.harness import Host
+from tests.unit.scripted import Scripted, raises
+from tests.unit.virtual import VirtualHost, in_virtual_time
+
+
+@in_virtual_time
+async def test_the_first_cause_outlives_a_rollback_that_fails_more_than_once(tmp_path: Path) -> None:
+    host = VirtualHost(tmp_path)
+    stuck = Scripted(host, "lb", cancel=raises(Failed("stuck")))
+    Scripted(host, "db", after=("lb",), prepare=raises(Failed("no luck")))
+    engine = await host.started()
+    with pytest.raises(NotRolledBack):
+        await engine.activate()
+    for _again in range(2):
+        for words in ("db", "no luck", "lb", "stuck"):
+            assert words in (await engine.status()).last_error
+        with pytest.raises(NotRolledBack):
+            await engine.abort()
+    assert (await engine.status()).last_error.count("stuck") == 1
+    stuck.does.clear()
+    await engine.abort()
+    assert "no luck" in (await engine.status()).last_error
+
+
+async def answers(peer: Peer) -> None:
+    """Say yes to everything."""
+    answer = None
+    while True:
+        command = await peer.next(answer)
+        answer = Answer(command.serial, "ready")
+
+
+async def frozen(engine: Engine, name: str) -> Peer:
+    process = process_of(os.getpid())
+    assert process is not None
+    peer = await engine.register(name, Owner(0, f"{name}.service"), process, Terms())
+    serving = asyncio.ensure_future(answers(peer))
+    await engine.activate()
+    serving.cancel()
+    return peer
+
+
+async def test_who_went_away_frozen_is_named_and_did_not_answer(tmp_path: Path) -> None:
+    """Its state went with it: to be told `thaw: ready` would send the operator to bed."""
+    host = Host(tmp_path)
+    engine = await host.started()
+    peer = await frozen(engine, "vm")
+    engine.muster.peers.leave(peer)
+    await host.seen(lambda event: event.phase is Phase.idle and "Rolled back" in event.message)
+    heard = [event for event in host.events if event.producer and event.producer.phase in ("thaw", "cancel")]
+    assert heard
+    assert all(event.producer and event.producer.answer != "ready" for event in heard)
+    assert "vm" in host.events[-1].message
