@@ -6,6 +6,7 @@ from khod.errors import Exit
 from khod.kernel.probe import Probed
 from khod.machine import RESTING
 from khod.model import Generation, Observed, Phase, Producer, Status, Step, Verdict
+from khod.producers.barrier import READY
 from khod.record import Record
 from khod.text import join_names
 
@@ -44,7 +45,7 @@ SAYS: dict[Phase, tuple[str, str]] = {
     ),
     Phase.inconsistent: (
         "khod's record and the kernel contradict each other.",
-        "Look at both; to put the kernel back: khoctl abort --force",
+        "To put back what is left and have every producer go on: khoctl abort --force",
     ),
 }
 
@@ -74,6 +75,8 @@ def build(
     due = [step.value for step in transaction.machine.done]
     foreign = kernel is not None and not stale and reconcile.foreign(transaction.current(), kernel)
     summary, remedy = _words(phase, record, probed, foreign=foreign, absent=absent)
+    if phase is Phase.inconsistent:
+        summary, remedy = _inconsistent(transaction, kernel, producers)
     contradicted = phase in (Phase.foreign, Phase.inconsistent)
     unfinished = phase in (Phase.failed, Phase.inconsistent)
     outcome = phase if phase in OUTCOME_EXITS else record.outcome
@@ -125,6 +128,18 @@ def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absen
         )
         remedy = remedy or "Start them, or: khoctl producers forget NAME"
     return summary, remedy
+
+
+def _inconsistent(transaction: Transaction, kernel: Observed | None, producers: list[Producer]) -> tuple[str, str]:
+    """Name the two facts that contradict each other, or what is the matter with the record."""
+    held = [found.name for found in producers if found.phase == "freeze" and found.answer == READY]
+    frozen = f" Still frozen: {join_names(held, MAX_NAMES_SHOWN)}." if held else ""
+    if transaction.phase is Phase.inconsistent and transaction.reason:
+        summary = f"{transaction.reason}. What a handover may have done is not known."
+    else:
+        found = reconcile.said(kernel) if kernel else "the kernel was not asked"
+        summary = f"khod left the host at {transaction.phase.value}, and {found}: somebody else has changed that."
+    return f"{summary}{frozen}", SAYS[Phase.inconsistent][1]
 
 
 def _degraded(verdict: Verdict) -> tuple[str, str]:

@@ -11,8 +11,8 @@ from khod.errors import Failed, NotRolledBack
 from khod.model import Phase
 from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Peer, Terms
-from khod.record import Owner
-from tests.unit.harness import Host
+from khod.record import FILE, Owner
+from tests.unit.harness import ACTIVE, Host
 from tests.unit.scripted import Scripted, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time
 
@@ -65,3 +65,29 @@ async def test_who_went_away_frozen_is_named_and_did_not_answer(tmp_path: Path) 
     assert heard
     assert all(event.producer and event.producer.answer != "ready" for event in heard)
     assert "vm" in host.events[-1].message
+
+
+@in_virtual_time
+async def test_a_contradiction_names_both_facts_and_who_is_frozen(tmp_path: Path) -> None:
+    host = VirtualHost(tmp_path)
+    Scripted(host, "vm")
+    engine = await host.started()
+    await engine.activate()
+    host.kernel.echo(ACTIVE, "0")
+    status = await engine.status()
+    assert status.phase is Phase.inconsistent
+    for words in ("left the host at active", "inactive with no image", "vm"):
+        assert words in status.summary
+    assert "--force" in status.remedy
+    await engine.abort(force=True)
+
+
+@in_virtual_time
+async def test_a_damaged_record_is_no_contradiction(tmp_path: Path) -> None:
+    host = VirtualHost(tmp_path)
+    host.store.directory.mkdir(exist_ok=True)
+    (host.store.directory / FILE).write_text('{"vers')
+    status = await (await host.started()).status()
+    assert status.phase is Phase.inconsistent
+    assert "record" in status.summary
+    assert "somebody else" not in status.summary
