@@ -1,6 +1,7 @@
 """Checks of the next kernel: whether this host can load it, and whether it would take over what is left to it."""
 
 import mmap
+import re
 from collections.abc import Callable
 
 from khod import cmdline as lines
@@ -13,9 +14,10 @@ from khod.model import CheckResult, Fate
 from khod.preflight.facts import Facts, Finding, shown
 from khod.preflight.kernel import signatures_enforced
 from khod.target import Target
-from khod.text import join_names
+from khod.text import join_names, printable
 
 MAX_SHOWN = 3
+INITRAMFS = re.compile(r"""^CONFIG_INITRAMFS_SOURCE=("[^"\n]+")$""", re.MULTILINE)
 UNREADABLE = "The image could not be looked at: see the check `image`"
 
 
@@ -60,11 +62,12 @@ def initrd(facts: Facts) -> Finding | None:
         return None
     if error := target.wrong.get("initrd"):
         return Finding.of(error)
+    alone, no_root = _root(target)
     if target.initrd is None:
-        if lines.has_root(target.cmdline):
-            return Finding.passed("None; the command line says where the root is")
+        if alone:
+            return Finding.passed(f"None; {alone}")
         return Finding.fail(
-            "No initrd, and no root= on the command line: the next kernel would panic",
+            f"No initrd, and {no_root}: the next kernel would panic",
             "Give --initrd, or the root with --append root=...",
         )
     files, unpacked = sum(one.files for one in target.initrds), sum(one.unpacked for one in target.initrds)
@@ -72,15 +75,27 @@ def initrd(facts: Facts) -> Finding | None:
     init = lines.init(target.cmdline)
     if any(one.init for one in target.initrds):
         return Finding.passed(f"{what}, /{init} is there")
-    if lines.has_root(target.cmdline):
+    if alone:
         return Finding.warn(
-            f"{what}, and no /{init} in it: the kernel mounts root= by itself",
+            f"{what}, and no /{init} in it: {alone}",
             "Be sure that the drivers of the root are built in.",
         )
     return Finding.fail(
-        f"{what}, no /{init} in it, and no root= on the command line: the next kernel would panic",
+        f"{what}, no /{init} in it, and {no_root}: the next kernel would panic",
         "Give the initrd of this kernel, or the root with --append root=...",
     )
+
+
+def _root(target: Target) -> tuple[str, str]:
+    """Why the kernel needs no initrd's init, or else why it does; one of the two is ""."""
+    if target.apart and (source := INITRAMFS.search(target.apart.about.config or "")):
+        return f"the kernel has its own built in (CONFIG_INITRAMFS_SOURCE={source[1]})", ""
+    root = lines.root(target.cmdline)
+    if not root:
+        return "", "no root= on the command line"
+    if lines.mounts_root(target.cmdline):
+        return f"the kernel mounts root={printable(root)} by itself", ""
+    return "", f"no kernel finds root={printable(root)} by itself, only an initrd's programs do"
 
 
 def cmdline(facts: Facts) -> Finding | None:
