@@ -147,22 +147,25 @@ def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
 @_of_target
 def signature(facts: Facts, target: Target, about: Kernel) -> Finding:
     """It is signed where the loader asks for that; whether the signature is good only the loader finds out."""
-    enforced = signatures_enforced(facts)
+    assert target.apart is not None, "what _of_target() has looked at"
+    enforced, formats = signatures_enforced(facts), target.apart.formats
+    subject = target.kernel.name if len(formats) == 1 else f"The kernel in {target.kernel.name}"
     if about.signature is not Signature.none:
-        return Finding.passed(f"{target.kernel.name} is signed ({about.signature.value})")
+        return Finding.passed(f"{subject} is signed ({about.signature.value})")
     if enforced:
         return Finding.fail(
-            f"{target.kernel.name} is not signed, and this kernel loads signed images alone: it would say ENODATA, or "
+            f"{subject} is not signed, and this kernel loads signed images alone: it would say ENODATA, or "
             "ELIBBAD of an image that is no PE",  # seen on 7.3.4, of one built without CONFIG_EFI_STUB
             "Use a signed image (Debian: linux-image-VERSION-amd64, not -unsigned), or sign it with a key this kernel "
-            "trusts (sbsign), for which it must be built with CONFIG_EFI_STUB.",
+            "trusts (sbsign), for which it must be built with CONFIG_EFI_STUB."
+            + (" The unified image's own signature is nothing to kexec." if "UKI" in formats else ""),
         )
     if enforced is None:
         return Finding.warn(
-            f"{target.kernel.name} is not signed, and this kernel does not say whether it insists on that",
+            f"{subject} is not signed, and this kernel does not say whether it insists on that",
             "Look for CONFIG_KEXEC_SIG_FORCE in its configuration.",
         )
-    return Finding.passed(f"{target.kernel.name} is not signed; this kernel does not insist on that")
+    return Finding.passed(f"{subject} is not signed; this kernel does not insist on that")
 
 
 @_of_target
