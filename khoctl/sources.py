@@ -1,6 +1,7 @@
 """Which kernel to boot, as the host's boot loader or its kernel packages have it."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,11 +9,13 @@ from pathlib import Path
 
 from khoctl import grubenv, versions
 from khoctl.defaults import default
-from khoctl.entries import Entry, Field, entries, os_release, partitions, read, searched
-from khod.errors import Refused, UsageError
+from khoctl.entries import Entry, entries, os_release, partitions, searched
+from khoctl.loader import Field, Loader, loader, read
+from khoctl.unified import THIN, Unified, left_behind, unified
+from khod.errors import Refused, UsageError, errno_text
 from khod.text import ASCII_SPACE, split_words
 
-__all__ = ["Entry", "Source", "entries", "entry", "installed"]
+__all__ = ["Entry", "Source", "entries", "entry", "image", "installed"]
 
 ARCHITECTURES = {
     "x86_64": "x64",
@@ -36,6 +39,9 @@ INITRDS = (
     "usr/lib/modules/{}/initrd.img",
     "usr/lib/modules/{}/initramfs.img",  # ostree
 )
+
+ADDRESS = "\\"
+"""What separates the parts of a path in UEFI's own way of writing it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ def entry(wanted: str | None, root: Path = Path("/")) -> Source:
         )
     if wanted is not None:
         return _source(_named(wanted, found, root), root)
-    return _source(default([one for one in found if _fits(one)] or found, root), root)
+    chosen, once = default([one for one in found if _fits(one)] or found, root)
+    return _noted(_source(chosen, root), once)
 
 
 def installed(version: str, root: Path = Path("/")) -> Source:
@@ -95,6 +102,21 @@ def installed(version: str, root: Path = Path("/")) -> Source:
     groups = [*beside, *singles] if kernel.parent in laid_out else [*singles, *beside]
     note = "" if groups else f"No initrd of {version} was found below {root / 'boot'} or {root / 'usr/lib/modules'}."
     return Source(kernel, groups[0] if groups else (), None, f"kernel {version}", note)
+
+
+def image(path: str, root: Path = Path("/")) -> str:
+    """What the operator should be told of an image that is given as a file, "" mostly."""
+    try:
+        found = unified(Path(path))
+    except OSError:
+        return ""  # khod is given it all the same, and whoever opens it says what is the matter
+    real = Path(os.path.realpath(path))
+    on = [place for place in partitions(root) if real.is_relative_to(os.path.realpath(place))]
+    return left_behind(found, real.name, max(on, key=lambda place: len(place.parts), default=None))
+
+
+def _noted(source: Source, note: str) -> Source:
+    return replace(source, note=" ".join(filter(None, (note, source.note))))
 
 
 def _token_directories(root: Path) -> list[Path]:
@@ -143,9 +165,9 @@ def _source(one: Entry, root: Path) -> Source:
     """What an entry boots. Raises Refused, with file and line, where kexec cannot boot it as the loader would."""
     title = one.text("title")
     name = f"entry {one.id}" + (f" ({title})" if title else "")
-    if one.unified:
-        return Source(one.path, (), None, name)
     _refuse_foreign(one)
+    if one.unified:
+        return _unified(one, one.path, name)
     kernel = one.last("uki") or one.last("linux")
     if kernel is None:
         started = one.last("efi") or one.last("uki-url")
@@ -154,23 +176,90 @@ def _source(one: Entry, root: Path) -> Source:
             where=one.where(started),
             remedy="Choose an entry with `linux` or `uki` in it: kexec boots nothing else.",
         )
-    variables = grubenv.read(root)
+    read_as = _Language(root)
     initrds = tuple(
         _file(one, field, path, root)
         for field in one.fields
         if field.key == "initrd"
-        for path in split_words(grubenv.expand(field.value, variables, one.where(field)))
+        for path in read_as.paths(field.value, one.where(field))
     )
-    cmdline = _cmdline(one, variables)
+    cmdline = _cmdline(one, read_as)
     if cmdline is None and kernel.key == "linux":
         cmdline = ""  # as the loader boots it; the running kernel's may name another root
-    return Source(_file(one, kernel, kernel.value, root), initrds, cmdline, name, _note(one))
+    path = _file(one, kernel, " ".join(read_as.paths(kernel.value, one.where(kernel))), root)
+    return _noted(
+        Source(path, initrds, cmdline, name, left_behind(unified(path), path.name, one.partition)), _note(one)
+    )
+
+
+def _unified(one: Entry, path: Path, name: str) -> Source:
+    """A UKI; of a thin one (lanzaboote's) the files it names, held against the hashes in it."""
+    image = unified(path)
+    note = left_behind(image, one.name, one.partition)
+    if THIN not in image.profiles[0]:
+        return Source(path, (), None, name, note)
+    kernel, initrd = (_of_thin(one, image, section) for section in (".linux", ".initrd"))
+    return Source(kernel, (initrd,), " ".join(split_words(image.text(".cmdline"))), name, note)
+
+
+def _of_thin(one: Entry, image: Unified, section: str) -> Path:
+    path = one.partition / image.text(section).replace(ADDRESS, "/").lstrip("/")
+    inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(one.partition))
+    try:
+        if inside and "\0" not in str(path) and path.is_file():
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").digest() == image.bytes(f"{section}h"):
+                    return path
+            what = "another file than it was made for"
+        else:
+            what = "no file there"
+    except OSError as error:
+        what = f"a file that cannot be read: {errno_text(error)}"
+    raise Refused(
+        f"The entry {one.id} names {str(path)!r}, which is {what}",
+        where=one.where(),
+        remedy="Make the entry again (nixos-rebuild boot), or choose another one.",
+    )
+
+
+class _Language:
+    """How the boot loader of this host reads an entry's values.
+
+    GRUB runs them as a part of its script, variables, quotes and backslashes and all; systemd-boot takes them as they
+    stand, each `initrd` as one path. Where the loader cannot be told a variable is one all the same: nothing that GRUB
+    would have put in gets lost.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.loader = loader(root)
+        self.variables = grubenv.read(root)
+
+    def words(self, value: str, where: str) -> str:
+        """What the kernel is given of an entry's `options`."""
+        match self.loader:
+            case Loader.systemd_boot:
+                return value
+            case Loader.grub:
+                return grubenv.line(value, self.variables, where)
+            case Loader.unknown:
+                return grubenv.expand(value, self.variables, where)
+
+    def paths(self, value: str, where: str) -> list[str]:
+        """The files that a value names."""
+        match self.loader:
+            case Loader.systemd_boot:
+                return [value.replace(ADDRESS, "/")]
+            case Loader.grub:
+                return grubenv.paths(value, self.variables, where)
+            case Loader.unknown:
+                return split_words(grubenv.expand(value, self.variables, where))
 
 
 def _named(wanted: str, found: list[Entry], root: Path) -> Entry:
     """The entry of this id. A part of an id is none: the next kernel update would change what it means."""
-    chosen = [one for one in found if wanted in (one.id, one.path.name)]
-    chosen = chosen or [one for one in found if wanted == one.stem]
+    mains = [one for one in found if not one.number]
+    chosen = [one for one in found if wanted == one.id] or [one for one in mains if wanted == one.path.name]
+    chosen = chosen or [one for one in mains if wanted == one.stem]
     ids = list(dict.fromkeys(one.id for one in chosen))
     if len(ids) > 1:
         raise UsageError(f"{wanted!r} is {' and '.join(ids)}", where=searched(root), remedy="Name it with its suffix.")
@@ -196,12 +285,13 @@ def _refuse_foreign(one: Entry) -> None:
             where=one.where(one.last("architecture")),
             remedy="Choose an entry for this machine.",
         )
-    profile = one.last("profile")
-    if profile and profile.value != "0":
+    given = one.last("profile")
+    profile = one.profile if one.number else given.value if given else "0"
+    if profile != "0":
         raise Refused(
-            f"The entry {one.id} boots profile {profile.value} of its unified kernel image",
-            where=one.where(profile),
-            remedy="kexec boots the image's main profile only: choose an entry without `profile`.",
+            f"The entry {one.id} boots profile {profile} of its unified kernel image",
+            where=one.where(given),
+            remedy="kexec boots the image's main profile only: choose an entry of that.",
         )
     for field in one.fields:
         if any("\udc80" <= char <= "\udcff" for char in field.value):
@@ -210,12 +300,13 @@ def _refuse_foreign(one: Entry) -> None:
             )
 
 
-def _cmdline(one: Entry, variables: dict[str, str]) -> str | None:
+def _cmdline(one: Entry, read_as: _Language) -> str | None:
     """The entry's options, joined by a space; None where it has none, and GRUB has no `default_kernelopts` either."""
     options = [field for field in one.fields if field.key == "options"]
-    if not options and (fallback := variables.get("default_kernelopts")):
-        return grubenv.expand(fallback, variables, one.where())
-    lines = (grubenv.expand(field.value, variables, one.where(field)).strip(ASCII_SPACE) for field in options)
+    if not options and read_as.loader is not Loader.systemd_boot:
+        fallback = read_as.variables.get("default_kernelopts")
+        return read_as.words(fallback, one.where()) if fallback else None
+    lines = (read_as.words(field.value, one.where(field)).strip(ASCII_SPACE) for field in options)
     return " ".join(filter(None, lines)) if options else None
 
 
