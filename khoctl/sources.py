@@ -3,9 +3,9 @@
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from khoctl import grubenv, versions
 from khoctl.defaults import default
@@ -29,17 +29,20 @@ ARCHITECTURES = {
 KERNELS = (
     *(f"usr/lib/modules/{{}}/{name}" for name in ("vmlinuz", "vmlinux", "Image", "vmlinuz.efi", "Image.gz")),
     *(f"lib/modules/{{}}/{name}" for name in ("vmlinuz", "vmlinux", "Image", "vmlinuz.efi", "Image.gz")),
-    *(f"boot/{name}-{{}}" for name in ("vmlinuz", "vmlinux", "Image")),
+    *(f"boot/{name}-{{}}" for name in ("vmlinuz", "vmlinux", "Image", "kernel")),
 )
 INITRDS = (
     "boot/initrd.img-{}",  # Debian
-    "boot/initramfs-{}.img",  # Fedora
+    "boot/initramfs-{}.img",  # Fedora, Gentoo
     "boot/initrd-{}",  # SUSE
+    "boot/initrd-{}.img",  # Mageia
+    "boot/initramfs-{}",  # Alpine
     "usr/lib/modules/{}/initrd",
     "usr/lib/modules/{}/initrd.img",
     "usr/lib/modules/{}/initramfs.img",  # ostree
 )
-
+PKGBASE, OF_PKGBASE = "usr/lib/modules/{}/pkgbase", "boot/initramfs-{}.img"
+"""Arch: an initrd is named for the package, of which each version replaces the one before."""
 ADDRESS = "\\"
 """What separates the parts of a path in UEFI's own way of writing it."""
 
@@ -78,30 +81,44 @@ def entry(wanted: str | None, root: Path = Path("/")) -> Source:
 
 
 def installed(version: str, root: Path = Path("/")) -> Source:
-    """An installed kernel by its version, with its initrd; a note says so where it has none.
+    """An installed kernel by its version, with the initrd that was made for it.
 
-    Looks where kernel packages put it, then where kernel-install(8) does, then for an entry of that version. Raises
-    UsageError where it is nowhere, Refused where only an entry has it and kexec cannot boot that.
+    These are looked for in turn: a kernel and an initrd that packages put there under that version, a boot loader
+    entry of that version, what kernel-install(8) laid out for it. Raises UsageError where the kernel is nowhere,
+    Refused where it has no initrd that can be known for its own, or only an entry has it and kexec cannot boot that.
     """
     if version in ("", ".", "..") or "/" in version or "\0" in version:
         raise UsageError(f"{version!r} is no kernel version", where="--kernel", remedy="Give it as `uname -r` says it.")
+    name = f"kernel {version}"
+    kernel = _first(root / place.format(version) for place in KERNELS)
+    initrd = _first(root / place.format(version) for place in INITRDS) or _of_package(version, root)
+    if kernel and initrd:
+        return Source(kernel, (initrd,), None, name)
+    of_version = [one for one in entries(root) if not one.number and _fits(one) and _is_of(one, version)]
+    if of_version:
+        chosen, *others = of_version
+        note = f"There are also the entries {', '.join(one.id for one in others)} of {version}." if others else ""
+        return _noted(replace(_source(chosen, root), name=f"{name}, entry {chosen.id}"), note)
     laid_out = [directory / version for directory in _token_directories(root)]
-    packaged = [root / place.format(version) for place in KERNELS]
-    kernel = next((path for path in (*packaged, *(place / "linux" for place in laid_out)) if path.is_file()), None)
-    if kernel is None:
-        for one in entries(root):
-            if version == one.text("version") or one.stem == version or one.stem.endswith(f"-{version}"):
-                return replace(_source(one, root), name=f"kernel {version}, entry {one.id}")
-        raise UsageError(
-            f"No kernel {version} is installed",
-            where=", ".join(map(str, (root / "boot", root / "usr/lib/modules", *laid_out))),
-            remedy=f"There are: {', '.join(_versions(root)) or 'none'}.",
+    for place in laid_out:
+        own, beside = _first([place / "linux"]), _beside(place)
+        if own and beside:
+            return Source(own, beside, None, name)
+        if kernel and beside:
+            _refuse_several(version, beside)
+            return Source(kernel, beside, None, name)
+        kernel = kernel or own
+    if kernel:
+        raise Refused(
+            f"No initrd is known to be kernel {version}'s own",
+            where=str(kernel),
+            remedy=f"Name the files: --image {kernel} --initrd FILE; without --initrd where the kernel needs none.",
         )
-    singles = [(path,) for path in (root / place.format(version) for place in INITRDS) if path.is_file()]
-    beside = [found for place in laid_out if (found := _beside(place))]
-    groups = [*beside, *singles] if kernel.parent in laid_out else [*singles, *beside]
-    note = "" if groups else f"No initrd of {version} was found below {root / 'boot'} or {root / 'usr/lib/modules'}."
-    return Source(kernel, groups[0] if groups else (), None, f"kernel {version}", note)
+    raise UsageError(
+        f"No kernel {version} is installed",
+        where=", ".join(map(str, (root / "boot", root / "usr/lib/modules", *laid_out))),
+        remedy=f"There are: {', '.join(_versions(root)) or 'none'}.",
+    )
 
 
 def image(path: str, root: Path = Path("/")) -> str:
@@ -113,6 +130,42 @@ def image(path: str, root: Path = Path("/")) -> str:
     real = Path(os.path.realpath(path))
     on = [place for place in partitions(root) if real.is_relative_to(os.path.realpath(place))]
     return left_behind(found, real.name, max(on, key=lambda place: len(place.parts), default=None))
+
+
+def _first(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _of_package(version: str, root: Path) -> Path | None:
+    """The initrd named for the package of this version, where no other version is of the same package."""
+    bases = {path.parent.name: read(path).strip(ASCII_SPACE) for path in root.glob(PKGBASE.format("*"))}
+    base = bases.pop(version, "")
+    if not base or "/" in base or base in bases.values():
+        return None
+    return _first([root / OF_PKGBASE.format(base)])
+
+
+def _is_of(one: Entry, version: str) -> bool:
+    """Whether an entry is of this kernel version, as far as it says: its UKI's uname, its version, the paths in it."""
+    if uname := one.text("uname"):
+        return uname == version
+    if one.stem == version or one.stem.endswith(f"-{version}"):
+        return True
+    said = one.text("version")  # a UKI's is its system's; of SUSE's snapshots it is SNAPSHOT@VERSION
+    kernel = PurePosixPath((one.text("linux") or one.text("uki")).replace(ADDRESS, "/"))
+    named = (said, said.partition("@")[2], kernel.parent.name, kernel.name.partition("-")[2])
+    return version in named and not one.unified
+
+
+def _refuse_several(version: str, beside: tuple[Path, ...]) -> None:
+    """Raise Refused where a kernel that is elsewhere would get several initrds: each may be whole, for a snapshot."""
+    whole = [path for path in beside if not path.name.startswith("microcode")]
+    if len(whole) > 1:
+        raise Refused(
+            f"Several initrds of {version} lie beside each other, and no entry says which one is to be taken",
+            where=", ".join(map(str, whole)),
+            remedy="Name the files: --image and --initrd.",
+        )
 
 
 def _noted(source: Source, note: str) -> Source:
@@ -140,10 +193,10 @@ def _beside(directory: Path) -> tuple[Path, ...]:
 
 
 def _versions(root: Path) -> list[str]:
-    """Every version that `installed` takes, the newest first."""
+    """Every version there is a kernel of, the newest first."""
     found = set(_parts(root, KERNELS))
     found |= {path.parent.name for directory in _token_directories(root) for path in directory.glob("*/linux")}
-    found |= {one.text("version") for one in entries(root) if one.text("version") and not one.unified}
+    found |= {one.text("uname") or (not one.unified and one.text("version")) or "" for one in entries(root)} - {""}
     return sorted(found, key=functools.cmp_to_key(versions.compare), reverse=True)
 
 

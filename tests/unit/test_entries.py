@@ -332,6 +332,7 @@ def test_the_initrd_of_kernel_install_serves_a_packaged_kernel(tmp_path: Path) -
         "lib/modules/6.12/vmlinuz",
         "boot/vmlinux-6.12",
         "boot/Image-6.12",
+        "boot/kernel-6.12",
     ],
 )
 def test_every_place_of_a_packaged_kernel(tmp_path: Path, kernel: str) -> None:
