@@ -1,7 +1,6 @@
 """Checks of the next kernel: whether this host can load it, and whether it would take over what is left to it."""
 
 import mmap
-import re
 from collections.abc import Callable
 
 from khod import cmdline as lines
@@ -17,7 +16,6 @@ from khod.target import Target
 from khod.text import join_names, printable
 
 MAX_SHOWN = 3
-INITRAMFS = re.compile(r"""^CONFIG_INITRAMFS_SOURCE=("[^"\n]+")$""", re.MULTILINE)
 UNREADABLE = "The image could not be looked at: see the check `image`"
 
 
@@ -62,10 +60,10 @@ def initrd(facts: Facts) -> Finding | None:
         return None
     if error := target.wrong.get("initrd"):
         return Finding.of(error)
-    alone, no_root = _root(target)
+    no_root = _no_root(target)
     if target.initrd is None:
-        if alone:
-            return Finding.passed(f"None; {alone}")
+        if not no_root:
+            return Finding.passed("None; the kernel mounts root= by itself")
         return Finding.fail(
             f"No initrd, and {no_root}: the next kernel would panic",
             "Give --initrd, or the root with --append root=...",
@@ -75,9 +73,9 @@ def initrd(facts: Facts) -> Finding | None:
     init = lines.init(target.cmdline)
     if any(one.init for one in target.initrds):
         return Finding.passed(f"{what}, /{init} is there")
-    if alone:
+    if not no_root:
         return Finding.warn(
-            f"{what}, and no /{init} in it: {alone}",
+            f"{what}, and no /{init} in it: the kernel mounts root= by itself",
             "Be sure that the drivers of the root are built in.",
         )
     return Finding.fail(
@@ -86,16 +84,12 @@ def initrd(facts: Facts) -> Finding | None:
     )
 
 
-def _root(target: Target) -> tuple[str, str]:
-    """Why the kernel needs no initrd's init, or else why it does; one of the two is ""."""
-    if target.apart and (source := INITRAMFS.search(target.apart.about.config or "")):
-        return f"the kernel has its own built in (CONFIG_INITRAMFS_SOURCE={source[1]})", ""
-    root = lines.root(target.cmdline)
-    if not root:
-        return "", "no root= on the command line"
+def _no_root(target: Target) -> str:
+    """Why the kernel would find no root by itself, "" where it would."""
     if lines.mounts_root(target.cmdline):
-        return f"the kernel mounts root={printable(root)} by itself", ""
-    return "", f"no kernel finds root={printable(root)} by itself, only an initrd's programs do"
+        return ""
+    root = lines.root(target.cmdline)
+    return f"only an initrd's programs find root={printable(root)}" if root else "no root= on the command line"
 
 
 def cmdline(facts: Facts) -> Finding | None:
