@@ -120,7 +120,7 @@ _NEWEST_FIRST = functools.cmp_to_key(_older)
 
 
 def _place(entry: Entry) -> tuple[object, ...]:
-    """Where an entry sorts: UAPI.1, "Sorting"."""
+    """Where an entry sorts: UAPI.1, "Sorting", and boot_entry_compare(), which takes names with their suffix."""
     key = entry.text("sort-key")
     grouped = (key.encode("utf-8", "surrogateescape"), entry.text("machine-id").encode("utf-8", "surrogateescape"))
     return (
@@ -128,8 +128,9 @@ def _place(entry: Entry) -> tuple[object, ...]:
         not key,
         grouped if key else (),
         _NEWEST_FIRST(entry.text("version") if key else ""),
-        _NEWEST_FIRST(entry.stem),
+        _NEWEST_FIRST(entry.name),
         entry.number,
+        -(entry.left or 0),
         entry.done,
     )
 

@@ -60,6 +60,8 @@ def default(root: Path) -> str:
         (("a.conf", "sort-key z"), ("b.conf", "version 9")),  # rule 3
         (("k-6.10.conf", "version 1\nmachine-id 1"), ("k-6.9.conf", "version 2\nmachine-id 0")),  # rule 4
         (("b.conf", "sort-key x\nversion 1"), ("a.conf", "sort-key x\nversion 1")),
+        (("k-1.conf", ""), ("k-1-2.conf", "")),  # to boot_entry_compare() the suffix is a part of the name
+        (("a+3.conf", ""), ("a+2-1.conf", "")),  # the one with more tries left
         (("a+0-1.conf", ""), ("a+0-2.conf", "")),  # sorted by n
     ],
 )
