@@ -14,6 +14,7 @@ MAX_PROFILES = 256
 """UNIFIED_PROFILES_MAX of systemd's src/fundamental/uki.h."""
 THIN = ".linuxh"
 """Of lanzaboote's thin images, where .linux and .initrd are paths: the SHA-256 of the file that .linux names."""
+TREES = (".dtb", ".dtbauto")
 POLICY = (".pcrsig", ".pcrpkey")
 """Sections of a signed PCR policy, which systemd-stub lays into the initrd as files below /.extra."""
 
@@ -93,6 +94,8 @@ def left_behind(image: Unified, name: str, partition: Path | None) -> str:
         lost.append(_named("credentials", credentials))
     if extensions := _files(beside, "*.sysext.raw") + _files(beside, "*.confext.raw"):
         lost.append(_named("extensions", extensions))
+    if any(section in image.profiles[0] for section in TREES):
+        lost.append("its device tree (kexec hands on the running one)")
     if any(section in image.profiles[0] for section in POLICY):
         lost.append("its signed PCR policy, so that a disk which that unlocks stays locked")
     return f"systemd-stub would add to {name}, and kexec does not: {'; '.join(lost)}." if lost else ""

@@ -44,19 +44,26 @@ PROC = "/proc/cmdline"
 
 
 def compose(
-    running: str, given: str | None, append: str | None, run: str, limit: int, remove: Sequence[str] = ()
+    running: str,
+    given: str | None,
+    append: str | None,
+    run: str,
+    limit: int,
+    remove: Sequence[str] = (),
+    where: str = OPTIONS,
 ) -> str:
     """Make the command line: `given`, or what is worth keeping of `running`; less `remove`; then `append`; the marker.
 
     `remove` names parameters (`console` takes away each `console=...`) or whole words (`console=ttyS0`). The
     marker `khod.run=ID` is how the kernel after the jump is told from one booted cold. `limit` is the longest
     the image takes, in bytes without the NUL. Raises UsageError; also where `remove` names what is not there, which
-    may be a mistyped word that would be booted with.
+    may be a mistyped word that would be booted with. `where` says whose line `given` is.
     """
-    for text in (given or "", append or "", *remove):
+    for text in (append or "", *remove):
         _check_text(text, OPTIONS)
     if given is None:
-        _check_text(running.replace("\n", " "), PROC)
+        where = PROC
+    _check_text(running.replace("\n", " ") if given is None else given, where)
     words = WORD.findall(running if given is None else given)
     _check_removed(remove, words)
     base, init = _split([word for word in words if given is not None or not _stays(parse(word))])
@@ -64,7 +71,7 @@ def compose(
     kept = [word for word in base if not any(_names(name, word) for name in remove)]
     to_init = [*init, *added_init]
     for word in (*kept, *added, *to_init):
-        _check_quotes(word, PROC if given is None and word not in added else OPTIONS)
+        _check_quotes(word, OPTIONS if word in added or word in added_init else where)
     line = " ".join([*kept, *added, f"{MARKER}{run}", *([INIT, *to_init] if to_init else [])])
     if (length := len(line.encode())) > limit:
         raise UsageError(
@@ -119,8 +126,9 @@ def _check_quotes(word: str, where: str) -> None:
         raise UsageError(
             f"The command line has a double quote without its end, in: {shorten(printable(word), MAX_SHOWN)}",
             where=where,
-            remedy="Close it"
-            + (": all that follows would be one word." if where == OPTIONS else ", with --remove or --cmdline."),
+            remedy="Close it: all that follows would be one word."
+            if where == OPTIONS
+            else "Close it, or take the word away with --remove, or give another line with --cmdline.",
         )
 
 

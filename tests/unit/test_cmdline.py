@@ -291,6 +291,17 @@ def test_a_quote_without_its_end_is_refused(given_line: str, append: str | None)
     assert raised.value.where == "/proc/cmdline"
 
 
+@pytest.mark.parametrize(
+    ("given_line", "append", "where"), [('a="b', None, "u.efi"), ("a", 'b="', "--cmdline"), ("\0", None, "u.efi")]
+)
+def test_what_is_wrong_with_an_image_s_own_line_is_not_said_of_an_option(
+    given_line: str, append: str | None, where: str
+) -> None:
+    with pytest.raises(UsageError) as raised:
+        compose("", given_line, append, "r1", 99, where="u.efi: .cmdline")
+    assert raised.value.where.startswith(where)
+
+
 def test_a_quote_without_its_end_can_be_removed() -> None:
     assert compose('ro quiet" b', None, None, "r1", 99, ['quiet" b']) == "ro khod.run=r1"
 

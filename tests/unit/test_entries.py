@@ -538,7 +538,7 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
     put(tmp_path, "boot/loader/addons/README")
     put(tmp_path, "efi/loader/addons/of-another-file-system.addon.efi")
     assert sources.entry("x", tmp_path).note == sources.image(str(image), tmp_path) == ""
-    image.write_bytes(portable([*sections, (".pcrsig", b"{}")]))
+    image.write_bytes(portable([*sections, (".pcrsig", b"{}"), (".dtb", b"tree")]))
     luks = portable([(".cmdline", b"rd.luks.options=discard\n\0")])
     put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/luks.addon.efi").write_bytes(luks)
     put(tmp_path, "boot/EFI/Linux/x+3.efi.extra.d/db.cred")
@@ -556,6 +556,7 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
     ):
         assert name in note
     assert "signed PCR policy" in note
+    assert "device tree" in note
     assert "another-file-system" not in note
     put(tmp_path, "boot/loader/entries/a.conf", "uki /EFI/Linux/x+3.efi\ndevicetree /board.dtb\n")
     for noted in (sources.entry("a", tmp_path).note, sources.image(str(image), tmp_path)):
