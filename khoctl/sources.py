@@ -123,11 +123,13 @@ def installed(version: str, root: Path = Path("/")) -> Source:
 
 def image(path: str, root: Path = Path("/")) -> str:
     """What the operator should be told of an image that is given as a file, "" mostly."""
-    try:
-        found = unified(Path(path))
-    except OSError:
-        return ""  # khod is given it all the same, and whoever opens it says what is the matter
     real = Path(os.path.realpath(path))
+    try:
+        found = unified(real) if real.is_file() else None  # else whoever opens it for khod says what is the matter
+    except OSError:
+        found = None
+    if found is None:
+        return ""
     on = [place for place in partitions(root) if real.is_relative_to(os.path.realpath(place))]
     return left_behind(found, real.name, max(on, key=lambda place: len(place.parts), default=None))
 
@@ -256,10 +258,10 @@ def _unified(one: Entry, path: Path, name: str) -> Source:
 
 
 def _of_thin(one: Entry, image: Unified, section: str) -> Path:
-    path = one.partition / image.text(section).replace(ADDRESS, "/").lstrip("/")
+    path = one.partition / image.text(section).partition("\0")[0].replace(ADDRESS, "/").lstrip("/")
     inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(one.partition))
     try:
-        if inside and "\0" not in str(path) and path.is_file():
+        if inside and path.is_file():
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").digest() == image.bytes(f"{section}h"):
                     return path

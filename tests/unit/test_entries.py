@@ -1,6 +1,7 @@
 """Boot loader entries in the specification's order, the loader's default among them, and GRUB's variables."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -581,8 +582,15 @@ def test_a_thin_image_is_the_files_it_names_where_they_are_what_it_was_made_for(
     (tmp_path / "boot/EFI/nixos/initrd-6.12.efi").unlink()
     with pytest.raises(Refused, match="no file there"):
         sources.entry("nixos-294", tmp_path)
-    paths[".linux"] = rb"\..\secret"
-    put(tmp_path, "secret")
-    put(tmp_path, "boot/EFI/Linux/nixos-294.efi").write_bytes(portable([*paths.items(), *hashes.items()]))
-    with pytest.raises(Refused, match="secret"):
-        sources.entry("nixos-294", tmp_path)
+    put(tmp_path, "secret").write_bytes(files[".linux"])
+    for path in (rb"\..\secret", b"\0x", b"x" * 5000):
+        sections = [(".linux", path), *hashes.items()]
+        put(tmp_path, "boot/EFI/Linux/nixos-294.efi").write_bytes(portable(sections))
+        with pytest.raises(Refused, match=r"nixos-294\.efi names"):
+            sources.entry("nixos-294", tmp_path)
+
+
+def test_a_pipe_for_an_image_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert sources.image(str(tmp_path / "pipe"), tmp_path) == ""
+    assert sources.image(str(tmp_path / "gone"), tmp_path) == ""
