@@ -1,55 +1,53 @@
 """The entry that the boot loader would boot by itself: systemd-boot's rules, then GRUB's."""
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from khoctl import grubenv
-from khoctl.entries import Entry, fields, read
+from khoctl.entries import Entry
+from khoctl.loader import VARIABLES, Loader, loader, settings, variable
 from khod.errors import Refused
 
-VARIABLES = "sys/firmware/efi/efivars"
-VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
-"""The Boot Loader Interface's vendor UUID."""
-LOADERS = ("efi/loader/loader.conf", "boot/efi/loader/loader.conf", "boot/loader/loader.conf")
-"""systemd-boot reads the one on the EFI system partition; /boot may be that."""
 SAVED = "@saved"
+ONCE = "{id} was chosen for the next boot alone, and stays chosen for it: kexec passes the boot loader by."
 DIGITS = 9
 """The most of a place in the menu; int() refuses a number of thousands."""
 
 
-def default(found: Sequence[Entry], root: Path) -> Entry:
-    """The default of `found`, which is in the specification's order and not empty.
+def default(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
+    """The default of `found`, which is in the specification's order and not empty; and a note for people, or "".
 
-    The first of these that names an entry: LoaderEntryPreferred and loader.conf's `preferred` (not one that failed to
-    boot), LoaderEntryDefault, loader.conf's `default`; without a loader.conf GRUB's saved_entry; else the first entry.
+    The first of these that names an entry: LoaderEntryOneShot, which is for the next boot alone; LoaderEntryPreferred
+    and loader.conf's `preferred` (not one that failed to boot), LoaderEntryDefault, loader.conf's `default`. Where
+    systemd-boot is not the loader GRUB's next_entry, else its saved_entry. Else the first entry.
     Raises Refused where the loader was told to boot something that is no entry, such as auto-windows.
     """
-    conf = _loader_conf(root)
-    good = [one for one in found if not one.bad]
-    for pattern in (variable("LoaderEntryPreferred", root), (conf or {}).get("preferred")):
+    conf, good = settings(root) or {}, [one for one in found if not one.bad]
+    once = variable("LoaderEntryOneShot", root)  # a kernel's own note of its reboot stands there, too, and names none
+    if once and (chosen := _matching(once, found)):
+        return chosen, ONCE.format(id=chosen.id)
+    for pattern in (variable("LoaderEntryPreferred", root), conf.get("preferred")):
         if pattern and (chosen := _matching(pattern, good)):
-            return chosen
-    for pattern in _patterns(conf or {}, root):
+            return chosen, ""
+    for pattern in filter(None, (once, *_patterns(conf, root))):
         if chosen := _matching(pattern, found):
-            return chosen
+            return chosen, ""
         if pattern.lower().startswith("auto-"):
             raise Refused(
                 f"The boot loader's default is {pattern}, which is no entry of a Linux kernel",
                 where=str(root / VARIABLES),
                 remedy="Choose one with --entry ID.",
             )
-    saved = grubenv.read(root).get("saved_entry") if conf is None else None
-    return (_saved(saved, found) if saved else None) or found[0]
+    return (found[0], "") if loader(root) is Loader.systemd_boot else _of_grub(found, grubenv.read(root))
 
 
-def variable(name: str, root: Path) -> str | None:
-    """A variable of the Boot Loader Interface: 4 bytes of attributes, then UTF-16LE with a NUL; None where not set."""
-    try:
-        raw = (root / VARIABLES / f"{name}-{VENDOR}").read_bytes()
-        return raw[4:].decode("utf-16-le").partition("\0")[0] or None
-    except (OSError, UnicodeDecodeError):
-        return None
+def _of_grub(found: Sequence[Entry], variables: Mapping[str, str]) -> tuple[Entry, str]:
+    """As grub.cfg has it: `default` is next_entry where that is set, else saved_entry; none of both is the first."""
+    once = variables.get("next_entry")
+    saved = once or variables.get("saved_entry")
+    chosen = (_saved(saved, found) if saved else None) or found[0]
+    return chosen, ONCE.format(id=chosen.id) if once else ""
 
 
 def _patterns(conf: dict[str, str], root: Path) -> Iterator[str]:
@@ -60,10 +58,9 @@ def _patterns(conf: dict[str, str], root: Path) -> Iterator[str]:
 
 
 def _matching(pattern: str, found: Sequence[Entry]) -> Entry | None:
-    """The first entry of which the id, with or without its suffix, is the pattern's; case does not matter."""
+    """The first entry whose id, with its suffix, is the pattern's; case does not matter (config_find_entry())."""
     pattern = pattern.casefold()
-    names = ((one, (one.id.casefold(), one.stem.casefold())) for one in found)
-    return next((one for one, both in names if any(fnmatch.fnmatchcase(name, pattern) for name in both)), None)
+    return next((one for one in found if fnmatch.fnmatchcase(one.id.casefold(), pattern)), None)
 
 
 def _saved(saved: str, found: Sequence[Entry]) -> Entry | None:
@@ -72,13 +69,3 @@ def _saved(saved: str, found: Sequence[Entry]) -> Entry | None:
     if named is None and saved.isdecimal() and len(saved) <= DIGITS and int(saved) < len(found):
         return found[int(saved)]
     return named
-
-
-def _loader_conf(root: Path) -> dict[str, str] | None:
-    """loader.conf's settings; None where there is no file that can be read."""
-    for path in (root / place for place in LOADERS):
-        try:
-            return {field.key: field.value for field in fields(read(path))}
-        except OSError:
-            continue
-    return None

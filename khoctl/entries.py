@@ -8,55 +8,52 @@ import functools
 import os
 import re
 import shlex
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from khoctl import versions
+from khoctl.loader import Field, fields, loader, read
+from khoctl.unified import unified
 from khod.errors import Refused, errno_text
-from khod.text import ASCII_SPACE, split_first
+from khod.text import ASCII_SPACE
 
 PARTITIONS = ("boot", "efi", "boot/efi")
 """Where $BOOT and the EFI system partition are mounted; of two entries of one name the first one's counts."""
 TYPE_1, TYPE_2 = "loader/entries", "EFI/Linux"
 COUNTED = re.compile(r"(?P<stem>.+?)(?:\+(?P<left>[0-9]+)(?:-(?P<done>[0-9]+))?)?(?P<suffix>\.(?:conf|efi))", re.I)
 """A file name with its boot counter: STEM+LEFT-DONE.conf."""
-SIZE = 256 * 1024
-"""The most that is read of an entry's text, of a UKI's headers and of its os-release, in bytes."""
-
 VALUE = 4096
 """The most of a value in an os-release, in characters: shlex copies what it has at each of them."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """One line of an entry: its number, its key, and what follows the key."""
-
-    line: int
-    key: str
-    value: str
 
 
 @dataclass(frozen=True)
 class Entry:
     """One boot loader entry.
 
-    `id` is the file's name without a boot counter, as the loader has it; `left` and `done` are that counter, None and 0
-    where there is none. A UKI's fields are what its os-release says.
+    `name` is the file's without a boot counter; `left` and `done` are that counter, None and 0 where there is none.
+    A UKI's fields are what its os-release says. Each profile of it but the first is an entry of its own: `number` says
+    which, `profile` is its ID, or the number where it has none.
     """
 
-    id: str
+    name: str
     path: Path
     partition: Path
     fields: tuple[Field, ...]
     left: int | None = None
     done: int = 0
+    number: int = 0
+    profile: str = ""
+
+    @property
+    def id(self) -> str:
+        """What the loader calls it: FILE, or FILE@PROFILE."""
+        return f"{self.name}@{self.profile}" if self.number else self.name
 
     @property
     def stem(self) -> str:
-        """The id without its suffix."""
-        return self.id.rpartition(".")[0]
+        """The file's name without its suffix."""
+        return self.name.rpartition(".")[0]
 
     @property
     def unified(self) -> bool:
@@ -78,7 +75,7 @@ class Entry:
 
     def where(self, field: Field | None = None) -> str:
         """The file, and the line."""
-        return f"{self.path}:{field.line}" if field else str(self.path)
+        return f"{self.path}:{field.line}" if field and field.line else str(self.path)
 
 
 def entries(root: Path = Path("/")) -> list[Entry]:
@@ -103,16 +100,6 @@ def partitions(root: Path) -> list[Path]:
     return list(found.values())
 
 
-def fields(text: str) -> tuple[Field, ...]:
-    """The lines of an entry, or of loader.conf; comments and empty ones are left out."""
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        key, value = split_first(line)
-        if key and not key.startswith("#"):
-            found.append(Field(number, key, value))
-    return tuple(found)
-
-
 def os_release(text: str) -> dict[str, str]:
     """The settings of an os-release(5); a line that is none is left out."""
     found = {}
@@ -125,12 +112,6 @@ def os_release(text: str) -> dict[str, str]:
     return found
 
 
-def read(path: Path) -> str:
-    """The beginning of a text file; what is no UTF-8 is kept as surrogates."""
-    with path.open("rb") as file:
-        return file.read(SIZE).decode("utf-8", "surrogateescape")
-
-
 def _older(one: str, other: str) -> int:
     return versions.compare(other, one)
 
@@ -139,7 +120,7 @@ _NEWEST_FIRST = functools.cmp_to_key(_older)
 
 
 def _place(entry: Entry) -> tuple[object, ...]:
-    """Where an entry sorts: UAPI.1, "Sorting"."""
+    """Where an entry sorts: UAPI.1, "Sorting", and boot_entry_compare(), which takes names with their suffix."""
     key = entry.text("sort-key")
     grouped = (key.encode("utf-8", "surrogateescape"), entry.text("machine-id").encode("utf-8", "surrogateescape"))
     return (
@@ -147,12 +128,15 @@ def _place(entry: Entry) -> tuple[object, ...]:
         not key,
         grouped if key else (),
         _NEWEST_FIRST(entry.text("version") if key else ""),
-        _NEWEST_FIRST(entry.stem),
+        _NEWEST_FIRST(entry.name),
+        entry.number,
+        -(entry.left or 0),
         entry.done,
     )
 
 
 def _all(root: Path) -> Iterator[Entry]:
+    language = loader(root)
     for partition in partitions(root):
         for directory, suffix in ((TYPE_1, ".conf"), (TYPE_2, ".efi")):
             for path in _listed(partition / directory):
@@ -160,11 +144,13 @@ def _all(root: Path) -> Iterator[Entry]:
                 if not name or name["suffix"].lower() != suffix or path.name.startswith(".") or not path.is_file():
                     continue
                 left = None if name["left"] is None else int(name["left"])
+                one = Entry(name["stem"] + name["suffix"], path, partition, (), left, int(name["done"] or 0))
                 try:
-                    about = _about(path) if suffix == ".efi" else fields(read(path))
+                    yield from (
+                        _profiles(one) if suffix == ".efi" else [replace(one, fields=fields(read(path), language))]
+                    )
                 except OSError as error:
                     raise _unreadable(error, path) from None
-                yield Entry(name["stem"] + name["suffix"], path, partition, about, left, int(name["done"] or 0))
 
 
 def _listed(directory: Path) -> list[Path]:
@@ -182,31 +168,19 @@ def _unreadable(error: OSError, path: Path) -> Refused:
     )
 
 
-def _about(path: Path) -> tuple[Field, ...]:
-    """What a UKI says of itself, in the words of a type #1 entry; nothing where it has no os-release in it."""
-    said = os_release(_osrel(path))
-    named = {
-        "title": said.get("PRETTY_NAME") or said.get("NAME"),
-        "version": said.get("IMAGE_VERSION") or said.get("VERSION_ID") or said.get("BUILD_ID"),
-        "sort-key": said.get("IMAGE_ID") or said.get("ID"),
-    }
-    return tuple(Field(0, key, value) for key, value in named.items() if value)
-
-
-def _osrel(path: Path) -> str:
-    """The section .osrel of a PE file: DOS header, then COFF header, optional header, section table (PE format)."""
-    with path.open("rb") as file:
-        head = file.read(SIZE)
-        try:
-            (start,) = struct.unpack_from("<I", head, 0x3C)
-            signature, count, optional = struct.unpack_from("<4s2xH12xH", head, start)
-            if signature != b"PE\0\0":
-                return ""
-            for number in range(count):
-                name, size, _, raw, offset = struct.unpack_from("<8s4I", head, start + 24 + optional + 40 * number)
-                if name.rstrip(b"\0") == b".osrel":
-                    file.seek(offset)
-                    return file.read(min(size, raw, SIZE)).decode("utf-8", "replace")
-        except struct.error:
-            pass  # it ends before its headers do: no PE file, and khod will say so where it is asked for
-    return ""
+def _profiles(one: Entry) -> Iterator[Entry]:
+    """A UKI's entries: what each profile says of itself, in the words of a type #1 entry."""
+    image = unified(one.path)
+    for number in range(len(image.profiles)):
+        said, profile = os_release(image.text(".osrel", number)), os_release(image.text(".profile", number))
+        title, called = said.get("PRETTY_NAME") or said.get("NAME"), profile.get("TITLE")
+        if number:
+            called = called or profile.get("ID") or f"Profile #{number + 1}"
+        named = {
+            "title": f"{title} ({called})" if title and called else title,
+            "version": said.get("IMAGE_VERSION") or said.get("VERSION_ID") or said.get("BUILD_ID"),
+            "sort-key": said.get("IMAGE_ID") or said.get("ID"),
+            "uname": image.text(".uname", number).strip(ASCII_SPACE),
+        }
+        found = tuple(Field(0, key, value) for key, value in named.items() if value)
+        yield replace(one, fields=found, number=number, profile=profile.get("ID") or str(number))

@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from khoctl.loader import GRUB
 from khod.errors import Refused
+from khod.text import ASCII_SPACE, split_words
 
-PLACES = ("boot/grub2/grubenv", "boot/grub/grubenv", "efi/EFI/*/grubenv", "boot/efi/EFI/*/grubenv")
 SIZE = 64 * 1024
 """The most that is read, in bytes: GRUB's own block is 1 KiB."""
 OPTIONAL = frozenset({"tuned_params", "tuned_initrd", "early_initrd", "extra_cmdline"})
@@ -14,12 +15,27 @@ OPTIONAL = frozenset({"tuned_params", "tuned_initrd", "early_initrd", "extra_cmd
 # A value is never given back once it is read, and a backslash at the very end ends it: else a block of lines that go
 # on would be tried from each of them.
 _SETTING = re.compile(r"^([^#=\n]+)=((?:\\.|[^\\\n])*+)\\?$", re.MULTILINE | re.DOTALL)
+_WORD = re.compile(r"""(?:\\.|'[^']*+'|"(?:\\.|[^"\\])*+"|[^ \t\n\v\f\r'"\\]|\\\Z)++""", re.DOTALL)
+_PIECE = re.compile(r"""\\(.)|'([^']*+)'|"((?:\\.|[^"\\])*+)"|([^'"\\]++|\\)""", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))", re.ASCII)
+_ESCAPED = re.compile(r"""\\([$"\\])""")
+"""What a backslash takes the meaning of, between double quotes."""
+IGNITION, STAMP = "ignition_firstboot", "boot/ignition.firstboot"
+"""Fedora CoreOS: grub.cfg sets the variable to nothing, and fills it in where the stamp is there."""
 
 
 def read(root: Path) -> dict[str, str]:
-    """The variables of the first environment block below `root`, none where there is no block that can be read."""
-    for path in (found for place in PLACES for found in sorted(root.glob(place))):
+    """The variables of the first environment block below `root`, none where there is no block that can be read.
+
+    $ignition_firstboot is among them where it is empty, and never where the first boot is still to come.
+    """
+    found = _block(root)
+    found.pop(IGNITION, None)
+    return found if (root / STAMP).exists() else {**found, IGNITION: ""}
+
+
+def _block(root: Path) -> dict[str, str]:
+    for path in (found for place in GRUB for found in sorted(root.glob(f"{place}/grubenv"))):
         try:
             with path.open("rb") as file:
                 text = file.read(SIZE).decode("utf-8", "surrogateescape")
@@ -27,6 +43,24 @@ def read(root: Path) -> dict[str, str]:
             continue
         return {name: re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL) for name, value in _SETTING.findall(text)}
     return {}
+
+
+def line(text: str, variables: Mapping[str, str], where: str) -> str:
+    """What GRUB's `linux` command hands to the kernel of `text`: in quotes what holds a space, else none.
+
+    Variables are put in, quotes and backslashes are GRUB's own (its manual, "Quoting"); what separates words stays.
+    Refused names a variable that nobody sets or a quote without its end, `where` says of what.
+    """
+    return _WORD.sub(lambda word: _for_kernel(word[0], variables, where), _whole(text, where))
+
+
+def paths(text: str, variables: Mapping[str, str], where: str) -> list[str]:
+    """The files that GRUB reads for `text`; else as `line`."""
+    found = []
+    for word in _WORD.findall(_whole(text, where)):
+        value, quoted = _taken_apart(word, variables, where)
+        found += [value] if quoted else split_words(value)
+    return found
 
 
 def expand(text: str, variables: Mapping[str, str], where: str) -> str:
@@ -37,12 +71,50 @@ def expand(text: str, variables: Mapping[str, str], where: str) -> str:
 
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2]
-        if name not in variables and name not in OPTIONAL:
+        if name in variables or name in OPTIONAL:
+            return variables.get(name, "")
+        if name == IGNITION:
             raise Refused(
-                f"${name} is a variable of the boot loader's that no grubenv sets",
-                where=where,
-                remedy="Name the kernel, the initrd and the command line: --image, --initrd, --cmdline.",
+                "The first boot of this system is still to come: its next kernel would provision it again",
+                where=f"/{STAMP}",
+                remedy="Boot it once through its boot loader.",
             )
-        return variables.get(name, "")
+        raise Refused(
+            f"${name} is a variable of the boot loader's that no grubenv sets",
+            where=where,
+            remedy="Name the kernel, the initrd and the command line: --image, --initrd, --cmdline. "
+            r"In an entry of GRUB's a `$` that begins no variable is written `\$`.",
+        )
 
     return _VARIABLE.sub(value, text)
+
+
+def _whole(text: str, where: str) -> str:
+    """The text; Refused where a quote has no end: GRUB would read on in the next line."""
+    if _WORD.sub("", text).strip(ASCII_SPACE):
+        raise Refused(
+            "A quote has no end, and GRUB would read on behind the line",
+            where=where,
+            remedy=r"""Close it, or write \" or \' for the character itself.""",
+        )
+    return text
+
+
+def _for_kernel(word: str, variables: Mapping[str, str], where: str) -> str:
+    value, quoted = _taken_apart(word, variables, where)
+    return f'"{value}"' if quoted else value
+
+
+def _taken_apart(word: str, variables: Mapping[str, str], where: str) -> tuple[str, bool]:
+    """A word as GRUB's script reads it, and whether a space is part of it: those of a variable separate."""
+    pieces, quoted = "", False
+    for escaped, single, double, bare in _PIECE.findall(word):
+        quoted |= " " in escaped + single + double
+        pieces += escaped + single + _between_quotes(double, variables, where) + expand(bare, variables, where)
+    return pieces, quoted
+
+
+def _between_quotes(text: str, variables: Mapping[str, str], where: str) -> str:
+    parts = _ESCAPED.split(text)
+    parts[::2] = [expand(part, variables, where) for part in parts[::2]]  # between these is what was escaped
+    return "".join(parts)

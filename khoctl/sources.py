@@ -1,18 +1,21 @@
 """Which kernel to boot, as the host's boot loader or its kernel packages have it."""
 
 import functools
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from khoctl import grubenv, versions
 from khoctl.defaults import default
-from khoctl.entries import Entry, Field, entries, os_release, partitions, read, searched
-from khod.errors import Refused, UsageError
+from khoctl.entries import Entry, entries, os_release, partitions, searched
+from khoctl.loader import Field, Loader, loader, read
+from khoctl.unified import THIN, Unified, left_behind, unified
+from khod.errors import Refused, UsageError, errno_text
 from khod.text import ASCII_SPACE, split_words
 
-__all__ = ["Entry", "Source", "entries", "entry", "installed"]
+__all__ = ["Entry", "Source", "entries", "entry", "image", "installed"]
 
 ARCHITECTURES = {
     "x86_64": "x64",
@@ -26,16 +29,22 @@ ARCHITECTURES = {
 KERNELS = (
     *(f"usr/lib/modules/{{}}/{name}" for name in ("vmlinuz", "vmlinux", "Image", "vmlinuz.efi", "Image.gz")),
     *(f"lib/modules/{{}}/{name}" for name in ("vmlinuz", "vmlinux", "Image", "vmlinuz.efi", "Image.gz")),
-    *(f"boot/{name}-{{}}" for name in ("vmlinuz", "vmlinux", "Image")),
+    *(f"boot/{name}-{{}}" for name in ("vmlinuz", "vmlinux", "Image", "kernel")),
 )
 INITRDS = (
     "boot/initrd.img-{}",  # Debian
-    "boot/initramfs-{}.img",  # Fedora
+    "boot/initramfs-{}.img",  # Fedora, Gentoo
     "boot/initrd-{}",  # SUSE
+    "boot/initrd-{}.img",  # Mageia
+    "boot/initramfs-{}",  # Alpine
     "usr/lib/modules/{}/initrd",
     "usr/lib/modules/{}/initrd.img",
     "usr/lib/modules/{}/initramfs.img",  # ostree
 )
+PKGBASE, OF_PKGBASE = "usr/lib/modules/{}/pkgbase", "boot/initramfs-{}.img"
+"""Arch: an initrd is named for the package, of which each version replaces the one before."""
+ADDRESS = "\\"
+"""What separates the parts of a path in UEFI's own way of writing it."""
 
 
 @dataclass(frozen=True)
@@ -67,34 +76,102 @@ def entry(wanted: str | None, root: Path = Path("/")) -> Source:
         )
     if wanted is not None:
         return _source(_named(wanted, found, root), root)
-    return _source(default([one for one in found if _fits(one)] or found, root), root)
+    chosen, once = default([one for one in found if _fits(one)] or found, root)
+    return _noted(_source(chosen, root), once)
 
 
 def installed(version: str, root: Path = Path("/")) -> Source:
-    """An installed kernel by its version, with its initrd; a note says so where it has none.
+    """An installed kernel by its version, with the initrd that was made for it.
 
-    Looks where kernel packages put it, then where kernel-install(8) does, then for an entry of that version. Raises
-    UsageError where it is nowhere, Refused where only an entry has it and kexec cannot boot that.
+    These are looked for in turn: a kernel and an initrd that packages put there under that version, a boot loader
+    entry of that version, what kernel-install(8) laid out for it. Raises UsageError where the kernel is nowhere,
+    Refused where it has no initrd that can be known for its own, or only an entry has it and kexec cannot boot that.
     """
     if version in ("", ".", "..") or "/" in version or "\0" in version:
         raise UsageError(f"{version!r} is no kernel version", where="--kernel", remedy="Give it as `uname -r` says it.")
+    name = f"kernel {version}"
+    kernel = _first(root / place.format(version) for place in KERNELS)
+    initrd = _first(root / place.format(version) for place in INITRDS) or _of_package(version, root)
+    if kernel and initrd:
+        return Source(kernel, (initrd,), None, name)
+    of_version = [one for one in entries(root) if not one.number and _fits(one) and _is_of(one, version)]
+    if of_version:
+        chosen, *others = of_version
+        note = f"There are also the entries {', '.join(one.id for one in others)} of {version}." if others else ""
+        return _noted(replace(_source(chosen, root), name=f"{name}, entry {chosen.id}"), note)
     laid_out = [directory / version for directory in _token_directories(root)]
-    packaged = [root / place.format(version) for place in KERNELS]
-    kernel = next((path for path in (*packaged, *(place / "linux" for place in laid_out)) if path.is_file()), None)
-    if kernel is None:
-        for one in entries(root):
-            if version == one.text("version") or one.stem == version or one.stem.endswith(f"-{version}"):
-                return replace(_source(one, root), name=f"kernel {version}, entry {one.id}")
-        raise UsageError(
-            f"No kernel {version} is installed",
-            where=", ".join(map(str, (root / "boot", root / "usr/lib/modules", *laid_out))),
-            remedy=f"There are: {', '.join(_versions(root)) or 'none'}.",
+    for place in laid_out:
+        own, beside = _first([place / "linux"]), _beside(place)
+        if own and beside:
+            return Source(own, beside, None, name)
+        if kernel and beside:
+            _refuse_several(version, beside)
+            return Source(kernel, beside, None, name)
+        kernel = kernel or own
+    if kernel:
+        raise Refused(
+            f"No initrd is known to be kernel {version}'s own",
+            where=str(kernel),
+            remedy=f"Name the files: --image {kernel} --initrd FILE; without --initrd where the kernel needs none.",
         )
-    singles = [(path,) for path in (root / place.format(version) for place in INITRDS) if path.is_file()]
-    beside = [found for place in laid_out if (found := _beside(place))]
-    groups = [*beside, *singles] if kernel.parent in laid_out else [*singles, *beside]
-    note = "" if groups else f"No initrd of {version} was found below {root / 'boot'} or {root / 'usr/lib/modules'}."
-    return Source(kernel, groups[0] if groups else (), None, f"kernel {version}", note)
+    raise UsageError(
+        f"No kernel {version} is installed",
+        where=", ".join(map(str, (root / "boot", root / "usr/lib/modules", *laid_out))),
+        remedy=f"There are: {', '.join(_versions(root)) or 'none'}.",
+    )
+
+
+def image(path: str, root: Path = Path("/")) -> str:
+    """What the operator should be told of an image that is given as a file, "" mostly."""
+    real = Path(os.path.realpath(path))
+    try:
+        found = unified(real) if real.is_file() else None  # else whoever opens it for khod says what is the matter
+    except OSError:
+        found = None
+    if found is None:
+        return ""
+    on = [place for place in partitions(root) if real.is_relative_to(os.path.realpath(place))]
+    return left_behind(found, real.name, max(on, key=lambda place: len(place.parts), default=None))
+
+
+def _first(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _of_package(version: str, root: Path) -> Path | None:
+    """The initrd named for the package of this version, where no other version is of the same package."""
+    bases = {path.parent.name: read(path).strip(ASCII_SPACE) for path in root.glob(PKGBASE.format("*"))}
+    base = bases.pop(version, "")
+    if not base or "/" in base or base in bases.values():
+        return None
+    return _first([root / OF_PKGBASE.format(base)])
+
+
+def _is_of(one: Entry, version: str) -> bool:
+    """Whether an entry is of this kernel version, as far as it says: its UKI's uname, its version, the paths in it."""
+    if uname := one.text("uname"):
+        return uname == version
+    if one.stem == version or one.stem.endswith(f"-{version}"):
+        return True
+    said = one.text("version")  # a UKI's is its system's; of SUSE's snapshots it is SNAPSHOT@VERSION
+    kernel = PurePosixPath((one.text("linux") or one.text("uki")).replace(ADDRESS, "/"))
+    named = (said, said.partition("@")[2], kernel.parent.name, kernel.name.partition("-")[2])
+    return version in named and not one.unified
+
+
+def _refuse_several(version: str, beside: tuple[Path, ...]) -> None:
+    """Raise Refused where a kernel that is elsewhere would get several initrds: each may be whole, for a snapshot."""
+    whole = [path for path in beside if not path.name.startswith("microcode")]
+    if len(whole) > 1:
+        raise Refused(
+            f"Several initrds of {version} lie beside each other, and no entry says which one is to be taken",
+            where=", ".join(map(str, whole)),
+            remedy="Name the files: --image and --initrd.",
+        )
+
+
+def _noted(source: Source, note: str) -> Source:
+    return replace(source, note=" ".join(filter(None, (note, source.note))))
 
 
 def _token_directories(root: Path) -> list[Path]:
@@ -118,10 +195,10 @@ def _beside(directory: Path) -> tuple[Path, ...]:
 
 
 def _versions(root: Path) -> list[str]:
-    """Every version that `installed` takes, the newest first."""
+    """Every version there is a kernel of, the newest first."""
     found = set(_parts(root, KERNELS))
     found |= {path.parent.name for directory in _token_directories(root) for path in directory.glob("*/linux")}
-    found |= {one.text("version") for one in entries(root) if one.text("version") and not one.unified}
+    found |= {one.text("uname") or (not one.unified and one.text("version")) or "" for one in entries(root)} - {""}
     return sorted(found, key=functools.cmp_to_key(versions.compare), reverse=True)
 
 
@@ -143,9 +220,9 @@ def _source(one: Entry, root: Path) -> Source:
     """What an entry boots. Raises Refused, with file and line, where kexec cannot boot it as the loader would."""
     title = one.text("title")
     name = f"entry {one.id}" + (f" ({title})" if title else "")
-    if one.unified:
-        return Source(one.path, (), None, name)
     _refuse_foreign(one)
+    if one.unified:
+        return _unified(one, one.path, name)
     kernel = one.last("uki") or one.last("linux")
     if kernel is None:
         started = one.last("efi") or one.last("uki-url")
@@ -154,23 +231,90 @@ def _source(one: Entry, root: Path) -> Source:
             where=one.where(started),
             remedy="Choose an entry with `linux` or `uki` in it: kexec boots nothing else.",
         )
-    variables = grubenv.read(root)
+    read_as = _Language(root)
     initrds = tuple(
         _file(one, field, path, root)
         for field in one.fields
         if field.key == "initrd"
-        for path in split_words(grubenv.expand(field.value, variables, one.where(field)))
+        for path in read_as.paths(field.value, one.where(field))
     )
-    cmdline = _cmdline(one, variables)
+    cmdline = _cmdline(one, read_as)
     if cmdline is None and kernel.key == "linux":
         cmdline = ""  # as the loader boots it; the running kernel's may name another root
-    return Source(_file(one, kernel, kernel.value, root), initrds, cmdline, name, _note(one))
+    path = _file(one, kernel, " ".join(read_as.paths(kernel.value, one.where(kernel))), root)
+    return _noted(
+        Source(path, initrds, cmdline, name, left_behind(unified(path), path.name, one.partition)), _note(one)
+    )
+
+
+def _unified(one: Entry, path: Path, name: str) -> Source:
+    """A UKI; of a thin one (lanzaboote's) the files it names, held against the hashes in it."""
+    image = unified(path)
+    note = left_behind(image, one.name, one.partition)
+    if THIN not in image.profiles[0]:
+        return Source(path, (), None, name, note)
+    kernel, initrd = (_of_thin(one, image, section) for section in (".linux", ".initrd"))
+    return Source(kernel, (initrd,), " ".join(split_words(image.text(".cmdline"))), name, note)
+
+
+def _of_thin(one: Entry, image: Unified, section: str) -> Path:
+    path = one.partition / image.text(section).partition("\0")[0].replace(ADDRESS, "/").lstrip("/")
+    inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(one.partition))
+    try:
+        if inside and path.is_file():
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").digest() == image.bytes(f"{section}h"):
+                    return path
+            what = "another file than it was made for"
+        else:
+            what = "no file there"
+    except OSError as error:
+        what = f"a file that cannot be read: {errno_text(error)}"
+    raise Refused(
+        f"The entry {one.id} names {str(path)!r}, which is {what}",
+        where=one.where(),
+        remedy="Make the entry again (nixos-rebuild boot), or choose another one.",
+    )
+
+
+class _Language:
+    """How the boot loader of this host reads an entry's values.
+
+    GRUB runs them as a part of its script, variables, quotes and backslashes and all; systemd-boot takes them as they
+    stand, each `initrd` as one path. Where the loader cannot be told a variable is one all the same: nothing that GRUB
+    would have put in gets lost.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.loader = loader(root)
+        self.variables = grubenv.read(root)
+
+    def words(self, value: str, where: str) -> str:
+        """What the kernel is given of an entry's `options`."""
+        match self.loader:
+            case Loader.systemd_boot:
+                return value
+            case Loader.grub:
+                return grubenv.line(value, self.variables, where)
+            case Loader.unknown:
+                return grubenv.expand(value, self.variables, where)
+
+    def paths(self, value: str, where: str) -> list[str]:
+        """The files that a value names."""
+        match self.loader:
+            case Loader.systemd_boot:
+                return [value.replace(ADDRESS, "/")]
+            case Loader.grub:
+                return grubenv.paths(value, self.variables, where)
+            case Loader.unknown:
+                return split_words(grubenv.expand(value, self.variables, where))
 
 
 def _named(wanted: str, found: list[Entry], root: Path) -> Entry:
     """The entry of this id. A part of an id is none: the next kernel update would change what it means."""
-    chosen = [one for one in found if wanted in (one.id, one.path.name)]
-    chosen = chosen or [one for one in found if wanted == one.stem]
+    mains = [one for one in found if not one.number]
+    chosen = [one for one in found if wanted == one.id] or [one for one in mains if wanted == one.path.name]
+    chosen = chosen or [one for one in mains if wanted == one.stem]
     ids = list(dict.fromkeys(one.id for one in chosen))
     if len(ids) > 1:
         raise UsageError(f"{wanted!r} is {' and '.join(ids)}", where=searched(root), remedy="Name it with its suffix.")
@@ -196,12 +340,13 @@ def _refuse_foreign(one: Entry) -> None:
             where=one.where(one.last("architecture")),
             remedy="Choose an entry for this machine.",
         )
-    profile = one.last("profile")
-    if profile and profile.value != "0":
+    given = one.last("profile")
+    profile = one.profile if one.number else given.value if given else "0"
+    if profile != "0":
         raise Refused(
-            f"The entry {one.id} boots profile {profile.value} of its unified kernel image",
-            where=one.where(profile),
-            remedy="kexec boots the image's main profile only: choose an entry without `profile`.",
+            f"The entry {one.id} boots profile {profile} of its unified kernel image",
+            where=one.where(given),
+            remedy="kexec boots the image's main profile only: choose an entry of that.",
         )
     for field in one.fields:
         if any("\udc80" <= char <= "\udcff" for char in field.value):
@@ -210,12 +355,13 @@ def _refuse_foreign(one: Entry) -> None:
             )
 
 
-def _cmdline(one: Entry, variables: dict[str, str]) -> str | None:
+def _cmdline(one: Entry, read_as: _Language) -> str | None:
     """The entry's options, joined by a space; None where it has none, and GRUB has no `default_kernelopts` either."""
     options = [field for field in one.fields if field.key == "options"]
-    if not options and (fallback := variables.get("default_kernelopts")):
-        return grubenv.expand(fallback, variables, one.where())
-    lines = (grubenv.expand(field.value, variables, one.where(field)).strip(ASCII_SPACE) for field in options)
+    if not options and read_as.loader is not Loader.systemd_boot:
+        fallback = read_as.variables.get("default_kernelopts")
+        return read_as.words(fallback, one.where()) if fallback else None
+    lines = (read_as.words(field.value, one.where(field)).strip(ASCII_SPACE) for field in options)
     return " ".join(filter(None, lines)) if options else None
 
 

@@ -74,11 +74,16 @@ def _sensible(wanted: Mapping[str, Any]) -> None:
 def _source(wanted: Mapping[str, Any]) -> tuple[str, list[str], str | None]:
     """Kernel, initrds and the command line an entry brings; initrds given besides come after the entry's own."""
     given = [str(path) for path in wanted["initrd"] or ()]
-    if wanted["image"]:
-        return str(wanted["image"]), given, None
-    from khoctl import sources  # noqa: PLC0415 - only these ways need it
+    from khoctl import sources  # noqa: PLC0415 - only a kernel's name needs it
 
+    if wanted["image"]:
+        _tell(sources.image(wanted["image"]))
+        return str(wanted["image"]), given, None
     found = sources.installed(wanted["kernel"]) if wanted["kernel"] else sources.entry(wanted["entry"])
-    if found.note:
-        typer.echo(f"khoctl: {printable(found.note)}", err=True)
+    _tell(found.note)
     return str(found.kernel), [*map(str, found.initrds), *given], found.cmdline
+
+
+def _tell(note: str) -> None:
+    if note:
+        typer.echo(f"khoctl: {printable(note)}", err=True)

@@ -28,8 +28,8 @@ def compare(left: str, right: str) -> int:
             if ours:
                 left, right = left[1:], right[1:]
         digits = _head(_DIGITS, left), _head(_DIGITS, right)
-        # As text, shorter first: a number may be longer than int() takes.
-        numbers = [(len(text), text) for text in (one.lstrip("0") for one in digits)]
+        # No number is older than any. As text, shorter first: a number may be longer than int() takes.
+        numbers = [(bool(one), len(text), text) for one in digits for text in [one.lstrip("0")]]
         if numbers[0] != numbers[1]:
             return -1 if numbers[0] < numbers[1] else 1
         pair = digits if any(digits) else (_head(_LETTERS, left), _head(_LETTERS, right))

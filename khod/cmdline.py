@@ -30,29 +30,48 @@ WORD = re.compile(r'(?:[^\t-\r "]|"[^"]*(?:"|\Z))+')
 Where the kernel ends one in the middle of a character, `torn` says so; the line that is given stays as it is.
 """
 
+DEVICE = re.compile(r"/dev/(dm-[0-9]+|(?:(?:cciss|ida|rd|etherd)/)?(?!root$)[a-z][a-z0-9._]*)")
+"""A block device by the kernel's own name (also /dev/nfs, /dev/cifs and /dev/ram); few have a slash in it."""
+MAX_DEVICE = 31
+"""Characters of such a name that devt_from_devname() takes."""
+NUMBERED = re.compile(r"[0-9]+:[0-9]+(?::[0-9]+:)?|[0-9a-fA-F]+")
+"""A device number as devt_from_devnum() takes it: MAJOR:MINOR, or both in one hexadecimal number."""
+NODEV = frozenset({"virtiofs", "9p"})
+"""File systems of `rootfstype=` whose `root=` is a tag and no device (mount_nodev_root())."""
+
 OPTIONS = "--cmdline/--append/--remove"
 PROC = "/proc/cmdline"
 
 
 def compose(
-    running: str, given: str | None, append: str | None, run: str, limit: int, remove: Sequence[str] = ()
+    running: str,
+    given: str | None,
+    append: str | None,
+    run: str,
+    limit: int,
+    remove: Sequence[str] = (),
+    where: str = OPTIONS,
 ) -> str:
     """Make the command line: `given`, or what is worth keeping of `running`; less `remove`; then `append`; the marker.
 
     `remove` names parameters (`console` takes away each `console=...`) or whole words (`console=ttyS0`). The
     marker `khod.run=ID` is how the kernel after the jump is told from one booted cold. `limit` is the longest
-    the image takes, in bytes without the NUL. Raises UsageError.
+    the image takes, in bytes without the NUL. Raises UsageError; also where `remove` names what is not there, which
+    may be a mistyped word that would be booted with. `where` says whose line `given` is.
     """
-    for text in (given or "", append or "", *remove):
+    for text in (append or "", *remove):
         _check_text(text, OPTIONS)
     if given is None:
-        _check_text(running.replace("\n", " "), PROC)
-    base, init = _split(reusable(running) if given is None else WORD.findall(given))
+        where = PROC
+    _check_text(running.replace("\n", " ") if given is None else given, where)
+    words = WORD.findall(running if given is None else given)
+    _check_removed(remove, words)
+    base, init = _split([word for word in words if given is not None or not _stays(parse(word))])
     added, added_init = _split(WORD.findall(append or ""))
     kept = [word for word in base if not any(_names(name, word) for name in remove)]
     to_init = [*init, *added_init]
     for word in (*kept, *added, *to_init):
-        _check_quotes(word, PROC if given is None and word not in added else OPTIONS)
+        _check_quotes(word, OPTIONS if word in added or word in added_init else where)
     line = " ".join([*kept, *added, f"{MARKER}{run}", *([INIT, *to_init] if to_init else [])])
     if (length := len(line.encode())) > limit:
         raise UsageError(
@@ -65,6 +84,21 @@ def _names(name: str, word: str) -> bool:
     """Whether a name for --remove means this word; the kernel reads dashes in a parameter's name as underscores."""
     wanted, arg = parse(name), parse(word)
     return arg.named(wanted.param) and (wanted.value is None or wanted.value == arg.value)
+
+
+def _check_removed(names: Sequence[str], words: list[str]) -> None:
+    """Raise UsageError for a name that means none of the kernel's words."""
+    kernels, init = _split(words)
+    for name in names:
+        if any(_names(name, word) for word in kernels):
+            continue
+        of_init = any(_names(name, word) for word in init)
+        shown = shorten(printable(name), MAX_SHOWN)
+        raise UsageError(
+            f"{shown} is not on the command line" + (f", but behind {INIT}, where words are init's" if of_init else ""),
+            where="--remove",
+            remedy="Name a parameter or a whole word of it, or leave --remove out.",
+        )
 
 
 def _check_text(text: str, where: str) -> None:
@@ -92,8 +126,9 @@ def _check_quotes(word: str, where: str) -> None:
         raise UsageError(
             f"The command line has a double quote without its end, in: {shorten(printable(word), MAX_SHOWN)}",
             where=where,
-            remedy="Close it"
-            + (": all that follows would be one word." if where == OPTIONS else ", with --remove or --cmdline."),
+            remedy="Close it: all that follows would be one word."
+            if where == OPTIONS
+            else "Close it, or take the word away with --remove, or give another line with --cmdline.",
         )
 
 
@@ -133,9 +168,29 @@ def init(line: str) -> str:
     return values[-1].lstrip("/") if values else "init"
 
 
-def has_root(line: str) -> bool:
-    """Tell whether the kernel can go on without an initrd's init: it is told where its root is."""
-    return any(arg.param == "root" and arg.value is not None for arg in kernel_args(line))
+def root(line: str) -> str:
+    """Where the root is, as `root=` has it: the last one counts, "" where there is none."""
+    return _last(line, "root")
+
+
+def mounts_root(line: str) -> bool:
+    """Tell whether the kernel can mount its root without an initrd's programs.
+
+    What parse_root_device(), mount_root() (init/do_mounts.c) and early_lookup_bdev() (block/early-lookup.c) resolve.
+    UUID=, LABEL= and what lies below /dev/mapper or /dev/disk are names of udev's and of an initrd's.
+    """
+    name = root(line)
+    if found := DEVICE.fullmatch(name):
+        # A device mapper's device is there only where the kernel itself has set it up (drivers/md/dm-init.c).
+        return len(found[1]) <= MAX_DEVICE and (not found[1].startswith("dm-") or bool(_last(line, "dm-mod.create")))
+    if NUMBERED.fullmatch(name) or name.startswith(("PARTUUID=", "PARTLABEL=", "mtd", "ubi")):
+        return True
+    return bool(name) and not NODEV.isdisjoint(_last(line, "rootfstype").split(","))
+
+
+def _last(line: str, name: str) -> str:
+    """The last value of a parameter, "" where it has none."""
+    return next((arg.value for arg in reversed(list(kernel_args(line))) if arg.named(name) and arg.value), "")
 
 
 def compare(running: str, new: str) -> list[Word]:

@@ -101,11 +101,11 @@ def _alone(error: KhoError) -> KhoError:
 
 def _compose(target: Target, request: Request, running: str, run: str) -> None:
     """What was given comes first, then what the image brings along (a UKI), then the running kernel's."""
-    apart, given = target.apart, request.cmdline
+    apart, given, where = target.apart, request.cmdline, cmdline.OPTIONS
     if given is None and not request.reuse and apart is not None:
-        given = apart.cmdline
+        given, where = apart.cmdline, f"{target.kernel.name}: .cmdline"
     limit = apart.about.cmdline_limit if apart else COMMAND_LINE_SIZE - 1
-    target.cmdline = cmdline.compose(running, given, request.append, run, limit, request.remove)
+    target.cmdline = cmdline.compose(running, given, request.append, run, limit, request.remove, where)
     target.words = cmdline.compare(running, target.cmdline)
 
 

@@ -21,6 +21,7 @@ MODULE_SIGNATURE = b"~Module signature appended~\n"  # include/linux/module_sign
 # drivers/firmware/efi/libstub/zboot-header.S
 ZBOOT, ZBOOT_PAYLOAD = b"MZ\0\0zimg", 8
 ZBOOT_NUMBERS = struct.Struct("<II")  # offset and length, in bytes
+THIN = ".linuxh"  # lanzaboote: the SHA-256 of the file that .linux names
 PROFILES = 2  # the common sections and the first profile
 NO_CONTENTS = Contents("", None, frozenset(), frozenset())
 
@@ -122,7 +123,7 @@ def take_apart(image: Sealed, machine: str, limit: int) -> Bundle:
         raise
     if kernel is not image:
         image.close()
-    cmdline = _text(parts, ".cmdline") if ".cmdline" in parts else None
+    cmdline = _command_line(parts[".cmdline"]) if ".cmdline" in parts else None
     return Bundle(
         (*formats, about.format), kernel, initrd, cmdline, _text(parts, ".osrel"), _text(parts, ".uname"), about
     )
@@ -135,7 +136,10 @@ def _layer(
     view: memoryview, portable: Portable | None, where: str, limit: int
 ) -> tuple[str, Iterable[bytes | memoryview]] | None:
     """Find what is around another file: its name, and what is in it, in pieces. None where nothing is."""
-    if (linux := _parts(view, portable).get(".linux")) is not None:
+    parts = _parts(view, portable)
+    if (linux := parts.get(".linux")) is not None:
+        if THIN in parts:
+            raise _thin(parts, where)
         return "UKI", [linux]
     if bytes(view[: len(ZBOOT)]) == ZBOOT and portable is not None:
         offset, size = ZBOOT_NUMBERS.unpack_from(view, ZBOOT_PAYLOAD)
@@ -169,6 +173,25 @@ def _parts(view: memoryview, portable: Portable | None) -> dict[str, memoryview]
 
 def _text(parts: dict[str, memoryview], name: str) -> str:
     return bytes(parts.get(name, b"")).decode(errors="replace").strip("\0 \n")
+
+
+def _command_line(section: memoryview) -> str:
+    """A unified kernel image's command line, which may be a file of several lines, as systemd-stub passes it on.
+
+    Up to a NUL; each control character is a space, those at the ends go: mangle_stub_cmdline() in src/boot/util.c.
+    """
+    text = bytes(section).decode(errors="replace").partition("\0")[0]
+    return "".join(" " if char <= " " or char == "\x7f" else char for char in text).strip(" ")
+
+
+def _thin(parts: dict[str, memoryview], where: str) -> Refused:
+    """Word the refusal of an image whose sections are paths on its own file system (lanzaboote's stub, thin.rs)."""
+    kernel, initrd = (_text(parts, name).replace("\\", "/") for name in (".linux", ".initrd"))
+    return Refused(
+        f"The image is a thin one, which holds no kernel and names {kernel} on its file system",
+        where=where,
+        remedy=f"Give it as --entry, or these two there, with --cmdline: --image {kernel} --initrd {initrd}",
+    )
 
 
 def _initrd(parts: dict[str, memoryview], where: str) -> Sealed | None:

@@ -13,7 +13,7 @@ from khod.model import CheckResult, Fate
 from khod.preflight.facts import Facts, Finding, shown
 from khod.preflight.kernel import signatures_enforced
 from khod.target import Target
-from khod.text import join_names
+from khod.text import join_names, printable
 
 MAX_SHOWN = 3
 UNREADABLE = "The image could not be looked at: see the check `image`"
@@ -60,11 +60,12 @@ def initrd(facts: Facts) -> Finding | None:
         return None
     if error := target.wrong.get("initrd"):
         return Finding.of(error)
+    no_root = _no_root(target)
     if target.initrd is None:
-        if lines.has_root(target.cmdline):
-            return Finding.passed("None; the command line says where the root is")
+        if not no_root:
+            return Finding.passed("None; the kernel mounts root= by itself")
         return Finding.fail(
-            "No initrd, and no root= on the command line: the next kernel would panic",
+            f"No initrd, and {no_root}: the next kernel would panic",
             "Give --initrd, or the root with --append root=...",
         )
     files, unpacked = sum(one.files for one in target.initrds), sum(one.unpacked for one in target.initrds)
@@ -72,15 +73,23 @@ def initrd(facts: Facts) -> Finding | None:
     init = lines.init(target.cmdline)
     if any(one.init for one in target.initrds):
         return Finding.passed(f"{what}, /{init} is there")
-    if lines.has_root(target.cmdline):
+    if not no_root:
         return Finding.warn(
             f"{what}, and no /{init} in it: the kernel mounts root= by itself",
             "Be sure that the drivers of the root are built in.",
         )
     return Finding.fail(
-        f"{what}, no /{init} in it, and no root= on the command line: the next kernel would panic",
+        f"{what}, no /{init} in it, and {no_root}: the next kernel would panic",
         "Give the initrd of this kernel, or the root with --append root=...",
     )
+
+
+def _no_root(target: Target) -> str:
+    """Why the kernel would find no root by itself, "" where it would."""
+    if lines.mounts_root(target.cmdline):
+        return ""
+    root = lines.root(target.cmdline)
+    return f"only an initrd's programs find root={printable(root)}" if root else "no root= on the command line"
 
 
 def cmdline(facts: Facts) -> Finding | None:
@@ -132,22 +141,25 @@ def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
 @_of_target
 def signature(facts: Facts, target: Target, about: Kernel) -> Finding:
     """It is signed where the loader asks for that; whether the signature is good only the loader finds out."""
-    enforced = signatures_enforced(facts)
+    assert target.apart is not None, "what _of_target() has looked at"
+    enforced, formats = signatures_enforced(facts), target.apart.formats
+    subject = target.kernel.name if len(formats) == 1 else f"The kernel in {target.kernel.name}"
     if about.signature is not Signature.none:
-        return Finding.passed(f"{target.kernel.name} is signed ({about.signature.value})")
+        return Finding.passed(f"{subject} is signed ({about.signature.value})")
     if enforced:
         return Finding.fail(
-            f"{target.kernel.name} is not signed, and this kernel loads signed images alone: it would say ENODATA, or "
+            f"{subject} is not signed, and this kernel loads signed images alone: it would say ENODATA, or "
             "ELIBBAD of an image that is no PE",  # seen on 7.3.4, of one built without CONFIG_EFI_STUB
             "Use a signed image (Debian: linux-image-VERSION-amd64, not -unsigned), or sign it with a key this kernel "
-            "trusts (sbsign), for which it must be built with CONFIG_EFI_STUB.",
+            "trusts (sbsign), for which it must be built with CONFIG_EFI_STUB."
+            + (" The unified image's own signature is nothing to kexec." if "UKI" in formats else ""),
         )
     if enforced is None:
         return Finding.warn(
-            f"{target.kernel.name} is not signed, and this kernel does not say whether it insists on that",
+            f"{subject} is not signed, and this kernel does not say whether it insists on that",
             "Look for CONFIG_KEXEC_SIG_FORCE in its configuration.",
         )
-    return Finding.passed(f"{target.kernel.name} is not signed; this kernel does not insist on that")
+    return Finding.passed(f"{subject} is not signed; this kernel does not insist on that")
 
 
 @_of_target

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from khoctl import entries
+from khoctl.unified import left_behind, unified
 from khod import target
 from khod.config import Images
 from khod.errors import KhoError
@@ -81,7 +81,7 @@ def held(case: Case) -> str:
             except KhoError as error:
                 return spoken(error)
             return ""
-        entries._osrel(Path(f"/proc/self/fd/{image.fd}"))
+        left_behind(unified(Path(f"/proc/self/fd/{image.fd}")), WHERE, None)
         return _taken(image.fd, case)
 
 

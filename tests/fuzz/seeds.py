@@ -68,6 +68,7 @@ def images() -> dict[str, bytes]:
     made |= {
         "x86_64.uki": portable([*parts, (".linux", bz)], certificates=bytes(512)),
         "x86_64.uki-profiles": portable(profiles),
+        "x86_64.uki-thin": portable([(".linux", rb"\EFI\nixos\linux.efi"), (".linuxh", bytes(32))]),
         "aarch64.uki-zboot": portable([*parts, (".linux", zboot(arm, "zstd"))], machine=0xAA64),
         "riscv64.vmlinux": vmlinux(243, inner, text=bytes(64)),
         "ppc64le.vmlinux-gzip": PACK["gzip"](vmlinux(21, inner)),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khod.cmdline import compare, compose, has_root, init, losses, marked, off, reusable, torn
+from khod.cmdline import compare, compose, init, losses, marked, mounts_root, off, reusable, root, torn
 from khod.errors import Exit, UsageError
 from khod.kernel.next_arg import Arg, kernel_args, kernel_words, parse, switched_on
 
@@ -86,7 +86,30 @@ def test_words_are_removed_by_parameter_or_whole() -> None:
     gone = ["console=ttyS0", "quiet", "log_buf_len"]
     assert compose(running, None, "quiet", "r1", 99, gone) == "root=/dev/vda1 console=tty0 quiet khod.run=r1"
     assert compose(running, None, None, "r1", 99, ["console"]) == "root=/dev/vda1 quiet log-buf-len=1M khod.run=r1"
-    assert compose("a -- console=x", None, None, "r1", 99, ["console"]).endswith("-- console=x"), "that is init's"
+    line = compose("console=y -- console=x", None, None, "r1", 99, ["console"])
+    assert line.endswith("-- console=x"), "that is init's"
+
+
+@pytest.mark.parametrize(
+    ("name", "running", "said"),
+    [
+        ("quite", "root=/dev/vda1 quiet", "quite is not"),
+        ("console=ttyS1", "console=ttyS0", "console=ttyS1 is not"),
+        ("console", "ro -- console=x", "init's"),
+        ("single", "ro", "single is not"),  # it is in --append alone
+        ("rw\x1b", "rw", r"rw\\x1b"),
+    ],
+)
+def test_a_word_to_remove_that_is_not_there_is_named(name: str, running: str, said: str) -> None:
+    """Else a mistyped word would be booted with, and nobody told."""
+    for line, given_line in ((running, None), ("", running)):
+        with pytest.raises(UsageError, match=said) as raised:
+            compose(line, given_line, "single", "r1", 99, [name])
+        assert raised.value.where == "--remove"
+
+
+def test_a_word_that_does_not_travel_may_be_removed_all_the_same() -> None:
+    assert compose(RUNNING, None, None, "r1", 99, ["BOOT_IMAGE", "quiet"]) == "root=/dev/vda1 ro kho=on khod.run=r1"
 
 
 def fates(running: str, new: str) -> dict[str, str]:
@@ -137,12 +160,49 @@ def test_nothing_is_lost_with_either_name_of_scratch(running: str, new: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("line", "init_", "root"),
-    [("root=/dev/vda", "init", True), ("rdinit=/bin/sh", "bin/sh", False), ("a -- root=x rdinit=/y", "init", False)],
+    ("line", "init_", "where"),
+    [
+        ("root=/dev/vda", "init", "/dev/vda"),
+        ("rdinit=/bin/sh", "bin/sh", ""),
+        ("a -- root=x rdinit=/y", "init", ""),
+        ("root=/dev/vda root=UUID=1", "init", "UUID=1"),
+    ],
 )
-def test_what_runs_first(line: str, init_: str, root: bool) -> None:
+def test_what_runs_first(line: str, init_: str, where: str) -> None:
     assert init(line) == init_
-    assert has_root(line) is root
+    assert root(line) == where
+
+
+@pytest.mark.parametrize(
+    ("line", "alone"),
+    [
+        *((f"root={name}", True) for name in ("/dev/vda1", "/dev/nvme0n1p2", "/dev/md0", "/dev/cciss/c0d0p1")),
+        *(
+            (f"root={name}", True)
+            for name in ("/dev/nfs", "/dev/cifs", "/dev/ram", "/dev/mmcblk0p1", "/dev/ubiblock0_1")
+        ),
+        *((f"root={name}", True) for name in ("PARTUUID=0a1b-01", "PARTUUID=1/PARTNROFF=1", "PARTLABEL=root")),
+        *((f"root={name}", True) for name in ("8:1", "8:1:0:", "0801", "B302", "mtd3", "mtd:rootfs", "ubi0:rootfs")),
+        *((f"root={name}", False) for name in ("UUID=0123-4567", "LABEL=ROOT", "ZFS=rpool/ROOT/a", "zfs:AUTO")),
+        *((f"root={name}", False) for name in ("gpt-auto", "fstab", "live:CDLABEL=a", "dhcp", "tmpfs", "overlay", "")),
+        *((f"root=/dev/{name}", False) for name in ("mapper/vg-root", "disk/by-label/root", "vg/root", "md/root")),
+        *((f"root=/dev/{name}", False) for name in ("root", "gpt-auto-root", "", "a" * 32)),
+        ("root=8:1x", False),
+        ("quiet", False),
+        ("quiet -- root=/dev/vda1", False),
+        ("root=/dev/dm-0", False),
+        ('root=/dev/dm-0 dm-mod.create="vroot,,,ro,0 1 linear 254:1 0"', True),
+        ("root=share", False),
+        ("root=share rootfstype=virtiofs", True),
+        ("root=share rootfstype=ext4,9p", True),
+        ("root=UUID=1 rootfstype=ext4", False),
+        ("root=/dev/vda1 root=LABEL=x", False),  # the last one counts
+        ("root=LABEL=x root=/dev/vda1", True),
+    ],
+)
+def test_which_root_the_kernel_mounts_without_an_initrd_s_programs(line: str, alone: bool) -> None:
+    """parse_root_device() in init/do_mounts.c and early_lookup_bdev() in block/early-lookup.c."""
+    assert mounts_root(line) is alone
 
 
 # White space: what lib/ctype.c marks as `_S` separates the kernel's words, ASCII's alone the operator's.
@@ -161,7 +221,7 @@ def test_a_line_keeps_white_space_that_is_none_to_the_kernel(char: str) -> None:
     assert compose(given_line, None, None, "r1", 99, ["root"]) == "quiet khod.run=r1"
     assert torn(given_line) == []
     assert not marked(f"a{char}khod.run=r1", "r1")
-    assert not has_root(f"a{char}root=x")
+    assert root(f"a{char}root=x") == ""
     assert init(f"a{char}rdinit=/x") == "init"
     assert not switched_on(f"a{char}kho=on", "kho")
 
@@ -231,6 +291,17 @@ def test_a_quote_without_its_end_is_refused(given_line: str, append: str | None)
     assert raised.value.where == "/proc/cmdline"
 
 
+@pytest.mark.parametrize(
+    ("given_line", "append", "where"), [('a="b', None, "u.efi"), ("a", 'b="', "--cmdline"), ("\0", None, "u.efi")]
+)
+def test_what_is_wrong_with_an_image_s_own_line_is_not_said_of_an_option(
+    given_line: str, append: str | None, where: str
+) -> None:
+    with pytest.raises(UsageError) as raised:
+        compose("", given_line, append, "r1", 99, where="u.efi: .cmdline")
+    assert raised.value.where.startswith(where)
+
+
 def test_a_quote_without_its_end_can_be_removed() -> None:
     assert compose('ro quiet" b', None, None, "r1", 99, ['quiet" b']) == "ro khod.run=r1"
 
@@ -238,7 +309,7 @@ def test_a_quote_without_its_end_can_be_removed() -> None:
 def test_quotes_around_a_word_hide_nothing() -> None:
     assert compose('"initrd=a b" "BOOT-IMAGE=x" ro', None, None, "r1", 99) == "ro khod.run=r1"
     assert init('"rdinit=/bin/sh"') == "bin/sh"
-    assert has_root('"root=/dev/vda"')
+    assert mounts_root('"root=/dev/vda"')
     assert switched_on('kho="on"', "kho")
     assert not list(losses(compare("kho=on", '"kho=on"')))
 

@@ -1,12 +1,14 @@
 """Boot loader entries in the specification's order, the loader's default among them, and GRUB's variables."""
 
-import struct
+import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 from khoctl import sources
 from khod.errors import Refused, UsageError
+from tests.unit.images import portable
 
 EFIVARS = "sys/firmware/efi/efivars"
 VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
@@ -59,6 +61,8 @@ def default(root: Path) -> str:
         (("a.conf", "sort-key z"), ("b.conf", "version 9")),  # rule 3
         (("k-6.10.conf", "version 1\nmachine-id 1"), ("k-6.9.conf", "version 2\nmachine-id 0")),  # rule 4
         (("b.conf", "sort-key x\nversion 1"), ("a.conf", "sort-key x\nversion 1")),
+        (("k-1.conf", ""), ("k-1-2.conf", "")),  # to boot_entry_compare() the suffix is a part of the name
+        (("a+3.conf", ""), ("a+2-1.conf", "")),  # the one with more tries left
         (("a+0-1.conf", ""), ("a+0-2.conf", "")),  # sorted by n
     ],
 )
@@ -98,12 +102,7 @@ def test_lines_end_at_newlines_only_and_the_last_of_a_key_counts(tmp_path: Path)
 
 
 def uki(root: Path, name: str, osrel: bytes) -> None:
-    """The least of a PE file (PE format): e_lfanew at 0x3c, COFF header, no optional header, one section."""
-    header = b"MZ".ljust(0x3C, b"\0") + struct.pack("<I", 0x40)
-    coff = b"PE\0\0" + struct.pack("<HHIIIHH", 0x8664, 1, 0, 0, 0, 0, 0)
-    section = struct.pack("<8sIIIIIIHHI", b".osrel", len(osrel), 0x1000, 512, 512, 0, 0, 0, 0, 0)
-    data = (header + coff + section).ljust(512, b"\0") + osrel.ljust(512, b"\0")
-    put(root, f"boot/EFI/Linux/{name}").write_bytes(data)
+    put(root, f"boot/EFI/Linux/{name}").write_bytes(portable([(".osrel", osrel)]))
 
 
 def test_a_uki_sorts_by_its_os_release(tmp_path: Path) -> None:
@@ -114,7 +113,7 @@ def test_a_uki_sorts_by_its_os_release(tmp_path: Path) -> None:
     assert sources.entry("a", tmp_path).name == "entry a.efi (Debian GNU/Linux 13)"
 
 
-@pytest.mark.parametrize("length", [0, 1, 0x3F, 0x40, 0x44, 0x57, 0x58, 0x70])
+@pytest.mark.parametrize("length", [0, 1, 0x3F, 0x40, 0x44, 0x57, 0x58, 0x16F])
 def test_a_uki_cut_off_is_an_entry_without_a_title(tmp_path: Path, length: int) -> None:
     uki(tmp_path, "a.efi", b"ID=debian\nPRETTY_NAME=Debian\n")
     whole = tmp_path / "boot/EFI/Linux/a.efi"
@@ -170,11 +169,22 @@ def test_systemd_boot_s_default(tmp_path: Path) -> None:
     variable(tmp_path, "LoaderEntryLastBooted", "k-1.conf")
     assert default(tmp_path) == "k-1.conf"
     variable(tmp_path, "LoaderEntryDefault", "k-2")
+    assert default(tmp_path) == "k-1.conf"  # config_find_entry() holds it against ids, which have their suffix
+    variable(tmp_path, "LoaderEntryDefault", "k-2.conf")
     assert default(tmp_path) == "k-2.conf"
     variable(tmp_path, "LoaderEntryDefault", "@saved")
     assert default(tmp_path) == "k-1.conf"
     variable(tmp_path, "LoaderEntryPreferred", "k-3.conf")
     assert default(tmp_path) == "k-3.conf"
+    variable(tmp_path, "LoaderEntryOneShot", "K-2.conf")
+    assert default(tmp_path) == "k-2.conf"
+    assert sources.entry(None, tmp_path).note.startswith("k-2.conf was chosen for the next boot alone")
+    variable(tmp_path, "LoaderEntryOneShot", "kexec reboot")  # a kernel's own note (CONFIG_EFI_BOOTLOADER_CONTROL)
+    assert (default(tmp_path), sources.entry(None, tmp_path).note) == ("k-3.conf", "")
+    variable(tmp_path, "LoaderEntryOneShot", "auto-reboot-to-firmware-setup")
+    variable(tmp_path, "LoaderEntryPreferred", "")
+    with pytest.raises(Refused, match="auto-reboot-to-firmware-setup"):
+        default(tmp_path)
 
 
 def test_what_is_preferred_must_not_be_bad_and_a_default_may(tmp_path: Path) -> None:
@@ -204,6 +214,19 @@ def test_an_entry_for_another_machine_is_never_the_default(tmp_path: Path) -> No
 def test_grub_s_saved_entry(tmp_path: Path, saved: str) -> None:
     put(three(tmp_path), "boot/grub/grubenv", f"# GRUB Environment Block\nsaved_entry={saved}\n{'#' * 900}")
     assert default(tmp_path) == "k-1.conf"
+
+
+def test_grub_s_entry_for_the_next_boot_comes_first(tmp_path: Path) -> None:
+    """grub.cfg: if [ "${next_entry}" ]; then set default="${next_entry}"."""
+    env = put(three(tmp_path), "boot/grub2/grubenv", "saved_entry=k-1\nnext_entry=k-2\n")
+    assert default(tmp_path) == "k-2.conf"
+    assert sources.entry(None, tmp_path).note.startswith("k-2.conf was chosen for the next boot alone")
+    env.write_text("saved_entry=k-1\nnext_entry=\n")
+    assert (default(tmp_path), sources.entry(None, tmp_path).note) == ("k-1.conf", "")
+    env.write_text("saved_entry=k-1\nnext_entry=gone\n")
+    assert default(tmp_path) == "k-3.conf"  # GRUB falls back to its first entry
+    put(tmp_path, "boot/loader/loader.conf")
+    assert sources.entry(None, tmp_path).note == ""
 
 
 def fedora(root: Path, env: str | None, entry: str = FEDORA) -> Path:
@@ -312,10 +335,12 @@ def test_the_initrd_of_kernel_install_serves_a_packaged_kernel(tmp_path: Path) -
         "lib/modules/6.12/vmlinuz",
         "boot/vmlinux-6.12",
         "boot/Image-6.12",
+        "boot/kernel-6.12",
     ],
 )
 def test_every_place_of_a_packaged_kernel(tmp_path: Path, kernel: str) -> None:
     put(tmp_path, kernel)
+    put(tmp_path, "boot/initrd.img-6.12")
     assert sources.installed("6.12", tmp_path).kernel == tmp_path / kernel
     with pytest.raises(UsageError, match=r"There are: 6\.12\."):
         sources.installed("6.13", tmp_path)
@@ -341,3 +366,231 @@ def test_an_initrd_s_name_may_have_white_space_that_is_none_to_ascii(tmp_path: P
     put(tmp_path, "boot/init\u3000rd")
     add(tmp_path, "a.conf", "initrd /init\u3000rd\n")
     assert [path.name for path in sources.entry("a", tmp_path).initrds] == ["init\u3000rd"]
+
+
+# Each boot loader in its own language
+
+
+def one_entry(root: Path, text: str, loader: str) -> Path:
+    """An entry, on a host of systemd-boot, of GRUB, or of nobody knows what."""
+    marks = {"systemd-boot": "boot/loader/loader.conf", "GRUB": "boot/grub2/grubenv"}
+    if loader in marks:
+        put(root, marks[loader])
+    put(root, "boot/linux")
+    put(root, "boot/loader/entries/a.conf", f"linux /linux\n{text}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("memmap=128M$0x40000000 a=$kernelopts ${b}", "memmap=128M$0x40000000 a=$kernelopts ${b}"),
+        (r"a=\$b \x20", r"a=\$b \x20"),
+        ('"root=UUID=1 rw quiet"', "root=UUID=1 rw quiet"),
+        ("'root=UUID=1 rw quiet'", "root=UUID=1 rw quiet"),
+        ('dyndbg="file a.c +p"', 'dyndbg="file a.c +p"'),
+        ("\"a'", "\"a'"),
+        ('"', '"'),
+        ('""', ""),
+    ],
+)
+def test_systemd_boot_takes_options_as_they_stand_but_for_quotes_around_all(
+    tmp_path: Path, options: str, line: str
+) -> None:
+    """boot.c has no variables; line_get_key_value() takes off a pair of quotes."""
+    assert sources.entry("a", one_entry(tmp_path, f"options {options}", "systemd-boot")).cmdline == line
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (r"memmap=128M\$0x40000000  quiet", "memmap=128M$0x40000000  quiet"),
+        ("a='$b  c' d", '"a=$b  c" d'),
+        (r'"root=UUID=1 $kernelopts \$x \n"', r'"root=UUID=1 rhgb ro $x \n"'),
+        ("$kernelopts$kernelopts a", "rhgb rorhgb ro a"),
+        (r"a=b\ c", '"a=b c"'),
+        ("a=\"b\"'c'", "a=bc"),
+        ("a=$ $", "a=$ $"),
+        (r"dyndbg=\"+p\"", 'dyndbg="+p"'),
+        ("a\\", "a\\"),
+        ("root=LABEL=my\u3000disk", "root=LABEL=my\u3000disk"),
+    ],
+)
+def test_grub_s_variables_quotes_and_backslashes_are_its_script_s(tmp_path: Path, options: str, line: str) -> None:
+    """GRUB manual, "Quoting"; grub_create_loader_cmdline() puts quotes around an argument with a space in it."""
+    root = one_entry(tmp_path, f"options {options}", "GRUB")
+    put(root, "boot/grub2/grubenv", "kernelopts=rhgb ro\n")
+    assert sources.entry("a", root).cmdline == line
+
+
+@pytest.mark.parametrize("options", ['quiet"', "quiet 'a b", '"a\\"'])
+def test_a_quote_without_its_end_is_refused_where_grub_would_read_on(tmp_path: Path, options: str) -> None:
+    with pytest.raises(Refused, match="quote has no end") as raised:
+        sources.entry("a", one_entry(tmp_path, f"options {options}", "GRUB"))
+    assert raised.value.where.endswith("a.conf:2")
+
+
+def test_a_dollar_that_would_be_a_variable_to_grub_is_refused_with_its_escape(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"\$0x40000000") as raised:
+        sources.entry("a", one_entry(tmp_path, "options memmap=128M$0x40000000", "GRUB"))
+    assert r"\$" in raised.value.remedy
+
+
+def test_of_a_loader_nobody_can_tell_a_variable_is_refused_and_the_rest_stands(tmp_path: Path) -> None:
+    root = one_entry(tmp_path, 'options a\\b "c d"', "unknown")
+    assert sources.entry("a", root).cmdline == 'a\\b "c d"'
+    with pytest.raises(Refused, match=r"\$kernelopts"):
+        sources.entry("a", one_entry(tmp_path, "options $kernelopts", "unknown"))
+
+
+@pytest.mark.parametrize(
+    ("said", "files", "line"),
+    [
+        ("systemd-boot 262", ("boot/grub2/grubenv",), "$x"),
+        ("GRUB 2.14", ("boot/loader/loader.conf",), None),
+        ("systemd-stub 262", ("boot/efi/EFI/systemd/systemd-bootx64.efi",), "$x"),
+        ("", ("efi/EFI/fedora/grub.cfg",), None),
+    ],
+)
+def test_which_loader_it_is(tmp_path: Path, said: str, files: tuple[str, ...], line: str | None) -> None:
+    """The one that booted says so in LoaderInfo; else what is installed."""
+    root = one_entry(tmp_path, r"options $x", "unknown")
+    variable(root, "LoaderInfo", said)
+    for name in files:
+        put(root, name)
+    if line is None:
+        with pytest.raises(Refused):
+            sources.entry("a", root)
+    else:
+        assert sources.entry("a", root).cmdline == line
+
+
+@pytest.mark.parametrize("loader", ["systemd-boot", "GRUB"])
+def test_quotes_around_a_path_are_no_part_of_it(tmp_path: Path, loader: str) -> None:
+    for name in ("vmlinuz", "initrd.img"):
+        put(tmp_path, f"boot/Debian 10 (Buster)/{name}")
+    text = 'linux "/Debian 10 (Buster)/vmlinuz"\ninitrd "/Debian 10 (Buster)/initrd.img"\ntitle "Debian 10"'
+    found = sources.entry("a", one_entry(tmp_path, text, loader))
+    assert (found.kernel.name, [path.name for path in found.initrds]) == ("vmlinuz", ["initrd.img"])
+    assert ("(Debian 10)" in found.name) is (loader == "systemd-boot")  # GRUB shows the title as it stands
+
+
+def test_a_path_of_systemd_boot_s_is_the_whole_value_in_either_way_of_writing_it(tmp_path: Path) -> None:
+    put(tmp_path, "boot/init rd")
+    found = sources.entry("a", one_entry(tmp_path, "linux \\linux\ninitrd /init rd", "systemd-boot"))
+    assert (found.kernel.name, [path.name for path in found.initrds]) == ("linux", ["init rd"])
+
+
+def test_coreos_s_variable_is_empty_after_the_first_boot_and_refused_before(tmp_path: Path) -> None:
+    """Ignition's snippet in grub.cfg: set ignition_firstboot="", and more only where the stamp is there."""
+    root = one_entry(tmp_path, "options $ignition_firstboot root=UUID=1", "GRUB")
+    assert (sources.entry("a", root).cmdline or "").split() == ["root=UUID=1"]
+    put(root, "boot/ignition.firstboot", "")
+    put(root, "boot/grub2/grubenv", "ignition_firstboot=x\n")
+    with pytest.raises(Refused, match="provision it again"):
+        sources.entry("a", root)
+
+
+# Unified kernel images
+
+PROFILES = [
+    (".osrel", b"ID=x\nPRETTY_NAME=X\nIMAGE_VERSION=2\n"),
+    (".linux", b"k"),
+    (".cmdline", b"main"),
+    (".profile", b"ID=main\nTITLE=Usual\n"),
+    (".profile", b'ID=factory-reset\nTITLE="Factory reset"\n'),
+    (".cmdline", b"systemd.factory_reset=1"),
+    (".profile", b""),
+]
+
+
+def profiled(root: Path) -> Path:
+    put(root, "boot/EFI/Linux/x+3-1.efi").write_bytes(portable(PROFILES))
+    put(root, "boot/EFI/Linux/y.efi").write_bytes(portable([*PROFILES[:2], (".cmdline", b"y")]))
+    return root
+
+
+def test_each_profile_of_a_unified_image_is_an_entry(tmp_path: Path) -> None:
+    """boot_entry_add_type2(): FILE.efi@ID or @NUMBER, behind the first in its order; the counter is no part of it."""
+    found = sources.entries(profiled(tmp_path))
+    assert [one.id for one in found] == ["y.efi", "x.efi", "x.efi@factory-reset", "x.efi@2"]
+    assert [one.text("title") for one in found] == ["X", "X (Usual)", "X (Factory reset)", "X (Profile #3)"]
+
+
+@pytest.mark.parametrize("profile", ["factory-reset", "2"])
+def test_a_profile_is_refused_and_never_another_entry_taken(tmp_path: Path, profile: str) -> None:
+    profiled(tmp_path)
+    with pytest.raises(Refused, match=f"profile {profile}"):
+        sources.entry(f"x.efi@{profile}", tmp_path)
+    variable(tmp_path, "LoaderEntryDefault", f"x.efi@{profile.upper()}")
+    with pytest.raises(Refused, match=f"profile {profile}"):
+        default(tmp_path)
+    for name in ("x", "x.efi", "x+3-1.efi"):
+        assert sources.entry(name, tmp_path).kernel.name == "x+3-1.efi"
+    with pytest.raises(UsageError, match=r"x\.efi@factory"):
+        sources.entry("x.efi@factory", tmp_path)
+
+
+def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path) -> None:
+    """UAPI.5, "PE Addons"; systemd-stub(7)."""
+    sections = [(".osrel", b"ID=x\n"), (".linux", b"k"), (".cmdline", b"a")]
+    image = put(tmp_path, "boot/EFI/Linux/x+3.efi")
+    image.write_bytes(portable(sections))
+    put(tmp_path, "boot/loader/addons/README")
+    put(tmp_path, "efi/loader/addons/of-another-file-system.addon.efi")
+    assert sources.entry("x", tmp_path).note == sources.image(str(image), tmp_path) == ""
+    image.write_bytes(portable([*sections, (".pcrsig", b"{}"), (".dtb", b"tree")]))
+    luks = portable([(".cmdline", b"rd.luks.options=discard\n\0")])
+    put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/luks.addon.efi").write_bytes(luks)
+    put(tmp_path, "boot/EFI/Linux/x+3.efi.extra.d/db.cred")
+    put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/more.sysext.raw")
+    put(tmp_path, "boot/loader/addons/all.addon.efi")
+    put(tmp_path, "boot/loader/credentials/host.cred")
+    note = sources.entry("x", tmp_path).note
+    for name in (
+        "luks.addon.efi",
+        "rd.luks.options=discard",
+        "db.cred",
+        "more.sysext.raw",
+        "all.addon.efi",
+        "host.cred",
+    ):
+        assert name in note
+    assert "signed PCR policy" in note
+    assert "device tree" in note
+    assert "another-file-system" not in note
+    put(tmp_path, "boot/loader/entries/a.conf", "uki /EFI/Linux/x+3.efi\ndevicetree /board.dtb\n")
+    for noted in (sources.entry("a", tmp_path).note, sources.image(str(image), tmp_path)):
+        assert {"db.cred", "all.addon.efi"} <= set(noted.replace("(", " ").replace(")", " ").replace(",", " ").split())
+
+
+def test_a_thin_image_is_the_files_it_names_where_they_are_what_it_was_made_for(tmp_path: Path) -> None:
+    """lanzaboote's stub, thin.rs: paths in .linux and .initrd, SHA-256 of the files in .linuxh and .initrdh."""
+    paths = {".linux": rb"\EFI\nixos\kernel-6.12.efi", ".initrd": rb"\EFI\nixos\initrd-6.12.efi"}
+    files = {".linux": b"kernel", ".initrd": b"initrd"}
+    hashes = {f"{name}h": hashlib.sha256(contents).digest() for name, contents in files.items()}
+    sections = [(".osrel", b"ID=nixos\n"), (".cmdline", b"init=/nix/store/a/init\n"), *paths.items(), *hashes.items()]
+    put(tmp_path, "boot/EFI/Linux/nixos-294.efi").write_bytes(portable(sections))
+    for name, contents in files.items():
+        put(tmp_path, "boot" + paths[name].decode().replace("\\", "/")).write_bytes(contents)
+    found = sources.entry("nixos-294", tmp_path)
+    assert (found.kernel.read_bytes(), [path.read_bytes() for path in found.initrds]) == (b"kernel", [b"initrd"])
+    assert found.cmdline == "init=/nix/store/a/init"
+    put(tmp_path, "boot/EFI/nixos/initrd-6.12.efi", "another")
+    with pytest.raises(Refused, match="another file than it was made for"):
+        sources.entry("nixos-294", tmp_path)
+    (tmp_path / "boot/EFI/nixos/initrd-6.12.efi").unlink()
+    with pytest.raises(Refused, match="no file there"):
+        sources.entry("nixos-294", tmp_path)
+    put(tmp_path, "secret").write_bytes(files[".linux"])
+    for path in (rb"\..\secret", b"\0x", b"x" * 5000):
+        sections = [(".linux", path), *hashes.items()]
+        put(tmp_path, "boot/EFI/Linux/nixos-294.efi").write_bytes(portable(sections))
+        with pytest.raises(Refused, match=r"nixos-294\.efi names"):
+            sources.entry("nixos-294", tmp_path)
+
+
+def test_a_pipe_for_an_image_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert sources.image(str(tmp_path / "pipe"), tmp_path) == ""
+    assert sources.image(str(tmp_path / "gone"), tmp_path) == ""

@@ -260,6 +260,31 @@ def test_one_without_initrd_and_command_line_has_none() -> None:
         assert (bundle.initrd, bundle.cmdline) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        (b"root=/dev/vda1\nquiet\tkho_scratch=512M\r\n", "root=/dev/vda1 quiet kho_scratch=512M"),
+        (b"\n \x01 a\x7fb\x1b[1m  c \n\n\0", "a b [1m  c"),
+        ("root=LABEL=my\u3000disk\u00a0\x85".encode(), "root=LABEL=my\u3000disk\u00a0\x85"),
+        (b"a\0b", "a"),
+        (b"\n", ""),
+    ],
+)
+def test_a_command_line_of_several_lines_is_one_as_systemd_stub_makes_it(section: bytes, line: str) -> None:
+    """mangle_stub_cmdline(): control characters and spaces are spaces, those at the ends go."""
+    with apart(portable([(".cmdline", section), (".linux", bzimage())])) as bundle:
+        assert bundle.cmdline == line
+
+
+def test_a_thin_image_is_refused_with_the_files_it_names() -> None:
+    """lanzaboote's: .linux and .initrd are paths, .linuxh and .initrdh their files' SHA-256."""
+    paths = {".linux": rb"\EFI\nixos\kernel-6.12.efi", ".initrd": rb"\EFI\nixos\initrd-6.12.efi"}
+    image = portable([*paths.items(), *((f"{name}h", bytes(32)) for name in paths)])
+    refused = refusal(image)
+    assert "/EFI/nixos/kernel-6.12.efi" in refused.what
+    assert "--image /EFI/nixos/kernel-6.12.efi --initrd /EFI/nixos/initrd-6.12.efi" in refused.remedy
+
+
 def test_microcode_comes_before_the_initrd_as_systemd_stub_does() -> None:
     with apart(portable([(".ucode", b"micro"), *UKI])) as bundle:
         assert contents(bundle.initrd) == b"micro\0\0\0" + CPIO + CPIO

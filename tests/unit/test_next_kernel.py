@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from khod.errors import Exit
-from tests.unit.images import CPIO, bzimage, code
+from tests.unit.images import CPIO, bzimage, code, cpio
 from tests.unit.khods import Khod
 
 
@@ -49,6 +49,19 @@ def test_another_format_is_refused_and_named(khod: Khod, extra: str) -> None:
     refused = khod.khoctl("kexec", "--image", image)
     assert refused.code == Exit.refused
     assert "check formats" in refused.err
+
+
+def test_a_root_that_only_an_initrd_s_programs_find_is_refused_without_them(khod: Khod) -> None:
+    """VFS: Cannot open root device "UUID=...": a panic, with no initrd and with one that has no init in it."""
+    image, microcode = khod.directory / "vmlinuz", khod.directory / "microcode"
+    microcode.write_bytes(cpio({"kernel/x86/microcode/GenuineIntel.bin": b"x"}))
+    for words in ((), ("--initrd", microcode)):
+        for root, result, exit_code in (("UUID=1", "fail", Exit.refused), ("/dev/vda1", "passed", Exit.done)):
+            found = results(
+                khod, "--image", image, *words, "--cmdline", f"root={root} kho_scratch=512M", code=exit_code
+            )
+            assert found["initrd"]["result"] == ("warn" if words and result == "passed" else result)
+            assert (f"root={root}" in found["initrd"]["evidence"]) is (result == "fail")
 
 
 def test_a_refusal_can_be_overridden(khod: Khod) -> None:

@@ -19,7 +19,7 @@ from khod.model import Check, CheckResult, Observed
 from khod.preflight.facts import Facts
 from khod.record import Record, Store
 from khod.target import Given, Request, Target, take
-from tests.unit.images import CPIO, bzimage
+from tests.unit.images import CPIO, bzimage, portable
 from tests.unit.khods import REPOSITORY
 
 OUT = "sys/kernel/debug/kho/out"
@@ -273,3 +273,19 @@ def test_no_check_of_a_host_that_lies_is_more_than_a_line(site: Site) -> None:
     checks = [*site.checks().values(), *site.checks(site.image(image, "root=/dev/vda \x1b[8m\u202e kho=on")).values()]
     assert [check for check in checks if not f"{check.evidence}{check.remedy}".isprintable()] == []
     assert any("\\x1b" in check.evidence for check in checks)
+
+
+# The signature
+
+
+def test_of_a_unified_image_it_is_the_kernel_inside_that_must_be_signed(site: Site) -> None:
+    """kexec_file_load(2) is given that kernel: the UKI's own signature is the firmware's to check."""
+    site.lay({"sys/kernel/security/lockdown": "none [integrity] confidentiality\n"})
+    sections = [(".cmdline", b"root=/dev/vda"), (".linux", bzimage())]
+    found = site.checks(site.image(portable(sections, certificates=bytes(16))))["signature"]
+    assert found.result is CheckResult.fail
+    assert found.evidence.startswith("The kernel in vmlinuz is not signed")
+    assert "own signature" in found.remedy
+    bare = site.checks(site.image(bzimage()))["signature"]
+    assert bare.evidence.startswith("vmlinuz is not signed")
+    assert "own signature" not in bare.remedy

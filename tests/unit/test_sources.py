@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from khoctl import sources
+from khoctl.sources import Source
 from khod.errors import Refused, UsageError
+from tests.unit.images import portable
 
 FEDORA = """\
 title      Fedora 19 (Rawhide)
@@ -106,18 +108,81 @@ def test_this_machine_s_architecture_is_taken(root: Path) -> None:
         ("boot/vmlinuz-6.12", "boot/initrd.img-6.12"),  # Debian
         ("boot/vmlinuz-6.12", "boot/initramfs-6.12.img"),  # Fedora before the specification
         ("usr/lib/modules/6.12/vmlinuz", "boot/initrd-6.12"),  # SUSE
-        ("usr/lib/modules/6.12/vmlinuz", None),
+        ("boot/vmlinuz-6.12", "boot/initrd-6.12.img"),  # Mageia
+        ("boot/vmlinuz-6.12", "boot/initramfs-6.12"),  # Alpine, whose VERSION is a flavour
+        ("boot/kernel-6.12", "boot/initramfs-6.12.img"),  # Gentoo
+        ("usr/lib/modules/6.12/vmlinuz", "usr/lib/modules/6.12/initramfs.img"),  # ostree
     ],
 )
-def test_an_installed_kernel(tmp_path: Path, kernel: str, initrd: str | None) -> None:
+def test_an_installed_kernel_and_its_initrd(tmp_path: Path, kernel: str, initrd: str) -> None:
     put(tmp_path, kernel)
-    if initrd:
-        put(tmp_path, initrd)
+    put(tmp_path, initrd)
     found = sources.installed("6.12", tmp_path)
-    assert found.kernel == tmp_path / kernel
-    assert found.initrds == ((tmp_path / initrd,) if initrd else ())
-    assert found.cmdline is None
-    assert bool(found.note) is (initrd is None)
+    assert found == Source(tmp_path / kernel, (tmp_path / initrd,), None, "kernel 6.12")
+    (tmp_path / initrd).unlink()
+    put(tmp_path, initrd.replace("6.12", "6.11"))
+    with pytest.raises(Refused, match=r"No initrd is known to be kernel 6\.12's own") as raised:
+        sources.installed("6.12", tmp_path)
+    assert f"--image {tmp_path / kernel}" in raised.value.remedy
+
+
+def test_an_initrd_named_for_a_package_is_of_its_only_version(tmp_path: Path) -> None:
+    """Arch: usr/lib/modules/VERSION/pkgbase, and one initrd for whichever version is installed."""
+    put(tmp_path, "usr/lib/modules/6.15.2-arch1-1/vmlinuz")
+    put(tmp_path, "usr/lib/modules/6.15.2-arch1-1/pkgbase", "linux\n")
+    initrd = put(tmp_path, "boot/initramfs-linux.img")
+    assert sources.installed("6.15.2-arch1-1", tmp_path).initrds == (initrd,)
+    put(tmp_path, "usr/lib/modules/6.15.1-arch1-1/pkgbase", "linux\n")
+    with pytest.raises(Refused):
+        sources.installed("6.15.2-arch1-1", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["0123-6.17.1+3.efi", "arch-linux.efi"])
+def test_a_packaged_kernel_whose_initrd_is_in_a_unified_image_means_that(tmp_path: Path, name: str) -> None:
+    """kernel-install with layout=uki: by its file's name or by the version in it."""
+    put(tmp_path, "usr/lib/modules/6.17.1/vmlinuz")
+    sections = [(".uname", b"6.17.1")] if name.startswith("arch") else []
+    image = put(tmp_path, f"boot/efi/EFI/Linux/{name}")
+    image.write_bytes(portable([(".osrel", b"ID=x\nVERSION_ID=6.18\n"), *sections, (".linux", b"x")]))
+    found = sources.installed("6.17.1", tmp_path)
+    assert (found.kernel, found.initrds) == (image, ())
+    with pytest.raises(UsageError):
+        sources.installed("6.18", tmp_path)
+
+
+def test_a_packaged_kernel_whose_initrd_an_entry_names_means_that_entry(tmp_path: Path) -> None:
+    put(tmp_path, "boot/vmlinuz-6.1")
+    initrd = put(tmp_path, "boot/own/initrd-of-6.1")
+    put(tmp_path, "boot/loader/entries/x.conf", "linux /vmlinuz-6.1\ninitrd /own/initrd-of-6.1\noptions quiet\n")
+    found = sources.installed("6.1", tmp_path)
+    assert found == Source(tmp_path / "boot/vmlinuz-6.1", (initrd,), "quiet", "kernel 6.1, entry x.conf")
+
+
+SNAPSHOT = """version {number}@6.12.6-1-default
+sort-key opensuse-microos
+options rootflags=subvol=@/.snapshots/{number}/snapshot
+linux /opensuse-microos/6.12.6-1-default/linux-99
+initrd /opensuse-microos/6.12.6-1-default/initrd-{digest}
+"""
+
+
+def test_of_initrds_for_several_snapshots_one_entry_s_is_taken(tmp_path: Path) -> None:
+    """openSUSE's sdbootutil: each is a whole one; the newest snapshot's entry comes first."""
+    put(tmp_path, "etc/kernel/entry-token", "opensuse-microos\n")
+    put(tmp_path, "usr/lib/modules/6.12.6-1-default/vmlinuz")
+    directory = "boot/efi/opensuse-microos/6.12.6-1-default"
+    for digest in ("1aa", "2bb", "0cc"):
+        put(tmp_path, f"{directory}/initrd-{digest}")
+    with pytest.raises(Refused, match="Several initrds"):
+        sources.installed("6.12.6-1-default", tmp_path)
+    put(tmp_path, f"{directory}/linux-99")
+    for number, digest in ((38, "1aa"), (47, "0cc"), (44, "2bb")):
+        text = SNAPSHOT.format(number=number, digest=digest)
+        put(tmp_path, f"boot/efi/loader/entries/opensuse-microos-6.12.6-1-default-{number}.conf", text)
+    found = sources.installed("6.12.6-1-default", tmp_path)
+    assert [path.name for path in found.initrds] == ["initrd-0cc"]
+    assert found.cmdline == "rootflags=subvol=@/.snapshots/47/snapshot"
+    assert "default-44.conf" in found.note
 
 
 @pytest.mark.parametrize("version", ["", "..", "a/b", "../6.12", "6.13"])

@@ -47,6 +47,13 @@ def test_each_of_the_specification_s_chain_is_older_than_all_to_its_right() -> N
         assert compare(older, newer) == (low > high) - (low < high)
 
 
+@pytest.mark.parametrize(("older", "newer"), [("_.A", "0.."), ("A", "_0^"), ("^", "^0"), ("a.b", "a.0")])
+def test_no_number_is_older_than_zero(older: str, newer: str) -> None:
+    """As `systemd-analyze compare-versions` has it: a numeric segment is newer than another one or none."""
+    assert compare(older, newer) == -1
+    assert compare(newer, older) == 1
+
+
 def test_a_number_longer_than_int_takes() -> None:
     assert compare("1" * 5000, "1" * 4999 + "2") == -1
     assert compare("0" * 5000 + "1", "1") == 0

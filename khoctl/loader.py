@@ -1,0 +1,96 @@
+"""The boot loader of this host: which one it is, what it was told, and how a line of its files reads."""
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from khod.text import split_first
+
+VARIABLES = "sys/firmware/efi/efivars"
+VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+"""The Boot Loader Interface's vendor UUID."""
+SETTINGS = ("efi/loader/loader.conf", "boot/efi/loader/loader.conf", "boot/loader/loader.conf")
+"""systemd-boot reads the one on the EFI system partition; /boot may be that."""
+PROGRAMS = tuple(f"{place}/EFI/systemd/systemd-boot*.efi" for place in ("efi", "boot/efi", "boot"))
+GRUB = ("boot/grub2", "boot/grub", "efi/EFI/*", "boot/efi/EFI/*")
+"""Where GRUB's grub.cfg and its environment block, grubenv, are."""
+SIZE = 256 * 1024
+"""The most that is read of a text file, in bytes."""
+
+
+class Loader(enum.Enum):
+    """Whose language the entries are in."""
+
+    systemd_boot = "systemd-boot"
+    grub = "GRUB"
+    unknown = ""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One line of an entry: its number, its key, and what follows the key; 0 where it stands on no line."""
+
+    line: int
+    key: str
+    value: str
+
+
+def loader(root: Path) -> Loader:
+    """Tell by what the loader that booted says of itself (LoaderInfo), else by what is installed."""
+    said = variable("LoaderInfo", root) or ""
+    for one in (Loader.systemd_boot, Loader.grub):
+        if said.startswith(one.value):
+            return one
+    if settings(root) is not None or _any(root, PROGRAMS):
+        return Loader.systemd_boot
+    files = (f"{place}/{name}" for place in GRUB for name in ("grub.cfg", "grubenv"))
+    return Loader.grub if _any(root, files) else Loader.unknown
+
+
+def _any(root: Path, places: Iterable[str]) -> bool:
+    return any(True for place in places for _ in root.glob(place))
+
+
+def settings(root: Path) -> dict[str, str] | None:
+    """loader.conf's settings; None where there is no file that can be read."""
+    for path in (root / place for place in SETTINGS):
+        try:
+            return {field.key: field.value for field in fields(read(path), Loader.systemd_boot)}
+        except OSError:
+            continue
+    return None
+
+
+def variable(name: str, root: Path) -> str | None:
+    """A variable of the Boot Loader Interface: 4 bytes of attributes, then UTF-16LE with a NUL; None where not set."""
+    try:
+        raw = (root / VARIABLES / f"{name}-{VENDOR}").read_bytes()
+        return raw[4:].decode("utf-16-le").partition("\0")[0] or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def fields(text: str, language: Loader) -> tuple[Field, ...]:
+    """The lines of an entry, or of loader.conf; comments and empty ones are left out.
+
+    systemd-boot takes a pair of quotes off a value: line_get_key_value() in src/boot/efi-string.c. To others a value
+    is what stands there (UAPI.1), and GRUB takes quotes apart with all else of its script's.
+    """
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        key, value = split_first(line)
+        if key and not key.startswith("#"):
+            found.append(Field(number, key, _unquoted(value) if language is Loader.systemd_boot else value))
+    return tuple(found)
+
+
+def _unquoted(value: str) -> str:
+    around = value[:1] + value[-1:]
+    return value[1:-1] if len(value) > 1 and around in ('""', "''") else value
+
+
+def read(path: Path) -> str:
+    """The beginning of a text file; what is no UTF-8 is kept as surrogates."""
+    with path.open("rb") as file:
+        return file.read(SIZE).decode("utf-8", "surrogateescape")
