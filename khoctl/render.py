@@ -126,8 +126,9 @@ def status(status: Status) -> str:
             if names
         ]
     if status.previous_release and status.phase in (Phase.verified, Phase.degraded, Phase.cold_boot):
-        blackout = f", {status.blackout_seconds:.1f} s from the first write to here" if status.blackout_seconds else ""
-        rows.append(("from", f"{status.previous_release}{blackout}"))
+        rows.append(("from", status.previous_release))
+    if status.handovers and status.phase in (Phase.verified, Phase.degraded):
+        rows.append(("blackout", _blackout(status)))
     if status.handovers:
         rows.append(("handovers", str(status.handovers)))
     if status.last_error:
@@ -137,6 +138,15 @@ def status(status: Status) -> str:
     head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
     stale = " (the kernel was not asked just now)" if status.stale else ""
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
+
+
+def _blackout(status: Status) -> str:
+    """How long the producers stood still, and what that is worth."""
+    seconds = status.blackout_seconds
+    if seconds is None:
+        return "unknown: nobody has taken its state back, or the wall clock was set back"
+    over = ", and not over for those who have not taken back what they left" if status.claims else ""
+    return f"{seconds:.1f} s by the wall clock, ± 1 s, from the first freeze to the last finish{over}"
 
 
 def _not_undone(status: Status) -> list[tuple[str, str]]:

@@ -84,7 +84,9 @@ class Record:
     handovers: int = 0
     previous_release: str = ""
     window_began_at: float = 0.0
+    """When the first producer was told `freeze`; 0 before."""
     blackout_seconds: float | None = None
+    """From there to the last that answered `finish` in this boot; None while nobody has, or where it is not known."""
     timings: tuple[StepTiming, ...] = ()
     last_error: str = ""
     verdict: Verdict | None = None

@@ -104,7 +104,14 @@ class Engine:
         self.muster = Muster(producers, peers)
         self._observer = Observer(kexec, prober, self._workers)
         self._restoration = Restoration(
-            self._transaction, self.muster, store, self._workers, self._settings, busy=self._busy, spawn=self._spawn
+            self._transaction,
+            self.muster,
+            store,
+            kexec,
+            self._workers,
+            self._settings,
+            busy=self._busy,
+            spawn=self._spawn,
         )
         self._startup = Startup(self._transaction, self._observer, peers, store, kexec, self._workers, self._settings)
         self._jump = Jump(self._transaction, self._settings, self._give_up_jump)

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 
 from khod import verify
 from khod.config import Config
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError
+from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.thread import Workers
 from khod.machine import RESTING
@@ -32,6 +34,7 @@ class Restoration:
         transaction: Transaction,
         muster: Muster,
         store: Store,
+        kexec: Kexec,
         workers: Workers,
         config: Callable[[], Config],
         *,
@@ -41,6 +44,7 @@ class Restoration:
         self._transaction = transaction
         self._muster = muster
         self._store = store
+        self._kexec = kexec
         self._workers = workers
         self._config = config
         self._busy = busy
@@ -72,6 +76,7 @@ class Restoration:
         if self._transaction.record.claims:
             self._spawn(self._bring_all_back(barrier, verdict))
         else:
+            await self._note_blackout()
             await self._conclude(verdict)
 
     def restore_late(self, peer: Peer) -> None:
@@ -142,6 +147,8 @@ class Restoration:
             member.told = Verb.finish.value
         await self._transaction.note_claims(self._claims(barrier, set()))
         failed += await barrier.bring_back(Verb.finish, restored, deadline)
+        if any(member not in failed for member in members):
+            await self._note_blackout()
         names = {member.producer.name for member in members}
         lost = {member.producer.name for member in failed}
         findings = [finding for finding in verdict.found if finding.producer not in names]
@@ -150,6 +157,14 @@ class Restoration:
         missing = sorted({*verdict.missing, *lost} - set(arrived))
         await self._transaction.note_claims(self._claims(barrier, names - lost))
         return replace(verdict, arrived=arrived, missing=missing).with_findings(findings)
+
+    async def _note_blackout(self) -> None:
+        """Count the blackout up to now; without the kernel's uptime the wall clock is taken for right."""
+        uptime: float | None = None
+        with suppress(KhoError, OSError):
+            deadline = self._config().deadlines.observe
+            uptime = await self._workers.queries.call(self._kexec.uptime, "asking how long the host is up", deadline)
+        self._transaction.note_blackout(uptime)
 
     def _claims(self, barrier: Barrier, done: set[str]) -> tuple[Holder, ...]:
         """The record's claims without those of whoever is done, as the barrier has them by now."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn, TypeVar
 
+from khod import verify
 from khod.bounded import ANYTHING, raise_if_cancelling
 from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.rollback import Failure, undo_all
@@ -280,7 +281,7 @@ class Transaction:
             await self._write(replace(self.current(), done=done), departs=step is Step.execute)
         self.emit(step.value)
         began = time.monotonic()
-        if step is Step.activate:
+        if step is Step.freeze:
             self._record = replace(self._record, window_began_at=time.time())
         if step is Step.execute:
             await self.raise_if_cancelled()
@@ -388,7 +389,6 @@ class Transaction:
         self._note = note
         record = self._record
         if record.boot_id != observed.boot_id:
-            began = record.window_began_at
             record = replace(
                 record,
                 boot_id=observed.boot_id,
@@ -397,7 +397,7 @@ class Transaction:
                 suspect="",
                 failed_activations=0,
                 handovers=record.handovers + 1,
-                blackout_seconds=time.time() - began if began else None,
+                blackout_seconds=None,
                 outcome=Phase.idle,
                 arrived_run=record.run,
                 claims=tuple(replace(holder, told="") for holder in record.producers if holder.restores is not False),
@@ -439,6 +439,13 @@ class Transaction:
         """Record who has not taken back what it left."""
         self._record = replace(self._record, claims=claims)
         await self.try_write_record()
+
+    def note_blackout(self, uptime: float | None) -> None:
+        """Count the blackout up to now, unless another handover has begun since: the record has that one's window."""
+        record = self._record
+        if record.run == record.arrived_run:
+            blackout = verify.blackout(record.window_began_at, time.time(), uptime)
+            self._record = replace(record, blackout_seconds=blackout)
 
     async def conclude(self, verdict: Verdict, message: str) -> None:
         """Record what the handover into this boot came to: verified, or degraded with the reason.

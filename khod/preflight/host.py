@@ -35,7 +35,7 @@ def watchdog(facts: Facts) -> Finding:
 def uptime(facts: Facts) -> Finding:
     """An orderly jump does not sleep in the blackout because the host has not been up for long enough."""
     calls = facts.kexec.calls
-    up, found = minimum_uptime.uptime(calls), minimum_uptime.setting(calls)
+    up, found = facts.kexec.uptime(), minimum_uptime.setting(calls)
     if up is None or not calls.exists(minimum_uptime.BOOTED):
         return Finding.skipped("The kernel does not say how long it has been up, or systemd does not run this host")
     wanted = minimum_uptime.DEFAULT_SECONDS if found is None else found.seconds

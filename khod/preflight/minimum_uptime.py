@@ -17,7 +17,6 @@ from khod.kernel.next_arg import kernel_words, parse
 from khod.text import ASCII_SPACE
 
 BOOTED = "/run/systemd/system"  # sd_booted(3)
-UPTIME = "/proc/uptime"
 SINCE_VERSION = 261
 DEFAULT_SECONDS = 15.0
 """On bare metal; none in a virtual machine."""
@@ -63,15 +62,6 @@ class Setting:
 
     seconds: float
     where: str
-
-
-def uptime(calls: Calls) -> float | None:
-    """Seconds since boot by CLOCK_BOOTTIME; None where the kernel does not say."""
-    if not calls.exists(UPTIME):
-        return None
-    with suppress(ValueError, IndexError):
-        return float(calls.read(UPTIME).split()[0])
-    return None
 
 
 def setting(calls: Calls) -> Setting | None:
