@@ -123,7 +123,8 @@ class Finding:
 class Verdict:
     """What the kernel after the jump had of the state before it; names are those of the tree's blobs.
 
-    `reason` says all `findings` in one line; "" where there is nothing against it.
+    `reason` says all `findings` in one line; "" where there is nothing against it. Of what is `unknown` nobody can
+    tell whether it arrived.
     """
 
     arrived: list[str] = field(default_factory=list)
@@ -131,6 +132,7 @@ class Verdict:
     changed: list[str] = field(default_factory=list)
     reason: str = ""
     findings: list[Finding] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     def with_findings(self, findings: Iterable[Finding]) -> "Verdict":
         """The same verdict with these findings, and what they come to in one line."""
@@ -160,6 +162,28 @@ class NotUndone:
     remedy: str
 
 
+class SessionFate(enum.Enum):
+    """What an orderly shutdown does to a LUO session."""
+
+    kept = "kept"
+    lost = "lost"
+    unknown = "unknown"
+
+
+@dataclass(frozen=True)
+class LuoSession:
+    """A LUO session that no producer registered with khod.
+
+    `name` is "" where the kernel does not show it. `holder` says who has it open, `why` why an orderly shutdown does
+    to it what `fate` says. An immediate jump keeps it in any case.
+    """
+
+    name: str
+    holder: str
+    fate: SessionFate
+    why: str
+
+
 @dataclass(frozen=True)
 class Status:
     """What the operator is told.
@@ -168,7 +192,7 @@ class Status:
     and does not change with what is done since; `claims` are those who have not taken back what they left before the
     jump. `phase` is the machine's, unless the kernel contradicts it: where this boot had no handover, an active phase
     or an image that is not khod's shows as `foreign`; `foreign` says so in any case. `left` are the steps that a
-    rollback could not undo, `not_undone` the same item by item.
+    rollback could not undo, `not_undone` the same item by item. `sessions` are LUO sessions of other processes.
     """
 
     phase: Phase
@@ -196,6 +220,7 @@ class Status:
     foreign: bool = False
     claims: list[str] = field(default_factory=list)
     not_undone: list[NotUndone] = field(default_factory=list)
+    sessions: list[LuoSession] = field(default_factory=list)
 
 
 class CheckResult(enum.Enum):

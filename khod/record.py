@@ -17,6 +17,7 @@ from khod.snapshots import Snapshots
 VERSION = 1
 ADDED = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings"}
+    | {"unknown", "sessions", "sessions_unseen", "at_once"}
 )
 """Fields a record of this version may lack: an earlier khod wrote it."""
 

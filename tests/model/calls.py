@@ -105,3 +105,6 @@ class KernelCalls:
     def finish_session(self, session: int) -> None:
         with self._at("luo.finish"):
             self.finished(self.kernel.luo.finish(session))
+
+    def session_name(self, pid: int, fd: int) -> str | None:
+        raise refuse(errno.ESRCH, f"pidfd_getfd({pid}, {fd})")

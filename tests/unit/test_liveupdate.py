@@ -2,12 +2,14 @@
 
 import errno
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from khod.abi import liveupdate
+from khod.abi.calls import HostCalls
 
 HEADER = """\
 LIVEUPDATE_IOCTL_CREATE_SESSION 0xba00
@@ -84,3 +86,18 @@ def test_a_token_has_64_bits(nothing: int, token: int, expected: int) -> None:
 def test_the_other_calls_name_themselves_too(nothing: int) -> None:
     assert refusal(liveupdate.finish, nothing) == (errno.ENOTTY, f"SESSION_FINISH(session={nothing})")
     assert refusal(liveupdate.get_name, nothing) == (errno.ENOTTY, f"SESSION_GET_NAME(session={nothing})")
+
+
+def test_another_process_s_file_is_no_session() -> None:
+    """Copied by pidfd_getfd(2) and closed again: a file that has a type, and an anonymous inode that is no session."""
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=(event := os.eventfd(0),))
+    try:
+        open_before = os.listdir("/proc/self/fd")
+        assert HostCalls().session_name(child.pid, 0) is None
+        assert HostCalls().session_name(child.pid, event) is None
+        with pytest.raises(OSError, match="pidfd_getfd"):
+            HostCalls().session_name(child.pid, 1000)
+        assert os.listdir("/proc/self/fd") == open_before
+    finally:
+        child.communicate()
+        os.close(event)
