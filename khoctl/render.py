@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import typer
 
 from khod.errors import KhoError
-from khod.model import Check, CheckResult, Event, Fate, Phase, Plan, Producer, Status, Word
+from khod.model import Check, CheckResult, Event, Fate, LuoSession, Phase, Plan, Producer, Status, Word
 from khod.text import join_names, printable
 from khod.wire import plain
 
@@ -117,12 +117,17 @@ def status(status: Status) -> str:
     if status.producers:
         rows.append(("producers", counted(status.producers)))
     rows += [("", producer(found)) for found in status.producers if odd(found)][:MOST]
+    rows += [("" if number else "sessions", _session(found)) for number, found in enumerate(status.sessions[:MOST])]
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         verdict = status.verdict
         rows.append(("arrived", f"{len(verdict.arrived)}: {', '.join(verdict.arrived) or 'nothing'}"))
         rows += [
             (key, ", ".join(names))
-            for key, names in (("missing", verdict.missing), ("changed", verdict.changed))
+            for key, names in (
+                ("missing", verdict.missing),
+                ("changed", verdict.changed),
+                ("not known", verdict.unknown),
+            )
             if names
         ]
     if status.previous_release and status.phase in (Phase.verified, Phase.degraded, Phase.cold_boot):
@@ -138,6 +143,13 @@ def status(status: Status) -> str:
     head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
     stale = " (the kernel was not asked just now)" if status.stale else ""
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
+
+
+def _session(found: LuoSession) -> str:
+    """A LUO session that no producer registered, and what an orderly jump does to it."""
+    fate = {"kept": "an orderly jump keeps it", "lost": "an orderly jump ends it, --now keeps it"}
+    does = fate.get(found.fate.value, "an orderly jump may end it, --now keeps it")
+    return f"{found.name or 'one without a name'}, held by {found.holder}: {does}: {found.why}"
 
 
 def _blackout(status: Status) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from khod import wire
 from khod.errors import RecordError, errno_text
-from khod.model import Generation, Kept, NotUndone, Observed, Phase, Step, StepTiming, Verdict
+from khod.model import Generation, Kept, LuoSession, NotUndone, Observed, Phase, Step, StepTiming, Verdict
 from khod.snapshots import Snapshots
 
 VERSION = 1
@@ -106,6 +106,12 @@ class Record:
     """What the handover into the boot `boot_id` came to: verified, degraded, cold_boot; idle where there was none."""
     arrived_run: str = ""
     """The handover this boot was reached by: its sessions are the previous kernel's, and freed by no rollback."""
+    sessions: tuple[LuoSession, ...] = ()
+    """LUO sessions of other processes as they were before the jump of the handover `run`."""
+    sessions_unseen: str = ""
+    """Why there may have been more, "" where there were not."""
+    at_once: bool = False
+    """Whether the handover `run` jumps at once: with nothing stopped before, so that no session is lost."""
     claims: tuple[Holder, ...] = ()
     """What was left by the previous kernel's producers and not taken back yet."""
 
@@ -125,6 +131,9 @@ class Record:
             producers=(),
             not_undone=(),
             interrupted="",
+            sessions=(),
+            sessions_unseen="",
+            at_once=False,
         )
 
 

@@ -8,7 +8,7 @@ names a session in the links below /proc/PID/fd: `anon_inode:[luo_session] NAME`
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -62,10 +62,14 @@ class Sighted:
     unseen: str = ""
 
 
-def find(calls: Calls, own: Iterable[str] = (), ask: Ask = ask_systemd) -> Sighted:
-    """Find the sessions of other processes. `own` are khod's, which systemd has too. systemd is asked where any are."""
+def find(calls: Calls, own: Callable[[], Iterable[str]] = tuple, ask: Ask = ask_systemd) -> Sighted:
+    """Find the sessions of other processes. `own` gives khod's, which systemd has too; it is asked where any are left.
+
+    What khod makes or closes meanwhile is its own as well.
+    """
+    known = set(own())
     held, unseen = scan(calls)
-    known = set(own)
+    known |= set(own())
     found = {key: holders for key, holders in held.items() if key[0] not in known and not _of_systemd(key[0], holders)}
     if not found:
         return Sighted(unseen=unseen)

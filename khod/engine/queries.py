@@ -28,6 +28,7 @@ from khod.producers.barrier import Member
 from khod.producers.registrations import Registered
 from khod.record import Store
 from khod.region import Region
+from khod.session_holders import Sighted, find
 from khod.sessions import Sessions, session_of
 from khod.target import Request, Target, take
 
@@ -83,6 +84,8 @@ class Queries:
         self._busy = busy
         self._known = known
         self._started = started
+        self.sighted = Sighted()
+        """LUO sessions of other processes, as the checks found them last."""
 
     async def status(self) -> Status:
         """Tell how it stands, also while khod starts.
@@ -94,7 +97,9 @@ class Queries:
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline):
                 await self._known.wait()
-        observed = None if self._busy.locked() else await self._observer.try_observe(deadline)
+        busy = self._busy.locked()
+        observed = None if busy else await self._observer.try_observe(deadline)
+        sighted = self.sighted if busy else await self._find_sessions(deadline)
         try:
             producers = self._muster.shown(self.members)
         except ConfigError:  # khoctl check says which file
@@ -107,6 +112,7 @@ class Queries:
             producers,
             claims=[*(holder.name for holder in self._transaction.record.claims), *self.unknown_sessions],
             absent=[registered.name for registered in self.absent],
+            sessions=sighted.sessions,
             stale=observed is None,
         )
 
@@ -203,8 +209,14 @@ class Queries:
             return phase
         return reconcile.shown(self._transaction.current(), observed)
 
-    async def run_checks(self, observed: Observed, target: Target | None = None) -> list[Check]:
-        """Run the checks of this host, or those of the next kernel, after the kernel was asked how it stands."""
+    async def run_checks(self, observed: Observed, target: Target | None = None, *, now: bool = False) -> list[Check]:
+        """Run the checks of this host, or those of the next kernel, after the kernel was asked how it stands.
+
+        `now` is for a jump that stops nothing.
+        """
+        deadline = self._config().deadlines.activate
+        if target is None:
+            self.sighted = await self._find_sessions(deadline)
         current = self._transaction.current()
         phase = self.effective_phase(observed)
         foreign = reconcile.foreign(current, observed) or phase is Phase.inconsistent
@@ -223,8 +235,9 @@ class Queries:
             outgoing=await self._outgoing(observed) if target or self._config().producers.require_kernel else None,
             unknown_sessions=self.unknown_sessions,
             absent=self.absent,
+            sighted=self.sighted,
+            now=now,
         )
-        deadline = self._config().deadlines.activate
         return await self._workers.queries.call(lambda: preflight.run(facts), "the checks", deadline)
 
     async def build_target(self, request: Request, observed: Observed, run: str) -> Target:
@@ -233,6 +246,14 @@ class Queries:
         return await self._workers.files.call(
             lambda: take(request, observed.cmdline, run, bounds), "reading the image", None, late=Target.close
         )
+
+    async def _find_sessions(self, deadline: float) -> Sighted:
+        """Look for LUO sessions of other processes."""
+        calls, own = self._kexec.calls, lambda: self._sessions.names
+        try:
+            return await self._workers.queries.call(lambda: find(calls, own), "looking for LUO sessions", deadline)
+        except (KhoError, OSError) as error:
+            return Sighted(unseen=str(error))
 
     async def _outgoing(self, observed: Observed) -> Tree | None:
         """The outgoing tree, where the kernel has one now: read in the kernel's thread, as v3 wants it."""
@@ -256,7 +277,8 @@ class Queries:
         run = self._transaction.record.run or new_run()
         target = await self.build_target(request, observed, run) if request.kernel else None
         try:
-            checks = [*await self.run_checks(observed), *(await self.run_checks(observed, target) if target else ())]
+            checks = await self.run_checks(observed, now=request.now)
+            checks += await self.run_checks(observed, target) if target else ()
             yield target, checks
         finally:
             if target is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 
-from khod import verify
+from khod import session_holders, verify
 from khod.config import Config
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError
@@ -77,7 +77,7 @@ class Restoration:
             self._spawn(self._bring_all_back(barrier, verdict))
         else:
             await self._note_blackout()
-            await self._conclude(verdict)
+            await self._conclude(await self._count_sessions(verdict))
 
     def restore_late(self, peer: Peer) -> None:
         """Give a producer that comes after the verification what it left, and correct the verdict.
@@ -108,10 +108,24 @@ class Restoration:
             text = str(error) if isinstance(error, (KhoError, OSError)) else f"khod itself failed: {error!r}"
             return Verdict().with_findings([Finding("", text)])
 
+    async def _count_sessions(self, verdict: Verdict) -> Verdict:
+        """Add which of the sessions arrived that other processes had before the jump, by who has them now."""
+        record, calls = self._transaction.record, self._kexec.calls
+        held: list[str] = []
+        if record.sessions:
+            with suppress(KhoError, OSError):
+                deadline = self._config().deadlines.activate
+                found, _ = await self._workers.queries.call(
+                    lambda: session_holders.scan(calls), "looking for LUO sessions", deadline
+                )
+                held = [name for name, _ in found]
+        return session_holders.count(verdict, record.sessions, record.sessions_unseen, held, at_once=record.at_once)
+
     async def _bring_all_back(self, barrier: Barrier, verdict: Verdict) -> None:
         async with self._busy:
             try:
                 verdict = await self._bring_back(barrier, verdict, self._config().deadlines.restore)
+                verdict = await self._count_sessions(verdict)
             except Exception as error:  # noqa: BLE001 - or this boot would be verified for ever
                 verdict = verdict.with_findings([*verdict.found, Finding("", f"khod itself failed: {error!r}")])
             await self._conclude(verdict)
@@ -176,4 +190,6 @@ class Restoration:
         arrived = ", ".join(verdict.arrived[:MAX_NAMES_SHOWN])
         count = len(verdict.arrived)
         said = f"the state of {count} producer{'' if count == 1 else 's'} arrived: {arrived}"
+        if verdict.unknown:
+            said = f"{said}; not known: {', '.join(verdict.unknown[:MAX_NAMES_SHOWN])}"
         await self._transaction.conclude(verdict, verdict.reason or said)

@@ -1,11 +1,13 @@
 """What the operator is told at three in the morning: one sentence on where it stands, one on what to do."""
 
+from collections.abc import Sequence
+
 from khod import reconcile
 from khod.engine.transaction import Transaction
 from khod.errors import Exit
 from khod.kernel.probe import Probed
 from khod.machine import RESTING
-from khod.model import Generation, Observed, Phase, Producer, Status, Step
+from khod.model import Generation, LuoSession, Observed, Phase, Producer, Status, Step
 from khod.record import Record
 from khod.text import join_names
 
@@ -52,6 +54,7 @@ EXITS = {Phase.failed: Exit.not_rolled_back, Phase.inconsistent: Exit.not_rolled
 """Of what is under way; whatever this boot's handover came to counts beside it."""
 OUTCOME_EXITS = {Phase.degraded: Exit.degraded, Phase.cold_boot: Exit.degraded}
 FOREIGN = "Another program is using KHO or kexec as well; khod will not touch it."
+UNKNOWN = "The handover succeeded; what no producer registered may not have arrived, and khod cannot know"
 REBOOT = "Do not reboot before: it would jump into the image that is still loaded."
 
 
@@ -67,6 +70,7 @@ def build(
     *,
     claims: list[str],
     absent: list[str],
+    sessions: Sequence[LuoSession],
     stale: bool,
 ) -> Status:
     """Put together what is known; `phase` is what the kernel leaves of the machine's."""
@@ -102,12 +106,16 @@ def build(
         foreign=foreign,
         claims=claims,
         not_undone=list(record.not_undone) if phase is Phase.failed else [],
+        sessions=list(sessions),
     )
 
 
 def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absent: list[str]) -> tuple[str, str]:
     """What the operator reads first: where it stands, and what to do."""
     summary, remedy = SAYS[phase]
+    if phase is Phase.verified and record.verdict is not None and record.verdict.unknown:
+        unknown = join_names(record.verdict.unknown, MAX_NAMES_SHOWN)
+        summary, remedy = f"{UNKNOWN}: {unknown}.", "Ask their owners; khoctl status lists the sessions that are open."
     if probed.kernel is None and phase in RESTING:
         summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
     if foreign and phase is not Phase.foreign:

@@ -24,6 +24,7 @@ from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, Verdi
 from khod.producers.barrier import Member
 from khod.reconcile import Found
 from khod.record import Holder, Record, Store
+from khod.session_holders import Sighted
 from khod.worker import Worker
 
 T = TypeVar("T")
@@ -314,6 +315,7 @@ class Transaction:
         if self.phase is not Phase.executing:
             self._machine = self._machine.begin(Step.execute)
         self._jump_asked = True
+        self._record = replace(self._record, at_once=False)
         await self._write(self.current(), departs=True)
 
     # The way back
@@ -434,6 +436,10 @@ class Transaction:
             under_way = self._rolled_back_from
         what = "being rolled back" if under_way is Phase.rolling_back else f"at {under_way.value}, and was rolled back"
         self._record = replace(self._record, interrupted=f"a handover was {what}")
+
+    def note_sessions(self, sighted: Sighted, *, at_once: bool) -> None:
+        """Have the next write record whose LUO sessions leave with the jump, and how it is made."""
+        self._record = replace(self._record, sessions=sighted.sessions, sessions_unseen=sighted.unseen, at_once=at_once)
 
     async def note_claims(self, claims: tuple[Holder, ...]) -> None:
         """Record who has not taken back what it left."""

@@ -1,10 +1,11 @@
 """Checks of those who hold state: they are here, and none has something left from the last time."""
 
-from khod.model import Order
+from khod.model import Order, SessionFate
 from khod.preflight.facts import Facts, Finding
 from khod.producers.barrier import ranks
 from khod.producers.identity import process_of
 from khod.producers.registrations import Registered
+from khod.session_holders import title
 from khod.text import join_names
 from khod.verify import producers as present
 from khod.verify import without
@@ -63,4 +64,37 @@ def claims(facts: Facts) -> Finding | None:
             "previous kernel, and another jump would lose it",
             "Find out whose they are; to free one: khoctl producers forget SESSION",
         )
+    return None
+
+
+def sessions(facts: Facts) -> Finding | None:
+    """The jump ends no LUO session that no producer registered."""
+    found = facts.sighted.sessions
+    by_fate = {
+        fate: join_names(
+            (f"{title(one)}, held by {one.holder}: {one.why}" for one in found if one.fate is fate), MAX_NAMES_SHOWN
+        )
+        for fate in SessionFate
+    }
+    if found and facts.now:
+        names = join_names((f"{title(one)}, held by {one.holder}" for one in found), MAX_NAMES_SHOWN)
+        return Finding.passed(f"An immediate jump keeps the LUO sessions that no producer registered: {names}")
+    if lost := by_fate[SessionFate.lost]:
+        return Finding.fail(
+            f"An orderly shutdown would end LUO sessions that no producer registered, and their state be lost: {lost}",
+            "Jump with --now, which stops nothing; or let their owner put them into a file descriptor store that "
+            "outlives its unit (FileDescriptorStoreMax=, FileDescriptorStorePreserve=yes), or close them.",
+        )
+    if unknown := by_fate[SessionFate.unknown]:
+        return Finding.warn(
+            f"An orderly shutdown may end LUO sessions that no producer registered: {unknown}",
+            "Jump with --now, which stops nothing; or ask their owner.",
+        )
+    if facts.sighted.unseen and not facts.now:
+        return Finding.warn(
+            f"An orderly shutdown may end LUO sessions that no producer registered: {facts.sighted.unseen}",
+            "Give khod its capabilities back (systemctl cat kho-handover), or jump with --now, which stops nothing.",
+        )
+    if kept := by_fate[SessionFate.kept]:
+        return Finding.passed(f"LUO sessions that no producer registered outlive an orderly shutdown: {kept}")
     return None

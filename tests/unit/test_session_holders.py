@@ -79,7 +79,7 @@ def proc(tmp_path: Path) -> Proc:
 
 
 def found(proc: Proc, systemd: Systemd | None = None, own: Sequence[str] = ()) -> dict[str, SessionFate]:
-    return {session.name: session.fate for session in find(proc, own, systemd or Systemd()).sessions}
+    return {session.name: session.fate for session in find(proc, lambda: own, systemd or Systemd()).sessions}
 
 
 def test_the_kernel_s_own_selftest_is_found_and_named(proc: Proc) -> None:
@@ -107,7 +107,7 @@ def test_without_any_systemd_is_not_asked(proc: Proc) -> None:
     proc.process(1, "systemd", "/init.scope", f"{LINK} khod-run-kv", f"{LINK} systemd")
     proc.process(os.getpid(), "khod", "/system.slice/kho-handover.service", f"{LINK} khod-run-kv", f"{LINK} late")
     proc.process(12, "other", "/system.slice/other.service", "anon_inode:[eventfd]", "/tmp/[luo_session] x")
-    assert find(proc, ["khod-run-kv"], systemd) == Sighted()
+    assert find(proc, lambda: ["khod-run-kv"], systemd) == Sighted()
     assert systemd.asked == []
 
 
