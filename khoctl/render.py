@@ -149,6 +149,8 @@ def _session(found: LuoSession) -> str:
     """A LUO session that no producer registered, and what an orderly jump does to it."""
     fate = {"kept": "an orderly jump keeps it", "lost": "an orderly jump ends it, --now keeps it"}
     does = fate.get(found.fate.value, "an orderly jump may end it, --now keeps it")
+    if found.incoming:
+        does = "no jump keeps it"
     return f"{found.name or 'one without a name'}, held by {found.holder}: {does}: {found.why}"
 
 

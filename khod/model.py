@@ -175,13 +175,14 @@ class LuoSession:
     """A LUO session that no producer registered with khod.
 
     `name` is "" where the kernel does not show it. `holder` says who has it open, `why` why an orderly shutdown does
-    to it what `fate` says. An immediate jump keeps it in any case.
+    to it what `fate` says. An immediate jump keeps it, unless it is `incoming`: then it came from the previous kernel.
     """
 
     name: str
     holder: str
     fate: SessionFate
     why: str
+    incoming: bool = False
 
 
 @dataclass(frozen=True)

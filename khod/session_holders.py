@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from khod.abi.calls import LIVEUPDATE, Calls
+from khod.abi.liveupdate import Session
 from khod.executor import CARRIES_SESSIONS
 from khod.model import Finding, LuoSession, SessionFate, Verdict
 from khod.producers.identity import units_in
@@ -62,47 +63,61 @@ class Sighted:
     unseen: str = ""
 
 
+@dataclass
+class Held:
+    """A session that is open, by whom, and whether it came from the previous kernel: None where that cannot be told."""
+
+    name: str
+    processes: list[Process]
+    incoming: bool | None
+
+
 def find(calls: Calls, own: Callable[[], Iterable[str]] = tuple, ask: Ask = ask_systemd) -> Sighted:
     """Find the sessions of other processes. `own` gives khod's, which systemd has too; it is asked where any are left.
 
     What khod makes or closes meanwhile is its own as well.
     """
     known = set(own())
-    held, unseen = scan(calls)
+    held, unseen = scan(calls, known)
     known |= set(own())
-    found = {key: holders for key, holders in held.items() if key[0] not in known and not _of_systemd(key[0], holders)}
+    found = [one for one in held if one.name not in known and not _is_systemds(one)]
     if not found:
         return Sighted(unseen=unseen)
-    manager = _Manager.asked(calls, ask, found.values())
-    sessions = [_judged(name, holders, manager) for (name, _), holders in sorted(found.items())]
-    return Sighted(tuple(sessions), unseen)
+    manager = _Manager.asked(calls, ask, [process for one in found for process in one.processes])
+    found.sort(key=lambda one: (one.name, one.processes[0].pid))
+    return Sighted(tuple(_judged(one, manager) for one in found), unseen)
 
 
-def scan(calls: Calls) -> tuple[dict[tuple[str, int], list[Process]], str]:
-    """Every session that a process has open, by name; those without one by a number. And why there may be more."""
-    held: dict[tuple[str, int], list[Process]] = {}
-    refused = 0
+def scan(calls: Calls, own: Iterable[str] = ()) -> tuple[list[Held], str]:
+    """Every session that another process has open, but for khod's `own`; and why there may be more."""
+    held: list[Held] = []
+    refused, own = 0, set(own)
     if not calls.exists(LIVEUPDATE):
         return held, ""
     for pid in (int(name) for name in calls.listdir("/proc") if name.isdecimal()):
         if pid == os.getpid():
             continue
         try:
-            names = list(_names(calls, pid))
+            found = [session for session in _open_sessions(calls, pid) if session.name not in own]
         except PermissionError:
             refused += 1
             continue
-        if names:
-            process = _process(calls, pid)
-            for name in dict.fromkeys(name for name in names if name):
-                held.setdefault((name, 0), []).append(process)
-            for _ in range(names.count("")):
-                held["", len(held)] = [process]
+        if not found:
+            continue
+        process = _process(calls, pid)
+        for session in found:
+            same = [
+                one for one in held if session.name and (one.name, one.incoming) == (session.name, session.incoming)
+            ]
+            if not same:
+                held.append(Held(session.name, [process], session.incoming))
+            elif process not in same[0].processes:
+                same[0].processes.append(process)
     return held, f"khod may not look at the open files of {refused} processes" if refused else ""
 
 
-def _names(calls: Calls, pid: int) -> Iterator[str]:
-    """The names of the sessions that a process has open, "" for one without a visible name; it may end meanwhile."""
+def _open_sessions(calls: Calls, pid: int) -> Iterator[Session]:
+    """The sessions that a process has open; it may end meanwhile."""
     directory = f"/proc/{pid}/fd"
     try:
         fds = calls.listdir(directory)
@@ -111,16 +126,21 @@ def _names(calls: Calls, pid: int) -> Iterator[str]:
     except OSError:
         return
     for fd in fds:
+        link: str | None = None
         try:
             link = calls.readlink(f"{directory}/{fd}")
         except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:  # seen on 6.19.11 with names of 39 bytes and more
-                with suppress(OSError):
-                    if (name := calls.session_name(pid, int(fd))) is not None:
-                        yield name
+            if error.errno != errno.ENAMETOOLONG:  # seen on 6.19.11 with names of 39 bytes and more
+                continue
+        if link is not None and not link.startswith(LINK):
             continue
-        if link.startswith(LINK):
-            yield link.removeprefix(LINK).removeprefix(" ")
+        named = Session("" if link is None else link.removeprefix(LINK).removeprefix(" "), None)
+        try:
+            session = calls.session(pid, int(fd))
+        except OSError:
+            session = named if link is not None else None
+        if session is not None:
+            yield Session(session.name or named.name, session.incoming)
 
 
 def _process(calls: Calls, pid: int) -> Process:
@@ -131,8 +151,8 @@ def _process(calls: Calls, pid: int) -> Process:
     return Process(pid, command, tuple(units_in(cgroup)))
 
 
-def _of_systemd(name: str, holders: Sequence[Process]) -> bool:
-    return name == OF_SYSTEMD and all(process.pid == 1 for process in holders)
+def _is_systemds(held: Held) -> bool:
+    return held.name == OF_SYSTEMD and all(process.pid == 1 for process in held.processes)
 
 
 @dataclass(frozen=True)
@@ -147,12 +167,11 @@ class _Manager:
     stores: dict[str, str] | None
 
     @classmethod
-    def asked(cls, calls: Calls, ask: Ask, holders: Iterable[Sequence[Process]]) -> "_Manager | None":
+    def asked(cls, calls: Calls, ask: Ask, processes: Sequence[Process]) -> "_Manager | None":
         """Ask systemd, by its private socket; None where it does not run this host or does not answer."""
         if not calls.exists(BOOTED):
             return None
         version = ask_manager(ask)
-        processes = [process for found in holders for process in found]
         names = sorted({process.unit for process in processes if process.unit.endswith(".scope")})
         shown = ask(["systemctl", "show", f"--property={PROPERTIES}", "--", "*.service", *names])
         if version is None or shown is None:
@@ -204,15 +223,17 @@ def _number(unit: dict[str, str], key: str) -> int:
     return int(value) if value.isdecimal() else 0
 
 
-def _judged(name: str, holders: Sequence[Process], manager: _Manager | None) -> LuoSession:
+def _judged(held: Held, manager: _Manager | None) -> LuoSession:
     """What an orderly shutdown does to a session: one holder that keeps it is enough."""
-    shown = join_names(map(str, holders), MAX_HOLDERS_SHOWN)
+    shown = join_names(map(str, held.processes), MAX_HOLDERS_SHOWN)
+    if held.incoming:
+        why = "it came from the previous kernel, and no jump takes what is left in it any further"
+        return LuoSession(held.name, shown, SessionFate.unknown, why, incoming=True)
     if manager is None:
-        return LuoSession(name, shown, SessionFate.unknown, "systemd does not say what it does to it")
-    fates = [_fate(name, process, manager) for process in holders]
+        return LuoSession(held.name, shown, SessionFate.unknown, "systemd does not say what it does to it")
     order = [SessionFate.kept, SessionFate.unknown, SessionFate.lost]
-    fate, why = min(fates, key=lambda found: order.index(found[0]))
-    return LuoSession(name, shown, fate, why)
+    fates = [_fate(held.name, process, manager) for process in held.processes]
+    return LuoSession(held.name, shown, *min(fates, key=lambda found: order.index(found[0])))
 
 
 def _fate(name: str, process: Process, manager: _Manager) -> tuple[SessionFate, str]:
@@ -249,24 +270,25 @@ def title(session: LuoSession) -> str:
     return f"session {printable(session.name)}" if session.name else f"a session without a name of {session.holder}"
 
 
-def count(verdict: Verdict, left: Sequence[LuoSession], unseen: str, held: Iterable[str], *, at_once: bool) -> Verdict:
-    """Add to the verdict which of the sessions that left arrived: `held` are the names of those that are held now.
+def count(verdict: Verdict, left: Sequence[LuoSession], unseen: str, held: Sequence[Held], *, at_once: bool) -> Verdict:
+    """Add to the verdict which of the sessions that left arrived: `held` are those that are open now.
 
-    Nobody asks the kernel for them: RETRIEVE_SESSION would take a session from its owner. So of one that nobody holds,
-    and that no shutdown ended, it is not known whether it waits for its owner, was taken back and let go, or did not
-    arrive. `at_once` says that nothing was stopped before the jump.
+    Nobody asks the kernel for them: RETRIEVE_SESSION would take a session from its owner. So of one that nobody has
+    open, and that no shutdown ended, it is not known whether it waits for its owner, was taken back and let go, or did
+    not arrive. `at_once` says that nothing was stopped before the jump.
     """
-    names, arrived, missing = set(held), list[str](), list[str]()
+    incoming, arrived, missing = {one.name for one in held if one.name and one.incoming}, list[str](), list[str]()
+    names = {one.name for one in held if one.name}
     unknown = [f"other processes' sessions ({unseen})"] if unseen else []
     findings = [*verdict.found]
     for session in left:
         shown = title(session)
-        if session.fate is SessionFate.lost and not at_once:
-            missing.append(shown)
-            again = "; a session of that name is open now, which may be a new one" if session.name in names else ""
-            findings.append(Finding("", f"LUO {shown}, held by {session.holder}, was lost: {session.why}{again}"))
-        elif session.name and session.name in names:
+        if session.name in incoming and not session.incoming:
             arrived.append(shown)
+        elif session.fate is SessionFate.lost and not at_once:
+            missing.append(shown)
+            again = "; a session of that name is open now, as a new one" if session.name in names else ""
+            findings.append(Finding("", f"LUO {shown}, held by {session.holder}, was lost: {session.why}{again}"))
         else:
             unknown.append(shown)
     counted = Verdict(

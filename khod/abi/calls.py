@@ -79,8 +79,8 @@ class Calls(Protocol):
     def finish_session(self, session: int) -> None:
         """Let go of a retrieved session: what was not retrieved is freed."""
 
-    def session_name(self, pid: int, fd: int) -> str | None:
-        """Name the LUO session that a process has open: "" where this kernel does not tell; None for another file."""
+    def session(self, pid: int, fd: int) -> liveupdate.Session | None:
+        """Describe the LUO session that a process has open; None where that is another kind of file."""
 
 
 class HostCalls:
@@ -153,17 +153,17 @@ class HostCalls:
     def finish_session(self, session: int) -> None:
         liveupdate.finish(session)
 
-    def session_name(self, pid: int, fd: int) -> str | None:
+    def session(self, pid: int, fd: int) -> liveupdate.Session | None:
         copy = pidfd_getfd(pid, fd)
         try:
             if stat.S_IFMT(statx(copy).mode):  # an anonymous inode has no type; a real file's ioctl might hang
                 return None
-            return liveupdate.get_name(copy)
+            return liveupdate.Session(liveupdate.get_name(copy), liveupdate.is_incoming(copy))
         except OSError as error:
             if error.errno == errno.ENOTTY:
                 return None
             if error.errno == errno.EINVAL:  # 6.19
-                return ""
+                return liveupdate.Session("", None)
             raise
         finally:
             os.close(copy)  # at once: the last one to close a session ends it

@@ -111,14 +111,13 @@ class Restoration:
     async def _count_sessions(self, verdict: Verdict) -> Verdict:
         """Add which of the sessions arrived that other processes had before the jump, by who has them now."""
         record, calls = self._transaction.record, self._kexec.calls
-        held: list[str] = []
+        held: list[session_holders.Held] = []
         if record.sessions:
             with suppress(KhoError, OSError):
                 deadline = self._config().deadlines.activate
-                found, _ = await self._workers.queries.call(
+                held, _ = await self._workers.queries.call(
                     lambda: session_holders.scan(calls), "looking for LUO sessions", deadline
                 )
-                held = [name for name, _ in found]
         return session_holders.count(verdict, record.sessions, record.sessions_unseen, held, at_once=record.at_once)
 
     async def _bring_all_back(self, barrier: Barrier, verdict: Verdict) -> None:

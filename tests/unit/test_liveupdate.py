@@ -1,6 +1,7 @@
 """What reaches the kernel in an ioctl of /dev/liveupdate, and what never does. The device itself is the lab's."""
 
 import errno
+import fcntl
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -93,11 +94,31 @@ def test_another_process_s_file_is_no_session() -> None:
     child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=(event := os.eventfd(0),))
     try:
         open_before = os.listdir("/proc/self/fd")
-        assert HostCalls().session_name(child.pid, 0) is None
-        assert HostCalls().session_name(child.pid, event) is None
+        assert HostCalls().session(child.pid, 0) is None
+        assert HostCalls().session(child.pid, event) is None
         with pytest.raises(OSError, match="pidfd_getfd"):
-            HostCalls().session_name(child.pid, 1000)
+            HostCalls().session(child.pid, 1000)
         assert os.listdir("/proc/self/fd") == open_before
     finally:
         child.communicate()
         os.close(event)
+
+
+@pytest.mark.parametrize(
+    ("number", "incoming"),
+    [(errno.EINVAL, True), (errno.EBADF, False), (errno.EEXIST, False), (errno.ENOSPC, False), (errno.ENOTTY, None)],
+)
+def test_which_sessions_came_is_told_by_what_they_say_to_no_file(
+    monkeypatch: pytest.MonkeyPatch, number: int, incoming: bool | None
+) -> None:
+    def refused(session: int, request: int, argument: bytes) -> None:
+        assert (session, request) == (7, liveupdate.LIVEUPDATE_SESSION_PRESERVE_FD)
+        assert liveupdate.TOKEN.unpack(argument)[1] == -1, "no file, so nothing can be preserved"
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "ioctl", refused)
+    if incoming is None:
+        with pytest.raises(OSError, match="PRESERVE_FD"):
+            liveupdate.is_incoming(7)
+    else:
+        assert liveupdate.is_incoming(7) is incoming

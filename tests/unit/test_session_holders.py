@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from khod.abi.calls import LIVEUPDATE, HostCalls
+from khod.abi.liveupdate import Session
 from khod.model import LuoSession, SessionFate, Verdict
-from khod.session_holders import LINK, Sighted, count, find
+from khod.session_holders import LINK, Held, Process, Sighted, count, find
 from khod.systemctl import BOOTED
 
 KEPT, LOST, UNKNOWN = SessionFate.kept, SessionFate.lost, SessionFate.unknown
@@ -25,11 +26,15 @@ DEFAULTS = {
 
 
 class Proc(HostCalls):
-    """A host with LUO in a directory: its processes, and the session of each link that the kernel cannot show."""
+    """A host with LUO in a directory: its processes.
+
+    `behind` is the session of each link that the kernel cannot show, `incoming` are those of the previous kernel.
+    """
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.behind: dict[str, str | None] = {}
+        self.incoming: set[str] = set()
         for path in (LIVEUPDATE, BOOTED):
             self.at(path).mkdir(parents=True)
 
@@ -47,8 +52,10 @@ class Proc(HostCalls):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
         return link
 
-    def session_name(self, pid: int, fd: int) -> str | None:
-        return self.behind[super().readlink(f"/proc/{pid}/fd/{fd}")]
+    def session(self, pid: int, fd: int) -> Session | None:
+        link = super().readlink(f"/proc/{pid}/fd/{fd}")
+        name = self.behind.get(link, link.removeprefix(LINK).removeprefix(" "))
+        return None if name is None else Session(name, name in self.incoming)
 
 
 class Systemd:
@@ -245,28 +252,49 @@ def test_where_it_does_not_say_what_lies_in_its_stores_nobody_knows_of_those(pro
     assert {session.name: session.fate for session in seen.sessions} == {"db": UNKNOWN, "x": LOST}
 
 
+def test_one_that_came_from_the_previous_kernel_is_kept_by_no_jump(proc: Proc) -> None:
+    """Also where an outgoing one has its name."""
+    systemd = Systemd()
+    systemd.unit("db.service", FileDescriptorStorePreserve="yes", **STORE)
+    systemd.stores = {"db.service": ["db"]}
+    proc.process(1, "systemd", "/init.scope", f"{LINK} db")
+    proc.incoming = {"db"}
+    (session,) = find(proc, ask=systemd).sessions
+    assert session.incoming
+    assert session.fate is UNKNOWN
+    proc.process(12, "db", "/system.slice/db.service", f"{LINK} other")
+    assert [one.incoming for one in find(proc, ask=systemd).sessions] == [True, False]
+
+
 # After the jump
 
 
-def left(name: str, fate: SessionFate) -> LuoSession:
-    return LuoSession(name, "db (process 12, db.service)", fate, "because")
+def left(name: str, fate: SessionFate, *, incoming: bool = False) -> LuoSession:
+    return LuoSession(name, "db (process 12, db.service)", fate, "because", incoming)
+
+
+def held(name: str, incoming: bool | None) -> list[Held]:
+    return [Held(name, [Process(5, "db", ())], incoming)]
 
 
 @pytest.mark.parametrize(
-    ("fate", "at_once", "held", "where"),
+    ("fate", "at_once", "now", "where"),
     [
-        (LOST, False, False, "missing"),
-        (LOST, False, True, "missing"),  # a new one of that name: the shutdown ended the other
-        (LOST, True, False, "unknown"),
-        (LOST, True, True, "arrived"),
-        (KEPT, False, True, "arrived"),
-        (KEPT, False, False, "unknown"),  # taken back and let go already, or not asked for yet
-        (UNKNOWN, False, True, "arrived"),
-        (UNKNOWN, False, False, "unknown"),
+        (LOST, False, [], "missing"),
+        (LOST, False, held("db", incoming=False), "missing"),  # a new one of that name: the shutdown ended the other
+        (LOST, False, held("db", incoming=True), "arrived"),  # it was put into a store after all
+        (LOST, True, [], "unknown"),
+        (LOST, True, held("db", incoming=True), "arrived"),
+        (KEPT, False, held("db", incoming=True), "arrived"),
+        (KEPT, False, held("db", incoming=False), "unknown"),
+        (KEPT, False, held("db", incoming=None), "unknown"),
+        (KEPT, False, [], "unknown"),  # taken back and let go already, or not asked for yet
+        (UNKNOWN, False, held("db", incoming=True), "arrived"),
+        (UNKNOWN, False, held("dbs", incoming=True), "unknown"),
     ],
 )
-def test_what_left_is_counted_by_name(fate: SessionFate, at_once: bool, held: bool, where: str) -> None:
-    verdict = count(Verdict(["LUO"]), [left("db", fate)], "", ["db"] if held else [], at_once=at_once)
+def test_what_left_is_counted_by_name(fate: SessionFate, at_once: bool, now: list[Held], where: str) -> None:
+    verdict = count(Verdict(["LUO"]), [left("db", fate)], "", now, at_once=at_once)
     told = {"arrived": verdict.arrived, "missing": verdict.missing, "unknown": verdict.unknown}
     expected: dict[str, list[str]] = {"arrived": ["LUO"], "missing": [], "unknown": []}
     expected[where].append("session db")
@@ -275,8 +303,13 @@ def test_what_left_is_counted_by_name(fate: SessionFate, at_once: bool, held: bo
     assert ("db" in verdict.reason) is (where == "missing")
 
 
+def test_one_that_went_no_further_has_not_arrived() -> None:
+    verdict = count(Verdict(), [left("db", UNKNOWN, incoming=True)], "", held("db", incoming=True), at_once=True)
+    assert (verdict.unknown, verdict.arrived) == (["session db"], [])
+
+
 def test_one_without_a_name_cannot_be_found_again() -> None:
-    verdict = count(Verdict(), [left("", KEPT), left("", LOST)], "", [""], at_once=False)
+    verdict = count(Verdict(), [left("", KEPT), left("", LOST)], "", held("", incoming=True), at_once=False)
     assert (len(verdict.unknown), len(verdict.missing), verdict.arrived) == (1, 1, [])
     assert "process 12" in verdict.unknown[0]
 

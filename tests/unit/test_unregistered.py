@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from khoctl import render
+from khod.abi.liveupdate import Session
 from khod.config import Checks, Config
 from khod.engine import Engine
 from khod.errors import Exit, Refused
@@ -23,7 +24,16 @@ SYSTEMCTL = 'case "$*" in *--property=Version*) echo Version=262;; *) echo Id=x.
 
 
 class Site(LuoHost):
-    """A host with a process that nobody told khod of."""
+    """A host with a process that nobody told khod of. `incoming` are the sessions that came with the last jump."""
+
+    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(directory)
+        self.incoming: set[str] = set()
+        patch.setattr(self.kernel, "session", self._session)
+
+    def _session(self, pid: int, fd: int) -> Session:
+        name = self.kernel.readlink(f"/proc/{pid}/fd/{fd}").removeprefix(LINK).strip()
+        return Session(name, name in self.incoming)
 
     def holds(self, name: str = NAME, pid: int = PID) -> None:
         """Have a process hold a session."""
@@ -52,7 +62,7 @@ class Site(LuoHost):
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     put_systemctl(tmp_path, monkeypatch, SYSTEMCTL)
-    made = Site(tmp_path)
+    made = Site(tmp_path, monkeypatch)
     made.kernel.at(BOOTED).mkdir(parents=True)
     made.holds()
     return made
@@ -120,7 +130,7 @@ async def test_one_that_an_orderly_shutdown_ended_makes_it_degraded(host: Site, 
     assert status.verdict is not None
     assert status.verdict.missing == [f"session {NAME}"]
     assert NAME in status.last_error
-    assert ("may be a new one" in status.last_error) is again
+    assert ("as a new one" in status.last_error) is again
 
 
 async def test_one_that_its_owner_has_again_arrived(host: Site) -> None:
@@ -128,6 +138,7 @@ async def test_one_that_its_owner_has_again_arrived(host: Site) -> None:
         await host.jump(await host.started(), now=True)
     host.ends()
     host.holds(pid=5)
+    host.incoming = {NAME}
     status = await host.judged()
     assert (status.phase, status.exit_code) == (Phase.verified, Exit.done)
     assert status.verdict is not None
@@ -163,6 +174,16 @@ async def test_a_shutdown_that_somebody_else_asked_for_is_an_orderly_one(host: S
         host.kernel.reboot_kexec()
     host.ends()
     assert (await host.judged()).phase is Phase.degraded
+
+
+async def test_one_that_came_from_the_previous_kernel_is_warned_of_for_any_jump(host: Site) -> None:
+    host.incoming = {NAME}
+    engine = await host.started()
+    for now in (False, True):
+        found, evidence = await result(engine, now=now)
+        assert found is CheckResult.warn
+        assert NAME in evidence
+    assert "no jump keeps it" in render.status(await engine.status())
 
 
 async def test_the_next_handover_looks_anew(host: Site) -> None:
