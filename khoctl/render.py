@@ -117,7 +117,7 @@ def status(status: Status) -> str:
     if status.producers:
         rows.append(("producers", counted(status.producers)))
     rows += [("", producer(found)) for found in status.producers if odd(found)][:MOST]
-    rows += [("" if number else "sessions", _session(found)) for number, found in enumerate(status.sessions[:MOST])]
+    rows += _sessions(status)
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         verdict = status.verdict
         rows.append(("arrived", f"{len(verdict.arrived)}: {', '.join(verdict.arrived) or 'nothing'}"))
@@ -143,6 +143,16 @@ def status(status: Status) -> str:
     head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
     stale = " (the kernel was not asked just now)" if status.stale else ""
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
+
+
+def _sessions(status: Status) -> list[tuple[str, str]]:
+    """LUO sessions that no producer registered."""
+    rows = [_session(found) for found in status.sessions[:MOST]]
+    if (more := len(status.sessions) - MOST) > 0:
+        rows.append(f"and {more} more: khoctl status --json")
+    if status.sessions_unseen:
+        rows.append(f"there may be more: {status.sessions_unseen}")
+    return [("" if number else "sessions", text) for number, text in enumerate(rows)]
 
 
 def _session(found: LuoSession) -> str:

@@ -193,7 +193,8 @@ class Status:
     and does not change with what is done since; `claims` are those who have not taken back what they left before the
     jump. `phase` is the machine's, unless the kernel contradicts it: where this boot had no handover, an active phase
     or an image that is not khod's shows as `foreign`; `foreign` says so in any case. `left` are the steps that a
-    rollback could not undo, `not_undone` the same item by item. `sessions` are LUO sessions of other processes.
+    rollback could not undo, `not_undone` the same item by item. `sessions` are LUO sessions of other processes, and
+    `sessions_unseen` why there may be more.
     """
 
     phase: Phase
@@ -222,6 +223,7 @@ class Status:
     claims: list[str] = field(default_factory=list)
     not_undone: list[NotUndone] = field(default_factory=list)
     sessions: list[LuoSession] = field(default_factory=list)
+    sessions_unseen: str = ""
 
 
 class CheckResult(enum.Enum):

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TypeVar
 
 from khod import model, preflight, reconcile
@@ -85,7 +86,8 @@ class Queries:
         self._known = known
         self._started = started
         self.sighted = Sighted()
-        """LUO sessions of other processes, as the checks found them last."""
+        """LUO sessions of other processes, as they were found last."""
+        self._looking: asyncio.Future[Sighted] | None = None
 
     async def status(self) -> Status:
         """Tell how it stands, also while khod starts.
@@ -99,7 +101,7 @@ class Queries:
                 await self._known.wait()
         busy = self._busy.locked()
         observed = None if busy else await self._observer.try_observe(deadline)
-        sighted = self.sighted if busy else await self._find_sessions(deadline)
+        sighted = self.sighted if busy else await self._sighted_within(deadline)
         try:
             producers = self._muster.shown(self.members)
         except ConfigError:  # khoctl check says which file
@@ -112,7 +114,7 @@ class Queries:
             producers,
             claims=[*(holder.name for holder in self._transaction.record.claims), *self.unknown_sessions],
             absent=[registered.name for registered in self.absent],
-            sessions=sighted.sessions,
+            sighted=sighted,
             stale=observed is None,
         )
 
@@ -216,7 +218,7 @@ class Queries:
         """
         deadline = self._config().deadlines.activate
         if target is None:
-            self.sighted = await self._find_sessions(deadline)
+            await self._find_sessions()
         current = self._transaction.current()
         phase = self.effective_phase(observed)
         foreign = reconcile.foreign(current, observed) or phase is Phase.inconsistent
@@ -247,13 +249,24 @@ class Queries:
             lambda: take(request, observed.cmdline, run, bounds), "reading the image", None, late=Target.close
         )
 
-    async def _find_sessions(self, deadline: float) -> Sighted:
+    async def _find_sessions(self) -> Sighted:
         """Look for LUO sessions of other processes."""
-        calls, own = self._kexec.calls, lambda: self._sessions.names
+        calls, own, deadline = self._kexec.calls, lambda: self._sessions.names, self._config().deadlines.activate
         try:
-            return await self._workers.queries.call(lambda: find(calls, own), "looking for LUO sessions", deadline)
+            found = await self._workers.queries.call(lambda: find(calls, own), "looking for LUO sessions", deadline)
         except (KhoError, OSError) as error:
-            return Sighted(unseen=str(error))
+            found = Sighted(unseen=str(error))
+        self.sighted = found
+        return found
+
+    async def _sighted_within(self, seconds: float) -> Sighted:
+        """Those found in this time, else those found last: systemd may be slow to answer, and the look goes on."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self._find_sessions())
+        await asyncio.wait({self._looking}, timeout=seconds)
+        if self._looking.done():
+            return self._looking.result()
+        return replace(self.sighted, unseen=f"to look for them takes longer than {seconds:g} s; ask again")
 
     async def _outgoing(self, observed: Observed) -> Tree | None:
         """The outgoing tree, where the kernel has one now: read in the kernel's thread, as v3 wants it."""

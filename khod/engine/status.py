@@ -1,14 +1,13 @@
 """What the operator is told at three in the morning: one sentence on where it stands, one on what to do."""
 
-from collections.abc import Sequence
-
 from khod import reconcile
 from khod.engine.transaction import Transaction
 from khod.errors import Exit
 from khod.kernel.probe import Probed
 from khod.machine import RESTING
-from khod.model import Generation, LuoSession, Observed, Phase, Producer, Status, Step
+from khod.model import Generation, Observed, Phase, Producer, Status, Step
 from khod.record import Record
+from khod.session_holders import Sighted
 from khod.text import join_names
 
 SAYS: dict[Phase, tuple[str, str]] = {
@@ -70,7 +69,7 @@ def build(
     *,
     claims: list[str],
     absent: list[str],
-    sessions: Sequence[LuoSession],
+    sighted: Sighted,
     stale: bool,
 ) -> Status:
     """Put together what is known; `phase` is what the kernel leaves of the machine's."""
@@ -106,7 +105,8 @@ def build(
         foreign=foreign,
         claims=claims,
         not_undone=list(record.not_undone) if phase is Phase.failed else [],
-        sessions=list(sessions),
+        sessions=list(sighted.sessions),
+        sessions_unseen=sighted.unseen,
     )
 
 

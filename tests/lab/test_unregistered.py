@@ -62,11 +62,11 @@ def test_an_orderly_shutdown_ends_what_no_store_keeps(online: Online) -> None:
     start(host, "plain", "make", "test-session", LONG)
     start(host, "kept", "store", "stored", preserve="yes")
     start(host, "emptied", "store", "dropped")
-    assert fates(host) == {"test-session": "lost", LONG: "lost", "stored": "kept", "dropped": "lost"}
     found = host.checks(code=3)["sessions"]
     assert found["result"] == "fail"
     for word in ("test-session", LONG, "dropped", "plain.service"):
         assert word in found["evidence"]
+    assert fates(host) == {"test-session": "lost", LONG: "lost", "stored": "kept", "dropped": "lost"}
     assert host.checks("--now")["sessions"]["result"] == "passed"
 
     host.configure("sessions", '[checks]\nsessions = "off"\n')
@@ -91,6 +91,7 @@ def test_a_jump_at_once_keeps_them_for_their_owner(online: Online) -> None:
     assert "all state" not in status["summary"]
     start(host, "taker", "take", "test-session")
     start(host, "plain", "make", "again")
+    assert host.checks(code=3)["sessions"]["result"] == "fail"
     (taken,) = [found for found in host.status()["sessions"] if found["name"] == "test-session"]
     assert taken["incoming"]
     assert fates(host)["again"] == "lost"

@@ -89,6 +89,7 @@ def status(phase: Phase) -> Status:
         last_error="db said no",
         stale=True,
         sessions=SESSIONS,
+        sessions_unseen="khod may not look",
     )
 
 

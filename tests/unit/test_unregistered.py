@@ -1,6 +1,7 @@
 """A LUO session that no producer registered: what khod says of it before the jump, and counts after it."""
 
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import pytest
 
 from khoctl import render
 from khod.abi.liveupdate import Session
-from khod.config import Checks, Config
-from khod.engine import Engine
+from khod.config import Checks, Config, Deadlines
+from khod.engine import Engine, queries
 from khod.errors import Exit, Refused
 from khod.kernel.simulated import Rebooted
 from khod.model import CheckResult, Phase, SessionFate, Status
-from khod.session_holders import LINK
+from khod.session_holders import LINK, Sighted, find
 from khod.systemctl import BOOTED
 from khod.target import Request
 from tests.unit.luo import LuoHost
@@ -88,6 +89,29 @@ async def test_status_lists_it(host: Site) -> None:
     assert f"{NAME}, held by luo_kexec_simpl" in render.status(status)
     host.ends()
     assert (await engine.status()).sessions == []
+
+
+async def test_status_does_not_wait_for_a_systemd_that_is_slow(host: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows what was found last, says that it may be out of date, and what is asked goes on."""
+    engine = await host.started()
+    assert await result(engine, now=False)
+    host.config = Config(deadlines=Deadlines(observe=0.05))
+    engine.config = host.config
+    answers = threading.Event()
+
+    def slow(*arguments: object) -> Sighted:
+        answers.wait()
+        return find(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(queries, "find", slow)
+    host.ends()
+    status = await engine.status()
+    assert [found.name for found in status.sessions] == [NAME]
+    assert "there may be more" in render.status(status)
+    answers.set()
+    while (status := await engine.status()).sessions_unseen:
+        pass
+    assert status.sessions == []
 
 
 async def test_an_orderly_jump_is_refused_before_anyone_is_told(host: Site) -> None:
