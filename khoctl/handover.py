@@ -77,6 +77,7 @@ def check(
     reuse_cmdline: Reuse = False,
     append: Append = None,
     remove: Remove = None,
+    now: Annotated[bool, typer.Option("--now", help="Check for a jump at once, which stops nothing before.")] = False,
     from_profile: Profile = None,
     as_json: Json = False,
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import typer
 
 from khod.errors import KhoError
-from khod.model import Check, CheckResult, Event, Fate, Phase, Plan, Producer, Status, Word
+from khod.model import Check, CheckResult, Event, Fate, LuoSession, Phase, Plan, Producer, Status, Word
 from khod.text import join_names, printable
 from khod.wire import plain
 
@@ -133,17 +133,23 @@ def status(status: Status) -> str:
     if status.producers:
         rows.append(("producers", counted(status.producers)))
     rows += [("", producer(found)) for found in status.producers if odd(found)][:MOST]
+    rows += _sessions(status)
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         verdict = status.verdict
         rows.append(("arrived", f"{len(verdict.arrived)}: {', '.join(verdict.arrived) or 'nothing'}"))
         rows += [
             (key, ", ".join(names))
-            for key, names in (("missing", verdict.missing), ("changed", verdict.changed))
+            for key, names in (
+                ("missing", verdict.missing),
+                ("changed", verdict.changed),
+                ("not known", verdict.unknown),
+            )
             if names
         ]
     if status.previous_release and status.phase in (Phase.verified, Phase.degraded, Phase.cold_boot):
-        blackout = f", {status.blackout_seconds:.1f} s from the first write to here" if status.blackout_seconds else ""
-        rows.append(("from", f"{status.previous_release}{blackout}"))
+        rows.append(("from", status.previous_release))
+    if status.handovers and status.phase in (Phase.verified, Phase.degraded):
+        rows.append(("blackout", _blackout(status)))
     if status.handovers:
         rows.append(("handovers", str(status.handovers)))
     if status.last_error:
@@ -153,6 +159,34 @@ def status(status: Status) -> str:
     head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
     stale = " (the kernel was not asked just now)" if status.stale else ""
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
+
+
+def _sessions(status: Status) -> list[tuple[str, str]]:
+    """LUO sessions that no producer registered."""
+    rows = [_session(found) for found in status.sessions[:MOST]]
+    if (more := len(status.sessions) - MOST) > 0:
+        rows.append(f"and {more} more: khoctl status --json")
+    if status.sessions_unseen:
+        rows.append(f"there may be more: {status.sessions_unseen}")
+    return [("" if number else "sessions", text) for number, text in enumerate(rows)]
+
+
+def _session(found: LuoSession) -> str:
+    """A LUO session that no producer registered, and what an orderly jump does to it."""
+    fate = {"kept": "an orderly jump keeps it", "lost": "an orderly jump ends it, --now keeps it"}
+    does = fate.get(found.fate.value, "an orderly jump may end it, --now keeps it")
+    if found.incoming:
+        does = "no jump keeps it"
+    return f"{found.name or 'one without a name'}, held by {found.holder}: {does}: {found.why}"
+
+
+def _blackout(status: Status) -> str:
+    """How long the producers stood still, and what that is worth."""
+    seconds = status.blackout_seconds
+    if seconds is None:
+        return "unknown: nobody has taken its state back, or the wall clock was set back"
+    over = ", and not over for those who have not taken back what they left" if status.claims else ""
+    return f"{seconds:.1f} s by the wall clock, ± 1 s, from the first freeze to the last finish{over}"
 
 
 def _not_undone(status: Status) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from khod.text import printable
 WAYS = ("image", "entry", "default", "kernel")
 """The ways to say which kernel: one of them."""
 FLAGS = ("now", "load_only", "hold")
+"""What a profile may say beside that; a command that has no such option leaves it out."""
 LINES = ("cmdline", "reuse_cmdline", "append", "remove")
 
 
@@ -26,7 +27,7 @@ def asked(given: Mapping[str, Any], files: ExitStack) -> tuple[dict[str, Any], t
     """
     wanted = _with_profile(given)
     _sensible(wanted)
-    flags = {name: True for name in FLAGS if wanted.get(name)}
+    flags = {name: True for name in FLAGS if name in given and wanted.get(name)}
     if not any(wanted[way] for way in WAYS):
         return flags, ()
     kernel, initrds, cmdline = _source(wanted)

@@ -109,6 +109,7 @@ class Checks:
     producers: str = "default"
     kernel_producers: str = "default"
     claims: str = "default"
+    sessions: str = "default"
     image: str = "default"
     initrd: str = "default"
     cmdline: str = "default"

@@ -123,7 +123,8 @@ class Finding:
 class Verdict:
     """What the kernel after the jump had of the state before it; names are those of the tree's blobs.
 
-    `reason` says all `findings` in one line; "" where there is nothing against it.
+    `reason` says all `findings` in one line; "" where there is nothing against it. Of what is `unknown` nobody can
+    tell whether it arrived.
     """
 
     arrived: list[str] = field(default_factory=list)
@@ -131,6 +132,7 @@ class Verdict:
     changed: list[str] = field(default_factory=list)
     reason: str = ""
     findings: list[Finding] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     def with_findings(self, findings: Iterable[Finding]) -> "Verdict":
         """The same verdict with these findings, and what they come to in one line."""
@@ -160,6 +162,29 @@ class NotUndone:
     remedy: str
 
 
+class SessionFate(enum.Enum):
+    """What an orderly shutdown does to a LUO session."""
+
+    kept = "kept"
+    lost = "lost"
+    unknown = "unknown"
+
+
+@dataclass(frozen=True)
+class LuoSession:
+    """A LUO session that no producer registered with khod.
+
+    `name` is "" where the kernel does not show it. `holder` says who has it open, `why` why an orderly shutdown does
+    to it what `fate` says. An immediate jump keeps it, unless it is `incoming`: then it came from the previous kernel.
+    """
+
+    name: str
+    holder: str
+    fate: SessionFate
+    why: str
+    incoming: bool = False
+
+
 @dataclass(frozen=True)
 class Begun:
     """Who began the handover `run` and when (seconds since the epoch, 0 where nobody did), and the image it took."""
@@ -186,7 +211,7 @@ class Status:
     jump. `phase` is the machine's, unless the kernel contradicts it: where this boot had no handover, an active phase
     or an image that is not khod's shows as `foreign`; `foreign` says so in any case. `done` are the steps that are
     finished, `under_way` is the one that is not. `left` are the steps that a rollback could not undo, `not_undone` the
-    same item by item.
+    same item by item. `sessions` are LUO sessions of other processes, and `sessions_unseen` why there may be more.
     """
 
     phase: Phase
@@ -216,6 +241,8 @@ class Status:
     not_undone: list[NotUndone] = field(default_factory=list)
     begun: Begun | None = None
     under_way: UnderWay | None = None
+    sessions: list[LuoSession] = field(default_factory=list)
+    sessions_unseen: str = ""
 
 
 class CheckResult(enum.Enum):

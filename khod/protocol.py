@@ -85,8 +85,11 @@ class Handover(VarlinkInterface, name=INTERFACE):
         yield
 
     @varlinkmethod(return_parameter="checks")
-    async def Check(self, *, kernel: NextKernel | None = None) -> list[model.Check]:
-        """Run the preflight checks and touch nothing; with an image also those of the next kernel."""
+    async def Check(self, *, kernel: NextKernel | None = None, now: bool | None = None) -> list[model.Check]:
+        """Run the preflight checks and touch nothing; with an image also those of the next kernel.
+
+        With `now` for a jump at once, which stops nothing before; else for an orderly one.
+        """
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="plan")

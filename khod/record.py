@@ -12,12 +12,13 @@ from pathlib import Path
 
 from khod import wire
 from khod.errors import RecordError, errno_text
-from khod.model import Begun, Generation, Kept, NotUndone, Observed, Phase, Step, StepTiming, Verdict
+from khod.model import Begun, Generation, Kept, LuoSession, NotUndone, Observed, Phase, Step, StepTiming, Verdict
 from khod.snapshots import Snapshots
 
 VERSION = 1
 ADDED = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
+    | {"unknown", "sessions", "sessions_unseen", "at_once"}
 )
 """Fields a record of this version may lack: an earlier khod wrote it."""
 
@@ -85,7 +86,9 @@ class Record:
     handovers: int = 0
     previous_release: str = ""
     window_began_at: float = 0.0
+    """When the first producer was told `freeze`; 0 before."""
     blackout_seconds: float | None = None
+    """From there to the last that answered `finish` in this boot; None while nobody has, or where it is not known."""
     timings: tuple[StepTiming, ...] = ()
     last_error: str = ""
     verdict: Verdict | None = None
@@ -104,6 +107,12 @@ class Record:
     """What the handover into the boot `boot_id` came to: verified, degraded, cold_boot; idle where there was none."""
     arrived_run: str = ""
     """The handover this boot was reached by: its sessions are the previous kernel's, and freed by no rollback."""
+    sessions: tuple[LuoSession, ...] = ()
+    """LUO sessions of other processes as they were before the jump of the handover `run`."""
+    sessions_unseen: str = ""
+    """Why there may have been more, "" where there were not."""
+    at_once: bool = False
+    """Whether the handover `run` jumps at once: with nothing stopped before, so that no session is lost."""
     claims: tuple[Holder, ...] = ()
     """What was left by the previous kernel's producers and not taken back yet."""
     begun: Begun = field(default_factory=Begun)
@@ -125,6 +134,9 @@ class Record:
             not_undone=(),
             interrupted="",
             begun=Begun(time.time(), by),
+            sessions=(),
+            sessions_unseen="",
+            at_once=False,
         )
 
 

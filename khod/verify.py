@@ -14,6 +14,9 @@ from khod.model import Finding, Generation, Verdict
 # Blobs the kernel itself rewrites between snapshot and jump, or on arrival.
 VOLATILE = frozenset({"kexec-metadata", "LUO"})
 
+WALL_CLOCK_SECONDS = 1.0
+"""What the wall clock is good for over a kexec: the next kernel sets it by the hardware clock, which has seconds."""
+
 
 def compare(before: Tree | None, arrived: Tree | None, was: Generation, now: Generation) -> Verdict:
     """Name each producer of the snapshot as arrived, missing or changed; `reason` is "" where all is well."""
@@ -49,6 +52,18 @@ def producers(tree: Tree, generation: Generation) -> dict[str, object]:
         return {child.name: child for child in fdt.parse(tree.root).children}
     except MalformedTree:
         return {"/": tree.root}
+
+
+def blackout(began: float, ended: float, uptime: float | None) -> float | None:
+    """Seconds from the first `freeze` to the last `finish` by the wall clock; None where that cannot be trusted.
+
+    `began` is 0 where no khod recorded it. This kernel was booted within the blackout, so one that is shorter than
+    its `uptime` (CLOCK_BOOTTIME, which nobody sets) was told by a clock that was set back.
+    """
+    seconds = ended - began
+    if not began or seconds < 0 or (uptime is not None and seconds + WALL_CLOCK_SECONDS < uptime):
+        return None
+    return seconds
 
 
 def without(missing: Sequence[str]) -> Refused:

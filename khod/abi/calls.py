@@ -4,7 +4,9 @@
 calls, so everything above this line runs on it unchanged.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Protocol
 
 from khod.abi import kexec_file_load, liveupdate, reboot
 from khod.abi.named import named
+from khod.abi.pidfd import pidfd_getfd
+from khod.abi.statx import statx
 
 LIVEUPDATE = "/dev/liveupdate"
 KMSG = "/dev/kmsg"
@@ -74,6 +78,9 @@ class Calls(Protocol):
 
     def finish_session(self, session: int) -> None:
         """Let go of a retrieved session: what was not retrieved is freed."""
+
+    def session(self, pid: int, fd: int) -> liveupdate.Session | None:
+        """Describe the LUO session that a process has open; None where that is another kind of file."""
 
 
 class HostCalls:
@@ -145,6 +152,21 @@ class HostCalls:
 
     def finish_session(self, session: int) -> None:
         liveupdate.finish(session)
+
+    def session(self, pid: int, fd: int) -> liveupdate.Session | None:
+        copy = pidfd_getfd(pid, fd)
+        try:
+            if stat.S_IFMT(statx(copy).mode):  # an anonymous inode has no type; a real file's ioctl might hang
+                return None
+            return liveupdate.Session(liveupdate.get_name(copy), liveupdate.is_incoming(copy))
+        except OSError as error:
+            if error.errno == errno.ENOTTY:
+                return None
+            if error.errno == errno.EINVAL:  # 6.19
+                return liveupdate.Session("", None)
+            raise
+        finally:
+            os.close(copy)  # at once: the last one to close a session ends it
 
     @contextmanager
     def _device(self) -> Iterator[int]:

@@ -104,7 +104,14 @@ class Engine:
         self.muster = Muster(producers, peers)
         self._observer = Observer(kexec, prober, self._workers)
         self._restoration = Restoration(
-            self._transaction, self.muster, store, self._workers, self._settings, busy=self._busy, spawn=self._spawn
+            self._transaction,
+            self.muster,
+            store,
+            kexec,
+            self._workers,
+            self._settings,
+            busy=self._busy,
+            spawn=self._spawn,
         )
         self._startup = Startup(self._transaction, self._observer, peers, store, kexec, self._workers, self._settings)
         self._jump = Jump(self._transaction, self._settings, self._give_up_jump)
@@ -256,19 +263,19 @@ class Engine:
     async def activate(self, *, by: str = "") -> None:
         """Bring producers and kernel to `active`. On failure everything is put back. `by` is who asks, for people."""
         async with self._operation():
-            await self._begin(await self._check_may_start(wants_load=False, by=by))
+            await self._begin(await self._check_may_start(None, by=by))
             await self._transaction.forward(self._remaining(Step.activate), hold=False)
 
     async def kexec(self, request: Request, *, by: str = "") -> None:
         """Do what is left, up to the jump or, with `load_only`, the loaded image. `by` is who asks, for people."""
         async with self._operation():
-            record = await self._check_may_start(wants_load=Step.load not in self.machine.done, by=by)
+            record = await self._check_may_start(request, by=by)
             target = await self._target(request, record.run)
             attempt: Attempt | None = None
             try:
                 if target is not None:
                     await self._check_target(target)
-                attempt = await self._begin(record)
+                attempt = await self._begin(record, at_once=request.now and not request.load_only)
                 if target is not None:
                     self._transaction.aim(target.description)
                 attempt.aim(target, self._executors[request.now])
@@ -614,8 +621,11 @@ class Engine:
         finally:
             self._restoration.resume()
 
-    async def _check_may_start(self, *, wants_load: bool, by: str) -> Record:
-        """Refuse before anything is touched; else give the record to go on with, a fresh one from rest."""
+    async def _check_may_start(self, request: Request | None, *, by: str) -> Record:
+        """Refuse before anything is touched; else give the record to go on with, a fresh one from rest.
+
+        Without a request there is neither a load nor a jump.
+        """
         if self.config_error is not None:
             raise self.config_error
         observed = await self._interruptible(self._observe())
@@ -630,8 +640,11 @@ class Engine:
             names = ", ".join(found.name for found in waiting)
             self._transaction.emit(f"waiting for producers to connect again: {names}")
             await self._interruptible(self.muster.peers.wait_returned({found.name for found in waiting}))
-        checks = await self._interruptible(self.queries.run_checks(observed))
-        preflight.require([check for check in checks if wants_load or check.name != "kexec"])
+        now = request is not None and request.now
+        checks = await self._interruptible(self.queries.run_checks(observed, now=now))
+        to_come = {"kexec": request is not None and Step.load not in self.machine.done}
+        to_come["sessions"] = request is not None and not request.load_only  # it is the jump that ends them
+        preflight.require([check for check in checks if to_come.get(check.name, True)])
         if phase in HELD:
             return self.record
         return self.record.begin_run(new_run(), observed, self._observer.kernel.generation, by)
@@ -642,7 +655,7 @@ class Engine:
         preflight.require(await self._interruptible(self.queries.run_checks(observed, target)))
         self._transaction.emit(f"the next command line: {target.cmdline}", words=target.words)
 
-    async def _begin(self, record: Record) -> Attempt:
+    async def _begin(self, record: Record, *, at_once: bool = False) -> Attempt:
         """Go on with the attempt of this record, or begin it."""
         if record.run != self.record.run:
             about = record.run, record.boot_id, record.release, record.generation
@@ -654,6 +667,7 @@ class Engine:
                 )
             )
             self._transaction.begin(record)
+        self._transaction.note_sessions(self.queries.sighted, at_once=at_once)
         attempt = self._acting()
         self._watch(attempt)
         return attempt

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TypeVar
 
 from khod import model, preflight, reconcile
@@ -29,6 +30,7 @@ from khod.producers.barrier import Member
 from khod.producers.registrations import Registered
 from khod.record import Store
 from khod.region import Region
+from khod.session_holders import Sighted, find
 from khod.sessions import Sessions, session_of
 from khod.target import Request, Target, take
 
@@ -84,6 +86,9 @@ class Queries:
         self._busy = busy
         self._known = known
         self._started = started
+        self.sighted = Sighted()
+        """LUO sessions of other processes, as they were found last."""
+        self._looking: asyncio.Future[Sighted] | None = None
 
     async def status(self) -> Status:
         """Tell how it stands, also while khod starts.
@@ -95,7 +100,9 @@ class Queries:
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline):
                 await self._known.wait()
-        observed = None if self._busy.locked() else await self._observer.try_observe(deadline)
+        busy = self._busy.locked()
+        observed = None if busy else await self._observer.try_observe(deadline)
+        sighted = self.sighted if busy else await self._sighted_within(deadline)
         try:
             producers = self._muster.shown(self.members)
         except ConfigError:  # khoctl check says which file
@@ -108,6 +115,7 @@ class Queries:
             producers,
             claims=[*(holder.name for holder in self._transaction.record.claims), *self.unknown_sessions],
             absent=[registered.name for registered in self.absent],
+            sighted=sighted,
             stale=observed is None,
         )
 
@@ -204,8 +212,14 @@ class Queries:
             return phase
         return reconcile.shown(self._transaction.current(), observed)
 
-    async def run_checks(self, observed: Observed, target: Target | None = None) -> list[Check]:
-        """Run the checks of this host, or those of the next kernel, after the kernel was asked how it stands."""
+    async def run_checks(self, observed: Observed, target: Target | None = None, *, now: bool = False) -> list[Check]:
+        """Run the checks of this host, or those of the next kernel, after the kernel was asked how it stands.
+
+        `now` is for a jump that stops nothing.
+        """
+        deadline = self._config().deadlines.activate
+        if target is None:
+            await self._find_sessions()
         current = self._transaction.current()
         phase = self.effective_phase(observed)
         foreign = reconcile.foreign(current, observed) or phase is Phase.inconsistent
@@ -224,8 +238,9 @@ class Queries:
             outgoing=await self._outgoing(observed) if target or self._config().producers.require_kernel else None,
             unknown_sessions=self.unknown_sessions,
             absent=self.absent,
+            sighted=self.sighted,
+            now=now,
         )
-        deadline = self._config().deadlines.activate
         return await self._workers.queries.call(lambda: preflight.run(facts), "the checks", deadline)
 
     async def build_target(self, request: Request, observed: Observed, run: str) -> Target:
@@ -234,6 +249,25 @@ class Queries:
         return await self._workers.files.call(
             lambda: take(request, observed.cmdline, run, bounds), "reading the image", None, late=Target.close
         )
+
+    async def _find_sessions(self) -> Sighted:
+        """Look for LUO sessions of other processes."""
+        calls, own, deadline = self._kexec.calls, lambda: self._sessions.names, self._config().deadlines.activate
+        try:
+            found = await self._workers.queries.call(lambda: find(calls, own), "looking for LUO sessions", deadline)
+        except (KhoError, OSError) as error:
+            found = Sighted(unseen=str(error))
+        self.sighted = found
+        return found
+
+    async def _sighted_within(self, seconds: float) -> Sighted:
+        """Those found in this time, else those found last: systemd may be slow to answer, and the look goes on."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self._find_sessions())
+        await asyncio.wait({self._looking}, timeout=seconds)
+        if self._looking.done():
+            return self._looking.result()
+        return replace(self.sighted, unseen=f"to look for them takes longer than {seconds:g} s; ask again")
 
     async def _outgoing(self, observed: Observed) -> Tree | None:
         """The outgoing tree, where the kernel has one now: read in the kernel's thread, as v3 wants it."""
@@ -259,8 +293,8 @@ class Queries:
         try:
             phase, current = self.effective_phase(observed), self._transaction.current()
             first = handover(phase, current, busy=self._busy.locked(), takes_image=target is not None)
-            of_target = await self.run_checks(observed, target) if target else ()
-            yield target, [first, *await self.run_checks(observed), *of_target]
+            of_host = await self.run_checks(observed, now=request.now)
+            yield target, [first, *of_host, *(await self.run_checks(observed, target) if target else ())]
         finally:
             if target is not None:
                 target.close()

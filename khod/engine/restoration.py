@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 
-from khod import verify
+from khod import session_holders, verify
 from khod.config import Config
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError, Refused
+from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.thread import Workers
 from khod.machine import RESTING
@@ -32,6 +34,7 @@ class Restoration:
         transaction: Transaction,
         muster: Muster,
         store: Store,
+        kexec: Kexec,
         workers: Workers,
         config: Callable[[], Config],
         *,
@@ -41,6 +44,7 @@ class Restoration:
         self._transaction = transaction
         self._muster = muster
         self._store = store
+        self._kexec = kexec
         self._workers = workers
         self._config = config
         self._busy = busy
@@ -74,7 +78,8 @@ class Restoration:
         if self._transaction.record.claims:
             self._spawn(self._bring_all_back(barrier, verdict))
         else:
-            await self._conclude(verdict)
+            await self._note_blackout()
+            await self._conclude(await self._count_sessions(verdict))
 
     def restore_late(self, peer: Peer) -> None:
         """Give a producer that comes after the verification what it left, and correct the verdict.
@@ -105,10 +110,23 @@ class Restoration:
             text = str(error) if isinstance(error, (KhoError, OSError)) else f"khod itself failed: {error!r}"
             return Verdict().with_findings([Finding("", text)])
 
+    async def _count_sessions(self, verdict: Verdict) -> Verdict:
+        """Add which of the sessions arrived that other processes had before the jump, by who has them now."""
+        record, calls = self._transaction.record, self._kexec.calls
+        held: list[session_holders.Held] = []
+        if record.sessions:
+            with suppress(KhoError, OSError):
+                deadline = self._config().deadlines.activate
+                held, _ = await self._workers.queries.call(
+                    lambda: session_holders.scan(calls), "looking for LUO sessions", deadline
+                )
+        return session_holders.count(verdict, record.sessions, record.sessions_unseen, held, at_once=record.at_once)
+
     async def _bring_all_back(self, barrier: Barrier, verdict: Verdict) -> None:
         async with self._busy:
             try:
                 verdict = await self._bring_back(barrier, verdict, self._config().deadlines.restore)
+                verdict = await self._count_sessions(verdict)
             except Exception as error:  # noqa: BLE001 - or this boot would be verified for ever
                 verdict = verdict.with_findings([*verdict.found, Finding("", f"khod itself failed: {error!r}")])
             await self._conclude(verdict)
@@ -163,6 +181,8 @@ class Restoration:
             member.told = Verb.finish.value
         await self._transaction.note_claims(self._claims(barrier, set()))
         failed += await barrier.bring_back(Verb.finish, restored, deadline)
+        if any(member not in failed for member in members):
+            await self._note_blackout()
         names = {member.producer.name for member in members}
         lost = {member.producer.name for member in failed}
         findings = [finding for finding in verdict.found if finding.producer not in names]
@@ -171,6 +191,14 @@ class Restoration:
         missing = sorted({*verdict.missing, *lost} - set(arrived))
         await self._transaction.note_claims(self._claims(barrier, names - lost))
         return replace(verdict, arrived=arrived, missing=missing).with_findings(findings)
+
+    async def _note_blackout(self) -> None:
+        """Count the blackout up to now; without the kernel's uptime the wall clock is taken for right."""
+        uptime: float | None = None
+        with suppress(KhoError, OSError):
+            deadline = self._config().deadlines.observe
+            uptime = await self._workers.queries.call(self._kexec.uptime, "asking how long the host is up", deadline)
+        self._transaction.note_blackout(uptime)
 
     def _claims(self, barrier: Barrier, done: set[str]) -> tuple[Holder, ...]:
         """The record's claims without those of whoever is done, as the barrier has them by now."""
@@ -182,4 +210,6 @@ class Restoration:
         arrived = ", ".join(verdict.arrived[:MAX_NAMES_SHOWN])
         count = len(verdict.arrived)
         said = f"the state of {count} producer{'' if count == 1 else 's'} arrived: {arrived}"
+        if verdict.unknown:
+            said = f"{said}; not known: {', '.join(verdict.unknown[:MAX_NAMES_SHOWN])}"
         await self._transaction.conclude(verdict, verdict.reason or said)

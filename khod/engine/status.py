@@ -8,6 +8,7 @@ from khod.machine import RESTING
 from khod.model import Generation, Observed, Phase, Producer, Status, Step, Verdict
 from khod.producers.barrier import READY
 from khod.record import Record
+from khod.session_holders import Sighted
 from khod.text import join_names
 
 SAYS: dict[Phase, tuple[str, str]] = {
@@ -53,6 +54,7 @@ EXITS = {Phase.failed: Exit.not_rolled_back, Phase.inconsistent: Exit.not_rolled
 """Of what is under way; whatever this boot's handover came to counts beside it."""
 OUTCOME_EXITS = {Phase.degraded: Exit.degraded, Phase.cold_boot: Exit.degraded}
 FOREIGN = "Another program is using KHO or kexec as well; khod will not touch it."
+UNKNOWN = "The handover succeeded; what no producer registered may not have arrived, and khod cannot know"
 REBOOT = "Do not reboot before: it would jump into the image that is still loaded."
 
 
@@ -68,6 +70,7 @@ def build(
     *,
     claims: list[str],
     absent: list[str],
+    sighted: Sighted,
     stale: bool,
 ) -> Status:
     """Put together what is known; `phase` is what the kernel leaves of the machine's."""
@@ -108,6 +111,8 @@ def build(
         not_undone=list(record.not_undone) if phase is Phase.failed else [],
         begun=record.begun if record.begun.at and phase not in RESTING else None,
         under_way=under_way,
+        sessions=list(sighted.sessions),
+        sessions_unseen=sighted.unseen,
     )
 
 
@@ -116,6 +121,9 @@ def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absen
     summary, remedy = SAYS[phase]
     if phase is Phase.degraded and record.verdict is not None:
         summary, remedy = _degraded(record.verdict)
+    if phase is Phase.verified and record.verdict is not None and record.verdict.unknown:
+        unknown = join_names(record.verdict.unknown, MAX_NAMES_SHOWN)
+        summary, remedy = f"{UNKNOWN}: {unknown}.", "Ask their owners; khoctl status lists the sessions that are open."
     if probed.kernel is None and phase in RESTING:
         summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
     if foreign and phase is not Phase.foreign:

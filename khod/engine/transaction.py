@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn, TypeVar
 
+from khod import verify
 from khod.bounded import ANYTHING, raise_if_cancelling
 from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.rollback import Failure, undo_all
@@ -23,6 +24,7 @@ from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, Under
 from khod.producers.barrier import GONE, Member
 from khod.reconcile import Found
 from khod.record import Holder, Record, Store
+from khod.session_holders import Sighted
 from khod.text import join_names
 from khod.worker import Worker
 
@@ -299,7 +301,7 @@ class Transaction:
             await self._write(replace(self.current(), done=done), departs=step is Step.execute)
         self.emit(step.value)
         self._step_began = began = time.monotonic()
-        if step is Step.activate:
+        if step is Step.freeze:
             self._record = replace(self._record, window_began_at=time.time())
         if step is Step.execute:
             await self.raise_if_cancelled()
@@ -332,6 +334,7 @@ class Transaction:
         if self.phase is not Phase.executing:
             self._machine = self._machine.begin(Step.execute)
         self._jump_asked = True
+        self._record = replace(self._record, at_once=False)
         await self._write(self.current(), departs=True)
 
     # The way back
@@ -411,7 +414,6 @@ class Transaction:
         self._note = note
         record = self._record
         if record.boot_id != observed.boot_id:
-            began = record.window_began_at
             record = replace(
                 record,
                 boot_id=observed.boot_id,
@@ -420,7 +422,7 @@ class Transaction:
                 suspect="",
                 failed_activations=0,
                 handovers=record.handovers + 1,
-                blackout_seconds=time.time() - began if began else None,
+                blackout_seconds=None,
                 outcome=Phase.idle,
                 arrived_run=record.run,
                 claims=tuple(replace(holder, told="") for holder in record.producers if holder.restores is not False),
@@ -458,10 +460,21 @@ class Transaction:
         what = "being rolled back" if under_way is Phase.rolling_back else f"at {under_way.value}, and was rolled back"
         self._record = replace(self._record, interrupted=f"a handover was {what}")
 
+    def note_sessions(self, sighted: Sighted, *, at_once: bool) -> None:
+        """Have the next write record whose LUO sessions leave with the jump, and how it is made."""
+        self._record = replace(self._record, sessions=sighted.sessions, sessions_unseen=sighted.unseen, at_once=at_once)
+
     async def note_claims(self, claims: tuple[Holder, ...]) -> None:
         """Record who has not taken back what it left."""
         self._record = replace(self._record, claims=claims)
         await self.try_write_record()
+
+    def note_blackout(self, uptime: float | None) -> None:
+        """Count the blackout up to now, unless another handover has begun since: the record has that one's window."""
+        record = self._record
+        if record.run == record.arrived_run:
+            blackout = verify.blackout(record.window_began_at, time.time(), uptime)
+            self._record = replace(record, blackout_seconds=blackout)
 
     async def conclude(self, verdict: Verdict, message: str) -> None:
         """Record what the handover into this boot came to: verified, or degraded with the reason.

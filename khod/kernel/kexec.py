@@ -11,6 +11,7 @@ from khod.kernel.log import relevant, since
 # The first from 6.19, the second before and after it.
 LOADED = ("/sys/kernel/kexec/loaded", "/sys/kernel/kexec_loaded")
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+UPTIME = "/proc/uptime"
 LOAD_DISABLED = "/proc/sys/kernel/kexec_load_disabled"
 LOAD_LIMIT = "/proc/sys/kernel/kexec_load_limit_reboot"
 
@@ -28,6 +29,13 @@ class Kexec:
     def release(self) -> str:
         """The running kernel's version as uname -r says it."""
         return self._text("/proc/sys/kernel/osrelease")
+
+    def uptime(self) -> float | None:
+        """Seconds since boot by CLOCK_BOOTTIME; None where the kernel does not say."""
+        if self.calls.exists(UPTIME):
+            with contextlib.suppress(ValueError, IndexError):
+                return float(self.calls.read(UPTIME).split()[0])
+        return None
 
     def cmdline(self) -> str:
         """The running kernel's command line; bytes that are no UTF-8 stand as surrogates."""

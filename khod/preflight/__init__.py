@@ -34,6 +34,7 @@ CHECKS: Mapping[str, Callable[[Facts], Finding | None]] = {
     "producers": holders.producers,
     "kernel_producers": holders.kernel_producers,
     "claims": holders.claims,
+    "sessions": holders.sessions,
 }
 """Those that need no image; one that has nothing to say is left out."""
 

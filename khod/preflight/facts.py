@@ -1,7 +1,7 @@
 """What the checks look at, and what each of them says."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from khod.config import Config
@@ -15,6 +15,7 @@ from khod.producers.barrier import Producer
 from khod.producers.registrations import Registered
 from khod.record import Record, Store
 from khod.region import Region
+from khod.session_holders import Sighted
 from khod.target import Target
 
 
@@ -24,7 +25,8 @@ class Facts:
 
     `inhibitors` is None where nobody could be asked, `outgoing` where the kernel has no outgoing tree now or could not
     be asked for it. `absent` are producers that were registered before khod was restarted and have not come back,
-    `unknown_sessions` LUO sessions of which no record says whose they are.
+    `unknown_sessions` LUO sessions of which no record says whose they are, `sighted` those of other processes. `now`
+    is for a jump that stops nothing.
     """
 
     probed: Probed
@@ -40,6 +42,8 @@ class Facts:
     outgoing: Tree | None = None
     unknown_sessions: Sequence[str] = ()
     absent: Sequence[Registered] = ()
+    sighted: Sighted = field(default_factory=Sighted)
+    now: bool = False
 
 
 @dataclass(frozen=True)

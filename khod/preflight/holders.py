@@ -1,10 +1,13 @@
 """Checks of those who hold state: they are here, and none has something left from the last time."""
 
-from khod.model import Order
+from collections.abc import Iterable
+
+from khod.model import LuoSession, Order, SessionFate
 from khod.preflight.facts import Facts, Finding
 from khod.producers.barrier import ranks
 from khod.producers.identity import process_of
 from khod.producers.registrations import Registered
+from khod.session_holders import title
 from khod.text import join_names
 from khod.verify import producers as present
 from khod.verify import without
@@ -65,3 +68,42 @@ def claims(facts: Facts) -> Finding | None:
             "Find out whose they are; to free one: khoctl producers forget SESSION",
         )
     return None
+
+
+def sessions(facts: Facts) -> Finding | None:
+    """The jump ends no LUO session that no producer registered."""
+    outgoing = [one for one in facts.sighted.sessions if not one.incoming]
+    ended = [] if facts.now else [one for one in outgoing if one.fate is SessionFate.lost]
+    doubtful = [] if facts.now else [one for one in outgoing if one.fate is SessionFate.unknown]
+    if ended:
+        return Finding.fail(
+            "An orderly shutdown would end LUO sessions that no producer registered, and their state be lost: "
+            f"{_listed(ended)}",
+            "Jump with --now, which stops nothing; or let their owner put them into a file descriptor store that "
+            "outlives its unit (FileDescriptorStoreMax=, FileDescriptorStorePreserve=yes), or close them.",
+        )
+    if doubtful or (facts.sighted.unseen and not facts.now):
+        return Finding.warn(
+            "An orderly shutdown may end LUO sessions that no producer registered: "
+            f"{_listed(doubtful) or facts.sighted.unseen}",
+            "Jump with --now, which stops nothing; or ask their owner.",
+        )
+    if came := [one for one in facts.sighted.sessions if one.incoming]:
+        return Finding.warn(
+            f"LUO sessions are open that no jump takes any further, with what is left in them: {_listed(came)}",
+            "Let their owner take the files out, finish the session and hand them over in a new one.",
+        )
+    if outgoing and facts.now:
+        return Finding.passed(
+            f"A jump at once keeps LUO sessions that no producer registered: {_listed(outgoing, why=False)}"
+        )
+    if outgoing:
+        return Finding.passed(f"LUO sessions that no producer registered are kept: {_listed(outgoing)}")
+    return None
+
+
+def _listed(sessions: Iterable[LuoSession], *, why: bool = True) -> str:
+    """Sessions with who holds them, and why a shutdown does to each what it does."""
+    return join_names(
+        (f"{title(one)}, held by {one.holder}{f': {one.why}' if why else ''}" for one in sessions), MAX_NAMES_SHOWN
+    )

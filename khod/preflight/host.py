@@ -2,6 +2,7 @@
 
 import math
 
+from khod import systemctl
 from khod.errors import RecordError
 from khod.kernel import host
 from khod.preflight import minimum_uptime
@@ -35,13 +36,13 @@ def watchdog(facts: Facts) -> Finding:
 def uptime(facts: Facts) -> Finding:
     """An orderly jump does not sleep in the blackout because the host has not been up for long enough."""
     calls = facts.kexec.calls
-    up, found = minimum_uptime.uptime(calls), minimum_uptime.setting(calls)
-    if up is None or not calls.exists(minimum_uptime.BOOTED):
+    up, found = facts.kexec.uptime(), minimum_uptime.setting(calls)
+    if up is None or not calls.exists(systemctl.BOOTED):
         return Finding.skipped("The kernel does not say how long it has been up, or systemd does not run this host")
     wanted = minimum_uptime.DEFAULT_SECONDS if found is None else found.seconds
     if up >= wanted:
         return Finding.passed(f"systemd would not wait: it asks for {wanted:g} s of uptime, this host has {up:.0f} s")
-    manager = minimum_uptime.ask_manager()
+    manager = systemctl.ask_manager()
     if manager is not None and manager.version < minimum_uptime.SINCE_VERSION:
         return Finding.passed(f"systemd {manager.version} asks for no uptime before a shutdown")
     if manager is not None and manager.machine and found is None:

@@ -1,13 +1,11 @@
 """How long systemd makes a host be up before it lets it go: MinimumUptimeSec= (since 261), read as systemd reads it.
 
 systemd-shutdown sleeps right before reboot(2) where CLOCK_BOOTTIME has not come that far, which is within the blackout
-of an orderly jump. No property on the bus has the setting, so its files are read; which systemd runs, and whether in a
-virtual machine, its manager says over its private socket.
+of an orderly jump. No property on the bus has the setting, so its files are read.
 """
 
 import math
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,22 +14,13 @@ from khod.abi.calls import Calls
 from khod.kernel.next_arg import kernel_words, parse
 from khod.text import ASCII_SPACE
 
-BOOTED = "/run/systemd/system"  # sd_booted(3)
-UPTIME = "/proc/uptime"
 SINCE_VERSION = 261
 DEFAULT_SECONDS = 15.0
 """On bare metal; none in a virtual machine."""
 
-ASK_SECONDS = 5.0
 DIRECTORIES = ("/etc/systemd", "/run/systemd", "/usr/local/lib/systemd", "/usr/lib/systemd")
 """The first one that has a file of a name wins (systemd-system.conf(5))."""
 SECTION, KEY, PARAMETER = "Manager", "MinimumUptimeSec", "systemd.minimum_uptime_sec"
-CONTAINERS = frozenset(
-    {"systemd-nspawn", "lxc-libvirt", "lxc", "openvz", "docker", "podman", "rkt", "wsl", "proot", "pouch"}
-    | {"container-other"}
-)
-"""What the manager's Virtualization= says and is no virtual machine (systemd-detect-virt(1))."""
-
 MICROSECONDS = {
     **dict.fromkeys(("seconds", "second", "sec", "s"), 10**6),
     **dict.fromkeys(("minutes", "minute", "min"), 60 * 10**6),
@@ -50,28 +39,11 @@ USEC_INFINITY = 2**64 - 1
 
 
 @dataclass(frozen=True)
-class Manager:
-    """The systemd that runs this host: its version, and the kind of virtual machine it is in ("" for none)."""
-
-    version: int
-    machine: str
-
-
-@dataclass(frozen=True)
 class Setting:
     """A minimum in seconds, infinity for ever, and where it is set."""
 
     seconds: float
     where: str
-
-
-def uptime(calls: Calls) -> float | None:
-    """Seconds since boot by CLOCK_BOOTTIME; None where the kernel does not say."""
-    if not calls.exists(UPTIME):
-        return None
-    with suppress(ValueError, IndexError):
-        return float(calls.read(UPTIME).split()[0])
-    return None
 
 
 def setting(calls: Calls) -> Setting | None:
@@ -89,33 +61,6 @@ def setting(calls: Calls) -> Setting | None:
             if arg.named(PARAMETER) and (seconds := parse_span(arg.value or "")) is not None:
                 found = Setting(seconds, "the kernel command line")
     return found
-
-
-def ask_manager() -> Manager | None:
-    """Ask systemd what it is, by its private socket and not over the bus; None where it does not say in time."""
-    command = ["systemctl", "show", "--property=Version", "--property=Virtualization"]
-    try:
-        process = subprocess.Popen(  # noqa: S603 - a constant
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-    except OSError:
-        return None
-    try:
-        output = process.communicate(timeout=ASK_SECONDS)[0].decode(errors="replace")
-    except subprocess.TimeoutExpired:
-        process.kill()  # and not waited for: it may hang where no signal reaches it
-        return None
-    return parse_manager(output)
-
-
-def parse_manager(output: str) -> Manager | None:
-    """Read the properties as `systemctl show` prints them; None where there is no version among them."""
-    properties = dict(line.partition("=")[::2] for line in output.split("\n"))
-    version = re.match(r"v?([0-9]{1,9})", properties.get("Version", ""))
-    if version is None:
-        return None
-    kind = properties.get("Virtualization", "").strip(ASCII_SPACE)
-    return Manager(int(version[1]), "" if kind == "none" or kind in CONTAINERS else kind)
 
 
 def parse_span(text: str) -> float | None:

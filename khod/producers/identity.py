@@ -49,13 +49,18 @@ def unit_of(pid: int) -> str:
     slice counts.
     """
     with suppress(OSError):
-        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-            hierarchy, _, path = line.partition("::")
-            if hierarchy != "0":
-                continue
-            units = [part for part in path.split("/") if part.endswith((".service", ".scope", ".slice"))]
-            while units and units[-1].startswith("session-") and units[-1].endswith(".scope"):
-                units.pop()
-            services = [part for part in units if part.endswith((".service", ".scope"))]
-            return services[0] if services else (units[-1] if units else "")
+        units = units_in(Path(f"/proc/{pid}/cgroup").read_text())
+        while units and units[-1].startswith("session-") and units[-1].endswith(".scope"):
+            units.pop()
+        services = [part for part in units if part.endswith((".service", ".scope"))]
+        return services[0] if services else (units[-1] if units else "")
     return ""
+
+
+def units_in(cgroup: str) -> list[str]:
+    """The systemd units on the path in a /proc/PID/cgroup, the outermost first; none where there is no cgroup v2."""
+    for line in cgroup.splitlines():
+        hierarchy, _, path = line.partition("::")
+        if hierarchy == "0":
+            return [part for part in path.split("/") if part.endswith((".service", ".scope", ".slice"))]
+    return []

@@ -50,8 +50,8 @@ class Service(Handover):
         return await self._engine.status()
 
     @varlinkmethod(return_parameter="checks")
-    async def Check(self, *, kernel: NextKernel | None = None) -> list[model.Check]:
-        return await self._engine.check(_request(kernel))
+    async def Check(self, *, kernel: NextKernel | None = None, now: bool | None = None) -> list[model.Check]:
+        return await self._engine.check(_request(kernel, now=now))
 
     @varlinkmethod(return_parameter="plan")
     async def Plan(

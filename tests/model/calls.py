@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from khod.abi.calls import KMSG
 from khod.abi.kexec_file_load import KEXEC_FILE_UNLOAD
+from khod.abi.liveupdate import Session
 from tests.model.kernel import MemoryKernel
 from tests.model.luo import refuse
 from tests.model.process import Process
@@ -105,3 +106,6 @@ class KernelCalls:
     def finish_session(self, session: int) -> None:
         with self._at("luo.finish"):
             self.finished(self.kernel.luo.finish(session))
+
+    def session(self, pid: int, fd: int) -> Session | None:
+        raise refuse(errno.ESRCH, f"pidfd_getfd({pid}, {fd})")

@@ -32,7 +32,7 @@ def as_earlier(record: Record, phase: Phase) -> bytes:
         "producers": [{key: held[key] for key in EARLIER_HOLDER.split()} for held in holders],
     }
     if values["verdict"]:
-        del values["verdict"]["findings"]
+        del values["verdict"]["findings"], values["verdict"]["unknown"]
     return json.dumps({key: values[key] for key in EARLIER.split()}).encode()
 
 

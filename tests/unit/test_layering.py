@@ -17,7 +17,7 @@ LAYERS = [
     {"kernel"},
     {"machine", "record", "reconcile", "config", "cmdline", "formats", "snapshots", "snapshot_directory"},
     {"producers", "fdstore", "sessions", "guard", "executor", "verify", "preflight", "target", "plan"}
-    | {"muster", "inhibitors"},
+    | {"muster", "inhibitors", "systemctl", "session_holders"},
     {"engine"},
     {"server", "journal", "daemon", "__main__"},
 ]

@@ -1,13 +1,16 @@
 """What reaches the kernel in an ioctl of /dev/liveupdate, and what never does. The device itself is the lab's."""
 
 import errno
+import fcntl
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from khod.abi import liveupdate
+from khod.abi.calls import HostCalls
 
 HEADER = """\
 LIVEUPDATE_IOCTL_CREATE_SESSION 0xba00
@@ -84,3 +87,38 @@ def test_a_token_has_64_bits(nothing: int, token: int, expected: int) -> None:
 def test_the_other_calls_name_themselves_too(nothing: int) -> None:
     assert refusal(liveupdate.finish, nothing) == (errno.ENOTTY, f"SESSION_FINISH(session={nothing})")
     assert refusal(liveupdate.get_name, nothing) == (errno.ENOTTY, f"SESSION_GET_NAME(session={nothing})")
+
+
+def test_another_process_s_file_is_no_session() -> None:
+    """Copied by pidfd_getfd(2) and closed again: a file that has a type, and an anonymous inode that is no session."""
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=(event := os.eventfd(0),))
+    try:
+        open_before = os.listdir("/proc/self/fd")
+        assert HostCalls().session(child.pid, 0) is None
+        assert HostCalls().session(child.pid, event) is None
+        with pytest.raises(OSError, match="pidfd_getfd"):
+            HostCalls().session(child.pid, 1000)
+        assert os.listdir("/proc/self/fd") == open_before
+    finally:
+        child.communicate()
+        os.close(event)
+
+
+@pytest.mark.parametrize(
+    ("number", "incoming"),
+    [(errno.EINVAL, True), (errno.EBADF, False), (errno.EEXIST, False), (errno.ENOSPC, False), (errno.ENOTTY, None)],
+)
+def test_which_sessions_came_is_told_by_what_they_say_to_no_file(
+    monkeypatch: pytest.MonkeyPatch, number: int, incoming: bool | None
+) -> None:
+    def refused(session: int, request: int, argument: bytes) -> None:
+        assert (session, request) == (7, liveupdate.LIVEUPDATE_SESSION_PRESERVE_FD)
+        assert liveupdate.TOKEN.unpack(argument)[1] == -1, "no file, so nothing can be preserved"
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "ioctl", refused)
+    if incoming is None:
+        with pytest.raises(OSError, match="PRESERVE_FD"):
+            liveupdate.is_incoming(7)
+    else:
+        assert liveupdate.is_incoming(7) is incoming

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from khod import systemctl
 from khod.model import CheckResult
-from khod.preflight import minimum_uptime
-from khod.preflight.minimum_uptime import Manager, parse_manager, parse_span, setting
+from khod.preflight.minimum_uptime import parse_span, setting
+from khod.systemctl import Manager, parse_manager
 from tests.unit.test_preflight import Site
 
 SPANS: list[tuple[str, float | None]] = [
@@ -212,7 +213,7 @@ def test_a_sleep_in_the_blackout_is_warned_of(
     result: CheckResult,
     words: list[str],
 ) -> None:
-    monkeypatch.setattr(minimum_uptime, "ask_manager", lambda: manager_)
+    monkeypatch.setattr(systemctl, "ask_manager", lambda: manager_)
     site.lay({"proc/uptime": f"{up} 1.0\n", "etc/systemd/system.conf": text})
     found = site.checks()["uptime"]
     assert found.result is result, found.evidence
@@ -224,7 +225,7 @@ def test_systemd_is_asked_only_where_it_would_matter(site: Site, monkeypatch: py
     def never() -> None:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(minimum_uptime, "ask_manager", never)
+    monkeypatch.setattr(systemctl, "ask_manager", never)
     site.lay({"proc/uptime": "15.00 1.0\n"})
     assert site.checks()["uptime"].result is CheckResult.passed
     (site.root / "proc/uptime").unlink()
@@ -241,12 +242,12 @@ def put_systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) 
 
 def test_systemd_is_asked_by_systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_systemctl(tmp_path, monkeypatch, '[ "$1" = show ] && echo Version=262 && echo Virtualization=kvm')
-    assert minimum_uptime.ask_manager() == Manager(262, "kvm")
+    assert systemctl.ask_manager() == Manager(262, "kvm")
 
 
 def test_a_systemctl_that_hangs_or_is_not_there_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_systemctl(tmp_path, monkeypatch, "exec sleep 1000")
-    monkeypatch.setattr(minimum_uptime, "ASK_SECONDS", 0.05)
-    assert minimum_uptime.ask_manager() is None
+    monkeypatch.setattr(systemctl, "ASK_SECONDS", 0.05)
+    assert systemctl.ask_manager() is None
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert minimum_uptime.ask_manager() is None
+    assert systemctl.ask_manager() is None

@@ -1,12 +1,13 @@
 """Profiles: what `khoctl kexec` would be given, under the names of its options."""
 
 import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from khoctl import profile
+from khoctl import profile, target
 from khod.errors import ConfigError
 from tests.unit.khods import REPOSITORY
 
@@ -58,3 +59,24 @@ def test_the_sample_is_a_profile_and_shows_every_key(tmp_path: Path) -> None:
     }
     shown = {line.lstrip("#").partition(" = ")[0] for line in text.splitlines()}
     assert profile.KEYS.keys() <= shown
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (("now",), {"now": True}),
+        (("now", "load_only"), {"now": True, "load_only": True}),
+        (("now", "load_only", "hold"), {"now": True, "load_only": True, "hold": True}),
+    ],
+)
+def test_a_command_takes_of_a_profile_what_it_has_options_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], flags: dict[str, bool]
+) -> None:
+    """check, plan and kexec: khod refuses a parameter that its method does not have."""
+    (tmp_path / "next.toml").write_text("now = true\nload_only = true\nhold = true\n")
+    found = profile.load("next", tmp_path)
+    monkeypatch.setattr(profile, "load", lambda _name: found)
+    lacking = dict.fromkeys((*target.WAYS, *target.LINES, "initrd"))
+    given = {**lacking, **dict.fromkeys(options, False), "from_profile": "next"}
+    with ExitStack() as files:
+        assert target.asked(given, files) == (flags, ())

@@ -13,7 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khod.errors import RecordError
-from khod.model import Begun, Finding, Generation, Kept, NotUndone, Phase, Step, StepTiming, Verdict
+from khod.model import (
+    Begun,
+    Finding,
+    Generation,
+    Kept,
+    LuoSession,
+    NotUndone,
+    Phase,
+    SessionFate,
+    Step,
+    StepTiming,
+    Verdict,
+)
 from khod.record import VERSION, Holder, Owner, Process, Record, Store, decode, encode
 from tests.unit.khods import REPOSITORY
 
@@ -30,7 +42,9 @@ FULL = Record(
     blackout_seconds=1.5,
     timings=(StepTiming("prepare", 12.0, 0.5),),
     last_error="Der Müller sagt nein",
-    verdict=Verdict(["ftrace"], ["memblock"], ["LUO"], "did not arrive", [Finding("", "did not arrive")]),
+    verdict=Verdict(
+        ["ftrace"], ["memblock"], ["LUO"], "did not arrive", [Finding("", "did not arrive")], ["session x"]
+    ),
     suspect="an abort",
     producers=(
         Holder(
@@ -53,6 +67,9 @@ FULL = Record(
     interrupted="a handover was at freezing",
     outcome=Phase.degraded,
     arrived_run="ba9876543210",
+    sessions=(LuoSession("test-session", "luo_kexec_simpl (process 77)", SessionFate.lost, "it is killed"),),
+    sessions_unseen="khod may not look",
+    at_once=True,
     claims=(Holder("kv", "varlink", owner=Owner(1000, "kv.service")),),
     begun=Begun(1795661761.5, "root (khoctl, process 4711)", "Image (7.3.4)"),
 )
@@ -61,7 +78,9 @@ text = st.text(st.characters(exclude_categories=["Cs"]))
 number = st.floats(allow_nan=False, allow_infinity=False)
 timing = st.builds(StepTiming, text, number, number)
 finding = st.builds(Finding, text, text)
-verdict = st.none() | st.builds(Verdict, st.lists(text), st.lists(text), st.lists(text), text, st.lists(finding))
+verdict = st.none() | st.builds(
+    Verdict, st.lists(text), st.lists(text), st.lists(text), text, st.lists(finding), st.lists(text)
+)
 texts = st.lists(text, max_size=2).map(tuple)
 owner = st.none() | st.builds(Owner, st.integers(0, 1 << 32), text)
 process = st.none() | st.builds(Process, st.integers(1, 1 << 22), st.integers(0, 1 << 60))
@@ -87,6 +106,9 @@ records = st.builds(
     interrupted=text,
     outcome=st.sampled_from(Phase),
     arrived_run=text,
+    sessions=st.lists(st.builds(LuoSession, text, text, st.sampled_from(SessionFate), text), max_size=2).map(tuple),
+    sessions_unseen=text,
+    at_once=st.booleans(),
     claims=st.lists(holder, max_size=2).map(tuple),
     begun=st.builds(Begun, number, st.text(), st.text()),
 )

@@ -17,10 +17,12 @@ from khod.model import (
     Event,
     Fate,
     Generation,
+    LuoSession,
     Phase,
     Plan,
     Planned,
     Producer,
+    SessionFate,
     Status,
     StepTiming,
     Verdict,
@@ -55,7 +57,8 @@ PRODUCERS = [
     producer("c", "prepare", "", waiting=True),
     producer("d", "", ""),
 ]
-VERDICT = Verdict(["memblock"], ["db"], ["LUO"], "producer db: no answer")
+VERDICT = Verdict(["memblock"], ["db"], ["LUO"], "producer db: no answer", unknown=["session vmm"])
+SESSIONS = [LuoSession("vmm", "vmm (process 7, vmm.service)", fate, "because") for fate in SessionFate]
 CHECKS = [Check("inhibitors", CheckResult.warn, "A shutdown is blocked: mallory (why)", "End that first.")]
 WORDS = [Word("quiet", Fate.removed, "the log"), Word("kho=on", Fate.kept), Word("single", Fate.added)]
 EVENT = Event(1.0, Phase.freezing, "db: no", "run", PRODUCERS[1], WORDS)
@@ -85,6 +88,8 @@ def status(phase: Phase) -> Status:
         timings=[StepTiming("prepare", 1.0, 0.5)],
         last_error="db said no",
         stale=True,
+        sessions=SESSIONS,
+        sessions_unseen="khod may not look",
     )
 
 

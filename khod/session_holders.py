@@ -1,0 +1,300 @@
+"""LUO sessions that no producer registered with khod: who holds them, and what an orderly shutdown does to each.
+
+The last close of an outgoing session ends it. systemd kills every process before an orderly jump, and carries over
+what lies in a file descriptor store that outlives its unit (since 261). An immediate jump closes nothing. The kernel
+names a session in the links below /proc/PID/fd: `anon_inode:[luo_session] NAME`.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from khod.abi.calls import LIVEUPDATE, Calls
+from khod.abi.liveupdate import Session
+from khod.executor import CARRIES_SESSIONS
+from khod.model import Finding, LuoSession, SessionFate, Verdict
+from khod.producers.identity import units_in
+from khod.systemctl import BOOTED, Ask, ask_manager
+from khod.systemctl import ask as ask_systemd
+from khod.text import join_names, printable
+
+LINK = "anon_inode:[luo_session]"
+OF_SYSTEMD = "systemd"
+"""The session that systemd itself makes for its stores on the way down (since 261)."""
+
+MAX_HOLDERS_SHOWN = 3
+PROPERTIES = (
+    "Id,NFileDescriptorStore,FileDescriptorStoreMax,FileDescriptorStorePreserve,SurviveFinalKillSignal,Conflicts"
+)
+OUTLIVES = ("yes", "on-success")
+"""What FileDescriptorStorePreserve= has where a stopped unit's store stays; on-success: unless the unit fails."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that has a session open. `units` are those on its cgroup's path, the outermost first."""
+
+    pid: int
+    command: str
+    units: tuple[str, ...]
+
+    @property
+    def unit(self) -> str:
+        """The system manager's unit: for all that a user's manager runs it is user@UID.service."""
+        return next((unit for unit in self.units if unit.endswith((".service", ".scope"))), "")
+
+    @property
+    def is_user_manager(self) -> bool:
+        """Whether it is a user's service manager: what it holds lies in one of its stores."""
+        return self.unit.startswith("user@") and self.units[-1] == "init.scope"
+
+    def __str__(self) -> str:
+        return f"{self.command or 'a process'} (process {self.pid}{f', {self.unit}' if self.unit else ''})"
+
+
+@dataclass(frozen=True)
+class Sighted:
+    """What was found; `unseen` says why there may be more, "" where there is not."""
+
+    sessions: tuple[LuoSession, ...] = ()
+    unseen: str = ""
+
+
+@dataclass
+class Held:
+    """A session that is open, by whom, and whether it came from the previous kernel: None where that cannot be told."""
+
+    name: str
+    processes: list[Process]
+    incoming: bool | None
+
+
+def find(calls: Calls, own: Callable[[], Iterable[str]] = tuple, ask: Ask = ask_systemd) -> Sighted:
+    """Find the sessions of other processes. `own` gives khod's, which systemd has too; it is asked where any are left.
+
+    What khod makes or closes meanwhile is its own as well.
+    """
+    known = set(own())
+    held, unseen = scan(calls, known)
+    known |= set(own())
+    found = [one for one in held if one.name not in known and not _is_systemds(one)]
+    if not found:
+        return Sighted(unseen=unseen)
+    manager = _Manager.asked(calls, ask, [process for one in found for process in one.processes])
+    found.sort(key=lambda one: (one.name, one.processes[0].pid))
+    return Sighted(tuple(_judged(one, manager) for one in found), unseen)
+
+
+def scan(calls: Calls, own: Iterable[str] = ()) -> tuple[list[Held], str]:
+    """Every session that another process has open, but for khod's `own`; and why there may be more."""
+    held: list[Held] = []
+    refused, own = 0, set(own)
+    if not calls.exists(LIVEUPDATE):
+        return held, ""
+    for pid in (int(name) for name in calls.listdir("/proc") if name.isdecimal()):
+        if pid == os.getpid():
+            continue
+        try:
+            found = [session for session in _open_sessions(calls, pid) if session.name not in own]
+        except PermissionError:
+            refused += 1
+            continue
+        if not found:
+            continue
+        process = _process(calls, pid)
+        for session in found:
+            same = [
+                one for one in held if session.name and (one.name, one.incoming) == (session.name, session.incoming)
+            ]
+            if not same:
+                held.append(Held(session.name, [process], session.incoming))
+            elif process not in same[0].processes:
+                same[0].processes.append(process)
+    return held, f"khod may not look at the open files of {refused} processes" if refused else ""
+
+
+def _open_sessions(calls: Calls, pid: int) -> Iterator[Session]:
+    """The sessions that a process has open; it may end meanwhile."""
+    directory = f"/proc/{pid}/fd"
+    try:
+        fds = calls.listdir(directory)
+    except PermissionError:
+        raise
+    except OSError:
+        return
+    for fd in fds:
+        link: str | None = None
+        try:
+            link = calls.readlink(f"{directory}/{fd}")
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:  # seen on 6.19.11 with names of 39 bytes and more
+                continue
+        if link is not None and not link.startswith(LINK):
+            continue
+        named = Session("" if link is None else link.removeprefix(LINK).removeprefix(" "), None)
+        try:
+            session = calls.session(pid, int(fd))
+        except OSError:
+            session = named if link is not None else None
+        if session is not None:
+            yield Session(session.name or named.name, session.incoming)
+
+
+def _process(calls: Calls, pid: int) -> Process:
+    command, cgroup = "", ""
+    with suppress(OSError):
+        command = calls.read(f"/proc/{pid}/comm").decode(errors="replace").removesuffix("\n")
+        cgroup = calls.read(f"/proc/{pid}/cgroup").decode(errors="replace")
+    return Process(pid, command, tuple(units_in(cgroup)))
+
+
+def _is_systemds(held: Held) -> bool:
+    return held.name == OF_SYSTEMD and all(process.pid == 1 for process in held.processes)
+
+
+@dataclass(frozen=True)
+class _Manager:
+    """What systemd says: its version, each service's properties, and in which unit's store a session lies, by name.
+
+    `stores` is None where it does not say.
+    """
+
+    version: int
+    units: dict[str, dict[str, str]]
+    stores: dict[str, str] | None
+
+    @classmethod
+    def asked(cls, calls: Calls, ask: Ask, processes: Sequence[Process]) -> "_Manager | None":
+        """Ask systemd, by its private socket; None where it does not run this host or does not answer."""
+        if not calls.exists(BOOTED):
+            return None
+        version = ask_manager(ask)
+        names = sorted({process.unit for process in processes if process.unit.endswith(".scope")})
+        shown = ask(["systemctl", "show", f"--property={PROPERTIES}", "--", "*.service", *names])
+        if version is None or shown is None:
+            return None
+        units = parse_units(shown)
+        stores: dict[str, str] | None = {}
+        if any(process.pid == 1 for process in processes):
+            stores = _read_stores(ask, [name for name, unit in units.items() if _number(unit, "NFileDescriptorStore")])
+        return cls(version.version, units, stores)
+
+    def outlives(self, unit: str) -> bool:
+        """Whether the unit's store stays when it is stopped."""
+        return self.units.get(unit, {}).get("FileDescriptorStorePreserve") in OUTLIVES
+
+    def keeps(self, process: Process) -> bool:
+        """Whether the process is neither stopped nor killed by a shutdown."""
+        unit = self.units.get(process.unit, {})
+        stopped = "shutdown.target" in unit.get("Conflicts", "").split()
+        return unit.get("SurviveFinalKillSignal") == "yes" and not stopped
+
+
+def parse_units(shown: str) -> dict[str, dict[str, str]]:
+    """Read what `systemctl show` prints of several units, by their names."""
+    blocks = (dict(line.partition("=")[::2] for line in block.split("\n")) for block in shown.split("\n\n"))
+    return {block["Id"]: block for block in blocks if "Id" in block}
+
+
+def parse_store(output: str) -> list[str]:
+    """The names of the sessions in one unit's store, as `systemd-analyze fdstore --json=short` prints it."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
+        paths = [str(entry.get("path")) for entry in json.loads(output)]
+        return [path.removeprefix(LINK).removeprefix(" ") for path in paths if path.startswith(LINK)]
+    return []
+
+
+def _read_stores(ask: Ask, units: Sequence[str]) -> dict[str, str] | None:
+    """In whose store each session lies."""
+    found: dict[str, str] = {}
+    for unit in units:
+        output = ask(["systemd-analyze", "fdstore", "--json=short", unit])
+        if output is None:
+            return None
+        found.update(dict.fromkeys(parse_store(output), unit))
+    return found
+
+
+def _number(unit: dict[str, str], key: str) -> int:
+    value = unit.get(key, "")
+    return int(value) if value.isdecimal() else 0
+
+
+def _judged(held: Held, manager: _Manager | None) -> LuoSession:
+    """What an orderly shutdown does to a session: one holder that keeps it is enough."""
+    shown = join_names(map(str, held.processes), MAX_HOLDERS_SHOWN)
+    if held.incoming:
+        why = "it came from the previous kernel, and no jump takes what is left in it any further"
+        return LuoSession(held.name, shown, SessionFate.unknown, why, incoming=True)
+    if manager is None:
+        return LuoSession(held.name, shown, SessionFate.unknown, "systemd does not say what it does to it")
+    order = [SessionFate.kept, SessionFate.unknown, SessionFate.lost]
+    fates = [_fate(held.name, process, manager) for process in held.processes]
+    return LuoSession(held.name, shown, *min(fates, key=lambda found: order.index(found[0])))
+
+
+def _fate(name: str, process: Process, manager: _Manager) -> tuple[SessionFate, str]:
+    carried = manager.version >= CARRIES_SESSIONS
+    if process.pid == 1:
+        unit = "" if manager.stores is None else manager.stores.get(name, "")
+        if not unit:
+            return SessionFate.unknown, "systemd does not say in which unit's file descriptor store it lies"
+        where = f"the file descriptor store of {unit}"
+        if not carried:
+            return SessionFate.lost, f"systemd {manager.version} does not carry {where} over: 261 does"
+        if manager.outlives(unit):
+            return SessionFate.kept, f"it lies in {where}"
+        return SessionFate.lost, f"{where} is emptied when that is stopped (FileDescriptorStorePreserve=)"
+    if process.is_user_manager:
+        settings = manager.units.get(process.unit, {})
+        if carried and manager.outlives(process.unit) and _number(settings, "FileDescriptorStoreMax"):
+            return SessionFate.kept, f"it lies in a file descriptor store of {process.unit}"
+        return (
+            SessionFate.lost,
+            f"{process.unit} keeps no file descriptors over a shutdown (FileDescriptorStoreMax=, "
+            "FileDescriptorStorePreserve=)",
+        )
+    if manager.keeps(process):
+        return SessionFate.kept, f"{process.unit} is neither stopped nor killed (SurviveFinalKillSignal=)"
+    return SessionFate.lost, "its process is stopped or killed, and no file descriptor store keeps it"
+
+
+# After the jump
+
+
+def title(session: LuoSession) -> str:
+    """A session as it is named in a verdict."""
+    return f"session {printable(session.name)}" if session.name else f"a session without a name of {session.holder}"
+
+
+def count(verdict: Verdict, left: Sequence[LuoSession], unseen: str, held: Sequence[Held], *, at_once: bool) -> Verdict:
+    """Add to the verdict which of the sessions that left arrived: `held` are those that are open now.
+
+    Nobody asks the kernel for them: RETRIEVE_SESSION would take a session from its owner. So of one that nobody has
+    open, and that no shutdown ended, it is not known whether it waits for its owner, was taken back and let go, or did
+    not arrive. `at_once` says that nothing was stopped before the jump.
+    """
+    incoming, arrived, missing = {one.name for one in held if one.name and one.incoming}, list[str](), list[str]()
+    names = {one.name for one in held if one.name}
+    unknown = [f"other processes' sessions ({unseen})"] if unseen else []
+    findings = [*verdict.found]
+    for session in left:
+        shown = title(session)
+        if session.name in incoming and not session.incoming:
+            arrived.append(shown)
+        elif session.fate is SessionFate.lost and not at_once:
+            missing.append(shown)
+            again = "; a session of that name is open now, as a new one" if session.name in names else ""
+            findings.append(Finding("", f"LUO {shown}, held by {session.holder}, was lost: {session.why}{again}"))
+        else:
+            unknown.append(shown)
+    counted = Verdict(
+        sorted({*verdict.arrived, *arrived}),
+        sorted({*verdict.missing, *missing}),
+        verdict.changed,
+        unknown=sorted({*verdict.unknown, *unknown}),
+    )
+    return counted.with_findings(findings)
