@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from khod.images.kernel import Kernel
+from khod.kernel.built import is_set
 from khod.kernel.written import Written
 
 BUILT_IN = frozenset({"kho", "memblock", "reserve-mem"})
@@ -42,7 +43,7 @@ def understood(written: Written, kernel: Kernel) -> Understood:
     if kernel.opaque:
         return Understood(Answer.unknown, f"its code cannot be looked at: {kernel.opaque}")
     reads = sorted(known for known in kernel.compatible if family(known) == "kho")
-    if not reads or (kernel.config is not None and "\nCONFIG_KEXEC_HANDOVER=y\n" not in f"\n{kernel.config}\n"):
+    if not reads or (kernel.config is not None and not is_set(kernel.config, "CONFIG_KEXEC_HANDOVER")):
         return Understood(Answer.different, "it was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER)")
     if not written.root:
         return Understood(

@@ -21,8 +21,21 @@ def configured(calls: Calls, option: str) -> bool | None:
             config = gzip.decompress(raw) if path.endswith(".gz") else raw
         except (OSError, EOFError, zlib.error):
             continue
-        return f"\n{option}=y".encode() in config
+        return is_set(config.decode(errors="replace"), option)
     return None
+
+
+def is_set(config: str, option: str) -> bool:
+    """Tell whether a kernel's configuration has `option` built in."""
+    return f"\n{option}=y\n" in f"\n{config}\n"
+
+
+def is_not_set(config: str, option: str) -> bool:
+    """Tell whether a kernel's configuration says that `option` was left out; where it could not be asked, it does not.
+
+    RD_GZIP and the like depend on BLK_DEV_INITRD: where that is left out, they are not mentioned.
+    """
+    return f"\n# {option} is not set\n" in f"\n{config}\n"
 
 
 def built_in(calls: Calls, option: str, prefix: str) -> bool | None:

@@ -1,15 +1,18 @@
 """Checks of the next kernel: whether this host can load it, and whether it would take over what is left to it."""
 
 import mmap
+import re
 from collections.abc import Callable
 
 from khod import cmdline as lines
 from khod.formats import Answer, understood
+from khod.images.accepted import INITRD
 from khod.images.kernel import Kernel, Signature
 from khod.kernel import host
+from khod.kernel.built import is_not_set
 from khod.kernel.placement import NoRoom, place, segments
 from khod.kernel.written import written
-from khod.model import CheckResult, Fate
+from khod.model import CheckResult, Fate, Generation
 from khod.preflight.facts import Facts, Finding, shown
 from khod.preflight.kernel import signatures_enforced
 from khod.target import Target
@@ -60,18 +63,72 @@ def initrd(facts: Facts) -> Finding | None:
         return None
     if error := target.wrong.get("initrd"):
         return Finding.of(error)
-    if target.initrd is None:
-        if lines.has_root(target.cmdline):
-            return Finding.passed("None; the command line says where the root is")
-        return Finding.fail(
-            "No initrd, and no root= on the command line: the next kernel would panic",
-            "Give --initrd, or the root with --append root=...",
-        )
+    about = target.apart.about if target.apart else None
+    if target.initrd is None or not any(one.formats for one in target.initrds):
+        return _no_initrd(target, about)
+    if wrong := _not_built_for(target, about):
+        return wrong
+    return _archives(target, about)
+
+
+def _no_initrd(target: Target, about: Kernel | None) -> Finding:
+    """Judge a next kernel that is given no archive, or nothing but a boot configuration."""
+    what = "None" if target.initrd is None else f"{target.initrd.name} holds a boot configuration and no archive"
+    if _built_in_initramfs(about):
+        return Finding.passed(f"{what}; the image has an initramfs built in (CONFIG_INITRAMFS_SOURCE)")
+    if lines.has_root(target.cmdline):
+        return Finding.passed(f"{what}; the command line says where the root is")
+    return Finding.fail(
+        f"{'No initrd' if target.initrd is None else what}, and no root= on the command line: "
+        "the next kernel would panic",
+        "Give --initrd, or the root with --append root=...",
+    )
+
+
+def _not_built_for(target: Target, about: Kernel | None) -> Finding | None:
+    """Find what the initrd needs and the next kernel was built without, where the image shows its configuration."""
+    if about is None or about.config is None:
+        return None
+    wanted = {INITRD, *(option for one in target.initrds for option in one.needs)}
+    missing = sorted(option for option in wanted if is_not_set(about.config, option))
+    if not missing:
+        return None
+    return Finding.fail(
+        f"{about.version or target.kernel.name} was built without {join_names(missing, MAX_SHOWN)}: it would not "
+        f"unpack {target.initrd.name if target.initrd else 'the initrd'}",
+        "Pack the initrd as that kernel unpacks it (`COMPRESS=` in initramfs.conf, `compress=` in dracut.conf), or "
+        "choose another kernel.",
+    )
+
+
+def _archives(target: Target, about: Kernel | None) -> Finding:
+    """Judge what is in the archives: something to start, and modules of the kernel that they are given to."""
+    assert target.initrd is not None, "asked before"
     files, unpacked = sum(one.files for one in target.initrds), sum(one.unpacked for one in target.initrds)
     what = f"{target.initrd.name}: {files} {'file' if files == 1 else 'files'}, {unpacked / 2**20:.1f} MiB unpacked"
-    init = lines.init(target.cmdline)
-    if any(one.init for one in target.initrds):
-        return Finding.passed(f"{what}, /{init} is there")
+    if any(one.bootconfig for one in target.initrds):
+        what += ", a boot configuration at its end, whose words were not inspected"
+    init, found = lines.init(target.cmdline), any(one.init for one in target.initrds)
+    if opaque := next((one.opaque for one in target.initrds if one.opaque), ""):
+        return Finding.warn(
+            f"{what}; not inspected: {opaque}{f'; /{init} is in what was' if found else ''}",
+            "Pack it with another compression (zstd, xz --check=crc32, gzip), so that khod can look into it.",
+        )
+    modules, version = {tree for one in target.initrds for tree in one.modules}, about.version if about else ""
+    if modules and version and version not in modules:
+        return Finding.warn(
+            f"{what}, with modules for {join_names(sorted(modules), MAX_SHOWN)}; the image is {version}, and loads "
+            "none of them",
+            f"Give the initrd that was made for {version}, for instance with: khoctl check --kernel {version}",
+        )
+    if found:
+        needed = sorted(option for one in target.initrds for option in one.needs)
+        unseen = f"; not inspected: whether the kernel has {join_names(needed, MAX_SHOWN)}, it shows no configuration"
+        return Finding.passed(
+            f"{what}, /{init} is there{unseen if needed and (about is None or about.config is None) else ''}"
+        )
+    if _built_in_initramfs(about):
+        return Finding.passed(f"{what}, no /{init} in it; the image has an initramfs built in")
     if lines.has_root(target.cmdline):
         return Finding.warn(
             f"{what}, and no /{init} in it: the kernel mounts root= by itself",
@@ -81,6 +138,12 @@ def initrd(facts: Facts) -> Finding | None:
         f"{what}, no /{init} in it, and no root= on the command line: the next kernel would panic",
         "Give the initrd of this kernel, or the root with --append root=...",
     )
+
+
+def _built_in_initramfs(about: Kernel | None) -> bool:
+    """Whether the image's configuration says that a whole initramfs is in it, not just the default's /dev and /root."""
+    config = about.config if about else None
+    return config is not None and re.search(r'^CONFIG_INITRAMFS_SOURCE="[^"]+"$', config, re.MULTILINE) is not None
 
 
 def cmdline(facts: Facts) -> Finding | None:
@@ -199,6 +262,9 @@ def _contradiction(about: Kernel) -> Finding | None:
 
 def _tree(facts: Facts) -> int:
     """Bytes of the tree that v3 copies into the image: what it is where it can be told, else 0."""
+    kernel = facts.probed.kernel
+    if kernel is None or kernel.generation is not Generation.sysfs:
+        return 0
     return len(facts.outgoing.root) if facts.outgoing and facts.observed.active else 0
 
 

@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,19 +56,19 @@ class Site:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         (self.root / name).symlink_to(target)
 
-    def image(self, contents: bytes, cmdline: str | None = None) -> Target:
-        """An x86 image as the next kernel."""
-        paths = {"image": self.directory / "vmlinuz", "initrd": self.directory / "initrd"}
-        for path, data in zip(paths.values(), (contents, CPIO), strict=True):
-            path.write_bytes(data)
-        image, initrd = (os.open(path, os.O_RDONLY) for path in paths.values())
+    def image(self, contents: bytes, cmdline: str | None = None, initrds: Sequence[bytes] = (CPIO,)) -> Target:
+        """An x86 image as the next kernel, with these initrds."""
+        given = []
         try:
-            request = Request(Given(image, "vmlinuz"), (Given(initrd, "initrd"),), cmdline)
+            for name, data in [("vmlinuz", contents), *((f"initrd{at}", data) for at, data in enumerate(initrds))]:
+                (self.directory / name).write_bytes(data)
+                given.append(Given(os.open(self.directory / name, os.O_RDONLY), name))
+            request = Request(given[0], tuple(given[1:]), cmdline)
             running = self.calls.read("/proc/cmdline").decode()
             self.targets.append(take(request, running, "run", Images(), "x86_64"))
         finally:
-            os.close(image)
-            os.close(initrd)
+            for one in given:
+                os.close(one.fd)
         return self.targets[-1]
 
     def facts(self, target: Target | None = None) -> Facts:
