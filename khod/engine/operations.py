@@ -603,7 +603,7 @@ class Engine:
             self._transaction.emit(f"waiting for producers to connect again: {names}")
             await self._interruptible(self.muster.peers.wait_returned({found.name for found in waiting}))
         checks = await self._interruptible(self.queries.run_checks(observed))
-        preflight.require([check for check in checks if wants_load or check.name != "kexec"])
+        self._require([check for check in checks if wants_load or check.name != "kexec"])
         if phase in HELD:
             return self.record
         return self.record.begin_run(new_run(), observed, self._observer.kernel.generation)
@@ -611,8 +611,13 @@ class Engine:
     async def _check_target(self, target: Target) -> None:
         observed = self._observer.last
         assert observed is not None, "the kernel was asked before"
-        preflight.require(await self._interruptible(self.queries.run_checks(observed, target)))
+        self._require(await self._interruptible(self.queries.run_checks(observed, target)))
         self._transaction.emit(f"the next command line: {target.cmdline}", words=target.words)
+
+    def _require(self, checks: list[Check]) -> None:
+        preflight.require(checks)
+        for line in preflight.overridden(checks):
+            self._transaction.emit(line)
 
     async def _begin(self, record: Record) -> Attempt:
         """Go on with the attempt of this record, or begin it."""

@@ -5,11 +5,12 @@ import re
 from collections.abc import Callable
 
 from khod import cmdline as lines
-from khod.formats import Answer, understood
+from khod.formats import Answer, Effect, Understood, next_kho, understood
 from khod.images.accepted import INITRD
 from khod.images.kernel import Kernel, Signature
 from khod.kernel import host
 from khod.kernel.built import is_not_set
+from khod.kernel.next_arg import parse, switched
 from khod.kernel.placement import NoRoom, place, segments
 from khod.kernel.written import written
 from khod.model import CheckResult, Fate, Generation
@@ -150,11 +151,26 @@ def cmdline(facts: Facts) -> Finding | None:
     """Nothing that KHO needs is missing from it."""
     if (target := facts.target) is None:
         return None
-    lost = list(lines.losses(target.words))
-    if not lost:
-        return _torn(target) or Finding.passed(target.cmdline)
-    result = CheckResult.fail if lines.off(target.words) else CheckResult.warn
-    return Finding(result, "; ".join(lost), "Add it again with --append, or reuse the running line: --reuse-cmdline")
+    about, kernel = target.apart.about if target.apart else None, facts.probed.kernel
+    mainline = kernel is not None and kernel.generation is not Generation.sysfs
+    is_on = next_kho(about, target.cmdline) if about and mainline else None
+    lost = [word.lost for word in target.words if word.lost and not (is_on and parse(word.text).named("kho"))]
+    remedy = "Add it again with --append, or reuse the running line: --reuse-cmdline"
+    if is_on is False and not lines.off(target.words):
+        lost.append(
+            "the next kernel has Kexec HandOver off: its command line and its configuration do not switch it on"
+        )
+        remedy = "Switch it on: --append kho=on"
+    if lost:
+        off = is_on is False or (is_on is None and lines.off(target.words))
+        return Finding(CheckResult.fail if off else CheckResult.warn, "; ".join(lost), remedy)
+    if is_on is None and mainline and about is not None and switched(target.cmdline, "kho") is None:
+        return Finding.warn(
+            f"{target.cmdline}; not inspected: whether the next kernel has Kexec HandOver on without kho=on, as it "
+            "shows no configuration",
+            "Switch it on: --append kho=on",
+        )
+    return _torn(target) or Finding.passed(target.cmdline)
 
 
 def _torn(target: Target) -> Finding | None:
@@ -168,28 +184,59 @@ def _torn(target: Target) -> Finding | None:
     )
 
 
+RESULTS = {
+    Effect.panic: CheckResult.fail,
+    Effect.nothing: CheckResult.fail,
+    Effect.files: CheckResult.fail,
+    Effect.empty: CheckResult.warn,
+    Effect.shown: CheckResult.passed,
+}
+"""How much each effect of a mismatch weighs."""
+
+
 @_of_target
 def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
     """It reads what this kernel writes."""
     if (kernel := facts.probed.kernel) is None:
         return Finding.skipped("The running kernel has no KHO")
-    found = understood(written(facts.kexec.calls, kernel.generation), about)
+    writes = written(facts.kexec.calls, kernel.generation, about)
+    found = understood(writes, about, target.cmdline)
     name = about.version or target.kernel.name
-    modules = f"; only a module can read {', '.join(found.unread)}, which the image does not show"
-    override = 'to jump all the same: checks.formats = "warn" in /etc/kho/khod.toml'
-    if found.answer is Answer.different:
-        return Finding.fail(
-            f"{name} would take over nothing, or not all: {found.why}",
-            f"Choose a kernel that reads the same formats, or reboot without keeping state; {override}",
-        )
+    notes = [
+        *(f"only a module can read {one}, which the image does not show" for one in found.unread),
+        *(f"{one} does not say its format, and is not judged" for one in writes.unjudged),
+        *(f"not inspected: {one}" for one in found.not_inspected),
+    ]
+    evidence = "; ".join([found.why, *notes])
     if found.answer is Answer.unknown:
         warn = facts.config.policy.unknown_format == "warn"
         return Finding(
             CheckResult.warn if warn else CheckResult.fail,
-            f"It cannot be told whether {name} takes the state over: {found.why}",
+            f"It cannot be told whether {name} takes the state over: {evidence}",
             'If you know that it does: policy.unknown_format = "warn" in /etc/kho/khod.toml',
         )
-    return Finding.passed(f"{name} reads what this kernel writes: {found.why}{modules if found.unread else ''}")
+    if found.effect is not None:
+        return _mismatch(found, f"{name} {found.effect.value}: {evidence}")
+    if found.not_inspected:
+        return Finding.warn(
+            f"{name} reads what this kernel writes, as far as it was inspected: {evidence}",
+            f"Put the running kernel's own image where it can be found: /boot/vmlinuz-{facts.kexec.release()}",
+        )
+    return Finding.passed(f"{name} reads what this kernel writes: {evidence}")
+
+
+def _mismatch(found: Understood, evidence: str) -> Finding:
+    assert found.effect is not None, "asked before"
+    if found.luo_off:
+        return Finding.warn(evidence, "Add it: --append liveupdate=on")
+    override = "off" if found.effect is Effect.panic else "warn"
+    return Finding(
+        RESULTS[found.effect],
+        evidence,
+        "Choose a kernel that reads the same formats, or reboot without keeping state; to jump all the same: "
+        f'checks.formats = "{override}" in /etc/kho/khod.toml',
+        panic=found.effect is Effect.panic,
+    )
 
 
 @_of_target
