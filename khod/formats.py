@@ -38,8 +38,10 @@ class Effect(enum.Enum):
 
 SEVERITY = list(Effect)
 
+ROOT = Effect.nothing
+"""Of the root, `kho-vN`: kho_populate() says `disabling KHO revival` (6.19.11 to 7.3.4, seen)."""
+
 EFFECTS = {
-    "kho": Effect.nothing,  # kho_populate(): `disabling KHO revival` (6.19.11 to 7.3.4, seen)
     "luo": Effect.panic,  # luo_early_startup(), luo_restore_fail() (7.3.4 to 7.2.12 with luo-v6, seen)
     "luo-session": Effect.panic,  # luo_session_setup_incoming(), which luo_early_startup() calls (6.19)
     "luo-flb": Effect.panic,  # luo_flb_setup_incoming(), the same way
@@ -48,7 +50,7 @@ EFFECTS = {
     "reserve-mem": Effect.empty,
     "kho-test": Effect.shown,  # lib/test_kho.c, which tests and holds nothing
 }
-"""What a mismatch does, by family."""
+"""What a mismatch in a blob or a file handler does, by family."""
 
 OTHERWISE = Effect.empty
 """Of a family that is not known here, and that the image has in another version: whoever reads it begins anew."""
@@ -91,7 +93,7 @@ def understood(written: Written, kernel: Kernel, line: str | None = None) -> Und
     `line` is the next kernel's command line; None stands for one that switches everything on.
     """
     if (lost := _nothing_arrives(written, kernel, line)) is not None:
-        return Understood(Answer.different, lost, effect=Effect.nothing)
+        return Understood(Answer.different, lost, effect=ROOT)
     if kernel.page_size not in (0, mmap.PAGESIZE):
         # kho_radix_encode_key() keys the preserved pages by PAGE_SHIFT (include/linux/kho/abi/kexec_handover.h, 7.3),
         # memfd and LUO count in pages, and kho_populate() compares `compatible` alone.

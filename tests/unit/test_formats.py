@@ -142,6 +142,11 @@ def test_reserved_memory_in_another_format_begins_empty(compatible: set[str]) ->
     assert (found.answer, found.effect) == (Answer.different, Effect.empty)
 
 
+def test_a_tree_of_v3_s_that_a_module_carries_is_not_the_root() -> None:
+    found = understood(Written("kho-v4", {"v3": frozenset({"kho-v1"})}), kernel(KNOWN["7.3.4"]), ON)
+    assert found.effect is Effect.empty
+
+
 def test_what_only_tests_is_only_shown() -> None:
     found = understood(Written("kho-v4", KHO_TEST), kernel({"kho-v4", "kho-test-v2"}), ON)
     assert (found.answer, found.effect) == (Answer.same, None)
