@@ -48,6 +48,7 @@ MARKS = {
     CheckResult.fail: ("FAIL", typer.colors.RED),
     CheckResult.unsupported: ("FAIL", typer.colors.RED),
     CheckResult.skipped: ("skip", typer.colors.WHITE),
+    CheckResult.off: ("off ", typer.colors.YELLOW),
 }
 GENERATIONS = {
     "none": "no Kexec HandOver",

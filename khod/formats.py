@@ -3,16 +3,19 @@
 import enum
 import mmap
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from khod.images.kernel import Kernel
-from khod.kernel.written import Written
-
-BUILT_IN = frozenset({"kho", "memblock", "reserve-mem"})
-"""Families no module brings: what the image does not know of these, the kernel does not. `luo` is one by its name."""
+from khod.kernel.built import KHO_BY_DEFAULT, is_set
+from khod.kernel.next_arg import switched, switched_on
+from khod.kernel.written import LUO, Written
 
 V3_MARK = "dt_max"
 """A file of v3's: mainline 6.16 calls its root kho-v1 too, and means another layout."""
+
+PAGE_SIZES_DIFFER = ("aarch64", "ppc64le", "loongarch64")
+"""Processors whose kernels are built for one of several page sizes."""
 
 
 class Answer(enum.Enum):
@@ -23,57 +26,188 @@ class Answer(enum.Enum):
     unknown = "unknown"
 
 
+class Effect(enum.Enum):
+    """What becomes of a handover where two kernels differ in a format, the worst first; the value says it."""
+
+    panic = "would panic at boot"
+    nothing = "would take over nothing"
+    files = "would lose every file that is handed over"
+    empty = "would begin with a part of the state empty"
+    shown = "would not show all that it was handed"
+
+
+SEVERITY = list(Effect)
+
+ROOT = Effect.nothing
+"""Of the root, `kho-vN`: kho_populate() says `disabling KHO revival` (6.19.11 to 7.3.4, seen)."""
+
+EFFECTS = {
+    "luo": Effect.panic,  # luo_early_startup(), luo_restore_fail() (7.3.4 to 7.2.12 with luo-v6, seen)
+    "luo-session": Effect.panic,  # luo_session_setup_incoming(), which luo_early_startup() calls (6.19)
+    "luo-flb": Effect.panic,  # luo_flb_setup_incoming(), the same way
+    "memfd": Effect.files,  # `No registered handler`, and each open of /dev/liveupdate is EIO (seen)
+    "memblock": Effect.empty,  # reserve_mem_kho_revive(): the memory is reserved anew
+    "reserve-mem": Effect.empty,
+    "kho-test": Effect.shown,  # lib/test_kho.c, which tests and holds nothing
+}
+"""What a mismatch in a blob or a file handler does, by family."""
+
+OTHERWISE = Effect.empty
+"""Of a family that is not known here, and that the image has in another version: whoever reads it begins anew."""
+
+PAGE_SIZE = Effect.panic
+"""The map of preserved pages is keyed by PAGE_SHIFT, and `compatible` alone is compared: it is read as another map."""
+
+NO_LUO = Effect.files
+"""Of LUO's state in a kernel that has no LUO, or that has it switched off: nobody looks at it."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One thing in which the kernels differ: what it does, and what differs."""
+
+    effect: Effect
+    what: str
+
+
 @dataclass(frozen=True)
 class Understood:
-    """The answer, and why; `unread` names formats that only a module may read, which no image shows."""
+    """The answer, and why.
+
+    `effect` is the worst that would happen, None where nothing does; `unread` names formats that only a module may
+    read, which no image shows, `not_inspected` says what could not be looked at on either side. `luo_off` is whether
+    all that is wrong is that the next kernel's command line leaves LUO switched off.
+    """
 
     answer: Answer
     why: str
     unread: tuple[str, ...] = ()
+    effect: Effect | None = None
+    not_inspected: tuple[str, ...] = ()
+    luo_off: bool = False
 
 
-def understood(written: Written, kernel: Kernel) -> Understood:
-    """Hold each format of the running kernel's trees against those the image knows."""
+def understood(written: Written, kernel: Kernel, line: str | None = None) -> Understood:
+    """Hold each format of the running kernel against those the image knows.
+
+    `line` is the next kernel's command line; None stands for one that switches everything on.
+    """
+    if (lost := _nothing_arrives(written, kernel, line)) is not None:
+        return Understood(Answer.different, lost, effect=ROOT)
     if kernel.page_size not in (0, mmap.PAGESIZE):
         # kho_radix_encode_key() keys the preserved pages by PAGE_SHIFT (include/linux/kho/abi/kexec_handover.h, 7.3),
         # memfd and LUO count in pages, and kho_populate() compares `compatible` alone.
         ours, its = (f"{size >> 10} KiB" for size in (mmap.PAGESIZE, kernel.page_size))
-        return Understood(Answer.different, f"its pages have {its}, this kernel's {ours}, and KHO counts in pages")
+        what = f"its pages have {its}, this kernel's {ours}, and KHO counts in pages: it would take memory for another"
+        return Understood(Answer.different, what, effect=PAGE_SIZE)
     if kernel.opaque:
         return Understood(Answer.unknown, f"its code cannot be looked at: {kernel.opaque}")
-    reads = sorted(known for known in kernel.compatible if family(known) == "kho")
-    if not reads or (kernel.config is not None and "\nCONFIG_KEXEC_HANDOVER=y\n" not in f"\n{kernel.config}\n"):
-        return Understood(Answer.different, "it was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER)")
     if not written.root:
+        reads = ", ".join(_known(kernel, "kho"))
+        return Understood(Answer.unknown, f"the running kernel does not show which format it writes; it reads {reads}")
+    if written.luo and not any(family(one) == "luo" for one in written.blobs.get(LUO, ())):
         return Understood(
-            Answer.unknown, f"the running kernel does not show which format it writes; it reads {', '.join(reads)}"
+            Answer.unknown, f"the running kernel has LUO on and does not show its format: {written.not_inspected}"
         )
-    if written.root not in kernel.compatible:
-        return Understood(Answer.different, f"this kernel writes {written.root}, it reads {', '.join(reads)}")
+    return _parts(written, kernel, line)
+
+
+def next_kho(kernel: Kernel, line: str) -> bool | None:
+    """Tell whether the next kernel comes up with KHO on: `kho=`, else what it was built with; None is not known.
+
+    V3 has no such parameter: it is on where it has scratch memory.
+    """
+    if V3_MARK in kernel.marks:
+        return True
+    said = switched(line, "kho")
+    if said is None and kernel.config is not None:
+        return is_set(kernel.config, KHO_BY_DEFAULT)
+    return said
+
+
+def _nothing_arrives(written: Written, kernel: Kernel, line: str | None) -> str | None:
+    """Say why the next kernel looks at nothing it is handed; None where it does, or where that cannot be told."""
+    if line is not None and not written.v3 and next_kho(kernel, line) is False:
+        return "Kexec HandOver is off in it: kho=on is not on its command line"
+    if kernel.opaque:
+        return None
+    reads = _known(kernel, "kho")
+    if not reads or (kernel.config is not None and not is_set(kernel.config, "CONFIG_KEXEC_HANDOVER")):
+        return "it was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER)"
+    if written.root and written.root not in kernel.compatible:
+        return f"this kernel writes {written.root}, it reads {', '.join(reads)}"
     if written.v3 is not (V3_MARK in kernel.marks) and written.root == "kho-v1":
         ours, its = ("v3's", "mainline's") if written.v3 else ("mainline's", "v3's")
-        return Understood(
-            Answer.different, f"both call it {written.root}, and this kernel writes {ours}, it reads {its}"
+        return f"both call it {written.root}, and this kernel writes {ours}, it reads {its}"
+    return None
+
+
+def _parts(written: Written, kernel: Kernel, line: str | None) -> Understood:
+    """Judge what hangs below a root that both kernels know."""
+    unread = [
+        one
+        for formats in written.blobs.values()
+        for one in sorted(formats)
+        if family(one) not in EFFECTS and not _known(kernel, family(one))
+    ]
+    found = [one for name, formats in written.blobs.items() for one in _of_blob(name, formats, kernel)]
+    if written.luo:
+        found += _of_files(written, kernel)
+    found.sort(key=lambda one: SEVERITY.index(one.effect))
+    luo_off = False
+    if written.luo and line is not None and not switched_on(line, "liveupdate"):
+        worst = found[0].effect if found else Effect.shown
+        if SEVERITY.index(worst) > SEVERITY.index(NO_LUO):
+            luo_off = worst is Effect.shown
+            found.insert(0, Mismatch(NO_LUO, "LUO is off in it: liveupdate=on is not on its command line"))
+    blind = tuple(_not_inspected(written, kernel))
+    if found and (effect := found[0].effect) is not Effect.shown:
+        why = "; ".join(one.what for one in found)
+        return Understood(Answer.different, why, tuple(unread), effect, blind, luo_off)
+    both = {written.root, *(one for formats in written.blobs.values() for one in formats)} | _files(
+        written.own or frozenset()
+    )
+    why = f"both speak {', '.join(sorted(both & kernel.compatible))}"
+    return Understood(Answer.same, "; ".join([why, *(one.what for one in found)]), tuple(unread), not_inspected=blind)
+
+
+def _of_blob(name: str, formats: frozenset[str], kernel: Kernel) -> Iterator[Mismatch]:
+    for one in sorted(formats - kernel.compatible):
+        kind = family(one)
+        if known := _known(kernel, kind):
+            what = f"{name} is written in {one}, it reads {', '.join(known)}"
+            yield Mismatch(EFFECTS.get(kind, OTHERWISE), what)
+        elif kind in EFFECTS:
+            effect = EFFECTS[kind]
+            if effect is Effect.panic and not _known(kernel, "luo"):
+                effect = NO_LUO
+            yield Mismatch(effect, f"{name} is written in {one}, which it does not know")
+
+
+def _of_files(written: Written, kernel: Kernel) -> Iterator[Mismatch]:
+    """Judge the file handlers, which are in no tree before a file is handed over; each kernel's image shows them."""
+    if not _known(kernel, "luo"):
+        return  # said of LUO's own blob
+    for one in sorted(_files(written.own or frozenset()) - kernel.compatible):
+        known = ", ".join(_known(kernel, family(one))) or "none of the kind"
+        yield Mismatch(
+            Effect.files, f"files are handed over as {one}, it reads {known}, and /dev/liveupdate would answer EIO"
         )
-    return _blobs(written, kernel)
 
 
-def _blobs(written: Written, kernel: Kernel) -> Understood:
-    wrong, unread = [], []
-    families = {family(known) for known in kernel.compatible}
-    for name, formats in written.blobs.items():
-        for one in sorted(formats - kernel.compatible):
-            if family(one) in families:
-                others = sorted(known for known in kernel.compatible if family(known) == family(one))
-                wrong.append(f"{name} is written in {one}, it reads {', '.join(others)}")
-            elif family(one) in BUILT_IN or family(one).startswith("luo"):
-                wrong.append(f"{name} is written in {one}, which it does not know")
-            else:
-                unread.append(one)
-    if wrong:
-        return Understood(Answer.different, "; ".join(wrong), tuple(unread))
-    same = sorted({written.root, *(one for formats in written.blobs.values() for one in formats)} - set(unread))
-    return Understood(Answer.same, f"both speak {', '.join(same)}", tuple(unread))
+def _not_inspected(written: Written, kernel: Kernel) -> Iterator[str]:
+    if written.luo and written.own is None:
+        yield f"in which formats this kernel hands files over ({written.not_inspected})"
+    if kernel.page_size == 0 and kernel.arch in PAGE_SIZES_DIFFER:
+        yield "its page size"
+
+
+def _files(formats: frozenset[str]) -> frozenset[str]:
+    return frozenset(one for one in formats if EFFECTS.get(family(one)) is Effect.files)
+
+
+def _known(kernel: Kernel, kind: str) -> list[str]:
+    return sorted(known for known in kernel.compatible if family(known) == kind)
 
 
 def family(compatible: str) -> str:

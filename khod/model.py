@@ -246,13 +246,17 @@ class Status:
 
 
 class CheckResult(enum.Enum):
-    """The outcome of one check; `passed` because `pass` is a Python keyword."""
+    """The outcome of one check; `passed` because `pass` is a Python keyword.
+
+    `off` is a failure that the operator has switched off: it was found, and refuses nothing.
+    """
 
     passed = "passed"
     warn = "warn"
     fail = "fail"
     unsupported = "unsupported"
     skipped = "skipped"
+    off = "off"
 
 
 @dataclass(frozen=True)

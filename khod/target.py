@@ -117,9 +117,10 @@ def _initrds(target: Target, given: tuple[Given, ...], bounds: Images) -> None:
         for one in given:
             taken.append(sealed.seal(one.fd, "initrd", one.name, bounds.max_size))
         parts = [*own, *taken]
+        init = cmdline.init(target.cmdline)
         for part in parts:
             try:
-                target.initrds.append(initrd.look(part, bounds.max_unpacked, init=cmdline.init(target.cmdline)))
+                target.initrds.append(initrd.look(part, bounds.max_unpacked, init, last=part is parts[-1]))
             except KhoError as error:
                 target.wrong.setdefault("initrd", _alone(error))
         if len(parts) == 1:

@@ -644,7 +644,7 @@ class Engine:
         checks = await self._interruptible(self.queries.run_checks(observed, now=now))
         to_come = {"kexec": request is not None and Step.load not in self.machine.done}
         to_come["sessions"] = request is not None and not request.load_only  # it is the jump that ends them
-        preflight.require([check for check in checks if to_come.get(check.name, True)])
+        self._require([check for check in checks if to_come.get(check.name, True)])
         if phase in HELD:
             return self.record
         return self.record.begin_run(new_run(), observed, self._observer.kernel.generation, by)
@@ -652,8 +652,13 @@ class Engine:
     async def _check_target(self, target: Target) -> None:
         observed = self._observer.last
         assert observed is not None, "the kernel was asked before"
-        preflight.require(await self._interruptible(self.queries.run_checks(observed, target)))
+        self._require(await self._interruptible(self.queries.run_checks(observed, target)))
         self._transaction.emit(f"the next command line: {target.cmdline}", words=target.words)
+
+    def _require(self, checks: list[Check]) -> None:
+        preflight.require(checks)
+        for line in preflight.overridden(checks):
+            self._transaction.emit(line)
 
     async def _begin(self, record: Record, *, at_once: bool = False) -> Attempt:
         """Go on with the attempt of this record, or begin it."""

@@ -4,6 +4,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from khod.errors import Refused
 from khod.images import elf
@@ -25,6 +26,10 @@ TAIL = re.compile(rb"(kho|kho-test|luo|luo-session|memfd|memblock|reserve-mem|ft
 MOST = 100_000  # versions: a kernel has hundreds
 LINUX = b"Linux version "  # init/version-timestamp.c: linux_banner
 BANNER = re.compile(LINUX + rb"([0-9][^ \0]{0,63}) ")
+BUILD = re.compile(r"\) #[0-9]")
+"""What the banner in use has, and the weak one before it, which init/version.c is built with, has not (7.3.4)."""
+MAX_BANNERS = 16
+LONGEST_BANNER = 512  # bytes: the release, who built it where, the compiler and linker, and UTS_VERSION
 IKCFG_ST = b"IKCFG_ST"  # kernel/configs.c
 IKCONFIG = IKCFG_ST + b"\x1f\x8b\x08"
 
@@ -37,6 +42,7 @@ class Contents:
     config: str | None
     compatible: frozenset[str]
     marks: frozenset[str]
+    banner: str = ""
 
 
 def look(read: Read, size: int, where: str) -> Contents:
@@ -44,7 +50,7 @@ def look(read: Read, size: int, where: str) -> Contents:
 
     Refused where it is made of more versions than can be looked at.
     """
-    version, config, marks = "", None, set[str]()
+    version, banner, config, marks = "", "", None, set[str]()
     names, count = set[str](), 0
     for at, seen, text, constant in _windows(read, size):
         for found in VERSION.finditer(text):
@@ -56,11 +62,19 @@ def look(read: Read, size: int, where: str) -> Contents:
         if not constant:
             continue
         marks |= {mark for mark in MARKS if text.find(b"\0" + mark.encode() + b"\0") >= 0}
-        if not version and (start := text.find(LINUX)) >= 0 and (banner := BANNER.search(text, start)):
-            version = banner[1].decode(errors="replace")
+        if not banner and (start := text.find(LINUX)) >= 0:
+            for named in islice(BANNER.finditer(text, start), MAX_BANNERS):
+                version = version or named[1].decode(errors="replace")
+                line = _line(bytes(read(at + named.start(), LONGEST_BANNER)))
+                banner = banner or (line if BUILD.search(line) else "")
         if config is None and (start := text.find(IKCONFIG)) >= 0:
             config = _config(read, at + start + len(IKCFG_ST))
-    return Contents(version, config, frozenset(_of_kho(names)), frozenset(marks))
+    return Contents(version, config, frozenset(_of_kho(names)), frozenset(marks), banner)
+
+
+def _line(text: bytes) -> str:
+    """The banner as /proc/version gives it, less its line's end."""
+    return re.split(rb"[\0\n]", text)[0].decode(errors="replace").rstrip()
 
 
 def _windows(read: Read, size: int) -> Iterator[tuple[int, int, bytes, bool]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from khod.errors import Refused
-from khod.images import compressed
+from khod.images import accepted, compressed
 from khod.images.sealed import ALIGNMENT, Sealed
 
 MAGIC, MAGIC_CRC = b"070701", b"070702"
@@ -21,6 +21,11 @@ PIECE = 1 << 20
 PARTS = 1000
 """Parts, each compressed by itself: one that packs nothing is 20 bytes long, and takes as long to begin as any."""
 NOT_ZERO = re.compile(rb"[^\0]")
+BOOTCONFIG, BOOTCONFIG_NUMBERS = b"#BOOTCONFIG\n", struct.Struct("<II")  # include/linux/bootconfig.h: size, checksum
+BOOTCONFIG_PADDING = 3
+MODULES = re.compile(rb"(?:usr/)?lib/modules/([^/]{1,64})/")
+MAX_MODULE_TREES = 64
+LZ4_FRAME = b"\x04\x22\x4d\x18"  # what `lz4` makes without -l
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,9 @@ class Initrd:
 
     `formats` are those of its parts in order, for instance ("cpio", "zstd"); `files` counts its entries, `unpacked`
     the bytes of its archives. `init` tells whether the program to start is among them, and `opaque`, where not "",
-    why a part could not be looked into: then `files` and `init` say nothing of that part.
+    why a part could not be looked into: then `files` and `init` say nothing of that part. `needs` names the options a
+    kernel must be built with to unpack it, `modules` the kernels whose modules are in it, by lib/modules, and
+    `bootconfig` is the length in bytes of the boot configuration at its end, which the kernel cuts off first.
     """
 
     formats: tuple[str, ...]
@@ -37,14 +44,35 @@ class Initrd:
     unpacked: int
     init: bool
     opaque: str = ""
+    needs: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+    bootconfig: int = 0
 
 
-def look(image: Sealed, limit: int, init: str = "init") -> Initrd:
+def look(image: Sealed, limit: int, init: str = "init", *, last: bool = True) -> Initrd:
     """Walk every archive of an initrd to its end; Refused, with where, where the kernel could not unpack all of it.
 
-    `limit` is the most bytes it may unpack to, `init` the path in it that will be started.
+    `limit` is the most bytes it may unpack to, `init` the path in it that will be started. A boot configuration is
+    looked for where the initrd is the `last` of those that are joined, and there alone, as the kernel does.
     """
-    view, walk, formats, at = image.view(), _Walk(image.name, init), list[str](), 0
+    view = image.view()
+    bootconfig = _bootconfig(view, image.name) if last else 0
+    if bootconfig:
+        view = view[: len(view) - bootconfig]
+    walk, formats, needs, at = _Walk(image.name, init), list[str](), set[str](), 0
+
+    def found_so_far(opaque: str = "") -> Initrd:
+        return Initrd(
+            tuple(formats),
+            walk.files,
+            walk.unpacked,
+            walk.init_seen,
+            opaque,
+            frozenset(needs),
+            frozenset(walk.modules),
+            bootconfig,
+        )
+
     while found := NOT_ZERO.search(view, at):
         at = found.start()
         if view[at] == DIGIT and at % ALIGNMENT == 0:
@@ -56,7 +84,7 @@ def look(image: Sealed, limit: int, init: str = "init") -> Initrd:
             continue
         method = compressed.recognise(bytes(view[at : at + compressed.HEAD]))
         if not method:
-            raise _no_archive(image.name, at)
+            raise _no_archive(image.name, at, bytes(view[at : at + compressed.HEAD]))
         formats.append(method)
         if len(formats) > PARTS:
             raise Refused(
@@ -64,13 +92,34 @@ def look(image: Sealed, limit: int, init: str = "init") -> Initrd:
                 where=image.name,
                 remedy="Pack it as one archive.",
             )
+        needs |= accepted.needs(method, view[at:], image.name)
         if method not in compressed.METHODS:
-            opaque = f"what follows byte {at} is compressed with {method}, which khod does not unpack"
-            return Initrd(tuple(formats), walk.files, walk.unpacked, walk.init_seen, opaque)
+            return found_so_far(f"what follows byte {at} is compressed with {method}, which khod does not unpack")
         at += _packed(walk, method, view[at:], at, limit)
-    if not formats:
+    if not formats and not bootconfig:
         raise _no_archive(image.name, 0)
-    return Initrd(tuple(formats), walk.files, walk.unpacked, walk.init_seen)
+    return found_so_far()
+
+
+def _bootconfig(view: memoryview, where: str) -> int:
+    """Measure what get_boot_config_from_initrd() cuts off (init/main.c); 0 bytes where nothing is there.
+
+    It does so with and without CONFIG_BOOT_CONFIG. A boot loader may have padded it by up to three bytes.
+    """
+    tail = bytes(view[-len(BOOTCONFIG) - BOOTCONFIG_PADDING :])
+    found = tail.rfind(BOOTCONFIG)
+    if found < 0:
+        return 0
+    end = len(view) - len(tail) + found
+    length = end - BOOTCONFIG_NUMBERS.size
+    size = BOOTCONFIG_NUMBERS.unpack_from(view, length)[0] if length >= 0 else 0
+    if length < size or length < 0:
+        raise Refused(
+            f"The initrd ends in a boot configuration of {size} bytes, and is shorter than that",
+            where=where,
+            remedy="Append it again: bootconfig -a FILE INITRD",
+        )
+    return len(view) - (length - size)
 
 
 def _packed(walk: "_Walk", method: str, view: memoryview, at: int, limit: int) -> int:
@@ -144,6 +193,7 @@ class _Walk:
         self.files = 0
         self.unpacked = 0
         self.init_seen = False
+        self.modules = set[str]()
 
     def archive(self, stream: _Stream, within: str) -> None:
         """Walk entries, trailers and zeros up to something else; `within` says what the offsets count in."""
@@ -186,7 +236,10 @@ class _Walk:
         if name not in (TRAILER, b""):
             self.files += 1
             regular = stat.S_ISREG(mode) or stat.S_ISLNK(mode)
-            self.init_seen |= regular and posixpath.normpath(b"/" + name).lstrip(b"/") == self._init.encode()
+            path = posixpath.normpath(b"/" + name).lstrip(b"/")
+            self.init_seen |= regular and path == self._init.encode()
+            if regular and len(self.modules) < MAX_MODULE_TREES and (tree := MODULES.match(path)):
+                self.modules.add(tree[1].decode(errors="replace"))
 
     def _name(self, stream: _Stream, size: int, start: int, within: str) -> bytes:
         """Read an entry's name; "" where the kernel skips the entry."""
@@ -204,7 +257,13 @@ class _Walk:
         return name.split(b"\0")[0]
 
 
-def _no_archive(where: str, at: int) -> Refused:
+def _no_archive(where: str, at: int, head: bytes = b"") -> Refused:
+    if head.startswith(LZ4_FRAME):
+        return Refused(
+            f"The initrd is in lz4's frame format, which no kernel unpacks, at byte {at}",
+            where=where,
+            remedy="Pack it with: lz4 -l",
+        )
     return Refused(
         f"The initrd is neither a cpio archive nor compressed in a way a kernel knows, at byte {at}",
         where=where,

@@ -47,7 +47,8 @@ class Kernel:
 
     Of x86's header: `pref_address`, below which it is not placed; `relocatable`, whether it may run elsewhere;
     `five_level`, whether it can be started with five levels of page tables. `page_size` in bytes is what arm64's header
-    or the configuration says, 0 where neither does.
+    or the configuration says, 0 where neither does. `banner` is what /proc/version says in that kernel ("" where it was
+    not found): two builds of one version differ in it.
     """
 
     format: str
@@ -68,6 +69,7 @@ class Kernel:
     relocatable: bool = True
     five_level: bool = True
     page_size: int = 0
+    banner: str = ""
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ def _about(view: memoryview, portable: Portable | None, machine: str, where: str
         found.relocatable,
         found.five_level,
         found.page_size or _page_size(inside.config or ""),
+        inside.banner,
     )
 
 

@@ -4,12 +4,21 @@ import gzip
 import zlib
 
 from khod.abi.calls import Calls
-from khod.kernel.next_arg import switched_on
+from khod.kernel.next_arg import switched, switched_on
+
+KHO_BY_DEFAULT = "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"
+"""What kho_enable begins with, in kernel/liveupdate/kexec_handover.c."""
 
 
 def booted_with(calls: Calls, parameter: str) -> bool:
     """Tell whether a boolean parameter is on the running kernel's command line."""
     return switched_on(calls.read("/proc/cmdline").decode(errors="surrogateescape"), parameter)
+
+
+def kho_on(calls: Calls) -> bool:
+    """Tell whether the running kernel has KHO on: by its command line, else by its configuration's default."""
+    said = switched(calls.read("/proc/cmdline").decode(errors="surrogateescape"), "kho")
+    return bool(configured(calls, KHO_BY_DEFAULT)) if said is None else said
 
 
 def configured(calls: Calls, option: str) -> bool | None:
@@ -21,8 +30,21 @@ def configured(calls: Calls, option: str) -> bool | None:
             config = gzip.decompress(raw) if path.endswith(".gz") else raw
         except (OSError, EOFError, zlib.error):
             continue
-        return f"\n{option}=y".encode() in config
+        return is_set(config.decode(errors="replace"), option)
     return None
+
+
+def is_set(config: str, option: str) -> bool:
+    """Tell whether a kernel's configuration has `option` built in."""
+    return f"\n{option}=y\n" in f"\n{config}\n"
+
+
+def is_not_set(config: str, option: str) -> bool:
+    """Tell whether a kernel's configuration says that `option` was left out; where it could not be asked, it does not.
+
+    RD_GZIP and the like depend on BLK_DEV_INITRD: where that is left out, they are not mentioned.
+    """
+    return f"\n# {option} is not set\n" in f"\n{config}\n"
 
 
 def built_in(calls: Calls, option: str, prefix: str) -> bool | None:

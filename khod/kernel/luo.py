@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.statx import statx
 from khod.errors import KhoError, Refused, Unsupported
-from khod.kernel.built import booted_with, built_in
+from khod.kernel.built import booted_with, built_in, kho_on
 from khod.kernel.errnos import UNIT, Errnos
 from khod.kernel.explain import words
 from khod.model import Kept
@@ -153,7 +153,7 @@ class Luo:
             built, on = None, False
         if built is False:
             what, remedy = "was built without it", "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
-        elif not on or not booted_with(self._calls, "kho"):
+        elif not on or not kho_on(self._calls):
             what, remedy = (
                 "was not booted with both kho=on and liveupdate=on",
                 "Add kho=on liveupdate=on and boot again.",

@@ -78,10 +78,15 @@ def kstrtobool(value: str | None) -> bool | None:
     return None
 
 
-def switched_on(line: str, parameter: str) -> bool:
-    """Tell whether a command line switches a boolean parameter on: the last value the kernel takes counts."""
+def switched(line: str, parameter: str) -> bool | None:
+    """Tell what a command line sets a boolean parameter to, None nothing: the last value the kernel takes counts."""
     values = [kstrtobool(arg.value) for arg in kernel_args(line) if arg.named(parameter)]
-    return next((value for value in reversed(values) if value is not None), False)
+    return next((value for value in reversed(values) if value is not None), None)
+
+
+def switched_on(line: str, parameter: str) -> bool:
+    """Tell whether a command line switches a boolean parameter on."""
+    return switched(line, parameter) is True
 
 
 def encoded(line: str) -> bytes:

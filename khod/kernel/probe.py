@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from khod.abi.calls import Calls
 from khod.kernel import debugfs, sysfs
-from khod.kernel.built import booted_with, built_in
+from khod.kernel.built import built_in, kho_on
 from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.errnos import SCRATCH_PARAMETERS
 from khod.kernel.protocol import KhoKernel
@@ -84,7 +84,7 @@ def _why_not(calls: Calls) -> tuple[str, str]:
             "This kernel was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER is not set)",
             "Boot a kernel built with CONFIG_KEXEC_HANDOVER=y and CONFIG_KEXEC_HANDOVER_DEBUGFS=y.",
         )
-    if not booted_with(calls, "kho"):
+    if not kho_on(calls):
         return (
             "Kexec HandOver is compiled in and switched off: kho=on is not on the kernel command line",
             f"Add kho=on to the kernel command line (and {SCRATCH_PARAMETERS} for its scratch memory) and boot again.",
@@ -95,7 +95,7 @@ def _why_not(calls: Calls) -> tuple[str, str]:
             "Run: mount -t debugfs debugfs /sys/kernel/debug",
         )
     return (
-        "kho=on was given, and the kernel shows no KHO in debugfs",
+        "KHO is switched on, and the kernel shows none in debugfs",
         "Look for `KHO:` in the kernel log: the scratch reservation may have failed, or "
         "CONFIG_KEXEC_HANDOVER_DEBUGFS is not set, or lockdown hides debugfs.",
     )

@@ -3,11 +3,16 @@
 The old kernel does not warn: 6.19.11 (`kho-v1`) to 7.3.4 (`kho-v4`) loads, boots, and hands over nothing.
 """
 
+import platform
 import re
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
-from khod.abi.calls import Calls
+from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.fdt import MAGIC
+from khod.errors import KhoError, Refused
+from khod.images import sealed
+from khod.images.kernel import Kernel, take_apart
 from khod.kernel import debugfs
 from khod.model import Generation
 
@@ -19,23 +24,42 @@ ROOT = re.compile(rb"kho-v[0-9]+(?=\0)")
 ALWAYS = {Generation.sysfs: "kho-v1", Generation.finalize: "kho-v1"}
 """What the root is written in where no tree shows it before the active phase: v3 and Linux 6.16 to 6.18."""
 
+LUO = "LUO"
+"""The blob of the Live Update Orchestrator's, there from boot where it is on (Linux 6.19 and later)."""
+
+METADATA = "kexec-metadata"
+"""The blob that says who handed over and how often (7.0 and later): nothing depends on it."""
+
+VERSION = "/proc/version"
+IMAGES = ("/boot/vmlinuz-{release}", "/usr/lib/modules/{release}/vmlinuz", "/boot/vmlinux-{release}")
+"""Where distributions keep the running kernel's own image."""
+
+MAX_UNPACKED = 1 << 30  # bytes
+
 
 @dataclass(frozen=True)
 class Written:
     """The root tree's `compatible`, "" where nothing shows it, and those of each producer's tree by its name.
 
-    `v3` is whether it is the layout of the v3 series, which calls itself kho-v1 as 6.16 does and is another one.
+    `v3` is whether it is the layout of the v3 series, which calls itself kho-v1 as 6.16 does and is another one; `luo`
+    whether LUO is on. `own` is all that the running kernel's own image knows, None where that was not looked at, or not
+    found: `not_inspected` says why then. `unjudged` are blobs that do not say their format.
     """
 
     root: str
     blobs: dict[str, frozenset[str]] = field(default_factory=dict)
     v3: bool = False
+    luo: bool = False
+    own: frozenset[str] | None = None
+    not_inspected: str = ""
+    unjudged: tuple[str, ...] = ()
 
 
-def written(calls: Calls, generation: Generation) -> Written:
-    """Read it off the trees; raises OSError.
+def written(calls: Calls, generation: Generation, following: Kernel | None = None) -> Written:
+    """Read it off the trees, and what these do not show off the running kernel's own image; raises OSError.
 
-    Where v3's files stand on top of mainline KHO, mainline carries the state, and its trees count.
+    `following` is the next kernel, which may be this one again. Where v3's files stand on top of mainline KHO, mainline
+    carries the state, and its trees count.
     """
     out = f"{debugfs.KHO}/out"
     mainline = calls.exists(out)
@@ -48,11 +72,85 @@ def written(calls: Calls, generation: Generation) -> Written:
     names = calls.listdir(f"{out}/sub_fdts") if mainline else []
     blobs = {name: _compatible(calls.read(f"{out}/sub_fdts/{name}")) for name in names}
     v3 = generation is Generation.sysfs and not mainline
-    return Written(root or ALWAYS.get(generation, ""), {name: found for name, found in blobs.items() if found}, v3)
+    root = root or ALWAYS.get(generation, "")
+    shown = {name: formats for name, formats in blobs.items() if formats}
+    unjudged = tuple(name for name, formats in blobs.items() if not formats and name not in (LUO, METADATA))
+    luo = mainline and (LUO in names or calls.exists(LIVEUPDATE))
+    if not mainline or (root and not luo):  # nothing that only the image could say
+        return Written(root, shown, v3, luo, unjudged=unjudged)
+    try:
+        image = _own_image(calls, {root, *shown.get(LUO, ())} - {""}, following)
+    except (KhoError, OSError) as error:
+        why = error.what if isinstance(error, KhoError) else str(error)
+        return Written(root, shown, v3, luo, not_inspected=why, unjudged=unjudged)
+    if luo and LUO not in shown:
+        shown[LUO] = _of(image.compatible, "luo")
+    if not root and len(roots := _of(image.compatible, "kho")) == 1:
+        root = next(iter(roots))
+    return Written(root, shown, v3, luo, image.compatible, unjudged=unjudged)
 
 
 def _compatible(blob: bytes) -> frozenset[str]:
-    """The compatibles of a producer's tree; none of a blob that is no tree, which Linux 7.1 and later have too."""
-    if not blob.startswith(MAGIC.to_bytes(4, "big")):
-        return frozenset()
-    return frozenset(found.decode() for found in COMPATIBLE.findall(blob))
+    """The compatibles of a producer's tree, or the one that a packed struct begins with, as LUO's does since Linux 7.1.
+
+    None of a blob that is neither.
+    """
+    if blob.startswith(MAGIC.to_bytes(4, "big")):
+        return frozenset(found.decode() for found in COMPATIBLE.findall(blob))
+    first = COMPATIBLE.match(blob)
+    return frozenset({first[0].decode()}) if first else frozenset()
+
+
+def _of(formats: frozenset[str], name: str) -> frozenset[str]:
+    return frozenset(one for one in formats if re.fullmatch(rf"{name}-v[0-9]+", one))
+
+
+def _own_image(calls: Calls, shown: set[str], following: Kernel | None) -> Kernel:
+    """Give the running kernel's own image, proven by its banner; KhoError or OSError where there is none.
+
+    A banner may be made the same on purpose (KBUILD_BUILD_TIMESTAMP): an image that does not know what the trees show
+    is another kernel's all the same.
+    """
+    banner = calls.read(VERSION).decode(errors="replace").strip()
+    if following is not None and following.banner == banner and shown <= following.compatible:
+        return following
+    release = calls.read("/proc/sys/kernel/osrelease").decode(errors="replace").strip()
+    paths = [path.format(release=release) for path in IMAGES]
+    wrong = []
+    for path in filter(calls.is_file, paths):
+        try:
+            image = _proven(calls, path, banner)
+        except KhoError as error:
+            wrong.append(f"{path}: {error.what}")
+            continue
+        if shown <= image.compatible:
+            return image
+        wrong.append(f"{path} does not know {' and '.join(sorted(shown - image.compatible))}, which this kernel writes")
+    raise Refused(
+        "; ".join(wrong) or f"this kernel's own image is not at {' or '.join(paths)}",
+        where=VERSION,
+        remedy="Put the running kernel's image there.",
+    )
+
+
+def _proven(calls: Calls, path: str, banner: str) -> Kernel:
+    """Take an image apart; KhoError where it is another kernel's. Once in a boot: the banner is that of one build."""
+    if (known := _PROVEN.get(calls)) is not None and known.banner == banner:
+        return known
+    image = sealed.fill([calls.read(path)], path)
+    try:
+        bundle = take_apart(image, platform.machine(), MAX_UNPACKED)
+    except BaseException:
+        image.close()
+        raise
+    bundle.close()
+    if bundle.about.banner != banner:
+        raise Refused(
+            "it is another kernel's, by its banner", where=path, remedy="Put the running kernel's image there."
+        )
+    _PROVEN[calls] = bundle.about
+    return bundle.about
+
+
+_PROVEN: WeakKeyDictionary[Calls, Kernel] = WeakKeyDictionary()
+"""The running kernel's own image, by whom it was read from: unpacking one takes a second."""

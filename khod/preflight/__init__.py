@@ -5,6 +5,7 @@ says what a finding of each amounts to.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from khod.config import Config
 from khod.errors import KhoError, Refused, Unsupported, errno_text
@@ -72,17 +73,25 @@ def require(checks: list[Check]) -> None:
             raise Refused(check.evidence, where=f"check {check.name}", remedy=check.remedy)
 
 
+def overridden(checks: list[Check]) -> list[str]:
+    """Say what was found by those that are switched off and would have refused the handover, a line each."""
+    return [f"going on all the same: {check.evidence}" for check in checks if check.result is CheckResult.off]
+
+
 def _found(name: str, function: Callable[[Facts], Finding | None], facts: Facts) -> Finding | None:
-    judgement = judged(facts.config, name)
-    if judgement == "off":
-        return Finding.skipped(f"Switched off: checks.{name} in /etc/kho/khod.toml")
     try:
         found = function(facts)
     except KhoError as error:
         found = Finding.of(error)
     except OSError as error:
         found = Finding.fail(f"{error.filename}: {errno_text(error)}", "Run khod as root.")
-    return found.judged(judgement) if found is not None else None
+    if found is None:
+        return None
+    judgement = judged(facts.config, name)
+    if judgement == "off":
+        evidence = f"Switched off (checks.{name} in /etc/kho/khod.toml): {found.evidence}"
+        found = replace(found, evidence=evidence, remedy="")
+    return found.judged(judgement)
 
 
 def judged(config: Config, name: str) -> str:

@@ -48,11 +48,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check says: the outcome, the evidence for it, and what to do."""
+    """What one check says: the outcome, the evidence for it, and what to do.
+
+    `panic` is whether the next kernel would not come up: that is refused where the operator softens the check, too.
+    """
 
     result: CheckResult
     evidence: str
     remedy: str = ""
+    panic: bool = False
 
     @classmethod
     def passed(cls, evidence: str) -> Self:
@@ -80,12 +84,22 @@ class Finding:
         return cls(CheckResult.fail, f"{error.what} ({error.where})" if error.where else error.what, error.remedy)
 
     def judged(self, judgement: str) -> Self:
-        """The finding as the operator wants it taken: `warn` softens a failure, `fail` hardens a warning."""
-        if judgement == "warn" and self.result in (CheckResult.fail, CheckResult.unsupported):
-            return replace(self, result=CheckResult.warn)
-        if judgement == "fail" and self.result is CheckResult.warn:
-            return replace(self, result=CheckResult.fail)
-        return self
+        """The finding as the operator wants it taken.
+
+        `warn` softens a failure that is no panic, `fail` hardens a warning; `off` refuses nothing.
+        """
+        failed = self.result in (CheckResult.fail, CheckResult.unsupported)
+        match judgement:
+            case "warn" if failed and not self.panic:
+                return replace(self, result=CheckResult.warn)
+            case "fail" if self.result is CheckResult.warn:
+                return replace(self, result=CheckResult.fail)
+            case "off" if failed:
+                return replace(self, result=CheckResult.off)
+            case "off":
+                return replace(self, result=CheckResult.skipped)
+            case _:
+                return self
 
 
 def shown(regions: Sequence[Region]) -> str:

@@ -1,15 +1,19 @@
 """Checks of the next kernel: whether this host can load it, and whether it would take over what is left to it."""
 
 import mmap
+import re
 from collections.abc import Callable
 
 from khod import cmdline as lines
-from khod.formats import Answer, understood
+from khod.formats import Answer, Effect, Understood, next_kho, understood
+from khod.images.accepted import INITRD
 from khod.images.kernel import Kernel, Signature
 from khod.kernel import host
+from khod.kernel.built import is_not_set
+from khod.kernel.next_arg import parse, switched
 from khod.kernel.placement import NoRoom, place, segments
 from khod.kernel.written import written
-from khod.model import CheckResult, Fate
+from khod.model import CheckResult, Fate, Generation
 from khod.preflight.facts import Facts, Finding, shown
 from khod.preflight.kernel import signatures_enforced
 from khod.target import Target
@@ -60,20 +64,72 @@ def initrd(facts: Facts) -> Finding | None:
         return None
     if error := target.wrong.get("initrd"):
         return Finding.of(error)
-    no_root = _no_root(target)
-    if target.initrd is None:
-        if not no_root:
-            return Finding.passed("None; the kernel mounts root= by itself")
-        return Finding.fail(
-            f"No initrd, and {no_root}: the next kernel would panic",
-            "Give --initrd, or the root with --append root=...",
-        )
+    about = target.apart.about if target.apart else None
+    if target.initrd is None or not any(one.formats for one in target.initrds):
+        return _no_initrd(target, about)
+    if wrong := _not_built_for(target, about):
+        return wrong
+    return _archives(target, about)
+
+
+def _no_initrd(target: Target, about: Kernel | None) -> Finding:
+    """Judge a next kernel that is given no archive, or nothing but a boot configuration."""
+    what = "None" if target.initrd is None else f"{target.initrd.name} holds a boot configuration and no archive"
+    if _built_in_initramfs(about):
+        return Finding.passed(f"{what}; the image has an initramfs built in (CONFIG_INITRAMFS_SOURCE)")
+    if not (no_root := _no_root(target)):
+        return Finding.passed(f"{what}; the kernel mounts root= by itself")
+    return Finding.fail(
+        f"{'No initrd' if target.initrd is None else what}, and {no_root}: the next kernel would panic",
+        "Give --initrd, or the root with --append root=...",
+    )
+
+
+def _not_built_for(target: Target, about: Kernel | None) -> Finding | None:
+    """Find what the initrd needs and the next kernel was built without, where the image shows its configuration."""
+    if about is None or about.config is None:
+        return None
+    wanted = {INITRD, *(option for one in target.initrds for option in one.needs)}
+    missing = sorted(option for option in wanted if is_not_set(about.config, option))
+    if not missing:
+        return None
+    return Finding.fail(
+        f"{about.version or target.kernel.name} was built without {join_names(missing, MAX_SHOWN)}: it would not "
+        f"unpack {target.initrd.name if target.initrd else 'the initrd'}",
+        "Pack the initrd as that kernel unpacks it (`COMPRESS=` in initramfs.conf, `compress=` in dracut.conf), or "
+        "choose another kernel.",
+    )
+
+
+def _archives(target: Target, about: Kernel | None) -> Finding:
+    """Judge what is in the archives: something to start, and modules of the kernel that they are given to."""
+    assert target.initrd is not None, "asked before"
     files, unpacked = sum(one.files for one in target.initrds), sum(one.unpacked for one in target.initrds)
     what = f"{target.initrd.name}: {files} {'file' if files == 1 else 'files'}, {unpacked / 2**20:.1f} MiB unpacked"
-    init = lines.init(target.cmdline)
-    if any(one.init for one in target.initrds):
-        return Finding.passed(f"{what}, /{init} is there")
-    if not no_root:
+    if any(one.bootconfig for one in target.initrds):
+        what += ", a boot configuration at its end, whose words were not inspected"
+    init, found = lines.init(target.cmdline), any(one.init for one in target.initrds)
+    if opaque := next((one.opaque for one in target.initrds if one.opaque), ""):
+        return Finding.warn(
+            f"{what}; not inspected: {opaque}{f'; /{init} is in what was' if found else ''}",
+            "Pack it with another compression (zstd, xz --check=crc32, gzip), so that khod can look into it.",
+        )
+    modules, version = {tree for one in target.initrds for tree in one.modules}, about.version if about else ""
+    if modules and version and version not in modules:
+        return Finding.warn(
+            f"{what}, with modules for {join_names(sorted(modules), MAX_SHOWN)}; the image is {version}, and loads "
+            "none of them",
+            f"Give the initrd that was made for {version}, for instance with: khoctl check --kernel {version}",
+        )
+    if found:
+        needed = sorted(option for one in target.initrds for option in one.needs)
+        unseen = f"; not inspected: whether the kernel has {join_names(needed, MAX_SHOWN)}, it shows no configuration"
+        return Finding.passed(
+            f"{what}, /{init} is there{unseen if needed and (about is None or about.config is None) else ''}"
+        )
+    if _built_in_initramfs(about):
+        return Finding.passed(f"{what}, no /{init} in it; the image has an initramfs built in")
+    if not (no_root := _no_root(target)):
         return Finding.warn(
             f"{what}, and no /{init} in it: the kernel mounts root= by itself",
             "Be sure that the drivers of the root are built in.",
@@ -92,15 +148,36 @@ def _no_root(target: Target) -> str:
     return f"only an initrd's programs find root={printable(root)}" if root else "no root= on the command line"
 
 
+def _built_in_initramfs(about: Kernel | None) -> bool:
+    """Whether the image's configuration says that a whole initramfs is in it, not just the default's /dev and /root."""
+    config = about.config if about else None
+    return config is not None and re.search(r'^CONFIG_INITRAMFS_SOURCE="[^"]+"$', config, re.MULTILINE) is not None
+
+
 def cmdline(facts: Facts) -> Finding | None:
     """Nothing that KHO needs is missing from it."""
     if (target := facts.target) is None:
         return None
-    lost = list(lines.losses(target.words))
-    if not lost:
-        return _torn(target) or Finding.passed(target.cmdline)
-    result = CheckResult.fail if lines.off(target.words) else CheckResult.warn
-    return Finding(result, "; ".join(lost), "Add it again with --append, or reuse the running line: --reuse-cmdline")
+    about, kernel = target.apart.about if target.apart else None, facts.probed.kernel
+    mainline = kernel is not None and kernel.generation is not Generation.sysfs
+    is_on = next_kho(about, target.cmdline) if about and mainline else None
+    lost = [word.lost for word in target.words if word.lost and not (is_on and parse(word.text).named("kho"))]
+    remedy = "Add it again with --append, or reuse the running line: --reuse-cmdline"
+    if is_on is False and not lines.off(target.words):
+        lost.append(
+            "the next kernel has Kexec HandOver off: its command line and its configuration do not switch it on"
+        )
+        remedy = "Switch it on: --append kho=on"
+    if lost:
+        off = is_on is False or (is_on is None and lines.off(target.words))
+        return Finding(CheckResult.fail if off else CheckResult.warn, "; ".join(lost), remedy)
+    if is_on is None and mainline and about is not None and switched(target.cmdline, "kho") is None:
+        return Finding.warn(
+            f"{target.cmdline}; not inspected: whether the next kernel has Kexec HandOver on without kho=on, as it "
+            "shows no configuration",
+            "Switch it on: --append kho=on",
+        )
+    return _torn(target) or Finding.passed(target.cmdline)
 
 
 def _torn(target: Target) -> Finding | None:
@@ -114,28 +191,59 @@ def _torn(target: Target) -> Finding | None:
     )
 
 
+RESULTS = {
+    Effect.panic: CheckResult.fail,
+    Effect.nothing: CheckResult.fail,
+    Effect.files: CheckResult.fail,
+    Effect.empty: CheckResult.warn,
+    Effect.shown: CheckResult.passed,
+}
+"""How much each effect of a mismatch weighs."""
+
+
 @_of_target
 def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
     """It reads what this kernel writes."""
     if (kernel := facts.probed.kernel) is None:
         return Finding.skipped("The running kernel has no KHO")
-    found = understood(written(facts.kexec.calls, kernel.generation), about)
+    writes = written(facts.kexec.calls, kernel.generation, about)
+    found = understood(writes, about, target.cmdline)
     name = about.version or target.kernel.name
-    modules = f"; only a module can read {', '.join(found.unread)}, which the image does not show"
-    override = 'to jump all the same: checks.formats = "warn" in /etc/kho/khod.toml'
-    if found.answer is Answer.different:
-        return Finding.fail(
-            f"{name} would take over nothing, or not all: {found.why}",
-            f"Choose a kernel that reads the same formats, or reboot without keeping state; {override}",
-        )
+    notes = [
+        *(f"only a module can read {one}, which the image does not show" for one in found.unread),
+        *(f"{one} does not say its format, and is not judged" for one in writes.unjudged),
+        *(f"not inspected: {one}" for one in found.not_inspected),
+    ]
+    evidence = "; ".join([found.why, *notes])
     if found.answer is Answer.unknown:
         warn = facts.config.policy.unknown_format == "warn"
         return Finding(
             CheckResult.warn if warn else CheckResult.fail,
-            f"It cannot be told whether {name} takes the state over: {found.why}",
+            f"It cannot be told whether {name} takes the state over: {evidence}",
             'If you know that it does: policy.unknown_format = "warn" in /etc/kho/khod.toml',
         )
-    return Finding.passed(f"{name} reads what this kernel writes: {found.why}{modules if found.unread else ''}")
+    if found.effect is not None:
+        return _mismatch(found, f"{name} {found.effect.value}: {evidence}")
+    if found.not_inspected:
+        return Finding.warn(
+            f"{name} reads what this kernel writes, as far as it was inspected: {evidence}",
+            f"Put the running kernel's own image where it can be found: /boot/vmlinuz-{facts.kexec.release()}",
+        )
+    return Finding.passed(f"{name} reads what this kernel writes: {evidence}")
+
+
+def _mismatch(found: Understood, evidence: str) -> Finding:
+    assert found.effect is not None, "asked before"
+    if found.luo_off:
+        return Finding.warn(evidence, "Add it: --append liveupdate=on")
+    override = "off" if found.effect is Effect.panic else "warn"
+    return Finding(
+        RESULTS[found.effect],
+        evidence,
+        "Choose a kernel that reads the same formats, or reboot without keeping state; to jump all the same: "
+        f'checks.formats = "{override}" in /etc/kho/khod.toml',
+        panic=found.effect is Effect.panic,
+    )
 
 
 @_of_target
@@ -211,6 +319,9 @@ def _contradiction(about: Kernel) -> Finding | None:
 
 def _tree(facts: Facts) -> int:
     """Bytes of the tree that v3 copies into the image: what it is where it can be told, else 0."""
+    kernel = facts.probed.kernel
+    if kernel is None or kernel.generation is not Generation.sysfs:
+        return 0
     return len(facts.outgoing.root) if facts.outgoing and facts.observed.active else 0
 
 

@@ -96,6 +96,7 @@ class World(Ground):
         """A process is started, or a service comes back."""
         service = self.services[name]
         if isinstance(service, PeerProcess):
+            service.restarted = not service.alive and self.systemd.job is not None  # it may go, and need not be told
             service.start()
         else:
             service.restarted = service.restarted or not service.alive
@@ -126,6 +127,8 @@ class World(Ground):
 
     def do_foreign_unload(self) -> None:
         self.kernel.keep(None)
+        if self.systemd.job is not None:
+            self.systemd.job.forced = True  # whatever becomes of that shutdown is not khod's any more
 
     def do_foreign_write(self, active: bool) -> None:
         if self.kernel.exists(f"{KHO}/active"):

@@ -21,6 +21,7 @@ from khod.kernel.sysfs import SysfsKho
 from khod.model import Generation, Order, Phase, Step
 from khod.record import Store
 from tests.unit.harness import Host
+from tests.unit.images import bzimage, code
 
 
 class Forgetful(SysfsKho):
@@ -205,6 +206,17 @@ async def test_a_failed_handover_on_a_forgetful_kernel_is_suspect_too(host: Host
         await host.kexec(engine)
     with pytest.raises(Refused):
         await engine.activate()
+
+
+async def test_a_check_that_is_off_lets_the_jump_go_on_with_one_line(host: Host) -> None:
+    """Of another format, which the check `formats` finds all the same."""
+    (host.directory / "vmlinuz").write_bytes(bzimage(contents=code(formats=("kho-v4",))))
+    host.config = replace(host.config, checks=Checks(formats="off"))
+    engine = await host.started()
+    with pytest.raises(Rebooted):
+        await host.kexec(engine)
+    assert len([event for event in host.events if "going on all the same" in event.message]) == 1
+    assert any("would take over nothing" in event.message and "kho-v4" in event.message for event in host.events)
 
 
 async def test_a_clean_abort_makes_nothing_suspect(host: Host) -> None:

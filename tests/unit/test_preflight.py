@@ -1,8 +1,10 @@
 """The checks of this host and of the next kernel, one by one, on a directory that looks like the host."""
 
 import os
+import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 
 from khod import preflight
 from khod.abi.calls import HostCalls
-from khod.config import CHECKS, Config, Images
+from khod.config import CHECKS, Checks, Config, Images
+from khod.errors import Refused
 from khod.inhibitors import Inhibitor
 from khod.kernel import host
 from khod.kernel.kexec import Kexec
@@ -19,7 +22,7 @@ from khod.model import Check, CheckResult, Observed
 from khod.preflight.facts import Facts
 from khod.record import Record, Store
 from khod.target import Given, Request, Target, take
-from tests.unit.images import CPIO, bzimage, portable
+from tests.unit.images import CPIO, bzimage, code, portable
 from tests.unit.khods import REPOSITORY
 
 OUT = "sys/kernel/debug/kho/out"
@@ -56,19 +59,19 @@ class Site:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         (self.root / name).symlink_to(target)
 
-    def image(self, contents: bytes, cmdline: str | None = None) -> Target:
-        """An x86 image as the next kernel."""
-        paths = {"image": self.directory / "vmlinuz", "initrd": self.directory / "initrd"}
-        for path, data in zip(paths.values(), (contents, CPIO), strict=True):
-            path.write_bytes(data)
-        image, initrd = (os.open(path, os.O_RDONLY) for path in paths.values())
+    def image(self, contents: bytes, cmdline: str | None = None, initrds: Sequence[bytes] = (CPIO,)) -> Target:
+        """An x86 image as the next kernel, with these initrds."""
+        given = []
         try:
-            request = Request(Given(image, "vmlinuz"), (Given(initrd, "initrd"),), cmdline)
+            for name, data in [("vmlinuz", contents), *((f"initrd{at}", data) for at, data in enumerate(initrds))]:
+                (self.directory / name).write_bytes(data)
+                given.append(Given(os.open(self.directory / name, os.O_RDONLY), name))
+            request = Request(given[0], tuple(given[1:]), cmdline)
             running = self.calls.read("/proc/cmdline").decode()
             self.targets.append(take(request, running, "run", Images(), "x86_64"))
         finally:
-            os.close(image)
-            os.close(initrd)
+            for one in given:
+                os.close(one.fd)
         return self.targets[-1]
 
     def facts(self, target: Target | None = None) -> Facts:
@@ -289,3 +292,146 @@ def test_of_a_unified_image_it_is_the_kernel_inside_that_must_be_signed(site: Si
     bare = site.checks(site.image(bzimage()))["signature"]
     assert bare.evidence.startswith("vmlinuz is not signed")
     assert "own signature" not in bare.remedy
+
+
+# Formats, by what a mismatch does
+
+LUO7 = struct.pack("<8sQQQ", b"luo-v5", 1, 0x1000_0000, 0)
+KHO = "CONFIG_KEXEC_HANDOVER=y\n"
+
+
+def next_kernel(*formats: str, config: str | None = KHO) -> bytes:
+    return bzimage(contents=code(formats=formats, marks=(), config=config))
+
+
+def running_7_3(site: Site) -> None:
+    """It writes kho-v4 and luo-v5, and has LUO on; its own image, with memfd-v2, is there."""
+    site.lay({"proc/cmdline": "root=/dev/vda kho=on liveupdate=on\n", f"{OUT}/fdt": "kho-v4\0"})
+    site.lay(
+        {f"{OUT}/sub_fdts/LUO": LUO7.decode("latin-1"), "proc/version": "Linux version 7.3.4 (b@h) (gcc) #1 SMP\n"}
+    )
+    contents = code(formats=("kho-v4", "luo-v5", "memfd-v2"), marks=(), config=None)
+    own = contents.replace(b"6.8.0-next (b@h) #1 SMP", b"7.3.4 (b@h) (gcc) #1 SMP")
+    (site.root / "boot").mkdir()
+    (site.root / "boot/vmlinuz-7.3.4").write_bytes(bzimage(contents=own))
+
+
+@pytest.mark.parametrize(
+    ("formats", "result", "word"),
+    [
+        (("kho-v4", "luo-v5", "memfd-v2"), CheckResult.passed, "luo-v5"),
+        (("kho-v4", "luo-v6", "memfd-v2"), CheckResult.fail, "would panic at boot"),
+        (("kho-v4", "luo-v5", "memfd-v3"), CheckResult.fail, "would lose every file"),
+        (("kho-v4",), CheckResult.fail, "would lose every file"),
+        (("kho-v1", "luo-v5", "memfd-v2"), CheckResult.fail, "would take over nothing"),
+    ],
+)
+def test_the_evidence_names_what_would_happen(
+    site: Site, formats: Sequence[str], result: CheckResult, word: str
+) -> None:
+    running_7_3(site)
+    found = site.checks(site.image(next_kernel(*formats)))["formats"]
+    assert (found.result, word in found.evidence) == (result, True), found
+
+
+def test_liveupdate_that_is_not_on_the_next_line_is_warned_of_and_saves_from_no_panic(site: Site) -> None:
+    running_7_3(site)
+    line = "root=/dev/vda kho=on"
+    found = site.checks(site.image(next_kernel("kho-v4", "luo-v5", "memfd-v2"), line))["formats"]
+    assert (found.result, "liveupdate=on" in found.remedy) == (CheckResult.warn, True)
+    found = site.checks(site.image(next_kernel("kho-v4", "luo-v6", "memfd-v2"), line))["formats"]
+    assert (found.result, "would panic" in found.evidence) == (CheckResult.fail, True)
+
+
+def test_reserved_memory_that_would_begin_empty_is_a_warning(site: Site) -> None:
+    site.lay({f"{OUT}/fdt": "kho-v4\0", f"{OUT}/sub_fdts/memblock": "memblock-v1\0"})
+    found = site.checks(site.image(next_kernel("kho-v4", "memblock-v2")))["formats"]
+    assert (found.result, "begin with a part of the state empty" in found.evidence) == (CheckResult.warn, True)
+
+
+def test_file_handlers_that_nothing_shows_are_reported_as_not_inspected(site: Site) -> None:
+    """A check that passes is a promise."""
+    running_7_3(site)
+    (site.root / "boot/vmlinuz-7.3.4").unlink()
+    found = site.checks(site.image(next_kernel("kho-v4", "luo-v5", "memfd-v2")))["formats"]
+    assert (found.result, "not inspected" in found.evidence) == (CheckResult.warn, True)
+    assert "/boot/vmlinuz-7.3.4" in found.remedy
+
+
+PANIC = ("kho-v4", "luo-v6", "memfd-v2")
+NOTHING = ("kho-v1",)
+
+
+@pytest.mark.parametrize(
+    ("judgement", "formats", "result"),
+    [
+        ("default", PANIC, CheckResult.fail),
+        ("warn", PANIC, CheckResult.fail),  # an operator who softens the check has not asked for this
+        ("off", PANIC, CheckResult.off),
+        ("warn", NOTHING, CheckResult.warn),
+        ("off", NOTHING, CheckResult.off),
+        ("off", ("kho-v4", "luo-v5", "memfd-v2"), CheckResult.skipped),
+    ],
+)
+def test_what_the_operator_makes_of_it(site: Site, judgement: str, formats: Sequence[str], result: CheckResult) -> None:
+    running_7_3(site)
+    config = Config(checks=Checks(formats=judgement))
+    facts = replace(site.facts(site.image(next_kernel(*formats))), config=config)
+    checks = preflight.run(facts)
+    found = next(check for check in checks if check.name == "formats")
+    assert (found.result, "checks.formats" in found.evidence) == (result, judgement == "off")
+    if judgement == "off":
+        assert any(one in found.evidence for one in formats), "it has looked"
+    refused = result is CheckResult.fail
+    with pytest.raises(Refused) if refused else nullcontext():
+        preflight.require([found])
+    assert len(preflight.overridden(checks)) == (result is CheckResult.off)
+
+
+# Kexec HandOver by default
+
+DEFAULT = "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"
+
+
+@pytest.mark.parametrize(
+    ("config", "line", "result"),
+    [
+        (f"{KHO}{DEFAULT}=y\n", "root=/dev/vda ro", CheckResult.passed),
+        (f"{KHO}# {DEFAULT} is not set\n", "root=/dev/vda ro", CheckResult.fail),
+        (f"{KHO}{DEFAULT}=y\n", "root=/dev/vda ro kho=off", CheckResult.fail),
+        (f"{KHO}# {DEFAULT} is not set\n", "root=/dev/vda ro kho=on", CheckResult.passed),
+        (None, "root=/dev/vda ro", CheckResult.warn),
+    ],
+)
+def test_kho_that_is_on_by_default_here_is_looked_for_there(
+    site: Site, config: str | None, line: str, result: CheckResult
+) -> None:
+    site.lay({"proc/cmdline": "root=/dev/vda ro\n", f"{OUT}/fdt": "kho-v4\0"})
+    found = site.checks(site.image(next_kernel("kho-v4", config=config), line))["cmdline"]
+    assert found.result is result, found
+    assert ("kho=on" in found.remedy) is (result is not CheckResult.passed)
+    if config is None:
+        assert "not inspected" in found.evidence
+
+
+def test_kho_on_that_the_next_kernel_does_not_need_is_no_loss(site: Site) -> None:
+    target = site.image(next_kernel("kho-v4", config=f"{KHO}{DEFAULT}=y\n"), "root=/dev/vda")
+    assert site.checks(target)["cmdline"].result is CheckResult.passed
+
+
+@pytest.mark.parametrize(
+    ("line", "config", "word"),
+    [
+        ("ro", f"{KHO}{DEFAULT}=y\n", "debugfs is not mounted"),
+        ("ro kho=off", f"{KHO}{DEFAULT}=y\n", "switched off"),
+        ("ro", KHO, "switched off"),
+        ("ro kho=on", KHO, "debugfs is not mounted"),
+    ],
+)
+def test_kho_by_default_without_debugfs_is_told_what_it_lacks(
+    tmp_path: Path, line: str, config: str, word: str
+) -> None:
+    site = Site(tmp_path)
+    shutil.rmtree(site.root / "sys")
+    site.lay({"proc/cmdline": f"{line}\n", "boot/config-7.3.4": config, "proc/mounts": "proc /proc proc rw 0 0\n"})
+    assert word in probe(site.calls).what

@@ -127,3 +127,15 @@ def test_json_is_ascii_and_whole() -> None:
     assert line.isprintable()
     assert json.loads(line)["summary"] == f"It stands.{HOSTILE}"
     assert render.error_json(KhoError(HOSTILE, where=HOSTILE)).isprintable()
+
+
+@pytest.mark.parametrize("result", CheckResult)
+def test_every_result_of_a_check_is_a_line_with_its_evidence(result: CheckResult) -> None:
+    page = render.checks([Check("formats", result, "what was found", "")])
+    assert page.endswith("formats  what was found")
+
+
+def test_a_plan_shows_what_is_off() -> None:
+    """It was found, and the operator goes on all the same."""
+    off = Check("formats", CheckResult.off, "would panic at boot", "")
+    assert "would panic at boot" in render.plan(Plan([], [off], "", []))
