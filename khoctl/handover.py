@@ -8,15 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from khoctl import progress, render, target
-from khoctl.asking import Json, client, ending, socket
+from khoctl.asking import Json, client, socket
 from khod.client import Client
 from khod.errors import Exit
 from khod.model import Check, CheckResult, Phase, Status
 
 app = typer.Typer(rich_markup_mode=None)
 CLEAR = "\x1b[2J\x1b[H"  # the screen emptied, the cursor at its top
-Image = Annotated[str | None, typer.Option(help="The next kernel; a unified kernel image brings its initrd along.")]
-Initrds = Annotated[list[str] | None, typer.Option(help="Its initrd; several follow one another in this order.")]
+Image = Annotated[
+    str | None, typer.Option(metavar="FILE", help="The next kernel; a unified kernel image brings its initrd along.")
+]
+Initrds = Annotated[
+    list[str] | None, typer.Option(metavar="FILE", help="Its initrd; several follow one another in this order.")
+]
 Entry = Annotated[str | None, typer.Option(metavar="ID", help="Boot what this boot loader entry says.")]
 Default = Annotated[bool, typer.Option("--default", help="Boot the boot loader's default entry.")]
 Installed = Annotated[str | None, typer.Option(metavar="VERSION", help="Boot an installed kernel, by its version.")]
@@ -41,15 +45,20 @@ Now = Annotated[
         help="Sync and jump at once, instead of systemctl kexec. Where the jump itself fails, this alone rolls back.",
     ),
 ]
-Profile = Annotated[str | None, typer.Option("--profile", help="Take all of this from /etc/kho/handover.d/NAME.toml.")]
+Profile = Annotated[
+    str | None, typer.Option("--profile", metavar="NAME", help="Take all of this from /etc/kho/handover.d/NAME.toml.")
+]
 
 
 @app.command()
 def status(
     as_json: Json = False, watch: Annotated[bool, typer.Option(help="Stay, and show every change.")] = False
 ) -> None:
-    """Say how it stands. Exits with 7 after a degraded or cold boot, with 6 where the kernel was not put back."""
-    with ending(as_json=as_json), client() as asking:
+    """Show where the handover stands.
+
+    Exits with 7 after a degraded or cold boot, with 6 where the kernel was not put back.
+    """
+    with client() as asking:
         if watch:
             with client() as following:
                 for _event in following.monitor():
@@ -80,11 +89,11 @@ def check(
     from_profile: Profile = None,
     as_json: Json = False,
 ) -> None:
-    """Run every preflight check, with an image those of the next kernel too, and touch nothing.
+    """Run the preflight checks and touch nothing.
 
-    Exits with 3 where one fails, with 4 where KHO is not there.
+    With a kernel those of the next one too. Exits with 3 where one fails, with 4 where KHO is not there.
     """
-    with ending(as_json=as_json), _asked(locals()) as (request, fds), client() as khod:
+    with _asked(locals()) as (request, fds), client() as khod:
         found = khod.check(request, fds)
     typer.echo(render.as_json(found) if as_json else render.checks(found))
     raise typer.Exit(_judged(found))
@@ -106,8 +115,11 @@ def plan(
     from_profile: Profile = None,
     as_json: Json = False,
 ) -> None:
-    """Print what a handover would do, step by step, with the undo beside it, and touch nothing. Exits as check."""
-    with ending(as_json=as_json), _asked(locals()) as (request, fds), client() as khod:
+    """Print what a handover would do, and touch nothing.
+
+    Each step has its undo beside it. Exits as check.
+    """
+    with _asked(locals()) as (request, fds), client() as khod:
         found = khod.plan(request, fds)
     typer.echo(render.as_json(found) if as_json else render.plan(found))
     raise typer.Exit(_judged(found.checks))
@@ -122,9 +134,11 @@ def _judged(found: list[Check]) -> Exit:
 
 @app.command()
 def activate(as_json: Json = False) -> None:
-    """Freeze the producers and serialize the kernel's state; what is left is `khoctl kexec`, or `khoctl abort`."""
-    with ending(as_json=as_json):
-        _operate(lambda khod: khod.ask("Activate"), as_json=as_json)
+    """Freeze the producers and serialize the kernel's state.
+
+    What is left to do is `khoctl kexec`, or `khoctl abort`.
+    """
+    _operate(lambda khod: khod.ask("Activate"), as_json=as_json)
 
 
 @app.command()
@@ -132,9 +146,11 @@ def abort(
     force: Annotated[bool, typer.Option("--force", help="Also put back what khod did not do.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put everything back: image unloaded, active phase left, producers thawed and cancelled."""
-    with ending(as_json=as_json):
-        _operate(lambda khod: khod.ask("Abort", {"force": force}), as_json=as_json)
+    """Put everything back and thaw the producers.
+
+    The image is unloaded, the active phase left, every producer thawed and cancelled.
+    """
+    _operate(lambda khod: khod.ask("Abort", {"force": force}), as_json=as_json)
 
 
 @app.command()
@@ -154,12 +170,12 @@ def kexec(
     from_profile: Profile = None,
     as_json: Json = False,
 ) -> None:
-    """Do what is left of the handover, from wherever it stands, and jump into the next kernel.
+    """Do what is left of the handover and jump.
 
-    Whatever fails before systemd takes the host down is rolled back. After that nothing is: where reboot(2) fails,
-    systemd goes on to an ordinary reboot, and nothing arrives.
+    It goes on from wherever the handover stands. Whatever fails before systemd takes the host down is rolled back.
+    After that nothing is: where reboot(2) fails, systemd goes on to an ordinary reboot, and nothing arrives.
     """
-    with ending(as_json=as_json), _asked(locals()) as (request, fds):
+    with _asked(locals()) as (request, fds):
         _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json)
 
 
@@ -173,7 +189,7 @@ def _asked(given: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[int, .
 @app.command()
 def monitor(as_json: Json = False) -> None:
     """Print every change, one line each, until interrupted."""
-    with ending(as_json=as_json), client() as khod:
+    with client() as khod:
         for event in khod.monitor():
             typer.echo(render.as_json(event) if as_json else render.event(event))
             sys.stdout.flush()
@@ -181,8 +197,11 @@ def monitor(as_json: Json = False) -> None:
 
 @app.command()
 def verify(as_json: Json = False) -> None:
-    """Wait until this boot's verification is over. Exits with 7 where state did not arrive whole."""
-    with ending(as_json=as_json), client() as following, client() as asking:
+    """Wait until this boot's verification is over.
+
+    Exits with 7 where state did not arrive whole.
+    """
+    with client() as following, client() as asking:
         for event in following.monitor():
             if event.phase not in (Phase.verifying, Phase.rolling_back):  # of a start that is not over yet
                 break
