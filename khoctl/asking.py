@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import click
 import typer
 from typer.core import TyperGroup
 
 from khod.errors import Exit, KhoError, UsageError, errno_text
+from khod.model import Phase
 from khod.wire import SOCKET
 
 if TYPE_CHECKING:
@@ -23,6 +24,17 @@ SOCKET_KEY, TIMEOUT_KEY = "khoctl.socket", "khoctl.timeout"
 INTERRUPTED = 130
 """As a shell has it: 128 and SIGINT."""
 WRITTEN = "What was asked for may be done: khoctl status"
+
+
+TO_SEE = "To see: khoctl status. To stop it: khoctl abort"
+
+
+class Detached(KeyboardInterrupt):
+    """An interrupt while khod goes on with what it was asked for; `phase` is the last that was heard of."""
+
+    def __init__(self, phase: Phase | None) -> None:
+        super().__init__()
+        self.phase = phase
 
 
 def socket() -> Path:
@@ -40,12 +52,36 @@ def client() -> "Client":
     """Connect to khod; Unreachable where it does not answer."""
     from khod.client import Client  # noqa: PLC0415 - trees in files need no khod
 
-    return Client(socket())
+    return Client(socket(), patience=timeout(), on_slow=say_slow)
+
+
+def say_slow(connection: "Client") -> None:
+    """Say what is waited for."""
+    process = (
+        f" (process {connection.listener})" if connection.listener > 1 else ""
+    )  # 1 is systemd, which listens for it
+    typer.echo(f"khoctl: Still waiting for khod{process}. To end this: Ctrl-C, or --timeout", err=True)
+
+
+def on_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def confirmed(question: str) -> bool:
+    """Ask somebody at the terminal; the end of the input is a no. Standard output stays the answer's."""
+    typer.echo(f"{question} [y/N] ", nl=False, err=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def colourless() -> bool:
     """Whether the terminal must not be sent colours: no-color.org, and a terminal that says it knows no sequences."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
+def repaints(stream: TextIO) -> bool:
+    """Whether it is a terminal on which a line can be written over."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _keep(key: str, context: click.Context, _parameter: click.Parameter, value: Any) -> None:
@@ -62,6 +98,14 @@ def _everywhere() -> list[click.Parameter]:
             help="khod's socket (also by KHOD_SOCKET).",
             expose_value=False,
             callback=partial(_keep, SOCKET_KEY),
+        ),
+        click.Option(
+            ["--timeout"],
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="SECONDS",
+            help="Wait no longer for khod. What was asked for goes on.",
+            expose_value=False,
+            callback=partial(_keep, TIMEOUT_KEY),
         ),
     ]
 
@@ -111,7 +155,9 @@ class Root(Group):
             ctx.color = False
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt, Detached):
+                typer.echo(f"khoctl: khod goes on with it. {TO_SEE}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:  # a command says what it cannot read; this is what it could not say
             if not isinstance(error, BrokenPipeError):

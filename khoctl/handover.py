@@ -2,19 +2,22 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Annotated, Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Annotated, Any, NoReturn
 
+import click
 import typer
 
 from khoctl import progress, render, target
-from khoctl.asking import Json, client, socket
+from khoctl.asking import Detached, Json, client, colourless, confirmed, on_terminal, repaints
 from khod.client import Client
-from khod.errors import Exit
+from khod.errors import Exit, Unreachable
 from khod.model import Check, CheckResult, Phase, Status
 
 app = typer.Typer(rich_markup_mode=None)
-CLEAR = "\x1b[2J\x1b[H"  # the screen emptied, the cursor at its top
+CLEAR, ERASE, REST = "\x1b[H", "\x1b[K\n", "\x1b[J"  # to the screen's top; clear a line's rest; clear the screen's rest
+TICK = 1.0
+"""Seconds between two paintings of a page that is watched."""
 Image = Annotated[
     str | None, typer.Option(metavar="FILE", help="The next kernel; a unified kernel image brings its initrd along.")
 ]
@@ -45,6 +48,7 @@ Now = Annotated[
         help="Sync and jump at once, instead of systemctl kexec. Where the jump itself fails, this alone rolls back.",
     ),
 ]
+NoBlock = Annotated[bool, typer.Option("--no-block", help="Return when it has begun; khod goes on with it.")]
 Profile = Annotated[
     str | None, typer.Option("--profile", metavar="NAME", help="Take all of this from /etc/kho/handover.d/NAME.toml.")
 ]
@@ -58,17 +62,38 @@ def status(
 
     Exits with 7 after a degraded or cold boot, with 6 where the kernel was not put back.
     """
-    with client() as asking:
-        if watch:
-            with client() as following:
-                for _event in following.monitor():
-                    if sys.stdout.isatty() and not as_json:
-                        typer.echo(CLEAR, nl=False)
-                    typer.echo(_page(asking.status(), as_json=as_json))
-                    sys.stdout.flush()
-        found = asking.status()
+    if watch:
+        _watch(as_json=as_json)
+    with client() as khod:
+        found = khod.status()
     typer.echo(_page(found, as_json=as_json))
     raise typer.Exit(found.exit_code)
+
+
+def _watch(*, as_json: bool) -> NoReturn:
+    """Show every change until interrupted; a terminal is painted anew each second, so that its clocks go on."""
+    live = repaints(sys.stdout) and not as_json
+    with client() as asking, client() as following:
+        found, events = asking.status(), following.monitor()
+        event = next(events)
+        try:
+            while True:
+                page = _page(found, as_json=as_json)
+                typer.echo(_repainted(page) if live else page, nl=not live, color=live or None)
+                if following.waiting or following.readable(TICK if live else None):
+                    event = next(events)
+                found = asking.status()
+        except Unreachable:
+            if event.phase is not Phase.executing:
+                raise
+            progress.require_jump(found.boot_id)
+    _say_jumped(as_json=as_json)
+
+
+def _repainted(page: str) -> str:
+    """A page over the one before it. Where colours are not wanted the cursor still moves."""
+    lines = (click.unstyle(page) if colourless() else page).splitlines()
+    return f"{CLEAR}{''.join(line + ERASE for line in lines)}{REST}"
 
 
 def _page(found: Status, *, as_json: bool) -> str:
@@ -133,24 +158,25 @@ def _judged(found: list[Check]) -> Exit:
 
 
 @app.command()
-def activate(as_json: Json = False) -> None:
+def activate(no_block: NoBlock = False, as_json: Json = False) -> None:
     """Freeze the producers and serialize the kernel's state.
 
     What is left to do is `khoctl kexec`, or `khoctl abort`.
     """
-    _operate(lambda khod: khod.ask("Activate"), as_json=as_json)
+    _operate(lambda khod: khod.ask("Activate"), as_json=as_json, block=not no_block)
 
 
 @app.command()
 def abort(
     force: Annotated[bool, typer.Option("--force", help="Also put back what khod did not do.")] = False,
+    no_block: NoBlock = False,
     as_json: Json = False,
 ) -> None:
     """Put everything back and thaw the producers.
 
     The image is unloaded, the active phase left, every producer thawed and cancelled.
     """
-    _operate(lambda khod: khod.ask("Abort", {"force": force}), as_json=as_json)
+    _operate(lambda khod: khod.ask("Abort", {"force": force}), as_json=as_json, block=not no_block, may_stop=False)
 
 
 @app.command()
@@ -166,6 +192,7 @@ def kexec(
     remove: Remove = None,
     load_only: LoadOnly = False,
     now: Now = False,
+    no_block: NoBlock = False,
     hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
     from_profile: Profile = None,
     as_json: Json = False,
@@ -176,7 +203,7 @@ def kexec(
     After that nothing is: where reboot(2) fails, systemd goes on to an ordinary reboot, and nothing arrives.
     """
     with _asked(locals()) as (request, fds):
-        _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json)
+        _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json, block=not no_block)
 
 
 @contextmanager
@@ -210,14 +237,35 @@ def verify(as_json: Json = False) -> None:
     raise typer.Exit(found.exit_code)
 
 
-def _operate(begin: Callable[[Client], None], *, as_json: bool) -> None:
+def _operate(begin: Callable[[Client], None], *, as_json: bool, block: bool = True, may_stop: bool = True) -> None:
     """Begin what changes something, and show what happens until it is over."""
     try:
-        found = progress.watched(socket(), begin, Client.answer, quiet=as_json)
-    except KeyboardInterrupt:
-        typer.echo("khod goes on with it. To see: khoctl status. To stop it: khoctl abort", err=True)
-        raise
+        found = progress.watched(begin, Client.answer, quiet=as_json) if block else progress.begun(begin)
+    except Detached as detached:
+        if not may_stop or not _stop(detached.phase):
+            raise
+        _operate(_abort, as_json=as_json, may_stop=False)
+        raise typer.Exit(Exit.failed) from None
     if found is None:
-        typer.echo("The host jumped. After the boot: khoctl status", err=True)
-        raise typer.Exit(Exit.done)
+        _say_jumped(as_json=as_json)
     typer.echo(_page(found, as_json=as_json))
+
+
+def _say_jumped(*, as_json: bool) -> NoReturn:
+    said = "The host jumped. After the boot: khoctl status"
+    if as_json:
+        typer.echo(render.as_json({"phase": Phase.executing, "summary": said, "exit_code": Exit.done}))
+    typer.echo(said, err=True)
+    raise typer.Exit(Exit.done)
+
+
+def _abort(khod: Client) -> None:
+    khod.ask("Abort", {"force": False})
+
+
+def _stop(phase: Phase | None) -> bool:
+    """Ask whether khod is to stop what it goes on with; no where there is nobody to ask."""
+    goes_on = f"Detached: the handover goes on{f' ({render.name(phase)})' if phase else ''}. Abort it?"
+    with suppress(KeyboardInterrupt):
+        return on_terminal() and confirmed(goes_on)
+    return False

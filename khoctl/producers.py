@@ -3,7 +3,7 @@
 import typer
 
 from khoctl import progress, render
-from khoctl.asking import Group, Json, client, socket
+from khoctl.asking import Group, Json, client
 from khod.client import Client
 from khod.text import printable
 
@@ -28,9 +28,7 @@ def test(name: str, as_json: Json = False) -> None:
 
     Kernel and other producers notice nothing.
     """
-    found = progress.watched(
-        socket(), lambda khod: khod.ask("Rehearse", {"name": name}), Client.rehearsed, quiet=as_json
-    )
+    found = progress.watched(lambda khod: khod.ask("Rehearse", {"name": name}), Client.rehearsed, quiet=as_json)
     typer.echo(render.as_json(found or []) if as_json else render.producers(found or []))
 
 

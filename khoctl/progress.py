@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import typer
 
 from khoctl import render
-from khod.client import Client
+from khoctl.asking import TO_SEE, Detached, client, repaints, say_slow, socket, timeout
+from khod.client import SLOW, Client
 from khod.errors import KhoError, Unreachable
-from khod.model import Event, Phase, Producer
+from khod.model import Event, Phase, Producer, Status
+from khod.text import join_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,9 @@ FEW = 10
 ROOM = 6
 """Lines of a terminal left for what is printed above the producers'."""
 
+COMEBACK = 10.0
+"""Seconds khod has to come back after it ended on the way into the next kernel."""
+
 LAST_WORDS = 1.0
 """Seconds the last events have to come in on their own connection, after the answer came on the other."""
 
@@ -45,12 +49,14 @@ class Shown:
     _console: "Console | None" = None
     _live: "Live | None" = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool) -> None:
         self.last: Phase | None = None
+        self._quiet = quiet
+        self._named: set[tuple[str, str]] = set()
         self._producers: dict[str, Producer] = {}
         self._heard: dict[str, float] = {}
         self._ended = False
-        if sys.stderr.isatty():
+        if repaints(sys.stderr) and not quiet:
             from rich.console import Console  # noqa: PLC0415 - dear to import, and only a terminal needs it
             from rich.live import Live  # noqa: PLC0415 - as above
 
@@ -70,7 +76,7 @@ class Shown:
     def show(self, event: Event) -> None:
         """Show one event; the first only tells where it began."""
         first, self.last = self.last is None, event.phase
-        if first:
+        if first or self._quiet:
             return
         if event.producer is not None and event.producer.phase:
             self._producers[event.producer.name] = event.producer
@@ -83,6 +89,16 @@ class Shown:
             self._console.print(Text.from_ansi(render.event(event)))
         else:
             typer.echo(render.event(event), err=True)
+
+    def wait(self) -> None:
+        """Say, where no line shows it anyhow, whom khod waits for by now: each producer once for each verb."""
+        waiting = [found for found in self._producers.values() if found.waiting]
+        new = [found for found in waiting if (found.name, found.phase) not in self._named]
+        if self._live or self._quiet or not new:
+            return
+        self._named |= {(found.name, found.phase) for found in new}
+        names = join_names((f"{found.name} ({found.phase})" for found in new), FEW)
+        typer.echo(f"{'':26}waiting for {names}", err=True)
 
     def _lines(self) -> "Text":
         """One line a producer: those that are waited for first, as many as there is room for."""
@@ -106,58 +122,110 @@ class Shown:
         return replace(found, seconds=found.seconds + since)
 
 
-def watched(path: Path, begin: Callable[[Client], None], answer: Callable[[Client], T], *, quiet: bool) -> T | None:
-    """Run the operation that `begin` calls, and show its events; None where the host jumped before the answer."""
-    with Client(path) as client:
-        if quiet:
-            begin(client)
-            return answer(client)
-        with Client(path) as watcher, Shown() as shown:
-            watcher.ask("Monitor", more=True)
-            shown.show(watcher.event())
-            begin(client)
-            try:
-                _show_until(client, watcher, shown)
-                return answer(client)
-            except Unreachable:
-                if shown.last is Phase.executing:
-                    return None
+def watched(begin: Callable[[Client], None], answer: Callable[[Client], T], *, quiet: bool) -> T | None:
+    """Run the operation that `begin` calls, and show its events; None where the host jumped before the answer.
+
+    It may take as long as it needs while khod still says how it stands, unless the operator gave a time. Unreachable
+    where khod does not, Detached, at once, where the operator interrupts.
+    """
+    with client() as calling, client() as watcher, Shown(quiet=quiet) as shown:
+        boot = calling.status().boot_id
+        watcher.ask("Monitor", more=True)
+        shown.show(watcher.event())
+        begin(calling)
+        try:
+            _show_until(calling, watcher, shown)
+            found = answer(calling)
+        except KeyboardInterrupt:
+            raise Detached(shown.last) from None  # at once: nobody is asked anything more
+        except Unreachable:
+            if shown.last is not Phase.executing:
                 raise
-            finally:
-                _last_words(client, watcher, shown)
+            require_jump(boot)
+            return None
+        except KhoError:
+            _last_words(calling, watcher, shown)
+            raise
+        _last_words(calling, watcher, shown)
+        return found
 
 
-def _show_until(client: Client, watcher: Client, shown: Shown) -> None:
-    """Show events until the operation is answered."""
-    with selectors.DefaultSelector() as selector:
-        for connection in (client, watcher):
+def begun(begin: Callable[[Client], None]) -> Status:
+    """Call an operation and return as soon as it changes something, or is over; khod goes on with it."""
+    with client() as calling, client() as watcher, selectors.DefaultSelector() as selector:
+        watcher.ask("Monitor", more=True)
+        watcher.event()
+        begin(calling)
+        for connection in (calling, watcher):
             selector.register(connection, selectors.EVENT_READ)
-        while not client.waiting:
-            for key, _events in selector.select():
-                ready = key.fileobj
-                if ready is client:
-                    client.receive()
-                    continue
-                try:
-                    watcher.receive()
-                    while watcher.waiting:
-                        shown.show(watcher.event())
-                except KhoError:
-                    selector.unregister(watcher)
-                else:
-                    if not watcher.more:
-                        selector.unregister(watcher)
+        ready = [key.fileobj for key, _events in selector.select(timeout())]
+        if calling in ready:
+            return calling.answer()
+        if not ready:
+            raise _too_long()
+    with client() as asking:
+        return asking.status()
 
 
-def _last_words(client: Client, watcher: Client, shown: Shown) -> None:
+def require_jump(boot: str) -> None:
+    """Raise Unreachable where khod ended on the way into the next kernel and is back in the same boot.
+
+    systemd holds khod's socket and starts it again: who is not answered is on a host that goes down, or on the embedded
+    kernel of the tests and of the demonstration, where khod goes away with its kernel and comes back in another boot.
+    """
+    found = None
+    with suppress(Unreachable), Client(socket(), patience=COMEBACK, on_slow=say_slow) as asking:
+        found = asking.status()
+    if found is not None and found.boot_id == boot:
+        raise Unreachable(
+            "khod ended while the host was on its way into the next kernel, and was started again before the jump",
+            remedy="What came of it: khoctl status. If the host jumps after all: khoctl verify",
+        )
+
+
+def _too_long() -> Unreachable:
+    return Unreachable(
+        f"It is not over within {timeout():g} s", where="--timeout", remedy=f"khod goes on with it. {TO_SEE}"
+    )
+
+
+def _show_until(calling: Client, watcher: Client, shown: Shown) -> None:
+    """Show events until the operation is answered."""
+    limit = timeout()
+    ends = None if limit is None else time.monotonic() + limit
+    with selectors.DefaultSelector() as selector:
+        for connection in (calling, watcher):
+            selector.register(connection, selectors.EVENT_READ)
+        while not calling.waiting:
+            left = SLOW if ends is None else min(SLOW, ends - time.monotonic())
+            if left <= 0:
+                raise _too_long()
+            ready = [key.fileobj for key, _events in selector.select(left)]
+            if not ready:
+                shown.wait()
+                with client() as asking:
+                    asking.status()  # whether khod is still there to answer
+            if calling in ready:
+                calling.receive()
+            elif watcher in ready and not _heard(watcher, shown):
+                selector.unregister(watcher)
+
+
+def _heard(watcher: Client, shown: Shown) -> bool:
+    """Show what has come; whether more may come."""
+    try:
+        watcher.receive()
+        while watcher.waiting:
+            shown.show(watcher.event())
+    except KhoError:
+        return False
+    return watcher.more
+
+
+def _last_words(calling: Client, watcher: Client, shown: Shown) -> None:
     """Let what is already on its way be seen."""
     deadline = time.monotonic() + LAST_WORDS
-    with suppress(KhoError), selectors.DefaultSelector() as selector:
-        final = client.status().phase
-        if not watcher.more:
-            return
-        selector.register(watcher, selectors.EVENT_READ)
-        while shown.last is not final and selector.select(max(0.0, deadline - time.monotonic())):
-            watcher.receive()
-            while watcher.waiting:
-                shown.show(watcher.event())
+    with suppress(KhoError):
+        final = calling.status().phase
+        while shown.last is not final and watcher.readable(deadline - time.monotonic()) and _heard(watcher, shown):
+            pass
