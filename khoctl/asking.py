@@ -12,6 +12,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from khoctl.layout import show
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.model import Phase
 from khod.wire import SOCKET
@@ -186,7 +187,7 @@ def _said(error: KhoError, *, as_json: bool) -> int:
             from khoctl import render  # noqa: PLC0415 - an error is not what a command starts with
 
             typer.echo(render.error_json(error))
-        typer.echo(f"khoctl: {error}", err=True)
+        show(f"khoctl: {error}", err=True)
     except OSError:
         pass  # the code still says it
     return error.exit

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from khoctl import layout
 from khoctl.asking import Group, Json, client
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.region import Region
@@ -235,13 +236,10 @@ def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
     if not taken:
         yield "No snapshots: nothing has left this host yet."
     else:
-        rows = [COLUMNS, *map(_row, taken)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            yield "  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip()
+        yield from layout.table([COLUMNS, *map(_row, taken)], layout.columns())
     for item in found:
         if item.wrong:
-            yield _shown(f"{printable(item.id)}: {printable(item.wrong)} (!)")
+            yield _shown(layout.fit(f"{printable(item.id)}: {printable(item.wrong)} (!)", layout.columns()))
 
 
 def _row(item: "Snapshot") -> tuple[str, ...]:

@@ -3,19 +3,27 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import click
 import typer
 
-from khoctl import progress, render, target
+from khoctl import layout, progress, render, target
 from khoctl.asking import Detached, Json, client, colourless, confirmed, on_terminal, repaints
 from khod.client import Client
-from khod.errors import Exit, Unreachable
-from khod.model import Check, CheckResult, Phase, Status
+from khod.errors import Exit, Refused, Unreachable
+from khod.model import Check, CheckResult, Phase, Step
 
 app = typer.Typer(rich_markup_mode=None)
 CLEAR, ERASE, REST = "\x1b[H", "\x1b[K\n", "\x1b[J"  # to the screen's top; clear a line's rest; clear the screen's rest
+KERNEL_FILES = {
+    "sys/kernel/kho/active": ("not in the active phase", "in the active phase, the producers may be frozen"),
+    "sys/kernel/kexec_loaded": ("no image is loaded", "an image is loaded"),
+}
+"""What anyone may read, and what 0 and 1 in it mean; the first one is v3's."""
+
 TICK = 1.0
 """Seconds between two paintings of a page that is watched."""
 Image = Annotated[
@@ -64,10 +72,24 @@ def status(
     """
     if watch:
         _watch(as_json=as_json)
-    with client() as khod:
-        found = khod.status()
-    typer.echo(_page(found, as_json=as_json))
+    try:
+        with client() as khod:
+            found = khod.status()
+    except Unreachable as error:
+        raise Unreachable(
+            error.what, where=error.where, remedy=". ".join(filter(None, (error.remedy, kernel_says())))
+        ) from None
+    _say(found, partial(render.status, found), as_json=as_json)
     raise typer.Exit(found.exit_code)
+
+
+def kernel_says(root: Path = Path("/")) -> str:
+    """What can be read of a handover without khod, a sentence; "" where the kernel says nothing."""
+    said = []
+    for path, texts in KERNEL_FILES.items():
+        with suppress(OSError, ValueError):
+            said.append(f"{texts[int((root / path).read_text())]} (/{path})")
+    return f"The kernel itself says: {', '.join(said)}." if said else ""
 
 
 def _watch(*, as_json: bool) -> NoReturn:
@@ -78,8 +100,10 @@ def _watch(*, as_json: bool) -> NoReturn:
         event = next(events)
         try:
             while True:
-                page = _page(found, as_json=as_json)
-                typer.echo(_repainted(page) if live else page, nl=not live, color=live or None)
+                if live:
+                    typer.echo(_repainted(render.status(found)), nl=False, color=True)
+                else:
+                    _say(found, partial(render.status, found), as_json=as_json)
                 if following.waiting or following.readable(TICK if live else None):
                     event = next(events)
                 found = asking.status()
@@ -92,12 +116,16 @@ def _watch(*, as_json: bool) -> NoReturn:
 
 def _repainted(page: str) -> str:
     """A page over the one before it. Where colours are not wanted the cursor still moves."""
-    lines = (click.unstyle(page) if colourless() else page).splitlines()
+    lines = layout.fit(click.unstyle(page) if colourless() else page, layout.columns()).split("\n")
     return f"{CLEAR}{''.join(line + ERASE for line in lines)}{REST}"
 
 
-def _page(found: Status, *, as_json: bool) -> str:
-    return render.as_json(found) if as_json else render.status(found)
+def _say(found: object, page: Callable[[], str], *, as_json: bool) -> None:
+    """Print an answer: JSON is one line, a page is fitted to the terminal."""
+    if as_json:
+        typer.echo(render.as_json(found))
+    else:
+        layout.show(page())
 
 
 @app.command()
@@ -112,6 +140,7 @@ def check(
     append: Append = None,
     remove: Remove = None,
     from_profile: Profile = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Leave out what passed or was skipped.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run the preflight checks and touch nothing.
@@ -120,7 +149,7 @@ def check(
     """
     with _asked(locals()) as (request, fds), client() as khod:
         found = khod.check(request, fds)
-    typer.echo(render.as_json(found) if as_json else render.checks(found))
+    _say(found, lambda: render.checks(found, quiet=quiet), as_json=as_json)
     raise typer.Exit(_judged(found))
 
 
@@ -146,7 +175,7 @@ def plan(
     """
     with _asked(locals()) as (request, fds), client() as khod:
         found = khod.plan(request, fds)
-    typer.echo(render.as_json(found) if as_json else render.plan(found))
+    _say(found, lambda: render.plan(found), as_json=as_json)
     raise typer.Exit(_judged(found.checks))
 
 
@@ -192,6 +221,7 @@ def kexec(
     remove: Remove = None,
     load_only: LoadOnly = False,
     now: Now = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Begin without a question on a terminal.")] = False,
     no_block: NoBlock = False,
     hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
     from_profile: Profile = None,
@@ -203,7 +233,22 @@ def kexec(
     After that nothing is: where reboot(2) fails, systemd goes on to an ordinary reboot, and nothing arrives.
     """
     with _asked(locals()) as (request, fds):
+        if not yes and on_terminal():
+            _agree(request, fds)
         _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json, block=not no_block)
+
+
+def _agree(request: dict[str, Any], fds: tuple[int, ...]) -> None:
+    """Ask somebody at the terminal before anything begins; never where it has begun: they may be frozen by now."""
+    with client() as khod:
+        found = khod.plan({name: value for name, value in request.items() if name != "hold"}, fds)
+    if "kernel" not in request or not found.steps or found.steps[0].step != Step.prepare.value:
+        return
+    layout.show(render.short_plan(found), err=True)
+    if (judged := _judged(found.checks)) is not Exit.done:
+        raise typer.Exit(judged)
+    if not confirmed("Begin the handover?"):
+        raise Refused("Not begun", remedy="Nothing was changed.")
 
 
 @contextmanager
@@ -218,7 +263,7 @@ def monitor(as_json: Json = False) -> None:
     """Print every change, one line each, until interrupted."""
     with client() as khod:
         for event in khod.monitor():
-            typer.echo(render.as_json(event) if as_json else render.event(event))
+            _say(event, partial(render.event, event), as_json=as_json)
             sys.stdout.flush()
 
 
@@ -233,7 +278,7 @@ def verify(as_json: Json = False) -> None:
             if event.phase not in (Phase.verifying, Phase.rolling_back):  # of a start that is not over yet
                 break
         found = asking.status()
-    typer.echo(_page(found, as_json=as_json))
+    _say(found, partial(render.status, found), as_json=as_json)
     raise typer.Exit(found.exit_code)
 
 
@@ -248,7 +293,7 @@ def _operate(begin: Callable[[Client], None], *, as_json: bool, block: bool = Tr
         raise typer.Exit(Exit.failed) from None
     if found is None:
         _say_jumped(as_json=as_json)
-    typer.echo(_page(found, as_json=as_json))
+    _say(found, partial(render.status, found), as_json=as_json)
 
 
 def _say_jumped(*, as_json: bool) -> NoReturn:

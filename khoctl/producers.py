@@ -2,9 +2,10 @@
 
 import typer
 
-from khoctl import progress, render
+from khoctl import layout, progress, render
 from khoctl.asking import Group, Json, client
 from khod.client import Client
+from khod.model import Producer
 from khod.text import printable
 
 app = typer.Typer(
@@ -19,7 +20,7 @@ def list_all(context: typer.Context, as_json: Json = False) -> None:
         return
     with client() as khod:
         found = khod.producers()
-    typer.echo(render.as_json(found) if as_json else render.producers(found))
+    _show(found, as_json=as_json)
 
 
 @app.command()
@@ -29,7 +30,7 @@ def test(name: str, as_json: Json = False) -> None:
     Kernel and other producers notice nothing.
     """
     found = progress.watched(lambda khod: khod.ask("Rehearse", {"name": name}), Client.rehearsed, quiet=as_json)
-    typer.echo(render.as_json(found or []) if as_json else render.producers(found or []))
+    _show(found or [], as_json=as_json)
 
 
 @app.command()
@@ -41,3 +42,7 @@ def forget(name: str, as_json: Json = False) -> None:
     with client() as khod:
         khod.forget(name)
     typer.echo(render.as_json({"forgotten": name}) if as_json else f"{printable(name)}: forgotten")
+
+
+def _show(found: list[Producer], *, as_json: bool) -> None:
+    typer.echo(render.as_json(found) if as_json else render.producers(found, layout.columns()))

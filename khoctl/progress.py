@@ -8,10 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self, TypeVar
 
-import typer
-
 from khoctl import render
 from khoctl.asking import TO_SEE, Detached, client, repaints, say_slow, socket, timeout
+from khoctl.layout import fit, show
 from khod.client import SLOW, Client
 from khod.errors import KhoError, Unreachable
 from khod.model import Event, Phase, Producer, Status
@@ -86,9 +85,9 @@ class Shown:
         if self._console:
             from rich.text import Text  # noqa: PLC0415 - as above
 
-            self._console.print(Text.from_ansi(render.event(event)))
+            self._console.print(Text.from_ansi(fit(render.event(event), self._console.width)), soft_wrap=True)
         else:
-            typer.echo(render.event(event), err=True)
+            show(render.event(event), err=True)
 
     def wait(self) -> None:
         """Say, where no line shows it anyhow, whom khod waits for by now: each producer once for each verb."""
@@ -98,7 +97,7 @@ class Shown:
             return
         self._named |= {(found.name, found.phase) for found in new}
         names = join_names((f"{found.name} ({found.phase})" for found in new), FEW)
-        typer.echo(f"{'':26}waiting for {names}", err=True)
+        show(f"{'':26}waiting for {names}", err=True)
 
     def _lines(self) -> "Text":
         """One line a producer: those that are waited for first, as many as there is room for."""

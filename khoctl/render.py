@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from khoctl.layout import table
 from khod.errors import KhoError
 from khod.model import Check, CheckResult, Event, Fate, Phase, Plan, Producer, Status, Word
 from khod.text import join_names, printable
@@ -186,8 +187,8 @@ def _done(found: Producer) -> str:
     return DONE.get(found.phase, printable(found.phase))
 
 
-def producers(found: list[Producer]) -> str:
-    """A line a producer, in the order they are told."""
+def producers(found: list[Producer], width: int | None = None) -> str:
+    """A row a producer, in the order they are told."""
     found = escaped(found)
     if not found:
         return "No producers: none is configured in /etc/kho/producers.d, and none has registered."
@@ -197,8 +198,7 @@ def producers(found: list[Producer]) -> str:
         answer = item.answer or ("..." if item.waiting else "")
         seconds = f"{item.seconds:.3f}" if item.phase else "-"
         rows.append((str(item.rank), item.name, item.kind, item.phase or "-", seconds, f"{answer}{done}" or "-"))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]]) for row in rows)
+    return "\n".join(table(rows, width))
 
 
 def _said(status: Status) -> str:
@@ -207,17 +207,36 @@ def _said(status: Status) -> str:
     return phase + image
 
 
-def checks(found: list[Check]) -> str:
-    """A line a check, its remedy below it."""
+FAILED = (CheckResult.fail, CheckResult.unsupported)
+
+
+def checks(found: list[Check], *, quiet: bool = False) -> str:
+    """A line a check, its remedy below it, and what they come to; with `quiet` only those that found something."""
     found = escaped(found)
-    width = max(len(check.name) for check in found)
+    shown = [check for check in found if not quiet or check.result in (*FAILED, CheckResult.warn)]
+    width = max((len(check.name) for check in shown), default=0)
     lines = []
-    for check in found:
+    for check in shown:
         text, colour = MARKS[check.result]
         lines.append(f"{typer.style(text, fg=colour)}  {check.name:<{width}}  {check.evidence}")
         if check.remedy and check.result is not CheckResult.passed:
             lines.append(f"      {'':<{width}}  -> {check.remedy}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([""] if lines else []), conclusion(found)])
+
+
+def conclusion(found: list[Check]) -> str:
+    """What the checks come to, in one line: how many, which, and what a handover would make of it."""
+    failed = [check.name for check in found if check.result in FAILED]
+    warned = [check.name for check in found if check.result is CheckResult.warn]
+    counts = Counter(check.result for check in found)
+    said = [f"{len(failed)} failed ({', '.join(failed)})"] if failed else []
+    said += [f"{counts[CheckResult.passed]} passed"] if not failed else []
+    said += [f"{len(warned)} {'warning' if len(warned) == 1 else 'warnings'} ({', '.join(warned)})"] if warned else []
+    said += [f"{skipped} skipped"] if (skipped := counts[CheckResult.skipped]) else []
+    if failed:
+        return f"{typer.style('Refused', fg=typer.colors.RED, bold=True)}: {', '.join(said)}. No handover can begin."
+    after = "" if any(check.name == "image" for check in found) else " The next kernel was not named, nor checked."
+    return f"{typer.style('Ready', fg=typer.colors.GREEN, bold=True)}: {', '.join(said)}.{after}"
 
 
 FATES = {Fate.kept: (" ", None), Fate.added: ("+", typer.colors.GREEN), Fate.removed: ("-", typer.colors.RED)}
@@ -247,9 +266,17 @@ def plan(found: Plan) -> str:
         lines += [f"  {line}" for line in words(found.words)] or ["  as the running kernel's"]
     if found.rollback_seconds:
         lines += ["", f"Until the jump is asked for, `khoctl abort` puts it back within {found.rollback_seconds:g} s."]
-    odd = [check for check in found.checks if check.result not in (CheckResult.passed, CheckResult.skipped)]
-    lines += ["", checks(odd) if odd else "Nothing is in the way. Nothing was touched."]
+    lines += ["", checks(found.checks, quiet=True), "Nothing was touched."]
     return "\n".join(lines)
+
+
+def short_plan(found: Plan) -> str:
+    """What an operator is to agree to: who is told, what is booted, how, and what speaks against it."""
+    found = escaped(found)
+    brief = [step for step in found.steps if step.step not in ("freeze", "activate", "verify")]
+    lines = [f"  {step.step:<8}  {step.does}" for step in brief]
+    lines += [f"  {line}" for line in words(found.words)]
+    return "\n".join([*lines, checks(found.checks, quiet=True)])
 
 
 def event(event: Event) -> str:

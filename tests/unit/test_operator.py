@@ -21,6 +21,7 @@ import khod.client
 from khoctl import asking, handover, progress, render
 from khod.errors import Exit
 from khod.model import Event, Phase
+from tests.unit.images import CPIO, bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, cli
 from tests.unit.test_render import status
 
@@ -243,6 +244,87 @@ def test_what_is_refused_is_said_also_where_the_operation_is_left_to_khod(blocke
     ended = blocked.khoctl("kexec", "--no-block")
     assert ended.code != Exit.done
     assert "--image" in ended.err
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "vmlinuz").write_bytes(bzimage())
+    (tmp_path / "initrd").write_bytes(CPIO)
+    return "--image", str(tmp_path / "vmlinuz"), "--initrd", str(tmp_path / "initrd")
+
+
+def test_a_terminal_is_asked_before_anyone_is_told_and_a_no_changes_nothing(
+    blocked: Khod, images: tuple[str, ...]
+) -> None:
+    terminal = Terminal(blocked, "kexec", *images)
+    terminal.until("Begin the handover? [y/N] ")
+    assert "tell db to prepare" in terminal.said
+    assert "the point of no return" in terminal.said
+    terminal.send("\n")
+    assert terminal.end() == Exit.refused
+    assert "Nothing was changed" in terminal.said
+    found = blocked.ask("Status")["status"]
+    assert (found["phase"], [one["phase"] for one in found["producers"]]) == ("idle", [""])
+
+
+@pytest.mark.parametrize(("flags", "asked"), [((), True), (("--yes",), False), (("-y",), False)], ids=str)
+def test_a_yes_begins_the_handover_and_may_be_given_beforehand(
+    blocked: Khod, images: tuple[str, ...], flags: tuple[str, ...], asked: bool
+) -> None:
+    terminal = Terminal(blocked, "kexec", *images, *flags)
+    if asked:
+        terminal.until("Begin the handover? [y/N] ")
+        terminal.send("y\n")
+    terminal.until("preparing")
+    assert ("Begin the handover?" in terminal.said) is asked
+    assert blocked.khoctl("abort").code == Exit.done
+    assert terminal.end() == Exit.failed
+
+
+def test_a_terminal_is_not_asked_while_anyone_is_frozen(khod_: Khod, images: tuple[str, ...]) -> None:
+    assert khod_.khoctl("activate").code == Exit.done
+    terminal = Terminal(khod_, "kexec", *images, "--load-only")
+    assert terminal.end() == Exit.done
+    assert "Begin the handover?" not in terminal.said
+    assert khod_.loaded
+
+
+def test_a_terminal_is_not_asked_about_what_would_be_refused(khod_: Khod, images: tuple[str, ...]) -> None:
+    (khod_.directory / "vmlinuz").write_bytes(bzimage()[:-0x1000])
+    terminal = Terminal(khod_, "kexec", *images)
+    assert terminal.end() == Exit.refused
+    assert "1 failed (image)" in terminal.said
+    assert "Begin the handover?" not in terminal.said
+
+
+def test_without_a_terminal_nobody_is_asked(khod_: Khod, images: tuple[str, ...]) -> None:
+    assert khod_.khoctl("kexec", *images, "--load-only").code == Exit.done
+    assert khod_.loaded
+
+
+@pytest.fixture
+def khod_(tmp_path: Path) -> Iterator[Khod]:
+    made = Khod(tmp_path)
+    yield made
+    made.close()
+
+
+def test_without_khod_the_kernel_itself_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"sys/kernel/kho/active": "1\n", "sys/kernel/kexec_loaded": "0\n"}
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    said = handover.kernel_says(tmp_path)
+    assert "in the active phase, the producers may be frozen (/sys/kernel/kho/active)" in said
+    assert "no image is loaded (/sys/kernel/kexec_loaded)" in said
+    (tmp_path / "sys/kernel/kho/active").write_text("0\n")
+    (tmp_path / "sys/kernel/kexec_loaded").write_text("1\n")
+    assert "not in the active phase" in handover.kernel_says(tmp_path)
+    assert "an image is loaded" in handover.kernel_says(tmp_path)
+    assert handover.kernel_says(tmp_path / "sys") == ""
+    monkeypatch.setattr(handover, "kernel_says", lambda: "The kernel itself says: this.")
+    ended = cli(tmp_path / "socket", "status", "--json")
+    assert (ended.code, "The kernel itself says: this." in ended.json["remedy"]) == (Exit.unreachable, True)
 
 
 class Terminal:
