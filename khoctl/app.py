@@ -4,6 +4,7 @@ To import all of them for one would take a third of the time that `khoctl status
 """
 
 import importlib
+import io
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -72,11 +73,20 @@ def _main(
     """Options of khoctl itself; those of every command are in `khoctl.asking`."""
 
 
+def _locale() -> str:
+    """The locale of characters, as setlocale(3) finds it; "" where none is set."""
+    return next((found for name in ("LC_ALL", "LC_CTYPE", "LANG") if (found := os.environ.get(name))), "")
+
+
 def main() -> NoReturn:
     """Run khoctl, and leave at once: to take the interpreter apart would take a tenth of the time."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # it was closed: the next file that is opened would take its place
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+    if _locale() in ("C", "POSIX"):  # Python takes UTF-8 for it; a serial console shows that as garbage
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="ascii", errors="backslashreplace")
     code: Any = Exit.done
     try:
         app(prog_name="khoctl")

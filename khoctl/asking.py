@@ -1,6 +1,5 @@
 """What every command does: it asks khod at one socket, and ends with a sentence and an exit code."""
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from khoctl.layout import show
+from khoctl.layout import show, write
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.model import Phase
 from khod.wire import SOCKET
@@ -61,7 +60,7 @@ def say_slow(connection: "Client") -> None:
     process = (
         f" (process {connection.listener})" if connection.listener > 1 else ""
     )  # 1 is systemd, which listens for it
-    typer.echo(f"khoctl: Still waiting for khod{process}. To end this: Ctrl-C, or --timeout", err=True)
+    show(f"khoctl: Still waiting for khod{process}. To end this: Ctrl-C, or --timeout", err=True)
 
 
 def on_terminal() -> bool:
@@ -71,7 +70,7 @@ def on_terminal() -> bool:
 
 def confirmed(question: str) -> bool:
     """Ask somebody at the terminal; the end of the input is a no. Standard output stays the answer's."""
-    typer.echo(f"{question} [y/N] ", nl=False, err=True)
+    write(f"{question} [y/N] ", err=True, end="")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -134,6 +133,8 @@ class Group(TyperGroup):
             return name, command, args[1:]
         if name.startswith("-"):  # an option that this group has not
             ctx.fail(f"No such option {name!r}.")
+        import difflib  # noqa: PLC0415 - only who mistyped needs it
+
         near = difflib.get_close_matches(name, self.commands) or list(self.commands)
         remedy = (
             f"Did you mean {' or '.join(near)}?" if len(near) < len(self.commands) else f"One of: {', '.join(near)}."
@@ -158,11 +159,11 @@ class Root(Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             if isinstance(interrupt, Detached):
-                typer.echo(f"khoctl: khod goes on with it. {TO_SEE}", err=True)
+                show(f"khoctl: khod goes on with it. {TO_SEE}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:  # a command says what it cannot read; this is what it could not say
             if not isinstance(error, BrokenPipeError):
-                typer.echo(f"khoctl: Standard output cannot be written: {errno_text(error)}. {WRITTEN}", err=True)
+                show(f"khoctl: Standard output cannot be written: {errno_text(error)}. {WRITTEN}", err=True)
             raise typer.Exit(Exit.unwritten) from None
 
 

@@ -191,7 +191,7 @@ def _written(name: str, data: bytes, form: Form) -> bytes:
 
     text, note = dts(data, name)
     if note:
-        typer.echo(f"khoctl: {printable(note)}", err=True)
+        layout.show(f"khoctl: {printable(note)}", err=True)
     return text.encode()
 
 
@@ -283,7 +283,7 @@ def _print(lines: Iterable[str]) -> None:
     for line in lines:
         held.append(line)
         if len(held) == AT_ONCE:
-            typer.echo("\n".join(held))
+            layout.write("\n".join(held))
             held.clear()
     if held:
-        typer.echo("\n".join(held))
+        layout.write("\n".join(held))

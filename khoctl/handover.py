@@ -101,7 +101,7 @@ def _watch(*, as_json: bool) -> NoReturn:
         try:
             while True:
                 if live:
-                    typer.echo(_repainted(render.status(found)), nl=False, color=True)
+                    layout.write(_repainted(render.status(found)), color=True, end="")
                 else:
                     _say(found, partial(render.status, found), as_json=as_json)
                 if following.waiting or following.readable(TICK if live else None):
@@ -140,6 +140,7 @@ def check(
     append: Append = None,
     remove: Remove = None,
     from_profile: Profile = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for a warning, too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out what passed or was skipped.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -149,8 +150,9 @@ def check(
     """
     with _asked(locals()) as (request, fds), client() as khod:
         found = khod.check(request, fds)
-    _say(found, lambda: render.checks(found, quiet=quiet), as_json=as_json)
-    raise typer.Exit(_judged(found))
+    _say(found, partial(render.checks, found, quiet=quiet), as_json=as_json)
+    warned = strict and any(item.result is CheckResult.warn for item in found)
+    raise typer.Exit(_judged(found) or (Exit.refused if warned else Exit.done))
 
 
 @app.command()
@@ -175,7 +177,7 @@ def plan(
     """
     with _asked(locals()) as (request, fds), client() as khod:
         found = khod.plan(request, fds)
-    _say(found, lambda: render.plan(found), as_json=as_json)
+    _say(found, partial(render.plan, found), as_json=as_json)
     raise typer.Exit(_judged(found.checks))
 
 
@@ -300,7 +302,7 @@ def _say_jumped(*, as_json: bool) -> NoReturn:
     said = "The host jumped. After the boot: khoctl status"
     if as_json:
         typer.echo(render.as_json({"phase": Phase.executing, "summary": said, "exit_code": Exit.done}))
-    typer.echo(said, err=True)
+    layout.show(said, err=True)
     raise typer.Exit(Exit.done)
 
 

@@ -31,7 +31,12 @@ def columns(*, err: bool = False) -> int | None:
 
 def show(page: str, *, err: bool = False) -> None:
     """Write a page, fitted to where it goes."""
-    typer.echo(fit(page, columns(err=err)), err=err)
+    write(fit(page, columns(err=err)), err=err)
+
+
+def write(text: str, *, err: bool = False, color: bool | None = None, end: str = "\n") -> None:
+    """Write lines as they are, in the encoding of the stream: click by itself takes UTF-8 for ASCII."""
+    typer.echo(text + end, nl=False, file=sys.stderr if err else sys.stdout, color=color)
 
 
 def fit(page: str, width: int | None) -> str:

@@ -41,8 +41,8 @@ def forget(name: str, as_json: Json = False) -> None:
     """
     with client() as khod:
         khod.forget(name)
-    typer.echo(render.as_json({"forgotten": name}) if as_json else f"{printable(name)}: forgotten")
+    layout.write(render.as_json({"forgotten": name}) if as_json else f"{printable(name)}: forgotten")
 
 
 def _show(found: list[Producer], *, as_json: bool) -> None:
-    typer.echo(render.as_json(found) if as_json else render.producers(found, layout.columns()))
+    layout.write(render.as_json(found) if as_json else render.producers(found, layout.columns()))

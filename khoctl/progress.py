@@ -52,6 +52,9 @@ class Shown:
         self.last: Phase | None = None
         self._quiet = quiet
         self._named: set[tuple[str, str]] = set()
+        self.expected = 0
+        """How many producers there are: those of a later rank are not heard of before they are told."""
+        self._verb, self._since = "", 0.0
         self._producers: dict[str, Producer] = {}
         self._heard: dict[str, float] = {}
         self._ended = False
@@ -80,6 +83,8 @@ class Shown:
         if event.producer is not None and event.producer.phase:
             self._producers[event.producer.name] = event.producer
             self._heard[event.producer.name] = time.monotonic()
+            if event.producer.phase != self._verb:
+                self._verb, self._since = event.producer.phase, time.monotonic()
             if self._live or (event.producer.waiting and not event.producer.answer):
                 return
         if self._console:
@@ -107,13 +112,27 @@ class Shown:
             odd = [found for found in self._producers.values() if render.odd(found)][:FEW]
             summary = f"    {render.counted(list(self._producers.values()))}"
             return Text("\n".join([*(f"    {render.producer(found)}" for found in odd), summary]), no_wrap=True)
+        room = max(2, (self._console.height if self._console else 0) - ROOM)
+        lines = [self.summary()] if self._producers and not self._ended else []
         ordered = sorted(self._producers.values(), key=lambda found: not found.waiting)
-        room = max(1, (self._console.height if self._console else 0) - ROOM)
-        lines = [f"{'  >' if found.waiting else '   '} {render.producer(self._now(found))}" for found in ordered[:room]]
-        if len(ordered) > room:
-            waited = sum(found.waiting for found in ordered[room:])
-            lines.append(f"    and {len(ordered) - room} more" + (f", {waited} of them waited for" if waited else ""))
+        width = self._console.width if self._console else None
+        for shown, found in enumerate(ordered):
+            line = f"{'  >' if found.waiting else '   '} {render.producer(self._now(found))}"
+            if len(lines) >= room:
+                waited = sum(found.waiting for found in ordered[shown:])
+                waiting = f", {waited} of them waited for" if waited else ""
+                lines.append(f"    and {len(ordered) - shown} more{waiting}")
+                break
+            lines += fit(line, width).split("\n")
         return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+    def summary(self) -> str:
+        """How many are ready with what they are told, since when, and how long they have."""
+        told = [found for found in self._producers.values() if found.phase == self._verb]
+        ready = sum(not found.waiting and not render.odd(found) for found in told)
+        waiting = [found.limit for found in told if found.waiting]
+        clock = f", {time.monotonic() - self._since:.1f} s of {max(waiting):g} s" if waiting else ""
+        return f"    {self._verb}: {ready} of {max(self.expected, len(told))} ready{clock}"
 
     def _now(self, found: Producer) -> Producer:
         """A producer as it is by now: what it is waited for goes on."""
@@ -128,7 +147,8 @@ def watched(begin: Callable[[Client], None], answer: Callable[[Client], T], *, q
     where khod does not, Detached, at once, where the operator interrupts.
     """
     with client() as calling, client() as watcher, Shown(quiet=quiet) as shown:
-        boot = calling.status().boot_id
+        before = calling.status()
+        shown.expected = len(before.producers)
         watcher.ask("Monitor", more=True)
         shown.show(watcher.event())
         begin(calling)
@@ -140,7 +160,7 @@ def watched(begin: Callable[[Client], None], answer: Callable[[Client], T], *, q
         except Unreachable:
             if shown.last is not Phase.executing:
                 raise
-            require_jump(boot)
+            require_jump(before.boot_id)
             return None
         except KhoError:
             _last_words(calling, watcher, shown)

@@ -160,7 +160,8 @@ def producer(found: Producer) -> str:
         return f"{found.name} ({found.kind}): {found.answer or 'not told yet'}"
     done = f", {found.progress:.0%} done" if found.progress is not None and found.waiting else ""
     answer = found.answer or ("no answer yet" if found.waiting else "no answer")
-    return f"{found.name} ({found.kind}): {found.phase}: {answer}{done}, {found.seconds:.2f} s"
+    limit = f" of {found.limit:g} s" if found.waiting and found.limit else ""
+    return f"{found.name} ({found.kind}): {found.phase}: {answer}{done}, {found.seconds:.2f} s{limit}"
 
 
 def odd(found: Producer) -> bool:

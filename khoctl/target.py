@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import typer
-
 from khoctl import profile
+from khoctl.layout import show
 from khod.errors import UsageError
 from khod.files import open_regular
 from khod.text import printable
@@ -80,5 +79,5 @@ def _source(wanted: Mapping[str, Any]) -> tuple[str, list[str], str | None]:
 
     found = sources.installed(wanted["kernel"]) if wanted["kernel"] else sources.entry(wanted["entry"])
     if found.note:
-        typer.echo(f"khoctl: {printable(found.note)}", err=True)
+        show(f"khoctl: {printable(found.note)}", err=True)
     return str(found.kernel), [*map(str, found.initrds), *given], found.cmdline

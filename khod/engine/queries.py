@@ -254,10 +254,15 @@ class Queries:
         await self._started.wait()
         observed = await self._observer.observe(self._config().deadlines.activate)
         run = self._transaction.record.run or new_run()
-        target = await self.build_target(request, observed, run) if request.kernel else None
+        target, unusable = None, []
+        if request.kernel:
+            try:
+                target = await self.build_target(request, observed, run)
+            except Refused as error:  # an empty file, one too large: no reason to be silent about all the rest
+                unusable = [preflight.unusable("image" if error.where == request.kernel.name else "initrd", error)]
         try:
             checks = [*await self.run_checks(observed), *(await self.run_checks(observed, target) if target else ())]
-            yield target, checks
+            yield target, checks + unusable
         finally:
             if target is not None:
                 target.close()

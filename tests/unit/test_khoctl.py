@@ -189,6 +189,34 @@ def test_the_socket_may_be_named_after_the_command(khod: Khod, tmp_path: Path) -
     assert cli(tmp_path / "nowhere", "producers", f"--socket={khod.socket}").code == Exit.done
 
 
+@pytest.mark.parametrize("name", ["empty", "truncated"])
+@pytest.mark.parametrize("role", ["image", "initrd"])
+def test_a_file_that_cannot_be_used_is_a_finding_among_the_checks(khod: Khod, role: str, name: str) -> None:
+    files = {"image": khod.directory / "vmlinuz", "initrd": khod.directory / "initrd", role: khod.directory / name}
+    words = [word for option, path in files.items() for word in (f"--{option}", path)]
+    ended = khod.khoctl("check", *words, "--json")
+    results = {check["name"]: check["result"] for check in ended.json}
+    assert ended.code == Exit.refused
+    assert (results[role], results["kho"]) == ("fail", "passed")
+    assert khod.khoctl("plan", *words).code == Exit.refused
+
+
+def test_no_locale_is_ascii(khod: Khod) -> None:
+    """Python takes the C locale for UTF-8; the terminal that has it does not."""
+    name = khod.directory / "\u2026\u00fc"
+    for locale, text in (("C", b"\\u2026\\xfc"), ("C.UTF-8", "\u2026\u00fc".encode())):
+        ended = subprocess.run(
+            [sys.executable, "-m", "khoctl", f"--socket={name}", "status"],
+            cwd=REPOSITORY,
+            env={**os.environ, "LC_ALL": locale},
+            capture_output=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert ended.returncode == Exit.unreachable
+        assert text in ended.stderr
+
+
 def test_a_terminal_without_colours_gets_none(khod: Khod, monkeypatch: pytest.MonkeyPatch) -> None:
     def coloured() -> bool:
         return "\x1b" in CliRunner().invoke(app, [f"--socket={khod.socket}", "status"], color=True).stdout
@@ -294,6 +322,15 @@ def test_check_says_what_it_looked_at(khod: Khod) -> None:
     assert ended.code == Exit.done
     for name in ("kho", "scratch", "kexec", "disk", "producers"):
         assert name in ended.out
+
+
+def test_a_warning_counts_where_the_operator_is_strict(khod: Khod) -> None:
+    words = ("check", "--image", khod.directory / "vmlinuz", "--initrd", khod.directory / "initrd")
+    warned = [check["name"] for check in khod.khoctl(*words, "--json").json if check["result"] == "warn"]
+    assert warned == ["signature"], "the simulated kernel does not say whether it insists on one"
+    assert khod.khoctl(*words).code == Exit.done
+    assert khod.khoctl(*words, "--strict").code == Exit.refused
+    assert khod.khoctl("check", "--strict").code == Exit.done
 
 
 def test_a_monitor_streams_every_phase(khod: Khod) -> None:

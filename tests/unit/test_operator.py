@@ -20,7 +20,7 @@ import pytest
 import khod.client
 from khoctl import asking, handover, progress, render
 from khod.errors import Exit
-from khod.model import Event, Phase
+from khod.model import Event, Phase, Producer
 from tests.unit.images import CPIO, bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, cli
 from tests.unit.test_render import status
@@ -325,6 +325,29 @@ def test_without_khod_the_kernel_itself_is_read(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(handover, "kernel_says", lambda: "The kernel itself says: this.")
     ended = cli(tmp_path / "socket", "status", "--json")
     assert (ended.code, "The kernel itself says: this." in ended.json["remedy"]) == (Exit.unreachable, True)
+
+
+def test_progress_says_how_many_are_ready_and_how_long_the_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = progress.Shown(quiet=False)
+    shown.expected = 3
+    now = 100.0
+    monkeypatch.setattr("khoctl.progress.time.monotonic", lambda: now)
+    shown.show(Event(0.0, Phase.idle, "", ""))
+    for name, answer, limit in (("a", "ready", 60.0), ("b", "no: busy", 60.0), ("db", "", 30.0)):
+        told = Producer(name, "hook", 0, "prepare", answer, 0.0, answer == "", None, limit)
+        shown.show(Event(1.0, Phase.preparing, "", "", told))
+    now += 1.4
+    assert shown.summary().strip() == "prepare: 1 of 3 ready, 1.4 s of 30 s"
+    assert render.producer(told).endswith("0.00 s of 30 s")
+
+
+def test_a_producer_s_deadline_is_known_while_it_is_told(blocked: Khod) -> None:
+    hooks = blocked.directory / "root/etc/kho/producers.d/db.toml"
+    hooks.write_text(f"{hooks.read_text()}timeout = 77\n")
+    assert blocked.khoctl("activate", "--no-block").code == Exit.done
+    (found,) = blocked.ask("Status")["status"]["producers"]
+    assert (found["waiting"], found["limit"]) == (True, 77.0)
+    assert blocked.khoctl("abort").code == Exit.done
 
 
 class Terminal:
