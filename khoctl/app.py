@@ -44,11 +44,18 @@ class Commands(Root):
             self.commands[cmd_name] = group if cmd_name == MODULES[cmd_name] else group.commands[cmd_name]
         return super().get_command(ctx, cmd_name)
 
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The options, less those that few need to see: the package has the completions they install."""
+        options = super().get_params(ctx)
+        for option in options:
+            if isinstance(option, click.Option) and option.name in ("install_completion", "show_completion"):
+                option.hidden = True
+        return options
+
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,  # the package has the files
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

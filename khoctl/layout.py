@@ -11,7 +11,7 @@ import typer
 NARROWEST = 24
 """Columns that a text has at least, below a head however long."""
 
-COLUMN = re.compile(r"(?:\S+(?: \S+)*? {2,}|-> | +)*")
+COLUMN = re.compile(r"(?:\S+(?: \S+)*? {2,}|-?> | +)*")
 """What stands before a line's own text: words that are columns, each with two blanks after it, and an arrow."""
 
 
