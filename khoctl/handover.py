@@ -13,7 +13,7 @@ import typer
 from khoctl import layout, progress, render, target
 from khoctl.asking import Detached, Json, client, colourless, confirmed, on_terminal, repaints
 from khod.client import Client
-from khod.errors import Exit, Refused, Unreachable
+from khod.errors import Exit, Refused, Unreachable, Unsupported
 from khod.model import Check, CheckResult, Phase, Step
 
 app = typer.Typer(rich_markup_mode=None)
@@ -242,13 +242,17 @@ def kexec(
 
 def _agree(request: dict[str, Any], fds: tuple[int, ...]) -> None:
     """Ask somebody at the terminal before anything begins; never where it has begun: they may be frozen by now."""
+    if "kernel" not in request:  # what is loaded was agreed to, and without anything loaded it is refused
+        return
     with client() as khod:
         found = khod.plan({name: value for name, value in request.items() if name != "hold"}, fds)
-    if "kernel" not in request or not found.steps or found.steps[0].step != Step.prepare.value:
+    if not found.steps or found.steps[0].step != Step.prepare.value:
         return
+    for item in found.checks:
+        if item.result in render.FAILED:  # as khod would say it: nobody is asked about what cannot begin
+            error = Unsupported if item.result is CheckResult.unsupported else Refused
+            raise error(item.evidence, where=f"check {item.name}", remedy=item.remedy)
     layout.show(render.short_plan(found), err=True)
-    if (judged := _judged(found.checks)) is not Exit.done:
-        raise typer.Exit(judged)
     if not confirmed("Begin the handover?"):
         raise Refused("Not begun", remedy="Nothing was changed.")
 

@@ -151,8 +151,8 @@ def watched(begin: Callable[[Client], None], answer: Callable[[Client], T], *, q
         shown.expected = len(before.producers)
         watcher.ask("Monitor", more=True)
         shown.show(watcher.event())
-        begin(calling)
         try:
+            begin(calling)
             _show_until(calling, watcher, shown)
             found = answer(calling)
         except KeyboardInterrupt:

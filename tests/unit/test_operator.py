@@ -291,9 +291,9 @@ def test_a_terminal_is_not_asked_while_anyone_is_frozen(khod_: Khod, images: tup
 
 def test_a_terminal_is_not_asked_about_what_would_be_refused(khod_: Khod, images: tuple[str, ...]) -> None:
     (khod_.directory / "vmlinuz").write_bytes(bzimage()[:-0x1000])
-    terminal = Terminal(khod_, "kexec", *images)
+    terminal = Terminal(khod_, "kexec", *images, "--json")
     assert terminal.end() == Exit.refused
-    assert "1 failed (image)" in terminal.said
+    assert '"where": "check image"' in terminal.said
     assert "Begin the handover?" not in terminal.said
 
 
