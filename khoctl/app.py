@@ -4,17 +4,17 @@ To import all of them for one would take a third of the time that `khoctl status
 """
 
 import importlib
+import io
 import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import click
 import typer
-from typer.core import TyperGroup
 
-from khod.errors import Exit, errno_text
-from khod.wire import SOCKET
+from khoctl.asking import Root
+from khod import __version__
+from khod.errors import Exit
 
 MODULES = {
     "status": "handover",
@@ -31,41 +31,58 @@ MODULES = {
 """Where each command is; a module's name is its group's, or stands for the commands in it."""
 
 
-class Commands(TyperGroup):
+class Commands(Root):
     """The commands by name."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        self.commands = {name: click.Command(name) for name in MODULES}  # what a typing error is compared with
+        self.commands = dict.fromkeys(MODULES, click.Command(None))  # what a typing error is compared with
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
-        if cmd_name not in MODULES:
-            return None
-        group = typer.main.get_group(importlib.import_module(f"khoctl.{MODULES[cmd_name]}").app)
-        return group if cmd_name == MODULES[cmd_name] else group.commands[cmd_name]
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in MODULES and self.commands[cmd_name].name is None:
+            group = typer.main.get_group(importlib.import_module(f"khoctl.{MODULES[cmd_name]}").app)
+            self.commands[cmd_name] = group if cmd_name == MODULES[cmd_name] else group.commands[cmd_name]
+        return super().get_command(ctx, cmd_name)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The options, less those that few need to see: the package has the completions they install."""
+        options = super().get_params(ctx)
+        for option in options:
+            if isinstance(option, click.Option) and option.name in ("install_completion", "show_completion"):
+                option.hidden = True
+        return options
 
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Take this host from one kernel to the next without losing what it holds (Kexec HandOver).",
     epilog="Exit codes: 0 done, 1 failed and rolled back, 2 usage, 3 refused, 4 not supported here, "
-    "5 khod not reachable, 6 failed and not fully rolled back, 7 degraded after boot.",
+    "5 khod not reachable, 6 failed and not fully rolled back, 7 degraded after boot, 8 output not written.",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"khoctl {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _main(
-    socket: Annotated[
-        Path,
-        typer.Option(
-            envvar="KHOD_SOCKET", show_envvar=False, show_default=False, help="khod's socket (also by KHOD_SOCKET)."
-        ),
-    ] = Path(SOCKET),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    """Options of all commands; `khoctl.asking` reads them."""
+    """Options of khoctl itself; those of every command are in `khoctl.asking`."""
+
+
+def _locale() -> str:
+    """The locale of characters, as setlocale(3) finds it; "" where none is set."""
+    return next((found for name in ("LC_ALL", "LC_CTYPE", "LANG") if (found := os.environ.get(name))), "")
 
 
 def main() -> NoReturn:
@@ -73,14 +90,17 @@ def main() -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # it was closed: the next file that is opened would take its place
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+    if _locale() in ("C", "POSIX"):  # Python takes UTF-8 for it; a serial console shows that as garbage
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="ascii", errors="backslashreplace")
     code: Any = Exit.done
     try:
-        try:
-            app(prog_name="khoctl")
-        except SystemExit as end:
-            code = end.code or Exit.done
+        app(prog_name="khoctl")
+    except SystemExit as end:
+        code = end.code or Exit.done
+    try:
         sys.stdout.flush()
-    except OSError as error:  # a command says what it cannot read; this is what it could not say
-        code = code or Exit.failed
-        typer.echo(f"khoctl: Standard output cannot be written: {errno_text(error)}.", err=True)
+    except OSError:
+        code = code or Exit.unwritten
     os._exit(code if isinstance(code, int) else Exit.failed)

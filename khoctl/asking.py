@@ -1,44 +1,194 @@
 """What every command does: it asks khod at one socket, and ends with a sentence and an exit code."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import click
 import typer
+from typer.core import TyperGroup
 
-from khod.errors import KhoError
+from khoctl.layout import show, write
+from khod.errors import Exit, KhoError, UsageError, errno_text
+from khod.model import Phase
+from khod.wire import SOCKET
 
 if TYPE_CHECKING:
     from khod.client import Client
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+SOCKET_KEY, TIMEOUT_KEY = "khoctl.socket", "khoctl.timeout"
+INTERRUPTED = 130
+"""As a shell has it: 128 and SIGINT."""
+WRITTEN = "What was asked for may be done: khoctl status"
+
+
+TO_SEE = "To see: khoctl status. To stop it: khoctl abort"
+
+
+class Detached(KeyboardInterrupt):
+    """An interrupt while khod goes on with what it was asked for; `phase` is the last that was heard of."""
+
+    def __init__(self, phase: Phase | None) -> None:
+        super().__init__()
+        self.phase = phase
 
 
 def socket() -> Path:
-    """Give khod's socket, an option of khoctl itself."""
-    return Path(click.get_current_context().find_root().params["socket"])
+    """Give khod's socket, an option of every command."""
+    return Path(click.get_current_context().meta.get(SOCKET_KEY) or os.environ.get("KHOD_SOCKET") or SOCKET)
+
+
+def timeout() -> float | None:
+    """Give the seconds the operator wants to wait; None where that was not said."""
+    seconds: float | None = click.get_current_context().meta.get(TIMEOUT_KEY)
+    return seconds
 
 
 def client() -> "Client":
     """Connect to khod; Unreachable where it does not answer."""
     from khod.client import Client  # noqa: PLC0415 - trees in files need no khod
 
-    return Client(socket())
+    return Client(socket(), patience=timeout(), on_slow=say_slow)
 
 
-@contextmanager
-def ending(*, as_json: bool = False) -> Iterator[None]:
-    """Our errors become a sentence and an exit code, an interrupt 130 as in a shell."""
+def say_slow(connection: "Client") -> None:
+    """Say what is waited for."""
+    process = (
+        f" (process {connection.listener})" if connection.listener > 1 else ""
+    )  # 1 is systemd, which listens for it
+    show(f"khoctl: Still waiting for khod{process}. To end this: Ctrl-C, or --timeout", err=True)
+
+
+def on_terminal() -> bool:
+    """Whether there is somebody to ask."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def confirmed(question: str) -> bool:
+    """Ask somebody at the terminal; the end of the input is a no. Standard output stays the answer's."""
+    write(f"{question} [y/N] ", err=True, end="")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def colourless() -> bool:
+    """Whether the terminal must not be sent colours: no-color.org, and a terminal that says it knows no sequences."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
+def repaints(stream: TextIO) -> bool:
+    """Whether it is a terminal on which a line can be written over."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _keep(key: str, context: click.Context, _parameter: click.Parameter, value: Any) -> None:
+    if value is not None:
+        context.meta[key] = value
+
+
+def _everywhere() -> list[click.Parameter]:
+    """The options of every command, before its name or after it; the context's `meta` has their values."""
+    return [
+        click.Option(
+            ["--socket"],
+            metavar="PATH",
+            help="khod's socket (also by KHOD_SOCKET).",
+            expose_value=False,
+            callback=partial(_keep, SOCKET_KEY),
+        ),
+        click.Option(
+            ["--timeout"],
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="SECONDS",
+            help="Wait no longer for khod. What was asked for goes on.",
+            expose_value=False,
+            callback=partial(_keep, TIMEOUT_KEY),
+        ),
+    ]
+
+
+class Group(TyperGroup):
+    """Commands that share the options of all commands and the way to say that there is no such command."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.params += _everywhere()
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, with the options of every command."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None and not any(option.name == "socket" for option in command.params):
+            command.params += _everywhere()
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that the words name; UsageError with those that are near."""
+        name = args[0]
+        if (command := self.get_command(ctx, name)) is not None:
+            return name, command, args[1:]
+        if name.startswith("-"):  # an option that this group has not
+            ctx.fail(f"No such option {name!r}.")
+        import difflib  # noqa: PLC0415 - only who mistyped needs it
+
+        near = difflib.get_close_matches(name, self.commands) or list(self.commands)
+        remedy = (
+            f"Did you mean {' or '.join(near)}?" if len(near) < len(self.commands) else f"One of: {', '.join(near)}."
+        )
+        raise UsageError(f"No such command: {name!r}", where=ctx.command_path, remedy=remedy)
+
+
+class Root(Group):
+    """khoctl itself: whatever its commands raise ends here in a sentence, JSON where that was asked for, and a code."""
+
+    def main(self, args: Sequence[str] | None = None, *given: Any, **options: Any) -> NoReturn:
+        """Run a command to its end, an exit code."""
+        words = list(sys.argv[1:] if args is None else args)
+        run = partial(super().main, words, *given, **{**options, "standalone_mode": False})
+        raise SystemExit(_ended(run, as_json="--json" in words))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; click would give an interrupt and a full disk meanings of its own."""
+        if colourless():
+            ctx.color = False
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt, Detached):
+                show(f"khoctl: khod goes on with it. {TO_SEE}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except OSError as error:  # a command says what it cannot read; this is what it could not say
+            if not isinstance(error, BrokenPipeError):
+                show(f"khoctl: Standard output cannot be written: {errno_text(error)}. {WRITTEN}", err=True)
+            raise typer.Exit(Exit.unwritten) from None
+
+
+def _ended(run: Callable[[], Any], *, as_json: bool) -> int:
     try:
-        yield
+        code = run()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return Exit.usage
+    except click.UsageError as error:
+        what, _, hint = error.format_message().partition(". ")
+        see = f"See: {error.ctx.command_path} -h" if error.ctx else ""
+        return _said(UsageError(what.rstrip("."), remedy=f"{hint} {see}".strip()), as_json=as_json)
     except KhoError as error:
+        return _said(error, as_json=as_json)
+    return code if isinstance(code, int) else Exit.done
+
+
+def _said(error: KhoError, *, as_json: bool) -> int:
+    try:
         if as_json:
             from khoctl import render  # noqa: PLC0415 - an error is not what a command starts with
 
             typer.echo(render.error_json(error))
-        typer.echo(f"khoctl: {error}", err=True)
-        raise typer.Exit(error.exit) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        show(f"khoctl: {error}", err=True)
+    except OSError:
+        pass  # the code still says it
+    return error.exit

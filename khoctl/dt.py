@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from khoctl.asking import Json, client, ending
+from khoctl import layout
+from khoctl.asking import Group, Json, client
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.region import Region
 from khod.text import printable
@@ -33,6 +34,7 @@ DIFFERENT = 1  # as diff(1) ends
 AT_ONCE = 1000  # lines written together
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="The state tree that is handed over. TREE is out (what would leave now), in (what arrived), snapshot (the "
@@ -55,10 +57,9 @@ class Form(StrEnum):
 @app.command("list")
 def dt_list(as_json: Json = False) -> None:
     """List the snapshots khod keeps, the newest first."""
-    with ending(as_json=as_json):
-        with client() as khod:
-            found = khod.snapshots()
-        _print([_json(found)] if as_json else _table(found))
+    with client() as khod:
+        found = khod.snapshots()
+    _print([_json(found)] if as_json else _table(found))
 
 
 @app.command("show")
@@ -75,29 +76,28 @@ def dt_show(
     side: Side = None,
     as_json: Json = False,
 ) -> None:
-    """Show a tree, and where in physical memory what it hands over lies."""
-    with ending(as_json=as_json):
-        given = [_region(text) for text in scratch or ()]
-        blobs, regions = _tree(side or tree, scratch=True)
-        blobs = blobs if blob is None else _one(blobs, blob)
-        if as_json and not summary:
-            from khod.trees.plain import plain
+    """Show a tree, and where its memory lies."""
+    given = [_region(text) for text in scratch or ()]
+    blobs, regions = _tree(side or tree, scratch=True)
+    blobs = blobs if blob is None else _one(blobs, blob)
+    if as_json and not summary:
+        from khod.trees.plain import plain
 
-            _print([_json(plain(blobs))])
-            return
-        from khod.trees import drawn
+        _print([_json(plain(blobs))])
+        return
+    from khod.trees import drawn
 
-        width = shutil.get_terminal_size().columns - 2  # its bars
-        pen = drawn.BLOCKS if _takes("".join(vars(drawn.BLOCKS).values())) else drawn.ASCII
-        if summary:
-            from khod.trees.summary import summary as summed
+    width = shutil.get_terminal_size().columns - 2  # its bars
+    pen = drawn.BLOCKS if _takes("".join(vars(drawn.BLOCKS).values())) else drawn.ASCII
+    if summary:
+        from khod.trees.summary import summary as summed
 
-            found = summed(blobs, given or regions, width)
-            _print([_json(found)] if as_json else map(_shown, drawn.short(found, blobs, pen)))
-            return
-        from khod.trees.shown import show
+        found = summed(blobs, given or regions, width)
+        _print([_json(found)] if as_json else map(_shown, drawn.short(found, blobs, pen)))
+        return
+    from khod.trees.shown import show
 
-        _print(map(_shown, show(blobs, scratch=given or regions, width=width, pen=pen)))
+    _print(map(_shown, show(blobs, scratch=given or regions, width=width, pen=pen)))
 
 
 @app.command("diff")
@@ -108,17 +108,20 @@ def dt_diff(
     right: Annotated[str, typer.Argument(metavar="[B]", show_default=False, help="A tree; what arrived.")] = "in",
     as_json: Json = False,
 ) -> None:
-    """Compare two trees. Exits with 1 where they differ, as diff does; what a kernel does not show is only said."""
+    """Compare two trees.
+
+    A is the last that left where it is not given, B what arrived. Exits with 1 where they differ, as diff does; what a
+    kernel does not show is only said.
+    """
     from khod.trees.difference import Change, differences, lines
 
-    with ending(as_json=as_json):
-        kernels = not any(Path(name).is_file() for name in (left, right))
-        found = list(differences(_tree(left)[0], _tree(right)[0], kernels=kernels))
-        if as_json:
-            _print([_json(found)])
-        elif found:
-            text = [f"--- {left}", f"+++ {right}", *(line for item in found for line in lines(item))]
-            _print(map(_changed, text))
+    kernels = not any(Path(name).is_file() for name in (left, right))
+    found = list(differences(_tree(left)[0], _tree(right)[0], kernels=kernels))
+    if as_json:
+        _print([_json(found)])
+    elif found:
+        text = [f"--- {left}", f"+++ {right}", *(line for item in found for line in lines(item))]
+        _print(map(_changed, text))
     raise typer.Exit(DIFFERENT if any(item.change is not Change.unknown for item in found) else Exit.done)
 
 
@@ -134,22 +137,24 @@ def dt_export(
     ] = Form.dtb,
     side: Side = None,
 ) -> None:
-    """Write one blob of a tree to a file."""
-    with ending():
-        *tree, output = names
-        if len(tree) > 1:
-            raise UsageError("There are too many words", where=" ".join(names), remedy="Give [TREE] OUTPUT.")
-        blobs = _one(_tree(side or (tree or ["out"])[0])[0], blob or ROOT)
-        for name, data in blobs.items():
-            written = _written(name, data, form)
-            if output == "-":
-                sys.stdout.buffer.write(written)
-                sys.stdout.buffer.flush()
-                continue
-            try:
-                Path(output).write_bytes(written)
-            except OSError as error:
-                raise UsageError(f"The file cannot be written: {errno_text(error)}", where=output) from None
+    """Write one blob of a tree to a file.
+
+    OUTPUT is the file to write, - for standard output.
+    """
+    *tree, output = names
+    if len(tree) > 1:
+        raise UsageError("There are too many words", where=" ".join(names), remedy="Give [TREE] OUTPUT.")
+    blobs = _one(_tree(side or (tree or ["out"])[0])[0], blob or ROOT)
+    for name, data in blobs.items():
+        written = _written(name, data, form)
+        if output == "-":
+            sys.stdout.buffer.write(written)
+            sys.stdout.buffer.flush()
+            continue
+        try:
+            Path(output).write_bytes(written)
+        except OSError as error:
+            raise UsageError(f"The file cannot be written: {errno_text(error)}", where=output) from None
 
 
 @app.command("validate")
@@ -160,16 +165,18 @@ def dt_validate(
     ] = None,
     side: Side = None,
 ) -> None:
-    """Hold a tree against the schemas of its nodes' compatibles. Exits with 3 where something does not fit."""
+    """Validate a tree against the schemas.
+
+    Each node is held against the schema of its compatible. Exits with 3 where something does not fit.
+    """
     from khod.trees import validate as checking
 
-    with ending():
-        if schemas is not None and not schemas.is_dir():
-            raise UsageError("There is no such directory", where=str(schemas))
-        known = checking.schemas((checking.OWN, *((schemas,) if schemas else ())))
-        name = side or tree
-        found = list(checking.validate(_tree(name)[0], known, shortened=not Path(name).is_file()))
-        _print(f"{finding} (not judged)" if finding.fits else str(finding) for finding in found)
+    if schemas is not None and not schemas.is_dir():
+        raise UsageError("There is no such directory", where=str(schemas))
+    known = checking.schemas((checking.OWN, *((schemas,) if schemas else ())))
+    name = side or tree
+    found = list(checking.validate(_tree(name)[0], known, shortened=not Path(name).is_file()))
+    _print(f"{finding} (not judged)" if finding.fits else str(finding) for finding in found)
     raise typer.Exit(Exit.done if all(finding.fits for finding in found) else Exit.refused)
 
 
@@ -184,7 +191,7 @@ def _written(name: str, data: bytes, form: Form) -> bytes:
 
     text, note = dts(data, name)
     if note:
-        typer.echo(f"khoctl: {printable(note)}", err=True)
+        layout.show(f"khoctl: {printable(note)}", err=True)
     return text.encode()
 
 
@@ -229,13 +236,10 @@ def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
     if not taken:
         yield "No snapshots: nothing has left this host yet."
     else:
-        rows = [COLUMNS, *map(_row, taken)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            yield "  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip()
+        yield from layout.table([COLUMNS, *map(_row, taken)], layout.columns())
     for item in found:
         if item.wrong:
-            yield _shown(f"{printable(item.id)}: {printable(item.wrong)} (!)")
+            yield _shown(layout.fit(f"{printable(item.id)}: {printable(item.wrong)} (!)", layout.columns()))
 
 
 def _row(item: "Snapshot") -> tuple[str, ...]:
@@ -274,13 +278,12 @@ def _takes(characters: str) -> bool:
 
 
 def _print(lines: Iterable[str]) -> None:
-    """Write lines, many at once; colours go to a terminal alone, and where NO_COLOR does not ask for none."""
-    colour = None if not os.environ.get("NO_COLOR") else False
+    """Write lines, many at once."""
     held: list[str] = []
     for line in lines:
         held.append(line)
         if len(held) == AT_ONCE:
-            typer.echo("\n".join(held), color=colour)
+            layout.write("\n".join(held))
             held.clear()
     if held:
-        typer.echo("\n".join(held), color=colour)
+        layout.write("\n".join(held))

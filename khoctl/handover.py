@@ -2,21 +2,36 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Annotated, Any
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
+import click
 import typer
 
-from khoctl import progress, render, target
-from khoctl.asking import Json, client, ending, socket
+from khoctl import layout, progress, render, target
+from khoctl.asking import Detached, Json, client, colourless, confirmed, on_terminal, repaints
 from khod.client import Client
-from khod.errors import Exit
-from khod.model import Check, CheckResult, Phase, Status
+from khod.errors import Exit, Refused, Unreachable, Unsupported
+from khod.model import Check, CheckResult, Phase, Step
 
 app = typer.Typer(rich_markup_mode=None)
-CLEAR = "\x1b[2J\x1b[H"  # the screen emptied, the cursor at its top
-Image = Annotated[str | None, typer.Option(help="The next kernel; a unified kernel image brings its initrd along.")]
-Initrds = Annotated[list[str] | None, typer.Option(help="Its initrd; several follow one another in this order.")]
+CLEAR, ERASE, REST = "\x1b[H", "\x1b[K\n", "\x1b[J"  # to the screen's top; clear a line's rest; clear the screen's rest
+KERNEL_FILES = {
+    "sys/kernel/kho/active": ("not in the active phase", "in the active phase, the producers may be frozen"),
+    "sys/kernel/kexec_loaded": ("no image is loaded", "an image is loaded"),
+}
+"""What anyone may read, and what 0 and 1 in it mean; the first one is v3's."""
+
+TICK = 1.0
+"""Seconds between two paintings of a page that is watched."""
+Image = Annotated[
+    str | None, typer.Option(metavar="FILE", help="The next kernel; a unified kernel image brings its initrd along.")
+]
+Initrds = Annotated[
+    list[str] | None, typer.Option(metavar="FILE", help="Its initrd; several follow one another in this order.")
+]
 Entry = Annotated[str | None, typer.Option(metavar="ID", help="Boot what this boot loader entry says.")]
 Default = Annotated[bool, typer.Option("--default", help="Boot the boot loader's default entry.")]
 Installed = Annotated[str | None, typer.Option(metavar="VERSION", help="Boot an installed kernel, by its version.")]
@@ -41,29 +56,76 @@ Now = Annotated[
         help="Sync and jump at once, instead of systemctl kexec. Where the jump itself fails, this alone rolls back.",
     ),
 ]
-Profile = Annotated[str | None, typer.Option("--profile", help="Take all of this from /etc/kho/handover.d/NAME.toml.")]
+NoBlock = Annotated[bool, typer.Option("--no-block", help="Return when it has begun; khod goes on with it.")]
+Profile = Annotated[
+    str | None, typer.Option("--profile", metavar="NAME", help="Take all of this from /etc/kho/handover.d/NAME.toml.")
+]
 
 
 @app.command()
 def status(
     as_json: Json = False, watch: Annotated[bool, typer.Option(help="Stay, and show every change.")] = False
 ) -> None:
-    """Say how it stands. Exits with 7 after a degraded or cold boot, with 6 where the kernel was not put back."""
-    with ending(as_json=as_json), client() as asking:
-        if watch:
-            with client() as following:
-                for _event in following.monitor():
-                    if sys.stdout.isatty() and not as_json:
-                        typer.echo(CLEAR, nl=False)
-                    typer.echo(_page(asking.status(), as_json=as_json))
-                    sys.stdout.flush()
-        found = asking.status()
-    typer.echo(_page(found, as_json=as_json))
+    """Show where the handover stands.
+
+    Exits with 7 after a degraded or cold boot, with 6 where the kernel was not put back.
+    """
+    if watch:
+        _watch(as_json=as_json)
+    try:
+        with client() as khod:
+            found = khod.status()
+    except Unreachable as error:
+        raise Unreachable(
+            error.what, where=error.where, remedy=". ".join(filter(None, (error.remedy, kernel_says())))
+        ) from None
+    _say(found, partial(render.status, found), as_json=as_json)
     raise typer.Exit(found.exit_code)
 
 
-def _page(found: Status, *, as_json: bool) -> str:
-    return render.as_json(found) if as_json else render.status(found)
+def kernel_says(root: Path = Path("/")) -> str:
+    """What can be read of a handover without khod, a sentence; "" where the kernel says nothing."""
+    said = []
+    for path, texts in KERNEL_FILES.items():
+        with suppress(OSError, ValueError):
+            said.append(f"{texts[int((root / path).read_text())]} (/{path})")
+    return f"The kernel itself says: {', '.join(said)}." if said else ""
+
+
+def _watch(*, as_json: bool) -> NoReturn:
+    """Show every change until interrupted; a terminal is painted anew each second, so that its clocks go on."""
+    live = repaints(sys.stdout) and not as_json
+    with client() as asking, client() as following:
+        found, events = asking.status(), following.monitor()
+        event = next(events)
+        try:
+            while True:
+                if live:
+                    layout.write(_repainted(render.status(found)), color=True, end="")
+                else:
+                    _say(found, partial(render.status, found), as_json=as_json)
+                if following.waiting or following.readable(TICK if live else None):
+                    event = next(events)
+                found = asking.status()
+        except Unreachable:
+            if event.phase is not Phase.executing:
+                raise
+            progress.require_jump(found.boot_id)
+    _say_jumped(as_json=as_json)
+
+
+def _repainted(page: str) -> str:
+    """A page over the one before it. Where colours are not wanted the cursor still moves."""
+    lines = layout.fit(click.unstyle(page) if colourless() else page, layout.columns()).split("\n")
+    return f"{CLEAR}{''.join(line + ERASE for line in lines)}{REST}"
+
+
+def _say(found: object, page: Callable[[], str], *, as_json: bool) -> None:
+    """Print an answer: JSON is one line, a page is fitted to the terminal."""
+    if as_json:
+        typer.echo(render.as_json(found))
+    else:
+        layout.show(page())
 
 
 @app.command()
@@ -79,16 +141,19 @@ def check(
     remove: Remove = None,
     now: Annotated[bool, typer.Option("--now", help="Check for a jump at once, which stops nothing before.")] = False,
     from_profile: Profile = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for a warning, too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Leave out what passed or was skipped.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run every preflight check, with an image those of the next kernel too, and touch nothing.
+    """Run the preflight checks and touch nothing.
 
-    Exits with 3 where one fails, with 4 where KHO is not there.
+    With a kernel those of the next one too. Exits with 3 where one fails, with 4 where KHO is not there.
     """
-    with ending(as_json=as_json), _asked(locals()) as (request, fds), client() as khod:
+    with _asked(locals()) as (request, fds), client() as khod:
         found = khod.check(request, fds)
-    typer.echo(render.as_json(found) if as_json else render.checks(found))
-    raise typer.Exit(_judged(found))
+    _say(found, partial(render.checks, found, quiet=quiet), as_json=as_json)
+    warned = strict and any(item.result is CheckResult.warn for item in found)
+    raise typer.Exit(_judged(found) or (Exit.refused if warned else Exit.done))
 
 
 @app.command()
@@ -107,10 +172,13 @@ def plan(
     from_profile: Profile = None,
     as_json: Json = False,
 ) -> None:
-    """Print what a handover would do, step by step, with the undo beside it, and touch nothing. Exits as check."""
-    with ending(as_json=as_json), _asked(locals()) as (request, fds), client() as khod:
+    """Print what a handover would do, and touch nothing.
+
+    Each step has its undo beside it. Exits as check.
+    """
+    with _asked(locals()) as (request, fds), client() as khod:
         found = khod.plan(request, fds)
-    typer.echo(render.as_json(found) if as_json else render.plan(found))
+    _say(found, partial(render.plan, found), as_json=as_json)
     raise typer.Exit(_judged(found.checks))
 
 
@@ -122,20 +190,25 @@ def _judged(found: list[Check]) -> Exit:
 
 
 @app.command()
-def activate(as_json: Json = False) -> None:
-    """Freeze the producers and serialize the kernel's state; what is left is `khoctl kexec`, or `khoctl abort`."""
-    with ending(as_json=as_json):
-        _operate(lambda khod: khod.ask("Activate"), as_json=as_json)
+def activate(no_block: NoBlock = False, as_json: Json = False) -> None:
+    """Freeze the producers and serialize the kernel's state.
+
+    What is left to do is `khoctl kexec`, or `khoctl abort`.
+    """
+    _operate(lambda khod: khod.ask("Activate"), as_json=as_json, block=not no_block)
 
 
 @app.command()
 def abort(
     force: Annotated[bool, typer.Option("--force", help="Also put back what khod did not do.")] = False,
+    no_block: NoBlock = False,
     as_json: Json = False,
 ) -> None:
-    """Put everything back: image unloaded, active phase left, producers thawed and cancelled."""
-    with ending(as_json=as_json):
-        _operate(lambda khod: khod.ask("Abort", {"force": force}), as_json=as_json)
+    """Put everything back and thaw the producers.
+
+    The image is unloaded, the active phase left, every producer thawed and cancelled.
+    """
+    _operate(lambda khod: khod.ask("Abort", {"force": force}), as_json=as_json, block=not no_block, may_stop=False)
 
 
 @app.command()
@@ -151,17 +224,38 @@ def kexec(
     remove: Remove = None,
     load_only: LoadOnly = False,
     now: Now = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Begin without a question on a terminal.")] = False,
+    no_block: NoBlock = False,
     hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
     from_profile: Profile = None,
     as_json: Json = False,
 ) -> None:
-    """Do what is left of the handover, from wherever it stands, and jump into the next kernel.
+    """Do what is left of the handover and jump.
 
-    Whatever fails before systemd takes the host down is rolled back. After that nothing is: where reboot(2) fails,
-    systemd goes on to an ordinary reboot, and nothing arrives.
+    It goes on from wherever the handover stands. Whatever fails before systemd takes the host down is rolled back.
+    After that nothing is: where reboot(2) fails, systemd goes on to an ordinary reboot, and nothing arrives.
     """
-    with ending(as_json=as_json), _asked(locals()) as (request, fds):
-        _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json)
+    with _asked(locals()) as (request, fds):
+        if not yes and on_terminal():
+            _agree(request, fds)
+        _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json, block=not no_block)
+
+
+def _agree(request: dict[str, Any], fds: tuple[int, ...]) -> None:
+    """Ask somebody at the terminal before anything begins; never where it has begun: they may be frozen by now."""
+    if "kernel" not in request:  # what is loaded was agreed to, and without anything loaded it is refused
+        return
+    with client() as khod:
+        found = khod.plan({name: value for name, value in request.items() if name != "hold"}, fds)
+    if not found.steps or found.steps[0].step != Step.prepare.value:
+        return
+    for item in found.checks:
+        if item.result in render.FAILED:  # as khod would say it: nobody is asked about what cannot begin
+            error = Unsupported if item.result is CheckResult.unsupported else Refused
+            raise error(item.evidence, where=f"check {item.name}", remedy=item.remedy)
+    layout.show(render.short_plan(found), err=True)
+    if not confirmed("Begin the handover?"):
+        raise Refused("Not begun", remedy="Nothing was changed.")
 
 
 @contextmanager
@@ -174,32 +268,56 @@ def _asked(given: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[int, .
 @app.command()
 def monitor(as_json: Json = False) -> None:
     """Print every change, one line each, until interrupted."""
-    with ending(as_json=as_json), client() as khod:
+    with client() as khod:
         for event in khod.monitor():
-            typer.echo(render.as_json(event) if as_json else render.event(event))
+            _say(event, partial(render.event, event), as_json=as_json)
             sys.stdout.flush()
 
 
 @app.command()
 def verify(as_json: Json = False) -> None:
-    """Wait until this boot's verification is over. Exits with 7 where state did not arrive whole."""
-    with ending(as_json=as_json), client() as following, client() as asking:
+    """Wait until this boot's verification is over.
+
+    Exits with 7 where state did not arrive whole.
+    """
+    with client() as following, client() as asking:
         for event in following.monitor():
             if event.phase not in (Phase.verifying, Phase.rolling_back):  # of a start that is not over yet
                 break
         found = asking.status()
-    typer.echo(_page(found, as_json=as_json))
+    _say(found, partial(render.status, found), as_json=as_json)
     raise typer.Exit(found.exit_code)
 
 
-def _operate(begin: Callable[[Client], None], *, as_json: bool) -> None:
+def _operate(begin: Callable[[Client], None], *, as_json: bool, block: bool = True, may_stop: bool = True) -> None:
     """Begin what changes something, and show what happens until it is over."""
     try:
-        found = progress.watched(socket(), begin, Client.answer, quiet=as_json)
-    except KeyboardInterrupt:
-        typer.echo("khod goes on with it. To see: khoctl status. To stop it: khoctl abort", err=True)
-        raise
+        found = progress.watched(begin, Client.answer, quiet=as_json) if block else progress.begun(begin)
+    except Detached as detached:
+        if not may_stop or not _stop(detached.phase):
+            raise
+        _operate(_abort, as_json=as_json, may_stop=False)
+        raise typer.Exit(Exit.failed) from None
     if found is None:
-        typer.echo("The host jumped. After the boot: khoctl status", err=True)
-        raise typer.Exit(Exit.done)
-    typer.echo(_page(found, as_json=as_json))
+        _say_jumped(as_json=as_json)
+    _say(found, partial(render.status, found), as_json=as_json)
+
+
+def _say_jumped(*, as_json: bool) -> NoReturn:
+    said = "The host jumped. After the boot: khoctl status"
+    if as_json:
+        typer.echo(render.as_json({"phase": Phase.executing, "summary": said, "exit_code": Exit.done}))
+    layout.show(said, err=True)
+    raise typer.Exit(Exit.done)
+
+
+def _abort(khod: Client) -> None:
+    khod.ask("Abort", {"force": False})
+
+
+def _stop(phase: Phase | None) -> bool:
+    """Ask whether khod is to stop what it goes on with; no where there is nobody to ask."""
+    goes_on = f"Detached: the handover goes on{f' ({render.name(phase)})' if phase else ''}. Abort it?"
+    with suppress(KeyboardInterrupt):
+        return on_terminal() and confirmed(goes_on)
+    return False

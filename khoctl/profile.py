@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from khod.errors import ConfigError
+from khod.errors import ConfigError, errno_text
 
 DIRECTORY = Path("/etc/kho/handover.d")
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -38,8 +38,14 @@ def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
     path = directory / f"{name}.toml"
     try:
         values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"The profile cannot be read: {error}", where=str(path)) from None
+    except FileNotFoundError:
+        known = sorted(file.stem for file in directory.glob("*.toml"))
+        remedy = f"There are: {', '.join(known)}." if known else f"None is in {directory}."
+        raise ConfigError(f"There is no profile {name!r}", where=str(path), remedy=remedy) from None
+    except OSError as error:
+        raise ConfigError(f"The profile cannot be read: {errno_text(error)}", where=str(path)) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"The profile is not valid TOML: {error}", where=str(path)) from None
     for key, value in values.items():
         if key not in KEYS:
             raise ConfigError(

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
-import typer
-
 from khoctl import render
-from khod.client import Client
+from khoctl.asking import TO_SEE, Detached, client, repaints, say_slow, socket, timeout
+from khoctl.layout import fit, show
+from khod.client import SLOW, Client
 from khod.errors import KhoError, Unreachable
-from khod.model import Event, Phase, Producer
+from khod.model import Event, Phase, Producer, Status
+from khod.text import join_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +31,9 @@ FEW = 10
 ROOM = 6
 """Lines of a terminal left for what is printed above the producers'."""
 
+COMEBACK = 10.0
+"""Seconds khod has to come back after it ended on the way into the next kernel."""
+
 LAST_WORDS = 1.0
 """Seconds the last events have to come in on their own connection, after the answer came on the other."""
 
@@ -45,12 +48,17 @@ class Shown:
     _console: "Console | None" = None
     _live: "Live | None" = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool) -> None:
         self.last: Phase | None = None
+        self._quiet = quiet
+        self._named: set[tuple[str, str]] = set()
+        self.expected = 0
+        """How many producers there are: those of a later rank are not heard of before they are told."""
+        self._verb, self._since = "", 0.0
         self._producers: dict[str, Producer] = {}
         self._heard: dict[str, float] = {}
         self._ended = False
-        if sys.stderr.isatty():
+        if repaints(sys.stderr) and not quiet:
             from rich.console import Console  # noqa: PLC0415 - dear to import, and only a terminal needs it
             from rich.live import Live  # noqa: PLC0415 - as above
 
@@ -70,19 +78,31 @@ class Shown:
     def show(self, event: Event) -> None:
         """Show one event; the first only tells where it began."""
         first, self.last = self.last is None, event.phase
-        if first:
+        if first or self._quiet:
             return
         if event.producer is not None and event.producer.phase:
             self._producers[event.producer.name] = event.producer
             self._heard[event.producer.name] = time.monotonic()
+            if event.producer.phase != self._verb:
+                self._verb, self._since = event.producer.phase, time.monotonic()
             if self._live or (event.producer.waiting and not event.producer.answer):
                 return
         if self._console:
             from rich.text import Text  # noqa: PLC0415 - as above
 
-            self._console.print(Text.from_ansi(render.event(event)))
+            self._console.print(Text.from_ansi(fit(render.event(event), self._console.width)), soft_wrap=True)
         else:
-            typer.echo(render.event(event), err=True)
+            show(render.event(event), err=True)
+
+    def wait(self) -> None:
+        """Say, where no line shows it anyhow, whom khod waits for by now: each producer once for each verb."""
+        waiting = [found for found in self._producers.values() if found.waiting]
+        new = [found for found in waiting if (found.name, found.phase) not in self._named]
+        if self._live or self._quiet or not new:
+            return
+        self._named |= {(found.name, found.phase) for found in new}
+        names = join_names((f"{found.name} ({found.phase})" for found in new), FEW)
+        show(f"{'':26}waiting for {names}", err=True)
 
     def _lines(self) -> "Text":
         """One line a producer: those that are waited for first, as many as there is room for."""
@@ -92,13 +112,27 @@ class Shown:
             odd = [found for found in self._producers.values() if render.odd(found)][:FEW]
             summary = f"    {render.counted(list(self._producers.values()))}"
             return Text("\n".join([*(f"    {render.producer(found)}" for found in odd), summary]), no_wrap=True)
+        room = max(2, (self._console.height if self._console else 0) - ROOM)
+        lines = [self.summary()] if self._producers and not self._ended else []
         ordered = sorted(self._producers.values(), key=lambda found: not found.waiting)
-        room = max(1, (self._console.height if self._console else 0) - ROOM)
-        lines = [f"{'  >' if found.waiting else '   '} {render.producer(self._now(found))}" for found in ordered[:room]]
-        if len(ordered) > room:
-            waited = sum(found.waiting for found in ordered[room:])
-            lines.append(f"    and {len(ordered) - room} more" + (f", {waited} of them waited for" if waited else ""))
+        width = self._console.width if self._console else None
+        for shown, found in enumerate(ordered):
+            line = f"{'  >' if found.waiting else '   '} {render.producer(self._now(found))}"
+            if len(lines) >= room:
+                waited = sum(found.waiting for found in ordered[shown:])
+                waiting = f", {waited} of them waited for" if waited else ""
+                lines.append(f"    and {len(ordered) - shown} more{waiting}")
+                break
+            lines += fit(line, width).split("\n")
         return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+    def summary(self) -> str:
+        """How many are ready with what they are told, since when, and how long they have."""
+        told = [found for found in self._producers.values() if found.phase == self._verb]
+        ready = sum(not found.waiting and not render.odd(found) for found in told)
+        waiting = [found.limit for found in told if found.waiting]
+        clock = f", {time.monotonic() - self._since:.1f} s of {max(waiting):g} s" if waiting else ""
+        return f"    {self._verb}: {ready} of {max(self.expected, len(told))} ready{clock}"
 
     def _now(self, found: Producer) -> Producer:
         """A producer as it is by now: what it is waited for goes on."""
@@ -106,58 +140,111 @@ class Shown:
         return replace(found, seconds=found.seconds + since)
 
 
-def watched(path: Path, begin: Callable[[Client], None], answer: Callable[[Client], T], *, quiet: bool) -> T | None:
-    """Run the operation that `begin` calls, and show its events; None where the host jumped before the answer."""
-    with Client(path) as client:
-        if quiet:
-            begin(client)
-            return answer(client)
-        with Client(path) as watcher, Shown() as shown:
-            watcher.ask("Monitor", more=True)
-            shown.show(watcher.event())
-            begin(client)
-            try:
-                _show_until(client, watcher, shown)
-                return answer(client)
-            except Unreachable:
-                if shown.last is Phase.executing:
-                    return None
+def watched(begin: Callable[[Client], None], answer: Callable[[Client], T], *, quiet: bool) -> T | None:
+    """Run the operation that `begin` calls, and show its events; None where the host jumped before the answer.
+
+    It may take as long as it needs while khod still says how it stands, unless the operator gave a time. Unreachable
+    where khod does not, Detached, at once, where the operator interrupts.
+    """
+    with client() as calling, client() as watcher, Shown(quiet=quiet) as shown:
+        before = calling.status()
+        shown.expected = len(before.producers)
+        watcher.ask("Monitor", more=True)
+        shown.show(watcher.event())
+        try:
+            begin(calling)
+            _show_until(calling, watcher, shown)
+            found = answer(calling)
+        except KeyboardInterrupt:
+            raise Detached(shown.last) from None  # at once: nobody is asked anything more
+        except Unreachable:
+            if shown.last is not Phase.executing:
                 raise
-            finally:
-                _last_words(client, watcher, shown)
+            require_jump(before.boot_id)
+            return None
+        except KhoError:
+            _last_words(calling, watcher, shown)
+            raise
+        _last_words(calling, watcher, shown)
+        return found
 
 
-def _show_until(client: Client, watcher: Client, shown: Shown) -> None:
-    """Show events until the operation is answered."""
-    with selectors.DefaultSelector() as selector:
-        for connection in (client, watcher):
+def begun(begin: Callable[[Client], None]) -> Status:
+    """Call an operation and return as soon as it changes something, or is over; khod goes on with it."""
+    with client() as calling, client() as watcher, selectors.DefaultSelector() as selector:
+        watcher.ask("Monitor", more=True)
+        watcher.event()
+        begin(calling)
+        for connection in (calling, watcher):
             selector.register(connection, selectors.EVENT_READ)
-        while not client.waiting:
-            for key, _events in selector.select():
-                ready = key.fileobj
-                if ready is client:
-                    client.receive()
-                    continue
-                try:
-                    watcher.receive()
-                    while watcher.waiting:
-                        shown.show(watcher.event())
-                except KhoError:
-                    selector.unregister(watcher)
-                else:
-                    if not watcher.more:
-                        selector.unregister(watcher)
+        ready = [key.fileobj for key, _events in selector.select(timeout())]
+        if calling in ready:
+            return calling.answer()
+        if not ready:
+            raise _too_long()
+    with client() as asking:
+        return asking.status()
 
 
-def _last_words(client: Client, watcher: Client, shown: Shown) -> None:
+def require_jump(boot: str) -> None:
+    """Raise Unreachable where khod ended on the way into the next kernel and is back in the same boot.
+
+    systemd holds khod's socket and starts it again: who is not answered is on a host that goes down, or on the embedded
+    kernel of the tests and of the demonstration, where khod goes away with its kernel and comes back in another boot.
+    """
+    found = None
+    with suppress(Unreachable), Client(socket(), patience=COMEBACK, on_slow=say_slow) as asking:
+        found = asking.status()
+    if found is not None and found.boot_id == boot:
+        raise Unreachable(
+            "khod ended while the host was on its way into the next kernel, and was started again before the jump",
+            remedy="What came of it: khoctl status. If the host jumps after all: khoctl verify",
+        )
+
+
+def _too_long() -> Unreachable:
+    return Unreachable(
+        f"It is not over within {timeout():g} s", where="--timeout", remedy=f"khod goes on with it. {TO_SEE}"
+    )
+
+
+def _show_until(calling: Client, watcher: Client, shown: Shown) -> None:
+    """Show events until the operation is answered."""
+    limit = timeout()
+    ends = None if limit is None else time.monotonic() + limit
+    with selectors.DefaultSelector() as selector:
+        for connection in (calling, watcher):
+            selector.register(connection, selectors.EVENT_READ)
+        while not calling.waiting:
+            left = SLOW if ends is None else min(SLOW, ends - time.monotonic())
+            if left <= 0:
+                raise _too_long()
+            ready = [key.fileobj for key, _events in selector.select(left)]
+            if not ready:
+                shown.wait()
+                with client() as asking:
+                    asking.status()  # whether khod is still there to answer
+            if calling in ready:
+                calling.receive()
+            elif watcher in ready and not _heard(watcher, shown):
+                selector.unregister(watcher)
+
+
+def _heard(watcher: Client, shown: Shown) -> bool:
+    """Show what has come; whether more may come."""
+    try:
+        watcher.receive()
+        while watcher.waiting:
+            shown.show(watcher.event())
+    except KhoError:
+        return False
+    return watcher.more
+
+
+def _last_words(calling: Client, watcher: Client, shown: Shown) -> None:
     """Let what is already on its way be seen."""
     deadline = time.monotonic() + LAST_WORDS
-    with suppress(KhoError), selectors.DefaultSelector() as selector:
-        final = client.status().phase
-        if not watcher.more:
-            return
-        selector.register(watcher, selectors.EVENT_READ)
-        while shown.last is not final and selector.select(max(0.0, deadline - time.monotonic())):
-            watcher.receive()
-            while watcher.waiting:
-                shown.show(watcher.event())
+    with suppress(KhoError):
+        final = calling.status().phase
+        while shown.last is not final and watcher.readable(deadline - time.monotonic()) and _heard(watcher, shown):
+            pass

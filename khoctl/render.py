@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from khoctl.layout import table
 from khod.errors import KhoError
 from khod.model import Check, CheckResult, Event, Fate, LuoSession, Phase, Plan, Producer, Status, Word
 from khod.text import join_names, printable
@@ -113,6 +114,32 @@ def status(status: Status) -> str:
     """A page for the operator: where it stands, what to do, then the evidence."""
     status = escaped(status)
     rows = [("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_said(status)}")]
+    rows += _under_way(status)
+    if status.outcome not in (Phase.idle, status.phase):
+        rows.append(("this boot", f"{name(status.outcome)}: what the handover into it came to"))
+    rows += _not_undone(status)
+    if status.claims:
+        rows.append(("claims", f"{join_names(status.claims, MOST)}: left before the jump and not taken back yet"))
+    rows += _waiting(status)
+    if status.producers:
+        rows.append(("producers", counted(status.producers)))
+    rows += [("", producer(found)) for found in status.producers if odd(found)][:MOST]
+    rows += _sessions(status)
+    rows += _arrived(status)
+    if status.handovers:
+        rows.append(("handovers", str(status.handovers)))
+    if status.last_error:
+        rows.append(("cause" if status.phase is not Phase.idle else "last time", status.last_error))
+    if status.remedy:
+        rows.append(("next", status.remedy))
+    head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
+    stale = " (the kernel was not asked just now)" if status.stale else ""
+    return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
+
+
+def _under_way(status: Status) -> list[tuple[str, str]]:
+    """Who began what is under way, what of it is done, and what runs now."""
+    rows = []
     if status.begun is not None:
         image = f" to {status.begun.image}" if status.begun.image else ""
         rows.append(("begun", f"{since(status.begun.at)} by {status.begun.by or 'somebody unknown'}{image}"))
@@ -120,21 +147,23 @@ def status(status: Status) -> str:
         rows.append(("done", ", ".join(status.done)))
     if status.under_way is not None:
         rows.append(("now", f"{status.under_way.step}, {status.under_way.seconds:.1f} s"))
-    if status.outcome not in (Phase.idle, status.phase):
-        rows.append(("this boot", f"{name(status.outcome)}: what the handover into it came to"))
-    rows += _not_undone(status)
-    if status.claims:
-        rows.append(("claims", f"{join_names(status.claims, MOST)}: left before the jump and not taken back yet"))
+    return rows
+
+
+def _waiting(status: Status) -> list[tuple[str, str]]:
+    """Whose answer is waited for."""
     waiting = [f"for {producer(found)}" for found in status.producers if found.waiting][:MOST]
-    rows += [("" if number else "waiting", text) for number, text in enumerate(waiting)]
+    rows = [("" if number else "waiting", text) for number, text in enumerate(waiting)]
     if (more := len(status.waiting_for) - len(waiting)) > 0:
         unconnected = [name for name in status.waiting_for if name not in {found.name for found in status.producers}]
         text = join_names(unconnected, MOST) if unconnected else f"and {more} more: khoctl producers"
         rows.append(("" if waiting else "waiting", text))
-    if status.producers:
-        rows.append(("producers", counted(status.producers)))
-    rows += [("", producer(found)) for found in status.producers if odd(found)][:MOST]
-    rows += _sessions(status)
+    return rows
+
+
+def _arrived(status: Status) -> list[tuple[str, str]]:
+    """What came with the handover into this boot, from where, and for how long everyone stood still."""
+    rows = []
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         verdict = status.verdict
         rows.append(("arrived", f"{len(verdict.arrived)}: {', '.join(verdict.arrived) or 'nothing'}"))
@@ -151,15 +180,7 @@ def status(status: Status) -> str:
         rows.append(("from", status.previous_release))
     if status.handovers and status.phase in (Phase.verified, Phase.degraded):
         rows.append(("blackout", _blackout(status)))
-    if status.handovers:
-        rows.append(("handovers", str(status.handovers)))
-    if status.last_error:
-        rows.append(("cause" if status.phase is not Phase.idle else "last time", status.last_error))
-    if status.remedy:
-        rows.append(("next", status.remedy))
-    head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
-    stale = " (the kernel was not asked just now)" if status.stale else ""
-    return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
+    return rows
 
 
 def _sessions(status: Status) -> list[tuple[str, str]]:
@@ -210,7 +231,8 @@ def producer(found: Producer) -> str:
         return f"{found.name} ({found.kind}): {found.answer or 'not told yet'}"
     done = f", {found.progress:.0%} done" if found.progress is not None and found.waiting else ""
     answer = found.answer or ("no answer yet" if found.waiting else "no answer")
-    return f"{found.name} ({found.kind}): {found.phase}: {answer}{done}, {found.seconds:.2f} s"
+    limit = f" of {found.limit:g} s" if found.waiting and found.limit else ""
+    return f"{found.name} ({found.kind}): {found.phase}: {answer}{done}, {found.seconds:.2f} s{limit}"
 
 
 def odd(found: Producer) -> bool:
@@ -237,8 +259,8 @@ def _done(found: Producer) -> str:
     return DONE.get(found.phase, printable(found.phase))
 
 
-def producers(found: list[Producer]) -> str:
-    """A line a producer, in the order they are told."""
+def producers(found: list[Producer], width: int | None = None) -> str:
+    """A row a producer, in the order they are told."""
     found = escaped(found)
     if not found:
         return "No producers: none is configured in /etc/kho/producers.d, and none has registered."
@@ -248,8 +270,7 @@ def producers(found: list[Producer]) -> str:
         answer = item.answer or ("..." if item.waiting else "")
         seconds = f"{item.seconds:.3f}" if item.phase else "-"
         rows.append((str(item.rank), item.name, item.kind, item.phase or "-", seconds, f"{answer}{done}" or "-"))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[5]]) for row in rows)
+    return "\n".join(table(rows, width))
 
 
 def _said(status: Status) -> str:
@@ -258,17 +279,36 @@ def _said(status: Status) -> str:
     return phase + image
 
 
-def checks(found: list[Check]) -> str:
-    """A line a check, its remedy below it."""
+FAILED = (CheckResult.fail, CheckResult.unsupported)
+
+
+def checks(found: list[Check], *, quiet: bool = False) -> str:
+    """A line a check, its remedy below it, and what they come to; with `quiet` only those that found something."""
     found = escaped(found)
-    width = max(len(check.name) for check in found)
+    shown = [check for check in found if not quiet or check.result in (*FAILED, CheckResult.warn)]
+    width = max((len(check.name) for check in shown), default=0)
     lines = []
-    for check in found:
+    for check in shown:
         text, colour = MARKS[check.result]
         lines.append(f"{typer.style(text, fg=colour)}  {check.name:<{width}}  {check.evidence}")
         if check.remedy and check.result is not CheckResult.passed:
             lines.append(f"      {'':<{width}}  -> {check.remedy}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *([""] if lines else []), conclusion(found)])
+
+
+def conclusion(found: list[Check]) -> str:
+    """What the checks come to, in one line: how many, which, and what a handover would make of it."""
+    failed = [check.name for check in found if check.result in FAILED]
+    warned = [check.name for check in found if check.result is CheckResult.warn]
+    counts = Counter(check.result for check in found)
+    said = [f"{len(failed)} failed ({', '.join(failed)})"] if failed else []
+    said += [f"{counts[CheckResult.passed]} passed"] if not failed else []
+    said += [f"{len(warned)} {'warning' if len(warned) == 1 else 'warnings'} ({', '.join(warned)})"] if warned else []
+    said += [f"{skipped} skipped"] if (skipped := counts[CheckResult.skipped]) else []
+    if failed:
+        return f"{typer.style('Refused', fg=typer.colors.RED, bold=True)}: {', '.join(said)}. No handover can begin."
+    after = "" if any(check.name == "image" for check in found) else " The next kernel was not named, nor checked."
+    return f"{typer.style('Ready', fg=typer.colors.GREEN, bold=True)}: {', '.join(said)}.{after}"
 
 
 FATES = {Fate.kept: (" ", None), Fate.added: ("+", typer.colors.GREEN), Fate.removed: ("-", typer.colors.RED)}
@@ -298,9 +338,17 @@ def plan(found: Plan) -> str:
         lines += [f"  {line}" for line in words(found.words)] or ["  as the running kernel's"]
     if found.rollback_seconds:
         lines += ["", f"Until the jump is asked for, `khoctl abort` puts it back within {found.rollback_seconds:g} s."]
-    odd = [check for check in found.checks if check.result not in (CheckResult.passed, CheckResult.skipped)]
-    lines += ["", checks(odd) if odd else "Nothing is in the way. Nothing was touched."]
+    lines += ["", checks(found.checks, quiet=True), "Nothing was touched."]
     return "\n".join(lines)
+
+
+def short_plan(found: Plan) -> str:
+    """What an operator is to agree to: who is told, what is booted, how, and what speaks against it."""
+    found = escaped(found)
+    brief = [step for step in found.steps if step.step not in ("freeze", "activate", "verify")]
+    lines = [f"  {step.step:<8}  {step.does}" for step in brief]
+    lines += [f"  {line}" for line in words(found.words)]
+    return "\n".join([*lines, checks(found.checks, quiet=True)])
 
 
 def event(event: Event) -> str:

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import typer
-
 from khoctl import profile
+from khoctl.layout import show
 from khod.errors import UsageError
 from khod.files import open_regular
 from khod.text import printable
@@ -87,4 +86,4 @@ def _source(wanted: Mapping[str, Any]) -> tuple[str, list[str], str | None]:
 
 def _tell(note: str) -> None:
     if note:
-        typer.echo(f"khoctl: {printable(note)}", err=True)
+        show(f"khoctl: {printable(note)}", err=True)

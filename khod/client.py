@@ -1,31 +1,68 @@
 """A thin typed client of io.kho.Handover: one connection, methods that return the model or raise KhoError."""
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from khod import wire
-from khod.connection import Connection
+from khod.connection import JOURNAL, Connection
 from khod.errors import Unreachable
 from khod.model import Check, Event, Plan, Producer, Snapshot, Status
 from khod.region import Region
 
 T = TypeVar("T")
 ANSWER = 60.0
-"""Seconds khod has to say how it stands; its start, a rollback included, comes before."""
+"""Seconds khod has for an answer; its start, a rollback included, comes before."""
+
+INSPECTION = 600.0
+"""Seconds it has where it reads and unpacks images for it."""
+
+SLOW = 2.0
+"""Seconds after which an operator is told what is waited for."""
 
 
 class Client(Connection):
-    """What khoctl asks of khod."""
+    """What khoctl asks of khod. Each answer has a deadline: Unreachable where khod takes the call and is silent.
+
+    `patience` is that deadline in seconds, where the caller has one of its own. `on_slow` is called once for a call
+    that is not answered within `SLOW` seconds.
+    """
+
+    def __init__(
+        self,
+        path: Path = Path(wire.SOCKET),
+        *,
+        patience: float | None = None,
+        on_slow: Callable[["Client"], None] = lambda _: None,
+    ) -> None:
+        super().__init__(path)
+        self._patience = patience
+        self._on_slow = on_slow
+        self._began, self._slow = 0.0, math.inf
+        self._limit: float | None = None
+
+    def reply(self) -> Mapping[str, Any]:
+        """Wait for the next reply until the deadline of its call."""
+        while not self.waiting:
+            ends = math.inf if self._limit is None else self._began + self._limit
+            wake = min(self._slow, ends)
+            if self.readable(None if wake == math.inf else wake - time.monotonic()):
+                self.receive()
+            elif (now := time.monotonic()) >= ends:
+                raise Unreachable(f"khod has not answered within {self._limit:g} s", where=self._path, remedy=JOURNAL)
+            elif now >= self._slow:
+                self._slow = math.inf
+                self._on_slow(self)
+        self._slow = math.inf
+        return super().reply()
 
     def status(self) -> Status:
-        """How it stands; Unreachable where khod takes the call and is silent (it may be starting over and over)."""
-        self.patience(ANSWER)
-        try:
-            self.ask("Status")
-            return self.answer()
-        finally:
-            self.patience(None)
+        """How it stands."""
+        self.ask("Status")
+        return self.answer()
 
     def answer(self) -> Status:
         """Wait for the status that a call of Status, Activate, Abort or Kexec is answered with."""
@@ -33,12 +70,12 @@ class Client(Connection):
 
     def check(self, parameters: Mapping[str, Any] | None = None, fds: tuple[int, ...] = ()) -> list[Check]:
         """The preflight checks; `parameters` and `fds` as of Kexec."""
-        self.ask("Check", parameters, fds=fds)
+        self.ask("Check", parameters, fds=fds, limit=INSPECTION)
         return self._decoded(list[Check], self.reply(), "checks")
 
     def plan(self, parameters: Mapping[str, Any] | None = None, fds: tuple[int, ...] = ()) -> Plan:
         """What Kexec with these parameters would do."""
-        self.ask("Plan", parameters, fds=fds)
+        self.ask("Plan", parameters, fds=fds, limit=INSPECTION)
         return self._decoded(Plan, self.reply(), "plan")
 
     def snapshots(self) -> list[Snapshot]:
@@ -62,6 +99,7 @@ class Client(Connection):
         """Every change from now on, beginning with how it stands; Unreachable when khod ends it."""
         self.ask("Monitor", more=True)
         yield self.event()
+        self._limit = self._patience  # a change may come in a month
         while self.more:
             yield self.event()
         raise Unreachable("khod ended the stream", remedy="It was stopped, or this was not read in time.")
@@ -90,9 +128,17 @@ class Client(Connection):
         self.reply()
 
     def ask(
-        self, method: str, parameters: Mapping[str, Any] | None = None, *, fds: tuple[int, ...] = (), more: bool = False
+        self,
+        method: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        fds: tuple[int, ...] = (),
+        more: bool = False,
+        limit: float | None = None,
     ) -> None:
-        """Send a call of the interface by its short name."""
+        """Send a call of the interface by its short name; its answer has `limit` seconds, None: ANSWER."""
+        self._began, self._limit = time.monotonic(), self._patience or limit or ANSWER
+        self._slow = self._began + SLOW
         self.send(f"{wire.INTERFACE}.{method}", parameters, fds=fds, more=more)
 
     def _decoded(self, wanted: type[T], reply: Mapping[str, Any], name: str) -> T:

@@ -1,8 +1,11 @@
 """One Varlink connection to khod, blocking, with file descriptors; standard library only."""
 
 import json
+import math
 import os
+import select
 import socket
+import struct
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +19,7 @@ from khod.errors import Unreachable
 START = "Start it with: systemctl start kho-handover"
 JOURNAL = "Look at: journalctl -u kho-handover"
 CHUNK = 1 << 16
+UCRED = "3i"  # struct ucred of unix(7): process, user, group
 MAX_FDS = 253  # SCM_MAX_FD, the most one message carries
 
 
@@ -135,8 +139,6 @@ class Connection:
         """Take in what has come, at least one byte."""
         try:
             data, fds, _flags, _address = socket.recv_fds(self._socket, CHUNK, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
-        except TimeoutError:
-            raise Unreachable(f"khod does not answer within {self._socket.gettimeout():g} s", remedy=JOURNAL) from None
         except OSError:
             data, fds = b"", []
         self.fds += fds
@@ -145,6 +147,15 @@ class Connection:
         *complete, self._text = (self._text + data).split(b"\0")
         self._messages += complete
 
-    def patience(self, seconds: float | None) -> None:
-        """How long an answer may take; None for ever."""
-        self._socket.settimeout(seconds)
+    def readable(self, seconds: float | None) -> bool:
+        """Wait for something to take in, for at most so long; None for ever."""
+        waiting = select.poll()  # takes any descriptor, where select(2) takes those below 1024
+        waiting.register(self._socket, select.POLLIN)
+        return bool(waiting.poll(None if seconds is None else max(0, math.ceil(seconds * 1000))))
+
+    @property
+    def listener(self) -> int:
+        """The process that listens on the socket: khod's, or 1 where systemd holds it for khod."""
+        size = struct.calcsize(UCRED)
+        pid: int = struct.unpack(UCRED, self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0]
+        return pid

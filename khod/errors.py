@@ -24,6 +24,7 @@ class Exit(enum.IntEnum):
     unreachable = 5
     not_rolled_back = 6
     degraded = 7
+    unwritten = 8
 
 
 class KhoError(Exception):

@@ -85,7 +85,8 @@ class Producer:
     """One holder of state as status shows it.
 
     `rank` counts from 0 in the order they are told; `phase` is the last verb it was told, `answer` its
-    last word to that, `seconds` how long it took or takes, `progress` what it said is done of it (0 to 1).
+    last word to that, `seconds` how long it took or takes, `progress` what it said is done of it (0 to 1), `limit` how
+    many seconds it has for it, 0 where it was told nothing.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Producer:
     seconds: float
     waiting: bool
     progress: float | None
+    limit: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from khod.engine.restoration import Restoration
 from khod.engine.rollback import bound_seconds
 from khod.engine.startup import Startup
 from khod.engine.transaction import Transaction, told_error
-from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused
+from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused, UsageError
 from khod.executor import Executor, Shutdown
 from khod.guard import Seen, Severity
 from khod.kernel.kexec import Kexec
@@ -681,8 +681,9 @@ class Engine:
         """The next kernel in memory, None where it is loaded already."""
         if request.kernel is None:
             if Step.load not in self.machine.done:
-                raise Refused(
-                    "No image is loaded and none was given", where="kexec", remedy="Add --image and --initrd."
+                raise UsageError(
+                    "No kernel is loaded and none was given",
+                    remedy="Use --kernel VERSION, --default, or --image FILE --initrd FILE.",
                 )
             return None
         if Step.load in self.machine.done:

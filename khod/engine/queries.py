@@ -289,12 +289,18 @@ class Queries:
         await self._started.wait()
         observed = await self._observer.observe(self._config().deadlines.activate)
         run = self._transaction.record.run or new_run()
-        target = await self.build_target(request, observed, run) if request.kernel else None
+        target, unusable = None, []
+        if request.kernel:
+            try:
+                target = await self.build_target(request, observed, run)
+            except Refused as error:  # an empty file, one too large: no reason to be silent about all the rest
+                unusable = [preflight.unusable("image" if error.where == request.kernel.name else "initrd", error)]
         try:
             phase, current = self.effective_phase(observed), self._transaction.current()
-            first = handover(phase, current, busy=self._busy.locked(), takes_image=target is not None)
+            first = handover(phase, current, busy=self._busy.locked(), takes_image=request.kernel is not None)
             of_host = await self.run_checks(observed, now=request.now)
-            yield target, [first, *of_host, *(await self.run_checks(observed, target) if target else ())]
+            of_target = await self.run_checks(observed, target) if target else unusable
+            yield target, [first, *of_host, *of_target]
         finally:
             if target is not None:
                 target.close()

@@ -64,6 +64,12 @@ def run(facts: Facts) -> list[Check]:
     ]
 
 
+def unusable(name: str, error: Refused) -> Check:
+    """The check `name` of an image that could not even be taken into memory."""
+    found = Finding.of(error)
+    return Check(name, found.result, printable(found.evidence), printable(found.remedy))
+
+
 def require(checks: list[Check]) -> None:
     """Raise what the first failed check amounts to: Unsupported or Refused."""
     for check in checks:

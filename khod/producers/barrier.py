@@ -162,6 +162,8 @@ class Member:
     """The verb `answer` is the answer to: after a thaw that failed it still counts as told to freeze."""
     answer: str = ""
     seconds: float = 0.0
+    limit: float = 0.0
+    """The seconds it had or has for that."""
     progress: float | None = None
     began: float | None = None
     """When what it is told now began (CLOCK_MONOTONIC), None while it is told nothing."""
@@ -191,6 +193,7 @@ class Member:
             self.seconds if self.began is None else time.monotonic() - self.began,
             self.waiting,
             self.progress,
+            self.limit,
         )
 
 
@@ -371,6 +374,7 @@ class Barrier:
         """Tell one producer; what its no amounts to, None for a yes."""
         producer, began = member.producer, time.monotonic()
         member.about, member.answer, member.began, member.progress = verb.value, "", began, None
+        member.limit = deadline
         member.calls += 1
         call = member.calls
         if verb not in AFTER:

@@ -193,7 +193,7 @@ def test_an_output_that_cannot_be_written_is_said() -> None:
     blob = ftrace([mem((0, PAGE))])
     with open("/dev/full", "wb") as full:
         ended = run("dt", "show", "-", given=blob, output=full.fileno())
-    assert ended.returncode == Exit.failed
+    assert ended.returncode == Exit.unwritten
     assert ended.stderr.startswith(b"khoctl: Standard output cannot be written: ENOSPC")
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from khod.errors import Exit, Failed, Refused
+from khod.errors import Exit, Failed, Refused, UsageError
 from khod.kernel.simulated import Rebooted
 from khod.machine import RESTING
 from khod.model import Event, Phase, Step
@@ -142,7 +142,7 @@ async def test_an_image_given_twice_is_refused_and_nothing_moves(host: Host) -> 
 
 async def test_kexec_without_any_image_is_refused_where_it_stands(host: Host) -> None:
     engine = await host.started()
-    with pytest.raises(Refused):
+    with pytest.raises(UsageError):
         await engine.kexec(Request())
     assert (await engine.status()).phase is Phase.idle
     assert host.kernel.calls == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -12,7 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from khoctl.app import MODULES, app
+from khod import __version__
 from khod.errors import Exit
 from tests.unit.images import CMDLINE_SIZE, CPIO, bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, call, cli, khoctl
@@ -151,17 +155,125 @@ WORDS = [
 
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)
 def test_words_khoctl_does_not_know(khod: Khod, words: tuple[str, ...]) -> None:
-    ended = khod.khoctl(*words)
-    assert ended.code == Exit.usage
-    assert ended.out == ""
-    assert "Traceback" not in ended.err
+    refused(khod.khoctl(*words), Exit.usage, "")
+    answer = khod.khoctl(*words, "--json")
+    assert answer.code == answer.json["exit_code"] == Exit.usage
+    assert answer.json["error"] == "UsageError"
+
+
+def test_a_word_that_is_near_is_named_once(khod: Khod) -> None:
+    command = khod.khoctl("statsu").err
+    assert command.count("Did you mean status?") == command.count("Did you mean") == 1
+    option = khod.khoctl("kexec", "--imgae", "x").err
+    assert option.count("--image") == 1
+    assert "khoctl kexec -h" in option
+
+
+PATHS = [(), *((name,) for name in MODULES), *(("dt", name) for name in ("list", "show", "diff", "export", "validate"))]
+
+
+@pytest.mark.parametrize("words", PATHS, ids=" ".join)
+def test_every_command_has_a_short_help_that_is_whole(tmp_path: Path, words: tuple[str, ...]) -> None:
+    ended = cli(tmp_path / "socket", *words, "-h")
+    assert ended.code == Exit.done
+    assert "--socket PATH" in ended.out
+    assert "..." not in re.sub(r"\[.*?\]\.\.\.", "", ended.out), "a summary is cut"
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [("khoctl statu", "status"), ("khoctl dt exp", "export"), ("khoctl kexec --reuse", "--reuse-cmdline")],
+)
+def test_the_shell_completes_what_khoctl_says(words: str, completed: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "khoctl"],
+        cwd=REPOSITORY,
+        env={
+            **os.environ,
+            "_KHOCTL_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        },
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert ended.stdout.split() == [completed]
+
+
+def test_the_version_needs_no_khod(tmp_path: Path) -> None:
+    assert cli(tmp_path / "socket", "--version").out == f"khoctl {__version__}\n"
+
+
+def test_the_socket_may_be_named_after_the_command(khod: Khod, tmp_path: Path) -> None:
+    assert cli(tmp_path / "nowhere", "status", f"--socket={khod.socket}").code == Exit.done
+    assert cli(tmp_path / "nowhere", "producers", f"--socket={khod.socket}").code == Exit.done
+
+
+@pytest.mark.parametrize("name", ["empty", "truncated"])
+@pytest.mark.parametrize("role", ["image", "initrd"])
+def test_a_file_that_cannot_be_used_is_a_finding_among_the_checks(khod: Khod, role: str, name: str) -> None:
+    files = {"image": khod.directory / "vmlinuz", "initrd": khod.directory / "initrd", role: khod.directory / name}
+    words = [word for option, path in files.items() for word in (f"--{option}", path)]
+    ended = khod.khoctl("check", *words, "--json")
+    results = {check["name"]: check["result"] for check in ended.json}
+    assert ended.code == Exit.refused
+    assert (results[role], results["kho"]) == ("fail", "passed")
+    assert khod.khoctl("plan", *words).code == Exit.refused
+
+
+def test_no_locale_is_ascii(khod: Khod) -> None:
+    """Python takes the C locale for UTF-8; the terminal that has it does not."""
+    name = khod.directory / "\u2026\u00fc"
+    for locale, text in (("C", b"\\u2026\\xfc"), ("C.UTF-8", "\u2026\u00fc".encode())):
+        ended = subprocess.run(
+            [sys.executable, "-m", "khoctl", f"--socket={name}", "status"],
+            cwd=REPOSITORY,
+            env={**os.environ, "LC_ALL": locale},
+            capture_output=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert ended.returncode == Exit.unreachable
+        assert text in ended.stderr
+
+
+def test_a_terminal_without_colours_gets_none(khod: Khod, monkeypatch: pytest.MonkeyPatch) -> None:
+    def coloured() -> bool:
+        return "\x1b" in CliRunner().invoke(app, [f"--socket={khod.socket}", "status"], color=True).stdout
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert coloured()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not coloured()
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert not coloured()
+
+
+def test_an_answer_that_cannot_be_written_is_no_failure_of_the_operation(khod: Khod) -> None:
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "khoctl", f"--socket={khod.socket}", "activate"],
+            cwd=REPOSITORY,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=DEADLINE,
+            check=False,
+        )
+    assert khod.active
+    assert khod.khoctl("abort").code == Exit.done
+    assert ended.returncode == Exit.unwritten
+    assert b"khoctl status" in ended.stderr
 
 
 def test_options_that_contradict_each_other(khod: Khod) -> None:
     image = ("--image", khod.directory / "vmlinuz")
     refused(khod.khoctl("kexec", *image, "--cmdline", "a", "--reuse-cmdline"), Exit.usage, "--reuse-cmdline")
     refused(khod.khoctl("kexec", "--initrd", khod.directory / "initrd"), Exit.usage, "--image")
-    refused(khod.khoctl("kexec"), Exit.refused, "--image")
+    refused(khod.khoctl("kexec"), Exit.usage, "--image")
     refused(khod.khoctl("kexec", "--profile", "nowhere"), Exit.usage, "nowhere.toml")
 
 
@@ -232,6 +344,15 @@ def test_check_says_what_it_looked_at(khod: Khod) -> None:
     assert ended.code == Exit.done
     for name in ("kho", "scratch", "kexec", "disk", "producers"):
         assert name in ended.out
+
+
+def test_a_warning_counts_where_the_operator_is_strict(khod: Khod) -> None:
+    words = ("check", "--image", khod.directory / "vmlinuz", "--initrd", khod.directory / "initrd")
+    warned = [check["name"] for check in khod.khoctl(*words, "--json").json if check["result"] == "warn"]
+    assert warned == ["signature"], "the simulated kernel does not say whether it insists on one"
+    assert khod.khoctl(*words).code == Exit.done
+    assert khod.khoctl(*words, "--strict").code == Exit.refused
+    assert khod.khoctl("check", "--strict").code == Exit.done
 
 
 def test_a_monitor_streams_every_phase(khod: Khod) -> None:

@@ -29,7 +29,7 @@ CLIENT_SIDE = {
     "producer": {"wire", "errors", "connection", "__init__"},
     "trees": {"abi.fdt", "region", "text", "errors", "trees"},
 }
-KHOCTL_MAY = {"client", "wire", "model", "region", "text", "errors", "trees", "files"}
+KHOCTL_MAY = {"__init__", "client", "wire", "model", "region", "text", "errors", "trees", "files"}
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted((REPOSITORY / "khod").rglob("*.py"))
 

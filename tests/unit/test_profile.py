@@ -52,6 +52,18 @@ def test_keys_that_contradict_each_other_are_named(tmp_path: Path, text: str, ke
     assert raised.value.where == str(tmp_path / "next.toml")
 
 
+def test_a_profile_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as none:
+        profile.load("nosuch", tmp_path)
+    assert (none.value.what, none.value.where) == ("There is no profile 'nosuch'", str(tmp_path / "nosuch.toml"))
+    assert str(tmp_path) in none.value.remedy
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.toml").write_text("")
+    with pytest.raises(ConfigError) as some:
+        profile.load("nosuch", tmp_path)
+    assert some.value.remedy == "There are: a, b."
+
+
 def test_the_sample_is_a_profile_and_shows_every_key(tmp_path: Path) -> None:
     text = (REPOSITORY / "etc/kho/handover.d/example.toml.sample").read_text()
     assert load(tmp_path, text) == {

@@ -101,6 +101,7 @@ PAGES: dict[str, tuple[Callable[[Any], str], Any]] = {
     "checks": (render.checks, CHECKS),
     "words": (lambda words: "\n".join(render.words(words)), WORDS),
     "plan": (render.plan, PLAN),
+    "short plan": (render.short_plan, PLAN),
     "event": (render.event, EVENT),
 }
 
