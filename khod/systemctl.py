@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from khod.text import ASCII_SPACE
 
 BOOTED = "/run/systemd/system"  # sd_booted(3)
-ASK_SECONDS = 5.0
+ASK_SECONDS = 15.0
+"""Seconds a command has; on a host that has just booted, and under load, more than 5 were seen."""
+
 CONTAINERS = frozenset(
     {"systemd-nspawn", "lxc-libvirt", "lxc", "openvz", "docker", "podman", "rkt", "wsl", "proot", "pouch"}
     | {"container-other"}

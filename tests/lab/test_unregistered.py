@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.lab.conftest import Online
-from tests.lab.host import Host
+from tests.lab.host import Host, image
 
 VERSION = "7.3.4"
 LONG = "n" * 60
@@ -83,7 +83,7 @@ def test_an_orderly_shutdown_ends_what_no_store_keeps(online: Online) -> None:
 def test_a_jump_at_once_keeps_them_for_their_owner(online: Online) -> None:
     host = Host(online(VERSION))
     start(host, "plain", "make", "test-session", "again")
-    host.kexec(VERSION, "--now")
+    assert host.guest.kexec(argv=("khoctl", "kexec", *image(VERSION), "--now")).how == "kexec"
 
     status = verdict(host, 0)
     assert status["phase"] == "verified"
