@@ -285,7 +285,7 @@ FAILED = (CheckResult.fail, CheckResult.unsupported)
 def checks(found: list[Check], *, quiet: bool = False) -> str:
     """A line a check, its remedy below it, and what they come to; with `quiet` only those that found something."""
     found = escaped(found)
-    shown = [check for check in found if not quiet or check.result in (*FAILED, CheckResult.warn)]
+    shown = [check for check in found if not quiet or check.result in (*FAILED, CheckResult.warn, CheckResult.off)]
     width = max((len(check.name) for check in shown), default=0)
     lines = []
     for check in shown:
@@ -304,6 +304,8 @@ def conclusion(found: list[Check]) -> str:
     said = [f"{len(failed)} failed ({', '.join(failed)})"] if failed else []
     said += [f"{counts[CheckResult.passed]} passed"] if not failed else []
     said += [f"{len(warned)} {'warning' if len(warned) == 1 else 'warnings'} ({', '.join(warned)})"] if warned else []
+    off = [check.name for check in found if check.result is CheckResult.off]
+    said += [f"{len(off)} off that would fail ({', '.join(off)})"] if off else []
     said += [f"{skipped} skipped"] if (skipped := counts[CheckResult.skipped]) else []
     if failed:
         return f"{typer.style('Refused', fg=typer.colors.RED, bold=True)}: {', '.join(said)}. No handover can begin."

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from khod.engine import Engine
-from khod.errors import Failed, NotRolledBack, Refused
+from khod.errors import Failed, NotRolledBack, Refused, UsageError
 from khod.model import CheckResult, Phase
 from khod.target import Request
 from tests.unit.scripted import Scripted, hangs, raises
@@ -100,11 +100,11 @@ async def test_a_refusal_in_the_middle_says_what_stays(host: VirtualHost) -> Non
         Scripted(host, name)
     engine = await host.started()
     await engine.activate()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UsageError) as refused:
         await engine.kexec(Request())
     for words in ("active", "2 producers frozen", "khoctl abort"):
         assert words in refused.value.remedy
     await engine.abort()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UsageError) as refused:
         await engine.kexec(Request())
     assert "frozen" not in refused.value.remedy
