@@ -10,6 +10,10 @@ from khod.kernel.protocol import KhoKernel
 from khod.machine import HELD, RESTING, STEPS
 from khod.model import Observed, Phase, Step
 from khod.record import Record
+from khod.text import join_names
+
+MAX_NAMES_SHOWN = 10
+"""Names in one sentence."""
 
 
 class Action(enum.Enum):
@@ -69,7 +73,7 @@ def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Foun
     if record.phase in RESTING:
         return Found(record.phase, record.last_error)
     if record.phase is Phase.verifying:
-        return Found(Phase.verifying, "khod died while it verified", Action.verify)
+        return Found(Phase.verifying, "khod died while it verified", Action.verify, record.doubt)
     if record.phase is Phase.rolling_back:
         return Found(record.phase, "khod died while it rolled back", Action.roll_back)
     if record.phase is Phase.failed:
@@ -90,9 +94,12 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
     if record.phase in RESTING:
         if record.interrupted:
             return Found(Phase.cold_boot, f"the host went down and booted cold: {record.interrupted}")
-        return Found(Phase.idle, "")
+        return Found(Phase.idle, _lost(record))
     if record.phase is Phase.verifying:
-        return Found(Phase.idle, "the host booted again before the last handover was verified")
+        lost = _lost(record)
+        return Found(
+            Phase.idle, f"the host booted again before the last handover was verified{f'; {lost}' if lost else ''}"
+        )
     by_our_kexec = marked(kernel.cmdline, record.run)
     if by_our_kexec or kernel.arrived:  # whoever's image it was: what the producers had left came with it
         return Found(Phase.verifying, "first start after the jump", Action.verify, _doubt(record))
@@ -108,6 +115,12 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
         Phase.idle,
         f"the host went down while a handover was at {record.phase.value}, before the jump: nothing was handed over",
     )
+
+
+def _lost(record: Record) -> str:
+    """What went with the boot of the record, "" where nothing waited to be taken back."""
+    names = join_names((holder.name for holder in record.claims), MAX_NAMES_SHOWN)
+    return f"the host booted again before {names} had taken back what waited: it is lost" if names else ""
 
 
 def _doubt(record: Record) -> str:
@@ -217,7 +230,9 @@ def settled(record: Record, found: Found, kernel: Observed) -> Record:
         failed_activations=0,
         producers=(),  # nothing arrived: nobody has anything to take back
         claims=(),
-        arrived_run="",
+        # A session of it that came all the same is the previous kernel's, and no stray one of this boot's to be closed.
+        arrived_run=kept.run,
+        doubt="",
         not_undone=(),
         interrupted="",
     )

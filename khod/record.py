@@ -18,7 +18,7 @@ from khod.snapshots import Snapshots
 VERSION = 1
 ADDED = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
-    | {"unknown", "sessions", "sessions_unseen", "at_once"}
+    | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt"}
 )
 """Fields a record of this version may lack: an earlier khod wrote it."""
 
@@ -113,6 +113,8 @@ class Record:
     """Why there may have been more, "" where there were not."""
     at_once: bool = False
     """Whether the handover `run` jumps at once: with nothing stopped before, so that no session is lost."""
+    doubt: str = ""
+    """Why what arrived in this boot cannot be all that the producers had, "" where nothing speaks against it."""
     claims: tuple[Holder, ...] = ()
     """What was left by the previous kernel's producers and not taken back yet."""
     begun: Begun = field(default_factory=Begun)

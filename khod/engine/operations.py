@@ -181,7 +181,7 @@ class Engine:
                 case reconcile.Action.resume:
                     self._watch(self._acting())
                 case reconcile.Action.none if found.phase in RESTING:
-                    await self._transaction.try_write_record()
+                    await self._transaction.try_write_record(departure_served=True)
         finally:
             self._close_stray_sessions(observed)
 
@@ -308,10 +308,14 @@ class Engine:
 
     async def _abort(self, cause: KhoError, *, force: bool = False, stopping: bool = False, down: bool = False) -> None:
         """End what is under way and put it back; the undo comes before any question to the kernel that may hang."""
-        under_way = self._transaction.phase
+        under_way, ended = self._transaction.phase, self._transaction.rollbacks
         if self._busy.locked():
             self._transaction.cancel(cause)
         async with self._at_work():
+            if under_way is Phase.rolling_back and self._transaction.rollbacks > ended and not down:
+                if self._transaction.rollback_error is not None:  # what was asked for is what was under way
+                    raise self._transaction.rollback_error
+                return
             try:
                 await self._put_back(cause, under_way, force=force, stopping=stopping, down=down)
             finally:  # where this was refused, what has happened meanwhile may end the handover all the same
@@ -335,6 +339,8 @@ class Engine:
             return
         elif phase is Phase.failed:
             self._transaction.attach(None)  # what failed may have been mended in a file since
+        elif phase in HELD and not stopping:
+            await self._jump.refuse_on_the_way(self._acting(), loaded=Step.load in self.machine.done)
         elif phase is Phase.executing:  # what only asks for the jump may have come through meanwhile
             await self._jump.check_may_be_called_back(self._acting(), force=force or stopping)
         await self._roll_back(None, interrupted=phase if down else None)
@@ -579,7 +585,7 @@ class Engine:
     async def _operation(self) -> AsyncIterator[None]:
         """One at a time; whoever comes second is refused, not queued: the first may change what it meant."""
         await self._started.wait()
-        if self._busy.locked():
+        if self._busy.locked() and not self._restoration.make_way():
             begun = self.record.begun if self._transaction.phase not in RESTING else model.Begun()
             raise Refused(
                 f"Another operation is under way ({self._transaction.phase.value})"

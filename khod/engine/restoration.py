@@ -8,7 +8,7 @@ from dataclasses import replace
 from khod import session_holders, verify
 from khod.config import Config
 from khod.engine.transaction import Transaction
-from khod.errors import KhoError, Refused
+from khod.errors import Failed, KhoError, Refused
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.thread import Workers
@@ -52,6 +52,7 @@ class Restoration:
         self._barrier: Barrier | None = None
         self._late: set[Peer] = set()
         self._told_later: dict[str, Member] = {}
+        self._gives_back_late = False
 
     @property
     def members(self) -> list[Member]:
@@ -65,7 +66,7 @@ class Restoration:
         They are not waited for here: a producer may start only after khod is ready. `doubt` speaks against all of it
         having arrived ("" where nothing does), `note` is as in Transaction.enter_verifying.
         """
-        await self._transaction.enter_verifying(observed, note)
+        await self._transaction.enter_verifying(observed, note, doubt)
         verdict = await self._compare(kernel)
         if doubt:
             verdict = verdict.with_findings([*verdict.found, Finding("", doubt)])
@@ -88,6 +89,12 @@ class Restoration:
         """
         self._late.add(peer)
         self.resume()
+
+    def make_way(self) -> bool:
+        """Cut a late producer short for what an operator wants, where that is what goes on; whether it was."""
+        if self._gives_back_late:
+            self._transaction.cancel(Failed("Somebody wants something else done first"))
+        return self._gives_back_late
 
     def resume(self) -> None:
         """Give those what they left who came while a handover was under way."""
@@ -143,7 +150,14 @@ class Restoration:
             if not peer.connected or not peer.restoring:
                 return
             barrier = Barrier.of([peer], record.arrived_run, self._transaction.on_member_changed)
-            await self._bring_back_later(barrier, peer.timeout)
+            self._gives_back_late = True
+            try:
+                await self._transaction.interruptible(self._bring_back_later(barrier, peer.timeout))
+            except KhoError:  # cut short: what waits for the peer stays, and it is told again afterwards
+                self._transaction.settle_cancel()
+                self._late.add(peer)
+            finally:
+                self._gives_back_late = False
 
     async def retry(self, holder: Holder) -> None:
         """Tell a producer again to take back what it left, at rest and with nothing else under way."""

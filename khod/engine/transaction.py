@@ -89,6 +89,10 @@ class Transaction:
         self._cause: KhoError | None = None
         self._cancelled = asyncio.Event()
         self._acted_on: tuple[KhoError, KhoError] | None = None
+        self.rollbacks = 0
+        """How many have ended."""
+        self.rollback_error: KhoError | None = None
+        """What the last of them could not put back."""
         self._step_began = 0.0
         self._jump_asked = False
         self._rolled_back_from = Phase.rolling_back
@@ -385,11 +389,11 @@ class Transaction:
             producers=self.current().producers if failures else (),
         )
         self._jump_asked = False
-        await self.try_write_record(RECORD_UNDO_SECONDS)
+        await self.try_write_record(RECORD_UNDO_SECONDS, departure_served=True)
         gone = [member.producer.name for member in self._acting().barrier.members if member.answer == GONE]
         died = f" Gone while it was stopped, and not told: {join_names(gone, MAX_NAMES_SHOWN)}." if gone else ""
         self.emit(f"{'Not everything was rolled back.' if failures else 'Rolled back.'}{died}")
-        raised = cause
+        raised, self.rollbacks, self.rollback_error = cause, self.rollbacks + 1, None
         if failures:
             remedies = dict.fromkeys(item.remedy for item in self._record.not_undone if item.remedy)
             raised = NotRolledBack(
@@ -397,6 +401,7 @@ class Transaction:
                 where=", ".join(step.value for step in self._machine.done),
                 remedy=f"{' '.join(remedies) or 'Look at the kernel log.'} Then: khoctl abort",
             )
+            self.rollback_error = raised
         if cause is not None and raised is not None:
             self._acted_on = (cause, raised)
         self.settle_cancel()
@@ -405,11 +410,11 @@ class Transaction:
 
     # After the jump
 
-    async def enter_verifying(self, observed: Observed, note: str = "") -> None:
+    async def enter_verifying(self, observed: Observed, note: str = "", doubt: str = "") -> None:
         """Record that this boot is the one after the jump; a khod that dies while it verifies is not counted again.
 
         What the producers left waits for them from here on, whatever else becomes of the record. `note` is what an
-        operator should know also where all state arrived.
+        operator should know also where all state arrived, `doubt` why it cannot all have: whoever verifies says so.
         """
         self._note = note
         record = self._record
@@ -423,6 +428,7 @@ class Transaction:
                 failed_activations=0,
                 handovers=record.handovers + 1,
                 blackout_seconds=None,
+                doubt=doubt,
                 outcome=Phase.idle,
                 arrived_run=record.run,
                 claims=tuple(replace(holder, told="") for holder in record.producers if holder.restores is not False),
@@ -431,7 +437,7 @@ class Transaction:
             record = replace(record, arrived_run=record.run, claims=record.producers)
         self._record = replace(record, producers=(), done=(), not_undone=(), interrupted="")
         self._machine = Machine(Phase.verifying)
-        await self.try_write_record(arrived=True)
+        await self.try_write_record(departure_served=True)
         self.emit("this kernel was reached by a handover; what arrived is being checked")
 
     async def _note_shutdown(self, run: str, under_way: Phase) -> None:
@@ -505,15 +511,15 @@ class Transaction:
         """Write the record, durably; RecordError."""
         await self._write(self.current())
 
-    async def try_write_record(self, seconds: float = RECORD_SECONDS, *, arrived: bool = False) -> None:
+    async def try_write_record(self, seconds: float = RECORD_SECONDS, *, departure_served: bool = False) -> None:
         """Write the record where a failure must stop nothing: a full disk keeps nobody from being thawed.
 
-        With `arrived` the copy that left with the jump has served, and goes: it says nothing of what this boot does.
+        With `departure_served` the copy for the jump goes: it came to nothing, or says nothing of what this boot does.
         """
 
         def write() -> None:
             self._store.write(record)
-            if arrived:
+            if departure_served:
                 self._store.remove_departure()
 
         record = self.current()

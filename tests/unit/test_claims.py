@@ -14,9 +14,9 @@ from khod.engine import Engine
 from khod.errors import Exit, Failed, NotRolledBack, Refused, Unreachable
 from khod.kernel.simulated import Rebooted
 from khod.model import Phase
-from khod.producers.barrier import Producer
+from khod.producers.barrier import Producer, Verb
 from khod.producers.identity import process_of
-from khod.producers.peers import Answer, Terms
+from khod.producers.peers import Answer, Command, Peer, Terms
 from tests.unit.harness import ACTIVE
 from tests.unit.luo import LuoHost
 from tests.unit.scripted import Scripted, raises
@@ -180,15 +180,47 @@ async def test_an_abort_beside_a_late_restore_does_not_reach_the_next_handover(h
     restore = await peer.next(None)
     abort = asyncio.ensure_future(engine.abort())
     await asyncio.sleep(0)
-    finish = await peer.next(Answer(restore.serial, "ready"))
-    answering = asyncio.ensure_future(peer.next(Answer(finish.serial, "ready")))
+    answering = asyncio.ensure_future(says_yes(peer, restore))
     await abort
+    while engine.record.claims:  # it was cut short, and is told again
+        await host.seen(lambda _event: True)
     engine.muster.peers.leave(peer)
     with pytest.raises(Unreachable):
         await answering
-    os.close(restore.fds[0])
     await engine.activate()
     assert engine.machine.phase is Phase.active
+
+
+async def says_yes(peer: Peer, command: Command) -> None:
+    """Take back what was left, and say yes to this command and all to come."""
+    while True:
+        for fd in command.fds:
+            os.close(fd)
+        command = await peer.next(Answer(command.serial, "ready"))
+
+
+WANTED: dict[str, Callable[[Engine], Awaitable[None]]] = {
+    "abort": lambda engine: engine.abort(),
+    "forget": lambda engine: engine.forget("kv"),
+    "stop": lambda engine: engine.stop(jumping=False),
+}
+
+
+@pytest.mark.parametrize("what", WANTED)
+async def test_a_producer_that_comes_late_and_says_nothing_holds_nobody_up(host: LuoHost, what: str) -> None:
+    """Ten minutes is what it may ask for, for each answer."""
+    engine = await degraded(host)
+    process = process_of(os.getpid())
+    assert process is not None
+    peer = await engine.register("kv", OWNER, process, Terms(600.0))
+    command = await peer.next(None)
+    assert command.verb is Verb.restore
+    await WANTED[what](engine)
+    os.close(command.fds[0])
+    assert [holder.name for holder in engine.record.claims] == ([] if what == "forget" else ["kv"])
+    if what == "stop":
+        return
+    engine.muster.peers.leave(peer)
 
 
 async def test_who_could_not_be_put_back_has_nothing_to_claim(host: LuoHost) -> None:

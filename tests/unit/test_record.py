@@ -71,6 +71,7 @@ FULL = Record(
     sessions_unseen="khod may not look",
     at_once=True,
     claims=(Holder("kv", "varlink", owner=Owner(1000, "kv.service")),),
+    doubt="the host jumped into an image that khod had not loaded",
     begun=Begun(1795661761.5, "root (khoctl, process 4711)", "Image (7.3.4)"),
 )
 
@@ -110,6 +111,7 @@ records = st.builds(
     sessions_unseen=text,
     at_once=st.booleans(),
     claims=st.lists(holder, max_size=2).map(tuple),
+    doubt=text,
     begun=st.builds(Begun, number, st.text(), st.text()),
 )
 
