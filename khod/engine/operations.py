@@ -241,6 +241,7 @@ class Engine:
             stopped = Failed("khod was stopped in the middle of a handover", where="abort")
             await self._abort(stopped, stopping=True, down=going_down)
         await self._transaction.settle_shutdown_note()
+        await self._transaction.settle_record()
 
     async def _go_along(self) -> None:
         """The host goes into the kexec: bring the handover to where the jump may find it, or unload the image."""

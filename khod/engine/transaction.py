@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, repeat
 from typing import NoReturn, TypeVar
 
 from khod import verify
@@ -37,6 +38,9 @@ RECORD_SECONDS = 60.0
 """Seconds one write of the record may take on the way forward: a step that is not recorded is not taken."""
 RECORD_UNDO_SECONDS = 2.0
 """Seconds it may take on the way back, at its beginning and at its end: a file system that hangs thaws nobody."""
+
+CATCH_UP_SECONDS = (2.0, 5.0, 15.0, 60.0, 300.0)
+"""Between two tries to write a record that could not be written."""
 
 INTERRUPT_SECONDS = 5.0
 """Seconds that what is cancelled in the middle of a step has to end; then the undo begins all the same."""
@@ -94,6 +98,9 @@ class Transaction:
         self.rollback_error: KhoError | None = None
         """What the last of them could not put back."""
         self._step_began = 0.0
+        self._is_behind = False
+        """Whether the record on the disk is an older one, because this one could not be written."""
+        self._catching_up: asyncio.Task[None] | None = None
         self._jump_asked = False
         self._rolled_back_from = Phase.rolling_back
         self._note = ""
@@ -526,8 +533,26 @@ class Transaction:
         self._record = record
         try:
             await self._disk.call(write, "writing the record", seconds)
+            self._is_behind = False
         except Exception as error:  # noqa: BLE001 - whatever it is, the way back goes on
             self.emit(str(error))
+            self._is_behind = True
+            if self._catching_up is None or self._catching_up.done():
+                self._catching_up = asyncio.ensure_future(self._catch_record_up())
+
+    async def _catch_record_up(self) -> None:
+        """Write the record once that can be done again: left as it is, it would tell the next khod what is not so."""
+        for pause in chain(CATCH_UP_SECONDS, repeat(CATCH_UP_SECONDS[-1])):
+            await asyncio.sleep(pause)
+            if not self._is_behind:
+                return
+            if self.phase in RESTING or self.phase is Phase.failed:
+                await self.try_write_record(RECORD_UNDO_SECONDS)
+
+    async def settle_record(self) -> None:
+        """Write the record a last time where it is behind: khod ends."""
+        if self._is_behind:
+            await self.try_write_record(RECORD_UNDO_SECONDS)
 
     async def _write(self, record: Record, *, departs: bool = False) -> None:
         """Write it on the way forward: to be cut short, as a file system that hangs must not hold what can be undone.
@@ -542,6 +567,7 @@ class Transaction:
 
         self._record = record
         await self.interruptible(self._disk.call(write, "writing the record", RECORD_SECONDS))
+        self._is_behind = False
 
     def emit(self, message: str, producer: Producer | None = None, words: list[Word] | None = None) -> None:
         """Emit an Event with the current phase to every listener; a listener that fails is not heard of."""

@@ -1,6 +1,7 @@
 """What an attack on the daemon found: facts of one boot that the next khod must still know, and aborts side by side."""
 
 import asyncio
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from khod.engine import Engine
+from khod.engine.transaction import CATCH_UP_SECONDS
 from khod.errors import Failed, NotRolledBack, Refused
 from khod.kernel.simulated import Rebooted
 from khod.model import Phase
@@ -124,3 +126,32 @@ async def test_aborts_side_by_side_are_one_rollback(host: VirtualHost) -> None:
     with host.request() as request:
         assert now() - began <= (await engine.plan(request)).rollback_seconds
     assert host.verbs.count("db thaw") == 1
+
+
+@pytest.mark.parametrize("ends", ["goes on", "stops"])
+@in_virtual_time
+async def test_a_record_that_could_not_be_written_is_written_later(
+    host: VirtualHost, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Left at `rolling_back` it would have the next khod undo, or doubt, what is over long ago."""
+    Scripted(host, "db")
+    engine = await host.started()
+    await engine.activate()
+    with monkeypatch.context() as full:
+        full.setattr(type(host.store), "write", fails)
+        await engine.abort()
+        assert on_disk(host) is Phase.active
+    if ends == "stops":
+        await engine.stop(jumping=False)
+    else:
+        await asyncio.sleep(sum(CATCH_UP_SECONDS))
+    assert on_disk(host) is Phase.idle
+
+
+def on_disk(host: VirtualHost) -> Phase:
+    return host.record.phase
+
+
+def fails(*_arguments: object, **_more: object) -> None:
+    """Stand for a file system that is full."""
+    raise OSError(errno.ENOSPC, "No space left on device", "handover.json")
