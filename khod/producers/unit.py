@@ -23,7 +23,7 @@ import signal
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -72,7 +72,8 @@ GARBLED = (ValueError, KeyError, IndexError, TypeError, AttributeError, Assertio
 """What jeepney raises on bytes that are no D-Bus message."""
 
 OURS = "running"
-"""The note of a unit that is ours to freeze or stop, and so to thaw or start. With any other it is left alone."""
+"""How the note of a unit begins that is ours to freeze or stop, and so to thaw or start; with any other it is left
+alone. What follows is the unit as it was prepared. A khod before this one wrote nothing more: then the file counts."""
 UNTOUCHED = "left alone"
 """The note from a freeze that ended before systemd was told anything."""
 INACTIVE = ("inactive", "failed")
@@ -88,11 +89,12 @@ class Unit(Configured):
 
     async def _carry_out(self, telling: Telling) -> None:
         """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
-        verbs = {Verb.prepare: self._prepare, Verb.freeze: self._freeze, Verb.thaw: self._thaw}
+        it = self if telling.verb is Verb.prepare else self._as_prepared(telling.note)
+        verbs = {Verb.prepare: it._prepare, Verb.freeze: it._freeze, Verb.thaw: it._thaw}
         if (step := verbs.get(telling.verb)) is None:
             return
         async with system_bus() as bus:
-            await step(Systemd(bus, self.unit), telling)
+            await step(Systemd(bus, it.unit), telling)
 
     async def _make_way(self, note: str) -> None:
         """Kill what is frozen.
@@ -100,14 +102,25 @@ class Unit(Configured):
         A process that catches SIGTERM does not get it while it is frozen, and systemd-shutdown waits for it as
         long as DefaultTimeoutStopSec= says (90 s), in the middle of the blackout.
         """
-        if note == OURS and self.how == "freeze":
+        it = self._as_prepared(note)
+        if _ours(note) and it.how == "freeze":
             async with system_bus() as bus:
-                await Systemd(bus, self.unit).kill()
+                await Systemd(bus, it.unit).kill()
+
+    def _as_prepared(self, note: str) -> "Unit":
+        """Give the unit that was prepared, and how: the file may name another since."""
+        if not _ours(note) or note == OURS:
+            return self
+        try:
+            _, how, unit = note.split(" ")
+        except ValueError:
+            raise Veto(f"what was done to it is not known: its note is {one_line(note)!r}") from None
+        return replace(self, unit=unit, how=how)
 
     async def _prepare(self, systemd: "Systemd", telling: Telling) -> None:
         state = await systemd.state()
-        telling.note = state.found(self.unit)
-        if telling.note != OURS:
+        telling.note = found = state.found(self.unit)
+        if found != OURS:
             return
         for name in state.names:  # an alias may hide what it is
             try:
@@ -122,30 +135,34 @@ class Unit(Configured):
             raise Veto(f"{self.unit} cannot be frozen: systemd has no freezer for it")
         if await systemd.holds_us():
             raise Veto(f"{self.unit} holds khod or the system bus, without which it is never thawed")
+        telling.note = f"{OURS} {self.how} {self.unit}"
 
     async def _freeze(self, systemd: "Systemd", telling: Telling) -> None:
         prepared, telling.note = telling.note, UNTOUCHED
         state = await systemd.state()
         found = state.found(self.unit)
-        if found != prepared:
-            raise Veto(f"{self.unit} was {prepared or 'not asked'} at prepare and is {found} now")
+        before = OURS if _ours(prepared) else prepared
+        if found != before:
+            raise Veto(f"{self.unit} was {before or 'not asked'} at prepare and is {found} now")
+        if found == OURS and self.how == "stop":
+            await self._refuse_company(systemd, state)
+        telling.note = prepared
         if found != OURS:
-            telling.note = prepared
             return
         if self.how == "stop":
-            await self._stop(systemd, state, telling)
+            await self._stop(systemd, telling)
             return
-        telling.note = OURS
         await systemd.act("FreezeUnit", "s", self.unit)
         state = await systemd.state()
         if state.freezer != "frozen":
             raise Veto(f"{self.unit} is {state.freezer} after FreezeUnit")
 
-    async def _stop(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
+    async def _refuse_company(self, systemd: "Systemd", state: "State") -> None:
         for name in state.required_by:
             if (await systemd.state(name)).active not in INACTIVE:
                 raise Veto(f"{name} requires {self.unit}: it would stop too, and not be started again")
-        telling.note = OURS
+
+    async def _stop(self, systemd: "Systemd", telling: Telling) -> None:
         telling.not_yet("systemd stops it", None)
         # "fail": a job that somebody else queued meanwhile is theirs, and is not replaced.
         result = await systemd.job("StopUnit", "fail")
@@ -154,7 +171,7 @@ class Unit(Configured):
             raise Veto(f"the stop of {self.unit} ended as {result}, and it is {state.active}")
 
     async def _thaw(self, systemd: "Systemd", telling: Telling) -> None:
-        if telling.note != OURS:
+        if not _ours(telling.note):
             return
         state = await systemd.state()
         if self.how == "stop":
@@ -175,6 +192,10 @@ class Unit(Configured):
         state = await systemd.state()
         if state.active != "active":
             raise Veto(f"the start of {self.unit} ended as {result}, and it is {state.active}")
+
+
+def _ours(note: str) -> bool:
+    return note.split(" ", 1)[0] == OURS
 
 
 def check_unit(unit: str) -> None:

@@ -7,13 +7,18 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from khod.errors import UsageError
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.errors import ConfigError, UsageError
+from khod.muster import Muster
+from khod.producers.barrier import Producer, Telling, Verb, Veto
+from khod.producers.hooks import Hook
+from khod.producers.peers import Peers
 from khod.producers.unit import OURS, Bus, Unit, check_unit
+from khod.record import Holder
+from khod.sessions import Sessions
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
 
 Props = dict[str, tuple[str, Any]]
@@ -79,6 +84,65 @@ async def test_a_handover_called_off(place: Path, how: str, frozen: str, thawed:
         await tell(Verb.thaw, note, how)
         assert bus.state("a.service", key) == thawed
         await tell(Verb.cancel, note, how)
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+@pytest.mark.parametrize("now", [Unit("a", unit="b.service"), Unit("a", unit="b.service", how="stop"), Unit("a")])
+async def test_what_was_prepared_is_frozen_and_undone_whatever_its_file_says_since(
+    place: Path, how: str, now: Unit
+) -> None:
+    async with serving(place, a=unit(), b=unit()) as bus:
+        note = await tell(Verb.prepare, how=how)
+        for verb in (Verb.freeze, Verb.thaw):
+            telling = Telling(verb, "run-1", note)
+            await now.tell(telling)
+            assert telling.note == note, "a khod that dies in between has what prepare left"
+            assert (bus.units["a.service"] == unit()) is (verb is Verb.thaw)
+            assert bus.units["b.service"] == unit()
+
+
+async def test_the_note_of_a_khod_that_wrote_less_is_understood(place: Path) -> None:
+    async with serving(place, a=unit(FreezerState="frozen"), b=unit(ActiveState="inactive")) as bus:
+        await Unit("a", unit="a.service").tell(Telling(Verb.thaw, "run-1", "running"))
+        await Unit("b", unit="b.service", how="stop").tell(Telling(Verb.thaw, "run-1", "running"))
+        assert bus.state("a.service", "FreezerState") == "running"
+        assert bus.state("b.service", "ActiveState") == "active"
+
+
+async def test_a_note_that_says_something_else_is_a_veto(place: Path) -> None:
+    async with serving(place, a=unit(FreezerState="frozen")):
+        assert "its note is 'running away'" in (await vetoed(Verb.thaw, "running away"))[0]
+
+
+async def test_making_way_kills_what_was_prepared(place: Path) -> None:
+    async with serving(place, a=unit(), b=unit()) as bus:
+        bus.instead["KillUnit"] = (None, ())
+        note = await tell(Verb.prepare)
+        await Unit("a", unit="b.service", how="stop").leave(note)
+        assert [words for words in bus.said if words.startswith("KillUnit")] == ["KillUnit a.service all"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [[], [Unit("a", unit="b.service")], [Hook("a")], ConfigError("no TOML", where="a.toml")],
+    ids=["gone", "another-unit", "a-hook", "unreadable"],
+)
+async def test_a_khod_that_comes_back_thaws_what_its_record_names(
+    place: Path, files: list[Producer] | ConfigError
+) -> None:
+    def read() -> list[Producer]:
+        if isinstance(files, ConfigError):
+            raise files
+        return files
+
+    async with serving(place, a=unit(), b=unit()) as bus:
+        note = await tell(Verb.freeze, await tell(Verb.prepare))
+        holder = Holder("a", "unit", "freeze", note)
+        nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+        muster = Muster(read, nobody)
+        barrier = muster.resumed("run-1", lambda _member: None, [holder], None)
+        assert await barrier.undo(Verb.freeze) == []
+        assert bus.units["a.service"] == bus.units["b.service"] == unit()
 
 
 @pytest.mark.parametrize("verb", [Verb.cancel, Verb.restore, Verb.finish])
