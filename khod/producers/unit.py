@@ -25,6 +25,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from jeepney import DBusAddress, HeaderFields, Message, MessageType, Parser, new_method_call
@@ -61,6 +62,7 @@ SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = (SYSTEMD, "/org/freedesktop/systemd1", f"{SYSTEMD}.Manager")
 PEER = (SYSTEMD, "/org/freedesktop/systemd1", "org.freedesktop.DBus.Peer")
 JOBS = f"type='signal',sender='{SYSTEMD}',interface='{SYSTEMD}.Manager',member='JobRemoved'"
+CGROUPS = Path("/sys/fs/cgroup")
 CHUNK = 1 << 16
 LARGEST = 128 << 20
 """Bytes of a message, as the D-Bus specification bounds it."""
@@ -112,7 +114,7 @@ class Unit(Configured):
         if not _ours(note) or note == OURS:
             return self
         try:
-            _, how, unit = note.split(" ")
+            _, how, unit, _ = note.split(" ", 3)
         except ValueError:
             raise Veto(f"what was done to it is not known: its note is {one_line(note)!r}") from None
         return replace(self, unit=unit, how=how)
@@ -135,7 +137,7 @@ class Unit(Configured):
             raise Veto(f"{self.unit} cannot be frozen: systemd has no freezer for it")
         if await systemd.holds_us():
             raise Veto(f"{self.unit} holds khod or the system bus, without which it is never thawed")
-        telling.note = f"{OURS} {self.how} {self.unit}"
+        telling.note = f"{OURS} {self.how} {self.unit} {await systemd.control_group()}"
 
     async def _freeze(self, systemd: "Systemd", telling: Telling) -> None:
         prepared, telling.note = telling.note, UNTOUCHED
@@ -179,9 +181,14 @@ class Unit(Configured):
         elif not state.thawed:
             if state.active in INACTIVE:
                 raise Veto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
-            await systemd.act("ThawUnit", "s", self.unit)
-            if not (state := await systemd.state()).thawed:
-                raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
+            try:
+                await systemd.act("ThawUnit", "s", self.unit)
+            except ErrorAnswer:
+                if not _thaw_group(telling.note):
+                    raise
+            else:
+                if not (state := await systemd.state()).thawed:
+                    raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
 
     async def _start(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
         if state.active == "active" and not state.job:
@@ -196,6 +203,21 @@ class Unit(Configured):
 
 def _ours(note: str) -> bool:
     return note.split(" ", 1)[0] == OURS
+
+
+def _thaw_group(note: str) -> bool:
+    """Have the kernel thaw the control group that is noted; whether it was there and has taken that.
+
+    systemd refuses it for a unit whose file is gone or masked since, and the kernel knows of no files. systemd goes on
+    to call the unit frozen, until it can be told `systemctl thaw`.
+    """
+    with suppress(OSError):
+        group = (CGROUPS / note.split(" ", 3)[-1].lstrip("/")).resolve(strict=True)
+        if CGROUPS in group.parents:
+            with open(os.open(group / "cgroup.freeze", os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
+                file.write(b"0")
+            return True
+    return False
 
 
 def check_unit(unit: str) -> None:
@@ -250,6 +272,10 @@ class State:
         )
 
 
+class ErrorAnswer(Veto):
+    """What was called says no."""
+
+
 class Bus:
     """A connection to the message bus; every failure of it is a Veto."""
 
@@ -285,7 +311,7 @@ class Bus:
         if answer.header.message_type is MessageType.error:
             error = answer.header.fields.get(HeaderFields.error_name)
             text = answer.body[0] if answer.body and isinstance(answer.body[0], str) else ""
-            raise Veto(f"{method}: {one_line(text or 'no reason given')} ({one_line(str(error))})")
+            raise ErrorAnswer(f"{method}: {one_line(text or 'no reason given')} ({one_line(str(error))})")
         return answer
 
     async def receive(self) -> Message:
@@ -351,9 +377,7 @@ class Systemd:
 
     async def state(self, unit: str = "") -> State:
         """Read the state of this unit, or of another; systemd loads it for that where it has to."""
-        path = self._one("o", await self._bus.call(MANAGER, "LoadUnit", "s", unit or self._unit))
-        properties = (SYSTEMD, path, "org.freedesktop.DBus.Properties")
-        answer = await self._bus.call(properties, "GetAll", "s", f"{SYSTEMD}.Unit")
+        answer = await self._bus.call(await self._properties(unit or self._unit), "GetAll", "s", f"{SYSTEMD}.Unit")
         return _state(self._one("a{sv}", answer))
 
     async def holds_us(self) -> bool:
@@ -362,6 +386,16 @@ class Systemd:
         vital = {os.getpid(), self._one("u", answer)}
         answer = await self._bus.call(MANAGER, "GetUnitProcesses", "s", self._unit)
         return not vital.isdisjoint(pid for _, pid, _ in self._one("a(sus)", answer))
+
+    async def control_group(self) -> str:
+        """The path of the unit's control group below CGROUPS, "" where it has none."""
+        kind = self._unit.rpartition(".")[2].capitalize()
+        properties = await self._properties(self._unit)
+        answer = await self._bus.call(properties, "Get", "ss", f"{SYSTEMD}.{kind}", "ControlGroup")
+        match self._one("v", answer):
+            case ("s", str(path)):
+                return path
+        raise Veto(f"systemd says ControlGroup of {self._unit} with another type than it is documented to")
 
     async def kill(self) -> None:
         """Send SIGKILL to the unit's processes, which reaches frozen ones too."""
@@ -389,6 +423,11 @@ class Systemd:
                 async with asyncio.timeout(SETTLE):
                     await self._bus.call(PEER, "Ping")
             raise
+
+    async def _properties(self, unit: str) -> tuple[str, str, str]:
+        """Whom to ask for the properties of a unit."""
+        path = self._one("o", await self._bus.call(MANAGER, "LoadUnit", "s", unit))
+        return SYSTEMD, path, "org.freedesktop.DBus.Properties"
 
     def _one(self, signature: str, answer: Message) -> Any:
         """Give the only value of an answer, whose type must be this one."""

@@ -113,10 +113,14 @@ class FakeBus:
                 path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
                 gone = unit(LoadState="not-found", ActiveState="inactive")
                 return "a{sv}", (self.units.get(bytes.fromhex(path).decode(), gone),)
+            case "Get" if message.body == (f"{SYSTEMD}.Service", "ControlGroup"):
+                path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
+                return "v", (("s", f"/system.slice/{bytes.fromhex(path).decode()}"),)
             case "ListInhibitors":
                 return "a(ssssuu)", (self.inhibitors,)
             case "FreezeUnit" | "ThawUnit":
-                if name not in self.units or self.state(name, "ActiveState") != "active":
+                states = name in self.units and [self.state(name, key) for key in ("LoadState", "ActiveState")]
+                if states != ["loaded", "active"]:
                     raise Refusal(f"{SYSTEMD}.UnitInactive", "Unit is not active")
                 self._become(name, "FreezerState", method, "frozen" if method == "FreezeUnit" else "running")
                 return None, ()

@@ -228,6 +228,57 @@ async def test_a_unit_that_goes_while_it_is_frozen_is_thawed(place: Path) -> Non
         assert "ThawUnit a.service" not in bus.said
 
 
+def control_group(monkeypatch: pytest.MonkeyPatch, root: Path, below: str = "system.slice/a.service") -> Path:
+    """Make a frozen control group below this root, which stands for the cgroup file system: its cgroup.freeze."""
+    monkeypatch.setattr("khod.producers.unit.CGROUPS", root)
+    (root / below).mkdir(parents=True)
+    freezer = root / below / "cgroup.freeze"
+    freezer.write_text("1")
+    return freezer
+
+
+@pytest.mark.parametrize("load", ["not-found", "masked", "bad-setting"])
+async def test_a_frozen_unit_whose_file_is_gone_or_masked_is_thawed_by_its_control_group(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str
+) -> None:
+    freezer = control_group(monkeypatch, tmp_path)
+    async with serving(place, a=unit()) as bus:
+        note = await tell(Verb.freeze, await tell(Verb.prepare))
+        bus.units["a.service"] |= unit(LoadState=load, FreezerState="frozen")
+        await tell(Verb.thaw, note)
+        assert freezer.read_text() == "0"
+
+
+async def test_a_control_group_is_systemds_while_systemd_thaws_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freezer = control_group(monkeypatch, tmp_path)
+    async with serving(place, a=unit()):
+        await tell(Verb.thaw, await tell(Verb.freeze, await tell(Verb.prepare)))
+        assert freezer.read_text() == "1", "this systemd thaws nothing of the kernel's"
+
+
+def freezers(root: Path) -> dict[Path, str]:
+    return {path: path.read_text() for path in root.rglob("cgroup.freeze")}
+
+
+@pytest.mark.parametrize(
+    "group", ["", "/", "/system.slice/gone.service", "/../outside", "/link", "/file", "/system.slice"]
+)
+async def test_no_file_is_written_but_that_of_a_control_group_that_is_there(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str
+) -> None:
+    control_group(monkeypatch, tmp_path / "outside", ".")
+    control_group(monkeypatch, tmp_path / "cgroup")
+    (tmp_path / "cgroup/cgroup.freeze").write_text("1")
+    (tmp_path / "cgroup/link").symlink_to(tmp_path / "outside")
+    (tmp_path / "cgroup/file").touch()
+    before = freezers(tmp_path)
+    async with serving(place, a=unit(LoadState="masked", FreezerState="frozen")):
+        assert "not active" in (await vetoed(Verb.thaw, f"running freeze a.service {group}"))[0]
+    assert freezers(tmp_path) == before
+
+
 @pytest.mark.parametrize("how", ["freeze", "stop"])
 @pytest.mark.parametrize(
     ("prepared", "now"),
@@ -373,7 +424,7 @@ HUGE = b"l\x02\x01\x01" + struct.pack("<III", 0xFFFFFFF0, 1, 0)
 TRUNCATED = b"l\x02\x01\x01" + struct.pack("<III", 8, 1, 15) + b"\5\1u\0\2\0\0\0\x08\1g\0\1s\0\0\xf0\0\0\0abcd"
 CALLS = [
     (Verb.prepare, "freeze", method)
-    for method in ("LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID")
+    for method in ("LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID", "Get")
 ] + [
     (Verb.freeze, "freeze", "FreezeUnit"),
     (Verb.thaw, "freeze", "ThawUnit"),
@@ -412,8 +463,12 @@ async def test_whatever_the_bus_does_is_a_veto(
         assert reason in (await vetoed(verb, OURS, how))[0]
 
 
-@pytest.mark.parametrize("method", ["LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID"])
-@pytest.mark.parametrize("instead", [(None, ()), ("i", (7,)), ("as", (["x"],))], ids=["nothing", "i", "as"])
+@pytest.mark.parametrize("method", ["LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID", "Get"])
+@pytest.mark.parametrize(
+    "instead",
+    [(None, ()), ("i", (7,)), ("as", (["x"],)), ("v", (("i", 7),))],
+    ids=["nothing", "i", "as", "v"],
+)
 async def test_another_type_than_documented_is_a_veto(place: Path, method: str, instead: Any) -> None:
     async with serving(place, a=unit()) as bus:
         bus.instead[method] = instead
