@@ -62,6 +62,14 @@ SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = (SYSTEMD, "/org/freedesktop/systemd1", f"{SYSTEMD}.Manager")
 PEER = (SYSTEMD, "/org/freedesktop/systemd1", "org.freedesktop.DBus.Peer")
 JOBS = f"type='signal',sender='{SYSTEMD}',interface='{SYSTEMD}.Manager',member='JobRemoved'"
+OWNER = f"type='signal',sender='{BUS[0]}',interface='{BUS[2]}',member='NameOwnerChanged',arg0='{SYSTEMD}'"
+NOBODY = tuple(
+    f"org.freedesktop.DBus.Error.{name}"
+    for name in ("NoReply", "NameHasNoOwner", "ServiceUnknown", "Disconnected", "TimedOut", "Spawn.ChildExited")
+)
+"""What a message bus answers in the place of a service that is not there, or went away before it answered."""
+RETRY_SECONDS = 0.5
+"""When a thaw connects again."""
 CGROUPS = Path("/sys/fs/cgroup")
 CHUNK = 1 << 16
 LARGEST = 128 << 20
@@ -95,8 +103,19 @@ class Unit(Configured):
         verbs = {Verb.prepare: it._prepare, Verb.freeze: it._freeze, Verb.thaw: it._thaw}
         if (step := verbs.get(telling.verb)) is None:
             return
-        async with system_bus() as bus:
-            await step(Systemd(bus, it.unit), telling)
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self.timeout
+        while True:
+            try:
+                async with system_bus() as bus:
+                    await step(Systemd(bus, it.unit), telling)
+                return
+            except Disconnected as error:
+                # Either may start anew in the middle of it; an undo may be told as often as need be.
+                if telling.verb is not Verb.thaw or loop.time() + RETRY_SECONDS > give_up:
+                    raise
+                telling.not_yet(f"{error}; khod connects again", None)
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _make_way(self, note: str) -> None:
         """Kill what is frozen.
@@ -276,6 +295,10 @@ class ErrorAnswer(Veto):
     """What was called says no."""
 
 
+class Disconnected(Veto):
+    """The bus, or systemd, is not there or went away before it answered; what was called may be done or not."""
+
+
 class Bus:
     """A connection to the message bus; every failure of it is a Veto."""
 
@@ -311,7 +334,8 @@ class Bus:
         if answer.header.message_type is MessageType.error:
             error = answer.header.fields.get(HeaderFields.error_name)
             text = answer.body[0] if answer.body and isinstance(answer.body[0], str) else ""
-            raise ErrorAnswer(f"{method}: {one_line(text or 'no reason given')} ({one_line(str(error))})")
+            kind = Disconnected if error in NOBODY else ErrorAnswer
+            raise kind(f"{method}: {one_line(text or 'no reason given')} ({one_line(str(error))})")
         return answer
 
     async def receive(self) -> Message:
@@ -323,20 +347,22 @@ class Bus:
                 self._parser.add_data(await self._read())
         except GARBLED:
             raise Veto("the system bus sent what is no D-Bus message") from None
-        header = message.header
-        if header.message_type is MessageType.signal and header.fields.get(HeaderFields.member) == "JobRemoved":
-            match message.body:
-                case (_, str(job), _, str(result)):
-                    self.ended_jobs[header.fields.get(HeaderFields.sender), job] = result
+        if message.header.message_type is MessageType.signal:
+            fields = message.header.fields
+            match (fields.get(HeaderFields.member), fields.get(HeaderFields.sender), *message.body):
+                case ("JobRemoved", str(sender), _, str(job), _, str(result)):
+                    self.ended_jobs[sender, job] = result
+                case ("NameOwnerChanged", name, who, _, _) if (name, who) == (BUS[0], SYSTEMD):
+                    raise Disconnected("systemd went from the system bus, or has come back to it")
         return message
 
     async def _read(self) -> bytes:
         try:
             data = await self._reader.read(CHUNK)
         except OSError as error:
-            raise Veto(f"the system bus has gone: {error.strerror}") from None
+            raise Disconnected(f"the system bus has gone: {error.strerror}") from None
         if not data:
-            raise Veto("the system bus hung up")
+            raise Disconnected("the system bus hung up")
         return data
 
     async def _write(self, data: bytes) -> None:
@@ -344,7 +370,7 @@ class Bus:
         try:
             await self._writer.drain()
         except OSError as error:
-            raise Veto(f"the system bus has gone: {error.strerror}") from None
+            raise Disconnected(f"the system bus has gone: {error.strerror}") from None
 
 
 @asynccontextmanager
@@ -354,7 +380,7 @@ async def system_bus() -> AsyncIterator[Bus]:
     try:
         reader, writer = await asyncio.open_unix_connection(sock=await connect(get_bus(address)))
     except OSError as error:
-        raise Veto(f"the system bus cannot be reached at {address}: {error.strerror or error}") from None
+        raise Disconnected(f"the system bus cannot be reached at {address}: {error.strerror or error}") from None
     except (ValueError, RuntimeError):
         raise Veto(f"DBUS_SYSTEM_BUS_ADDRESS is {address!r}, which names no unix socket") from None
     try:
@@ -402,8 +428,12 @@ class Systemd:
         await self._bus.call(MANAGER, "KillUnit", "ssi", self._unit, "all", signal.SIGKILL)
 
     async def job(self, method: str, mode: str) -> str:
-        """Queue a job and wait for its end: done, failed, canceled, timeout, dependency, ..."""
-        await self._bus.call(BUS, "AddMatch", "s", JOBS)
+        """Queue a job and wait for its end: done, failed, canceled, timeout, dependency, ...
+
+        A systemd that starts anew (daemon-reexec) tells it under another name on the bus, if at all: Disconnected.
+        """
+        for signals in (JOBS, OWNER):
+            await self._bus.call(BUS, "AddMatch", "s", signals)
         await self._bus.call(MANAGER, "Subscribe")
         answer = await self.act(method, "ss", self._unit, mode)
         key = (answer.header.fields.get(HeaderFields.sender), self._one("o", answer))

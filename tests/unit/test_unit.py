@@ -58,10 +58,10 @@ async def tell(verb: Verb, note: str = "", how: str = "freeze") -> str:
 
 
 async def vetoed(verb: Verb, note: str = "", how: str = "freeze") -> tuple[str, str]:
-    """Tell a.service a verb that it refuses: the reason, one line, and the note it leaves."""
+    """Tell a.service a verb that it refuses: the reason, one line, and the note it leaves. No thaw is tried again."""
     telling = Telling(verb, "run-1", note)
     with pytest.raises(Veto) as veto:
-        await Unit("a", unit="a.service", how=how).tell(telling)
+        await Unit("a", 0, unit="a.service", how=how).tell(telling)
     reason = str(veto.value)
     assert reason
     assert reason.isprintable()
@@ -313,6 +313,61 @@ async def test_a_thaw_that_is_answered_and_did_not_happen(place: Path) -> None:
     async with serving(place, a=unit(FreezerState="frozen")) as bus:
         bus.becomes["ThawUnit"] = "thawing"
         assert "thawing" in (await vetoed(Verb.thaw, OURS))[0]
+
+
+LOST: dict[str, Refusal | bytes] = {
+    "hangs-up": b"",
+    "no-reply": Refusal("org.freedesktop.DBus.Error.NoReply", "recipient disconnected"),
+    "nobody": Refusal("org.freedesktop.DBus.Error.NameHasNoOwner", "nobody has that name"),
+    "no-service": Refusal("org.freedesktop.DBus.Error.ServiceUnknown", "nobody provides it"),
+    "not-started": Refusal("org.freedesktop.DBus.Error.Spawn.ChildExited", "it is /bin/false"),
+}
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+@pytest.mark.parametrize("method", ["Hello", "LoadUnit", "act"])
+@pytest.mark.parametrize("lost", LOST)
+async def test_a_thaw_in_which_systemd_or_the_bus_starts_anew_is_told_once_more(
+    place: Path, monkeypatch: pytest.MonkeyPatch, how: str, method: str, lost: str
+) -> None:
+    monkeypatch.setattr("khod.producers.unit.RETRY_SECONDS", 0)
+    async with ready_for(place, Verb.thaw, how) as bus:
+        method = {"freeze": "ThawUnit", "stop": "StartUnit"}[how] if method == "act" else method
+        bus.instead[method] = LOST[lost]
+        reasons: list[str] = []
+
+        def not_yet(reason: str, _progress: float | None) -> None:
+            if "connects again" in reason:
+                bus.instead.clear()
+                reasons.append(reason)
+
+        await Unit("a", unit="a.service", how=how).tell(Telling(Verb.thaw, "run-1", OURS, not_yet))
+        assert len(reasons) == 1
+        assert bus.units["a.service"] == unit()
+
+
+async def test_a_start_whose_systemd_starts_anew_is_asked_for_once_more(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one says nothing of the end of a job to whoever waits for the old one's word."""
+    monkeypatch.setattr("khod.producers.unit.RETRY_SECONDS", 0)
+    async with ready_for(place, Verb.thaw, "stop") as bus:
+        bus.result = None
+        thaw = asyncio.ensure_future(tell(Verb.thaw, OURS, "stop"))
+        await bus.reached.wait()
+        bus.result = "done"
+        bus.reexec()
+        await thaw
+        assert bus.state("a.service", "ActiveState") == "active"
+
+
+@pytest.mark.parametrize("verb", [Verb.prepare, Verb.freeze])
+async def test_only_a_thaw_is_told_once_more(place: Path, verb: Verb) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.instead["LoadUnit"] = b""
+        with pytest.raises(Veto, match="hung up"):
+            await tell(verb, OURS)
+        assert said(bus).count("Hello") == 1
 
 
 @pytest.mark.parametrize("result", ["failed", "timeout", "canceled"])
