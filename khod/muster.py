@@ -9,6 +9,7 @@ from khod.errors import ConfigError, Refused, UsageError
 from khod.producers.barrier import Barrier, Member, Producer, Told, Verb, ranks
 from khod.producers.lost import Lost
 from khod.producers.peers import Peer, Peers, Terms
+from khod.producers.unit import OURS, Unit
 from khod.record import Holder, Owner, Process
 
 LOG = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ class Muster:
         producers: list[Producer] = []
         for holder in holders:
             found = known.get((holder.name, holder.kind))
+            if found is None and holder.kind == Unit.kind and holder.note != OURS:
+                found = Unit(holder.name)  # its note says what was done, and to which unit
             if found is None or (restoring and holder.restores and not found.restores):
                 found = Lost(holder.name, kind=holder.kind, had_to_restore=bool(holder.restores), unreadable=unreadable)
             producers.append(found)

@@ -23,8 +23,9 @@ import signal
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from jeepney import DBusAddress, HeaderFields, Message, MessageType, Parser, new_method_call
@@ -61,6 +62,15 @@ SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = (SYSTEMD, "/org/freedesktop/systemd1", f"{SYSTEMD}.Manager")
 PEER = (SYSTEMD, "/org/freedesktop/systemd1", "org.freedesktop.DBus.Peer")
 JOBS = f"type='signal',sender='{SYSTEMD}',interface='{SYSTEMD}.Manager',member='JobRemoved'"
+OWNER = f"type='signal',sender='{BUS[0]}',interface='{BUS[2]}',member='NameOwnerChanged',arg0='{SYSTEMD}'"
+NOBODY = tuple(
+    f"org.freedesktop.DBus.Error.{name}"
+    for name in ("NoReply", "NameHasNoOwner", "ServiceUnknown", "Disconnected", "TimedOut", "Spawn.ChildExited")
+)
+"""What a message bus answers in the place of a service that is not there, or went away before it answered."""
+RETRY_SECONDS = 0.5
+"""When a thaw connects again."""
+CGROUPS = Path("/sys/fs/cgroup")
 CHUNK = 1 << 16
 LARGEST = 128 << 20
 """Bytes of a message, as the D-Bus specification bounds it."""
@@ -72,7 +82,8 @@ GARBLED = (ValueError, KeyError, IndexError, TypeError, AttributeError, Assertio
 """What jeepney raises on bytes that are no D-Bus message."""
 
 OURS = "running"
-"""The note of a unit that is ours to freeze or stop, and so to thaw or start. With any other it is left alone."""
+"""How the note of a unit begins that is ours to freeze or stop, and so to thaw or start; with any other it is left
+alone. What follows is the unit as it was prepared. A khod before this one wrote nothing more: then the file counts."""
 UNTOUCHED = "left alone"
 """The note from a freeze that ended before systemd was told anything."""
 INACTIVE = ("inactive", "failed")
@@ -88,11 +99,23 @@ class Unit(Configured):
 
     async def _carry_out(self, telling: Telling) -> None:
         """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
-        verbs = {Verb.prepare: self._prepare, Verb.freeze: self._freeze, Verb.thaw: self._thaw}
+        it = self if telling.verb is Verb.prepare else self._as_prepared(telling.note)
+        verbs = {Verb.prepare: it._prepare, Verb.freeze: it._freeze, Verb.thaw: it._thaw}
         if (step := verbs.get(telling.verb)) is None:
             return
-        async with system_bus() as bus:
-            await step(Systemd(bus, self.unit), telling)
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self.timeout
+        while True:
+            try:
+                async with system_bus() as bus:
+                    await step(Systemd(bus, it.unit), telling)
+                return
+            except Disconnected as error:
+                # Either may start anew in the middle of it; an undo may be told as often as need be.
+                if telling.verb is not Verb.thaw or loop.time() + RETRY_SECONDS > give_up:
+                    raise
+                telling.not_yet(f"{error}; khod connects again", None)
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _make_way(self, note: str) -> None:
         """Kill what is frozen.
@@ -100,14 +123,25 @@ class Unit(Configured):
         A process that catches SIGTERM does not get it while it is frozen, and systemd-shutdown waits for it as
         long as DefaultTimeoutStopSec= says (90 s), in the middle of the blackout.
         """
-        if note == OURS and self.how == "freeze":
+        it = self._as_prepared(note)
+        if _ours(note) and it.how == "freeze":
             async with system_bus() as bus:
-                await Systemd(bus, self.unit).kill()
+                await Systemd(bus, it.unit).kill()
+
+    def _as_prepared(self, note: str) -> "Unit":
+        """Give the unit that was prepared, and how: the file may name another since."""
+        if not _ours(note) or note == OURS:
+            return self
+        try:
+            _, how, unit, _ = note.split(" ", 3)
+        except ValueError:
+            raise Veto(f"what was done to it is not known: its note is {one_line(note)!r}") from None
+        return replace(self, unit=unit, how=how)
 
     async def _prepare(self, systemd: "Systemd", telling: Telling) -> None:
         state = await systemd.state()
-        telling.note = state.found(self.unit)
-        if telling.note != OURS:
+        telling.note = found = state.found(self.unit)
+        if found != OURS:
             return
         for name in state.names:  # an alias may hide what it is
             try:
@@ -122,30 +156,34 @@ class Unit(Configured):
             raise Veto(f"{self.unit} cannot be frozen: systemd has no freezer for it")
         if await systemd.holds_us():
             raise Veto(f"{self.unit} holds khod or the system bus, without which it is never thawed")
+        telling.note = f"{OURS} {self.how} {self.unit} {await systemd.control_group()}"
 
     async def _freeze(self, systemd: "Systemd", telling: Telling) -> None:
         prepared, telling.note = telling.note, UNTOUCHED
         state = await systemd.state()
         found = state.found(self.unit)
-        if found != prepared:
-            raise Veto(f"{self.unit} was {prepared or 'not asked'} at prepare and is {found} now")
+        before = OURS if _ours(prepared) else prepared
+        if found != before:
+            raise Veto(f"{self.unit} was {before or 'not asked'} at prepare and is {found} now")
+        if found == OURS and self.how == "stop":
+            await self._refuse_company(systemd, state)
+        telling.note = prepared
         if found != OURS:
-            telling.note = prepared
             return
         if self.how == "stop":
-            await self._stop(systemd, state, telling)
+            await self._stop(systemd, telling)
             return
-        telling.note = OURS
         await systemd.act("FreezeUnit", "s", self.unit)
         state = await systemd.state()
         if state.freezer != "frozen":
             raise Veto(f"{self.unit} is {state.freezer} after FreezeUnit")
 
-    async def _stop(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
+    async def _refuse_company(self, systemd: "Systemd", state: "State") -> None:
         for name in state.required_by:
             if (await systemd.state(name)).active not in INACTIVE:
                 raise Veto(f"{name} requires {self.unit}: it would stop too, and not be started again")
-        telling.note = OURS
+
+    async def _stop(self, systemd: "Systemd", telling: Telling) -> None:
         telling.not_yet("systemd stops it", None)
         # "fail": a job that somebody else queued meanwhile is theirs, and is not replaced.
         result = await systemd.job("StopUnit", "fail")
@@ -154,7 +192,7 @@ class Unit(Configured):
             raise Veto(f"the stop of {self.unit} ended as {result}, and it is {state.active}")
 
     async def _thaw(self, systemd: "Systemd", telling: Telling) -> None:
-        if telling.note != OURS:
+        if not _ours(telling.note):
             return
         state = await systemd.state()
         if self.how == "stop":
@@ -162,9 +200,14 @@ class Unit(Configured):
         elif not state.thawed:
             if state.active in INACTIVE:
                 raise Veto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
-            await systemd.act("ThawUnit", "s", self.unit)
-            if not (state := await systemd.state()).thawed:
-                raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
+            try:
+                await systemd.act("ThawUnit", "s", self.unit)
+            except ErrorAnswer:
+                if not _thaw_group(telling.note):
+                    raise
+            else:
+                if not (state := await systemd.state()).thawed:
+                    raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
 
     async def _start(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
         if state.active == "active" and not state.job:
@@ -175,6 +218,25 @@ class Unit(Configured):
         state = await systemd.state()
         if state.active != "active":
             raise Veto(f"the start of {self.unit} ended as {result}, and it is {state.active}")
+
+
+def _ours(note: str) -> bool:
+    return note.split(" ", 1)[0] == OURS
+
+
+def _thaw_group(note: str) -> bool:
+    """Have the kernel thaw the control group that is noted; whether it was there and has taken that.
+
+    systemd refuses it for a unit whose file is gone or masked since, and the kernel knows of no files. systemd goes on
+    to call the unit frozen, until it can be told `systemctl thaw`.
+    """
+    with suppress(OSError):
+        group = (CGROUPS / note.split(" ", 3)[-1].lstrip("/")).resolve(strict=True)
+        if CGROUPS in group.parents:
+            with open(os.open(group / "cgroup.freeze", os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
+                file.write(b"0")
+            return True
+    return False
 
 
 def check_unit(unit: str) -> None:
@@ -229,6 +291,14 @@ class State:
         )
 
 
+class ErrorAnswer(Veto):
+    """What was called says no."""
+
+
+class Disconnected(Veto):
+    """The bus, or systemd, is not there or went away before it answered; what was called may be done or not."""
+
+
 class Bus:
     """A connection to the message bus; every failure of it is a Veto."""
 
@@ -264,7 +334,8 @@ class Bus:
         if answer.header.message_type is MessageType.error:
             error = answer.header.fields.get(HeaderFields.error_name)
             text = answer.body[0] if answer.body and isinstance(answer.body[0], str) else ""
-            raise Veto(f"{method}: {one_line(text or 'no reason given')} ({one_line(str(error))})")
+            kind = Disconnected if error in NOBODY else ErrorAnswer
+            raise kind(f"{method}: {one_line(text or 'no reason given')} ({one_line(str(error))})")
         return answer
 
     async def receive(self) -> Message:
@@ -276,20 +347,22 @@ class Bus:
                 self._parser.add_data(await self._read())
         except GARBLED:
             raise Veto("the system bus sent what is no D-Bus message") from None
-        header = message.header
-        if header.message_type is MessageType.signal and header.fields.get(HeaderFields.member) == "JobRemoved":
-            match message.body:
-                case (_, str(job), _, str(result)):
-                    self.ended_jobs[header.fields.get(HeaderFields.sender), job] = result
+        if message.header.message_type is MessageType.signal:
+            fields = message.header.fields
+            match (fields.get(HeaderFields.member), fields.get(HeaderFields.sender), *message.body):
+                case ("JobRemoved", str(sender), _, str(job), _, str(result)):
+                    self.ended_jobs[sender, job] = result
+                case ("NameOwnerChanged", name, who, _, _) if (name, who) == (BUS[0], SYSTEMD):
+                    raise Disconnected("systemd went from the system bus, or has come back to it")
         return message
 
     async def _read(self) -> bytes:
         try:
             data = await self._reader.read(CHUNK)
         except OSError as error:
-            raise Veto(f"the system bus has gone: {error.strerror}") from None
+            raise Disconnected(f"the system bus has gone: {error.strerror}") from None
         if not data:
-            raise Veto("the system bus hung up")
+            raise Disconnected("the system bus hung up")
         return data
 
     async def _write(self, data: bytes) -> None:
@@ -297,7 +370,7 @@ class Bus:
         try:
             await self._writer.drain()
         except OSError as error:
-            raise Veto(f"the system bus has gone: {error.strerror}") from None
+            raise Disconnected(f"the system bus has gone: {error.strerror}") from None
 
 
 @asynccontextmanager
@@ -307,7 +380,7 @@ async def system_bus() -> AsyncIterator[Bus]:
     try:
         reader, writer = await asyncio.open_unix_connection(sock=await connect(get_bus(address)))
     except OSError as error:
-        raise Veto(f"the system bus cannot be reached at {address}: {error.strerror or error}") from None
+        raise Disconnected(f"the system bus cannot be reached at {address}: {error.strerror or error}") from None
     except (ValueError, RuntimeError):
         raise Veto(f"DBUS_SYSTEM_BUS_ADDRESS is {address!r}, which names no unix socket") from None
     try:
@@ -330,9 +403,7 @@ class Systemd:
 
     async def state(self, unit: str = "") -> State:
         """Read the state of this unit, or of another; systemd loads it for that where it has to."""
-        path = self._one("o", await self._bus.call(MANAGER, "LoadUnit", "s", unit or self._unit))
-        properties = (SYSTEMD, path, "org.freedesktop.DBus.Properties")
-        answer = await self._bus.call(properties, "GetAll", "s", f"{SYSTEMD}.Unit")
+        answer = await self._bus.call(await self._properties(unit or self._unit), "GetAll", "s", f"{SYSTEMD}.Unit")
         return _state(self._one("a{sv}", answer))
 
     async def holds_us(self) -> bool:
@@ -342,13 +413,27 @@ class Systemd:
         answer = await self._bus.call(MANAGER, "GetUnitProcesses", "s", self._unit)
         return not vital.isdisjoint(pid for _, pid, _ in self._one("a(sus)", answer))
 
+    async def control_group(self) -> str:
+        """The path of the unit's control group below CGROUPS, "" where it has none."""
+        kind = self._unit.rpartition(".")[2].capitalize()
+        properties = await self._properties(self._unit)
+        answer = await self._bus.call(properties, "Get", "ss", f"{SYSTEMD}.{kind}", "ControlGroup")
+        match self._one("v", answer):
+            case ("s", str(path)):
+                return path
+        raise Veto(f"systemd says ControlGroup of {self._unit} with another type than it is documented to")
+
     async def kill(self) -> None:
         """Send SIGKILL to the unit's processes, which reaches frozen ones too."""
         await self._bus.call(MANAGER, "KillUnit", "ssi", self._unit, "all", signal.SIGKILL)
 
     async def job(self, method: str, mode: str) -> str:
-        """Queue a job and wait for its end: done, failed, canceled, timeout, dependency, ..."""
-        await self._bus.call(BUS, "AddMatch", "s", JOBS)
+        """Queue a job and wait for its end: done, failed, canceled, timeout, dependency, ...
+
+        A systemd that starts anew (daemon-reexec) tells it under another name on the bus, if at all: Disconnected.
+        """
+        for signals in (JOBS, OWNER):
+            await self._bus.call(BUS, "AddMatch", "s", signals)
         await self._bus.call(MANAGER, "Subscribe")
         answer = await self.act(method, "ss", self._unit, mode)
         key = (answer.header.fields.get(HeaderFields.sender), self._one("o", answer))
@@ -368,6 +453,11 @@ class Systemd:
                 async with asyncio.timeout(SETTLE):
                     await self._bus.call(PEER, "Ping")
             raise
+
+    async def _properties(self, unit: str) -> tuple[str, str, str]:
+        """Whom to ask for the properties of a unit."""
+        path = self._one("o", await self._bus.call(MANAGER, "LoadUnit", "s", unit))
+        return SYSTEMD, path, "org.freedesktop.DBus.Properties"
 
     def _one(self, signature: str, answer: Message) -> Any:
         """Give the only value of an answer, whose type must be this one."""

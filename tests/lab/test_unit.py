@@ -127,7 +127,8 @@ def counts(host: Host, seconds: int) -> bool:
 
 def test_a_service_stands_still_between_freeze_and_thaw(host: Host) -> None:
     assert counts(host, 20)
-    assert told(host, "count.service", "prepare", "freeze") == [["ready", "running"]] * 2
+    note = "running freeze count.service /system.slice/count.service"
+    assert told(host, "count.service", "prepare", "freeze") == [["ready", note]] * 2
     assert "frozen 1" in host.word("/sys/fs/cgroup/system.slice/count.service/cgroup.events")
     assert not counts(host, 2)
     assert told(host, "count.service", "thaw", "cancel", note="running") == [["ready", "running"]] * 2
@@ -137,7 +138,8 @@ def test_a_service_stands_still_between_freeze_and_thaw(host: Host) -> None:
 
 def test_a_service_is_stopped_and_started(host: Host) -> None:
     before = shown(host, "rest.service", "MainPID")
-    assert told(host, "rest.service", "prepare", "freeze", how="stop") == [["ready", "running"]] * 2
+    note = "running stop rest.service /system.slice/rest.service"
+    assert told(host, "rest.service", "prepare", "freeze", how="stop") == [["ready", note]] * 2
     assert shown(host, "rest.service", "ActiveState") == "inactive"
     assert told(host, "rest.service", "thaw", "thaw", how="stop", note="running") == [["ready", "running"]] * 2
     assert shown(host, "rest.service", "ActiveState") == "active"

@@ -13,6 +13,7 @@ from typing import Any
 from jeepney import DBusAddress, HeaderFields, Message, Parser, new_error, new_method_return, new_signal
 
 SYSTEMD = "org.freedesktop.systemd1"
+DAEMON = DBusAddress("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")
 MANAGER = DBusAddress("/org/freedesktop/systemd1", SYSTEMD, f"{SYSTEMD}.Manager")
 Reply = tuple[str | None, tuple[Any, ...]]
 
@@ -51,12 +52,21 @@ class FakeBus:
     open: int = 0
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    def reexec(self) -> None:
+        """Start systemd anew: whoever has asked for it hears that its name has another owner."""
+        for writer in self.writers:
+            if any("member='NameOwnerChanged'" in words for words in self.said):
+                body = (SYSTEMD, ":1.0", "")
+                send(writer, new_signal(DAEMON, "NameOwnerChanged", "sss", body), "org.freedesktop.DBus")
 
     def state(self, name: str, key: str) -> Any:
         return self.units[name][key][1]
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1
+        self.writers.append(writer)
         self.closed.clear()
         with suppress(ConnectionError, asyncio.CancelledError):  # khod may hang up, or the test end, at any time
             await self._converse(reader, writer)
@@ -113,10 +123,14 @@ class FakeBus:
                 path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
                 gone = unit(LoadState="not-found", ActiveState="inactive")
                 return "a{sv}", (self.units.get(bytes.fromhex(path).decode(), gone),)
+            case "Get" if message.body == (f"{SYSTEMD}.Service", "ControlGroup"):
+                path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
+                return "v", (("s", f"/system.slice/{bytes.fromhex(path).decode()}"),)
             case "ListInhibitors":
                 return "a(ssssuu)", (self.inhibitors,)
             case "FreezeUnit" | "ThawUnit":
-                if name not in self.units or self.state(name, "ActiveState") != "active":
+                states = name in self.units and [self.state(name, key) for key in ("LoadState", "ActiveState")]
+                if states != ["loaded", "active"]:
                     raise Refusal(f"{SYSTEMD}.UnitInactive", "Unit is not active")
                 self._become(name, "FreezerState", method, "frozen" if method == "FreezeUnit" else "running")
                 return None, ()
@@ -141,9 +155,9 @@ class FakeBus:
         return job
 
 
-def send(writer: asyncio.StreamWriter, message: Message) -> None:
-    """Send in systemd's name, unless khod has hung up."""
-    message.header.fields[HeaderFields.sender] = ":1.0"
+def send(writer: asyncio.StreamWriter, message: Message, sender: str = ":1.0") -> None:
+    """Send in systemd's name or another, unless khod has hung up."""
+    message.header.fields[HeaderFields.sender] = sender
     if not writer.is_closing():
         writer.write(message.serialise(serial=1))
 

@@ -7,13 +7,18 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from khod.errors import UsageError
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.errors import ConfigError, UsageError
+from khod.muster import Muster
+from khod.producers.barrier import Producer, Telling, Verb, Veto
+from khod.producers.hooks import Hook
+from khod.producers.peers import Peers
 from khod.producers.unit import OURS, Bus, Unit, check_unit
+from khod.record import Holder
+from khod.sessions import Sessions
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
 
 Props = dict[str, tuple[str, Any]]
@@ -53,10 +58,10 @@ async def tell(verb: Verb, note: str = "", how: str = "freeze") -> str:
 
 
 async def vetoed(verb: Verb, note: str = "", how: str = "freeze") -> tuple[str, str]:
-    """Tell a.service a verb that it refuses: the reason, one line, and the note it leaves."""
+    """Tell a.service a verb that it refuses: the reason, one line, and the note it leaves. No thaw is tried again."""
     telling = Telling(verb, "run-1", note)
     with pytest.raises(Veto) as veto:
-        await Unit("a", unit="a.service", how=how).tell(telling)
+        await Unit("a", 0, unit="a.service", how=how).tell(telling)
     reason = str(veto.value)
     assert reason
     assert reason.isprintable()
@@ -79,6 +84,65 @@ async def test_a_handover_called_off(place: Path, how: str, frozen: str, thawed:
         await tell(Verb.thaw, note, how)
         assert bus.state("a.service", key) == thawed
         await tell(Verb.cancel, note, how)
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+@pytest.mark.parametrize("now", [Unit("a", unit="b.service"), Unit("a", unit="b.service", how="stop"), Unit("a")])
+async def test_what_was_prepared_is_frozen_and_undone_whatever_its_file_says_since(
+    place: Path, how: str, now: Unit
+) -> None:
+    async with serving(place, a=unit(), b=unit()) as bus:
+        note = await tell(Verb.prepare, how=how)
+        for verb in (Verb.freeze, Verb.thaw):
+            telling = Telling(verb, "run-1", note)
+            await now.tell(telling)
+            assert telling.note == note, "a khod that dies in between has what prepare left"
+            assert (bus.units["a.service"] == unit()) is (verb is Verb.thaw)
+            assert bus.units["b.service"] == unit()
+
+
+async def test_the_note_of_a_khod_that_wrote_less_is_understood(place: Path) -> None:
+    async with serving(place, a=unit(FreezerState="frozen"), b=unit(ActiveState="inactive")) as bus:
+        await Unit("a", unit="a.service").tell(Telling(Verb.thaw, "run-1", "running"))
+        await Unit("b", unit="b.service", how="stop").tell(Telling(Verb.thaw, "run-1", "running"))
+        assert bus.state("a.service", "FreezerState") == "running"
+        assert bus.state("b.service", "ActiveState") == "active"
+
+
+async def test_a_note_that_says_something_else_is_a_veto(place: Path) -> None:
+    async with serving(place, a=unit(FreezerState="frozen")):
+        assert "its note is 'running away'" in (await vetoed(Verb.thaw, "running away"))[0]
+
+
+async def test_making_way_kills_what_was_prepared(place: Path) -> None:
+    async with serving(place, a=unit(), b=unit()) as bus:
+        bus.instead["KillUnit"] = (None, ())
+        note = await tell(Verb.prepare)
+        await Unit("a", unit="b.service", how="stop").leave(note)
+        assert [words for words in bus.said if words.startswith("KillUnit")] == ["KillUnit a.service all"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [[], [Unit("a", unit="b.service")], [Hook("a")], ConfigError("no TOML", where="a.toml")],
+    ids=["gone", "another-unit", "a-hook", "unreadable"],
+)
+async def test_a_khod_that_comes_back_thaws_what_its_record_names(
+    place: Path, files: list[Producer] | ConfigError
+) -> None:
+    def read() -> list[Producer]:
+        if isinstance(files, ConfigError):
+            raise files
+        return files
+
+    async with serving(place, a=unit(), b=unit()) as bus:
+        note = await tell(Verb.freeze, await tell(Verb.prepare))
+        holder = Holder("a", "unit", "freeze", note)
+        nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+        muster = Muster(read, nobody)
+        barrier = muster.resumed("run-1", lambda _member: None, [holder], None)
+        assert await barrier.undo(Verb.freeze) == []
+        assert bus.units["a.service"] == bus.units["b.service"] == unit()
 
 
 @pytest.mark.parametrize("verb", [Verb.cancel, Verb.restore, Verb.finish])
@@ -164,6 +228,57 @@ async def test_a_unit_that_goes_while_it_is_frozen_is_thawed(place: Path) -> Non
         assert "ThawUnit a.service" not in bus.said
 
 
+def control_group(monkeypatch: pytest.MonkeyPatch, root: Path, below: str = "system.slice/a.service") -> Path:
+    """Make a frozen control group below this root, which stands for the cgroup file system: its cgroup.freeze."""
+    monkeypatch.setattr("khod.producers.unit.CGROUPS", root)
+    (root / below).mkdir(parents=True)
+    freezer = root / below / "cgroup.freeze"
+    freezer.write_text("1")
+    return freezer
+
+
+@pytest.mark.parametrize("load", ["not-found", "masked", "bad-setting"])
+async def test_a_frozen_unit_whose_file_is_gone_or_masked_is_thawed_by_its_control_group(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str
+) -> None:
+    freezer = control_group(monkeypatch, tmp_path)
+    async with serving(place, a=unit()) as bus:
+        note = await tell(Verb.freeze, await tell(Verb.prepare))
+        bus.units["a.service"] |= unit(LoadState=load, FreezerState="frozen")
+        await tell(Verb.thaw, note)
+        assert freezer.read_text() == "0"
+
+
+async def test_a_control_group_is_systemds_while_systemd_thaws_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freezer = control_group(monkeypatch, tmp_path)
+    async with serving(place, a=unit()):
+        await tell(Verb.thaw, await tell(Verb.freeze, await tell(Verb.prepare)))
+        assert freezer.read_text() == "1", "this systemd thaws nothing of the kernel's"
+
+
+def freezers(root: Path) -> dict[Path, str]:
+    return {path: path.read_text() for path in root.rglob("cgroup.freeze")}
+
+
+@pytest.mark.parametrize(
+    "group", ["", "/", "/system.slice/gone.service", "/../outside", "/link", "/file", "/system.slice"]
+)
+async def test_no_file_is_written_but_that_of_a_control_group_that_is_there(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str
+) -> None:
+    control_group(monkeypatch, tmp_path / "outside", ".")
+    control_group(monkeypatch, tmp_path / "cgroup")
+    (tmp_path / "cgroup/cgroup.freeze").write_text("1")
+    (tmp_path / "cgroup/link").symlink_to(tmp_path / "outside")
+    (tmp_path / "cgroup/file").touch()
+    before = freezers(tmp_path)
+    async with serving(place, a=unit(LoadState="masked", FreezerState="frozen")):
+        assert "not active" in (await vetoed(Verb.thaw, f"running freeze a.service {group}"))[0]
+    assert freezers(tmp_path) == before
+
+
 @pytest.mark.parametrize("how", ["freeze", "stop"])
 @pytest.mark.parametrize(
     ("prepared", "now"),
@@ -198,6 +313,61 @@ async def test_a_thaw_that_is_answered_and_did_not_happen(place: Path) -> None:
     async with serving(place, a=unit(FreezerState="frozen")) as bus:
         bus.becomes["ThawUnit"] = "thawing"
         assert "thawing" in (await vetoed(Verb.thaw, OURS))[0]
+
+
+LOST: dict[str, Refusal | bytes] = {
+    "hangs-up": b"",
+    "no-reply": Refusal("org.freedesktop.DBus.Error.NoReply", "recipient disconnected"),
+    "nobody": Refusal("org.freedesktop.DBus.Error.NameHasNoOwner", "nobody has that name"),
+    "no-service": Refusal("org.freedesktop.DBus.Error.ServiceUnknown", "nobody provides it"),
+    "not-started": Refusal("org.freedesktop.DBus.Error.Spawn.ChildExited", "it is /bin/false"),
+}
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+@pytest.mark.parametrize("method", ["Hello", "LoadUnit", "act"])
+@pytest.mark.parametrize("lost", LOST)
+async def test_a_thaw_in_which_systemd_or_the_bus_starts_anew_is_told_once_more(
+    place: Path, monkeypatch: pytest.MonkeyPatch, how: str, method: str, lost: str
+) -> None:
+    monkeypatch.setattr("khod.producers.unit.RETRY_SECONDS", 0)
+    async with ready_for(place, Verb.thaw, how) as bus:
+        method = {"freeze": "ThawUnit", "stop": "StartUnit"}[how] if method == "act" else method
+        bus.instead[method] = LOST[lost]
+        reasons: list[str] = []
+
+        def not_yet(reason: str, _progress: float | None) -> None:
+            if "connects again" in reason:
+                bus.instead.clear()
+                reasons.append(reason)
+
+        await Unit("a", unit="a.service", how=how).tell(Telling(Verb.thaw, "run-1", OURS, not_yet))
+        assert len(reasons) == 1
+        assert bus.units["a.service"] == unit()
+
+
+async def test_a_start_whose_systemd_starts_anew_is_asked_for_once_more(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one says nothing of the end of a job to whoever waits for the old one's word."""
+    monkeypatch.setattr("khod.producers.unit.RETRY_SECONDS", 0)
+    async with ready_for(place, Verb.thaw, "stop") as bus:
+        bus.result = None
+        thaw = asyncio.ensure_future(tell(Verb.thaw, OURS, "stop"))
+        await bus.reached.wait()
+        bus.result = "done"
+        bus.reexec()
+        await thaw
+        assert bus.state("a.service", "ActiveState") == "active"
+
+
+@pytest.mark.parametrize("verb", [Verb.prepare, Verb.freeze])
+async def test_only_a_thaw_is_told_once_more(place: Path, verb: Verb) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.instead["LoadUnit"] = b""
+        with pytest.raises(Veto, match="hung up"):
+            await tell(verb, OURS)
+        assert said(bus).count("Hello") == 1
 
 
 @pytest.mark.parametrize("result", ["failed", "timeout", "canceled"])
@@ -309,7 +479,7 @@ HUGE = b"l\x02\x01\x01" + struct.pack("<III", 0xFFFFFFF0, 1, 0)
 TRUNCATED = b"l\x02\x01\x01" + struct.pack("<III", 8, 1, 15) + b"\5\1u\0\2\0\0\0\x08\1g\0\1s\0\0\xf0\0\0\0abcd"
 CALLS = [
     (Verb.prepare, "freeze", method)
-    for method in ("LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID")
+    for method in ("LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID", "Get")
 ] + [
     (Verb.freeze, "freeze", "FreezeUnit"),
     (Verb.thaw, "freeze", "ThawUnit"),
@@ -348,8 +518,12 @@ async def test_whatever_the_bus_does_is_a_veto(
         assert reason in (await vetoed(verb, OURS, how))[0]
 
 
-@pytest.mark.parametrize("method", ["LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID"])
-@pytest.mark.parametrize("instead", [(None, ()), ("i", (7,)), ("as", (["x"],))], ids=["nothing", "i", "as"])
+@pytest.mark.parametrize("method", ["LoadUnit", "GetAll", "GetUnitProcesses", "GetConnectionUnixProcessID", "Get"])
+@pytest.mark.parametrize(
+    "instead",
+    [(None, ()), ("i", (7,)), ("as", (["x"],)), ("v", (("i", 7),))],
+    ids=["nothing", "i", "as", "v"],
+)
 async def test_another_type_than_documented_is_a_veto(place: Path, method: str, instead: Any) -> None:
     async with serving(place, a=unit()) as bus:
         bus.instead[method] = instead
