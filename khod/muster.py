@@ -29,7 +29,7 @@ class Muster:
         """
         files = self._configured()
         for peer in self._shadowed(files):
-            where = peer.owner.unit or (f"process {peer.process.pid}" if peer.process else "no process")
+            where = peer.owner.unit or (f"process {peer.bearer.pid}" if peer.bearer else "no process")
             raise ConfigError(
                 f"Two producers are called {peer.name}: one has a file, the other is registered ({where})",
                 where=f"producer {peer.name}",

@@ -1,9 +1,9 @@
 """Producers that connect: Varlink peers, registered for as long as their connection lives.
 
 A peer is told what to do as the reply to its own call (`Next`), so one connection carries everything,
-and who answers is who registered. The end of the connection is a veto. A peer whose connection ended
-undoes what it did by itself, unless khod is back soon and says that it still counts on it; so whoever
-khod saw go needs not be told, and whoever was told by a khod that died is waited for.
+and who answers is who registered. The end of the connection is a veto. A peer that loses its connection
+stays as it is, frozen or not, and connects again: so an undo waits for it, until its process has ended
+and what it held with it. Until then its name is nobody else's.
 """
 
 import asyncio
@@ -78,6 +78,8 @@ class Peer:
         self.owner = owner
         self.process = process
         self.terms = terms
+        self.left: Process | None = None
+        """The process whose connection ended after it was told something: what it did stands as long as it lives."""
         self.connected = False
         self.told = ""
         """The last verb it was told and not told the undo of: what it is reminded of when it comes back."""
@@ -114,7 +116,12 @@ class Peer:
 
     def holder(self) -> Holder:
         """What the record says of it; the barrier adds what it was told."""
-        return Holder(self.name, KIND, owner=self.owner, process=self.process, kept=self.kept, **vars(self.terms))
+        return Holder(self.name, KIND, owner=self.owner, process=self.bearer, kept=self.kept, **vars(self.terms))
+
+    @property
+    def bearer(self) -> Process | None:
+        """The process that did what it was told, be it connected or not; None where none is known."""
+        return self.process or self.left
 
     @property
     def timeout(self) -> float:
@@ -144,6 +151,11 @@ class Peer:
     def counted_on(self) -> bool:
         """Whether it is of this handover or has something to claim, be it connected or not: its name is its own."""
         return bool(self.told) or self.restoring
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it was told something in this boot, and is not connected."""
+        return bool(self.told) and not self.restoring and not self.connected
 
     @property
     def session(self) -> str:
@@ -193,11 +205,16 @@ class Peer:
     async def _comes_back(self, telling: Telling) -> bool:
         """Wait for a connection; False where there is nobody to tell and nothing to undo."""
         undo = telling.verb in UNDO.values()
-        if self.process is None and not self.restoring:
+        bearer = self.bearer if undo else self.process
+        if bearer is None and not self.restoring:
             if undo:
                 return False
             raise Veto("its connection ended")
-        telling.not_yet("it has not connected yet", None)
+        reason = "it has not connected yet"
+        if bearer is not None and undo:  # it stands in the error where neither comes to pass in time
+            state = "frozen" if telling.verb is Verb.thaw else "prepared"
+            reason = f"process {bearer.pid} is {state}, alive and not connected"
+        telling.not_yet(reason, None)
         if await self._back_or_gone():
             return True
         if undo:
@@ -207,7 +224,7 @@ class Peer:
     async def _back_or_gone(self) -> bool:
         """Wait for its connection or the end of its process; whether it is connected."""
         back = asyncio.ensure_future(self._back.wait())
-        gone = asyncio.ensure_future(ended(None if self.restoring else self.process))
+        gone = asyncio.ensure_future(ended(None if self.restoring else self.bearer))
         try:
             await asyncio.wait({back, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -221,12 +238,13 @@ class Peer:
         """A connection has come for this entry."""
         if self._taker not in (None, process):
             self.told = Verb.restore.value
-        self.process, self.terms, self.connected = process, terms, True
+        self.process, self.left, self.terms, self.connected = process, None, terms, True
         self._telling, self._delivered = None, 0
         self._back.set()
 
     def detach(self) -> None:
         """The connection has ended: whatever it was told is answered with a veto."""
+        self.left = self.process if self.told and not self.restoring else None
         self.connected, self.process = False, None
         self._back.clear()
         self._news.set()
@@ -355,7 +373,7 @@ class Peers:
         """Wait until those absent of these names whose process lives have come back, and no longer than `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                while any(name in names and _lives(found) for name, found in self._absent.items()):
+                while any(name in names and _lives(found.process) for name, found in self._absent.items()):
                     self._returned.clear()
                     await self._returned.wait()
         except TimeoutError:
@@ -387,7 +405,7 @@ class Peers:
     def awaits(self, name: str) -> bool:
         """Whether this handover counts on a producer of this name that is not connected."""
         peer = self._peers.get(name)
-        return peer is not None and bool(peer.told) and not peer.restoring and not peer.connected
+        return peer is not None and peer.awaited
 
     def names(self, name: str) -> bool:
         """Whether a peer that is connected wants to be told before or after this producer."""
@@ -407,9 +425,16 @@ class Peers:
                 self._peers[holder.name] = made
 
     def give_up(self, name: str) -> bool:
-        """Expect a producer back no more that was registered before khod was restarted; whether it was."""
+        """Expect a producer back no more that has lost its connection, or had it before khod was restarted.
+
+        Whether it was expected. What it was told is not undone then where it does not come back by itself.
+        """
+        peer = self._peers.get(name)
+        awaited = peer is not None and peer.awaited and peer.bearer is not None
+        if peer is not None and awaited:
+            peer.process = peer.left = None
         if self._absent.pop(name, None) is None:
-            return False
+            return awaited
         self._returned.set()
         self._keep(lambda registrations: registrations.remove(name))
         return True
@@ -442,6 +467,15 @@ class Peers:
                 where=name,
                 remedy="Run it in the same unit as before, or: khoctl producers forget NAME",
             )
+        awaited = peer.bearer if peer is not None and peer.awaited else None
+        for before in (awaited, absent.process if absent is not None else None):
+            if before not in (None, process) and _lives(before):
+                # It may be stopped, and frozen: another that came in its stead would be thawed for it.
+                raise Refused(
+                    f"Process {before.pid} holds the name {name} and has not come back",
+                    where=f"process {before.pid}",
+                    remedy=f"End it, or: khoctl producers forget {name}",
+                )
         if self._per_user[owner.uid] >= most:
             raise Refused(
                 f"User {owner.uid} has {most} producers already", where=name, remedy="producers.max_per_user bounds it."
@@ -472,8 +506,8 @@ class Peers:
         self._gone(peer)
 
 
-def _lives(registered: Registered) -> bool:
-    return process_of(registered.process.pid) == registered.process
+def _lives(process: Process) -> bool:
+    return process_of(process.pid) == process
 
 
 def _check_terms(terms: Terms) -> None:
