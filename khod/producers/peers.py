@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from khod.abi.statx import statx
 from khod.errors import KhoError, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Kept
 from khod.producers.barrier import GONE, UNDO, Telling, Verb, Veto
@@ -22,6 +23,7 @@ from khod.record import Holder, Owner, Process
 from khod.sessions import Sessions, session_of
 
 KIND = "varlink"
+Inode = tuple[tuple[int, int], int]
 MAX_TIMEOUT = 600.0
 """Seconds a peer may ask for: an undo waits as long for one that hangs."""
 
@@ -84,6 +86,8 @@ class Peer:
         self.told = ""
         """The last verb it was told and not told the undo of: what it is reminded of when it comes back."""
         self.kept: tuple[Kept, ...] = ()
+        self._with_freeze: dict[Kept, tuple[Inode, Telling]] = {}
+        """What freeze has added to its session: which file that is, and the freeze it was given with last."""
         self.run = ""
         self.restoring = False
         """Whether the previous kernel's khod left this entry: whoever claims it comes from another boot."""
@@ -170,11 +174,16 @@ class Peer:
         if here:
             if verb is Verb.finish and self._taker != self.process:  # what was given died with the one that took it
                 await self._converse(replace(telling, verb=Verb.restore))
+            if verb is Verb.freeze and self.kept and self.session not in self._sessions.names:
+                raise Veto("what it handed over before is preserved no more: it must be told to prepare again")
             await self._converse(telling)
+        if verb is Verb.freeze:
+            stale = {*self._earlier(telling).values()}
+            self.kept = tuple(kept for kept in self.kept if kept not in stale)
         self._taker = self.process if verb is Verb.restore else None
         if verb is Verb.cancel:
             self._sessions.close(self.session)
-            self.kept = ()
+            self.kept, self._with_freeze = (), {}
         elif verb is Verb.finish:
             await self._sessions.finish(self.session, self.timeout)
             self.kept, self.restoring = (), False
@@ -295,19 +304,40 @@ class Peer:
     async def _preserve(self, telling: Telling, files: Sequence[tuple[Kept, int]]) -> None:
         if telling.verb not in UNDO:
             raise UsageError(f"Files are handed over with prepare and freeze, not with {telling.verb.value}")
-        if len(self.kept) + len(files) > MAX_FILES:
+        inodes = {kept: _inode(file) for kept, file in files} if telling.verb is Verb.freeze else {}
+        earlier = self._earlier(telling)
+        again = {kept: earlier[kept.name, inode] for kept, inode in inodes.items() if (kept.name, inode) in earlier}
+        new = [(kept, file) for kept, file in files if kept not in again]
+        there = {*self.kept, *self._with_freeze}
+        if len(there) + len(new) > MAX_FILES:
             raise UsageError(f"More than {MAX_FILES} files", remedy="Put more into one memfd.")
-        names = [kept.name for kept in (*self.kept, *(kept for kept, _ in files))]
-        tokens = [kept.token for kept in (*self.kept, *(kept for kept, _ in files))]
+        given = [kept for kept, _ in files]
+        names = [kept.name for kept in (*there.difference(earlier.values()), *given)]
+        tokens = [kept.token for kept in (*there, *(kept for kept, _ in new))]
         for what, values in (("name", names), ("token", tokens)):
             if twice := sorted(str(value) for value, count in Counter(values).items() if count > 1):
                 raise UsageError(f"The {what} {twice[0]!r} is given to two files", remedy="Give each its own.")
         session = self.session
-        await self._sessions.preserve(session, files, self.timeout)
-        if self._telling is not telling:  # it took long, and was called off meanwhile
+        if new:
+            await self._sessions.preserve(session, new, self.timeout)
+        called_off = self._telling is not telling  # it took long
+        if called_off and (telling.verb is Verb.prepare or not self.told or session != self.session):
             self._sessions.close(session)
             return
-        self.kept = (*self.kept, *(kept for kept, _ in files))
+        result = [again.get(kept, kept) for kept in given]
+        self._with_freeze |= {again.get(kept, kept): (inode, telling) for kept, inode in inodes.items()}
+        if not called_off:
+            self.kept = (*(kept for kept in self.kept if kept.name not in {one.name for one in given}), *result)
+
+    def _earlier(self, telling: Telling) -> dict[tuple[str, Inode], Kept]:
+        """What its session has from a freeze before this one, by the name and the file.
+
+        The kernel lets go of a session only as a whole, and khod has no descriptors with which to preserve again what
+        came with prepare. So thaw leaves in it what freeze has added, and the next freeze (after --hold) may give it
+        once more: the same file is not preserved twice and keeps its token, another one takes the place of its name.
+        What is not given once more arrives with the session and is given to nobody.
+        """
+        return {(kept.name, inode): kept for kept, (inode, by) in self._with_freeze.items() if by is not telling}
 
     async def _command(self, telling: Telling) -> Command:
         command = Command(self._serial, telling.verb, telling.run, self.timeout)
@@ -320,6 +350,11 @@ class Peer:
                 _fail(self._answer, Veto(str(error)))
             raise
         return replace(command, kept=self.kept, fds=tuple(fds))
+
+
+def _inode(file: int) -> Inode:
+    found = statx(file)
+    return found.dev, found.ino
 
 
 def _fail(future: "asyncio.Future[None]", error: Exception) -> None:
