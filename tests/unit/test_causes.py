@@ -1,6 +1,7 @@
 """What a rollback says afterwards: what began it, and who was not there any more to hear of it."""
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import pytest
 from khod.engine import Engine
 from khod.errors import Failed, NotRolledBack
 from khod.model import Phase
+from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Peer, Terms
 from khod.record import FILE, Owner
-from tests.unit.harness import ACTIVE, Host, Living
+from tests.unit.harness import ACTIVE, Host
 from tests.unit.scripted import Scripted, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time
 
@@ -42,8 +44,10 @@ async def answers(peer: Peer) -> None:
         answer = Answer(command.serial, "ready")
 
 
-async def frozen(engine: Engine, name: str, living: Living) -> Peer:
-    peer = await engine.register(name, Owner(0, f"{name}.service"), living.identity, Terms())
+async def frozen(engine: Engine, name: str) -> Peer:
+    process = process_of(os.getpid())
+    assert process is not None
+    peer = await engine.register(name, Owner(0, f"{name}.service"), process, Terms())
     serving = asyncio.ensure_future(answers(peer))
     await engine.activate()
     serving.cancel()
@@ -54,9 +58,7 @@ async def test_who_went_away_frozen_is_named_and_did_not_answer(tmp_path: Path) 
     """Its state went with it: to be told `thaw: ready` would send the operator to bed."""
     host = Host(tmp_path)
     engine = await host.started()
-    living = Living()
-    peer = await frozen(engine, "vm", living)
-    living.end()
+    peer = await frozen(engine, "vm")
     engine.muster.peers.leave(peer)
     await host.seen(lambda event: event.phase is Phase.idle and "Rolled back" in event.message)
     heard = [event for event in host.events if event.producer and event.producer.phase in ("thaw", "cancel")]
