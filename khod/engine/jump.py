@@ -46,9 +46,9 @@ class Jump:
                 remedy="Wait: where it comes back, khod puts everything back by itself.",
             )
 
-    async def refuse_on_the_way(self, attempt: Attempt, *, loaded: bool) -> bool | None:
+    async def refuse_on_the_way(self, attempt: Attempt) -> bool | None:
         """Refuse where the host goes into the image that is loaded, whoever asked for it; else what systemd says."""
-        down = await attempt.goes_down() if loaded else False
+        down = await attempt.goes_down()
         if down:
             raise Refused(
                 "The host is on its way into the next kernel",
@@ -60,7 +60,7 @@ class Jump:
     async def check_may_be_called_back(self, attempt: Attempt, *, force: bool) -> None:
         """Refuse to undo anything under a jump that may still happen."""
         self.refuse_in_kernel()
-        if await self.refuse_on_the_way(attempt, loaded=True) is None and not force:
+        if await self.refuse_on_the_way(attempt) is None and not force:
             raise Refused(
                 "systemd was asked to take the host into the next kernel, and nobody can tell whether it does",
                 where="abort",

@@ -27,6 +27,7 @@ from khod.kernel.thread import Workers
 from khod.machine import HELD, RESTING, Machine, left
 from khod.model import Check, Event, Observed, Phase, Plan, Status, Step
 from khod.muster import Muster
+from khod.preflight.handover import JUMP_OR_BEGIN_AGAIN, WAIT
 from khod.producers.barrier import Barrier, Member, Producer, Verb
 from khod.producers.peers import Peer, Peers, Terms
 from khod.producers.registrations import Registrations
@@ -340,8 +341,8 @@ class Engine:
             return
         elif phase is Phase.failed:
             self._transaction.attach(None)  # what failed may have been mended in a file since
-        elif phase in HELD and not stopping:
-            await self._jump.refuse_on_the_way(self._acting(), loaded=Step.load in self.machine.done)
+        elif phase in HELD and Step.load in self.machine.done and not stopping:
+            await self._jump.refuse_on_the_way(self._acting())
         elif phase is Phase.executing:  # what only asks for the jump may have come through meanwhile
             await self._jump.check_may_be_called_back(self._acting(), force=force or stopping)
         await self._roll_back(None, interrupted=phase if down else None)
@@ -592,7 +593,7 @@ class Engine:
                 f"Another operation is under way ({self._transaction.phase.value})"
                 f"{f', begun by {begun.by}' if begun.by else ''}",
                 where="khod",
-                remedy="Wait for it: khoctl status. To call it off, if it is yours: khoctl abort",
+                remedy=WAIT,
             )
         async with self._at_work():
             await self._act_on_cause()
@@ -697,7 +698,7 @@ class Engine:
             raise Refused(
                 "This handover has its image already: another one would be ignored",
                 where="--image",
-                remedy="Jump into it with: khoctl kexec. Or begin again with: khoctl abort",
+                remedy=JUMP_OR_BEGIN_AGAIN,
             )
         observed = self._observer.last
         assert observed is not None, "the kernel was asked before"

@@ -140,10 +140,10 @@ class Transaction:
     @property
     def under_way(self) -> UnderWay | None:
         """The step that has begun and is not finished."""
-        for step in self._machine.done[-1:]:
-            if self.phase is STEPS[step].doing:
-                return UnderWay(step.value, time.monotonic() - self._step_began)
-        return None
+        done = self._machine.done
+        if not done or self.phase is not STEPS[done[-1]].doing:
+            return None
+        return UnderWay(done[-1].value, time.monotonic() - self._step_began)
 
     @property
     def cause(self) -> KhoError | None:

@@ -5,13 +5,17 @@ from khod.model import Check, CheckResult, Phase, Step
 from khod.record import Record
 from khod.text import printable
 
+WAIT = "Wait for it: khoctl status. To call it off, if it is yours: khoctl abort"
+JUMP_OR_BEGIN_AGAIN = "Jump into it with: khoctl kexec. Or begin again with: khoctl abort"
+"""What to do where an operation is under way, and where a handover has its image: a refusal says it, too."""
+
 
 def handover(phase: Phase, record: Record, *, busy: bool, takes_image: bool) -> Check:
     """Say what `khoctl kexec` or `khoctl activate` would be answered now. `phase` is what the kernel leaves of it."""
     by = f", begun by {record.begun.by}" if record.begun.by and phase not in RESTING else ""
     if busy:
         evidence = f"An operation is under way ({phase.value}{by}): another one would be refused"
-        remedy = "Wait for it: khoctl status. To call it off, if it is yours: khoctl abort"
+        remedy = WAIT
     elif phase in RESTING or phase is Phase.foreign:  # what somebody else does has a check of its own
         return Check("handover", CheckResult.passed, "No handover is under way", "")
     elif phase not in HELD:
@@ -19,7 +23,7 @@ def handover(phase: Phase, record: Record, *, busy: bool, takes_image: bool) -> 
         remedy = "Put it back first: khoctl abort. khoctl status says what is left"
     elif takes_image and Step.load in record.done:
         evidence = f"The handover under way ({phase.value}{by}) has its image already: another one would be refused"
-        remedy = "Jump into it with: khoctl kexec. Or begin again with: khoctl abort"
+        remedy = JUMP_OR_BEGIN_AGAIN
     else:
         evidence = f"The handover under way ({phase.value}{by}) would go on"
         return Check("handover", CheckResult.passed, printable(evidence), "")
