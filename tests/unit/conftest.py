@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from hypothesis import settings
 from tests.unit.harness import Host
 
 DEADLINE = 30.0  # seconds; a test that needs it has hung
+
+# pytest-xdist gives its workers a width, at which khoctl would fold what it prints.
+os.environ.pop("COLUMNS", None)
 
 # The same examples every time, no clock, nothing kept between runs.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None, max_examples=80)
