@@ -30,7 +30,7 @@ class Muster:
         """
         files = self._configured()
         for peer in self._shadowed(files):
-            where = peer.owner.unit or (f"process {peer.process.pid}" if peer.process else "no process")
+            where = peer.owner.unit or (f"process {peer.bearer.pid}" if peer.bearer else "no process")
             raise ConfigError(
                 f"Two producers are called {peer.name}: one has a file, the other is registered ({where})",
                 where=f"producer {peer.name}",
@@ -86,9 +86,9 @@ class Muster:
     ) -> Barrier:
         """The barrier of an attempt that was begun before, with the producers of its record alone.
 
-        Any of them may have been told `verb`; None where the record has it of each. One that is gone, or whose
-        file cannot be read, is said to be: all the others are told. With `restoring` so is one that has nothing to
-        restore with any more.
+        Any of them may have been told `verb`; None where the record has it of each, or nobody was told anything.
+        One that is gone, or whose file cannot be read, is said to be: all the others are told. With `restoring` so
+        is one that has nothing to restore with any more.
         """
         unreadable: ConfigError | None = None
         try:

@@ -727,7 +727,8 @@ class Engine:
             return found
         changed, record = self._transaction.on_member_changed, self.record
         if self.machine.done:
-            last: Verb | None = Verb.freeze if Step.freeze in self.machine.done else Verb.prepare
+            told = {Step.freeze: Verb.freeze, Step.prepare: Verb.prepare}  # neither: an image that is not khod's
+            last = next((verb for step, verb in told.items() if step in self.machine.done), None)
             if self._transaction.phase is Phase.failed and record.producers:
                 last = None
             barrier = self.muster.resumed(record.run, changed, record.producers, last)

@@ -1,9 +1,9 @@
 """Producers that connect: Varlink peers, registered for as long as their connection lives.
 
 A peer is told what to do as the reply to its own call (`Next`), so one connection carries everything,
-and who answers is who registered. The end of the connection is a veto. A peer whose connection ended
-undoes what it did by itself, unless khod is back soon and says that it still counts on it; so whoever
-khod saw go needs not be told, and whoever was told by a khod that died is waited for.
+and who answers is who registered. The end of the connection is a veto. A peer that loses its connection
+stays as it is, frozen or not, and connects again: so an undo waits for it, until its process has ended
+and what it held with it. Until then its name is nobody else's.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from khod.abi.statx import statx
 from khod.errors import KhoError, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Kept
 from khod.producers.barrier import GONE, UNDO, Telling, Verb, Veto
@@ -22,6 +23,7 @@ from khod.record import Holder, Owner, Process
 from khod.sessions import Sessions, session_of
 
 KIND = "varlink"
+Inode = tuple[tuple[int, int], int]
 MAX_TIMEOUT = 600.0
 """Seconds a peer may ask for: an undo waits as long for one that hangs."""
 
@@ -78,10 +80,14 @@ class Peer:
         self.owner = owner
         self.process = process
         self.terms = terms
+        self.left: Process | None = None
+        """The process whose connection ended after it was told something: what it did stands as long as it lives."""
         self.connected = False
         self.told = ""
         """The last verb it was told and not told the undo of: what it is reminded of when it comes back."""
         self.kept: tuple[Kept, ...] = ()
+        self._with_freeze: dict[Kept, tuple[Inode, Telling]] = {}
+        """What freeze has added to its session: which file that is, and the freeze it was given with last."""
         self.run = ""
         self.restoring = False
         """Whether the previous kernel's khod left this entry: whoever claims it comes from another boot."""
@@ -114,7 +120,12 @@ class Peer:
 
     def holder(self) -> Holder:
         """What the record says of it; the barrier adds what it was told."""
-        return Holder(self.name, KIND, owner=self.owner, process=self.process, kept=self.kept, **vars(self.terms))
+        return Holder(self.name, KIND, owner=self.owner, process=self.bearer, kept=self.kept, **vars(self.terms))
+
+    @property
+    def bearer(self) -> Process | None:
+        """The process that did what it was told, be it connected or not; None where none is known."""
+        return self.process or self.left
 
     @property
     def timeout(self) -> float:
@@ -146,6 +157,11 @@ class Peer:
         return bool(self.told) or self.restoring
 
     @property
+    def awaited(self) -> bool:
+        """Whether it was told something in this boot, and is not connected."""
+        return bool(self.told) and not self.restoring and not self.connected
+
+    @property
     def session(self) -> str:
         """The name of its LUO session in this handover."""
         return session_of(self.run, self.name)
@@ -158,11 +174,16 @@ class Peer:
         if here:
             if verb is Verb.finish and self._taker != self.process:  # what was given died with the one that took it
                 await self._converse(replace(telling, verb=Verb.restore))
+            if verb is Verb.freeze and self.kept and self.session not in self._sessions.names:
+                raise Veto("what it handed over before is preserved no more: it must be told to prepare again")
             await self._converse(telling)
+        if verb is Verb.freeze:
+            stale = {*self._earlier(telling).values()}
+            self.kept = tuple(kept for kept in self.kept if kept not in stale)
         self._taker = self.process if verb is Verb.restore else None
         if verb is Verb.cancel:
             self._sessions.close(self.session)
-            self.kept = ()
+            self.kept, self._with_freeze = (), {}
         elif verb is Verb.finish:
             await self._sessions.finish(self.session, self.timeout)
             self.kept, self.restoring = (), False
@@ -193,11 +214,16 @@ class Peer:
     async def _comes_back(self, telling: Telling) -> bool:
         """Wait for a connection; False where there is nobody to tell and nothing to undo."""
         undo = telling.verb in UNDO.values()
-        if self.process is None and not self.restoring:
+        bearer = self.bearer if undo else self.process
+        if bearer is None and not self.restoring:
             if undo:
                 return False
             raise Veto("its connection ended")
-        telling.not_yet("it has not connected yet", None)
+        reason = "it has not connected yet"
+        if bearer is not None and undo:  # it stands in the error where neither comes to pass in time
+            state = "frozen" if telling.verb is Verb.thaw else "prepared"
+            reason = f"process {bearer.pid} is {state}, alive and not connected"
+        telling.not_yet(reason, None)
         if await self._back_or_gone():
             return True
         if undo:
@@ -207,7 +233,7 @@ class Peer:
     async def _back_or_gone(self) -> bool:
         """Wait for its connection or the end of its process; whether it is connected."""
         back = asyncio.ensure_future(self._back.wait())
-        gone = asyncio.ensure_future(ended(None if self.restoring else self.process))
+        gone = asyncio.ensure_future(ended(None if self.restoring else self.bearer))
         try:
             await asyncio.wait({back, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -221,12 +247,13 @@ class Peer:
         """A connection has come for this entry."""
         if self._taker not in (None, process):
             self.told = Verb.restore.value
-        self.process, self.terms, self.connected = process, terms, True
+        self.process, self.left, self.terms, self.connected = process, None, terms, True
         self._telling, self._delivered = None, 0
         self._back.set()
 
     def detach(self) -> None:
         """The connection has ended: whatever it was told is answered with a veto."""
+        self.left = self.process if self.told and not self.restoring else None
         self.connected, self.process = False, None
         self._back.clear()
         self._news.set()
@@ -277,19 +304,40 @@ class Peer:
     async def _preserve(self, telling: Telling, files: Sequence[tuple[Kept, int]]) -> None:
         if telling.verb not in UNDO:
             raise UsageError(f"Files are handed over with prepare and freeze, not with {telling.verb.value}")
-        if len(self.kept) + len(files) > MAX_FILES:
+        inodes = {kept: _inode(file) for kept, file in files} if telling.verb is Verb.freeze else {}
+        earlier = self._earlier(telling)
+        again = {kept: earlier[kept.name, inode] for kept, inode in inodes.items() if (kept.name, inode) in earlier}
+        new = [(kept, file) for kept, file in files if kept not in again]
+        there = {*self.kept, *self._with_freeze}
+        if len(there) + len(new) > MAX_FILES:
             raise UsageError(f"More than {MAX_FILES} files", remedy="Put more into one memfd.")
-        names = [kept.name for kept in (*self.kept, *(kept for kept, _ in files))]
-        tokens = [kept.token for kept in (*self.kept, *(kept for kept, _ in files))]
+        given = [kept for kept, _ in files]
+        names = [kept.name for kept in (*there.difference(earlier.values()), *given)]
+        tokens = [kept.token for kept in (*there, *(kept for kept, _ in new))]
         for what, values in (("name", names), ("token", tokens)):
             if twice := sorted(str(value) for value, count in Counter(values).items() if count > 1):
                 raise UsageError(f"The {what} {twice[0]!r} is given to two files", remedy="Give each its own.")
         session = self.session
-        await self._sessions.preserve(session, files, self.timeout)
-        if self._telling is not telling:  # it took long, and was called off meanwhile
+        if new:
+            await self._sessions.preserve(session, new, self.timeout)
+        called_off = self._telling is not telling  # it took long
+        if called_off and (telling.verb is Verb.prepare or not self.told or session != self.session):
             self._sessions.close(session)
             return
-        self.kept = (*self.kept, *(kept for kept, _ in files))
+        result = [again.get(kept, kept) for kept in given]
+        self._with_freeze |= {again.get(kept, kept): (inode, telling) for kept, inode in inodes.items()}
+        if not called_off:
+            self.kept = (*(kept for kept in self.kept if kept.name not in {one.name for one in given}), *result)
+
+    def _earlier(self, telling: Telling) -> dict[tuple[str, Inode], Kept]:
+        """What its session has from a freeze before this one, by the name and the file.
+
+        The kernel lets go of a session only as a whole, and khod has no descriptors with which to preserve again what
+        came with prepare. So thaw leaves in it what freeze has added, and the next freeze (after --hold) may give it
+        once more: the same file is not preserved twice and keeps its token, another one takes the place of its name.
+        What is not given once more arrives with the session and is given to nobody.
+        """
+        return {(kept.name, inode): kept for kept, (inode, by) in self._with_freeze.items() if by is not telling}
 
     async def _command(self, telling: Telling) -> Command:
         command = Command(self._serial, telling.verb, telling.run, self.timeout)
@@ -302,6 +350,11 @@ class Peer:
                 _fail(self._answer, Veto(str(error)))
             raise
         return replace(command, kept=self.kept, fds=tuple(fds))
+
+
+def _inode(file: int) -> Inode:
+    found = statx(file)
+    return found.dev, found.ino
 
 
 def _fail(future: "asyncio.Future[None]", error: Exception) -> None:
@@ -355,7 +408,7 @@ class Peers:
         """Wait until those absent of these names whose process lives have come back, and no longer than `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                while any(name in names and _lives(found) for name, found in self._absent.items()):
+                while any(name in names and _lives(found.process) for name, found in self._absent.items()):
                     self._returned.clear()
                     await self._returned.wait()
         except TimeoutError:
@@ -387,7 +440,7 @@ class Peers:
     def awaits(self, name: str) -> bool:
         """Whether this handover counts on a producer of this name that is not connected."""
         peer = self._peers.get(name)
-        return peer is not None and bool(peer.told) and not peer.restoring and not peer.connected
+        return peer is not None and peer.awaited
 
     def names(self, name: str) -> bool:
         """Whether a peer that is connected wants to be told before or after this producer."""
@@ -407,9 +460,16 @@ class Peers:
                 self._peers[holder.name] = made
 
     def give_up(self, name: str) -> bool:
-        """Expect a producer back no more that was registered before khod was restarted; whether it was."""
+        """Expect a producer back no more that has lost its connection, or had it before khod was restarted.
+
+        Whether it was expected. What it was told is not undone then where it does not come back by itself.
+        """
+        peer = self._peers.get(name)
+        awaited = peer is not None and peer.awaited and peer.bearer is not None
+        if peer is not None and awaited:
+            peer.process = peer.left = None
         if self._absent.pop(name, None) is None:
-            return False
+            return awaited
         self._returned.set()
         self._keep(lambda registrations: registrations.remove(name))
         return True
@@ -442,6 +502,15 @@ class Peers:
                 where=name,
                 remedy="Run it in the same unit as before, or: khoctl producers forget NAME",
             )
+        awaited = peer.bearer if peer is not None and peer.awaited else None
+        for before in (awaited, absent.process if absent is not None else None):
+            if before not in (None, process) and _lives(before):
+                # It may be stopped, and frozen: another that came in its stead would be thawed for it.
+                raise Refused(
+                    f"Process {before.pid} holds the name {name} and has not come back",
+                    where=f"process {before.pid}",
+                    remedy=f"End it, or: khoctl producers forget {name}",
+                )
         if self._per_user[owner.uid] >= most:
             raise Refused(
                 f"User {owner.uid} has {most} producers already", where=name, remedy="producers.max_per_user bounds it."
@@ -472,8 +541,8 @@ class Peers:
         self._gone(peer)
 
 
-def _lives(registered: Registered) -> bool:
-    return process_of(registered.process.pid) == registered.process
+def _lives(process: Process) -> bool:
+    return process_of(process.pid) == process
 
 
 def _check_terms(terms: Terms) -> None:

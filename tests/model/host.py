@@ -82,7 +82,10 @@ def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
         (khod.producers.peers, "ended", lambda process: khod_of()._ended(process)),
         (khod.producers.peers, "process_of", lambda pid: khod_of()._process_of(pid)),
         (khod.preflight.holders, "process_of", lambda pid: khod_of()._process_of(pid)),
-        *((module, "statx", statx) for module in (khod.kernel.account, khod.kernel.luo, khod.sessions)),
+        *(
+            (module, "statx", statx)
+            for module in (khod.kernel.account, khod.kernel.luo, khod.producers.peers, khod.sessions)
+        ),
     ]
 
 

@@ -28,7 +28,7 @@ from khod.producers.hooks import Hook
 from khod.producers.qemu import PAUSED, Qemu
 from khod.producers.unit import Unit
 from tests.unit.fakebus import FakeBus, Refusal, unit
-from tests.unit.harness import Host, Kernel
+from tests.unit.harness import Host, Kernel, connect_apart
 from tests.unit.test_hooks import gone
 from tests.unit.test_qemu import HANG_UP, SILENCE, Vm
 
@@ -160,11 +160,11 @@ def told(event: Event) -> bool:
 
 
 class Wire:
-    """One Varlink connection by hand."""
+    """One Varlink connection by hand, of a process that ends with it."""
 
     def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._socket.connect(str(path))
+        self._process, self._socket = connect_apart(path)
+        self._socket.setblocking(False)
         self._text = b""
 
     async def call(
@@ -190,6 +190,7 @@ class Wire:
         return answer["parameters"], got
 
     def close(self) -> None:
+        self._process.end()
         self._socket.close()
 
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import os
+import signal
+import socket
+import subprocess
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ from khod.kernel.thread import Workers
 from khod.model import Event
 from khod.producers.barrier import Producer
 from khod.producers.hooks import Hook
+from khod.producers.identity import process_of
 from khod.producers.registrations import Registrations
 from khod.record import Record, Store
 from khod.sessions import Sessions
@@ -129,6 +133,42 @@ class Quiet:
         seen = self.watch.judge(Uevent(action, subsystem, device))
         if self.watching and seen is not None:
             self.happened(seen)
+
+
+class Living:
+    """A process of a producer's: it may be ended."""
+
+    def __init__(self, pid: int = 0) -> None:
+        self._pid = pid or subprocess.Popen(["sleep", "infinity"]).pid
+        found = process_of(self._pid)
+        assert found is not None
+        self.identity = found
+
+    def end(self) -> None:
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+
+
+def connect_apart(path: Path) -> tuple[Living, socket.socket]:
+    """Connect from a process of its own: by the kernel's word the connection is that one's."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        pid = os.fork()
+        if not pid:
+            try:
+                client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                client.connect(str(path))
+                socket.send_fds(theirs, [b"0"], [client.fileno()])
+                client.close()
+                os.closerange(3, 1 << 12)  # what is open here must not stay open by it
+                signal.pause()
+            finally:
+                os._exit(1)
+        theirs.close()
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    return Living(pid), socket.socket(fileno=fds[0])
 
 
 class KeptFds:

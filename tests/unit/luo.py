@@ -28,7 +28,7 @@ from khod.kernel.luo import HUGE
 from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.model import Event
 from khod.record import Store
-from tests.unit.harness import Host, Kernel
+from tests.unit.harness import Host, Kernel, connect_apart
 from tests.unit.images import CPIO, bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, reply, until
 
@@ -529,11 +529,14 @@ class Hand:
     """A peer by hand, over one raw connection."""
 
     def __init__(self, khod: Khod, name: str, **terms: Any) -> None:
-        self.socket = khod.connect()
+        self.socket = self._connect(khod)
         self.fds: list[int] = []
         self.serial = 0
         self.send("Register", **{"name": name, "version": 1, **terms})
         self.registered = self.receive()
+
+    def _connect(self, khod: Khod) -> socket.socket:
+        return khod.connect()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method; its parameters, or {"error": NAME, **parameters}."""
@@ -578,6 +581,19 @@ class Hand:
         while self.fds:
             os.close(self.fds.pop())
         self.socket.close()
+
+
+class Mortal(Hand):
+    """A peer with a process of its own: the one that connected, by the kernel's word. It ends with `close`."""
+
+    def _connect(self, khod: Khod) -> socket.socket:
+        self._process, client = connect_apart(khod.socket)
+        client.settimeout(DEADLINE)
+        return client
+
+    def close(self) -> None:
+        super().close()
+        self._process.end()
 
 
 def memfd(content: bytes = b"what it holds", flags: int = os.MFD_CLOEXEC) -> int:

@@ -17,7 +17,7 @@ from khod.kernel.simulated import Rebooted
 from khod.model import Event, Phase
 from khod.producers.hooks import Hook
 from tests.unit.khods import DEADLINE, Khod, call, hung_up, reply, until
-from tests.unit.luo import Hand, LuoHost, System, begin, memfd, one_file
+from tests.unit.luo import Hand, LuoHost, Mortal, System, begin, memfd, one_file
 
 USAGE, REFUSED = "io.kho.Handover.UsageError", "io.kho.Handover.Refused"
 
@@ -68,7 +68,7 @@ def hand(request: pytest.FixtureRequest, hands: list[Hand]) -> Callable[..., Han
         if at is None:
             again = "khod_again" in request.fixturenames
             at = request.getfixturevalue("khod_again")[1] if again else request.getfixturevalue("khod")
-        hands.append(Hand(at, name, **terms))
+        hands.append(Mortal(at, name, **terms))
         return hands[-1]
 
     return register
@@ -274,12 +274,13 @@ def test_an_answer_that_makes_no_sense_is_a_veto(
         fds = [memfd(), memfd()]
         said = {"serial": peer.serial, **wrong}
         peer.send("Next", files=fds, **{key: value for key, value in said.items() if value is not None})
+        assert hung_up(peer.socket)
+        peer.close()
         answer = reply(operation)
         assert answer.get("error") == REFUSED, answer
         assert "subject" in answer["parameters"]["what"]
         for fd in fds:
             os.close(fd)
-    peer.close()
     until(lambda: listed(khod) == [], khod.process)
     idle(khod, system)
 
@@ -311,10 +312,10 @@ def test_a_message_that_is_no_answer_is_a_veto(
         except ConnectionError:
             assert raw.endswith(b"x")
         assert hung_up(peer.socket)
+        peer.close()
         answer = reply(operation)
         assert answer.get("error") == REFUSED, answer
         assert "subject" in answer["parameters"]["what"]
-    peer.close()
     idle(khod, system)
 
 

@@ -15,6 +15,7 @@ from khod.producers.identity import process_of
 from khod.producers.peers import RETURN_SECONDS, Peer, Terms
 from khod.producers.registrations import MAX_LINES, Registered, Registrations
 from khod.record import Owner, Process
+from tests.unit.harness import ACTIVE
 from tests.unit.khods import Khod
 from tests.unit.luo import Hand
 from tests.unit.scripted import Scripted
@@ -142,6 +143,27 @@ async def test_a_handover_under_way_is_put_back_with_those_of_its_record(host: V
     with pytest.raises(KhoError):
         await host.engine().start()
     assert host.verbs[-2:] == ["a thaw", "a cancel"]
+
+
+@in_virtual_time
+async def test_an_image_of_somebody_else_s_is_put_back_without_those_that_are_not_back(host: VirtualHost) -> None:
+    """Nobody was told anything of it: they are missed as before, and can be given up."""
+    Scripted(host, "a")
+    engine = await host.started()
+    await engine.activate()
+    await engine.abort()
+    await restarted(host, DEAD)
+    host.kernel.echo(ACTIVE, "1")
+    engine = await host.started()
+    assert (await engine.status()).phase is Phase.foreign
+    told = len(host.verbs)
+    await engine.abort(force=True)
+    assert not host.kernel.active
+    assert host.verbs[told:] == []
+    assert "kv" not in [found.name for found in await engine.producers()]
+    assert "kv" in await refusal(engine)
+    await engine.forget("kv")
+    await engine.activate()
 
 
 # The file

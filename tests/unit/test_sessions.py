@@ -22,14 +22,13 @@ from khod.kernel.simulated import Rebooted
 from khod.kernel.thread import KernelThread
 from khod.model import CheckResult, Event, Kept, Phase
 from khod.producers.barrier import Verb
-from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Terms
 from khod.record import Owner
 from khod.sessions import Sessions
-from tests.unit.harness import KeptFds
+from tests.unit.harness import KeptFds, Living
 from tests.unit.hung import silent_file_system
 from tests.unit.khods import NOBODY, Khod, reply, run, until
-from tests.unit.luo import FakeLuo, Hand, LuoHost, System, begin, memfd, one_file
+from tests.unit.luo import FakeLuo, Hand, LuoHost, Mortal, System, begin, memfd, one_file
 
 REFUSED = "io.kho.Handover.Refused"
 HELD = b"what it holds"
@@ -49,14 +48,13 @@ class Holder:
 
     def __init__(self, engine: Engine, owner: Owner, patience: float) -> None:
         self._engine, self._owner, self._timeout = engine, owner, patience
+        self.process = Living()
         self.told: list[str] = []
         self.came: dict[str, bytes] = {}
 
     async def serve(self) -> None:
-        process = process_of(os.getpid())
-        assert process is not None
         table = memfd(HELD)
-        peer = await self._engine.register("kv", self._owner, process, Terms(self._timeout))
+        peer = await self._engine.register("kv", self._owner, self.process.identity, Terms(self._timeout))
         try:
             answer = None
             while True:
@@ -77,12 +75,13 @@ async def holding(engine: Engine, owner: Owner = OWNER, patience: float = 10.0) 
     """A holder beside this khod; KhoError where it is not taken in."""
     holder = Holder(engine, owner, patience)
     serving = asyncio.ensure_future(holder.serve())
-    done, _ = await asyncio.wait({serving}, timeout=0)
-    for task in done:
-        task.result()
     try:
+        done, _ = await asyncio.wait({serving}, timeout=0)
+        for task in done:
+            task.result()
         yield holder
     finally:
+        holder.process.end()
         serving.cancel()
         with suppress(asyncio.CancelledError):
             await serving
@@ -262,7 +261,7 @@ def kept_on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, 
 def peer(kept_on: tuple[System, Khod]) -> Iterator[Hand]:
     """A producer, told nothing yet."""
     _, khod = kept_on
-    made = Hand(khod, "subject", timeout=10)
+    made = Mortal(khod, "subject", timeout=10)
     made.ready()
     yield made
     made.close()
@@ -378,7 +377,7 @@ def test_nor_in_two_answers(kept_on: tuple[System, Khod], peer: Hand, activation
 def test_a_file_that_another_producer_has_handed_over_is_refused_by_the_kernel(
     kept_on: tuple[System, Khod], peer: Hand
 ) -> None:
-    other = Hand(kept_on[1], "other", timeout=10, after=["subject"])
+    other = Mortal(kept_on[1], "other", timeout=10, after=["subject"])
     other.ready()
     fd = memfd()
     with begin(kept_on[1], "Activate") as operation:
@@ -432,7 +431,7 @@ def open_files(khod: Khod) -> int:
 
 def test_files_of_a_late_answer_are_closed_and_not_preserved(kept_on: tuple[System, Khod]) -> None:
     khod = kept_on[1]
-    late = Hand(khod, "late", timeout=0.2)
+    late = Mortal(khod, "late", timeout=0.2)
     late.ready()
     before = open_files(khod)
     with begin(khod, "Activate") as operation:

@@ -1,0 +1,178 @@
+"""A peer that was told something and is not connected: what it was told is undone, or it is named."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from khod.engine import Engine
+from khod.engine.rollback import bound_seconds
+from khod.errors import Failed, NotRolledBack, Refused, Unreachable
+from khod.model import Phase
+from khod.producers.peers import Answer, Peer, Terms
+from khod.record import Owner, Process
+from tests.unit.harness import Living
+from tests.unit.scripted import Scripted
+from tests.unit.virtual import VirtualHost, in_virtual_time, now
+
+OWNER = Owner(1000, "kv.service")
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> VirtualHost:
+    made = VirtualHost(tmp_path)
+    made.registrations = tmp_path / "registrations"
+    Scripted(made, "a")
+    return made
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[], Living]]:
+    made: list[Living] = []
+
+    def living() -> Living:
+        made.append(Living())
+        return made[-1]
+
+    yield living
+    for each in made:
+        each.end()
+
+
+async def register(engine: Engine, process: Process, owner: Owner = OWNER) -> Peer:
+    return await engine.register("kv", owner, process, Terms())
+
+
+@asynccontextmanager
+async def serving(engine: Engine, process: Process) -> AsyncIterator[list[str]]:
+    """A peer that says yes to everything, and what it has heard; at the end it loses its connection and lives on."""
+    peer = await register(engine, process)
+    heard = [f"registered: {peer.told}"]
+
+    async def serve() -> None:
+        answer = None
+        with suppress(Unreachable):
+            while True:
+                command = await peer.next(answer)
+                heard.append(command.verb.value)
+                answer = Answer(command.serial, "ready")
+
+    task = asyncio.ensure_future(serve())
+    try:
+        yield heard
+    finally:
+        engine.muster.peers.leave(peer)
+        await task
+
+
+async def rests(host: VirtualHost, engine: Engine, *phases: Phase) -> None:
+    while engine.machine.phase not in phases:
+        await host.seen(lambda _event: True)
+
+
+async def frozen(host: VirtualHost, process: Process) -> Engine:
+    """A khod whose frozen producer has just lost its connection."""
+    engine = await host.started()
+    async with serving(engine, process):
+        await engine.activate()
+    return engine
+
+
+@in_virtual_time
+async def test_one_that_lives_and_does_not_come_back_is_not_undone(
+    host: VirtualHost, start: Callable[[], Living]
+) -> None:
+    process = start()
+    engine = await frozen(host, process.identity)
+    began, bound = now(), bound_seconds(engine.config.deadlines, engine.muster.everyone())
+    await rests(host, engine, Phase.failed, Phase.idle)
+    assert engine.machine.phase is Phase.failed
+    assert now() - began <= bound
+    assert host.verbs[-2:] == ["a thaw", "a cancel"], "it holds nobody else up"
+    (item,) = [item for item in engine.record.not_undone if item.producer == "kv"]
+    assert f"process {process.identity.pid} is frozen, alive and not connected" in item.why
+    with pytest.raises(Refused, match=r"kv\.service"):
+        await register(engine, start().identity, Owner(1000, "other.service"))
+    with pytest.raises(Refused, match=f"Process {process.identity.pid}") as refused:
+        await register(engine, start().identity)
+    assert "khoctl producers forget kv" in refused.value.remedy
+    engine = await host.started()
+    with pytest.raises(NotRolledBack, match="kv"):
+        await engine.abort()
+    process.end()
+    await engine.abort()
+    assert engine.machine.phase is Phase.idle
+
+
+@in_virtual_time
+async def test_one_that_comes_back_in_time_is_told(host: VirtualHost, start: Callable[[], Living]) -> None:
+    process = start().identity
+    engine = await frozen(host, process)
+    await host.seen(lambda event: event.phase is Phase.rolling_back)
+    async with serving(engine, process) as heard:
+        await rests(host, engine, Phase.failed, Phase.idle)
+        assert engine.machine.phase is Phase.idle
+        assert heard == ["registered: freeze", "thaw", "cancel"]
+
+
+@in_virtual_time
+async def test_one_that_has_ended_is_said_to_be_gone(host: VirtualHost, start: Callable[[], Living]) -> None:
+    process = start()
+    engine = await host.started()
+    async with serving(engine, process.identity):
+        await engine.activate()
+        process.end()
+    await rests(host, engine, Phase.failed, Phase.idle)
+    assert engine.machine.phase is Phase.idle
+    assert "not told: kv" in host.events[-1].message
+
+
+@in_virtual_time
+async def test_one_that_an_operator_gives_up_is_not_waited_for(host: VirtualHost, start: Callable[[], Living]) -> None:
+    engine = await frozen(host, start().identity)
+    await rests(host, engine, Phase.failed)
+    await engine.forget("kv")
+    async with serving(engine, start().identity) as heard:
+        await engine.abort()
+        assert heard == ["registered: freeze", "thaw", "cancel"]
+    assert engine.machine.phase is Phase.idle
+
+
+@in_virtual_time
+async def test_after_a_restart_of_khod_nobody_takes_the_place_of_one_that_lives(
+    host: VirtualHost, start: Callable[[], Living]
+) -> None:
+    """Stopped by SIGSTOP, it cannot connect; a second process of its unit would be thawed in its stead."""
+    process = start().identity
+    engine = await host.started()
+    async with serving(engine, process):
+        await engine.activate()
+        engine = host.engine()
+        starting = asyncio.ensure_future(engine.start())
+        await host.seen(lambda event: event.phase is Phase.rolling_back)
+        with pytest.raises(Refused, match=f"Process {process.pid}"):
+            await register(engine, start().identity)
+        async with serving(engine, process) as heard:
+            with pytest.raises(Failed, match="khod died"):
+                await starting
+            assert heard == ["registered: freeze", "thaw", "cancel"]
+
+
+@in_virtual_time
+async def test_nor_at_rest_before_it_has_ended_or_was_given_up(host: VirtualHost, start: Callable[[], Living]) -> None:
+    for given_up in (False, True):
+        process = start()
+        engine = await host.started()
+        await register(engine, process.identity)
+        engine.muster.peers.stop_remembering()
+        engine = await host.started()
+        with pytest.raises(Refused, match=f"Process {process.identity.pid}") as refused:
+            await register(engine, start().identity)
+        assert "khoctl producers forget kv" in refused.value.remedy
+        if given_up:
+            await engine.forget("kv")
+        else:
+            process.end()
+        engine.muster.peers.leave(await register(engine, start().identity))
