@@ -1,7 +1,6 @@
 """What a rollback says afterwards: what began it, and who was not there any more to hear of it."""
 
 import asyncio
-import os
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,9 @@ import pytest
 from khod.engine import Engine
 from khod.errors import Failed, NotRolledBack
 from khod.model import Phase
-from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Peer, Terms
 from khod.record import FILE, Owner
-from tests.unit.harness import ACTIVE, Host
+from tests.unit.harness import ACTIVE, Host, Living
 from tests.unit.scripted import Scripted, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time
 
@@ -44,10 +42,8 @@ async def answers(peer: Peer) -> None:
         answer = Answer(command.serial, "ready")
 
 
-async def frozen(engine: Engine, name: str) -> Peer:
-    process = process_of(os.getpid())
-    assert process is not None
-    peer = await engine.register(name, Owner(0, f"{name}.service"), process, Terms())
+async def frozen(engine: Engine, name: str, living: Living) -> Peer:
+    peer = await engine.register(name, Owner(0, f"{name}.service"), living.identity, Terms())
     serving = asyncio.ensure_future(answers(peer))
     await engine.activate()
     serving.cancel()
@@ -58,7 +54,9 @@ async def test_who_went_away_frozen_is_named_and_did_not_answer(tmp_path: Path) 
     """Its state went with it: to be told `thaw: ready` would send the operator to bed."""
     host = Host(tmp_path)
     engine = await host.started()
-    peer = await frozen(engine, "vm")
+    living = Living()
+    peer = await frozen(engine, "vm", living)
+    living.end()
     engine.muster.peers.leave(peer)
     await host.seen(lambda event: event.phase is Phase.idle and "Rolled back" in event.message)
     heard = [event for event in host.events if event.producer and event.producer.phase in ("thaw", "cancel")]
