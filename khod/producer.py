@@ -101,6 +101,7 @@ class Producer:
         self._socket = socket or Path(os.environ.get("KHOD_SOCKET", wire.SOCKET))
         self._connection: Connection | None = None
         self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
         self._counts = ""
         self._tokens = 0
         self._ahead: Mapping[str, Any] | None = None
@@ -113,19 +114,26 @@ class Producer:
         whether to begin empty. Raises KhoError: khod is not there, or refuses.
         """
         answer = self._begin()
-        threading.Thread(target=self._serve, args=(answer,), name="khod-producer", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, args=(answer,), name="khod-producer", daemon=True)
+        self._thread.start()
 
     def run(self) -> None:
         """Register and serve until `stop`. Raises KhoError as `start` does, not later: khod is waited for."""
         self._serve(self._begin())
 
     def stop(self) -> None:
-        """Leave. While a handover is under way this is a veto."""
+        """Leave. While a handover is under way this is a veto.
+
+        What it did for it stands: khod waits until the process has ended, or starts again and is told the undo.
+        """
         self._stopping.set()
         if self._connection is not None:
             self._connection.shut()
 
     def _begin(self) -> dict[str, Any]:
+        if self._thread is not None and self._stopping.is_set():  # started again after a stop
+            self._thread.join()
+            self._stopping.clear()
         return self._turn({}) if self._register() == "restore" else {}
 
     def _register(self) -> str:

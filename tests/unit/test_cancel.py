@@ -15,10 +15,9 @@ from khod.engine import Engine
 from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.kernel.simulated import Rebooted
 from khod.model import Phase
-from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Peer, Terms
 from khod.record import Owner
-from tests.unit.harness import Host
+from tests.unit.harness import Host, Living
 
 TOLD = ["a prepare", "a freeze"]
 UNDONE = [*TOLD, "a thaw", "a cancel"]
@@ -202,11 +201,9 @@ async def test_an_event_while_a_failed_step_is_held_ends_the_handover(host: Host
 # A producer that dies
 
 
-async def peer(engine: Engine, verbs: int) -> Peer:
+async def peer(engine: Engine, living: Living, verbs: int) -> Peer:
     """A producer that connects and says yes to so many verbs."""
-    process = process_of(os.getpid())
-    assert process is not None
-    made = await engine.register("p", Owner(0, "p.service"), process, Terms())
+    made = await engine.register("p", Owner(0, "p.service"), living.identity, Terms())
 
     async def answer() -> None:
         said = None
@@ -226,11 +223,13 @@ async def test_a_producer_that_dies_in_the_last_step_ends_the_handover(
     """It was frozen, and what it held went with it."""
     host.hook("a")
     engine = await host.started()
-    frozen = await peer(engine, 2)
+    living = Living()
+    frozen = await peer(engine, living, 2)
     operation, call = LAST_STEPS[step]
     gate = Gate(host.kernel, call, monkeypatch)
     handover = asyncio.ensure_future(operation(host, engine))
     await gate.reached.wait()
+    living.end()
     engine.muster.peers.leave(frozen)
     gate.open()
     with pytest.raises(Refused, match="Producer p went away"):
@@ -241,8 +240,10 @@ async def test_a_producer_that_dies_in_the_last_step_ends_the_handover(
 async def test_a_producer_that_dies_with_the_next_order_in_one_turn_comes_first(host: Host) -> None:
     host.hook("a")
     engine = await host.started()
-    frozen = await peer(engine, 2)
+    living = Living()
+    frozen = await peer(engine, living, 2)
     await engine.activate()
+    living.end()
     engine.muster.peers.leave(frozen)
     with pytest.raises(Refused, match="Producer p went away"):
         await host.kexec(engine)

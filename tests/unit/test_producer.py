@@ -614,11 +614,18 @@ def test_stop_at_rest_frees_the_name(kept_on: tuple[System, Khod], producer: Cal
 
 
 def test_stop_while_a_handover_waits_is_a_veto(kept_on: tuple[System, Khod], producer: Callable[..., Producer]) -> None:
+    """Its process lives and is frozen: khod waits for it, and tells it the undo when it starts again."""
     system, khod = kept_on
-    stops = producer()
+    heard: list[str] = []
+    verbs = ("prepare", "freeze", "thaw", "cancel")
+    stops = producer(**{verb: lambda step: heard.append(step.verb) for verb in verbs})
     assert khod.khoctl("activate").code == Exit.done
     stops.stop()
+    until(lambda: khod.khoctl("status", "--json").json["phase"] == "rolling_back", khod.process)
+    assert heard == ["prepare", "freeze"]
+    stops.start()
     until(lambda: khod.khoctl("status", "--json").json["phase"] == "idle", khod.process)
+    assert heard == [*verbs]
     assert "subject" in khod.khoctl("status", "--json").json["last_error"]
     at_rest(khod, system)
 
