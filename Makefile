@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint unit model lab bench deb kernels clean
+.PHONY: demo test lint unit model lab bench proof deb clean
 
 demo: $(VENV)/ready
 	@packaging/demo $(PY)
@@ -27,6 +27,10 @@ lab: $(VENV)/ready deb $(VENV)/lab-packages
 bench: $(VENV)/ready deb $(VENV)/lab-packages
 	$(PY) -m compileall -q khod khoctl
 	$(PY) -m tests.bench
+
+# All that is repeated, and the scenarios that `make test` leaves out. It takes hours: start it in the background.
+proof: $(VENV)/ready deb $(VENV)/lab-packages
+	$(PY) -m tests.proof
 
 deb: $(VENV)/deb-packages
 	packaging/build-deb

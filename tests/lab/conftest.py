@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.budget import PROOF
 from tests.lab import disk, saved
 from tests.lab import kernels as lab_kernels
 from tests.lab.guest import Guest
@@ -48,8 +49,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that boots something as `lab`, so that -m "not lab" leaves the quick ones; LONGEST first."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark every test that boots something as `lab`, so that -m "not lab" leaves the quick ones; LONGEST first.
+
+    What is marked `proof` is left out but in `make proof`.
+    """
+    if not PROOF:
+        left_out = [item for item in items if item.get_closest_marker("proof")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
         if BOOTING & set(getattr(item, "fixturenames", ())):
             item.add_marker("lab")

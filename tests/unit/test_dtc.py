@@ -9,16 +9,17 @@ import pytest
 from khod.errors import UsageError
 from khod.kernel.simulated import serialize
 from khod.trees.source import dts
+from tests.budget import repetitions
 from tests.dtc import agrees, compiles, dtc, reads
 from tests.unit.generated import tree
 from tests.unit.test_fdt import made
 
-GENERATED = 10_000
-READ = 200
+GENERATED = repetitions(10_000, test=1_000)
+READ = repetitions(200, test=50)
 """Of these also held against fdtget, which runs twice a node."""
 
 
-def test_10_000_generated_trees_compile_to_the_same_tree() -> None:
+def test_generated_trees_compile_to_the_same_tree() -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(lambda seed: compiles(tree(seed)), range(GENERATED), chunksize=100):
             pass

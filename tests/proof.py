@@ -1,0 +1,69 @@
+"""Run what takes too long for `make test`: every repetition, every scenario, a million rules of the model.
+
+`python -m tests.proof [PART...]` writes what each part printed below dist/proof, and the summary, with the commit it
+ran on, to tests/proof.txt. The summary is committed. Exits with 1 where a part failed.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+LOGS = REPOSITORY / "dist/proof"
+SUMMARY = REPOSITORY / "tests/proof.txt"
+PYTEST = ("-m", "pytest", "-n", "2", "--dist", "loadfile")
+PARTS = {
+    "unit": (*PYTEST, "tests/unit"),
+    "bugs": ("-m", "tests.model", "--bugs"),
+    "model": ("-m", "tests.model", "1000000", "1"),
+    "lab": (*PYTEST, "tests/lab"),
+}
+
+
+def git(*words: str) -> str:
+    """Give what git prints."""
+    return subprocess.run(["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(name: str) -> tuple[bool, str]:
+    """Run a part; whether it passed, and its line of the summary."""
+    log, began = LOGS / f"{name}.log", time.monotonic()
+    with log.open("wb") as output:
+        code = subprocess.run(
+            [sys.executable, *PARTS[name]],
+            cwd=REPOSITORY,
+            env=os.environ | {"KHO_PROOF": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        ).returncode
+    printed = log.read_text(errors="replace").split("\n")
+    last = next((line.strip("= ") for line in reversed(printed) if line.strip("= ")), "nothing was printed")
+    took = time.monotonic() - began
+    return code == 0, f"{name:6} {'passed' if code == 0 else f'FAILED ({code})'} in {took:.0f} s: {last}"
+
+
+def main() -> int:
+    """Run the parts that are named, or all of them."""
+    names = sys.argv[1:] or [*PARTS]
+    if unknown := sorted({*names} - PARTS.keys()):
+        print(f"No such part: {', '.join(unknown)}. There are: {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    LOGS.mkdir(parents=True, exist_ok=True)
+    changed = " and changes that are not committed" if git("status", "--porcelain", "--untracked-files=no") else ""
+    lines = [f"commit {git('rev-parse', 'HEAD')}{changed}, {time.strftime('%Y-%m-%d')}, {os.cpu_count()} processors"]
+    passed = True
+    for name in names:
+        good, line = run(name)
+        passed &= good
+        lines.append(line)
+        print(line, flush=True)
+    SUMMARY.write_text("\n".join([*lines, ""]))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
