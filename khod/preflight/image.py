@@ -223,7 +223,10 @@ def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
             'If you know that it does: policy.unknown_format = "warn" in /etc/kho/khod.toml',
         )
     if found.effect is not None:
-        return _mismatch(found, f"{name} {found.effect.value}: {evidence}")
+        held = any(one.kept for one in facts.record.producers) or any(
+            not one.incoming for one in facts.sighted.sessions
+        )
+        return _mismatch(found, f"{name} {found.effect.value}: {evidence}", held=held)
     if found.not_inspected:
         return Finding.warn(
             f"{name} reads what this kernel writes, as far as it was inspected: {evidence}",
@@ -232,10 +235,12 @@ def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
     return Finding.passed(f"{name} reads what this kernel writes: {evidence}")
 
 
-def _mismatch(found: Understood, evidence: str) -> Finding:
+def _mismatch(found: Understood, evidence: str, *, held: bool) -> Finding:
+    """Weigh it; `held` is whether a LUO session is there now whose files would be lost."""
     assert found.effect is not None, "asked before"
     if found.luo_off:
-        return Finding.warn(evidence, "Add it: --append liveupdate=on")
+        judge = Finding.fail if held else Finding.warn
+        return judge(evidence, "Add it: --append liveupdate=on")
     override = "off" if found.effect is Effect.panic else "warn"
     return Finding(
         RESULTS[found.effect],

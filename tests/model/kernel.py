@@ -23,7 +23,11 @@ V3, STATELESS, OTHER = "v3", "stateless", "other"
 """What a kernel is: v3's, one that has no active phase, and v3's in another format, which takes nothing over."""
 
 RELEASE = {V3: "6.8.0-kho-v3-simulated", STATELESS: "7.3.4-simulated", OTHER: "6.9.0-kho-v3-simulated"}
-CMDLINE = {V3: "root=/dev/sim rw kho_scratch=512M", STATELESS: "root=/dev/sim rw kho=on", OTHER: "root=/dev/sim rw"}
+CMDLINE = {
+    V3: "root=/dev/sim rw kho_scratch=512M liveupdate=on",
+    STATELESS: "root=/dev/sim rw kho=on liveupdate=on",
+    OTHER: "root=/dev/sim rw",
+}
 LOADED = {V3: "/sys/kernel/kexec_loaded", STATELESS: "/sys/kernel/kexec/loaded", OTHER: "/sys/kernel/kexec_loaded"}
 BLOB = "memblock"
 

@@ -29,6 +29,7 @@ from khod.producers.qemu import PAUSED, Qemu
 from khod.producers.unit import Unit
 from tests.unit.fakebus import FakeBus, Refusal, unit
 from tests.unit.harness import Host, Kernel, connect_apart
+from tests.unit.luo import offer
 from tests.unit.test_hooks import gone
 from tests.unit.test_qemu import HANG_UP, SILENCE, Vm
 
@@ -91,6 +92,7 @@ class LuoKernel(Kernel):
 
     def __init__(self, host: Host) -> None:
         super().__init__(host.directory / "kernel", host.store)
+        offer(self)
         self._names: dict[str, int] = {}
         self._files: dict[int, dict[int, int]] = {}
 

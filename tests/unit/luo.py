@@ -32,6 +32,7 @@ from tests.unit.harness import Host, Kernel, connect_apart
 from tests.unit.images import CPIO, bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, reply, until
 
+SWITCHED_ON = "liveupdate=on"
 NAME_SIZE = 64  # LIVEUPDATE_SESSION_NAME_LENGTH, the NUL included
 DIES_AT = "KHOD_DIES_AT"
 SITE = """\
@@ -213,9 +214,12 @@ class FakeLuo:
 
 
 def offer(kernel: SimulatedKernel) -> None:
-    """Show the device: whether it is there tells a kernel without LUO."""
+    """Show the device, and the parameter that switches it on: whether it is there tells a kernel without LUO."""
     kernel.at(LIVEUPDATE).parent.mkdir(exist_ok=True)
     kernel.at(LIVEUPDATE).touch()
+    line = kernel.at("/proc/cmdline")
+    if SWITCHED_ON not in (words := line.read_text().split()):
+        line.write_text(" ".join([*words, SWITCHED_ON]) + "\n")
 
 
 # In this process

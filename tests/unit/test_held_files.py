@@ -5,12 +5,13 @@ import os
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from khod.engine import Engine
-from khod.errors import KhoError, Unreachable
+from khod.errors import KhoError, Refused, Unreachable
 from khod.kernel.simulated import Rebooted
 from khod.model import Kept, Phase
 from khod.producers.barrier import Telling, Verb
@@ -184,3 +185,25 @@ async def test_a_session_that_was_closed_is_no_yes(host: LuoHost, fds: list[int]
         with pytest.raises(KhoError, match="preserved no more"):
             await host.kexec(engine)
     assert "reboot" not in host.kernel.calls
+
+
+@pytest.mark.parametrize("verb", ["prepare", "freeze"])
+async def test_a_next_kernel_with_luo_off_is_refused_where_there_are_files(
+    host: LuoHost, fds: list[int], verb: str
+) -> None:
+    engine, giver = await host.started(), Giver()
+    giver.add(verb, ("table", 1, fds[0]))
+    async with giver.serving(engine):
+        with host.request() as request, pytest.raises(Refused, match=r"LUO is off in the next kernel.* kv"):
+            await engine.kexec(replace(request, remove=("liveupdate",)))
+        assert engine.machine.phase is Phase.idle
+        assert (host.kernel.active, host.kernel.loaded) == (False, False)
+        with pytest.raises(Rebooted):
+            await host.kexec(engine)
+
+
+async def test_a_next_kernel_with_luo_off_is_taken_where_there_are_no_files(host: LuoHost) -> None:
+    engine = await host.started()
+    async with Giver().serving(engine):
+        with host.request() as request, pytest.raises(Rebooted):
+            await engine.kexec(replace(request, remove=("liveupdate",)))

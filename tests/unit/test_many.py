@@ -1,4 +1,4 @@
-"""Many producers: a thousand pass the barrier together, more than are taken harm nobody, users do not hinder each other."""
+"""Many producers: a thousand pass the barrier together, too many harm nobody, users do not hinder each other."""
 
 import grp
 import json
