@@ -4,7 +4,7 @@ import selectors
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -158,6 +158,7 @@ def watched(begin: Callable[[Client], None], answer: Callable[[Client], T], *, q
         except KeyboardInterrupt:
             raise Detached(shown.last) from None  # at once: nobody is asked anything more
         except Unreachable:
+            _drain(watcher, shown)  # where khod has gone, its last event says why
             if shown.last is not Phase.executing:
                 raise
             require_jump(before.boot_id)
@@ -209,12 +210,13 @@ def _too_long() -> Unreachable:
 
 
 def _show_until(calling: Client, watcher: Client, shown: Shown) -> None:
-    """Show events until the operation is answered."""
+    """Show events until the operation is answered. Where there are none, ask meanwhile whether khod still answers."""
     limit = timeout()
     ends = None if limit is None else time.monotonic() + limit
-    with selectors.DefaultSelector() as selector:
+    with selectors.DefaultSelector() as selector, ExitStack() as stack:
         for connection in (calling, watcher):
             selector.register(connection, selectors.EVENT_READ)
+        probe: Client | None = None
         while not calling.waiting:
             left = SLOW if ends is None else min(SLOW, ends - time.monotonic())
             if left <= 0:
@@ -222,12 +224,22 @@ def _show_until(calling: Client, watcher: Client, shown: Shown) -> None:
             ready = [key.fileobj for key, _events in selector.select(left)]
             if not ready:
                 shown.wait()
-                with client() as asking:
-                    asking.status()  # whether khod is still there to answer
+                if probe is None:
+                    probe = stack.enter_context(client())
+                    probe.ask("Status")
+                    selector.register(probe, selectors.EVENT_READ)
+                else:
+                    probe.check_overdue()
+            if watcher in ready and not _heard(watcher, shown):
+                selector.unregister(watcher)
             if calling in ready:
                 calling.receive()
-            elif watcher in ready and not _heard(watcher, shown):
-                selector.unregister(watcher)
+            if probe is not None and probe in ready:
+                probe.receive()
+                if probe.waiting:
+                    selector.unregister(probe)
+                    stack.close()
+                    probe = None
 
 
 def _heard(watcher: Client, shown: Shown) -> bool:
@@ -239,6 +251,13 @@ def _heard(watcher: Client, shown: Shown) -> bool:
     except KhoError:
         return False
     return watcher.more
+
+
+def _drain(watcher: Client, shown: Shown) -> None:
+    """Show what comes until khod has closed the connection, for at most LAST_WORDS seconds."""
+    deadline = time.monotonic() + LAST_WORDS
+    while watcher.readable(deadline - time.monotonic()) and _heard(watcher, shown):
+        pass
 
 
 def _last_words(calling: Client, watcher: Client, shown: Shown) -> None:

@@ -47,17 +47,26 @@ class Client(Connection):
     def reply(self) -> Mapping[str, Any]:
         """Wait for the next reply until the deadline of its call."""
         while not self.waiting:
-            ends = math.inf if self._limit is None else self._began + self._limit
-            wake = min(self._slow, ends)
+            wake = min(self._slow, self._ends)
             if self.readable(None if wake == math.inf else wake - time.monotonic()):
                 self.receive()
-            elif (now := time.monotonic()) >= ends:
-                raise Unreachable(f"khod has not answered within {self._limit:g} s", where=self._path, remedy=JOURNAL)
-            elif now >= self._slow:
-                self._slow = math.inf
-                self._on_slow(self)
+            else:
+                self.check_overdue()
         self._slow = math.inf
         return super().reply()
+
+    @property
+    def _ends(self) -> float:
+        return math.inf if self._limit is None else self._began + self._limit
+
+    def check_overdue(self) -> None:
+        """Call `on_slow`, once, where the last call has taken so long; Unreachable where its deadline is over."""
+        now = time.monotonic()
+        if now >= self._ends:
+            raise Unreachable(f"khod has not answered within {self._limit:g} s", where=self._path, remedy=JOURNAL)
+        if now >= self._slow:
+            self._slow = math.inf
+            self._on_slow(self)
 
     def status(self) -> Status:
         """How it stands."""

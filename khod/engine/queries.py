@@ -94,13 +94,14 @@ class Queries:
         """Tell how it stands, also while khod starts.
 
         Asks the kernel only while no operation does, and waits for it no longer than
-        deadlines.observe: reading `active` blocks while the kernel serializes.
+        deadlines.observe: reading `active` blocks while the kernel serializes. While the host is on its way
+        into the next kernel nobody is asked: systemd stops khod then, and whoever asked would get no answer.
         """
         deadline = self._config().deadlines.observe
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline):
                 await self._known.wait()
-        busy = self._busy.locked()
+        busy = self._busy.locked() or self._transaction.phase is Phase.executing
         observed = None if busy else await self._observer.try_observe(deadline)
         sighted = self.sighted if busy else await self._sighted_within(deadline)
         try:

@@ -102,6 +102,19 @@ async def test_a_request_that_comes_through_while_it_is_called_off_is_not_undone
     assert nothing_undone(host)
 
 
+@in_virtual_time
+async def test_whoever_asked_for_the_jump_is_answered_at_once(
+    host: VirtualHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd stops khod next, which waits two seconds for its answers to be taken."""
+    engine = await executing(host, down=True)
+    monkeypatch.setattr(engine._observer, "try_observe", hangs)
+    monkeypatch.setattr(engine.queries, "_sighted_within", hangs)
+    began = now()
+    assert (await engine.status()).phase is Phase.executing
+    assert now() == began
+
+
 # Requests that do not come back
 
 

@@ -28,7 +28,8 @@ from tests.unit.test_render import status
 LAST = "last"
 """In a reply: after this one the connection ends."""
 
-Replies = Callable[[str, int], dict[str, Any] | None]
+Answers = dict[str, Any] | Iterator[dict[str, Any] | None] | None
+Replies = Callable[[str, int], Answers]
 """A method's short name and how often it was called before, to its reply's parameters; None: hang up."""
 
 
@@ -65,14 +66,15 @@ class Fake:
                     self.calls.append(method)
                     if method in self._silent:
                         continue
-                    parameters = self._replies(method, self.calls.count(method) - 1)
-                    if parameters is None:
-                        return
-                    last = parameters.pop(LAST, False)
-                    reply = {"parameters": parameters, **({"continues": True} if call.get("more") else {})}
-                    connection.sendall(json.dumps(reply).encode() + b"\0")
-                    if last:
-                        return
+                    found = self._replies(method, self.calls.count(method) - 1)
+                    for parameters in found if isinstance(found, Iterator) else (found,):
+                        if parameters is None:
+                            return
+                        last = parameters.pop(LAST, False)
+                        reply = {"parameters": parameters, **({"continues": True} if call.get("more") else {})}
+                        connection.sendall(json.dumps(reply).encode() + b"\0")
+                        if last:
+                            return
 
     def close(self) -> None:
         self._listening.shutdown(socket.SHUT_RDWR)
@@ -88,7 +90,7 @@ def fake(path: Path, replies: Replies, *silent: str) -> Iterator[Fake]:
         made.close()
 
 
-def in_phase(phase: Phase, boots: tuple[str, ...] = ("one",)) -> Replies:
+def in_phase(phase: Phase, boots: tuple[str, ...] = ("one",)) -> Callable[[str, int], dict[str, Any] | None]:
     """A khod in this phase, in the first boot at the first call of Status and so on, that dies at every operation."""
 
     def replies(method: str, before: int) -> dict[str, Any] | None:
@@ -133,6 +135,37 @@ def test_an_operation_may_take_long_while_khod_answers_and_ends_where_it_does_no
     assert ended.code == Exit.unreachable
     assert "khod has not answered within 3 s" in ended.err
     assert made.calls.count("Status") == 4
+
+
+def test_what_happens_is_seen_while_khod_is_asked_whether_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked in the blackout and had no time to answer: the jump that came was taken for a khod that died."""
+    monkeypatch.setattr(progress, "SLOW", 0.01)
+    asked = threading.Event()
+
+    def events() -> Iterator[dict[str, Any] | None]:
+        yield {"event": model(Event(1.0, Phase.idle, "", "run"))}
+        asked.wait(DEADLINE)
+        yield {"event": model(Event(2.0, Phase.executing, "execute began", "run"))}
+        yield None
+
+    def replies(method: str, before: int) -> Answers:
+        if method == "Monitor":
+            return events()
+        if method == "Status" and before == 1:
+            asked.set()
+            return None
+        if method == "Kexec":
+            asked.wait(DEADLINE)
+            return None
+        return in_phase(Phase.idle, ("one", "one", "two"))(method, before)
+
+    with fake(tmp_path / "socket", replies):
+        ended = cli(tmp_path / "socket", "kexec")
+    assert ended.code == Exit.done, ended.err
+    assert "execute began" in ended.err
+    assert "The host jumped" in ended.err
 
 
 def test_an_operation_ends_for_the_operator_when_the_time_given_is_over(tmp_path: Path) -> None:
