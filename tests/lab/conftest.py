@@ -52,16 +52,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark every test that boots something as `lab`, so that -m "not lab" leaves the quick ones; LONGEST first.
 
-    What is marked `proof` is left out but in `make proof`.
+    What is marked `proof` is left out but in `make proof`; with an argument only where that is the test's `host`.
     """
     if not PROOF:
-        left_out = [item for item in items if item.get_closest_marker("proof")]
+        left_out = [item for item in items if any(_only_proof(item, mark) for mark in item.iter_markers("proof"))]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     for item in items:
         if BOOTING & set(getattr(item, "fixturenames", ())):
             item.add_marker("lab")
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def _only_proof(item: pytest.Item, mark: pytest.Mark) -> bool:
+    """Whether a mark `proof` leaves this test out."""
+    return not mark.args or (isinstance(item, pytest.Function) and item.callspec.params.get("host") in mark.args)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -101,7 +106,7 @@ def packages() -> list[Path]:
 def lab_disk(kernels: Find, packages: list[Path]) -> Path:
     """Give the disk for scenarios: the project's packages installed, all kernels, an initrd, and the v3 module."""
     module = kernels("7.3.4").module()
-    versions = (*lab_kernels.VERSIONS, lab_kernels.SIGNED)
+    versions = (*lab_kernels.VERSIONS, lab_kernels.SIGNED, lab_kernels.UPGRADE, lab_kernels.NEXT_LUO)
     files = disk.standard_files([kernels(version) for version in versions], module)
     return disk.build(packages, files)
 
@@ -127,21 +132,21 @@ def online(request: pytest.FixtureRequest, kernels: Find, tmp_path: Path) -> Ite
     """Give a function that goes on with a guest of a kernel version that was booted and saved before.
 
     It has everything a kernel may hand over, and a port for hotplug: the more alike the guests, the fewer boots. The
-    disk is lab_disk unless one is given as `disk`. The guests end with the test.
+    disk is lab_disk unless one is given as `disk`, `kho` what switches KHO and LUO on. The guests end with the test.
     """
     with ExitStack() as stack:
 
-        def go_on(version: str, *, disk: Path | None = None) -> Guest:
+        def go_on(version: str, *, disk: Path | None = None, kho: str = KHO) -> Guest:
             image = disk or request.getfixturevalue("lab_disk")
             log = _console(request.node, tmp_path, version)
-            return stack.enter_context(usual(kernels(version), image, log))
+            return stack.enter_context(usual(kernels(version), image, log, kho))
 
         yield go_on
 
 
-def usual(kernel: lab_kernels.Kernel, disk: Path, console_log: Path) -> Guest:
+def usual(kernel: lab_kernels.Kernel, disk: Path, console_log: Path, kho: str = KHO) -> Guest:
     """Give the guest of `online`, for a fixture of another scope."""
-    return saved.resumed(kernel, disk, console_log=console_log, cmdline_extra=f"{KHO} {TRACE}", qemu_extra=HOTPLUG)
+    return saved.resumed(kernel, disk, console_log=console_log, cmdline_extra=f"{kho} {TRACE}", qemu_extra=HOTPLUG)
 
 
 def _console(item: pytest.Item, folder: Path, version: str) -> Path:

@@ -16,6 +16,7 @@ IMAGES = "/lab/kernels"
 INITRD = "/lab/initrd.img"
 MODULE = "/lab/kho_v3.ko"
 KHO = "kho=on liveupdate=on"
+LUO_OFF = "kho=on"
 TRACE = "reserve_mem=12M:4096:trace trace_instance=boot_map@trace"
 HOTPLUG = ("-device", "pcie-root-port,id=hot,chassis=1,slot=1")
 OUT = "/sys/kernel/debug/kho/out"

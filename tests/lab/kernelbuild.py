@@ -18,6 +18,8 @@ from tests.lab.process import call
 
 FRAGMENT = Path(__file__).parent / "kernel.config"
 SIGNED_FRAGMENT = Path(__file__).parent / "kernel-signed.config"
+SIGNED = "signed"
+ABI = "include/linux/kho/abi"  # where the formats' names stand, since Linux 6.19
 KEY, CERTIFICATE = "lab.key", "lab.pem"  # made for one kernel; the certificate's name stands in SIGNED_FRAGMENT
 # Without these a kernel is of no use here; whatever else the fragment wants may be missing in one version or another.
 NEEDED = (
@@ -58,12 +60,14 @@ def make(tree: Path, *goals: str | Path) -> None:
     call(["nice", "-n", "19", "make", "-C", tree, f"-j{os.cpu_count() or 1}", *goals])
 
 
-def build(version: str, target: Path, *, signed: bool = False) -> None:
+def build(version: str, target: Path, variant: str = "") -> None:
     """Make the directory `target` with bzImage, config and devel.tar.zst of an upstream kernel version.
 
-    A `signed` one loads signed images alone; its own signature, key and certificate are made here. LabError, saying
-    which versions there are, if the archive no longer has this one.
+    The variant `signed` loads signed images alone; its own signature, key and certificate are made here. `luoN` and
+    `memfdN` speak another version of that format. LabError, saying which versions there are, if the archive no longer
+    has this one.
     """
+    signed = variant == SIGNED
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="linux-") as name:
         tarball = KernelArchive().tarball(version, Path(name))
         print(f"building {version} from {tarball.name}", flush=True)
@@ -72,6 +76,8 @@ def build(version: str, target: Path, *, signed: bool = False) -> None:
         call(["tar", "--extract", "--strip-components=1", "--file", tarball, "--directory", tree])
         if signed:
             make_key(tree)
+        elif variant:
+            change_format(tree, variant)
         configure(tree, signed=signed)
         print(f"configured {tree}; compiling", flush=True)
         make(tree, "bzImage")
@@ -84,6 +90,19 @@ def build(version: str, target: Path, *, signed: bool = False) -> None:
             sign(target / "bzImage", tree / KEY, tree / CERTIFICATE)
         shutil.copy(tree / ".config", target / "config")
         pack_devel(tree, target / "devel.tar.zst")
+
+
+def change_format(tree: Path, variant: str) -> None:
+    """Give a format another version in a kernel tree: `luo6` makes every "luo-vN" a "luo-v6". LabError."""
+    found = re.fullmatch(r"([a-z]+)([0-9]+)", variant)
+    family, number = found.groups() if found else (variant, "")
+    changed = 0
+    for header in sorted((tree / ABI).glob("*.h")):
+        text, count = re.subn(rf'"{family}-v[0-9]+"', f'"{family}-v{number}"', header.read_text())
+        header.write_text(text)
+        changed += count
+    if not changed:
+        raise LabError(f"{ABI} has no format that makes the variant {variant} of this kernel")
 
 
 def make_key(folder: Path) -> None:

@@ -19,6 +19,9 @@ from tests.lab.errors import LabError
 ENVIRONMENT = "KHO_LAB_KERNELS"
 VERSIONS = ("6.18.15", "6.19.11", "7.3.4")  # a stock kernel for each generation of KHO; v3 is a module on 7.3.4
 SIGNED = "7.3.4-signed"  # a variant of its own: signed, and it loads nothing that is not
+UPGRADE = "7.2.12"  # another release that speaks the formats of 7.3.4
+NEXT_LUO = "7.2.12-luo6"  # a variant of it that speaks another format of LUO's
+MEMFD = "7.2.12-memfd3"  # and one that hands memfds over in another format
 MODULE = Path(__file__).parent / "module"
 
 
@@ -67,11 +70,11 @@ def look(version: str) -> Kernel | None:
 
 
 def build(version: str) -> Kernel:
-    """Build a kernel into the cache, unless it is there; VERSION-signed is a variant of VERSION."""
+    """Build a kernel into the cache, unless it is there; VERSION-VARIANT is a variant of VERSION, see kernelbuild."""
     target = cache.directory() / "kernels" / version
-    upstream = version.removesuffix("-signed")
+    upstream, _, variant = version.partition("-")
     try:
-        cache.once(target, lambda path: kernelbuild.build(upstream, path, signed=upstream != version))
+        cache.once(target, lambda path: kernelbuild.build(upstream, path, variant))
     except LabError as error:
         places = ", ".join(str(folder / version) for folder in folders())
         raise LabError(f"no kernel {version} in {places}, and building it failed: {error}") from error
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         match arguments:
             case ["list"]:
-                for version in (*VERSIONS, SIGNED):
+                for version in (*VERSIONS, SIGNED, UPGRADE, NEXT_LUO, MEMFD):
                     kernel = look(version)
                     print(f"{version}: {kernel.bzimage if kernel else 'not here'}")
                 print(f"listed in the archive: {' '.join(KernelArchive().versions(SOURCE_PACKAGE))}")

@@ -98,6 +98,7 @@ def test_the_kernel_says_the_same_to_the_page(host: Host, scratch: list[Region],
         assert tried(host, initrd) is None, initrd
 
 
+@pytest.mark.proof
 def test_one_mib_too_much_is_refused_before_anyone_is_told(host: Host, scratch: list[Region], kernel: Kernel) -> None:
     host.guest.put("/etc/kho/producers.d/noted.toml", HOOK)
     host.archive("/var/tmp/large", edge(kernel, scratch) + MIB)
@@ -113,6 +114,7 @@ def test_one_mib_too_much_is_refused_before_anyone_is_told(host: Host, scratch: 
     assert host.word("/sys/kernel/kexec/loaded") == "0"
 
 
+@pytest.mark.proof
 def test_one_mib_less_than_the_most_is_loaded(host: Host, scratch: list[Region], kernel: Kernel) -> None:
     host.archive("/var/tmp/large", edge(kernel, scratch) - MIB)
     host.khoctl("kexec", "--image", IMAGE, "--initrd", "/var/tmp/large", "--load-only")

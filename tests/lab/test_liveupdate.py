@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.lab.conftest import REPOSITORY, Online
 from tests.lab.guest import Guest
 from tests.lab.host import IMAGES, INITRD
@@ -284,6 +286,7 @@ def show(guest: Guest, *words: str) -> str:
     return guest.run(["systemctl", "show", *words]).stdout.strip()
 
 
+@pytest.mark.proof
 def test_the_service_manager_carries_sessions(online: Online, plain_disk: Path) -> None:
     """What the kernel takes and refuses; then `systemctl kexec`, with sessions in a unit's store."""
     guest = prepared(online, plain_disk, "keep")

@@ -1,5 +1,7 @@
 """Producers on real kernels: what they hold arrives, and whoever refuses or changes the hardware ends it for all."""
 
+import pytest
+
 from tests.lab.conftest import Online
 from tests.lab.host import Host
 from tests.lab.store import check_arrived, fill, start_store
@@ -7,6 +9,7 @@ from tests.lab.store import check_arrived, fill, start_store
 MEBIBYTES = 64
 
 
+@pytest.mark.proof
 def test_a_key_value_store_keeps_its_data_over_two_handovers(online: Online) -> None:
     """The second with khod killed and started again half-way."""
     host = Host(online("7.3.4"))

@@ -120,6 +120,7 @@ def test_an_image_the_kernel_would_not_take(host: Host, make: str, says: str) ->
     idle(host)
 
 
+@pytest.mark.proof
 def test_an_initrd_too_large_for_scratch_is_refused_before_anyone_is_told(host: Host) -> None:
     """The initrd alone is larger than any scratch region; with the check off only the kernel itself finds out."""
     host.archive("/tmp/large", max(region.size for region in host.scratch()) + (1 << 20))
@@ -155,7 +156,14 @@ def test_stopping_the_service_while_active_rolls_back(host: Host) -> None:
     idle(host)
 
 
-@pytest.mark.parametrize("words", [("activate",), ("kexec", *image("7.3.4"), "--load-only")], ids=["active", "loaded"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("activate",), marks=pytest.mark.proof),
+        ("kexec", *image("7.3.4"), "--load-only"),
+    ],
+    ids=["active", "loaded"],
+)
 def test_khod_killed_and_started_again_rolls_back(host: Host, words: tuple[str, ...]) -> None:
     host.khoctl(*words)
     host.guest.run(["systemctl", "kill", "--signal=SIGKILL", "kho-handover"])
@@ -268,6 +276,7 @@ def test_a_load_attempted_while_kexec_load_is_disabled(host: Host) -> None:
     idle(host)
 
 
+@pytest.mark.proof
 def test_a_reset_instead_of_the_jump_is_a_cold_boot(host: Host) -> None:
     host.guest.reset()
     host.guest.wait_online()

@@ -72,6 +72,9 @@ restore = ["true"]
 """
 
 
+NEWER = """sed -i 's/"version": 1/"version": 2/' handover.json"""
+
+
 @pytest.fixture(scope="module", params=["7.3.4", V3])
 def host(request: pytest.FixtureRequest, lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Give one host with the key-value store on it to the cases of a kernel interface."""
@@ -106,6 +109,7 @@ def everything_held(host: Host) -> None:
     assert host.word("/sys/kernel/kexec_loaded") == "1"
 
 
+@pytest.mark.proof("7.3.4")
 def test_a_thaw_that_hangs_in_the_kernel_keeps_nobody_else_frozen(host: Host, tmp_path: Path) -> None:
     """`db` is thawed before `storage` and writes to what that one has frozen: it sleeps where no signal reaches it."""
     call(["mke2fs", "-q", "-t", "ext4", tmp_path / "pool", "2M"])
@@ -138,6 +142,7 @@ def test_a_thaw_that_hangs_in_the_kernel_keeps_nobody_else_frozen(host: Host, tm
     host.shell(f"umount {POOL}; rm -r {POOL} {POOL}.img /etc/kho/khod.toml.d/safety.toml")
 
 
+@pytest.mark.proof(V3)
 def test_khod_killed_while_it_rolls_back_is_started_again_and_goes_on(host: Host) -> None:
     host.guest.put("/run/slow-thaw", SLOW_THAW)
     hooks(host, slow=SLOW, ticker='unit = "ticker.service"\n')
@@ -177,6 +182,7 @@ def test_a_handover_waits_for_the_producers_of_before_khod_was_restarted(host: H
     host.khoctl("abort")
 
 
+@pytest.mark.proof
 @only_stateless
 def test_an_abort_while_systemd_takes_the_host_down_is_refused(host: Host) -> None:
     host.guest.put("/run/systemd/system/slow.service", SLOW_TO_STOP)
@@ -197,8 +203,8 @@ def test_an_abort_while_systemd_takes_the_host_down_is_refused(host: Host) -> No
     ("damage", "words", "says"),
     [
         ("head -c 200 handover.json > cut; mv cut handover.json", (), "cannot be understood"),
-        ("""sed -i 's/"version": 1/"version": 2/' handover.json""", ("--now",), "version 2"),
-        ("rm handover.json", ("--now",), "no record is left"),
+        pytest.param(NEWER, ("--now",), "version 2", marks=pytest.mark.proof),
+        pytest.param("rm handover.json", ("--now",), "no record is left", marks=pytest.mark.proof),
     ],
     ids=["cut", "newer", "removed"],
 )
@@ -220,6 +226,7 @@ def test_a_record_that_cannot_be_read_after_the_jump_loses_nothing(
     assert says in status["last_error"]
 
 
+@pytest.mark.proof(V3)
 def test_a_reboot_by_somebody_else_in_the_middle_of_freezing(request: pytest.FixtureRequest, host: Host) -> None:
     """Seen with systemd 262: `systemctl reboot` is a kexec where an image is loaded, as it is by then on 7.3.4.
 

@@ -4,6 +4,8 @@ import shutil
 import struct
 from pathlib import Path
 
+import pytest
+
 from tests.lab.conftest import Find, Online
 from tests.lab.host import INITRD, Host, image
 from tests.lab.kernels import SIGNED
@@ -37,6 +39,7 @@ def untouched(host: Host) -> None:
     assert host.shell("test -e /run/frozen -a ! -e /run/thawed && echo left || true") == ""
 
 
+@pytest.mark.proof
 def test_only_what_is_signed_goes_over(online: Online, kernels: Find, tmp_path: Path) -> None:
     host = Host(online(SIGNED))
     host.guest.put("/etc/kho/producers.d/hook.toml", HOOK)

@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.lab import disk, packages
 from tests.lab.conftest import Find, Online
 from tests.lab.guest import CMDLINE
@@ -60,6 +62,7 @@ def touched(host: Host) -> list[str]:
     ]
 
 
+@pytest.mark.proof
 def test_an_installed_kernel_a_unified_image_and_entries_of_both_types(
     online: Online, kernels: Find, tmp_path: Path
 ) -> None:

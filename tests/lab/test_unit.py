@@ -157,6 +157,7 @@ def test_what_is_at_rest_is_left_as_it_is(host: Host, how: str) -> None:
     host.shell("systemctl thaw rest")
 
 
+@pytest.mark.proof
 def test_a_freeze_that_misses_its_deadline_is_thawed(host: Host) -> None:
     # A process that writes to a frozen file system sleeps where no freezer and no signal reaches it.
     host.shell("fsfreeze -f /mnt")
@@ -177,6 +178,7 @@ def test_a_freeze_that_misses_its_deadline_is_thawed(host: Host) -> None:
     assert "frozen 0" in host.word("/sys/fs/cgroup/system.slice/writer.service/cgroup.events")
 
 
+@pytest.mark.proof
 def test_a_stop_that_misses_its_deadline_is_taken_back(host: Host) -> None:
     freeze, thaw = told(host, "slow.service", "freeze", "thaw", how="stop", note="running", deadline=5)
     assert (freeze[0], thaw[0]) == ("no answer", "no answer")  # the start waits until the stop has ended
@@ -233,6 +235,7 @@ def test_a_unit_that_dies_frozen_is_not_put_back(host: Host) -> None:
     host.shell("systemctl reset-failed mortal; systemctl start mortal")  # nothing refers to it: systemd forgets
 
 
+@pytest.mark.proof
 def test_systemd_starts_anew_while_a_unit_is_frozen(host: Host) -> None:
     assert told(host, "count.service", "prepare", "freeze")[1][0] == "ready"
     host.shell("systemctl daemon-reexec")
@@ -241,6 +244,7 @@ def test_systemd_starts_anew_while_a_unit_is_frozen(host: Host) -> None:
     assert counts(host, 20)
 
 
+@pytest.mark.proof
 def test_a_kexec_goes_past_a_frozen_unit_and_the_next_kernel_starts_it(online: Online, plain_disk: Path) -> None:
     host = Host(online("7.3.4", disk=plain_disk))
     host.guest.wait_online()

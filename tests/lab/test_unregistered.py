@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from tests.lab.conftest import Online
 from tests.lab.host import Host, image
 
@@ -80,6 +82,7 @@ def test_an_orderly_shutdown_ends_what_no_store_keeps(online: Online) -> None:
     assert "test-session" in status["last_error"]
 
 
+@pytest.mark.proof
 def test_a_jump_at_once_keeps_them_for_their_owner(online: Online) -> None:
     host = Host(online(VERSION))
     start(host, "plain", "make", "test-session", "again")

@@ -1,5 +1,7 @@
 """Hosts that cannot hand over: khod runs there, touches nothing, and says what is missing and what to add."""
 
+import pytest
+
 from tests.lab import stock
 from tests.lab.conftest import Boot, Online
 from tests.lab.host import Host, image
@@ -29,6 +31,7 @@ def refuses(host: Host, *said: str) -> None:
     assert host.word("/sys/kernel/kexec_loaded") == "0"
 
 
+@pytest.mark.proof
 def test_a_kernel_without_kho(boot: Boot) -> None:
     """Debian's own kernel, first by its symbols alone, then with its configuration where its package would put it."""
     debian = stock.find()
@@ -44,6 +47,7 @@ def test_a_kernel_without_kho(boot: Boot) -> None:
     assert said[0] in host.khoctl("check", code=4).stdout
 
 
+@pytest.mark.proof
 def test_kho_switched_off(boot: Boot) -> None:
     host = Host(boot("7.3.4"))
     assert host.guest.wait_online() == "running"
