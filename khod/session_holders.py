@@ -21,6 +21,9 @@ from khod.systemctl import BOOTED, Ask, ask_manager
 from khod.systemctl import ask as ask_systemd
 from khod.text import join_names, printable
 
+COMM_LENGTH = 15
+"""Characters that the kernel keeps of a command's name (TASK_COMM_LEN less one)."""
+
 LINK = "anon_inode:[luo_session]"
 OF_SYSTEMD = "systemd"
 """The session that systemd itself makes for its stores on the way down (since 261)."""
@@ -148,6 +151,10 @@ def _process(calls: Calls, pid: int) -> Process:
     with suppress(OSError):
         command = calls.read(f"/proc/{pid}/comm").decode(errors="replace").removesuffix("\n")
         cgroup = calls.read(f"/proc/{pid}/cgroup").decode(errors="replace")
+        if len(command) == COMM_LENGTH:
+            first = calls.read(f"/proc/{pid}/cmdline").split(b"\0")[0].decode(errors="replace")
+            whole = first.rpartition("/")[2]
+            command = whole if whole.startswith(command) else command
     return Process(pid, command, tuple(units_in(cgroup)))
 
 

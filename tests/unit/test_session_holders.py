@@ -155,6 +155,22 @@ def test_what_khod_may_not_look_at_is_said(proc: Proc, monkeypatch: pytest.Monke
     assert "1 process" in seen.unseen
 
 
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (b"/usr/lib/luo_kexec_simple\0-s\x001\0", "luo_kexec_simple"),
+        (b"luo_kexec_simple\0", "luo_kexec_simple"),
+        (b"python3\0/usr/bin/x\0", "luo_kexec_simpl"),
+        (b"", "luo_kexec_simpl"),
+    ],
+)
+def test_a_long_name_of_a_command_is_shown_whole(proc: Proc, command: bytes, shown: str) -> None:
+    proc.process(12, "luo_kexec_simpl", "/system.slice/test.service", f"{LINK} state")
+    (proc.root / "proc/12/cmdline").write_bytes(command)
+    (session,) = find(proc, ask=lambda _command: None).sessions
+    assert session.holder == f"{shown} (process 12, test.service)"
+
+
 @pytest.mark.parametrize("gone", ["listdir", "readlink"])
 def test_a_process_that_ends_meanwhile_has_none(proc: Proc, monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
     proc.process(12, "db", "/system.slice/db.service", f"{LINK} db")
