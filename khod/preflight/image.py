@@ -9,8 +9,8 @@ from khod.formats import Answer, Effect, Understood, next_kho, understood
 from khod.images.accepted import INITRD
 from khod.images.kernel import Kernel, Signature
 from khod.kernel import host
-from khod.kernel.built import is_not_set
-from khod.kernel.next_arg import parse, switched
+from khod.kernel.built import is_not_set, is_set
+from khod.kernel.next_arg import kernel_args, parse, switched
 from khod.kernel.placement import NoRoom, place, segments
 from khod.kernel.written import written
 from khod.model import CheckResult, Fate, Generation
@@ -79,8 +79,10 @@ def _no_initrd(target: Target, about: Kernel | None) -> Finding:
         return Finding.passed(f"{what}; the image has an initramfs built in (CONFIG_INITRAMFS_SOURCE)")
     if not (no_root := _no_root(target)):
         return Finding.passed(f"{what}; the kernel mounts root= by itself")
-    return Finding.fail(
-        f"{'No initrd' if target.initrd is None else what}, and {no_root}: the next kernel would panic",
+    return _without_root(
+        target,
+        about,
+        f"{'No initrd' if target.initrd is None else what}, and {no_root}",
         "Give --initrd, or the root with --append root=...",
     )
 
@@ -134,8 +136,10 @@ def _archives(target: Target, about: Kernel | None) -> Finding:
             f"{what}, and no /{init} in it: the kernel mounts root= by itself",
             "Be sure that the drivers of the root are built in.",
         )
-    return Finding.fail(
-        f"{what}, no /{init} in it, and {no_root}: the next kernel would panic",
+    return _without_root(
+        target,
+        about,
+        f"{what}, no /{init} in it, and {no_root}",
         "Give the initrd of this kernel, or the root with --append root=...",
     )
 
@@ -146,6 +150,24 @@ def _no_root(target: Target) -> str:
         return ""
     root = lines.root(target.cmdline)
     return f"only an initrd's programs find root={printable(root)}" if root else "no root= on the command line"
+
+
+def _without_root(target: Target, about: Kernel | None, what: str, remedy: str) -> Finding:
+    """Judge a kernel that finds no root by its command line: certain, unless a boot configuration adds words to it."""
+    if any(one.bootconfig for one in target.initrds) and _reads_bootconfig(target, about):
+        return Finding.warn(
+            f"{what}; not inspected: the boot configuration, whose `kernel` keys the next kernel adds to its command "
+            "line",
+            "Be sure that it names the root, and what the kernel sets it up with (dm-mod.create).",
+        )
+    return Finding.fail(f"{what}: the next kernel would panic", remedy)
+
+
+def _reads_bootconfig(target: Target, about: Kernel | None) -> bool:
+    """Whether the next kernel uses the boot configuration of its initrd: setup_boot_config() in init/main.c."""
+    config = about.config if about and about.config else ""
+    asked = any(arg.param == "bootconfig" for arg in kernel_args(target.cmdline))
+    return (asked or is_set(config, "CONFIG_BOOT_CONFIG_FORCE")) and not is_not_set(config, "CONFIG_BOOT_CONFIG")
 
 
 def _built_in_initramfs(about: Kernel | None) -> bool:
