@@ -123,9 +123,9 @@ class FakeBus:
                 path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
                 gone = unit(LoadState="not-found", ActiveState="inactive")
                 return "a{sv}", (self.units.get(bytes.fromhex(path).decode(), gone),)
-            case "Get" if message.body == (f"{SYSTEMD}.Service", "ControlGroup"):
-                path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
-                return "v", (("s", f"/system.slice/{bytes.fromhex(path).decode()}"),)
+            case "Get" if message.body in [(f"{SYSTEMD}.{kind}", "ControlGroup") for kind in ("Service", "Slice")]:
+                path = bytes.fromhex(message.header.fields[HeaderFields.path].removeprefix("/unit/")).decode()
+                return "v", (("s", f"/{path}" if path.endswith(".slice") else f"/system.slice/{path}"),)
             case "ListInhibitors":
                 return "a(ssssuu)", (self.inhibitors,)
             case "FreezeUnit" | "ThawUnit":
