@@ -229,6 +229,42 @@ def test_grub_s_entry_for_the_next_boot_comes_first(tmp_path: Path) -> None:
     assert sources.entry(None, tmp_path).note == ""
 
 
+MKCONFIG = """\
+if [ "${{next_entry}}" ] ; then
+   set default="${{next_entry}}"
+   set next_entry=
+   save_env next_entry
+   set boot_once=true
+else
+   set default={default}
+fi
+if [ "${{boot_counter}}" = "0" ]; then
+  set default=1
+fi
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "chosen"),
+    [
+        ('"${saved_entry}"', "k-1"),
+        ("$saved_entry", "k-1"),
+        ('"0"', "k-3"),
+        ("1", "k-2"),
+        ("'k-2'", "k-2"),
+        ('"no"', "k-3"),
+    ],
+)
+def test_a_saved_entry_counts_where_grub_cfg_asks_for_it(tmp_path: Path, written: str, chosen: str) -> None:
+    """grub-mkconfig writes GRUB_DEFAULT down; with another value than `saved` an old saved_entry means nothing."""
+    env = put(three(tmp_path), "boot/grub2/grubenv", "saved_entry=k-1\n")
+    put(tmp_path, "boot/grub2/grub.cfg", MKCONFIG.format(default=written))
+    put(tmp_path, "boot/efi/EFI/fedora/grub.cfg", "configfile $prefix/grub.cfg\n")
+    assert default(tmp_path) == f"{chosen}.conf"
+    env.write_text("saved_entry=k-1\nnext_entry=k-2\n")
+    assert default(tmp_path) == "k-2.conf"
+
+
 def fedora(root: Path, env: str | None, entry: str = FEDORA) -> Path:
     """Fedora's layout without a partition for /boot: paths begin at the root."""
     put(root, "boot/loader/entries/id-6.12.conf", entry)
