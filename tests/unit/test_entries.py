@@ -466,6 +466,35 @@ def test_a_quote_without_its_end_is_refused_where_grub_would_read_on(tmp_path: P
     assert raised.value.where.endswith("a.conf:2")
 
 
+@pytest.mark.parametrize("character", "{}|&;<>")
+def test_what_ends_a_command_of_grub_s_script_is_refused_unless_it_is_quoted(tmp_path: Path, character: str) -> None:
+    """yylex.l: no part of a word. GRUB would hand on what stands before a `;`, and run an entry with another not."""
+    with pytest.raises(Refused, match="part of GRUB's script") as raised:
+        sources.entry("a", one_entry(tmp_path, f"options a=b{character}c d", "GRUB"))
+    assert raised.value.where.endswith("a.conf:2")
+    for quoted in (f"'b{character}c'", f'"b{character}c"', f"b\\{character}c"):
+        found = sources.entry("a", one_entry(tmp_path, f"options a={quoted} d", "GRUB"))
+        assert found.cmdline == f"a=b{character}c d"
+    found = sources.entry("a", one_entry(tmp_path / "other", f"options a=b{character}c d", "systemd-boot"))
+    assert found.cmdline == f"a=b{character}c d"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [("a=b # kho=on", "a=b"), ("a=b #don't", "a=b"), ("a=b#c d", "a=b#c d"), (r"a \# b", "a # b"), ("'#' b", "# b")],
+)
+def test_a_comment_in_the_options_is_grub_s_alone(tmp_path: Path, options: str, line: str) -> None:
+    assert sources.entry("a", one_entry(tmp_path, f"options {options}", "GRUB")).cmdline == line
+    found = sources.entry("a", one_entry(tmp_path / "other", f"options {options}", "systemd-boot"))
+    assert found.cmdline == options
+
+
+@pytest.mark.parametrize("name", ["$?", "$#", "$*", "$@", "${?}", "$1"])
+def test_the_script_s_own_variables_are_refused_by_their_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Refused, match=r"is a variable"):
+        sources.entry("a", one_entry(tmp_path, f"options a={name}", "GRUB"))
+
+
 def test_a_dollar_that_would_be_a_variable_to_grub_is_refused_with_its_escape(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"\$0x40000000") as raised:
         sources.entry("a", one_entry(tmp_path, "options memmap=128M$0x40000000", "GRUB"))
