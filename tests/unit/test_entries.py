@@ -609,6 +609,7 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
     put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/luks.addon.efi").write_bytes(luks)
     put(tmp_path, "boot/EFI/Linux/x+3.efi.extra.d/db.cred")
     put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/more.sysext.raw")
+    put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/old.raw")
     put(tmp_path, "boot/loader/addons/all.addon.efi")
     put(tmp_path, "boot/loader/credentials/host.cred")
     note = sources.entry("x", tmp_path).note
@@ -617,6 +618,7 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
         "rd.luks.options=discard",
         "db.cred",
         "more.sysext.raw",
+        "old.raw",
         "all.addon.efi",
         "host.cred",
     ):
