@@ -88,6 +88,8 @@ UNTOUCHED = "left alone"
 """The note from a freeze that ended before systemd was told anything."""
 INACTIVE = ("inactive", "failed")
 SLICE = ".slice"
+STOPPED_TOO = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
+"""Properties that name the units which a stop reaches: UNIT_ATOM_PROPAGATE_STOP in src/core/unit-dependency-atom.c."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class Unit(Configured):
     async def _refuse_company(self, systemd: "Systemd", state: "State") -> None:
         for name in state.required_by:
             if (await systemd.state(name)).active not in INACTIVE:
-                raise Veto(f"{name} requires {self.unit}: it would stop too, and not be started again")
+                raise Veto(f"{name} depends on {self.unit}: it would stop too, and not be started again")
 
     async def _stop(self, systemd: "Systemd", telling: Telling) -> None:
         telling.not_yet("systemd stops it", None)
@@ -297,7 +299,7 @@ class State:
     job: int
     names: list[str]
     required_by: list[str]
-    """Units that a stop of this one stops too: RequiredBy, BoundBy, ConsistsOf."""
+    """Units that a stop of this one stops too, by STOPPED_TOO."""
 
     @property
     def thawed(self) -> bool:
@@ -515,5 +517,5 @@ def _state(properties: dict[str, tuple[str, Any]]) -> State:
         transient=value("Transient", "b"),
         job=value("Job", "(uo)")[0],
         names=value("Names", "as"),
-        required_by=[name for key in ("RequiredBy", "BoundBy", "ConsistsOf") for name in value(key, "as")],
+        required_by=[name for key in STOPPED_TOO for name in value(key, "as")],
     )

@@ -16,7 +16,7 @@ from khod.muster import Muster
 from khod.producers.barrier import Producer, Telling, Verb, Veto
 from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
-from khod.producers.unit import OURS, Bus, Unit, check_unit
+from khod.producers.unit import OURS, STOPPED_TOO, Bus, Unit, check_unit
 from khod.record import Holder
 from khod.sessions import Sessions
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
@@ -464,7 +464,7 @@ async def test_a_stop_replaces_no_job_of_somebody_else_a_start_replaces_our_own(
         assert said(bus).index("Subscribe") < said(bus).index("StopUnit")
 
 
-@pytest.mark.parametrize("key", ["RequiredBy", "BoundBy", "ConsistsOf"])
+@pytest.mark.parametrize("key", STOPPED_TOO)
 async def test_a_unit_that_would_stop_too_is_a_veto_unless_it_has_stopped(place: Path, key: str) -> None:
     async with serving(place, a=unit(**{key: ["b.service"]}), b=unit()) as bus:
         reason, note = await vetoed(Verb.freeze, OURS, "stop")
