@@ -631,6 +631,25 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
         assert {"db.cred", "all.addon.efi"} <= set(noted.replace("(", " ").replace(")", " ").replace(",", " ").split())
 
 
+@pytest.mark.parametrize("key", ["linux", "uki"])
+def test_an_entry_s_options_count_as_systemd_stub_takes_them(tmp_path: Path, key: str) -> None:
+    """use_load_options(): none are given, or Secure Boot and a command line in the image: then that counts."""
+
+    def cmdline(sections: list[tuple[str, bytes]], options: str) -> str | None:
+        put(tmp_path, "boot/x.efi").write_bytes(portable([(".linux", b"k"), *sections]))
+        put(tmp_path, "boot/loader/entries/a.conf", f"{key} /x.efi\n{options}")
+        return sources.entry("a", tmp_path).cmdline
+
+    own = [(".cmdline", b"root=/dev/vda1")]
+    for options in ("", "options\n"):
+        assert (cmdline(own, options), cmdline([], options)) == (None, "")
+    assert cmdline(own, "options quiet\n") == cmdline([], "options quiet\n") == "quiet"
+    put(tmp_path, f"{EFIVARS}/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c").write_bytes(b"\6\0\0\0\1")
+    assert cmdline([], "options quiet\n") == "quiet"
+    assert cmdline(own, "options quiet\n") is None
+    assert "options of a.conf are left out" in sources.entry("a", tmp_path).note
+
+
 def test_a_thin_image_is_the_files_it_names_where_they_are_what_it_was_made_for(tmp_path: Path) -> None:
     """lanzaboote's stub, thin.rs: paths in .linux and .initrd, SHA-256 of the files in .linuxh and .initrdh."""
     paths = {".linux": rb"\EFI\nixos\kernel-6.12.efi", ".initrd": rb"\EFI\nixos\initrd-6.12.efi"}
