@@ -1,16 +1,19 @@
 """The entry that the boot loader would boot by itself: systemd-boot's rules, then GRUB's."""
 
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from khoctl import grubenv
 from khoctl.entries import Entry
-from khoctl.loader import VARIABLES, Loader, loader, settings, variable
+from khoctl.loader import GRUB, VARIABLES, Loader, loader, read, settings, variable
 from khod.errors import Refused
 
 SAVED = "@saved"
 ONCE = "{id} was chosen for the next boot alone, and stays chosen for it: kexec passes the boot loader by."
+SET_DEFAULT = re.compile(r"""^[ \t]*set[ \t]+default=(?:"([^"\n]*)"|'([^'\n]*)'|([^\s"']*))""", re.MULTILINE)
+NEXT_ENTRY = ("$next_entry", "${next_entry}")
 DIGITS = 9
 """The most of a place in the menu; int() refuses a number of thousands."""
 
@@ -20,7 +23,7 @@ def default(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
 
     The first of these that names an entry: LoaderEntryOneShot, which is for the next boot alone; LoaderEntryPreferred
     and loader.conf's `preferred` (not one that failed to boot), LoaderEntryDefault, loader.conf's `default`. Where
-    systemd-boot is not the loader GRUB's next_entry, else its saved_entry. Else the first entry.
+    systemd-boot is not the loader GRUB's next_entry, else what grub.cfg has for its default. Else the first entry.
     Raises Refused where the loader was told to boot something that is no entry, such as auto-windows.
     """
     conf, good = settings(root) or {}, [one for one in found if not one.bad]
@@ -39,15 +42,28 @@ def default(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
                 where=str(root / VARIABLES),
                 remedy="Choose one with --entry ID.",
             )
-    return (found[0], "") if loader(root) is Loader.systemd_boot else _of_grub(found, grubenv.read(root))
+    return (found[0], "") if loader(root) is Loader.systemd_boot else _of_grub(found, root)
 
 
-def _of_grub(found: Sequence[Entry], variables: Mapping[str, str]) -> tuple[Entry, str]:
-    """As grub.cfg has it: `default` is next_entry where that is set, else saved_entry; none of both is the first."""
+def _of_grub(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
+    """As grub.cfg has it: `default` is next_entry where that is set, else GRUB_DEFAULT; what is none is the first."""
+    variables = grubenv.read(root)
     once = variables.get("next_entry")
-    saved = once or variables.get("saved_entry")
-    chosen = (_saved(saved, found) if saved else None) or found[0]
+    wanted = once or _grub_default(root, variables)
+    chosen = (_in_menu(wanted, found) if wanted else None) or found[0]
     return chosen, ONCE.format(id=chosen.id) if once else ""
+
+
+def _grub_default(root: Path, variables: Mapping[str, str]) -> str:
+    """What grub-mkconfig made of GRUB_DEFAULT: a place, a name, or ${saved_entry}, as where it made none."""
+    for path in (found for place in GRUB for found in sorted(root.glob(f"{place}/grub.cfg"))):
+        try:
+            values = ["".join(found) for found in SET_DEFAULT.findall(read(path))]
+        except OSError:
+            continue
+        if value := next((value for value in values if value not in NEXT_ENTRY), ""):
+            return variables.get(value.strip("${}"), "") if "$" in value else value
+    return variables.get("saved_entry", "")
 
 
 def _patterns(conf: dict[str, str], root: Path) -> Iterator[str]:
@@ -63,8 +79,8 @@ def _matching(pattern: str, found: Sequence[Entry]) -> Entry | None:
     return next((one for one in found if fnmatch.fnmatchcase(one.id.casefold(), pattern)), None)
 
 
-def _saved(saved: str, found: Sequence[Entry]) -> Entry | None:
-    """GRUB's saved_entry: an id, a title, or a place in the menu, counted from 0."""
+def _in_menu(saved: str, found: Sequence[Entry]) -> Entry | None:
+    """The entry that GRUB's `default` means: an id, a title, or a place in the menu, counted from 0."""
     named = next((one for one in found if saved in (one.id, one.stem, one.text("title"))), None)
     if named is None and saved.isdecimal() and len(saved) <= DIGITS and int(saved) < len(found):
         return found[int(saved)]

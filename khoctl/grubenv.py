@@ -15,9 +15,13 @@ OPTIONAL = frozenset({"tuned_params", "tuned_initrd", "early_initrd", "extra_cmd
 # A value is never given back once it is read, and a backslash at the very end ends it: else a block of lines that go
 # on would be tried from each of them.
 _SETTING = re.compile(r"^([^#=\n]+)=((?:\\.|[^\\\n])*+)\\?$", re.MULTILINE | re.DOTALL)
-_WORD = re.compile(r"""(?:\\.|'[^']*+'|"(?:\\.|[^"\\])*+"|[^ \t\n\v\f\r'"\\]|\\\Z)++""", re.DOTALL)
+_WORD = re.compile(
+    r"""(?:\\.|'[^']*+'|"(?:\\.|[^"\\])*+"|\$\{[\w?#*@]+\}|[^ \t\n\v\f\r'"\\{}|&;<>]|\\\Z)++""", re.DOTALL | re.ASCII
+)
 _PIECE = re.compile(r"""\\(.)|'([^']*+)'|"((?:\\.|[^"\\])*+)"|([^'"\\]++|\\)""", re.DOTALL)
-_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))", re.ASCII)
+_VARIABLE = re.compile(r"\$(?:\{(\w+|[?#*@])\}|(\w+|[?#*@]))", re.ASCII)
+SEPARATORS = frozenset("{}|&;<>")
+"""What is no part of a word unless it is quoted (grub-core/script/yylex.l)."""
 _ESCAPED = re.compile(r"""\\([$"\\])""")
 """What a backslash takes the meaning of, between double quotes."""
 IGNITION, STAMP = "ignition_firstboot", "boot/ignition.firstboot"
@@ -48,16 +52,17 @@ def _block(root: Path) -> dict[str, str]:
 def line(text: str, variables: Mapping[str, str], where: str) -> str:
     """What GRUB's `linux` command hands to the kernel of `text`: in quotes what holds a space, else none.
 
-    Variables are put in, quotes and backslashes are GRUB's own (its manual, "Quoting"); what separates words stays.
-    Refused names a variable that nobody sets or a quote without its end, `where` says of what.
+    Variables are put in, quotes and backslashes are GRUB's own (its manual, "Quoting"), and a word that begins with `#`
+    begins a comment; what separates words stays. Refused names a variable that nobody sets, a quote without its end or
+    a character that would end the command, `where` says of what.
     """
-    return _WORD.sub(lambda word: _for_kernel(word[0], variables, where), _whole(text, where))
+    return _WORD.sub(lambda word: _for_kernel(word[0], variables, where), _command(text, where))
 
 
 def paths(text: str, variables: Mapping[str, str], where: str) -> list[str]:
     """The files that GRUB reads for `text`; else as `line`."""
     found = []
-    for word in _WORD.findall(_whole(text, where)):
+    for word in _WORD.findall(_command(text, where)):
         value, quoted = _taken_apart(word, variables, where)
         found += [value] if quoted else split_words(value)
     return found
@@ -89,9 +94,18 @@ def expand(text: str, variables: Mapping[str, str], where: str) -> str:
     return _VARIABLE.sub(value, text)
 
 
-def _whole(text: str, where: str) -> str:
-    """The text; Refused where a quote has no end: GRUB would read on in the next line."""
-    if _WORD.sub("", text).strip(ASCII_SPACE):
+def _command(text: str, where: str) -> str:
+    """The text up to a comment; Refused where GRUB's script would not take it for one command's words."""
+    comment = next((word.start() for word in _WORD.finditer(text) if word[0].startswith("#")), len(text))
+    text = text[:comment]
+    rest = _WORD.sub("", text).strip(ASCII_SPACE)
+    if rest[:1] in SEPARATORS:
+        raise Refused(
+            f"`{rest[0]}` is a part of GRUB's script, which ends the command there or does not run it",
+            where=where,
+            remedy=f"Write it in quotes: '{rest[0]}'.",
+        )
+    if rest:
         raise Refused(
             "A quote has no end, and GRUB would read on behind the line",
             where=where,

@@ -10,6 +10,8 @@ from khod.text import split_first
 VARIABLES = "sys/firmware/efi/efivars"
 VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 """The Boot Loader Interface's vendor UUID."""
+GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
+"""EFI_GLOBAL_VARIABLE of the UEFI specification."""
 SETTINGS = ("efi/loader/loader.conf", "boot/efi/loader/loader.conf", "boot/loader/loader.conf")
 """systemd-boot reads the one on the EFI system partition; /boot may be that."""
 PROGRAMS = tuple(f"{place}/EFI/systemd/systemd-boot*.efi" for place in ("efi", "boot/efi", "boot"))
@@ -69,6 +71,14 @@ def variable(name: str, root: Path) -> str | None:
         return raw[4:].decode("utf-16-le").partition("\0")[0] or None
     except (OSError, UnicodeDecodeError):
         return None
+
+
+def secure_boot(root: Path) -> bool:
+    """Tell whether the firmware started this system with Secure Boot: 4 bytes of attributes, then 1."""
+    try:
+        return (root / VARIABLES / f"SecureBoot-{GLOBAL}").read_bytes()[4:] == b"\1"
+    except OSError:
+        return False
 
 
 def fields(text: str, language: Loader) -> tuple[Field, ...]:

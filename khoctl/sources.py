@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from khoctl import grubenv, versions
 from khoctl.defaults import default
 from khoctl.entries import Entry, entries, os_release, partitions, searched
-from khoctl.loader import Field, Loader, loader, read
+from khoctl.loader import Field, Loader, loader, read, secure_boot
 from khoctl.unified import THIN, Unified, left_behind, unified
 from khod.errors import Refused, UsageError, errno_text
 from khod.text import ASCII_SPACE, split_words
@@ -238,13 +238,29 @@ def _source(one: Entry, root: Path) -> Source:
         if field.key == "initrd"
         for path in read_as.paths(field.value, one.where(field))
     )
-    cmdline = _cmdline(one, read_as)
-    if cmdline is None and kernel.key == "linux":
-        cmdline = ""  # as the loader boots it; the running kernel's may name another root
     path = _file(one, kernel, " ".join(read_as.paths(kernel.value, one.where(kernel))), root)
-    return _noted(
-        Source(path, initrds, cmdline, name, left_behind(unified(path), path.name, one.partition)), _note(one)
-    )
+    image = unified(path)
+    cmdline, note = _cmdline(one, read_as), ""
+    if ".linux" in image.profiles[0]:
+        cmdline, note = _of_stub(one, image, cmdline, root)
+    elif cmdline is None and kernel.key == "linux":
+        cmdline = ""  # as the loader boots it; the running kernel's may name another root
+    lost = left_behind(image, path.name, one.partition)
+    return _noted(_noted(Source(path, initrds, cmdline, name, lost), _note(one)), note)
+
+
+def _of_stub(one: Entry, image: Unified, options: str | None, root: Path) -> tuple[str | None, str]:
+    """Which command line systemd-stub takes, None its image's own, and a note: use_load_options() in src/boot/stub.c.
+
+    Options count where there are any, but with Secure Boot only in an image that has no command line.
+    """
+    if ".cmdline" not in image.profiles[0]:
+        return options or "", ""
+    if not options:
+        return None, ""
+    if secure_boot(root):
+        return None, f"The options of {one.id} are left out: with Secure Boot the command line in its image counts."
+    return options, ""
 
 
 def _unified(one: Entry, path: Path, name: str) -> Source:

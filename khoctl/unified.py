@@ -92,7 +92,7 @@ def left_behind(image: Unified, name: str, partition: Path | None) -> str:
         lost.append(_named("addons", addons) + (f", with the words {words}" if words else ""))
     if credentials := _files([*beside, *(place / "credentials" for place in common)], "*.cred"):
         lost.append(_named("credentials", credentials))
-    if extensions := _files(beside, "*.sysext.raw") + _files(beside, "*.confext.raw"):
+    if extensions := _files(beside, "*.raw"):  # system extensions need no .sysext in their names
         lost.append(_named("extensions", extensions))
     if any(section in image.profiles[0] for section in TREES):
         lost.append("its device tree (kexec hands on the running one)")

@@ -51,7 +51,7 @@ class Producers:
 class Guard:
     """Subsystems whose devices may not come or go while a handover is under way."""
 
-    abort: tuple[str, ...] = ("memory", "cpu", "vfio", "iommu", "pci")
+    abort: tuple[str, ...] = ("memory", "cpu", "vfio", "vfio-dev", "iommu", "pci")
     record: tuple[str, ...] = ("net",)
 
 

@@ -10,6 +10,7 @@ from khod.images import initrd, sealed
 from khod.images.initrd import Initrd
 from khod.images.kernel import Bundle, take_apart
 from khod.images.sealed import Sealed
+from khod.kernel import built
 from khod.model import Word
 
 COMMAND_LINE_SIZE = 2048
@@ -60,6 +61,12 @@ class Target:
         """Name the image, and the release it says it is."""
         version = self.apart.about.version if self.apart else ""
         return f"{self.kernel.name} ({version})" if version else self.kernel.name
+
+    @property
+    def booted_line(self) -> str:
+        """The command line it boots with: `cmdline` and, where the image shows its configuration, the built-in one."""
+        config = self.apart.about.config if self.apart else None
+        return self.cmdline if config is None else built.booted_line(config, self.cmdline)
 
     def close(self) -> None:
         """Give all images' memory back."""
@@ -117,7 +124,7 @@ def _initrds(target: Target, given: tuple[Given, ...], bounds: Images) -> None:
         for one in given:
             taken.append(sealed.seal(one.fd, "initrd", one.name, bounds.max_size))
         parts = [*own, *taken]
-        init = cmdline.init(target.cmdline)
+        init = cmdline.init(target.booted_line)
         for part in parts:
             try:
                 target.initrds.append(initrd.look(part, bounds.max_unpacked, init, last=part is parts[-1]))

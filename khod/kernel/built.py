@@ -1,6 +1,7 @@
 """What this kernel was built with and booted with, where an absent file may mean either."""
 
 import gzip
+import re
 import zlib
 
 from khod.abi.calls import Calls
@@ -8,6 +9,7 @@ from khod.kernel.next_arg import switched, switched_on
 
 KHO_BY_DEFAULT = "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"
 """What kho_enable begins with, in kernel/liveupdate/kexec_handover.c."""
+OWN_LINE = re.compile(r'^CONFIG_CMDLINE="((?:\\.|[^"\\\n])*+)"$', re.MULTILINE)
 
 
 def booted_with(calls: Calls, parameter: str) -> bool:
@@ -45,6 +47,28 @@ def is_not_set(config: str, option: str) -> bool:
     RD_GZIP and the like depend on BLK_DEV_INITRD: where that is left out, they are not mentioned.
     """
     return f"\n# {option} is not set\n" in f"\n{config}\n"
+
+
+def ignores_line(config: str) -> bool:
+    """Tell whether a kernel of this configuration boots with its own command line alone: x86, then all others."""
+    return is_set(config, "CONFIG_CMDLINE_OVERRIDE") or is_set(config, "CONFIG_CMDLINE_FORCE")
+
+
+def booted_line(config: str, given: str) -> str:
+    """Give the command line that a kernel of this configuration boots with where it is loaded with `given`.
+
+    A built-in one stands before it on x86 (setup_arch() in arch/x86/kernel/setup.c), and behind it elsewhere
+    (early_init_dt_scan_chosen() in drivers/of/fdt.c, bootcmdline_init() in arch/loongarch/kernel/setup.c).
+    """
+    found = OWN_LINE.search(config)
+    own = re.sub(r"\\(.)", r"\1", found[1]) if found else ""
+    if ignores_line(config):
+        return own
+    if own and is_set(config, "CONFIG_CMDLINE_BOOL"):
+        return f"{own} {given}"
+    if own and is_set(config, "CONFIG_CMDLINE_EXTEND"):
+        return f"{given} {own}"
+    return given
 
 
 def built_in(calls: Calls, option: str, prefix: str) -> bool | None:

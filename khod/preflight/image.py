@@ -9,17 +9,19 @@ from khod.formats import Answer, Effect, Understood, next_kho, understood
 from khod.images.accepted import INITRD
 from khod.images.kernel import Kernel, Signature
 from khod.kernel import host
-from khod.kernel.built import is_not_set
-from khod.kernel.next_arg import parse, switched
+from khod.kernel.built import ignores_line, is_not_set, is_set
+from khod.kernel.next_arg import kernel_args, parse, switched
 from khod.kernel.placement import NoRoom, place, segments
 from khod.kernel.written import written
 from khod.model import CheckResult, Fate, Generation
 from khod.preflight.facts import Facts, Finding, shown
 from khod.preflight.kernel import signatures_enforced
 from khod.target import Target
-from khod.text import join_names, printable
+from khod.text import join_names, printable, shorten
 
 MAX_SHOWN = 3
+MAX_LINE_SHOWN = 200
+"""Characters of a command line that is another's."""
 UNREADABLE = "The image could not be looked at: see the check `image`"
 
 
@@ -79,8 +81,10 @@ def _no_initrd(target: Target, about: Kernel | None) -> Finding:
         return Finding.passed(f"{what}; the image has an initramfs built in (CONFIG_INITRAMFS_SOURCE)")
     if not (no_root := _no_root(target)):
         return Finding.passed(f"{what}; the kernel mounts root= by itself")
-    return Finding.fail(
-        f"{'No initrd' if target.initrd is None else what}, and {no_root}: the next kernel would panic",
+    return _without_root(
+        target,
+        about,
+        f"{'No initrd' if target.initrd is None else what}, and {no_root}",
         "Give --initrd, or the root with --append root=...",
     )
 
@@ -108,7 +112,7 @@ def _archives(target: Target, about: Kernel | None) -> Finding:
     what = f"{target.initrd.name}: {files} {'file' if files == 1 else 'files'}, {unpacked / 2**20:.1f} MiB unpacked"
     if any(one.bootconfig for one in target.initrds):
         what += ", a boot configuration at its end, whose words were not inspected"
-    init, found = lines.init(target.cmdline), any(one.init for one in target.initrds)
+    init, found = lines.init(target.booted_line), any(one.init for one in target.initrds)
     if opaque := next((one.opaque for one in target.initrds if one.opaque), ""):
         return Finding.warn(
             f"{what}; not inspected: {opaque}{f'; /{init} is in what was' if found else ''}",
@@ -134,18 +138,38 @@ def _archives(target: Target, about: Kernel | None) -> Finding:
             f"{what}, and no /{init} in it: the kernel mounts root= by itself",
             "Be sure that the drivers of the root are built in.",
         )
-    return Finding.fail(
-        f"{what}, no /{init} in it, and {no_root}: the next kernel would panic",
+    return _without_root(
+        target,
+        about,
+        f"{what}, no /{init} in it, and {no_root}",
         "Give the initrd of this kernel, or the root with --append root=...",
     )
 
 
 def _no_root(target: Target) -> str:
     """Why the kernel would find no root by itself, "" where it would."""
-    if lines.mounts_root(target.cmdline):
+    if lines.mounts_root(target.booted_line):
         return ""
-    root = lines.root(target.cmdline)
+    root = lines.root(target.booted_line)
     return f"only an initrd's programs find root={printable(root)}" if root else "no root= on the command line"
+
+
+def _without_root(target: Target, about: Kernel | None, what: str, remedy: str) -> Finding:
+    """Judge a kernel that finds no root by its command line: certain, unless a boot configuration adds words to it."""
+    if any(one.bootconfig for one in target.initrds) and _reads_bootconfig(target, about):
+        return Finding.warn(
+            f"{what}; not inspected: the boot configuration, whose `kernel` keys the next kernel adds to its command "
+            "line",
+            "Be sure that it names the root, and what the kernel sets it up with (dm-mod.create).",
+        )
+    return Finding.fail(f"{what}: the next kernel would panic", remedy)
+
+
+def _reads_bootconfig(target: Target, about: Kernel | None) -> bool:
+    """Whether the next kernel uses the boot configuration of its initrd: setup_boot_config() in init/main.c."""
+    config = about.config if about and about.config else ""
+    asked = any(arg.param == "bootconfig" for arg in kernel_args(target.booted_line))
+    return (asked or is_set(config, "CONFIG_BOOT_CONFIG_FORCE")) and not is_not_set(config, "CONFIG_BOOT_CONFIG")
 
 
 def _built_in_initramfs(about: Kernel | None) -> bool:
@@ -160,7 +184,14 @@ def cmdline(facts: Facts) -> Finding | None:
         return None
     about, kernel = target.apart.about if target.apart else None, facts.probed.kernel
     mainline = kernel is not None and kernel.generation is not Generation.sysfs
-    is_on = next_kho(about, target.cmdline) if about and mainline else None
+    is_on = next_kho(about, target.booted_line) if about and mainline else None
+    if about is not None and about.config is not None and ignores_line(about.config):
+        return Finding(
+            CheckResult.fail if is_on is False else CheckResult.warn,
+            f"{about.version or target.kernel.name} boots with the command line it was built with alone: "
+            f"{shorten(printable(target.booted_line), MAX_LINE_SHOWN) or 'an empty one'}",
+            "Choose a kernel built without CONFIG_CMDLINE_OVERRIDE and CONFIG_CMDLINE_FORCE.",
+        )
     lost = [word.lost for word in target.words if word.lost and not (is_on and parse(word.text).named("kho"))]
     remedy = "Add it again with --append, or reuse the running line: --reuse-cmdline"
     if is_on is False and not lines.off(target.words):
@@ -171,7 +202,7 @@ def cmdline(facts: Facts) -> Finding | None:
     if lost:
         off = is_on is False or (is_on is None and lines.off(target.words))
         return Finding(CheckResult.fail if off else CheckResult.warn, "; ".join(lost), remedy)
-    if is_on is None and mainline and about is not None and switched(target.cmdline, "kho") is None:
+    if is_on is None and mainline and about is not None and switched(target.booted_line, "kho") is None:
         return Finding.warn(
             f"{target.cmdline}; not inspected: whether the next kernel has Kexec HandOver on without kho=on, as it "
             "shows no configuration",
@@ -207,7 +238,7 @@ def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
     if (kernel := facts.probed.kernel) is None:
         return Finding.skipped("The running kernel has no KHO")
     writes = written(facts.kexec.calls, kernel.generation, about)
-    found = understood(writes, about, target.cmdline)
+    found = understood(writes, about, target.booted_line)
     name = about.version or target.kernel.name
     notes = [
         *(f"only a module can read {one}, which the image does not show" for one in found.unread),

@@ -290,4 +290,6 @@ def _why(cause: BaseException | None) -> str:
         return "it closed the QMP connection"
     if isinstance(cause, OSError):
         return f"the QMP connection broke: {cause.strerror}"
+    if getattr(getattr(cause, "exc", cause), "raw", b"").strip() == b"{":  # DeserializationError has the line as `raw`
+        return "it spreads each QMP message over several lines: have QEMU start with -qmp, not -qmp-pretty (pretty=on)"
     return "what it says is not QMP"

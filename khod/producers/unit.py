@@ -21,7 +21,7 @@ import os
 import re
 import signal
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -87,6 +87,9 @@ alone. What follows is the unit as it was prepared. A khod before this one wrote
 UNTOUCHED = "left alone"
 """The note from a freeze that ended before systemd was told anything."""
 INACTIVE = ("inactive", "failed")
+SLICE = ".slice"
+STOPPED_TOO = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
+"""Properties that name the units which a stop reaches: UNIT_ATOM_PROPAGATE_STOP in src/core/unit-dependency-atom.c."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class Unit(Configured):
     async def _refuse_company(self, systemd: "Systemd", state: "State") -> None:
         for name in state.required_by:
             if (await systemd.state(name)).active not in INACTIVE:
-                raise Veto(f"{name} requires {self.unit}: it would stop too, and not be started again")
+                raise Veto(f"{name} depends on {self.unit}: it would stop too, and not be started again")
 
     async def _stop(self, systemd: "Systemd", telling: Telling) -> None:
         telling.not_yet("systemd stops it", None)
@@ -197,7 +200,7 @@ class Unit(Configured):
         state = await systemd.state()
         if self.how == "stop":
             await self._start(systemd, state, telling)
-        elif not state.thawed:
+        elif not state.thawed or self._may_hold_frozen(state):
             if state.active in INACTIVE:
                 raise Veto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
             try:
@@ -208,6 +211,14 @@ class Unit(Configured):
             else:
                 if not (state := await systemd.state()).thawed:
                     raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
+
+    def _may_hold_frozen(self, state: "State") -> bool:
+        """Whether units in it may be frozen although it is not itself.
+
+        systemd freezes the units of a slice one after the other, and the slice last; at the first error it returns
+        (slice_freezer_action() in src/core/slice.c), and the slice's FreezerState has not changed.
+        """
+        return self.unit.endswith(SLICE) and state.freezer == "running" and state.active not in INACTIVE
 
     async def _start(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
         if state.active == "active" and not state.job:
@@ -228,15 +239,34 @@ def _thaw_group(note: str) -> bool:
     """Have the kernel thaw the control group that is noted; whether it was there and has taken that.
 
     systemd refuses it for a unit whose file is gone or masked since, and the kernel knows of no files. systemd goes on
-    to call the unit frozen, until it can be told `systemctl thaw`.
+    to call the unit frozen, until it can be told `systemctl thaw`. In a slice each unit was frozen by itself.
     """
+    *_, unit, path = ["", *note.split(" ", 3)[-2:]]
     with suppress(OSError):
-        group = (CGROUPS / note.split(" ", 3)[-1].lstrip("/")).resolve(strict=True)
+        group = (CGROUPS / path.lstrip("/")).resolve(strict=True)
         if CGROUPS in group.parents:
-            with open(os.open(group / "cgroup.freeze", os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
-                file.write(b"0")
+            _unfreeze(group)
+            for member in _members(group) if unit.endswith(SLICE) else ():
+                with suppress(FileNotFoundError):  # it has ended meanwhile
+                    _unfreeze(member)
             return True
     return False
+
+
+def _unfreeze(group: Path) -> None:
+    with open(os.open(group / "cgroup.freeze", os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
+        file.write(b"0")
+
+
+def _members(group: Path) -> Iterator[Path]:
+    """Find the control groups of the units in a slice, and in slices below it; not those that a unit made itself."""
+    with os.scandir(group) as entries:
+        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and NAME.fullmatch(entry.name)]
+    for name in names:
+        yield group / name
+        if name.endswith(SLICE):
+            with suppress(FileNotFoundError):
+                yield from _members(group / name)
 
 
 def check_unit(unit: str) -> None:
@@ -269,7 +299,7 @@ class State:
     job: int
     names: list[str]
     required_by: list[str]
-    """Units that a stop of this one stops too: RequiredBy, BoundBy, ConsistsOf."""
+    """Units that a stop of this one stops too, by STOPPED_TOO."""
 
     @property
     def thawed(self) -> bool:
@@ -487,5 +517,5 @@ def _state(properties: dict[str, tuple[str, Any]]) -> State:
         transient=value("Transient", "b"),
         job=value("Job", "(uo)")[0],
         names=value("Names", "as"),
-        required_by=[name for key in ("RequiredBy", "BoundBy", "ConsistsOf") for name in value(key, "as")],
+        required_by=[name for key in STOPPED_TOO for name in value(key, "as")],
     )

@@ -209,7 +209,7 @@ def test_prepare_refuses(host: Host, unit: str, how: str, reason: str) -> None:
 
 
 def test_a_unit_that_would_stop_too_is_a_veto(host: Host) -> None:
-    assert "needs.service requires needed.service" in refused(host, "needed.service", "prepare", "freeze", how="stop")
+    assert "needs.service depends on needed.service" in refused(host, "needed.service", "prepare", "freeze", how="stop")
     assert shown(host, "needed.service", "ActiveState") == "active"
     host.shell("systemctl stop needs")
     assert told(host, "needed.service", "freeze", "thaw", how="stop", note="running") == [["ready", "running"]] * 2

@@ -12,6 +12,8 @@ from typing import Any
 
 from jeepney import DBusAddress, HeaderFields, Message, Parser, new_error, new_method_return, new_signal
 
+from khod.producers.unit import STOPPED_TOO
+
 SYSTEMD = "org.freedesktop.systemd1"
 DAEMON = DBusAddress("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")
 MANAGER = DBusAddress("/org/freedesktop/systemd1", SYSTEMD, f"{SYSTEMD}.Manager")
@@ -26,7 +28,7 @@ def unit(**properties: Any) -> dict[str, tuple[str, Any]]:
     """An active unit, as GetAll describes it, but for these properties."""
     usual: dict[str, Any] = {"LoadState": "loaded", "ActiveState": "active", "FreezerState": "running"}
     usual |= {"Job": (0, "/"), "CanFreeze": True, "CanStart": True, "CanStop": True, "Transient": False}
-    usual |= {key: [] for key in ("Names", "RequiredBy", "BoundBy", "ConsistsOf")}
+    usual |= {key: [] for key in ("Names", *STOPPED_TOO)}
     types: dict[type, str] = {str: "s", bool: "b", tuple: "(uo)", list: "as", int: "i"}
     return {key: (types[type(value)], value) for key, value in (usual | properties).items()}
 
@@ -123,9 +125,9 @@ class FakeBus:
                 path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
                 gone = unit(LoadState="not-found", ActiveState="inactive")
                 return "a{sv}", (self.units.get(bytes.fromhex(path).decode(), gone),)
-            case "Get" if message.body == (f"{SYSTEMD}.Service", "ControlGroup"):
-                path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
-                return "v", (("s", f"/system.slice/{bytes.fromhex(path).decode()}"),)
+            case "Get" if message.body in [(f"{SYSTEMD}.{kind}", "ControlGroup") for kind in ("Service", "Slice")]:
+                path = bytes.fromhex(message.header.fields[HeaderFields.path].removeprefix("/unit/")).decode()
+                return "v", (("s", f"/{path}" if path.endswith(".slice") else f"/system.slice/{path}"),)
             case "ListInhibitors":
                 return "a(ssssuu)", (self.inhibitors,)
             case "FreezeUnit" | "ThawUnit":

@@ -85,6 +85,29 @@ def test_the_two_commands_take_the_host_to_the_next_kernel(start: Callable[[], K
     assert arrived == khod.kernel.read("/sys/firmware/kho/dt")
 
 
+def watching(khod: Khod) -> socket.socket:
+    """Connect a client to which khod tells all that happens."""
+    client = khod.connect()
+    client.sendall(b'{"method": "io.kho.Handover.Monitor", "more": true}\0')
+    assert reply(client)["continues"]
+    return client
+
+
+def test_a_client_that_watches_leaves_no_complaint_of_python_s_in_the_journal(start: Callable[[], Khod]) -> None:
+    khod = start()
+    with watching(khod), khod.connect() as operator:
+        loaded(khod)
+        call(operator, "Kexec")  # no answer comes: this khod ends with its kernel
+        khod.word("READY=1")  # the khod of the second kernel
+    with watching(khod) as client:
+        assert khod.end(signal.SIGTERM) == 0
+        while reply(client):
+            pass
+    said = khod.errors.read_text()
+    for complaint in ("Warning", "never awaited", "Traceback", "was destroyed"):
+        assert complaint not in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_end_while_active_rolls_back(start: Callable[[], Khod], tmp_path: Path, number: int) -> None:
     told = producer(tmp_path)

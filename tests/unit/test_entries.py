@@ -229,6 +229,42 @@ def test_grub_s_entry_for_the_next_boot_comes_first(tmp_path: Path) -> None:
     assert sources.entry(None, tmp_path).note == ""
 
 
+MKCONFIG = """\
+if [ "${{next_entry}}" ] ; then
+   set default="${{next_entry}}"
+   set next_entry=
+   save_env next_entry
+   set boot_once=true
+else
+   set default={default}
+fi
+if [ "${{boot_counter}}" = "0" ]; then
+  set default=1
+fi
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "chosen"),
+    [
+        ('"${saved_entry}"', "k-1"),
+        ("$saved_entry", "k-1"),
+        ('"0"', "k-3"),
+        ("1", "k-2"),
+        ("'k-2'", "k-2"),
+        ('"no"', "k-3"),
+    ],
+)
+def test_a_saved_entry_counts_where_grub_cfg_asks_for_it(tmp_path: Path, written: str, chosen: str) -> None:
+    """grub-mkconfig writes GRUB_DEFAULT down; with another value than `saved` an old saved_entry means nothing."""
+    env = put(three(tmp_path), "boot/grub2/grubenv", "saved_entry=k-1\n")
+    put(tmp_path, "boot/grub2/grub.cfg", MKCONFIG.format(default=written))
+    put(tmp_path, "boot/efi/EFI/fedora/grub.cfg", "configfile $prefix/grub.cfg\n")
+    assert default(tmp_path) == f"{chosen}.conf"
+    env.write_text("saved_entry=k-1\nnext_entry=k-2\n")
+    assert default(tmp_path) == "k-2.conf"
+
+
 def fedora(root: Path, env: str | None, entry: str = FEDORA) -> Path:
     """Fedora's layout without a partition for /boot: paths begin at the root."""
     put(root, "boot/loader/entries/id-6.12.conf", entry)
@@ -430,6 +466,35 @@ def test_a_quote_without_its_end_is_refused_where_grub_would_read_on(tmp_path: P
     assert raised.value.where.endswith("a.conf:2")
 
 
+@pytest.mark.parametrize("character", "{}|&;<>")
+def test_what_ends_a_command_of_grub_s_script_is_refused_unless_it_is_quoted(tmp_path: Path, character: str) -> None:
+    """yylex.l: no part of a word. GRUB would hand on what stands before a `;`, and run an entry with another not."""
+    with pytest.raises(Refused, match="part of GRUB's script") as raised:
+        sources.entry("a", one_entry(tmp_path, f"options a=b{character}c d", "GRUB"))
+    assert raised.value.where.endswith("a.conf:2")
+    for quoted in (f"'b{character}c'", f'"b{character}c"', f"b\\{character}c"):
+        found = sources.entry("a", one_entry(tmp_path, f"options a={quoted} d", "GRUB"))
+        assert found.cmdline == f"a=b{character}c d"
+    found = sources.entry("a", one_entry(tmp_path / "other", f"options a=b{character}c d", "systemd-boot"))
+    assert found.cmdline == f"a=b{character}c d"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [("a=b # kho=on", "a=b"), ("a=b #don't", "a=b"), ("a=b#c d", "a=b#c d"), (r"a \# b", "a # b"), ("'#' b", "# b")],
+)
+def test_a_comment_in_the_options_is_grub_s_alone(tmp_path: Path, options: str, line: str) -> None:
+    assert sources.entry("a", one_entry(tmp_path, f"options {options}", "GRUB")).cmdline == line
+    found = sources.entry("a", one_entry(tmp_path / "other", f"options {options}", "systemd-boot"))
+    assert found.cmdline == options
+
+
+@pytest.mark.parametrize("name", ["$?", "$#", "$*", "$@", "${?}", "$1"])
+def test_the_script_s_own_variables_are_refused_by_their_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Refused, match=r"is a variable"):
+        sources.entry("a", one_entry(tmp_path, f"options a={name}", "GRUB"))
+
+
 def test_a_dollar_that_would_be_a_variable_to_grub_is_refused_with_its_escape(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"\$0x40000000") as raised:
         sources.entry("a", one_entry(tmp_path, "options memmap=128M$0x40000000", "GRUB"))
@@ -544,6 +609,7 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
     put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/luks.addon.efi").write_bytes(luks)
     put(tmp_path, "boot/EFI/Linux/x+3.efi.extra.d/db.cred")
     put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/more.sysext.raw")
+    put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/old.raw")
     put(tmp_path, "boot/loader/addons/all.addon.efi")
     put(tmp_path, "boot/loader/credentials/host.cred")
     note = sources.entry("x", tmp_path).note
@@ -552,6 +618,7 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
         "rd.luks.options=discard",
         "db.cred",
         "more.sysext.raw",
+        "old.raw",
         "all.addon.efi",
         "host.cred",
     ):
@@ -562,6 +629,25 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
     put(tmp_path, "boot/loader/entries/a.conf", "uki /EFI/Linux/x+3.efi\ndevicetree /board.dtb\n")
     for noted in (sources.entry("a", tmp_path).note, sources.image(str(image), tmp_path)):
         assert {"db.cred", "all.addon.efi"} <= set(noted.replace("(", " ").replace(")", " ").replace(",", " ").split())
+
+
+@pytest.mark.parametrize("key", ["linux", "uki"])
+def test_an_entry_s_options_count_as_systemd_stub_takes_them(tmp_path: Path, key: str) -> None:
+    """use_load_options(): none are given, or Secure Boot and a command line in the image: then that counts."""
+
+    def cmdline(sections: list[tuple[str, bytes]], options: str) -> str | None:
+        put(tmp_path, "boot/x.efi").write_bytes(portable([(".linux", b"k"), *sections]))
+        put(tmp_path, "boot/loader/entries/a.conf", f"{key} /x.efi\n{options}")
+        return sources.entry("a", tmp_path).cmdline
+
+    own = [(".cmdline", b"root=/dev/vda1")]
+    for options in ("", "options\n"):
+        assert (cmdline(own, options), cmdline([], options)) == (None, "")
+    assert cmdline(own, "options quiet\n") == cmdline([], "options quiet\n") == "quiet"
+    put(tmp_path, f"{EFIVARS}/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c").write_bytes(b"\6\0\0\0\1")
+    assert cmdline([], "options quiet\n") == "quiet"
+    assert cmdline(own, "options quiet\n") is None
+    assert "options of a.conf are left out" in sources.entry("a", tmp_path).note
 
 
 def test_a_thin_image_is_the_files_it_names_where_they_are_what_it_was_made_for(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pyudev
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khod import guard
+from khod import config, guard
 from khod.errors import Failed
 from khod.guard import LOST, UNREADABLE, Guard, Netlink, Seen, Severity, Uevent, Watch
 
@@ -155,6 +155,26 @@ def test_an_event_somebody_wrote_does_not_count() -> None:
 
 def test_other_subsystems_do_not_count() -> None:
     assert Watch(frozenset({"pci"}), frozenset({"net"})).judge(Uevent("add", "block", "/sys/block/sdb")) is None
+
+
+@pytest.mark.parametrize(
+    ("subsystem", "device", "node"),
+    [
+        ("vfio", "/sys/devices/virtual/vfio/12", "/dev/vfio/12"),
+        ("vfio-dev", "/sys/devices/pci0000:80/0000:81:00.0/vfio-dev/vfio0", "/dev/vfio/devices/vfio0"),
+    ],
+    ids=["group", "cdev"],
+)
+@pytest.mark.parametrize("action", ["add", "remove"])
+def test_vfio_devices_count_by_default_by_group_and_by_cdev(
+    action: str, subsystem: str, device: str, node: str
+) -> None:
+    """openvmm#3465, kubevirt#18300: without CONFIG_VFIO_GROUP there is only vfio-dev (drivers/vfio/vfio_main.c)."""
+    defaults = config.Guard()
+    watch = Watch(frozenset(defaults.abort), frozenset(defaults.record))
+    seen = watch.judge(Uevent(action, subsystem, device, node))
+    assert seen is not None
+    assert seen.severity is Severity.abort
 
 
 def test_abort_wins_over_record() -> None:

@@ -16,6 +16,7 @@ from khod.config import CHECKS, Checks, Config, Images
 from khod.errors import Refused
 from khod.inhibitors import Inhibitor
 from khod.kernel import host
+from khod.kernel.built import booted_line
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe
 from khod.model import Check, CheckResult, Observed
@@ -435,3 +436,45 @@ def test_kho_by_default_without_debugfs_is_told_what_it_lacks(
     shutil.rmtree(site.root / "sys")
     site.lay({"proc/cmdline": f"{line}\n", "boot/config-7.3.4": config, "proc/mounts": "proc /proc proc rw 0 0\n"})
     assert word in probe(site.calls).what
+
+
+# A command line that the next kernel was built with
+
+
+@pytest.mark.parametrize(
+    ("config", "booted"),
+    [
+        ('CONFIG_CMDLINE_BOOL=y\nCONFIG_CMDLINE="a=\\"b c\\" kho=on"\n', 'a="b c" kho=on given'),
+        ('CONFIG_CMDLINE_BOOL=y\nCONFIG_CMDLINE=""\n', "given"),
+        ('CONFIG_CMDLINE="own"\nCONFIG_CMDLINE_EXTEND=y\n', "given own"),
+        ('CONFIG_CMDLINE="own"\nCONFIG_CMDLINE_FROM_BOOTLOADER=y\n', "given"),
+        ('CONFIG_CMDLINE="own"\n# CONFIG_CMDLINE_FORCE is not set\n', "given"),
+        ('CONFIG_CMDLINE="own"\nCONFIG_CMDLINE_FORCE=y\n', "own"),
+        ('CONFIG_CMDLINE_BOOL=y\nCONFIG_CMDLINE="own"\nCONFIG_CMDLINE_OVERRIDE=y\n', "own"),
+        ("CONFIG_CMDLINE_OVERRIDE=y\n", ""),
+        ("# CONFIG_CMDLINE_BOOL is not set\n", "given"),
+    ],
+)
+def test_a_built_in_command_line_counts_as_the_kernel_puts_it(config: str, booted: str) -> None:
+    assert booted_line(config, "given") == booted
+
+
+@pytest.mark.parametrize(
+    ("own", "result"), [("root=/dev/vda", CheckResult.fail), ("root=/dev/vda kho=on", CheckResult.warn)]
+)
+def test_a_kernel_that_reads_no_command_line_but_its_own_is_told(site: Site, own: str, result: CheckResult) -> None:
+    config = f'{KHO}# {DEFAULT} is not set\nCONFIG_CMDLINE_BOOL=y\nCONFIG_CMDLINE="{own}"\nCONFIG_CMDLINE_OVERRIDE=y\n'
+    site.lay({"proc/cmdline": "ro kho=on\n", f"{OUT}/fdt": "kho-v4\0"})
+    found = site.checks(site.image(next_kernel("kho-v4", config=config), "root=UUID=1 kho=on"))
+    assert (found["cmdline"].result, own in found["cmdline"].evidence) == (result, True)
+    assert (found["formats"].result is CheckResult.fail) is (result is CheckResult.fail)
+    assert found["initrd"].result is CheckResult.passed, "root=/dev/vda is mounted, and root=UUID=1 never read"
+
+
+def test_what_a_built_in_command_line_switches_on_is_no_loss(site: Site) -> None:
+    config = f'{KHO}# {DEFAULT} is not set\nCONFIG_CMDLINE_BOOL=y\nCONFIG_CMDLINE="root=/dev/vda kho=on"\n'
+    site.lay({"proc/cmdline": "ro kho=on\n", f"{OUT}/fdt": "kho-v4\0"})
+    found = site.checks(site.image(next_kernel("kho-v4", config=config), "quiet"))
+    assert found["cmdline"].result is found["initrd"].result is CheckResult.passed
+    off = site.checks(site.image(next_kernel("kho-v4", config=config), "quiet kho=off"))
+    assert off["cmdline"].result is CheckResult.fail

@@ -89,6 +89,22 @@ def test_an_initrd_that_is_a_boot_configuration_alone_is_none(site: Site) -> Non
     assert judged(site, CPIO, bootconfig()).result is CheckResult.passed
 
 
+def test_a_root_that_a_boot_configuration_may_name_is_not_inspected(site: Site) -> None:
+    """Bottlerocket's sets its root up with dm-mod.create; the kernel reads it where it is asked to."""
+    early = cpio({"kernel/x86/microcode/GenuineIntel.bin": b""})
+    force, without = f"{KHO}CONFIG_BOOT_CONFIG_FORCE=y\n", f"{KHO}# CONFIG_BOOT_CONFIG is not set\n"
+    for archive in (b"", early):
+        for root in ("root=/dev/dm-0", ""):
+            found = judged(site, archive + bootconfig(), cmdline=f"kho=on bootconfig {root}")
+            assert (found.result, "not inspected: the boot conf" in found.evidence) == (CheckResult.warn, True)
+            forced = judged(site, archive + bootconfig(), cmdline=f"kho=on {root}", config=force)
+            assert forced.result is CheckResult.warn
+            for line, config in (("kho=on", KHO), ("kho=on -- bootconfig", KHO), ("kho=on bootconfig", without)):
+                unread = judged(site, archive + bootconfig(), cmdline=f"{root} {line}", config=config)
+                assert unread.result is CheckResult.fail
+    assert judged(site, early, cmdline="kho=on bootconfig").result is CheckResult.fail
+
+
 def test_a_boot_configuration_between_two_initrds_stops_the_kernel(site: Site) -> None:
     """They are joined, and it looks at the end alone."""
     assert judged(site, CPIO + bootconfig(), CPIO).result is CheckResult.fail

@@ -274,6 +274,17 @@ async def test_whoever_does_not_greet_as_qmp_does_is_a_veto(tmp_path: Path, gree
         assert "what it says is not QMP (at its greeting)" in await veto(here.path, Verb.prepare)
 
 
+async def test_pretty_qmp_is_named(tmp_path: Path) -> None:
+    """qemu(1), -qmp-pretty; the library reads a message to the end of its line."""
+    async with vm(tmp_path) as here:
+        pretty = json.dumps(json.loads(GREETING), indent=4).encode().replace(b"\n", b"\r\n") + b"\r\n"
+        here.greeting = pretty
+        assert "pretty=on" in await veto(here.path, Verb.prepare)
+        here.greeting = GREETING
+        here.instead["query-status"] = b'{\r\n    "return": {\r\n    }\r\n}\r\n'
+        assert "pretty=on" in await veto(here.path, Verb.prepare)
+
+
 async def test_a_server_that_hangs_up_before_its_greeting_or_after_it_is_a_veto(tmp_path: Path) -> None:
     async with vm(tmp_path) as here:
         here.greeting = HANG_UP

@@ -5,7 +5,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from khod.muster import Muster
 from khod.producers.barrier import Producer, Telling, Verb, Veto
 from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
-from khod.producers.unit import OURS, Bus, Unit, check_unit
+from khod.producers.unit import OURS, STOPPED_TOO, Bus, Unit, check_unit
 from khod.record import Holder
 from khod.sessions import Sessions
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
@@ -258,6 +258,69 @@ async def test_a_control_group_is_systemds_while_systemd_thaws_it(
         assert freezer.read_text() == "1", "this systemd thaws nothing of the kernel's"
 
 
+async def tell_slice(verb: Verb, note: str = "") -> str:
+    """Tell my.slice a verb; its note after that, also where it refuses to be frozen."""
+    telling = Telling(verb, "run-1", note)
+    with suppress(Veto) if verb is Verb.freeze else nullcontext():
+        await Unit("mine", 0, unit="my.slice").tell(telling)
+    return telling.note
+
+
+BUSY = Refusal("org.freedesktop.systemd1.UnitBusy", "Unit has a pending job")
+
+
+async def test_a_slice_whose_freeze_failed_half_way_is_thawed(place: Path) -> None:
+    """systemd#25662, #32009: the units it had come to are frozen, and its own FreezerState is `running`."""
+    async with serving(place) as bus:
+        bus.units["my.slice"] = unit(Names=["my.slice"])
+        bus.instead["FreezeUnit"] = BUSY
+        note = await tell_slice(Verb.freeze, await tell_slice(Verb.prepare))
+        await tell_slice(Verb.thaw, note)
+        assert bus.said[-2:] == ["LoadUnit my.slice", "GetAll org.freedesktop.systemd1.Unit"]
+        assert "ThawUnit my.slice" in bus.said
+
+
+async def test_a_half_frozen_slice_that_systemd_does_not_thaw_is_thawed_unit_by_unit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "cgroup"
+    ours = ["my.slice", "my.slice/a.service", "my.slice/my-b.slice", "my.slice/my-b.slice/c.scope"]
+    others = ["my.slice/a.service/payload", "my.slice/a.service/b.service", "my.slice/x", "other.slice/d.service"]
+    for group in sorted([*ours, *others, "other.slice"]):
+        control_group(monkeypatch, root, group)
+    (root / "my.slice/e.service").symlink_to(root / "other.slice/d.service")
+    (root / "my.slice/ending.service").mkdir()
+    async with serving(place) as bus:
+        bus.units["my.slice"] = unit(Names=["my.slice"])
+        bus.instead["FreezeUnit"] = bus.instead["ThawUnit"] = BUSY
+        await tell_slice(Verb.thaw, await tell_slice(Verb.freeze, await tell_slice(Verb.prepare)))
+    thawed = {str(path.parent.relative_to(root)) for path, state in freezers(root).items() if state == "0"}
+    assert thawed == set(ours)
+
+
+async def test_a_half_frozen_slice_that_nothing_thaws_is_a_veto(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("khod.producers.unit.CGROUPS", tmp_path / "none")
+    async with serving(place) as bus:
+        bus.units["my.slice"] = unit(Names=["my.slice"])
+        bus.instead["FreezeUnit"] = bus.instead["ThawUnit"] = BUSY
+        note = await tell_slice(Verb.freeze, await tell_slice(Verb.prepare))
+        with pytest.raises(Veto, match="pending job"):
+            await tell_slice(Verb.thaw, note)
+
+
+@pytest.mark.parametrize("now", [unit(ActiveState="inactive"), unit(FreezerState="frozen-by-parent")])
+async def test_a_slice_that_has_ended_or_that_another_holds_frozen_is_left_to_that(place: Path, now: Props) -> None:
+    async with serving(place) as bus:
+        bus.units["my.slice"] = unit(Names=["my.slice"])
+        bus.instead["FreezeUnit"] = BUSY
+        note = await tell_slice(Verb.freeze, await tell_slice(Verb.prepare))
+        bus.units["my.slice"] = now
+        await tell_slice(Verb.thaw, note)
+        assert "ThawUnit my.slice" not in bus.said
+
+
 def freezers(root: Path) -> dict[Path, str]:
     return {path: path.read_text() for path in root.rglob("cgroup.freeze")}
 
@@ -401,7 +464,7 @@ async def test_a_stop_replaces_no_job_of_somebody_else_a_start_replaces_our_own(
         assert said(bus).index("Subscribe") < said(bus).index("StopUnit")
 
 
-@pytest.mark.parametrize("key", ["RequiredBy", "BoundBy", "ConsistsOf"])
+@pytest.mark.parametrize("key", STOPPED_TOO)
 async def test_a_unit_that_would_stop_too_is_a_veto_unless_it_has_stopped(place: Path, key: str) -> None:
     async with serving(place, a=unit(**{key: ["b.service"]}), b=unit()) as bus:
         reason, note = await vetoed(Verb.freeze, OURS, "stop")
