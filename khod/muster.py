@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from khod import model
 from khod.errors import ConfigError, Refused, UsageError
-from khod.producers.barrier import Barrier, Member, Producer, Told, Verb, ranks
+from khod.producers.barrier import Barrier, Member, Producer, Told, Verb
 from khod.producers.lost import Lost
+from khod.producers.order import check_newcomer, ranks
 from khod.producers.peers import Peer, Peers, Terms
 from khod.producers.unit import OURS, Unit
 from khod.record import Holder, Owner, Process
@@ -66,9 +67,16 @@ class Muster:
         files = self._configured()
         if any(producer.name == name for producer in files):
             raise Refused(f"There is a producer {name} already: it has a file", where=name, remedy="Choose another.")
-        named = self.peers.names(name) or any(name in (*file.after, *file.before) for file in files)
-        if named or terms.after or terms.before:
-            ranks([*(producer for producer in self.everyone() if producer.name != name), Lost(name, **vars(terms))])
+        named = {file.name: file for file in files}
+        naming: dict[str, list[Producer]] = {}
+        for file in files:
+            for other in {*file.after, *file.before}:
+                naming.setdefault(other, []).append(file)
+        check_newcomer(
+            Lost(name, **vars(terms)),
+            lambda one: named.get(one) or self.peers.find(one),
+            lambda one: [*naming.get(one, ()), *self.peers.naming(one)],
+        )
         return self.peers.register(name, owner, process, terms, most)
 
     def barrier(self, run: str, changed: Callable[[Member], None]) -> Barrier:

@@ -6,7 +6,8 @@ from khod.config import Deadlines
 from khod.kernel.protocol import KhoKernel
 from khod.machine import STEPS, Machine, left
 from khod.model import Planned, Step
-from khod.producers.barrier import Producer, ranks
+from khod.producers.barrier import Producer
+from khod.producers.order import ranks
 from khod.target import Request, Target
 from khod.text import format_size, join_names, printable
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from khod.model import LuoSession, Order, SessionFate
 from khod.preflight.facts import Facts, Finding
-from khod.producers.barrier import ranks
 from khod.producers.identity import process_of
+from khod.producers.order import ranks
 from khod.producers.registrations import Registered
 from khod.session_holders import title
 from khod.text import join_names

@@ -10,12 +10,12 @@ import enum
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from graphlib import CycleError, TopologicalSorter
 from typing import Protocol
 
 from khod import model
 from khod.bounded import CUT_SECONDS, within
 from khod.errors import ConfigError, Failed, KhoError, Refused, Unsupported
+from khod.producers.order import ranks
 from khod.record import Holder
 
 
@@ -123,31 +123,6 @@ class Told:
 
     verb: str
     note: str = ""
-
-
-def ranks(producers: Iterable[Producer]) -> list[list[Producer]]:
-    """Order producers; names that are not here are no constraint. ConfigError names a cycle."""
-    known = {producer.name: producer for producer in producers}
-    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(known, ()))
-    for producer in known.values():
-        sorter.add(producer.name, *(name for name in producer.after if name in known))
-        for name in producer.before:
-            if name in known:
-                sorter.add(name, producer.name)
-    try:
-        sorter.prepare()
-    except CycleError as error:
-        raise ConfigError(
-            "The producers' order is a cycle: " + " -> ".join(error.args[1]),
-            where="after/before",
-            remedy="Remove one of these.",
-        ) from None
-    result = []
-    while sorter.is_active():
-        rank = sorter.get_ready()
-        result.append([known[name] for name in sorted(rank)])
-        sorter.done(*rank)
-    return result
 
 
 @dataclass(eq=False)

@@ -380,7 +380,8 @@ class Peers:
         self._sessions = sessions
         self._peers: dict[str, Peer] = {}
         self._per_user: Counter[int] = Counter()
-        self._named: Counter[str] = Counter()
+        self._naming: dict[str, set[str]] = {}
+        """Who names somebody in `after` or `before`, by the name that is named."""
         self._gone = gone
         self._came = came
         self._registrations = registrations
@@ -431,7 +432,7 @@ class Peers:
 
     def known(self) -> list[Peer]:
         """Those connected, and those that are waited for."""
-        return [peer for peer in self._peers.values() if peer.connected or peer.counted_on]
+        return [*filter(None, map(self.find, self._peers))]
 
     def taking_part(self) -> list[Peer]:
         """Those of a handover: not whoever has not taken back yet what the previous kernel's khod left here."""
@@ -442,9 +443,14 @@ class Peers:
         peer = self._peers.get(name)
         return peer is not None and peer.awaited
 
-    def names(self, name: str) -> bool:
-        """Whether a peer that is connected wants to be told before or after this producer."""
-        return self._named[name] > 0
+    def find(self, name: str) -> Peer | None:
+        """One that is connected or waited for, by its name."""
+        peer = self._peers.get(name)
+        return peer if peer is not None and (peer.connected or peer.counted_on) else None
+
+    def naming(self, name: str) -> list[Peer]:
+        """Those that are connected or waited for and want to be told before or after this producer."""
+        return [*filter(None, map(self.find, self._naming.get(name, ())))]
 
     def expect_absent(self, run: str) -> None:
         """Count on those that have not come back since khod was restarted: any of them may be frozen."""
@@ -456,8 +462,7 @@ class Peers:
         """Wait for producers that an earlier khod knew, of this boot or (`restoring`) of the one before."""
         for holder in holders:
             if holder.kind == KIND and holder.name not in self._peers:
-                made = Peer.expected(holder, run, self._sessions, restoring=restoring)
-                self._peers[holder.name] = made
+                self._enter(Peer.expected(holder, run, self._sessions, restoring=restoring))
 
     def give_up(self, name: str) -> bool:
         """Expect a producer back no more that has lost its connection, or had it before khod was restarted.
@@ -515,13 +520,16 @@ class Peers:
             raise Refused(
                 f"User {owner.uid} has {most} producers already", where=name, remedy="producers.max_per_user bounds it."
             )
+        earlier = peer
         if peer is None or not peer.counted_on:
-            peer = self._peers[name] = Peer(name, owner, process, terms, self._sessions)
+            peer = Peer(name, owner, process, terms, self._sessions)
         elif peer.told and not peer.restoring and peer.process not in (None, process):
             self._gone(peer)  # the process that was told is dead, and what it held with it
         self._per_user[owner.uid] += 1
-        self._named.update((*terms.after, *terms.before))
+        if earlier is not None:
+            self._strike(earlier)
         peer.attach(process, terms)
+        self._enter(peer)
         self._absent.pop(name, None)
         self._returned.set()
         self._keep(lambda registrations: registrations.add(Registered(name, owner, process)))
@@ -533,12 +541,23 @@ class Peers:
         if not peer.connected:
             return
         self._per_user[peer.owner.uid] -= 1
-        self._named.subtract((*peer.after, *peer.before))
         peer.detach()
         self._keep(lambda registrations: registrations.remove(peer.name))
         if not peer.counted_on:
-            del self._peers[peer.name]
+            self._strike(peer)
         self._gone(peer)
+
+    def _enter(self, peer: Peer) -> None:
+        self._peers[peer.name] = peer
+        for name in (*peer.after, *peer.before):
+            self._naming.setdefault(name, set()).add(peer.name)
+
+    def _strike(self, peer: Peer) -> None:
+        del self._peers[peer.name]
+        for name in {*peer.after, *peer.before}:
+            self._naming[name].discard(peer.name)
+            if not self._naming[name]:
+                del self._naming[name]
 
 
 def _lives(process: Process) -> bool:
