@@ -95,13 +95,17 @@ class Unit(Configured):
 
     unit: str = ""
     how: str = "freeze"
+    group: str = ""
+    """The path of its control group below CGROUPS as it was prepared, "" where it has none or that is not known."""
     kind: str = "unit"
 
     async def _carry_out(self, telling: Telling) -> None:
         """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
-        it = self if telling.verb is Verb.prepare else self._as_prepared(telling.note)
+        ours = None if telling.verb is Verb.prepare else self._as_prepared(telling.note)
+        it = ours or self
         verbs = {Verb.prepare: it._prepare, Verb.freeze: it._freeze, Verb.thaw: it._thaw}
-        if (step := verbs.get(telling.verb)) is None:
+        step = verbs.get(telling.verb)
+        if step is None or (telling.verb is Verb.thaw and ours is None):
             return
         loop = asyncio.get_running_loop()
         give_up = loop.time() + self.timeout
@@ -123,20 +127,27 @@ class Unit(Configured):
         A process that catches SIGTERM does not get it while it is frozen, and systemd-shutdown waits for it as
         long as DefaultTimeoutStopSec= says (90 s), in the middle of the blackout.
         """
-        it = self._as_prepared(note)
-        if _ours(note) and it.how == "freeze":
+        ours = self._as_prepared(note)
+        if ours is not None and ours.how == "freeze":
             async with system_bus() as bus:
-                await Systemd(bus, it.unit).kill()
+                await Systemd(bus, ours.unit).kill()
 
-    def _as_prepared(self, note: str) -> "Unit":
-        """Give the unit that was prepared, and how: the file may name another since."""
-        if not _ours(note) or note == OURS:
+    @property
+    def _note(self) -> str:
+        """What is noted of a unit that is ours: its file may name another by the time it is thawed."""
+        return f"{OURS} {self.how} {self.unit} {self.group}"
+
+    def _as_prepared(self, note: str) -> "Unit | None":
+        """Give the unit of a note; None where it is not ours and is left alone, Veto where that cannot be told."""
+        if note == OURS:
             return self
+        if not note.startswith(f"{OURS} "):
+            return None
         try:
-            _, how, unit, _ = note.split(" ", 3)
+            _, how, unit, group = note.split(" ", 3)
         except ValueError:
             raise Veto(f"what was done to it is not known: its note is {one_line(note)!r}") from None
-        return replace(self, unit=unit, how=how)
+        return replace(self, unit=unit, how=how, group=group)
 
     async def _prepare(self, systemd: "Systemd", telling: Telling) -> None:
         state = await systemd.state()
@@ -156,13 +167,13 @@ class Unit(Configured):
             raise Veto(f"{self.unit} cannot be frozen: systemd has no freezer for it")
         if await systemd.holds_us():
             raise Veto(f"{self.unit} holds khod or the system bus, without which it is never thawed")
-        telling.note = f"{OURS} {self.how} {self.unit} {await systemd.control_group()}"
+        telling.note = replace(self, group=await systemd.control_group())._note
 
     async def _freeze(self, systemd: "Systemd", telling: Telling) -> None:
         prepared, telling.note = telling.note, UNTOUCHED
         state = await systemd.state()
         found = state.found(self.unit)
-        before = OURS if _ours(prepared) else prepared
+        before = prepared if self._as_prepared(prepared) is None else OURS
         if found != before:
             raise Veto(f"{self.unit} was {before or 'not asked'} at prepare and is {found} now")
         if found == OURS and self.how == "stop":
@@ -192,8 +203,6 @@ class Unit(Configured):
             raise Veto(f"the stop of {self.unit} ended as {result}, and it is {state.active}")
 
     async def _thaw(self, systemd: "Systemd", telling: Telling) -> None:
-        if not _ours(telling.note):
-            return
         state = await systemd.state()
         if self.how == "stop":
             await self._start(systemd, state, telling)
@@ -203,7 +212,7 @@ class Unit(Configured):
             try:
                 await systemd.act("ThawUnit", "s", self.unit)
             except ErrorAnswer:
-                if not _thaw_group(telling.note):
+                if not _thaw_group(self.group):
                     raise
             else:
                 if not (state := await systemd.state()).thawed:
@@ -220,18 +229,14 @@ class Unit(Configured):
             raise Veto(f"the start of {self.unit} ended as {result}, and it is {state.active}")
 
 
-def _ours(note: str) -> bool:
-    return note.split(" ", 1)[0] == OURS
-
-
-def _thaw_group(note: str) -> bool:
-    """Have the kernel thaw the control group that is noted; whether it was there and has taken that.
+def _thaw_group(path: str) -> bool:
+    """Have the kernel thaw the control group at this path below CGROUPS; whether it was there and has taken that.
 
     systemd refuses it for a unit whose file is gone or masked since, and the kernel knows of no files. systemd goes on
     to call the unit frozen, until it can be told `systemctl thaw`.
     """
     with suppress(OSError):
-        group = (CGROUPS / note.split(" ", 3)[-1].lstrip("/")).resolve(strict=True)
+        group = (CGROUPS / path.lstrip("/")).resolve(strict=True)
         if CGROUPS in group.parents:
             with open(os.open(group / "cgroup.freeze", os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
                 file.write(b"0")
