@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from khod import model
-from khod.bounded import CUT_SECONDS, within
+from khod.bounded import CUT_SECONDS, StillRuns, within
 from khod.errors import ConfigError, Failed, KhoError, Refused, Unsupported
 from khod.producers.order import ranks
 from khod.record import Holder
@@ -285,10 +285,9 @@ class Barrier:
 
     async def _leaves(self, member: Member) -> None:
         try:
-            async with asyncio.timeout(LEAVING):
-                await member.producer.leave(member.note)
+            await within(LEAVING, member.producer.leave(member.note))
         except Exception as error:  # noqa: BLE001 - the host goes down, whatever goes wrong here
-            member.answer = str(error) or f"did not make way within {LEAVING:g} s"
+            member.answer = str(error)
             self.changed(member)
 
     async def undo(self, verb: Verb) -> list[tuple[str, KhoError]]:
@@ -357,7 +356,7 @@ class Barrier:
         self.changed(member)
 
         def not_yet(reason: str, progress: float | None) -> None:
-            if member.calls == call:
+            if member.calls == call and member.waiting:
                 member.answer, member.progress = f"not yet: {reason}" if reason else "not yet", progress
                 self.changed(member)
 
@@ -370,8 +369,9 @@ class Barrier:
             try:
                 said = await within(deadline, producer.tell(telling))
                 answer, done = said or READY, True
-            except TimeoutError:
+            except TimeoutError as error:
                 waited = f" ({member.answer})" if member.answer else ""
+                waited += ", and it cannot be cut short" if isinstance(error, StillRuns) else ""
                 answer = f"no answer within {deadline:g} s{waited}"
                 refusal = self._failed(member, f"did not answer {verb.value} within {deadline:g} s{waited}")
             except Unsupported as error:

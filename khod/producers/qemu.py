@@ -20,8 +20,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from khod.bounded import settle
 from khod.producers.barrier import Telling, Verb, Veto
-from khod.producers.configured import Configured, one_line, settle
+from khod.producers.configured import Configured, one_line
 from khod.producers.identity import ended, process_of
 from khod.producers.sockets import connect
 from khod.record import Process

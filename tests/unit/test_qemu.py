@@ -138,6 +138,7 @@ async def vm(path: Path) -> AsyncIterator[Vm]:
     dispatcher = asyncio.ensure_future(here.dispatch())
     try:
         yield here
+        await turns(3)  # a connection may be about to be accepted
         await here.until(lambda: here.clients == 0)
     finally:
         server.close()

@@ -5,7 +5,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import pytest
 
 from khod.errors import ConfigError, UsageError
 from khod.muster import Muster
-from khod.producers.barrier import Producer, Telling, Verb, Veto
+from khod.producers.barrier import Barrier, Producer, Telling, Told, Verb, Veto
 from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
 from khod.producers.unit import OURS, Bus, Unit, check_unit
@@ -591,29 +591,36 @@ async def test_a_connection_that_does_not_end_holds_nobody_up(place: Path, monke
 
 
 async def test_a_verb_that_cannot_be_cut_short_is_left_to_itself(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("khod.producers.configured.CUT_SECONDS", 0.05)
+    monkeypatch.setattr("khod.bounded.CUT_SECONDS", 0.05)
     ended = asyncio.Event()
+    cancelled: list[Verb] = []
 
     async def stubborn(_bus: Bus, *_call: object) -> None:
         while not ended.is_set():
-            with suppress(asyncio.CancelledError):
+            try:
                 await ended.wait()
+            except asyncio.CancelledError:
+                cancelled.append(Verb.thaw)
         raise Veto("too late")
 
     monkeypatch.setattr(Bus, "call", stubborn)
-    reasons: list[str] = []
-    telling = Telling(Verb.thaw, "run-1", OURS, lambda reason, _progress: reasons.append(reason))
     async with serving(place, a=unit()):
-        work = asyncio.ensure_future(Unit("a", unit="a.service").tell(telling))
-        for cancel in [False] * 10 + [True] * 3:
-            await asyncio.sleep(0)
-            if cancel:
-                work.cancel()
-        await asyncio.wait({work})
-        assert work.cancelled()
-        assert reasons == ["it was cut short and has not ended within 0.05 s"]
+        told = {"a": Told("freeze", OURS)}
+        barrier = Barrier.of([Unit("a", 0.1, unit="a.service")], "run-1", lambda _member: None, told)
+        ((name, error),) = await barrier.undo(Verb.freeze)
+        assert (name, cancelled) == ("a", [Verb.thaw]), "it is cancelled once, and left to clean up"
+        assert "did not answer thaw within 0.1 s, and it cannot be cut short" in str(error)
         ended.set()
         await asyncio.sleep(0)
+
+
+async def test_a_verb_that_is_cancelled_from_within_is_a_veto(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cancelled(_bus: Bus, *_call: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Bus, "call", cancelled)
+    async with serving(place, a=unit()):
+        assert "cancelled from within" in (await vetoed(Verb.freeze, OURS))[0]
 
 
 @pytest.mark.parametrize("verb", [Verb.freeze, None], ids=["verb", "leave"])
