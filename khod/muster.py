@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from khod import model
 from khod.errors import ConfigError, Refused, UsageError
-from khod.producers.barrier import Barrier, Member, Producer, Told, Verb
+from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Producer, Told, Verb
 from khod.producers.lost import Lost
 from khod.producers.order import check_newcomer, ranks
 from khod.producers.peers import Peer, Peers, Terms
@@ -112,11 +112,15 @@ class Muster:
         known = {(producer.name, producer.kind): producer for producer in [*files, *self.peers.known()]}
         if nobody_knows:
             holders = [producer.holder() for producer in (*files, *self.peers.taking_part())]
-        told = {holder.name: Told(verb.value if verb else holder.told, holder.note) for holder in holders}
+        lost = nobody_knows and not run  # as opposed to a record in which nobody stands
+        told = {
+            holder.name: Told(verb.value if verb else holder.told, NOT_RECORDED if lost else holder.note)
+            for holder in holders
+        }
         producers: list[Producer] = []
         for holder in holders:
             found = known.get((holder.name, holder.kind))
-            if found is None and holder.kind == Unit.kind and holder.note != OURS:
+            if found is None and holder.kind == Unit.kind and holder.note not in (OURS, NOT_RECORDED):
                 found = Unit(holder.name)  # its note says what was done, and to which unit
             if found is None or (restoring and holder.restores and not found.restores):
                 found = Lost(holder.name, kind=holder.kind, had_to_restore=bool(holder.restores), unreadable=unreadable)

@@ -37,6 +37,8 @@ NO_ANSWER = "no answer"
 READY = "ready"
 GONE = "gone, and not told"
 """The answer of an undo that there is nobody left to tell of."""
+NOT_RECORDED = "not recorded"
+"""The note with an undo where the record of what was done is lost: whoever is told looks for himself."""
 LEAVING = 5.0
 """Seconds a producer has to make way; the shutdown goes on meanwhile."""
 

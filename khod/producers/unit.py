@@ -21,7 +21,7 @@ import os
 import re
 import signal
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -33,7 +33,7 @@ from jeepney.auth import BEGIN, AuthenticationError, Authenticator
 from jeepney.bus import get_bus
 
 from khod.errors import UsageError
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.barrier import NOT_RECORDED, Telling, Verb, Veto
 from khod.producers.configured import Configured, one_line
 from khod.producers.sockets import connect
 
@@ -99,21 +99,20 @@ class Unit(Configured):
     """The path of its control group below CGROUPS as it was prepared, "" where it has none or that is not known."""
     kind: str = "unit"
 
-    async def _carry_out(self, telling: Telling) -> None:
+    async def _carry_out(self, telling: Telling) -> str | None:
         """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
         ours = None if telling.verb is Verb.prepare else self._as_prepared(telling.note)
         it = ours or self
-        verbs = {Verb.prepare: it._prepare, Verb.freeze: it._freeze, Verb.thaw: it._thaw}
+        verbs: dict[Verb, Step] = {Verb.prepare: it._prepare, Verb.freeze: it._freeze, Verb.thaw: it._thaw}
         step = verbs.get(telling.verb)
         if step is None or (telling.verb is Verb.thaw and ours is None):
-            return
+            return None
         loop = asyncio.get_running_loop()
         give_up = loop.time() + self.timeout
         while True:
             try:
                 async with system_bus() as bus:
-                    await step(Systemd(bus, it.unit), telling)
-                return
+                    return await step(Systemd(bus, it.unit), telling)
             except Disconnected as error:
                 # Either may start anew in the middle of it; an undo may be told as often as need be.
                 if telling.verb is not Verb.thaw or loop.time() + RETRY_SECONDS > give_up:
@@ -138,8 +137,11 @@ class Unit(Configured):
         return f"{OURS} {self.how} {self.unit} {self.group}"
 
     def _as_prepared(self, note: str) -> "Unit | None":
-        """Give the unit of a note; None where it is not ours and is left alone, Veto where that cannot be told."""
-        if note == OURS:
+        """Give the unit of a note; None where it is not ours and is left alone, Veto where that cannot be told.
+
+        Where nothing is recorded it may be ours: whether it is frozen is systemd's to say.
+        """
+        if note in (OURS, NOT_RECORDED):
             return self
         if not note.startswith(f"{OURS} "):
             return None
@@ -202,21 +204,30 @@ class Unit(Configured):
         if result != "done" or state.active not in INACTIVE:
             raise Veto(f"the stop of {self.unit} ended as {result}, and it is {state.active}")
 
-    async def _thaw(self, systemd: "Systemd", telling: Telling) -> None:
+    async def _thaw(self, systemd: "Systemd", telling: Telling) -> str | None:
         state = await systemd.state()
-        if self.how == "stop":
+        unrecorded = telling.note == NOT_RECORDED
+        if self.how == "stop" and not unrecorded:
             await self._start(systemd, state, telling)
-        elif not state.thawed:
-            if state.active in INACTIVE:
-                raise Veto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
-            try:
-                await systemd.act("ThawUnit", "s", self.unit)
-            except ErrorAnswer:
-                if not _thaw_group(self.group):
-                    raise
-            else:
-                if not (state := await systemd.state()).thawed:
-                    raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
+            return None
+        if not state.thawed:
+            await self._unfreeze(systemd, state, telling)
+        if self.how == "stop" and state.active != "active":
+            return f"{self.unit} is {state.active} and is left so: no record says whether khod stopped it"
+        return None
+
+    async def _unfreeze(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
+        if state.active in INACTIVE:
+            raise Veto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
+        try:
+            await systemd.act("ThawUnit", "s", self.unit)
+        except ErrorAnswer:
+            group = await systemd.control_group() if telling.note == NOT_RECORDED else self.group
+            if not _thaw_group(group):
+                raise
+        else:
+            if not (state := await systemd.state()).thawed:
+                raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
 
     async def _start(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
         if state.active == "active" and not state.job:
@@ -227,6 +238,9 @@ class Unit(Configured):
         state = await systemd.state()
         if state.active != "active":
             raise Veto(f"the start of {self.unit} ended as {result}, and it is {state.active}")
+
+
+Step = Callable[["Systemd", Telling], Awaitable[str | None]]
 
 
 def _thaw_group(path: str) -> bool:

@@ -13,10 +13,10 @@ import pytest
 
 from khod.errors import ConfigError, UsageError
 from khod.muster import Muster
-from khod.producers.barrier import Barrier, Producer, Telling, Told, Verb, Veto
+from khod.producers.barrier import NOT_RECORDED, Barrier, Producer, Telling, Told, Verb, Veto
 from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
-from khod.producers.unit import OURS, Bus, Unit, check_unit
+from khod.producers.unit import OURS, UNTOUCHED, Bus, Unit, check_unit
 from khod.record import Holder
 from khod.sessions import Sessions
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
@@ -621,6 +621,48 @@ async def test_a_verb_that_is_cancelled_from_within_is_a_veto(place: Path, monke
     monkeypatch.setattr(Bus, "call", cancelled)
     async with serving(place, a=unit()):
         assert "cancelled from within" in (await vetoed(Verb.freeze, OURS))[0]
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+@pytest.mark.parametrize("state", ["running", "frozen", "inactive"])
+async def test_without_a_record_a_unit_is_thawed_that_systemd_says_is_frozen(place: Path, how: str, state: str) -> None:
+    """Whether a unit at rest was stopped by khod nobody knows: it is not started, and that is said."""
+    found = unit(ActiveState="inactive") if state == "inactive" else unit(FreezerState=state)
+    async with serving(place, a=dict(found), b=unit(FreezerState="frozen")) as bus:
+        nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+        muster = Muster(lambda: [Unit("a", unit="a.service", how=how)], nobody)
+        barrier = muster.resumed("", lambda _member: None, (), Verb.freeze)
+        assert await barrier.undo(Verb.freeze) == []
+        assert bus.units["a.service"] == (found if state == "inactive" else unit())
+        (member,) = barrier.members
+        left = how == "stop" and state == "inactive"
+        assert member.answer == (
+            "a.service is inactive and is left so: no record says whether khod stopped it" if left else "ready"
+        )
+        assert bus.state("b.service", "FreezerState") == "frozen", "no producer names it"
+
+
+@pytest.mark.parametrize("note", ["", "frozen", "inactive", UNTOUCHED])
+async def test_what_somebody_else_has_frozen_stays_frozen_where_there_is_a_record(place: Path, note: str) -> None:
+    async with serving(place, a=unit(FreezerState="frozen")) as bus:
+        nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+        muster = Muster(lambda: [Unit("a", unit="a.service")], nobody)
+        barrier = muster.resumed("run-1", lambda _member: None, [Holder("a", "unit", "", note)], Verb.freeze)
+        assert await barrier.undo(Verb.freeze) == []
+        assert bus.state("a.service", "FreezerState") == "frozen"
+        # A record in which nobody stands is one, too: this file came later.
+        barrier = muster.resumed("run-1", lambda _member: None, (), Verb.freeze)
+        assert await barrier.undo(Verb.freeze) == []
+        assert bus.state("a.service", "FreezerState") == "frozen"
+
+
+async def test_without_a_record_a_masked_unit_is_thawed_by_the_control_group_it_has(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freezer = control_group(monkeypatch, tmp_path)
+    async with serving(place, a=unit(LoadState="masked", FreezerState="frozen")):
+        await tell(Verb.thaw, NOT_RECORDED)
+        assert freezer.read_text() == "0"
 
 
 @pytest.mark.parametrize("verb", [Verb.freeze, None], ids=["verb", "leave"])
