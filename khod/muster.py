@@ -10,7 +10,8 @@ from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Producer, Told
 from khod.producers.lost import Lost
 from khod.producers.order import check_newcomer, ranks
 from khod.producers.peers import Peer, Peers, Terms
-from khod.producers.unit import OURS, Unit
+from khod.producers.qemu import Qemu
+from khod.producers.unit import Unit
 from khod.record import Holder, Owner, Process
 
 LOG = logging.getLogger(__name__)
@@ -120,8 +121,7 @@ class Muster:
         producers: list[Producer] = []
         for holder in holders:
             found = known.get((holder.name, holder.kind))
-            if found is None and holder.kind == Unit.kind and holder.note not in (OURS, NOT_RECORDED):
-                found = Unit(holder.name)  # its note says what was done, and to which unit
+            found = found or by_note(holder)
             if found is None or (restoring and holder.restores and not found.restores):
                 found = Lost(holder.name, kind=holder.kind, had_to_restore=bool(holder.restores), unreadable=unreadable)
             producers.append(found)
@@ -132,3 +132,10 @@ class Muster:
         if not producers and unreadable is not None:
             barrier.broken = unreadable  # then there may be somebody in it
         return barrier
+
+
+def by_note(holder: Holder) -> Producer | None:
+    """Make the producer of a note that says what was done, and to whom: its file need not be there any more."""
+    if holder.kind == Unit.kind:
+        return Unit.by_note(holder.name, holder.note)
+    return Qemu.by_note(holder.name, holder.note) if holder.kind == Qemu.kind else None

@@ -99,6 +99,11 @@ class Unit(Configured):
     """The path of its control group below CGROUPS as it was prepared, "" where it has none or that is not known."""
     kind: str = "unit"
 
+    @classmethod
+    def by_note(cls, name: str, note: str) -> "Unit | None":
+        """Make the producer that left this note; None where it does not name the unit."""
+        return None if note in (OURS, NOT_RECORDED) else cls(name)
+
     async def _carry_out(self, telling: Telling) -> str | None:
         """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
         ours = None if telling.verb is Verb.prepare else self._as_prepared(telling.note)
