@@ -36,6 +36,14 @@ MAX_NAMES = 32
 """Names of other producers, or devices, one registration may have: each stands in the record."""
 
 
+UNDONE = {undo: verb for verb, undo in UNDO.items()}
+"""What each undo takes back."""
+
+
+class HungUp(Veto):
+    """The connection ended before the answer came."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a producer registers with; see `khod.producers.barrier.Producer`. `timeout` is in seconds."""
@@ -170,13 +178,17 @@ class Peer:
 
     async def tell(self, telling: Telling) -> str | None:
         verb, self.run = telling.verb, telling.run
-        here = self.connected or await self._comes_back(telling)
-        if here:
+        while here := self.connected or await self._comes_back(telling):
             if verb is Verb.finish and self._taker != self.process:  # what was given died with the one that took it
                 await self._converse(replace(telling, verb=Verb.restore))
             if verb is Verb.freeze and self.kept and self.session not in self._sessions.names:
                 raise Veto("what it handed over before is preserved no more: it must be told to prepare again")
-            await self._converse(telling)
+            try:
+                await self._converse(telling)
+                break
+            except HungUp:
+                if verb not in UNDONE:
+                    raise
         if verb is Verb.freeze:
             stale = {*self._earlier(telling).values()}
             self.kept = tuple(kept for kept in self.kept if kept not in stale)
@@ -200,7 +212,7 @@ class Peer:
             await self._answer
         finally:
             self._answer = None
-            if telling.verb not in UNDO.values():
+            if telling.verb not in UNDONE:
                 # An undo that was not answered in time stays: whoever comes late hears it, whatever it says.
                 self._telling = None
 
@@ -213,7 +225,7 @@ class Peer:
 
     async def _comes_back(self, telling: Telling) -> bool:
         """Wait for a connection; False where there is nobody to tell and nothing to undo."""
-        undo = telling.verb in UNDO.values()
+        undo = telling.verb in UNDONE
         bearer = self.bearer if undo else self.process
         if bearer is None and not self.restoring:
             if undo:
@@ -252,13 +264,15 @@ class Peer:
         self._back.set()
 
     def detach(self) -> None:
-        """The connection has ended: whatever it was told is answered with a veto."""
+        """The connection has ended: whatever it was told is answered with a veto, an undo is still to be told."""
+        if self._answer is not None and self._telling is not None and self._telling.verb in UNDONE:
+            self.told = UNDONE[self._telling.verb].value
         self.left = self.process if self.told and not self.restoring else None
         self.connected, self.process = False, None
         self._back.clear()
         self._news.set()
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(Veto("its connection ended"))
+            self._answer.set_exception(HungUp("its connection ended"))
 
     async def next(self, answer: Answer | None) -> Command:
         """Take an answer, then wait for the next command; Unreachable where the connection ends meanwhile."""
