@@ -467,9 +467,9 @@ class Peers:
         return [*filter(None, map(self.find, self._naming.get(name, ())))]
 
     def expect_absent(self, run: str) -> None:
-        """Count on those that have not come back since khod was restarted: any of them may be frozen."""
-        terms = vars(Terms())
-        holders = [Holder(one.name, KIND, owner=one.owner, process=one.process, **terms) for one in self.absent]
+        """Count on those that have not come back since khod was restarted: any of them may be frozen, and stays so."""
+        about = {"told": Verb.freeze.value, **vars(Terms())}
+        holders = [Holder(one.name, KIND, owner=one.owner, process=one.process, **about) for one in self.absent]
         self.expect(holders, run, restoring=False)
 
     def expect(self, holders: Iterable[Holder], run: str, *, restoring: bool) -> None:

@@ -231,3 +231,40 @@ async def test_nor_at_rest_before_it_has_ended_or_was_given_up(host: VirtualHost
         else:
             process.end()
         engine.muster.peers.leave(await register(engine, start().identity))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@in_virtual_time
+async def test_with_a_record_that_cannot_be_read_whoever_may_be_frozen_stays_so(
+    host: VirtualHost, start: Callable[[], Living], *, loaded: bool
+) -> None:
+    """The host may be about to jump; told that nothing is counted on, a producer would go on with its work."""
+    process = start().identity
+    engine = await host.started()
+    async with serving(engine, process):
+        await (host.kexec(engine, load_only=True) if loaded else engine.activate())
+        engine.muster.peers.stop_remembering()  # khod is killed
+        host.store.path.write_bytes(host.store.path.read_bytes()[:100])
+        engine = await host.started()
+        assert engine.machine.phase is Phase.inconsistent
+        async with serving(engine, process) as heard:
+            assert heard == ["registered: freeze"]
+            await engine.abort(force=True)
+            assert heard == ["registered: freeze", "thaw", "cancel"]
+        assert (engine.machine.phase, engine.muster.peers.known()) == (Phase.idle, [])
+
+
+@in_virtual_time
+async def test_with_a_record_that_cannot_be_read_one_that_has_ended_holds_nobody_up(
+    host: VirtualHost, start: Callable[[], Living]
+) -> None:
+    process = start()
+    engine = await host.started()
+    async with serving(engine, process.identity):
+        await engine.activate()
+        engine.muster.peers.stop_remembering()
+        host.store.path.write_bytes(b"")
+        process.end()
+        engine = await host.started()
+        await engine.abort(force=True)
+        assert engine.machine.phase is Phase.idle

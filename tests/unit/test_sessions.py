@@ -645,8 +645,8 @@ async def test_what_could_not_be_preserved_may_be_handed_over_again(machine: Hos
     sessions, one, two = machine.khod(), machine.file(4096), machine.file(4096)
     preserve, create = machine.luo.preserve_fd, machine.luo.create_session
 
-    def no_session(_name: str) -> int:
-        raise OSError(errno.ENOSPC, "no room")
+    def no_session(name: str) -> int:
+        raise OSError(errno.ENOSPC, "no room", name)
 
     def only_one(session: int, fd: int, token: int) -> None:
         if machine.taken:
