@@ -197,7 +197,7 @@ class Daemon:
 
     def _said(self) -> str:
         """The status text: where it stands, and who is waited for or what happened last."""
-        waiting = join_names(self.engine.waiting, status.MAX_NAMES_SHOWN)
+        waiting = join_names(self.engine.waiting)
         return f"{status.SAYS[self._last.phase][0]} {f'Waiting for {waiting}' if waiting else self._last.message}"
 
     def _reload(self) -> None:

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from khod import model
 from khod.errors import ConfigError, Refused, UsageError
-from khod.producers.barrier import Barrier, Member, Producer, Told, Verb, ranks
+from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Producer, Told, Verb
 from khod.producers.lost import Lost
+from khod.producers.order import check_newcomer, ranks
 from khod.producers.peers import Peer, Peers, Terms
-from khod.producers.unit import OURS, Unit
+from khod.producers.qemu import Qemu
+from khod.producers.unit import Unit
 from khod.record import Holder, Owner, Process
 
 LOG = logging.getLogger(__name__)
@@ -66,9 +68,16 @@ class Muster:
         files = self._configured()
         if any(producer.name == name for producer in files):
             raise Refused(f"There is a producer {name} already: it has a file", where=name, remedy="Choose another.")
-        named = self.peers.names(name) or any(name in (*file.after, *file.before) for file in files)
-        if named or terms.after or terms.before:
-            ranks([*(producer for producer in self.everyone() if producer.name != name), Lost(name, **vars(terms))])
+        named = {file.name: file for file in files}
+        naming: dict[str, list[Producer]] = {}
+        for file in files:
+            for other in {*file.after, *file.before}:
+                naming.setdefault(other, []).append(file)
+        check_newcomer(
+            Lost(name, **vars(terms)),
+            lambda one: named.get(one) or self.peers.find(one),
+            lambda one: [*naming.get(one, ()), *self.peers.naming(one)],
+        )
         return self.peers.register(name, owner, process, terms, most)
 
     def barrier(self, run: str, changed: Callable[[Member], None]) -> Barrier:
@@ -104,12 +113,15 @@ class Muster:
         known = {(producer.name, producer.kind): producer for producer in [*files, *self.peers.known()]}
         if nobody_knows:
             holders = [producer.holder() for producer in (*files, *self.peers.taking_part())]
-        told = {holder.name: Told(verb.value if verb else holder.told, holder.note) for holder in holders}
+        lost = nobody_knows and not run  # as opposed to a record in which nobody stands
+        told = {
+            holder.name: Told(verb.value if verb else holder.told, NOT_RECORDED if lost else holder.note)
+            for holder in holders
+        }
         producers: list[Producer] = []
         for holder in holders:
             found = known.get((holder.name, holder.kind))
-            if found is None and holder.kind == Unit.kind and holder.note != OURS:
-                found = Unit(holder.name)  # its note says what was done, and to which unit
+            found = found or by_note(holder)
             if found is None or (restoring and holder.restores and not found.restores):
                 found = Lost(holder.name, kind=holder.kind, had_to_restore=bool(holder.restores), unreadable=unreadable)
             producers.append(found)
@@ -120,3 +132,10 @@ class Muster:
         if not producers and unreadable is not None:
             barrier.broken = unreadable  # then there may be somebody in it
         return barrier
+
+
+def by_note(holder: Holder) -> Producer | None:
+    """Make the producer of a note that says what was done, and to whom: its file need not be there any more."""
+    if holder.kind == Unit.kind:
+        return Unit.by_note(holder.name, holder.note)
+    return Qemu.by_note(holder.name, holder.note) if holder.kind == Qemu.kind else None

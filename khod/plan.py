@@ -6,12 +6,10 @@ from khod.config import Deadlines
 from khod.kernel.protocol import KhoKernel
 from khod.machine import STEPS, Machine, left
 from khod.model import Planned, Step
-from khod.producers.barrier import Producer, ranks
+from khod.producers.barrier import Producer
+from khod.producers.order import ranks
 from khod.target import Request, Target
 from khod.text import format_size, join_names, printable
-
-MAX_NAMES_SHOWN = 8
-"""Producers of one rank that are named."""
 
 UNDO_NOW = "where reboot(2) comes back with an errno, everything above"
 UNDO_ORDERLY = (
@@ -57,7 +55,7 @@ def _told(producers: Sequence[Producer]) -> str:
         return "nobody (no producers)"
     words = []
     for rank in ranks(list(producers)):
-        words.append(join_names((producer.name for producer in rank), MAX_NAMES_SHOWN))
+        words.append(join_names(producer.name for producer in rank))
     return ", then ".join(words)
 
 

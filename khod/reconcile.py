@@ -12,9 +12,6 @@ from khod.model import Observed, Phase, Step
 from khod.record import Record
 from khod.text import join_names
 
-MAX_NAMES_SHOWN = 10
-"""Names in one sentence."""
-
 
 class Action(enum.Enum):
     """What khod does next, without being asked."""
@@ -119,7 +116,7 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
 
 def _lost(record: Record) -> str:
     """What went with the boot of the record, "" where nothing waited to be taken back."""
-    names = join_names((holder.name for holder in record.claims), MAX_NAMES_SHOWN)
+    names = join_names(holder.name for holder in record.claims)
     return f"the host booted again before {names} had taken back what waited: it is lost" if names else ""
 
 

@@ -76,11 +76,33 @@ class Sessions:
 
     async def preserve(self, session: str, files: Sequence[tuple[Kept, int]], deadline: float) -> None:
         """Preserve files in an outgoing session, which is made and put into the store at first."""
-        seen = {(found.dev, found.ino) for found in (statx(file) for _, file in files)}
+        given = [(found.dev, found.ino) for found in (statx(file) for _, file in files)]
         known = self._inodes.setdefault(session, set())
-        if len(seen) < len(files) or seen & known:
-            # 7.3.4 says EBUSY; 6.19.11 takes it, and gives one memory to two.
+        if len({*given}) < len(given) or not all(map(frozenset(given).isdisjoint, self._inodes.values())):
+            # 7.3.4 says EBUSY, of another session too; 6.19.11 takes it, and gives one memory to two.
             raise Refused("The same file is handed over twice", remedy="Hand each file over once.")
+        known.update(given)  # at once: another call may bring the same one while this one waits
+        try:
+            fd = await self._session(session, deadline)
+        except BaseException:
+            known.difference_update(given)
+            raise
+
+        def preserve() -> None:
+            kept: list[Kept] = []
+            try:
+                self._preserve(session, fd, files, kept)
+            finally:
+                known.difference_update(given[len(kept) :])  # here: the call may end when nobody waits for it any more
+
+        try:
+            await self._call(preserve, deadline)
+        except Grown:
+            self.close(session)  # it holds more than it may: at once, not when its producer is told of the veto
+            raise
+
+    async def _session(self, session: str, deadline: float) -> int:
+        """Give the descriptor of an outgoing session, which is made and put into the store at first."""
         if session not in self._fds:
             if len(self._fds) >= MOST:
                 raise Refused(f"{MOST} producers have LUO sessions already", remedy="Let one producer hand over more.")
@@ -96,15 +118,13 @@ class Sessions:
                 ) from None
         if (fd := self._fds.get(session)) is None:
             raise Refused("The handover was called off before the files were preserved", where=session)
-        try:
-            await self._call(lambda: self._preserve(session, fd, files), deadline)
-        except Grown:
-            self.close(session)  # it holds more than it may: at once, not when its producer is told of the veto
-            raise
-        known |= seen
+        return fd
 
-    def _preserve(self, session: str, fd: int, files: Sequence[tuple[Kept, int]]) -> None:
-        """Preserve files, where there may be so many bytes more; nothing else is preserved meanwhile."""
+    def _preserve(self, session: str, fd: int, files: Sequence[tuple[Kept, int]], done: list[Kept]) -> None:
+        """Preserve files, where there may be so many bytes more; nothing else is preserved meanwhile.
+
+        Whatever the kernel keeps is added to `done`, also where another one fails.
+        """
         if len(files) > 1:  # before the first of them is filled
             self._account.check([Measured.of(kept, file) for kept, file in files])
         try:
@@ -117,6 +137,7 @@ class Sessions:
                 except KhoError:
                     self._account.count(session, -before.size)
                     raise
+                done.append(kept)
                 # From here on the kernel keeps its size.
                 if (after := Measured.of(kept, file)).size > before.size:
                     self._account.count(session, after.size - before.size)

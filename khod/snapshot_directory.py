@@ -43,7 +43,6 @@ ASIDE = re.compile(rf"{RUN.pattern}\.[A-Za-z0-9_]+\.aside")
 
 MAX_SEQUENCE_DIGITS = 18
 MAX_NAME_BYTES = 255  # NAME_MAX
-MAX_NAMES_SHOWN = 3
 CHUNK_BYTES = 1 << 20
 SHA256 = re.compile(r"[0-9a-f]{64}")
 KINDS = {
@@ -114,7 +113,7 @@ def examine(path: Path) -> Entry | str:
 def _entry(path: Path, about: dict[str, Any], names: list[str]) -> Entry:
     wrong = []
     if strange := [name for name in names if name not in (*OWN_FILES, BLOBS)]:
-        wrong.append(f"not khod's in it: {join_names(strange, MAX_NAMES_SHOWN)}")
+        wrong.append(f"not khod's in it: {join_names(strange)}")
     root = _lstat(path / ROOT)
     written = root.st_mtime_ns if root is not None and stat.S_ISREG(root.st_mode) else None
     size = 0 if root is None or written is None else root.st_size

@@ -12,6 +12,9 @@ ASCII_SPACE = " \t\n\v\f\r"
 MAX_REASON = 300
 """Characters of somebody else's reason that are kept: it stands in status and record."""
 
+MAX_NAMES = 10
+"""Names in one sentence; whatever has a list of them shows all."""
+
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _TO_SPACE = str.maketrans(dict.fromkeys(ASCII_SPACE, " "))
 
@@ -40,7 +43,7 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def join_names(names: Iterable[str], limit: int) -> str:
+def join_names(names: Iterable[str], limit: int = MAX_NAMES) -> str:
     """Name all in one line, or the first `limit` and how many more there are."""
     found = list(names)
     more = f" and {len(found) - limit} more" if len(found) > limit else ""

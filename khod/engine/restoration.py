@@ -18,9 +18,7 @@ from khod.muster import Muster
 from khod.producers.barrier import Barrier, Member, Verb
 from khod.producers.peers import Peer
 from khod.record import Holder, Store
-
-MAX_NAMES_SHOWN = 20
-"""Names in one message; the verdict has them all."""
+from khod.text import join_names
 
 
 class Restoration:
@@ -221,9 +219,9 @@ class Restoration:
         return tuple(now.get(old.name, old) for old in claims if old.name not in done)
 
     async def _conclude(self, verdict: Verdict) -> None:
-        arrived = ", ".join(verdict.arrived[:MAX_NAMES_SHOWN])
+        arrived = join_names(verdict.arrived)
         count = len(verdict.arrived)
         said = f"the state of {count} producer{'' if count == 1 else 's'} arrived: {arrived}"
         if verdict.unknown:
-            said = f"{said}; not known: {', '.join(verdict.unknown[:MAX_NAMES_SHOWN])}"
+            said = f"{said}; not known: {join_names(verdict.unknown)}"
         await self._transaction.conclude(verdict, verdict.reason or said)

@@ -13,7 +13,8 @@ from khod.config import Deadlines
 from khod.engine.attempt import Attempt
 from khod.errors import KhoError
 from khod.model import NotUndone, Step
-from khod.producers.barrier import UNDO, Producer, Verb, ranks
+from khod.producers.barrier import UNDO, Producer, Verb
+from khod.producers.order import ranks
 
 PATIENCE_SECONDS = 2.0
 """Seconds the kernel's undo goes ahead of the producers'."""

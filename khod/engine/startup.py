@@ -58,6 +58,9 @@ class Startup:
         self._transaction.start(found, current)
         self._peers.remember(observed.boot_id)
         self._expect(found, current, observed)
+        if isinstance(record, RecordError):
+            # Told that nothing is counted on they would thaw, and the host may be about to jump.
+            self._peers.expect_absent(current.run)
         return found, observed, note
 
     async def _read_record(self) -> Record | RecordError | None:

@@ -58,9 +58,6 @@ UNKNOWN = "The handover succeeded; what no producer registered may not have arri
 REBOOT = "Do not reboot before: it would jump into the image that is still loaded."
 
 
-MAX_NAMES_SHOWN = 5
-
-
 def build(
     transaction: Transaction,
     phase: Phase,
@@ -122,7 +119,7 @@ def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absen
     if phase is Phase.degraded and record.verdict is not None:
         summary, remedy = _degraded(record.verdict)
     if phase is Phase.verified and record.verdict is not None and record.verdict.unknown:
-        unknown = join_names(record.verdict.unknown, MAX_NAMES_SHOWN)
+        unknown = join_names(record.verdict.unknown)
         summary, remedy = f"{UNKNOWN}: {unknown}.", "Ask their owners; khoctl status lists the sessions that are open."
     if probed.kernel is None and phase in RESTING:
         summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
@@ -131,9 +128,7 @@ def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absen
     if phase is Phase.failed and any(item.step == Step.load.value for item in record.not_undone):
         remedy = f"{remedy} {REBOOT}"
     if absent and phase in RESTING:
-        summary = (
-            f"{summary} Producers of before khod was restarted are not back: {join_names(absent, MAX_NAMES_SHOWN)}."
-        )
+        summary = f"{summary} Producers of before khod was restarted are not back: {join_names(absent)}."
         remedy = remedy or "Start them, or: khoctl producers forget NAME"
     return summary, remedy
 
@@ -141,7 +136,7 @@ def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absen
 def _inconsistent(transaction: Transaction, kernel: Observed | None, producers: list[Producer]) -> tuple[str, str]:
     """Name the two facts that contradict each other, or what is the matter with the record."""
     held = [found.name for found in producers if found.phase == "freeze" and found.answer == READY]
-    frozen = f" Still frozen: {join_names(held, MAX_NAMES_SHOWN)}." if held else ""
+    frozen = f" Still frozen: {join_names(held)}." if held else ""
     if transaction.phase is Phase.inconsistent and transaction.reason:
         summary = f"{transaction.reason}. What a handover may have done is not known."
     else:
@@ -156,10 +151,10 @@ def _degraded(verdict: Verdict) -> tuple[str, str]:
     names = sorted({finding.producer for finding in verdict.found if finding.producer})
     if not names:
         return summary, remedy
-    shown = join_names(names, MAX_NAMES_SHOWN)
+    shown = join_names(names)
     remedy = "khoctl producers says why. Mend it, then: khoctl producers retry NAME"
     others = sorted(set(verdict.arrived) - set(names))
-    fine = f"What arrived: {join_names(others, MAX_NAMES_SHOWN)}." if others else "Nothing else arrived either."
+    fine = f"What arrived: {join_names(others)}." if others else "Nothing else arrived either."
     if not {*verdict.missing, *verdict.changed} <= set(names) or any(not found.producer for found in verdict.found):
         remedy = f"{remedy}. What the kernel did not bring is lost: journalctl -kb -g KHO"
     return f"This kernel was reached by the kexec; not taken back: what {shown} left. {fine}", remedy

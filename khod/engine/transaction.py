@@ -47,8 +47,6 @@ INTERRUPT_SECONDS = 5.0
 
 NOT_UNDONE = "Not everything could be put back"
 """What follows the first cause where a rollback fails, too: a later one must not hide it."""
-MAX_NAMES_SHOWN = 10
-"""Producers in one message; status has them all."""
 
 SHUTDOWN_SECONDS = 2.0
 """Seconds an undo that is over waits for systemd to say whether the host is shut down; the record may have it later."""
@@ -398,7 +396,7 @@ class Transaction:
         self._jump_asked = False
         await self.try_write_record(RECORD_UNDO_SECONDS, departure_served=True)
         gone = [member.producer.name for member in self._acting().barrier.members if member.answer == GONE]
-        died = f" Gone while it was stopped, and not told: {join_names(gone, MAX_NAMES_SHOWN)}." if gone else ""
+        died = f" Gone while it was stopped, and not told: {join_names(gone)}." if gone else ""
         self.emit(f"{'Not everything was rolled back.' if failures else 'Rolled back.'}{died}")
         raised, self.rollbacks, self.rollback_error = cause, self.rollbacks + 1, None
         if failures:

@@ -4,15 +4,13 @@ from collections.abc import Iterable
 
 from khod.model import LuoSession, Order, SessionFate
 from khod.preflight.facts import Facts, Finding
-from khod.producers.barrier import ranks
 from khod.producers.identity import process_of
+from khod.producers.order import ranks
 from khod.producers.registrations import Registered
 from khod.session_holders import title
 from khod.text import join_names
 from khod.verify import producers as present
 from khod.verify import without
-
-MAX_NAMES_SHOWN = 20
 
 
 def producers(facts: Facts) -> Finding:
@@ -20,17 +18,17 @@ def producers(facts: Facts) -> Finding:
     names = [producer.name for rank in ranks(facts.producers()) for producer in rank]
     if missing := sorted(set(facts.config.producers.require) - set(names)):
         return Finding.fail(
-            f"Required and not here: {join_names(missing, MAX_NAMES_SHOWN)}",
+            f"Required and not here: {join_names(missing)}",
             "Start what registers under these names; producers.require asks for them.",
         )
     if facts.absent:
         absent = [f"{found.name} (process {found.process.pid}, {_fate(found)})" for found in facts.absent]
-        gone = join_names(absent, MAX_NAMES_SHOWN)
+        gone = join_names(absent)
         return Finding.fail(
             f"Registered before khod was restarted and not back: {gone}; a handover now would go without their state",
             "Wait until they connect again, start them, or give them up with: khoctl producers forget NAME",
         )
-    return Finding.passed(f"{len(names)}: {join_names(names, MAX_NAMES_SHOWN) or 'none'}")
+    return Finding.passed(f"{len(names)}: {join_names(names) or 'none'}")
 
 
 def _fate(registered: Registered) -> str:
@@ -54,14 +52,14 @@ def kernel_producers(facts: Facts) -> Finding | None:
 def claims(facts: Facts) -> Finding | None:
     """Nothing that was left before the last jump waits to be taken back."""
     if facts.record.claims:
-        names = join_names((holder.name for holder in facts.record.claims), MAX_NAMES_SHOWN)
+        names = join_names(holder.name for holder in facts.record.claims)
         return Finding.fail(
             f"Left before the last jump and not taken back yet: {names}; a handover would go without them and lose it",
             "Start these producers, or mend them, then: khoctl producers retry NAME. To give the state up: "
             "khoctl producers forget NAME",
         )
     if facts.unknown_sessions:
-        names = join_names(facts.unknown_sessions, MAX_NAMES_SHOWN)
+        names = join_names(facts.unknown_sessions)
         return Finding.fail(
             f"LUO sessions of which no record says whose they are: {names}; they hold memory that came from the "
             "previous kernel, and another jump would lose it",
@@ -104,6 +102,4 @@ def sessions(facts: Facts) -> Finding | None:
 
 def _listed(sessions: Iterable[LuoSession], *, why: bool = True) -> str:
     """Sessions with who holds them, and why a shutdown does to each what it does."""
-    return join_names(
-        (f"{title(one)}, held by {one.holder}{f': {one.why}' if why else ''}" for one in sessions), MAX_NAMES_SHOWN
-    )
+    return join_names(f"{title(one)}, held by {one.holder}{f': {one.why}' if why else ''}" for one in sessions)

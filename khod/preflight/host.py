@@ -10,8 +10,6 @@ from khod.preflight.facts import Facts, Finding
 from khod.record import RESERVE
 from khod.text import join_names, one_line
 
-MAX_NAMES_SHOWN = 8
-
 
 def watchdog(facts: Facts) -> Finding:
     """No hardware watchdog bites while the next kernel starts."""
@@ -69,7 +67,7 @@ def inhibitors(facts: Facts) -> Finding:
     if facts.inhibitors is None:
         return Finding.skipped("systemd-logind cannot be asked who blocks a shutdown")
     if facts.inhibitors:
-        held = join_names((f"{one_line(one.who)} ({one_line(one.why)})" for one in facts.inhibitors), MAX_NAMES_SHOWN)
+        held = join_names(f"{one_line(one.who)} ({one_line(one.why)})" for one in facts.inhibitors)
         return Finding.warn(
             f"A shutdown is blocked, and systemctl kexec would wait or refuse: {held}",
             "End that first (systemd-inhibit --list), or jump at once with --now.",

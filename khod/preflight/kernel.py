@@ -12,7 +12,6 @@ from khod.preflight.facts import Facts, Finding, shown
 from khod.reconcile import said
 from khod.text import join_names
 
-MAX_NAMES_SHOWN = 4
 LOCKED = ("integrity", "confidentiality")
 FINALIZED = (Generation.finalize, Generation.finalize_no_abort)
 """Generations driven by a debugfs file that can be written: debugfs_locked_down() in fs/debugfs/file.c closes those."""
@@ -80,7 +79,7 @@ def processors(facts: Facts) -> Finding | None:
     if possible > 1 and not host.has_cpu_hotplug(calls):
         stuck = f"{possible} processors are possible, and this kernel was built without CONFIG_HOTPLUG_CPU"
     elif spinning := host.spinning_processors(calls):
-        stuck = f"the firmware lets processors spin that nothing switches off: {join_names(spinning, MAX_NAMES_SHOWN)}"
+        stuck = f"the firmware lets processors spin that nothing switches off: {join_names(spinning)}"
     elif any(arg.named("kvm-arm.mode") and arg.value == "protected" for arg in kernel_args(facts.observed.cmdline)):
         stuck = "KVM is in protected mode (kvm-arm.mode=protected)"
     if stuck:  # cpus_are_stuck_in_kernel() in arch/arm64/kernel/smp.c; seen on 7.3.4

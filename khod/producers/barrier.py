@@ -10,12 +10,12 @@ import enum
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from graphlib import CycleError, TopologicalSorter
 from typing import Protocol
 
 from khod import model
-from khod.bounded import CUT_SECONDS, within
+from khod.bounded import CUT_SECONDS, StillRuns, within
 from khod.errors import ConfigError, Failed, KhoError, Refused, Unsupported
+from khod.producers.order import ranks
 from khod.record import Holder
 
 
@@ -37,6 +37,8 @@ NO_ANSWER = "no answer"
 READY = "ready"
 GONE = "gone, and not told"
 """The answer of an undo that there is nobody left to tell of."""
+NOT_RECORDED = "not recorded"
+"""The note with an undo where the record of what was done is lost: whoever is told looks for himself."""
 LEAVING = 5.0
 """Seconds a producer has to make way; the shutdown goes on meanwhile."""
 
@@ -123,31 +125,6 @@ class Told:
 
     verb: str
     note: str = ""
-
-
-def ranks(producers: Iterable[Producer]) -> list[list[Producer]]:
-    """Order producers; names that are not here are no constraint. ConfigError names a cycle."""
-    known = {producer.name: producer for producer in producers}
-    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(known, ()))
-    for producer in known.values():
-        sorter.add(producer.name, *(name for name in producer.after if name in known))
-        for name in producer.before:
-            if name in known:
-                sorter.add(name, producer.name)
-    try:
-        sorter.prepare()
-    except CycleError as error:
-        raise ConfigError(
-            "The producers' order is a cycle: " + " -> ".join(error.args[1]),
-            where="after/before",
-            remedy="Remove one of these.",
-        ) from None
-    result = []
-    while sorter.is_active():
-        rank = sorter.get_ready()
-        result.append([known[name] for name in sorted(rank)])
-        sorter.done(*rank)
-    return result
 
 
 @dataclass(eq=False)
@@ -310,10 +287,9 @@ class Barrier:
 
     async def _leaves(self, member: Member) -> None:
         try:
-            async with asyncio.timeout(LEAVING):
-                await member.producer.leave(member.note)
+            await within(LEAVING, member.producer.leave(member.note))
         except Exception as error:  # noqa: BLE001 - the host goes down, whatever goes wrong here
-            member.answer = str(error) or f"did not make way within {LEAVING:g} s"
+            member.answer = str(error)
             self.changed(member)
 
     async def undo(self, verb: Verb) -> list[tuple[str, KhoError]]:
@@ -382,7 +358,7 @@ class Barrier:
         self.changed(member)
 
         def not_yet(reason: str, progress: float | None) -> None:
-            if member.calls == call:
+            if member.calls == call and member.waiting:
                 member.answer, member.progress = f"not yet: {reason}" if reason else "not yet", progress
                 self.changed(member)
 
@@ -395,8 +371,9 @@ class Barrier:
             try:
                 said = await within(deadline, producer.tell(telling))
                 answer, done = said or READY, True
-            except TimeoutError:
+            except TimeoutError as error:
                 waited = f" ({member.answer})" if member.answer else ""
+                waited += ", and it cannot be cut short" if isinstance(error, StillRuns) else ""
                 answer = f"no answer within {deadline:g} s{waited}"
                 refusal = self._failed(member, f"did not answer {verb.value} within {deadline:g} s{waited}")
             except Unsupported as error:

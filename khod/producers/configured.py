@@ -4,11 +4,12 @@ import asyncio
 import errno
 import re
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from khod.bounded import raise_if_cancelling
 from khod.errors import ConfigError, KhoError, UsageError
 from khod.producers.barrier import Telling, Veto
 from khod.producers.output import STDERR
@@ -22,10 +23,6 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 RESERVED = ("systemd",)
 """Names no producer may have: LUO's session of that name is the service manager's."""
 
-CUT_SECONDS = 2.0
-"""How long a verb that is cut short, at its deadline or by an abort, may take to end. Each kind has less for all it
-waits for by then; this is for what none of them expects."""
-
 SHORT_OF = {
     errno.EAGAIN: "khod may start no more processes (TasksMax= of kho-handover.service, kernel.pid_max)",
     errno.EMFILE: "khod has too many files open (LimitNOFILE= of kho-handover.service)",
@@ -34,8 +31,7 @@ SHORT_OF = {
 }
 """What the host or khod lacks where the kernel says so."""
 
-_abandoned: set[asyncio.Future[None]] = set()
-"""What was cut short and has not ended: a task that nobody refers to may be collected in the middle."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,16 +53,17 @@ class Configured:
     def reachable(self) -> bool:
         return True
 
-    async def tell(self, telling: Telling) -> None:
+    async def tell(self, telling: Telling) -> str | None:
         """Carry a verb out: it ends in success or in Veto, and within CUT_SECONDS once it is cancelled."""
-        await _bounded(self._carry_out(telling), telling)
+        return await _vetoing(self._carry_out(telling))
 
     async def leave(self, note: str) -> None:
-        """Make way, or raise Veto; bounded as `tell` is."""
-        await _bounded(self._make_way(note), None)
+        """Make way, or raise Veto."""
+        await _vetoing(self._make_way(note))
 
-    async def _carry_out(self, telling: Telling) -> None:
-        """What `tell` does for this kind; whatever it raises is a Veto."""
+    async def _carry_out(self, telling: Telling) -> str | None:
+        """What `tell` does for this kind; whatever it raises is a Veto. What it returns is shown as the answer."""
+        raise NotImplementedError
 
     async def _make_way(self, note: str) -> None:
         """Nothing: it does not stand in the way."""
@@ -117,52 +114,16 @@ def describe_error(error: Exception) -> str:
     return one_line(str(error)) or type(error).__name__
 
 
-async def settle(task: "asyncio.Future[Any]", seconds: float) -> bool:
-    """Wait at most so long for the end of a task; whether it has ended. A cancellation meanwhile counts afterwards."""
-    loop = asyncio.get_running_loop()
-    deadline, cancelled = loop.time() + seconds, None
-    while not task.done() and (left := deadline - loop.time()) > 0:
-        try:
-            await asyncio.wait({task}, timeout=left)
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if task.done() and not task.cancelled():
-        task.exception()  # it is looked at, whoever else looks
-    if cancelled is not None:
-        raise cancelled
-    return task.done()
-
-
-async def _bounded(work: Coroutine[Any, Any, None], telling: Telling | None) -> None:
-    """Run a verb in a task of its own, which is cancelled once and then left to clean up, however often we are."""
-    task = asyncio.ensure_future(work)
+async def _vetoing(work: Awaitable[T]) -> T:
+    """Wait for `work`; whatever it fails with becomes a Veto."""
     try:
-        await asyncio.wait({task})
-    except asyncio.CancelledError:
-        task.cancel()
-        try:
-            ended = await settle(task, CUT_SECONDS)
-        except asyncio.CancelledError:
-            ended = task.done()
-        if not ended:
-            _abandoned.add(task)
-            task.add_done_callback(_forget)
-            if telling is not None:
-                telling.not_yet(f"it was cut short and has not ended within {CUT_SECONDS:g} s", None)
+        return await work
+    except (Veto, KhoError):
         raise
-    if task.cancelled():
-        raise Veto("it was cancelled from within")
-    error = task.exception()
-    if error is None:
-        return
-    if not isinstance(error, Exception) or isinstance(error, Veto | KhoError):
-        raise error
-    if not isinstance(error, OSError):
-        STDERR.write("".join(traceback.format_exception(error)).encode())
-    raise Veto(f"it could not be carried out: {describe_error(error)}") from error
-
-
-def _forget(task: "asyncio.Future[None]") -> None:
-    _abandoned.discard(task)
-    if not task.cancelled():
-        task.exception()
+    except asyncio.CancelledError as error:
+        raise_if_cancelling(error)
+        raise Veto("it was cancelled from within") from None
+    except Exception as error:
+        if not isinstance(error, OSError):
+            STDERR.write("".join(traceback.format_exception(error)).encode())
+        raise Veto(f"it could not be carried out: {describe_error(error)}") from error

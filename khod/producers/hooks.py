@@ -11,10 +11,11 @@ import asyncio
 import signal
 from dataclasses import dataclass, field
 
+from khod.bounded import CUT_SECONDS, settle
 from khod.producers import children, output
 from khod.producers.barrier import Telling, Veto
 from khod.producers.children import CANNOT_START
-from khod.producers.configured import CUT_SECONDS, Configured, describe_error, one_line, settle
+from khod.producers.configured import Configured, describe_error, one_line
 from khod.producers.output import PASSED_ON, STDERR, STDOUT, Output
 
 __all__ = ["PASSED_ON", "Hook", "adopt_orphans"]

@@ -36,6 +36,14 @@ MAX_NAMES = 32
 """Names of other producers, or devices, one registration may have: each stands in the record."""
 
 
+UNDONE = {undo: verb for verb, undo in UNDO.items()}
+"""What each undo takes back."""
+
+
+class HungUp(Veto):
+    """The connection ended before the answer came."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a producer registers with; see `khod.producers.barrier.Producer`. `timeout` is in seconds."""
@@ -170,13 +178,17 @@ class Peer:
 
     async def tell(self, telling: Telling) -> str | None:
         verb, self.run = telling.verb, telling.run
-        here = self.connected or await self._comes_back(telling)
-        if here:
+        while here := self.connected or await self._comes_back(telling):
             if verb is Verb.finish and self._taker != self.process:  # what was given died with the one that took it
                 await self._converse(replace(telling, verb=Verb.restore))
             if verb is Verb.freeze and self.kept and self.session not in self._sessions.names:
                 raise Veto("what it handed over before is preserved no more: it must be told to prepare again")
-            await self._converse(telling)
+            try:
+                await self._converse(telling)
+                break
+            except HungUp:
+                if verb not in UNDONE:
+                    raise
         if verb is Verb.freeze:
             stale = {*self._earlier(telling).values()}
             self.kept = tuple(kept for kept in self.kept if kept not in stale)
@@ -200,7 +212,7 @@ class Peer:
             await self._answer
         finally:
             self._answer = None
-            if telling.verb not in UNDO.values():
+            if telling.verb not in UNDONE:
                 # An undo that was not answered in time stays: whoever comes late hears it, whatever it says.
                 self._telling = None
 
@@ -213,7 +225,7 @@ class Peer:
 
     async def _comes_back(self, telling: Telling) -> bool:
         """Wait for a connection; False where there is nobody to tell and nothing to undo."""
-        undo = telling.verb in UNDO.values()
+        undo = telling.verb in UNDONE
         bearer = self.bearer if undo else self.process
         if bearer is None and not self.restoring:
             if undo:
@@ -252,13 +264,15 @@ class Peer:
         self._back.set()
 
     def detach(self) -> None:
-        """The connection has ended: whatever it was told is answered with a veto."""
+        """The connection has ended: whatever it was told is answered with a veto, an undo is still to be told."""
+        if self._answer is not None and self._telling is not None and self._telling.verb in UNDONE:
+            self.told = UNDONE[self._telling.verb].value
         self.left = self.process if self.told and not self.restoring else None
         self.connected, self.process = False, None
         self._back.clear()
         self._news.set()
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(Veto("its connection ended"))
+            self._answer.set_exception(HungUp("its connection ended"))
 
     async def next(self, answer: Answer | None) -> Command:
         """Take an answer, then wait for the next command; Unreachable where the connection ends meanwhile."""
@@ -380,7 +394,8 @@ class Peers:
         self._sessions = sessions
         self._peers: dict[str, Peer] = {}
         self._per_user: Counter[int] = Counter()
-        self._named: Counter[str] = Counter()
+        self._naming: dict[str, set[str]] = {}
+        """Who names somebody in `after` or `before`, by the name that is named."""
         self._gone = gone
         self._came = came
         self._registrations = registrations
@@ -431,7 +446,7 @@ class Peers:
 
     def known(self) -> list[Peer]:
         """Those connected, and those that are waited for."""
-        return [peer for peer in self._peers.values() if peer.connected or peer.counted_on]
+        return [*filter(None, map(self.find, self._peers))]
 
     def taking_part(self) -> list[Peer]:
         """Those of a handover: not whoever has not taken back yet what the previous kernel's khod left here."""
@@ -442,22 +457,26 @@ class Peers:
         peer = self._peers.get(name)
         return peer is not None and peer.awaited
 
-    def names(self, name: str) -> bool:
-        """Whether a peer that is connected wants to be told before or after this producer."""
-        return self._named[name] > 0
+    def find(self, name: str) -> Peer | None:
+        """One that is connected or waited for, by its name."""
+        peer = self._peers.get(name)
+        return peer if peer is not None and (peer.connected or peer.counted_on) else None
+
+    def naming(self, name: str) -> list[Peer]:
+        """Those that are connected or waited for and want to be told before or after this producer."""
+        return [*filter(None, map(self.find, self._naming.get(name, ())))]
 
     def expect_absent(self, run: str) -> None:
-        """Count on those that have not come back since khod was restarted: any of them may be frozen."""
-        terms = vars(Terms())
-        holders = [Holder(one.name, KIND, owner=one.owner, process=one.process, **terms) for one in self.absent]
+        """Count on those that have not come back since khod was restarted: any of them may be frozen, and stays so."""
+        about = {"told": Verb.freeze.value, **vars(Terms())}
+        holders = [Holder(one.name, KIND, owner=one.owner, process=one.process, **about) for one in self.absent]
         self.expect(holders, run, restoring=False)
 
     def expect(self, holders: Iterable[Holder], run: str, *, restoring: bool) -> None:
         """Wait for producers that an earlier khod knew, of this boot or (`restoring`) of the one before."""
         for holder in holders:
             if holder.kind == KIND and holder.name not in self._peers:
-                made = Peer.expected(holder, run, self._sessions, restoring=restoring)
-                self._peers[holder.name] = made
+                self._enter(Peer.expected(holder, run, self._sessions, restoring=restoring))
 
     def give_up(self, name: str) -> bool:
         """Expect a producer back no more that has lost its connection, or had it before khod was restarted.
@@ -515,13 +534,16 @@ class Peers:
             raise Refused(
                 f"User {owner.uid} has {most} producers already", where=name, remedy="producers.max_per_user bounds it."
             )
+        earlier = peer
         if peer is None or not peer.counted_on:
-            peer = self._peers[name] = Peer(name, owner, process, terms, self._sessions)
+            peer = Peer(name, owner, process, terms, self._sessions)
         elif peer.told and not peer.restoring and peer.process not in (None, process):
             self._gone(peer)  # the process that was told is dead, and what it held with it
         self._per_user[owner.uid] += 1
-        self._named.update((*terms.after, *terms.before))
+        if earlier is not None:
+            self._strike(earlier)
         peer.attach(process, terms)
+        self._enter(peer)
         self._absent.pop(name, None)
         self._returned.set()
         self._keep(lambda registrations: registrations.add(Registered(name, owner, process)))
@@ -533,12 +555,23 @@ class Peers:
         if not peer.connected:
             return
         self._per_user[peer.owner.uid] -= 1
-        self._named.subtract((*peer.after, *peer.before))
         peer.detach()
         self._keep(lambda registrations: registrations.remove(peer.name))
         if not peer.counted_on:
-            del self._peers[peer.name]
+            self._strike(peer)
         self._gone(peer)
+
+    def _enter(self, peer: Peer) -> None:
+        self._peers[peer.name] = peer
+        for name in (*peer.after, *peer.before):
+            self._naming.setdefault(name, set()).add(peer.name)
+
+    def _strike(self, peer: Peer) -> None:
+        del self._peers[peer.name]
+        for name in {*peer.after, *peer.before}:
+            self._naming[name].discard(peer.name)
+            if not self._naming[name]:
+                del self._naming[name]
 
 
 def _lives(process: Process) -> bool:

@@ -20,8 +20,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from khod.producers.barrier import Telling, Verb, Veto
-from khod.producers.configured import Configured, one_line, settle
+from khod.bounded import settle
+from khod.producers.barrier import NOT_RECORDED, Telling, Verb, Veto
+from khod.producers.configured import Configured, one_line
 from khod.producers.identity import ended, process_of
 from khod.producers.sockets import connect
 from khod.record import Process
@@ -73,21 +74,23 @@ class _Reached(enum.Enum):
 
 @dataclass(frozen=True)
 class _Note:
-    """What later verbs must know: the state at `prepare`, and which process it was."""
+    """What later verbs must know: the state at `prepare`, which process it was, and at which socket."""
 
     reached: _Reached
     state: str
     process: Process
+    socket: str = ""
+    """"" in the note of an earlier khod: then the file counts."""
 
     def __str__(self) -> str:
-        return f"{self.reached.value} {self.state} {self.process.pid} {self.process.started}"
+        return f"{self.reached.value} {self.state} {self.process.pid} {self.process.started} {self.socket}"
 
     @classmethod
     def read(cls, text: str) -> "_Note":
         """Read what `str` made; Veto where it is anything else."""
         try:
-            reached, state, pid, started = text.split(" ")
-            return cls(_Reached(reached), state, Process(int(pid), int(started)))
+            reached, state, pid, started, *path = text.split(" ", 4)
+            return cls(_Reached(reached), state, Process(int(pid), int(started)), *path)
         except ValueError:
             raise Veto(f"it was not prepared: its note is {one_line(text)!r}") from None
 
@@ -98,6 +101,14 @@ class Qemu(Configured):
 
     socket: str = ""
     kind: str = "qemu"
+
+    @classmethod
+    def by_note(cls, name: str, note: str) -> "Qemu | None":
+        """Make the producer that left this note; None where it does not name the socket."""
+        with suppress(Veto):
+            if path := _Note.read(note).socket:
+                return cls(name, socket=path)
+        return None
 
     async def _carry_out(self, telling: Telling) -> None:
         steps: dict[Verb, Callable[[Telling], Awaitable[None]]] = {
@@ -113,12 +124,12 @@ class Qemu(Configured):
             state = await vm.status()
             if state != PAUSED and state not in GOING:
                 raise Veto(f"it is `{state}`: {UNFIT.get(state, 'not a state that khod knows')}")
-            telling.note = str(_Note(_Reached.prepared, state, vm.process))
+            telling.note = str(_Note(_Reached.prepared, state, vm.process, self.socket))
 
     async def _freeze(self, telling: Telling) -> None:
         note = _Note.read(telling.note)
         telling.note = str(replace(note, reached=_Reached.untouched))
-        async with _monitor(self.socket, telling) as vm:
+        async with _monitor(note.socket or self.socket, telling) as vm:
             vm.expect(note.process)
             if (state := await vm.status()) != note.state:
                 # Whoever changed it is at work on this VM; and thaw must give back the state of `prepare`.
@@ -134,19 +145,21 @@ class Qemu(Configured):
         """Continue what was going.
 
         Where QEMU cannot be asked: success if its process is gone or was never asked to pause, Veto
-        otherwise. QMP is the only one to know whether a VM is paused: its threads sleep in either case.
+        otherwise. QMP is the only one to know whether a VM is paused: its threads sleep in either case. Without a
+        record a VM that is paused is continued.
         """
+        if telling.note == NOT_RECORDED:
+            async with _monitor(self.socket, telling) as vm:
+                if await vm.status() == PAUSED:
+                    await vm.go_on()
+            return
         note = _Note.read(telling.note)
         if note.state == PAUSED or note.reached is _Reached.untouched:
             return
         try:
-            async with _monitor(self.socket, telling) as vm:
+            async with _monitor(note.socket or self.socket, telling) as vm:
                 vm.expect(note.process)
-                if (state := await vm.status()) == PAUSED:
-                    await vm.execute("cont")
-                    state = await vm.status()
-                if state not in GOING:
-                    raise Veto(f"it does not run again: it is `{state}`")
+                await vm.go_on()
         except _Lost as error:
             if not await _gone(note.process):
                 raise Veto(f"{error}; process {note.process.pid} lives, and may be paused") from None
@@ -172,6 +185,14 @@ class _Monitor:
         if not isinstance(state, str):
             raise _Lost("its answer to `query-status` names no state")
         return one_line(state)
+
+    async def go_on(self) -> None:
+        """Continue it where it is paused; Veto where it does not run then."""
+        if (state := await self.status()) == PAUSED:
+            await self.execute("cont")
+            state = await self.status()
+        if state not in GOING:
+            raise Veto(f"it does not run again: it is `{state}`")
 
     async def execute(self, command: str) -> Any:
         """Carry a command out and give its answer."""

@@ -21,7 +21,7 @@ import os
 import re
 import signal
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -33,7 +33,7 @@ from jeepney.auth import BEGIN, AuthenticationError, Authenticator
 from jeepney.bus import get_bus
 
 from khod.errors import UsageError
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.barrier import NOT_RECORDED, Telling, Verb, Veto
 from khod.producers.configured import Configured, one_line
 from khod.producers.sockets import connect
 
@@ -98,21 +98,29 @@ class Unit(Configured):
 
     unit: str = ""
     how: str = "freeze"
+    group: str = ""
+    """The path of its control group below CGROUPS as it was prepared, "" where it has none or that is not known."""
     kind: str = "unit"
 
-    async def _carry_out(self, telling: Telling) -> None:
+    @classmethod
+    def by_note(cls, name: str, note: str) -> "Unit | None":
+        """Make the producer that left this note; None where it does not name the unit."""
+        return None if note in (OURS, NOT_RECORDED) else cls(name)
+
+    async def _carry_out(self, telling: Telling) -> str | None:
         """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
-        it = self if telling.verb is Verb.prepare else self._as_prepared(telling.note)
-        verbs = {Verb.prepare: it._prepare, Verb.freeze: it._freeze, Verb.thaw: it._thaw}
-        if (step := verbs.get(telling.verb)) is None:
-            return
+        ours = None if telling.verb is Verb.prepare else self._as_prepared(telling.note)
+        it = ours or self
+        verbs: dict[Verb, Step] = {Verb.prepare: it._prepare, Verb.freeze: it._freeze, Verb.thaw: it._thaw}
+        step = verbs.get(telling.verb)
+        if step is None or (telling.verb is Verb.thaw and ours is None):
+            return None
         loop = asyncio.get_running_loop()
         give_up = loop.time() + self.timeout
         while True:
             try:
                 async with system_bus() as bus:
-                    await step(Systemd(bus, it.unit), telling)
-                return
+                    return await step(Systemd(bus, it.unit), telling)
             except Disconnected as error:
                 # Either may start anew in the middle of it; an undo may be told as often as need be.
                 if telling.verb is not Verb.thaw or loop.time() + RETRY_SECONDS > give_up:
@@ -126,20 +134,30 @@ class Unit(Configured):
         A process that catches SIGTERM does not get it while it is frozen, and systemd-shutdown waits for it as
         long as DefaultTimeoutStopSec= says (90 s), in the middle of the blackout.
         """
-        it = self._as_prepared(note)
-        if _ours(note) and it.how == "freeze":
+        ours = self._as_prepared(note)
+        if ours is not None and ours.how == "freeze":
             async with system_bus() as bus:
-                await Systemd(bus, it.unit).kill()
+                await Systemd(bus, ours.unit).kill()
 
-    def _as_prepared(self, note: str) -> "Unit":
-        """Give the unit that was prepared, and how: the file may name another since."""
-        if not _ours(note) or note == OURS:
+    @property
+    def _note(self) -> str:
+        """What is noted of a unit that is ours: its file may name another by the time it is thawed."""
+        return f"{OURS} {self.how} {self.unit} {self.group}"
+
+    def _as_prepared(self, note: str) -> "Unit | None":
+        """Give the unit of a note; None where it is not ours and is left alone, Veto where that cannot be told.
+
+        Where nothing is recorded it may be ours: whether it is frozen is systemd's to say.
+        """
+        if note in (OURS, NOT_RECORDED):
             return self
+        if not note.startswith(f"{OURS} "):
+            return None
         try:
-            _, how, unit, _ = note.split(" ", 3)
+            _, how, unit, group = note.split(" ", 3)
         except ValueError:
             raise Veto(f"what was done to it is not known: its note is {one_line(note)!r}") from None
-        return replace(self, unit=unit, how=how)
+        return replace(self, unit=unit, how=how, group=group)
 
     async def _prepare(self, systemd: "Systemd", telling: Telling) -> None:
         state = await systemd.state()
@@ -159,13 +177,13 @@ class Unit(Configured):
             raise Veto(f"{self.unit} cannot be frozen: systemd has no freezer for it")
         if await systemd.holds_us():
             raise Veto(f"{self.unit} holds khod or the system bus, without which it is never thawed")
-        telling.note = f"{OURS} {self.how} {self.unit} {await systemd.control_group()}"
+        telling.note = replace(self, group=await systemd.control_group())._note
 
     async def _freeze(self, systemd: "Systemd", telling: Telling) -> None:
         prepared, telling.note = telling.note, UNTOUCHED
         state = await systemd.state()
         found = state.found(self.unit)
-        before = OURS if _ours(prepared) else prepared
+        before = prepared if self._as_prepared(prepared) is None else OURS
         if found != before:
             raise Veto(f"{self.unit} was {before or 'not asked'} at prepare and is {found} now")
         if found == OURS and self.how == "stop":
@@ -194,23 +212,30 @@ class Unit(Configured):
         if result != "done" or state.active not in INACTIVE:
             raise Veto(f"the stop of {self.unit} ended as {result}, and it is {state.active}")
 
-    async def _thaw(self, systemd: "Systemd", telling: Telling) -> None:
-        if not _ours(telling.note):
-            return
+    async def _thaw(self, systemd: "Systemd", telling: Telling) -> str | None:
         state = await systemd.state()
-        if self.how == "stop":
+        unrecorded = telling.note == NOT_RECORDED
+        if self.how == "stop" and not unrecorded:
             await self._start(systemd, state, telling)
-        elif not state.thawed or self._may_hold_frozen(state):
-            if state.active in INACTIVE:
-                raise Veto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
-            try:
-                await systemd.act("ThawUnit", "s", self.unit)
-            except ErrorAnswer:
-                if not _thaw_group(telling.note):
-                    raise
-            else:
-                if not (state := await systemd.state()).thawed:
-                    raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
+            return None
+        if not state.thawed or self._may_hold_frozen(state):
+            await self._unfreeze(systemd, state, telling)
+        if self.how == "stop" and state.active != "active":
+            return f"{self.unit} is {state.active} and is left so: no record says whether khod stopped it"
+        return None
+
+    async def _unfreeze(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
+        if state.active in INACTIVE:
+            raise Veto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
+        try:
+            await systemd.act("ThawUnit", "s", self.unit)
+        except ErrorAnswer:
+            group = await systemd.control_group() if telling.note == NOT_RECORDED else self.group
+            if not _thaw_group(group):
+                raise
+        else:
+            if not (state := await systemd.state()).thawed:
+                raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
 
     def _may_hold_frozen(self, state: "State") -> bool:
         """Whether units in it may be frozen although it is not itself.
@@ -231,22 +256,20 @@ class Unit(Configured):
             raise Veto(f"the start of {self.unit} ended as {result}, and it is {state.active}")
 
 
-def _ours(note: str) -> bool:
-    return note.split(" ", 1)[0] == OURS
+Step = Callable[["Systemd", Telling], Awaitable[str | None]]
 
 
-def _thaw_group(note: str) -> bool:
-    """Have the kernel thaw the control group that is noted; whether it was there and has taken that.
+def _thaw_group(path: str) -> bool:
+    """Have the kernel thaw the control group at this path below CGROUPS; whether it was there and has taken that.
 
     systemd refuses it for a unit whose file is gone or masked since, and the kernel knows of no files. systemd goes on
     to call the unit frozen, until it can be told `systemctl thaw`. In a slice each unit was frozen by itself.
     """
-    *_, unit, path = ["", *note.split(" ", 3)[-2:]]
     with suppress(OSError):
         group = (CGROUPS / path.lstrip("/")).resolve(strict=True)
         if CGROUPS in group.parents:
             _unfreeze(group)
-            for member in _members(group) if unit.endswith(SLICE) else ():
+            for member in _members(group) if path.endswith(SLICE) else ():
                 with suppress(FileNotFoundError):  # it has ended meanwhile
                     _unfreeze(member)
             return True

@@ -117,8 +117,8 @@ class Invariants:
         """The kernel that runs is about to jump."""
         world = self._world
         run = next((word[9:] for word in image.cmdline.split() if word.startswith("khod.run=")), "")
-        if by == "foreign" or not run or self.damaged:
-            return  # of a record that somebody damaged on the way down, no khod knows who is frozen
+        if by == "foreign" or not run or self.removed:
+            return  # without a record no khod knows who is frozen
         record = self.on_disk().record
         if record.phase is Phase.failed and Step.load in record.done:
             return  # it could not be unloaded, and khod has said so: do not reboot

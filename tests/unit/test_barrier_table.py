@@ -40,8 +40,8 @@ TABLE = """
 kind     verb     veto     deadline  crash    garbage  late
 varlink  prepare  off      off       off      off      stuck
 varlink  freeze   off      off       off      off      stuck
-varlink  thaw     stuck    stuck     stuck    stuck    stuck
-varlink  cancel   stuck    stuck     stuck    stuck    stuck
+varlink  thaw     stuck    stuck     gone     gone     stuck
+varlink  cancel   stuck    stuck     gone     gone     stuck
 varlink  restore  claimed  claimed   claimed  claimed  claimed
 varlink  finish   claimed  claimed   claimed  claimed  claimed
 hook     prepare  off      off       off      off      off
@@ -72,6 +72,7 @@ qemu     finish   unasked  unasked   unasked  unasked  unasked
 """What comes of it; `stop` is a unit that is stopped and started.
 
 off      Refused, everything put back at once
+gone     Refused, everything put back: what it held has ended with its process
 stuck    NotRolledBack, the others put back; `khoctl abort` puts the rest back when the trouble is over
 claimed  degraded and named, until it comes back and takes what it left
 lost     degraded and named: a hook is told once
@@ -213,6 +214,19 @@ async def stuck(case: Case) -> None:
         await case.at_rest(engine)
 
 
+async def gone_with_its_process(case: Case) -> None:
+    case.witnesses(last="freeze")
+    case.arm()
+    async with serving(case.host, case.subject) as engine:
+        with pytest.raises(Refused, match="no room"):
+            await case.host.kexec(engine)
+        assert f"not told: {NAME}" in case.host.events[-1].message
+        assert case.kernel_untouched()
+        assert case.host.verbs == UNDONE
+        await case.subject.recover()
+        await case.at_rest(engine)
+
+
 async def jump(case: Case) -> None:
     """Take the host to its next kernel, with nothing wrong."""
     async with serving(case.host, case.subject) as engine:
@@ -304,6 +318,7 @@ async def unasked_after(case: Case) -> None:
 
 OUTCOMES: dict[str, Callable[[Case], Awaitable[None]]] = {
     "off": off,
+    "gone": gone_with_its_process,
     "stuck": stuck,
     "claimed": claimed,
     "lost": lost,

@@ -117,6 +117,61 @@ async def test_one_that_comes_back_in_time_is_told(host: VirtualHost, start: Cal
         assert heard == ["registered: freeze", "thaw", "cancel"]
 
 
+async def hung_up_at(engine: Engine, process: Process, verb: str) -> None:
+    """Have a peer serve, and lose its connection where it is told this verb, which it does not answer."""
+    peer, answer = await register(engine, process), None
+    while (command := await peer.next(answer)).verb.value != verb:
+        answer = Answer(command.serial, "ready")
+    engine.muster.peers.leave(peer)
+
+
+@pytest.mark.parametrize("verb", ["thaw", "cancel"])
+@in_virtual_time
+async def test_one_that_hangs_up_at_an_undo_and_comes_back_is_told_it_again(
+    host: VirtualHost, start: Callable[[], Living], verb: str
+) -> None:
+    process = start().identity
+    engine = await host.started()
+    hanging_up = asyncio.ensure_future(hung_up_at(engine, process, verb))
+    await asyncio.sleep(0.1)
+    await engine.activate()
+    aborting = asyncio.ensure_future(engine.abort())
+    await hanging_up
+    await asyncio.sleep(3)
+    assert not aborting.done()
+    async with serving(engine, process) as heard:
+        await aborting
+        counts_on = {"thaw": "freeze", "cancel": "prepare"}[verb]
+        assert heard == [f"registered: {counts_on}", *["thaw", "cancel"][verb == "cancel" :]]
+    assert engine.machine.phase is Phase.idle
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ends", "lives on"])
+@in_virtual_time
+async def test_one_that_hangs_up_at_its_thaw_is_waited_for_until_it_has_ended(
+    host: VirtualHost, start: Callable[[], Living], *, ends: bool
+) -> None:
+    process = start()
+    engine = await host.started()
+    hanging_up = asyncio.ensure_future(hung_up_at(engine, process.identity, "thaw"))
+    await asyncio.sleep(0.1)
+    await engine.activate()
+    began, aborting = now(), asyncio.ensure_future(engine.abort())
+    await hanging_up
+    await asyncio.sleep(3)
+    assert not aborting.done()
+    if ends:
+        process.end()
+        await aborting
+        assert engine.machine.phase is Phase.idle
+        assert "not told: kv" in host.events[-1].message
+        return
+    with pytest.raises(NotRolledBack, match=f"process {process.identity.pid} is frozen, alive and not connected"):
+        await aborting
+    assert now() - began <= bound_seconds(engine.config.deadlines, engine.muster.everyone())
+    assert host.verbs[-2:] == ["a thaw", "a cancel"]
+
+
 @in_virtual_time
 async def test_one_that_has_ended_is_said_to_be_gone(host: VirtualHost, start: Callable[[], Living]) -> None:
     process = start()
@@ -176,3 +231,40 @@ async def test_nor_at_rest_before_it_has_ended_or_was_given_up(host: VirtualHost
         else:
             process.end()
         engine.muster.peers.leave(await register(engine, start().identity))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@in_virtual_time
+async def test_with_a_record_that_cannot_be_read_whoever_may_be_frozen_stays_so(
+    host: VirtualHost, start: Callable[[], Living], *, loaded: bool
+) -> None:
+    """The host may be about to jump; told that nothing is counted on, a producer would go on with its work."""
+    process = start().identity
+    engine = await host.started()
+    async with serving(engine, process):
+        await (host.kexec(engine, load_only=True) if loaded else engine.activate())
+        engine.muster.peers.stop_remembering()  # khod is killed
+        host.store.path.write_bytes(host.store.path.read_bytes()[:100])
+        engine = await host.started()
+        assert engine.machine.phase is Phase.inconsistent
+        async with serving(engine, process) as heard:
+            assert heard == ["registered: freeze"]
+            await engine.abort(force=True)
+            assert heard == ["registered: freeze", "thaw", "cancel"]
+        assert (engine.machine.phase, engine.muster.peers.known()) == (Phase.idle, [])
+
+
+@in_virtual_time
+async def test_with_a_record_that_cannot_be_read_one_that_has_ended_holds_nobody_up(
+    host: VirtualHost, start: Callable[[], Living]
+) -> None:
+    process = start()
+    engine = await host.started()
+    async with serving(engine, process.identity):
+        await engine.activate()
+        engine.muster.peers.stop_remembering()
+        host.store.path.write_bytes(b"")
+        process.end()
+        engine = await host.started()
+        await engine.abort(force=True)
+        assert engine.machine.phase is Phase.idle

@@ -13,6 +13,7 @@ from khod.model import Planned
 from khod.plan import planned
 from khod.producers.hooks import Hook
 from khod.target import Request
+from khod.text import MAX_NAMES
 from tests.unit.khods import REPOSITORY
 
 
@@ -43,7 +44,7 @@ def test_a_plan_that_only_loads_promises_no_jump(tmp_path: Path) -> None:
 def test_producers_are_named_in_part_and_fit_for_a_terminal(tmp_path: Path) -> None:
     found = steps(Stateless(HostCalls(tmp_path)), Request(), *(f"p{number}" for number in range(20)))
     assert "p0, p1" in found["prepare"].does
-    assert "and 12 more" in found["prepare"].does
+    assert f"and {20 - MAX_NAMES} more" in found["prepare"].does
 
 
 PROMISES = ("README.md", "packaging/man/khoctl.8", "packaging/man/khod.8", "packaging/man/khod-producer.7")

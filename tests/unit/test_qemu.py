@@ -11,16 +11,21 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from qemu.qmp import QMPClient
 
-from khod.errors import Refused
+from khod.errors import ConfigError, Refused
+from khod.muster import Muster
 from khod.producers import qemu
-from khod.producers.barrier import Barrier, Telling, Verb, Veto
+from khod.producers.barrier import Barrier, Producer, Telling, Verb, Veto
+from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
+from khod.producers.peers import Peers
 from khod.producers.qemu import GOING, PAUSED, UNFIT, Qemu
+from khod.record import Holder
+from khod.sessions import Sessions
 from tests.unit.conftest import DEADLINE
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\n'
@@ -138,6 +143,7 @@ async def vm(path: Path) -> AsyncIterator[Vm]:
     dispatcher = asyncio.ensure_future(here.dispatch())
     try:
         yield here
+        await turns(3)  # a connection may be about to be accepted
         await here.until(lambda: here.clients == 0)
     finally:
         server.close()
@@ -203,7 +209,7 @@ async def test_a_running_vm_is_paused_from_freeze_to_thaw(tmp_path: Path) -> Non
     async with vm(tmp_path) as here:
         note = await tell(here.path, Verb.prepare)
         assert (here.state, here.commands()) == ("running", [])
-        assert note == f"prepared running {ours()}"
+        assert note == f"prepared running {ours()} {here.path}"
         note = await tell(here.path, Verb.freeze, note)
         assert (here.state, here.commands()) == ("paused", ["stop"])
         note = await tell(here.path, Verb.thaw, note)
@@ -382,6 +388,54 @@ async def test_a_vm_that_somebody_changed_since_prepare_is_a_veto_and_is_left_as
             await Qemu("vm", socket=str(here.path)).tell(telling)
         await tell(here.path, Verb.thaw, telling.note)
         assert (here.state, here.commands()) == (is_now, [])
+
+
+@pytest.mark.parametrize(
+    "files", [[], ["another"], ["hook"], None], ids=["gone", "another-socket", "a-hook", "unreadable"]
+)
+async def test_a_vm_is_thawed_at_the_socket_it_was_frozen_at(tmp_path: Path, files: list[str] | None) -> None:
+    def read() -> list[Producer]:
+        if files is None:
+            raise ConfigError("no TOML", where="vm.toml")
+        return [Hook("vm") if name == "hook" else Qemu("vm", socket=str(tmp_path / name / "qmp")) for name in files]
+
+    (tmp_path / "another").mkdir()
+    (tmp_path / "a vm").mkdir()
+    async with vm(tmp_path / "a vm") as here, vm(tmp_path / "another") as other_vm:
+        note = await tell(here.path, Verb.prepare)
+        frozen = Telling(Verb.freeze, "run-1", note)
+        await Qemu("vm", socket=str(other_vm.path)).tell(frozen)
+        assert (here.state, other_vm.state) == (PAUSED, "running")
+        nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+        holder = Holder("vm", "qemu", "freeze", frozen.note)
+        barrier = Muster(read, nobody).resumed("run-1", lambda _member: None, [holder], None)
+        assert await barrier.undo(Verb.freeze) == []
+        assert here.state == "running"
+        assert other_vm.commands() == []
+
+
+async def test_the_note_of_a_khod_that_wrote_no_socket_is_understood(tmp_path: Path) -> None:
+    async with vm(tmp_path) as here:
+        here.state = PAUSED
+        await tell(here.path, Verb.thaw, prepared(ours()))
+        assert here.state == "running"
+    nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+    holder = Holder("vm", "qemu", "freeze", prepared(ours()))
+    barrier = Muster(list, nobody).resumed("run-1", lambda _member: None, [holder], None)
+    ((name, error),) = await barrier.undo(Verb.freeze)
+    assert name == "vm"
+    assert "is gone" in str(error)
+
+
+@pytest.mark.parametrize("state", [PAUSED, "running", "io-error"])
+async def test_without_a_record_a_vm_that_is_paused_is_continued(tmp_path: Path, state: str) -> None:
+    async with vm(tmp_path) as here:
+        here.state = state
+        nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+        muster = Muster(lambda: [Qemu("vm", socket=str(here.path))], nobody)
+        barrier = muster.resumed("", lambda _member: None, (), Verb.freeze)
+        assert await barrier.undo(Verb.freeze) == []
+        assert here.state == ("running" if state == PAUSED else state)
 
 
 async def test_another_process_behind_the_socket_is_not_the_vm_that_prepared(tmp_path: Path) -> None:

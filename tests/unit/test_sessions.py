@@ -374,9 +374,7 @@ def test_nor_in_two_answers(kept_on: tuple[System, Khod], peer: Hand, activation
     put_back(kept_on)
 
 
-def test_a_file_that_another_producer_has_handed_over_is_refused_by_the_kernel(
-    kept_on: tuple[System, Khod], peer: Hand
-) -> None:
+def test_a_file_that_another_producer_has_handed_over_is_refused(kept_on: tuple[System, Khod], peer: Hand) -> None:
     other = Mortal(kept_on[1], "other", timeout=10, after=["subject"])
     other.ready()
     fd = memfd()
@@ -387,7 +385,7 @@ def test_a_file_that_another_producer_has_handed_over_is_refused_by_the_kernel(
         other.ready(**one_file(fd))
         assert other.told() == "cancel"
         other.ready()
-        assert "EBUSY" in (said := veto(peer, operation))
+        assert "twice" in (said := veto(peer, operation))
         assert "other" in said
     os.close(fd)
     other.close()
@@ -627,6 +625,45 @@ async def test_what_the_kernel_refuses_does_not_count(machine: Host) -> None:
     assert "ENOENT" in await refused(sessions, "khod-1-a", (Kept("huge", 1), huge))
     await sessions.preserve("khod-1-a", [(Kept("table", 1), machine.file(16 * GIB))], 10)
     os.close(huge)
+
+
+@pytest.mark.parametrize("other", ["khod-1-a", "khod-1-b"], ids=["same", "another"])
+async def test_a_file_is_preserved_once_where_two_calls_bring_it(machine: Host, other: str) -> None:
+    sessions, one = machine.khod(), machine.file(4096)
+    await sessions.preserve("khod-1-a", [(Kept("first", 1), machine.file(4096))], 10)
+    first, second = await asyncio.gather(
+        sessions.preserve("khod-1-a", [(Kept("table", 2), one)], 10),
+        sessions.preserve(other, [(Kept("again", 3), one)], 10),
+        return_exceptions=True,
+    )
+    assert first is None
+    assert "twice" in str(second)
+    assert machine.taken == 2
+
+
+async def test_what_could_not_be_preserved_may_be_handed_over_again(machine: Host) -> None:
+    sessions, one, two = machine.khod(), machine.file(4096), machine.file(4096)
+    preserve, create = machine.luo.preserve_fd, machine.luo.create_session
+
+    def no_session(name: str) -> int:
+        raise OSError(errno.ENOSPC, "no room", name)
+
+    def only_one(session: int, fd: int, token: int) -> None:
+        if machine.taken:
+            raise OSError(errno.ENOMEM, "no memory")
+        preserve(session, fd, token)
+
+    machine.luo.create_session = no_session  # type: ignore[method-assign]
+    await refused(sessions, "khod-1-a", (Kept("one", 1), one))
+    machine.luo.create_session = create  # type: ignore[method-assign]
+    machine.luo.preserve_fd = only_one  # type: ignore[method-assign]
+    await refused(sessions, "khod-1-a", (Kept("one", 1), one), (Kept("two", 2), two))
+    machine.luo.preserve_fd = preserve  # type: ignore[method-assign]
+    assert "twice" in await refused(sessions, "khod-1-a", (Kept("one", 3), one)), "the kernel has it"
+    await sessions.preserve("khod-1-a", [(Kept("two", 4), two)], 10)
+    assert machine.taken == 2
+    sessions.close("khod-1-a")
+    await sessions.preserve("khod-1-b", [(Kept("one", 1), one)], 10)
 
 
 async def test_a_file_that_grows_until_it_is_preserved_is_let_go_at_once(machine: Host) -> None:

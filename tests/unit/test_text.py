@@ -69,6 +69,7 @@ def test_names_are_joined_up_to_a_limit() -> None:
     assert join_names([], 3) == ""
     assert join_names(["a", "b", "c"], 3) == "a, b, c"
     assert join_names((name for name in "abcde"), 3) == "a, b, c and 2 more"
+    assert join_names("abcdefghijklmn") == "a, b, c, d, e, f, g, h, i, j and 4 more", "one bound for all that name none"
     assert join_names(["a\nb"], 3) == "a\\nb"
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from khod.errors import ConfigError, UsageError
 from khod.muster import Muster
-from khod.producers.barrier import Producer, Telling, Verb, Veto
+from khod.producers.barrier import NOT_RECORDED, Barrier, Producer, Telling, Told, Verb, Veto
 from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
-from khod.producers.unit import OURS, STOPPED_TOO, Bus, Unit, check_unit
+from khod.producers.unit import OURS, STOPPED_TOO, UNTOUCHED, Bus, Unit, check_unit
 from khod.record import Holder
 from khod.sessions import Sessions
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
@@ -654,29 +654,78 @@ async def test_a_connection_that_does_not_end_holds_nobody_up(place: Path, monke
 
 
 async def test_a_verb_that_cannot_be_cut_short_is_left_to_itself(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("khod.producers.configured.CUT_SECONDS", 0.05)
+    monkeypatch.setattr("khod.bounded.CUT_SECONDS", 0.05)
     ended = asyncio.Event()
+    cancelled: list[Verb] = []
 
     async def stubborn(_bus: Bus, *_call: object) -> None:
         while not ended.is_set():
-            with suppress(asyncio.CancelledError):
+            try:
                 await ended.wait()
+            except asyncio.CancelledError:
+                cancelled.append(Verb.thaw)
         raise Veto("too late")
 
     monkeypatch.setattr(Bus, "call", stubborn)
-    reasons: list[str] = []
-    telling = Telling(Verb.thaw, "run-1", OURS, lambda reason, _progress: reasons.append(reason))
     async with serving(place, a=unit()):
-        work = asyncio.ensure_future(Unit("a", unit="a.service").tell(telling))
-        for cancel in [False] * 10 + [True] * 3:
-            await asyncio.sleep(0)
-            if cancel:
-                work.cancel()
-        await asyncio.wait({work})
-        assert work.cancelled()
-        assert reasons == ["it was cut short and has not ended within 0.05 s"]
+        told = {"a": Told("freeze", OURS)}
+        barrier = Barrier.of([Unit("a", 0.1, unit="a.service")], "run-1", lambda _member: None, told)
+        ((name, error),) = await barrier.undo(Verb.freeze)
+        assert (name, cancelled) == ("a", [Verb.thaw]), "it is cancelled once, and left to clean up"
+        assert "did not answer thaw within 0.1 s, and it cannot be cut short" in str(error)
         ended.set()
         await asyncio.sleep(0)
+
+
+async def test_a_verb_that_is_cancelled_from_within_is_a_veto(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cancelled(_bus: Bus, *_call: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(Bus, "call", cancelled)
+    async with serving(place, a=unit()):
+        assert "cancelled from within" in (await vetoed(Verb.freeze, OURS))[0]
+
+
+@pytest.mark.parametrize("how", ["freeze", "stop"])
+@pytest.mark.parametrize("state", ["running", "frozen", "inactive"])
+async def test_without_a_record_a_unit_is_thawed_that_systemd_says_is_frozen(place: Path, how: str, state: str) -> None:
+    """Whether a unit at rest was stopped by khod nobody knows: it is not started, and that is said."""
+    found = unit(ActiveState="inactive") if state == "inactive" else unit(FreezerState=state)
+    async with serving(place, a=dict(found), b=unit(FreezerState="frozen")) as bus:
+        nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+        muster = Muster(lambda: [Unit("a", unit="a.service", how=how)], nobody)
+        barrier = muster.resumed("", lambda _member: None, (), Verb.freeze)
+        assert await barrier.undo(Verb.freeze) == []
+        assert bus.units["a.service"] == (found if state == "inactive" else unit())
+        (member,) = barrier.members
+        left = how == "stop" and state == "inactive"
+        assert member.answer == (
+            "a.service is inactive and is left so: no record says whether khod stopped it" if left else "ready"
+        )
+        assert bus.state("b.service", "FreezerState") == "frozen", "no producer names it"
+
+
+@pytest.mark.parametrize("note", ["", "frozen", "inactive", UNTOUCHED])
+async def test_what_somebody_else_has_frozen_stays_frozen_where_there_is_a_record(place: Path, note: str) -> None:
+    async with serving(place, a=unit(FreezerState="frozen")) as bus:
+        nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+        muster = Muster(lambda: [Unit("a", unit="a.service")], nobody)
+        barrier = muster.resumed("run-1", lambda _member: None, [Holder("a", "unit", "", note)], Verb.freeze)
+        assert await barrier.undo(Verb.freeze) == []
+        assert bus.state("a.service", "FreezerState") == "frozen"
+        # A record in which nobody stands is one, too: this file came later.
+        barrier = muster.resumed("run-1", lambda _member: None, (), Verb.freeze)
+        assert await barrier.undo(Verb.freeze) == []
+        assert bus.state("a.service", "FreezerState") == "frozen"
+
+
+async def test_without_a_record_a_masked_unit_is_thawed_by_the_control_group_it_has(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freezer = control_group(monkeypatch, tmp_path)
+    async with serving(place, a=unit(LoadState="masked", FreezerState="frozen")):
+        await tell(Verb.thaw, NOT_RECORDED)
+        assert freezer.read_text() == "0"
 
 
 @pytest.mark.parametrize("verb", [Verb.freeze, None], ids=["verb", "leave"])

@@ -1,0 +1,88 @@
+"""The order producers are told in, by what each says of the others: `after` and `before`."""
+
+from collections.abc import Callable, Iterable
+from graphlib import CycleError, TopologicalSorter
+from typing import Protocol, TypeVar
+
+from khod.errors import ConfigError
+
+
+class Ordered(Protocol):
+    """Whoever has a place in the order."""
+
+    @property
+    def name(self) -> str:
+        """Unique among them."""
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Names of those told before it."""
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """Names of those told after it."""
+
+
+T = TypeVar("T", bound=Ordered)
+
+
+def ranks(producers: Iterable[T]) -> list[list[T]]:
+    """Order producers; names that are not here are no constraint. ConfigError names a cycle."""
+    known = {producer.name: producer for producer in producers}
+    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(known, ()))
+    for producer in known.values():
+        sorter.add(producer.name, *(name for name in producer.after if name in known))
+        for name in producer.before:
+            if name in known:
+                sorter.add(name, producer.name)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise _cycle(error.args[1]) from None
+    result = []
+    while sorter.is_active():
+        rank = sorter.get_ready()
+        result.append([known[name] for name in sorted(rank)])
+        sorter.done(*rank)
+    return result
+
+
+def check_newcomer(
+    newcomer: Ordered, find: Callable[[str], Ordered | None], naming: Callable[[str], Iterable[Ordered]]
+) -> None:
+    """Raise ConfigError where a newcomer makes a cycle of the others' order, in which there is none.
+
+    Only those told after it are looked at, and nobody where nobody is told before it: thousands may come one by one.
+    `find` gives one of the others by its name, `naming` those that name somebody in `after` or `before`.
+    """
+
+    def others_naming(name: str) -> list[Ordered]:
+        return [other for other in naming(name) if other.name != newcomer.name]
+
+    def followers(one: Ordered) -> list[Ordered]:
+        named = [newcomer if name == newcomer.name else find(name) for name in one.before]
+        waiting = [other for other in others_naming(one.name) if one.name in other.after]
+        return [*filter(None, named), *waiting, *([newcomer] if one.name in newcomer.after else [])]
+
+    name = newcomer.name
+    has_leaders = any(one == name or find(one) is not None for one in newcomer.after)
+    if not has_leaders and not any(name in other.before for other in (newcomer, *others_naming(name))):
+        return
+    led_by, to_follow = dict[str, str](), [newcomer]
+    while to_follow:
+        one = to_follow.pop()
+        for follower in followers(one):
+            if follower is newcomer:
+                path = [name, one.name]
+                while path[-1] != name:
+                    path.append(led_by[path[-1]])
+                raise _cycle(reversed(path))
+            if follower.name not in led_by:
+                led_by[follower.name] = one.name
+                to_follow.append(follower)
+
+
+def _cycle(names: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        "The producers' order is a cycle: " + " -> ".join(names), where="after/before", remedy="Remove one of these."
+    )

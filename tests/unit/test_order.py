@@ -1,0 +1,120 @@
+"""The order of producers: a newcomer is held against those it names and those told after it, and nobody else."""
+
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+import pytest
+
+from khod.errors import ConfigError, UsageError
+from khod.muster import Muster
+from khod.producers.identity import process_of
+from khod.producers.order import check_newcomer, ranks
+from khod.producers.peers import Peer, Peers, Terms
+from khod.record import Owner, Process
+from khod.sessions import Sessions
+
+OWNER = Owner(1000, "kv.service")
+PROCESS = Process(2**22, 1)
+MANY = 400
+
+
+@dataclass(frozen=True)
+class One:
+    """Somebody in the order."""
+
+    name: str
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+
+def check(newcomer: One, others: list[One]) -> None:
+    known = {other.name: other for other in others}
+    check_newcomer(newcomer, known.get, lambda name: [one for one in others if name in (*one.after, *one.before)])
+
+
+def test_a_newcomer_is_refused_where_the_whole_order_would_be_a_cycle() -> None:
+    assert sum(map(refusals, range(20))) > 20
+
+
+def refusals(seed: int) -> int:
+    """Have a dozen come in turn; how many were refused, each of them rightly."""
+    chance = random.Random(seed)
+    others: list[One] = []
+    names = [f"p{number}" for number in range(12)]
+    for name in chance.sample(names, len(names)):
+        after, before = (tuple(chance.sample(names, chance.choice((0, 0, 1, 2)))) for _ in range(2))
+        newcomer = One(name, after, before)
+        try:
+            ranks([*others, newcomer])
+        except ConfigError:
+            with pytest.raises(ConfigError) as raised:
+                check(newcomer, others)
+            path = raised.value.what.partition(": ")[2].split(" -> ")
+            assert path[0] == path[-1] == name
+            told = {one.name: one for one in (*others, newcomer)}
+            assert all(then in told[first].before or first in told[then].after for first, then in pairwise(path))
+        else:
+            check(newcomer, others)
+            others.append(newcomer)
+    return len(names) - len(others)
+
+
+@pytest.fixture
+def muster() -> Muster:
+    return Muster(list, Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None))
+
+
+def register(muster: Muster, name: str, after: tuple[str, ...] = (), before: tuple[str, ...] = ()) -> Peer:
+    return muster.register(name, OWNER, PROCESS, Terms(after=after, before=before), MANY + 3)
+
+
+def test_thousands_that_name_one_are_not_held_against_each_other(
+    muster: Muster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[str] = []
+    find = muster.peers.find
+
+    def counted(name: str) -> Peer | None:
+        looked_at.append(name)
+        return find(name)
+
+    monkeypatch.setattr(muster.peers, "find", counted)
+    monkeypatch.setattr("khod.muster.ranks", lambda _producers: pytest.fail("everyone was put in order"))
+    register(muster, "storage")
+    for number in range(MANY):
+        register(muster, f"p{number}", ("storage",) if number % 2 else (), () if number % 2 else ("storage",))
+    assert len(looked_at) < 10 * MANY
+
+
+def test_who_has_left_or_was_given_up_is_no_constraint(muster: Muster) -> None:
+    first = register(muster, "first", ("second",))
+    with pytest.raises(ConfigError):
+        register(muster, "second", ("first",))
+    muster.peers.leave(first)
+    second = register(muster, "second", ("first",))
+    with pytest.raises(ConfigError):
+        register(muster, "first", ("second",))
+    muster.peers.leave(second)
+    register(muster, "first", ("second",))
+
+
+def test_one_that_comes_back_with_another_order_is_held_to_that(muster: Muster) -> None:
+    process = process_of(1)
+    assert process is not None
+    first = register(muster, "first", ("second",))
+    first.told = "freeze"
+    muster.peers.leave(first)
+    assert [peer.name for peer in muster.peers.naming("second")] == ["first"], "it is waited for, and will be told"
+    with pytest.raises(ConfigError):
+        register(muster, "second", ("first",))
+    assert register(muster, "first") is first
+    assert muster.peers.naming("second") == []
+    register(muster, "second", ("first",))
+
+
+def test_a_name_that_is_none_is_not_looked_for(muster: Muster) -> None:
+    with pytest.raises(UsageError):
+        register(muster, "first", ("not/a/name",))
+    assert muster.peers.naming("not/a/name") == []
