@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from khod.model import LuoSession, Order, SessionFate
 from khod.preflight.facts import Facts, Finding
-from khod.producers.barrier import ranks
+from khod.producers.barrier import Producer, ranks
+from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.registrations import Registered
 from khod.session_holders import title
@@ -17,7 +18,8 @@ MAX_NAMES_SHOWN = 20
 
 def producers(facts: Facts) -> Finding:
     """Every producer that must take part is here, and their order can be told."""
-    names = [producer.name for rank in ranks(facts.producers()) for producer in rank]
+    everyone = [producer for rank in ranks(facts.producers()) for producer in rank]
+    names = [producer.name for producer in everyone]
     if missing := sorted(set(facts.config.producers.require) - set(names)):
         return Finding.fail(
             f"Required and not here: {join_names(missing, MAX_NAMES_SHOWN)}",
@@ -30,7 +32,16 @@ def producers(facts: Facts) -> Finding:
             f"Registered before khod was restarted and not back: {gone}; a handover now would go without their state",
             "Wait until they connect again, start them, or give them up with: khoctl producers forget NAME",
         )
-    return Finding.passed(f"{len(names)}: {join_names(names, MAX_NAMES_SHOWN) or 'none'}")
+    if unstartable := _unstartable(everyone):
+        return Finding.fail(
+            f"Commands that cannot be started: {join_names(unstartable, MAX_NAMES_SHOWN)}",
+            "Correct them in /etc/kho/producers.d, or install what they name.",
+        )
+    return Finding.passed(f"{len(names)}: {join_names(names, MAX_NAMES_SHOWN)}" if names else "No producers")
+
+
+def _unstartable(producers: Iterable[Producer]) -> list[str]:
+    return [text for producer in producers if isinstance(producer, Hook) for text in producer.unstartable()]
 
 
 def _fate(registered: Registered) -> str:
