@@ -2,8 +2,6 @@
 
 import json
 import os
-import pty
-import select
 import signal
 import socket
 import subprocess
@@ -22,7 +20,7 @@ from khoctl import asking, handover, progress, render
 from khod.errors import Exit
 from khod.model import Event, Phase, Producer
 from tests.unit.images import CPIO, bzimage
-from tests.unit.khods import DEADLINE, REPOSITORY, Khod, cli
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, Terminal, cli
 from tests.unit.test_render import status
 
 LAST = "last"
@@ -348,41 +346,3 @@ def test_a_producer_s_deadline_is_known_while_it_is_told(blocked: Khod) -> None:
     (found,) = blocked.ask("Status")["status"]["producers"]
     assert (found["waiting"], found["limit"]) == (True, 77.0)
     assert blocked.khoctl("abort").code == Exit.done
-
-
-class Terminal:
-    """khoctl on a terminal of its own."""
-
-    def __init__(self, khod: Khod, *words: str | Path, columns: int = 80) -> None:
-        self.said = ""
-        command = [sys.executable, "-m", "khoctl", f"--socket={khod.socket}", *map(str, words)]
-        self._pid, self._fd = pty.fork()
-        if self._pid == 0:
-            os.chdir(REPOSITORY)
-            os.environ |= {"TERM": "xterm", "COLUMNS": str(columns)}
-            os.execv(sys.executable, command)
-
-    def until(self, text: str) -> None:
-        """Read until it has said this."""
-        while text not in self.said:
-            assert select.select([self._fd], [], [], DEADLINE)[0], f"{text!r} not within {DEADLINE} s: {self.said!r}"
-            self._read()
-
-    def _read(self) -> bool:
-        try:
-            data = os.read(self._fd, 1 << 16)
-        except OSError:  # EIO: the last one who had the terminal open is gone
-            data = b""
-        self.said += data.decode()
-        return bool(data)
-
-    def send(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    def end(self) -> int:
-        """Read to the end; the exit code."""
-        while self._read():
-            pass
-        _pid, code = os.waitpid(self._pid, 0)
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(code)
