@@ -279,7 +279,8 @@ class Engine:
                     await self._check_target(target)
                 attempt = await self._begin(record, at_once=request.now and not request.load_only)
                 if target is not None:
-                    self._transaction.aim(target.description)
+                    how = ", to jump at once (--now)" if request.now and not request.load_only else ""
+                    self._transaction.aim(f"{target.description}{how}")
                 attempt.aim(target, self._executors[request.now])
                 if request.now:
                     # The bulk of the dirty pages goes out before anyone is frozen; the executor's own
