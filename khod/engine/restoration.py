@@ -172,7 +172,7 @@ class Restoration:
             raise Refused(
                 f"Producer {holder.name} did not take back what it left: {member.answer}",
                 where=f"{holder.kind} {holder.name}",
-                remedy=f"It still waits. Mend the cause and try again, or: khoctl producers forget {holder.name}",
+                remedy=f"It still waits. Repair the cause and try again, or: khoctl producers forget {holder.name}",
             )
 
     async def _bring_back_later(self, barrier: Barrier, deadline: float) -> None:

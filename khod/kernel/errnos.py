@@ -42,8 +42,8 @@ LOAD: Errnos = {
     errno.EINTR: ("a signal broke the reading off", "Try again."),
     errno.EACCES: (
         "IMA or another security module does not accept the file",
-        "Look for `appraise` in journalctl -b _TRANSPORT=audit; sign the file for IMA (evmctl ima_sign), or mend the "
-        "policy in /sys/kernel/security/ima/policy.",
+        "Look for `appraise` in journalctl -b _TRANSPORT=audit; sign the file for IMA (evmctl ima_sign), or correct "
+        "the policy in /sys/kernel/security/ima/policy.",
     ),
     errno.ENOMEM: (
         "there is no memory for the image",

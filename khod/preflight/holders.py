@@ -68,7 +68,7 @@ def claims(facts: Facts) -> Finding | None:
         names = join_names((holder.name for holder in facts.record.claims), MAX_NAMES_SHOWN)
         return Finding.fail(
             f"Left before the last jump and not taken back yet: {names}; a handover would go without them and lose it",
-            "Start these producers, or mend them, then: khoctl producers retry NAME. To give the state up: "
+            "Start these producers, or repair them, then: khoctl producers retry NAME. To give the state up: "
             "khoctl producers forget NAME",
         )
     if facts.unknown_sessions:

@@ -266,10 +266,10 @@ def signature(facts: Facts, target: Target, about: Kernel) -> Finding:
         )
     if enforced is None:
         return Finding.warn(
-            f"{subject} is not signed, and this kernel does not say whether it insists on that",
+            f"{subject} is not signed, and this kernel does not say whether it requires a signature",
             "Look for CONFIG_KEXEC_SIG_FORCE in its configuration.",
         )
-    return Finding.passed(f"{subject} is not signed; this kernel does not insist on that")
+    return Finding.passed(f"{subject} is not signed; this kernel does not require a signature")
 
 
 @_of_target
