@@ -215,7 +215,9 @@ def require_jump(boot: str) -> None:
 
 def _too_long() -> Unreachable:
     return Unreachable(
-        f"It is not over within {timeout():g} s", where="--timeout", remedy=f"khod goes on with it. {TO_SEE}"
+        f"It is not over within {timeout():g} s",
+        where="--timeout",
+        remedy=f"The handover continues in the background. {TO_SEE}",
     )
 
 

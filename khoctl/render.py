@@ -143,7 +143,7 @@ def status(status: Status) -> str:
     if status.remedy:
         rows.append(("next", status.remedy))
     head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
-    stale = " (the kernel was not asked just now)" if status.stale else ""
+    stale = " (the kernel is busy: its state is as of before)" if status.stale else ""
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
 
 

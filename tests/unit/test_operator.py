@@ -137,7 +137,7 @@ def test_an_operation_ends_for_the_operator_when_the_time_given_is_over(tmp_path
     with fake(tmp_path / "socket", in_phase(Phase.preparing), "Activate"):
         ended = cli(tmp_path / "socket", "activate", "--timeout", "0.1")
     assert ended.code == Exit.unreachable
-    assert "khod goes on with it" in ended.err
+    assert "The handover continues in the background" in ended.err
     assert "khoctl abort" in ended.err
 
 
@@ -214,7 +214,9 @@ def test_an_interrupt_ends_khoctl_at_once_and_khod_goes_on(blocked: Khod) -> Non
         said = activate.stderr.read()
     assert activate.returncode == asking.INTERRUPTED
     assert blocked.ask("Status")["status"]["phase"] == "preparing", "nobody has let the producer go on"
-    assert "khod goes on with it. To see: khoctl status. To stop it: khoctl abort" in said
+    assert "The handover continues in the background. To see: khoctl status. To stop it: khoctl abort" in " ".join(
+        said.split()
+    )
     assert blocked.khoctl("abort").code == Exit.done
 
 
@@ -346,3 +348,43 @@ def test_a_producer_s_deadline_is_known_while_it_is_told(blocked: Khod) -> None:
     (found,) = blocked.ask("Status")["status"]["producers"]
     assert (found["waiting"], found["limit"]) == (True, 77.0)
     assert blocked.khoctl("abort").code == Exit.done
+
+
+def test_a_producer_that_is_waited_for_is_listed_alone(blocked: Khod) -> None:
+    (blocked.directory / "root/etc/kho/producers.d/cache.toml").write_text('after = ["db"]\n')
+    assert "No producer is waited for." in blocked.khoctl("producers", "--waiting").out
+    assert blocked.khoctl("activate", "--no-block").code == Exit.done
+    assert [one["name"] for one in blocked.khoctl("producers", "list", "--waiting", "--json").json] == ["db"]
+    assert [one["name"] for one in blocked.khoctl("producers", "--slow", "--json").json] == ["db", "cache"]
+    assert blocked.khoctl("abort").code == Exit.done
+
+
+def test_a_phase_is_waited_for_by_its_name(khod_: Khod) -> None:
+    assert khod_.khoctl("wait", "idle").code == Exit.done
+    refused = khod_.khoctl("wait", "ready")
+    assert refused.code == Exit.usage
+    assert "One of: idle, preparing" in refused.err
+    assert khod_.khoctl("wait", "loaded", "--timeout", "0.2").code == Exit.unreachable
+
+
+def test_a_dry_run_of_kexec_is_the_plan(khod_: Khod, images: tuple[str, ...]) -> None:
+    dry = khod_.khoctl("kexec", *images, "--hold", "--dry-run")
+    assert (dry.code, dry.out.splitlines()[-1]) == (Exit.done, "Nothing was touched.")
+    assert khod_.ask("Status")["status"]["phase"] == "idle"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("help",), "Commands:"),
+        (("help", "kexec"), "--dry-run"),
+        (("dt", "diff", "-h"), "A tree; the last that left."),
+        (("producers", "retry", "-h"), "The producer, as khoctl producers lists it."),
+    ],
+    ids=str,
+)
+def test_help_is_there_by_its_name_and_explains_each_argument_once(
+    tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    ended = cli(tmp_path / "socket", *words)
+    assert (ended.code, ended.out.count(said)) == (Exit.done, 1)
