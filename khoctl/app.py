@@ -25,6 +25,7 @@ MODULES = {
     "kexec": "handover",
     "monitor": "handover",
     "verify": "handover",
+    "wait": "handover",
     "dt": "dt",
     "producers": "producers",
 }
@@ -43,6 +44,17 @@ class Commands(Root):
             group = typer.main.get_group(importlib.import_module(f"khoctl.{MODULES[cmd_name]}").app)
             self.commands[cmd_name] = group if cmd_name == MODULES[cmd_name] else group.commands[cmd_name]
         return super().get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; `khoctl help COMMAND` is `khoctl COMMAND --help`."""
+        if args[0] == "help":
+            args = [*args[1:], "--help"]
+        if args == ["--help"]:
+            typer.echo(ctx.get_help())
+            raise typer.Exit
+        return super().resolve_command(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The options, less those that few need to see: the package has the completions they install."""

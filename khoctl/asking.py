@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperGroup
+from typer.utils import get_params_from_function
 
 from khoctl.layout import show, write
 from khod.errors import Exit, KhoError, UsageError, errno_text
@@ -110,6 +111,23 @@ def _everywhere() -> list[click.Parameter]:
     ]
 
 
+def _explain_arguments(command: click.Command) -> None:
+    """Give the arguments the help they were declared with: typer 0.25 loses it with click 8.5.
+
+    Their attribute `help` stays as it is: with one click adds a section of its own beside typer's.
+    """
+    function = getattr(command.callback, "__wrapped__", None)
+    declared = get_params_from_function(function) if function is not None else {}
+    for param in command.params:
+        if isinstance(param, TyperArgument) and param.name in declared:
+            text = getattr(declared[param.name].default, "help", None) or ""
+            vars(param)["get_help_record"] = partial(_argument_help, param, text)
+
+
+def _argument_help(param: TyperArgument, text: str, ctx: click.Context) -> tuple[str, str]:
+    return param.make_metavar(ctx=ctx), text
+
+
 class Group(TyperGroup):
     """Commands that share the options of all commands and the way to say that there is no such command."""
 
@@ -122,6 +140,7 @@ class Group(TyperGroup):
         command = super().get_command(ctx, cmd_name)
         if command is not None and not any(option.name == "socket" for option in command.params):
             command.params += _everywhere()
+            _explain_arguments(command)
         return command
 
     def resolve_command(
@@ -159,7 +178,7 @@ class Root(Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             if isinstance(interrupt, Detached):
-                show(f"khoctl: khod goes on with it. {TO_SEE}", err=True)
+                show(f"khoctl: The handover continues in the background. {TO_SEE}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:  # a command says what it cannot read; this is what it could not say
             if not isinstance(error, BrokenPipeError):

@@ -111,7 +111,7 @@ def dt_diff(
     """Compare two trees.
 
     A is the last that left where it is not given, B what arrived. Exits with 1 where they differ, as diff does; what a
-    kernel does not show is only said.
+    kernel does not show is only reported.
     """
     from khod.trees.difference import Change, differences, lines
 

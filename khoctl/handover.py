@@ -13,7 +13,7 @@ import typer
 from khoctl import layout, progress, render, target
 from khoctl.asking import Detached, Json, client, colourless, confirmed, on_terminal, repaints
 from khod.client import Client
-from khod.errors import Exit, Refused, Unreachable, Unsupported
+from khod.errors import Exit, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Check, CheckResult, Phase, Step
 
 app = typer.Typer(rich_markup_mode=None)
@@ -64,11 +64,12 @@ Profile = Annotated[
 
 @app.command()
 def status(
-    as_json: Json = False, watch: Annotated[bool, typer.Option(help="Stay, and show every change.")] = False
+    as_json: Json = False, watch: Annotated[bool, typer.Option("--watch", help="Stay, and show every change.")] = False
 ) -> None:
     """Show where the handover stands.
 
-    Exits with 7 after a degraded or cold boot, with 6 where the kernel was not put back.
+    Exits with 7 after a degraded or cold boot, with 6 where something was not rolled back or is held, with 3 where
+    another program uses KHO or kexec.
     """
     if watch:
         _watch(as_json=as_json)
@@ -176,10 +177,20 @@ def plan(
 
     Each step has its undo beside it. Exits as check.
     """
-    with _asked(locals()) as (request, fds), client() as khod:
-        found = khod.plan(request, fds)
+    with _asked(locals()) as (request, fds):
+        _show_plan(request, fds, as_json=as_json)
+
+
+def _show_plan(request: dict[str, Any], fds: tuple[int, ...], *, as_json: bool) -> NoReturn:
+    with client() as khod:
+        found = khod.plan(_plannable(request), fds)
     _say(found, partial(render.plan, found), as_json=as_json)
     raise typer.Exit(_judged(found.checks))
+
+
+def _plannable(request: dict[str, Any]) -> dict[str, Any]:
+    """What Plan takes of a request of Kexec's."""
+    return {name: value for name, value in request.items() if name != "hold"}
 
 
 def _judged(found: list[Check]) -> Exit:
@@ -225,6 +236,7 @@ def kexec(
     load_only: LoadOnly = False,
     now: Now = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Begin without a question on a terminal.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do what `khoctl plan` does: nothing.")] = False,
     no_block: NoBlock = False,
     hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
     from_profile: Profile = None,
@@ -236,6 +248,8 @@ def kexec(
     After that nothing is: where reboot(2) fails, systemd goes on to an ordinary reboot, and nothing arrives.
     """
     with _asked(locals()) as (request, fds):
+        if dry_run:
+            _show_plan(request, fds, as_json=as_json)
         if not yes and on_terminal():
             _agree(request, fds)
         _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json, block=not no_block)
@@ -246,7 +260,7 @@ def _agree(request: dict[str, Any], fds: tuple[int, ...]) -> None:
     if "kernel" not in request:  # what is loaded was agreed to, and without anything loaded it is refused
         return
     with client() as khod:
-        found = khod.plan({name: value for name, value in request.items() if name != "hold"}, fds)
+        found = khod.plan(_plannable(request), fds)
     if not found.steps or found.steps[0].step != Step.prepare.value:
         return
     for item in found.checks:
@@ -275,10 +289,30 @@ def monitor(as_json: Json = False) -> None:
 
 
 @app.command()
+def wait(
+    phase: Annotated[str, typer.Argument(metavar="PHASE", help="The phase to wait for, as status names it.")],
+    as_json: Json = False,
+) -> None:
+    """Wait until the handover is in a phase.
+
+    PHASE is one as status names it, such as idle or loaded. With --timeout it exits with 5 where that does not come.
+    """
+    wanted = next((known for known in Phase if phase in (known.value, render.name(known))), None)
+    if wanted is None:
+        known = ", ".join(one.value for one in Phase)
+        raise UsageError(f"There is no phase {phase!r}", where="PHASE", remedy=f"One of: {known}.")
+    with client() as khod:
+        for event in khod.monitor():
+            if event.phase is wanted:
+                break
+    _say(event, partial(render.event, event), as_json=as_json)
+
+
+@app.command()
 def verify(as_json: Json = False) -> None:
     """Wait until this boot's verification is over.
 
-    Exits with 7 where state did not arrive whole.
+    Exits with 7 where some state did not arrive.
     """
     with client() as following, client() as asking:
         for event in following.monitor():
@@ -286,7 +320,8 @@ def verify(as_json: Json = False) -> None:
                 break
         found = asking.status()
     _say(found, partial(render.status, found), as_json=as_json)
-    raise typer.Exit(found.exit_code)
+    others = found.exit_code == Exit.refused  # what somebody else does now is no matter of this boot's verification
+    raise typer.Exit(Exit.done if others else found.exit_code)
 
 
 def _operate(begin: Callable[[Client], None], *, as_json: bool, block: bool = True, may_stop: bool = True) -> None:

@@ -1,5 +1,7 @@
 """khoctl producers: the holders of state outside the kernel, listed, tried out, given up."""
 
+from typing import Annotated
+
 import typer
 
 from khoctl import layout, progress, render
@@ -13,18 +15,35 @@ app = typer.Typer(
 )
 
 
+Name = Annotated[str, typer.Argument(help="The producer, as khoctl producers lists it.")]
+Waiting = Annotated[bool, typer.Option("--waiting", help="Only those whose answer is waited for.")]
+Slow = Annotated[bool, typer.Option("--slow", help="The slowest first.")]
+
+
 @app.callback(invoke_without_command=True)
-def list_all(context: typer.Context, as_json: Json = False) -> None:
+def list_all(context: typer.Context, waiting: Waiting = False, slow: Slow = False, as_json: Json = False) -> None:
     """List every producer with its kind, rank, last verb, answer and the time that took."""
-    if context.invoked_subcommand is not None:
-        return
+    if context.invoked_subcommand is None:
+        list_(waiting=waiting, slow=slow, as_json=as_json)
+
+
+@app.command("list")
+def list_(waiting: Waiting = False, slow: Slow = False, as_json: Json = False) -> None:
+    """List every producer, as without a command."""
     with client() as khod:
         found = khod.producers()
+    if waiting:
+        found = [one for one in found if one.waiting]
+    if slow:
+        found = sorted(found, key=lambda one: -one.seconds)
+    if waiting and not found and not as_json:
+        layout.write("No producer is waited for.")
+        return
     _show(found, as_json=as_json)
 
 
 @app.command()
-def test(name: str, as_json: Json = False) -> None:
+def test(name: Name, as_json: Json = False) -> None:
     """Try one producer: prepare, freeze, thaw and cancel.
 
     Kernel and other producers notice nothing.
@@ -34,18 +53,18 @@ def test(name: str, as_json: Json = False) -> None:
 
 
 @app.command()
-def retry(name: str, as_json: Json = False) -> None:
+def retry(name: Name, as_json: Json = False) -> None:
     """Tell a producer to take its state back again.
 
-    Once what kept it from that after the last jump is mended.
+    Once what kept it from that after the last jump is repaired.
     """
     with client() as khod:
         khod.retry(name)
-    layout.write(render.as_json({"restored": name}) if as_json else f"{printable(name)}: has taken back what it left")
+    layout.write(render.as_json({"restored": name}) if as_json else f"{printable(name)}: has taken its state back")
 
 
 @app.command()
-def forget(name: str, as_json: Json = False) -> None:
+def forget(name: Name, as_json: Json = False) -> None:
     """Free what a producer will not take back.
 
     It left it before the last jump, and a new handover would lose it.

@@ -31,7 +31,9 @@ def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
     """Read a profile: every key, None where it is not given; ConfigError names the file and the key."""
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} is no name for a profile", where=str(directory), remedy="Letters, digits, `.`, `_` and `-`."
+            f"{name!r} is not a valid name of a profile",
+            where=str(directory),
+            remedy="Letters, digits, `.`, `_` and `-`.",
         )
     import tomllib  # noqa: PLC0415 - only a profile needs it
 
@@ -49,14 +51,14 @@ def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
     for key, value in values.items():
         if key not in KEYS:
             raise ConfigError(
-                f"`{key}` is no key of a profile's", where=str(path), remedy=f"Known here: {', '.join(KEYS)}."
+                f"`{key}` is an unknown key of a profile", where=str(path), remedy=f"Known here: {', '.join(KEYS)}."
             )
         if KEYS[key] is list:
             wanted, several = "a list of strings", [value] if isinstance(value, str) else value
             right = isinstance(several, list) and all(isinstance(one, str) for one in several)
             values[key] = several
         else:
-            wanted, right = f"a value of type {KEYS[key].__name__}", isinstance(value, KEYS[key])
+            wanted, right = "a text in quotes" if KEYS[key] is str else "true or false", isinstance(value, KEYS[key])
         if not right:
             raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy=f"It takes {wanted}.")
     for group in ONE_OF:

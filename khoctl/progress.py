@@ -57,6 +57,8 @@ class Shown:
         self._verb, self._since = "", 0.0
         self._producers: dict[str, Producer] = {}
         self._heard: dict[str, float] = {}
+        self._refused: dict[str, Producer] = {}
+        """What ended the handover: the first no of each, which the answer to its undo must not hide."""
         self._ended = False
         if repaints(sys.stderr) and not quiet:
             from rich.console import Console  # noqa: PLC0415 - dear to import, and only a terminal needs it
@@ -83,6 +85,8 @@ class Shown:
         if event.producer is not None and event.producer.phase:
             self._producers[event.producer.name] = event.producer
             self._heard[event.producer.name] = time.monotonic()
+            if render.refused(event.producer):
+                self._refused.setdefault(event.producer.name, event.producer)
             if event.producer.phase != self._verb:
                 self._verb, self._since = event.producer.phase, time.monotonic()
             if self._live or (event.producer.waiting and not event.producer.answer):
@@ -111,9 +115,10 @@ class Shown:
         if self._ended and len(self._producers) > FEW:  # what stays on the screen is what the operator must read
             odd = [found for found in self._producers.values() if render.odd(found)][:FEW]
             summary = f"    {render.counted(list(self._producers.values()))}"
-            return Text("\n".join([*(f"    {render.producer(found)}" for found in odd), summary]), no_wrap=True)
+            page = [*self._noes(), *(f"    {render.producer(found)}" for found in odd), summary]
+            return Text("\n".join(page), no_wrap=True)
         room = max(2, (self._console.height if self._console else 0) - ROOM)
-        lines = [self.summary()] if self._producers and not self._ended else []
+        lines = self._noes() if self._ended else [self.summary()] if self._producers else []
         ordered = sorted(self._producers.values(), key=lambda found: not found.waiting)
         width = self._console.width if self._console else None
         for shown, found in enumerate(ordered):
@@ -125,6 +130,12 @@ class Shown:
                 break
             lines += fit(line, width).split("\n")
         return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+    def _noes(self) -> list[str]:
+        """A line for each that said no, before what its undo came to."""
+        width = self._console.width if self._console else None
+        noes = [f"  ! {render.producer(found)}" for found in self._refused.values()][:FEW]
+        return [line for no in noes for line in fit(no, width).split("\n")]
 
     def summary(self) -> str:
         """How many are ready with what they are told, since when, and how long they have."""
@@ -205,7 +216,9 @@ def require_jump(boot: str) -> None:
 
 def _too_long() -> Unreachable:
     return Unreachable(
-        f"It is not over within {timeout():g} s", where="--timeout", remedy=f"khod goes on with it. {TO_SEE}"
+        f"It is not over within {timeout():g} s",
+        where="--timeout",
+        remedy=f"The handover continues in the background. {TO_SEE}",
     )
 
 

@@ -38,6 +38,16 @@ DONE = {
     "restore": "restored",
     "finish": "finished",
 }
+DOING = {
+    "prepare": "preparing",
+    "freeze": "freezing",
+    "thaw": "thawing",
+    "cancel": "cancelling",
+    "restore": "restoring",
+    "finish": "finishing",
+}
+IN_BLACKOUT = ("freeze", "activate", "load", "restore")
+"""Steps whose time is known; what is left of the blackout is the jump and the boot."""
 SECONDS_SHOWN = 120
 """From here on a time ago is in minutes."""
 MOST = 10
@@ -133,7 +143,7 @@ def status(status: Status) -> str:
     if status.remedy:
         rows.append(("next", status.remedy))
     head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
-    stale = " (the kernel was not asked just now)" if status.stale else ""
+    stale = " (the kernel is busy: its state is as of before)" if status.stale else ""
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
 
 
@@ -208,7 +218,17 @@ def _blackout(status: Status) -> str:
     if seconds is None:
         return "unknown: nobody has taken its state back, or the wall clock was set back"
     over = ", and not over for those who have not taken back what they left" if status.claims else ""
-    return f"{seconds:.1f} s by the wall clock, ± 1 s, from the first freeze to the last finish{over}"
+    return f"{seconds:.1f} s by the wall clock, ± 1 s, from the first freeze to the last finish{over}{_parts(status)}"
+
+
+def _parts(status: Status) -> str:
+    """What the blackout was made of; "" where a handover that was begun since has the timings."""
+    took = {timing.step: timing.seconds for timing in status.timings if timing.step in IN_BLACKOUT}
+    if "restore" not in took or status.blackout_seconds is None:
+        return ""
+    others = max(0.0, status.blackout_seconds - sum(took.values()))
+    named = [f"{step} {took[step]:.1f} s" for step in IN_BLACKOUT if step in took]
+    return f": {', '.join([*named[:-1], f'jump and boot {others:.1f} s', named[-1]])} and finish"
 
 
 def _not_undone(status: Status) -> list[tuple[str, str]]:
@@ -228,16 +248,36 @@ def producer(found: Producer) -> str:
     """What one producer was told last, and what it answered."""
     found = escaped(found)
     if not found.phase:
-        return f"{found.name} ({found.kind}): {found.answer or 'not told yet'}"
+        return f"{found.name} ({found.kind}): {found.answer or 'idle'}"
     done = f", {found.progress:.0%} done" if found.progress is not None and found.waiting else ""
-    answer = found.answer or ("no answer yet" if found.waiting else "no answer")
     limit = f" of {found.limit:g} s" if found.waiting and found.limit else ""
-    return f"{found.name} ({found.kind}): {found.phase}: {answer}{done}, {found.seconds:.2f} s{limit}"
+    return f"{found.name} ({found.kind}): {_stands(found)}{done}, {found.seconds:.2f} s{limit}"
+
+
+def _stands(found: Producer) -> str:
+    """What a producer does or has done of the verb it was told last."""
+    verb = printable(found.phase)
+    if found.waiting:
+        return f"{DOING.get(verb, verb)}{f', {found.answer}' if found.answer else ''}"
+    match found.answer:
+        case "ready":
+            return _done(found)
+        case "" | "no answer":
+            return f"{verb} interrupted"
+        case "gone, and not told":
+            return f"{found.answer} to {verb}"
+        case answer:
+            return f"{verb} failed: {answer}"
 
 
 def odd(found: Producer) -> bool:
     """Whether a producer's last word is one the operator should read."""
     return not found.waiting and found.answer not in ("", "ready")
+
+
+def refused(found: Producer) -> bool:
+    """Whether a producer has said no to what was asked of it: an interrupted one, or one that is gone, has not."""
+    return odd(found) and found.answer != "no answer" and found.phase not in ("thaw", "cancel")
 
 
 def counted(found: list[Producer]) -> str:
@@ -248,7 +288,7 @@ def counted(found: list[Producer]) -> str:
 
 def _reached(found: Producer) -> str:
     if not found.phase:
-        return "not told yet"
+        return "idle"
     if found.waiting:
         return f"not {_done(found)} yet"
     return ("not " if odd(found) else "") + _done(found)
@@ -355,5 +395,7 @@ def short_plan(found: Plan) -> str:
 
 def event(event: Event) -> str:
     """One change as one plain line: seconds since boot, phase, what happened."""
-    line = f"{event.seconds:10.3f}  {name(event.phase):<12}  {printable(event.message)}".rstrip()
+    about = event.producer
+    said = event.message if about is None or not about.phase else f"{about.name}: {_stands(about)}"
+    line = f"{event.seconds:10.3f}  {name(event.phase):<12}  {printable(said)}".rstrip()
     return "\n".join([line, *(f"{'':26}{change}" for change in words(event.words or ()))])

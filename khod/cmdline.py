@@ -39,6 +39,12 @@ NUMBERED = re.compile(r"[0-9]+:[0-9]+(?::[0-9]+:)?|[0-9a-fA-F]+")
 NODEV = frozenset({"virtiofs", "9p"})
 """File systems of `rootfstype=` whose `root=` is a tag and no device (mount_nodev_root())."""
 
+SHELLS = frozenset({"sh", "bash", "dash", "ash", "busybox", "zsh"})
+"""What `init=` may name in place of an init, by its last part."""
+REPAIR = frozenset({"emergency", "rescue", "single", "s", "S", "1", "-b", "-s"})
+"""Words that have systemd start a shell and few units (kernel-command-line(7)), and no khod."""
+REPAIR_UNITS = frozenset({"emergency.target", "rescue.target"})
+
 OPTIONS = "--cmdline/--append/--remove"
 PROC = "/proc/cmdline"
 
@@ -196,14 +202,16 @@ def _last(line: str, name: str) -> str:
 def compare(running: str, new: str) -> list[Word]:
     """Put both lines side by side, word by word: the new one's in their order, then what is no longer there.
 
-    What must not travel and the marker are no difference. `lost` says what a handover loses with a word of the
-    kernel's; init's words are nothing to it.
+    What must not travel and the marker are no difference. `lost` says what a handover loses by what becomes of a word
+    of the kernel's; init's words are nothing to it.
     """
     old, now = Counter(_placed(running)), Counter(_placed(new))
     left = Counter(old)
     words = []
     for placed in _placed(new):
-        words.append(Word(placed[0], Fate.kept if left[placed] else Fate.added))
+        word, is_init = placed
+        kept = left[placed] > 0
+        words.append(Word(word, Fate.kept) if kept else Word(word, Fate.added, "" if is_init else _changed(word, new)))
         left[placed] -= 1
     gone = (old - now).elements()
     return [*words, *(Word(word, Fate.removed, "" if is_init else _lost(word, new)) for word, is_init in gone)]
@@ -226,12 +234,27 @@ def off(words: Sequence[Word]) -> bool:
     return any(parse(word.text).named("kho") and word.lost for word in words)
 
 
+def _changed(word: str, new: str) -> str:
+    """What a word that is added changes for a handover; "" nothing."""
+    arg = parse(word)
+    value = arg.value or ""
+    roots = [other.value or "" for other in kernel_args(new) if other.named("root")]
+    if arg.named("root") and len(roots) > 1 and roots[-1] == value:
+        return f"root={roots[-2]} no longer counts: the last root= does"
+    shell = arg.named("init") and value.rpartition("/")[2] in SHELLS
+    if shell or word in REPAIR or (arg.named("systemd.unit") and value in REPAIR_UNITS):
+        return f"with {word} khod does not start in the next kernel: nobody takes its state back"
+    return ""
+
+
 def _lost(word: str, new: str) -> str:
     """What a handover loses when this word is gone, in view of the new line; "" nothing."""
     arg = parse(word)
     value = arg.value or ""
     others = [other.value or "" for other in kernel_args(new) if other.named(arg.param)]
     match arg.param.replace("-", "_"):
+        case "root" if not root(new):
+            return f"without {word} the next kernel, or its initrd, must find the root by itself"
         case "kho" if switched_on(word, "kho") and not switched_on(new, "kho"):
             return f"without {word} the next kernel takes nothing over"
         case "liveupdate" if switched_on(word, "liveupdate") and not switched_on(new, "liveupdate"):

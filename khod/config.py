@@ -143,6 +143,15 @@ CHOICES = {
 }
 
 
+TYPES = {
+    "str": 'a text in quotes, for example "kho"',
+    "int": "a whole number, for example 16",
+    "float": "a number, for example 60.0",
+    "bool": "true or false",
+}
+"""What a key may hold, for people."""
+
+
 @dataclass(frozen=True)
 class Fragment:
     """One file's text and its values."""
@@ -181,7 +190,7 @@ def fragment(path: Path) -> Fragment:
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"line (\d+)", str(error))
         raise ConfigError(
-            f"The configuration is no TOML: {error}", where=f"{path}:{line[1]}" if line else str(path)
+            f"The configuration is not valid TOML: {error}", where=f"{path}:{line[1]}" if line else str(path)
         ) from None
 
 
@@ -218,7 +227,7 @@ def _checked(source: Fragment, section: Any, name: str, key: str, value: Any) ->
         raise ConfigError(
             f"`{dotted}` is {value!r}",
             where=source.where(dotted),
-            remedy=f"It takes a value of type {getattr(wanted, '__name__', wanted)}.",
+            remedy=f"It must be {TYPES.get(getattr(wanted, '__name__', ''), wanted)}.",
         )
     if value not in CHOICES.get(dotted, (value,)):
         raise ConfigError(
@@ -240,6 +249,4 @@ def _names(source: Fragment, dotted: str, value: Any) -> tuple[str, ...]:
 
 
 def _unknown(source: Fragment, key: str, known: list[str]) -> ConfigError:
-    return ConfigError(
-        f"`{key}` is no key of khod's", where=source.where(key), remedy=f"Known here: {', '.join(known)}."
-    )
+    return ConfigError(f"`{key}` is an unknown key", where=source.where(key), remedy=f"Known here: {', '.join(known)}.")

@@ -188,7 +188,7 @@ class Daemon:
 
     def _tell(self, event: Event) -> None:
         self._service.publish(event)
-        journal.write(event, f"{event.phase.value.replace('_', ' ')}: {event.message}")
+        journal.write(event, entered=event.phase is not self._last.phase, record=self.engine.record)
         if event.producer is None:
             self._last = event
         elif event.phase is not self._last.phase:

@@ -30,7 +30,7 @@ class Effect(enum.Enum):
     """What becomes of a handover where two kernels differ in a format, the worst first; the value says it."""
 
     panic = "would panic at boot"
-    nothing = "would take over nothing"
+    nothing = "would not take over any state"
     files = "would lose every file that is handed over"
     empty = "would begin with a part of the state empty"
     shown = "would not show all that it was handed"
@@ -138,7 +138,7 @@ def _nothing_arrives(written: Written, kernel: Kernel, line: str | None) -> str 
         return f"this kernel writes {written.root}, it reads {', '.join(reads)}"
     if written.v3 is not (V3_MARK in kernel.marks) and written.root == "kho-v1":
         ours, its = ("v3's", "mainline's") if written.v3 else ("mainline's", "v3's")
-        return f"both call it {written.root}, and this kernel writes {ours}, it reads {its}"
+        return f"both formats are named {written.root} but differ: this kernel writes {ours}, the image reads {its}"
     return None
 
 

@@ -12,15 +12,19 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import systemd.daemon
 import systemd.journal
 
-from khod.model import Event, Phase, Producer
+from khod.machine import RESTING, STEPS
+from khod.model import Event, Phase, Producer, Step
+from khod.record import Record
 from khod.text import one_line
 from khod.worker import Worker
 
-# One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered.
+# One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered. They stand in the
+# catalogue (systemd/catalog), too: `journalctl -x` says what each means and what to do.
 MESSAGE_ID: dict[Phase, str] = {
     Phase.idle: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a01",
     Phase.preparing: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a02",
@@ -41,6 +45,8 @@ MESSAGE_ID: dict[Phase, str] = {
     Phase.foreign: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a11",
     Phase.inconsistent: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a12",
 }
+REFUSAL_ID = "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a13"
+"""The MESSAGE_ID of a producer's no."""
 STATUS_REST = 0.1
 """Seconds between two status texts."""
 SLOW = 1.0
@@ -57,6 +63,8 @@ PRIORITY = {
 }
 
 
+DOING = {row.doing: step.value for step, row in STEPS.items()}
+"""The step that each phase passes through."""
 MAX_WAITING = 1024
 """Records, and notifications, that may wait to be written: then the next ones are dropped."""
 FLUSH_SECONDS = 1.0
@@ -71,23 +79,43 @@ _journald = Worker("journal", "The journal", max_waiting=MAX_WAITING)
 _manager = Worker("notify", "The service manager", max_waiting=MAX_WAITING)
 
 
-def write(event: Event, message: str) -> None:
-    """Write a record with the fields KHO_PHASE and KHO_RUN; none of a producer that does as it is told at once."""
+def write(event: Event, *, entered: bool, record: Record) -> None:
+    """Write a record of an event; none of a producer that does as it is told at once.
+
+    `entered` is whether the phase is another than the event before had: then the record has the phase's MESSAGE_ID.
+    `record` is the handover's.
+    """
     if _routine(event.producer):
         return
+    message, found = fields(event, entered=entered, record=record)
+    _journald.later(lambda: systemd.journal.send(message, **found))
 
-    def send() -> None:
-        systemd.journal.send(
-            message,
-            MESSAGE_ID=MESSAGE_ID[event.phase],
-            PRIORITY=PRIORITY.get(event.phase, INFO),
-            KHO_PHASE=event.phase.value,
-            KHO_RUN=event.run,
-            SYSLOG_IDENTIFIER="khod",
-            CODE_FUNC="",  # where in khod says nothing, and systemd would look for it in the stack
-        )
 
-    _journald.later(send)
+def fields(event: Event, *, entered: bool, record: Record) -> tuple[str, dict[str, Any]]:
+    """Give a record's text and its fields."""
+    found: dict[str, Any] = {
+        "PRIORITY": PRIORITY.get(event.phase, INFO),
+        "KHO_PHASE": event.phase.value,
+        "KHO_RUN": event.run,
+        "SYSLOG_IDENTIFIER": "khod",
+        "CODE_FUNC": "",  # where in khod says nothing, and systemd would look for it in the stack
+    }
+    if entered:
+        found["MESSAGE_ID"] = MESSAGE_ID[event.phase]
+    if record.begun.at and event.phase not in RESTING:
+        found |= {"KHO_BY": record.begun.by, "KHO_IMAGE": record.begun.image}
+    last = record.timings[-1] if record.timings else None
+    if event.phase in DOING:
+        found["KHO_STEP"] = DOING[event.phase]
+    elif entered and last is not None and event.phase is STEPS[Step(last.step)].done:
+        found |= {"KHO_STEP": last.step, "KHO_SECONDS": f"{last.seconds:.3f}"}
+    if (producer := event.producer) is not None:
+        found |= {"KHO_PRODUCER": producer.name, "KHO_KIND": producer.kind}
+        if producer.phase:
+            found |= {"KHO_VERB": producer.phase, "KHO_SECONDS": f"{producer.seconds:.3f}"}
+            if not producer.waiting and producer.answer != READY:
+                found |= {"PRIORITY": min(WARNING, found["PRIORITY"]), "MESSAGE_ID": REFUSAL_ID}
+    return f"{event.phase.value.replace('_', ' ')}: {event.message}", found
 
 
 def complain(what: str) -> None:

@@ -281,7 +281,10 @@ class Fate(enum.Enum):
 
 @dataclass(frozen=True)
 class Word:
-    """One word of the running kernel's command line or the next one's; `lost` says what goes with it, "" nothing."""
+    """One word of the running kernel's command line or the next one's.
+
+    `lost` says what a handover loses by what becomes of it, "" nothing.
+    """
 
     text: str
     fate: Fate

@@ -11,7 +11,8 @@ from khod.producers.order import ranks
 from khod.target import Request, Target
 from khod.text import format_size, join_names, printable
 
-UNDO_NOW = "where reboot(2) comes back with an errno, everything above"
+NOBODY = "no producers: nothing to do"
+UNDO_NOW = "if reboot(2) fails: all steps above are undone"
 UNDO_ORDERLY = (
     "everything above, as long as systemd has not begun; then none: where reboot(2) fails, systemd goes on to an "
     "ordinary reboot, a cold boot in which nothing arrives"
@@ -31,8 +32,10 @@ def planned(
     last = Step.load if request.load_only else Step.execute
     told = _told(producers)
     does = {
-        Step.prepare: f"tell {told} to prepare, {deadlines.prepare:g} s at most: work goes on",
-        Step.freeze: f"tell {told} to freeze, {deadlines.freeze:g} s at most: the blackout begins",
+        Step.prepare: f"tell {told} to prepare, {deadlines.prepare:g} s at most: work goes on" if producers else NOBODY,
+        Step.freeze: f"tell {told} to freeze, {deadlines.freeze:g} s at most: the blackout begins"
+        if producers
+        else NOBODY,
         Step.activate: f"{kernel.entering}; keep a snapshot of the state tree",
         Step.load: f"kexec_file_load: {_loaded(target)}",
         Step.execute: "sync all disks, then reboot(LINUX_REBOOT_CMD_KEXEC): the point of no return"
@@ -46,13 +49,11 @@ def planned(
     steps = [Planned(step.value, does[step], undo[step]) for step in left(machine, kernel.order, last)]
     if not request.load_only:
         after = "in the next kernel: hold what arrived against the snapshot, give the producers back what they left"
-        steps.append(Planned("verify", after, "none: what is missing is named (exit code 7)"))
+        steps.append(Planned("verify", after, "no undo; missing state is reported (exit code 7)"))
     return steps
 
 
 def _told(producers: Sequence[Producer]) -> str:
-    if not producers:
-        return "nobody (no producers)"
     words = []
     for rank in ranks(list(producers)):
         words.append(join_names(producer.name for producer in rank))

@@ -53,6 +53,10 @@ def reconcile(record: Record | RecordError | None, kernel: Observed, after_daemo
     return _other_boot(record, kernel)
 
 
+def _words(phase: Phase) -> str:
+    return phase.value.replace("_", " ")
+
+
 def provisional(record: Record | RecordError | None) -> Found:
     """Where the host stands by the record alone, until the kernel has answered."""
     if isinstance(record, RecordError):
@@ -70,9 +74,9 @@ def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Foun
     if record.phase in RESTING:
         return Found(record.phase, record.last_error)
     if record.phase is Phase.verifying:
-        return Found(Phase.verifying, "khod died while it verified", Action.verify, record.doubt)
+        return Found(Phase.verifying, "khod stopped unexpectedly while it verified", Action.verify, record.doubt)
     if record.phase is Phase.rolling_back:
-        return Found(record.phase, "khod died while it rolled back", Action.roll_back)
+        return Found(record.phase, "khod stopped unexpectedly while it rolled back", Action.roll_back)
     if record.phase is Phase.failed:
         kept = {Step.activate: kernel.active, Step.load: kernel.loaded}
         clean = not any(kept.get(step, True) for step in record.done)
@@ -81,10 +85,16 @@ def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Foun
         return Found(Phase.inconsistent, f"the record says {record.phase.value}, and {said(kernel)}")
     if not agrees(record, kernel):
         # Part of it was put back, by khod or by hand, and could not be recorded. Who is frozen is frozen all the same.
-        return Found(record.phase, f"khod died after {record.phase.value}, and {said(kernel)}", Action.roll_back)
+        return Found(
+            record.phase,
+            f"khod stopped unexpectedly after {_words(record.phase)}, and {said(kernel)}",
+            Action.roll_back,
+        )
     if after_daemon_died == "resume" and record.phase in HELD:
         return Found(record.phase, "khod was restarted and resumed", Action.resume)
-    return Found(record.phase, f"khod died at {record.phase.value}", Action.roll_back)
+    return Found(
+        record.phase, f"khod stopped unexpectedly while the handover was {_words(record.phase)}", Action.roll_back
+    )
 
 
 def _other_boot(record: Record, kernel: Observed) -> Found:
@@ -149,8 +159,10 @@ def beyond(record: Record, kernel: Observed) -> bool:
 
 def said(kernel: Observed) -> str:
     """Put what the kernel says in words."""
-    phase = {True: "the kernel is active", False: "the kernel is inactive", None: "the kernel has no active phase"}
-    return f"{phase[kernel.active]} with {'an' if kernel.loaded else 'no'} image loaded"
+    image = f"with {'an' if kernel.loaded else 'no'} image loaded"
+    if kernel.active is None:
+        return f"this kernel has no active phase; {'an' if kernel.loaded else 'no'} image is loaded"
+    return f"the kernel is {'active' if kernel.active else 'inactive'} {image}"
 
 
 def observe(kexec: Kexec, kernel: KhoKernel | None) -> Observed:

@@ -4,6 +4,7 @@ A write is atomic: a new file, fsync, rename, fsync of the directory. The snapsh
 lie beside it; they are made durable by the sync before the jump, and worthless without one.
 """
 
+import errno
 import json
 import os
 import time
@@ -172,7 +173,7 @@ def decode(raw: bytes, where: str = "") -> Record:
             raise ValueError(f"its version is {version!r}")
         return wire.decode(Record, values, may_lack=ADDED)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RecordError(f"The record cannot be understood: {error!r}", where=where, remedy=remedy) from None
+        raise RecordError(f"The record cannot be understood: {error}", where=where, remedy=remedy) from None
 
 
 @dataclass(frozen=True)
@@ -237,18 +238,18 @@ class Store:
         except OSError as error:
             raise _unwritable(error, self.directory / DEPARTURE) from error
 
-    def set_aside(self) -> None:
-        """Keep a record that cannot be read under another name: another is written in its place."""
+    def set_aside(self) -> Path | None:
+        """Keep a record that cannot be read under another name: another is written in its place. Where it is then."""
         try:
             self.read()
         except RecordError:
             pass
         else:
-            return
+            return None
         try:
-            self.path.rename(self.directory / UNREADABLE)
+            return self.path.rename(self.directory / UNREADABLE)
         except FileNotFoundError:
-            return
+            return None
         except OSError as error:
             raise _unwritable(error, self.directory / UNREADABLE) from error
 
@@ -258,9 +259,11 @@ class Store:
         return Snapshots(self.directory / "snapshots")
 
     def free(self) -> int:
-        """Bytes that may still be written here."""
+        """Bytes that may still be written here; RecordError where the file system is mounted read-only."""
         try:
             stat = os.statvfs(self.directory)
+            if not os.access(self.directory, os.W_OK):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         except OSError as error:
             raise _unwritable(error, self.directory) from error
         return stat.f_bavail * stat.f_frsize

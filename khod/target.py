@@ -58,9 +58,10 @@ class Target:
 
     @property
     def description(self) -> str:
-        """Name the image, and the release it says it is."""
+        """Name the image, the release it says it is, and the initrd."""
         version = self.apart.about.version if self.apart else ""
-        return f"{self.kernel.name} ({version})" if version else self.kernel.name
+        image = f"{self.kernel.name} ({version})" if version else self.kernel.name
+        return f"{image} with {self.initrd.name}" if self.initrd else f"{image} without an initrd"
 
     @property
     def booted_line(self) -> str:

@@ -25,7 +25,6 @@ from khod.verify import producers, without
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-MAX_NAMES_SHOWN = 10
 VERBS = {Step.prepare: Verb.prepare, Step.freeze: Verb.freeze}
 
 
@@ -144,7 +143,7 @@ class Attempt:
         keep = [one.producer.name for one in self.barrier.members if one.producer.holder().kept]
         if keep and not switched_on(self._target.cmdline, "liveupdate"):
             raise Refused(
-                f"LUO is off in the next kernel, which would lose the files of {join_names(keep, MAX_NAMES_SHOWN)}",
+                f"LUO is off in the next kernel, which would lose the files of {join_names(keep)}",
                 where="the next kernel's command line",
                 remedy="Add it: --append liveupdate=on",
             )

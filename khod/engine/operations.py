@@ -279,7 +279,8 @@ class Engine:
                     await self._check_target(target)
                 attempt = await self._begin(record, at_once=request.now and not request.load_only)
                 if target is not None:
-                    self._transaction.aim(target.description)
+                    how = ", to jump at once (--now)" if request.now and not request.load_only else ""
+                    self._transaction.aim(f"{target.description}{how}")
                 attempt.aim(target, self._executors[request.now])
                 if request.now:
                     # The bulk of the dirty pages goes out before anyone is frozen; the executor's own
@@ -299,14 +300,14 @@ class Engine:
                 if self._transaction.phase is Phase.executing:
                     self._spawn(self._jump.watch(self._acting()))
 
-    async def abort(self, *, force: bool = False) -> None:
-        """Put everything back. With `force` also what khod did not do, or what it cannot know."""
+    async def abort(self, *, force: bool = False, by: str = "") -> None:
+        """Put everything back. With `force` also what khod did not do, or what it cannot know. `by` is who asks."""
         await self._wait_started()
         if self._transaction.phase is Phase.verifying:
             raise Refused("Producers are taking back what they left, which has no undo", remedy="khoctl verify")
         if self._transaction.phase is Phase.executing:
             await self._jump.check_may_be_called_back(self._acting(), force=force)
-        await self._abort(Failed("The handover was called off", where="abort"), force=force)
+        await self._abort(Failed(f"The handover was aborted{f' by {by}' if by else ''}", where="abort"), force=force)
 
     async def _abort(self, cause: KhoError, *, force: bool = False, stopping: bool = False, down: bool = False) -> None:
         """End what is under way and put it back; the undo comes before any question to the kernel that may hang."""
@@ -345,7 +346,7 @@ class Engine:
             await self._jump.refuse_on_the_way(self._acting())
         elif phase is Phase.executing:  # what only asks for the jump may have come through meanwhile
             await self._jump.check_may_be_called_back(self._acting(), force=force or stopping)
-        await self._roll_back(None, interrupted=phase if down else None)
+        await self._roll_back(None, interrupted=phase if down else None, because=cause if stopping else None)
 
     async def _take_over(self, phase: Phase, observed: Observed | None, *, force: bool) -> None:
         """Take over what is not khod's, or of which its record does not say everything; Refused without `force`."""
@@ -359,12 +360,15 @@ class Engine:
         shown = observed or Observed("", "", active=True, loaded=True, arrived=False, cmdline="")
         unknown = phase is Phase.inconsistent or not self.record.boot_id or not self.record.run
         steps = reconcile.due(self.machine.done, shown, told=unknown)
+        note = ""
         if self._transaction.phase is Phase.inconsistent:
             with suppress(KhoError):  # another record is written in its place
-                await self._workers.disk.call(
+                kept = await self._workers.disk.call(
                     self._store.set_aside, "keeping the record", self.config.deadlines.observe
                 )
-        self._transaction.adopt(Phase.inconsistent if phase is Phase.inconsistent else Phase.foreign, steps, shown)
+                note = f"The record could not be read; it is kept as {kept}." if kept else ""
+        taken = Phase.inconsistent if phase is Phase.inconsistent else Phase.foreign
+        self._transaction.adopt(taken, steps, shown, note)
         self._transaction.attach(None)
 
     async def forget(self, name: str) -> None:
@@ -696,7 +700,7 @@ class Engine:
             return None
         if Step.load in self.machine.done:
             raise Refused(
-                "This handover has its image already: another one would be ignored",
+                "An image is already loaded: --image cannot replace it",
                 where="--image",
                 remedy=JUMP_OR_BEGIN_AGAIN,
             )
@@ -707,9 +711,11 @@ class Engine:
     async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
         return await self._transaction.interruptible(work)
 
-    async def _roll_back(self, cause: KhoError | None, *, interrupted: Phase | None = None) -> None:
+    async def _roll_back(
+        self, cause: KhoError | None, *, interrupted: Phase | None = None, because: KhoError | None = None
+    ) -> None:
         self._acting()
-        await self._transaction.roll_back(cause, interrupted=interrupted)
+        await self._transaction.roll_back(cause, interrupted=interrupted, because=because)
 
     def _remaining(self, last: Step) -> tuple[Step, ...]:
         return left(self.machine, self._observer.kernel.order, last)

@@ -1,6 +1,7 @@
 """After the jump: what arrived is held against the snapshot, and the producers take back what they left."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
@@ -129,8 +130,10 @@ class Restoration:
 
     async def _bring_all_back(self, barrier: Barrier, verdict: Verdict) -> None:
         async with self._busy:
+            began = time.monotonic()
             try:
                 verdict = await self._bring_back(barrier, verdict, self._config().deadlines.restore)
+                self._transaction.note_timing("restore", began)
                 verdict = await self._count_sessions(verdict)
             except Exception as error:  # noqa: BLE001 - or this boot would be verified for ever
                 verdict = verdict.with_findings([*verdict.found, Finding("", f"khod itself failed: {error!r}")])
@@ -167,7 +170,7 @@ class Restoration:
             raise Refused(
                 f"Producer {holder.name} did not take back what it left: {member.answer}",
                 where=f"{holder.kind} {holder.name}",
-                remedy=f"It still waits. Mend the cause and try again, or: khoctl producers forget {holder.name}",
+                remedy=f"It still waits. Repair the cause and try again, or: khoctl producers forget {holder.name}",
             )
 
     async def _bring_back_later(self, barrier: Barrier, deadline: float) -> None:

@@ -4,7 +4,7 @@ from khod import reconcile
 from khod.engine.transaction import Transaction
 from khod.errors import Exit
 from khod.kernel.probe import Probed
-from khod.machine import RESTING
+from khod.machine import HELD, RESTING
 from khod.model import Generation, Observed, Phase, Producer, Status, Step, Verdict
 from khod.producers.barrier import READY
 from khod.record import Record
@@ -12,7 +12,7 @@ from khod.session_holders import Sighted
 from khod.text import join_names
 
 SAYS: dict[Phase, tuple[str, str]] = {
-    Phase.idle: ("Nothing is under way.", ""),
+    Phase.idle: ("No handover is under way.", ""),
     Phase.preparing: ("Producers are getting ready; they go on working.", "To stop: khoctl abort"),
     Phase.prepared: ("Every producer is ready.", "To stop: khoctl abort"),
     Phase.freezing: ("Producers are stopping their work.", "To stop: khoctl abort"),
@@ -38,8 +38,8 @@ SAYS: dict[Phase, tuple[str, str]] = {
         "The handover failed: this host booted cold, nothing arrived.",
         "Producers must start from scratch; look at the last boot: journalctl -b -1",
     ),
-    Phase.rolling_back: ("A handover is being put back.", ""),
-    Phase.failed: ("A handover failed and could not be put back whole.", "Try again: khoctl abort"),
+    Phase.rolling_back: ("A handover is being rolled back.", ""),
+    Phase.failed: ("A handover failed and could not be rolled back completely.", "Try again: khoctl abort"),
     Phase.foreign: (
         "Another program is using KHO or kexec; khod will not touch it.",
         "Find out who. To put it back: khoctl abort --force",
@@ -50,10 +50,15 @@ SAYS: dict[Phase, tuple[str, str]] = {
     ),
 }
 
-EXITS = {Phase.failed: Exit.not_rolled_back, Phase.inconsistent: Exit.not_rolled_back}
+EXITS = {
+    Phase.failed: Exit.not_rolled_back,
+    Phase.inconsistent: Exit.not_rolled_back,
+    Phase.foreign: Exit.refused,
+}
 """Of what is under way; whatever this boot's handover came to counts beside it."""
 OUTCOME_EXITS = {Phase.degraded: Exit.degraded, Phase.cold_boot: Exit.degraded}
 FOREIGN = "Another program is using KHO or kexec as well; khod will not touch it."
+HELD_THERE = "The next step has failed, and the handover was held there as asked."
 UNKNOWN = "The handover succeeded; what no producer registered may not have arrived, and khod cannot know"
 REBOOT = "Do not reboot before: it would jump into the image that is still loaded."
 
@@ -80,11 +85,15 @@ def build(
     contradicted = phase in (Phase.foreign, Phase.inconsistent)
     unfinished = phase in (Phase.failed, Phase.inconsistent)
     outcome = phase if phase in OUTCOME_EXITS else record.outcome
+    held = phase in HELD and bool(record.last_error)  # a step that succeeds takes the error of the one before away
+    if held:
+        summary, remedy = f"{summary} {HELD_THERE}", "To try again: khoctl kexec. To go back: khoctl abort"
+    code = Exit.not_rolled_back if held else EXITS.get(phase, OUTCOME_EXITS.get(outcome, Exit.done))
     return Status(
         phase=phase,
         summary=summary,
         remedy=remedy,
-        exit_code=EXITS.get(phase, OUTCOME_EXITS.get(outcome, Exit.done)).value,
+        exit_code=code.value,
         generation=probed.kernel.generation if probed.kernel else Generation.none,
         kernel_active=kernel.active if kernel else None,
         kernel_loaded=kernel.loaded if kernel else None,
@@ -152,7 +161,7 @@ def _degraded(verdict: Verdict) -> tuple[str, str]:
     if not names:
         return summary, remedy
     shown = join_names(names)
-    remedy = "khoctl producers says why. Mend it, then: khoctl producers retry NAME"
+    remedy = "khoctl producers says why. Repair it, then: khoctl producers retry NAME"
     others = sorted(set(verdict.arrived) - set(names))
     fine = f"What arrived: {join_names(others)}." if others else "Nothing else arrived either."
     if not {*verdict.missing, *verdict.changed} <= set(names) or any(not found.producer for found in verdict.found):

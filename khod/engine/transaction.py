@@ -34,6 +34,15 @@ LOG = logging.getLogger(__name__)
 COALESCED = (Step.activate, Step.load)
 """One durable record names both where they follow each other: an fsync between them would lengthen the blackout."""
 
+BEGINS = {
+    Step.prepare: "every producer is told to prepare",
+    Step.freeze: "every producer is told to freeze",
+    Step.activate: "the kernel serializes its state",
+    Step.load: "the kernel takes the image",
+    Step.execute: "the jump is asked for",
+}
+"""What is said when a step begins."""
+
 RECORD_SECONDS = 60.0
 """Seconds one write of the record may take on the way forward: a step that is not recorded is not taken."""
 RECORD_UNDO_SECONDS = 2.0
@@ -47,6 +56,8 @@ INTERRUPT_SECONDS = 5.0
 
 NOT_UNDONE = "Not everything could be put back"
 """What follows the first cause where a rollback fails, too: a later one must not hide it."""
+ROLLED_BACK = "Everything was rolled back."
+"""What follows it where none fails."""
 
 SHUTDOWN_SECONDS = 2.0
 """Seconds an undo that is over waits for systemd to say whether the host is shut down; the record may have it later."""
@@ -168,9 +179,13 @@ class Transaction:
         """Act by this attempt from here on; None where another is to be made of the record."""
         self._attempt = attempt
 
-    def adopt(self, phase: Phase, steps: tuple[Step, ...], observed: Observed) -> None:
-        """Take over what khod has no record of (`foreign`) or none that agrees (`inconsistent`), to put it back."""
+    def adopt(self, phase: Phase, steps: tuple[Step, ...], observed: Observed, note: str = "") -> None:
+        """Take over what khod has no record of (`foreign`) or none that agrees (`inconsistent`), to put it back.
+
+        `note` is what an operator should know of it afterwards.
+        """
         self._machine = Machine(phase, steps)
+        self._record = replace(self._record, last_error=note or self._record.last_error)
         if not self._record.boot_id:
             self._record = replace(self._record, boot_id=observed.boot_id, release=observed.release)
 
@@ -308,7 +323,9 @@ class Transaction:
         done = (*self._machine.done, *(ahead or ()))
         if ahead is not None:
             await self._write(replace(self.current(), done=done), departs=step is Step.execute)
-        self.emit(step.value)
+        begun = self._record.begun
+        to = f", to {begun.image}" if begun.image else ""
+        self.emit(f"{BEGINS[step]}{f'; begun by {begun.by}{to}' if begun.by and step is Step.prepare else ''}")
         self._step_began = began = time.monotonic()
         if step is Step.freeze:
             self._record = replace(self._record, window_began_at=time.time())
@@ -316,10 +333,10 @@ class Transaction:
             await self.raise_if_cancelled()
             self._jump_asked = True
         await self.interruptible(attempt.do(step))
-        timing = StepTiming(step.value, began, time.monotonic() - began)
-        self._record = replace(self._record, timings=(*self._record.timings, timing))
+        self.note_timing(step.value, began)
+        self._record = replace(self._record, last_error="")  # of a try before this one, which was held
         self._machine = self._machine.finish(step)
-        self.emit(f"{step.value} took {timing.seconds:.3f} s")
+        self.emit(f"{step.value} took {self._record.timings[-1].seconds:.3f} s")
 
     async def _hold(self, step: Step, before: Machine, cause: KhoError) -> NoReturn:
         """Put only the failed step back and stay where it began, as --hold asks."""
@@ -349,13 +366,19 @@ class Transaction:
     # The way back
 
     async def roll_back(
-        self, cause: KhoError | None, *, said: str = "cancelled", interrupted: Phase | None = None
+        self,
+        cause: KhoError | None,
+        *,
+        said: str = "putting everything back",
+        interrupted: Phase | None = None,
+        because: KhoError | None = None,
     ) -> None:
         """Undo every step done; one that cannot be undone does not stop the others, and nothing is waited for forever.
 
         Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the operator
-        asked for it. `interrupted` is where the handover was when khod was stopped by a shutdown of the host. A
-        shutdown may also be the cause, where it has stopped a producer before khod: systemd is asked, and the record
+        asked for it, or it is `because` of what nobody is answered with. `interrupted` is where the handover was when
+        khod was stopped by a shutdown of the host. A shutdown may also be the cause, where it has stopped a producer
+        before khod: systemd is asked, and the record
         says so.
         """
         if cause is not None:
@@ -365,10 +388,10 @@ class Transaction:
             self._set_interrupted(interrupted)
         if self.phase is not Phase.rolling_back:  # khod may have died while it rolled back
             self._machine = self._machine.to(Phase.rolling_back)
-        if cause is not None:
-            self._record = replace(self._record, last_error=str(cause))
+        if ended := cause or because:
+            self._record = replace(self._record, last_error=str(ended))
         await self.try_write_record(RECORD_UNDO_SECONDS)
-        self.emit(cause.what if cause else said)
+        self.emit(ended.what if ended else said)
         attempt = self._acting()
         if Step.activate in self._machine.done and attempt.kernel and (forgot := FORGOT.get(attempt.kernel.abort)):
             self._record = replace(self._record, suspect=forgot)
@@ -380,13 +403,20 @@ class Transaction:
             self._machine = self._machine.undone(step)
         if self._shutdown_note is not None:
             await asyncio.wait({self._shutdown_note}, timeout=SHUTDOWN_SECONDS)
-        await self._end_rollback(cause, failures)
+        await self._end_rollback(cause, failures, because)
 
-    async def _end_rollback(self, cause: KhoError | None, failures: Sequence[Failure]) -> None:
+    async def _end_rollback(
+        self, cause: KhoError | None, failures: Sequence[Failure], because: KhoError | None
+    ) -> None:
         self._machine = self._machine.to(Phase.failed if failures else self._record.outcome)
         self._reason = "; ".join(dict.fromkeys(failure.sentence for failure in failures))
         first = self._record.last_error.partition(NOT_UNDONE)[0]
         left = f"{first.rstrip(' .')}. {NOT_UNDONE}: {self._reason}".removeprefix(". ")
+        gone = [member.producer.name for member in self._acting().barrier.members if member.answer == GONE]
+        died = f" Went away, and could not be told: {join_names(gone)}. Look at them." if gone else ""
+        if (ended := cause or because) and not failures:
+            ended.remedy = f"{ROLLED_BACK}{died} {ended.remedy}".strip()
+            self._record = replace(self._record, last_error=str(ended))
         self._record = replace(
             self._record,
             not_undone=tuple(item for failure in failures for item in failure.items),
@@ -395,8 +425,6 @@ class Transaction:
         )
         self._jump_asked = False
         await self.try_write_record(RECORD_UNDO_SECONDS, departure_served=True)
-        gone = [member.producer.name for member in self._acting().barrier.members if member.answer == GONE]
-        died = f" Gone while it was stopped, and not told: {join_names(gone)}." if gone else ""
         self.emit(f"{'Not everything was rolled back.' if failures else 'Rolled back.'}{died}")
         raised, self.rollbacks, self.rollback_error = cause, self.rollbacks + 1, None
         if failures:
@@ -470,6 +498,11 @@ class Transaction:
             under_way = self._rolled_back_from
         what = "being rolled back" if under_way is Phase.rolling_back else f"at {under_way.value}, and was rolled back"
         self._record = replace(self._record, interrupted=f"a handover was {what}")
+
+    def note_timing(self, step: str, began: float) -> None:
+        """Have the next write record what took from `began` (CLOCK_MONOTONIC) to now."""
+        timing = StepTiming(step, began, time.monotonic() - began)
+        self._record = replace(self._record, timings=(*self._record.timings, timing))
 
     def note_sessions(self, sighted: Sighted, *, at_once: bool) -> None:
         """Have the next write record whose LUO sessions leave with the jump, and how it is made."""

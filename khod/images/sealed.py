@@ -122,6 +122,6 @@ def _write(memfd: int, piece: bytes | memoryview, at: int, name: str) -> int:
         raise Refused(
             f"There is no memory for it: {errno_text(error)}",
             where=name,
-            remedy="Free memory on this host, or give khod.service more.",
+            remedy="Free memory on this host, or give kho-handover.service more (MemoryMax=).",
         ) from error
     return length

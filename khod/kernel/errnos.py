@@ -42,8 +42,8 @@ LOAD: Errnos = {
     errno.EINTR: ("a signal broke the reading off", "Try again."),
     errno.EACCES: (
         "IMA or another security module does not accept the file",
-        "Look for `appraise` in journalctl -b _TRANSPORT=audit; sign the file for IMA (evmctl ima_sign), or mend the "
-        "policy in /sys/kernel/security/ima/policy.",
+        "Look for `appraise` in journalctl -b _TRANSPORT=audit; sign the file for IMA (evmctl ima_sign), or correct "
+        "the policy in /sys/kernel/security/ima/policy.",
     ),
     errno.ENOMEM: (
         "there is no memory for the image",
@@ -210,6 +210,15 @@ SYSFS_ON: Errnos = {
         "cat /sys/kernel/kho/active; find who wrote 0, then try again.",
     ),
 }
+SERIALIZE: Mapping[int, tuple[str, str]] = {
+    1: ("a producer in the kernel vetoed", "Find out which: its lines stand before that one in journalctl -k."),
+    3: ("the tree outgrew dt_max", "Write a larger number to /sys/kernel/kho/dt_max."),
+    12: (
+        "there is no memory for the tree",
+        "Free some (free -m), or write a smaller number to /sys/kernel/kho/dt_max.",
+    ),
+}
+"""What v3's own line about a failed activation says, `kho failed to serialize state: -N`."""
 FINALIZE_ON: Errnos = {
     **DEBUGFS,
     errno.EEXIST: (

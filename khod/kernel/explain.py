@@ -1,17 +1,18 @@
 """An errno of the kernel's in words: what it means at this call, on this machine, and what to do next."""
 
 import platform
+import re
 from typing import TypedDict
 
 from khod.errors import Failed, KhoError, errno_text
-from khod.kernel.errnos import ACTIVATE, DEACTIVATE, EXECUTE, LOAD, LOAD_ON, LOG, UNLOAD, Errnos
+from khod.kernel.errnos import ACTIVATE, DEACTIVATE, EXECUTE, LOAD, LOAD_ON, LOG, SERIALIZE, UNLOAD, Errnos
 from khod.kernel.protocol import AbortKind
 from khod.model import Generation, Step
 
 DOING = {
     Step.activate: "The kernel did not enter the active phase",
     Step.load: "The kernel did not take the image",
-    Step.execute: "The kernel came back from the jump",
+    Step.execute: "The jump failed",
 }
 UNDOING = {Step.activate: "Leaving the active phase failed", Step.load: "Unloading the image failed"}
 
@@ -43,9 +44,17 @@ def explain(
 
     `generation` is the one whose active phase was to be entered; `none` where that is not known.
     """
+    if step is Step.activate and (cause := _serializing(quoted)):
+        return Failed(**words(DOING[step], {error.errno or 0: cause}, error, quoted=quoted))
     loading = {**LOAD, **LOAD_ON.get(machine or platform.machine(), {})}
     tables = {Step.load: loading, Step.activate: ACTIVATE[generation], Step.execute: EXECUTE}
     return Failed(**words(DOING[step], tables[step], error, quoted=quoted))
+
+
+def _serializing(quoted: str) -> tuple[str, str] | None:
+    """What v3 itself says of a failed activation, and what to do; its errno is always the same."""
+    found = re.search(r"kho failed to serialize state: -(\d+)", quoted)
+    return SERIALIZE.get(int(found[1])) if found else None
 
 
 def explain_undo(step: Step, error: OSError, quoted: str = "", *, generation: Generation = Generation.none) -> KhoError:

@@ -12,12 +12,14 @@ from khod.errors import KhoError, Refused, Unsupported
 from khod.kernel.built import booted_with, built_in, kho_on
 from khod.kernel.errnos import UNIT, Errnos
 from khod.kernel.explain import words
+from khod.kernel.sysfs import KHO
 from khod.model import Kept
 
 F_SEAL_EXEC = 0x0020  # include/uapi/linux/fcntl.h
 HUGE = 1 << 16  # bytes; the smallest huge page is larger on every architecture but 64K-page arm64
 ABSENT = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 LOG = "Look at the kernel log: journalctl -kb -g 'luo|memfd'"
+NEWER = "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
 BROKEN = f"{LOG}. It stays so until a reboot."
 TOO_MANY = "Raise LimitNOFILE= (systemctl edit kho-handover.service), or hand over fewer files."
 NO_SESSION = ("this kernel's LUO does not know the call, or the descriptor is no session", LOG)
@@ -151,8 +153,10 @@ class Luo:
             built, on = built_in(self._calls, "CONFIG_LIVEUPDATE", "luo_"), booted_with(self._calls, "liveupdate")
         except OSError:
             built, on = None, False
-        if built is False:
-            what, remedy = "was built without it", "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
+        if self._calls.exists(KHO):
+            what, remedy = "has the v3 series' Kexec HandOver, which came years before it", NEWER
+        elif built is False:
+            what, remedy = "was built without it", NEWER
         elif not on or not kho_on(self._calls):
             what, remedy = (
                 "was not booted with both kho=on and liveupdate=on",

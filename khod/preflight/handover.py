@@ -22,7 +22,9 @@ def handover(phase: Phase, record: Record, *, busy: bool, takes_image: bool) -> 
         evidence = f"The last handover stands at {phase.value}{by}: a new one would be refused"
         remedy = "Put it back first: khoctl abort. khoctl status says what is left"
     elif takes_image and Step.load in record.done:
-        evidence = f"The handover under way ({phase.value}{by}) has its image already: another one would be refused"
+        evidence = (
+            f"The handover under way ({phase.value}{by}) has an image loaded already: another one would be refused"
+        )
         remedy = JUMP_OR_BEGIN_AGAIN
     else:
         evidence = f"The handover under way ({phase.value}{by}) would go on"

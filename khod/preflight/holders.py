@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from khod.model import LuoSession, Order, SessionFate
 from khod.preflight.facts import Facts, Finding
+from khod.producers.barrier import Producer
+from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.order import ranks
 from khod.producers.registrations import Registered
@@ -15,7 +17,8 @@ from khod.verify import without
 
 def producers(facts: Facts) -> Finding:
     """Every producer that must take part is here, and their order can be told."""
-    names = [producer.name for rank in ranks(facts.producers()) for producer in rank]
+    everyone = [producer for rank in ranks(facts.producers()) for producer in rank]
+    names = [producer.name for producer in everyone]
     if missing := sorted(set(facts.config.producers.require) - set(names)):
         return Finding.fail(
             f"Required and not here: {join_names(missing)}",
@@ -28,7 +31,16 @@ def producers(facts: Facts) -> Finding:
             f"Registered before khod was restarted and not back: {gone}; a handover now would go without their state",
             "Wait until they connect again, start them, or give them up with: khoctl producers forget NAME",
         )
-    return Finding.passed(f"{len(names)}: {join_names(names) or 'none'}")
+    if unstartable := _unstartable(everyone):
+        return Finding.fail(
+            f"Commands that cannot be started: {join_names(unstartable)}",
+            "Correct them in /etc/kho/producers.d, or install what they name.",
+        )
+    return Finding.passed(f"{len(names)}: {join_names(names)}" if names else "No producers")
+
+
+def _unstartable(producers: Iterable[Producer]) -> list[str]:
+    return [text for producer in producers if isinstance(producer, Hook) for text in producer.unstartable()]
 
 
 def _fate(registered: Registered) -> str:
@@ -55,7 +67,7 @@ def claims(facts: Facts) -> Finding | None:
         names = join_names(holder.name for holder in facts.record.claims)
         return Finding.fail(
             f"Left before the last jump and not taken back yet: {names}; a handover would go without them and lose it",
-            "Start these producers, or mend them, then: khoctl producers retry NAME. To give the state up: "
+            "Start these producers, or repair them, then: khoctl producers retry NAME. To give the state up: "
             "khoctl producers forget NAME",
         )
     if facts.unknown_sessions:

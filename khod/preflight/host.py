@@ -8,7 +8,7 @@ from khod.kernel import host
 from khod.preflight import minimum_uptime
 from khod.preflight.facts import Facts, Finding
 from khod.record import RESERVE
-from khod.text import join_names, one_line
+from khod.text import format_size, join_names, one_line
 
 
 def watchdog(facts: Facts) -> Finding:
@@ -76,15 +76,15 @@ def inhibitors(facts: Facts) -> Finding:
 
 
 def disk(facts: Facts) -> Finding:
-    """The record and the snapshot have room."""
+    """The record and the snapshot can be written, and have room."""
     free = facts.store.free()
     if free < RESERVE:
         return Finding.fail(
-            f"{free >> 10} KiB are free in {facts.store.directory}, the record and the "
-            f"snapshot may need {RESERVE >> 10}",
-            "Make room there.",
+            f"{format_size(free)} are free in {facts.store.directory}, and the record and the snapshot may need "
+            f"{format_size(RESERVE)}",
+            "Free some space on that file system.",
         )
-    return Finding.passed(f"{free >> 20} MiB are free in {facts.store.directory}")
+    return Finding.passed(f"{format_size(free)} are free in {facts.store.directory}")
 
 
 def record(facts: Facts) -> Finding | None:

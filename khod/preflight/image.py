@@ -76,15 +76,15 @@ def initrd(facts: Facts) -> Finding | None:
 
 def _no_initrd(target: Target, about: Kernel | None) -> Finding:
     """Judge a next kernel that is given no archive, or nothing but a boot configuration."""
-    what = "None" if target.initrd is None else f"{target.initrd.name} holds a boot configuration and no archive"
+    what = "No initrd" if target.initrd is None else f"{target.initrd.name} holds a boot configuration and no archive"
     if _built_in_initramfs(about):
         return Finding.passed(f"{what}; the image has an initramfs built in (CONFIG_INITRAMFS_SOURCE)")
     if not (no_root := _no_root(target)):
-        return Finding.passed(f"{what}; the kernel mounts root= by itself")
+        return Finding.passed(f"{what}; the kernel mounts root={printable(lines.root(target.booted_line))} itself")
     return _without_root(
         target,
         about,
-        f"{'No initrd' if target.initrd is None else what}, and {no_root}",
+        f"{what}, and {no_root}",
         "Give --initrd, or the root with --append root=...",
     )
 
@@ -135,7 +135,7 @@ def _archives(target: Target, about: Kernel | None) -> Finding:
         return Finding.passed(f"{what}, no /{init} in it; the image has an initramfs built in")
     if not (no_root := _no_root(target)):
         return Finding.warn(
-            f"{what}, and no /{init} in it: the kernel mounts root= by itself",
+            f"{what}, and no /{init} in it: the kernel mounts root= itself",
             "Be sure that the drivers of the root are built in.",
         )
     return _without_root(
@@ -194,6 +194,8 @@ def cmdline(facts: Facts) -> Finding | None:
         )
     lost = [word.lost for word in target.words if word.lost and not (is_on and parse(word.text).named("kho"))]
     remedy = "Add it again with --append, or reuse the running line: --reuse-cmdline"
+    if any(word.lost for word in target.words if word.fate is Fate.added):
+        remedy = "Leave out what you added, unless you mean it"
     if is_on is False and not lines.off(target.words):
         lost.append(
             "the next kernel has Kexec HandOver off: its command line and its configuration do not switch it on"
@@ -300,10 +302,10 @@ def signature(facts: Facts, target: Target, about: Kernel) -> Finding:
         )
     if enforced is None:
         return Finding.warn(
-            f"{subject} is not signed, and this kernel does not say whether it insists on that",
+            f"{subject} is not signed, and this kernel does not say whether it requires a signature",
             "Look for CONFIG_KEXEC_SIG_FORCE in its configuration.",
         )
-    return Finding.passed(f"{subject} is not signed; this kernel does not insist on that")
+    return Finding.passed(f"{subject} is not signed; this kernel does not require a signature")
 
 
 @_of_target

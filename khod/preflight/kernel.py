@@ -39,7 +39,7 @@ def capability(facts: Facts) -> Finding:
     """Khod may load and jump at all."""
     allowed = host.may_boot(facts.kexec.calls)
     if allowed is None:
-        return Finding.skipped("The kernel does not say what this process may do")
+        return Finding.skipped("Capabilities unknown: the kernel does not say what this process may do")
     if not allowed:
         return Finding.fail("khod lacks CAP_SYS_BOOT: it can neither load an image nor jump", "Run khod from its unit.")
     return Finding.passed("khod has CAP_SYS_BOOT")
@@ -109,15 +109,19 @@ def kexec(facts: Facts) -> Finding:
 def lockdown(facts: Facts) -> Finding:
     """What the firmware and the kernel allow of unsigned code."""
     level, secure = host.lockdown(facts.kexec.calls), host.secure_boot(facts.kexec.calls)
-    boot = {True: "Secure Boot is on", False: "Secure Boot is off", None: "no Secure Boot"}[secure]
+    boot = {True: "Secure Boot is on", False: "Secure Boot is off", None: "Secure Boot: not available"}[secure]
     if level in LOCKED and facts.probed.kernel and facts.probed.kernel.generation in FINALIZED:
         return Finding.fail(
             f"Lockdown is {level}, {boot}: it lets nobody write debugfs's `finalize`",
             "Boot without lockdown (Secure Boot switches it on), or a kernel from 7.1 on.",
         )
     if level == "integrity" or secure:
-        return Finding.passed(f"Lockdown is {level or 'not there'}, {boot}: only signed images are loaded")
-    return Finding.passed(f"Lockdown is {level or 'not there'}, {boot}")
+        return Finding.passed(f"{_level(level)}, {boot}: only signed images are loaded")
+    return Finding.passed(f"{_level(level)}, {boot}")
+
+
+def _level(level: str | None) -> str:
+    return f"Lockdown is {level}" if level else "Lockdown: not available"
 
 
 def signatures_enforced(facts: Facts) -> bool | None:
@@ -131,10 +135,10 @@ def foreign(facts: Facts) -> Finding:
     """Nobody else has loaded an image or entered the active phase."""
     if facts.foreign:
         return Finding.fail(
-            f"Something other than khod is at work: {said(facts.observed)}",
+            f"Something other than khod uses KHO or kexec: {said(facts.observed)}",
             "Finish it by hand, or put it back with: khoctl abort --force",
         )
-    return Finding.passed(f"Nobody else is at work: {said(facts.observed)}")
+    return Finding.passed(f"No other user of KHO or kexec: {said(facts.observed)}")
 
 
 def state(facts: Facts) -> Finding | None:

@@ -396,7 +396,7 @@ class Barrier:
         return Refused(
             f"Producer {member.producer.name} {how}",
             where=f"{member.producer.kind} {member.producer.name}",
-            remedy=f"Once that is mended: khoctl producers test {member.producer.name}",
+            remedy=f"Once that is repaired, test it with: khoctl producers test {member.producer.name}",
         )
 
 

@@ -80,7 +80,7 @@ def check_name(name: str) -> None:
     """Raise UsageError where no producer can have this name."""
     if not NAME.fullmatch(name):
         raise UsageError(
-            f"{name[:80]!r} is no name for a producer",
+            f"{name[:80]!r} is not a valid name of a producer",
             where="name",
             remedy="Letters, digits, `.`, `_`, `@` and `-`, at most 64, the first one a letter, a digit or `_`.",
         )

@@ -80,7 +80,9 @@ def _read(path: Path) -> Producer:
     if values:
         known = (*VERBS, "unit", "how", "qmp", "timeout", "after", "before", "devices")
         raise ConfigError(
-            f"`{min(values)}` is no key of a producer's", where=str(path), remedy=f"Known here: {', '.join(known)}."
+            f"`{min(values)}` is an unknown key of a producer",
+            where=str(path),
+            remedy=f"Known here: {', '.join(known)}.",
         )
     return made
 

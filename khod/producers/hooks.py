@@ -8,6 +8,7 @@ What does not even die then sleeps in the kernel: it is named, and waited for no
 """
 
 import asyncio
+import shutil
 import signal
 from dataclasses import dataclass, field
 
@@ -34,6 +35,14 @@ class Hook(Configured):
     def restores(self) -> bool:
         return "restore" in self.commands or "finish" in self.commands
 
+    def unstartable(self) -> list[str]:
+        """Each command that is not there or is no program, in words."""
+        return [
+            f"{argv[0]} ({verb} of {self.name})"
+            for verb, argv in self.commands.items()
+            if shutil.which(argv[0], path=PATH) is None
+        ]
+
     async def _carry_out(self, telling: Telling) -> None:
         """Run the verb's command; Veto where it does not start or does not exit with 0."""
         argv = self.commands.get(telling.verb.value)
@@ -46,7 +55,8 @@ class Hook(Configured):
             "KHO_RUN": telling.run,
         }
         # Pipes of our own: asyncio's would hold the end back for as long as a child of the hook has them open.
-        with Output(STDOUT) as out, Output(STDERR) as errors:
+        label = f"{self.name}: {telling.verb.value}"
+        with Output(STDOUT, label) as out, Output(STDERR, label) as errors:
             code, undead = await _run(argv, environment, telling, out, errors)
             out.finish()
             reason = one_line(errors.finish())

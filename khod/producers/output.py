@@ -22,6 +22,8 @@ TAIL_BYTES = 4096
 """Bytes at the end of an output among which its last line is."""
 REST_BYTES = 4 * READ_BYTES
 """Bytes that are still read once the command has ended; a child that holds the pipe may go on for ever."""
+LINE_BYTES = 48 << 10
+"""Bytes of one line that go to the journal together; what is longer is cut there, as journald does (LineMax=)."""
 PASSED_ON = 1 << 20
 """Bytes of each output of a command that reach the journal; one that never ends must not fill it."""
 BUFFER_BYTES = 4 << 20
@@ -117,10 +119,15 @@ def flush() -> None:
 
 
 class Output:
-    """One output of a command: a pipe, read in the event loop and passed on. `writer` is the command's end of it."""
+    """One output of a command: a pipe, read in the event loop and passed on. `writer` is the command's end of it.
 
-    def __init__(self, outlet: Outlet) -> None:
+    Each line is passed on with `label` before it: whose output it is.
+    """
+
+    def __init__(self, outlet: Outlet, label: str) -> None:
         self._outlet = outlet
+        self._label = f"{label}: ".encode()
+        self._line = b""
         self._reader, self.writer = os.pipe()
         self._listening = False
         self._tail = b""
@@ -156,8 +163,12 @@ class Output:
         before = self._read_bytes
         while self._read() and self._read_bytes - before < REST_BYTES:
             pass
+        if self._line:
+            self._pass_on(b"\n")
         if self._read_bytes > PASSED_ON:
-            self._outlet.write(f"\n({self._read_bytes - PASSED_ON} bytes more were left out here)\n".encode())
+            self._outlet.write(
+                self._label + f"({self._read_bytes - PASSED_ON} bytes more were left out here)\n".encode()
+            )
         lines = self._tail.decode(errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "")
 
@@ -165,6 +176,15 @@ class Output:
         if self._listening:
             asyncio.get_running_loop().remove_reader(self._reader)
             self._listening = False
+
+    def _pass_on(self, data: bytes) -> None:
+        """Pass on the lines that are whole by now."""
+        *lines, self._line = (self._line + data).split(b"\n")
+        while len(self._line) >= LINE_BYTES:
+            lines.append(self._line[:LINE_BYTES])
+            self._line = self._line[LINE_BYTES:]
+        if lines:
+            self._outlet.write(b"".join(self._label + line + b"\n" for line in lines))
 
     def _read(self) -> bool:
         """Read once and pass it on; whether there was anything."""
@@ -178,7 +198,7 @@ class Output:
             self._hush()
             return False
         if passed_on := chunk[: max(0, PASSED_ON - self._read_bytes)]:
-            self._outlet.write(passed_on)
+            self._pass_on(passed_on)
         self._read_bytes += len(chunk)
         self._tail = (self._tail + chunk[-TAIL_BYTES:])[-TAIL_BYTES:]
         return True

@@ -296,7 +296,7 @@ def check_unit(unit: str) -> None:
     """Raise UsageError for what is no name of a unit, and for units without which the host or khod stands still."""
     if not NAME.fullmatch(unit) or len(unit) > LONGEST or unit.startswith("@") or unit.rpartition(".")[0].endswith("@"):
         raise UsageError(
-            f"{unit[:80]!r} is no name of a unit",
+            f"{unit[:80]!r} is not a valid name of a unit",
             where="unit",
             remedy="Name it with its suffix and, for a template, its instance: foo.service, foo@bar.service.",
         )

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import enum
 import grp
+import logging
 import socket
 import threading
 import time
@@ -16,6 +17,9 @@ from khod.errors import Refused
 
 CALLER: "contextvars.ContextVar[Caller]" = contextvars.ContextVar("CALLER")
 """Who makes the call that is being served."""
+LOG = logging.getLogger(__name__)
+DEFAULTS = (Access.group, Access.producers)
+"""Groups that the package makes: where khod runs without it, root is enough."""
 LOOKUP_WAIT_SECONDS = 2.0
 """How long a call waits for a lookup of the groups that is under way."""
 RETRY_SECONDS = 30.0
@@ -135,6 +139,9 @@ class Groups:
             self._loop.call_soon_threadsafe(self._note, gids)
 
     def _note(self, gids: dict[str, int | None]) -> None:
+        for name, gid in gids.items():
+            if gid is None and name not in DEFAULTS and name not in self._gids:
+                LOG.warning("[access] of the configuration names the group %r, which does not exist", name)
         self._gids |= gids
         self._changes += 1
         self._thread = None

@@ -176,7 +176,10 @@ class Connection:
 
     def _serve(self, call: VarlinkMethodCall, files: PassedFiles, again: Message | None) -> None:
         """Begin to serve a call. `again` is its message, where it may be tried once more when the groups are known."""
-        method, signature = self._shared.registry.lookup_method(call)
+        try:
+            method, signature = self._shared.registry.lookup_method(call)
+        except MethodNotFound:  # the library names it without its interface
+            raise MethodNotFound(method=call.method) from None
         if (rule := RULES.get(call.method)) is None:
             raise MethodNotFound(method=call.method)
         takes_image = rule.image and call.parameters.get("kernel") is not None

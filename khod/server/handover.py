@@ -66,7 +66,7 @@ class Service(Handover):
 
     @varlinkmethod(return_parameter="status")
     async def Abort(self, *, force: bool | None = None) -> model.Status:
-        await self._engine.abort(force=bool(force))
+        await self._engine.abort(force=bool(force), by=_caller())
         return await self._engine.status()
 
     @varlinkmethod(return_parameter="status")

@@ -6,12 +6,14 @@ from typing import Any
 
 from asyncvarlink import FileDescriptor, VarlinkErrorReply, VarlinkMethodCall
 from asyncvarlink.error import GenericVarlinkErrorReply
+from asyncvarlink.serviceerrors import InvalidParameter
 
 from khod import wire
 from khod.errors import KhoError
 from khod.protocol import to_wire
 
-VIOLATION = GenericVarlinkErrorReply("invalid.asyncvarlink.ProtocolViolation")
+FIELDS: Mapping[str, type] = {"method": str, "parameters": dict, "oneway": bool, "more": bool, "upgrade": bool}
+"""What a call may have, and of which type."""
 INTERNAL = GenericVarlinkErrorReply("invalid.asyncvarlink.InternalServerError")
 _ENCODER = json.JSONEncoder(separators=(",", ":"), default=wire.plain)
 
@@ -32,11 +34,14 @@ def parse(text: bytes) -> dict[str, Any]:
 
 
 def call_of(message: dict[str, Any]) -> VarlinkMethodCall:
-    """Make a call of a message; VIOLATION where it is none."""
+    """Make a call of a message; InvalidParameter names what is wrong with one that is none."""
     try:
         return VarlinkMethodCall.fromjson(message)
     except (TypeError, ValueError):
-        raise VIOLATION from None
+        wrong = next(
+            (name for name, kind in FIELDS.items() if not isinstance(message.get(name, kind()), kind)), "method"
+        )
+        raise InvalidParameter(parameter=wrong) from None
 
 
 def encode(parameters: Mapping[str, Any], *, continues: bool = False) -> bytes:

@@ -123,7 +123,7 @@ def _answer(
         if not 0 <= token < 1 << 64:
             raise UsageError(f"The token {token} is no u64", where=name[:MAX_FILE_NAME])
         if not name or len(name) > MAX_FILE_NAME or not name.isprintable():
-            raise UsageError(f"{name[:MAX_FILE_NAME]!r} is no name for a file", where="names")
+            raise UsageError(f"{name[:MAX_FILE_NAME]!r} is not a valid name of a file", where="names")
     if progress is not None and not 0 <= progress <= 1:
         raise UsageError(f"The progress is {progress}", where="progress", remedy="It goes from 0 to 1.")
     files = [(model.Kept(name, token), fd.fileno()) for name, token, fd in zip(names, tokens, fds, strict=True)]

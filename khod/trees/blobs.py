@@ -45,12 +45,12 @@ def opened(name: str, blob: bytes) -> Node:
             "It is no FDT, and no structure we know", where=name, remedy=f"{FREED}." if name == LUO else ""
         )
     if not name and not blob:
-        raise MalformedTree("There is no root", remedy=f"Seen on a live kernel this is no damage: {HIDDEN}.")
+        raise MalformedTree("There is no root", remedy=f"On a running kernel this is expected: {HIDDEN}.")
     try:
         return fdt.parse(blob, name)
     except MalformedTree as error:
         if not name and fdt.cut(blob):
-            error.remedy = f"Seen on a live kernel this is no damage: {CUT}."
+            error.remedy = f"On a running kernel this is expected: {CUT}."
         raise
 
 

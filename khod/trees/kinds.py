@@ -146,7 +146,7 @@ def decoded(key: str, node: Node, parent: Node | None = None) -> Decoded:
             value = kind.value(raw)
             return Decoded(kind.name, value, kind.text(value))
         except ValueError as error:
-            wrong = f"not what its name promises: {error}"
+            wrong = f"malformed: {error}"
         return Decoded("bytes", bytes(raw).hex(), f"{len(raw)} bytes: {hexadecimal(raw)}", wrong)
     return _looks(raw)
 

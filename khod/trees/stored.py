@@ -50,7 +50,7 @@ def _directory(path: Path) -> dict[str, bytes]:
             if len(names) > MOST:
                 raise UsageError(f"There are more than {MOST} blobs", where=str(path / blobs))
             return {"": _file(path / root)} | {name.name: _file(name) for name in names}
-    raise UsageError("This directory is no tree: it has neither `root` nor `fdt`", where=str(path))
+    raise UsageError("This directory is not a tree: it has neither `root` nor `fdt`", where=str(path))
 
 
 def _file(path: Path) -> bytes:
@@ -66,5 +66,5 @@ def _bounded(file: SupportsRead, where: str) -> bytes:
     while chunk := file.read(CHUNK):
         data += chunk
         if len(data) > LARGEST:
-            raise UsageError(f"This is no tree: it has more than {LARGEST >> 20} MiB", where=where)
+            raise UsageError(f"This is not a tree: it has more than {LARGEST >> 20} MiB", where=where)
     return bytes(data)

@@ -167,7 +167,9 @@ def test_stopping_the_service_while_active_rolls_back(host: Host) -> None:
 def test_khod_killed_and_started_again_rolls_back(host: Host, words: tuple[str, ...]) -> None:
     host.khoctl(*words)
     host.guest.run(["systemctl", "kill", "--signal=SIGKILL", "kho-handover"])
-    assert "khod died" in host.settled()["last_error"]  # the socket waits for the khod that systemd starts again
+    assert (
+        "khod stopped unexpectedly" in host.settled()["last_error"]
+    )  # the socket waits for the khod that systemd starts again
 
 
 def test_an_activation_by_hand_is_foreign_and_left_alone(host: Host) -> None:

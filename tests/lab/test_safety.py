@@ -162,7 +162,7 @@ def test_khod_killed_while_it_rolls_back_is_started_again_and_goes_on(host: Host
     assert host.shell("ls /run/held", check=False) == ""
     status = host.status()
     assert (status["phase"], status["left"], status["not_undone"]) == ("idle", [], [])
-    assert "khod died while it rolled back" in status["last_error"]
+    assert "khod stopped unexpectedly while it rolled back" in status["last_error"]
     host.shell("systemctl stop ticker; rm -r /run/thawing")
 
 

@@ -25,7 +25,7 @@ def refuses(host: Host, *said: str) -> None:
     status = host.status()
     assert status["phase"] == "idle"
     assert status["generation"] == "none"
-    assert status["summary"].startswith("Nothing is under way. No handover is possible: ")
+    assert status["summary"].startswith("No handover is under way. No handover is possible: ")
     assert said[0] in status["summary"]
     assert status["remedy"]
     assert host.word("/sys/kernel/kexec_loaded") == "0"

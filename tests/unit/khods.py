@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import queue
 import select
 import signal
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from typer.testing import CliRunner
@@ -157,6 +159,46 @@ class Khod:
         if self.process.poll() is None:
             self.end(signal.SIGKILL)
         self._notify.shutdown(socket.SHUT_RDWR)
+
+
+class Terminal:
+    """khoctl on a terminal of its own."""
+
+    def __init__(
+        self, khod: Khod, *words: str | Path, columns: int = 80, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.said = ""
+        command = [sys.executable, "-m", "khoctl", f"--socket={khod.socket}", *map(str, words)]
+        self._pid, self._fd = pty.fork()
+        if self._pid == 0:
+            os.chdir(REPOSITORY)
+            os.environ |= {"TERM": "xterm", "COLUMNS": str(columns), **environment}
+            os.execv(sys.executable, command)
+
+    def until(self, text: str, times: int = 1) -> None:
+        """Read until it has said this so often."""
+        while self.said.count(text) < times:
+            assert select.select([self._fd], [], [], DEADLINE)[0], f"{text!r} not within {DEADLINE} s: {self.said!r}"
+            self._read()
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._fd, 1 << 16)
+        except OSError:  # EIO: the last one who had the terminal open is gone
+            data = b""
+        self.said += data.decode()
+        return bool(data)
+
+    def send(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def end(self) -> int:
+        """Read to the end; the exit code."""
+        while self._read():
+            pass
+        _pid, code = os.waitpid(self._pid, 0)
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(code)
 
 
 @contextmanager

@@ -270,7 +270,7 @@ async def test_an_abort_while_the_first_checks_run_refuses_that_handover_and_no_
     activation = asyncio.ensure_future(engine.activate())
     await gate.reached.wait()
     await engine.abort()
-    with pytest.raises(Failed, match="called off"):
+    with pytest.raises(Failed, match="aborted"):
         await activation
     gate.open()
     assert host.verbs == []
@@ -284,7 +284,7 @@ async def test_an_abort_beside_a_test_of_a_producer_does_not_reach_the_next_hand
     rehearsal = asyncio.ensure_future(engine.rehearse("a"))
     await host.seen(lambda event: event.message.startswith("a: freeze"))
     await engine.abort()
-    with pytest.raises(Failed, match="called off"):
+    with pytest.raises(Failed, match="aborted"):
         await rehearsal
     host.hooks.clear()
     await engine.activate()

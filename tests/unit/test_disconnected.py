@@ -181,7 +181,7 @@ async def test_one_that_has_ended_is_said_to_be_gone(host: VirtualHost, start: C
         process.end()
     await rests(host, engine, Phase.failed, Phase.idle)
     assert engine.machine.phase is Phase.idle
-    assert "not told: kv" in host.events[-1].message
+    assert "could not be told: kv" in host.events[-1].message
 
 
 @in_virtual_time
@@ -210,7 +210,7 @@ async def test_after_a_restart_of_khod_nobody_takes_the_place_of_one_that_lives(
         with pytest.raises(Refused, match=f"Process {process.pid}"):
             await register(engine, start().identity)
         async with serving(engine, process) as heard:
-            with pytest.raises(Failed, match="khod died"):
+            with pytest.raises(Failed, match="khod stopped unexpectedly"):
                 await starting
             assert heard == ["registered: freeze", "thaw", "cancel"]
 

@@ -216,7 +216,7 @@ async def test_a_check_that_is_off_lets_the_jump_go_on_with_one_line(host: Host)
     with pytest.raises(Rebooted):
         await host.kexec(engine)
     assert len([event for event in host.events if "going on all the same" in event.message]) == 1
-    assert any("would take over nothing" in event.message and "kho-v4" in event.message for event in host.events)
+    assert any("would not take over any state" in event.message and "kho-v4" in event.message for event in host.events)
 
 
 async def test_a_clean_abort_makes_nothing_suspect(host: Host) -> None:

@@ -349,7 +349,7 @@ def test_check_says_what_it_looked_at(khod: Khod) -> None:
 def test_a_warning_counts_where_the_operator_is_strict(khod: Khod) -> None:
     words = ("check", "--image", khod.directory / "vmlinuz", "--initrd", khod.directory / "initrd")
     warned = [check["name"] for check in khod.khoctl(*words, "--json").json if check["result"] == "warn"]
-    assert warned == ["signature"], "the simulated kernel does not say whether it insists on one"
+    assert warned == ["signature"], "the simulated kernel does not say whether it requires it"
     assert khod.khoctl(*words).code == Exit.done
     assert khod.khoctl(*words, "--strict").code == Exit.refused
     assert khod.khoctl("check", "--strict").code == Exit.done

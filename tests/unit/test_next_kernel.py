@@ -61,7 +61,7 @@ def test_a_root_that_only_an_initrd_s_programs_find_is_refused_without_them(khod
                 khod, "--image", image, *words, "--cmdline", f"root={root} kho_scratch=512M", code=exit_code
             )
             assert found["initrd"]["result"] == ("warn" if words and result == "passed" else result)
-            assert (f"root={root}" in found["initrd"]["evidence"]) is (result == "fail")
+            assert (f"programs find root={root}" in found["initrd"]["evidence"]) is (result == "fail")
 
 
 def test_a_refusal_can_be_overridden(khod: Khod) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import pty
-import select
 import signal
 import socket
 import subprocess
@@ -22,7 +20,7 @@ from khoctl import asking, handover, progress, render
 from khod.errors import Exit
 from khod.model import Event, Phase, Producer
 from tests.unit.images import CPIO, bzimage
-from tests.unit.khods import DEADLINE, REPOSITORY, Khod, cli
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, Terminal, cli
 from tests.unit.test_render import status
 
 LAST = "last"
@@ -172,7 +170,7 @@ def test_an_operation_ends_for_the_operator_when_the_time_given_is_over(tmp_path
     with fake(tmp_path / "socket", in_phase(Phase.preparing), "Activate"):
         ended = cli(tmp_path / "socket", "activate", "--timeout", "0.1")
     assert ended.code == Exit.unreachable
-    assert "khod goes on with it" in ended.err
+    assert "The handover continues in the background" in ended.err
     assert "khoctl abort" in ended.err
 
 
@@ -249,7 +247,9 @@ def test_an_interrupt_ends_khoctl_at_once_and_khod_goes_on(blocked: Khod) -> Non
         said = activate.stderr.read()
     assert activate.returncode == asking.INTERRUPTED
     assert blocked.ask("Status")["status"]["phase"] == "preparing", "nobody has let the producer go on"
-    assert "khod goes on with it. To see: khoctl status. To stop it: khoctl abort" in said
+    assert "The handover continues in the background. To see: khoctl status. To stop it: khoctl abort" in " ".join(
+        said.split()
+    )
     assert blocked.khoctl("abort").code == Exit.done
 
 
@@ -383,39 +383,41 @@ def test_a_producer_s_deadline_is_known_while_it_is_told(blocked: Khod) -> None:
     assert blocked.khoctl("abort").code == Exit.done
 
 
-class Terminal:
-    """khoctl on a terminal of its own."""
+def test_a_producer_that_is_waited_for_is_listed_alone(blocked: Khod) -> None:
+    (blocked.directory / "root/etc/kho/producers.d/cache.toml").write_text('after = ["db"]\n')
+    assert "No producer is waited for." in blocked.khoctl("producers", "--waiting").out
+    assert blocked.khoctl("activate", "--no-block").code == Exit.done
+    assert [one["name"] for one in blocked.khoctl("producers", "list", "--waiting", "--json").json] == ["db"]
+    assert [one["name"] for one in blocked.khoctl("producers", "--slow", "--json").json] == ["db", "cache"]
+    assert blocked.khoctl("abort").code == Exit.done
 
-    def __init__(self, khod: Khod, *words: str | Path, columns: int = 80) -> None:
-        self.said = ""
-        command = [sys.executable, "-m", "khoctl", f"--socket={khod.socket}", *map(str, words)]
-        self._pid, self._fd = pty.fork()
-        if self._pid == 0:
-            os.chdir(REPOSITORY)
-            os.environ |= {"TERM": "xterm", "COLUMNS": str(columns)}
-            os.execv(sys.executable, command)
 
-    def until(self, text: str) -> None:
-        """Read until it has said this."""
-        while text not in self.said:
-            assert select.select([self._fd], [], [], DEADLINE)[0], f"{text!r} not within {DEADLINE} s: {self.said!r}"
-            self._read()
+def test_a_phase_is_waited_for_by_its_name(khod_: Khod) -> None:
+    assert khod_.khoctl("wait", "idle").code == Exit.done
+    refused = khod_.khoctl("wait", "ready")
+    assert refused.code == Exit.usage
+    assert "One of: idle, preparing" in refused.err
+    assert khod_.khoctl("wait", "loaded", "--timeout", "0.2").code == Exit.unreachable
 
-    def _read(self) -> bool:
-        try:
-            data = os.read(self._fd, 1 << 16)
-        except OSError:  # EIO: the last one who had the terminal open is gone
-            data = b""
-        self.said += data.decode()
-        return bool(data)
 
-    def send(self, text: str) -> None:
-        os.write(self._fd, text.encode())
+def test_a_dry_run_of_kexec_is_the_plan(khod_: Khod, images: tuple[str, ...]) -> None:
+    dry = khod_.khoctl("kexec", *images, "--hold", "--dry-run")
+    assert (dry.code, dry.out.splitlines()[-1]) == (Exit.done, "Nothing was touched.")
+    assert khod_.ask("Status")["status"]["phase"] == "idle"
 
-    def end(self) -> int:
-        """Read to the end; the exit code."""
-        while self._read():
-            pass
-        _pid, code = os.waitpid(self._pid, 0)
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(code)
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("help",), "Commands:"),
+        (("help", "kexec"), "--dry-run"),
+        (("dt", "diff", "-h"), "A tree; the last that left."),
+        (("producers", "retry", "-h"), "The producer, as khoctl producers lists it."),
+    ],
+    ids=str,
+)
+def test_help_is_there_by_its_name_and_explains_each_argument_once(
+    tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    ended = cli(tmp_path / "socket", *words)
+    assert (ended.code, ended.out.count(said)) == (Exit.done, 1)

@@ -324,7 +324,7 @@ def running_7_3(site: Site) -> None:
         (("kho-v4", "luo-v6", "memfd-v2"), CheckResult.fail, "would panic at boot"),
         (("kho-v4", "luo-v5", "memfd-v3"), CheckResult.fail, "would lose every file"),
         (("kho-v4",), CheckResult.fail, "would lose every file"),
-        (("kho-v1", "luo-v5", "memfd-v2"), CheckResult.fail, "would take over nothing"),
+        (("kho-v1", "luo-v5", "memfd-v2"), CheckResult.fail, "would not take over any state"),
     ],
 )
 def test_the_evidence_names_what_would_happen(

@@ -167,7 +167,7 @@ def at_rest(khod: Khod, system: System) -> None:
 # khod is killed
 
 STEPS = [
-    "preparing: prepare",
+    "preparing: every producer is told",
     "preparing: one: prepare: ready",
     "prepared: ",
     "freezing: one: freeze: told",

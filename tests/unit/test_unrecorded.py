@@ -132,7 +132,13 @@ def load(system: System, khod: Khod) -> Iterator[None]:
             yield
 
 
-POINTS = ["late: prepare: told", "late: prepare: ready", "late: freeze: told", "late: freeze: ready", "loading: load"]
+POINTS = [
+    "late: prepare: told",
+    "late: prepare: ready",
+    "late: freeze: told",
+    "late: freeze: ready",
+    "loading: the kernel takes",
+]
 
 
 @pytest.mark.parametrize("point", POINTS)
