@@ -106,7 +106,7 @@ class Shown:
             return
         self._named |= {(found.name, found.phase) for found in new}
         names = join_names((f"{found.name} ({found.phase})" for found in new), FEW)
-        show(f"{'':26}waiting for {names}", err=True)
+        show(f"{render.EVENT_INDENT}waiting for {names}", err=True)
 
     def _lines(self) -> "Text":
         """One line a producer: those that are waited for first, as many as there is room for."""

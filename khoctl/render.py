@@ -21,6 +21,9 @@ from khod.text import join_names, printable
 from khod.wire import plain
 
 T = TypeVar("T")
+EVENT_INDENT = " " * 28
+"""What stands before the message of an event, in a line that goes on with it."""
+
 COLOURS = {
     Phase.verified: typer.colors.GREEN,
     Phase.degraded: typer.colors.RED,
@@ -394,8 +397,14 @@ def short_plan(found: Plan) -> str:
 
 
 def event(event: Event) -> str:
-    """One change as one plain line: seconds since boot, phase, what happened."""
+    """One change as one plain line: the time of day, phase, what happened."""
     about = event.producer
     said = event.message if about is None or not about.phase else f"{about.name}: {_stands(about)}"
-    line = f"{event.seconds:10.3f}  {name(event.phase):<12}  {printable(said)}".rstrip()
-    return "\n".join([line, *(f"{'':26}{change}" for change in words(event.words or ()))])
+    line = f"{_time_of_day(event.seconds)}  {name(event.phase):<12}  {printable(said)}".rstrip()
+    return "\n".join([line, *(f"{EVENT_INDENT}{change}" for change in words(event.words or ()))])
+
+
+def _time_of_day(monotonic: float) -> str:
+    """An instant of CLOCK_MONOTONIC by the wall clock as it is set now, to the millisecond."""
+    at = time.time() - time.monotonic() + monotonic
+    return f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03}"

@@ -4,7 +4,9 @@ import dataclasses
 import enum
 import json
 import re
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,6 +106,14 @@ PAGES: dict[str, tuple[Callable[[Any], str], Any]] = {
     "short plan": (render.short_plan, PLAN),
     "event": (render.event, EVENT),
 }
+
+
+def test_an_event_has_the_time_of_day() -> None:
+    for ago in (0.0, 7200.0):
+        shown = render.event(replace(EVENT, seconds=time.monotonic() - ago)).split()[0]
+        clock = (time.strftime("%H:%M:%S", time.localtime(time.time() - ago - late)) for late in range(30))
+        assert shown[:8] in {*clock}
+        assert re.fullmatch(r"\.[0-9]{3}", shown[8:])
 
 
 @pytest.mark.parametrize("name", PAGES)
