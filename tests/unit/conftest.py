@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,10 @@ DEADLINE = 30.0  # seconds; a test that needs it has hung
 
 # pytest-xdist gives its workers a width, at which khoctl would fold what it prints.
 os.environ.pop("COLUMNS", None)
+
+# A shell starts what it runs in the background with SIGINT ignored, and so would be what the tests start from there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, no clock, nothing kept between runs.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None, max_examples=80)

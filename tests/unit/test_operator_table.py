@@ -115,6 +115,8 @@ class Scene:
             with suppress(subprocess.TimeoutExpired):
                 self.khod.end(signal.SIGTERM)  # what it has started is ended, too
             self.khod.close()
+        with suppress(OSError):  # nobody waits there; what a khod that was killed has left does
+            os.close(os.open(self.directory / "fifo", os.O_WRONLY | os.O_NONBLOCK))
 
 
 Given = Callable[[Scene], None]
