@@ -148,7 +148,7 @@ WORDS = [
     ("activate", "now"),
     ("explode",),
     ("kexec", "--imgae", "x"),
-    ("dt", "export"),
+    ("dt", "export", "out", "x.dtb"),
     ("abort", "--force=3"),
 ]
 
@@ -280,7 +280,7 @@ def test_options_that_contradict_each_other(khod: Khod) -> None:
 def test_no_tree_while_inactive(khod: Khod) -> None:
     refused(khod.khoctl("dt", "show"), Exit.refused, "khoctl activate")
     refused(khod.khoctl("dt", "show", "--side", "in"), Exit.refused)
-    refused(khod.khoctl("dt", "export", khod.directory / "x"), Exit.refused)
+    refused(khod.khoctl("dt", "export", "-o", khod.directory / "x"), Exit.refused)
     assert not (khod.directory / "x").exists()
 
 
