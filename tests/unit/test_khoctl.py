@@ -169,6 +169,23 @@ def test_a_word_that_is_near_is_named_once(khod: Khod) -> None:
     assert "khoctl kexec -h" in option
 
 
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("prepare", "khoctl activate"),
+        ("load", "khoctl kexec --load-only"),
+        ("exec", "khoctl kexec"),
+        ("execute", "khoctl kexec"),
+        ("history", "journalctl -u kho-handover"),
+        ("log", "journalctl -u kho-handover"),
+        ("logs", "journalctl -u kho-handover"),
+    ],
+)
+def test_a_step_that_is_no_command_is_told_what_does_it(tmp_path: Path, word: str, named: str) -> None:
+    refused(cli(tmp_path / "socket", word), Exit.usage, f"'{word}'", named)
+    assert named in cli(tmp_path / "socket", word, "--json").json["remedy"]
+
+
 PATHS = [(), *((name,) for name in MODULES), *(("dt", name) for name in ("list", "show", "diff", "export", "validate"))]
 
 
