@@ -28,8 +28,7 @@ ROOT = "root"
 NUMBER = r"(0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19})"
 REGION = re.compile(rf"{NUMBER}\+{NUMBER}([KMGT]?)")
 SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-COLUMNS = ("ID", "TAKEN (UTC)", "KERNEL", "GENERATION", "BYTES", "DIGEST", "BOOT", "BLOBS")
-DIGITS = 12  # of a digest and a boot's id, in the table
+COLUMNS = ("ID", "TAKEN (UTC)", "KERNEL", "OUTCOME", "BYTES")  # what few ask for is in JSON alone
 DIFFERENT = 1  # as diff(1) ends
 AT_ONCE = 1000  # lines written together
 
@@ -56,7 +55,10 @@ class Form(StrEnum):
 
 @app.command("list")
 def dt_list(as_json: Json = False) -> None:
-    """List the snapshots khod keeps, the newest first."""
+    """List the snapshots khod keeps, the newest first.
+
+    Each was taken when its handover was activated; OUTCOME says what that came to, - where khod does not know.
+    """
     with client() as khod:
         found = khod.snapshots()
     _print([_json(found)] if as_json else _table(found))
@@ -255,7 +257,7 @@ def _json(value: Any) -> str:
 def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
     taken = [item for item in found if item.run]
     if not taken:
-        yield "No snapshots: nothing has left this host yet."
+        yield "No snapshots: no handover has come as far as activate yet."
     else:
         yield from layout.table([COLUMNS, *map(_row, taken)], layout.columns())
     for item in found:
@@ -264,9 +266,9 @@ def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
 
 
 def _row(item: "Snapshot") -> tuple[str, ...]:
-    ids = item.digest[:DIGITS], item.boot_id[:DIGITS]
-    words = item.id, _date(item.taken_at), item.release, item.generation.value, str(item.bytes), *ids
-    return *map(printable, words), ", ".join(map(printable, item.blobs)) or "-"
+    outcome = item.outcome.replace("_", " ") or "-"
+    words = item.id, _date(item.taken_at), item.release, outcome, str(item.bytes)
+    return tuple(map(printable, words))
 
 
 def _date(seconds: float) -> str:

@@ -48,17 +48,33 @@ def refused(ended: Answer, code: int, *words: str) -> None:
         assert word in ended.err
 
 
-def test_what_left_is_listed_and_shown_by_its_id(khod: Khod) -> None:
+def test_what_left_is_listed_and_shown_by_its_id(khod: Khod, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     mine, kept = khod.khoctl("dt", "list", "--json").json
     boot = khod.kernel.read("/proc/sys/kernel/random/boot_id").decode().strip()
     assert (mine["boot_id"] == boot) > (kept["boot_id"] == boot), "the newest first, and it has not left yet"
     assert kept["generation"] == "sysfs"
     page = khod.khoctl("dt", "list").out
-    for word in (kept["id"], kept["digest"][:12], kept["boot_id"][:12], kept["release"]):
+    for word in (kept["id"], str(kept["bytes"]), kept["release"]):
         assert word in page
+    assert (mine["outcome"], kept["outcome"]) == ("active", "verified")
+    header, first, second = page.splitlines()
+    assert all(len(line) <= 80 for line in (header, first, second)), page
     by_id = khod.khoctl("dt", "show", kept["id"])
     assert by_id.code == Exit.done
     assert by_id.out == khod.khoctl("dt", "show", "snapshot").out
+
+
+def test_a_snapshot_of_what_never_left_is_said_to_be(tmp_path: Path) -> None:
+    khod = Khod(tmp_path)
+    try:
+        for command in ("activate", "abort"):
+            assert khod.khoctl(command).code == Exit.done
+        (snapshot,) = khod.khoctl("dt", "list", "--json").json
+        assert snapshot["outcome"] == "rolled_back"
+        assert "rolled back" in khod.khoctl("dt", "list").out
+    finally:
+        khod.close()
 
 
 def test_what_left_is_what_arrived(khod: Khod) -> None:
