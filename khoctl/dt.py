@@ -72,7 +72,7 @@ def dt_show(
     scratch: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ADDR+SIZE", help="A scratch region to hold memory against; khod knows those of this host."
+            metavar="ADDR+SIZE", help="A scratch region to compare memory with; khod knows those of this host."
         ),
     ] = None,
     side: Side = None,
@@ -245,7 +245,7 @@ def _region(text: str) -> Region:
         region = Region(int(found[1], 0), int(found[2], 0) << SHIFT[found[3]])
         if region.addr + region.size <= 1 << 64:
             return region
-    raise UsageError(f"{text!r} is no region", where="--scratch", remedy="Give one as 0x100000000+512M.")
+    raise UsageError(f"{text!r} is not a region", where="--scratch", remedy="Give one as 0x100000000+512M.")
 
 
 def _json(value: Any) -> str:

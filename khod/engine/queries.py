@@ -35,6 +35,7 @@ from khod.sessions import Sessions, session_of
 from khod.target import Request, Target, take
 
 T = TypeVar("T")
+NAMED = {"out": "outgoing tree", "in": "incoming tree", "snapshot": "snapshot"}
 NO_TREE = {
     "out": "The kernel has one only in the active phase: khoctl activate",
     "in": "This kernel was not reached by a handover, or it handed nothing over.",
@@ -215,7 +216,7 @@ class Queries:
                     remedy="One of out, in, snapshot, or an id: khoctl dt list",
                 )
         if found is None:
-            raise Refused(f"There is no `{side}` tree now", where=side, remedy=NO_TREE[side])
+            raise Refused(f"There is no {NAMED[side]} now", remedy=NO_TREE[side])
         return found
 
     def effective_phase(self, observed: Observed | None) -> Phase:

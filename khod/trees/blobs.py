@@ -43,7 +43,7 @@ def opened(name: str, blob: bytes) -> Node:
             }
             return Node(name, {"compatible": _text(view[:8])} | numbers)
         raise MalformedTree(
-            "It is no FDT, and no structure we know", where=name, remedy=f"{FREED}." if name == LUO else ""
+            "It is neither an FDT nor a structure we know", where=name, remedy=f"{FREED}." if name == LUO else ""
         )
     if not name and not blob:
         raise MalformedTree("There is no root", remedy=f"On a running kernel this is expected: {HIDDEN}.")

@@ -54,7 +54,7 @@ Schemas = Mapping[str, tuple[Path, Any]]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found; `fits` where it is only said, as for a compatible no schema is for."""
+    """One thing that was found; `fits` where it is only reported, as for a compatible no schema is for."""
 
     path: str
     prop: str
@@ -171,10 +171,12 @@ def _schema(path: Path) -> Any:
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"The schema cannot be read: {error}", where=str(path)) from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"This is no JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+        raise ConfigError(f"This is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
     except jsonschema.SchemaError as error:
         place = "/".join(str(part) for part in error.absolute_path)
         raise ConfigError(
-            f"This is no JSON Schema: {error.message[:LONGEST]}", where=f"{path}: /{place}", remedy="Correct the file."
+            f"This is not a JSON Schema: {error.message[:LONGEST]}",
+            where=f"{path}: /{place}",
+            remedy="Correct the file.",
         ) from None
     return made

@@ -200,4 +200,4 @@ def test_khoctl_ends_with_the_exit_code_of_an_error_of_ours() -> None:
 def test_a_region_that_is_none_is_wrong_usage(text: str) -> None:
     told = khoctl("show", "--scratch", text, str(corpus.PLACE / "seeds/trees/v3.dtb"))
     assert told.returncode == Exit.usage
-    assert "is no region" in told.stderr
+    assert "is not a region" in told.stderr
