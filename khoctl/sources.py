@@ -285,7 +285,7 @@ def _of_thin(one: Entry, image: Unified, section: str) -> Path:
                     return path
             what = "another file than it was made for"
         else:
-            what = "no file there"
+            what = "not a file there"
     except OSError as error:
         what = f"a file that cannot be read: {errno_text(error)}"
     raise Refused(

@@ -74,8 +74,8 @@ IMAGES = [
     ("empty", Exit.refused, "empty"),
     ("truncated", Exit.refused, "truncated"),
     ("cut-in-the-header", Exit.refused, "x86_64"),
-    ("elf", Exit.refused, "no kernel"),
-    ("text", Exit.refused, "no kernel"),
+    ("elf", Exit.refused, "not a kernel"),
+    ("text", Exit.refused, "not a kernel"),
 ]
 
 

@@ -764,7 +764,7 @@ def test_names_of_units(name: str) -> None:
     ],
 )
 def test_what_is_no_name_of_a_unit(name: str) -> None:
-    with pytest.raises(UsageError, match="no name of a unit"):
+    with pytest.raises(UsageError, match="not a valid name of a unit"):
         check_unit(name)
 
 

@@ -17,7 +17,7 @@ FORBIDDEN = {
     r"\bcalled off\b": "aborted",
     r"(must not|may not) travel": "must not be reused",
     r"\bgo(es)? on with it\b": "continues in the background",
-    r"(?<![Tt]here )\b(is|are) no (?!longer|more)(?=\w)": "is not a",
+    r"(?<![Tt]here )\b(is|are) no(?! (longer|more)\b)(?= \w|$)": "is not a",
     r"\bis none\b": "is not one",
     r"\bis only said\b": "is only reported",
     r"\b[Hh](old|eld) (\w+ )*against\b": "compare with, validate against",
