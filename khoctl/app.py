@@ -14,7 +14,7 @@ import typer
 
 from khoctl.asking import Root
 from khod import __version__
-from khod.errors import Exit
+from khod.errors import Exit, UsageError
 
 MODULES = {
     "status": "handover",
@@ -30,6 +30,18 @@ MODULES = {
     "producers": "producers",
 }
 """Where each command is; a module's name is its group's, or stands for the commands in it."""
+
+JOURNAL = "The log: journalctl -u kho-handover. Where the handover stands: khoctl status."
+ELSEWHERE = {
+    "prepare": "It is the first step of: khoctl activate",
+    "load": "It is: khoctl kexec --load-only",
+    "exec": "It is: khoctl kexec",
+    "execute": "It is: khoctl kexec",
+    "history": JOURNAL,
+    "log": JOURNAL,
+    "logs": JOURNAL,
+}
+"""What does the work of commands that there are not, but that operators look for."""
 
 
 class Commands(Root):
@@ -54,6 +66,8 @@ class Commands(Root):
         if args == ["--help"]:
             typer.echo(ctx.get_help())
             raise typer.Exit
+        if args[0] in ELSEWHERE:
+            raise UsageError(f"No such command: {args[0]!r}", where=ctx.command_path, remedy=ELSEWHERE[args[0]])
         return super().resolve_command(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:

@@ -11,7 +11,7 @@ from khoctl.loader import GRUB, VARIABLES, Loader, loader, read, settings, varia
 from khod.errors import Refused
 
 SAVED = "@saved"
-ONCE = "{id} was chosen for the next boot alone, and stays chosen for it: kexec passes the boot loader by."
+ONCE = "{id} was chosen only for the next boot, and stays chosen for it: kexec passes the boot loader by."
 SET_DEFAULT = re.compile(r"""^[ \t]*set[ \t]+default=(?:"([^"\n]*)"|'([^'\n]*)'|([^\s"']*))""", re.MULTILINE)
 NEXT_ENTRY = ("$next_entry", "${next_entry}")
 DIGITS = 9
@@ -38,7 +38,7 @@ def default(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
             return chosen, ""
         if pattern.lower().startswith("auto-"):
             raise Refused(
-                f"The boot loader's default is {pattern}, which is no entry of a Linux kernel",
+                f"The boot loader's default is {pattern}, which is not an entry of a Linux kernel",
                 where=str(root / VARIABLES),
                 remedy="Choose one with --entry ID.",
             )

@@ -28,8 +28,7 @@ ROOT = "root"
 NUMBER = r"(0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19})"
 REGION = re.compile(rf"{NUMBER}\+{NUMBER}([KMGT]?)")
 SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-COLUMNS = ("ID", "TAKEN (UTC)", "KERNEL", "GENERATION", "BYTES", "DIGEST", "BOOT", "BLOBS")
-DIGITS = 12  # of a digest and a boot's id, in the table
+COLUMNS = ("ID", "TAKEN (UTC)", "KERNEL", "OUTCOME", "BYTES")  # what few ask for is in JSON alone
 DIFFERENT = 1  # as diff(1) ends
 AT_ONCE = 1000  # lines written together
 
@@ -56,7 +55,10 @@ class Form(StrEnum):
 
 @app.command("list")
 def dt_list(as_json: Json = False) -> None:
-    """List the snapshots khod keeps, the newest first."""
+    """List the snapshots khod keeps, the newest first.
+
+    Each was taken when its handover was activated; OUTCOME says what that came to, - where khod does not know.
+    """
     with client() as khod:
         found = khod.snapshots()
     _print([_json(found)] if as_json else _table(found))
@@ -70,16 +72,27 @@ def dt_show(
     scratch: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ADDR+SIZE", help="A scratch region to hold memory against; khod knows those of this host."
+            metavar="ADDR+SIZE", help="A scratch region to compare memory with; khod knows those of this host."
         ),
     ] = None,
     side: Side = None,
     as_json: Json = False,
 ) -> None:
-    """Show a tree, and where its memory lies."""
+    """Show a tree, and where its memory lies.
+
+    Exits with 1 where a blob is damaged; what can be read is shown all the same.
+    """
     given = [_region(text) for text in scratch or ()]
-    blobs, regions = _tree(side or tree, scratch=True)
+    name = side or tree
+    blobs, regions = _tree(name, scratch=True)
     blobs = blobs if blob is None else _one(blobs, blob)
+    _show(blobs, given or regions, summary=summary, as_json=as_json)
+    from khod.trees.blobs import damaged
+
+    raise typer.Exit(Exit.failed if damaged(blobs, shortened=_shortened(name)) else Exit.done)
+
+
+def _show(blobs: Mapping[str, bytes], regions: Sequence[Region], *, summary: bool, as_json: bool) -> None:
     if as_json and not summary:
         from khod.trees.plain import plain
 
@@ -92,12 +105,12 @@ def dt_show(
     if summary:
         from khod.trees.summary import summary as summed
 
-        found = summed(blobs, given or regions, width)
+        found = summed(blobs, regions, width)
         _print([_json(found)] if as_json else map(_shown, drawn.short(found, blobs, pen)))
         return
     from khod.trees.shown import show
 
-    _print(map(_shown, show(blobs, scratch=given or regions, width=width, pen=pen)))
+    _print(map(_shown, show(blobs, scratch=regions, width=width, pen=pen)))
 
 
 @app.command("diff")
@@ -127,9 +140,10 @@ def dt_diff(
 
 @app.command("export")
 def dt_export(
-    names: Annotated[
-        list[str], typer.Argument(metavar="[TREE] OUTPUT", help="A tree, and the file to write; - for standard output.")
-    ],
+    tree: Tree = "out",
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="The file to write; - is standard output.")
+    ] = "-",
     blob: Blob = ROOT,
     form: Annotated[
         Form,
@@ -137,14 +151,10 @@ def dt_export(
     ] = Form.dtb,
     side: Side = None,
 ) -> None:
-    """Write one blob of a tree to a file.
-
-    OUTPUT is the file to write, - for standard output.
-    """
-    *tree, output = names
-    if len(tree) > 1:
-        raise UsageError("There are too many words", where=" ".join(names), remedy="Give [TREE] OUTPUT.")
-    blobs = _one(_tree(side or (tree or ["out"])[0])[0], blob or ROOT)
+    """Write one blob of a tree to a file, or to standard output."""
+    if output == "-" and form is Form.dtb and sys.stdout.isatty():
+        raise UsageError("A blob is not written to a terminal", remedy="Give -o FILE, or --format dts or json.")
+    blobs = _one(_tree(side or tree)[0], blob or ROOT)
     for name, data in blobs.items():
         written = _written(name, data, form)
         if output == "-":
@@ -164,10 +174,11 @@ def dt_validate(
         Path | None, typer.Option(metavar="DIR", help="More schemas, COMPATIBLE.json; they win over all others.")
     ] = None,
     side: Side = None,
+    as_json: Json = False,
 ) -> None:
     """Validate a tree against the schemas.
 
-    Each node is held against the schema of its compatible. Exits with 3 where something does not fit.
+    Each node is compared with the schema of its compatible. Exits with 3 where something does not fit.
     """
     from khod.trees import validate as checking
 
@@ -175,9 +186,16 @@ def dt_validate(
         raise UsageError("There is no such directory", where=str(schemas))
     known = checking.schemas((checking.OWN, *((schemas,) if schemas else ())))
     name = side or tree
-    found = list(checking.validate(_tree(name)[0], known, shortened=not Path(name).is_file()))
-    _print(f"{finding} (not judged)" if finding.fits else str(finding) for finding in found)
-    raise typer.Exit(Exit.done if all(finding.fits for finding in found) else Exit.refused)
+    blobs = _tree(name)[0]
+    found = list(checking.validate(blobs, known, shortened=_shortened(name)))
+    valid = all(finding.fits for finding in found)
+    if as_json:
+        _print([_json({"valid": valid, "findings": found})])
+    else:
+        _print(f"{finding} (not judged)" if finding.fits else str(finding) for finding in found)
+        if valid:
+            _print([f"valid: {', '.join(printable(blob) or ROOT for blob in blobs)}"])
+    raise typer.Exit(Exit.done if valid else Exit.refused)
 
 
 def _written(name: str, data: bytes, form: Form) -> bytes:
@@ -209,6 +227,11 @@ def _tree(name: str, *, scratch: bool = False) -> tuple[Mapping[str, bytes], Seq
             return blobs, ()  # a tree can be shown without
 
 
+def _shortened(name: str) -> bool:
+    """Whether a tree may be debugfs's, of a running kernel, which does not show all of it."""
+    return not Path(name).is_file() and name != "-"
+
+
 def _one(blobs: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     key = "" if name == ROOT else name
     if key not in blobs:
@@ -222,7 +245,7 @@ def _region(text: str) -> Region:
         region = Region(int(found[1], 0), int(found[2], 0) << SHIFT[found[3]])
         if region.addr + region.size <= 1 << 64:
             return region
-    raise UsageError(f"{text!r} is no region", where="--scratch", remedy="Give one as 0x100000000+512M.")
+    raise UsageError(f"{text!r} is not a region", where="--scratch", remedy="Give one as 0x100000000+512M.")
 
 
 def _json(value: Any) -> str:
@@ -234,7 +257,7 @@ def _json(value: Any) -> str:
 def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
     taken = [item for item in found if item.run]
     if not taken:
-        yield "No snapshots: nothing has left this host yet."
+        yield "No snapshots: no handover has come as far as activate yet."
     else:
         yield from layout.table([COLUMNS, *map(_row, taken)], layout.columns())
     for item in found:
@@ -243,9 +266,9 @@ def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
 
 
 def _row(item: "Snapshot") -> tuple[str, ...]:
-    ids = item.digest[:DIGITS], item.boot_id[:DIGITS]
-    words = item.id, _date(item.taken_at), item.release, item.generation.value, str(item.bytes), *ids
-    return *map(printable, words), ", ".join(map(printable, item.blobs)) or "-"
+    outcome = item.outcome.replace("_", " ") or "-"
+    words = item.id, _date(item.taken_at), item.release, outcome, str(item.bytes)
+    return tuple(map(printable, words))
 
 
 def _date(seconds: float) -> str:

@@ -39,7 +39,7 @@ Cmdline = Annotated[
     str | None,
     typer.Option(
         help="Its command line. Without it the entry's or the unified image's own counts, then the running kernel's, "
-        "less BOOT_IMAGE=, initrd= and what else must not travel."
+        "without BOOT_IMAGE=, initrd= and the other words that must not be reused."
     ),
 ]
 Reuse = Annotated[bool, typer.Option("--reuse-cmdline", help="Use the running kernel's command line in any case.")]
@@ -53,10 +53,10 @@ Now = Annotated[
     bool,
     typer.Option(
         "--now",
-        help="Sync and jump at once, instead of systemctl kexec. Where the jump itself fails, this alone rolls back.",
+        help="Sync and jump at once, instead of systemctl kexec. Only with this is a jump that fails rolled back.",
     ),
 ]
-NoBlock = Annotated[bool, typer.Option("--no-block", help="Return when it has begun; khod goes on with it.")]
+NoBlock = Annotated[bool, typer.Option("--no-block", help="Return when it has begun; it continues in the background.")]
 Profile = Annotated[
     str | None, typer.Option("--profile", metavar="NAME", help="Take all of this from /etc/kho/handover.d/NAME.toml.")
 ]

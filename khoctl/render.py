@@ -7,6 +7,7 @@ first, every field of it, so that no text moves the cursor or looks like a line 
 import dataclasses
 import enum
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ IN_BLACKOUT = ("freeze", "activate", "load", "restore")
 """Steps whose time is known; what is left of the blackout is the jump and the boot."""
 SECONDS_SHOWN = 120
 """From here on a time ago is in minutes."""
+OF_A_RUN = re.compile(r"(?<![^ ])khod\.run=[0-9a-f]+(?![^ ])")
+EXAMPLE = "khod.run=RUN"
+"""A plan is of no run: what khod adds to the command line has its name only once a handover begins."""
 MOST = 10
 """Producers a page shows by name; `khoctl producers` shows all."""
 
@@ -375,12 +379,13 @@ def plan(found: Plan) -> str:
     """The steps with their undo, then what becomes of the command line, then what would be in the way."""
     found = escaped(found)
     lines = []
+    width = max((len(step.step) for step in found.steps), default=0)
     for number, step in enumerate(found.steps, 1):
-        lines.append(f"{number}. {typer.style(step.step, bold=True):<8}  {step.does}")
-        lines.append(typer.style(f"   undo: {step.undo}", dim=True))
+        lines.append(f"{number}. {typer.style(step.step.ljust(width), bold=True)}  {step.does}")
+        lines.append(typer.style(f"   {'undo'.ljust(width)}  {step.undo}", dim=True))
     if found.cmdline:
-        lines += ["", f"command line: {found.cmdline}"]
-        lines += [f"  {line}" for line in words(found.words)] or ["  as the running kernel's"]
+        lines += ["", f"command line: {OF_A_RUN.sub(EXAMPLE, found.cmdline)}"]
+        lines += [f"  {line}" for line in words(found.words)] or [f"  the running kernel's, with {EXAMPLE}"]
     if found.rollback_seconds:
         lines += ["", f"Until the jump is asked for, `khoctl abort` puts it back within {found.rollback_seconds:g} s."]
     lines += ["", checks(found.checks, quiet=True), "Nothing was touched."]

@@ -88,7 +88,9 @@ def installed(version: str, root: Path = Path("/")) -> Source:
     Refused where it has no initrd that can be known for its own, or only an entry has it and kexec cannot boot that.
     """
     if version in ("", ".", "..") or "/" in version or "\0" in version:
-        raise UsageError(f"{version!r} is no kernel version", where="--kernel", remedy="Give it as `uname -r` says it.")
+        raise UsageError(
+            f"{version!r} is not a kernel version", where="--kernel", remedy="Give it as `uname -r` says it."
+        )
     name = f"kernel {version}"
     kernel = _first(root / place.format(version) for place in KERNELS)
     initrd = _first(root / place.format(version) for place in INITRDS) or _of_package(version, root)
@@ -117,7 +119,7 @@ def installed(version: str, root: Path = Path("/")) -> Source:
     raise UsageError(
         f"No kernel {version} is installed",
         where=", ".join(map(str, (root / "boot", root / "usr/lib/modules", *laid_out))),
-        remedy=f"There are: {', '.join(_versions(root)) or 'none'}.",
+        remedy=f"There are: {', '.join(found)}." if (found := _versions(root)) else "None is installed.",
     )
 
 
@@ -283,7 +285,7 @@ def _of_thin(one: Entry, image: Unified, section: str) -> Path:
                     return path
             what = "another file than it was made for"
         else:
-            what = "no file there"
+            what = "not a file there"
     except OSError as error:
         what = f"a file that cannot be read: {errno_text(error)}"
     raise Refused(
@@ -367,7 +369,7 @@ def _refuse_foreign(one: Entry) -> None:
     for field in one.fields:
         if any("\udc80" <= char <= "\udcff" for char in field.value):
             raise Refused(
-                f"The entry {one.id} is no UTF-8", where=one.where(field), remedy="Write the line again in UTF-8."
+                f"The entry {one.id} is not UTF-8", where=one.where(field), remedy="Write the line again in UTF-8."
             )
 
 
@@ -410,7 +412,8 @@ def _file(one: Entry, field: Field, value: str, root: Path) -> Path:
                     return path
                 break
     raise Refused(
-        f"The entry {one.id} names {value!r}, which {'is no file there' if inside else 'leads out of its file system'}",
+        f"The entry {one.id} names {value!r}, which "
+        f"{'is not a file there' if inside else 'leads out of its file system'}",
         where=one.where(field),
         remedy=f"Mount {one.partition}, or correct the entry." if inside else "Correct the entry.",
     )

@@ -120,7 +120,7 @@ def _check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"The command line is no UTF-8 at character {error.start}",
+            f"The command line is not UTF-8 at character {error.start}",
             where=where,
             remedy="Write it in UTF-8." if where == OPTIONS else "Give a command line in UTF-8 with --cmdline.",
         ) from None

@@ -236,14 +236,14 @@ def _checked(source: Fragment, section: Any, name: str, key: str, value: Any) ->
             remedy=f"It takes one of: {', '.join(CHOICES[dotted])}.",
         )
     if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
-        raise ConfigError(f"`{dotted}` is {value}", where=source.where(dotted), remedy="It takes a positive number.")
+        raise ConfigError(f"`{dotted}` is {value}", where=source.where(dotted), remedy="It must be a positive number.")
     return float(value) if wanted is float else value
 
 
 def _names(source: Fragment, dotted: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise ConfigError(
-            f"`{dotted}` is {value!r}", where=source.where(dotted), remedy='It takes a list of names, ["one", "two"].'
+            f"`{dotted}` is {value!r}", where=source.where(dotted), remedy='It must be a list of names, ["one", "two"].'
         )
     return tuple(value)
 

@@ -91,7 +91,7 @@ class NotRolledBack(KhoError):
 
 
 class Degraded(KhoError):
-    """The new kernel runs and the state did not arrive whole."""
+    """The new kernel runs and some state did not arrive."""
 
     exit = Exit.degraded
 

@@ -318,7 +318,8 @@ class Snapshot:
 
     `taken_at` is in seconds since the epoch, for people: what orders them is the order they were taken in. `bytes` is
     the size of all blobs, `digest` the SHA-256 of the root and then each blob in order of name. `wrong` says what is
-    the matter with it, "" nothing.
+    the matter with it, "" nothing. `outcome` is what its handover came to: what this boot came to, where it led here;
+    the phase, where it is under way; `rolled_back`, where it was begun in this boot; "" where khod does not know.
     """
 
     id: str
@@ -331,6 +332,7 @@ class Snapshot:
     blobs: list[str]
     digest: str
     wrong: str = ""
+    outcome: str = ""
 
 
 @dataclass(frozen=True)

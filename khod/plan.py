@@ -48,7 +48,9 @@ def planned(
     }
     steps = [Planned(step.value, does[step], undo[step]) for step in left(machine, kernel.order, last)]
     if not request.load_only:
-        after = "in the next kernel: hold what arrived against the snapshot, give the producers back what they left"
+        after = (
+            "in the next kernel: compare what arrived with the snapshot, give the producers back what they handed over"
+        )
         steps.append(Planned("verify", after, "no undo; missing state is reported (exit code 7)"))
     return steps
 

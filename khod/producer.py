@@ -231,7 +231,7 @@ class Producer:
         except Veto as error:
             return {"answer": "veto", "reason": str(error)}
         except CalledOff:
-            return {"answer": "veto", "reason": "called off"}
+            return {"answer": "veto", "reason": "aborted"}
         except BaseException as error:  # whatever goes wrong in a handler, the answer is no
             if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
                 raise  # the process ends, and its connection with it

@@ -161,7 +161,7 @@ def decode(raw: bytes, where: str = "") -> Record:
     try:
         values = json.loads(raw)
         if not isinstance(values, dict):
-            raise TypeError("it is no JSON object")
+            raise TypeError("it is not a JSON object")
         version = values.get("version")
         if isinstance(version, int) and version > VERSION:
             raise RecordError(
@@ -273,5 +273,5 @@ def _unwritable(error: OSError, path: Path) -> RecordError:
     return RecordError(
         f"The record cannot be written: {errno_text(error)}",
         where=str(path),
-        remedy="Make room or mount the file system writable; the kernel was not touched since.",
+        remedy="Free some space or mount the file system writable; the kernel was not touched since.",
     )

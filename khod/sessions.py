@@ -117,7 +117,7 @@ class Sessions:
                     remedy="systemctl status",
                 ) from None
         if (fd := self._fds.get(session)) is None:
-            raise Refused("The handover was called off before the files were preserved", where=session)
+            raise Refused("The handover was aborted before the files were preserved", where=session)
         return fd
 
     def _preserve(self, session: str, fd: int, files: Sequence[tuple[Kept, int]], done: list[Kept]) -> None:

@@ -25,8 +25,8 @@ from khod.snapshot_directory import DamagedError, Entry
 
 MAX_STRANGERS_LISTED = 20
 REMEDIES = {
-    errno.ENOSPC: "Make room on that file system (df -h, df -i). Nothing of the kernel's was changed.",
-    errno.EDQUOT: "Make room within the quota of that file system. Nothing of the kernel's was changed.",
+    errno.ENOSPC: "Free some space on that file system (df -h, df -i). Nothing of the kernel's was changed.",
+    errno.EDQUOT: "Free some space within the quota of that file system. Nothing of the kernel's was changed.",
     errno.EROFS: "Mount that file system writable, and look in the kernel log for why it is not.",
     errno.EIO: "The disk fails: look at the kernel log.",
 }

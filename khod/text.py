@@ -16,18 +16,25 @@ MAX_NAMES = 10
 """Names in one sentence; whatever has a list of them shows all."""
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+BYTES = 0xDC00
+"""From here on Python's `surrogateescape` has the bytes that are no UTF-8."""
 _TO_SPACE = str.maketrans(dict.fromkeys(ASCII_SPACE, " "))
 
 
 def printable(text: str) -> str:
-    r"""Escape what is not printable as Python writes it: `\x1b`, `\n`, `\u202e`.
+    r"""Escape what is not printable as Python writes it: `\x1b`, `\n`, `\u202e`; a byte that was no UTF-8 as `\xff`.
 
     str.isprintable() is the measure: controls (C0, DEL, C1), formats (the bidirectional controls among them), line and
     paragraph separators, surrogates, and every space but the plain one.
     """
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    byte = ord(char) - BYTES
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(char)[1:-1]  # noqa: PLR2004 - the bytes that are not ASCII
 
 
 def one_line(text: str, limit: int = MAX_REASON) -> str:

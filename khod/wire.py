@@ -49,7 +49,7 @@ def _decode(wanted: Any, value: Any, may_lack: Set[str]) -> Any:
         return wanted[value]
     allowed = (float, int) if wanted is float else wanted
     if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
-        raise TypeError(f"{value!r} is no {wanted.__name__}")
+        raise TypeError(f"{value!r} is not of type {wanted.__name__}")
     return value
 
 

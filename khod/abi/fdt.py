@@ -101,7 +101,7 @@ class _Reader:
     def __init__(self, blob: bytes, where: str) -> None:
         self.where = where
         if len(blob) < U32.size or U32.unpack_from(blob)[0] != MAGIC:
-            raise self.bad("This is no flattened device tree: its magic number is missing")
+            raise self.bad("This is not a flattened device tree: its magic number is missing")
         if (total := cut(blob)) or len(blob) < V16_SIZE:
             raise self.bad(f"The tree is cut off: {len(blob)} of {max(total, V16_SIZE)} bytes are there")
         _magic, self.total, struct_at, strings_at, self.reserve_at, self.version, last, self.boot_cpu = (

@@ -457,7 +457,7 @@ class Engine:
             peer.late()
 
     def _peer_left(self, peer: Peer) -> None:
-        self._transaction.emit(f"producer {peer.name} left", Member(peer).shown())
+        self._transaction.emit(f"producer {peer.name} disconnected", Member(peer).shown())
         if not peer.told or peer.restoring:
             return
         cause = Refused(

@@ -35,6 +35,7 @@ from khod.sessions import Sessions, session_of
 from khod.target import Request, Target, take
 
 T = TypeVar("T")
+NAMED = {"out": "outgoing tree", "in": "incoming tree", "snapshot": "snapshot"}
 NO_TREE = {
     "out": "The kernel has one only in the active phase: khoctl activate",
     "in": "This kernel was not reached by a handover, or it handed nothing over.",
@@ -166,7 +167,20 @@ class Queries:
 
     async def snapshots(self) -> list[model.Snapshot]:
         """List the trees that were kept when they left, the newest first."""
-        return await self._query(self._store.snapshots.known, "listing the snapshots")
+        found = await self._query(self._store.snapshots.known, "listing the snapshots")
+        return [replace(snapshot, outcome=self._came_to(snapshot)) for snapshot in found]
+
+    def _came_to(self, snapshot: model.Snapshot) -> str:
+        """What the handover of a snapshot came to, as far as the record of this boot tells."""
+        record, phase = self._transaction.record, self._transaction.phase
+        if not snapshot.run:
+            return ""
+        if snapshot.run == record.arrived_run:
+            return record.outcome.value
+        if snapshot.run == record.run and phase not in RESTING:
+            return phase.value
+        here = self._observer.last is not None and snapshot.boot_id == self._observer.last.boot_id
+        return "rolled_back" if here else ""
 
     async def scratch(self) -> list[Region]:
         """Give the regions the next kernel must fit into."""
@@ -202,7 +216,7 @@ class Queries:
                     remedy="One of out, in, snapshot, or an id: khoctl dt list",
                 )
         if found is None:
-            raise Refused(f"There is no `{side}` tree now", where=side, remedy=NO_TREE[side])
+            raise Refused(f"There is no {NAMED[side]} now", remedy=NO_TREE[side])
         return found
 
     def effective_phase(self, observed: Observed | None) -> Phase:

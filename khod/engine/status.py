@@ -46,7 +46,7 @@ SAYS: dict[Phase, tuple[str, str]] = {
     ),
     Phase.inconsistent: (
         "khod's record and the kernel contradict each other.",
-        "To put back what is left and have every producer go on: khoctl abort --force",
+        "To undo the rest and thaw every producer: khoctl abort --force",
     ),
 }
 

@@ -63,7 +63,7 @@ def _gzip(data: memoryview, where: str) -> set[str]:
 def _xz(data: memoryview, where: str) -> set[str]:
     if len(data) > XZ_CHECK and data[XZ_CHECK] > XZ_CHECK_CRC32:
         name = XZ_CHECKS.get(data[XZ_CHECK], f"of type {data[XZ_CHECK]}")
-        raise _not_taken(f"its xz check is {name}, and kernels know CRC32 alone", where, XZ_REMEDY)
+        raise _not_taken(f"its xz check is {name}, and kernels know only CRC32", where, XZ_REMEDY)
     if len(data) <= XZ_FILTERS:
         return set()
     flags, at = data[XZ_BLOCK_FLAGS], XZ_FILTERS

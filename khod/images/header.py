@@ -109,7 +109,7 @@ def _bzimage(view: memoryview, where: str) -> Header | None:
         raise pe.truncated("its compressed kernel", setup_size + offset + length, len(view), where)
     if alignment & (alignment - 1):  # <asm/boot.h> lets no other be built, and the loader's ALIGN_DOWN() wants it
         raise Refused(
-            f"The image is damaged: its header names an alignment of {alignment:#x}, which is no power of two",
+            f"The image is damaged: its header names an alignment of {alignment:#x}, which is not a power of two",
             where=where,
             remedy="Copy the image again from its package.",
         )

@@ -221,7 +221,7 @@ class _Walk:
         try:
             fields = struct.unpack(">13I", bytes.fromhex(head[len(MAGIC) :].decode("ascii")))
         except (ValueError, struct.error):
-            raise self.damaged("an entry's header is no row of numbers", start, within) from None
+            raise self.damaged("an entry's header is not a row of numbers", start, within) from None
         mode, size, name_size, check = (fields[place] for place in (MODE, FILESIZE, NAMESIZE, CHECK))
         name = self._name(stream, name_size, start, within)
         total = 0

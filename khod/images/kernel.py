@@ -207,7 +207,7 @@ def _initrd(parts: dict[str, memoryview], where: str) -> Sealed | None:
 def _about(view: memoryview, portable: Portable | None, machine: str, where: str, limit: int) -> Kernel:
     found = header.read(view, machine, where)
     if found is None:
-        raise Refused("The image is no kernel of a kind khod knows", where=where, remedy=_ANOTHER)
+        raise Refused("The image is not a kernel of a kind khod knows", where=where, remedy=_ANOTHER)
     header.check(found, machine, where)
     opaque, inside = found.opaque, NO_CONTENTS
     if not opaque:

@@ -87,7 +87,7 @@ class Account:
             raise Refused(
                 f"It cannot be written down how much is handed over: {errno_text(error)}",
                 where=str(self._path),
-                remedy="Make room there.",
+                remedy="Free some space on that file system.",
             ) from error
 
 
@@ -109,7 +109,7 @@ class Measured:
         try:
             found = statx(fd)
         except OSError as error:
-            raise Refused(f"{kept.name} is no open file: {errno_text(error)}", where=kept.name) from error
+            raise Refused(f"{kept.name} is not an open file: {errno_text(error)}", where=kept.name) from error
         size = -(-found.size // PAGE_BYTES) * PAGE_BYTES
         return cls(kept.name, kind(fd), size, max(0, size - found.blocks * 512))
 

@@ -71,7 +71,7 @@ LOAD: Errnos = {
     ),
     errno.EKEYEXPIRED: ("the key the image is signed with has expired", f"Sign it with another. {LIST_KEYS}"),
     errno.EKEYREVOKED: ("the key the image is signed with is revoked", f"Sign it with another. {LIST_KEYS}"),
-    errno.ELIBBAD: ("its PE headers or its signature's frame are damaged, or it is no PE file at all", COPY),
+    errno.ELIBBAD: ("its PE headers or its signature's frame are damaged, or it is not a PE file at all", COPY),
     errno.EBADMSG: ("the image's signature cannot be parsed", COPY),
     errno.EMSGSIZE: ("the image's signature is longer than 64 KiB", "Sign it again, with fewer certificates in it."),
     errno.ENOPKG: (
@@ -79,7 +79,7 @@ LOAD: Errnos = {
         "Compare sbverify --list IMAGE with /proc/crypto; sign with one that is there, or modprobe it.",
     ),
     ENOTSUPP: (
-        "the kernel's ENOTSUPP: the signature is no PKCS#7 one of revision 2.0",
+        "the kernel's ENOTSUPP: the signature is not a PKCS#7 one of revision 2.0",
         "Sign it with sbsign or pesign.",
     ),
 }
@@ -92,7 +92,7 @@ NO_SIGNATURES = (
 LOAD_ON: Mapping[str, Errnos] = {
     "x86_64": {
         errno.ENOEXEC: (
-            "it is no 64-bit bzImage that may lie above 4 GiB, or it is cut off",
+            "it is not a 64-bit bzImage that may lie above 4 GiB, or it is cut off",
             "Give the vmlinuz of a 64-bit kernel: file IMAGE says `bzImage`. Unpack a UKI or a zboot image first.",
         ),
         errno.EOPNOTSUPP: (
@@ -103,8 +103,8 @@ LOAD_ON: Mapping[str, Errnos] = {
     "aarch64": {
         # Its one loader says EINVAL where others say ENOEXEC.
         errno.EINVAL: (
-            "it is no arm64 Image (an Image.gz, zboot or UKI must be unpacked), or one for another page size or byte "
-            "order than this processor has, or the device tree with the new command line cannot be made",
+            "it is not an arm64 Image (an Image.gz, zboot or UKI must be unpacked), or one for another page size or "
+            "byte order than this processor has, or the device tree with the new command line cannot be made",
             f"file IMAGE must say `Linux kernel ARM64 boot executable Image`. {LOG}",
         ),
         errno.EBUSY: (
@@ -120,7 +120,7 @@ LOAD_ON: Mapping[str, Errnos] = {
     "riscv64": {
         # The loader for Image files is asked last, and says EINVAL.
         errno.EINVAL: (
-            "it is no riscv Image or ELF file, it is for another byte order, or the device tree cannot be made",
+            "it is not a riscv Image or ELF file, it is for another byte order, or the device tree cannot be made",
             f"file IMAGE must say `Linux kernel RISC-V boot executable Image`. {LOG}",
         ),
         errno.ENOEXEC: (
@@ -132,7 +132,7 @@ LOAD_ON: Mapping[str, Errnos] = {
     "s390x": {
         # Its last loader takes any file, so a wrong one shows by its size alone.
         errno.EINVAL: (
-            "the command line is too long for this image (896 bytes for an old one), or it is no s390 kernel",
+            "the command line is too long for this image (896 bytes for an old one), or it is not an s390 kernel",
             f"Shorten the command line, or give the `image` file of a kernel package. {LOG}",
         ),
         errno.EKEYREJECTED: (
@@ -141,7 +141,7 @@ LOAD_ON: Mapping[str, Errnos] = {
         ),
     },
     "ppc64le": {
-        errno.ENOEXEC: ("it is no 64-bit PowerPC ELF file", "Give the vmlinux, uncompressed, of this byte order."),
+        errno.ENOEXEC: ("it is not a 64-bit PowerPC ELF file", "Give the vmlinux, uncompressed, of this byte order."),
         errno.ETXTBSY: (
             "the image would lie over the running kernel or over the tables of the I/O host bridges, or a process "
             "has its file open for writing",
@@ -155,7 +155,7 @@ LOAD_ON: Mapping[str, Errnos] = {
         errno.EKEYREJECTED: NO_SIGNATURES,
     },
     "loongarch64": {
-        errno.ENOEXEC: ("it is no LoongArch EFI image or ELF file", "Give the vmlinux.efi or vmlinux of a kernel."),
+        errno.ENOEXEC: ("it is not a LoongArch EFI image or ELF file", "Give the vmlinux.efi or vmlinux of a kernel."),
         errno.EINVAL: (
             "the command line with the initrd's place in it is too long, or the image's size is 0",
             "Shorten the command line: `initrd=` and its address are added to it. Else give another image.",
@@ -232,7 +232,7 @@ FINALIZE_ON: Errnos = {
     ),
     errno.ENOMEM: ("there is no memory to list the preserved pages", "Free memory: free -m"),
     errno.EINVAL: (
-        "a producer in the kernel gave a range that is no whole number of pages",
+        "a producer in the kernel gave a range that is not a whole number of pages",
         "Round every reserve_mem= up to whole pages, or unload the module that was added last: lsmod",
     ),
     errno.EBUSY: (

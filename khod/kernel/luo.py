@@ -22,7 +22,7 @@ LOG = "Look at the kernel log: journalctl -kb -g 'luo|memfd'"
 NEWER = "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
 BROKEN = f"{LOG}. It stays so until a reboot."
 TOO_MANY = "Raise LimitNOFILE= (systemctl edit kho-handover.service), or hand over fewer files."
-NO_SESSION = ("this kernel's LUO does not know the call, or the descriptor is no session", LOG)
+NO_SESSION = ("this kernel's LUO does not know the call, or the descriptor is not a session", LOG)
 SESSION: Errnos = {
     errno.EBUSY: ("another process has the device open", "Find it with: fuser -v /dev/liveupdate"),
     errno.EIO: ("what the previous kernel handed over cannot be read", BROKEN),
@@ -61,7 +61,7 @@ PRESERVE: Errnos = {
         "this session came from the previous kernel, or the file's pages cannot be pinned",
         "khoctl check says what was not taken back yet; `failed to pin folios` in the kernel log means the file.",
     ),
-    errno.EBADF: ("it is no open file", "Keep it open until the answer has come."),
+    errno.EBADF: ("it is not an open file", "Keep it open until the answer has come."),
     errno.ENODEV: ("the module that preserves such files is being unloaded", "Load it again: modprobe"),
     errno.ENOTTY: NO_SESSION,
 }

@@ -65,6 +65,6 @@ class KhoKernel(Protocol):
 
 
 def regions(phys: bytes, length: bytes) -> list[Region]:
-    """Pair scratch_phys with scratch_len (or bootmem_*), a line each; a line may be 0x0, which is no region."""
+    """Pair scratch_phys with scratch_len (or bootmem_*), a line each; a line may be 0x0, which is not a region."""
     pairs = zip(phys.split(), length.split(), strict=True)
     return [Region(int(addr, 16), int(size, 16)) for addr, size in pairs if int(size, 16)]

@@ -20,7 +20,7 @@ def handover(phase: Phase, record: Record, *, busy: bool, takes_image: bool) -> 
         return Check("handover", CheckResult.passed, "No handover is under way", "")
     elif phase not in HELD:
         evidence = f"The last handover stands at {phase.value}{by}: a new one would be refused"
-        remedy = "Put it back first: khoctl abort. khoctl status says what is left"
+        remedy = "Put it back first: khoctl abort. khoctl status says what is not undone"
     elif takes_image and Step.load in record.done:
         evidence = (
             f"The handover under way ({phase.value}{by}) has an image loaded already: another one would be refused"

@@ -80,11 +80,11 @@ def disk(facts: Facts) -> Finding:
     free = facts.store.free()
     if free < RESERVE:
         return Finding.fail(
-            f"{format_size(free)} are free in {facts.store.directory}, and the record and the snapshot may need "
+            f"{format_size(free)} free in {facts.store.directory}; the record and the snapshot may need "
             f"{format_size(RESERVE)}",
             "Free some space on that file system.",
         )
-    return Finding.passed(f"{format_size(free)} are free in {facts.store.directory}")
+    return Finding.passed(f"{format_size(free)} free in {facts.store.directory}")
 
 
 def record(facts: Facts) -> Finding | None:

@@ -188,7 +188,7 @@ def cmdline(facts: Facts) -> Finding | None:
     if about is not None and about.config is not None and ignores_line(about.config):
         return Finding(
             CheckResult.fail if is_on is False else CheckResult.warn,
-            f"{about.version or target.kernel.name} boots with the command line it was built with alone: "
+            f"{about.version or target.kernel.name} boots only with the command line it was built with: "
             f"{shorten(printable(target.booted_line), MAX_LINE_SHOWN) or 'an empty one'}",
             "Choose a kernel built without CONFIG_CMDLINE_OVERRIDE and CONFIG_CMDLINE_FORCE.",
         )
@@ -294,8 +294,8 @@ def signature(facts: Facts, target: Target, about: Kernel) -> Finding:
         return Finding.passed(f"{subject} is signed ({about.signature.value})")
     if enforced:
         return Finding.fail(
-            f"{subject} is not signed, and this kernel loads signed images alone: it would say ENODATA, or "
-            "ELIBBAD of an image that is no PE",  # seen on 7.3.4, of one built without CONFIG_EFI_STUB
+            f"{subject} is not signed, and this kernel loads only signed images: it would say ENODATA, or "
+            "ELIBBAD of an image that is not a PE file",  # seen on 7.3.4, of one built without CONFIG_EFI_STUB
             "Use a signed image (Debian: linux-image-VERSION-amd64, not -unsigned), or sign it with a key this kernel "
             "trusts (sbsign), for which it must be built with CONFIG_EFI_STUB."
             + (" The unified image's own signature is nothing to kexec." if "UKI" in formats else ""),

@@ -39,7 +39,7 @@ def capability(facts: Facts) -> Finding:
     """Khod may load and jump at all."""
     allowed = host.may_boot(facts.kexec.calls)
     if allowed is None:
-        return Finding.skipped("Capabilities unknown: the kernel does not say what this process may do")
+        return Finding.skipped("Capabilities unknown: /proc/self/status does not tell them")
     if not allowed:
         return Finding.fail("khod lacks CAP_SYS_BOOT: it can neither load an image nor jump", "Run khod from its unit.")
     return Finding.passed("khod has CAP_SYS_BOOT")
@@ -170,7 +170,7 @@ def crash(facts: Facts) -> Finding:
     loaded = host.crash_loaded(facts.kexec.calls)
     if loaded is None:
         return Finding.skipped("This kernel has no slot for a crash kernel")
-    return Finding.passed(f"{'A' if loaded else 'No'} crash kernel is loaded; khod leaves its slot alone")
+    return Finding.passed(f"{'A' if loaded else 'No'} crash kernel is loaded; khod does not touch its slot")
 
 
 def memory(facts: Facts) -> Finding | None:

@@ -94,7 +94,9 @@ def strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str
     words = [word for word in given if isinstance(word, str) and word and "\0" not in word]
     if len(words) < len(given) or (some and not words):
         raise ConfigError(
-            f"`{key}` is {value!r}", where=str(path), remedy='It takes a list of strings without a NUL, ["one", "two"].'
+            f"`{key}` is {value!r}",
+            where=str(path),
+            remedy='It must be a list of strings without a NUL, ["one", "two"].',
         )
     return words
 
@@ -102,7 +104,7 @@ def strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str
 def string(value: Any, path: Path, key: str) -> str:
     """Check a string that is not empty; ConfigError names the file."""
     if not isinstance(value, str) or not value or "\0" in value:
-        raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy='It takes a string, "like this".')
+        raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy='It must be a string, "like this".')
     return value
 
 

@@ -105,7 +105,7 @@ def _common(values: Values, path: Path) -> Values:
         raise ConfigError(
             f"`timeout` is {timeout!r}",
             where=str(path),
-            remedy=f"It takes a positive number of seconds, at most {MAX_TIMEOUT_SECONDS}.",
+            remedy=f"It must be a positive number of seconds, at most {MAX_TIMEOUT_SECONDS}.",
         )
     lists = {key: tuple(strings(values.pop(key, []), path, key)) for key in ("after", "before", "devices")}
     return {"name": path.stem, "timeout": float(timeout), **lists}

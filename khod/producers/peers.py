@@ -591,7 +591,9 @@ def _check_terms(terms: Terms) -> None:
         _check_count(what, names)
     for device in terms.devices:
         if not DEVICE.fullmatch(device) or ".." in device.split("/") or len(device) > MAX_PATH:
-            raise UsageError(f"{device[:80]!r} is no device", where="devices", remedy="Give a path below /sys or /dev.")
+            raise UsageError(
+                f"{device[:80]!r} is not a device", where="devices", remedy="Give a path below /sys or /dev."
+            )
     _check_count("devices", terms.devices)
 
 

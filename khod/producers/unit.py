@@ -399,7 +399,7 @@ class Bus:
                     raise ValueError
                 self._parser.add_data(await self._read())
         except GARBLED:
-            raise Veto("the system bus sent what is no D-Bus message") from None
+            raise Veto("the system bus sent what is not a D-Bus message") from None
         if message.header.message_type is MessageType.signal:
             fields = message.header.fields
             match (fields.get(HeaderFields.member), fields.get(HeaderFields.sender), *message.body):

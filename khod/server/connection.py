@@ -161,7 +161,7 @@ class Connection:
             message = messages.parse(text)
         except messages.NotJson as error:
             files.close()
-            self.refuse(f"The message is no Varlink call: {error}")
+            self.refuse(f"The message is not a Varlink call: {error}")
             return
         self._oneway = message.get("oneway") is True
         self._try(message, files, may_wait=True)

@@ -121,7 +121,7 @@ def _answer(
         )
     for name, token in zip(names, tokens, strict=True):
         if not 0 <= token < 1 << 64:
-            raise UsageError(f"The token {token} is no u64", where=name[:MAX_FILE_NAME])
+            raise UsageError(f"The token {token} is not a u64", where=name[:MAX_FILE_NAME])
         if not name or len(name) > MAX_FILE_NAME or not name.isprintable():
             raise UsageError(f"{name[:MAX_FILE_NAME]!r} is not a valid name of a file", where="names")
     if progress is not None and not 0 <= progress <= 1:

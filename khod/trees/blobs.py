@@ -1,6 +1,7 @@
 """A producer's blob as a node: most are an FDT, since Linux 7.0 some are a C structure, any may be anything."""
 
 import struct
+from collections.abc import Mapping
 
 from khod.abi import fdt
 from khod.abi.fdt import Node
@@ -42,7 +43,7 @@ def opened(name: str, blob: bytes) -> Node:
             }
             return Node(name, {"compatible": _text(view[:8])} | numbers)
         raise MalformedTree(
-            "It is no FDT, and no structure we know", where=name, remedy=f"{FREED}." if name == LUO else ""
+            "It is neither an FDT nor a structure we know", where=name, remedy=f"{FREED}." if name == LUO else ""
         )
     if not name and not blob:
         raise MalformedTree("There is no root", remedy=f"On a running kernel this is expected: {HIDDEN}.")
@@ -52,6 +53,25 @@ def opened(name: str, blob: bytes) -> Node:
         if not name and fdt.cut(blob):
             error.remedy = f"On a running kernel this is expected: {CUT}."
         raise
+
+
+def broken(name: str, blob: bytes) -> bool:
+    """Whether what cannot be read should be an FDT; any other producer's blob may be anything."""
+    return not name or blob.startswith(fdt.U32.pack(fdt.MAGIC))
+
+
+def damaged(blobs: Mapping[str, bytes], *, shortened: bool = False) -> bool:
+    """Whether a blob that should be an FDT cannot be read.
+
+    With `shortened` what a healthy kernel may show in debugfs is let pass.
+    """
+    for name, blob in blobs.items():
+        try:
+            opened(name, blob)
+        except MalformedTree as error:
+            if broken(name, blob) and not (shortened and error.remedy):
+                return True
+    return False
 
 
 def _text(member: memoryview) -> memoryview:

@@ -82,9 +82,9 @@ def memory(of: Summary, pen: Pen) -> Iterator[str]:
 
 
 def strip(found: Memory, pen: Pen, *, scratch: bool) -> Iterator[str]:
-    """Draw the memory from the lowest address to the highest, as full as the fullest column is tall."""
+    """Draw the memory from the lowest address to the highest; the fullest column is full where it has PERCENT."""
     fullest = max(found.density)
-    top = len(pen.levels) - 1
+    top = len(pen.levels) - 1 if fullest >= PERCENT else 1
     drawn = [
         pen.clash
         if clash
@@ -96,7 +96,7 @@ def strip(found: Memory, pen: Pen, *, scratch: bool) -> Iterator[str]:
         for density, at, clash in zip(found.density, found.scratch, found.clash, strict=True)
     ]
     yield f"|{''.join(drawn)}|"
-    legend = f"{pen.levels[-1]} {'under 1%' if fullest < PERCENT else f'{fullest:.0%}'} used"
+    legend = f"{pen.levels[top]} {'under 1%' if fullest < PERCENT else f'{fullest:.0%}'} used"
     legend += f", {pen.scratch} scratch" if scratch else ""
     legend += f", {pen.clash} both" if any(found.clash) else ""
     first, last = f"{found.start:#x}", f"{found.end - 1:#x}"

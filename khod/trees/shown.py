@@ -9,7 +9,7 @@ from khod.trees.blobs import opened
 from khod.trees.drawn import BLOCKS, Pen, head, memory, wrong
 from khod.trees.kinds import Decoded, decoded, promised
 from khod.trees.summary import summary
-from khod.trees.words import MARK
+from khod.trees.words import MARK, counted
 
 
 def show(
@@ -46,4 +46,4 @@ def words(found: Decoded, length: int, *, known: bool) -> str:
     """A decoded value in words."""
     if found.wrong:
         return f"{found.text} {MARK} {found.wrong}"
-    return found.text if known or not found.text else f"{found.text} [{length} bytes]"
+    return found.text if known or not found.text else f"{found.text} [{counted(length, 'byte')}]"

@@ -54,7 +54,7 @@ def dts(blob: bytes, name: str = "") -> tuple[str, str]:
     made, note = compiled(tree), ""
     if padded(made, len(blob)) != blob:
         note = (
-            "dtc makes the same tree of this in its own layout, not the same bytes: "
+            "dtc will produce an equivalent tree, but not the identical bytes: it produces "
             f"those of `{' '.join(('dtc -I dtb -O dtb', *asked))}` of the blob"
         )
     elif made != blob:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from khod.abi.fdt import MAGIC, U32, Node
+from khod.abi.fdt import Node
 from khod.errors import MalformedTree
 from khod.region import Region
-from khod.trees.blobs import opened
+from khod.trees.blobs import broken, opened
 from khod.trees.memory import Memory, summarise
 from khod.trees.words import family
 
@@ -50,7 +50,7 @@ def summary(blobs: Mapping[str, bytes], scratch: Sequence[Region] = (), width: i
         try:
             root = opened(name, blob)
         except MalformedTree as error:
-            damaged = not name or blob.startswith(U32.pack(MAGIC))
+            damaged = broken(name, blob)
             found.append(Blob(name, len(blob), wrong=error.what, remedy=error.remedy, damaged=damaged))
             continue
         nodes = list(root.walk())

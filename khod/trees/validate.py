@@ -17,19 +17,44 @@ from typing import Any
 from khod.abi import fdt
 from khod.abi.fdt import Node
 from khod.errors import ConfigError, MalformedTree
-from khod.text import printable
+from khod.text import printable, shorten
 from khod.trees.blobs import METADATA, opened
 from khod.trees.kinds import decoded
+from khod.trees.words import hexadecimal
 
 OURS = Path(__file__).parent / "schemas"
 OWN = Path("/etc/kho/schemas")
-LONGEST = 200  # characters of what a schema's checker says
+LONGEST = 200  # characters of a finding
+PARTS = {"properties": "property", "children": "child node"}
+"""What a node's instance is made of, and what each item in it is."""
+COUNTED = ("Items", "Length", "Properties")
+TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "array": "a list",
+    "object": "an object",
+    "boolean": "true or false",
+}
+SIZES = {f"min{what}": "at least" for what in COUNTED} | {f"max{what}": "at most" for what in COUNTED}
+RULES = {
+    "type": "",
+    "const": "",
+    "enum": "one of ",
+    "minimum": "at least ",
+    "maximum": "at most ",
+    "exclusiveMinimum": "more than ",
+    "exclusiveMaximum": "less than ",
+    "multipleOf": "a multiple of ",
+    "pattern": "a text like ",
+}
+"""How a JSON Schema's rules are said."""
 Schemas = Mapping[str, tuple[Path, Any]]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found; `fits` where it is only said, as for a compatible no schema is for."""
+    """One thing that was found; `fits` where it is only reported, as for a compatible no schema is for."""
 
     path: str
     prop: str
@@ -75,6 +100,8 @@ def _nodes(node: Node, parent: Node | None, path: str, place: str, known: Schema
         yield from _held(instance(node, parent), where, *known[kind])
     elif kind:
         yield Finding(where, "compatible", f"there is no schema for {printable(kind)}", fits=True)
+    elif parent is None:  # the root's says what all of it is; another producer's blob may do without
+        yield Finding(where, "compatible", "missing: nothing says what this is", fits=place != "root:")
     for child in node.children:
         yield from _nodes(child, node, f"{path}/{child.name}", place, known)
 
@@ -97,15 +124,42 @@ def _held(held: dict[str, Any], where: str, path: Path, schema: Any) -> Iterator
 
     # An empty registry: a reference out of the file is an error, and never fetched from the network.
     checker = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
+    found = dict[Finding, None]()  # each once: bytes that are malformed may break several rules
     try:
         for error in checker.iter_errors(held):
-            place = [str(part) for part in error.absolute_path if part not in ("properties", "children")]
-            what = error.message if len(error.message) <= LONGEST else f"{error.message[:LONGEST]} ..."
-            yield Finding(where, printable("/".join(place)), printable(what))
+            place = [str(part) for part in error.absolute_path if part not in PARTS]
+            found[Finding(where, printable("/".join(place)), shorten(printable(_worded(error)), LONGEST))] = None
     except (re.error, RecursionError, referencing.exceptions.Unresolvable) as error:
         raise ConfigError(
             f"The schema cannot be used: {error or type(error).__name__}", where=str(path), remedy="Correct the file."
         ) from None
+    yield from found
+
+
+def _worded(error: Any) -> str:
+    """Say in our words what a value is and what the schema has of it."""
+    value, wanted, rule = error.instance, error.validator_value, error.validator
+    path = list(error.absolute_path)
+    part = PARTS.get(path[-1], "value") if path else "value"
+    if isinstance(value, dict) and [*value] == ["raw"] and part == "value":
+        return f"malformed: {hexadecimal(bytes.fromhex(value['raw']))}"
+    if rule == "required":
+        return f"missing {part}: {', '.join(name for name in wanted if name not in value)}"
+    if rule == "additionalProperties":
+        patterns = error.schema.get("patternProperties", {})
+        known = error.schema.get("properties", {})
+        names = (name for name in value if name not in known and not any(re.search(one, name) for one in patterns))
+        return f"unexpected {part}: {', '.join(names)}"
+    if rule in SIZES:
+        return f"must have {SIZES[rule]} {wanted}, has {len(value)}"
+    if rule == "type":
+        kinds = [wanted] if isinstance(wanted, str) else wanted
+        wanted = " or ".join(TYPES.get(kind, str(kind)) for kind in kinds)
+    else:
+        wanted = json.dumps(wanted)
+    if rule not in RULES:
+        return f"does not fit the schema: {rule} {wanted}"
+    return f"must be {RULES[rule]}{wanted}, is {json.dumps(value)}"
 
 
 def _schema(path: Path) -> Any:
@@ -117,10 +171,12 @@ def _schema(path: Path) -> Any:
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"The schema cannot be read: {error}", where=str(path)) from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"This is no JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
+        raise ConfigError(f"This is not valid JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
     except jsonschema.SchemaError as error:
         place = "/".join(str(part) for part in error.absolute_path)
         raise ConfigError(
-            f"This is no JSON Schema: {error.message[:LONGEST]}", where=f"{path}: /{place}", remedy="Correct the file."
+            f"This is not a JSON Schema: {error.message[:LONGEST]}",
+            where=f"{path}: /{place}",
+            remedy="Correct the file.",
         ) from None
     return made

@@ -205,7 +205,7 @@ def test_a_full_disk_stops_it_before_the_kernel_is_touched(host: Host) -> None:
     finally:
         host.shell("systemctl stop kho-handover; umount /var/lib/khod; systemctl start kho-handover")
     assert "/var/lib/khod" in refused.stderr
-    assert "Make room" in refused.stderr
+    assert "Free some space" in refused.stderr
 
 
 def test_an_unprivileged_user_may_look_and_no_more(host: Host) -> None:

@@ -54,7 +54,7 @@ def held(
 
     whole = named.keys() - set(cut) - set(other)
     for name in sorted(whole):
-        exported = host.khoctl("dt", "export", side, "--blob", name or "root", "--format", "dts", "-").stdout
+        exported = host.khoctl("dt", "export", side, "--blob", name or "root", "--format", "dts").stdout
         assert exported == dts(blobs[name])[0]
         agrees(blobs[name], tmp)
     return whole

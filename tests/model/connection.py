@@ -156,7 +156,7 @@ class Connection(Line):
 
     async def _next(self, parameters: dict[str, Any]) -> Told:
         if self._peer is None:
-            raise Refused("This connection is no producer")
+            raise Refused("This connection is not a producer")
         khod, word = self._khod.process, parameters.get("answer")
         fds = [_Passed(khod.adopt(duplicate(fd))) for fd in parameters.get("fds", ())]
         for fd in parameters.get("fds", ()):

@@ -33,7 +33,7 @@ ENDS = {
     "a million strings": ("", 80),
     "a million events": ("", 180),
     "650,000 ranges": ("", 320),
-    "blobs that differ everywhere": ("It is no FDT, and no structure we know", 64),
+    "blobs that differ everywhere": ("It is neither an FDT nor a structure we know", 64),
     "lines that go on": ("There is no boot loader entry N", 16),
     "a place of 60,000 digits": ("There is no boot loader entry N", 16),
 }

@@ -247,7 +247,7 @@ def test_the_byte_that_is_latin_1_s_no_break_space_ends_a_word_of_the_kernel_s(c
 
 def test_a_running_line_that_is_no_utf_8_is_not_changed_in_silence() -> None:
     running = b"root=LABEL=\xff\xfe quiet".decode(errors="surrogateescape")
-    with pytest.raises(UsageError, match="no UTF-8 at character 11") as raised:
+    with pytest.raises(UsageError, match="not UTF-8 at character 11") as raised:
         compose(running, None, None, "r1", 99)
     assert raised.value.where == "/proc/cmdline"
     assert compose(running, "root=/dev/vda", None, "r1", 99) == "root=/dev/vda khod.run=r1"

@@ -79,7 +79,7 @@ def test_the_two_commands_take_the_host_to_the_next_kernel(start: Callable[[], K
     assert status.code == Exit.done
     assert "verified" in status.out
     for side in ("in", "snapshot"):
-        assert khod.khoctl("dt", "export", "--side", side, khod.directory / side).code == Exit.done
+        assert khod.khoctl("dt", "export", "--side", side, "-o", khod.directory / side).code == Exit.done
     arrived = (khod.directory / "in").read_bytes()
     assert arrived == (khod.directory / "snapshot").read_bytes()
     assert arrived == khod.kernel.read("/sys/firmware/kho/dt")

@@ -164,7 +164,7 @@ async def test_one_that_hangs_up_at_its_thaw_is_waited_for_until_it_has_ended(
         process.end()
         await aborting
         assert engine.machine.phase is Phase.idle
-        assert "not told: kv" in host.events[-1].message
+        assert "could not be told: kv" in host.events[-1].message
         return
     with pytest.raises(NotRolledBack, match=f"process {process.identity.pid} is frozen, alive and not connected"):
         await aborting

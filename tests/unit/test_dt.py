@@ -13,7 +13,7 @@ from khod.errors import Exit
 from khod.kernel.simulated import initrd
 from tests.dtc import dtc
 from tests.unit.images import bzimage
-from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, cli
+from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, Terminal, cli
 from tests.unit.trees import PAGE, U32, compatible, fdt, ftrace, kho_v4, mem, memblock
 
 DIFFERENT = 1  # as diff(1) ends
@@ -48,17 +48,33 @@ def refused(ended: Answer, code: int, *words: str) -> None:
         assert word in ended.err
 
 
-def test_what_left_is_listed_and_shown_by_its_id(khod: Khod) -> None:
+def test_what_left_is_listed_and_shown_by_its_id(khod: Khod, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     mine, kept = khod.khoctl("dt", "list", "--json").json
     boot = khod.kernel.read("/proc/sys/kernel/random/boot_id").decode().strip()
     assert (mine["boot_id"] == boot) > (kept["boot_id"] == boot), "the newest first, and it has not left yet"
     assert kept["generation"] == "sysfs"
     page = khod.khoctl("dt", "list").out
-    for word in (kept["id"], kept["digest"][:12], kept["boot_id"][:12], kept["release"]):
+    for word in (kept["id"], str(kept["bytes"]), kept["release"]):
         assert word in page
+    assert (mine["outcome"], kept["outcome"]) == ("active", "verified")
+    header, first, second = page.splitlines()
+    assert all(len(line) <= 80 for line in (header, first, second)), page
     by_id = khod.khoctl("dt", "show", kept["id"])
     assert by_id.code == Exit.done
     assert by_id.out == khod.khoctl("dt", "show", "snapshot").out
+
+
+def test_a_snapshot_of_what_never_left_is_said_to_be(tmp_path: Path) -> None:
+    khod = Khod(tmp_path)
+    try:
+        for command in ("activate", "abort"):
+            assert khod.khoctl(command).code == Exit.done
+        (snapshot,) = khod.khoctl("dt", "list", "--json").json
+        assert snapshot["outcome"] == "rolled_back"
+        assert "rolled back" in khod.khoctl("dt", "list").out
+    finally:
+        khod.close()
 
 
 def test_what_left_is_what_arrived(khod: Khod) -> None:
@@ -79,7 +95,7 @@ def test_each_tree_is_shown_and_fits(khod: Khod, tree: str) -> None:
 
 def test_a_tree_is_exported_in_each_form(khod: Khod, tmp_path: Path) -> None:
     for form in ("dtb", "dts", "json"):
-        ended = khod.khoctl("dt", "export", "out", "--format", form, tmp_path / form)
+        ended = khod.khoctl("dt", "export", "out", "--format", form, "--output", tmp_path / form)
         assert ended.code == Exit.done, ended.err
     blob = (tmp_path / "dtb").read_bytes()
     assert blob == khod.kernel.read("/sys/kernel/kho/dt")
@@ -90,7 +106,6 @@ def test_a_tree_is_exported_in_each_form(khod: Khod, tmp_path: Path) -> None:
 def test_a_name_that_is_no_tree(khod: Khod) -> None:
     refused(khod.khoctl("dt", "show", "nowhere"), Exit.usage, "'nowhere'", "khoctl dt list")
     refused(khod.khoctl("dt", "show", "out", "--blob", "x"), Exit.usage, "'x'", "root")
-    refused(khod.khoctl("dt", "export", "a", "b", "c"), Exit.usage, "[TREE] OUTPUT")
 
 
 # Files
@@ -130,7 +145,7 @@ def test_a_directory_is_a_tree_with_its_blobs(nobody: Path, tmp_path: Path) -> N
     ]
     found = cli(nobody, "dt", "diff", snapshot, copied, "--json").json
     assert found[0]["prop"] == "size"
-    exported = cli(nobody, "dt", "export", snapshot, tmp_path / "made", "--blob", "memblock")
+    exported = cli(nobody, "dt", "export", snapshot, "-o", tmp_path / "made", "--blob", "memblock")
     assert exported.code == Exit.done, exported.err
     assert (tmp_path / "made").read_bytes() == (snapshot / "blobs/memblock").read_bytes()
 
@@ -148,7 +163,7 @@ def test_what_does_not_fit_a_schema_is_exit_code_3(nobody: Path, tmp_path: Path)
     (tmp_path / "blob").write_bytes(fdt(compatible("memblock-v1") | {"odd": U32(1)}))
     ended = cli(nobody, "dt", "validate", tmp_path / "blob")
     assert ended.code == Exit.refused
-    assert "'odd' was unexpected" in ended.out
+    assert "unexpected property: odd" in ended.out
     (tmp_path / "schemas").mkdir()
     (tmp_path / "schemas/memblock-v1.json").write_text("{}")
     assert cli(nobody, "dt", "validate", tmp_path / "blob", "--schemas", tmp_path / "schemas").code == Exit.done
@@ -163,7 +178,7 @@ NO_TREES = ["nowhere/", "empty", "directory", "loop", "text"]
 
 
 @pytest.mark.parametrize("name", NO_TREES)
-@pytest.mark.parametrize("command", [("show",), ("validate",), ("export", "-"), ("diff",)])
+@pytest.mark.parametrize("command", [("show",), ("validate",), ("export",), ("diff",)])
 def test_what_is_no_tree_is_a_sentence(nobody: Path, tmp_path: Path, name: str, command: tuple[str, ...]) -> None:
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "directory").mkdir()
@@ -173,12 +188,77 @@ def test_what_is_no_tree_is_a_sentence(nobody: Path, tmp_path: Path, name: str, 
     paths = [tmp_path / name] * (2 if verb == "diff" else 1)
     ended = cli(nobody, "dt", verb, *paths, *words)
     if name == "text" and verb != "validate":
-        assert ended.code == Exit.done, "bytes are shown, given back and compared, whatever they are"
+        assert ended.code == (Exit.failed if verb == "show" else Exit.done), "bytes are given back, whatever they are"
+        assert ended.out or verb == "diff"
     elif name == "text":
         assert ended.code == Exit.refused
         assert ended.out.startswith("root:/")
     else:
         refused(ended, Exit.usage, str(tmp_path / name.rstrip("/")))
+
+
+def test_an_export_never_takes_its_only_word_for_the_output(nobody: Path, tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    blob.write_bytes(kho_v4(memblock=(PAGE, 141)))
+    before = blob.read_bytes()
+    assert run("dt", "export", blob).stdout == before
+    refused(cli(nobody, "dt", "export", "out", blob), Exit.usage, "dt export -h")
+    assert blob.read_bytes() == before
+
+
+def test_a_blob_s_bytes_are_kept_from_a_terminal(khod: Khod) -> None:
+    terminal = Terminal(khod, "dt", "export", "out")
+    assert terminal.end() == Exit.usage
+    assert "-o FILE" in terminal.said
+
+
+@pytest.mark.parametrize("form", [(), ("--summary",), ("--json",), ("--summary", "--json")])
+@pytest.mark.parametrize(
+    ("made", "code"),
+    [
+        ({"root": kho_v4(memblock=(PAGE, 141))}, Exit.done),
+        ({"root": kho_v4(memblock=(PAGE, 141)), "blobs/other": b"anything"}, Exit.done),
+        ({"root": kho_v4(memblock=(PAGE, 141)), "blobs/memblock": memblock(trace=(PAGE, PAGE))[:-9]}, Exit.failed),
+        ({"root": b"foreign", "blobs/memblock": memblock(trace=(PAGE, PAGE))}, Exit.failed),
+        ({"fdt": kho_v4(memblock=(PAGE, 141))[:-20]}, Exit.done),
+    ],
+    ids=["whole", "another's blob", "a blob cut", "a foreign root", "a root as debugfs may show it"],
+)
+def test_a_damaged_tree_is_shown_and_ends_with_1(
+    nobody: Path, tmp_path: Path, made: dict[str, bytes], code: int, form: tuple[str, ...]
+) -> None:
+    (tmp_path / "tree/blobs").mkdir(parents=True)
+    for name, data in made.items():
+        (tmp_path / "tree" / name).write_bytes(data)
+    ended = cli(nobody, "dt", "show", tmp_path / "tree", *form)
+    assert (ended.code, ended.err) == (code, "")
+    assert ended.out.count("memblock") >= ("blobs/memblock" in made)
+
+
+def test_a_file_that_was_cut_ends_with_1(nobody: Path, tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(kho_v4(memblock=(PAGE, 141))[:-20])
+    ended = cli(nobody, "dt", "show", tmp_path / "blob")
+    assert ended.code == Exit.failed
+    assert "(!)" in ended.out
+
+
+def test_a_valid_tree_is_said_to_be(nobody: Path, tmp_path: Path) -> None:
+    made = tree(tmp_path / "snapshot")
+    assert cli(nobody, "dt", "validate", made) == Answer(Exit.done, "valid: root, memblock\n", "")
+    assert cli(nobody, "dt", "validate", made, "--json").json == {"valid": True, "findings": []}
+    (made / "blobs/memblock").write_bytes(fdt(compatible("memblock-v1") | {"odd": U32(1)}))
+    ended = cli(nobody, "dt", "validate", made, "--json")
+    assert (ended.code, ended.json["valid"]) == (Exit.refused, False)
+    (finding,) = ended.json["findings"]
+    assert finding == {"path": "memblock:/", "prop": "", "what": "unexpected property: odd", "fits": False}
+
+
+def test_one_byte_is_one_byte_and_a_name_s_bytes_are_bytes(nobody: Path, tmp_path: Path) -> None:
+    blob = fdt(compatible("mine-v1") | {"odd": b"\0", "name-?": b""})
+    (tmp_path / "blob").write_bytes(blob.replace(b"name-?", b"name-\xff"))
+    shown = cli(nobody, "dt", "show", tmp_path / "blob").out
+    assert "odd = 00 [1 byte]" in shown
+    assert "name-\\xff" in shown
 
 
 def test_a_tree_on_standard_input_and_an_endless_one() -> None:
@@ -201,7 +281,7 @@ def test_an_output_that_cannot_be_written_is_said() -> None:
 def test_closed_streams_are_no_traceback(tmp_path: Path, closed: str) -> None:
     (tmp_path / "blob").write_bytes(ftrace([mem((0, PAGE))]))
     words = f"{sys.executable} -m khoctl dt"
-    for command in (f"show {tmp_path}/blob", f"export {tmp_path}/blob -", f"export {tmp_path}/blob {tmp_path}/made"):
+    for command in (f"show {tmp_path}/blob", f"export {tmp_path}/blob", f"export {tmp_path}/blob -o {tmp_path}/made"):
         ended = subprocess.run(
             ["sh", "-c", f"{words} {command} {closed}"], cwd=REPOSITORY, capture_output=True, check=False
         )
@@ -214,6 +294,10 @@ def test_a_terminal_without_blocks_is_drawn_to_in_ascii() -> None:
     shown = run("dt", "show", "-", given=blob, encoding="ascii").stdout
     assert shown.isascii()
     assert b"|@ @|" in shown
+    sparse = run("dt", "show", "-", given=ftrace([mem((0, PAGE), (1 << 40, PAGE))]), encoding="ascii").stdout
+    assert b"|." in sparse
+    assert b". under 1% used" in sparse
+    assert b"@" not in sparse
 
 
 def run(

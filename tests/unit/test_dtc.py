@@ -55,7 +55,7 @@ def test_what_stands_in_no_source_stands_in_the_command(options: tuple[str, ...]
 
 def test_what_the_kernel_laid_out_is_said_to_come_back_in_another_layout() -> None:
     source, note = dts(serialize(3))
-    assert "not the same bytes" in note
+    assert "not the identical bytes" in note
     assert note in source.splitlines()[1]
 
 

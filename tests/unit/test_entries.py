@@ -178,7 +178,7 @@ def test_systemd_boot_s_default(tmp_path: Path) -> None:
     assert default(tmp_path) == "k-3.conf"
     variable(tmp_path, "LoaderEntryOneShot", "K-2.conf")
     assert default(tmp_path) == "k-2.conf"
-    assert sources.entry(None, tmp_path).note.startswith("k-2.conf was chosen for the next boot alone")
+    assert sources.entry(None, tmp_path).note.startswith("k-2.conf was chosen only for the next boot")
     variable(tmp_path, "LoaderEntryOneShot", "kexec reboot")  # a kernel's own note (CONFIG_EFI_BOOTLOADER_CONTROL)
     assert (default(tmp_path), sources.entry(None, tmp_path).note) == ("k-3.conf", "")
     variable(tmp_path, "LoaderEntryOneShot", "auto-reboot-to-firmware-setup")
@@ -220,7 +220,7 @@ def test_grub_s_entry_for_the_next_boot_comes_first(tmp_path: Path) -> None:
     """grub.cfg: if [ "${next_entry}" ]; then set default="${next_entry}"."""
     env = put(three(tmp_path), "boot/grub2/grubenv", "saved_entry=k-1\nnext_entry=k-2\n")
     assert default(tmp_path) == "k-2.conf"
-    assert sources.entry(None, tmp_path).note.startswith("k-2.conf was chosen for the next boot alone")
+    assert sources.entry(None, tmp_path).note.startswith("k-2.conf was chosen only for the next boot")
     env.write_text("saved_entry=k-1\nnext_entry=\n")
     assert (default(tmp_path), sources.entry(None, tmp_path).note) == ("k-1.conf", "")
     env.write_text("saved_entry=k-1\nnext_entry=gone\n")
@@ -666,7 +666,7 @@ def test_a_thin_image_is_the_files_it_names_where_they_are_what_it_was_made_for(
     with pytest.raises(Refused, match="another file than it was made for"):
         sources.entry("nixos-294", tmp_path)
     (tmp_path / "boot/EFI/nixos/initrd-6.12.efi").unlink()
-    with pytest.raises(Refused, match="no file there"):
+    with pytest.raises(Refused, match="not a file there"):
         sources.entry("nixos-294", tmp_path)
     put(tmp_path, "secret").write_bytes(files[".linux"])
     for path in (rb"\..\secret", b"\0x", b"x" * 5000):

@@ -123,7 +123,7 @@ def test_a_build_that_noted_another_size_is_not_believed() -> None:
         (0x236, b"\1\0", "4 GiB"),
         (0x1F4, struct.pack("<I", 1 << 20), "truncated"),
         (0x24C, struct.pack("<I", 1 << 20), "truncated"),
-        (0x230, struct.pack("<I", 3 << 20), "0x300000, which is no power of two"),
+        (0x230, struct.pack("<I", 3 << 20), "0x300000, which is not a power of two"),
     ],
 )
 def test_what_the_loader_of_x86_refuses_is_refused_before(at: int, new: bytes, what: str) -> None:

@@ -74,8 +74,8 @@ IMAGES = [
     ("empty", Exit.refused, "empty"),
     ("truncated", Exit.refused, "truncated"),
     ("cut-in-the-header", Exit.refused, "x86_64"),
-    ("elf", Exit.refused, "no kernel"),
-    ("text", Exit.refused, "no kernel"),
+    ("elf", Exit.refused, "not a kernel"),
+    ("text", Exit.refused, "not a kernel"),
 ]
 
 
@@ -148,7 +148,7 @@ WORDS = [
     ("activate", "now"),
     ("explode",),
     ("kexec", "--imgae", "x"),
-    ("dt", "export"),
+    ("dt", "export", "out", "x.dtb"),
     ("abort", "--force=3"),
 ]
 
@@ -167,6 +167,23 @@ def test_a_word_that_is_near_is_named_once(khod: Khod) -> None:
     option = khod.khoctl("kexec", "--imgae", "x").err
     assert option.count("--image") == 1
     assert "khoctl kexec -h" in option
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("prepare", "khoctl activate"),
+        ("load", "khoctl kexec --load-only"),
+        ("exec", "khoctl kexec"),
+        ("execute", "khoctl kexec"),
+        ("history", "journalctl -u kho-handover"),
+        ("log", "journalctl -u kho-handover"),
+        ("logs", "journalctl -u kho-handover"),
+    ],
+)
+def test_a_step_that_is_no_command_is_told_what_does_it(tmp_path: Path, word: str, named: str) -> None:
+    refused(cli(tmp_path / "socket", word), Exit.usage, f"'{word}'", named)
+    assert named in cli(tmp_path / "socket", word, "--json").json["remedy"]
 
 
 PATHS = [(), *((name,) for name in MODULES), *(("dt", name) for name in ("list", "show", "diff", "export", "validate"))]
@@ -280,7 +297,7 @@ def test_options_that_contradict_each_other(khod: Khod) -> None:
 def test_no_tree_while_inactive(khod: Khod) -> None:
     refused(khod.khoctl("dt", "show"), Exit.refused, "khoctl activate")
     refused(khod.khoctl("dt", "show", "--side", "in"), Exit.refused)
-    refused(khod.khoctl("dt", "export", khod.directory / "x"), Exit.refused)
+    refused(khod.khoctl("dt", "export", "-o", khod.directory / "x"), Exit.refused)
     assert not (khod.directory / "x").exists()
 
 

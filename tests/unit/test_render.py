@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import click
 import pytest
 
 from khoctl import render
@@ -106,6 +107,20 @@ PAGES: dict[str, tuple[Callable[[Any], str], Any]] = {
     "short plan": (render.short_plan, PLAN),
     "event": (render.event, EVENT),
 }
+
+
+def test_a_plan_is_in_columns_and_of_no_run() -> None:
+    steps = [Planned("prepare", "tell db", "tell it cancel"), Planned("activate", "write 1", "write 0")]
+    page = click.unstyle(render.plan(Plan(steps, CHECKS, "quiet khod.run=908fcf1705b3 -- x", [])))
+    assert page.split("\n")[:7] == [
+        "1. prepare   tell db",
+        "   undo      tell it cancel",
+        "2. activate  write 1",
+        "   undo      write 0",
+        "",
+        "command line: quiet khod.run=RUN -- x",
+        "  the running kernel's, with khod.run=RUN",
+    ]
 
 
 def test_an_event_has_the_time_of_day() -> None:

@@ -409,7 +409,7 @@ def test_a_directory_full_of_strangers_is_named_in_part(kept: Snapshots) -> None
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
-    [(errno.ENOSPC, "Make room"), (errno.EDQUOT, "quota"), (errno.EROFS, "writable"), (errno.EIO, "kernel log")],
+    [(errno.ENOSPC, "Free some space"), (errno.EDQUOT, "quota"), (errno.EROFS, "writable"), (errno.EIO, "kernel log")],
 )
 def test_what_refuses_says_truly_why(
     kept: Snapshots, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
@@ -421,7 +421,7 @@ def test_what_refuses_says_truly_why(
     with pytest.raises(RecordError, match=errno.errorcode[number]) as raised:
         kept.prepare("one", "boot", "7.3.4", Generation.stateless, Bounds())
     assert remedy in raised.value.remedy
-    assert ("Make room" in raised.value.remedy) is (number in (errno.ENOSPC, errno.EDQUOT))
+    assert ("Free some space" in raised.value.remedy) is (number in (errno.ENOSPC, errno.EDQUOT))
     assert list(kept.directory.iterdir()) == [], "what was begun is removed"
 
 

@@ -21,7 +21,8 @@ FORGERIES = {
     "a bidirectional override": ("a\u202eb", "\\u202e"),
     "a bidirectional isolate": ("a\u2066b\u2069", "\\u2066"),
     "a right-to-left mark": ("a\u200fb", "\\u200f"),
-    "a surrogate": ("a\udc9bb", "\\udc9b"),
+    "a byte that was no UTF-8": ("a\udcffb", "\\xff"),
+    "a surrogate": ("a\ud99bb", "\\ud99b"),
     "a tag": ("a\U000e0041b", "\\U000e0041"),
 }
 

@@ -43,18 +43,24 @@ WRITTEN = [  # what the kernels write, by the sources
     ("memfd", memfd(1)),
 ]
 OTHERWISE = [  # (blob's name, blob, where, what is said)
-    ("", kho_v4(memblock=(0, 141)), "root:/: memblock/preserved-data", "less than the minimum"),
-    ("", kho_v1(memblock=PAGE + 1), "root:/: memblock/fdt", "not a multiple"),
-    ("", fdt(compatible("kho-v4")), "root:/", "'preserved-memory-map' is a required property"),
-    ("", fdt(compatible("kho-v4") | {"preserved-memory-map": U32(0)}), "root:/", "not of type 'integer'"),
-    ("", ftrace([mem((0, PAGE))[:-1]]), "cpu0: mem", "'ranges' is a required property"),
-    ("", ftrace([mem((0, PAGE))]), "cpu0: mem/ranges", "not a multiple of 2"),
-    ("", ftrace([], events=b"123"), "/ftrace", "not of type 'array'"),
-    ("memblock", memblock(trace=(PAGE, 0)), "/trace", "less than the minimum"),
-    ("memfd", memfd(1, seals=U32(0)), "memfd:/", "Additional properties"),
+    ("", kho_v4(memblock=(0, 141)), "root:/: memblock/preserved-data", "must be at least 1, is 0"),
+    ("", kho_v1(memblock=PAGE + 1), "root:/: memblock/fdt", "must be a multiple of 4096, is 4097"),
+    ("", fdt(compatible("kho-v4")), "root:/", "missing property: preserved-memory-map"),
+    (
+        "",
+        fdt(compatible("kho-v4") | {"preserved-memory-map": U32(0)}),
+        "root:/",
+        "preserved-memory-map: malformed: 00 00 00 00",
+    ),
+    ("", ftrace([mem((0, PAGE))[:-1]]), "cpu0: mem", "malformed: 00 00"),
+    ("", ftrace([mem((0, PAGE))]), "cpu0: mem/ranges", "must be a multiple of 2, is 1"),
+    ("", ftrace([], events=b"123"), "/ftrace", "events: malformed: 31 32 33"),
+    ("memblock", memblock(trace=(PAGE, 0)), "/trace", "size: must be at least 1, is 0"),
+    ("memfd", memfd(1, seals=U32(0)), "memfd:/", "unexpected property: seals"),
     ("kexec-metadata", KEXEC_METADATA[:-1], "kexec-metadata:/", "no structure we know"),
-    ("kho_test", KHO_TEST.replace(U32(0x4B484F21), U32(1)), "kho_test:/", "1263030049 was expected"),
+    ("kho_test", KHO_TEST.replace(U32(0x4B484F21), U32(1)), "kho_test:/", "must be 1263030049, is 1"),
     ("", b"no tree at all", "root:/", "magic"),
+    ("", fdt({}), "root:/: compatible", "missing"),
 ]
 
 
@@ -79,6 +85,33 @@ def test_what_no_kernel_writes_does_not(
 ) -> None:
     found = [str(one) for one in validate({name: blob}, known) if not one.fits]
     assert any(where in one and said in one for one in found), found
+
+
+def test_a_root_of_a_producer_s_own_may_do_without_a_compatible(known: Mapping[str, Any]) -> None:
+    (found,) = validate({"other": fdt({})}, known)
+    assert found.fits
+    assert str(found).startswith("other:/: compatible: missing")
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"odd": {"type": ["string", "array"]}}, "odd: must be a text or a list, is 7"),
+        ({"odd": {"enum": [1, 2]}}, "odd: must be one of [1, 2], is 7"),
+        ({"odd": {"exclusiveMaximum": 7}}, "odd: must be less than 7, is 7"),
+        ({"odd": {"not": {}}}, "odd: does not fit the schema: not {}"),
+        ({"compatible": {"maxItems": 0}}, "compatible: must have at most 0, has 1"),
+        ({"compatible": {"items": {"pattern": "x$"}}}, 'compatible/0: must be a text like "x$", is "mine-v1"'),
+    ],
+)
+def test_what_does_not_fit_is_said_in_our_words(tmp_path: Path, schema: Mapping[str, Any], said: str) -> None:
+    (tmp_path / "mine-v1.json").write_text(json.dumps({"properties": {"properties": {"properties": schema}}}))
+    (found,) = validate({"x": fdt(compatible("mine-v1") | {"odd": U32(7)})}, schemas((tmp_path,)))
+    assert str(found) == f"x:/: {said}"
+
+
+def test_malformed_bytes_are_said_once(known: Mapping[str, Any]) -> None:
+    assert len([*validate({"": ftrace([mem((0, PAGE))[:-1]])}, known)]) == 1
 
 
 def test_a_compatible_without_a_schema_is_only_said(known: Mapping[str, Any]) -> None:

@@ -568,8 +568,8 @@ async def ready_for(place: Path, verb: Verb, how: str) -> AsyncIterator[FakeBus]
         (Refusal("org.freedesktop.systemd1.UnitBusy", "Unit has a pending job.\nWait."), "pending job"),
         (Refusal("org.freedesktop.DBus.Error.NoReply", ""), "org.freedesktop.DBus.Error.NoReply"),
         (b"", "hung up"),
-        (GARBAGE, "no D-Bus message"),
-        (HUGE, "no D-Bus message"),
+        (GARBAGE, "not a D-Bus message"),
+        (HUGE, "not a D-Bus message"),
     ],
     ids=["error", "no-text", "hangs-up", "garbage", "huge"],
 )
@@ -604,7 +604,7 @@ async def test_a_property_that_is_missing_or_of_another_type_is_a_veto(place: Pa
 async def test_a_message_cut_off_within_is_a_veto(place: Path) -> None:
     async with serving(place, a=unit()) as bus:
         bus.instead["LoadUnit"] = TRUNCATED
-        assert "no D-Bus message" in (await vetoed(Verb.prepare))[0]
+        assert "not a D-Bus message" in (await vetoed(Verb.prepare))[0]
 
 
 @pytest.mark.parametrize("welcome", [b"REJECTED EXTERNAL\r\n", b"\r\n", b"x" * 9000, b"OK 1\r\nOK 2\r\n"])
@@ -764,7 +764,7 @@ def test_names_of_units(name: str) -> None:
     ],
 )
 def test_what_is_no_name_of_a_unit(name: str) -> None:
-    with pytest.raises(UsageError, match="no name of a unit"):
+    with pytest.raises(UsageError, match="not a valid name of a unit"):
         check_unit(name)
 
 
