@@ -220,7 +220,7 @@ async def gone_with_its_process(case: Case) -> None:
     async with serving(case.host, case.subject) as engine:
         with pytest.raises(Refused, match="no room"):
             await case.host.kexec(engine)
-        assert f"not told: {NAME}" in case.host.events[-1].message
+        assert f"could not be told: {NAME}" in case.host.events[-1].message
         assert case.kernel_untouched()
         assert case.host.verbs == UNDONE
         await case.subject.recover()

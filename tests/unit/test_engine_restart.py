@@ -220,4 +220,4 @@ async def test_the_reason_of_a_rollback_at_the_start_is_told(host: Host) -> None
         await engine.start()
     status = await engine.status()
     assert status.phase is Phase.idle
-    assert "died" in status.last_error
+    assert "stopped unexpectedly" in status.last_error

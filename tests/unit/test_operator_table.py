@@ -203,7 +203,9 @@ def stopped_active(scene: Scene) -> None:
 
 
 def killed_preparing(scene: Scene) -> None:
+    """Once the producer is told: what is not in the record by then was not done either."""
     preparing(scene)
+    until(lambda: scene.running.ask("Status")["status"]["waiting_for"], scene.running.process)
     scene.restart(signal.SIGKILL)
 
 
