@@ -6,7 +6,7 @@ import inspect
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import settings
 from tests.unit.harness import Host
 
 DEADLINE = 30.0  # seconds; a test that needs it has hung
+LONGEST = ("test_producer", "test_fuzz", "test_bombs", "test_operator_table", "test_many", "test_attackers")
 MAX_THREADS = 100
 """Threads of khods that are over end when these are collected; seteuid(2) interrupts every one that is there."""
 
@@ -30,6 +31,16 @@ settings.register_profile("unit", derandomize=True, deadline=None, database=None
 settings.load_profile("unit")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep xdist from sorting the files by how many tests they have."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put LONGEST first: under `--dist loadfile` a long file must not be left at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
@@ -42,9 +53,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
             await pyfuncitem.obj(**arguments)
 
     asyncio.run(bounded())
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, bool | None, bool | None]:
+    done = yield
     if threading.active_count() > MAX_THREADS:
         gc.collect()
-    return True
+    return done
 
 
 @pytest.fixture

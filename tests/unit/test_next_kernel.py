@@ -91,7 +91,7 @@ def test_a_plan_has_each_step_with_its_undo(khod: Khod) -> None:
     }
     assert plan["steps"][2]["undo"] == "write 0 to /sys/kernel/kho/active"
     page = khod.khoctl("plan")
-    assert "undo: KEXEC_FILE_UNLOAD" in page.out
+    assert "undo      KEXEC_FILE_UNLOAD" in page.out
 
 
 def test_two_ways_to_name_a_kernel_are_one_too_many(khod: Khod) -> None:

@@ -114,7 +114,7 @@ def test_nothing_reaches_a_terminal_as_it_is() -> None:
 def test_a_blob_that_is_no_tree() -> None:
     shown = list(show({"other": b"anything", "": b"cut"}))
     assert shown[0] == "other: 8 bytes"
-    assert "no structure we know" in shown[1]
+    assert "neither an FDT nor a structure we know" in shown[1]
     assert "(!)" not in shown[1]
     assert shown[2].strip() == b"anything".hex(" ")
     assert "(!)" in shown[4], "the root is always a tree"

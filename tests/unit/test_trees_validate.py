@@ -57,7 +57,7 @@ OTHERWISE = [  # (blob's name, blob, where, what is said)
     ("", ftrace([], events=b"123"), "/ftrace", "events: malformed: 31 32 33"),
     ("memblock", memblock(trace=(PAGE, 0)), "/trace", "size: must be at least 1, is 0"),
     ("memfd", memfd(1, seals=U32(0)), "memfd:/", "unexpected property: seals"),
-    ("kexec-metadata", KEXEC_METADATA[:-1], "kexec-metadata:/", "no structure we know"),
+    ("kexec-metadata", KEXEC_METADATA[:-1], "kexec-metadata:/", "neither an FDT nor a structure we know"),
     ("kho_test", KHO_TEST.replace(U32(0x4B484F21), U32(1)), "kho_test:/", "must be 1263030049, is 1"),
     ("", b"no tree at all", "root:/", "magic"),
     ("", fdt({}), "root:/: compatible", "missing"),
