@@ -14,11 +14,11 @@ from typer.utils import get_params_from_function
 
 from khoctl.layout import show, write
 from khod.errors import Exit, KhoError, UsageError, errno_text
-from khod.model import Phase
 from khod.wire import SOCKET
 
 if TYPE_CHECKING:
     from khod.client import Client
+    from khod.model import Phase
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 SOCKET_KEY, TIMEOUT_KEY = "khoctl.socket", "khoctl.timeout"
@@ -33,7 +33,7 @@ TO_SEE = "To see: khoctl status. To stop it: khoctl abort"
 class Detached(KeyboardInterrupt):
     """An interrupt while khod goes on with what it was asked for; `phase` is the last that was heard of."""
 
-    def __init__(self, phase: Phase | None) -> None:
+    def __init__(self, phase: "Phase | None") -> None:
         super().__init__()
         self.phase = phase
 
