@@ -192,9 +192,10 @@ def dt_validate(
     if as_json:
         _print([_json({"valid": valid, "findings": found})])
     else:
-        _print(f"{finding} (not judged)" if finding.fits else str(finding) for finding in found)
+        lines = [f"{finding} (not judged)" if finding.fits else str(finding) for finding in found]
         if valid:
-            _print([f"valid: {', '.join(printable(blob) or ROOT for blob in blobs)}"])
+            lines.append(f"valid: {', '.join(printable(blob) or ROOT for blob in blobs)}")
+        _print(layout.fit(line, layout.columns()) for line in lines)
     raise typer.Exit(Exit.done if valid else Exit.refused)
 
 
@@ -257,7 +258,7 @@ def _json(value: Any) -> str:
 def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
     taken = [item for item in found if item.run]
     if not taken:
-        yield "No snapshots: no handover has come as far as activate yet."
+        yield layout.fit("No snapshots: no handover has come as far as activate yet.", layout.columns())
     else:
         yield from layout.table([COLUMNS, *map(_row, taken)], layout.columns())
     for item in found:

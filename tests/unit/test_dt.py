@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -323,3 +324,13 @@ def test_a_tree_is_shown_without_what_only_a_conversation_with_khod_needs() -> N
     imported = {line.rpartition("|")[2].strip() for line in told.stderr.splitlines()}
     assert "khod.trees.drawn" in imported
     assert "khod.model" not in imported
+
+
+def test_that_there_are_no_snapshots_breaks_no_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Khod(tmp_path)) as khod:
+        told = khod.khoctl("dt", "list")
+        monkeypatch.setenv("COLUMNS", "24")
+        narrow = khod.khoctl("dt", "list")
+    assert told.out.startswith("No snapshots")
+    assert narrow.out.split() == told.out.split()
+    assert max(map(len, narrow.out.splitlines())) <= 24
