@@ -189,11 +189,15 @@ class LuoSession:
 
 @dataclass(frozen=True)
 class Begun:
-    """Who began the handover `run` and when (seconds since the epoch, 0 where nobody did), and the image it took."""
+    """Who began the handover `run` and when (seconds since the epoch, 0 where nobody did), and the image it took.
+
+    With `luo_off` the image's kernel comes up with LUO off, and no file may be handed over to it.
+    """
 
     at: float = 0.0
     by: str = ""
     image: str = ""
+    luo_off: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from khod.executor import Executor, Shutdown
 from khod.kernel.explain import explain, explain_undo
 from khod.kernel.kexec import Kexec
 from khod.kernel.log import ABOUT
-from khod.kernel.next_arg import switched_on
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import Workers
 from khod.machine import Machine
@@ -20,7 +19,6 @@ from khod.model import Generation, Step
 from khod.producers.barrier import Barrier, Member, Producer, Verb, silent
 from khod.record import Store
 from khod.target import Target
-from khod.text import join_names
 from khod.verify import producers, without
 
 LOG = logging.getLogger(__name__)
@@ -101,6 +99,11 @@ class Attempt:
 
     # Producers
 
+    @property
+    def preserving(self) -> list[str]:
+        """The producers that have handed over files."""
+        return [member.producer.name for member in self.barrier.members if member.producer.holder().kept]
+
     async def wait_reconnected(self) -> None:
         """After a restart of khod: wait for everyone who was told something; Refused where one does not come."""
         await self.barrier.gather_in()
@@ -131,22 +134,6 @@ class Attempt:
     async def _told(self, verb: Verb) -> None:
         await self.tell(verb)
         self.past.append(verb)
-        self._require_luo()
-
-    def _require_luo(self) -> None:
-        """Refuse a next kernel that comes up with LUO off where files were handed over: nobody would look at them.
-
-        The check `formats` warns of it before anyone is told, when it is not known yet whether there will be any.
-        """
-        if self._target is None or self._config().checks.formats in ("warn", "off"):
-            return
-        keep = [one.producer.name for one in self.barrier.members if one.producer.holder().kept]
-        if keep and not switched_on(self._target.cmdline, "liveupdate"):
-            raise Refused(
-                f"LUO is off in the next kernel, which would lose the files of {join_names(keep)}",
-                where="the next kernel's command line",
-                remedy="Add it: --append liveupdate=on",
-            )
 
     # Kernel
 
@@ -178,7 +165,6 @@ class Attempt:
 
     async def _load(self) -> None:
         assert self._target is not None, "a request with an image"
-        self._require_luo()
         target, initrd = self._target, self._target.initrd
         await self._call(
             Step.load,

@@ -21,6 +21,7 @@ from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused, U
 from khod.executor import Executor, Shutdown
 from khod.guard import Seen, Severity
 from khod.kernel.kexec import Kexec
+from khod.kernel.next_arg import switched_on
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
 from khod.kernel.thread import Workers
@@ -280,7 +281,10 @@ class Engine:
                 attempt = await self._begin(record, at_once=request.now and not request.load_only)
                 if target is not None:
                     how = ", to jump at once (--now)" if request.now and not request.load_only else ""
-                    self._transaction.aim(f"{target.description}{how}")
+                    # Where the operator has softened the check, files may be lost.
+                    strict = self.config.checks.formats not in ("warn", "off")
+                    luo_off = strict and not switched_on(target.booted_line, "liveupdate")
+                    self._transaction.aim(f"{target.description}{how}", luo_off=luo_off)
                 attempt.aim(target, self._executors[request.now])
                 if request.now:
                     # The bulk of the dirty pages goes out before anyone is frozen; the executor's own

@@ -18,7 +18,7 @@ from khod import verify
 from khod.bounded import ANYTHING, raise_if_cancelling
 from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.rollback import Failure, undo_all
-from khod.errors import Failed, KhoError, NotRolledBack
+from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.kernel.explain import FORGOT
 from khod.machine import HELD, RESTING, STEPS, Machine
 from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
@@ -33,6 +33,11 @@ T = TypeVar("T")
 LOG = logging.getLogger(__name__)
 COALESCED = (Step.activate, Step.load)
 """One durable record names both where they follow each other: an fsync between them would lengthen the blackout."""
+
+
+class FilesLost(Refused):
+    """The next kernel would look at no file that is handed over."""
+
 
 BEGINS = {
     Step.prepare: "every producer is told to prepare",
@@ -171,9 +176,9 @@ class Transaction:
         # What this boot came to stays where nothing comes of it before its first step.
         self._machine, self._attempt, self._record, self._reason = Machine(record.outcome), None, record, ""
 
-    def aim(self, image: str) -> None:
-        """Note what the handover takes the host to; its next record says so."""
-        self._record = replace(self._record, begun=replace(self._record.begun, image=image))
+    def aim(self, image: str, *, luo_off: bool = False) -> None:
+        """Note what the handover takes the host to; its next record says so. `luo_off` as of Begun."""
+        self._record = replace(self._record, begun=replace(self._record.begun, image=image, luo_off=luo_off))
 
     def attach(self, attempt: Attempt | None) -> None:
         """Act by this attempt from here on; None where another is to be made of the record."""
@@ -280,8 +285,10 @@ class Transaction:
                 raise
             except ANYTHING as error:  # a bug of ours, too: it must be undone
                 raise_if_cancelling(error)
-                # Whoever came late and could not be brought up to the others is not left half-way by --hold.
-                await self._failed(error, step, before, hold=hold and caught_up)
+                # Whoever came late and could not be brought up to the others is not left half-way by --hold; nor is an
+                # image in which the files would be lost, as no other one can take its place.
+                held = hold and caught_up and not isinstance(error, FilesLost)
+                await self._failed(error, step, before, hold=held)
         if self.phase is Phase.executing:
             return
         try:
@@ -315,6 +322,19 @@ class Transaction:
             for verb in attempt.past:
                 await self.write_record()
                 await self.interruptible(attempt.tell(verb, late))
+        self._require_luo()
+
+    def _require_luo(self) -> None:
+        """Refuse an image that comes up with LUO off where files were handed over: nobody would look at them.
+
+        The check `formats` warns of it before anyone is told, when it is not known yet whether there will be any.
+        """
+        if self._record.begun.luo_off and (names := self._acting().preserving):
+            raise FilesLost(
+                f"LUO is off in the next kernel, which would lose the files of {join_names(names)}",
+                where="the next kernel's command line",
+                remedy="Add it: --append liveupdate=on",
+            )
 
     async def _take(self, step: Step, ahead: Sequence[Step] | None) -> None:
         """Take one step, recorded with those `ahead`; None where a durable record names it already."""
@@ -333,6 +353,7 @@ class Transaction:
             await self.raise_if_cancelled()
             self._jump_asked = True
         await self.interruptible(attempt.do(step))
+        self._require_luo()
         self.note_timing(step.value, began)
         self._record = replace(self._record, last_error="")  # of a try before this one, which was held
         self._machine = self._machine.finish(step)

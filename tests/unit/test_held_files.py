@@ -10,16 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from khod.config import Config, Policy
 from khod.engine import Engine
 from khod.errors import KhoError, Refused, Unreachable
+from khod.kernel.probe import Probed
 from khod.kernel.simulated import Rebooted
 from khod.model import Kept, Phase
 from khod.producers.barrier import Telling, Verb
 from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Peer, Terms
 from khod.record import Owner
+from khod.target import Request
+from tests.unit.images import bzimage, code
 from tests.unit.luo import LuoHost, memfd
 from tests.unit.scripted import Scripted, raises
+from tests.unit.test_engine_limits import LoadFirst
 
 
 @pytest.fixture
@@ -200,6 +205,36 @@ async def test_a_next_kernel_with_luo_off_is_refused_where_there_are_files(
         assert (host.kernel.active, host.kernel.loaded) == (False, False)
         with pytest.raises(Rebooted):
             await host.kexec(engine)
+
+
+async def test_an_image_with_luo_off_that_is_loaded_takes_no_files(host: LuoHost, fds: list[int]) -> None:
+    """Files that come after it was loaded: no other image can take its place, so it is not held either."""
+    host.prober = lambda: Probed(LoadFirst(host.kernel), "as the test says", "")
+    host.config = Config(policy=Policy(unknown_format="warn"))  # the embedded kernel shows no such trees
+    engine, giver = await host.started(), Giver()
+    giver.add("freeze", ("table", 1, fds[0]))
+    async with giver.serving(engine):
+        with host.request(load_only=True) as request:
+            await engine.kexec(replace(request, remove=("liveupdate",)))
+        assert engine.machine.phase is Phase.loaded
+        with pytest.raises(Refused, match="LUO is off in the next kernel"):
+            await engine.kexec(Request(hold=True))
+        assert engine.machine.phase is Phase.idle
+        assert not host.kernel.loaded
+
+
+@pytest.mark.parametrize(("line", "lost"), [("root=/dev/sim liveupdate=on", False), ("root=/dev/sim", True)])
+async def test_the_line_that_counts_is_the_one_it_boots_with(
+    host: LuoHost, fds: list[int], line: str, lost: bool
+) -> None:
+    """An image may have been built with a command line that overrides what it is given."""
+    config = f'CONFIG_KEXEC_HANDOVER=y\nCONFIG_CMDLINE_BOOL=y\nCONFIG_CMDLINE="{line}"\nCONFIG_CMDLINE_OVERRIDE=y\n'
+    (host.directory / "vmlinuz").write_bytes(bzimage(contents=code(config=config)))
+    engine, giver = await host.started(), Giver()
+    giver.add("prepare", ("table", 1, fds[0]))
+    async with giver.serving(engine):
+        with host.request() as request, pytest.raises(Refused if lost else Rebooted):
+            await engine.kexec(request if lost else replace(request, remove=("liveupdate",)))
 
 
 async def test_a_next_kernel_with_luo_off_is_taken_where_there_are_no_files(host: LuoHost) -> None:
