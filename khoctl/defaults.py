@@ -50,7 +50,15 @@ def _of_grub(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
     variables = grubenv.read(root)
     once = variables.get("next_entry")
     wanted = once or _grub_default(root, variables)
-    chosen = (_in_menu(wanted, found) if wanted else None) or found[0]
+    *menus, name = wanted.split(">") if wanted else [""]
+    chosen = _in_menu(name, found) if name and not (menus and name.isdecimal()) else None
+    if chosen is None and menus:
+        raise Refused(
+            f"GRUB boots {wanted}, which lies in a submenu and is no entry that can be found",
+            where="default in grub.cfg",
+            remedy="Choose one with --entry ID.",
+        )
+    chosen = chosen or found[0]
     return chosen, ONCE.format(id=chosen.id) if once else ""
 
 
