@@ -6,7 +6,7 @@ from khod.model import LuoSession, Order, SessionFate
 from khod.preflight.facts import Facts, Finding
 from khod.producers.barrier import Producer
 from khod.producers.hooks import Hook
-from khod.producers.identity import process_of
+from khod.producers.identity import lives
 from khod.producers.order import ranks
 from khod.producers.registrations import Registered
 from khod.session_holders import title
@@ -44,7 +44,7 @@ def _unstartable(producers: Iterable[Producer]) -> list[str]:
 
 
 def _fate(registered: Registered) -> str:
-    alive = process_of(registered.process.pid) == registered.process
+    alive = lives(registered.process)
     return "alive and not connected" if alive else "ended while khod was down"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,20 @@ async def ended(process: Process | None) -> None:
             await ended.wait()
     finally:
         loop.remove_reader(pidfd)
+        os.close(pidfd)
+
+
+def lives(process: Process) -> bool:
+    """Whether a process has not ended, as `ended` sees it: one whose parent has not waited for it has."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        ending = select.poll()
+        ending.register(pidfd, select.POLLIN)
+        return process_of(process.pid) == process and not ending.poll(0)
+    finally:
         os.close(pidfd)
 
 

@@ -17,7 +17,7 @@ from khod.errors import KhoError, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Kept
 from khod.producers.barrier import GONE, UNDO, Telling, Verb, Veto
 from khod.producers.configured import check_name
-from khod.producers.identity import ended, process_of
+from khod.producers.identity import ended, lives
 from khod.producers.registrations import Registered, Registrations
 from khod.record import Holder, Owner, Process
 from khod.sessions import Sessions, session_of
@@ -91,6 +91,8 @@ class Peer:
         self.left: Process | None = None
         """The process whose connection ended after it was told something: what it did stands as long as it lives."""
         self.connected = False
+        self.given_up = False
+        """Whether the operator gave it up while it was waited for: its name is free for another."""
         self.told = ""
         """The last verb it was told and not told the undo of: what it is reminded of when it comes back."""
         self.kept: tuple[Kept, ...] = ()
@@ -423,7 +425,7 @@ class Peers:
         """Wait until those absent of these names whose process lives have come back, and no longer than `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                while any(name in names and _lives(found.process) for name, found in self._absent.items()):
+                while any(name in names and lives(found.process) for name, found in self._absent.items()):
                     self._returned.clear()
                     await self._returned.wait()
         except TimeoutError:
@@ -487,6 +489,7 @@ class Peers:
         awaited = peer is not None and peer.awaited and peer.bearer is not None
         if peer is not None and awaited:
             peer.process = peer.left = None
+            peer.given_up = True
         if self._absent.pop(name, None) is None:
             return awaited
         self._returned.set()
@@ -507,6 +510,9 @@ class Peers:
         peer = self._peers.get(name)
         if peer is not None and peer.connected:
             raise Refused(f"There is a producer {name} already", where=name, remedy="Choose another name.")
+        if peer is not None and peer.given_up and peer.owner != owner:  # what its process did is nobody's any more
+            self._strike(peer)
+            peer = None
         if peer is not None and peer.counted_on and peer.owner != owner:
             raise Refused(
                 f"Producer {name} is user {peer.owner.uid}'s in {peer.owner.unit or 'no unit'}, "
@@ -523,7 +529,7 @@ class Peers:
             )
         awaited = peer.bearer if peer is not None and peer.awaited else None
         for before in (awaited, absent.process if absent is not None else None):
-            if before not in (None, process) and _lives(before):
+            if before not in (None, process) and lives(before):
                 # It may be stopped, and frozen: another that came in its stead would be thawed for it.
                 raise Refused(
                     f"Process {before.pid} holds the name {name} and has not come back",
@@ -572,10 +578,6 @@ class Peers:
             self._naming[name].discard(peer.name)
             if not self._naming[name]:
                 del self._naming[name]
-
-
-def _lives(process: Process) -> bool:
-    return process_of(process.pid) == process
 
 
 def _check_terms(terms: Terms) -> None:

@@ -80,8 +80,8 @@ def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
         (khod.executor, "run", lambda *argv: khod_of()._systemctl(*argv)),
         (khod.wire, "get_type_hints", get_type_hints),
         (khod.producers.peers, "ended", lambda process: khod_of()._ended(process)),
-        (khod.producers.peers, "process_of", lambda pid: khod_of()._process_of(pid)),
-        (khod.preflight.holders, "process_of", lambda pid: khod_of()._process_of(pid)),
+        (khod.producers.peers, "lives", lambda process: khod_of()._lives(process)),
+        (khod.preflight.holders, "lives", lambda process: khod_of()._lives(process)),
         *(
             (module, "statx", statx)
             for module in (khod.kernel.account, khod.kernel.luo, khod.producers.peers, khod.sessions)
@@ -443,9 +443,10 @@ class Khod:
         self.pools.append(made)
         return PooledWorker(made, subject, max_waiting)
 
-    def _process_of(self, pid: int) -> Identity | None:
-        found = self.scene.process_by(pid)
-        return Identity(pid, pid) if found is not None and found.alive else None
+    def _lives(self, process: Identity) -> bool:
+        """khod.producers.identity.lives."""
+        found = self.scene.process_by(process.pid)
+        return found is not None and found.alive and process == Identity(process.pid, process.pid)
 
     def _take(self, request: Request, running: str, run: str, bounds: Images, machine: str = "") -> Target:  # noqa: ARG002
         self.point("files.take", "before")

@@ -1,6 +1,8 @@
 """A peer that was told something and is not connected: what it was told is undone, or it is named."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -11,6 +13,7 @@ from khod.engine import Engine
 from khod.engine.rollback import bound_seconds
 from khod.errors import Failed, NotRolledBack, Refused, Unreachable
 from khod.model import Phase
+from khod.producers.identity import lives, process_of
 from khod.producers.peers import Answer, Peer, Terms
 from khod.record import Owner, Process
 from tests.unit.harness import Living
@@ -46,9 +49,9 @@ async def register(engine: Engine, process: Process, owner: Owner = OWNER) -> Pe
 
 
 @asynccontextmanager
-async def serving(engine: Engine, process: Process) -> AsyncIterator[list[str]]:
+async def serving(engine: Engine, process: Process, owner: Owner = OWNER) -> AsyncIterator[list[str]]:
     """A peer that says yes to everything, and what it has heard; at the end it loses its connection and lives on."""
-    peer = await register(engine, process)
+    peer = await register(engine, process, owner)
     heard = [f"registered: {peer.told}"]
 
     async def serve() -> None:
@@ -268,3 +271,29 @@ async def test_with_a_record_that_cannot_be_read_one_that_has_ended_holds_nobody
         engine = await host.started()
         await engine.abort(force=True)
         assert engine.machine.phase is Phase.idle
+
+
+@in_virtual_time
+async def test_the_name_of_one_that_an_operator_gives_up_is_free(
+    host: VirtualHost, start: Callable[[], Living]
+) -> None:
+    engine = await frozen(host, start().identity)
+    await rests(host, engine, Phase.failed)
+    other = Owner(0, "other.service")
+    with pytest.raises(Refused, match="forget"):
+        await register(engine, start().identity, other)
+    await engine.forget("kv")
+    async with serving(engine, start().identity, other) as heard:
+        await engine.abort()
+    assert heard == ["registered: ", "thaw", "cancel"]
+    assert engine.machine.phase is Phase.idle
+
+
+def test_a_zombie_has_ended(start: Callable[[], Living]) -> None:
+    """Its parent may be slow to wait for it; its successor must not be refused for that."""
+    living = start()
+    assert lives(living.identity)
+    os.kill(living.identity.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, living.identity.pid, os.WEXITED | os.WNOWAIT)
+    assert process_of(living.identity.pid) == living.identity
+    assert not lives(living.identity)
