@@ -146,6 +146,8 @@ class Member:
     """When what it is told now began (CLOCK_MONOTONIC), None while it is told nothing."""
     telling: Telling | None = None
     """The last of `prepare` and `freeze`, which its note is read from: it may still be at it."""
+    gone: bool = False
+    """Whether an undo has found nobody to tell."""
     calls: int = 0
     """How often it was told anything: what comes of a call that nobody waits for any more changes nothing here."""
 
@@ -389,6 +391,7 @@ class Barrier:
                 member.answer, member.began, member.seconds = answer, None, time.monotonic() - began
                 if done:
                     member.told = AFTER.get(verb, verb.value)
+                    member.gone |= answer == GONE
                 self.changed(member)
         return None if done else refusal or self._failed(member, f"refuses to {verb.value}: {answer}")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from khod.bounded import settle
-from khod.producers.barrier import NOT_RECORDED, Telling, Verb, Veto
+from khod.producers.barrier import GONE, NOT_RECORDED, Telling, Verb, Veto
 from khod.producers.configured import Configured, one_line
 from khod.producers.identity import ended, process_of
 from khod.producers.sockets import connect
@@ -59,6 +59,10 @@ UNFIT = {
 
 class _Lost(Veto):
     """QEMU cannot be spoken to."""
+
+
+class _Absent(_Lost):
+    """Nobody listens at its socket."""
 
 
 class _Reached(enum.Enum):
@@ -110,14 +114,14 @@ class Qemu(Configured):
                 return cls(name, socket=path)
         return None
 
-    async def _carry_out(self, telling: Telling) -> None:
-        steps: dict[Verb, Callable[[Telling], Awaitable[None]]] = {
+    async def _carry_out(self, telling: Telling) -> str | None:
+        steps: dict[Verb, Callable[[Telling], Awaitable[str | None]]] = {
             Verb.prepare: self._prepare,
             Verb.freeze: self._freeze,
             Verb.thaw: self._thaw,
         }
-        if step := steps.get(telling.verb):
-            await step(telling)
+        step = steps.get(telling.verb)
+        return await step(telling) if step else None
 
     async def _prepare(self, telling: Telling) -> None:
         async with _monitor(self.socket, telling) as vm:
@@ -141,21 +145,24 @@ class Qemu(Configured):
             if (state := await vm.status()) != PAUSED:
                 raise Veto(f"asked to pause, it is `{state}`")
 
-    async def _thaw(self, telling: Telling) -> None:
+    async def _thaw(self, telling: Telling) -> str | None:
         """Continue what was going.
 
         Where QEMU cannot be asked: success if its process is gone or was never asked to pause, Veto
         otherwise. QMP is the only one to know whether a VM is paused: its threads sleep in either case. Without a
-        record a VM that is paused is continued.
+        record a VM that is paused is continued, and GONE where nobody listens at its socket.
         """
         if telling.note == NOT_RECORDED:
-            async with _monitor(self.socket, telling) as vm:
-                if await vm.status() == PAUSED:
-                    await vm.go_on()
-            return
+            try:
+                async with _monitor(self.socket, telling) as vm:
+                    if await vm.status() == PAUSED:
+                        await vm.go_on()
+            except _Absent:
+                return GONE
+            return None
         note = _Note.read(telling.note)
         if note.state == PAUSED or note.reached is _Reached.untouched:
-            return
+            return None
         try:
             async with _monitor(note.socket or self.socket, telling) as vm:
                 vm.expect(note.process)
@@ -163,6 +170,7 @@ class Qemu(Configured):
         except _Lost as error:
             if not await _gone(note.process):
                 raise Veto(f"{error}; process {note.process.pid} lives, and may be paused") from None
+        return None
 
 
 @dataclass(frozen=True)
@@ -233,7 +241,8 @@ async def _session(path: str) -> "tuple[QMPClient, socket.socket]":
         try:
             connection = await connect(path)
         except OSError as error:
-            raise _Lost(f"its QMP socket {path} cannot be connected to: {error.strerror or error}") from None
+            lost = _Absent if isinstance(error, (FileNotFoundError, ConnectionRefusedError)) else _Lost
+            raise lost(f"its QMP socket {path} cannot be connected to: {error.strerror or error}") from None
         client = QMPClient()
         client.events.event_filter = lambda _event: False  # it would keep them all, and nobody reads them
         try:

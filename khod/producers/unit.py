@@ -33,7 +33,7 @@ from jeepney.auth import BEGIN, AuthenticationError, Authenticator
 from jeepney.bus import get_bus
 
 from khod.errors import UsageError
-from khod.producers.barrier import NOT_RECORDED, Telling, Verb, Veto
+from khod.producers.barrier import GONE, NOT_RECORDED, Telling, Verb, Veto
 from khod.producers.configured import Configured, one_line
 from khod.producers.sockets import connect
 
@@ -221,7 +221,8 @@ class Unit(Configured):
         if not state.thawed or self._may_hold_frozen(state):
             await self._unfreeze(systemd, state, telling)
         if self.how == "stop" and state.active != "active":
-            return f"{self.unit} is {state.active} and is left so: no record says whether khod stopped it"
+            telling.not_yet(f"{self.unit} is {state.active} and stays so: no record says whether khod stopped it", None)
+            return GONE
         return None
 
     async def _unfreeze(self, systemd: "Systemd", state: "State", telling: Telling) -> None:

@@ -694,3 +694,13 @@ except Veto as veto:
     said = capfd.readouterr()
     assert re.fullmatch(r".*not QMP.*\n", said.out)
     assert said.err == ""
+
+
+async def test_without_a_record_a_vm_that_is_off_holds_no_abort(tmp_path: Path) -> None:
+    """Its file stays when it is switched off; each abort would have failed for it until it was started."""
+    nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
+    muster = Muster(lambda: [Qemu("vm", socket=str(tmp_path / "absent"))], nobody)
+    barrier = muster.resumed("", lambda _member: None, (), Verb.freeze)
+    assert await barrier.undo(Verb.freeze) == []
+    (member,) = barrier.members
+    assert member.gone

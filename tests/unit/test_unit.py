@@ -13,7 +13,7 @@ import pytest
 
 from khod.errors import ConfigError, UsageError
 from khod.muster import Muster
-from khod.producers.barrier import NOT_RECORDED, Barrier, Producer, Telling, Told, Verb, Veto
+from khod.producers.barrier import GONE, NOT_RECORDED, Barrier, Producer, Telling, Told, Verb, Veto
 from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
 from khod.producers.unit import OURS, STOPPED_TOO, UNTOUCHED, Bus, Unit, check_unit
@@ -699,9 +699,7 @@ async def test_without_a_record_a_unit_is_thawed_that_systemd_says_is_frozen(pla
         assert bus.units["a.service"] == (found if state == "inactive" else unit())
         (member,) = barrier.members
         left = how == "stop" and state == "inactive"
-        assert member.answer == (
-            "a.service is inactive and is left so: no record says whether khod stopped it" if left else "ready"
-        )
+        assert (member.answer, member.gone) == ((GONE, True) if left else ("ready", False))
         assert bus.state("b.service", "FreezerState") == "frozen", "no producer names it"
 
 
