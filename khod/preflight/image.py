@@ -193,9 +193,12 @@ def cmdline(facts: Facts) -> Finding | None:
             "Choose a kernel built without CONFIG_CMDLINE_OVERRIDE and CONFIG_CMDLINE_FORCE.",
         )
     lost = [word.lost for word in target.words if word.lost and not (is_on and parse(word.text).named("kho"))]
+    added, removed = (
+        any(word.lost for word in target.words if (word.fate is Fate.added) is is_added) for is_added in (True, False)
+    )
     remedy = "Add it again with --append, or reuse the running line: --reuse-cmdline"
-    if any(word.lost for word in target.words if word.fate is Fate.added):
-        remedy = "Leave out what you added, unless you mean it"
+    if added:
+        remedy = f"Leave out what you added, unless you mean it{f'. {remedy}' if removed else ''}"
     if is_on is False and not lines.off(target.words):
         lost.append(
             "the next kernel has Kexec HandOver off: its command line and its configuration do not switch it on"
