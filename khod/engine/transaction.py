@@ -22,7 +22,7 @@ from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.kernel.explain import FORGOT
 from khod.machine import HELD, RESTING, STEPS, Machine
 from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
-from khod.producers.barrier import GONE, Member
+from khod.producers.barrier import Member
 from khod.reconcile import Found
 from khod.record import Holder, Record, Store
 from khod.session_holders import Sighted
@@ -40,8 +40,8 @@ class FilesLost(Refused):
 
 
 BEGINS = {
-    Step.prepare: "every producer is told to prepare",
-    Step.freeze: "every producer is told to freeze",
+    Step.prepare: "{who} is told to prepare",
+    Step.freeze: "{who} is told to freeze",
     Step.activate: "the kernel serializes its state",
     Step.load: "the kernel takes the image",
     Step.execute: "the jump is asked for",
@@ -345,7 +345,10 @@ class Transaction:
             await self._write(replace(self.current(), done=done), departs=step is Step.execute)
         begun = self._record.begun
         to = f", to {begun.image}" if begun.image else ""
-        self.emit(f"{BEGINS[step]}{f'; begun by {begun.by}{to}' if begun.by and step is Step.prepare else ''}")
+        by = f"; begun by {begun.by}{to}" if begun.by and step is Step.prepare else ""
+        members = attempt.barrier.members
+        who = members[0].producer.name if len(members) == 1 else "every producer"
+        self.emit(f"{BEGINS[step].format(who=who)}{by}")
         self._step_began = began = time.monotonic()
         if step is Step.freeze:
             self._record = replace(self._record, window_began_at=time.time())
@@ -433,11 +436,13 @@ class Transaction:
         self._reason = "; ".join(dict.fromkeys(failure.sentence for failure in failures))
         first = self._record.last_error.partition(NOT_UNDONE)[0]
         left = f"{first.rstrip(' .')}. {NOT_UNDONE}: {self._reason}".removeprefix(". ")
-        gone = [member.producer.name for member in self._acting().barrier.members if member.answer == GONE]
+        gone = [member.producer.name for member in self._acting().barrier.members if member.gone]
         died = f" Went away, and could not be told: {join_names(gone)}. Look at them." if gone else ""
         if (ended := cause or because) and not failures:
             ended.remedy = f"{ROLLED_BACK}{died} {ended.remedy}".strip()
             self._record = replace(self._record, last_error=str(ended))
+        elif gone and not failures:
+            self._record = replace(self._record, last_error=died.strip())
         self._record = replace(
             self._record,
             not_undone=tuple(item for failure in failures for item in failure.items),
