@@ -252,6 +252,7 @@ fi
         ('"0"', "k-3"),
         ("1", "k-2"),
         ("'k-2'", "k-2"),
+        ("'advanced>k-2'", "k-2"),
         ('"no"', "k-3"),
     ],
 )
@@ -263,6 +264,14 @@ def test_a_saved_entry_counts_where_grub_cfg_asks_for_it(tmp_path: Path, written
     assert default(tmp_path) == f"{chosen}.conf"
     env.write_text("saved_entry=k-1\nnext_entry=k-2\n")
     assert default(tmp_path) == "k-2.conf"
+
+
+@pytest.mark.parametrize("written", ["'1>2'", "'advanced>gnulinux-6.1'"])
+def test_what_lies_in_a_submenu_and_is_no_entry_is_refused(tmp_path: Path, written: str) -> None:
+    three(tmp_path)
+    put(tmp_path, "boot/grub2/grub.cfg", MKCONFIG.format(default=written))
+    with pytest.raises(Refused, match="submenu"):
+        default(tmp_path)
 
 
 def fedora(root: Path, env: str | None, entry: str = FEDORA) -> Path:
