@@ -54,7 +54,7 @@ def foretold(running: str, following: str, *, on: bool, next_on: bool, held: boo
     """
     ours, its = FORMATS[running], FORMATS[following]
     if ours.root != its.root:
-        return "fail", f"would take over nothing: this kernel writes {ours.root}, it reads {its.root}"
+        return "fail", f"would not take over any state: this kernel writes {ours.root}, it reads {its.root}"
     if not on or not ours.luo:
         return "passed", "reads what this kernel writes"
     if not its.luo:
