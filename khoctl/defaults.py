@@ -54,7 +54,7 @@ def _of_grub(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
     chosen = _in_menu(name, found) if name and not (menus and name.isdecimal()) else None
     if chosen is None and menus:
         raise Refused(
-            f"GRUB boots {wanted}, which lies in a submenu and is no entry that can be found",
+            f"GRUB boots {wanted}, which lies in a submenu: it cannot be found among the entries",
             where="default in grub.cfg",
             remedy="Choose one with --entry ID.",
         )
