@@ -34,11 +34,6 @@ LOG = logging.getLogger(__name__)
 COALESCED = (Step.activate, Step.load)
 """One durable record names both where they follow each other: an fsync between them would lengthen the blackout."""
 
-
-class FilesLost(Refused):
-    """The next kernel would look at no file that is handed over."""
-
-
 BEGINS = {
     Step.prepare: "{who} is told to prepare",
     Step.freeze: "{who} is told to freeze",
@@ -285,10 +280,8 @@ class Transaction:
                 raise
             except ANYTHING as error:  # a bug of ours, too: it must be undone
                 raise_if_cancelling(error)
-                # Whoever came late and could not be brought up to the others is not left half-way by --hold; nor is an
-                # image in which the files would be lost, as no other one can take its place.
-                held = hold and caught_up and not isinstance(error, FilesLost)
-                await self._failed(error, step, before, hold=held)
+                # Whoever came late and could not be brought up to the others is not left half-way by --hold.
+                await self._failed(error, step, before, hold=hold and caught_up)
         if self.phase is Phase.executing:
             return
         try:
@@ -328,9 +321,10 @@ class Transaction:
         """Refuse an image that comes up with LUO off where files were handed over: nobody would look at them.
 
         The check `formats` warns of it before anyone is told, when it is not known yet whether there will be any.
+        Asked before each step, where --hold holds nothing: no other image can take the place of one that is loaded.
         """
         if self._record.begun.luo_off and (names := self._acting().preserving):
-            raise FilesLost(
+            raise Refused(
                 f"LUO is off in the next kernel, which would lose the files of {join_names(names)}",
                 where="the next kernel's command line",
                 remedy="Add it: --append liveupdate=on",
@@ -356,7 +350,6 @@ class Transaction:
             await self.raise_if_cancelled()
             self._jump_asked = True
         await self.interruptible(attempt.do(step))
-        self._require_luo()
         self.note_timing(step.value, began)
         self._record = replace(self._record, last_error="")  # of a try before this one, which was held
         self._machine = self._machine.finish(step)
@@ -402,8 +395,7 @@ class Transaction:
         Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the operator
         asked for it, or it is `because` of what nobody is answered with. `interrupted` is where the handover was when
         khod was stopped by a shutdown of the host. A shutdown may also be the cause, where it has stopped a producer
-        before khod: systemd is asked, and the record
-        says so.
+        before khod: systemd is asked, and the record says so.
         """
         if cause is not None:
             self._shutdown_note = asyncio.ensure_future(self._note_shutdown(self._record.run, self.phase))
