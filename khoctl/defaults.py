@@ -50,7 +50,7 @@ def _of_grub(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
     variables = grubenv.read(root)
     once = variables.get("next_entry")
     wanted = once or _grub_default(root, variables)
-    *menus, name = wanted.split(">") if wanted else [""]
+    *menus, name = wanted.split(">")
     chosen = _in_menu(name, found) if name and not (menus and name.isdecimal()) else None
     if chosen is None and menus:
         raise Refused(

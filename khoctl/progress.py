@@ -266,17 +266,14 @@ def _heard(watcher: Client, shown: Shown) -> bool:
     return watcher.more
 
 
-def _drain(watcher: Client, shown: Shown) -> None:
-    """Show what comes until khod has closed the connection, for at most LAST_WORDS seconds."""
+def _drain(watcher: Client, shown: Shown, final: Phase | None = None) -> None:
+    """Show what comes until this phase, or until khod closes the connection, for at most LAST_WORDS seconds."""
     deadline = time.monotonic() + LAST_WORDS
-    while watcher.readable(deadline - time.monotonic()) and _heard(watcher, shown):
+    while shown.last is not final and watcher.readable(deadline - time.monotonic()) and _heard(watcher, shown):
         pass
 
 
 def _last_words(calling: Client, watcher: Client, shown: Shown) -> None:
     """Let what is already on its way be seen."""
-    deadline = time.monotonic() + LAST_WORDS
     with suppress(KhoError):
-        final = calling.status().phase
-        while shown.last is not final and watcher.readable(deadline - time.monotonic()) and _heard(watcher, shown):
-            pass
+        _drain(watcher, shown, calling.status().phase)

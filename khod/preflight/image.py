@@ -193,12 +193,11 @@ def cmdline(facts: Facts) -> Finding | None:
             "Choose a kernel built without CONFIG_CMDLINE_OVERRIDE and CONFIG_CMDLINE_FORCE.",
         )
     lost = [word.lost for word in target.words if word.lost and not (is_on and parse(word.text).named("kho"))]
-    added, removed = (
-        any(word.lost for word in target.words if (word.fate is Fate.added) is is_added) for is_added in (True, False)
-    )
+    fates = {word.fate for word in target.words if word.lost}
     remedy = "Add it again with --append, or reuse the running line: --reuse-cmdline"
-    if added:
-        remedy = f"Leave out what you added, unless you mean it{f'. {remedy}' if removed else ''}"
+    if Fate.added in fates:
+        others = f". {remedy}" if Fate.removed in fates else ""
+        remedy = f"Leave out what you added, unless you mean it{others}"
     if is_on is False and not lines.off(target.words):
         lost.append(
             "the next kernel has Kexec HandOver off: its command line and its configuration do not switch it on"

@@ -15,7 +15,7 @@ from typing import Protocol
 from khod import model
 from khod.bounded import CUT_SECONDS, StillRuns, within
 from khod.errors import ConfigError, Failed, KhoError, Refused, Unsupported
-from khod.producers.order import ranks
+from khod.producers.order import Ordered, ranks
 from khod.record import Holder
 
 
@@ -65,12 +65,8 @@ class Telling:
     """Say that it takes longer: a reason, and how much is done (0 to 1, None where that is not known)."""
 
 
-class Producer(Protocol):
+class Producer(Ordered, Protocol):
     """One holder of state."""
-
-    @property
-    def name(self) -> str:
-        """Unique among the producers."""
 
     @property
     def kind(self) -> str:
@@ -79,14 +75,6 @@ class Producer(Protocol):
     @property
     def timeout(self) -> float:
         """Seconds it may take for one verb."""
-
-    @property
-    def after(self) -> tuple[str, ...]:
-        """Names of producers told before it."""
-
-    @property
-    def before(self) -> tuple[str, ...]:
-        """Names of producers told after it."""
 
     @property
     def devices(self) -> tuple[str, ...]:

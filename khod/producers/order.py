@@ -52,8 +52,9 @@ def check_newcomer(
 ) -> None:
     """Raise ConfigError where a newcomer makes a cycle of the others' order, in which there is none.
 
-    Only those told after it are looked at, and nobody where nobody is told before it: thousands may come one by one.
-    `find` gives one of the others by its name, `naming` those that name somebody in `after` or `before`.
+    Thousands may come one by one, so only the producers told after it are visited, and none where nobody is told
+    before it: such a newcomer cannot close a cycle. `find` gives one of the others by its name, `naming` those that
+    name somebody in `after` or `before`.
     """
 
     def others_naming(name: str) -> list[Ordered]:

@@ -99,7 +99,7 @@ class Unit(Configured):
     unit: str = ""
     how: str = "freeze"
     group: str = ""
-    """The path of its control group below CGROUPS as it was prepared, "" where it has none or that is not known."""
+    """The path of its control group below CGROUPS at `prepare`; "" where there was none, or no note says so."""
     kind: str = "unit"
 
     @classmethod
