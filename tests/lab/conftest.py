@@ -23,34 +23,13 @@ CONSOLES = pytest.StashKey[list[Path]]()
 BOOTING = {"boot", "online", "host"}
 TAIL = 20_000  # characters of each console in a report
 
-# Under `--dist loadfile` a worker takes one file after the other; a long one must not be left at the end.
-LONGEST = (
-    "test_safety",
-    "test_put_back",
-    "test_mainline",
-    "test_unit",
-    "test_formats",
-    "test_sources",
-    "test_producers",
-    "test_signed",
-    "test_unsupported",
-    "test_liveupdate",
-    "test_v3",
-    "test_lab",
-)
-
 Find = Callable[[str], lab_kernels.Kernel]
 Boot = Callable[..., Guest]
 Online = Callable[..., Guest]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Keep xdist from sorting the files by how many tests they have."""
-    config.option.loadscopereorder = False
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark every test that boots something as `lab`, so that -m "not lab" leaves the quick ones; LONGEST first.
+    """Mark every test that boots something as `lab`, so that -m "not lab" leaves the quick ones.
 
     What is marked `proof` is left out but in `make proof`; with an argument only where that is the test's `host`.
     """
@@ -61,7 +40,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if BOOTING & set(getattr(item, "fixturenames", ())):
             item.add_marker("lab")
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def _only_proof(item: pytest.Item, mark: pytest.Mark) -> bool:

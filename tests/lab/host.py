@@ -22,6 +22,7 @@ HOTPLUG = ("-device", "pcie-root-port,id=hot,chassis=1,slot=1")
 OUT = "/sys/kernel/debug/kho/out"
 MARKER = "khod-test.second=1"
 INSTANCE = "/sys/kernel/tracing/instances/boot_map"
+LINE = "written-before-the-jump"
 
 # An archive of a given size, to the byte: one member of zeros, which take no room on the disk.
 ARCHIVE = """\
@@ -119,6 +120,14 @@ class Host:
         assert hello.how == "kexec"
         assert MARKER in hello.cmdline.split()
         assert hello.boot_id != before
+
+    def write_line(self) -> None:
+        """Leave a line in the preserved trace instance, as the mission's example does."""
+        self.shell(f"echo 1 > {INSTANCE}/tracing_on; echo {LINE} > {INSTANCE}/trace_marker")
+
+    def has_line(self) -> bool:
+        """Tell whether that line stands in the instance of this kernel."""
+        return LINE in self.shell(f"cat {INSTANCE}/trace")
 
     def dmesg(self) -> str:
         """Give the running kernel's log."""

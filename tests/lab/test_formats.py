@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import pytest
 
 from tests.lab.conftest import Find, Online
-from tests.lab.host import INSTANCE, KHO, LUO_OFF, Host, image
+from tests.lab.host import KHO, LUO_OFF, Host, image
 from tests.lab.kernels import MEMFD, NEXT_LUO, UPGRADE
 from tests.lab.store import check_arrived, fill, start_store
 
-LINE = "written-before-the-jump"
 NO_LUO = ("--remove", "liveupdate=on")
 MEBIBYTES = 8
 
@@ -81,11 +80,6 @@ def told_apart(host: Host, running: str, versions: list[str], *, on: bool, held:
 def keep_own_image(host: Host, version: str) -> None:
     """Put the running kernel's image where distributions have it: it alone shows in which format files are."""
     host.shell(f"mkdir -p /boot; cp /lab/kernels/{version}/bzImage /boot/vmlinuz-$(uname -r)")
-
-
-def write_line(host: Host) -> None:
-    """Leave a line in the preserved trace instance, as the mission's example does."""
-    host.shell(f"echo 1 > {INSTANCE}/tracing_on; echo {LINE} > {INSTANCE}/trace_marker")
 
 
 def pairs() -> Iterator[object]:
@@ -172,7 +166,7 @@ def test_a_panic_that_is_foretold_comes(online: Online) -> None:
 def test_predictions_hold_over_two_jumps(online: Online) -> None:
     """6.18.15 to 6.19.11: both write kho-v1, all arrives. From there to 7.3.4, which reads kho-v4: nothing does."""
     host = Host(online("6.18.15"))
-    write_line(host)
+    host.write_line()
 
     host.kexec("6.19.11", *NO_LUO)
 
@@ -183,7 +177,7 @@ def test_predictions_hold_over_two_jumps(online: Online) -> None:
     log = host.dmesg()
     assert "Revived memory reservation 'trace' from KHO" in log
     assert "KHO restore succeeded" in log
-    assert LINE in host.shell(f"cat {INSTANCE}/trace")
+    assert host.has_line()
 
     refused = host.khoctl("kexec", *image("7.3.4"), code=3)
     for words in ("check formats", "kho-v1", "kho-v4"):

@@ -10,9 +10,7 @@ import pytest
 
 from tests.lab import trees
 from tests.lab.conftest import Online
-from tests.lab.host import INSTANCE, Host
-
-LINE = "written-before-the-jump"
+from tests.lab.host import Host
 
 
 @dataclass(frozen=True)
@@ -38,23 +36,13 @@ SHOWN = {
 }
 
 
-def write_line(host: Host) -> None:
-    """Leave a line in the preserved trace instance, as the mission's example does."""
-    host.shell(f"echo 1 > {INSTANCE}/tracing_on; echo {LINE} > {INSTANCE}/trace_marker")
-
-
-def line_is_there(host: Host) -> bool:
-    """Tell whether the line stands in the instance of this kernel."""
-    return LINE in host.shell(f"cat {INSTANCE}/trace")
-
-
 @pytest.mark.parametrize(
     "version", ["6.18.15", *(pytest.param(version, marks=pytest.mark.proof) for version in ("6.19.11", "7.3.4"))]
 )
 def test_preserved_memory_and_every_tree_arrive(online: Online, version: str, tmp_path: Path) -> None:
     host, shown = Host(online(version)), SHOWN[version]
     host.guest.wait_online()
-    write_line(host)
+    host.write_line()
     host.khoctl("activate")  # 6.18.15 has an outgoing tree only then
     out = trees.mainline(host, "out")
     assert trees.held(host, "out", out, tmp_path, cut=shown.stale, other=shown.structures) == shown.fdts - shown.stale
@@ -68,7 +56,7 @@ def test_preserved_memory_and_every_tree_arrive(online: Online, version: str, tm
     log = host.dmesg()
     assert "Revived memory reservation 'trace' from KHO" in log
     assert "KHO restore succeeded" in log
-    assert line_is_there(host)
+    assert host.has_line()
 
     came = trees.mainline(host, "in")
     other = shown.structures - shown.freed

@@ -15,7 +15,6 @@ from hypothesis import settings
 from tests.unit.harness import Host
 
 DEADLINE = 30.0  # seconds; a test that needs it has hung
-LONGEST = ("test_producer", "test_fuzz", "test_bombs", "test_operator_table", "test_many", "test_attackers")
 MAX_THREADS = 100
 """Threads of khods that are over end when these are collected; seteuid(2) interrupts every one that is there."""
 
@@ -29,16 +28,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The same examples every time, no clock, nothing kept between runs.
 settings.register_profile("unit", derandomize=True, deadline=None, database=None, max_examples=80)
 settings.load_profile("unit")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Keep xdist from sorting the files by how many tests they have."""
-    config.option.loadscopereorder = False
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put LONGEST first: under `--dist loadfile` a long file must not be left at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(tryfirst=True)
