@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import click
 import typer
 
-from khoctl.asking import Root
+from khoctl.session import Root
 from khod import __version__
 from khod.errors import Exit, UsageError
 
@@ -53,7 +53,7 @@ class Commands(Root):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in MODULES and self.commands[cmd_name].name is None:
-            group = typer.main.get_group(importlib.import_module(f"khoctl.{MODULES[cmd_name]}").app)
+            group = typer.main.get_group(importlib.import_module(f"khoctl.commands.{MODULES[cmd_name]}").app)
             self.commands[cmd_name] = group if cmd_name == MODULES[cmd_name] else group.commands[cmd_name]
         return super().get_command(ctx, cmd_name)
 
@@ -103,7 +103,7 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of khoctl itself; those of every command are in `khoctl.asking`."""
+    """Options of khoctl itself; those of every command are in `khoctl.session`."""
 
 
 def _locale() -> str:

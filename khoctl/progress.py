@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from khoctl import render
-from khoctl.asking import TO_SEE, Detached, client, repaints, say_slow, socket, timeout
 from khoctl.layout import fit, show
-from khod.client import SLOW, Client
+from khoctl.session import TO_SEE, Detached, client, repaints, say_slow, socket, timeout
+from khod.client.handover import SLOW, Client
 from khod.errors import KhoError, Unreachable
 from khod.model import Event, Phase, Producer, Status
 from khod.text import join_names

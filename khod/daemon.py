@@ -14,22 +14,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from khod import __version__, config, executor, fdstore, inhibitors, journal, server
+from khod import __version__, config, server
 from khod.abi.calls import Calls, HostCalls
-from khod.engine import Engine, status
+from khod.engine import Engine, journal, status
+from khod.engine.guard import Guard
 from khod.errors import ConfigError, Exit, KhoError, Refused
-from khod.guard import Guard
+from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import probe
-from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.kernel.thread import KernelThread
 from khod.model import Event, Phase
-from khod.producers import hooks
+from khod.producers import hooks, inhibitors
 from khod.producers.directory import Directory
 from khod.producers.registrations import Registrations
-from khod.record import Store
-from khod.sessions import Sessions
+from khod.producers.sessions import Sessions
+from khod.simulated.kernel import Rebooted, SimulatedKernel
+from khod.systemd import fdstore, shutdown
 from khod.text import join_names, one_line
 from khod.wire import SOCKET
 
@@ -83,10 +84,10 @@ class Daemon:
         )
         settings, self._config_error = _load_config(opts.root)
         kexec = Kexec(self._calls)
-        jump = executor.immediate(kexec, self._thread, lambda: self.engine.config.deadlines.execute)
+        jump = shutdown.immediate(kexec, self._thread, lambda: self.engine.config.deadlines.execute)
 
         async def orderly() -> None:
-            await executor.orderly(sessions=sessions.held)
+            await shutdown.orderly(sessions=sessions.held)
 
         self.engine = Engine(
             kexec,
@@ -102,7 +103,7 @@ class Daemon:
             tell=self._tell,
             inhibitors=inhibitors.blocking if opts.simulate is None else None,
             shutdown=_on_the_way if opts.simulate is None else _never_goes_down,
-            goes_down=executor.goes_down if opts.simulate is None else None,
+            goes_down=shutdown.goes_down if opts.simulate is None else None,
             registrations=Registrations(runtime / "registrations"),
         )
         self.engine.config_error = self._config_error
@@ -156,7 +157,7 @@ class Daemon:
             if self._options.simulate:
                 await self.engine.stop(jumping=False)
                 return
-            jumping, going_down = await asyncio.gather(executor.on_the_way(), executor.goes_down())
+            jumping, going_down = await asyncio.gather(shutdown.on_the_way(), shutdown.goes_down())
             await self.engine.stop(jumping=jumping, going_down=going_down)
 
     def _alone(self) -> None:
@@ -215,7 +216,7 @@ class Daemon:
 class _StartAgain:
     """After the simulated kernel's jump, be the khod that its next kernel starts."""
 
-    jump: executor.Immediate
+    jump: shutdown.Immediate
 
     @property
     def in_kernel(self) -> bool:
@@ -231,7 +232,7 @@ class _StartAgain:
 
 
 async def _on_the_way() -> bool | None:
-    return await executor.on_the_way(executor.ASK_UNDO_SECONDS)
+    return await shutdown.on_the_way(shutdown.ASK_UNDO_SECONDS)
 
 
 async def _never_goes_down() -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 
 class Phase(enum.Enum):
-    """Where one handover stands; `khod.machine` says what leads where."""
+    """Where one handover stands; `khod.handover.machine` says what leads where."""
 
     idle = "idle"
     preparing = "preparing"

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from khod import wire
-from khod.connection import MAX_FDS, Connection
+from khod.client.connection import MAX_FDS, Connection
 from khod.errors import KhoError, Unreachable
 
 LOG = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The wire's names and its JSON, for both ends; standard library only.
 
-khoctl speaks Varlink through `khod.client` and this module alone: importing asyncio and a Varlink
+khoctl speaks Varlink through `khod.client.handover` and this module alone: importing asyncio and a Varlink
 library would cost `khoctl status` more than typer itself does (`make bench` holds it to 1.5 times).
 """
 

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from khod.trees.plain import plain
+from khod.trees.as_json import plain
 from khod.trees.source import dts
 
 

@@ -1,6 +1,6 @@
 """What a process can ask of the kernel, as one seam: files below a root, and the calls that are no files.
 
-`HostCalls` asks the running kernel. The simulated kernel (`khod.kernel.simulated`) answers the same
+`HostCalls` asks the running kernel. The simulated kernel (`khod.simulated.kernel`) answers the same
 calls, so everything above this line runs on it unchanged.
 """
 

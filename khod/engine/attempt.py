@@ -5,21 +5,21 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
-from khod.bounded import CUT_SECONDS
+from khod.concurrency.bounded import CUT_SECONDS
 from khod.config import Config
 from khod.errors import Exit, Failed, KhoError, Refused
-from khod.executor import Executor, Shutdown
+from khod.handover.machine import Machine
+from khod.handover.record import Store
+from khod.handover.verify import producers, without
 from khod.kernel.explain import explain, explain_undo
 from khod.kernel.kexec import Kexec
 from khod.kernel.log import ABOUT
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import Workers
-from khod.machine import Machine
 from khod.model import Generation, Step
 from khod.producers.barrier import Barrier, Member, Producer, Verb, silent
-from khod.record import Store
-from khod.target import Target
-from khod.verify import producers, without
+from khod.systemd.shutdown import Executor, Shutdown
+from khod.target.target import Target
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from khod import reconcile
 from khod.errors import Failed, KhoError, Unsupported
+from khod.handover import reconcile
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import KhoKernel

@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
-from khod import model, preflight, reconcile
+from khod import model, preflight
+from khod.concurrency.worker import Worker
 from khod.config import Config
 from khod.engine import status
 from khod.engine.attempt import Attempt, JumpUnderWay
+from khod.engine.guard import Seen, Severity
 from khod.engine.jump import Jump
 from khod.engine.observer import Observer
 from khod.engine.queries import NOTHING, Inhibitors, Queries, new_run
@@ -18,25 +20,24 @@ from khod.engine.rollback import bound_seconds
 from khod.engine.startup import Startup
 from khod.engine.transaction import Transaction, told_error
 from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused, UsageError
-from khod.executor import Executor, Shutdown
-from khod.guard import Seen, Severity
+from khod.handover import reconcile
+from khod.handover.machine import HELD, RESTING, Machine, left
+from khod.handover.record import Owner, Process, Record, Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.next_arg import switched_on
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
 from khod.kernel.thread import Workers
-from khod.machine import HELD, RESTING, Machine, left
 from khod.model import Check, Event, Observed, Phase, Plan, Status, Step
-from khod.muster import Muster
 from khod.preflight.handover import JUMP_OR_BEGIN_AGAIN, WAIT
 from khod.producers.barrier import Barrier, Member, Producer, Verb
 from khod.producers.peers import Peer, Peers, Terms
 from khod.producers.registrations import Registrations
-from khod.record import Owner, Process, Record, Store
+from khod.producers.registry import Muster
+from khod.producers.sessions import Sessions, session_of
 from khod.region import Region
-from khod.sessions import Sessions, session_of
-from khod.target import Request, Target
-from khod.worker import Worker
+from khod.systemd.shutdown import Executor, Shutdown
+from khod.target.target import Request, Target
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ SHUTDOWN_QUESTIONS = 3
 
 
 class Watcher(Protocol):
-    """What watches the host's devices: `khod.guard.Guard`."""
+    """What watches the host's devices: `khod.engine.guard.Guard`."""
 
     def start(self, abort: Iterable[str], record: Iterable[str], devices: Mapping[str, Iterable[str]]) -> None:
         """Watch from now on, for devices of these subsystems and of the producers."""

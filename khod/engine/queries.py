@@ -8,31 +8,32 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
 
-from khod import model, preflight, reconcile
+from khod import model, preflight
 from khod.config import Config
 from khod.engine import status
 from khod.engine.observer import Observer
+from khod.engine.plan import planned
 from khod.engine.restoration import Restoration
 from khod.engine.rollback import bound_seconds
 from khod.engine.transaction import Transaction
 from khod.errors import ConfigError, Failed, KhoError, Refused, UsageError
-from khod.inhibitors import Inhibitor
+from khod.handover import reconcile
+from khod.handover.machine import HELD, RESTING, Machine
+from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import Tree
 from khod.kernel.thread import Workers
-from khod.machine import HELD, RESTING, Machine
 from khod.model import Check, Event, Observed, Phase, Plan, Status
-from khod.muster import Muster
-from khod.plan import planned
 from khod.preflight.facts import Facts
 from khod.preflight.handover import handover
 from khod.producers.barrier import Member
+from khod.producers.inhibitors import Inhibitor
 from khod.producers.registrations import Registered
-from khod.record import Store
+from khod.producers.registry import Muster
+from khod.producers.session_holders import Sighted, find
+from khod.producers.sessions import Sessions, session_of
 from khod.region import Region
-from khod.session_holders import Sighted, find
-from khod.sessions import Sessions, session_of
-from khod.target import Request, Target, take
+from khod.target.target import Request, Target, take
 
 T = TypeVar("T")
 NAMED = {"out": "outgoing tree", "in": "incoming tree", "snapshot": "snapshot"}

@@ -6,19 +6,20 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 
-from khod import session_holders, verify
 from khod.config import Config
 from khod.engine.transaction import Transaction
 from khod.errors import Failed, KhoError, Refused
+from khod.handover import verify
+from khod.handover.machine import RESTING
+from khod.handover.record import Holder, Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.thread import Workers
-from khod.machine import RESTING
 from khod.model import Finding, Generation, Observed, Phase, Verdict
-from khod.muster import Muster
+from khod.producers import session_holders
 from khod.producers.barrier import Barrier, Member, Verb
 from khod.producers.peers import Peer
-from khod.record import Holder, Store
+from khod.producers.registry import Muster
 from khod.text import join_names
 
 

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from khod.bounded import CUT_SECONDS, within
+from khod.concurrency.bounded import CUT_SECONDS, within
 from khod.config import Deadlines
 from khod.engine.attempt import Attempt
 from khod.errors import KhoError

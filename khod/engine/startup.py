@@ -4,18 +4,18 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-from khod import reconcile
 from khod.config import Config
 from khod.engine.observer import Observer
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError, RecordError
+from khod.handover import reconcile
+from khod.handover.machine import RESTING
+from khod.handover.reconcile import Action, Found
+from khod.handover.record import Record, Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
-from khod.machine import RESTING
 from khod.model import Observed, Step
 from khod.producers.peers import Peers
-from khod.reconcile import Action, Found
-from khod.record import Record, Store
 
 ASK_AGAIN_SECONDS = 5.0
 """Between a question to the kernel that came to nothing and the next one."""

@@ -1,14 +1,14 @@
 """What the operator is told at three in the morning: one sentence on where it stands, one on what to do."""
 
-from khod import reconcile
 from khod.engine.transaction import Transaction
 from khod.errors import Exit
+from khod.handover import reconcile
+from khod.handover.machine import HELD, RESTING
+from khod.handover.record import Record
 from khod.kernel.probe import Probed
-from khod.machine import HELD, RESTING
 from khod.model import Generation, Observed, Phase, Producer, Status, Step, Verdict
 from khod.producers.barrier import READY
-from khod.record import Record
-from khod.session_holders import Sighted
+from khod.producers.session_holders import Sighted
 from khod.text import join_names
 
 SAYS: dict[Phase, tuple[str, str]] = {

@@ -14,20 +14,20 @@ from dataclasses import replace
 from itertools import chain, repeat
 from typing import NoReturn, TypeVar
 
-from khod import verify
-from khod.bounded import ANYTHING, raise_if_cancelling
+from khod.concurrency.bounded import ANYTHING, raise_if_cancelling
+from khod.concurrency.worker import Worker
 from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.rollback import Failure, undo_all
 from khod.errors import Failed, KhoError, NotRolledBack, Refused
+from khod.handover import verify
+from khod.handover.machine import HELD, RESTING, STEPS, Machine
+from khod.handover.reconcile import Found
+from khod.handover.record import Holder, Record, Store
 from khod.kernel.explain import FORGOT
-from khod.machine import HELD, RESTING, STEPS, Machine
 from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
 from khod.producers.barrier import Member
-from khod.reconcile import Found
-from khod.record import Holder, Record, Store
-from khod.session_holders import Sighted
+from khod.producers.session_holders import Sighted
 from khod.text import join_names
-from khod.worker import Worker
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)

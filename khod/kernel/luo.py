@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.statx import statx
 from khod.errors import KhoError, Refused, Unsupported
-from khod.kernel.built import booted_with, built_in, kho_on
 from khod.kernel.errnos import UNIT, Errnos
 from khod.kernel.explain import words
+from khod.kernel.kconfig import booted_with, built_in, kho_on
 from khod.kernel.sysfs import KHO
 from khod.model import Kept
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from khod.abi.calls import Calls
 from khod.kernel import debugfs, sysfs
-from khod.kernel.built import built_in, kho_on
 from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.errnos import SCRATCH_PARAMETERS
+from khod.kernel.kconfig import built_in, kho_on
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.sysfs import SysfsKho
 

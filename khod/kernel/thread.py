@@ -9,7 +9,7 @@ in this one: a read while another thread leaves the active phase is v3's deadloc
 
 from dataclasses import dataclass, field
 
-from khod.worker import Worker
+from khod.concurrency.worker import Worker
 
 
 class KernelThread(Worker):

@@ -6,17 +6,17 @@ from typing import Self
 
 from khod.config import Config
 from khod.errors import KhoError
-from khod.inhibitors import Inhibitor
+from khod.handover.record import Record, Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
 from khod.model import CheckResult, Observed
 from khod.producers.barrier import Producer
+from khod.producers.inhibitors import Inhibitor
 from khod.producers.registrations import Registered
-from khod.record import Record, Store
+from khod.producers.session_holders import Sighted
 from khod.region import Region
-from khod.session_holders import Sighted
-from khod.target import Target
+from khod.target.target import Target
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """May a handover begin, or go on, as things stand with khod itself? Asked by an operator, never by a handover."""
 
-from khod.machine import HELD, RESTING
+from khod.handover.machine import HELD, RESTING
+from khod.handover.record import Record
 from khod.model import Check, CheckResult, Phase, Step
-from khod.record import Record
 from khod.text import printable
 
 WAIT = "Wait for it: khoctl status. To call it off, if it is yours: khoctl abort"

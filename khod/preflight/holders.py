@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from khod.handover.verify import producers as present
+from khod.handover.verify import without
 from khod.model import LuoSession, Order, SessionFate
 from khod.preflight.facts import Facts, Finding
 from khod.producers.barrier import Producer
@@ -9,10 +11,8 @@ from khod.producers.hooks import Hook
 from khod.producers.identity import lives
 from khod.producers.order import ranks
 from khod.producers.registrations import Registered
-from khod.session_holders import title
+from khod.producers.session_holders import title
 from khod.text import join_names
-from khod.verify import producers as present
-from khod.verify import without
 
 
 def producers(facts: Facts) -> Finding:

@@ -2,12 +2,12 @@
 
 import math
 
-from khod import systemctl
 from khod.errors import RecordError
+from khod.handover.record import RESERVE
 from khod.kernel import host
 from khod.preflight import minimum_uptime
 from khod.preflight.facts import Facts, Finding
-from khod.record import RESERVE
+from khod.systemd import systemctl
 from khod.text import format_size, join_names, one_line
 
 

@@ -4,19 +4,19 @@ import mmap
 import re
 from collections.abc import Callable
 
-from khod import cmdline as lines
-from khod.formats import Answer, Effect, Understood, next_kho, understood
 from khod.images.accepted import INITRD
 from khod.images.kernel import Kernel, Signature
+from khod.kernel import cmdline as lines
 from khod.kernel import host
-from khod.kernel.built import ignores_line, is_not_set, is_set
+from khod.kernel.formats import written
+from khod.kernel.kconfig import ignores_line, is_not_set, is_set
 from khod.kernel.next_arg import kernel_args, parse, switched
-from khod.kernel.placement import NoRoom, place, segments
-from khod.kernel.written import written
 from khod.model import CheckResult, Fate, Generation
 from khod.preflight.facts import Facts, Finding, shown
 from khod.preflight.kernel import signatures_enforced
-from khod.target import Target
+from khod.target.compatibility import Answer, Effect, Understood, next_kho, understood
+from khod.target.placement import NoRoom, place, segments
+from khod.target.target import Target
 from khod.text import join_names, printable, shorten
 
 MAX_SHOWN = 3

@@ -2,14 +2,14 @@
 
 import platform
 
+from khod.handover.reconcile import said
 from khod.kernel import host
-from khod.kernel.built import configured
+from khod.kernel.kconfig import configured
 from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.next_arg import kernel_args
 from khod.kernel.sysfs import KHO
 from khod.model import CheckResult, Generation
 from khod.preflight.facts import Facts, Finding, shown
-from khod.reconcile import said
 from khod.text import join_names
 
 LOCKED = ("integrity", "confidentiality")

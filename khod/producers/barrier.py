@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from khod import model
-from khod.bounded import CUT_SECONDS, StillRuns, within
+from khod.concurrency.bounded import CUT_SECONDS, StillRuns, within
 from khod.errors import ConfigError, Failed, KhoError, Refused, Unsupported
+from khod.handover.record import Holder
 from khod.producers.order import Ordered, ranks
-from khod.record import Holder
 
 
 class Verb(enum.Enum):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from khod.bounded import raise_if_cancelling
+from khod.concurrency.bounded import raise_if_cancelling
 from khod.errors import ConfigError, KhoError, UsageError
+from khod.handover.record import Holder
 from khod.producers.barrier import Telling, Veto
 from khod.producers.output import STDERR
-from khod.record import Holder
 from khod.text import one_line
 
 __all__ = ["Configured", "check_name", "one_line", "string", "strings"]

@@ -12,7 +12,7 @@ import shutil
 import signal
 from dataclasses import dataclass, field
 
-from khod.bounded import CUT_SECONDS, settle
+from khod.concurrency.bounded import CUT_SECONDS, settle
 from khod.producers import children, output
 from khod.producers.barrier import Telling, Veto
 from khod.producers.children import CANNOT_START

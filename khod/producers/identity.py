@@ -6,7 +6,7 @@ import select
 from contextlib import suppress
 from pathlib import Path
 
-from khod.record import Process
+from khod.handover.record import Process
 
 
 async def ended(process: Process | None) -> None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 
 from khod.abi.statx import statx
 from khod.errors import KhoError, Refused, Unreachable, Unsupported, UsageError
+from khod.handover.record import Holder, Owner, Process
 from khod.model import Kept
 from khod.producers.barrier import GONE, UNDO, Telling, Verb, Veto
 from khod.producers.configured import check_name
 from khod.producers.identity import ended, lives
 from khod.producers.registrations import Registered, Registrations
-from khod.record import Holder, Owner, Process
-from khod.sessions import Sessions, session_of
+from khod.producers.sessions import Sessions, session_of
 
 KIND = "varlink"
 Inode = tuple[tuple[int, int], int]

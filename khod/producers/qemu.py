@@ -20,12 +20,12 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from khod.bounded import settle
+from khod.concurrency.bounded import settle
+from khod.handover.record import Process
 from khod.producers.barrier import GONE, NOT_RECORDED, Telling, Verb, Veto
 from khod.producers.configured import Configured, one_line
 from khod.producers.identity import ended, process_of
 from khod.producers.sockets import connect
-from khod.record import Process
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient

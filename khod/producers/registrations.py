@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from khod import wire
-from khod.record import Owner, Process
+from khod.handover.record import Owner, Process
 
 MAX_LINES = 1 << 14
 """Lines that are appended before the file is written anew."""

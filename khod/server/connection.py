@@ -11,7 +11,7 @@ from asyncvarlink import FileDescriptor, VarlinkErrorReply, VarlinkMethodCall
 from asyncvarlink.conversion import ConversionError, FileDescriptorVarlinkType
 from asyncvarlink.serviceerrors import InvalidParameter, MethodNotFound
 
-from khod.bounded import ANYTHING, raise_if_cancelling
+from khod.concurrency.bounded import ANYTHING, raise_if_cancelling
 from khod.errors import KhoError, Refused, UsageError
 from khod.producers.peers import Peer
 from khod.server import messages

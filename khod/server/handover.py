@@ -10,13 +10,13 @@ from khod import model
 from khod.engine import Engine
 from khod.errors import UsageError
 from khod.producers.configured import one_line
-from khod.protocol import Handover, NextKernel, TreeReply
 from khod.region import Region
 from khod.server import messages
 from khod.server.access import CALLER
 from khod.server.events import EventLog
+from khod.server.interface import Handover, NextKernel, TreeReply
 from khod.server.load import Load
-from khod.target import Given, Request
+from khod.target.target import Given, Request
 
 
 class Service(Handover):

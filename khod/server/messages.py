@@ -10,7 +10,7 @@ from asyncvarlink.serviceerrors import InvalidParameter
 
 from khod import wire
 from khod.errors import KhoError
-from khod.protocol import to_wire
+from khod.server.interface import to_wire
 
 FIELDS: Mapping[str, type] = {"method": str, "parameters": dict, "oneway": bool, "more": bool, "upgrade": bool}
 """What a call may have, and of which type."""

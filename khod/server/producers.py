@@ -7,12 +7,12 @@ from asyncvarlink import FileDescriptor, varlinkmethod
 from khod import model, wire
 from khod.engine import Engine
 from khod.errors import Refused, UsageError
+from khod.handover.record import Owner
 from khod.producers.configured import one_line
 from khod.producers.identity import process_of, unit_of
 from khod.producers.peers import Answer, Peer, Terms
-from khod.protocol import Command, Producer, Registered, Word
-from khod.record import Owner
 from khod.server.connection import CONNECTION
+from khod.server.interface import Command, Producer, Registered, Word
 
 MAX_FILE_NAME = 255
 """Characters of the name a producer gives a file: it stands in the record."""

@@ -11,8 +11,8 @@ from khod.errors import MalformedTree
 from khod.text import format_size, printable
 from khod.trees.blobs import opened
 from khod.trees.kinds import decoded
-from khod.trees.shown import words
-from khod.trees.words import counted
+from khod.trees.show import words
+from khod.trees.text import counted
 
 SPANS = 4  # differing spans of a blob that are named
 BLOCK = 4096  # bytes compared at once while looking for them

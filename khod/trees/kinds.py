@@ -12,7 +12,7 @@ from typing import Any
 
 from khod.abi.fdt import KHO_MEM, Node
 from khod.text import format_size
-from khod.trees.words import counted, family, hexadecimal
+from khod.trees.text import counted, family, hexadecimal
 
 MOST = 1 << 16
 """Bytes of strings, and pairs, that are taken apart: each of them becomes an object many times its size."""

@@ -117,10 +117,10 @@ def _quickly(whole: Sequence[memoryview], count: int) -> Merged | None:
     if count < FAST_FROM:
         return None
     try:
-        from khod.trees import fast  # noqa: PLC0415 - numpy is optional, and dear to import
+        from khod.trees import merge_numpy  # noqa: PLC0415 - numpy is optional, and dear to import
     except ImportError:
         return None
-    if (found := fast.merged(whole, PAGE_SHIFT, LONG)) is None:
+    if (found := merge_numpy.merged(whole, PAGE_SHIFT, LONG)) is None:
         return None
     starts, ends, below, hole, size = found
     return Merged(starts, ends, below, hole, size, 0)

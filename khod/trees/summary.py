@@ -8,7 +8,7 @@ from khod.errors import MalformedTree
 from khod.region import Region
 from khod.trees.blobs import broken, opened
 from khod.trees.memory import Memory, summarise
-from khod.trees.words import family
+from khod.trees.text import family
 
 PAIRS = {"reserve-mem": ("start", "size"), "kho": ("preserved-data", "blob-size")}
 """What names a range besides v3's `mem`: a reserve_mem= region by its own compatible, a blob by its root's."""

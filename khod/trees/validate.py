@@ -2,7 +2,7 @@
 
 A node is held against the schema of its compatible as
 {"name": TEXT, "properties": {NAME: VALUE}, "children": {NAME: {"name": .., "properties": .., "children": {}}}}: its
-children's properties, not its grandchildren. Values are decoded as in `khod.trees.plain` (numbers, strings as lists,
+children's properties, not its grandchildren. Values are decoded as in `khod.trees.as_json` (numbers, strings as lists,
 mem as {"ranges", "bytes"}); bytes that are not what their name promises come as {"raw": HEX}.
 A C structure is held against the schema of its compatible, or of its blob's name where it has none.
 """
@@ -20,7 +20,7 @@ from khod.errors import ConfigError, MalformedTree
 from khod.text import printable, shorten
 from khod.trees.blobs import METADATA, opened
 from khod.trees.kinds import decoded
-from khod.trees.words import hexadecimal
+from khod.trees.text import hexadecimal
 
 OURS = Path(__file__).parent / "schemas"
 OWN = Path("/etc/kho/schemas")

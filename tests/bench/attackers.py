@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from khod.client import Client
+from khod.client.handover import Client
 from tests.bench.figure import Figure
 from tests.bench.processes import khod
 from tests.unit import attackers

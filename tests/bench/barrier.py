@@ -22,8 +22,8 @@ from pathlib import Path
 
 from asyncvarlink import FileDescriptor, VarlinkInterfaceRegistry, create_unix_server, varlinkmethod
 
-from khod import protocol
-from khod.client import Client
+from khod.client.handover import Client
+from khod.server import interface
 from khod.wire import PRODUCER, PRODUCER_VERSION
 from tests.bench.figure import Figure
 from tests.bench.processes import khod
@@ -227,7 +227,7 @@ def _call(peer: socket.socket, method: str, parameters: dict[str, object]) -> No
 # The bare server
 
 
-class Bare(protocol.Producer):
+class Bare(interface.Producer):
     """Tells every producer each verb once, without waiting for anyone; then never again."""
 
     @varlinkmethod
@@ -240,7 +240,7 @@ class Bare(protocol.Producer):
         after: list[str] | None = None,  # noqa: ARG002
         before: list[str] | None = None,  # noqa: ARG002
         devices: list[str] | None = None,  # noqa: ARG002
-    ) -> protocol.Registered:
+    ) -> interface.Registered:
         return {"version": version, "run": "", "told": ""}
 
     @varlinkmethod
@@ -248,13 +248,13 @@ class Bare(protocol.Producer):
         self,
         *,
         serial: int | None = None,
-        answer: protocol.Word | None = None,  # noqa: ARG002
+        answer: interface.Word | None = None,  # noqa: ARG002
         reason: str | None = None,  # noqa: ARG002
         progress: float | None = None,  # noqa: ARG002
         names: list[str] | None = None,  # noqa: ARG002
         tokens: list[int] | None = None,  # noqa: ARG002
         fds: list[FileDescriptor] | None = None,  # noqa: ARG002
-    ) -> protocol.Command:
+    ) -> interface.Command:
         number = serial or 0
         if number == len(VERBS):
             await asyncio.get_running_loop().create_future()

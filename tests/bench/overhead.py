@@ -8,21 +8,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from khod import executor
 from khod.abi.calls import KMSG
 from khod.config import Config
 from khod.engine import Engine
-from khod.fdstore import ServiceManager
-from khod.guard import Guard
+from khod.engine.guard import Guard
+from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import probe
-from khod.kernel.simulated import Rebooted, SimulatedKernel, image, initrd
 from khod.kernel.sysfs import KHO
 from khod.kernel.thread import KernelThread
-from khod.record import Store
-from khod.sessions import Sessions
-from khod.target import Given, Request
+from khod.producers.sessions import Sessions
+from khod.simulated.kernel import Rebooted, SimulatedKernel, image, initrd
+from khod.systemd import shutdown
+from khod.systemd.fdstore import ServiceManager
+from khod.target.target import Given, Request
 from tests.bench.figure import Figure
 
 ROUNDS = 20
@@ -84,7 +84,7 @@ async def _one() -> float:
         root = Path(name)
         kernel, thread = Timed(root / "kernel"), KernelThread()
         kexec, store = Kexec(kernel), Store(root)
-        jump = executor.immediate(kexec, thread, 60)
+        jump = shutdown.immediate(kexec, thread, 60)
         engine = Engine(
             kexec,
             lambda: probe(kernel),

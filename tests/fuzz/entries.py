@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from khoctl import sources
+from khoctl.boot import sources
 from khod.errors import KhoError
 from tests.fuzz import corpus
 from tests.fuzz.damage import damaged

@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from khoctl.unified import left_behind, unified
-from khod import target
+from khoctl.boot.unified import left_behind, unified
 from khod.config import Images
 from khod.errors import KhoError
-from khod.formats import understood
 from khod.images import initrd, sealed
 from khod.images.header import LOADS
 from khod.images.kernel import Bundle
-from khod.kernel.placement import place, segments
-from khod.kernel.written import Written
+from khod.kernel.formats import Written
 from khod.model import Generation
 from khod.region import Region
-from khod.target import Given, Request
+from khod.target.compatibility import understood
+from khod.target.placement import place, segments
+from khod.target.target import Given, Request, take
 from tests.fuzz import corpus
 from tests.fuzz.damage import Field, Order, damaged
 from tests.fuzz.spoken import spoken
@@ -88,7 +87,7 @@ def held(case: Case) -> str:
 def _taken(fd: int, case: Case) -> str:
     request = Request(kernel=Given(fd, WHERE))
     try:
-        took = target.take(request, RUNNING, "run", Images(LARGEST, case.limit), case.machine)
+        took = take(request, RUNNING, "run", Images(LARGEST, case.limit), case.machine)
     except KhoError as error:  # the command line a unified kernel image brings along
         return spoken(error)
     try:

@@ -7,7 +7,7 @@ import struct
 
 import libfdt
 
-from khod.kernel.simulated import serialize
+from khod.simulated.kernel import serialize
 from tests.fuzz.corpus import PLACE
 from tests.unit import generated
 from tests.unit.images import CPIO, PACK, bzimage, code, cpio, flat, portable, vmlinux, zboot

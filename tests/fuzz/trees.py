@@ -11,12 +11,12 @@ import libfdt
 from khod.abi import fdt
 from khod.abi.fdt import FDT_BEGIN_NODE, FDT_END, FDT_END_NODE, FDT_NOP, FDT_PROP, HEADER, MAGIC, PROP, U32
 from khod.errors import MalformedTree, UsageError
+from khod.trees.as_json import plain
 from khod.trees.blobs import METADATA, opened
 from khod.trees.difference import differences, lines
-from khod.trees.drawn import short
+from khod.trees.draw import short
 from khod.trees.kinds import ANYWHERE, CHILDREN, FAMILIES
-from khod.trees.plain import plain
-from khod.trees.shown import show
+from khod.trees.show import show
 from khod.trees.source import compiled, dts
 from khod.trees.summary import summary
 from khod.trees.validate import schemas, validate

@@ -8,8 +8,8 @@ from random import Random
 
 import pytest
 
-from khoctl import grubenv
-from khoctl.versions import compare
+from khoctl.boot import grubenv
+from khoctl.boot.versions import compare
 from tests.lab.process import call
 
 ORDER = {0: 0, 11: 1, 12: -1}

@@ -13,9 +13,9 @@ import pytest
 
 from khod.images import sealed
 from khod.images.kernel import Kernel, take_apart
-from khod.kernel.placement import NoRoom, Placed, place, segments
 from khod.model import Generation
 from khod.region import Region
+from khod.target.placement import NoRoom, Placed, place, segments
 from tests.lab import kernels as lab_kernels
 from tests.lab.guest import Guest
 from tests.lab.host import IMAGES, KHO, Host

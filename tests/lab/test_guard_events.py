@@ -19,7 +19,7 @@ READY = "/run/guard.ready"
 WATCH = f"""\
 import asyncio, json, os, sys
 sys.path.insert(0, "/lab")
-from khod.guard import Guard
+from khod.engine.guard import Guard
 
 async def main():
     ended, told = asyncio.Event(), []
@@ -42,7 +42,7 @@ asyncio.run(main())
 OVERFLOW = """\
 import asyncio, sys
 sys.path.insert(0, "/lab")
-from khod import guard
+from khod.engine import guard
 
 async def main():
     guard.QUEUE = 1

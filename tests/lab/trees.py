@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from khod.abi import fdt
-from khod.trees.plain import plain
+from khod.trees.as_json import plain
 from khod.trees.source import dts
 from tests.dtc import agrees
 from tests.lab.host import Host

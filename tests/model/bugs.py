@@ -12,17 +12,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import khod.executor
+import khod.handover.verify
 import khod.server.producers
-import khod.verify
+import khod.systemd.shutdown
 from khod.engine import Engine
 from khod.engine.attempt import Attempt
+from khod.handover.record import Holder, Record, Store
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Phase, Status, Verdict
 from khod.producers.barrier import Barrier, Verb
 from khod.producers.peers import Peers
-from khod.record import Holder, Record, Store
-from khod.sessions import Sessions, session_of
+from khod.producers.sessions import Sessions, session_of
 from tests.model.invariants import INVARIANTS, Violation
 from tests.model.machine import Count, example, quiet
 from tests.model.process import PooledWorker
@@ -211,7 +211,7 @@ BUGS = (
         "nobody-asks-whether-the-host-jumps",
         "M7",
         "a stop rolls back under systemd's own kexec",
-        khod.executor,
+        khod.systemd.shutdown,
         "on_the_way",
         _never_on_the_way,
         ("kept_for_jump",),
@@ -250,7 +250,7 @@ BUGS = (
         "verified-whatever-arrived",
         "verdict",
         "what is missing or changed is not looked at",
-        khod.verify,
+        khod.handover.verify,
         "compare",
         _compare_that_finds_nothing,
         ("verified",),

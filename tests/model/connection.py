@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from khod import wire
-from khod.bounded import ANYTHING
+from khod.concurrency.bounded import ANYTHING
+from khod.engine.guard import Seen, Severity, Uevent, Watch
 from khod.errors import KhoError, Refused, UsageError
-from khod.guard import Seen, Severity, Uevent, Watch
+from khod.handover.record import Owner
+from khod.handover.record import Process as Identity
 from khod.producers.peers import Peer, Terms
 from khod.producers.registrations import Registrations
-from khod.protocol import Word
-from khod.record import Owner
-from khod.record import Process as Identity
+from khod.server.interface import Word
 from khod.server.producers import _answer
 from tests.model.peer import Gone, Line, PeerProcess, Rejected, Told
 from tests.model.process import duplicate

@@ -14,36 +14,38 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import khod.engine.queries
-import khod.executor
 import khod.kernel.account
 import khod.kernel.luo
 import khod.preflight.holders
 import khod.producers.peers
-import khod.sessions
+import khod.producers.sessions
+import khod.systemd.shutdown
 import khod.wire
-from khod import cmdline, executor, fdstore, inhibitors
 from khod.abi.statx import Statx
 from khod.config import Config, Images
 from khod.engine import Engine
+from khod.engine.guard import Seen
 from khod.errors import KhoError
-from khod.guard import Seen
+from khod.handover.machine import HELD, RESTING, STEPS
+from khod.handover.record import Process as Identity
+from khod.handover.record import Store
 from khod.images import sealed
 from khod.images.kernel import Bundle, Kernel, take_apart
 from khod.images.sealed import Sealed
-from khod.inhibitors import Inhibitor
+from khod.kernel import cmdline
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.memory import Memory
 from khod.kernel.probe import Probed, probe
-from khod.kernel.simulated import image
 from khod.kernel.thread import Workers
-from khod.machine import HELD, RESTING, STEPS
 from khod.model import Event, Phase, Status, Step
+from khod.producers import inhibitors
 from khod.producers.barrier import Producer
-from khod.record import Process as Identity
-from khod.record import Store
-from khod.sessions import Sessions
-from khod.target import Given, Request, Target
+from khod.producers.inhibitors import Inhibitor
+from khod.producers.sessions import Sessions
+from khod.simulated.kernel import image
+from khod.systemd import fdstore, shutdown
+from khod.target.target import Given, Request, Target
 from tests.model.calls import KernelCalls
 from tests.model.clock import VirtualLoop
 from tests.model.connection import Connection, KeptRegistrations, Watcher, give
@@ -77,14 +79,14 @@ def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
     """What khod's modules find instead of what needs a real host; `khod_of` gives the one that runs."""
     return [
         (khod.engine.queries, "take", lambda *arguments: khod_of()._take(*arguments)),
-        (khod.executor, "run", lambda *argv: khod_of()._systemctl(*argv)),
+        (khod.systemd.shutdown, "run", lambda *argv: khod_of()._systemctl(*argv)),
         (khod.wire, "get_type_hints", get_type_hints),
         (khod.producers.peers, "ended", lambda process: khod_of()._ended(process)),
         (khod.producers.peers, "lives", lambda process: khod_of()._lives(process)),
         (khod.preflight.holders, "lives", lambda process: khod_of()._lives(process)),
         *(
             (module, "statx", statx)
-            for module in (khod.kernel.account, khod.kernel.luo, khod.producers.peers, khod.sessions)
+            for module in (khod.kernel.account, khod.kernel.luo, khod.producers.peers, khod.producers.sessions)
         ),
     ]
 
@@ -209,10 +211,10 @@ class Khod:
             passed=scene.systemd.pass_to(self.process),
             memory=lambda: Memory(1 << 40, 1 << 40),
         )
-        jump = executor.immediate(kexec, workers.kernel, lambda: self.engine.config.deadlines.execute)
+        jump = shutdown.immediate(kexec, workers.kernel, lambda: self.engine.config.deadlines.execute)
 
         async def orderly() -> None:
-            await executor.orderly(sessions=sessions.held)
+            await shutdown.orderly(sessions=sessions.held)
 
         def prober() -> Probed:
             self.point("prober", "before")
@@ -233,7 +235,7 @@ class Khod:
             tell=self._tell,
             inhibitors=self._inhibitors,
             shutdown=self._on_the_way_before_an_abort,
-            goes_down=executor.goes_down,
+            goes_down=shutdown.goes_down,
             registrations=KeptRegistrations(self, scene.registrations),
         )
 
@@ -323,7 +325,7 @@ class Khod:
 
         async def stop() -> None:
             self.stopping = True
-            jumping, going_down = await asyncio.gather(self._on_the_way(), executor.goes_down())
+            jumping, going_down = await asyncio.gather(self._on_the_way(), shutdown.goes_down())
             await self.engine.stop(jumping=jumping, going_down=going_down)
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
@@ -460,7 +462,7 @@ class Khod:
         return Target(whole, apart=bundle, cmdline=line, words=words)
 
     async def _systemctl(self, *argv: str) -> tuple[int, str]:
-        """What `khod.executor` runs."""
+        """What `khod.systemd.shutdown` runs."""
         systemd = self.scene.systemd
         if "--version" in argv:
             return 0, "systemd 262" if systemd.carries else "systemd 260"
@@ -482,10 +484,10 @@ class Khod:
         self.scene.systemd.begin(kexec=True, by="khod", run=self.engine.record.run)
 
     async def _on_the_way(self) -> bool | None:
-        return await executor.on_the_way()
+        return await shutdown.on_the_way()
 
     async def _on_the_way_before_an_abort(self) -> bool | None:
-        return await executor.on_the_way(executor.ASK_UNDO_SECONDS)
+        return await shutdown.on_the_way(shutdown.ASK_UNDO_SECONDS)
 
     async def _ended(self, process: Identity | None) -> None:
         """khod.producers.identity.ended."""

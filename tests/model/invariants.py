@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from khod.bounded import CUT_SECONDS
+from khod.concurrency.bounded import CUT_SECONDS
 from khod.engine.rollback import KERNEL, OVERHEAD_SECONDS
 from khod.errors import Exit, KhoError, RecordError
-from khod.machine import HELD, RESTING
+from khod.handover.machine import HELD, RESTING
+from khod.handover.record import Record, decode
 from khod.model import Event, Phase, Status, Step
 from khod.producers.barrier import UNDO
-from khod.record import Record, decode
-from khod.sessions import session_of
+from khod.producers.sessions import session_of
 from tests.model.kernel import Image
 from tests.model.producers import Service
 from tests.model.systemd import Job

@@ -1,4 +1,4 @@
-"""A kernel in memory: what `khod.kernel.simulated` does with files, and LUO; one for all khods of the modelled host.
+"""A kernel in memory: what `khod.simulated.kernel` does with files, and LUO; one for all khods of the modelled host.
 
 Its methods are also what an operator's `echo` or kexec-tools do to it. `test_kernel.py` holds it to the simulated one.
 """
@@ -14,8 +14,8 @@ from khod.abi.fdt import mem, parse
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
 from khod.kernel import debugfs
 from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
-from khod.kernel.simulated import COMMAND_LINE_SIZE, DT_MAX, KSTRTOULL, SCRATCH, _kstrtobool, serialize
 from khod.kernel.sysfs import IN_DT, KHO
+from khod.simulated.kernel import COMMAND_LINE_SIZE, DT_MAX, KSTRTOULL, SCRATCH, _kstrtobool, serialize
 from tests.model.luo import MemoryLuo, refuse
 from tests.model.process import FIRST_FD, File, file_of
 

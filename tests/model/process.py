@@ -10,7 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
-from khod.worker import Worker, _settle
+from khod.concurrency.worker import Worker, _settle
 from tests.model.clock import VirtualLoop
 from tests.model.faults import FOREVER, Faults, Fiber, Killed
 

@@ -62,7 +62,7 @@ class ServiceManager:
 
 @dataclass(frozen=True)
 class KhodsStore:
-    """The store as one khod reaches it (`khod.fdstore.FdStore`)."""
+    """The store as one khod reaches it (`khod.systemd.fdstore.FdStore`)."""
 
     manager: ServiceManager
     point: Callable[[str, str], None]

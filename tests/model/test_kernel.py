@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
-from khod.kernel.simulated import Rebooted, SimulatedKernel, image
 from khod.kernel.sysfs import IN_DT, KHO
+from khod.simulated.kernel import Rebooted, SimulatedKernel, image
 from tests.model.kernel import CMDLINE, V3, MemoryKernel
 
 FILES = (

@@ -6,9 +6,9 @@
 from functools import partial
 from typing import Any
 
-from khod.guard import Uevent
+from khod.engine.guard import Uevent
+from khod.handover.record import FILE
 from khod.kernel.sysfs import KHO
-from khod.record import FILE
 from tests.model import host
 from tests.model.faults import Fault
 from tests.model.ground import CONFIGS, LONG, PEERS, STOP_SECONDS, Ground

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from khod import executor
 from khod.config import Config
 from khod.engine import Engine
+from khod.engine.guard import Seen, Uevent, Watch
 from khod.errors import ConfigError
-from khod.guard import Seen, Uevent, Watch
+from khod.handover.record import Record, Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import Probed, probe
-from khod.kernel.simulated import SimulatedKernel
 from khod.kernel.sysfs import KHO
 from khod.kernel.thread import Workers
 from khod.model import Event
@@ -28,9 +27,10 @@ from khod.producers.barrier import Producer
 from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.registrations import Registrations
-from khod.record import Record, Store
-from khod.sessions import Sessions
-from khod.target import Given, Request
+from khod.producers.sessions import Sessions
+from khod.simulated.kernel import SimulatedKernel
+from khod.systemd import shutdown
+from khod.target.target import Given, Request
 from tests.unit.images import CPIO, bzimage
 
 ACTIVE = f"{KHO}/active"
@@ -205,7 +205,7 @@ class Host:
         self.fdstore = KeptFds()
         self.workers: Workers | None = None
         """Whose threads make the calls of every khod; None for threads of its own."""
-        self.shutdown: executor.Shutdown | None = None
+        self.shutdown: shutdown.Shutdown | None = None
         """What says whether the host is on its way into the kexec; None where nobody can tell."""
         self.registrations: Path | None = None
         """Where registrations outlive a khod; None where they do not."""
@@ -225,10 +225,10 @@ class Host:
             raise self.broken
         return list(self.hooks)
 
-    def engine(self, **executors: executor.Executor) -> Engine:
+    def engine(self, **executors: shutdown.Executor) -> Engine:
         workers = self.workers or Workers()
         kexec, thread = Kexec(self.kernel), workers.kernel
-        jump = executor.immediate(kexec, thread, 10)
+        jump = shutdown.immediate(kexec, thread, 10)
         return Engine(
             kexec,
             self.prober,
@@ -247,7 +247,7 @@ class Host:
             registrations=Registrations(self.registrations) if self.registrations else None,
         )
 
-    async def started(self, **executors: executor.Executor) -> Engine:
+    async def started(self, **executors: shutdown.Executor) -> Engine:
         engine = self.engine(**executors)
         await engine.start()
         return engine

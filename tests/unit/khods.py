@@ -21,8 +21,8 @@ from typing import Any
 from typer.testing import CliRunner
 
 from khoctl.app import app
-from khod.kernel.simulated import SimulatedKernel
-from khod.record import Record, Store
+from khod.handover.record import Record, Store
+from khod.simulated.kernel import SimulatedKernel
 
 REPOSITORY = Path(__file__).parents[2]
 DEADLINE = 20.0  # seconds for one word of khod's, or for its end

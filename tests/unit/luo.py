@@ -24,10 +24,10 @@ from typing import Any
 from khod import daemon
 from khod.abi.calls import LIVEUPDATE
 from khod.errors import Exit
+from khod.handover.record import Store
 from khod.kernel.luo import HUGE
-from khod.kernel.simulated import Rebooted, SimulatedKernel
 from khod.model import Event
-from khod.record import Store
+from khod.simulated.kernel import Rebooted, SimulatedKernel
 from tests.unit.harness import Host, Kernel, connect_apart
 from tests.unit.images import CPIO, bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, reply, until

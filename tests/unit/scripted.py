@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from khod.handover.record import Holder
 from khod.producers.barrier import Telling
-from khod.record import Holder
 from tests.unit.harness import Host
 
 Does = Callable[[], Awaitable[None]]

@@ -11,9 +11,9 @@ import pytest
 from khod.engine import Engine
 from khod.engine.transaction import CATCH_UP_SECONDS
 from khod.errors import Failed, NotRolledBack, Refused
-from khod.kernel.simulated import Rebooted
+from khod.handover.record import DEPARTURE
 from khod.model import Phase
-from khod.record import DEPARTURE
+from khod.simulated.kernel import Rebooted
 from tests.unit.scripted import Scripted, deaf, hangs, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time, now
 

@@ -14,12 +14,12 @@ import pytest
 from khod.config import Config, Deadlines
 from khod.engine import Engine
 from khod.errors import Exit, NotRolledBack, Refused
-from khod.kernel.simulated import Rebooted
 from khod.model import Phase
 from khod.producers import qemu
 from khod.producers import unit as units
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
+from khod.simulated.kernel import Rebooted
 from tests.unit.actors import (
     KEPT,
     NAME,

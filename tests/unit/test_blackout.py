@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from khoctl import render
-from khod import verify
-from khod.kernel.simulated import Rebooted
+from khod.handover import verify
 from khod.model import Phase, Status
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
 from tests.unit.scripted import Scripted
 from tests.unit.test_render import status

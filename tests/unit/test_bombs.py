@@ -2,7 +2,7 @@
 
 import pytest
 
-from khoctl import entries, versions
+from khoctl.boot import entries, versions
 from khod.errors import UsageError
 from khod.trees.source import MOST_NAMES, dts
 from tests.fuzz.bombs import BOMBS, prop

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 
-from khod import preflight, reconcile
+from khod import preflight
 from khod.engine import Engine
 from khod.errors import Failed, KhoError, NotRolledBack, Refused
-from khod.kernel.simulated import Rebooted
+from khod.handover import reconcile
+from khod.handover.record import Owner
 from khod.model import Phase
 from khod.producers.peers import Answer, Peer, Terms
-from khod.record import Owner
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host, Living
 
 TOLD = ["a prepare", "a freeze"]

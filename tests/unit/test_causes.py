@@ -7,9 +7,9 @@ import pytest
 
 from khod.engine import Engine
 from khod.errors import Failed, NotRolledBack
+from khod.handover.record import FILE, Owner
 from khod.model import Phase
 from khod.producers.peers import Answer, Peer, Terms
-from khod.record import FILE, Owner
 from tests.unit.harness import ACTIVE, Host, Living
 from tests.unit.scripted import Scripted, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time

@@ -9,7 +9,7 @@ import pytest
 from khod.engine import Engine
 from khod.errors import Failed, NotRolledBack, Refused, UsageError
 from khod.model import CheckResult, Phase
-from khod.target import Request
+from khod.target.target import Request
 from tests.unit.scripted import Scripted, hangs, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time
 

@@ -12,11 +12,11 @@ import pytest
 from khod.config import Checks, Config, Deadlines
 from khod.engine import Engine
 from khod.errors import Exit, Failed, NotRolledBack, Refused, Unreachable
-from khod.kernel.simulated import Rebooted
 from khod.model import Phase
 from khod.producers.barrier import Producer, Verb
 from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Command, Peer, Terms
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import ACTIVE
 from tests.unit.luo import LuoHost
 from tests.unit.scripted import Scripted, raises

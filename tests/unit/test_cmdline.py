@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khod.cmdline import compare, compose, init, losses, marked, mounts_root, off, reusable, root, torn
 from khod.errors import Exit, UsageError
+from khod.kernel.cmdline import compare, compose, init, losses, marked, mounts_root, off, reusable, root, torn
 from khod.kernel.next_arg import Arg, kernel_args, kernel_words, parse, switched_on
 
 RUNNING = "BOOT_IMAGE=/boot/vmlinuz-6.8 root=/dev/vda1 ro initrd=\\initrd.img kho=on khod.run=old quiet"

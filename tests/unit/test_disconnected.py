@@ -12,10 +12,10 @@ import pytest
 from khod.engine import Engine
 from khod.engine.rollback import bound_seconds
 from khod.errors import Failed, NotRolledBack, Refused, Unreachable
+from khod.handover.record import Owner, Process
 from khod.model import Phase
 from khod.producers.identity import lives, process_of
 from khod.producers.peers import Answer, Peer, Terms
-from khod.record import Owner, Process
 from tests.unit.harness import Living
 from tests.unit.scripted import Scripted
 from tests.unit.virtual import VirtualHost, in_virtual_time, now

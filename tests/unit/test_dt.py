@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from khod.errors import Exit
-from khod.kernel.simulated import initrd
+from khod.simulated.kernel import initrd
 from tests.dtc import dtc
 from tests.unit.images import bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, Terminal, cli
@@ -322,7 +322,7 @@ def test_a_tree_is_shown_without_what_only_a_conversation_with_khod_needs() -> N
     words = ["-X", "importtime", "-m", "khoctl", "dt", "show", "--summary", str(path)]
     told = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in told.stderr.splitlines()}
-    assert "khod.trees.drawn" in imported
+    assert "khod.trees.draw" in imported
     assert "khod.model" not in imported
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from khod.errors import UsageError
-from khod.kernel.simulated import serialize
+from khod.simulated.kernel import serialize
 from khod.trees.source import dts
 from tests.budget import repetitions
 from tests.dtc import agrees, compiles, dtc, reads

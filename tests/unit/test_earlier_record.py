@@ -7,9 +7,9 @@ import pytest
 
 from khod import wire
 from khod.config import Config
+from khod.handover.record import DEPARTURE, Record
 from khod.model import Phase
 from khod.producers.hooks import Hook
-from khod.record import DEPARTURE, Record
 from tests.unit.luo import LuoHost
 from tests.unit.test_claims import degraded, host, jump, taken_back, waiting
 

@@ -6,11 +6,11 @@ import dataclasses
 import pytest
 
 from khod.errors import Exit, Failed, Refused, UsageError
-from khod.kernel.simulated import Rebooted
-from khod.machine import RESTING
+from khod.handover.machine import RESTING
+from khod.handover.record import Store
 from khod.model import Event, Phase, Step
-from khod.record import Store
-from khod.target import Request
+from khod.simulated.kernel import Rebooted
+from khod.target.target import Request
 from tests.unit.harness import ACTIVE, Host
 
 VERBS = ("prepare", "freeze")

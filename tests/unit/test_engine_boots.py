@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from khod.errors import Exit, Refused
-from khod.kernel.simulated import Rebooted
 from khod.model import Phase
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import ACTIVE, Host
 
 

@@ -7,8 +7,8 @@ import pytest
 from khod.config import Checks, Config, Deadlines
 from khod.errors import Exit, Failed, KhoError, MalformedTree, NotRolledBack, Refused
 from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
-from khod.kernel.simulated import Rebooted
 from khod.model import Phase
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
 
 FAULTS = [

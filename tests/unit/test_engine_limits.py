@@ -13,13 +13,13 @@ import pytest
 from khod.abi.calls import Calls
 from khod.config import Checks, Config, Deadlines, Policy
 from khod.errors import Exit, Failed, KhoError, NotRolledBack, RecordError, Refused, Unsupported
+from khod.handover.record import Store
 from khod.kernel.debugfs import FinalizeNoAbort, Stateless
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import AbortKind, KhoKernel, Tree
-from khod.kernel.simulated import Rebooted
 from khod.kernel.sysfs import SysfsKho
 from khod.model import Generation, Order, Phase, Step
-from khod.record import Store
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
 from tests.unit.images import bzimage, code
 

@@ -9,9 +9,9 @@ import pytest
 from khod.config import Config, Policy
 from khod.errors import ConfigError, Exit, Failed, KhoError, Refused
 from khod.kernel.probe import Probed
-from khod.kernel.simulated import Rebooted
 from khod.model import Phase
 from khod.producers.hooks import Hook
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
 
 UNDONE = ["a prepare", "a freeze", "a thaw", "a cancel"]

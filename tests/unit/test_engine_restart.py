@@ -8,10 +8,10 @@ import pytest
 
 from khod.config import Config, Policy
 from khod.errors import Exit, Failed, KhoError
-from khod.kernel.simulated import Rebooted
+from khod.handover.record import Record
 from khod.model import Generation, Phase, Step
-from khod.record import Record
-from khod.target import Request
+from khod.simulated.kernel import Rebooted
+from khod.target.target import Request
 from tests.unit.harness import ACTIVE, Host
 
 P, S = Phase, Step

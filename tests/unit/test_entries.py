@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from khoctl import sources
+from khoctl.boot import sources
 from khod.errors import Refused, UsageError
 from tests.unit.images import portable
 

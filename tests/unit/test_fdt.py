@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from khod.abi import fdt
 from khod.abi.fdt import Node
 from khod.errors import MalformedTree
-from khod.kernel.simulated import serialize
 from khod.region import Region
+from khod.simulated.kernel import serialize
 from tests.unit import generated
 
 VALID = serialize(4)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from khod.formats import Answer, Effect, understood
 from khod.images.kernel import Kernel, Signature
-from khod.kernel.written import Written
+from khod.kernel.formats import Written
+from khod.target.compatibility import Answer, Effect, understood
 
 CONFIG = "CONFIG_KEXEC=y\nCONFIG_KEXEC_HANDOVER=y\n"
 BUILT_IN = {"memblock-v1", "reserve-mem-v1"}

@@ -12,10 +12,10 @@ from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe
 from khod.kernel.protocol import AbortKind, KhoKernel, regions
-from khod.kernel.simulated import serialize
 from khod.kernel.sysfs import SysfsKho
 from khod.model import Generation, Order
 from khod.region import Region
+from khod.simulated.kernel import serialize
 
 V3, DEBUG = "sys/kernel/kho", "sys/kernel/debug/kho"
 HOST = {

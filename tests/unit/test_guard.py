@@ -22,9 +22,10 @@ import pyudev
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khod import config, guard
+from khod import config
+from khod.engine import guard
+from khod.engine.guard import LOST, UNREADABLE, Guard, Netlink, Seen, Severity, Uevent, Watch
 from khod.errors import Failed
-from khod.guard import LOST, UNREADABLE, Guard, Netlink, Seen, Severity, Uevent, Watch
 
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 NETLINK_KOBJECT_UEVENT = 15  # include/uapi/linux/netlink.h

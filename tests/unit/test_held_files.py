@@ -13,14 +13,14 @@ import pytest
 from khod.config import Config, Policy
 from khod.engine import Engine
 from khod.errors import KhoError, Refused, Unreachable
+from khod.handover.record import Owner
 from khod.kernel.probe import Probed
-from khod.kernel.simulated import Rebooted
 from khod.model import Kept, Phase
 from khod.producers.barrier import Telling, Verb
 from khod.producers.identity import process_of
 from khod.producers.peers import Answer, Peer, Terms
-from khod.record import Owner
-from khod.target import Request
+from khod.simulated.kernel import Rebooted
+from khod.target.target import Request
 from tests.unit.images import bzimage, code
 from tests.unit.luo import LuoHost, memfd
 from tests.unit.scripted import Scripted, raises

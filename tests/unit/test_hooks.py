@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from khod.errors import ConfigError, Exit, Refused
+from khod.handover.record import Holder
 from khod.producers.barrier import Barrier, Telling, Verb, Veto
 from khod.producers.hooks import PASSED_ON, Hook
 from khod.producers.identity import ended, process_of
 from khod.producers.order import ranks
-from khod.record import Holder
 from tests.unit.hung import frozen_file_system, silent_file_system
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, run, until
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from khod import inhibitors
-from khod.inhibitors import Inhibitor
+from khod.producers import inhibitors
+from khod.producers.inhibitors import Inhibitor
 from tests.unit.fakebus import FakeBus, fake_bus
 from tests.unit.harness import Host
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from khod import journal
+from khod.engine import journal
+from khod.handover.record import Record
 from khod.model import Begun, Event, Phase, Producer, StepTiming
-from khod.record import Record
 from tests.unit.khods import REPOSITORY
 
 RECORD = Record(begun=Begun(1.0, "root (khoctl, process 7)", "vmlinuz"), timings=(StepTiming("freeze", 1.0, 0.25),))

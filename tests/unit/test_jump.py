@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from khod import executor
 from khod.config import Config, Deadlines
 from khod.engine import Engine
 from khod.errors import KhoError, NotRolledBack, Refused
 from khod.kernel.kexec import Kexec
-from khod.kernel.simulated import Rebooted
 from khod.model import Phase
+from khod.simulated.kernel import Rebooted
+from khod.systemd import shutdown
 from tests.unit.scripted import Scripted, hangs
 from tests.unit.test_engine_limits import LoadFirst, driven_as
 from tests.unit.virtual import InlineWorker, VirtualHost, in_virtual_time, never, now
@@ -217,7 +217,7 @@ async def test_reboot_that_fails_after_its_deadline_is_put_back(
 @in_virtual_time
 async def test_sync_that_hangs_before_the_jump_is_no_jump(host: VirtualHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can say whether the host goes down; but nobody was asked to take it down."""
-    jump = executor.immediate(Kexec(host.kernel), host.workers.kernel, EXECUTE)
+    jump = shutdown.immediate(Kexec(host.kernel), host.workers.kernel, EXECUTE)
     engine = await host.started(orderly=jump)
     monkeypatch.setattr(host.kernel, "sync", never)
     with pytest.raises(KhoError) as raised:

@@ -13,7 +13,7 @@ from khod.errors import Failed
 from khod.kernel.luo import Luo
 from khod.kernel.memory import Memory
 from khod.model import Kept
-from khod.sessions import Sessions
+from khod.producers.sessions import Sessions
 from tests.unit.harness import KeptFds
 from tests.unit.luo import memfd
 from tests.unit.virtual import HangsError, InlineWorker, VirtualHost, in_virtual_time, now

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from khod.errors import Exit, KhoError, Refused
+from khod.handover.record import DEPARTURE, FILE
 from khod.model import CheckResult, Phase
-from khod.record import DEPARTURE, FILE
 from tests.unit.luo import Hand, LuoHost, System, memfd, one_file
 from tests.unit.test_claims import host, jump, taken_back, waiting
 

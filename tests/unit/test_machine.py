@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from khod import machine
-from khod.machine import HELD, ORDERS, RESTING, STEPS, TRANSITIONS, IllegalTransition, Machine
+from khod.handover import machine
+from khod.handover.machine import HELD, ORDERS, RESTING, STEPS, TRANSITIONS, IllegalTransition, Machine
 from khod.model import Order, Phase, Step
 from tests.unit.khods import REPOSITORY
 

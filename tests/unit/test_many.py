@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from khod.client import Client
+from khod.client.handover import Client
 from khod.model import Status
 from tests.budget import repetitions
 from tests.unit.khods import DEADLINE, NOBODY, Khod, call, hung_up, reply, until

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from khod import systemctl
 from khod.model import CheckResult
 from khod.preflight.minimum_uptime import parse_span, setting
-from khod.systemctl import Manager, parse_manager
+from khod.systemd import systemctl
+from khod.systemd.systemctl import Manager, parse_manager
 from tests.unit.test_preflight import Site
 
 SPANS: list[tuple[str, float | None]] = [

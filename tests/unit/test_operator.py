@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-import khod.client
-from khoctl import asking, handover, progress, render
+import khod.client.handover
+from khoctl import progress, render, session
+from khoctl.commands import handover
 from khod.errors import Exit
 from khod.model import Event, Phase, Producer
 from tests.unit.images import CPIO, bzimage
@@ -105,7 +106,7 @@ def in_phase(phase: Phase, boots: tuple[str, ...] = ("one",)) -> Callable[[str, 
 def test_a_khod_that_hangs_is_named_and_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(khod.client, "SLOW", 0.01)
+    monkeypatch.setattr(khod.client.handover, "SLOW", 0.01)
     everything = ("Status", "Check", "Producers", "Snapshots", "Abort", "Monitor")
     with fake(tmp_path / "socket", in_phase(Phase.idle), *everything):
         ended = cli(tmp_path / "socket", *words, "--timeout", "2")
@@ -119,7 +120,7 @@ def test_an_operation_may_take_long_while_khod_answers_and_ends_where_it_does_no
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SLOW", 0.01)
-    monkeypatch.setattr(khod.client, "ANSWER", 3.0)
+    monkeypatch.setattr(khod.client.handover, "ANSWER", 3.0)
     hung = threading.Event()
 
     def replies(method: str, before: int) -> dict[str, Any] | None:
@@ -245,7 +246,7 @@ def test_an_interrupt_ends_khoctl_at_once_and_khod_goes_on(blocked: Khod) -> Non
         assert "preparing" in activate.stderr.readline()
         activate.send_signal(signal.SIGINT)
         said = activate.stderr.read()
-    assert activate.returncode == asking.INTERRUPTED
+    assert activate.returncode == session.INTERRUPTED
     assert blocked.ask("Status")["status"]["phase"] == "preparing", "nobody has let the producer go on"
     assert "The handover continues in the background. To see: khoctl status. To stop it: khoctl abort" in " ".join(
         said.split()

@@ -19,10 +19,11 @@ from pathlib import Path
 import click
 import pytest
 
-import khod.client
-from khoctl import profile, sources
-from khoctl.handover import CLEAR
-from khod.kernel.simulated import image, initrd
+import khod.client.handover
+from khoctl import profile
+from khoctl.boot import sources
+from khoctl.commands.handover import CLEAR
+from khod.simulated.kernel import image, initrd
 from tests.unit.images import CPIO, bzimage, cpio
 from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, Terminal, call, reply, until
 
@@ -321,7 +322,7 @@ def at_once(scene: Scene, words: list[str]) -> Answer:
 def impatient(scene: Scene, words: list[str]) -> Answer:
     """Without the two seconds before khoctl says whom it waits for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(khod.client, "SLOW", 0.01)
+        patch.setattr(khod.client.handover, "SLOW", 0.01)
         return at_once(scene, words)
 
 

@@ -8,12 +8,12 @@ from typing import cast
 import pytest
 
 from khod.errors import ConfigError, UsageError
-from khod.muster import Muster
+from khod.handover.record import Owner, Process
 from khod.producers.identity import process_of
 from khod.producers.order import check_newcomer, ranks
 from khod.producers.peers import Peer, Peers, Terms
-from khod.record import Owner, Process
-from khod.sessions import Sessions
+from khod.producers.registry import Muster
+from khod.producers.sessions import Sessions
 
 OWNER = Owner(1000, "kv.service")
 PROCESS = Process(2**22, 1)
@@ -81,7 +81,7 @@ def test_thousands_that_name_one_are_not_held_against_each_other(
         return find(name)
 
     monkeypatch.setattr(muster.peers, "find", counted)
-    monkeypatch.setattr("khod.muster.ranks", lambda _producers: pytest.fail("everyone was put in order"))
+    monkeypatch.setattr("khod.producers.registry.ranks", lambda _producers: pytest.fail("everyone was put in order"))
     register(muster, "storage")
     for number in range(MANY):
         register(muster, f"p{number}", ("storage",) if number % 2 else (), () if number % 2 else ("storage",))

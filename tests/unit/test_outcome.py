@@ -10,8 +10,8 @@ import pytest
 
 from khod.engine import Engine
 from khod.errors import ConfigError, Exit, Failed, KhoError, Refused
+from khod.handover.record import Record
 from khod.model import Phase, Step
-from khod.record import Record
 from tests.unit.harness import ACTIVE, UNLOAD, Host
 from tests.unit.images import CPIO, bzimage
 from tests.unit.khods import Khod

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from khod.engine import Engine
+from khod.engine.guard import Seen, Severity, Uevent
 from khod.errors import Exit, Refused
-from khod.guard import Seen, Severity, Uevent
-from khod.kernel.simulated import Rebooted
 from khod.model import Event, Phase
 from khod.producers.hooks import Hook
+from khod.simulated.kernel import Rebooted
 from tests.unit.khods import DEADLINE, Khod, call, hung_up, reply, until
 from tests.unit.luo import Hand, LuoHost, Mortal, System, begin, memfd, one_file
 

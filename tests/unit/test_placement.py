@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from khod.images.kernel import Kernel, Signature
-from khod.kernel.placement import NoRoom, Placed, Segment, place, segments
 from khod.model import Generation
 from khod.region import Region
+from khod.target.placement import NoRoom, Placed, Segment, place, segments
 
 PAGE, KIB, MIB, GIB = 1 << 12, 1 << 10, 1 << 20, 1 << 30
 CMDLINE = 31  # bytes, "console=ttyS0 root=/dev/vda rw" and its NUL

@@ -6,13 +6,13 @@ import pytest
 
 from khod.abi.calls import HostCalls
 from khod.config import Deadlines
+from khod.engine.plan import planned
+from khod.handover.machine import Machine
 from khod.kernel.debugfs import Finalize, Stateless
 from khod.kernel.protocol import KhoKernel
-from khod.machine import Machine
 from khod.model import Planned
-from khod.plan import planned
 from khod.producers.hooks import Hook
-from khod.target import Request
+from khod.target.target import Request
 from khod.text import MAX_NAMES
 from tests.unit.khods import REPOSITORY
 

@@ -14,15 +14,15 @@ from khod import preflight
 from khod.abi.calls import HostCalls
 from khod.config import CHECKS, Checks, Config, Images
 from khod.errors import Refused
-from khod.inhibitors import Inhibitor
+from khod.handover.record import Record, Store
 from khod.kernel import host
-from khod.kernel.built import booted_line
+from khod.kernel.kconfig import booted_line
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe
 from khod.model import Check, CheckResult, Observed
 from khod.preflight.facts import Facts
-from khod.record import Record, Store
-from khod.target import Given, Request, Target, take
+from khod.producers.inhibitors import Inhibitor
+from khod.target.target import Given, Request, Target, take
 from tests.unit.images import CPIO, bzimage, code, portable
 from tests.unit.khods import REPOSITORY
 

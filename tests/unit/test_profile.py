@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from khoctl import profile, target
+from khoctl import profile, request
 from khod.errors import ConfigError
 from tests.unit.khods import REPOSITORY
 
@@ -88,7 +88,7 @@ def test_a_command_takes_of_a_profile_what_it_has_options_for(
     (tmp_path / "next.toml").write_text("now = true\nload_only = true\nhold = true\n")
     found = profile.load("next", tmp_path)
     monkeypatch.setattr(profile, "load", lambda _name: found)
-    lacking = dict.fromkeys((*target.WAYS, *target.LINES, "initrd"))
+    lacking = dict.fromkeys((*request.WAYS, *request.LINES, "initrd"))
     given = {**lacking, **dict.fromkeys(options, False), "from_profile": "next"}
     with ExitStack() as files:
-        assert target.asked(given, files) == (flags, ())
+        assert request.asked(given, files) == (flags, ())

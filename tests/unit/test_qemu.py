@@ -17,15 +17,15 @@ import pytest
 from qemu.qmp import QMPClient
 
 from khod.errors import ConfigError, Refused
-from khod.muster import Muster
+from khod.handover.record import Holder
 from khod.producers import qemu
 from khod.producers.barrier import Barrier, Producer, Telling, Verb, Veto
 from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.peers import Peers
 from khod.producers.qemu import GOING, PAUSED, UNFIT, Qemu
-from khod.record import Holder
-from khod.sessions import Sessions
+from khod.producers.registry import Muster
+from khod.producers.sessions import Sessions
 from tests.unit.conftest import DEADLINE
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\n'

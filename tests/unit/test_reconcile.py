@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from khod.errors import RecordError
-from khod.machine import HELD, RESTING, STEPS
+from khod.handover.machine import HELD, RESTING, STEPS
+from khod.handover.reconcile import Action, due, foreign, reconcile, settled, shown
+from khod.handover.record import Record
 from khod.model import Generation, Observed, Phase, Step
-from khod.reconcile import Action, due, foreign, reconcile, settled, shown
-from khod.record import Record
 
 P, S = Phase, Step
 HERE, BEFORE, RUN = "boot-here", "boot-before", "r1"

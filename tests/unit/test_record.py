@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khod.errors import RecordError
+from khod.handover.record import VERSION, Holder, Owner, Process, Record, Store, decode, encode
 from khod.model import (
     Begun,
     Finding,
@@ -26,7 +27,6 @@ from khod.model import (
     StepTiming,
     Verdict,
 )
-from khod.record import VERSION, Holder, Owner, Process, Record, Store, decode, encode
 from tests.unit.khods import REPOSITORY
 
 FULL = Record(
@@ -211,7 +211,7 @@ def test_a_write_replaces_the_record_and_leaves_nothing_else(store: Store) -> No
 CRASHER = """
 import dataclasses, sys
 from pathlib import Path
-from khod.record import Holder, Owner, Process, Record, Store
+from khod.handover.record import Holder, Owner, Process, Record, Store
 store = Store(Path(sys.argv[1]))
 number = 0
 while True:

@@ -10,11 +10,11 @@ import pytest
 
 from khod.engine import Engine
 from khod.errors import ConfigError, Exit, KhoError, Refused
+from khod.handover.record import Owner, Process
 from khod.model import CheckResult, Phase
 from khod.producers.identity import process_of
 from khod.producers.peers import RETURN_SECONDS, Peer, Terms
 from khod.producers.registrations import MAX_LINES, Registered, Registrations
-from khod.record import Owner, Process
 from tests.unit.harness import ACTIVE
 from tests.unit.khods import Khod
 from tests.unit.luo import Hand

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from khod.bounded import CUT_SECONDS
+from khod.concurrency.bounded import CUT_SECONDS
 from khod.config import Config, Deadlines
 from khod.engine import Engine
 from khod.engine.rollback import PATIENCE_SECONDS

@@ -11,11 +11,11 @@ import pytest
 from asyncvarlink.interface import varlinksignature
 
 from khod.model import Event, Phase, Status
-from khod.protocol import Handover, Producer
 from khod.server import messages
 from khod.server.access import Standing
 from khod.server.answers import Answers
 from khod.server.events import EventLog, Stream
+from khod.server.interface import Handover, Producer
 from khod.server.lane import Lane
 from khod.server.limits import MAX_FDS, OWN_DESCRIPTORS, Limits, Quota
 from khod.server.load import Allowance, Load

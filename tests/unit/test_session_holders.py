@@ -11,8 +11,8 @@ import pytest
 from khod.abi.calls import LIVEUPDATE, HostCalls
 from khod.abi.liveupdate import Session
 from khod.model import LuoSession, SessionFate, Verdict
-from khod.session_holders import LINK, Held, Process, Sighted, count, find
-from khod.systemctl import BOOTED
+from khod.producers.session_holders import LINK, Held, Process, Sighted, count, find
+from khod.systemd.systemctl import BOOTED
 
 KEPT, LOST, UNKNOWN = SessionFate.kept, SessionFate.lost, SessionFate.unknown
 STORE = {"FileDescriptorStoreMax": "16", "NFileDescriptorStore": "1"}

@@ -16,15 +16,15 @@ from khod.abi.statx import statx
 from khod.config import Config, Deadlines
 from khod.engine import Engine, transaction
 from khod.errors import Exit, Failed, KhoError, Refused, Unreachable
+from khod.handover.record import Owner
 from khod.kernel.luo import Luo
 from khod.kernel.memory import Memory, read_memory
-from khod.kernel.simulated import Rebooted
 from khod.kernel.thread import KernelThread
 from khod.model import CheckResult, Event, Kept, Phase
 from khod.producers.barrier import Verb
 from khod.producers.peers import Answer, Terms
-from khod.record import Owner
-from khod.sessions import Sessions
+from khod.producers.sessions import Sessions
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import KeptFds, Living
 from tests.unit.hung import silent_file_system
 from tests.unit.khods import NOBODY, Khod, reply, run, until
@@ -690,7 +690,7 @@ from khod.errors import Refused
 from khod.kernel.luo import Luo
 from khod.kernel.thread import KernelThread
 from khod.model import Kept
-from khod.sessions import Sessions
+from khod.producers.sessions import Sessions
 class Calls:
     def create_session(self, name):
         return os.pipe()[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
-from khod.kernel.simulated import Rebooted, SimulatedKernel
+from khod.simulated.kernel import Rebooted, SimulatedKernel
 from tests.unit.images import CPIO, bzimage
 
 KHO = "/sys/kernel/kho"

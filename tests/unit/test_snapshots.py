@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from khoctl import dt
+from khoctl.commands import dt
 from khod.abi.calls import HostCalls
 from khod.config import Snapshots as Bounds
 from khod.errors import RecordError, UsageError
+from khod.handover.snapshots import MAX_STRANGERS_LISTED, Snapshots
 from khod.kernel.protocol import Tree
 from khod.kernel.sysfs import SysfsKho
 from khod.model import Generation
-from khod.snapshots import MAX_STRANGERS_LISTED, Snapshots
 from tests.unit.harness import Host
 from tests.unit.trees import PAGE, ftrace, mem
 

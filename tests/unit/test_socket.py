@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from khod.client import Client
+from khod.client.handover import Client
 from khod.errors import Exit, UsageError
 from tests.unit.khods import NOBODY, Khod, call, hung_up, khoctl, public_directory, reply, run
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from khoctl import sources
-from khoctl.sources import Source
+from khoctl.boot import sources
+from khoctl.boot.sources import Source
 from khod.errors import Refused, UsageError
 from tests.unit.images import portable
 

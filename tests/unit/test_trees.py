@@ -6,10 +6,10 @@ import struct
 import pytest
 
 from khod.region import Region
+from khod.trees.as_json import plain
 from khod.trees.difference import Change, Difference, differences, lines
-from khod.trees.drawn import ASCII, short
-from khod.trees.plain import plain
-from khod.trees.shown import show
+from khod.trees.draw import ASCII, short
+from khod.trees.show import show
 from khod.trees.summary import summary
 from tests.unit.trees import (
     KEXEC_METADATA,

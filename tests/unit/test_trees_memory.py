@@ -59,7 +59,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Both ways to add up, from the first range on."""
     monkeypatch.setattr(memory, "FAST_FROM", 0)
     if request.param == "plain":
-        monkeypatch.setitem(sys.modules, "khod.trees.fast", None)
+        monkeypatch.setitem(sys.modules, "khod.trees.merge_numpy", None)
     return str(request.param)
 
 
@@ -99,7 +99,7 @@ def test_that_of_many_is_the_same() -> None:
 
 def test_without_numpy_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "FAST_FROM", 0)
-    monkeypatch.delitem(sys.modules, "khod.trees.fast", raising=False)
+    monkeypatch.delitem(sys.modules, "khod.trees.merge_numpy", raising=False)
     monkeypatch.setitem(sys.modules, "numpy", None)
     found = summarise([view((0, PAGE))])
     assert found is not None

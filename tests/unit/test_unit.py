@@ -12,13 +12,13 @@ from typing import Any, cast
 import pytest
 
 from khod.errors import ConfigError, UsageError
-from khod.muster import Muster
+from khod.handover.record import Holder
 from khod.producers.barrier import GONE, NOT_RECORDED, Barrier, Producer, Telling, Told, Verb, Veto
 from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
+from khod.producers.registry import Muster
+from khod.producers.sessions import Sessions
 from khod.producers.unit import OURS, STOPPED_TOO, UNTOUCHED, Bus, Unit, check_unit
-from khod.record import Holder
-from khod.sessions import Sessions
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
 
 Props = dict[str, tuple[str, Any]]
@@ -654,7 +654,7 @@ async def test_a_connection_that_does_not_end_holds_nobody_up(place: Path, monke
 
 
 async def test_a_verb_that_cannot_be_cut_short_is_left_to_itself(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("khod.bounded.CUT_SECONDS", 0.05)
+    monkeypatch.setattr("khod.concurrency.bounded.CUT_SECONDS", 0.05)
     ended = asyncio.Event()
     cancelled: list[Verb] = []
 

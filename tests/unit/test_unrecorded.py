@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from khod.errors import Exit, NotRolledBack
-from khod.kernel.simulated import Rebooted
+from khod.handover.record import Record
 from khod.model import Phase
 from khod.producers.barrier import Telling
 from khod.producers.hooks import Hook
-from khod.record import Record
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
 from tests.unit.khods import Khod
 from tests.unit.luo import Hand, System, begin

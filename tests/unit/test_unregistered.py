@@ -12,11 +12,11 @@ from khod.abi.liveupdate import Session
 from khod.config import Checks, Config, Deadlines
 from khod.engine import Engine, queries
 from khod.errors import Exit, Refused
-from khod.kernel.simulated import Rebooted
 from khod.model import CheckResult, Phase, SessionFate, Status
-from khod.session_holders import LINK, Sighted, find
-from khod.systemctl import BOOTED
-from khod.target import Request
+from khod.producers.session_holders import LINK, Sighted, find
+from khod.simulated.kernel import Rebooted
+from khod.systemd.systemctl import BOOTED
+from khod.target.target import Request
 from tests.unit.luo import LuoHost
 from tests.unit.test_minimum_uptime import put_systemctl
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from khod import verify
+from khod.handover import verify
 from khod.kernel.protocol import Tree
-from khod.kernel.simulated import serialize
 from khod.model import Generation, Verdict
+from khod.simulated.kernel import serialize
 
 V3, MAINLINE = Generation.sysfs, Generation.stateless
 LEFT = Tree(b"root", {"memblock": b"mm", "kho_test": b"tt", "LUO": b"l1", "kexec-metadata": b"c1"})

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from khoctl.versions import compare
+from khoctl.boot.versions import compare
 
 EXAMPLES = """\
 11 == 11

@@ -10,7 +10,7 @@ import pytest
 from khod.abi.calls import HostCalls
 from khod.images import sealed
 from khod.images.kernel import Kernel, take_apart
-from khod.kernel.written import Written, written
+from khod.kernel.formats import Written, written
 from khod.model import Generation
 from tests.unit.images import bzimage, code
 

@@ -14,9 +14,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import pytest
 
-from khod.kernel.simulated import Rebooted
+from khod.concurrency.worker import Worker
 from khod.kernel.thread import Workers
-from khod.worker import Worker
+from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
 
 P = ParamSpec("P")

@@ -17,11 +17,11 @@ from typing import Any
 import systemd.daemon
 import systemd.journal
 
-from khod.machine import RESTING, STEPS
+from khod.concurrency.worker import Worker
+from khod.handover.machine import RESTING, STEPS
+from khod.handover.record import Record
 from khod.model import Event, Phase, Producer, Step
-from khod.record import Record
 from khod.text import one_line
-from khod.worker import Worker
 
 # One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered. They stand in the
 # catalogue (systemd/catalog), too: `journalctl -x` says what each means and what to do.

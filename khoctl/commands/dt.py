@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from khoctl import layout
-from khoctl.asking import Group, Json, client
+from khoctl.session import Group, Json, client
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.region import Region
 from khod.text import printable
-from khod.trees.stored import load
+from khod.trees.load import load
 
 if TYPE_CHECKING:
     from khod.model import Snapshot
@@ -94,21 +94,21 @@ def dt_show(
 
 def _show(blobs: Mapping[str, bytes], regions: Sequence[Region], *, summary: bool, as_json: bool) -> None:
     if as_json and not summary:
-        from khod.trees.plain import plain
+        from khod.trees.as_json import plain
 
         _print([_json(plain(blobs))])
         return
-    from khod.trees import drawn
+    from khod.trees import draw
 
     width = shutil.get_terminal_size().columns - 2  # its bars
-    pen = drawn.BLOCKS if _takes("".join(vars(drawn.BLOCKS).values())) else drawn.ASCII
+    pen = draw.BLOCKS if _takes("".join(vars(draw.BLOCKS).values())) else draw.ASCII
     if summary:
         from khod.trees.summary import summary as summed
 
         found = summed(blobs, regions, width)
-        _print([_json(found)] if as_json else map(_shown, drawn.short(found, blobs, pen)))
+        _print([_json(found)] if as_json else map(_shown, draw.short(found, blobs, pen)))
         return
-    from khod.trees.shown import show
+    from khod.trees.show import show
 
     _print(map(_shown, show(blobs, scratch=regions, width=width, pen=pen)))
 
@@ -203,7 +203,7 @@ def _written(name: str, data: bytes, form: Form) -> bytes:
     if form is Form.dtb:
         return data
     if form is Form.json:
-        from khod.trees.plain import plain
+        from khod.trees.as_json import plain
 
         return f"{_json(plain({name: data}))}\n".encode()
     from khod.trees.source import dts

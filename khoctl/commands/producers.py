@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from khoctl import layout, progress, render
-from khoctl.asking import Group, Json, client
-from khod.client import Client
+from khoctl.session import Group, Json, client
+from khod.client.handover import Client
 from khod.model import Producer
 from khod.text import printable
 

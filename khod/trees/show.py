@@ -6,10 +6,10 @@ from khod.abi.fdt import Node
 from khod.region import Region
 from khod.text import printable
 from khod.trees.blobs import opened
-from khod.trees.drawn import BLOCKS, Pen, head, memory, wrong
+from khod.trees.draw import BLOCKS, Pen, head, memory, wrong
 from khod.trees.kinds import Decoded, decoded, promised
 from khod.trees.summary import summary
-from khod.trees.words import MARK, counted
+from khod.trees.text import MARK, counted
 
 
 def show(

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from khod.abi.statx import statx
+from khod.concurrency.worker import Worker
 from khod.errors import KhoError, Refused
-from khod.fdstore import FdStore
 from khod.kernel.account import Account, Grown, Measured, format_bytes
 from khod.kernel.luo import Luo
 from khod.kernel.memory import Memory, read_memory
 from khod.model import Kept
-from khod.worker import Worker
+from khod.systemd.fdstore import FdStore
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")

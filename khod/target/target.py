@@ -3,14 +3,13 @@
 import platform
 from dataclasses import dataclass, field
 
-from khod import cmdline
 from khod.config import Images
 from khod.errors import KhoError
 from khod.images import initrd, sealed
 from khod.images.initrd import Initrd
 from khod.images.kernel import Bundle, take_apart
 from khod.images.sealed import Sealed
-from khod.kernel import built
+from khod.kernel import cmdline, kconfig
 from khod.model import Word
 
 COMMAND_LINE_SIZE = 2048
@@ -67,7 +66,7 @@ class Target:
     def booted_line(self) -> str:
         """The command line it boots with: `cmdline` and, where the image shows its configuration, the built-in one."""
         config = self.apart.about.config if self.apart else None
-        return self.cmdline if config is None else built.booted_line(config, self.cmdline)
+        return self.cmdline if config is None else kconfig.booted_line(config, self.cmdline)
 
     def close(self) -> None:
         """Give all images' memory back."""

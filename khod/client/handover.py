@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from khod import wire
-from khod.connection import JOURNAL, Connection
+from khod.client.connection import JOURNAL, Connection
 from khod.errors import Unreachable
 from khod.model import Check, Event, Plan, Producer, Snapshot, Status
 from khod.region import Region

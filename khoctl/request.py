@@ -74,7 +74,7 @@ def _sensible(wanted: Mapping[str, Any]) -> None:
 def _source(wanted: Mapping[str, Any]) -> tuple[str, list[str], str | None]:
     """Kernel, initrds and the command line an entry brings; initrds given besides come after the entry's own."""
     given = [str(path) for path in wanted["initrd"] or ()]
-    from khoctl import sources  # noqa: PLC0415 - only a kernel's name needs it
+    from khoctl.boot import sources  # noqa: PLC0415 - only a kernel's name needs it
 
     if wanted["image"]:
         _tell(sources.image(wanted["image"]))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from khod import wire
 from khod.errors import RecordError, errno_text
+from khod.handover.snapshots import Snapshots
 from khod.model import Begun, Generation, Kept, LuoSession, NotUndone, Observed, Phase, Step, StepTiming, Verdict
-from khod.snapshots import Snapshots
 
 VERSION = 1
 ADDED = frozenset(

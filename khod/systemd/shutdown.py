@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from khod.bounded import CUT_SECONDS, within
+from khod.concurrency.bounded import CUT_SECONDS, within
+from khod.concurrency.worker import Worker
 from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.kexec import Kexec
-from khod.worker import Worker
 
 ASK_SECONDS = 10.0
 """Seconds systemd has to say what it is about when khod is stopped."""

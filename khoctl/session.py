@@ -17,7 +17,7 @@ from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.wire import SOCKET
 
 if TYPE_CHECKING:
-    from khod.client import Client
+    from khod.client.handover import Client
     from khod.model import Phase
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -51,7 +51,7 @@ def timeout() -> float | None:
 
 def client() -> "Client":
     """Connect to khod; Unreachable where it does not answer."""
-    from khod.client import Client  # noqa: PLC0415 - trees in files need no khod
+    from khod.client.handover import Client  # noqa: PLC0415 - trees in files need no khod
 
     return Client(socket(), patience=timeout(), on_slow=say_slow)
 

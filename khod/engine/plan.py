@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from khod.config import Deadlines
+from khod.handover.machine import STEPS, Machine, left
 from khod.kernel.protocol import KhoKernel
-from khod.machine import STEPS, Machine, left
 from khod.model import Planned, Step
 from khod.producers.barrier import Producer
 from khod.producers.order import ranks
-from khod.target import Request, Target
+from khod.target.target import Request, Target
 from khod.text import format_size, join_names, printable
 
 NOBODY = "no producers: nothing to do"

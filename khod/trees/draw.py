@@ -7,7 +7,7 @@ from khod.abi.fdt import KHO_MEM
 from khod.text import format_size, printable
 from khod.trees.memory import Memory
 from khod.trees.summary import Blob, Summary
-from khod.trees.words import MARK, counted, hexadecimal
+from khod.trees.text import MARK, counted, hexadecimal
 
 PERCENT = 0.01
 CLASH = {

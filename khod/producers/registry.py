@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from khod import model
 from khod.errors import ConfigError, Refused, UsageError
+from khod.handover.record import Holder, Owner, Process
 from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Producer, Told, Verb
 from khod.producers.lost import Lost
 from khod.producers.order import check_newcomer, ranks
 from khod.producers.peers import Peer, Peers, Terms
 from khod.producers.qemu import Qemu
 from khod.producers.unit import Unit
-from khod.record import Holder, Owner, Process
 
 LOG = logging.getLogger(__name__)
 

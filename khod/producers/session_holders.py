@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.liveupdate import Session
-from khod.executor import CARRIES_SESSIONS
 from khod.model import Finding, LuoSession, SessionFate, Verdict
 from khod.producers.identity import units_in
-from khod.systemctl import BOOTED, Ask, ask_manager
-from khod.systemctl import ask as ask_systemd
+from khod.systemd.shutdown import CARRIES_SESSIONS
+from khod.systemd.systemctl import BOOTED, Ask, ask_manager
+from khod.systemd.systemctl import ask as ask_systemd
 from khod.text import join_names, printable
 
 COMM_LENGTH = 15

@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from khoctl import grubenv
-from khoctl.entries import Entry
-from khoctl.loader import GRUB, VARIABLES, Loader, loader, read, settings, variable
+from khoctl.boot import grubenv
+from khoctl.boot.entries import Entry
+from khoctl.boot.loader import GRUB, VARIABLES, Loader, loader, read, settings, variable
 from khod.errors import Refused
 
 SAVED = "@saved"

@@ -10,9 +10,9 @@ from typing import Annotated, Any, NoReturn
 import click
 import typer
 
-from khoctl import layout, progress, render, target
-from khoctl.asking import Detached, Json, client, colourless, confirmed, on_terminal, repaints
-from khod.client import Client
+from khoctl import layout, progress, render, request
+from khoctl.session import Detached, Json, client, colourless, confirmed, on_terminal, repaints
+from khod.client.handover import Client
 from khod.errors import Exit, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Check, CheckResult, Phase, Step
 
@@ -276,7 +276,7 @@ def _agree(request: dict[str, Any], fds: tuple[int, ...]) -> None:
 def _asked(given: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
     """The parameters of a call that names a kernel, with its files open for as long as the call takes."""
     with ExitStack() as files:
-        yield target.asked(given, files)
+        yield request.asked(given, files)
 
 
 @app.command()

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from khod.images.kernel import Kernel
-from khod.kernel.built import KHO_BY_DEFAULT, is_set
+from khod.kernel.formats import LUO, Written
+from khod.kernel.kconfig import KHO_BY_DEFAULT, is_set
 from khod.kernel.next_arg import switched, switched_on
-from khod.kernel.written import LUO, Written
 
 V3_MARK = "dt_max"
 """A file of v3's: mainline 6.16 calls its root kho-v1 too, and means another layout."""

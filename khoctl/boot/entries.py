@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from khoctl import versions
-from khoctl.loader import Field, fields, loader, read
-from khoctl.unified import unified
+from khoctl.boot import versions
+from khoctl.boot.loader import Field, fields, loader, read
+from khoctl.boot.unified import unified
 from khod.errors import Refused, errno_text
 from khod.text import ASCII_SPACE
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from khoctl.loader import GRUB
+from khoctl.boot.loader import GRUB
 from khod.errors import Refused
 from khod.text import ASCII_SPACE, split_words
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from khoctl import grubenv, versions
-from khoctl.defaults import default
-from khoctl.entries import Entry, entries, os_release, partitions, searched
-from khoctl.loader import Field, Loader, loader, read, secure_boot
-from khoctl.unified import THIN, Unified, left_behind, unified
+from khoctl.boot import grubenv, versions
+from khoctl.boot.default import default
+from khoctl.boot.entries import Entry, entries, os_release, partitions, searched
+from khoctl.boot.loader import Field, Loader, loader, read, secure_boot
+from khoctl.boot.unified import THIN, Unified, left_behind, unified
 from khod.errors import Refused, UsageError, errno_text
 from khod.text import ASCII_SPACE, split_words
 

@@ -3,13 +3,13 @@
 import enum
 from dataclasses import dataclass, replace
 
-from khod.cmdline import mark, marked
 from khod.errors import RecordError
+from khod.handover.machine import HELD, RESTING, STEPS
+from khod.handover.record import Record
+from khod.kernel.cmdline import mark, marked
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
-from khod.machine import HELD, RESTING, STEPS
 from khod.model import Observed, Phase, Step
-from khod.record import Record
 from khod.text import join_names
 
 

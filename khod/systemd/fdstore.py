@@ -10,8 +10,8 @@ from typing import Protocol
 
 import systemd.daemon
 
+from khod.concurrency.worker import Worker
 from khod.errors import Failed
-from khod.worker import Worker
 
 SETTLE = 10.0
 """Seconds the service manager has to have read what it was sent."""

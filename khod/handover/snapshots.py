@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from khod import config
-from khod import snapshot_directory as files
 from khod.errors import RecordError, UsageError, errno_text
+from khod.handover import snapshot_directory as files
+from khod.handover.snapshot_directory import DamagedError, Entry
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Snapshot
-from khod.snapshot_directory import DamagedError, Entry
 
 MAX_STRANGERS_LISTED = 20
 REMEDIES = {

@@ -1,0 +1,1 @@
+"""Which kernel this host's boot loader, or its kernel packages, would boot."""

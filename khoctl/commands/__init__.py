@@ -1,0 +1,1 @@
+"""The commands of khoctl, a module for each group of them."""

@@ -1,0 +1,1 @@
+"""The client's side of khod's socket: what khoctl and the producers' library speak with."""

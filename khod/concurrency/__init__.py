@@ -1,0 +1,1 @@
+"""How khod waits: within a bound, or in a thread of its own."""

@@ -1,0 +1,1 @@
+"""A kernel of our own, for the demonstration and the tests."""

@@ -1,0 +1,1 @@
+"""The next kernel: what is asked for, whether this host can load it, what it would take over."""
