@@ -172,7 +172,7 @@ def _parts(written: Written, kernel: Kernel, line: str | None) -> Understood:
 
 
 def _of_blob(name: str, formats: frozenset[str], kernel: Kernel) -> Iterator[Mismatch]:
-    for one in sorted(formats - kernel.compatible):
+    for one in sorted(formats - kernel.compatible, key=family):  # luo before luo-session
         kind = family(one)
         if known := _known(kernel, kind):
             what = f"{name} is written in {one}, it reads {', '.join(known)}"
