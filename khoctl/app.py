@@ -91,22 +91,22 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"khoctl {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _main(
+def _set_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Options of khoctl itself; those of every command are in `khoctl.session`."""
 
 
-def _locale() -> str:
+def _character_locale() -> str:
     """The locale of characters, as setlocale(3) finds it; "" where none is set."""
     return next((found for name in ("LC_ALL", "LC_CTYPE", "LANG") if (found := os.environ.get(name))), "")
 
@@ -116,7 +116,7 @@ def main() -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # it was closed: the next file that is opened would take its place
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
-    if _locale() in ("C", "POSIX"):  # Python takes UTF-8 for it; a serial console shows that as garbage
+    if _character_locale() in ("C", "POSIX"):  # Python takes UTF-8 for it; a serial console shows that as garbage
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="ascii", errors="backslashreplace")

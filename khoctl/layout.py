@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import click
 import typer
 
-NARROWEST = 24
+MIN_WIDTH = 24
 """Columns that a text has at least, below a head however long."""
 
-COLUMN = re.compile(r"(?:\S+(?: \S+)*? {2,}|-?> | +)*")
+COLUMN_PATTERN = re.compile(r"(?:\S+(?: \S+)*? {2,}|-?> | +)*")
 """What stands before a line's own text: words that are columns, each with two blanks after it, and an arrow."""
 
 
-def columns(*, err: bool = False) -> int | None:
+def page_width(*, err: bool = False) -> int | None:
     """How wide to write: as COLUMNS says, or the terminal; None where it is none, and a line is a record."""
     stream = sys.stderr if err else sys.stdout
     given = os.environ.get("COLUMNS", "")
@@ -29,29 +29,29 @@ def columns(*, err: bool = False) -> int | None:
         return None
 
 
-def show(page: str, *, err: bool = False) -> None:
+def show_page(page: str, *, err: bool = False) -> None:
     """Write a page, fitted to where it goes."""
-    write(fit(page, columns(err=err)), err=err)
+    write_text(fit_page(page, page_width(err=err)), err=err)
 
 
-def write(text: str, *, err: bool = False, color: bool | None = None, end: str = "\n") -> None:
+def write_text(text: str, *, err: bool = False, color: bool | None = None, end: str = "\n") -> None:
     """Write lines as they are, in the encoding of the stream: click by itself takes UTF-8 for ASCII."""
     typer.echo(text + end, nl=False, file=sys.stderr if err else sys.stdout, color=color)
 
 
-def fit(page: str, width: int | None) -> str:
+def fit_page(page: str, width: int | None) -> str:
     """Wrap the lines that are longer than `width`."""
-    return page if width is None else "\n".join(line for text in page.split("\n") for line in _wrapped(text, width))
+    return page if width is None else "\n".join(line for text in page.split("\n") for line in _wrap_line(text, width))
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def _wrap_line(text: str, width: int) -> list[str]:
     plain = click.unstyle(text)
     if len(plain) <= width:
         return [text]
-    head = COLUMN.match(plain)
+    head = COLUMN_PATTERN.match(plain)
     indent = head.end() if head else 0
     longest = max(map(len, plain[indent:].split(" ")))
-    indent = max(2, min(indent, width - max(longest, NARROWEST)))
+    indent = max(2, min(indent, width - max(longest, MIN_WIDTH)))
     lines, used = [""], 0
     for part in re.findall(r" *[^ ]+| +$", text):
         size = len(click.unstyle(part))
@@ -65,18 +65,18 @@ def _wrapped(text: str, width: int) -> list[str]:
     return lines
 
 
-def table(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
+def align_table(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
     """Align columns; those that do not fit stand on a line below, in each row the same."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     groups: list[list[int]] = [[]]
     for at, size in enumerate(sizes):
         used = sum(sizes[one] + 2 for one in groups[-1]) + (4 if len(groups) > 1 else 0)
-        if width is not None and groups[-1] and used + min(size, NARROWEST) > width:
+        if width is not None and groups[-1] and used + min(size, MIN_WIDTH) > width:
             groups.append([])
         groups[-1].append(at)
     lines = []
     for row in rows:
         for number, group in enumerate(groups):
             cells = "  ".join(row[at].ljust(sizes[at]) for at in group)
-            lines += fit(f"{'    ' if number else ''}{cells}".rstrip(), width).split("\n")
+            lines += fit_page(f"{'    ' if number else ''}{cells}".rstrip(), width).split("\n")
     return lines

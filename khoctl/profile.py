@@ -27,7 +27,7 @@ ONE_OF = (("image", "entry", "default", "kernel"), ("cmdline", "reuse_cmdline"))
 """Keys that contradict each other."""
 
 
-def load(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
+def load_profile(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
     """Read a profile: every key, None where it is not given; ConfigError names the file and the key."""
     if not NAME.fullmatch(name):
         raise ConfigError(

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from khoctl import render
-from khoctl.layout import fit, show
-from khoctl.session import TO_SEE, Detached, client, repaints, say_slow, socket, timeout
-from khod.client.handover import SLOW, Client
+from khoctl.layout import fit_page, show_page
+from khoctl.session import TO_SEE, Detached, call_timeout, can_repaint, connect_client, say_slow, socket_path
+from khod.client.handover import SLOW_SECONDS, Client
 from khod.errors import KhoError, Unreachable
 from khod.model import Event, Phase, Producer, Status
 from khod.text import join_names
@@ -25,20 +25,20 @@ T = TypeVar("T")
 FRAMES = 10
 """Times a second the producers' lines are drawn."""
 
-FEW = 10
+FEW_PRODUCERS = 10
 """Producers whose lines stay on the terminal at the end."""
 
-ROOM = 6
+RESERVED_LINES = 6
 """Lines of a terminal left for what is printed above the producers'."""
 
-COMEBACK = 10.0
+COMEBACK_SECONDS = 10.0
 """Seconds khod has to come back after it ended on the way into the next kernel."""
 
-LAST_WORDS = 1.0
+LAST_WORDS_SECONDS = 1.0
 """Seconds the last events have to come in on their own connection, after the answer came on the other."""
 
 
-class Shown:
+class ProgressView:
     """Prints the events of one operation to standard error, so that standard output stays the answer.
 
     On a terminal each producer has one line of its own below, which changes until the operation ends;
@@ -60,12 +60,12 @@ class Shown:
         self._refused: dict[str, Producer] = {}
         """What ended the handover: the first no of each, which the answer to its undo must not hide."""
         self._ended = False
-        if repaints(sys.stderr) and not quiet:
+        if can_repaint(sys.stderr) and not quiet:
             from rich.console import Console  # noqa: PLC0415 - dear to import, and only a terminal needs it
             from rich.live import Live  # noqa: PLC0415 - as above
 
             self._console = Console(stderr=True, highlight=False, markup=False)
-            self._live = Live(console=self._console, refresh_per_second=FRAMES, get_renderable=self._lines)
+            self._live = Live(console=self._console, refresh_per_second=FRAMES, get_renderable=self._producer_lines)
 
     def __enter__(self) -> Self:
         if self._live:
@@ -77,7 +77,7 @@ class Shown:
         if self._live:
             self._live.stop()
 
-    def show(self, event: Event) -> None:
+    def show_event(self, event: Event) -> None:
         """Show one event; the first only tells where it began."""
         first, self.last = self.last is None, event.phase
         if first or self._quiet:
@@ -85,7 +85,7 @@ class Shown:
         if event.producer is not None and event.producer.phase:
             self._producers[event.producer.name] = event.producer
             self._heard[event.producer.name] = time.monotonic()
-            if render.refused(event.producer):
+            if render.has_refused(event.producer):
                 self._refused.setdefault(event.producer.name, event.producer)
             if event.producer.phase != self._verb:
                 self._verb, self._since = event.producer.phase, time.monotonic()
@@ -94,74 +94,78 @@ class Shown:
         if self._console:
             from rich.text import Text  # noqa: PLC0415 - as above
 
-            self._console.print(Text.from_ansi(fit(render.event(event), self._console.width)), soft_wrap=True)
+            self._console.print(
+                Text.from_ansi(fit_page(render.render_event(event), self._console.width)), soft_wrap=True
+            )
         else:
-            show(render.event(event), err=True)
+            show_page(render.render_event(event), err=True)
 
-    def wait(self) -> None:
+    def show_waiting(self) -> None:
         """Say, where no line shows it anyhow, whom khod waits for by now: each producer once for each verb."""
         waiting = [found for found in self._producers.values() if found.waiting]
         new = [found for found in waiting if (found.name, found.phase) not in self._named]
         if self._live or self._quiet or not new:
             return
         self._named |= {(found.name, found.phase) for found in new}
-        names = join_names((f"{found.name} ({found.phase})" for found in new), FEW)
-        show(f"{render.EVENT_INDENT}waiting for {names}", err=True)
+        names = join_names((f"{found.name} ({found.phase})" for found in new), FEW_PRODUCERS)
+        show_page(f"{render.EVENT_INDENT}waiting for {names}", err=True)
 
-    def _lines(self) -> "Text":
+    def _producer_lines(self) -> "Text":
         """One line a producer: those that are waited for first, as many as there is room for."""
         from rich.text import Text  # noqa: PLC0415 - as above
 
-        if self._ended and len(self._producers) > FEW:  # what stays on the screen is what the operator must read
-            odd = [found for found in self._producers.values() if render.odd(found)][:FEW]
-            summary = f"    {render.counted(list(self._producers.values()))}"
-            page = [*self._noes(), *(f"    {render.producer(found)}" for found in odd), summary]
+        if (
+            self._ended and len(self._producers) > FEW_PRODUCERS
+        ):  # what stays on the screen is what the operator must read
+            odd = [found for found in self._producers.values() if render.is_notable(found)][:FEW_PRODUCERS]
+            summary = f"    {render.count_producers(list(self._producers.values()))}"
+            page = [*self._refusal_lines(), *(f"    {render.producer_text(found)}" for found in odd), summary]
             return Text("\n".join(page), no_wrap=True)
-        room = max(2, (self._console.height if self._console else 0) - ROOM)
-        lines = self._noes() if self._ended else [self.summary()] if self._producers else []
+        room = max(2, (self._console.height if self._console else 0) - RESERVED_LINES)
+        lines = self._refusal_lines() if self._ended else [self.summary()] if self._producers else []
         ordered = sorted(self._producers.values(), key=lambda found: not found.waiting)
         width = self._console.width if self._console else None
         for shown, found in enumerate(ordered):
-            line = f"{'  >' if found.waiting else '   '} {render.producer(self._now(found))}"
+            line = f"{'  >' if found.waiting else '   '} {render.producer_text(self._as_of_now(found))}"
             if len(lines) >= room:
                 waited = sum(found.waiting for found in ordered[shown:])
                 waiting = f", {waited} of them waited for" if waited else ""
                 lines.append(f"    and {len(ordered) - shown} more{waiting}")
                 break
-            lines += fit(line, width).split("\n")
+            lines += fit_page(line, width).split("\n")
         return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
 
-    def _noes(self) -> list[str]:
+    def _refusal_lines(self) -> list[str]:
         """A line for each that said no, before what its undo came to."""
         width = self._console.width if self._console else None
-        noes = [f"  ! {render.producer(found)}" for found in self._refused.values()][:FEW]
-        return [line for no in noes for line in fit(no, width).split("\n")]
+        noes = [f"  ! {render.producer_text(found)}" for found in self._refused.values()][:FEW_PRODUCERS]
+        return [line for no in noes for line in fit_page(no, width).split("\n")]
 
     def summary(self) -> str:
         """How many are ready with what they are told, since when, and how long they have."""
         told = [found for found in self._producers.values() if found.phase == self._verb]
-        ready = sum(not found.waiting and not render.odd(found) for found in told)
+        ready = sum(not found.waiting and not render.is_notable(found) for found in told)
         waiting = [found.limit for found in told if found.waiting]
         clock = f", {time.monotonic() - self._since:.1f} s of {max(waiting):g} s" if waiting else ""
         return f"    {self._verb}: {ready} of {max(self.expected, len(told))} ready{clock}"
 
-    def _now(self, found: Producer) -> Producer:
+    def _as_of_now(self, found: Producer) -> Producer:
         """A producer as it is by now: what it is waited for goes on."""
         since = time.monotonic() - self._heard[found.name] if found.waiting else 0.0
         return replace(found, seconds=found.seconds + since)
 
 
-def watched(begin: Callable[[Client], None], answer: Callable[[Client], T], *, quiet: bool) -> T | None:
+def run_with_progress(begin: Callable[[Client], None], answer: Callable[[Client], T], *, quiet: bool) -> T | None:
     """Run the operation that `begin` calls, and show its events; None where the host jumped before the answer.
 
     It may take as long as it needs while khod still says how it stands, unless the operator gave a time. Unreachable
     where khod does not, Detached, at once, where the operator interrupts.
     """
-    with client() as calling, client() as watcher, Shown(quiet=quiet) as shown:
+    with connect_client() as calling, connect_client() as watcher, ProgressView(quiet=quiet) as shown:
         before = calling.status()
         shown.expected = len(before.producers)
-        watcher.ask("Monitor", more=True)
-        shown.show(watcher.event())
+        watcher.call_method("Monitor", more=True)
+        shown.show_event(watcher.receive_event())
         try:
             begin(calling)
             _show_until(calling, watcher, shown)
@@ -169,7 +173,7 @@ def watched(begin: Callable[[Client], None], answer: Callable[[Client], T], *, q
         except KeyboardInterrupt:
             raise Detached(shown.last) from None  # at once: nobody is asked anything more
         except Unreachable:
-            _drain(watcher, shown)  # where khod has gone, its last event says why
+            _drain_events(watcher, shown)  # where khod has gone, its last event says why
             if shown.last is not Phase.executing:
                 raise
             require_jump(before.boot_id)
@@ -181,20 +185,20 @@ def watched(begin: Callable[[Client], None], answer: Callable[[Client], T], *, q
         return found
 
 
-def begun(begin: Callable[[Client], None]) -> Status:
+def begin_operation(begin: Callable[[Client], None]) -> Status:
     """Call an operation and return as soon as it changes something, or is over; khod goes on with it."""
-    with client() as calling, client() as watcher, selectors.DefaultSelector() as selector:
-        watcher.ask("Monitor", more=True)
-        watcher.event()
+    with connect_client() as calling, connect_client() as watcher, selectors.DefaultSelector() as selector:
+        watcher.call_method("Monitor", more=True)
+        watcher.receive_event()
         begin(calling)
         for connection in (calling, watcher):
             selector.register(connection, selectors.EVENT_READ)
-        ready = [key.fileobj for key, _events in selector.select(timeout())]
+        ready = [key.fileobj for key, _events in selector.select(call_timeout())]
         if calling in ready:
-            return calling.answer()
+            return calling.receive_status()
         if not ready:
             raise _too_long()
-    with client() as asking:
+    with connect_client() as asking:
         return asking.status()
 
 
@@ -205,7 +209,7 @@ def require_jump(boot: str) -> None:
     kernel of the tests and of the demonstration, where khod goes away with its kernel and comes back in another boot.
     """
     found = None
-    with suppress(Unreachable), Client(socket(), patience=COMEBACK, on_slow=say_slow) as asking:
+    with suppress(Unreachable), Client(socket_path(), patience=COMEBACK_SECONDS, on_slow=say_slow) as asking:
         found = asking.status()
     if found is not None and found.boot_id == boot:
         raise Unreachable(
@@ -216,64 +220,66 @@ def require_jump(boot: str) -> None:
 
 def _too_long() -> Unreachable:
     return Unreachable(
-        f"It is not over within {timeout():g} s",
+        f"It is not over within {call_timeout():g} s",
         where="--timeout",
         remedy=f"The handover continues in the background. {TO_SEE}",
     )
 
 
-def _show_until(calling: Client, watcher: Client, shown: Shown) -> None:
+def _show_until(calling: Client, watcher: Client, shown: ProgressView) -> None:
     """Show events until the operation is answered. Where there are none, ask meanwhile whether khod still answers."""
-    limit = timeout()
+    limit = call_timeout()
     ends = None if limit is None else time.monotonic() + limit
     with selectors.DefaultSelector() as selector, ExitStack() as stack:
         for connection in (calling, watcher):
             selector.register(connection, selectors.EVENT_READ)
         probe: Client | None = None
-        while not calling.waiting:
-            left = SLOW if ends is None else min(SLOW, ends - time.monotonic())
+        while not calling.reply_waiting:
+            left = SLOW_SECONDS if ends is None else min(SLOW_SECONDS, ends - time.monotonic())
             if left <= 0:
                 raise _too_long()
             ready = [key.fileobj for key, _events in selector.select(left)]
             if not ready:
-                shown.wait()
+                shown.show_waiting()
                 if probe is None:
-                    probe = stack.enter_context(client())
-                    probe.ask("Status")
+                    probe = stack.enter_context(connect_client())
+                    probe.call_method("Status")
                     selector.register(probe, selectors.EVENT_READ)
                 else:
                     probe.check_overdue()
-            if watcher in ready and not _heard(watcher, shown):
+            if watcher in ready and not _show_pending(watcher, shown):
                 selector.unregister(watcher)
             if calling in ready:
                 calling.receive()
             if probe is not None and probe in ready:
                 probe.receive()
-                if probe.waiting:
+                if probe.reply_waiting:
                     selector.unregister(probe)
                     stack.close()
                     probe = None
 
 
-def _heard(watcher: Client, shown: Shown) -> bool:
+def _show_pending(watcher: Client, shown: ProgressView) -> bool:
     """Show what has come; whether more may come."""
     try:
         watcher.receive()
-        while watcher.waiting:
-            shown.show(watcher.event())
+        while watcher.reply_waiting:
+            shown.show_event(watcher.receive_event())
     except KhoError:
         return False
     return watcher.more
 
 
-def _drain(watcher: Client, shown: Shown, final: Phase | None = None) -> None:
+def _drain_events(watcher: Client, shown: ProgressView, final: Phase | None = None) -> None:
     """Show what comes until this phase, or until khod closes the connection, for at most LAST_WORDS seconds."""
-    deadline = time.monotonic() + LAST_WORDS
-    while shown.last is not final and watcher.readable(deadline - time.monotonic()) and _heard(watcher, shown):
+    deadline = time.monotonic() + LAST_WORDS_SECONDS
+    while (
+        shown.last is not final and watcher.wait_readable(deadline - time.monotonic()) and _show_pending(watcher, shown)
+    ):
         pass
 
 
-def _last_words(calling: Client, watcher: Client, shown: Shown) -> None:
+def _last_words(calling: Client, watcher: Client, shown: ProgressView) -> None:
     """Let what is already on its way be seen."""
     with suppress(KhoError):
-        _drain(watcher, shown, calling.status().phase)
+        _drain_events(watcher, shown, calling.status().phase)

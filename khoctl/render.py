@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import typer
 
-from khoctl.layout import table
+from khoctl.layout import align_table
 from khod.errors import KhoError
 from khod.model import Check, CheckResult, Event, Fate, LuoSession, Phase, Plan, Producer, Status, Word
 from khod.text import join_names, printable
-from khod.wire import plain
+from khod.wire import encode_value
 
 T = TypeVar("T")
 EVENT_INDENT = " " * 28
@@ -34,7 +34,7 @@ COLOURS = {
     Phase.foreign: typer.colors.YELLOW,
     Phase.rolling_back: typer.colors.YELLOW,
 }
-DONE = {
+DONE_WORDS = {
     "prepare": "prepared",
     "freeze": "frozen",
     "thaw": "thawed",
@@ -42,7 +42,7 @@ DONE = {
     "restore": "restored",
     "finish": "finished",
 }
-DOING = {
+DOING_WORDS = {
     "prepare": "preparing",
     "freeze": "freezing",
     "thaw": "thawing",
@@ -57,7 +57,7 @@ SECONDS_SHOWN = 120
 OF_A_RUN = re.compile(r"(?<![^ ])khod\.run=[0-9a-f]+(?![^ ])")
 EXAMPLE = "khod.run=RUN"
 """A plan is of no run: what khod adds to the command line has its name only once a handover begins."""
-MOST = 10
+MAX_SHOWN = 10
 """Producers a page shows by name; `khoctl producers` shows all."""
 
 MARKS = {
@@ -77,28 +77,28 @@ GENERATIONS = {
 }
 
 
-def escaped(value: T) -> T:
+def escape_value(value: T) -> T:
     """Escape every string in a value of the model's: `khod.text.printable`."""
-    made: T = _escaped(value)
+    made: T = _escape_value(value)
     return made
 
 
-def _escaped(value: Any) -> Any:
+def _escape_value(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, list | tuple):
-        return type(value)(_escaped(item) for item in value)
+        return type(value)(_escape_value(item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _escaped(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: _escape_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value
 
 
 def as_json(value: Any) -> str:
     """One line of JSON; enums by their names, as on the wire."""
-    return json.dumps(value, default=plain)
+    return json.dumps(value, default=encode_value)
 
 
 def error_json(error: KhoError) -> str:
@@ -114,12 +114,12 @@ def error_json(error: KhoError) -> str:
     )
 
 
-def name(phase: Phase) -> str:
+def phase_name(phase: Phase) -> str:
     """A phase as people read it."""
     return phase.value.replace("_", " ")
 
 
-def since(at: float) -> str:
+def format_since(at: float) -> str:
     """A time of the wall clock's, and how long ago that was where the clock was not set back since."""
     seconds = round(time.time() - at)
     ago = f"{seconds} s" if seconds < SECONDS_SHOWN else f"{seconds // 60} min"
@@ -127,29 +127,31 @@ def since(at: float) -> str:
     return f"{clock} ({ago} ago)" if seconds >= 0 else clock
 
 
-def status(status: Status) -> str:
+def render_status(status: Status) -> str:
     """A page for the operator: where it stands, what to do, then the evidence."""
-    status = escaped(status)
-    rows = [("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_said(status)}")]
+    status = escape_value(status)
+    rows = [
+        ("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_kernel_text(status)}")
+    ]
     rows += _under_way(status)
     if status.outcome not in (Phase.idle, status.phase):
-        rows.append(("this boot", f"{name(status.outcome)}: what the handover into it came to"))
+        rows.append(("this boot", f"{phase_name(status.outcome)}: what the handover into it came to"))
     rows += _not_undone(status)
     if status.claims:
-        rows.append(("claims", f"{join_names(status.claims, MOST)}: left before the jump and not taken back yet"))
-    rows += _waiting(status)
+        rows.append(("claims", f"{join_names(status.claims, MAX_SHOWN)}: left before the jump and not taken back yet"))
+    rows += _waiting_rows(status)
     if status.producers:
-        rows.append(("producers", counted(status.producers)))
-    rows += [("", producer(found)) for found in status.producers if odd(found)][:MOST]
-    rows += _sessions(status)
-    rows += _arrived(status)
+        rows.append(("producers", count_producers(status.producers)))
+    rows += [("", producer_text(found)) for found in status.producers if is_notable(found)][:MAX_SHOWN]
+    rows += _session_rows(status)
+    rows += _arrival_rows(status)
     if status.handovers:
         rows.append(("handovers", str(status.handovers)))
     if status.last_error:
         rows.append(("cause" if status.phase is not Phase.idle else "last time", status.last_error))
     if status.remedy:
         rows.append(("next", status.remedy))
-    head = typer.style(name(status.phase), fg=COLOURS.get(status.phase), bold=True)
+    head = typer.style(phase_name(status.phase), fg=COLOURS.get(status.phase), bold=True)
     stale = " (the kernel is busy: its state is as of before)" if status.stale else ""
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
 
@@ -159,7 +161,7 @@ def _under_way(status: Status) -> list[tuple[str, str]]:
     rows = []
     if status.begun is not None:
         image = f" to {status.begun.image}" if status.begun.image else ""
-        rows.append(("begun", f"{since(status.begun.at)} by {status.begun.by or 'somebody unknown'}{image}"))
+        rows.append(("begun", f"{format_since(status.begun.at)} by {status.begun.by or 'somebody unknown'}{image}"))
     if status.done and status.phase is not Phase.failed:
         rows.append(("done", ", ".join(status.done)))
     if status.under_way is not None:
@@ -167,18 +169,18 @@ def _under_way(status: Status) -> list[tuple[str, str]]:
     return rows
 
 
-def _waiting(status: Status) -> list[tuple[str, str]]:
+def _waiting_rows(status: Status) -> list[tuple[str, str]]:
     """Whose answer is waited for."""
-    waiting = [f"for {producer(found)}" for found in status.producers if found.waiting][:MOST]
+    waiting = [f"for {producer_text(found)}" for found in status.producers if found.waiting][:MAX_SHOWN]
     rows = [("" if number else "waiting", text) for number, text in enumerate(waiting)]
     if (more := len(status.waiting_for) - len(waiting)) > 0:
         unconnected = [name for name in status.waiting_for if name not in {found.name for found in status.producers}]
-        text = join_names(unconnected, MOST) if unconnected else f"and {more} more: khoctl producers"
+        text = join_names(unconnected, MAX_SHOWN) if unconnected else f"and {more} more: khoctl producers"
         rows.append(("" if waiting else "waiting", text))
     return rows
 
 
-def _arrived(status: Status) -> list[tuple[str, str]]:
+def _arrival_rows(status: Status) -> list[tuple[str, str]]:
     """What came with the handover into this boot, from where, and for how long everyone stood still."""
     rows = []
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
@@ -196,21 +198,21 @@ def _arrived(status: Status) -> list[tuple[str, str]]:
     if status.previous_release and status.phase in (Phase.verified, Phase.degraded, Phase.cold_boot):
         rows.append(("from", status.previous_release))
     if status.handovers and status.phase in (Phase.verified, Phase.degraded):
-        rows.append(("blackout", _blackout(status)))
+        rows.append(("blackout", _blackout_text(status)))
     return rows
 
 
-def _sessions(status: Status) -> list[tuple[str, str]]:
+def _session_rows(status: Status) -> list[tuple[str, str]]:
     """LUO sessions that no producer registered."""
-    rows = [_session(found) for found in status.sessions[:MOST]]
-    if (more := len(status.sessions) - MOST) > 0:
+    rows = [_session_text(found) for found in status.sessions[:MAX_SHOWN]]
+    if (more := len(status.sessions) - MAX_SHOWN) > 0:
         rows.append(f"and {more} more: khoctl status --json")
     if status.sessions_unseen:
         rows.append(f"there may be more: {status.sessions_unseen}")
     return [("" if number else "sessions", text) for number, text in enumerate(rows)]
 
 
-def _session(found: LuoSession) -> str:
+def _session_text(found: LuoSession) -> str:
     """A LUO session that no producer registered, and what an orderly jump does to it."""
     fate = {"kept": "an orderly jump keeps it", "lost": "an orderly jump ends it, --now keeps it"}
     does = fate.get(found.fate.value, "an orderly jump may end it, --now keeps it")
@@ -219,16 +221,17 @@ def _session(found: LuoSession) -> str:
     return f"{found.name or 'one without a name'}, held by {found.holder}: {does}: {found.why}"
 
 
-def _blackout(status: Status) -> str:
+def _blackout_text(status: Status) -> str:
     """How long the producers stood still, and what that is worth."""
     seconds = status.blackout_seconds
     if seconds is None:
         return "unknown: nobody has taken its state back, or the wall clock was set back"
     over = ", and not over for those who have not taken back what they left" if status.claims else ""
-    return f"{seconds:.1f} s by the wall clock, ± 1 s, from the first freeze to the last finish{over}{_parts(status)}"
+    length = f"{seconds:.1f} s by the wall clock, ± 1 s, from the first freeze to the last finish"
+    return f"{length}{over}{_blackout_parts(status)}"
 
 
-def _parts(status: Status) -> str:
+def _blackout_parts(status: Status) -> str:
     """What the blackout was made of; "" where a handover that was begun since has the timings."""
     took = {timing.step: timing.seconds for timing in status.timings if timing.step in IN_BLACKOUT}
     if "restore" not in took or status.blackout_seconds is None:
@@ -242,33 +245,33 @@ def _not_undone(status: Status) -> list[tuple[str, str]]:
     """What a rollback could not put back, whose it is, why, and what to do."""
     rows = [
         f"{item.step}{f' of {item.producer}' if item.producer else ''}: {item.why}. {item.remedy}".rstrip()
-        for item in status.not_undone[:MOST]
+        for item in status.not_undone[:MAX_SHOWN]
     ]
     if not rows and status.left:
         rows = [", ".join(status.left)]
-    if (more := len(status.not_undone) - MOST) > 0:
+    if (more := len(status.not_undone) - MAX_SHOWN) > 0:
         rows.append(f"and {more} more: khoctl status --json")
     return [("" if number else "not undone", text) for number, text in enumerate(rows)]
 
 
-def producer(found: Producer) -> str:
+def producer_text(found: Producer) -> str:
     """What one producer was told last, and what it answered."""
-    found = escaped(found)
+    found = escape_value(found)
     if not found.phase:
         return f"{found.name} ({found.kind}): {found.answer or 'idle'}"
     done = f", {found.progress:.0%} done" if found.progress is not None and found.waiting else ""
     limit = f" of {found.limit:g} s" if found.waiting and found.limit else ""
-    return f"{found.name} ({found.kind}): {_stands(found)}{done}, {found.seconds:.2f} s{limit}"
+    return f"{found.name} ({found.kind}): {_progress_text(found)}{done}, {found.seconds:.2f} s{limit}"
 
 
-def _stands(found: Producer) -> str:
+def _progress_text(found: Producer) -> str:
     """What a producer does or has done of the verb it was told last."""
     verb = printable(found.phase)
     if found.waiting:
-        return f"{DOING.get(verb, verb)}{f', {found.answer}' if found.answer else ''}"
+        return f"{DOING_WORDS.get(verb, verb)}{f', {found.answer}' if found.answer else ''}"
     match found.answer:
         case "ready":
-            return _done(found)
+            return _done_word(found)
         case "" | "no answer":
             return f"{verb} interrupted"
         case "gone, and not told":
@@ -277,38 +280,38 @@ def _stands(found: Producer) -> str:
             return f"{verb} failed: {answer}"
 
 
-def odd(found: Producer) -> bool:
+def is_notable(found: Producer) -> bool:
     """Whether a producer's last word is one the operator should read."""
     return not found.waiting and found.answer not in ("", "ready")
 
 
-def refused(found: Producer) -> bool:
+def has_refused(found: Producer) -> bool:
     """Whether a producer has said no to what was asked of it: an interrupted one, or one that is gone, has not."""
-    return odd(found) and found.answer != "no answer" and found.phase not in ("thaw", "cancel")
+    return is_notable(found) and found.answer != "no answer" and found.phase not in ("thaw", "cancel")
 
 
-def counted(found: list[Producer]) -> str:
+def count_producers(found: list[Producer]) -> str:
     """How many producers there are, and how far they have come."""
-    told = Counter(_reached(item) for item in found)
+    told = Counter(_reached_verb(item) for item in found)
     return f"{len(found)}: {', '.join(f'{count} {what}' for what, count in told.items())}"
 
 
-def _reached(found: Producer) -> str:
+def _reached_verb(found: Producer) -> str:
     if not found.phase:
         return "idle"
     if found.waiting:
-        return f"not {_done(found)} yet"
-    return ("not " if odd(found) else "") + _done(found)
+        return f"not {_done_word(found)} yet"
+    return ("not " if is_notable(found) else "") + _done_word(found)
 
 
-def _done(found: Producer) -> str:
+def _done_word(found: Producer) -> str:
     """The verb it was told last, when it is done; the verb itself where this khoctl does not know it."""
-    return DONE.get(found.phase, printable(found.phase))
+    return DONE_WORDS.get(found.phase, printable(found.phase))
 
 
-def producers(found: list[Producer], width: int | None = None) -> str:
+def render_producers(found: list[Producer], width: int | None = None) -> str:
     """A row a producer, in the order they are told."""
-    found = escaped(found)
+    found = escape_value(found)
     if not found:
         return "No producers: none is configured in /etc/kho/producers.d, and none has registered."
     rows = [("RANK", "NAME", "KIND", "PHASE", "SECONDS", "ANSWER")]
@@ -317,22 +320,24 @@ def producers(found: list[Producer], width: int | None = None) -> str:
         answer = item.answer or ("..." if item.waiting else "")
         seconds = f"{item.seconds:.3f}" if item.phase else "-"
         rows.append((str(item.rank), item.name, item.kind, item.phase or "-", seconds, f"{answer}{done}" or "-"))
-    return "\n".join(table(rows, width))
+    return "\n".join(align_table(rows, width))
 
 
-def _said(status: Status) -> str:
+def _kernel_text(status: Status) -> str:
     phase = {True: "active, ", False: "inactive, ", None: ""}[status.kernel_active]
     image = {True: "an image is loaded", False: "no image is loaded", None: "not asked yet"}[status.kernel_loaded]
     return phase + image
 
 
-FAILED = (CheckResult.fail, CheckResult.unsupported)
+FAILED_RESULTS = (CheckResult.fail, CheckResult.unsupported)
 
 
-def checks(found: list[Check], *, quiet: bool = False) -> str:
+def render_checks(found: list[Check], *, quiet: bool = False) -> str:
     """A line a check, its remedy below it, and what they come to; with `quiet` only those that found something."""
-    found = escaped(found)
-    shown = [check for check in found if not quiet or check.result in (*FAILED, CheckResult.warn, CheckResult.off)]
+    found = escape_value(found)
+    shown = [
+        check for check in found if not quiet or check.result in (*FAILED_RESULTS, CheckResult.warn, CheckResult.off)
+    ]
     width = max((len(check.name) for check in shown), default=0)
     lines = []
     for check in shown:
@@ -340,12 +345,12 @@ def checks(found: list[Check], *, quiet: bool = False) -> str:
         lines.append(f"{typer.style(text, fg=colour)}  {check.name:<{width}}  {check.evidence}")
         if check.remedy and check.result is not CheckResult.passed:
             lines.append(f"      {'':<{width}}  -> {check.remedy}")
-    return "\n".join([*lines, *([""] if lines else []), conclusion(found)])
+    return "\n".join([*lines, *([""] if lines else []), checks_conclusion(found)])
 
 
-def conclusion(found: list[Check]) -> str:
+def checks_conclusion(found: list[Check]) -> str:
     """What the checks come to, in one line: how many, which, and what a handover would make of it."""
-    failed = [check.name for check in found if check.result in FAILED]
+    failed = [check.name for check in found if check.result in FAILED_RESULTS]
     warned = [check.name for check in found if check.result is CheckResult.warn]
     counts = Counter(check.result for check in found)
     said = [f"{len(failed)} failed ({', '.join(failed)})"] if failed else []
@@ -360,24 +365,24 @@ def conclusion(found: list[Check]) -> str:
     return f"{typer.style('Ready', fg=typer.colors.GREEN, bold=True)}: {', '.join(said)}.{after}"
 
 
-FATES = {Fate.kept: (" ", None), Fate.added: ("+", typer.colors.GREEN), Fate.removed: ("-", typer.colors.RED)}
+FATE_WORDS = {Fate.kept: (" ", None), Fate.added: ("+", typer.colors.GREEN), Fate.removed: ("-", typer.colors.RED)}
 
 
-def words(found: Sequence[Word]) -> list[str]:
+def render_words(found: Sequence[Word]) -> list[str]:
     """What becomes of the command line, a line each for what changes, and what is lost with it."""
-    changed = [escaped(word) for word in found if word.fate is not Fate.kept]
+    changed = [escape_value(word) for word in found if word.fate is not Fate.kept]
     lines = []
     for word in changed:
-        sign, colour = FATES[word.fate]
+        sign, colour = FATE_WORDS[word.fate]
         lines.append(typer.style(f"{sign} {word.text}", fg=colour))
         if word.lost:
             lines.append(typer.style(f"  -> {word.lost}", fg=typer.colors.YELLOW))
     return lines
 
 
-def plan(found: Plan) -> str:
+def render_plan(found: Plan) -> str:
     """The steps with their undo, then what becomes of the command line, then what would be in the way."""
-    found = escaped(found)
+    found = escape_value(found)
     lines = []
     width = max((len(step.step) for step in found.steps), default=0)
     for number, step in enumerate(found.steps, 1):
@@ -385,28 +390,28 @@ def plan(found: Plan) -> str:
         lines.append(typer.style(f"   {'undo'.ljust(width)}  {step.undo}", dim=True))
     if found.cmdline:
         lines += ["", f"command line: {OF_A_RUN.sub(EXAMPLE, found.cmdline)}"]
-        lines += [f"  {line}" for line in words(found.words)] or [f"  the running kernel's, with {EXAMPLE}"]
+        lines += [f"  {line}" for line in render_words(found.words)] or [f"  the running kernel's, with {EXAMPLE}"]
     if found.rollback_seconds:
         lines += ["", f"Until the jump is asked for, `khoctl abort` puts it back within {found.rollback_seconds:g} s."]
-    lines += ["", checks(found.checks, quiet=True), "Nothing was touched."]
+    lines += ["", render_checks(found.checks, quiet=True), "Nothing was touched."]
     return "\n".join(lines)
 
 
 def short_plan(found: Plan) -> str:
     """What an operator is to agree to: who is told, what is booted, how, and what speaks against it."""
-    found = escaped(found)
+    found = escape_value(found)
     brief = [step for step in found.steps if step.step not in ("freeze", "activate", "verify")]
     lines = [f"  {step.step:<8}  {step.does}" for step in brief]
-    lines += [f"  {line}" for line in words(found.words)]
-    return "\n".join([*lines, checks(found.checks, quiet=True)])
+    lines += [f"  {line}" for line in render_words(found.words)]
+    return "\n".join([*lines, render_checks(found.checks, quiet=True)])
 
 
-def event(event: Event) -> str:
+def render_event(event: Event) -> str:
     """One change as one plain line: the time of day, phase, what happened."""
     about = event.producer
-    said = event.message if about is None or not about.phase else f"{about.name}: {_stands(about)}"
-    line = f"{_time_of_day(event.seconds)}  {name(event.phase):<12}  {printable(said)}".rstrip()
-    return "\n".join([line, *(f"{EVENT_INDENT}{change}" for change in words(event.words or ()))])
+    said = event.message if about is None or not about.phase else f"{about.name}: {_progress_text(about)}"
+    line = f"{_time_of_day(event.seconds)}  {phase_name(event.phase):<12}  {printable(said)}".rstrip()
+    return "\n".join([line, *(f"{EVENT_INDENT}{change}" for change in render_words(event.words or ()))])
 
 
 def _time_of_day(monotonic: float) -> str:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from khoctl import profile
-from khoctl.layout import show
+from khoctl.layout import show_page
 from khod.errors import UsageError
 from khod.files import open_regular
 from khod.text import printable
@@ -18,18 +18,18 @@ FLAGS = ("now", "load_only", "hold")
 LINES = ("cmdline", "reuse_cmdline", "append", "remove")
 
 
-def asked(given: Mapping[str, Any], files: ExitStack) -> tuple[dict[str, Any], tuple[int, ...]]:
+def build_request(given: Mapping[str, Any], files: ExitStack) -> tuple[dict[str, Any], tuple[int, ...]]:
     """The parameters of Check, Plan or Kexec, and the descriptors they name; `files` closes these.
 
     Raises UsageError where what was asked contradicts itself or a file cannot be opened, Refused where an entry
     cannot be booted.
     """
     wanted = _with_profile(given)
-    _sensible(wanted)
+    _check_conflicts(wanted)
     flags = {name: True for name in FLAGS if name in given and wanted.get(name)}
     if not any(wanted[way] for way in WAYS):
         return flags, ()
-    kernel, initrds, cmdline = _source(wanted)
+    kernel, initrds, cmdline = _resolve_source(wanted)
     fds: list[int] = []
 
     def opened(path: str, role: str) -> int:
@@ -51,14 +51,14 @@ def _with_profile(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the command line says, over what the profile says; a kernel named here replaces the profile's."""
     if given["from_profile"] is None:
         return dict(given)
-    kept = profile.load(given["from_profile"])
+    kept = profile.load_profile(given["from_profile"])
     said = {name: value for name, value in given.items() if value}
     if any(way in said for way in WAYS):
         kept = {name: value for name, value in kept.items() if name not in (*WAYS, "initrd")}
     return {**given, **kept, **said}
 
 
-def _sensible(wanted: Mapping[str, Any]) -> None:
+def _check_conflicts(wanted: Mapping[str, Any]) -> None:
     ways = [way for way in WAYS if wanted[way]]
     if len(ways) > 1:
         names = " and ".join(f"--{way}" for way in ways)
@@ -71,19 +71,21 @@ def _sensible(wanted: Mapping[str, Any]) -> None:
         raise UsageError("A command line without an image", where="--cmdline/--append", remedy="Add --image.")
 
 
-def _source(wanted: Mapping[str, Any]) -> tuple[str, list[str], str | None]:
+def _resolve_source(wanted: Mapping[str, Any]) -> tuple[str, list[str], str | None]:
     """Kernel, initrds and the command line an entry brings; initrds given besides come after the entry's own."""
     given = [str(path) for path in wanted["initrd"] or ()]
     from khoctl.boot import sources  # noqa: PLC0415 - only a kernel's name needs it
 
     if wanted["image"]:
-        _tell(sources.image(wanted["image"]))
+        _print_note(sources.image_note(wanted["image"]))
         return str(wanted["image"]), given, None
-    found = sources.installed(wanted["kernel"]) if wanted["kernel"] else sources.entry(wanted["entry"])
-    _tell(found.note)
+    found = (
+        sources.source_of_version(wanted["kernel"]) if wanted["kernel"] else sources.source_of_entry(wanted["entry"])
+    )
+    _print_note(found.note)
     return str(found.kernel), [*map(str, found.initrds), *given], found.cmdline
 
 
-def _tell(note: str) -> None:
+def _print_note(note: str) -> None:
     if note:
-        show(f"khoctl: {printable(note)}", err=True)
+        show_page(f"khoctl: {printable(note)}", err=True)

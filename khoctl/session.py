@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperArgument, TyperGroup
 from typer.utils import get_params_from_function
 
-from khoctl.layout import show, write
+from khoctl.layout import show_page, write_text
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.wire import SOCKET
 
@@ -38,30 +38,30 @@ class Detached(KeyboardInterrupt):
         self.phase = phase
 
 
-def socket() -> Path:
+def socket_path() -> Path:
     """Give khod's socket, an option of every command."""
     return Path(click.get_current_context().meta.get(SOCKET_KEY) or os.environ.get("KHOD_SOCKET") or SOCKET)
 
 
-def timeout() -> float | None:
+def call_timeout() -> float | None:
     """Give the seconds the operator wants to wait; None where that was not said."""
     seconds: float | None = click.get_current_context().meta.get(TIMEOUT_KEY)
     return seconds
 
 
-def client() -> "Client":
+def connect_client() -> "Client":
     """Connect to khod; Unreachable where it does not answer."""
     from khod.client.handover import Client  # noqa: PLC0415 - trees in files need no khod
 
-    return Client(socket(), patience=timeout(), on_slow=say_slow)
+    return Client(socket_path(), patience=call_timeout(), on_slow=say_slow)
 
 
 def say_slow(connection: "Client") -> None:
     """Say what is waited for."""
     process = (
-        f" (process {connection.listener})" if connection.listener > 1 else ""
+        f" (process {connection.listener_pid})" if connection.listener_pid > 1 else ""
     )  # 1 is systemd, which listens for it
-    show(f"khoctl: Still waiting for khod{process}. To end this: Ctrl-C, or --timeout", err=True)
+    show_page(f"khoctl: Still waiting for khod{process}. To end this: Ctrl-C, or --timeout", err=True)
 
 
 def on_terminal() -> bool:
@@ -69,28 +69,28 @@ def on_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def confirmed(question: str) -> bool:
+def ask_confirmation(question: str) -> bool:
     """Ask somebody at the terminal; the end of the input is a no. Standard output stays the answer's."""
-    write(f"{question} [y/N] ", err=True, end="")
+    write_text(f"{question} [y/N] ", err=True, end="")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def colourless() -> bool:
+def is_colourless() -> bool:
     """Whether the terminal must not be sent colours: no-color.org, and a terminal that says it knows no sequences."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
-def repaints(stream: TextIO) -> bool:
+def can_repaint(stream: TextIO) -> bool:
     """Whether it is a terminal on which a line can be written over."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _keep(key: str, context: click.Context, _parameter: click.Parameter, value: Any) -> None:
+def _keep_option(key: str, context: click.Context, _parameter: click.Parameter, value: Any) -> None:
     if value is not None:
         context.meta[key] = value
 
 
-def _everywhere() -> list[click.Parameter]:
+def _common_options() -> list[click.Parameter]:
     """The options of every command, before its name or after it; the context's `meta` has their values."""
     return [
         click.Option(
@@ -98,7 +98,7 @@ def _everywhere() -> list[click.Parameter]:
             metavar="PATH",
             help="khod's socket (also by KHOD_SOCKET).",
             expose_value=False,
-            callback=partial(_keep, SOCKET_KEY),
+            callback=partial(_keep_option, SOCKET_KEY),
         ),
         click.Option(
             ["--timeout"],
@@ -106,7 +106,7 @@ def _everywhere() -> list[click.Parameter]:
             metavar="SECONDS",
             help="Wait no longer for khod. What was asked for goes on.",
             expose_value=False,
-            callback=partial(_keep, TIMEOUT_KEY),
+            callback=partial(_keep_option, TIMEOUT_KEY),
         ),
     ]
 
@@ -133,13 +133,13 @@ class Group(TyperGroup):
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        self.params += _everywhere()
+        self.params += _common_options()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, with the options of every command."""
         command = super().get_command(ctx, cmd_name)
         if command is not None and not any(option.name == "socket" for option in command.params):
-            command.params += _everywhere()
+            command.params += _common_options()
             _explain_arguments(command)
         return command
 
@@ -168,25 +168,25 @@ class Root(Group):
         """Run a command to its end, an exit code."""
         words = list(sys.argv[1:] if args is None else args)
         run = partial(super().main, words, *given, **{**options, "standalone_mode": False})
-        raise SystemExit(_ended(run, as_json="--json" in words))
+        raise SystemExit(_run_to_exit(run, as_json="--json" in words))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; click would give an interrupt and a full disk meanings of its own."""
-        if colourless():
+        if is_colourless():
             ctx.color = False
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
             if isinstance(interrupt, Detached):
-                show(f"khoctl: The handover continues in the background. {TO_SEE}", err=True)
+                show_page(f"khoctl: The handover continues in the background. {TO_SEE}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:  # a command says what it cannot read; this is what it could not say
             if not isinstance(error, BrokenPipeError):
-                show(f"khoctl: Standard output cannot be written: {errno_text(error)}. {WRITTEN}", err=True)
+                show_page(f"khoctl: Standard output cannot be written: {errno_text(error)}. {WRITTEN}", err=True)
             raise typer.Exit(Exit.unwritten) from None
 
 
-def _ended(run: Callable[[], Any], *, as_json: bool) -> int:
+def _run_to_exit(run: Callable[[], Any], *, as_json: bool) -> int:
     try:
         code = run()
     except click.exceptions.NoArgsIsHelpError as error:
@@ -195,19 +195,19 @@ def _ended(run: Callable[[], Any], *, as_json: bool) -> int:
     except click.UsageError as error:
         what, _, hint = error.format_message().partition(". ")
         see = f"See: {error.ctx.command_path} -h" if error.ctx else ""
-        return _said(UsageError(what.rstrip("."), remedy=f"{hint} {see}".strip()), as_json=as_json)
+        return _print_error(UsageError(what.rstrip("."), remedy=f"{hint} {see}".strip()), as_json=as_json)
     except KhoError as error:
-        return _said(error, as_json=as_json)
+        return _print_error(error, as_json=as_json)
     return code if isinstance(code, int) else Exit.done
 
 
-def _said(error: KhoError, *, as_json: bool) -> int:
+def _print_error(error: KhoError, *, as_json: bool) -> int:
     try:
         if as_json:
             from khoctl import render  # noqa: PLC0415 - an error is not what a command starts with
 
             typer.echo(render.error_json(error))
-        show(f"khoctl: {error}", err=True)
+        show_page(f"khoctl: {error}", err=True)
     except OSError:
         pass  # the code still says it
     return error.exit

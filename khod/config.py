@@ -38,7 +38,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Producers:
+class ProducersSettings:
     """Who must take part, and how many may."""
 
     require: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Producers:
 
 
 @dataclass(frozen=True)
-class Guard:
+class GuardSettings:
     """Subsystems whose devices may not come or go while a handover is under way."""
 
     abort: tuple[str, ...] = ("memory", "cpu", "vfio", "vfio-dev", "iommu", "pci")
@@ -78,7 +78,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Snapshots:
+class SnapshotsSettings:
     """How many state trees are kept, and how many bytes of them; the last one is kept in any case."""
 
     keep: int = 16
@@ -127,11 +127,11 @@ class Config:
 
     access: Access = field(default_factory=Access)
     policy: Policy = field(default_factory=Policy)
-    producers: Producers = field(default_factory=Producers)
-    guard: Guard = field(default_factory=Guard)
+    producers: ProducersSettings = field(default_factory=ProducersSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     deadlines: Deadlines = field(default_factory=Deadlines)
     images: Images = field(default_factory=Images)
-    snapshots: Snapshots = field(default_factory=Snapshots)
+    snapshots: SnapshotsSettings = field(default_factory=SnapshotsSettings)
     checks: Checks = field(default_factory=Checks)
 
 
@@ -160,7 +160,7 @@ class Fragment:
     text: str
     values: dict[str, Any]
 
-    def where(self, key: str) -> str:
+    def locate_key(self, key: str) -> str:
         """FILE:LINE of a dotted key, as near as the text tells."""
         table, _, name = key.rpartition(".")
         current = ""
@@ -174,13 +174,13 @@ class Fragment:
         return str(self.path)
 
 
-def load(root: Path = Path("/")) -> Config:
+def load_config(root: Path = Path("/")) -> Config:
     """Read, merge and validate; the defaults where there is no file. Raises ConfigError."""
     paths = [root / MAIN, *sorted((root / f"{MAIN}.d").glob("*.toml"))]
-    return validate([fragment(path) for path in paths if path.exists()])
+    return merge_fragments([read_fragment(path) for path in paths if path.exists()])
 
 
-def fragment(path: Path) -> Fragment:
+def read_fragment(path: Path) -> Fragment:
     """Read one file; ConfigError with file and line where it is no TOML."""
     try:
         text = path.read_text()
@@ -194,59 +194,65 @@ def fragment(path: Path) -> Fragment:
         ) from None
 
 
-def validate(fragments: list[Fragment]) -> Config:
+def merge_fragments(fragments: list[Fragment]) -> Config:
     """Merge fragments over the defaults, the last one wins; every key and type is checked."""
     config = Config()
     sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     for source in fragments:
         for section, values in source.values.items():
             if section not in sections:
-                raise _unknown(source, section, sorted(sections))
+                raise _unknown_key_error(source, section, sorted(sections))
             if not isinstance(values, dict):
                 raise ConfigError(
                     f"`{section}` is a table",
-                    where=source.where(section),
+                    where=source.locate_key(section),
                     remedy=f"Write [{section}] on a line of its own.",
                 )
             old = getattr(config, section)
-            new = {key: _checked(source, old, section, key, value) for key, value in values.items()}
+            new = {key: _check_value(source, old, section, key, value) for key, value in values.items()}
             config = dataclasses.replace(config, **{section: dataclasses.replace(old, **new)})
     return config
 
 
-def _checked(source: Fragment, section: Any, name: str, key: str, value: Any) -> Any:
+def _check_value(source: Fragment, section: Any, name: str, key: str, value: Any) -> Any:
     known = {f.name: f.type for f in dataclasses.fields(section)}
     dotted = f"{name}.{key}"
     if key not in known:
-        raise _unknown(source, dotted, sorted(known))
+        raise _unknown_key_error(source, dotted, sorted(known))
     wanted = known[key]
     if get_origin(wanted) is tuple:
-        return _names(source, dotted, value)
+        return _check_names(source, dotted, value)
     allowed = (int, float) if wanted is float else get_args(wanted) or (wanted,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
         raise ConfigError(
             f"`{dotted}` is {value!r}",
-            where=source.where(dotted),
+            where=source.locate_key(dotted),
             remedy=f"It must be {TYPES.get(getattr(wanted, '__name__', ''), wanted)}.",
         )
     if value not in CHOICES.get(dotted, (value,)):
         raise ConfigError(
             f"`{dotted}` is {value!r}",
-            where=source.where(dotted),
+            where=source.locate_key(dotted),
             remedy=f"It takes one of: {', '.join(CHOICES[dotted])}.",
         )
     if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
-        raise ConfigError(f"`{dotted}` is {value}", where=source.where(dotted), remedy="It must be a positive number.")
+        raise ConfigError(
+            f"`{dotted}` is {value}", where=source.locate_key(dotted), remedy="It must be a positive number."
+        )
     return float(value) if wanted is float else value
 
 
-def _names(source: Fragment, dotted: str, value: Any) -> tuple[str, ...]:
+def _check_names(source: Fragment, dotted: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise ConfigError(
-            f"`{dotted}` is {value!r}", where=source.where(dotted), remedy='It must be a list of names, ["one", "two"].'
+            f"`{dotted}` is {value!r}",
+            where=source.locate_key(dotted),
+            remedy='It must be a list of names, ["one", "two"].',
         )
     return tuple(value)
 
 
-def _unknown(source: Fragment, key: str, known: list[str]) -> ConfigError:
-    return ConfigError(f"`{key}` is an unknown key", where=source.where(key), remedy=f"Known here: {', '.join(known)}.")
+def _unknown_key_error(source: Fragment, key: str, known: list[str]) -> ConfigError:
+    return ConfigError(
+        f"`{key}` is an unknown key", where=source.locate_key(key), remedy=f"Known here: {', '.join(known)}."
+    )

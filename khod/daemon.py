@@ -22,7 +22,7 @@ from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
-from khod.kernel.probe import probe
+from khod.kernel.probe import probe_kho
 from khod.kernel.thread import KernelThread
 from khod.model import Event, Phase
 from khod.producers import hooks, inhibitors
@@ -48,7 +48,7 @@ class Options:
     simulate: Path | None
 
 
-def options(argv: list[str]) -> Options:
+def parse_options(argv: list[str]) -> Options:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="khod", description="Coordinates kernel live updates by Kexec HandOver.")
     parser.add_argument("--root", type=Path, default=Path("/"), help="where etc/ is (default: /)")
@@ -69,10 +69,10 @@ class Daemon:
         self._options = opts
         self._calls: Calls = HostCalls(opts.root) if opts.simulate is None else SimulatedKernel(opts.simulate)
         self._stopping = asyncio.Event()
-        self._status = journal.StatusText(self._said)
+        self._status = journal.StatusText(self._status_text)
         self._last = Event(0.0, Phase.idle, "", "")
         self._thread = KernelThread()
-        self._passed = fdstore.passed()
+        self._passed = fdstore.listen_fds_by_name()
         runtime = opts.socket.parent
         sessions = Sessions(
             Luo(self._calls),
@@ -84,24 +84,24 @@ class Daemon:
         )
         settings, self._config_error = _load_config(opts.root)
         kexec = Kexec(self._calls)
-        jump = shutdown.immediate(kexec, self._thread, lambda: self.engine.config.deadlines.execute)
+        jump = shutdown.make_immediate(kexec, self._thread, lambda: self.engine.config.deadlines.execute)
 
         async def orderly() -> None:
-            await shutdown.orderly(sessions=sessions.held)
+            await shutdown.start_orderly(sessions=sessions.holds_any)
 
         self.engine = Engine(
             kexec,
-            lambda: probe(self._calls),
+            lambda: probe_kho(self._calls),
             Store(opts.state),
             settings,
-            producers=Directory(opts.root).producers,
+            producers=Directory(opts.root).load_producers,
             sessions=sessions,
             guard=Guard,
             orderly=orderly if opts.simulate is None else _StartAgain(jump),
             immediate=jump if opts.simulate is None else _StartAgain(jump),
             thread=self._thread,
-            tell=self._tell,
-            inhibitors=inhibitors.blocking if opts.simulate is None else None,
+            tell=self._on_event,
+            inhibitors=inhibitors.shutdown_inhibitors if opts.simulate is None else None,
             shutdown=_on_the_way if opts.simulate is None else _never_goes_down,
             goes_down=shutdown.goes_down if opts.simulate is None else None,
             registrations=Registrations(runtime / "registrations"),
@@ -112,29 +112,29 @@ class Daemon:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then put back what is held."""
         loop = asyncio.get_running_loop()
-        self._alone()
+        self._lock_record()
         hooks.adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        registry = server.registry(self._service, server.Producers(self.engine))
-        factory = server.connections(registry, lambda: self.engine.config.access)
-        serving = server.Listener(self._listen(), factory)
-        watching = asyncio.ensure_future(journal.watchdog())
+        loop.add_signal_handler(signal.SIGHUP, self._reload_config)
+        registry = server.build_registry(self._service, server.Producers(self.engine))
+        factory = server.build_clients(registry, lambda: self.engine.config.access)
+        serving = server.Listener(self._open_socket(), factory)
+        watching = asyncio.ensure_future(journal.feed_watchdog())
         try:
-            await self._start()
-            journal.notify("READY=1")
+            await self._start_engine()
+            journal.notify_manager("READY=1")
             await self._stopping.wait()
-            journal.notify("STOPPING=1")
-            await self._stop()
+            journal.notify_manager("STOPPING=1")
+            await self._stop_engine()
         finally:
             watching.cancel()
-            self._service.close()
+            self._service.end_monitors()
             serving.close()
             await asyncio.wait({asyncio.ensure_future(serving.wait_closed())}, timeout=FAREWELL)
             serving.abort_clients()
 
-    async def _start(self) -> None:
+    async def _start_engine(self) -> None:
         """Find out how the host stands, and roll back what is due; it is served whatever comes of that.
 
         With a wrong configuration the defaults do for a rollback, and for giving back what arrived; where nothing of
@@ -144,23 +144,23 @@ class Daemon:
             try:
                 await self.engine.start()
             except Exception as error:  # noqa: BLE001 - the host is served, and its operator told
-                _complain(error)
+                _log_error(error)
         gc.freeze()  # or a quarter of the time that a thousand producers take is a look for garbage among the modules
         if self._config_error is not None:
             if self.engine.at_rest:
                 raise self._config_error
-            _complain(f"The defaults are used, and no handover begins: {self._config_error}")
+            _log_error(f"The defaults are used, and no handover begins: {self._config_error}")
 
-    async def _stop(self) -> None:
+    async def _stop_engine(self) -> None:
         """Put back what is held, unless the host is on its way into the kexec."""
         with _more_time():
             if self._options.simulate:
                 await self.engine.stop(jumping=False)
                 return
-            jumping, going_down = await asyncio.gather(shutdown.on_the_way(), shutdown.goes_down())
+            jumping, going_down = await asyncio.gather(shutdown.kexec_job_pending(), shutdown.goes_down())
             await self.engine.stop(jumping=jumping, going_down=going_down)
 
-    def _alone(self) -> None:
+    def _lock_record(self) -> None:
         """Refuse to run beside another khod on the same record: it would take the other's handover for a dead one's."""
         self._options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(self._options.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -171,7 +171,7 @@ class Daemon:
                 "Another khod is running", where=str(self._options.state), remedy="systemctl status kho-handover"
             ) from None
 
-    def _listen(self) -> socket.socket:
+    def _open_socket(self) -> socket.socket:
         """Take the socket systemd passed, else make one.
 
         Anyone may connect: each method asks the kernel who is calling, as systemd's own Varlink
@@ -187,29 +187,29 @@ class Daemon:
         path.chmod(0o666)
         return sock
 
-    def _tell(self, event: Event) -> None:
-        self._service.publish(event)
-        journal.write(event, entered=event.phase is not self._last.phase, record=self.engine.record)
+    def _on_event(self, event: Event) -> None:
+        self._service.publish_event(event)
+        journal.write_event(event, entered=event.phase is not self._last.phase, record=self.engine.record)
         if event.producer is None:
             self._last = event
         elif event.phase is not self._last.phase:
             self._last = replace(self._last, phase=event.phase)
-        self._status.change()
+        self._status.mark_changed()
 
-    def _said(self) -> str:
+    def _status_text(self) -> str:
         """The status text: where it stands, and who is waited for or what happened last."""
-        waiting = join_names(self.engine.waiting)
-        return f"{status.SAYS[self._last.phase][0]} {f'Waiting for {waiting}' if waiting else self._last.message}"
+        waiting = join_names(self.engine.waiting_producers)
+        return f"{status.PHASE_TEXT[self._last.phase][0]} {f'Waiting for {waiting}' if waiting else self._last.message}"
 
-    def _reload(self) -> None:
-        journal.reloading()
+    def _reload_config(self) -> None:
+        journal.notify_reloading()
         try:
-            self.engine.config = config.load(self._options.root)
+            self.engine.config = config.load_config(self._options.root)
             self.engine.config_error = self._config_error = None
         except ConfigError as error:
-            _complain(f"The configuration stays as it was: {error}")
-            journal.notify(f"STATUS={one_line(f'The configuration stays as it was: {error}')}")
-        journal.notify("READY=1")
+            _log_error(f"The configuration stays as it was: {error}")
+            journal.notify_manager(f"STATUS={one_line(f'The configuration stays as it was: {error}')}")
+        journal.notify_manager("READY=1")
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class _StartAgain:
 
 
 async def _on_the_way() -> bool | None:
-    return await shutdown.on_the_way(shutdown.ASK_UNDO_SECONDS)
+    return await shutdown.kexec_job_pending(shutdown.ASK_UNDO_SECONDS)
 
 
 async def _never_goes_down() -> bool:
@@ -243,7 +243,7 @@ async def _never_goes_down() -> bool:
 def _load_config(root: Path) -> tuple[config.Config, ConfigError | None]:
     """The configuration, or the defaults and what is wrong with it."""
     try:
-        return config.load(root), None
+        return config.load_config(root), None
     except ConfigError as error:
         return config.Config(), error
 
@@ -258,25 +258,25 @@ def _more_time() -> Iterator[None]:
         extending.cancel()
 
 
-def _complain(what: object) -> None:
-    journal.complain(f"khod: {what}")
+def _log_error(what: object) -> None:
+    journal.write_stderr(f"khod: {what}")
 
 
 def main() -> None:
     """Run khod; exits with 2 where the configuration is wrong."""
-    opts = options(sys.argv[1:])
+    opts = parse_options(sys.argv[1:])
     logging.basicConfig(handlers=[journal.Handler()])
     try:
-        asyncio.run(_main(opts))
+        asyncio.run(_run_daemon(opts))
     except ConfigError as error:
-        _complain(error)
+        _log_error(error)
         sys.exit(Exit.usage)
     except KhoError as error:
-        _complain(error)
+        _log_error(error)
         sys.exit(error.exit)
     finally:
-        journal.flush()
+        journal.flush_workers()
 
 
-async def _main(opts: Options) -> None:
+async def _run_daemon(opts: Options) -> None:
     await Daemon(opts).run()

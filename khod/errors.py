@@ -43,7 +43,7 @@ class KhoError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return sentence(self)
+        return error_sentence(self)
 
 
 class Failed(KhoError):
@@ -121,7 +121,7 @@ BY_NAME: dict[str, type[KhoError]] = {
 }
 
 
-def sentence(error: KhoError) -> str:
+def error_sentence(error: KhoError) -> str:
     """Say what failed, on which path, what to do next; fit for a terminal, whatever was read from a file."""
     where = f" ({error.where})" if error.where else ""
     remedy = f" {error.remedy}" if error.remedy else ""

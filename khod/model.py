@@ -116,7 +116,7 @@ class Finding:
     text: str
 
     @property
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """The finding with whose it is."""
         return f"producer {self.producer}: {self.text}" if self.producer else self.text
 
@@ -139,15 +139,15 @@ class Verdict:
     def with_findings(self, findings: Iterable[Finding]) -> "Verdict":
         """The same verdict with these findings, and what they come to in one line."""
         kept = list(findings)
-        return replace(self, findings=kept, reason="; ".join(finding.sentence for finding in kept))
+        return replace(self, findings=kept, reason="; ".join(finding.describe for finding in kept))
 
     @property
-    def found(self) -> list[Finding]:
+    def all_findings(self) -> list[Finding]:
         """The findings; an earlier khod's record has them in one line alone."""
-        return self.findings or [_finding(part) for part in self.reason.split("; ") if part]
+        return self.findings or [_parse_finding(part) for part in self.reason.split("; ") if part]
 
 
-def _finding(sentence: str) -> Finding:
+def _parse_finding(sentence: str) -> Finding:
     """Read a finding's sentence."""
     head, _, text = sentence.partition(": ")
     what, _, name = head.partition(" ")

@@ -32,7 +32,7 @@ from khod.client.connection import MAX_FDS, Connection
 from khod.errors import KhoError, Unreachable
 
 LOG = logging.getLogger(__name__)
-AGAIN = 1.0
+RETRY_SECONDS = 1.0
 """Seconds between attempts to reach a khod that is gone: systemd starts it again."""
 
 UNDO = {"freeze": ("thaw", "prepare"), "prepare": ("cancel", "")}
@@ -113,13 +113,13 @@ class Producer:
         Returns when `restore` has been called, if there was anything to restore: then only decide
         whether to begin empty. Raises KhoError: khod is not there, or refuses.
         """
-        answer = self._begin()
-        self._thread = threading.Thread(target=self._serve, args=(answer,), name="khod-producer", daemon=True)
+        answer = self._begin_service()
+        self._thread = threading.Thread(target=self._serve_commands, args=(answer,), name="khod-producer", daemon=True)
         self._thread.start()
 
     def run(self) -> None:
         """Register and serve until `stop`. Raises KhoError as `start` does, not later: khod is waited for."""
-        self._serve(self._begin())
+        self._serve_commands(self._begin_service())
 
     def stop(self) -> None:
         """Leave. While a handover is under way this is a veto.
@@ -128,53 +128,53 @@ class Producer:
         """
         self._stopping.set()
         if self._connection is not None:
-            self._connection.shut()
+            self._connection.shutdown()
 
-    def _begin(self) -> dict[str, Any]:
+    def _begin_service(self) -> dict[str, Any]:
         if self._thread is not None and self._stopping.is_set():  # started again after a stop
             self._thread.join()
             self._stopping.clear()
-        return self._turn({}) if self._register() == "restore" else {}
+        return self._take_turn({}) if self._call_register() == "restore" else {}
 
-    def _register(self) -> str:
+    def _call_register(self) -> str:
         """Connect and register; what khod counts on. What was done beyond that is taken back."""
-        self._drop()
+        self._drop_connection()
         self._ahead = None
         self._connection = Connection(self._socket)
-        self._connection.send(f"{wire.PRODUCER}.Register", self._terms)
-        told = str(self._connection.reply()["told"])
+        self._connection.send_call(f"{wire.PRODUCER}.Register", self._terms)
+        told = str(self._connection.receive_reply()["told"])
         if told == "restore":
             self._counts = ""  # what was frozen has been handed over
         while self._counts and self._counts != told:
             undo, self._counts = UNDO[self._counts]
-            self._handle(Step(undo, "", 0.0))
+            self._call_handler(Step(undo, "", 0.0))
         return told
 
-    def _drop(self) -> None:
+    def _drop_connection(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
-    def _serve(self, answer: dict[str, Any]) -> None:
+    def _serve_commands(self, answer: dict[str, Any]) -> None:
         """Answer and be told, over and over; where khod goes, connect again."""
         try:
             while not self._stopping.is_set():
                 try:
                     if self._connection is None:
-                        self._register()
+                        self._call_register()
                         answer = {}
-                    answer = self._turn(answer)
+                    answer = self._take_turn(answer)
                 except KhoError as error:
                     # Whoever is frozen stays so: khod may be gone because the host is on its way to the next kernel.
                     LOG.warning("%s", error)
-                    self._drop()
-                    self._stopping.wait(AGAIN)
+                    self._drop_connection()
+                    self._stopping.wait(RETRY_SECONDS)
         finally:
-            self._drop()
+            self._drop_connection()
 
-    def _turn(self, answer: dict[str, Any]) -> dict[str, Any]:
+    def _take_turn(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Give an answer, be told the next verb, and do it; the answer to that."""
-        (command, fds), self._ahead = ((self._ahead, []) if self._ahead else self._next(answer)), None
+        (command, fds), self._ahead = ((self._ahead, []) if self._ahead else self._call_next(answer)), None
         if command is None:
             return {}
         files = dict(zip(command["names"], fds, strict=True))
@@ -185,14 +185,14 @@ class Producer:
             files,
             lambda reason, progress: self._not_yet(command, reason, progress),
         )
-        said = {"serial": command["serial"], **self._handle(step)}
+        said = {"serial": command["serial"], **self._call_handler(step)}
         done = {"thaw": "prepare", "cancel": "", "restore": "", "finish": ""}
         self._counts = done.get(step.verb, step.verb)
         if not self._counts:
             self._tokens = 0
         return said
 
-    def _next(self, answer: dict[str, Any]) -> tuple[Mapping[str, Any] | None, list[int]]:
+    def _call_next(self, answer: dict[str, Any]) -> tuple[Mapping[str, Any] | None, list[int]]:
         """Call Next; None where khod cannot give what it should, and says why."""
         connection = self._connection
         if connection is None:
@@ -203,9 +203,9 @@ class Producer:
             tokens = [self._tokens + number for number in range(len(fds))]
             self._tokens += len(fds)
             answer |= {"names": list(files), "tokens": tokens, "fds": [*range(len(fds))]}
-        connection.send(f"{wire.PRODUCER}.Next", answer, fds=fds)
+        connection.send_call(f"{wire.PRODUCER}.Next", answer, fds=fds)
         try:
-            return connection.reply(), connection.take()
+            return connection.receive_reply(), connection.take_fds()
         except Unreachable:
             raise
         except KhoError as error:
@@ -214,14 +214,14 @@ class Producer:
 
     def _not_yet(self, command: Mapping[str, Any], reason: str, progress: float | None) -> None:
         said = {"serial": command["serial"], "answer": "not_yet", "reason": reason}
-        now, fds = self._next(said if progress is None else said | {"progress": progress})
+        now, fds = self._call_next(said if progress is None else said | {"progress": progress})
         for fd in fds:
             os.close(fd)
         if now is None or now["serial"] != command["serial"]:
             self._ahead = now
             raise CalledOff(reason)
 
-    def _handle(self, step: Step) -> dict[str, Any]:
+    def _call_handler(self, step: Step) -> dict[str, Any]:
         """Call the handler; what it comes to as an answer."""
         handler = self._handlers[step.verb]
         try:

@@ -21,30 +21,30 @@ SERVICE = "org.varlink.service"
 PRODUCER_VERSION = 1
 
 
-def decode(wanted: type[T], value: Any, *, may_lack: Set[str] = frozenset()) -> T:
+def decode_value(wanted: type[T], value: Any, *, may_lack: Set[str] = frozenset()) -> T:
     """Make a dataclass, enum, list, tuple or plain value of the model from JSON.
 
     Enums go by their names. Fields named in `may_lack` have their default where they are left out. Raises TypeError
     or KeyError where the JSON is of another shape.
     """
-    made: T = _decode(wanted, value, may_lack)
+    made: T = _decode_value(wanted, value, may_lack)
     return made
 
 
-def _decode(wanted: Any, value: Any, may_lack: Set[str]) -> Any:
+def _decode_value(wanted: Any, value: Any, may_lack: Set[str]) -> Any:
     inner = get_args(wanted)
     if get_origin(wanted) in (types.UnionType, Union):
-        return None if value is None else _decode(inner[0], value, may_lack)
+        return None if value is None else _decode_value(inner[0], value, may_lack)
     if get_origin(wanted) in (list, tuple):
         if not isinstance(value, list):
             raise TypeError(f"{value!r} is not a list")
-        return get_origin(wanted)(_decode(inner[0], item, may_lack) for item in value)
+        return get_origin(wanted)(_decode_value(inner[0], item, may_lack) for item in value)
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
         if not isinstance(value, dict):
             raise TypeError(f"{value!r} is not an object")
         absent = may_lack - value.keys()
         hints = ((name, hint) for name, hint in get_type_hints(wanted).items() if name not in absent)
-        return wanted(**{name: _decode(hint, value[name], may_lack) for name, hint in hints})
+        return wanted(**{name: _decode_value(hint, value[name], may_lack) for name, hint in hints})
     if issubclass(wanted, enum.Enum):
         return wanted[value]
     allowed = (float, int) if wanted is float else wanted
@@ -54,20 +54,20 @@ def _decode(wanted: Any, value: Any, may_lack: Set[str]) -> Any:
 
 
 @functools.cache
-def _fields(kind: type) -> tuple[str, ...]:
+def _field_names(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
-def plain(value: Any) -> Any:
+def encode_value(value: Any) -> Any:
     """What json.dumps is to make of the model's own types: `default=plain`."""
     if isinstance(value, enum.Enum):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: getattr(value, name) for name in _fields(type(value))}
+        return {name: getattr(value, name) for name in _field_names(type(value))}
     raise TypeError(type(value).__name__)
 
 
-def error(name: str, parameters: dict[str, Any]) -> KhoError:
+def error_by_name(name: str, parameters: dict[str, Any]) -> KhoError:
     """One of our errors by its name on the wire; a KhoError that quotes it where it is none of ours."""
     prefix, _, short = name.rpartition(".")
     if prefix != INTERFACE or short not in BY_NAME:

@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from khod.trees.as_json import plain
-from khod.trees.source import dts
+from khod.trees.as_json import tree_as_json
+from khod.trees.source import write_dts
 
 
 def dtc(form: str, data: bytes, *options: str) -> bytes:
@@ -23,7 +23,7 @@ def agrees(blob: bytes, tmp: Path) -> None:
 
 def compiles(blob: bytes) -> None:
     """Assert that the source compiles to the blob's own bytes, or where it says it does not, to dtc's of the blob."""
-    source, note = dts(blob)
+    source, note = write_dts(blob)
     told = re.match(r"/dts-v1/;\n/\* `dtc -I dts -O dtb(.*?)`", source)
     assert told, "the source does not say how it is compiled"
     options = told[1].split()
@@ -36,7 +36,7 @@ def reads(blob: bytes, tmp: Path) -> None:
     """Assert that every node, property and byte is what fdtget says."""
     path = tmp / "agrees.dtb"
     path.write_bytes(blob)
-    nodes = dict(_walk("", plain({"": blob})["root"]))
+    nodes = dict(_walk("", tree_as_json({"": blob})["root"]))
     asked = [(where, key) for where, node in nodes.items() for key in node["properties"]]
     words = [word for pair in asked for word in pair]
     values = _fdtget("-t", "bx", "--", str(path), *words) if words else []

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from khoctl.boot import grubenv
-from khoctl.boot.entries import Entry
-from khoctl.boot.loader import GRUB, VARIABLES, Loader, loader, read, settings, variable
+from khoctl.boot.entries import BootEntry
+from khoctl.boot.loader import GRUB, VARIABLES, Loader, detect_loader, read_settings, read_text, read_variable
 from khod.errors import Refused
 
 SAVED = "@saved"
@@ -18,7 +18,7 @@ DIGITS = 9
 """The most of a place in the menu; int() refuses a number of thousands."""
 
 
-def default(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
+def default_entry(found: Sequence[BootEntry], root: Path) -> tuple[BootEntry, str]:
     """The default of `found`, which is in the specification's order and not empty; and a note for people, or "".
 
     The first of these that names an entry: LoaderEntryOneShot, which is for the next boot alone; LoaderEntryPreferred
@@ -26,15 +26,17 @@ def default(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
     systemd-boot is not the loader GRUB's next_entry, else what grub.cfg has for its default. Else the first entry.
     Raises Refused where the loader was told to boot something that is no entry, such as auto-windows.
     """
-    conf, good = settings(root) or {}, [one for one in found if not one.bad]
-    once = variable("LoaderEntryOneShot", root)  # a kernel's own note of its reboot stands there, too, and names none
-    if once and (chosen := _matching(once, found)):
+    conf, good = read_settings(root) or {}, [one for one in found if not one.has_failed]
+    once = read_variable(
+        "LoaderEntryOneShot", root
+    )  # a kernel's own note of its reboot stands there, too, and names none
+    if once and (chosen := _first_matching(once, found)):
         return chosen, ONCE.format(id=chosen.id)
-    for pattern in (variable("LoaderEntryPreferred", root), conf.get("preferred")):
-        if pattern and (chosen := _matching(pattern, good)):
+    for pattern in (read_variable("LoaderEntryPreferred", root), conf.get("preferred")):
+        if pattern and (chosen := _first_matching(pattern, good)):
             return chosen, ""
-    for pattern in filter(None, (once, *_patterns(conf, root))):
-        if chosen := _matching(pattern, found):
+    for pattern in filter(None, (once, *_default_patterns(conf, root))):
+        if chosen := _first_matching(pattern, found):
             return chosen, ""
         if pattern.lower().startswith("auto-"):
             raise Refused(
@@ -42,12 +44,12 @@ def default(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
                 where=str(root / VARIABLES),
                 remedy="Choose one with --entry ID.",
             )
-    return (found[0], "") if loader(root) is Loader.systemd_boot else _of_grub(found, root)
+    return (found[0], "") if detect_loader(root) is Loader.systemd_boot else _of_grub(found, root)
 
 
-def _of_grub(found: Sequence[Entry], root: Path) -> tuple[Entry, str]:
+def _of_grub(found: Sequence[BootEntry], root: Path) -> tuple[BootEntry, str]:
     """As grub.cfg has it: `default` is next_entry where that is set, else GRUB_DEFAULT; what is none is the first."""
-    variables = grubenv.read(root)
+    variables = grubenv.read_variables(root)
     once = variables.get("next_entry")
     wanted = once or _grub_default(root, variables)
     *menus, name = wanted.split(">")
@@ -66,7 +68,7 @@ def _grub_default(root: Path, variables: Mapping[str, str]) -> str:
     """What grub-mkconfig made of GRUB_DEFAULT: a place, a name, or ${saved_entry}, as where it made none."""
     for path in (found for place in GRUB for found in sorted(root.glob(f"{place}/grub.cfg"))):
         try:
-            values = ["".join(found) for found in SET_DEFAULT.findall(read(path))]
+            values = ["".join(found) for found in SET_DEFAULT.findall(read_text(path))]
         except OSError:
             continue
         if value := next((value for value in values if value not in NEXT_ENTRY), ""):
@@ -74,22 +76,22 @@ def _grub_default(root: Path, variables: Mapping[str, str]) -> str:
     return variables.get("saved_entry", "")
 
 
-def _patterns(conf: dict[str, str], root: Path) -> Iterator[str]:
-    for value in (variable("LoaderEntryDefault", root), conf.get("default")):
-        pattern = variable("LoaderEntryLastBooted", root) if value == SAVED else value
+def _default_patterns(conf: dict[str, str], root: Path) -> Iterator[str]:
+    for value in (read_variable("LoaderEntryDefault", root), conf.get("default")):
+        pattern = read_variable("LoaderEntryLastBooted", root) if value == SAVED else value
         if pattern:
             yield pattern
 
 
-def _matching(pattern: str, found: Sequence[Entry]) -> Entry | None:
+def _first_matching(pattern: str, found: Sequence[BootEntry]) -> BootEntry | None:
     """The first entry whose id, with its suffix, is the pattern's; case does not matter (config_find_entry())."""
     pattern = pattern.casefold()
     return next((one for one in found if fnmatch.fnmatchcase(one.id.casefold(), pattern)), None)
 
 
-def _in_menu(saved: str, found: Sequence[Entry]) -> Entry | None:
+def _in_menu(saved: str, found: Sequence[BootEntry]) -> BootEntry | None:
     """The entry that GRUB's `default` means: an id, a title, or a place in the menu, counted from 0."""
-    named = next((one for one in found if saved in (one.id, one.stem, one.text("title"))), None)
+    named = next((one for one in found if saved in (one.id, one.stem, one.field_text("title"))), None)
     if named is None and saved.isdecimal() and len(saved) <= DIGITS and int(saved) < len(found):
         return found[int(saved)]
     return named

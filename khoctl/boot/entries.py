@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from khoctl.boot import versions
-from khoctl.boot.loader import Field, fields, loader, read
-from khoctl.boot.unified import unified
+from khoctl.boot.loader import Field, detect_loader, parse_fields, read_text
+from khoctl.boot.unified import read_unified
 from khod.errors import Refused, errno_text
 from khod.text import ASCII_SPACE
 
@@ -28,7 +28,7 @@ VALUE = 4096
 
 
 @dataclass(frozen=True)
-class Entry:
+class BootEntry:
     """One boot loader entry.
 
     `name` is the file's without a boot counter; `left` and `done` are that counter, None and 0 where there is none.
@@ -56,42 +56,42 @@ class Entry:
         return self.name.rpartition(".")[0]
 
     @property
-    def unified(self) -> bool:
+    def is_unified(self) -> bool:
         """Whether it is of type #2, a UKI."""
         return self.path.suffix.lower() == ".efi"
 
     @property
-    def bad(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether every attempt to boot it failed."""
         return self.left == 0
 
-    def last(self, key: str) -> Field | None:
+    def last_field(self, key: str) -> Field | None:
         """The line that counts where a key stands for one thing."""
         return next((field for field in reversed(self.fields) if field.key == key), None)
 
-    def text(self, key: str) -> str:
+    def field_text(self, key: str) -> str:
         """The value of a key that stands for one thing, "" where it is not there."""
-        return field.value if (field := self.last(key)) else ""
+        return field.value if (field := self.last_field(key)) else ""
 
-    def where(self, field: Field | None = None) -> str:
+    def locate_field(self, field: Field | None = None) -> str:
         """The file, and the line."""
         return f"{self.path}:{field.line}" if field and field.line else str(self.path)
 
 
-def entries(root: Path = Path("/")) -> list[Entry]:
+def list_entries(root: Path = Path("/")) -> list[BootEntry]:
     """Every entry, in the specification's order: those that failed to boot last, newer versions first.
 
     Raises Refused where a directory of theirs may not be read.
     """
-    return sorted(_all(root), key=_place)
+    return sorted(_find_entries(root), key=_sort_key)
 
 
-def searched(root: Path) -> str:
+def searched_places(root: Path) -> str:
     """Where `entries` looks, for a message."""
     return ", ".join(f"{root / partition}/{{{TYPE_1},{TYPE_2}}}" for partition in PARTITIONS)
 
 
-def partitions(root: Path) -> list[Path]:
+def boot_partitions(root: Path) -> list[Path]:
     """The mounted partitions, each once: /efi may be a link to /boot/efi."""
     found: dict[str, Path] = {}
     for path in (root / partition for partition in PARTITIONS):
@@ -112,22 +112,25 @@ def os_release(text: str) -> dict[str, str]:
     return found
 
 
-def _older(one: str, other: str) -> int:
-    return versions.compare(other, one)
+def _compare_entries(one: str, other: str) -> int:
+    return versions.compare_versions(other, one)
 
 
-_NEWEST_FIRST = functools.cmp_to_key(_older)
+_NEWEST_FIRST = functools.cmp_to_key(_compare_entries)
 
 
-def _place(entry: Entry) -> tuple[object, ...]:
+def _sort_key(entry: BootEntry) -> tuple[object, ...]:
     """Where an entry sorts: UAPI.1, "Sorting", and boot_entry_compare(), which takes names with their suffix."""
-    key = entry.text("sort-key")
-    grouped = (key.encode("utf-8", "surrogateescape"), entry.text("machine-id").encode("utf-8", "surrogateescape"))
+    key = entry.field_text("sort-key")
+    grouped = (
+        key.encode("utf-8", "surrogateescape"),
+        entry.field_text("machine-id").encode("utf-8", "surrogateescape"),
+    )
     return (
-        entry.bad,
+        entry.has_failed,
         not key,
         grouped if key else (),
-        _NEWEST_FIRST(entry.text("version") if key else ""),
+        _NEWEST_FIRST(entry.field_text("version") if key else ""),
         _NEWEST_FIRST(entry.name),
         entry.number,
         -(entry.left or 0),
@@ -135,44 +138,49 @@ def _place(entry: Entry) -> tuple[object, ...]:
     )
 
 
-def _all(root: Path) -> Iterator[Entry]:
-    language = loader(root)
-    for partition in partitions(root):
+def _find_entries(root: Path) -> Iterator[BootEntry]:
+    language = detect_loader(root)
+    for partition in boot_partitions(root):
         for directory, suffix in ((TYPE_1, ".conf"), (TYPE_2, ".efi")):
-            for path in _listed(partition / directory):
+            for path in _list_files(partition / directory):
                 name = COUNTED.fullmatch(path.name)
                 if not name or name["suffix"].lower() != suffix or path.name.startswith(".") or not path.is_file():
                     continue
                 left = None if name["left"] is None else int(name["left"])
-                one = Entry(name["stem"] + name["suffix"], path, partition, (), left, int(name["done"] or 0))
+                one = BootEntry(name["stem"] + name["suffix"], path, partition, (), left, int(name["done"] or 0))
                 try:
                     yield from (
-                        _profiles(one) if suffix == ".efi" else [replace(one, fields=fields(read(path), language))]
+                        _uki_entries(one)
+                        if suffix == ".efi"
+                        else [replace(one, fields=parse_fields(read_text(path), language))]
                     )
                 except OSError as error:
-                    raise _unreadable(error, path) from None
+                    raise _unreadable_error(error, path) from None
 
 
-def _listed(directory: Path) -> list[Path]:
+def _list_files(directory: Path) -> list[Path]:
     try:
         return sorted(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise _unreadable(error, directory) from None
+        raise _unreadable_error(error, directory) from None
 
 
-def _unreadable(error: OSError, path: Path) -> Refused:
+def _unreadable_error(error: OSError, path: Path) -> Refused:
     return Refused(
         f"Boot loader entries cannot be read: {errno_text(error)}", where=str(path), remedy="Run khoctl as root."
     )
 
 
-def _profiles(one: Entry) -> Iterator[Entry]:
+def _uki_entries(one: BootEntry) -> Iterator[BootEntry]:
     """A UKI's entries: what each profile says of itself, in the words of a type #1 entry."""
-    image = unified(one.path)
+    image = read_unified(one.path)
     for number in range(len(image.profiles)):
-        said, profile = os_release(image.text(".osrel", number)), os_release(image.text(".profile", number))
+        said, profile = (
+            os_release(image.section_text(".osrel", number)),
+            os_release(image.section_text(".profile", number)),
+        )
         title, called = said.get("PRETTY_NAME") or said.get("NAME"), profile.get("TITLE")
         if number:
             called = called or profile.get("ID") or f"Profile #{number + 1}"
@@ -180,7 +188,7 @@ def _profiles(one: Entry) -> Iterator[Entry]:
             "title": f"{title} ({called})" if title and called else title,
             "version": said.get("IMAGE_VERSION") or said.get("VERSION_ID") or said.get("BUILD_ID"),
             "sort-key": said.get("IMAGE_ID") or said.get("ID"),
-            "uname": image.text(".uname", number).strip(ASCII_SPACE),
+            "uname": image.section_text(".uname", number).strip(ASCII_SPACE),
         }
         found = tuple(Field(0, key, value) for key, value in named.items() if value)
         yield replace(one, fields=found, number=number, profile=profile.get("ID") or str(number))

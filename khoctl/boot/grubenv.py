@@ -28,17 +28,17 @@ IGNITION, STAMP = "ignition_firstboot", "boot/ignition.firstboot"
 """Fedora CoreOS: grub.cfg sets the variable to nothing, and fills it in where the stamp is there."""
 
 
-def read(root: Path) -> dict[str, str]:
+def read_variables(root: Path) -> dict[str, str]:
     """The variables of the first environment block below `root`, none where there is no block that can be read.
 
     $ignition_firstboot is among them where it is empty, and never where the first boot is still to come.
     """
-    found = _block(root)
+    found = _read_block(root)
     found.pop(IGNITION, None)
     return found if (root / STAMP).exists() else {**found, IGNITION: ""}
 
 
-def _block(root: Path) -> dict[str, str]:
+def _read_block(root: Path) -> dict[str, str]:
     for path in (found for place in GRUB for found in sorted(root.glob(f"{place}/grubenv"))):
         try:
             with path.open("rb") as file:
@@ -49,26 +49,26 @@ def _block(root: Path) -> dict[str, str]:
     return {}
 
 
-def line(text: str, variables: Mapping[str, str], where: str) -> str:
+def expand_cmdline(text: str, variables: Mapping[str, str], where: str) -> str:
     """What GRUB's `linux` command hands to the kernel of `text`: in quotes what holds a space, else none.
 
     Variables are put in, quotes and backslashes are GRUB's own (its manual, "Quoting"), and a word that begins with `#`
     begins a comment; what separates words stays. Refused names a variable that nobody sets, a quote without its end or
     a character that would end the command, `where` says of what.
     """
-    return _WORD.sub(lambda word: _for_kernel(word[0], variables, where), _command(text, where))
+    return _WORD.sub(lambda word: _for_kernel(word[0], variables, where), _command_words(text, where))
 
 
-def paths(text: str, variables: Mapping[str, str], where: str) -> list[str]:
+def expand_paths(text: str, variables: Mapping[str, str], where: str) -> list[str]:
     """The files that GRUB reads for `text`; else as `line`."""
     found = []
-    for word in _WORD.findall(_command(text, where)):
+    for word in _WORD.findall(_command_words(text, where)):
         value, quoted = _taken_apart(word, variables, where)
         found += [value] if quoted else split_words(value)
     return found
 
 
-def expand(text: str, variables: Mapping[str, str], where: str) -> str:
+def expand_variables(text: str, variables: Mapping[str, str], where: str) -> str:
     """Put in what `$name` and `${name}` stand for; Refused names one that stands for nothing, `where` says of what.
 
     GRUB would leave it out without a word; but it may be set in grub.cfg, as `kernelopts` with root= in it is.
@@ -94,7 +94,7 @@ def expand(text: str, variables: Mapping[str, str], where: str) -> str:
     return _VARIABLE.sub(value, text)
 
 
-def _command(text: str, where: str) -> str:
+def _command_words(text: str, where: str) -> str:
     """The text up to a comment; Refused where GRUB's script would not take it for one command's words."""
     comment = next((word.start() for word in _WORD.finditer(text) if word[0].startswith("#")), len(text))
     text = text[:comment]
@@ -124,11 +124,13 @@ def _taken_apart(word: str, variables: Mapping[str, str], where: str) -> tuple[s
     pieces, quoted = "", False
     for escaped, single, double, bare in _PIECE.findall(word):
         quoted |= " " in escaped + single + double
-        pieces += escaped + single + _between_quotes(double, variables, where) + expand(bare, variables, where)
+        pieces += (
+            escaped + single + _between_quotes(double, variables, where) + expand_variables(bare, variables, where)
+        )
     return pieces, quoted
 
 
 def _between_quotes(text: str, variables: Mapping[str, str], where: str) -> str:
     parts = _ESCAPED.split(text)
-    parts[::2] = [expand(part, variables, where) for part in parts[::2]]  # between these is what was escaped
+    parts[::2] = [expand_variables(part, variables, where) for part in parts[::2]]  # between these is what was escaped
     return "".join(parts)

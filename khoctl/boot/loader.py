@@ -38,33 +38,33 @@ class Field:
     value: str
 
 
-def loader(root: Path) -> Loader:
+def detect_loader(root: Path) -> Loader:
     """Tell by what the loader that booted says of itself (LoaderInfo), else by what is installed."""
-    said = variable("LoaderInfo", root) or ""
+    said = read_variable("LoaderInfo", root) or ""
     for one in (Loader.systemd_boot, Loader.grub):
         if said.startswith(one.value):
             return one
-    if settings(root) is not None or _any(root, PROGRAMS):
+    if read_settings(root) is not None or _any_exists(root, PROGRAMS):
         return Loader.systemd_boot
     files = (f"{place}/{name}" for place in GRUB for name in ("grub.cfg", "grubenv"))
-    return Loader.grub if _any(root, files) else Loader.unknown
+    return Loader.grub if _any_exists(root, files) else Loader.unknown
 
 
-def _any(root: Path, places: Iterable[str]) -> bool:
+def _any_exists(root: Path, places: Iterable[str]) -> bool:
     return any(True for place in places for _ in root.glob(place))
 
 
-def settings(root: Path) -> dict[str, str] | None:
+def read_settings(root: Path) -> dict[str, str] | None:
     """loader.conf's settings; None where there is no file that can be read."""
     for path in (root / place for place in SETTINGS):
         try:
-            return {field.key: field.value for field in fields(read(path), Loader.systemd_boot)}
+            return {field.key: field.value for field in parse_fields(read_text(path), Loader.systemd_boot)}
         except OSError:
             continue
     return None
 
 
-def variable(name: str, root: Path) -> str | None:
+def read_variable(name: str, root: Path) -> str | None:
     """A variable of the Boot Loader Interface: 4 bytes of attributes, then UTF-16LE with a NUL; None where not set."""
     try:
         raw = (root / VARIABLES / f"{name}-{VENDOR}").read_bytes()
@@ -81,7 +81,7 @@ def secure_boot(root: Path) -> bool:
         return False
 
 
-def fields(text: str, language: Loader) -> tuple[Field, ...]:
+def parse_fields(text: str, language: Loader) -> tuple[Field, ...]:
     """The lines of an entry, or of loader.conf; comments and empty ones are left out.
 
     systemd-boot takes a pair of quotes off a value: line_get_key_value() in src/boot/efi-string.c. To others a value
@@ -91,16 +91,16 @@ def fields(text: str, language: Loader) -> tuple[Field, ...]:
     for number, line in enumerate(text.split("\n"), 1):
         key, value = split_first(line)
         if key and not key.startswith("#"):
-            found.append(Field(number, key, _unquoted(value) if language is Loader.systemd_boot else value))
+            found.append(Field(number, key, _unquote(value) if language is Loader.systemd_boot else value))
     return tuple(found)
 
 
-def _unquoted(value: str) -> str:
+def _unquote(value: str) -> str:
     around = value[:1] + value[-1:]
     return value[1:-1] if len(value) > 1 and around in ('""', "''") else value
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The beginning of a text file; what is no UTF-8 is kept as surrogates."""
     with path.open("rb") as file:
         return file.read(SIZE).decode("utf-8", "surrogateescape")

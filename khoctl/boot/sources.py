@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from khoctl.boot import grubenv, versions
-from khoctl.boot.default import default
-from khoctl.boot.entries import Entry, entries, os_release, partitions, searched
-from khoctl.boot.loader import Field, Loader, loader, read, secure_boot
-from khoctl.boot.unified import THIN, Unified, left_behind, unified
+from khoctl.boot.default import default_entry
+from khoctl.boot.entries import BootEntry, boot_partitions, list_entries, os_release, searched_places
+from khoctl.boot.loader import Field, Loader, detect_loader, read_text, secure_boot
+from khoctl.boot.unified import THIN, Unified, left_behind, read_unified
 from khod.errors import Refused, UsageError, errno_text
 from khod.text import ASCII_SPACE, split_words
 
-__all__ = ["Entry", "Source", "entries", "entry", "image", "installed"]
+__all__ = ["BootEntry", "Source", "image_note", "list_entries", "source_of_entry", "source_of_version"]
 
 ARCHITECTURES = {
     "x86_64": "x64",
@@ -62,25 +62,25 @@ class Source:
     note: str = ""
 
 
-def entry(wanted: str | None, root: Path = Path("/")) -> Source:
+def source_of_entry(wanted: str | None, root: Path = Path("/")) -> Source:
     """A boot loader entry by its id, with or without the suffix; None: the one that the loader would boot by itself.
 
     Raises UsageError where there is none of this id, Refused where it cannot be booted by kexec, or there are none.
     """
-    found = entries(root)
+    found = list_entries(root)
     if not found:
         raise Refused(
             "This host has no boot loader entries",
-            where=searched(root),
+            where=searched_places(root),
             remedy="Name an installed kernel with --kernel VERSION, or files with --image and --initrd.",
         )
     if wanted is not None:
-        return _source(_named(wanted, found, root), root)
-    chosen, once = default([one for one in found if _fits(one)] or found, root)
-    return _noted(_source(chosen, root), once)
+        return _source_of(_entry_named(wanted, found, root), root)
+    chosen, once = default_entry([one for one in found if _fits_machine(one)] or found, root)
+    return _with_note(_source_of(chosen, root), once)
 
 
-def installed(version: str, root: Path = Path("/")) -> Source:
+def source_of_version(version: str, root: Path = Path("/")) -> Source:
     """An installed kernel by its version, with the initrd that was made for it.
 
     These are looked for in turn: a kernel and an initrd that packages put there under that version, a boot loader
@@ -92,18 +92,18 @@ def installed(version: str, root: Path = Path("/")) -> Source:
             f"{version!r} is not a kernel version", where="--kernel", remedy="Give it as `uname -r` says it."
         )
     name = f"kernel {version}"
-    kernel = _first(root / place.format(version) for place in KERNELS)
-    initrd = _first(root / place.format(version) for place in INITRDS) or _of_package(version, root)
+    kernel = _first_existing(root / place.format(version) for place in KERNELS)
+    initrd = _first_existing(root / place.format(version) for place in INITRDS) or _of_package(version, root)
     if kernel and initrd:
         return Source(kernel, (initrd,), None, name)
-    of_version = [one for one in entries(root) if not one.number and _fits(one) and _is_of(one, version)]
+    of_version = [one for one in list_entries(root) if not one.number and _fits_machine(one) and _is_of(one, version)]
     if of_version:
         chosen, *others = of_version
         note = f"There are also the entries {', '.join(one.id for one in others)} of {version}." if others else ""
-        return _noted(replace(_source(chosen, root), name=f"{name}, entry {chosen.id}"), note)
+        return _with_note(replace(_source_of(chosen, root), name=f"{name}, entry {chosen.id}"), note)
     laid_out = [directory / version for directory in _token_directories(root)]
     for place in laid_out:
-        own, beside = _first([place / "linux"]), _beside(place)
+        own, beside = _first_existing([place / "linux"]), _initrds_beside(place)
         if own and beside:
             return Source(own, beside, None, name)
         if kernel and beside:
@@ -119,46 +119,46 @@ def installed(version: str, root: Path = Path("/")) -> Source:
     raise UsageError(
         f"No kernel {version} is installed",
         where=", ".join(map(str, (root / "boot", root / "usr/lib/modules", *laid_out))),
-        remedy=f"There are: {', '.join(found)}." if (found := _versions(root)) else "None is installed.",
+        remedy=f"There are: {', '.join(found)}." if (found := _list_versions(root)) else "None is installed.",
     )
 
 
-def image(path: str, root: Path = Path("/")) -> str:
+def image_note(path: str, root: Path = Path("/")) -> str:
     """What the operator should be told of an image that is given as a file, "" mostly."""
     real = Path(os.path.realpath(path))
     try:
-        found = unified(real) if real.is_file() else None  # else whoever opens it for khod says what is the matter
+        found = read_unified(real) if real.is_file() else None  # else whoever opens it for khod says what is the matter
     except OSError:
         found = None
     if found is None:
         return ""
-    on = [place for place in partitions(root) if real.is_relative_to(os.path.realpath(place))]
+    on = [place for place in boot_partitions(root) if real.is_relative_to(os.path.realpath(place))]
     return left_behind(found, real.name, max(on, key=lambda place: len(place.parts), default=None))
 
 
-def _first(paths: Iterable[Path]) -> Path | None:
+def _first_existing(paths: Iterable[Path]) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
 def _of_package(version: str, root: Path) -> Path | None:
     """The initrd named for the package of this version, where no other version is of the same package."""
-    bases = {path.parent.name: read(path).strip(ASCII_SPACE) for path in root.glob(PKGBASE.format("*"))}
+    bases = {path.parent.name: read_text(path).strip(ASCII_SPACE) for path in root.glob(PKGBASE.format("*"))}
     base = bases.pop(version, "")
     if not base or "/" in base or base in bases.values():
         return None
-    return _first([root / OF_PKGBASE.format(base)])
+    return _first_existing([root / OF_PKGBASE.format(base)])
 
 
-def _is_of(one: Entry, version: str) -> bool:
+def _is_of(one: BootEntry, version: str) -> bool:
     """Whether an entry is of this kernel version, as far as it says: its UKI's uname, its version, the paths in it."""
-    if uname := one.text("uname"):
+    if uname := one.field_text("uname"):
         return uname == version
     if one.stem == version or one.stem.endswith(f"-{version}"):
         return True
-    said = one.text("version")  # a UKI's is its system's; of SUSE's snapshots it is SNAPSHOT@VERSION
-    kernel = PurePosixPath((one.text("linux") or one.text("uki")).replace(ADDRESS, "/"))
+    said = one.field_text("version")  # a UKI's is its system's; of SUSE's snapshots it is SNAPSHOT@VERSION
+    kernel = PurePosixPath((one.field_text("linux") or one.field_text("uki")).replace(ADDRESS, "/"))
     named = (said, said.partition("@")[2], kernel.parent.name, kernel.name.partition("-")[2])
-    return version in named and not one.unified
+    return version in named and not one.is_unified
 
 
 def _refuse_several(version: str, beside: tuple[Path, ...]) -> None:
@@ -172,7 +172,7 @@ def _refuse_several(version: str, beside: tuple[Path, ...]) -> None:
         )
 
 
-def _noted(source: Source, note: str) -> Source:
+def _with_note(source: Source, note: str) -> Source:
     return replace(source, note=" ".join(filter(None, (note, source.note))))
 
 
@@ -181,77 +181,80 @@ def _token_directories(root: Path) -> list[Path]:
     tokens = []
     for path in (root / "etc/kernel/entry-token", root / "etc/machine-id"):
         if path.is_file():
-            tokens.append(read(path).strip(ASCII_SPACE))
+            tokens.append(read_text(path).strip(ASCII_SPACE))
     for path in (root / "etc/os-release", root / "usr/lib/os-release"):
         if path.is_file():
-            said = os_release(read(path))
+            said = os_release(read_text(path))
             tokens += [said.get("IMAGE_ID", ""), said.get("ID", "")]
             break
     names = [token for token in (*tokens, "Default") if token not in ("", ".", "..") and "/" not in token]
-    return [partition / name for partition in partitions(root) for name in dict.fromkeys(names)]
+    return [partition / name for partition in boot_partitions(root) for name in dict.fromkeys(names)]
 
 
-def _beside(directory: Path) -> tuple[Path, ...]:
+def _initrds_beside(directory: Path) -> tuple[Path, ...]:
     """The initrds that kernel-install put beside a kernel, in the order it writes into an entry: microcode first."""
     return tuple(path for name in ("microcode*", "initrd*") for path in sorted(directory.glob(name)) if path.is_file())
 
 
-def _versions(root: Path) -> list[str]:
+def _list_versions(root: Path) -> list[str]:
     """Every version there is a kernel of, the newest first."""
-    found = set(_parts(root, KERNELS))
+    found = set(_matching_parts(root, KERNELS))
     found |= {path.parent.name for directory in _token_directories(root) for path in directory.glob("*/linux")}
-    found |= {one.text("uname") or (not one.unified and one.text("version")) or "" for one in entries(root)} - {""}
-    return sorted(found, key=functools.cmp_to_key(versions.compare), reverse=True)
+    found |= {
+        one.field_text("uname") or (not one.is_unified and one.field_text("version")) or ""
+        for one in list_entries(root)
+    } - {""}
+    return sorted(found, key=functools.cmp_to_key(versions.compare_versions), reverse=True)
 
 
-def _parts(root: Path, places: tuple[str, ...]) -> Iterator[str]:
+def _matching_parts(root: Path, places: tuple[str, ...]) -> Iterator[str]:
     """What stands for {} in those of `places` that are files."""
     for before, after in (place.split("{}") for place in places):
         for path in root.glob(f"{before}*{after}"):
             yield str(path.relative_to(root)).removeprefix(before).removesuffix(after)
 
 
-def _fits(one: Entry) -> bool:
+def _fits_machine(one: BootEntry) -> bool:
     """Whether an entry is for this machine's architecture; a loader hides those that are not."""
     machine = os.uname().machine
-    wanted = one.text("architecture").lower()
+    wanted = one.field_text("architecture").lower()
     return wanted in ("", ARCHITECTURES.get(machine, machine))
 
 
-def _source(one: Entry, root: Path) -> Source:
+def _source_of(one: BootEntry, root: Path) -> Source:
     """What an entry boots. Raises Refused, with file and line, where kexec cannot boot it as the loader would."""
-    title = one.text("title")
+    title = one.field_text("title")
     name = f"entry {one.id}" + (f" ({title})" if title else "")
     _refuse_foreign(one)
-    if one.unified:
-        return _unified(one, one.path, name)
-    kernel = one.last("uki") or one.last("linux")
+    if one.is_unified:
+        return _unified_source(one, one.path, name)
+    kernel = one.last_field("uki") or one.last_field("linux")
     if kernel is None:
-        started = one.last("efi") or one.last("uki-url")
+        started = one.last_field("efi") or one.last_field("uki-url")
         raise Refused(
             f"The entry {one.id} names no kernel" + (f": it starts {started.value}, an EFI program" if started else ""),
-            where=one.where(started),
+            where=one.locate_field(started),
             remedy="Choose an entry with `linux` or `uki` in it: kexec boots nothing else.",
         )
     read_as = _Language(root)
     initrds = tuple(
-        _file(one, field, path, root)
+        _entry_file(one, field, path, root)
         for field in one.fields
         if field.key == "initrd"
-        for path in read_as.paths(field.value, one.where(field))
+        for path in read_as.expand_paths(field.value, one.locate_field(field))
     )
-    path = _file(one, kernel, " ".join(read_as.paths(kernel.value, one.where(kernel))), root)
-    image = unified(path)
-    cmdline, note = _cmdline(one, read_as), ""
+    path = _entry_file(one, kernel, " ".join(read_as.expand_paths(kernel.value, one.locate_field(kernel))), root)
+    image = read_unified(path)
+    cmdline, note = _entry_cmdline(one, read_as), ""
     if ".linux" in image.profiles[0]:
         cmdline, note = _of_stub(one, image, cmdline, root)
     elif cmdline is None and kernel.key == "linux":
         cmdline = ""  # as the loader boots it; the running kernel's may name another root
     lost = left_behind(image, path.name, one.partition)
-    return _noted(_noted(Source(path, initrds, cmdline, name, lost), _note(one)), note)
+    return _with_note(_with_note(Source(path, initrds, cmdline, name, lost), _entry_note(one)), note)
 
 
-def _of_stub(one: Entry, image: Unified, options: str | None, root: Path) -> tuple[str | None, str]:
+def _of_stub(one: BootEntry, image: Unified, options: str | None, root: Path) -> tuple[str | None, str]:
     """Which command line systemd-stub takes, None its image's own, and a note: use_load_options() in src/boot/stub.c.
 
     Options count where there are any, but with Secure Boot only in an image that has no command line.
@@ -265,23 +268,23 @@ def _of_stub(one: Entry, image: Unified, options: str | None, root: Path) -> tup
     return options, ""
 
 
-def _unified(one: Entry, path: Path, name: str) -> Source:
+def _unified_source(one: BootEntry, path: Path, name: str) -> Source:
     """A UKI; of a thin one (lanzaboote's) the files it names, held against the hashes in it."""
-    image = unified(path)
+    image = read_unified(path)
     note = left_behind(image, one.name, one.partition)
     if THIN not in image.profiles[0]:
         return Source(path, (), None, name, note)
     kernel, initrd = (_of_thin(one, image, section) for section in (".linux", ".initrd"))
-    return Source(kernel, (initrd,), " ".join(split_words(image.text(".cmdline"))), name, note)
+    return Source(kernel, (initrd,), " ".join(split_words(image.section_text(".cmdline"))), name, note)
 
 
-def _of_thin(one: Entry, image: Unified, section: str) -> Path:
-    path = one.partition / image.text(section).partition("\0")[0].replace(ADDRESS, "/").lstrip("/")
+def _of_thin(one: BootEntry, image: Unified, section: str) -> Path:
+    path = one.partition / image.section_text(section).partition("\0")[0].replace(ADDRESS, "/").lstrip("/")
     inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(one.partition))
     try:
         if inside and path.is_file():
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").digest() == image.bytes(f"{section}h"):
+                if hashlib.file_digest(file, "sha256").digest() == image.section_bytes(f"{section}h"):
                     return path
             what = "another file than it was made for"
         else:
@@ -290,7 +293,7 @@ def _of_thin(one: Entry, image: Unified, section: str) -> Path:
         what = f"a file that cannot be read: {errno_text(error)}"
     raise Refused(
         f"The entry {one.id} names {str(path)!r}, which is {what}",
-        where=one.where(),
+        where=one.locate_field(),
         remedy="Make the entry again (nixos-rebuild boot), or choose another one.",
     )
 
@@ -304,38 +307,40 @@ class _Language:
     """
 
     def __init__(self, root: Path) -> None:
-        self.loader = loader(root)
-        self.variables = grubenv.read(root)
+        self.loader = detect_loader(root)
+        self.variables = grubenv.read_variables(root)
 
-    def words(self, value: str, where: str) -> str:
+    def expand_options(self, value: str, where: str) -> str:
         """What the kernel is given of an entry's `options`."""
         match self.loader:
             case Loader.systemd_boot:
                 return value
             case Loader.grub:
-                return grubenv.line(value, self.variables, where)
+                return grubenv.expand_cmdline(value, self.variables, where)
             case Loader.unknown:
-                return grubenv.expand(value, self.variables, where)
+                return grubenv.expand_variables(value, self.variables, where)
 
-    def paths(self, value: str, where: str) -> list[str]:
+    def expand_paths(self, value: str, where: str) -> list[str]:
         """The files that a value names."""
         match self.loader:
             case Loader.systemd_boot:
                 return [value.replace(ADDRESS, "/")]
             case Loader.grub:
-                return grubenv.paths(value, self.variables, where)
+                return grubenv.expand_paths(value, self.variables, where)
             case Loader.unknown:
-                return split_words(grubenv.expand(value, self.variables, where))
+                return split_words(grubenv.expand_variables(value, self.variables, where))
 
 
-def _named(wanted: str, found: list[Entry], root: Path) -> Entry:
+def _entry_named(wanted: str, found: list[BootEntry], root: Path) -> BootEntry:
     """The entry of this id. A part of an id is none: the next kernel update would change what it means."""
     mains = [one for one in found if not one.number]
     chosen = [one for one in found if wanted == one.id] or [one for one in mains if wanted == one.path.name]
     chosen = chosen or [one for one in mains if wanted == one.stem]
     ids = list(dict.fromkeys(one.id for one in chosen))
     if len(ids) > 1:
-        raise UsageError(f"{wanted!r} is {' and '.join(ids)}", where=searched(root), remedy="Name it with its suffix.")
+        raise UsageError(
+            f"{wanted!r} is {' and '.join(ids)}", where=searched_places(root), remedy="Name it with its suffix."
+        )
     if chosen:
         return chosen[0]
     import difflib  # noqa: PLC0415 - only who mistyped needs it
@@ -345,55 +350,57 @@ def _named(wanted: str, found: list[Entry], root: Path) -> Entry:
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(
         f"There is no boot loader entry {wanted!r}",
-        where=searched(root),
+        where=searched_places(root),
         remedy=f"{hint}There are: {', '.join(known)}.",
     )
 
 
-def _refuse_foreign(one: Entry) -> None:
+def _refuse_foreign(one: BootEntry) -> None:
     """Raise Refused for what an entry asks of its loader and kexec cannot give."""
-    if not _fits(one):
+    if not _fits_machine(one):
         raise Refused(
-            f"The entry {one.id} is for {one.text('architecture')}, and this machine is {os.uname().machine}",
-            where=one.where(one.last("architecture")),
+            f"The entry {one.id} is for {one.field_text('architecture')}, and this machine is {os.uname().machine}",
+            where=one.locate_field(one.last_field("architecture")),
             remedy="Choose an entry for this machine.",
         )
-    given = one.last("profile")
+    given = one.last_field("profile")
     profile = one.profile if one.number else given.value if given else "0"
     if profile != "0":
         raise Refused(
             f"The entry {one.id} boots profile {profile} of its unified kernel image",
-            where=one.where(given),
+            where=one.locate_field(given),
             remedy="kexec boots the image's main profile only: choose an entry of that.",
         )
     for field in one.fields:
         if any("\udc80" <= char <= "\udcff" for char in field.value):
             raise Refused(
-                f"The entry {one.id} is not UTF-8", where=one.where(field), remedy="Write the line again in UTF-8."
+                f"The entry {one.id} is not UTF-8",
+                where=one.locate_field(field),
+                remedy="Write the line again in UTF-8.",
             )
 
 
-def _cmdline(one: Entry, read_as: _Language) -> str | None:
+def _entry_cmdline(one: BootEntry, read_as: _Language) -> str | None:
     """The entry's options, joined by a space; None where it has none, and GRUB has no `default_kernelopts` either."""
     options = [field for field in one.fields if field.key == "options"]
     if not options and read_as.loader is not Loader.systemd_boot:
         fallback = read_as.variables.get("default_kernelopts")
-        return read_as.words(fallback, one.where()) if fallback else None
-    lines = (read_as.words(field.value, one.where(field)).strip(ASCII_SPACE) for field in options)
+        return read_as.expand_options(fallback, one.locate_field()) if fallback else None
+    lines = (read_as.expand_options(field.value, one.locate_field(field)).strip(ASCII_SPACE) for field in options)
     return " ".join(filter(None, lines)) if options else None
 
 
-def _note(one: Entry) -> str:
+def _entry_note(one: BootEntry) -> str:
     """What of the entry gets lost on the way."""
     notes = []
-    if tree := one.last("devicetree") or one.last("devicetree-overlay"):
+    if tree := one.last_field("devicetree") or one.last_field("devicetree-overlay"):
         notes.append(f"{one.id} names a device tree ({tree.value}): it is not used, kexec hands on the running one.")
     if extra := [field.value for field in one.fields if field.key == "extra"]:
         notes.append(f"{one.id} names extra files ({', '.join(extra)}): only the EFI stub loads these, kexec does not.")
     return " ".join(notes)
 
 
-def _file(one: Entry, field: Field, value: str, root: Path) -> Path:
+def _entry_file(one: BootEntry, field: Field, value: str, root: Path) -> Path:
     """A file that an entry names; Refused where it is not there, or not on the entry's own file system.
 
     A path is relative to that file system. It stands on the partition; where that is none of its own, as with Fedora's
@@ -414,6 +421,6 @@ def _file(one: Entry, field: Field, value: str, root: Path) -> Path:
     raise Refused(
         f"The entry {one.id} names {value!r}, which "
         f"{'is not a file there' if inside else 'leads out of its file system'}",
-        where=one.where(field),
+        where=one.locate_field(field),
         remedy=f"Mount {one.partition}, or correct the entry." if inside else "Correct the entry.",
     )

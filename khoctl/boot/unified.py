@@ -34,7 +34,7 @@ class Unified:
     path: Path
     profiles: tuple[dict[str, Section], ...]
 
-    def bytes(self, name: str, profile: int = 0) -> bytes:
+    def section_bytes(self, name: str, profile: int = 0) -> bytes:
         """A section's contents, none where the profile has no such section."""
         section = self.profiles[profile].get(name)
         if section is None:
@@ -43,25 +43,25 @@ class Unified:
             file.seek(section.offset)
             return file.read(min(section.size, SIZE))
 
-    def text(self, name: str, profile: int = 0) -> str:
+    def section_text(self, name: str, profile: int = 0) -> str:
         """A section as text, "" where the profile has none."""
-        return self.bytes(name, profile).decode("utf-8", "replace").rstrip("\0")
+        return self.section_bytes(name, profile).decode("utf-8", "replace").rstrip("\0")
 
 
-def unified(path: Path) -> Unified:
+def read_unified(path: Path) -> Unified:
     """Read a file's sections: a single profile without any where it is no PE file, or ends before its headers do.
 
     Each section `.profile` begins a profile; what stands before the first is common to all.
     """
     common, profiles = dict[str, Section](), list[dict[str, Section]]()
-    for name, section in _sections(path):
+    for name, section in _read_sections(path):
         if name == ".profile" and len(profiles) < MAX_PROFILES:
             profiles.append({})
         (profiles[-1] if profiles else common).setdefault(name, section)
     return Unified(path, tuple({**common, **own} for own in profiles) or (common,))
 
 
-def _sections(path: Path) -> Iterator[tuple[str, Section]]:
+def _read_sections(path: Path) -> Iterator[tuple[str, Section]]:
     """The section table of a PE file: DOS header, then COFF header, optional header, the table (PE format)."""
     with path.open("rb") as file:
         head = file.read(SIZE)
@@ -87,13 +87,13 @@ def left_behind(image: Unified, name: str, partition: Path | None) -> str:
     beside = [image.path.parent / f"{one}.extra.d" for one in dict.fromkeys((name, image.path.name))]
     common = [partition / "loader"] if partition else []
     lost = []
-    if addons := _files([*beside, *(place / "addons" for place in common)], "*.addon.efi"):
-        words = " ".join(filter(None, (_words(path) for path in addons)))
-        lost.append(_named("addons", addons) + (f", with the words {words}" if words else ""))
-    if credentials := _files([*beside, *(place / "credentials" for place in common)], "*.cred"):
-        lost.append(_named("credentials", credentials))
-    if extensions := _files(beside, "*.raw"):  # system extensions need no .sysext in their names
-        lost.append(_named("extensions", extensions))
+    if addons := _list_files([*beside, *(place / "addons" for place in common)], "*.addon.efi"):
+        words = " ".join(filter(None, (_addon_words(path) for path in addons)))
+        lost.append(_name_files("addons", addons) + (f", with the words {words}" if words else ""))
+    if credentials := _list_files([*beside, *(place / "credentials" for place in common)], "*.cred"):
+        lost.append(_name_files("credentials", credentials))
+    if extensions := _list_files(beside, "*.raw"):  # system extensions need no .sysext in their names
+        lost.append(_name_files("extensions", extensions))
     if any(section in image.profiles[0] for section in TREES):
         lost.append("its device tree (kexec hands on the running one)")
     if any(section in image.profiles[0] for section in POLICY):
@@ -101,16 +101,16 @@ def left_behind(image: Unified, name: str, partition: Path | None) -> str:
     return f"systemd-stub would add to {name}, and kexec does not: {'; '.join(lost)}." if lost else ""
 
 
-def _files(places: list[Path], pattern: str) -> list[Path]:
+def _list_files(places: list[Path], pattern: str) -> list[Path]:
     return [path for place in places for path in sorted(place.glob(pattern)) if path.is_file()]
 
 
-def _named(what: str, paths: list[Path]) -> str:
+def _name_files(what: str, paths: list[Path]) -> str:
     return f"{what} ({join_names((path.name for path in paths), MAX_SHOWN)})"
 
 
-def _words(addon: Path) -> str:
+def _addon_words(addon: Path) -> str:
     try:
-        return " ".join(split_words(unified(addon).text(".cmdline")))
+        return " ".join(split_words(read_unified(addon).section_text(".cmdline")))
     except OSError:
         return ""

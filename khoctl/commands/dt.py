@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from khoctl import layout
-from khoctl.session import Group, Json, client
+from khoctl.session import Group, Json, connect_client
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.region import Region
 from khod.text import printable
-from khod.trees.load import load
+from khod.trees.load import load_blobs
 
 if TYPE_CHECKING:
     from khod.model import Snapshot
@@ -59,9 +59,9 @@ def dt_list(as_json: Json = False) -> None:
 
     Each was taken when its handover was activated; OUTCOME says what that came to, - where khod does not know.
     """
-    with client() as khod:
+    with connect_client() as khod:
         found = khod.snapshots()
-    _print([_json(found)] if as_json else _table(found))
+    _print_lines([_to_json(found)] if as_json else _snapshot_table(found))
 
 
 @app.command("show")
@@ -82,35 +82,35 @@ def dt_show(
 
     Exits with 1 where a blob is damaged; what can be read is shown all the same.
     """
-    given = [_region(text) for text in scratch or ()]
+    given = [_parse_region(text) for text in scratch or ()]
     name = side or tree
-    blobs, regions = _tree(name, scratch=True)
-    blobs = blobs if blob is None else _one(blobs, blob)
-    _show(blobs, given or regions, summary=summary, as_json=as_json)
-    from khod.trees.blobs import damaged
+    blobs, regions = _find_tree(name, scratch=True)
+    blobs = blobs if blob is None else _select_blob(blobs, blob)
+    _show_tree(blobs, given or regions, summary=summary, as_json=as_json)
+    from khod.trees.blobs import is_damaged
 
-    raise typer.Exit(Exit.failed if damaged(blobs, shortened=_shortened(name)) else Exit.done)
+    raise typer.Exit(Exit.failed if is_damaged(blobs, shortened=_may_be_shortened(name)) else Exit.done)
 
 
-def _show(blobs: Mapping[str, bytes], regions: Sequence[Region], *, summary: bool, as_json: bool) -> None:
+def _show_tree(blobs: Mapping[str, bytes], regions: Sequence[Region], *, summary: bool, as_json: bool) -> None:
     if as_json and not summary:
-        from khod.trees.as_json import plain
+        from khod.trees.as_json import tree_as_json
 
-        _print([_json(plain(blobs))])
+        _print_lines([_to_json(tree_as_json(blobs))])
         return
     from khod.trees import draw
 
     width = shutil.get_terminal_size().columns - 2  # its bars
-    pen = draw.BLOCKS if _takes("".join(vars(draw.BLOCKS).values())) else draw.ASCII
+    pen = draw.BLOCKS if _can_write("".join(vars(draw.BLOCKS).values())) else draw.ASCII
     if summary:
-        from khod.trees.summary import summary as summed
+        from khod.trees.summary import summarise_tree as summed
 
         found = summed(blobs, regions, width)
-        _print([_json(found)] if as_json else map(_shown, draw.short(found, blobs, pen)))
+        _print_lines([_to_json(found)] if as_json else map(_style_blob, draw.draw_summary(found, blobs, pen)))
         return
-    from khod.trees.show import show
+    from khod.trees.show import show_blobs
 
-    _print(map(_shown, show(blobs, scratch=regions, width=width, pen=pen)))
+    _print_lines(map(_style_blob, show_blobs(blobs, scratch=regions, width=width, pen=pen)))
 
 
 @app.command("diff")
@@ -126,15 +126,15 @@ def dt_diff(
     A is the last that left where it is not given, B what arrived. Exits with 1 where they differ, as diff does; what a
     kernel does not show is only reported.
     """
-    from khod.trees.difference import Change, differences, lines
+    from khod.trees.difference import Change, compare_blobs, format_difference
 
     kernels = not any(Path(name).is_file() for name in (left, right))
-    found = list(differences(_tree(left)[0], _tree(right)[0], kernels=kernels))
+    found = list(compare_blobs(_find_tree(left)[0], _find_tree(right)[0], kernels=kernels))
     if as_json:
-        _print([_json(found)])
+        _print_lines([_to_json(found)])
     elif found:
-        text = [f"--- {left}", f"+++ {right}", *(line for item in found for line in lines(item))]
-        _print(map(_changed, text))
+        text = [f"--- {left}", f"+++ {right}", *(line for item in found for line in format_difference(item))]
+        _print_lines(map(_style_change, text))
     raise typer.Exit(DIFFERENT if any(item.change is not Change.unknown for item in found) else Exit.done)
 
 
@@ -154,9 +154,9 @@ def dt_export(
     """Write one blob of a tree to a file, or to standard output."""
     if output == "-" and form is Form.dtb and sys.stdout.isatty():
         raise UsageError("A blob is not written to a terminal", remedy="Give -o FILE, or --format dts or json.")
-    blobs = _one(_tree(side or tree)[0], blob or ROOT)
+    blobs = _select_blob(_find_tree(side or tree)[0], blob or ROOT)
     for name, data in blobs.items():
-        written = _written(name, data, form)
+        written = _export_bytes(name, data, form)
         if output == "-":
             sys.stdout.buffer.write(written)
             sys.stdout.buffer.flush()
@@ -184,41 +184,41 @@ def dt_validate(
 
     if schemas is not None and not schemas.is_dir():
         raise UsageError("There is no such directory", where=str(schemas))
-    known = checking.schemas((checking.OWN, *((schemas,) if schemas else ())))
+    known = checking.load_schemas((checking.OPERATOR_SCHEMAS, *((schemas,) if schemas else ())))
     name = side or tree
-    blobs = _tree(name)[0]
-    found = list(checking.validate(blobs, known, shortened=_shortened(name)))
+    blobs = _find_tree(name)[0]
+    found = list(checking.validate_blobs(blobs, known, shortened=_may_be_shortened(name)))
     valid = all(finding.fits for finding in found)
     if as_json:
-        _print([_json({"valid": valid, "findings": found})])
+        _print_lines([_to_json({"valid": valid, "findings": found})])
     else:
         lines = [f"{finding} (not judged)" if finding.fits else str(finding) for finding in found]
         if valid:
             lines.append(f"valid: {', '.join(printable(blob) or ROOT for blob in blobs)}")
-        _print(layout.fit(line, layout.columns()) for line in lines)
+        _print_lines(layout.fit_page(line, layout.page_width()) for line in lines)
     raise typer.Exit(Exit.done if valid else Exit.refused)
 
 
-def _written(name: str, data: bytes, form: Form) -> bytes:
+def _export_bytes(name: str, data: bytes, form: Form) -> bytes:
     if form is Form.dtb:
         return data
     if form is Form.json:
-        from khod.trees.as_json import plain
+        from khod.trees.as_json import tree_as_json
 
-        return f"{_json(plain({name: data}))}\n".encode()
-    from khod.trees.source import dts
+        return f"{_to_json(tree_as_json({name: data}))}\n".encode()
+    from khod.trees.source import write_dts
 
-    text, note = dts(data, name)
+    text, note = write_dts(data, name)
     if note:
-        layout.show(f"khoctl: {printable(note)}", err=True)
+        layout.show_page(f"khoctl: {printable(note)}", err=True)
     return text.encode()
 
 
-def _tree(name: str, *, scratch: bool = False) -> tuple[Mapping[str, bytes], Sequence[Region]]:
+def _find_tree(name: str, *, scratch: bool = False) -> tuple[Mapping[str, bytes], Sequence[Region]]:
     """Find a tree by what the operator calls it; with `scratch` the regions of this host, where khod knows any."""
     if name not in SIDES and (name == "-" or "/" in name or os.path.lexists(name)):
-        return load(name), ()
-    with client() as khod:
+        return load_blobs(name), ()
+    with connect_client() as khod:
         blobs = khod.tree(name)
         if not scratch:
             return blobs, ()
@@ -228,12 +228,12 @@ def _tree(name: str, *, scratch: bool = False) -> tuple[Mapping[str, bytes], Seq
             return blobs, ()  # a tree can be shown without
 
 
-def _shortened(name: str) -> bool:
+def _may_be_shortened(name: str) -> bool:
     """Whether a tree may be debugfs's, of a running kernel, which does not show all of it."""
     return not Path(name).is_file() and name != "-"
 
 
-def _one(blobs: Mapping[str, bytes], name: str) -> dict[str, bytes]:
+def _select_blob(blobs: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     key = "" if name == ROOT else name
     if key not in blobs:
         names = ", ".join(found or ROOT for found in blobs)
@@ -241,7 +241,7 @@ def _one(blobs: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     return {key: blobs[key]}
 
 
-def _region(text: str) -> Region:
+def _parse_region(text: str) -> Region:
     if found := REGION.fullmatch(text):
         region = Region(int(found[1], 0), int(found[2], 0) << SHIFT[found[3]])
         if region.addr + region.size <= 1 << 64:
@@ -249,30 +249,32 @@ def _region(text: str) -> Region:
     raise UsageError(f"{text!r} is not a region", where="--scratch", remedy="Give one as 0x100000000+512M.")
 
 
-def _json(value: Any) -> str:
+def _to_json(value: Any) -> str:
     from khoctl import render
 
     return render.as_json(value)
 
 
-def _table(found: "Sequence[Snapshot]") -> Iterator[str]:
+def _snapshot_table(found: "Sequence[Snapshot]") -> Iterator[str]:
     taken = [item for item in found if item.run]
     if not taken:
-        yield layout.fit("No snapshots: no handover has come as far as activate yet.", layout.columns())
+        yield layout.fit_page("No snapshots: no handover has come as far as activate yet.", layout.page_width())
     else:
-        yield from layout.table([COLUMNS, *map(_row, taken)], layout.columns())
+        yield from layout.align_table([COLUMNS, *map(_snapshot_row, taken)], layout.page_width())
     for item in found:
         if item.wrong:
-            yield _shown(layout.fit(f"{printable(item.id)}: {printable(item.wrong)} (!)", layout.columns()))
+            yield _style_blob(
+                layout.fit_page(f"{printable(item.id)}: {printable(item.wrong)} (!)", layout.page_width())
+            )
 
 
-def _row(item: "Snapshot") -> tuple[str, ...]:
+def _snapshot_row(item: "Snapshot") -> tuple[str, ...]:
     outcome = item.outcome.replace("_", " ") or "-"
-    words = item.id, _date(item.taken_at), item.release, outcome, str(item.bytes)
+    words = item.id, _format_date(item.taken_at), item.release, outcome, str(item.bytes)
     return tuple(map(printable, words))
 
 
-def _date(seconds: float) -> str:
+def _format_date(seconds: float) -> str:
     """A time since the epoch; a clock that was wrong may have left one that no calendar has."""
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
@@ -280,20 +282,20 @@ def _date(seconds: float) -> str:
         return "?"
 
 
-def _shown(line: str) -> str:
+def _style_blob(line: str) -> str:
     """A blob's own line stands out, and what is marked as wrong."""
     if line.endswith("(!)") or " (!) " in line:
         return typer.style(line, fg=typer.colors.RED)
     return line if line.startswith((" ", "|", "0x")) else typer.style(line, bold=True)
 
 
-def _changed(line: str) -> str:
+def _style_change(line: str) -> str:
     if line.startswith(("---", "+++")):
         return typer.style(line, bold=True)
     return typer.style(line, fg={"-": typer.colors.RED, "+": typer.colors.GREEN}.get(line[0], typer.colors.YELLOW))
 
 
-def _takes(characters: str) -> bool:
+def _can_write(characters: str) -> bool:
     try:
         characters.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
@@ -301,13 +303,13 @@ def _takes(characters: str) -> bool:
     return True
 
 
-def _print(lines: Iterable[str]) -> None:
+def _print_lines(lines: Iterable[str]) -> None:
     """Write lines, many at once."""
     held: list[str] = []
     for line in lines:
         held.append(line)
         if len(held) == AT_ONCE:
-            layout.write("\n".join(held))
+            layout.write_text("\n".join(held))
             held.clear()
     if held:
-        layout.write("\n".join(held))
+        layout.write_text("\n".join(held))

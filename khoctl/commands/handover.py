@@ -11,20 +11,24 @@ import click
 import typer
 
 from khoctl import layout, progress, render, request
-from khoctl.session import Detached, Json, client, colourless, confirmed, on_terminal, repaints
+from khoctl.session import Detached, Json, ask_confirmation, can_repaint, connect_client, is_colourless, on_terminal
 from khod.client.handover import Client
 from khod.errors import Exit, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Check, CheckResult, Phase, Step
 
 app = typer.Typer(rich_markup_mode=None)
-CLEAR, ERASE, REST = "\x1b[H", "\x1b[K\n", "\x1b[J"  # to the screen's top; clear a line's rest; clear the screen's rest
+CLEAR, ERASE, CLEAR_REST = (
+    "\x1b[H",
+    "\x1b[K\n",
+    "\x1b[J",
+)  # to the screen's top; clear a line's rest; clear the screen's rest
 KERNEL_FILES = {
     "sys/kernel/kho/active": ("not in the active phase", "in the active phase, the producers may be frozen"),
     "sys/kernel/kexec_loaded": ("no image is loaded", "an image is loaded"),
 }
 """What anyone may read, and what 0 and 1 in it mean; the first one is v3's."""
 
-TICK = 1.0
+TICK_SECONDS = 1.0
 """Seconds between two paintings of a page that is watched."""
 Image = Annotated[
     str | None, typer.Option(metavar="FILE", help="The next kernel; a unified kernel image brings its initrd along.")
@@ -72,15 +76,15 @@ def status(
     another program uses KHO or kexec.
     """
     if watch:
-        _watch(as_json=as_json)
+        _watch_status(as_json=as_json)
     try:
-        with client() as khod:
+        with connect_client() as khod:
             found = khod.status()
     except Unreachable as error:
         raise Unreachable(
             error.what, where=error.where, remedy=". ".join(filter(None, (error.remedy, kernel_says())))
         ) from None
-    _say(found, partial(render.status, found), as_json=as_json)
+    _print_answer(found, partial(render.render_status, found), as_json=as_json)
     raise typer.Exit(found.exit_code)
 
 
@@ -93,19 +97,19 @@ def kernel_says(root: Path = Path("/")) -> str:
     return f"The kernel itself says: {', '.join(said)}." if said else ""
 
 
-def _watch(*, as_json: bool) -> NoReturn:
+def _watch_status(*, as_json: bool) -> NoReturn:
     """Show every change until interrupted; a terminal is painted anew each second, so that its clocks go on."""
-    live = repaints(sys.stdout) and not as_json
-    with client() as asking, client() as following:
+    live = can_repaint(sys.stdout) and not as_json
+    with connect_client() as asking, connect_client() as following:
         found, events = asking.status(), following.monitor()
         event = next(events)
         try:
             while True:
                 if live:
-                    layout.write(_repainted(render.status(found)), color=True, end="")
+                    layout.write_text(_repaint(render.render_status(found)), color=True, end="")
                 else:
-                    _say(found, partial(render.status, found), as_json=as_json)
-                if following.waiting or following.readable(TICK if live else None):
+                    _print_answer(found, partial(render.render_status, found), as_json=as_json)
+                if following.reply_waiting or following.wait_readable(TICK_SECONDS if live else None):
                     event = next(events)
                 found = asking.status()
         except Unreachable:
@@ -115,18 +119,18 @@ def _watch(*, as_json: bool) -> NoReturn:
     _say_jumped(as_json=as_json)
 
 
-def _repainted(page: str) -> str:
+def _repaint(page: str) -> str:
     """A page over the one before it. Where colours are not wanted the cursor still moves."""
-    lines = layout.fit(click.unstyle(page) if colourless() else page, layout.columns()).split("\n")
-    return f"{CLEAR}{''.join(line + ERASE for line in lines)}{REST}"
+    lines = layout.fit_page(click.unstyle(page) if is_colourless() else page, layout.page_width()).split("\n")
+    return f"{CLEAR}{''.join(line + ERASE for line in lines)}{CLEAR_REST}"
 
 
-def _say(found: object, page: Callable[[], str], *, as_json: bool) -> None:
+def _print_answer(found: object, page: Callable[[], str], *, as_json: bool) -> None:
     """Print an answer: JSON is one line, a page is fitted to the terminal."""
     if as_json:
         typer.echo(render.as_json(found))
     else:
-        layout.show(page())
+        layout.show_page(page())
 
 
 @app.command()
@@ -150,11 +154,11 @@ def check(
 
     With a kernel those of the next one too. Exits with 3 where one fails, with 4 where KHO is not there.
     """
-    with _asked(locals()) as (request, fds), client() as khod:
+    with _build_request(locals()) as (request, fds), connect_client() as khod:
         found = khod.check(request, fds)
-    _say(found, partial(render.checks, found, quiet=quiet), as_json=as_json)
+    _print_answer(found, partial(render.render_checks, found, quiet=quiet), as_json=as_json)
     warned = strict and any(item.result is CheckResult.warn for item in found)
-    raise typer.Exit(_judged(found) or (Exit.refused if warned else Exit.done))
+    raise typer.Exit(_exit_code(found) or (Exit.refused if warned else Exit.done))
 
 
 @app.command()
@@ -177,23 +181,23 @@ def plan(
 
     Each step has its undo beside it. Exits as check.
     """
-    with _asked(locals()) as (request, fds):
+    with _build_request(locals()) as (request, fds):
         _show_plan(request, fds, as_json=as_json)
 
 
 def _show_plan(request: dict[str, Any], fds: tuple[int, ...], *, as_json: bool) -> NoReturn:
-    with client() as khod:
-        found = khod.plan(_plannable(request), fds)
-    _say(found, partial(render.plan, found), as_json=as_json)
-    raise typer.Exit(_judged(found.checks))
+    with connect_client() as khod:
+        found = khod.plan(_plan_parameters(request), fds)
+    _print_answer(found, partial(render.render_plan, found), as_json=as_json)
+    raise typer.Exit(_exit_code(found.checks))
 
 
-def _plannable(request: dict[str, Any]) -> dict[str, Any]:
+def _plan_parameters(request: dict[str, Any]) -> dict[str, Any]:
     """What Plan takes of a request of Kexec's."""
     return {name: value for name, value in request.items() if name != "hold"}
 
 
-def _judged(found: list[Check]) -> Exit:
+def _exit_code(found: list[Check]) -> Exit:
     results = {item.result for item in found}
     if CheckResult.unsupported in results:
         return Exit.unsupported
@@ -206,7 +210,7 @@ def activate(no_block: NoBlock = False, as_json: Json = False) -> None:
 
     What is left to do is `khoctl kexec`, or `khoctl abort`.
     """
-    _operate(lambda khod: khod.ask("Activate"), as_json=as_json, block=not no_block)
+    _run_operation(lambda khod: khod.call_method("Activate"), as_json=as_json, block=not no_block)
 
 
 @app.command()
@@ -219,7 +223,9 @@ def abort(
 
     The image is unloaded, the active phase left, every producer thawed and cancelled.
     """
-    _operate(lambda khod: khod.ask("Abort", {"force": force}), as_json=as_json, block=not no_block, may_stop=False)
+    _run_operation(
+        lambda khod: khod.call_method("Abort", {"force": force}), as_json=as_json, block=not no_block, may_stop=False
+    )
 
 
 @app.command()
@@ -247,44 +253,44 @@ def kexec(
     It goes on from wherever the handover stands. Whatever fails before systemd takes the host down is rolled back.
     After that nothing is: where reboot(2) fails, systemd goes on to an ordinary reboot, and nothing arrives.
     """
-    with _asked(locals()) as (request, fds):
+    with _build_request(locals()) as (request, fds):
         if dry_run:
             _show_plan(request, fds, as_json=as_json)
         if not yes and on_terminal():
-            _agree(request, fds)
-        _operate(lambda khod: khod.ask("Kexec", request, fds=fds), as_json=as_json, block=not no_block)
+            _ask_before_jump(request, fds)
+        _run_operation(lambda khod: khod.call_method("Kexec", request, fds=fds), as_json=as_json, block=not no_block)
 
 
-def _agree(request: dict[str, Any], fds: tuple[int, ...]) -> None:
+def _ask_before_jump(request: dict[str, Any], fds: tuple[int, ...]) -> None:
     """Ask somebody at the terminal before anything begins; never where it has begun: they may be frozen by now."""
     if "kernel" not in request:  # what is loaded was agreed to, and without anything loaded it is refused
         return
-    with client() as khod:
-        found = khod.plan(_plannable(request), fds)
+    with connect_client() as khod:
+        found = khod.plan(_plan_parameters(request), fds)
     if not found.steps or found.steps[0].step != Step.prepare.value:
         return
     for item in found.checks:
-        if item.result in render.FAILED:  # as khod would say it: nobody is asked about what cannot begin
+        if item.result in render.FAILED_RESULTS:  # as khod would say it: nobody is asked about what cannot begin
             error = Unsupported if item.result is CheckResult.unsupported else Refused
             raise error(item.evidence, where=f"check {item.name}", remedy=item.remedy)
-    layout.show(render.short_plan(found), err=True)
-    if not confirmed("Begin the handover?"):
+    layout.show_page(render.short_plan(found), err=True)
+    if not ask_confirmation("Begin the handover?"):
         raise Refused("Not begun", remedy="Nothing was changed.")
 
 
 @contextmanager
-def _asked(given: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
+def _build_request(given: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
     """The parameters of a call that names a kernel, with its files open for as long as the call takes."""
     with ExitStack() as files:
-        yield request.asked(given, files)
+        yield request.build_request(given, files)
 
 
 @app.command()
 def monitor(as_json: Json = False) -> None:
     """Print every change, one line each, until interrupted."""
-    with client() as khod:
+    with connect_client() as khod:
         for event in khod.monitor():
-            _say(event, partial(render.event, event), as_json=as_json)
+            _print_answer(event, partial(render.render_event, event), as_json=as_json)
             sys.stdout.flush()
 
 
@@ -297,15 +303,15 @@ def wait(
 
     PHASE is one as status names it, such as idle or loaded. With --timeout it exits with 5 where that does not come.
     """
-    wanted = next((known for known in Phase if phase in (known.value, render.name(known))), None)
+    wanted = next((known for known in Phase if phase in (known.value, render.phase_name(known))), None)
     if wanted is None:
         known = ", ".join(one.value for one in Phase)
         raise UsageError(f"There is no phase {phase!r}", where="PHASE", remedy=f"One of: {known}.")
-    with client() as khod:
+    with connect_client() as khod:
         for event in khod.monitor():
             if event.phase is wanted:
                 break
-    _say(event, partial(render.event, event), as_json=as_json)
+    _print_answer(event, partial(render.render_event, event), as_json=as_json)
 
 
 @app.command()
@@ -314,45 +320,51 @@ def verify(as_json: Json = False) -> None:
 
     Exits with 7 where some state did not arrive.
     """
-    with client() as following, client() as asking:
+    with connect_client() as following, connect_client() as asking:
         for event in following.monitor():
             if event.phase not in (Phase.verifying, Phase.rolling_back):  # of a start that is not over yet
                 break
         found = asking.status()
-    _say(found, partial(render.status, found), as_json=as_json)
+    _print_answer(found, partial(render.render_status, found), as_json=as_json)
     others = found.exit_code == Exit.refused  # what somebody else does now is no matter of this boot's verification
     raise typer.Exit(Exit.done if others else found.exit_code)
 
 
-def _operate(begin: Callable[[Client], None], *, as_json: bool, block: bool = True, may_stop: bool = True) -> None:
+def _run_operation(
+    begin: Callable[[Client], None], *, as_json: bool, block: bool = True, may_stop: bool = True
+) -> None:
     """Begin what changes something, and show what happens until it is over."""
     try:
-        found = progress.watched(begin, Client.answer, quiet=as_json) if block else progress.begun(begin)
+        found = (
+            progress.run_with_progress(begin, Client.receive_status, quiet=as_json)
+            if block
+            else progress.begin_operation(begin)
+        )
     except Detached as detached:
-        if not may_stop or not _stop(detached.phase):
+        if not may_stop or not _ask_to_stop(detached.phase):
             raise
-        _operate(_abort, as_json=as_json, may_stop=False)
+        _run_operation(_abort_handover, as_json=as_json, may_stop=False)
         raise typer.Exit(Exit.failed) from None
     if found is None:
         _say_jumped(as_json=as_json)
-    _say(found, partial(render.status, found), as_json=as_json)
+    _print_answer(found, partial(render.render_status, found), as_json=as_json)
 
 
 def _say_jumped(*, as_json: bool) -> NoReturn:
     said = "The host jumped. After the boot: khoctl status"
     if as_json:
         typer.echo(render.as_json({"phase": Phase.executing, "summary": said, "exit_code": Exit.done}))
-    layout.show(said, err=True)
+    layout.show_page(said, err=True)
     raise typer.Exit(Exit.done)
 
 
-def _abort(khod: Client) -> None:
-    khod.ask("Abort", {"force": False})
+def _abort_handover(khod: Client) -> None:
+    khod.call_method("Abort", {"force": False})
 
 
-def _stop(phase: Phase | None) -> bool:
+def _ask_to_stop(phase: Phase | None) -> bool:
     """Ask whether khod is to stop what it goes on with; no where there is nobody to ask."""
-    goes_on = f"Detached: the handover goes on{f' ({render.name(phase)})' if phase else ''}. Abort it?"
+    goes_on = f"Detached: the handover goes on{f' ({render.phase_name(phase)})' if phase else ''}. Abort it?"
     with suppress(KeyboardInterrupt):
-        return on_terminal() and confirmed(goes_on)
+        return on_terminal() and ask_confirmation(goes_on)
     return False

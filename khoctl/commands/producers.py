@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from khoctl import layout, progress, render
-from khoctl.session import Group, Json, client
+from khoctl.session import Group, Json, connect_client
 from khod.client.handover import Client
 from khod.model import Producer
 from khod.text import printable
@@ -30,16 +30,16 @@ def list_all(context: typer.Context, waiting: Waiting = False, slow: Slow = Fals
 @app.command("list")
 def list_(waiting: Waiting = False, slow: Slow = False, as_json: Json = False) -> None:
     """List every producer, as without a command."""
-    with client() as khod:
+    with connect_client() as khod:
         found = khod.producers()
     if waiting:
         found = [one for one in found if one.waiting]
     if slow:
         found = sorted(found, key=lambda one: -one.seconds)
     if waiting and not found and not as_json:
-        layout.write("No producer is waited for.")
+        layout.write_text("No producer is waited for.")
         return
-    _show(found, as_json=as_json)
+    _show_producers(found, as_json=as_json)
 
 
 @app.command()
@@ -48,8 +48,10 @@ def test(name: Name, as_json: Json = False) -> None:
 
     Kernel and other producers notice nothing.
     """
-    found = progress.watched(lambda khod: khod.ask("Rehearse", {"name": name}), Client.rehearsed, quiet=as_json)
-    _show(found or [], as_json=as_json)
+    found = progress.run_with_progress(
+        lambda khod: khod.call_method("Rehearse", {"name": name}), Client.receive_rehearsal, quiet=as_json
+    )
+    _show_producers(found or [], as_json=as_json)
 
 
 @app.command()
@@ -58,9 +60,9 @@ def retry(name: Name, as_json: Json = False) -> None:
 
     Once what kept it from that after the last jump is repaired.
     """
-    with client() as khod:
+    with connect_client() as khod:
         khod.retry(name)
-    layout.write(render.as_json({"restored": name}) if as_json else f"{printable(name)}: has taken its state back")
+    layout.write_text(render.as_json({"restored": name}) if as_json else f"{printable(name)}: has taken its state back")
 
 
 @app.command()
@@ -69,10 +71,10 @@ def forget(name: Name, as_json: Json = False) -> None:
 
     It left it before the last jump, and a new handover would lose it.
     """
-    with client() as khod:
+    with connect_client() as khod:
         khod.forget(name)
-    layout.write(render.as_json({"forgotten": name}) if as_json else f"{printable(name)}: forgotten")
+    layout.write_text(render.as_json({"forgotten": name}) if as_json else f"{printable(name)}: forgotten")
 
 
-def _show(found: list[Producer], *, as_json: bool) -> None:
-    layout.write(render.as_json(found) if as_json else render.producers(found, layout.columns()))
+def _show_producers(found: list[Producer], *, as_json: bool) -> None:
+    layout.write_text(render.as_json(found) if as_json else render.render_producers(found, layout.page_width()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from khod.abi import kexec_file_load, liveupdate, reboot
-from khod.abi.named import named
+from khod.abi.named import os_error_context
 from khod.abi.pidfd import pidfd_getfd
 from khod.abi.statx import statx
 
@@ -34,22 +34,22 @@ class Log(Protocol):
 class Calls(Protocol):
     """The kernel as seen from a process. Paths are absolute, below the implementation's root."""
 
-    def read(self, path: str) -> bytes:
+    def read_file(self, path: str) -> bytes:
         """Read to end of file: debugfs files report size 0 to stat(2)."""
 
-    def write(self, path: str, data: bytes) -> None:
+    def write_file(self, path: str, data: bytes) -> None:
         """Hand `data` over in one system call, as sysfs wants it."""
 
-    def exists(self, path: str) -> bool:
+    def path_exists(self, path: str) -> bool:
         """Tell whether the path is there and may be looked at."""
 
     def is_file(self, path: str) -> bool:
         """Tell whether the path is a regular file, or a link to one: what can be read without waiting for anybody."""
 
-    def readlink(self, path: str) -> str:
+    def read_link(self, path: str) -> str:
         """Give what a symbolic link names; those of /proc/PID/ns name the namespace itself."""
 
-    def listdir(self, path: str) -> list[str]:
+    def list_directory(self, path: str) -> list[str]:
         """Names in a directory, sorted; empty where there is none."""
 
     def open_log(self) -> Log:
@@ -61,7 +61,7 @@ class Calls(Protocol):
     def reboot_kexec(self) -> None:
         """Jump into the loaded image: it comes back only with an OSError."""
 
-    def sync(self) -> None:
+    def sync_disks(self) -> None:
         """Write back all dirty pages of all file systems."""
 
     def create_session(self, name: str) -> int:
@@ -79,7 +79,7 @@ class Calls(Protocol):
     def finish_session(self, session: int) -> None:
         """Let go of a retrieved session: what was not retrieved is freed."""
 
-    def session(self, pid: int, fd: int) -> liveupdate.Session | None:
+    def describe_session(self, pid: int, fd: int) -> liveupdate.Session | None:
         """Describe the LUO session that a process has open; None where that is another kind of file."""
 
 
@@ -89,41 +89,41 @@ class HostCalls:
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
 
-    def at(self, path: str) -> Path:
+    def host_path(self, path: str) -> Path:
         """Place an absolute kernel path below the root."""
         return self.root / path.lstrip("/")
 
-    def read(self, path: str) -> bytes:
-        with named(f"read {path}"), open(self.at(path), "rb", buffering=0) as file:
+    def read_file(self, path: str) -> bytes:
+        with os_error_context(f"read {path}"), open(self.host_path(path), "rb", buffering=0) as file:
             return file.readall()  # v3's dt, a page each call, into one buffer of the size that sysfs reports
 
-    def write(self, path: str, data: bytes) -> None:
-        with named(f"write {data.decode(errors='replace').strip()!r} to {path}"):
-            fd = os.open(self.at(path), os.O_WRONLY | os.O_CLOEXEC)
+    def write_file(self, path: str, data: bytes) -> None:
+        with os_error_context(f"write {data.decode(errors='replace').strip()!r} to {path}"):
+            fd = os.open(self.host_path(path), os.O_WRONLY | os.O_CLOEXEC)
             try:
                 os.write(fd, data)
             finally:
                 os.close(fd)
 
-    def exists(self, path: str) -> bool:
-        return self.at(path).exists()
+    def path_exists(self, path: str) -> bool:
+        return self.host_path(path).exists()
 
     def is_file(self, path: str) -> bool:
-        return self.at(path).is_file()
+        return self.host_path(path).is_file()
 
-    def readlink(self, path: str) -> str:
-        with named(f"readlink {path}"):
-            return os.readlink(self.at(path))
+    def read_link(self, path: str) -> str:
+        with os_error_context(f"readlink {path}"):
+            return os.readlink(self.host_path(path))
 
-    def listdir(self, path: str) -> list[str]:
+    def list_directory(self, path: str) -> list[str]:
         try:
-            return sorted(os.listdir(self.at(path)))
+            return sorted(os.listdir(self.host_path(path)))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def open_log(self) -> Log:
-        with named(f"open {KMSG}"):
-            fd = os.open(self.at(KMSG), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os_error_context(f"open {KMSG}"):
+            fd = os.open(self.host_path(KMSG), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             os.lseek(fd, 0, os.SEEK_END)
             return os.fdopen(fd, "rb", buffering=0)
 
@@ -133,15 +133,15 @@ class HostCalls:
     def reboot_kexec(self) -> None:
         reboot.reboot(reboot.LINUX_REBOOT_CMD_KEXEC)
 
-    def sync(self) -> None:
+    def sync_disks(self) -> None:
         os.sync()
 
     def create_session(self, name: str) -> int:
-        with self._device() as device:
+        with self._open_liveupdate() as device:
             return liveupdate.create_session(device, name)
 
     def retrieve_session(self, name: str) -> int:
-        with self._device() as device:
+        with self._open_liveupdate() as device:
             return liveupdate.retrieve_session(device, name)
 
     def preserve_fd(self, session: int, fd: int, token: int) -> None:
@@ -151,9 +151,9 @@ class HostCalls:
         return liveupdate.retrieve_fd(session, token)
 
     def finish_session(self, session: int) -> None:
-        liveupdate.finish(session)
+        liveupdate.finish_session(session)
 
-    def session(self, pid: int, fd: int) -> liveupdate.Session | None:
+    def describe_session(self, pid: int, fd: int) -> liveupdate.Session | None:
         copy = pidfd_getfd(pid, fd)
         try:
             if stat.S_IFMT(statx(copy).mode):  # an anonymous inode has no type; a real file's ioctl might hang
@@ -169,9 +169,9 @@ class HostCalls:
             os.close(copy)  # at once: the last one to close a session ends it
 
     @contextmanager
-    def _device(self) -> Iterator[int]:
+    def _open_liveupdate(self) -> Iterator[int]:
         """Open the device and close it again: one process may have it at a time, and PID 1 wants it too."""
-        device = liveupdate.open_device(self.at(LIVEUPDATE))
+        device = liveupdate.open_device(self.host_path(LIVEUPDATE))
         try:
             yield device
         finally:

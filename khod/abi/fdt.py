@@ -68,7 +68,7 @@ class Fdt:
     totalsize: int
 
 
-def cut(blob: bytes) -> int:
+def missing_size(blob: bytes) -> int:
     """Give the size the header promises where there are fewer bytes, else 0."""
     if len(blob) < 2 * U32.size:
         return 0
@@ -76,23 +76,23 @@ def cut(blob: bytes) -> int:
     return total if magic == MAGIC and total > len(blob) else 0
 
 
-def check(blob: bytes, where: str = "") -> None:
+def check_fdt(blob: bytes, where: str = "") -> None:
     """Hold a blob against the format; MalformedTree with `where`."""
-    read(blob, where)
+    read_fdt(blob, where)
 
 
-def parse(blob: bytes, where: str = "") -> Node:
+def parse_tree(blob: bytes, where: str = "") -> Node:
     """Read a whole tree; raises MalformedTree, whose `where` is the given one."""
-    return read(blob, where).root
+    return read_fdt(blob, where).root
 
 
-def read(blob: bytes, where: str = "") -> Fdt:
+def read_fdt(blob: bytes, where: str = "") -> Fdt:
     """Read a blob with its header and reservations; raises MalformedTree, whose `where` is the given one.
 
     What libfdt reads past without a word is refused: a property or a child of the same name twice, a property
     behind a child, anything behind the root. Bytes behind the header's totalsize do not count.
     """
-    return _Reader(blob, where).fdt()
+    return _Reader(blob, where).read_fdt()
 
 
 class _Reader:
@@ -101,22 +101,22 @@ class _Reader:
     def __init__(self, blob: bytes, where: str) -> None:
         self.where = where
         if len(blob) < U32.size or U32.unpack_from(blob)[0] != MAGIC:
-            raise self.bad("This is not a flattened device tree: its magic number is missing")
-        if (total := cut(blob)) or len(blob) < V16_SIZE:
-            raise self.bad(f"The tree is cut off: {len(blob)} of {max(total, V16_SIZE)} bytes are there")
+            raise self.malformed("This is not a flattened device tree: its magic number is missing")
+        if (total := missing_size(blob)) or len(blob) < V16_SIZE:
+            raise self.malformed(f"The tree is cut off: {len(blob)} of {max(total, V16_SIZE)} bytes are there")
         _magic, self.total, struct_at, strings_at, self.reserve_at, self.version, last, self.boot_cpu = (
             HEADER.unpack_from(blob.ljust(HEADER.size, b"\0") if len(blob) < HEADER.size else blob)[:8]
         )
         if self.version < VERSIONS[0] or last > VERSIONS[-1] or last > self.version:
-            raise self.bad(f"The tree has version {self.version} (readable as {last}), not {VERSIONS[-1]}")
+            raise self.malformed(f"The tree has version {self.version} (readable as {last}), not {VERSIONS[-1]}")
         size = HEADER.size if self.version >= VERSIONS[-1] else V16_SIZE
         if not size <= self.total:
-            raise self.bad(f"The tree is damaged: it ends within its header, at {self.total}")
+            raise self.malformed(f"The tree is damaged: it ends within its header, at {self.total}")
         strings = U32.unpack_from(blob, 32)[0]
         length = U32.unpack_from(blob, V16_SIZE)[0] if size == HEADER.size else self.total - struct_at
         for at, bytes_, block in ((struct_at, length, "structure"), (strings_at, strings, "strings")):
             if not size <= at <= at + bytes_ <= self.total:
-                raise self.bad(f"The tree is damaged: its {block} block lies outside of it")
+                raise self.malformed(f"The tree is damaged: its {block} block lies outside of it")
         self.blob, self.view = blob, memoryview(blob)
         self.at, self.end = struct_at, struct_at + length
         self.strings_at, self.strings_end = strings_at, strings_at + strings
@@ -124,48 +124,48 @@ class _Reader:
         self.names: dict[int, str] = {}
         self.items = self.path = self.paths = 0
 
-    def bad(self, what: str) -> MalformedTree:
+    def malformed(self, what: str) -> MalformedTree:
         return MalformedTree(what, where=self.where)
 
-    def fdt(self) -> Fdt:
-        reservations = tuple(self.reservations())
-        if self.token() != FDT_BEGIN_NODE:
-            raise self.bad("The tree is damaged: it does not begin with a node")
-        root = self.tree()
+    def read_fdt(self) -> Fdt:
+        reservations = tuple(self.read_reservations())
+        if self.read_token() != FDT_BEGIN_NODE:
+            raise self.malformed("The tree is damaged: it does not begin with a node")
+        root = self.read_tree()
         if root.name:
-            raise self.bad(f"The tree is damaged: its root has a name, {root.name!r}")
-        if self.token() != FDT_END:
-            raise self.bad("The tree is damaged: something stands behind its root")
+            raise self.malformed(f"The tree is damaged: its root has a name, {root.name!r}")
+        if self.read_token() != FDT_END:
+            raise self.malformed("The tree is damaged: something stands behind its root")
         return Fdt(root, reservations, self.boot_cpu, self.version, self.total)
 
-    def reservations(self) -> Iterator[Region]:
+    def read_reservations(self) -> Iterator[Region]:
         at = self.reserve_at
         while True:
             if not self.header_size <= at <= self.total - RESERVATION.size:
-                raise self.bad("The tree is damaged: its memory reservation block does not end within it")
+                raise self.malformed("The tree is damaged: its memory reservation block does not end within it")
             addr, size = RESERVATION.unpack_from(self.blob, at)
             if not size:  # libfdt and dtc do not ask whether the address is 0, too
                 return
-            self.count()
+            self.count_node()
             yield Region(addr, size)
             at += RESERVATION.size
 
-    def tree(self) -> Node:
+    def read_tree(self) -> Node:
         """Read a node behind its token, with all below it: a loop with its own stack."""
         open_nodes: list[tuple[str, dict[str, memoryview], dict[str, Node]]] = []
         open_nodes.append((self.node_name(), {}, {}))
         while True:
-            token = self.token()
+            token = self.read_token()
             name, properties, children = open_nodes[-1]
             if token == FDT_PROP:
-                key, value = self.property()
+                key, value = self.read_property()
                 if children or key in properties:
                     why = "stands behind a child of its node" if children else "is there twice"
-                    raise self.bad(f"The tree is damaged: the property {key!r} {why}")
+                    raise self.malformed(f"The tree is damaged: the property {key!r} {why}")
                 properties[key] = value
             elif token == FDT_BEGIN_NODE:
                 if len(open_nodes) > MAX_DEPTH:
-                    raise self.bad(f"The tree is deeper than {MAX_DEPTH} levels")
+                    raise self.malformed(f"The tree is deeper than {MAX_DEPTH} levels")
                 open_nodes.append((self.node_name(), {}, {}))
             elif token == FDT_END_NODE:
                 open_nodes.pop()
@@ -174,56 +174,56 @@ class _Reader:
                 if not open_nodes:
                     return made
                 if name in open_nodes[-1][2]:
-                    raise self.bad(f"The tree is damaged: the node {name!r} is there twice")
+                    raise self.malformed(f"The tree is damaged: the node {name!r} is there twice")
                 open_nodes[-1][2][name] = made
             else:
-                raise self.bad(f"The tree is damaged: token {token:#x} within a node")
+                raise self.malformed(f"The tree is damaged: token {token:#x} within a node")
 
-    def token(self) -> int:
+    def read_token(self) -> int:
         token = FDT_NOP
         while token == FDT_NOP:
             if self.at + U32.size > self.end:
-                raise self.bad("The tree is damaged: its structure block has no end")
+                raise self.malformed("The tree is damaged: its structure block has no end")
             (token,) = U32.unpack_from(self.blob, self.at)
             self.at += U32.size
         return token
 
-    def property(self) -> tuple[str, memoryview]:
-        self.count()
+    def read_property(self) -> tuple[str, memoryview]:
+        self.count_node()
         if self.at + PROP.size > self.end:
-            raise self.bad("The tree is damaged: a property is cut off")
+            raise self.malformed("The tree is damaged: a property is cut off")
         length, nameoff = PROP.unpack_from(self.blob, self.at)
         value = self.at + PROP.size
         if value + length > self.end:
-            raise self.bad("The tree is damaged: a property is longer than the tree")
+            raise self.malformed("The tree is damaged: a property is longer than the tree")
         self.at = value + (length + 3 & ~3)
         if nameoff not in self.names:
-            self.names[nameoff] = self.name(self.strings_at + nameoff, self.strings_end)
+            self.names[nameoff] = self.string_at(self.strings_at + nameoff, self.strings_end)
             self.paths += len(self.names[nameoff])
         return self.names[nameoff], self.view[value : value + length]
 
     def node_name(self) -> str:
-        name = self.name(self.at, self.end)
+        name = self.string_at(self.at, self.end)
         self.path += len(name) + 1
-        self.count()
+        self.count_node()
         self.at += len(name.encode(errors="surrogateescape")) + 4 & ~3
         return name
 
-    def name(self, at: int, end: int) -> str:
+    def string_at(self, at: int, end: int) -> str:
         if (stop := self.blob.find(b"\0", at, min(end, at + MAX_NAME + 1))) < 0:
-            raise self.bad("The tree is damaged: a name has no end")
+            raise self.malformed("The tree is damaged: a name has no end")
         return self.blob[at:stop].decode(errors="surrogateescape")
 
-    def count(self) -> None:
+    def count_node(self) -> None:
         self.items += 1
         self.paths += self.path
         if self.items > MAX_ITEMS:
-            raise self.bad(f"The tree has more than {MAX_ITEMS} nodes and properties")
+            raise self.malformed(f"The tree has more than {MAX_ITEMS} nodes and properties")
         if self.paths > MAX_PATHS:
-            raise self.bad(f"The names and paths of the tree have more than {MAX_PATHS >> 20} MiB")
+            raise self.malformed(f"The names and paths of the tree have more than {MAX_PATHS >> 20} MiB")
 
 
-def mem(node: Node) -> list[Region]:
+def decode_mem(node: Node) -> list[Region]:
     """Decode the v3 `mem` property; MalformedTree where its length is no multiple of 16.
 
     The kernel ignores such a property without a word, so the state in it would be lost.

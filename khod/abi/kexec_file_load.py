@@ -27,7 +27,7 @@ _syscall.argtypes = [
 ]
 
 
-def number(machine: str) -> int:
+def syscall_number(machine: str) -> int:
     """Return the call's number on `machine` (as uname -m says it); OSError ENOSYS where there is none."""
     try:
         return NR[machine]
@@ -40,7 +40,7 @@ def kexec_file_load(kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) 
 
     `cmdline` ends in NUL, which the kernel counts. Raises OSError with the call and its arguments.
     """
-    nr = number(platform.machine())
+    nr = syscall_number(platform.machine())
     if _syscall(nr, kernel_fd, initrd_fd, len(cmdline), cmdline or None, flags) != 0:
         error = ctypes.get_errno()
         call = f"kexec_file_load({kernel_fd}, {initrd_fd}, {len(cmdline)} bytes, flags={flags:#x})"

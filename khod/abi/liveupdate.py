@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from khod.abi.named import named
+from khod.abi.named import os_error_context
 
 # include/uapi/linux/liveupdate.h
 LIVEUPDATE_IOCTL_TYPE = 0xBA
@@ -43,7 +43,7 @@ class Session:
 
 def open_device(path: Path) -> int:
     """Open the device. OSError: ENOENT without LUO, EBUSY while another has it open, EIO for good after a failure."""
-    with named(f"open {path}"):
+    with os_error_context(f"open {path}"):
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
 
@@ -71,7 +71,7 @@ def preserve_fd(session: int, fd: int, token: int) -> None:
     OSError: ENOENT for a kind of file that no handler takes, EEXIST for the token, EBUSY for a file that is preserved
     already (6.19 does not notice), EINVAL on a retrieved session, ENOSPC for a full one (6.19: 128 files).
     """
-    with named(f"SESSION_PRESERVE_FD(session={session}, fd={fd}, token={token:#x})"):
+    with os_error_context(f"SESSION_PRESERVE_FD(session={session}, fd={fd}, token={token:#x})"):
         _check_token(token)
         fcntl.ioctl(session, LIVEUPDATE_SESSION_PRESERVE_FD, TOKEN.pack(TOKEN.size, fd, token))
 
@@ -82,25 +82,25 @@ def retrieve_fd(session: int, token: int) -> int:
     OSError: ENOENT for an unknown token and after finish, EINVAL on an outgoing session. What failed once fails the
     same way each time.
     """
-    with named(f"SESSION_RETRIEVE_FD(session={session}, token={token:#x})"):
+    with os_error_context(f"SESSION_RETRIEVE_FD(session={session}, token={token:#x})"):
         _check_token(token)
         argument = bytearray(TOKEN.pack(TOKEN.size, -1, token))
         fcntl.ioctl(session, LIVEUPDATE_SESSION_RETRIEVE_FD, argument)
     return _close_on_exec(TOKEN.unpack(argument)[1])
 
 
-def finish(session: int) -> None:
+def finish_session(session: int) -> None:
     """End a retrieved session: files taken out of it live on and may be preserved anew, the others are freed.
 
     It may be repeated. OSError: EINVAL on an outgoing session (6.19 says yes to that).
     """
-    with named(f"SESSION_FINISH(session={session})"):
+    with os_error_context(f"SESSION_FINISH(session={session})"):
         fcntl.ioctl(session, LIVEUPDATE_SESSION_FINISH, FINISH.pack(FINISH.size, 0))
 
 
 def get_name(session: int) -> str:
     """Name of a session. OSError: ENOTTY where `session` is something else, EINVAL where the kernel (6.19) cannot."""
-    with named(f"SESSION_GET_NAME(session={session})"):
+    with os_error_context(f"SESSION_GET_NAME(session={session})"):
         argument = bytearray(GET_NAME.pack(GET_NAME.size, 0, b""))
         fcntl.ioctl(session, LIVEUPDATE_SESSION_GET_NAME, argument)
     name: bytes = GET_NAME.unpack(argument)[2]
@@ -124,7 +124,7 @@ def is_incoming(session: int) -> bool:
 
 
 def _named_session(device: int, request: int, call: str, name: str) -> int:
-    with named(f"{call}({name!r})"):
+    with os_error_context(f"{call}({name!r})"):
         raw = os.fsencode(name)
         _check_name(raw)
         argument = bytearray(NAMED.pack(NAMED.size, -1, raw))

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def named(call: str) -> Iterator[None]:
+def os_error_context(call: str) -> Iterator[None]:
     """Give an OSError raised inside the call's name and arguments as its filename."""
     try:
         yield

@@ -3,7 +3,7 @@
 import ctypes
 import os
 
-from khod.abi.named import named
+from khod.abi.named import os_error_context
 
 SYS_PIDFD_GETFD = 438  # the same on every architecture (Linux 5.6)
 
@@ -14,7 +14,7 @@ _syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_uint]
 
 def pidfd_getfd(pid: int, fd: int) -> int:
     """Copy a descriptor of a process; close-on-exec. OSError: EBADF where it has none such, EPERM, ESRCH."""
-    with named(f"pidfd_getfd({pid}, {fd})"):
+    with os_error_context(f"pidfd_getfd({pid}, {fd})"):
         pidfd = os.pidfd_open(pid)
         try:
             copy = int(_syscall(SYS_PIDFD_GETFD, pidfd, fd, 0))

@@ -9,7 +9,7 @@ import os
 import struct
 from dataclasses import dataclass
 
-from khod.abi.named import named
+from khod.abi.named import os_error_context
 
 AT_EMPTY_PATH = 0x1000  # include/uapi/linux/fcntl.h
 AT_STATX_DONT_SYNC = 0x4000
@@ -37,7 +37,7 @@ def statx(fd: int) -> Statx:
     """Describe an open file without asking its file system. OSError: EBADF."""
     buffer = ctypes.create_string_buffer(256)
     flags = AT_EMPTY_PATH | AT_STATX_DONT_SYNC
-    with named(f"statx({fd})"):
+    with os_error_context(f"statx({fd})"):
         if _statx(fd, b"", flags, STATX_BASIC_STATS, buffer) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))

@@ -16,9 +16,9 @@ from typing import Any, Self
 from khod import wire
 from khod.errors import Unreachable
 
-START = "Start it with: systemctl start kho-handover"
+START_REMEDY = "Start it with: systemctl start kho-handover"
 JOURNAL = "Look at: journalctl -u kho-handover"
-CHUNK = 1 << 16
+CHUNK_BYTES = 1 << 16
 UCRED = "3i"  # struct ucred of unix(7): process, user, group
 MAX_FDS = 253  # SCM_MAX_FD, the most one message carries
 
@@ -43,7 +43,7 @@ class Connection:
                 FileNotFoundError: "khod is not running: its socket is not there",
                 ConnectionRefusedError: "khod is not running: nothing listens on its socket",
             }.get(type(error), f"khod cannot be reached: {error.strerror or error}")
-            raise Unreachable(why, where=str(path), remedy=START) from None
+            raise Unreachable(why, where=str(path), remedy=START_REMEDY) from None
 
     def __enter__(self) -> Self:
         return self
@@ -55,16 +55,16 @@ class Connection:
 
     def close(self) -> None:
         """End the connection, and what came over it and was not taken."""
-        for fd in self.take():
+        for fd in self.take_fds():
             os.close(fd)
         self._socket.close()
 
-    def shut(self) -> None:
+    def shutdown(self) -> None:
         """End the connection from another thread than the one that waits on it."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def take(self) -> list[int]:
+    def take_fds(self) -> list[int]:
         """Give the descriptors that came since the last time; they are the caller's."""
         taken, self.fds = self.fds, []
         return taken
@@ -73,7 +73,7 @@ class Connection:
         """The connection, for select(2)."""
         return self._socket.fileno()
 
-    def send(
+    def send_call(
         self, method: str, parameters: Mapping[str, Any] | None = None, *, fds: tuple[int, ...] = (), more: bool = False
     ) -> None:
         """Send a call by its full name; descriptors stay the caller's, parameters name them by their index."""
@@ -100,17 +100,17 @@ class Connection:
             try:
                 return socket.send_fds(self._socket, [data], fds)
             except PermissionError:
-                self.send(f"{wire.SERVICE}.GetInfo")
-                self.reply()
+                self.send_call(f"{wire.SERVICE}.GetInfo")
+                self.receive_reply()
         return 0
 
     def _raise_refusal(self) -> None:
         """Raise what khod said before it closed the connection, if it said anything."""
         with suppress(Unreachable):
             self._socket.setblocking(False)
-            self.reply()
+            self.receive_reply()
 
-    def reply(self) -> Mapping[str, Any]:
+    def receive_reply(self) -> Mapping[str, Any]:
         """Wait for the next reply and give its parameters; one of our errors is raised."""
         while not self._messages:
             self.receive()
@@ -119,26 +119,26 @@ class Connection:
             name, parameters = message.get("error"), message.get("parameters") or {}
             self.more = bool(message.get("continues"))
         except (ValueError, AttributeError):
-            raise self.stranger() from None
+            raise self.version_mismatch_error() from None
         if name is not None:
-            raise wire.error(str(name), parameters)
+            raise wire.error_by_name(str(name), parameters)
         found: Mapping[str, Any] = parameters
         return found
 
-    def stranger(self) -> Unreachable:
+    def version_mismatch_error(self) -> Unreachable:
         """The error for an answer that this version of khod does not give."""
         what = "What answers on the socket is not this version's khod"
         return Unreachable(what, where=self._path, remedy="systemctl status kho-handover tells what runs.")
 
     @property
-    def waiting(self) -> bool:
+    def reply_waiting(self) -> bool:
         """Whether a reply is here that was not yet asked for."""
         return bool(self._messages)
 
     def receive(self) -> None:
         """Take in what has come, at least one byte."""
         try:
-            data, fds, _flags, _address = socket.recv_fds(self._socket, CHUNK, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _flags, _address = socket.recv_fds(self._socket, CHUNK_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             data, fds = b"", []
         self.fds += fds
@@ -147,14 +147,14 @@ class Connection:
         *complete, self._text = (self._text + data).split(b"\0")
         self._messages += complete
 
-    def readable(self, seconds: float | None) -> bool:
+    def wait_readable(self, seconds: float | None) -> bool:
         """Wait for something to take in, for at most so long; None for ever."""
         waiting = select.poll()  # takes any descriptor, where select(2) takes those below 1024
         waiting.register(self._socket, select.POLLIN)
         return bool(waiting.poll(None if seconds is None else max(0, math.ceil(seconds * 1000))))
 
     @property
-    def listener(self) -> int:
+    def listener_pid(self) -> int:
         """The process that listens on the socket: khod's, or 1 where systemd holds it for khod."""
         size = struct.calcsize(UCRED)
         pid: int = struct.unpack(UCRED, self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0]

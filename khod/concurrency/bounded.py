@@ -19,7 +19,7 @@ class StillRuns(TimeoutError):
     """It did not end in time, and goes on."""
 
 
-async def within(seconds: float, work: Awaitable[T]) -> T:
+async def run_within(seconds: float, work: Awaitable[T]) -> T:
     """Return or raise what `work` does; TimeoutError after `seconds`, and CUT_SECONDS more at the most.
 
     `work` runs in a task of its own. It is cancelled once, at its deadline, or when the caller is; where it does not
@@ -36,7 +36,7 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
             _left_alone.add(task)
             task.add_done_callback(_let_go)
             task.cancel()
-            await settle(task, CUT_SECONDS)
+            await settle_task(task, CUT_SECONDS)
     if not task.done():
         raise StillRuns(f"it did not end within {seconds:g} s, and goes on")
     if overdue and task.cancelled():
@@ -46,7 +46,7 @@ async def within(seconds: float, work: Awaitable[T]) -> T:
     return task.result()
 
 
-async def settle(task: "asyncio.Future[Any]", seconds: float) -> bool:
+async def settle_task(task: "asyncio.Future[Any]", seconds: float) -> bool:
     """Wait at most so long for the end of a task; whether it has ended. A cancellation meanwhile counts afterwards."""
     loop = asyncio.get_running_loop()
     deadline, cancelled = loop.time() + seconds, None

@@ -32,10 +32,10 @@ class Worker:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._threads = threads
         for number in range(threads):
-            threading.Thread(target=_work, args=(self._jobs,), name=f"{name}-{number}", daemon=True).start()
-        self._end = weakref.finalize(self, _end, self._jobs, threads)
+            threading.Thread(target=_run_jobs, args=(self._jobs,), name=f"{name}-{number}", daemon=True).start()
+        self._end = weakref.finalize(self, _end_threads, self._jobs, threads)
 
-    async def call(
+    async def call_within(
         self,
         function: Callable[[], T],
         what: str,
@@ -64,7 +64,7 @@ class Worker:
             remedy="The call cannot be interrupted; khoctl status shows when it has ended.",
         )
 
-    def later(self, function: Callable[[], object]) -> None:
+    def call_later(self, function: Callable[[], object]) -> None:
         """Run a call after those under way, and wait for nothing; what it raises is lost.
 
         Where `max_waiting` calls wait it is dropped.
@@ -85,7 +85,7 @@ class Worker:
     def _submit(self, function: Callable[[], T]) -> "asyncio.Future[T]":
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        future.add_done_callback(_retrieve)
+        future.add_done_callback(_retrieve_exception)
 
         def run() -> None:
             result, error = None, None
@@ -94,7 +94,7 @@ class Worker:
             except BaseException as raised:  # noqa: BLE001 - it belongs to the caller, whatever it is
                 error = raised
             try:
-                loop.call_soon_threadsafe(_settle, future, result, error)
+                loop.call_soon_threadsafe(_set_outcome, future, result, error)
             except RuntimeError:  # the loop has ended, and its callers with it
                 return
 
@@ -102,18 +102,18 @@ class Worker:
         return future
 
 
-def _work(jobs: "queue.SimpleQueue[Job | None]") -> None:
+def _run_jobs(jobs: "queue.SimpleQueue[Job | None]") -> None:
     while (job := jobs.get()) is not None:
         job()
         del job  # or it keeps what it was about until the next one comes
 
 
-def _end(jobs: "queue.SimpleQueue[Job | None]", threads: int) -> None:
+def _end_threads(jobs: "queue.SimpleQueue[Job | None]", threads: int) -> None:
     for _ in range(threads):
         jobs.put(None)
 
 
-def _settle(future: "asyncio.Future[Any]", result: object, error: BaseException | None) -> None:
+def _set_outcome(future: "asyncio.Future[Any]", result: object, error: BaseException | None) -> None:
     if future.done():
         return
     if error is None:
@@ -129,7 +129,7 @@ def _hand_over(late: Callable[[T], object], future: "asyncio.Future[T]") -> None
         late(future.result())
 
 
-def _retrieve(future: "asyncio.Future[Any]") -> None:
+def _retrieve_exception(future: "asyncio.Future[Any]") -> None:
     """Mark an error as seen: whoever waited may have given up long ago."""
     if not future.cancelled():
         future.exception()

@@ -10,14 +10,14 @@ from khod.config import Config
 from khod.errors import Exit, Failed, KhoError, Refused
 from khod.handover.machine import Machine
 from khod.handover.record import Store
-from khod.handover.verify import producers, without
-from khod.kernel.explain import explain, explain_undo
+from khod.handover.verify import kernel_producers, missing_state_error
+from khod.kernel.explain import explain_errno, explain_undo
 from khod.kernel.kexec import Kexec
 from khod.kernel.log import ABOUT
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import Workers
 from khod.model import Generation, Step
-from khod.producers.barrier import Barrier, Member, Producer, Verb, silent
+from khod.producers.barrier import Barrier, Member, Participant, Verb, step_timeout_error
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.target.target import Target
 
@@ -48,7 +48,7 @@ class Attempt:
         config: Callable[[], Config],
         barrier: Barrier,
         *,
-        everyone: Callable[[], Iterable[Producer]] = list,
+        everyone: Callable[[], Iterable[Participant]] = list,
         joined: "Callable[[Attempt], None]" = lambda _attempt: None,
         shutdown: Shutdown | None = None,
     ) -> None:
@@ -71,38 +71,38 @@ class Attempt:
         self._executor: Executor | None = None
         self._execution: asyncio.Future[None] | None = None
         self._do: dict[Step, Callable[[], Awaitable[None]]] = {
-            Step.prepare: lambda: self._told(Verb.prepare),
-            Step.freeze: lambda: self._told(Verb.freeze),
-            Step.activate: self._activate,
-            Step.load: self._load,
-            Step.execute: self._execute,
+            Step.prepare: lambda: self._tell_verb(Verb.prepare),
+            Step.freeze: lambda: self._tell_verb(Verb.freeze),
+            Step.activate: self._activate_kernel,
+            Step.load: self._load_image,
+            Step.execute: self._execute_jump,
         }
 
-    def resume(self, machine: Machine) -> None:
+    def adopt_steps(self, machine: Machine) -> None:
         """Take up an attempt that an earlier khod began: these verbs are behind everyone."""
         self.past = [VERBS[step] for step in machine.done if step in VERBS]
         self.resumed = bool(machine.done)
 
-    def aim(self, target: Target | None, executor: Executor) -> None:
+    def set_target(self, target: Target | None, executor: Executor) -> None:
         """Set what is loaded, None where that is done, and how the jump is made."""
         self._target, self._executor = target, executor
 
     def drop_target(self) -> None:
         """Give the images' memory back, once the kernel's thread is done with them."""
         if self._target is not None:
-            self._workers.kernel.later(self._target.close)
+            self._workers.kernel.call_later(self._target.close)
             self._target = None
 
-    async def do(self, step: Step) -> None:
+    async def do_step(self, step: Step) -> None:
         """Carry a step out."""
         await self._do[step]()
 
     # Producers
 
     @property
-    def preserving(self) -> list[str]:
+    def preserving_producers(self) -> list[str]:
         """The producers that have handed over files."""
-        return [member.producer.name for member in self.barrier.members if member.producer.holder().kept]
+        return [member.producer.name for member in self.barrier.members if member.producer.to_record().kept]
 
     async def wait_reconnected(self) -> None:
         """After a restart of khod: wait for everyone who was told something; Refused where one does not come."""
@@ -111,36 +111,36 @@ class Attempt:
 
     def admit_late(self) -> list[Member]:
         """Take in whoever came since; those that are to be brought up to the others. ConfigError."""
-        new = self.barrier.admit(self._everyone())
+        new = self.barrier.add_producers(self._everyone())
         if new:
             self._joined(self)
         return new if self.past else []
 
-    async def tell(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
+    async def tell_producers(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
         """Tell everyone, or those `among` them, within the deadline that all of them have together."""
         deadlines = self._config().deadlines
         deadline = deadlines.prepare if verb is Verb.prepare else deadlines.freeze
         try:
             async with asyncio.timeout(deadline):
-                await self.barrier.tell(verb, among)
+                await self.barrier.broadcast(verb, among)
         except TimeoutError:
-            raise silent(self.barrier.members, verb, deadline) from None
+            raise step_timeout_error(self.barrier.members, verb, deadline) from None
 
     async def undo_verb(self, verb: Verb) -> list[tuple[str, KhoError]]:
         """Tell everyone that `verb` is off; those that failed by name ("" for all of them), and how."""
         self.past = [past for past in self.past if past is not verb]
-        return await self.barrier.undo(verb)
+        return await self.barrier.undo_verb(verb)
 
-    async def _told(self, verb: Verb) -> None:
-        await self.tell(verb)
+    async def _tell_verb(self, verb: Verb) -> None:
+        await self.tell_producers(verb)
         self.past.append(verb)
 
     # Kernel
 
-    async def _activate(self) -> None:
-        snapshot = await self._call(Step.activate, self._activate_and_read, self._config().deadlines.activate)
+    async def _activate_kernel(self) -> None:
+        snapshot = await self._call_kernel(Step.activate, self._activate_and_read, self._config().deadlines.activate)
         assert self.kernel is not None, "as in _activate_and_read"
-        present = producers(snapshot, self.kernel.generation)
+        present = kernel_producers(snapshot, self.kernel.generation)
         if self._config().policy.require_state and not present:
             raise Refused(
                 "Nothing would be handed over: no producer in the kernel has any state",
@@ -148,27 +148,27 @@ class Attempt:
                 remedy="Give the kernel state to keep (reserve_mem=, liveupdate=on), or unset policy.require_state.",
             )
         if missing := sorted(set(self._config().producers.require_kernel) - present.keys()):
-            raise without(missing)
+            raise missing_state_error(missing)
         # Not synced here: within the blackout that is too dear, and a lost file matters only without a
         # jump. Both executors sync before it.
-        await self._workers.disk.call(
-            lambda: self._store.snapshots.write(self.barrier.run, snapshot),
+        await self._workers.disk.call_within(
+            lambda: self._store.snapshots.write_tree(self.barrier.run, snapshot),
             "writing the snapshot",
             self._config().deadlines.activate,
         )
 
     def _activate_and_read(self) -> Tree:
-        self._kexec.announce("entering the active phase")
+        self._kexec.write_kmsg("entering the active phase")
         assert self.kernel is not None, "a handover begins on a kernel with KHO"
         self.kernel.activate()
-        return self.kernel.tree()
+        return self.kernel.outgoing_tree()
 
-    async def _load(self) -> None:
+    async def _load_image(self) -> None:
         assert self._target is not None, "a request with an image"
         target, initrd = self._target, self._target.initrd
-        await self._call(
+        await self._call_kernel(
             Step.load,
-            lambda: self._kexec.load(target.kernel.fd, None if initrd is None else initrd.fd, target.cmdline),
+            lambda: self._kexec.load_image(target.kernel.fd, None if initrd is None else initrd.fd, target.cmdline),
             self._config().deadlines.load,
         )
 
@@ -186,40 +186,40 @@ class Attempt:
                 where="leaving the active phase",
             )
 
-        def leave() -> None:
-            if kernel.active():
+        def leave_active() -> None:
+            if kernel.is_active():
                 kernel.deactivate()
 
-        await self._back(Step.activate, "leaving the active phase", leave)
+        await self._undo_call(Step.activate, "leaving the active phase", leave_active)
 
     async def undo_load(self) -> None:
         """Unload the image, where there is one."""
 
-        def unload() -> None:
-            if self._kexec.loaded():
-                self._kexec.unload()
+        def unload_image() -> None:
+            if self._kexec.is_loaded():
+                self._kexec.unload_image()
 
-        await self._back(Step.load, "unloading the image", unload)
+        await self._undo_call(Step.load, "unloading the image", unload_image)
 
-    async def _call(self, step: Step, function: Callable[[], T], deadline: float) -> T:
+    async def _call_kernel(self, step: Step, function: Callable[[], T], deadline: float) -> T:
         def listened() -> T:
-            with self._kexec.listening() as quote:
+            with self._kexec.listen_to_log() as quote:
                 try:
                     return function()
                 except OSError as error:
-                    raise explain(step, error, quote(ABOUT[step]), generation=self._generation) from error
+                    raise explain_errno(step, error, quote(ABOUT[step]), generation=self._generation) from error
 
-        return await self._workers.kernel.call(listened, step.value, deadline)
+        return await self._workers.kernel.call_within(listened, step.value, deadline)
 
-    async def _back(self, step: Step, what: str, function: Callable[[], None]) -> None:
+    async def _undo_call(self, step: Step, what: str, function: Callable[[], None]) -> None:
         def listened() -> None:
-            with self._kexec.listening() as quote:
+            with self._kexec.listen_to_log() as quote:
                 try:
                     function()
                 except OSError as error:
                     raise explain_undo(step, error, quote(ABOUT[step]), generation=self._generation) from error
 
-        await self._workers.kernel.call(listened, what, self._config().deadlines.rollback)
+        await self._workers.kernel.call_within(listened, what, self._config().deadlines.rollback)
 
     # The jump
 
@@ -241,7 +241,7 @@ class Attempt:
             LOG.exception("systemd could not be asked whether the host goes down")
             return None
 
-    async def ended(self) -> None:
+    async def wait_executor(self) -> None:
         """Wait until the executor that JumpUnderWay was raised for comes back; raises what it failed with.
 
         One that was cut short has not failed: whether the jump comes is systemd's to say.
@@ -250,9 +250,9 @@ class Attempt:
             return
         await asyncio.wait({self._execution})
         if not self._execution.cancelled():
-            await self._executed(self._execution)
+            await self._execution_failed(self._execution)
 
-    async def _execute(self) -> None:
+    async def _execute_jump(self) -> None:
         """Jump, or have systemd do it; JumpUnderWay where that was asked for and has not come back."""
         if self.going_down:
             return
@@ -285,7 +285,7 @@ class Attempt:
                 remedy="Look at journalctl -b, or jump at once: khoctl kexec --now",
             )
         try:
-            await self._executed(execution)
+            await self._execution_failed(execution)
         except Exception:
             # systemctl may fail once systemd has taken its request. An immediate jump asks nobody.
             if not self.immediate:
@@ -313,12 +313,12 @@ class Attempt:
         await asyncio.wait({execution}, timeout=CUT_SECONDS)
         await self._refuse_under_shutdown()
 
-    async def _executed(self, execution: "asyncio.Future[None]") -> None:
-        with self._kexec.listening() as quote:
+    async def _execution_failed(self, execution: "asyncio.Future[None]") -> None:
+        with self._kexec.listen_to_log() as quote:
             try:
                 await asyncio.shield(execution)
             except OSError as error:
-                raise explain(Step.execute, error, quote(ABOUT[Step.execute])) from error
+                raise explain_errno(Step.execute, error, quote(ABOUT[Step.execute])) from error
 
     @property
     def _generation(self) -> Generation:

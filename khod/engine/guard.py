@@ -23,13 +23,13 @@ from khod.errors import Failed, errno_text
 
 SO_RCVBUFFORCE = 33
 """include/uapi/asm-generic/socket.h. Python's socket module lacks it."""
-QUEUE = 8 << 20
+QUEUE_BYTES = 8 << 20
 """Bytes of events that may wait to be read. The kernel doubles it and counts 0.8 KiB for the shortest event, 1.3 for
 most: room for 13,000, more than the 8,192 that a terabyte of memory sends as it is added in blocks of 128 MiB."""
-BATCH = 256
+BATCH_EVENTS = 256
 """Events read before anyone else in the loop has a turn."""
 
-SAYS = {"add": "was added", "remove": "was removed", "online": "came online", "offline": "went offline"}
+ACTION_TEXT = {"add": "was added", "remove": "was removed", "online": "came online", "offline": "went offline"}
 GONE = ("remove", "offline")
 LOST = "lost"
 UNREADABLE = "unreadable"
@@ -72,7 +72,7 @@ class Seen:
     event: Uevent
     producers: tuple[str, ...] = ()
 
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """Say it, without a full stop: `pci device 0000:00:05.0 was added`."""
         event = self.event
         if event.action in NO_DEVICE:
@@ -80,7 +80,7 @@ class Seen:
         node = f" ({event.node})" if event.node else ""
         noun = "producers" if len(self.producers) > 1 else "producer"
         owners = f" of {noun} {', '.join(self.producers)}" if self.producers else ""
-        return f"{event.subsystem} device {os.path.basename(event.device)}{node}{owners} {SAYS[event.action]}"
+        return f"{event.subsystem} device {os.path.basename(event.device)}{node}{owners} {ACTION_TEXT[event.action]}"
 
 
 @dataclass(frozen=True)
@@ -98,21 +98,21 @@ class Watch:
         """Whether any event could count."""
         return bool(self.abort or self.record or self.devices)
 
-    def judge(self, event: Uevent) -> Seen | None:
+    def judge_event(self, event: Uevent) -> Seen | None:
         """What an event means, None where it does not count."""
-        if event.synthetic or event.action not in SAYS:
+        if event.synthetic or event.action not in ACTION_TEXT:
             return None
-        owners = self._owners(event) if event.action in GONE else ()
+        owners = self._owners_of(event) if event.action in GONE else ()
         if owners or event.subsystem in self.abort:
             return Seen(Severity.abort, event, owners)
         return Seen(Severity.record, event) if event.subsystem in self.record else None
 
-    def missed(self, action: str) -> Seen:
+    def missed_events(self, action: str) -> Seen:
         """What events amount to that nobody could read: any of those that count may have been among them."""
         severity = Severity.abort if self.abort or self.devices else Severity.record
         return Seen(severity, Uevent(action, "", ""))
 
-    def _owners(self, event: Uevent) -> tuple[str, ...]:
+    def _owners_of(self, event: Uevent) -> tuple[str, ...]:
         """Producers that name this device, or one below it, which goes with it."""
         below = f"{event.device}/"
         paths = (event.device, event.node)
@@ -133,13 +133,13 @@ class Netlink:
             raise OSError(number, os.strerror(number)) from error
         self._socket = socket.fromfd(self._monitor.fileno(), socket.AF_NETLINK, socket.SOCK_RAW)
         try:
-            self._resize(QUEUE)
+            self._resize_buffer(QUEUE_BYTES)
             self._monitor.start()
         except OSError:
             self._socket.close()
             raise
 
-    def _resize(self, size: int) -> None:
+    def _resize_buffer(self, size: int) -> None:
         # Not by pyudev, which up to 0.24.4 takes libudev's 1 for an error. Without CAP_NET_ADMIN the limit is
         # net.core.rmem_max; a queue that is too short is noticed (LOST).
         try:
@@ -151,7 +151,7 @@ class Netlink:
         """The descriptor that is readable when something is there, an overflow included."""
         return self._socket.fileno()
 
-    def receive(self) -> Uevent | None:
+    def receive_event(self) -> Uevent | None:
         """Next message, None where there is none yet.
 
         OSError (ENOBUFS) after an overflow, once; MemoryError likewise loses a message. ValueError for one that
@@ -218,7 +218,7 @@ class Guard:
                 remedy="Let khod have such sockets (RestrictAddressFamilies=), or give the guard nothing to watch for.",
             ) from error
         self._loop = loop
-        self._loop.add_reader(self._netlink.fileno(), self.look)
+        self._loop.add_reader(self._netlink.fileno(), self.process_pending)
 
     def stop(self) -> None:
         """Listen no more; what was not read yet is forgotten."""
@@ -228,20 +228,20 @@ class Guard:
         self._netlink.close()
         self._netlink = self._loop = None
 
-    def look(self) -> None:
+    def process_pending(self) -> None:
         """Tell of what has come, BATCH events at most: called by the loop, and before a step that has no undo."""
-        for _ in range(BATCH):
+        for _ in range(BATCH_EVENTS):
             if self._netlink is None:
                 return
             try:
-                event = self._netlink.receive()
+                event = self._netlink.receive_event()
             except ValueError:
-                seen: Seen | None = self._watch.missed(UNREADABLE)
+                seen: Seen | None = self._watch.missed_events(UNREADABLE)
             except (OSError, MemoryError):
-                seen = self._watch.missed(LOST)
+                seen = self._watch.missed_events(LOST)
             else:
                 if event is None:
                     return
-                seen = self._watch.judge(event)
+                seen = self._watch.judge_event(event)
             if seen is not None:
                 self._happened(seen)

@@ -47,9 +47,9 @@ MESSAGE_ID: dict[Phase, str] = {
 }
 REFUSAL_ID = "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a13"
 """The MESSAGE_ID of a producer's no."""
-STATUS_REST = 0.1
+STATUS_REST_SECONDS = 0.1
 """Seconds between two status texts."""
-SLOW = 1.0
+SLOW_SECONDS = 1.0
 """Seconds after which an answer is worth a record."""
 READY = "ready"
 ERR, WARNING, INFO = 3, 4, 6  # syslog priorities
@@ -63,7 +63,7 @@ PRIORITY = {
 }
 
 
-DOING = {row.doing: step.value for step, row in STEPS.items()}
+STEP_OF_PHASE = {row.doing: step.value for step, row in STEPS.items()}
 """The step that each phase passes through."""
 MAX_WAITING = 1024
 """Records, and notifications, that may wait to be written: then the next ones are dropped."""
@@ -72,26 +72,26 @@ FLUSH_SECONDS = 1.0
 EXTEND_SECONDS = 30.0
 """Seconds more that are asked for, over and over, while a start or a stop goes on."""
 
-MAX_STATUS = 500
+MAX_STATUS_CHARACTERS = 500
 """Characters of the status text."""
 
 _journald = Worker("journal", "The journal", max_waiting=MAX_WAITING)
 _manager = Worker("notify", "The service manager", max_waiting=MAX_WAITING)
 
 
-def write(event: Event, *, entered: bool, record: Record) -> None:
+def write_event(event: Event, *, entered: bool, record: Record) -> None:
     """Write a record of an event; none of a producer that does as it is told at once.
 
     `entered` is whether the phase is another than the event before had: then the record has the phase's MESSAGE_ID.
     `record` is the handover's.
     """
-    if _routine(event.producer):
+    if _is_routine(event.producer):
         return
-    message, found = fields(event, entered=entered, record=record)
-    _journald.later(lambda: systemd.journal.send(message, **found))
+    message, found = record_fields(event, entered=entered, record=record)
+    _journald.call_later(lambda: systemd.journal.send(message, **found))
 
 
-def fields(event: Event, *, entered: bool, record: Record) -> tuple[str, dict[str, Any]]:
+def record_fields(event: Event, *, entered: bool, record: Record) -> tuple[str, dict[str, Any]]:
     """Give a record's text and its fields."""
     found: dict[str, Any] = {
         "PRIORITY": PRIORITY.get(event.phase, INFO),
@@ -105,8 +105,8 @@ def fields(event: Event, *, entered: bool, record: Record) -> tuple[str, dict[st
     if record.begun.at and event.phase not in RESTING:
         found |= {"KHO_BY": record.begun.by, "KHO_IMAGE": record.begun.image}
     last = record.timings[-1] if record.timings else None
-    if event.phase in DOING:
-        found["KHO_STEP"] = DOING[event.phase]
+    if event.phase in STEP_OF_PHASE:
+        found["KHO_STEP"] = STEP_OF_PHASE[event.phase]
     elif entered and last is not None and event.phase is STEPS[Step(last.step)].done:
         found |= {"KHO_STEP": last.step, "KHO_SECONDS": f"{last.seconds:.3f}"}
     if (producer := event.producer) is not None:
@@ -118,7 +118,7 @@ def fields(event: Event, *, entered: bool, record: Record) -> tuple[str, dict[st
     return f"{event.phase.value.replace('_', ' ')}: {event.message}", found
 
 
-def complain(what: str) -> None:
+def write_stderr(what: str) -> None:
     """Write a line to standard error, where somebody reads it."""
 
     def send() -> None:
@@ -126,40 +126,40 @@ def complain(what: str) -> None:
             sys.stderr.write(f"{what}\n")
             sys.stderr.flush()
 
-    _journald.later(send)
+    _journald.call_later(send)
 
 
 class Handler(logging.Handler):
     """Log records go the same way."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        complain(self.format(record))
+        write_stderr(self.format(record))
 
 
-def _routine(producer: Producer | None) -> bool:
+def _is_routine(producer: Producer | None) -> bool:
     """Tell whether a thousand producers would say the same within a second: journald drops records then."""
     if producer is None or not producer.phase:
         return False
-    return not producer.answer or (producer.answer == READY and producer.seconds < SLOW)
+    return not producer.answer or (producer.answer == READY and producer.seconds < SLOW_SECONDS)
 
 
-def notify(state: str) -> None:
+def notify_manager(state: str) -> None:
     """Tell the service manager; nothing happens where there is none, or where it does not listen."""
-    _manager.later(lambda: systemd.daemon.notify(state))
+    _manager.call_later(lambda: systemd.daemon.notify(state))
 
 
-def flush() -> None:
+def flush_workers() -> None:
     """Wait until what was said so far is out, and no longer than FLUSH_SECONDS: khod ends."""
     for worker in (_manager, _journald):
         said = threading.Event()
-        worker.later(said.set)
+        worker.call_later(said.set)
         said.wait(FLUSH_SECONDS)
 
 
 async def extend_timeout() -> None:
     """Ask for more time, over and over: a rollback has its own bound, and to be killed on the way would end it."""
     while True:
-        notify(f"EXTEND_TIMEOUT_USEC={int(EXTEND_SECONDS * 1e6)}")
+        notify_manager(f"EXTEND_TIMEOUT_USEC={int(EXTEND_SECONDS * 1e6)}")
         await asyncio.sleep(EXTEND_SECONDS / 3)
 
 
@@ -175,30 +175,30 @@ class StatusText:
         self._changed = False
         self._resting = False
 
-    def change(self) -> None:
+    def mark_changed(self) -> None:
         """Something has changed."""
         self._changed = True
         if not self._resting:
-            self._send()
+            self._send_text()
 
-    def _send(self) -> None:
+    def _send_text(self) -> None:
         self._resting = self._changed
         if self._changed:
             self._changed = False
-            notify(f"STATUS={one_line(self._text(), MAX_STATUS)}")
-            asyncio.get_running_loop().call_later(STATUS_REST, self._send)
+            notify_manager(f"STATUS={one_line(self._text(), MAX_STATUS_CHARACTERS)}")
+            asyncio.get_running_loop().call_later(STATUS_REST_SECONDS, self._send_text)
 
 
-def reloading() -> None:
+def notify_reloading() -> None:
     """Begin a reload as Type=notify-reload wants it: with the time it began, in microseconds."""
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+    notify_manager(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
-async def watchdog() -> None:
+async def feed_watchdog() -> None:
     """Say that the event loop turns, twice in the interval the unit asks for; returns where it asks for none."""
     usec = os.environ.get("WATCHDOG_USEC", "")
     if not usec.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return
     while True:
-        notify("WATCHDOG=1")
+        notify_manager("WATCHDOG=1")
         await asyncio.sleep(int(usec) / 2e6)

@@ -72,7 +72,7 @@ class Jump:
         while await attempt.goes_down() is not False:  # noqa: ASYNC110 - systemd has to be asked
             await asyncio.sleep(WATCH_SECONDS)
 
-    async def watch(self, attempt: Attempt) -> None:
+    async def watch_attempt(self, attempt: Attempt) -> None:
         """Notice a jump that does not happen: it came back, or systemd has given it up."""
         cause: KhoError = Failed(
             "systemd took the request and does not take the host down",
@@ -80,7 +80,7 @@ class Jump:
             remedy="Look at journalctl -b and systemctl list-jobs.",
         )
         try:
-            await attempt.ended()
+            await attempt.wait_executor()
         except Exception as error:  # noqa: BLE001 - whatever it is: what asked for the jump has failed
             cause = told_error(error)
             # systemctl may fail once systemd has taken its request; of reboot(2) there is nothing to ask.

@@ -23,21 +23,21 @@ class Observer:
         self._workers = workers
 
     @property
-    def kernel(self) -> KhoKernel:
+    def require_kernel(self) -> KhoKernel:
         """The kernel's KHO; Unsupported where it has none."""
         if self.probed.kernel is None:
             raise Unsupported(self.probed.what, remedy=self.probed.remedy)
         return self.probed.kernel
 
-    async def observe(self, deadline: float) -> Observed:
+    async def observe_kernel(self, deadline: float) -> Observed:
         """Ask the kernel how it stands; Failed where it cannot be asked within `deadline` seconds."""
 
         def ask() -> tuple[Probed, Observed]:
             probed = self.probed if self.probed.kernel is not None else self._prober()
-            return probed, reconcile.observe(self._kexec, probed.kernel)
+            return probed, reconcile.observe_kernel(self._kexec, probed.kernel)
 
         try:
-            self.probed, observed = await self._workers.observer.call(ask, "saying how it stands", deadline)
+            self.probed, observed = await self._workers.observer.call_within(ask, "saying how it stands", deadline)
         except OSError as error:
             raise Failed(f"The kernel cannot be asked: {error}", where=str(error.filename)) from error
         self.last = observed
@@ -46,7 +46,7 @@ class Observer:
     async def try_observe(self, deadline: float) -> Observed | None:
         """Ask it, and do without an answer where none comes: what follows is an undo, which does not wait for it."""
         try:
-            return await self.observe(deadline)
+            return await self.observe_kernel(deadline)
         except KhoError:
             return None
         except Exception:  # noqa: BLE001 - whatever the kernel's files say, an undo goes on

@@ -21,19 +21,19 @@ from khod.engine.startup import Startup
 from khod.engine.transaction import Transaction, told_error
 from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused, UsageError
 from khod.handover import reconcile
-from khod.handover.machine import HELD, RESTING, Machine, left
+from khod.handover.machine import HELD, RESTING, Machine, remaining_steps
 from khod.handover.record import Owner, Process, Record, Store
 from khod.kernel.kexec import Kexec
-from khod.kernel.next_arg import switched_on
+from khod.kernel.next_arg import is_switched_on
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
 from khod.kernel.thread import Workers
 from khod.model import Check, Event, Observed, Phase, Plan, Status, Step
 from khod.preflight.handover import JUMP_OR_BEGIN_AGAIN, WAIT
-from khod.producers.barrier import Barrier, Member, Producer, Verb
-from khod.producers.peers import Peer, Peers, Terms
+from khod.producers.barrier import Barrier, Member, Participant, Verb
+from khod.producers.peers import Peer, Peers, Registration
 from khod.producers.registrations import Registrations
-from khod.producers.registry import Muster
+from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions, session_of
 from khod.region import Region
 from khod.systemd.shutdown import Executor, Shutdown
@@ -54,7 +54,7 @@ class Watcher(Protocol):
     def stop(self) -> None:
         """Watch no more."""
 
-    def look(self) -> None:
+    def process_pending(self) -> None:
         """Tell at once of what has come."""
 
 
@@ -72,7 +72,7 @@ class Engine:
         store: Store,
         config: Config,
         *,
-        producers: Callable[[], list[Producer]],
+        producers: Callable[[], list[Participant]],
         sessions: Sessions,
         guard: Callable[[Callable[[Seen], None]], Watcher],
         orderly: Executor,
@@ -102,9 +102,9 @@ class Engine:
         """Set when it is known where the host stands and who may come back: a rollback at the start waits for them."""
         self._started = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
-        self._transaction = Transaction(store, self._workers.disk, tell, self._guard.look, goes_down)
+        self._transaction = Transaction(store, self._workers.disk, tell, self._guard.process_pending, goes_down)
         peers = Peers(sessions, self._peer_left, self._peer_came, registrations, self._on_unkept_registration)
-        self.muster = Muster(producers, peers)
+        self.muster = ProducerRegistry(producers, peers)
         self._observer = Observer(kexec, prober, self._workers)
         self._restoration = Restoration(
             self._transaction,
@@ -112,12 +112,14 @@ class Engine:
             store,
             kexec,
             self._workers,
-            self._settings,
+            self._current_config,
             busy=self._busy,
-            spawn=self._spawn,
+            spawn=self._spawn_task,
         )
-        self._startup = Startup(self._transaction, self._observer, peers, store, kexec, self._workers, self._settings)
-        self._jump = Jump(self._transaction, self._settings, self._give_up_jump)
+        self._startup = Startup(
+            self._transaction, self._observer, peers, store, kexec, self._workers, self._current_config
+        )
+        self._jump = Jump(self._transaction, self._current_config, self._give_up_jump)
         self.queries = Queries(
             self._transaction,
             self._observer,
@@ -127,7 +129,7 @@ class Engine:
             store,
             kexec,
             self._workers,
-            config=self._settings,
+            config=self._current_config,
             inhibitors=lambda: self._inhibitors,
             busy=self._busy,
             known=self._known,
@@ -145,9 +147,9 @@ class Engine:
         return self._transaction.record
 
     @property
-    def waiting(self) -> list[str]:
+    def waiting_producers(self) -> list[str]:
         """The producers whose answer is waited for."""
-        return [member.producer.name for member in self.queries.members if member.waiting]
+        return [member.producer.name for member in self.queries.members if member.is_waiting]
 
     @property
     def at_rest(self) -> bool:
@@ -164,25 +166,25 @@ class Engine:
         """
         try:
             async with self._busy:
-                await self._start()
+                await self._start_engine()
         finally:
             self._known.set()
             self._started.set()
 
-    async def _start(self) -> None:
+    async def _start_engine(self) -> None:
         found, observed, note = await self._startup.find_out()
         self._known.set()
         lacking = "" if self._observer.probed.kernel else f"no handover is possible: {self._observer.probed.what}"
-        self._transaction.emit(found.reason or lacking or "khod started")
+        self._transaction.emit_event(found.reason or lacking or "khod started")
         try:
             match found.action:
                 case reconcile.Action.verify:
-                    await self._restoration.begin(observed, self._observer.probed.kernel, found.doubt, note)
+                    await self._restoration.begin_restoration(observed, self._observer.probed.kernel, found.doubt, note)
                 case reconcile.Action.roll_back:
                     if not await self._still_jumps(found.phase, observed):
                         await self._roll_back(Failed(found.reason))
                 case reconcile.Action.resume:
-                    self._watch(self._acting())
+                    self._watch_devices(self._current_attempt())
                 case reconcile.Action.none if found.phase in RESTING:
                     await self._transaction.try_write_record(departure_served=True)
         finally:
@@ -192,15 +194,15 @@ class Engine:
         """Whether the jump that an earlier khod asked for is still to come; then it is watched."""
         if phase is not Phase.executing or not observed.loaded or self._shutdown is None:
             return False
-        if (down := await self._acting().goes_down()) is False:
+        if (down := await self._current_attempt().goes_down()) is False:
             return False
-        self._transaction.emit(
+        self._transaction.emit_event(
             "the host is on its way into the next kernel: nothing is undone"
             if down
             else "systemd does not say whether the host is on its way into the next kernel: nothing is undone. "
             "If systemctl list-jobs shows no kexec.target: khoctl abort --force"
         )
-        self._spawn(self._jump.watch(self._acting()))
+        self._spawn_task(self._jump.watch_attempt(self._current_attempt()))
         return True
 
     def _close_stray_sessions(self, observed: Observed) -> None:
@@ -216,8 +218,8 @@ class Engine:
         wanted = {session_of(record.run, holder.name) for holder in record.producers}
         if stray := [session for session in self._sessions.of_run(record.run) if session not in wanted]:
             for session in stray:
-                self._sessions.close(session)
-            self._transaction.emit(f"closed {len(stray)} LUO sessions that no producer was told of")
+                self._sessions.close_session(session)
+            self._transaction.emit_event(f"closed {len(stray)} LUO sessions that no producer was told of")
 
     async def stop(self, *, jumping: bool | None, going_down: bool = False) -> None:
         """End: roll back what is held, unless the host is on its way into the kexec (`jumping`).
@@ -242,7 +244,7 @@ class Engine:
             return  # reboot(2) has not come back: nothing may be undone, and nobody can wait for it
         if self._busy.locked() or self._transaction.phase in HELD | {Phase.executing}:
             stopped = Failed("khod was stopped in the middle of a handover", where="abort")
-            await self._abort(stopped, stopping=True, down=going_down)
+            await self._end_and_undo(stopped, stopping=True, down=going_down)
         await self._transaction.settle_shutdown_note()
         await self._transaction.settle_record()
 
@@ -253,48 +255,50 @@ class Engine:
         async with self._busy:  # what is under way ends first: at the jump, which is asked for already, or rolled back
             with suppress(KhoError):
                 if self._transaction.phase in HELD:
-                    steps = left(self.machine, self._observer.kernel.order, Step.execute)[:-1]
-                    await self._transaction.forward(steps, hold=False)
+                    steps = remaining_steps(self.machine, self._observer.require_kernel.order, Step.execute)[:-1]
+                    await self._transaction.run_steps(steps, hold=False)
                 if self._transaction.phase in HELD:
-                    await self._transaction.depart()
+                    await self._transaction.record_departure()
             if self._transaction.phase in RESTING:  # it was rolled back, and the host boots cold
                 await self._transaction.note_interrupted(under_way)
         if self._transaction.phase is Phase.executing:
-            await self._acting().barrier.leave()
+            await self._current_attempt().barrier.make_way()
 
     # Operations
 
     async def activate(self, *, by: str = "") -> None:
         """Bring producers and kernel to `active`. On failure everything is put back. `by` is who asks, for people."""
-        async with self._operation():
-            await self._begin(await self._check_may_start(None, by=by))
-            await self._transaction.forward(self._remaining(Step.activate), hold=False)
+        async with self._one_operation():
+            await self._open_attempt(await self._check_may_start(None, by=by))
+            await self._transaction.run_steps(self._remaining_steps(Step.activate), hold=False)
 
     async def kexec(self, request: Request, *, by: str = "") -> None:
         """Do what is left, up to the jump or, with `load_only`, the loaded image. `by` is who asks, for people."""
-        async with self._operation():
+        async with self._one_operation():
             record = await self._check_may_start(request, by=by)
-            target = await self._target(request, record.run)
+            target = await self._build_target(request, record.run)
             attempt: Attempt | None = None
             try:
                 if target is not None:
                     await self._check_target(target)
-                attempt = await self._begin(record, at_once=request.now and not request.load_only)
+                attempt = await self._open_attempt(record, at_once=request.now and not request.load_only)
                 if target is not None:
                     how = ", to jump at once (--now)" if request.now and not request.load_only else ""
                     # Where the operator has softened the check, files may be lost.
                     strict = self.config.checks.formats not in ("warn", "off")
-                    luo_off = strict and not switched_on(target.booted_line, "liveupdate")
-                    self._transaction.aim(f"{target.description}{how}", luo_off=luo_off)
-                attempt.aim(target, self._executors[request.now])
+                    luo_off = strict and not is_switched_on(target.booted_line, "liveupdate")
+                    self._transaction.note_target(f"{target.describe}{how}", luo_off=luo_off)
+                attempt.set_target(target, self._executors[request.now])
                 if request.now:
                     # The bulk of the dirty pages goes out before anyone is frozen; the executor's own
                     # sync then has little left.
                     await self._interruptible(
-                        self._workers.files.call(self._kexec.sync, "sync(2)", self.config.deadlines.execute)
+                        self._workers.files.call_within(
+                            self._kexec.sync_disks, "sync(2)", self.config.deadlines.execute
+                        )
                     )
                 last = Step.load if request.load_only else Step.execute
-                await self._transaction.forward(self._remaining(last), hold=request.hold)
+                await self._transaction.run_steps(self._remaining_steps(last), hold=request.hold)
             except JumpUnderWay as error:
                 raise NotRolledBack(error.what, where=error.where, remedy=error.remedy) from error
             finally:
@@ -303,7 +307,7 @@ class Engine:
                 elif target is not None:
                     target.close()
                 if self._transaction.phase is Phase.executing:
-                    self._spawn(self._jump.watch(self._acting()))
+                    self._spawn_task(self._jump.watch_attempt(self._current_attempt()))
 
     async def abort(self, *, force: bool = False, by: str = "") -> None:
         """Put everything back. With `force` also what khod did not do, or what it cannot know. `by` is who asks."""
@@ -311,10 +315,14 @@ class Engine:
         if self._transaction.phase is Phase.verifying:
             raise Refused("Producers are taking back what they left, which has no undo", remedy="khoctl verify")
         if self._transaction.phase is Phase.executing:
-            await self._jump.check_may_be_called_back(self._acting(), force=force)
-        await self._abort(Failed(f"The handover was aborted{f' by {by}' if by else ''}", where="abort"), force=force)
+            await self._jump.check_may_be_called_back(self._current_attempt(), force=force)
+        await self._end_and_undo(
+            Failed(f"The handover was aborted{f' by {by}' if by else ''}", where="abort"), force=force
+        )
 
-    async def _abort(self, cause: KhoError, *, force: bool = False, stopping: bool = False, down: bool = False) -> None:
+    async def _end_and_undo(
+        self, cause: KhoError, *, force: bool = False, stopping: bool = False, down: bool = False
+    ) -> None:
         """End what is under way and put it back; the undo comes before any question to the kernel that may hang."""
         under_way, ended = self._transaction.phase, self._transaction.rollbacks
         if self._busy.locked():
@@ -338,7 +346,7 @@ class Engine:
             self._transaction.settle_cancel()  # it found nothing to end; any other is still to be acted on
         observed = await self._observer.try_observe(self.config.deadlines.observe)
         phase = self.queries.effective_phase(observed)
-        foreign = observed is not None and reconcile.foreign(self._transaction.current(), observed)
+        foreign = observed is not None and reconcile.is_foreign(self._transaction.current_record(), observed)
         unrecorded = force and phase in RESTING and not self.record.run
         if phase is Phase.inconsistent or foreign or unrecorded:
             await self._take_over(phase, observed, force=force)
@@ -346,16 +354,16 @@ class Engine:
             self._transaction.settle_cancel()
             return
         elif phase is Phase.failed:
-            self._transaction.attach(None)  # what failed may have been mended in a file since
+            self._transaction.attach_attempt(None)  # what failed may have been mended in a file since
         elif phase in HELD and Step.load in self.machine.done and not stopping:
-            await self._jump.refuse_on_the_way(self._acting())
+            await self._jump.refuse_on_the_way(self._current_attempt())
         elif phase is Phase.executing:  # what only asks for the jump may have come through meanwhile
-            await self._jump.check_may_be_called_back(self._acting(), force=force or stopping)
+            await self._jump.check_may_be_called_back(self._current_attempt(), force=force or stopping)
         await self._roll_back(None, interrupted=phase if down else None, because=cause if stopping else None)
 
     async def _take_over(self, phase: Phase, observed: Observed | None, *, force: bool) -> None:
         """Take over what is not khod's, or of which its record does not say everything; Refused without `force`."""
-        kernel = "the kernel was not asked" if observed is None else reconcile.said(observed)
+        kernel = "the kernel was not asked" if observed is None else reconcile.describe_kernel(observed)
         if not force:
             raise Refused(
                 f"khod did not do this, or cannot tell: {self._transaction.reason or phase.value}; {kernel}",
@@ -364,32 +372,32 @@ class Engine:
             )
         shown = observed or Observed("", "", active=True, loaded=True, arrived=False, cmdline="")
         unknown = phase is Phase.inconsistent or not self.record.boot_id or not self.record.run
-        steps = reconcile.due(self.machine.done, shown, told=unknown)
+        steps = reconcile.steps_to_undo(self.machine.done, shown, told=unknown)
         note = ""
         if self._transaction.phase is Phase.inconsistent:
             with suppress(KhoError):  # another record is written in its place
-                kept = await self._workers.disk.call(
+                kept = await self._workers.disk.call_within(
                     self._store.set_aside, "keeping the record", self.config.deadlines.observe
                 )
                 note = f"The record could not be read; it is kept as {kept}." if kept else ""
         taken = Phase.inconsistent if phase is Phase.inconsistent else Phase.foreign
-        self._transaction.adopt(taken, steps, shown, note)
-        self._transaction.attach(None)
+        self._transaction.adopt_steps(taken, steps, shown, note)
+        self._transaction.attach_attempt(None)
 
-    async def forget(self, name: str) -> None:
+    async def forget_producer(self, name: str) -> None:
         """Give up what a producer left before the jump, or that it comes back after a restart of khod."""
-        async with self._operation():
+        async with self._one_operation():
             record = self.record
             claims = tuple(holder for holder in record.claims if holder.name != name)
             if len(claims) < len(record.claims):
-                await self._interruptible(self.muster.peers.forget(name, self.config.deadlines.activate))
+                await self._interruptible(self.muster.peers.forget_claim(name, self.config.deadlines.activate))
                 await self._transaction.note_claims(claims)
-                self._transaction.emit(f"what {name} left is freed")
+                self._transaction.emit_event(f"what {name} left is freed")
             elif name in self.queries.unknown_sessions:
-                await self._interruptible(self._sessions.drop(name, self.config.deadlines.activate))
-                self._transaction.emit(f"the LUO session {name} is freed")
+                await self._interruptible(self._sessions.drop_session(name, self.config.deadlines.activate))
+                self._transaction.emit_event(f"the LUO session {name} is freed")
             elif self.muster.peers.give_up(name):
-                self._transaction.emit(f"{name} is not expected to come back any more")
+                self._transaction.emit_event(f"{name} is not expected to come back any more")
             else:
                 raise Refused(
                     f"Producer {name} left nothing that waits for it, and is not expected back",
@@ -397,9 +405,9 @@ class Engine:
                     remedy="khoctl check names those that are.",
                 )
 
-    async def retry(self, name: str) -> None:
+    async def retry_producer(self, name: str) -> None:
         """Tell a producer of any kind again to take back what it left before the jump; Refused where it does not."""
-        async with self._operation():
+        async with self._one_operation():
             claim = next((holder for holder in self.record.claims if holder.name == name), None)
             if claim is None or self._transaction.phase not in RESTING:
                 raise Refused(
@@ -409,12 +417,12 @@ class Engine:
                     where=name,
                     remedy="khoctl status names those that something waits for." if claim is None else "khoctl status",
                 )
-            await self._restoration.retry(claim)
+            await self._restoration.retry_restore(claim)
 
-    async def rehearse(self, name: str) -> list[model.Producer]:
+    async def rehearse_producer(self, name: str) -> list[model.Producer]:
         """Drive one producer through prepare, freeze, thaw and cancel, with the kernel left alone; its answers."""
-        async with self._operation():
-            observed = await self._interruptible(self._observe())
+        async with self._one_operation():
+            observed = await self._interruptible(self._observe_kernel())
             if self._transaction.phase not in RESTING:
                 raise Refused(
                     f"A producer cannot be tested now ({self._transaction.phase.value})",
@@ -426,18 +434,20 @@ class Engine:
                     where=", ".join(holder.name for holder in self.record.claims),
                     remedy="Start them first, or: khoctl producers forget NAME",
                 )
-            producer, answers = self.muster.find(name), list[model.Producer]()
+            producer, answers = self.muster.find_producer(name), list[model.Producer]()
 
             def on_changed(member: Member) -> None:
                 self._transaction.on_member_changed(member)
-                if not member.waiting:
-                    answers.append(member.shown())
+                if not member.is_waiting:
+                    answers.append(member.to_model())
 
             record = self.record.begin_run(new_run(), observed, self.record.generation)
             try:
-                with self._transaction.aside(record):
-                    self._transaction.attach(self._new_attempt(Barrier.of([producer], record.run, on_changed)))
-                    await self._transaction.forward((Step.prepare, Step.freeze), hold=False)
+                with self._transaction.drive_aside(record):
+                    self._transaction.attach_attempt(
+                        self._new_attempt(Barrier.from_producers([producer], record.run, on_changed))
+                    )
+                    await self._transaction.run_steps((Step.prepare, Step.freeze), hold=False)
                     await self._transaction.roll_back(None, said="the test is over")
             finally:
                 await self._transaction.try_write_record()
@@ -445,24 +455,24 @@ class Engine:
 
     # Producers that connect
 
-    async def register(self, name: str, owner: Owner, process: Process, terms: Terms) -> Peer:
+    async def register_producer(self, name: str, owner: Owner, process: Process, terms: Registration) -> Peer:
         """Take a producer in that has connected; it takes part from the next step on."""
         await self._known.wait()
-        if self._transaction.phase is Phase.executing and not self.muster.peers.awaits(name):
+        if self._transaction.phase is Phase.executing and not self.muster.peers.is_awaiting(name):
             raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
-        return self.muster.register(name, owner, process, terms, self.config.producers.max_per_user)
+        return self.muster.register_peer(name, owner, process, terms, self.config.producers.max_per_user)
 
     def _peer_came(self, peer: Peer) -> None:
         where = peer.owner.unit or "no unit"
-        self._transaction.emit(
-            f"producer {peer.name} registered (user {peer.owner.uid}, {where})", Member(peer).shown()
+        self._transaction.emit_event(
+            f"producer {peer.name} registered (user {peer.owner.uid}, {where})", Member(peer).to_model()
         )
         peer.late = lambda: self._restoration.restore_late(peer)
         if peer.restoring and self._transaction.phase is not Phase.verifying:
             peer.late()
 
     def _peer_left(self, peer: Peer) -> None:
-        self._transaction.emit(f"producer {peer.name} disconnected", Member(peer).shown())
+        self._transaction.emit_event(f"producer {peer.name} disconnected", Member(peer).to_model())
         if not peer.told or peer.restoring:
             return
         cause = Refused(
@@ -491,7 +501,7 @@ class Engine:
             self._cancel_attempt(attempt, cause)
             return
         attempt.going_down = True
-        self._spawn(self._end_without_shutdown(attempt, cause))
+        self._spawn_task(self._end_without_shutdown(attempt, cause))
 
     async def _end_without_shutdown(self, attempt: Attempt, cause: KhoError) -> None:
         """End the handover after all, where the shutdown that excuses a producer's leaving is called off."""
@@ -500,7 +510,7 @@ class Engine:
         self._cancel_attempt(attempt, cause)
 
     def _on_unkept_registration(self, error: Exception) -> None:
-        self._transaction.emit(
+        self._transaction.emit_event(
             f"producers would not be missed after a restart of khod, their list is not kept: {error}"
         )
 
@@ -512,7 +522,7 @@ class Engine:
             return
         self._transaction.cancel(cause)
         if not self._busy.locked():
-            self._spawn(self._end_held())
+            self._spawn_task(self._end_held())
 
     def _cancel_attempt(self, attempt: Attempt, cause: KhoError) -> None:
         """End this attempt, and none that was begun since."""
@@ -538,7 +548,7 @@ class Engine:
             if not quiet:  # it stands in the record, and everyone was told
                 raise
 
-    def _watch(self, attempt: Attempt) -> None:
+    def _watch_devices(self, attempt: Attempt) -> None:
         """Watch for devices that come and go, while this attempt lasts; Failed where that is not possible."""
         settings = self.config.guard
         devices = {member.producer.name: member.producer.devices for member in attempt.barrier.members}
@@ -559,9 +569,9 @@ class Engine:
     def _start_seconds(self) -> float:
         """More than a start may take that asks the kernel once and rolls back, whatever order the producers have."""
         try:
-            producers = self.muster.everyone()
+            producers = self.muster.all_producers()
         except KhoError:
-            producers = [*self.muster.peers.known()]
+            producers = [*self.muster.peers.all_peers()]
         deadlines = self.config.deadlines
         return deadlines.activate + bound_seconds(deadlines, ()) + sum(2 * producer.timeout for producer in producers)
 
@@ -572,8 +582,8 @@ class Engine:
             LOG.exception("The guard could not be stopped")
 
     def _on_device_event(self, seen: Seen) -> None:
-        sentence = seen.sentence()
-        self._transaction.emit(sentence)
+        sentence = seen.describe()
+        self._transaction.emit_event(sentence)
         if seen.severity is Severity.abort:
             self.cancel(
                 Refused(
@@ -593,7 +603,7 @@ class Engine:
     # How an operation goes
 
     @asynccontextmanager
-    async def _operation(self) -> AsyncIterator[None]:
+    async def _one_operation(self) -> AsyncIterator[None]:
         """One at a time; whoever comes second is refused, not queued: the first may change what it meant."""
         await self._started.wait()
         if self._busy.locked() and not self._restoration.make_way():
@@ -636,7 +646,7 @@ class Engine:
                     if self._transaction.phase not in HELD:
                         self._stop_watching()
         finally:
-            self._restoration.resume()
+            self._restoration.resume_claims()
 
     async def _check_may_start(self, request: Request | None, *, by: str) -> Record:
         """Refuse before anything is touched; else give the record to go on with, a fresh one from rest.
@@ -645,56 +655,56 @@ class Engine:
         """
         if self.config_error is not None:
             raise self.config_error
-        observed = await self._interruptible(self._observe())
+        observed = await self._interruptible(self._observe_kernel())
         phase = self._transaction.phase
         if phase not in RESTING | HELD:
             raise Refused(
                 f"A handover cannot go on from here ({phase.value}): {self._transaction.reason}",
                 where="khod",
-                remedy=status.SAYS[phase][1],
+                remedy=status.PHASE_TEXT[phase][1],
             )
-        if waiting := self.queries.absent:
+        if waiting := self.queries.absent_producers:
             names = ", ".join(found.name for found in waiting)
-            self._transaction.emit(f"waiting for producers to connect again: {names}")
+            self._transaction.emit_event(f"waiting for producers to connect again: {names}")
             await self._interruptible(self.muster.peers.wait_returned({found.name for found in waiting}))
         now = request is not None and request.now
         checks = await self._interruptible(self.queries.run_checks(observed, now=now))
         to_come = {"kexec": request is not None and Step.load not in self.machine.done}
         to_come["sessions"] = request is not None and not request.load_only  # it is the jump that ends them
-        self._require([check for check in checks if to_come.get(check.name, True)])
+        self._require_checks([check for check in checks if to_come.get(check.name, True)])
         if phase in HELD:
             return self.record
-        return self.record.begin_run(new_run(), observed, self._observer.kernel.generation, by)
+        return self.record.begin_run(new_run(), observed, self._observer.require_kernel.generation, by)
 
     async def _check_target(self, target: Target) -> None:
         observed = self._observer.last
         assert observed is not None, "the kernel was asked before"
-        self._require(await self._interruptible(self.queries.run_checks(observed, target)))
-        self._transaction.emit(f"the next command line: {target.cmdline}", words=target.words)
+        self._require_checks(await self._interruptible(self.queries.run_checks(observed, target)))
+        self._transaction.emit_event(f"the next command line: {target.cmdline}", words=target.words)
 
-    def _require(self, checks: list[Check]) -> None:
-        preflight.require(checks)
-        for line in preflight.overridden(checks):
-            self._transaction.emit(line)
+    def _require_checks(self, checks: list[Check]) -> None:
+        preflight.require_passed(checks)
+        for line in preflight.overridden_findings(checks):
+            self._transaction.emit_event(line)
 
-    async def _begin(self, record: Record, *, at_once: bool = False) -> Attempt:
+    async def _open_attempt(self, record: Record, *, at_once: bool = False) -> Attempt:
         """Go on with the attempt of this record, or begin it."""
         if record.run != self.record.run:
             about = record.run, record.boot_id, record.release, record.generation
             await self._interruptible(
-                self._workers.disk.call(
-                    lambda: self._store.snapshots.prepare(*about, self.config.snapshots),
+                self._workers.disk.call_within(
+                    lambda: self._store.snapshots.prepare_snapshot(*about, self.config.snapshots),
                     "making room for the snapshot",
                     self.config.deadlines.prepare,
                 )
             )
-            self._transaction.begin(record)
+            self._transaction.begin_run(record)
         self._transaction.note_sessions(self.queries.sighted, at_once=at_once)
-        attempt = self._acting()
-        self._watch(attempt)
+        attempt = self._current_attempt()
+        self._watch_devices(attempt)
         return attempt
 
-    async def _target(self, request: Request, run: str) -> Target | None:
+    async def _build_target(self, request: Request, run: str) -> Target | None:
         """The next kernel in memory, None where it is loaded already."""
         if request.kernel is None:
             if Step.load not in self.machine.done:
@@ -714,24 +724,24 @@ class Engine:
         return await self._interruptible(self.queries.build_target(request, observed, run))
 
     async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
-        return await self._transaction.interruptible(work)
+        return await self._transaction.wait_interruptibly(work)
 
     async def _roll_back(
         self, cause: KhoError | None, *, interrupted: Phase | None = None, because: KhoError | None = None
     ) -> None:
-        self._acting()
+        self._current_attempt()
         await self._transaction.roll_back(cause, interrupted=interrupted, because=because)
 
-    def _remaining(self, last: Step) -> tuple[Step, ...]:
-        return left(self.machine, self._observer.kernel.order, last)
+    def _remaining_steps(self, last: Step) -> tuple[Step, ...]:
+        return remaining_steps(self.machine, self._observer.require_kernel.order, last)
 
-    async def _observe(self) -> Observed:
-        return await self._observer.observe(self.config.deadlines.activate)
+    async def _observe_kernel(self) -> Observed:
+        return await self._observer.observe_kernel(self.config.deadlines.activate)
 
-    def _settings(self) -> Config:
+    def _current_config(self) -> Config:
         return self.config
 
-    def _acting(self) -> Attempt:
+    def _current_attempt(self) -> Attempt:
         """The attempt under way; made where there is none yet (a start, a first step)."""
         found = self._transaction.attempt
         if found is not None and not found.barrier.broken:
@@ -742,28 +752,28 @@ class Engine:
             last = next((verb for step, verb in told.items() if step in self.machine.done), None)
             if self._transaction.phase is Phase.failed and record.producers:
                 last = None
-            barrier = self.muster.resumed(record.run, changed, record.producers, last)
+            barrier = self.muster.resume_barrier(record.run, changed, record.producers, last)
         else:
-            barrier = self.muster.barrier(record.run, changed)
-        attempt = self._new_attempt(barrier, everyone=self.muster.everyone)
-        attempt.resume(self.machine)
-        self._transaction.attach(attempt)
+            barrier = self.muster.make_barrier(record.run, changed)
+        attempt = self._new_attempt(barrier, everyone=self.muster.all_producers)
+        attempt.adopt_steps(self.machine)
+        self._transaction.attach_attempt(attempt)
         return attempt
 
-    def _new_attempt(self, barrier: Barrier, *, everyone: Callable[[], list[Producer]] = list) -> Attempt:
+    def _new_attempt(self, barrier: Barrier, *, everyone: Callable[[], list[Participant]] = list) -> Attempt:
         return Attempt(
             self._observer.probed.kernel,
             self._kexec,
             self._workers,
             self._store,
-            self._settings,
+            self._current_config,
             barrier,
             everyone=everyone,
-            joined=self._watch,
+            joined=self._watch_devices,
             shutdown=self._shutdown,
         )
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn_task(self, work: Coroutine[None, None, None]) -> None:
         """Run something nobody waits for; it is ended with khod."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
@@ -780,9 +790,9 @@ class Engine:
         """Tell how it stands."""
         return await self.queries.status()
 
-    async def now(self) -> Event:
+    async def current_event(self) -> Event:
         """How it stands, as an event."""
-        return await self.queries.now()
+        return await self.queries.current_event()
 
     async def producers(self) -> list[model.Producer]:
         """Every producer, in the order they are told, with its last answer."""

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from khod.config import Deadlines
-from khod.handover.machine import STEPS, Machine, left
+from khod.handover.machine import STEPS, Machine, remaining_steps
 from khod.kernel.protocol import KhoKernel
 from khod.model import Planned, Step
-from khod.producers.barrier import Producer
-from khod.producers.order import ranks
+from khod.producers.barrier import Participant
+from khod.producers.order import order_in_ranks
 from khod.target.target import Request, Target
 from khod.text import format_size, join_names, printable
 
@@ -20,24 +20,24 @@ UNDO_ORDERLY = (
 """systemd-shutdown ends in reboot(RB_AUTOBOOT) whatever the kexec said (src/shutdown/shutdown.c, seen in 262)."""
 
 
-def planned(
+def plan_steps(
     machine: Machine,
     kernel: KhoKernel,
-    producers: Sequence[Producer],
+    producers: Sequence[Participant],
     deadlines: Deadlines,
     request: Request,
     target: Target | None,
 ) -> list[Planned]:
     """The steps left from where the machine stands, in this kernel's order; ConfigError for a cycle of producers."""
     last = Step.load if request.load_only else Step.execute
-    told = _told(producers)
+    told = _describe_producers(producers)
     does = {
         Step.prepare: f"tell {told} to prepare, {deadlines.prepare:g} s at most: work goes on" if producers else NOBODY,
         Step.freeze: f"tell {told} to freeze, {deadlines.freeze:g} s at most: the blackout begins"
         if producers
         else NOBODY,
         Step.activate: f"{kernel.entering}; keep a snapshot of the state tree",
-        Step.load: f"kexec_file_load: {_loaded(target)}",
+        Step.load: f"kexec_file_load: {_describe_target(target)}",
         Step.execute: "sync all disks, then reboot(LINUX_REBOOT_CMD_KEXEC): the point of no return"
         if request.now
         else "systemctl kexec: the point of no return; an orderly shutdown, then the jump",
@@ -46,7 +46,7 @@ def planned(
         Step.activate: kernel.leaving,
         Step.execute: UNDO_NOW if request.now else UNDO_ORDERLY,
     }
-    steps = [Planned(step.value, does[step], undo[step]) for step in left(machine, kernel.order, last)]
+    steps = [Planned(step.value, does[step], undo[step]) for step in remaining_steps(machine, kernel.order, last)]
     if not request.load_only:
         after = (
             "in the next kernel: compare what arrived with the snapshot, give the producers back what they handed over"
@@ -55,14 +55,14 @@ def planned(
     return steps
 
 
-def _told(producers: Sequence[Producer]) -> str:
+def _describe_producers(producers: Sequence[Participant]) -> str:
     words = []
-    for rank in ranks(list(producers)):
+    for rank in order_in_ranks(list(producers)):
         words.append(join_names(producer.name for producer in rank))
     return ", then ".join(words)
 
 
-def _loaded(target: Target | None) -> str:
+def _describe_target(target: Target | None) -> str:
     if target is None:
         return "the image you give with --image, --entry, --default or --kernel"
     about = target.apart.about if target.apart else None

@@ -12,7 +12,7 @@ from khod import model, preflight
 from khod.config import Config
 from khod.engine import status
 from khod.engine.observer import Observer
-from khod.engine.plan import planned
+from khod.engine.plan import plan_steps
 from khod.engine.restoration import Restoration
 from khod.engine.rollback import bound_seconds
 from khod.engine.transaction import Transaction
@@ -25,15 +25,15 @@ from khod.kernel.protocol import Tree
 from khod.kernel.thread import Workers
 from khod.model import Check, Event, Observed, Phase, Plan, Status
 from khod.preflight.facts import Facts
-from khod.preflight.handover import handover
+from khod.preflight.handover import check_handover
 from khod.producers.barrier import Member
 from khod.producers.inhibitors import Inhibitor
-from khod.producers.registrations import Registered
-from khod.producers.registry import Muster
-from khod.producers.session_holders import Sighted, find
+from khod.producers.registrations import RegisteredProducer
+from khod.producers.registry import ProducerRegistry
+from khod.producers.session_holders import SightedSessions, find_sessions
 from khod.producers.sessions import Sessions, session_of
 from khod.region import Region
-from khod.target.target import Request, Target, take
+from khod.target.target import Request, Target, build_target
 
 T = TypeVar("T")
 NAMED = {"out": "outgoing tree", "in": "incoming tree", "snapshot": "snapshot"}
@@ -62,7 +62,7 @@ class Queries:
         self,
         transaction: Transaction,
         observer: Observer,
-        muster: Muster,
+        muster: ProducerRegistry,
         restoration: Restoration,
         sessions: Sessions,
         store: Store,
@@ -88,9 +88,9 @@ class Queries:
         self._busy = busy
         self._known = known
         self._started = started
-        self.sighted = Sighted()
+        self.sighted = SightedSessions()
         """LUO sessions of other processes, as they were found last."""
-        self._looking: asyncio.Future[Sighted] | None = None
+        self._looking: asyncio.Future[SightedSessions] | None = None
 
     async def status(self) -> Status:
         """Tell how it stands, also while khod starts.
@@ -107,22 +107,22 @@ class Queries:
         observed = None if busy else await self._observer.try_observe(deadline)
         sighted = self.sighted if busy else await self._sighted_within(deadline)
         try:
-            producers = self._muster.shown(self.members)
+            producers = self._muster.status_rows(self.members)
         except ConfigError:  # khoctl check says which file
-            producers = [member.shown() for member in self.members]
-        return status.build(
+            producers = [member.to_model() for member in self.members]
+        return status.build_status(
             self._transaction,
             self.effective_phase(observed),
             self._observer.last,
             self._observer.probed,
             producers,
             claims=[*(holder.name for holder in self._transaction.record.claims), *self.unknown_sessions],
-            absent=[registered.name for registered in self.absent],
+            absent=[registered.name for registered in self.absent_producers],
             sighted=sighted,
             stale=observed is None,
         )
 
-    async def now(self) -> Event:
+    async def current_event(self) -> Event:
         """How it stands, as an event; once that is known."""
         await self._known.wait()
         phase, record = self.effective_phase(self._observer.last), self._transaction.record
@@ -130,7 +130,7 @@ class Queries:
 
     async def producers(self) -> list[model.Producer]:
         """Every producer, in the order they are told, with its last answer."""
-        return self._muster.shown(self.members)
+        return self._muster.status_rows(self.members)
 
     @property
     def members(self) -> list[Member]:
@@ -139,10 +139,10 @@ class Queries:
         return attempt.barrier.members if attempt else self._restoration.members
 
     @property
-    def absent(self) -> list[Registered]:
+    def absent_producers(self) -> list[RegisteredProducer]:
         """Producers of before khod was restarted that have not come back; those of the attempt are waited for by it."""
         counted_on = {holder.name for holder in self._transaction.record.producers}
-        return [registered for registered in self._muster.peers.absent if registered.name not in counted_on]
+        return [registered for registered in self._muster.peers.absent_producers if registered.name not in counted_on]
 
     @property
     def unknown_sessions(self) -> list[str]:
@@ -150,25 +150,25 @@ class Queries:
         record = self._transaction.record
         claimed = {session_of(record.arrived_run, holder.name) for holder in record.claims}
         own = set(self._sessions.of_run(record.run)) if record.run and record.run != record.arrived_run else set()
-        return [name for name in self._sessions.names if name not in claimed | own]
+        return [name for name in self._sessions.session_names if name not in claimed | own]
 
     async def check(self, request: Request = NOTHING) -> list[Check]:
         """Run the preflight checks without touching anything; those of an image where one is given."""
-        async with self._inspected(request) as (_, checks):
+        async with self._inspect_target(request) as (_, checks):
             return checks
 
     async def plan(self, request: Request) -> Plan:
         """Tell what a handover would do, and what its checks say, without touching anything."""
-        async with self._inspected(request) as (target, checks):
-            everyone, deadlines = self._muster.everyone(), self._config().deadlines
+        async with self._inspect_target(request) as (target, checks):
+            everyone, deadlines = self._muster.all_producers(), self._config().deadlines
             machine = self._transaction.machine if self._transaction.phase in HELD else Machine()
-            steps = planned(machine, self._observer.kernel, everyone, deadlines, request, target)
+            steps = plan_steps(machine, self._observer.require_kernel, everyone, deadlines, request, target)
             words = target.words if target else []
             return Plan(steps, checks, target.cmdline if target else "", words, bound_seconds(deadlines, everyone))
 
     async def snapshots(self) -> list[model.Snapshot]:
         """List the trees that were kept when they left, the newest first."""
-        found = await self._query(self._store.snapshots.known, "listing the snapshots")
+        found = await self._ask_kernel(self._store.snapshots.list_snapshots, "listing the snapshots")
         return [replace(snapshot, outcome=self._came_to(snapshot)) for snapshot in found]
 
     def _came_to(self, snapshot: model.Snapshot) -> str:
@@ -186,7 +186,7 @@ class Queries:
     async def scratch(self) -> list[Region]:
         """Give the regions the next kernel must fit into."""
         await self._started.wait()
-        return await self._query(self._observer.kernel.scratch, "reading scratch")
+        return await self._ask_kernel(self._observer.require_kernel.scratch_regions, "reading scratch")
 
     async def tree(self, side: str) -> Tree:
         """Read a state tree: `out`, `in`, `snapshot` for the last that left, or one that was kept by its id.
@@ -198,18 +198,22 @@ class Queries:
         found: Tree | None = None
         if side == "snapshot":
             boot = self._observer.last.boot_id if self._observer.last else ""
-            found = await self._query(lambda: self._store.snapshots.last(boot), "reading the snapshot")
+            found = await self._ask_kernel(lambda: self._store.snapshots.last_tree(boot), "reading the snapshot")
         elif side in ("in", "out"):
             await self._started.wait()
-            kernel = self._observer.kernel
-            read = kernel.arrived if side == "in" else lambda: kernel.tree() if kernel.active() is not False else None
+            kernel = self._observer.require_kernel
+            read = (
+                kernel.arrived_tree
+                if side == "in"
+                else lambda: kernel.outgoing_tree() if kernel.is_active() is not False else None
+            )
             try:
                 deadline = self._config().deadlines.activate
-                found = await self._workers.kernel.call(read, "reading the tree", deadline)
+                found = await self._workers.kernel.call_within(read, "reading the tree", deadline)
             except OSError as error:
                 raise Failed(f"The tree cannot be read: {error}", where=str(error.filename)) from error
         else:
-            found = await self._query(lambda: self._store.snapshots.read(side), "reading the snapshot")
+            found = await self._ask_kernel(lambda: self._store.snapshots.read_tree(side), "reading the snapshot")
             if found is None:
                 raise UsageError(
                     f"No such state tree: {side!r}",
@@ -226,7 +230,7 @@ class Queries:
         under_way = self._busy.locked() and phase not in RESTING | HELD
         if observed is None or under_way:
             return phase
-        return reconcile.shown(self._transaction.current(), observed)
+        return reconcile.effective_phase(self._transaction.current_record(), observed)
 
     async def run_checks(self, observed: Observed, target: Target | None = None, *, now: bool = False) -> list[Check]:
         """Run the checks of this host, or those of the next kernel, after the kernel was asked how it stands.
@@ -236,9 +240,9 @@ class Queries:
         deadline = self._config().deadlines.activate
         if target is None:
             await self._find_sessions()
-        current = self._transaction.current()
+        current = self._transaction.current_record()
         phase = self.effective_phase(observed)
-        foreign = reconcile.foreign(current, observed) or phase is Phase.inconsistent
+        foreign = reconcile.is_foreign(current, observed) or phase is Phase.inconsistent
         ask = self._inhibitors()
         facts = Facts(
             self._observer.probed,
@@ -248,35 +252,41 @@ class Queries:
             self._config(),
             self._transaction.record,
             foreign,
-            self._muster.everyone,
+            self._muster.all_producers,
             None if target or ask is None else await ask(),
             target,
-            outgoing=await self._outgoing(observed) if target or self._config().producers.require_kernel else None,
+            outgoing=await self._outgoing_tree(observed) if target or self._config().producers.require_kernel else None,
             unknown_sessions=self.unknown_sessions,
-            absent=self.absent,
+            absent=self.absent_producers,
             sighted=self.sighted,
             now=now,
         )
-        return await self._workers.queries.call(lambda: preflight.run(facts), "the checks", deadline)
+        return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
 
     async def build_target(self, request: Request, observed: Observed, run: str) -> Target:
         """Take the images into memory and look at them: slow, so long before anyone is frozen. It may be called off."""
         bounds = self._config().images
-        return await self._workers.files.call(
-            lambda: take(request, observed.cmdline, run, bounds), "reading the image", None, late=Target.close
+        return await self._workers.files.call_within(
+            lambda: build_target(request, observed.cmdline, run, bounds), "reading the image", None, late=Target.close
         )
 
-    async def _find_sessions(self) -> Sighted:
+    async def _find_sessions(self) -> SightedSessions:
         """Look for LUO sessions of other processes."""
-        calls, own, deadline = self._kexec.calls, lambda: self._sessions.names, self._config().deadlines.activate
+        calls, own, deadline = (
+            self._kexec.calls,
+            lambda: self._sessions.session_names,
+            self._config().deadlines.activate,
+        )
         try:
-            found = await self._workers.queries.call(lambda: find(calls, own), "looking for LUO sessions", deadline)
+            found = await self._workers.queries.call_within(
+                lambda: find_sessions(calls, own), "looking for LUO sessions", deadline
+            )
         except (KhoError, OSError) as error:
-            found = Sighted(unseen=str(error))
+            found = SightedSessions(unseen=str(error))
         self.sighted = found
         return found
 
-    async def _sighted_within(self, seconds: float) -> Sighted:
+    async def _sighted_within(self, seconds: float) -> SightedSessions:
         """Those found in this time, else those found last: systemd may be slow to answer, and the look goes on."""
         if self._looking is None or self._looking.done():
             self._looking = asyncio.ensure_future(self._find_sessions())
@@ -285,35 +295,37 @@ class Queries:
             return self._looking.result()
         return replace(self.sighted, unseen=f"to look for them takes longer than {seconds:g} s; ask again")
 
-    async def _outgoing(self, observed: Observed) -> Tree | None:
+    async def _outgoing_tree(self, observed: Observed) -> Tree | None:
         """The outgoing tree, where the kernel has one now: read in the kernel's thread, as v3 wants it."""
         kernel = self._observer.probed.kernel
         if kernel is None or observed.active is False:
             return None
         try:
             deadline = self._config().deadlines.observe
-            return await self._workers.kernel.call(kernel.tree, "reading the tree", deadline)
+            return await self._workers.kernel.call_within(kernel.outgoing_tree, "reading the tree", deadline)
         except (KhoError, OSError):
             return None
 
-    async def _query(self, function: Callable[[], T], what: str) -> T:
-        return await self._workers.queries.call(function, what, self._config().deadlines.activate)
+    async def _ask_kernel(self, function: Callable[[], T], what: str) -> T:
+        return await self._workers.queries.call_within(function, what, self._config().deadlines.activate)
 
     @asynccontextmanager
-    async def _inspected(self, request: Request) -> AsyncIterator[tuple[Target | None, list[Check]]]:
+    async def _inspect_target(self, request: Request) -> AsyncIterator[tuple[Target | None, list[Check]]]:
         """The next kernel that is asked about, for as long as it is looked at, and every check there is."""
         await self._started.wait()
-        observed = await self._observer.observe(self._config().deadlines.activate)
+        observed = await self._observer.observe_kernel(self._config().deadlines.activate)
         run = self._transaction.record.run or new_run()
         target, unusable = None, []
         if request.kernel:
             try:
                 target = await self.build_target(request, observed, run)
             except Refused as error:  # an empty file, one too large: no reason to be silent about all the rest
-                unusable = [preflight.unusable("image" if error.where == request.kernel.name else "initrd", error)]
+                unusable = [
+                    preflight.unusable_check("image" if error.where == request.kernel.name else "initrd", error)
+                ]
         try:
-            phase, current = self.effective_phase(observed), self._transaction.current()
-            first = handover(phase, current, busy=self._busy.locked(), takes_image=request.kernel is not None)
+            phase, current = self.effective_phase(observed), self._transaction.current_record()
+            first = check_handover(phase, current, busy=self._busy.locked(), takes_image=request.kernel is not None)
             of_host = await self.run_checks(observed, now=request.now)
             of_target = await self.run_checks(observed, target) if target else unusable
             yield target, [first, *of_host, *of_target]

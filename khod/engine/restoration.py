@@ -11,7 +11,7 @@ from khod.engine.transaction import Transaction
 from khod.errors import Failed, KhoError, Refused
 from khod.handover import verify
 from khod.handover.machine import RESTING
-from khod.handover.record import Holder, Store
+from khod.handover.record import ProducerRecord, Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.thread import Workers
@@ -19,7 +19,7 @@ from khod.model import Finding, Generation, Observed, Phase, Verdict
 from khod.producers import session_holders
 from khod.producers.barrier import Barrier, Member, Verb
 from khod.producers.peers import Peer
-from khod.producers.registry import Muster
+from khod.producers.registry import ProducerRegistry
 from khod.text import join_names
 
 
@@ -32,7 +32,7 @@ class Restoration:
     def __init__(
         self,
         transaction: Transaction,
-        muster: Muster,
+        muster: ProducerRegistry,
         store: Store,
         kexec: Kexec,
         workers: Workers,
@@ -60,27 +60,29 @@ class Restoration:
         members = self._barrier.members if self._barrier else []
         return [self._told_later.get(member.producer.name, member) for member in members]
 
-    async def begin(self, observed: Observed, kernel: KhoKernel | None, doubt: str, note: str) -> None:
+    async def begin_restoration(self, observed: Observed, kernel: KhoKernel | None, doubt: str, note: str) -> None:
         """Verify this boot, and have the producers take back what they left.
 
         They are not waited for here: a producer may start only after khod is ready. `doubt` speaks against all of it
         having arrived ("" where nothing does), `note` is as in Transaction.enter_verifying.
         """
         await self._transaction.enter_verifying(observed, note, doubt)
-        verdict = await self._compare(kernel)
+        verdict = await self._compare_trees(kernel)
         if doubt:
-            verdict = verdict.with_findings([*verdict.found, Finding("", doubt)])
+            verdict = verdict.with_findings([*verdict.all_findings, Finding("", doubt)])
         record = self._transaction.record
         changed = self._transaction.on_member_changed
-        self._barrier = barrier = self._muster.resumed(record.arrived_run, changed, record.claims, None, restoring=True)
-        idle = {member.producer.name for member in barrier.members if not member.producer.restores}
+        self._barrier = barrier = self._muster.resume_barrier(
+            record.arrived_run, changed, record.claims, None, restoring=True
+        )
+        idle = {member.producer.name for member in barrier.members if not member.producer.restores_state}
         if any(holder.name in idle for holder in record.claims):  # an earlier khod did not record who restores
             await self._transaction.note_claims(tuple(held for held in record.claims if held.name not in idle))
         if self._transaction.record.claims:
             self._spawn(self._bring_all_back(barrier, verdict))
         else:
             await self._note_blackout()
-            await self._conclude(await self._count_sessions(verdict))
+            await self._conclude_verification(await self._count_sessions(verdict))
 
     def restore_late(self, peer: Peer) -> None:
         """Give a producer that comes after the verification what it left, and correct the verdict.
@@ -88,7 +90,7 @@ class Restoration:
         While a handover is under way it waits for the end of that.
         """
         self._late.add(peer)
-        self.resume()
+        self.resume_claims()
 
     def make_way(self) -> bool:
         """Cut a late producer short for what an operator wants, where that is what goes on; whether it was."""
@@ -96,23 +98,25 @@ class Restoration:
             self._transaction.cancel(Failed("Somebody wants something else done first"))
         return self._gives_back_late
 
-    def resume(self) -> None:
+    def resume_claims(self) -> None:
         """Give those what they left who came while a handover was under way."""
         while self._late and self._transaction.phase in RESTING:
             self._spawn(self._restore_late(self._late.pop()))
 
-    async def _compare(self, kernel: KhoKernel | None) -> Verdict:
+    async def _compare_trees(self, kernel: KhoKernel | None) -> Verdict:
         """Compare the tree that arrived with the one that left; what cannot be read is a finding."""
         record, deadline = self._transaction.record, self._config().deadlines.activate
         try:
-            snapshot = await self._workers.disk.call(
-                lambda: self._store.snapshots.read(record.arrived_run), "reading the snapshot", deadline
+            snapshot = await self._workers.disk.call_within(
+                lambda: self._store.snapshots.read_tree(record.arrived_run), "reading the snapshot", deadline
             )
             arrived = None
             if kernel is not None:
-                arrived = await self._workers.observer.call(kernel.arrived, "reading the state that arrived", deadline)
+                arrived = await self._workers.observer.call_within(
+                    kernel.arrived_tree, "reading the state that arrived", deadline
+                )
             now = kernel.generation if kernel else Generation.none
-            return verify.compare(snapshot, arrived, record.generation, now)
+            return verify.compare_trees(snapshot, arrived, record.generation, now)
         except Exception as error:  # noqa: BLE001 - whatever it is, the producers still have to be given what is theirs
             text = str(error) if isinstance(error, (KhoError, OSError)) else f"khod itself failed: {error!r}"
             return Verdict().with_findings([Finding("", text)])
@@ -120,14 +124,16 @@ class Restoration:
     async def _count_sessions(self, verdict: Verdict) -> Verdict:
         """Add which of the sessions arrived that other processes had before the jump, by who has them now."""
         record, calls = self._transaction.record, self._kexec.calls
-        held: list[session_holders.Held] = []
+        held: list[session_holders.HeldSession] = []
         if record.sessions:
             with suppress(KhoError, OSError):
                 deadline = self._config().deadlines.activate
-                held, _ = await self._workers.queries.call(
-                    lambda: session_holders.scan(calls), "looking for LUO sessions", deadline
+                held, _ = await self._workers.queries.call_within(
+                    lambda: session_holders.scan_processes(calls), "looking for LUO sessions", deadline
                 )
-        return session_holders.count(verdict, record.sessions, record.sessions_unseen, held, at_once=record.at_once)
+        return session_holders.count_arrivals(
+            verdict, record.sessions, record.sessions_unseen, held, at_once=record.at_once
+        )
 
     async def _bring_all_back(self, barrier: Barrier, verdict: Verdict) -> None:
         async with self._busy:
@@ -137,9 +143,9 @@ class Restoration:
                 self._transaction.note_timing("restore", began)
                 verdict = await self._count_sessions(verdict)
             except Exception as error:  # noqa: BLE001 - or this boot would be verified for ever
-                verdict = verdict.with_findings([*verdict.found, Finding("", f"khod itself failed: {error!r}")])
-            await self._conclude(verdict)
-        for peer in self._muster.peers.known():
+                verdict = verdict.with_findings([*verdict.all_findings, Finding("", f"khod itself failed: {error!r}")])
+            await self._conclude_verification(verdict)
+        for peer in self._muster.peers.all_peers():
             if peer.connected and peer.restoring:  # it came when nobody waited for it any more
                 self.restore_late(peer)
 
@@ -151,20 +157,20 @@ class Restoration:
                 return
             if not peer.connected or not peer.restoring:
                 return
-            barrier = Barrier.of([peer], record.arrived_run, self._transaction.on_member_changed)
+            barrier = Barrier.from_producers([peer], record.arrived_run, self._transaction.on_member_changed)
             self._gives_back_late = True
             try:
-                await self._transaction.interruptible(self._bring_back_later(barrier, peer.timeout))
+                await self._transaction.wait_interruptibly(self._bring_back_later(barrier, peer.timeout))
             except KhoError:  # cut short: what waits for the peer stays, and it is told again afterwards
                 self._transaction.settle_cancel()
                 self._late.add(peer)
             finally:
                 self._gives_back_late = False
 
-    async def retry(self, holder: Holder) -> None:
+    async def retry_restore(self, holder: ProducerRecord) -> None:
         """Tell a producer again to take back what it left, at rest and with nothing else under way."""
         changed, run = self._transaction.on_member_changed, self._transaction.record.arrived_run
-        barrier = self._muster.resumed(run, changed, [holder], None, restoring=True)
+        barrier = self._muster.resume_barrier(run, changed, [holder], None, restoring=True)
         await self._bring_back_later(barrier, self._config().deadlines.restore)
         if any(claim.name == holder.name for claim in self._transaction.record.claims):
             (member,) = [member for member in barrier.members if member.producer.name == holder.name]
@@ -180,7 +186,7 @@ class Restoration:
         self._told_later |= {member.producer.name: member for member in barrier.members}
         verdict = await self._bring_back(barrier, record.verdict or Verdict(), deadline)
         if record.outcome in (Phase.verified, Phase.degraded):
-            await self._conclude(verdict)
+            await self._conclude_verification(verdict)
 
     async def _bring_back(self, barrier: Barrier, verdict: Verdict, deadline: float) -> Verdict:
         """Tell `restore` and then `finish`, rank by rank, and add to the verdict who has its state again.
@@ -188,24 +194,24 @@ class Restoration:
         Whoever is done leaves the claims; the others stay in them, so that what they left is given to nobody
         else. A khod that dies in between leaves in the record to whom it is said again.
         """
-        members = [member for member in barrier.members if member.producer.restores]
+        members = [member for member in barrier.members if member.producer.restores_state]
         empty = [member for member in members if member.told != Verb.finish.value]
         failed = await barrier.bring_back(Verb.restore, empty, deadline)
         restored = [member for member in members if member not in failed]
         for member in restored:
             # Recorded before anyone's session is let go: whoever has what is theirs is not told to restore it again.
             member.told = Verb.finish.value
-        await self._transaction.note_claims(self._claims(barrier, set()))
+        await self._transaction.note_claims(self._remaining_claims(barrier, set()))
         failed += await barrier.bring_back(Verb.finish, restored, deadline)
         if any(member not in failed for member in members):
             await self._note_blackout()
         names = {member.producer.name for member in members}
         lost = {member.producer.name for member in failed}
-        findings = [finding for finding in verdict.found if finding.producer not in names]
+        findings = [finding for finding in verdict.all_findings if finding.producer not in names]
         findings += [Finding(member.producer.name, member.answer) for member in failed]
         arrived = sorted({*verdict.arrived, *(names - lost)})
         missing = sorted({*verdict.missing, *lost} - set(arrived))
-        await self._transaction.note_claims(self._claims(barrier, names - lost))
+        await self._transaction.note_claims(self._remaining_claims(barrier, names - lost))
         return replace(verdict, arrived=arrived, missing=missing).with_findings(findings)
 
     async def _note_blackout(self) -> None:
@@ -213,19 +219,21 @@ class Restoration:
         uptime: float | None = None
         with suppress(KhoError, OSError):
             deadline = self._config().deadlines.observe
-            uptime = await self._workers.queries.call(self._kexec.uptime, "asking how long the host is up", deadline)
+            uptime = await self._workers.queries.call_within(
+                self._kexec.uptime, "asking how long the host is up", deadline
+            )
         self._transaction.note_blackout(uptime)
 
-    def _claims(self, barrier: Barrier, done: set[str]) -> tuple[Holder, ...]:
+    def _remaining_claims(self, barrier: Barrier, done: set[str]) -> tuple[ProducerRecord, ...]:
         """The record's claims without those of whoever is done, as the barrier has them by now."""
-        now = {holder.name: holder for holder in barrier.holders()}
+        now = {holder.name: holder for holder in barrier.to_records()}
         claims = self._transaction.record.claims
         return tuple(now.get(old.name, old) for old in claims if old.name not in done)
 
-    async def _conclude(self, verdict: Verdict) -> None:
+    async def _conclude_verification(self, verdict: Verdict) -> None:
         arrived = join_names(verdict.arrived)
         count = len(verdict.arrived)
         said = f"the state of {count} producer{'' if count == 1 else 's'} arrived: {arrived}"
         if verdict.unknown:
             said = f"{said}; not known: {join_names(verdict.unknown)}"
-        await self._transaction.conclude(verdict, verdict.reason or said)
+        await self._transaction.conclude_verification(verdict, verdict.reason or said)

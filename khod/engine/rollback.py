@@ -8,13 +8,13 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from khod.concurrency.bounded import CUT_SECONDS, within
+from khod.concurrency.bounded import CUT_SECONDS, run_within
 from khod.config import Deadlines
 from khod.engine.attempt import Attempt
 from khod.errors import KhoError
 from khod.model import NotUndone, Step
-from khod.producers.barrier import UNDO, Producer, Verb
-from khod.producers.order import ranks
+from khod.producers.barrier import UNDO, Participant, Verb
+from khod.producers.order import order_in_ranks
 
 PATIENCE_SECONDS = 2.0
 """Seconds the kernel's undo goes ahead of the producers'."""
@@ -32,14 +32,14 @@ class Failure:
     items: tuple[NotUndone, ...]
 
     @property
-    def sentence(self) -> str:
+    def describe(self) -> str:
         """What is not undone, and why."""
         return "; ".join(dict.fromkeys(item.why for item in self.items))
 
 
-def bound_seconds(deadlines: Deadlines, producers: Iterable[Producer]) -> float:
+def bound_seconds(deadlines: Deadlines, producers: Iterable[Participant]) -> float:
     """The most that a rollback may take: the kernel's calls, two verbs of every rank, and the overhead."""
-    slowest = sum(max(producer.timeout + CUT_SECONDS for producer in rank) for rank in ranks(producers))
+    slowest = sum(max(producer.timeout + CUT_SECONDS for producer in rank) for rank in order_in_ranks(producers))
     return len(KERNEL) * deadlines.rollback + len(UNDO) * slowest + OVERHEAD_SECONDS
 
 
@@ -61,10 +61,10 @@ async def _undo_kernel(attempt: Attempt, steps: Sequence[Step], emit: Callable[[
             why, remedy = "the active phase is kept: the image that has its state is still loaded", ""
         else:
             try:
-                await within(attempt.undo_seconds, undo[step]())
+                await run_within(attempt.undo_seconds, undo[step]())
                 continue
             except KhoError as error:
-                why, remedy = _words(error), error.remedy
+                why, remedy = _describe_error(error), error.remedy
             except Exception as error:  # noqa: BLE001 - one step's, whatever it is: the others go on
                 why, remedy = f"khod itself failed: {error!r}", "This is a bug; the journal has more."
         if step is Step.load:
@@ -84,13 +84,18 @@ async def _undo_producers(attempt: Attempt, steps: Sequence[Step], emit: Callabl
             failed = [("", KhoError(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more."))]
         if failed:
             items = tuple(
-                NotUndone(step.value, name, _words(error), f"Help {name}, or do it by hand." if name else error.remedy)
+                NotUndone(
+                    step.value,
+                    name,
+                    _describe_error(error),
+                    f"Help {name}, or do it by hand." if name else error.remedy,
+                )
                 for name, error in failed
             )
             failures.append(Failure(step, items))
-            emit(f"Not every producer could {UNDO[verb].value}: {failures[-1].sentence}")
+            emit(f"Not every producer could {UNDO[verb].value}: {failures[-1].describe}")
     return failures
 
 
-def _words(error: KhoError) -> str:
+def _describe_error(error: KhoError) -> str:
     return f"{error.what} ({error.where})" if error.where else error.what

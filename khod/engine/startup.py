@@ -45,19 +45,21 @@ class Startup:
     async def find_out(self) -> tuple[Found, Observed, str]:
         """Put the transaction where the host stands; what was found, what the kernel says, and what to tell of it."""
         record = await self._read_record()
-        self._transaction.start(reconcile.provisional(record), record if isinstance(record, Record) else Record())
-        observed = await self._observe(record)
-        found = reconcile.reconcile(record, observed, self._config().policy.after_daemon_died)
+        self._transaction.adopt_found(
+            reconcile.provisional_state(record), record if isinstance(record, Record) else Record()
+        )
+        observed = await self._observe_kernel(record)
+        found = reconcile.reconcile_record(record, observed, self._config().policy.after_daemon_died)
         note = ""
         if (departed := await self._read_departure(record, observed)) is not None:
             note = f"The copy that left with the jump stands in for the record: {found.reason}"
-            record, found = departed, reconcile.reconcile(departed, observed)
+            record, found = departed, reconcile.reconcile_record(departed, observed)
         current = record if isinstance(record, Record) else Record()
         if found.phase in RESTING and found.action is Action.none:
-            current = reconcile.settled(current, found, observed)
-        self._transaction.start(found, current)
-        self._peers.remember(observed.boot_id)
-        self._expect(found, current, observed)
+            current = reconcile.reset_record(current, found, observed)
+        self._transaction.adopt_found(found, current)
+        self._peers.expect_registered(observed.boot_id)
+        self._expect_producers(found, current, observed)
         if isinstance(record, RecordError):
             # Told that nothing is counted on they would thaw, and the host may be about to jump.
             self._peers.expect_absent(current.run)
@@ -66,21 +68,21 @@ class Startup:
     async def _read_record(self) -> Record | RecordError | None:
         try:
             deadline = self._config().deadlines.activate
-            return await self._workers.disk.call(self._store.read, "reading the record", deadline)
+            return await self._workers.disk.call_within(self._store.read, "reading the record", deadline)
         except RecordError as error:
             return error
         except Exception as error:  # noqa: BLE001 - a record that cannot be had is one that cannot be read
-            return RecordError(f"The record cannot be read: {error}", where=str(self._store.path))
+            return RecordError(f"The record cannot be read: {error}", where=str(self._store.record_path))
 
-    async def _observe(self, record: Record | RecordError | None) -> Observed:
+    async def _observe_kernel(self, record: Record | RecordError | None) -> Observed:
         """Ask the kernel; where it does not answer, take it to be where the record has it: then an undo may begin."""
         while (observed := await self._observer.try_observe(self._config().deadlines.activate)) is None:
             if isinstance(record, Record) and record.done and await self._boot_id() in ("", record.boot_id):
-                self._transaction.emit("the kernel does not say how it stands: the record is taken for it")
+                self._transaction.emit_event("the kernel does not say how it stands: the record is taken for it")
                 loaded = Step.load in record.done
                 return Observed(record.boot_id, record.release, active=None, loaded=loaded, arrived=False, cmdline="")
             # Whether state came in is no guess: what is taken for a cold boot gives up what arrived.
-            self._transaction.emit("the kernel does not say how it stands: it is asked again")
+            self._transaction.emit_event("the kernel does not say how it stands: it is asked again")
             await asyncio.sleep(ASK_AGAIN_SECONDS)  # it may have failed at once
         return observed
 
@@ -88,7 +90,7 @@ class Startup:
         """This boot's id, "" where it cannot be read."""
         with suppress(KhoError, OSError):
             deadline = self._config().deadlines.observe
-            return await self._workers.files.call(self._kexec.boot_id, "reading the boot id", deadline)
+            return await self._workers.files.call_within(self._kexec.boot_id, "reading the boot id", deadline)
         return ""
 
     async def _read_departure(self, record: Record | RecordError | None, observed: Observed) -> Record | None:
@@ -97,23 +99,23 @@ class Startup:
             return None
         deadline = self._config().deadlines.activate
         with suppress(KhoError):
-            departed = await self._workers.disk.call(self._store.read_departure, "reading the record", deadline)
+            departed = await self._workers.disk.call_within(self._store.read_departure, "reading the record", deadline)
             if departed is None or departed.boot_id == observed.boot_id:
                 return None
-            if reconcile.reconcile(departed, observed).action is not Action.verify:
+            if reconcile.reconcile_record(departed, observed).action is not Action.verify:
                 return None
             with suppress(KhoError):
-                await self._workers.disk.call(self._store.set_aside, "keeping the record", deadline)
+                await self._workers.disk.call_within(self._store.set_aside, "keeping the record", deadline)
             return departed
         return None
 
-    def _expect(self, found: Found, record: Record, observed: Observed) -> None:
+    def _expect_producers(self, found: Found, record: Record, observed: Observed) -> None:
         """Say who may come back: those of the handover under way, and those with something to claim.
 
         At the first start after a jump the claims are those of the boot before, and were lost in it.
         """
         if found.action is Action.verify and (record.boot_id != observed.boot_id or not record.claims):
-            self._peers.expect(record.producers, record.run, restoring=True)
+            self._peers.expect_holders(record.producers, record.run, restoring=True)
             return
-        self._peers.expect(record.claims, record.arrived_run, restoring=True)
-        self._peers.expect(record.producers, record.run, restoring=False)
+        self._peers.expect_holders(record.claims, record.arrived_run, restoring=True)
+        self._peers.expect_holders(record.producers, record.run, restoring=False)

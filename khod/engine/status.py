@@ -8,10 +8,10 @@ from khod.handover.record import Record
 from khod.kernel.probe import Probed
 from khod.model import Generation, Observed, Phase, Producer, Status, Step, Verdict
 from khod.producers.barrier import READY
-from khod.producers.session_holders import Sighted
+from khod.producers.session_holders import SightedSessions
 from khod.text import join_names
 
-SAYS: dict[Phase, tuple[str, str]] = {
+PHASE_TEXT: dict[Phase, tuple[str, str]] = {
     Phase.idle: ("No handover is under way.", ""),
     Phase.preparing: ("Producers are getting ready; they go on working.", "To stop: khoctl abort"),
     Phase.prepared: ("Every producer is ready.", "To stop: khoctl abort"),
@@ -50,7 +50,7 @@ SAYS: dict[Phase, tuple[str, str]] = {
     ),
 }
 
-EXITS = {
+PHASE_EXITS = {
     Phase.failed: Exit.not_rolled_back,
     Phase.inconsistent: Exit.not_rolled_back,
     Phase.foreign: Exit.refused,
@@ -63,7 +63,7 @@ UNKNOWN = "The handover succeeded; what no producer registered may not have arri
 REBOOT = "Do not reboot before: it would jump into the image that is still loaded."
 
 
-def build(
+def build_status(
     transaction: Transaction,
     phase: Phase,
     kernel: Observed | None,
@@ -72,23 +72,23 @@ def build(
     *,
     claims: list[str],
     absent: list[str],
-    sighted: Sighted,
+    sighted: SightedSessions,
     stale: bool,
 ) -> Status:
     """Put together what is known; `phase` is what the kernel leaves of the machine's."""
     record, under_way = transaction.record, transaction.under_way
     due = [step.value for step in transaction.machine.done]
-    foreign = kernel is not None and not stale and reconcile.foreign(transaction.current(), kernel)
-    summary, remedy = _words(phase, record, probed, foreign=foreign, absent=absent)
+    foreign = kernel is not None and not stale and reconcile.is_foreign(transaction.current_record(), kernel)
+    summary, remedy = _summarise(phase, record, probed, foreign=foreign, absent=absent)
     if phase is Phase.inconsistent:
-        summary, remedy = _inconsistent(transaction, kernel, producers)
+        summary, remedy = _describe_contradiction(transaction, kernel, producers)
     contradicted = phase in (Phase.foreign, Phase.inconsistent)
     unfinished = phase in (Phase.failed, Phase.inconsistent)
     outcome = phase if phase in OUTCOME_EXITS else record.outcome
     held = phase in HELD and bool(record.last_error)  # a step that succeeds takes the error of the one before away
     if held:
         summary, remedy = f"{summary} {HELD_THERE}", "To try again: khoctl kexec. To go back: khoctl abort"
-    code = Exit.not_rolled_back if held else EXITS.get(phase, OUTCOME_EXITS.get(outcome, Exit.done))
+    code = Exit.not_rolled_back if held else PHASE_EXITS.get(phase, OUTCOME_EXITS.get(outcome, Exit.done))
     return Status(
         phase=phase,
         summary=summary,
@@ -122,18 +122,18 @@ def build(
     )
 
 
-def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absent: list[str]) -> tuple[str, str]:
+def _summarise(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absent: list[str]) -> tuple[str, str]:
     """What the operator reads first: where it stands, and what to do."""
-    summary, remedy = SAYS[phase]
+    summary, remedy = PHASE_TEXT[phase]
     if phase is Phase.degraded and record.verdict is not None:
-        summary, remedy = _degraded(record.verdict)
+        summary, remedy = _describe_degraded(record.verdict)
     if phase is Phase.verified and record.verdict is not None and record.verdict.unknown:
         unknown = join_names(record.verdict.unknown)
         summary, remedy = f"{UNKNOWN}: {unknown}.", "Ask their owners; khoctl status lists the sessions that are open."
     if probed.kernel is None and phase in RESTING:
         summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
     if foreign and phase is not Phase.foreign:
-        summary, remedy = f"{summary} {FOREIGN}", f"{remedy} {SAYS[Phase.foreign][1]}".strip()
+        summary, remedy = f"{summary} {FOREIGN}", f"{remedy} {PHASE_TEXT[Phase.foreign][1]}".strip()
     if phase is Phase.failed and any(item.step == Step.load.value for item in record.not_undone):
         remedy = f"{remedy} {REBOOT}"
     if absent and phase in RESTING:
@@ -142,28 +142,32 @@ def _words(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absen
     return summary, remedy
 
 
-def _inconsistent(transaction: Transaction, kernel: Observed | None, producers: list[Producer]) -> tuple[str, str]:
+def _describe_contradiction(
+    transaction: Transaction, kernel: Observed | None, producers: list[Producer]
+) -> tuple[str, str]:
     """Name the two facts that contradict each other, or what is the matter with the record."""
     held = [found.name for found in producers if found.phase == "freeze" and found.answer == READY]
     frozen = f" Still frozen: {join_names(held)}." if held else ""
     if transaction.phase is Phase.inconsistent and transaction.reason:
         summary = f"{transaction.reason}. What a handover may have done is not known."
     else:
-        found = reconcile.said(kernel) if kernel else "the kernel was not asked"
+        found = reconcile.describe_kernel(kernel) if kernel else "the kernel was not asked"
         summary = f"khod left the host at {transaction.phase.value}, and {found}: somebody else has changed that."
-    return f"{summary}{frozen}", SAYS[Phase.inconsistent][1]
+    return f"{summary}{frozen}", PHASE_TEXT[Phase.inconsistent][1]
 
 
-def _degraded(verdict: Verdict) -> tuple[str, str]:
+def _describe_degraded(verdict: Verdict) -> tuple[str, str]:
     """Say of a handover that did not bring everything whose state is missing: that decides what is to be done."""
-    summary, remedy = SAYS[Phase.degraded]
-    names = sorted({finding.producer for finding in verdict.found if finding.producer})
+    summary, remedy = PHASE_TEXT[Phase.degraded]
+    names = sorted({finding.producer for finding in verdict.all_findings if finding.producer})
     if not names:
         return summary, remedy
     shown = join_names(names)
     remedy = "khoctl producers says why. Repair it, then: khoctl producers retry NAME"
     others = sorted(set(verdict.arrived) - set(names))
     fine = f"What arrived: {join_names(others)}." if others else "Nothing else arrived either."
-    if not {*verdict.missing, *verdict.changed} <= set(names) or any(not found.producer for found in verdict.found):
+    if not {*verdict.missing, *verdict.changed} <= set(names) or any(
+        not found.producer for found in verdict.all_findings
+    ):
         remedy = f"{remedy}. What the kernel did not bring is lost: journalctl -kb -g KHO"
     return f"This kernel was reached by the kexec; not taken back: what {shown} left. {fine}", remedy

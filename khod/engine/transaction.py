@@ -22,11 +22,11 @@ from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.handover import verify
 from khod.handover.machine import HELD, RESTING, STEPS, Machine
 from khod.handover.reconcile import Found
-from khod.handover.record import Holder, Record, Store
+from khod.handover.record import ProducerRecord, Record, Store
 from khod.kernel.explain import FORGOT
 from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
 from khod.producers.barrier import Member
-from khod.producers.session_holders import Sighted
+from khod.producers.session_holders import SightedSessions
 from khod.text import join_names
 
 T = TypeVar("T")
@@ -161,25 +161,25 @@ class Transaction:
 
     # Beginnings
 
-    def start(self, found: Found, record: Record) -> None:
+    def adopt_found(self, found: Found, record: Record) -> None:
         """Stand where a start of khod has found the host."""
         self._record, self._reason = record, found.reason
         self._machine = Machine(found.phase, () if found.phase in RESTING else record.done)
 
-    def begin(self, record: Record) -> None:
+    def begin_run(self, record: Record) -> None:
         """Begin the run of this record, from rest."""
         # What this boot came to stays where nothing comes of it before its first step.
         self._machine, self._attempt, self._record, self._reason = Machine(record.outcome), None, record, ""
 
-    def aim(self, image: str, *, luo_off: bool = False) -> None:
+    def note_target(self, image: str, *, luo_off: bool = False) -> None:
         """Note what the handover takes the host to; its next record says so. `luo_off` as of Begun."""
         self._record = replace(self._record, begun=replace(self._record.begun, image=image, luo_off=luo_off))
 
-    def attach(self, attempt: Attempt | None) -> None:
+    def attach_attempt(self, attempt: Attempt | None) -> None:
         """Act by this attempt from here on; None where another is to be made of the record."""
         self._attempt = attempt
 
-    def adopt(self, phase: Phase, steps: tuple[Step, ...], observed: Observed, note: str = "") -> None:
+    def adopt_steps(self, phase: Phase, steps: tuple[Step, ...], observed: Observed, note: str = "") -> None:
         """Take over what khod has no record of (`foreign`) or none that agrees (`inconsistent`), to put it back.
 
         `note` is what an operator should know of it afterwards.
@@ -190,10 +190,10 @@ class Transaction:
             self._record = replace(self._record, boot_id=observed.boot_id, release=observed.release)
 
     @contextmanager
-    def aside(self, record: Record) -> Iterator[None]:
+    def drive_aside(self, record: Record) -> Iterator[None]:
         """Drive something else than a handover, at rest; where that ends at rest, all is as it was before."""
         machine, before, reason = self._machine, self._record, self._reason
-        self.begin(record)
+        self.begin_run(record)
         try:
             yield
         finally:
@@ -227,7 +227,7 @@ class Transaction:
         """Raise what has ended the handover, once what waits to be heard or judged was."""
         self._before_step()
         while self._doubts and self._cause is None:
-            await self.interruptible(asyncio.wait(set(self._doubts)))
+            await self.wait_interruptibly(asyncio.wait(set(self._doubts)))
         if self._cause is not None:
             raise self._cause
 
@@ -237,7 +237,7 @@ class Transaction:
             return self._acted_on[1]
         return None
 
-    async def interruptible(self, work: Awaitable[T]) -> T:
+    async def wait_interruptibly(self, work: Awaitable[T]) -> T:
         """Wait for `work`, and no longer than until the handover is cancelled; raises the cause then.
 
         `work` is cancelled in its turn. What it asked of the kernel goes on there: every undo is made by the
@@ -263,7 +263,7 @@ class Transaction:
 
     # The way forward
 
-    async def forward(self, steps: Sequence[Step], *, hold: bool) -> None:
+    async def run_steps(self, steps: Sequence[Step], *, hold: bool) -> None:
         """Take the steps in order; on failure everything is put back and the cause raised."""
         recorded: Sequence[Step] = ()
         for number, step in enumerate(steps):
@@ -274,14 +274,14 @@ class Transaction:
                 await self.raise_if_cancelled()
                 ahead = None if step in recorded else recorded_ahead(steps[number:])
                 recorded = recorded if ahead is None else (step, *ahead)
-                await self._take(step, ahead)
+                await self._take_step(step, ahead)
             except JumpUnderWay:
                 self.settle_cancel()
                 raise
             except ANYTHING as error:  # a bug of ours, too: it must be undone
                 raise_if_cancelling(error)
                 # Whoever came late and could not be brought up to the others is not left half-way by --hold.
-                await self._failed(error, step, before, hold=hold and caught_up)
+                await self._on_failure(error, step, before, hold=hold and caught_up)
         if self.phase is Phase.executing:
             return
         try:
@@ -290,9 +290,9 @@ class Transaction:
             await self.raise_if_cancelled()
         except ANYTHING as error:
             raise_if_cancelling(error)
-            await self._failed(error, None, self._machine, hold=False)
+            await self._on_failure(error, None, self._machine, hold=False)
 
-    async def _failed(self, error: BaseException, step: Step | None, before: Machine, *, hold: bool) -> NoReturn:
+    async def _on_failure(self, error: BaseException, step: Step | None, before: Machine, *, hold: bool) -> NoReturn:
         cause, called_off = told_error(error), self._cause is not None
         if not self._machine.done:
             self.settle_cancel()
@@ -300,21 +300,21 @@ class Transaction:
         if step is Step.activate and isinstance(error.__cause__, OSError):  # the kernel's own no
             self._record = replace(self._record, failed_activations=self._record.failed_activations + 1)
         if hold and step is not None and before.phase in HELD and not called_off:
-            await self._hold(step, before, cause)
+            await self._hold_before(step, before, cause)
         await self.roll_back(self._cause or cause)
         raise AssertionError("a rollback with a cause raises")
 
     async def _catch_up(self, step: Step) -> None:
         """Bring whoever came since to where the others are: each verb is recorded before it is told."""
-        attempt = self._acting()
+        attempt = self._require_attempt()
         if attempt.resumed:
-            await self.interruptible(attempt.wait_reconnected())
+            await self.wait_interruptibly(attempt.wait_reconnected())
         if step is Step.execute and self._jump_asked:
             return
         while late := attempt.admit_late():
             for verb in attempt.past:
                 await self.write_record()
-                await self.interruptible(attempt.tell(verb, late))
+                await self.wait_interruptibly(attempt.tell_producers(verb, late))
         self._require_luo()
 
     def _require_luo(self) -> None:
@@ -323,41 +323,41 @@ class Transaction:
         The check `formats` warns of it before anyone is told, when it is not known yet whether there will be any.
         Asked before each step, where --hold holds nothing: no other image can take the place of one that is loaded.
         """
-        if self._record.begun.luo_off and (names := self._acting().preserving):
+        if self._record.begun.luo_off and (names := self._require_attempt().preserving_producers):
             raise Refused(
                 f"LUO is off in the next kernel, which would lose the files of {join_names(names)}",
                 where="the next kernel's command line",
                 remedy="Add it: --append liveupdate=on",
             )
 
-    async def _take(self, step: Step, ahead: Sequence[Step] | None) -> None:
+    async def _take_step(self, step: Step, ahead: Sequence[Step] | None) -> None:
         """Take one step, recorded with those `ahead`; None where a durable record names it already."""
-        attempt = self._acting()
-        self._machine = self._machine.begin(step)
+        attempt = self._require_attempt()
+        self._machine = self._machine.begin_step(step)
         done = (*self._machine.done, *(ahead or ()))
         if ahead is not None:
-            await self._write(replace(self.current(), done=done), departs=step is Step.execute)
+            await self._write_record(replace(self.current_record(), done=done), departs=step is Step.execute)
         begun = self._record.begun
         to = f", to {begun.image}" if begun.image else ""
         by = f"; begun by {begun.by}{to}" if begun.by and step is Step.prepare else ""
         members = attempt.barrier.members
         who = members[0].producer.name if len(members) == 1 else "every producer"
-        self.emit(f"{BEGINS[step].format(who=who)}{by}")
+        self.emit_event(f"{BEGINS[step].format(who=who)}{by}")
         self._step_began = began = time.monotonic()
         if step is Step.freeze:
             self._record = replace(self._record, window_began_at=time.time())
         if step is Step.execute:
             await self.raise_if_cancelled()
             self._jump_asked = True
-        await self.interruptible(attempt.do(step))
+        await self.wait_interruptibly(attempt.do_step(step))
         self.note_timing(step.value, began)
         self._record = replace(self._record, last_error="")  # of a try before this one, which was held
-        self._machine = self._machine.finish(step)
-        self.emit(f"{step.value} took {self._record.timings[-1].seconds:.3f} s")
+        self._machine = self._machine.finish_step(step)
+        self.emit_event(f"{step.value} took {self._record.timings[-1].seconds:.3f} s")
 
-    async def _hold(self, step: Step, before: Machine, cause: KhoError) -> NoReturn:
+    async def _hold_before(self, step: Step, before: Machine, cause: KhoError) -> NoReturn:
         """Put only the failed step back and stay where it began, as --hold asks."""
-        if await undo_all(self._acting(), (step,), self.emit):
+        if await undo_all(self._require_attempt(), (step,), self.emit_event):
             await self.roll_back(cause)
         self._machine, self._reason, self._jump_asked = before, cause.what, False
         self._record = replace(self._record, last_error=str(cause))
@@ -365,20 +365,20 @@ class Transaction:
             await self.write_record()
         except Exception:  # noqa: BLE001 - what cannot be recorded is not held
             await self.roll_back(self._cause or cause)
-        self.emit(f"held at {before.phase.value}: {cause.what}")
+        self.emit_event(f"held at {before.phase.value}: {cause.what}")
         raise NotRolledBack(
             f"{cause.what}; held at {before.phase.value} as asked",
             where=cause.where,
             remedy=f"{cause.remedy} To go back: khoctl abort".strip(),
         )
 
-    async def depart(self) -> None:
+    async def record_departure(self) -> None:
         """Record that the host goes down into the next kernel, whoever asked for it: nothing is undone from here on."""
         if self.phase is not Phase.executing:
-            self._machine = self._machine.begin(Step.execute)
+            self._machine = self._machine.begin_step(Step.execute)
         self._jump_asked = True
         self._record = replace(self._record, at_once=False)
-        await self._write(self.current(), departs=True)
+        await self._write_record(self.current_record(), departs=True)
 
     # The way back
 
@@ -403,20 +403,20 @@ class Transaction:
         if interrupted is not None:
             self._set_interrupted(interrupted)
         if self.phase is not Phase.rolling_back:  # khod may have died while it rolled back
-            self._machine = self._machine.to(Phase.rolling_back)
+            self._machine = self._machine.enter_phase(Phase.rolling_back)
         if ended := cause or because:
             self._record = replace(self._record, last_error=str(ended))
         await self.try_write_record(RECORD_UNDO_SECONDS)
-        self.emit(ended.what if ended else said)
-        attempt = self._acting()
+        self.emit_event(ended.what if ended else said)
+        attempt = self._require_attempt()
         if Step.activate in self._machine.done and attempt.kernel and (forgot := FORGOT.get(attempt.kernel.abort)):
             self._record = replace(self._record, suspect=forgot)
-        failures = await undo_all(attempt, self._machine.done, self.emit)
+        failures = await undo_all(attempt, self._machine.done, self.emit_event)
         left = {failure.step for failure in failures}
         if Step.freeze in left:  # whoever could not be thawed was not told `cancel` either
             left.add(Step.prepare)
         for step in set(self._machine.done) - left:
-            self._machine = self._machine.undone(step)
+            self._machine = self._machine.strike_step(step)
         if self._shutdown_note is not None:
             await asyncio.wait({self._shutdown_note}, timeout=SHUTDOWN_SECONDS)
         await self._end_rollback(cause, failures, because)
@@ -424,11 +424,11 @@ class Transaction:
     async def _end_rollback(
         self, cause: KhoError | None, failures: Sequence[Failure], because: KhoError | None
     ) -> None:
-        self._machine = self._machine.to(Phase.failed if failures else self._record.outcome)
-        self._reason = "; ".join(dict.fromkeys(failure.sentence for failure in failures))
+        self._machine = self._machine.enter_phase(Phase.failed if failures else self._record.outcome)
+        self._reason = "; ".join(dict.fromkeys(failure.describe for failure in failures))
         first = self._record.last_error.partition(NOT_UNDONE)[0]
         left = f"{first.rstrip(' .')}. {NOT_UNDONE}: {self._reason}".removeprefix(". ")
-        gone = [member.producer.name for member in self._acting().barrier.members if member.gone]
+        gone = [member.producer.name for member in self._require_attempt().barrier.members if member.gone]
         died = f" Went away, and could not be told: {join_names(gone)}. Look at them." if gone else ""
         if (ended := cause or because) and not failures:
             ended.remedy = f"{ROLLED_BACK}{died} {ended.remedy}".strip()
@@ -439,11 +439,11 @@ class Transaction:
             self._record,
             not_undone=tuple(item for failure in failures for item in failure.items),
             last_error=left if failures else self._record.last_error,
-            producers=self.current().producers if failures else (),
+            producers=self.current_record().producers if failures else (),
         )
         self._jump_asked = False
         await self.try_write_record(RECORD_UNDO_SECONDS, departure_served=True)
-        self.emit(f"{'Not everything was rolled back.' if failures else 'Rolled back.'}{died}")
+        self.emit_event(f"{'Not everything was rolled back.' if failures else 'Rolled back.'}{died}")
         raised, self.rollbacks, self.rollback_error = cause, self.rollbacks + 1, None
         if failures:
             remedies = dict.fromkeys(item.remedy for item in self._record.not_undone if item.remedy)
@@ -489,7 +489,7 @@ class Transaction:
         self._record = replace(record, producers=(), done=(), not_undone=(), interrupted="")
         self._machine = Machine(Phase.verifying)
         await self.try_write_record(departure_served=True)
-        self.emit("this kernel was reached by a handover; what arrived is being checked")
+        self.emit_event("this kernel was reached by a handover; what arrived is being checked")
 
     async def _note_shutdown(self, run: str, under_way: Phase) -> None:
         """Record that the host is shut down in the middle of this rollback, where systemd says so."""
@@ -522,11 +522,11 @@ class Transaction:
         timing = StepTiming(step, began, time.monotonic() - began)
         self._record = replace(self._record, timings=(*self._record.timings, timing))
 
-    def note_sessions(self, sighted: Sighted, *, at_once: bool) -> None:
+    def note_sessions(self, sighted: SightedSessions, *, at_once: bool) -> None:
         """Have the next write record whose LUO sessions leave with the jump, and how it is made."""
         self._record = replace(self._record, sessions=sighted.sessions, sessions_unseen=sighted.unseen, at_once=at_once)
 
-    async def note_claims(self, claims: tuple[Holder, ...]) -> None:
+    async def note_claims(self, claims: tuple[ProducerRecord, ...]) -> None:
         """Record who has not taken back what it left."""
         self._record = replace(self._record, claims=claims)
         await self.try_write_record()
@@ -535,10 +535,10 @@ class Transaction:
         """Count the blackout up to now, unless another handover has begun since: the record has that one's window."""
         record = self._record
         if record.run == record.arrived_run:
-            blackout = verify.blackout(record.window_began_at, time.time(), uptime)
+            blackout = verify.blackout_seconds(record.window_began_at, time.time(), uptime)
             self._record = replace(record, blackout_seconds=blackout)
 
-    async def conclude(self, verdict: Verdict, message: str) -> None:
+    async def conclude_verification(self, verdict: Verdict, message: str) -> None:
         """Record what the handover into this boot came to: verified, or degraded with the reason.
 
         It may be corrected when somebody comes late, also while another handover is under way.
@@ -546,26 +546,26 @@ class Transaction:
         outcome = Phase.degraded if verdict.reason else Phase.verified
         at_rest = self.phase in RESTING or self.phase is Phase.verifying
         if at_rest and self.phase is not outcome:
-            self._machine = self._machine.to(outcome)
+            self._machine = self._machine.enter_phase(outcome)
         self._record = replace(self._record, verdict=verdict, outcome=outcome)
         if at_rest:
             self._reason = verdict.reason
             self._record = replace(self._record, last_error=verdict.reason or self._note)
         await self.try_write_record()
-        self.emit(message)
+        self.emit_event(message)
 
     # The record and its listeners
 
-    def current(self) -> Record:
+    def current_record(self) -> Record:
         """The record as it would be written now."""
         attempt, done = self._attempt, self._machine.done
         known = attempt is not None and done and not attempt.barrier.broken
-        producers = attempt.barrier.holders() if attempt is not None and known else self._record.producers
+        producers = attempt.barrier.to_records() if attempt is not None and known else self._record.producers
         return replace(self._record, phase=self.phase, done=done, producers=producers)
 
     async def write_record(self) -> None:
         """Write the record, durably; RecordError."""
-        await self._write(self.current())
+        await self._write_record(self.current_record())
 
     async def try_write_record(self, seconds: float = RECORD_SECONDS, *, departure_served: bool = False) -> None:
         """Write the record where a failure must stop nothing: a full disk keeps nobody from being thawed.
@@ -578,13 +578,13 @@ class Transaction:
             if departure_served:
                 self._store.remove_departure()
 
-        record = self.current()
+        record = self.current_record()
         self._record = record
         try:
-            await self._disk.call(write, "writing the record", seconds)
+            await self._disk.call_within(write, "writing the record", seconds)
             self._is_behind = False
         except Exception as error:  # noqa: BLE001 - whatever it is, the way back goes on
-            self.emit(str(error))
+            self.emit_event(str(error))
             self._is_behind = True
             if self._catching_up is None or self._catching_up.done():
                 self._catching_up = asyncio.ensure_future(self._catch_record_up())
@@ -603,7 +603,7 @@ class Transaction:
         if self._is_behind:
             await self.try_write_record(RECORD_UNDO_SECONDS)
 
-    async def _write(self, record: Record, *, departs: bool = False) -> None:
+    async def _write_record(self, record: Record, *, departs: bool = False) -> None:
         """Write it on the way forward: to be cut short, as a file system that hangs must not hold what can be undone.
 
         With `departs` a copy is left beside it: after the jump it stands in for a record that cannot be read.
@@ -615,10 +615,10 @@ class Transaction:
                 self._store.write_departure(record)
 
         self._record = record
-        await self.interruptible(self._disk.call(write, "writing the record", RECORD_SECONDS))
+        await self.wait_interruptibly(self._disk.call_within(write, "writing the record", RECORD_SECONDS))
         self._is_behind = False
 
-    def emit(self, message: str, producer: Producer | None = None, words: list[Word] | None = None) -> None:
+    def emit_event(self, message: str, producer: Producer | None = None, words: list[Word] | None = None) -> None:
         """Emit an Event with the current phase to every listener; a listener that fails is not heard of."""
         try:
             self._tell(Event(time.monotonic(), self.phase, message, self._record.run, producer, words))
@@ -627,8 +627,8 @@ class Transaction:
 
     def on_member_changed(self, member: Member) -> None:
         """Emit what a producer was told or said."""
-        self.emit(f"{member.producer.name}: {member.about}: {member.answer or 'told'}", member.shown())
+        self.emit_event(f"{member.producer.name}: {member.about}: {member.answer or 'told'}", member.to_model())
 
-    def _acting(self) -> Attempt:
+    def _require_attempt(self) -> Attempt:
         assert self._attempt is not None, "an attempt is attached before it is moved"
         return self._attempt

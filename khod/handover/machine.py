@@ -78,26 +78,26 @@ class Machine:
     phase: Phase = Phase.idle
     done: tuple[Step, ...] = ()
 
-    def to(self, phase: Phase) -> "Machine":
+    def enter_phase(self, phase: Phase) -> "Machine":
         """Go to `phase`; IllegalTransition where the table has no such arrow."""
         if phase not in TRANSITIONS[self.phase]:
             raise IllegalTransition(f"{self.phase.value} -> {phase.value}")
         return replace(self, phase=phase)
 
-    def begin(self, step: Step) -> "Machine":
+    def begin_step(self, step: Step) -> "Machine":
         """Enter a step. Its undo is due from here on: it may have had half of its effect."""
-        return replace(self.to(STEPS[step].doing), done=(*self.done, step))
+        return replace(self.enter_phase(STEPS[step].doing), done=(*self.done, step))
 
-    def finish(self, step: Step) -> "Machine":
+    def finish_step(self, step: Step) -> "Machine":
         """Leave a step behind, done."""
-        return self if STEPS[step].doing is STEPS[step].done else self.to(STEPS[step].done)
+        return self if STEPS[step].doing is STEPS[step].done else self.enter_phase(STEPS[step].done)
 
-    def undone(self, step: Step) -> "Machine":
+    def strike_step(self, step: Step) -> "Machine":
         """Strike a step from what is still to be put back."""
         return replace(self, done=tuple(kept for kept in self.done if kept is not step))
 
 
-def left(machine: Machine, order: Order, last: Step) -> tuple[Step, ...]:
+def remaining_steps(machine: Machine, order: Order, last: Step) -> tuple[Step, ...]:
     """The steps still to be done, up to `last`.
 
     Up to activate, load is left out even where it would come first: `khoctl activate` names no image.
@@ -108,7 +108,7 @@ def left(machine: Machine, order: Order, last: Step) -> tuple[Step, ...]:
     )
 
 
-def drawing() -> str:
+def draw_machine() -> str:
     """Draw the table, an arrow a line, in Mermaid's notation."""
     arrows = (f"    {here.value} --> {there.value}" for here, row in TRANSITIONS.items() for there in row)
     starts = (f"    [*] --> {phase.value}" for phase in STARTS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from khod.errors import RecordError
 from khod.handover.machine import HELD, RESTING, STEPS
 from khod.handover.record import Record
-from khod.kernel.cmdline import mark, marked
+from khod.kernel.cmdline import is_marked, run_mark
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
 from khod.model import Observed, Phase, Step
@@ -39,7 +39,9 @@ JUMPABLE = frozenset(Step) - {Step.execute}
 """The steps after which everybody is frozen and the image has the state."""
 
 
-def reconcile(record: Record | RecordError | None, kernel: Observed, after_daemon_died: str = "roll-back") -> Found:
+def reconcile_record(
+    record: Record | RecordError | None, kernel: Observed, after_daemon_died: str = "roll-back"
+) -> Found:
     """Decide by the table of the design: every pair of record and kernel has one answer.
 
     What somebody else made of the kernel is no part of it: that is asked anew each time (`foreign`).
@@ -53,11 +55,11 @@ def reconcile(record: Record | RecordError | None, kernel: Observed, after_daemo
     return _other_boot(record, kernel)
 
 
-def _words(phase: Phase) -> str:
+def _phase_words(phase: Phase) -> str:
     return phase.value.replace("_", " ")
 
 
-def provisional(record: Record | RecordError | None) -> Found:
+def provisional_state(record: Record | RecordError | None) -> Found:
     """Where the host stands by the record alone, until the kernel has answered."""
     if isinstance(record, RecordError):
         return Found(Phase.inconsistent, record.what)
@@ -65,7 +67,7 @@ def provisional(record: Record | RecordError | None) -> Found:
 
 
 def _without_record(kernel: Observed) -> Found:
-    if (run := mark(kernel.cmdline)) and kernel.arrived:
+    if (run := run_mark(kernel.cmdline)) and kernel.arrived:
         return Found(Phase.degraded, f"this boot was reached by the handover {run}, of which no record is left")
     return Found(Phase.idle, "")
 
@@ -81,19 +83,19 @@ def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Foun
         kept = {Step.activate: kernel.active, Step.load: kernel.loaded}
         clean = not any(kept.get(step, True) for step in record.done)
         return Found(record.outcome, "") if clean else Found(Phase.failed, record.last_error)
-    if beyond(record, kernel):
-        return Found(Phase.inconsistent, f"the record says {record.phase.value}, and {said(kernel)}")
-    if not agrees(record, kernel):
+    if exceeds_record(record, kernel):
+        return Found(Phase.inconsistent, f"the record says {record.phase.value}, and {describe_kernel(kernel)}")
+    if not record_agrees(record, kernel):
         # Part of it was put back, by khod or by hand, and could not be recorded. Who is frozen is frozen all the same.
         return Found(
             record.phase,
-            f"khod stopped unexpectedly after {_words(record.phase)}, and {said(kernel)}",
+            f"khod stopped unexpectedly after {_phase_words(record.phase)}, and {describe_kernel(kernel)}",
             Action.roll_back,
         )
     if after_daemon_died == "resume" and record.phase in HELD:
         return Found(record.phase, "khod was restarted and resumed", Action.resume)
     return Found(
-        record.phase, f"khod stopped unexpectedly while the handover was {_words(record.phase)}", Action.roll_back
+        record.phase, f"khod stopped unexpectedly while the handover was {_phase_words(record.phase)}", Action.roll_back
     )
 
 
@@ -101,15 +103,15 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
     if record.phase in RESTING:
         if record.interrupted:
             return Found(Phase.cold_boot, f"the host went down and booted cold: {record.interrupted}")
-        return Found(Phase.idle, _lost(record))
+        return Found(Phase.idle, _lost_claims(record))
     if record.phase is Phase.verifying:
-        lost = _lost(record)
+        lost = _lost_claims(record)
         return Found(
             Phase.idle, f"the host booted again before the last handover was verified{f'; {lost}' if lost else ''}"
         )
-    by_our_kexec = marked(kernel.cmdline, record.run)
+    by_our_kexec = is_marked(kernel.cmdline, record.run)
     if by_our_kexec or kernel.arrived:  # whoever's image it was: what the producers had left came with it
-        return Found(Phase.verifying, "first start after the jump", Action.verify, _doubt(record))
+        return Found(Phase.verifying, "first start after the jump", Action.verify, _record_doubt(record))
     if record.phase is Phase.executing:
         return Found(
             Phase.cold_boot,
@@ -124,13 +126,13 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
     )
 
 
-def _lost(record: Record) -> str:
+def _lost_claims(record: Record) -> str:
     """What went with the boot of the record, "" where nothing waited to be taken back."""
     names = join_names(holder.name for holder in record.claims)
     return f"the host booted again before {names} had taken back what waited: it is lost" if names else ""
 
 
-def _doubt(record: Record) -> str:
+def _record_doubt(record: Record) -> str:
     if record.phase is Phase.executing or (record.phase in HELD and set(record.done) >= JUMPABLE):
         return ""
     if record.phase in HELD and Step.freeze in record.done:
@@ -140,7 +142,7 @@ def _doubt(record: Record) -> str:
     return f"the host jumped while the handover was at {record.phase.value}: not every producer was frozen"
 
 
-def agrees(record: Record, kernel: Observed) -> bool:
+def record_agrees(record: Record, kernel: Observed) -> bool:
     """Tell whether the kernel is where the record puts it.
 
     A step under way, and those recorded together with it, may have had their effect or not.
@@ -151,13 +153,13 @@ def agrees(record: Record, kernel: Observed) -> bool:
     return all(fact is None or step in open_ended or fact == (step in record.done) for step, fact in facts)
 
 
-def beyond(record: Record, kernel: Observed) -> bool:
+def exceeds_record(record: Record, kernel: Observed) -> bool:
     """Tell whether the kernel shows what no recorded step of khod's did."""
     facts = ((Step.activate, kernel.active), (Step.load, kernel.loaded))
     return any(fact and step not in record.done for step, fact in facts)
 
 
-def said(kernel: Observed) -> str:
+def describe_kernel(kernel: Observed) -> str:
     """Put what the kernel says in words."""
     image = f"with {'an' if kernel.loaded else 'no'} image loaded"
     if kernel.active is None:
@@ -165,36 +167,36 @@ def said(kernel: Observed) -> str:
     return f"the kernel is {'active' if kernel.active else 'inactive'} {image}"
 
 
-def observe(kexec: Kexec, kernel: KhoKernel | None) -> Observed:
+def observe_kernel(kexec: Kexec, kernel: KhoKernel | None) -> Observed:
     """Ask the kernel how it stands; call it in the kernel's thread. Raises OSError."""
     return Observed(
         boot_id=kexec.boot_id(),
-        release=kexec.release(),
+        release=kexec.kernel_release(),
         cmdline=kexec.cmdline(),
-        active=None if kernel is None else kernel.active(),
-        loaded=kexec.loaded(),
-        arrived=kernel is not None and kernel.arrived() is not None,
+        active=None if kernel is None else kernel.is_active(),
+        loaded=kexec.is_loaded(),
+        arrived=kernel is not None and kernel.arrived_tree() is not None,
     )
 
 
-def foreign(record: Record, kernel: Observed) -> bool:
+def is_foreign(record: Record, kernel: Observed) -> bool:
     """Tell whether somebody else has entered the active phase or loaded an image: khod has nothing under way."""
     return record.phase in RESTING and bool(kernel.active or kernel.loaded)
 
 
-def shown(record: Record, kernel: Observed) -> Phase:
+def effective_phase(record: Record, kernel: Observed) -> Phase:
     """The phase an operator is told, while khod runs: the record's, unless the kernel contradicts it.
 
     What this boot's handover came to is hidden by nothing that was done since.
     """
-    if foreign(record, kernel) and record.phase is Phase.idle:
+    if is_foreign(record, kernel) and record.phase is Phase.idle:
         return Phase.foreign
-    if record.phase in HELD and not agrees(record, kernel):
+    if record.phase in HELD and not record_agrees(record, kernel):
         return Phase.inconsistent
     return record.phase
 
 
-def due(done: tuple[Step, ...], kernel: Observed, *, told: bool) -> tuple[Step, ...]:
+def steps_to_undo(done: tuple[Step, ...], kernel: Observed, *, told: bool) -> tuple[Step, ...]:
     """The steps to put back by force: those of the record, and what the kernel shows beyond them.
 
     With `told` also those of the producers: what no record says may have been done, and an undo of what was
@@ -205,7 +207,7 @@ def due(done: tuple[Step, ...], kernel: Observed, *, told: bool) -> tuple[Step, 
     return (*dict.fromkeys(steps), *(step for step, fact in facts if fact and step not in done))
 
 
-def settled(record: Record, found: Found, kernel: Observed) -> Record:
+def reset_record(record: Record, found: Found, kernel: Observed) -> Record:
     """The record of a host at rest: what was under way is over; what it was about another boot does not stay.
 
     In this boot its outcome stays, whatever was tried since.

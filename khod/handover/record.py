@@ -17,16 +17,16 @@ from khod.handover.snapshots import Snapshots
 from khod.model import Begun, Generation, Kept, LuoSession, NotUndone, Observed, Phase, Step, StepTiming, Verdict
 
 VERSION = 1
-ADDED = frozenset(
+ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt"}
 )
 """Fields a record of this version may lack: an earlier khod wrote it."""
 
-FILE = "handover.json"
+FILE_NAME = "handover.json"
 DEPARTURE = "departure.json"
 UNREADABLE = "handover.json.unreadable"
-RESERVE = 16 << 20
+RESERVED_BYTES = 16 << 20
 """Bytes that must be free before the kernel is touched: the record, and a tree of v3's default dt_max."""
 
 
@@ -47,7 +47,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Holder:
+class ProducerRecord:
     """A producer of this handover: what it was told last, and what is needed to tell it more.
 
     `restores` says whether it has anything to do in the next kernel: there it counts as missing until it has. None
@@ -95,7 +95,7 @@ class Record:
     verdict: Verdict | None = None
     suspect: str = ""
     """Why the state of the boot `boot_id` may not be whole: an abort that made the kernel forget."""
-    producers: tuple[Holder, ...] = ()
+    producers: tuple[ProducerRecord, ...] = ()
     """Who takes part in the handover `run`."""
     failed_activations: int = 0
     """Failed activations in the boot `boot_id`: each may leak up to dt_max of kernel memory."""
@@ -116,7 +116,7 @@ class Record:
     """Whether the handover `run` jumps at once: with nothing stopped before, so that no session is lost."""
     doubt: str = ""
     """Why what arrived in this boot cannot be all that the producers had, "" where nothing speaks against it."""
-    claims: tuple[Holder, ...] = ()
+    claims: tuple[ProducerRecord, ...] = ()
     """What was left by the previous kernel's producers and not taken back yet."""
     begun: Begun = field(default_factory=Begun)
 
@@ -143,19 +143,19 @@ class Record:
         )
 
 
-def encode(record: Record) -> bytes:
+def encode_record(record: Record) -> bytes:
     """Render the record as JSON, a field or a producer on each line: an operator reads it too."""
-    fields = [f'"{name}": {_line(value)}' for name, value in wire.plain(record).items()]
+    fields = [f'"{name}": {_encode_line(value)}' for name, value in wire.encode_value(record).items()]
     return ("{\n" + ",\n".join(fields) + "\n}\n").encode()
 
 
-def _line(value: object) -> str:
+def _encode_line(value: object) -> str:
     if isinstance(value, tuple) and value:
-        return "[\n  " + ",\n  ".join(map(_line, value)) + "\n]"
-    return json.dumps(value, default=wire.plain)
+        return "[\n  " + ",\n  ".join(map(_encode_line, value)) + "\n]"
+    return json.dumps(value, default=wire.encode_value)
 
 
-def decode(raw: bytes, where: str = "") -> Record:
+def decode_record(raw: bytes, where: str = "") -> Record:
     """Read a record; RecordError that says what is wrong with it."""
     remedy = "Look at it, then run: khoctl abort --force"
     try:
@@ -171,7 +171,7 @@ def decode(raw: bytes, where: str = "") -> Record:
             )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")
-        return wire.decode(Record, values, may_lack=ADDED)
+        return wire.decode_value(Record, values, may_lack=ADDED_FIELDS)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error}", where=where, remedy=remedy) from None
 
@@ -183,33 +183,33 @@ class Store:
     directory: Path
 
     @property
-    def path(self) -> Path:
+    def record_path(self) -> Path:
         """The record itself."""
-        return self.directory / FILE
+        return self.directory / FILE_NAME
 
     def read(self) -> Record | None:
         """The record, None where there was never one."""
         try:
-            return decode(self.path.read_bytes(), str(self.path))
+            return decode_record(self.record_path.read_bytes(), str(self.record_path))
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RecordError(f"The record cannot be read: {errno_text(error)}", where=str(self.path)) from error
+            raise RecordError(f"The record cannot be read: {errno_text(error)}", where=str(self.record_path)) from error
 
     def write(self, record: Record, *, durable: bool = True) -> None:
         """Replace the record; without `durable` it survives khod, and not a loss of power."""
-        self._replace(FILE, record, durable=durable)
+        self._replace_file(FILE_NAME, record, durable=durable)
 
     def write_departure(self, record: Record) -> None:
         """Leave a copy of the record with the jump; both executors sync it to the disk."""
-        self._replace(DEPARTURE, record, durable=False)
+        self._replace_file(DEPARTURE, record, durable=False)
 
-    def _replace(self, name: str, record: Record, *, durable: bool) -> None:
+    def _replace_file(self, name: str, record: Record, *, durable: bool) -> None:
         """Write a file anew: all of it or nothing."""
         try:
             new = self.directory / f"{name}.new"
             with open(new, "wb") as file:
-                file.write(encode(record))
+                file.write(encode_record(record))
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
@@ -222,12 +222,12 @@ class Store:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise _unwritable(error, self.directory / name) from error
+            raise _unwritable_error(error, self.directory / name) from error
 
     def read_departure(self) -> Record | None:
         """The copy that was left with the last jump; None where there is none that can be read."""
         try:
-            return decode((self.directory / DEPARTURE).read_bytes(), DEPARTURE)
+            return decode_record((self.directory / DEPARTURE).read_bytes(), DEPARTURE)
         except (OSError, RecordError):
             return None
 
@@ -236,7 +236,7 @@ class Store:
         try:
             (self.directory / DEPARTURE).unlink(missing_ok=True)
         except OSError as error:
-            raise _unwritable(error, self.directory / DEPARTURE) from error
+            raise _unwritable_error(error, self.directory / DEPARTURE) from error
 
     def set_aside(self) -> Path | None:
         """Keep a record that cannot be read under another name: another is written in its place. Where it is then."""
@@ -247,29 +247,29 @@ class Store:
         else:
             return None
         try:
-            return self.path.rename(self.directory / UNREADABLE)
+            return self.record_path.rename(self.directory / UNREADABLE)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _unwritable(error, self.directory / UNREADABLE) from error
+            raise _unwritable_error(error, self.directory / UNREADABLE) from error
 
     @property
     def snapshots(self) -> Snapshots:
         """The state trees that left."""
         return Snapshots(self.directory / "snapshots")
 
-    def free(self) -> int:
+    def free_bytes(self) -> int:
         """Bytes that may still be written here; RecordError where the file system is mounted read-only."""
         try:
             stat = os.statvfs(self.directory)
             if not os.access(self.directory, os.W_OK):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         except OSError as error:
-            raise _unwritable(error, self.directory) from error
+            raise _unwritable_error(error, self.directory) from error
         return stat.f_bavail * stat.f_frsize
 
 
-def _unwritable(error: OSError, path: Path) -> RecordError:
+def _unwritable_error(error: OSError, path: Path) -> RecordError:
     return RecordError(
         f"The record cannot be written: {errno_text(error)}",
         where=str(path),

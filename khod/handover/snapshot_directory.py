@@ -61,7 +61,7 @@ class DamagedError(Exception):
 
 
 @dataclass(frozen=True)
-class Entry:
+class SnapshotEntry:
     """One directory of khod's: what is known of it without reading its tree.
 
     `sequence` orders snapshots, 0 where it is lost or was never written (by an earlier khod). `written_ns` is when the
@@ -76,7 +76,7 @@ class Entry:
     wrong: tuple[str, ...]
 
     @property
-    def age(self) -> tuple[int, int, str]:
+    def sort_key(self) -> tuple[int, int, str]:
         """What to sort by, the oldest first: those without a number before all others."""
         return self.sequence, self.written_ns or 0, self.path.name
 
@@ -86,7 +86,7 @@ def describe_kind(mode: int) -> str:
     return KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
 
 
-def examine(path: Path) -> Entry | str:
+def examine_entry(path: Path) -> SnapshotEntry | str:
     """Look at one entry of the snapshots' directory: what is khod's, or why it is not; FileNotFoundError if gone."""
     status = path.lstat()
     if ASIDE.fullmatch(path.name):
@@ -107,10 +107,10 @@ def examine(path: Path) -> Entry | str:
     about = _read_about(path)
     if isinstance(run := about.get("run"), str) and path.name.partition(".")[0] != run:
         return f"a copy of the snapshot {join_names([run], 1)}"
-    return _entry(path, about, names)
+    return _read_entry(path, about, names)
 
 
-def _entry(path: Path, about: dict[str, Any], names: list[str]) -> Entry:
+def _read_entry(path: Path, about: dict[str, Any], names: list[str]) -> SnapshotEntry:
     wrong = []
     if strange := [name for name in names if name not in (*OWN_FILES, BLOBS)]:
         wrong.append(f"not khod's in it: {join_names(strange)}")
@@ -120,20 +120,20 @@ def _entry(path: Path, about: dict[str, Any], names: list[str]) -> Entry:
     if root is not None and written is None:
         wrong.append(f"{ROOT} is {describe_kind(root.st_mode)}")
     try:
-        size += sum(status.st_size for _name, status in _blobs(path))
+        size += sum(status.st_size for _name, status in _list_blobs(path))
     except (OSError, DamagedError) as error:
         if written is not None or BLOBS in names:
             wrong.append(errno_text(error) if isinstance(error, OSError) else str(error))
     if written is not None and not about:
         wrong.append(f"{ABOUT} is missing or damaged: of which kernel it is is not known")
-    return Entry(path, about, _sequence(path, about), written, size, tuple(wrong))
+    return SnapshotEntry(path, about, _read_sequence(path, about), written, size, tuple(wrong))
 
 
-def make(path: Path, about: Mapping[str, Any], sequence: int) -> None:
+def make_snapshot(path: Path, about: Mapping[str, Any], sequence: int) -> None:
     """Lay out an empty snapshot in the new directory `path`, durably: the tree follows in the blackout."""
     (path / BLOBS).mkdir(mode=0o700)
-    _write(path / ABOUT, f"{json.dumps({**about, 'sequence': sequence})}\n".encode(), durable=True)
-    _write(path / SEQUENCE, f"{sequence}\n".encode(), durable=True)
+    _write_file(path / ABOUT, f"{json.dumps({**about, 'sequence': sequence})}\n".encode(), durable=True)
+    _write_file(path / SEQUENCE, f"{sequence}\n".encode(), durable=True)
     sync_directory(path)
 
 
@@ -142,13 +142,13 @@ def write_tree(path: Path, tree: Tree) -> None:
     (path / BLOBS).mkdir(parents=True, exist_ok=True, mode=0o700)
     names = _file_names(tree.blobs)
     for stale in set(os.listdir(path / BLOBS)) - set(names.values()):
-        _unlink(path / BLOBS / stale)
-    _unlink(path / NAMES)
+        _unlink_file(path / BLOBS / stale)
+    _unlink_file(path / NAMES)
     if odd := {file: name for name, file in names.items() if file != name}:
-        _write(path / NAMES, json.dumps(odd).encode())
+        _write_file(path / NAMES, json.dumps(odd).encode())
     for name, blob in tree.blobs.items():
-        _write(path / BLOBS / names[name], blob)
-    _write(path / ROOT_NEW, tree.root)
+        _write_file(path / BLOBS / names[name], blob)
+    _write_file(path / ROOT_NEW, tree.root)
     (path / ROOT_NEW).rename(path / ROOT)
 
 
@@ -158,44 +158,44 @@ def read_tree(path: Path) -> Tree:
         raise DamagedError(f"it is {describe_kind(mode)}")
     (path / ROOT).lstat()  # without a root there is no snapshot, whatever else there is
     names = _odd_names(path)
-    blobs = {names.get(file, file): _read(path / BLOBS / file) for file, _status in _blobs(path)}
-    return Tree(_read(path / ROOT), dict(sorted(blobs.items())))
+    blobs = {names.get(file, file): _read_file(path / BLOBS / file) for file, _status in _list_blobs(path)}
+    return Tree(_read_file(path / ROOT), dict(sorted(blobs.items())))
 
 
 def blob_names(path: Path) -> list[str]:
     """The names of the blobs besides the root."""
     names = _odd_names(path)
-    return sorted(names.get(file, file) for file, _status in _blobs(path))
+    return sorted(names.get(file, file) for file, _status in _list_blobs(path))
 
 
-def digest(path: Path) -> str:
+def read_digest(path: Path) -> str:
     """Give the digest as it was made first, so that bytes that have changed since show in it; else make it."""
     with suppress(OSError, DamagedError):
-        kept = _read(path / DIGEST).decode("ascii", "replace").strip()
+        kept = _read_file(path / DIGEST).decode("ascii", "replace").strip()
         if SHA256.fullmatch(kept):
             return kept
     names = _odd_names(path)
-    files = sorted((names.get(file, file), path / BLOBS / file) for file, _status in _blobs(path))
+    files = sorted((names.get(file, file), path / BLOBS / file) for file, _status in _list_blobs(path))
     made = hashlib.sha256()
     for file in (path / ROOT, *(file for _name, file in files)):
-        with open(_open(file), "rb", buffering=0) as opened:
+        with open(_open_file(file), "rb", buffering=0) as opened:
             while chunk := opened.read(CHUNK_BYTES):
                 made.update(chunk)
     with suppress(OSError):  # to list them must do on a read-only file system, too
-        _write(path / DIGEST, f"{made.hexdigest()}\n".encode())
+        _write_file(path / DIGEST, f"{made.hexdigest()}\n".encode())
     return made.hexdigest()
 
 
-def remove(path: Path) -> None:
+def remove_snapshot(path: Path) -> None:
     """Remove what khod wrote; the directory stays where anything else is in it, or something cannot be removed."""
     for name in OWN_FILES[:2]:
-        _unlink(path / name)
+        _unlink_file(path / name)
     with suppress(OSError, DamagedError):
-        for file, _status in _blobs(path, strict=False):
-            _unlink(path / BLOBS / file)
+        for file, _status in _list_blobs(path, strict=False):
+            _unlink_file(path / BLOBS / file)
         (path / BLOBS).rmdir()
     for name in OWN_FILES[2:]:
-        _unlink(path / name)
+        _unlink_file(path / name)
     with suppress(OSError):
         path.rmdir()
 
@@ -209,7 +209,7 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _unlink(path: Path) -> None:
+def _unlink_file(path: Path) -> None:
     """Remove a regular file; anything else under its name is not khod's."""
     with suppress(OSError):
         if stat.S_ISREG(path.lstat().st_mode):
@@ -223,7 +223,7 @@ def _lstat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _blobs(path: Path, *, strict: bool = True) -> Iterator[tuple[str, os.stat_result]]:
+def _list_blobs(path: Path, *, strict: bool = True) -> Iterator[tuple[str, os.stat_result]]:
     """Each blob's file with its status; DamagedError where blobs/ or one of them is not what khod wrote."""
     status = _lstat(path / BLOBS)
     if status is None or not stat.S_ISDIR(status.st_mode):
@@ -238,18 +238,18 @@ def _blobs(path: Path, *, strict: bool = True) -> Iterator[tuple[str, os.stat_re
 
 def _read_about(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError, DamagedError):  # the tree counts all the same
-        found = json.loads(_read(path / ABOUT))
+        found = json.loads(_read_file(path / ABOUT))
         return found if isinstance(found, dict) else {}
     return {}
 
 
-def _sequence(path: Path, about: Mapping[str, Any]) -> int:
+def _read_sequence(path: Path, about: Mapping[str, Any]) -> int:
     """The number by either of the places it is written to; 0 where there is none."""
     number = about.get("sequence")
     if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 10**MAX_SEQUENCE_DIGITS:
         return number
     with suppress(OSError, DamagedError):
-        text = _read(path / SEQUENCE).strip()
+        text = _read_file(path / SEQUENCE).strip()
         if text.isdigit() and len(text) <= MAX_SEQUENCE_DIGITS:  # of bytes: ASCII digits alone
             return int(text)
     return 0
@@ -271,13 +271,13 @@ def _is_file_name(name: str) -> bool:
 def _odd_names(path: Path) -> dict[str, str]:
     """The names of the blobs whose files are numbered, by file."""
     with suppress(OSError, ValueError, RecursionError, DamagedError):
-        found = json.loads(_read(path / NAMES))
+        found = json.loads(_read_file(path / NAMES))
         if isinstance(found, dict):
             return {file: name for file, name in found.items() if isinstance(name, str)}
     return {}
 
 
-def _open(path: Path) -> int:
+def _open_file(path: Path) -> int:
     """Open a regular file, never what a link names or what would wait for another end."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -291,12 +291,12 @@ def _open(path: Path) -> int:
     raise DamagedError(f"{path.name} is {describe_kind(mode)}")
 
 
-def _read(path: Path) -> bytes:
-    with open(_open(path), "rb", buffering=0) as file:
+def _read_file(path: Path) -> bytes:
+    with open(_open_file(path), "rb", buffering=0) as file:
         return file.readall()
 
 
-def _write(path: Path, data: bytes, *, durable: bool = False) -> None:
+def _write_file(path: Path, data: bytes, *, durable: bool = False) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(fd, "wb", buffering=0) as file:
         left = memoryview(data)

@@ -18,10 +18,10 @@ WALL_CLOCK_SECONDS = 1.0
 """What the wall clock is good for over a kexec: the next kernel sets it by the hardware clock, which has seconds."""
 
 
-def compare(before: Tree | None, arrived: Tree | None, was: Generation, now: Generation) -> Verdict:
+def compare_trees(before: Tree | None, arrived: Tree | None, was: Generation, now: Generation) -> Verdict:
     """Name each producer of the snapshot as arrived, missing or changed; `reason` is "" where all is well."""
     if arrived is None:
-        missing = sorted(producers(before, was)) if before else []
+        missing = sorted(kernel_producers(before, was)) if before else []
         nothing = (
             "the new kernel was reached by the kexec and KHO handed it nothing: "
             "look for `KHO:` in its log (kho=on missing, or it reads another KHO format)"
@@ -29,8 +29,8 @@ def compare(before: Tree | None, arrived: Tree | None, was: Generation, now: Gen
         return Verdict(missing=missing).with_findings([Finding("", nothing)])
     if before is None:
         uncompared = Finding("", "there is no snapshot to compare with")
-        return Verdict(arrived=sorted(producers(arrived, now))).with_findings([uncompared])
-    left, came = producers(before, was), producers(arrived, now)
+        return Verdict(arrived=sorted(kernel_producers(arrived, now))).with_findings([uncompared])
+    left, came = kernel_producers(before, was), kernel_producers(arrived, now)
     missing = sorted(left.keys() - came.keys())
     changed = sorted(name for name in left.keys() & came.keys() if left[name] != came[name] and name not in VOLATILE)
     if was is Generation.sysfs and before.root != arrived.root and not missing and not changed:
@@ -44,17 +44,17 @@ def compare(before: Tree | None, arrived: Tree | None, was: Generation, now: Gen
     return verdict.with_findings(Finding("", reason) for reason in reasons)
 
 
-def producers(tree: Tree, generation: Generation) -> dict[str, object]:
+def kernel_producers(tree: Tree, generation: Generation) -> dict[str, object]:
     """Each producer's state by name: v3's are the root's nodes, later ones are blobs of their own."""
     if generation is not Generation.sysfs:
         return dict(tree.blobs)
     try:
-        return {child.name: child for child in fdt.parse(tree.root).children}
+        return {child.name: child for child in fdt.parse_tree(tree.root).children}
     except MalformedTree:
         return {"/": tree.root}
 
 
-def blackout(began: float, ended: float, uptime: float | None) -> float | None:
+def blackout_seconds(began: float, ended: float, uptime: float | None) -> float | None:
     """Seconds from the first `freeze` to the last `finish` by the wall clock; None where that cannot be trusted.
 
     `began` is 0 where no khod recorded it. This kernel was booted within the blackout, so one that is shorter than
@@ -66,7 +66,7 @@ def blackout(began: float, ended: float, uptime: float | None) -> float | None:
     return seconds
 
 
-def without(missing: Sequence[str]) -> Refused:
+def missing_state_error(missing: Sequence[str]) -> Refused:
     """The refusal of a handover that a required producer of the kernel's would not be part of."""
     return Refused(
         f"Required state would not be handed over: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "

@@ -6,7 +6,7 @@ lib/decompress_*.c, lib/xz and usr/Kconfig: the same in every kernel from 6.16 t
 from collections.abc import Callable
 
 from khod.errors import Refused
-from khod.images.compressed import WINDOW
+from khod.images.compressed import MAX_WINDOW_BYTES
 
 OPTIONS = {
     "gzip": "CONFIG_RD_GZIP",
@@ -42,7 +42,7 @@ XZ_BCJ = {
 XZ_REMEDY = "Pack it with: xz --check=crc32"
 
 
-def needs(method: str, data: memoryview, where: str) -> set[str]:
+def required_options(method: str, data: memoryview, where: str) -> set[str]:
     """Name the options a kernel must be built with to unpack the part `data` begins with.
 
     Refused where no kernel does, whatever it was built with.
@@ -52,7 +52,7 @@ def needs(method: str, data: memoryview, where: str) -> set[str]:
     return {OPTIONS[method]}
 
 
-def _gzip(data: memoryview, where: str) -> set[str]:
+def _gzip_options(data: memoryview, where: str) -> set[str]:
     flags = data[GZIP_FLAGS] if len(data) > GZIP_FLAGS else 0
     if odd := flags & ~(GZIP_FTEXT | GZIP_FNAME):
         fields = [name for bit, name in GZIP_FIELDS.items() if odd & bit] or ["reserved flags"]
@@ -60,7 +60,7 @@ def _gzip(data: memoryview, where: str) -> set[str]:
     return set()
 
 
-def _xz(data: memoryview, where: str) -> set[str]:
+def _xz_options(data: memoryview, where: str) -> set[str]:
     if len(data) > XZ_CHECK and data[XZ_CHECK] > XZ_CHECK_CRC32:
         name = XZ_CHECKS.get(data[XZ_CHECK], f"of type {data[XZ_CHECK]}")
         raise _not_taken(f"its xz check is {name}, and kernels know only CRC32", where, XZ_REMEDY)
@@ -80,21 +80,27 @@ def _xz(data: memoryview, where: str) -> set[str]:
     return {XZ_BCJ[filters[0]]}
 
 
-def _zstd(data: memoryview, where: str) -> set[str]:
+def _zstd_options(data: memoryview, where: str) -> set[str]:
     import zstandard  # noqa: PLC0415 - khod at rest does without
 
     try:
         window = zstandard.get_frame_parameters(data[:18]).window_size
     except zstandard.ZstdError:
         return set()  # unpacking it says what is wrong
-    if window > WINDOW:
+    if window > MAX_WINDOW_BYTES:
         raise _not_taken(
-            f"its zstd window is {window >> 20} MiB, and kernels allow {WINDOW >> 20}", where, "Pack it without --long."
+            f"its zstd window is {window >> 20} MiB, and kernels allow {MAX_WINDOW_BYTES >> 20}",
+            where,
+            "Pack it without --long.",
         )
     return set()
 
 
-_CHECKS: dict[str, Callable[[memoryview, str], set[str]]] = {"gzip": _gzip, "xz": _xz, "zstd": _zstd}
+_CHECKS: dict[str, Callable[[memoryview, str], set[str]]] = {
+    "gzip": _gzip_options,
+    "xz": _xz_options,
+    "zstd": _zstd_options,
+}
 
 
 def _not_taken(why: str, where: str, remedy: str) -> Refused:

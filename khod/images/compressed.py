@@ -12,12 +12,12 @@ from collections.abc import Callable, Generator
 
 from khod.errors import Refused
 
-PIECE = 1 << 20  # bytes of output at a time, and
-FEED = 1 << 18  # of input
-WINDOW = 1 << 27  # zstd -22 and xz with a 128 MiB dictionary, the most a kernel build uses
-LZ4_BLOCK = 8 << 20  # lib/decompress_unlz4.c: LZ4_DEFAULT_UNCOMPRESSED_CHUNK_SIZE
-LZ4_MAGIC, LZ4_SIZE = 0x184C2102, 4
-LZ4_ROOM = LZ4_BLOCK + LZ4_BLOCK // 255 + 16  # LZ4_compressBound of it
+PIECE_BYTES = 1 << 20  # bytes of output at a time, and
+FEED_BYTES = 1 << 18  # of input
+MAX_WINDOW_BYTES = 1 << 27  # zstd -22 and xz with a 128 MiB dictionary, the most a kernel build uses
+LZ4_BLOCK_BYTES = 8 << 20  # lib/decompress_unlz4.c: LZ4_DEFAULT_UNCOMPRESSED_CHUNK_SIZE
+LZ4_MAGIC, LZ4_LENGTH_BYTES = 0x184C2102, 4
+LZ4_MAX_PACKED_BYTES = LZ4_BLOCK_BYTES + LZ4_BLOCK_BYTES // 255 + 16  # LZ4_compressBound of it
 
 Pieces = Generator[bytes, None, int]
 
@@ -30,16 +30,16 @@ MAGIC = {
     b"\x5d\0\0": "lzma",
     b"\x89LZO": "lzo",  # named only: no maintained library unpacks it
 }
-HEAD = max(map(len, MAGIC))
+HEAD_BYTES = max(map(len, MAGIC))
 """Bytes `recognise` needs."""
 
 
-def recognise(head: bytes) -> str:
+def recognise_method(head: bytes) -> str:
     """Name the compression by its first bytes; "" where it is none."""
     return next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
 
 
-def unpack(method: str, data: memoryview, limit: int, where: str) -> Pieces:
+def unpack_stream(method: str, data: memoryview, limit: int, where: str) -> Pieces:
     """Unpack the one stream `data` begins with, piece by piece; what it returns is its length in `data`.
 
     `limit` bounds the sum of the pieces, in bytes. Refused where the stream is damaged or truncated, where
@@ -55,14 +55,14 @@ def unpack(method: str, data: memoryview, limit: int, where: str) -> Pieces:
         except StopIteration as end:
             return int(end.value)
         except (ValueError, OSError, zlib.error, lzma.LZMAError, MemoryError) as error:
-            raise damaged(method, error, where) from None
+            raise damaged_error(method, error, where) from None
         total += len(piece)
         if total > limit:
-            raise too_large(limit, where)
+            raise too_large_error(limit, where)
         yield piece
 
 
-def damaged(method: str, error: Exception, where: str) -> Refused:
+def damaged_error(method: str, error: Exception, where: str) -> Refused:
     """Say that what was packed cannot be unpacked."""
     reason = str(error) or type(error).__name__
     return Refused(
@@ -70,7 +70,7 @@ def damaged(method: str, error: Exception, where: str) -> Refused:
     )
 
 
-def too_large(limit: int, where: str) -> Refused:
+def too_large_error(limit: int, where: str) -> Refused:
     """Say that it unpacks to more than `limit` bytes."""
     return Refused(
         f"It unpacks to more than the {limit} bytes allowed",
@@ -83,16 +83,16 @@ _ANOTHER = "Compress it in another way."
 _TRUNCATED = "it ends too early"
 
 
-def _gzip(data: memoryview) -> Pieces:
+def _unpack_gzip(data: memoryview) -> Pieces:
     engine = zlib.decompressobj(zlib.MAX_WBITS | 16)
     at = 0
     while not engine.eof:
         if engine.unconsumed_tail:
             feed: bytes | memoryview = engine.unconsumed_tail
         else:
-            feed = data[at : at + FEED]
+            feed = data[at : at + FEED_BYTES]
             at += len(feed)
-        piece = engine.decompress(feed, PIECE)
+        piece = engine.decompress(feed, PIECE_BYTES)
         if piece:
             yield piece
         elif not feed and not engine.eof:
@@ -103,35 +103,35 @@ def _gzip(data: memoryview) -> Pieces:
 def _by_engine(engine: bz2.BZ2Decompressor | lzma.LZMADecompressor, data: memoryview) -> Pieces:
     at = 0
     while not engine.eof:
-        feed = data[at : at + FEED] if engine.needs_input else b""
+        feed = data[at : at + FEED_BYTES] if engine.needs_input else b""
         if engine.needs_input and not feed:
             raise ValueError(_TRUNCATED)
         at += len(feed)
-        if piece := engine.decompress(feed, PIECE):
+        if piece := engine.decompress(feed, PIECE_BYTES):
             yield piece
     return at - len(engine.unused_data)
 
 
-def _bzip2(data: memoryview) -> Pieces:
+def _unpack_bzip2(data: memoryview) -> Pieces:
     return _by_engine(bz2.BZ2Decompressor(), data)
 
 
-def _xz(data: memoryview) -> Pieces:
-    return _by_engine(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2 * WINDOW), data)
+def _unpack_xz(data: memoryview) -> Pieces:
+    return _by_engine(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2 * MAX_WINDOW_BYTES), data)
 
 
-def _lzma(data: memoryview) -> Pieces:
-    return _by_engine(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=2 * WINDOW), data)
+def _unpack_lzma(data: memoryview) -> Pieces:
+    return _by_engine(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=2 * MAX_WINDOW_BYTES), data)
 
 
-def _zstd(data: memoryview) -> Pieces:
+def _unpack_zstd(data: memoryview) -> Pieces:
     import zstandard  # noqa: PLC0415 - khod at rest does without
 
     try:
         length = _zstd_frame(data)
-        engine = zstandard.ZstdDecompressor(max_window_size=WINDOW)
+        engine = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
         with engine.stream_reader(data[:length]) as reader:
-            while piece := reader.read(PIECE):
+            while piece := reader.read(PIECE_BYTES):
                 yield piece
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
@@ -142,8 +142,8 @@ def _zstd_frame(data: memoryview) -> int:
     """Measure a frame by its blocks (RFC 8878, 3.1.1): the library does not say where one ended."""
     import zstandard  # noqa: PLC0415 - khod at rest does without
 
-    parameters = zstandard.get_frame_parameters(data[:FEED])
-    at, last = zstandard.frame_header_size(data[:FEED]), False
+    parameters = zstandard.get_frame_parameters(data[:FEED_BYTES])
+    at, last = zstandard.frame_header_size(data[:FEED_BYTES]), False
     while not last:
         header = int.from_bytes(data[at : at + 3], "little")
         last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
@@ -156,10 +156,10 @@ def _zstd_frame(data: memoryview) -> int:
     return at
 
 
-def _lz4(data: memoryview) -> Pieces:
-    room = bytearray(LZ4_BLOCK)
+def _unpack_lz4(data: memoryview) -> Pieces:
+    room = bytearray(LZ4_BLOCK_BYTES)
     gathered = bytearray()  # a file may have millions of blocks of a byte, and a piece costs more than that
-    walk = lz4_blocks(data)
+    walk = find_lz4_blocks(data)
     while True:
         try:
             at, size = next(walk)
@@ -167,28 +167,28 @@ def _lz4(data: memoryview) -> Pieces:
             if gathered:
                 yield bytes(gathered)
             return int(end.value)
-        length = lz4_block(data[at : at + size], room)
+        length = unpack_lz4_block(data[at : at + size], room)
         gathered += memoryview(room)[:length]
-        if len(gathered) >= PIECE:
+        if len(gathered) >= PIECE_BYTES:
             yield bytes(gathered)
             gathered.clear()
 
 
-def lz4_blocks(data: memoryview) -> Generator[tuple[int, int], None, int]:
+def find_lz4_blocks(data: memoryview) -> Generator[tuple[int, int], None, int]:
     """Find the blocks of the legacy frames `data` begins with, their places and sizes; ValueError where they are cut.
 
     There is no end mark, so it goes on to a zero, or to the four bytes a kernel build appends; what it returns is the
     place behind the last block.
     """
-    at = LZ4_SIZE  # the magic, which may be all there is
-    while len(data) - at > LZ4_SIZE:
+    at = LZ4_LENGTH_BYTES  # the magic, which may be all there is
+    while len(data) - at > LZ4_LENGTH_BYTES:
         (size,) = struct.unpack_from("<I", data, at)
         if size == 0:
             break
-        at += LZ4_SIZE
+        at += LZ4_LENGTH_BYTES
         if size == LZ4_MAGIC:
             continue
-        if size > LZ4_ROOM:
+        if size > LZ4_MAX_PACKED_BYTES:
             raise ValueError(f"a block of {size} bytes")
         if size > len(data) - at:
             raise ValueError(_TRUNCATED)
@@ -197,7 +197,7 @@ def lz4_blocks(data: memoryview) -> Generator[tuple[int, int], None, int]:
     return at
 
 
-def lz4_block(packed: memoryview, room: bytearray) -> int:
+def unpack_lz4_block(packed: memoryview, room: bytearray) -> int:
     """Unpack one block into `room`, the bytes of it; ValueError where it is damaged, or stands for more than that."""
     import cramjam  # noqa: PLC0415 - khod at rest does without
 
@@ -208,10 +208,10 @@ def lz4_block(packed: memoryview, room: bytearray) -> int:
 
 
 METHODS: dict[str, Callable[[memoryview], Pieces]] = {
-    "gzip": _gzip,
-    "xz": _xz,
-    "zstd": _zstd,
-    "lz4": _lz4,
-    "bzip2": _bzip2,
-    "lzma": _lzma,
+    "gzip": _unpack_gzip,
+    "xz": _unpack_xz,
+    "zstd": _unpack_zstd,
+    "lz4": _unpack_lz4,
+    "bzip2": _unpack_bzip2,
+    "lzma": _unpack_lzma,
 }

@@ -13,30 +13,30 @@ from khod.images.elf import Read
 MARKS = ("dt_max",)
 """Words that tell v3's KHO from mainline's: names of files only v3 has."""
 
-STEP = 64 << 10  # bytes that stay in the processor's cache while they are searched three times
-OVERLAP = 256  # bytes looked at twice: more than the longest string of interest
-LONGEST = 64
-CONFIG_LIMIT = 4 << 20  # bytes; an allyesconfig is 300 kB
+WINDOW_BYTES = 64 << 10  # bytes that stay in the processor's cache while they are searched three times
+OVERLAP_BYTES = 256  # bytes looked at twice: more than the longest string of interest
+MAX_NAME_BYTES = 64
+MAX_CONFIG_BYTES = 4 << 20  # bytes; an allyesconfig is 300 kB
 
 VERSION = re.compile(rb"-v[0-9]{1,4}\0")
 # A string of its own (in a struct, a pointer's bytes may come before it), or the end of one that a linker has merged
 # it into: names we know are cut out of that.
 WHOLE = re.compile(rb"(?:^|[^ -~])([a-z][a-z0-9,_-]*)$")
 TAIL = re.compile(rb"(kho|kho-test|luo|luo-session|memfd|memblock|reserve-mem|ftrace(?:,array|,cpu)?)$")
-MOST = 100_000  # versions: a kernel has hundreds
+MAX_VERSIONS = 100_000  # versions: a kernel has hundreds
 LINUX = b"Linux version "  # init/version-timestamp.c: linux_banner
 BANNER = re.compile(LINUX + rb"([0-9][^ \0]{0,63}) ")
 BUILD = re.compile(r"\) #[0-9]")
 """What the banner in use has, and the weak one before it, which init/version.c is built with, has not (7.3.4)."""
 MAX_BANNERS = 16
-LONGEST_BANNER = 512  # bytes: the release, who built it where, the compiler and linker, and UTS_VERSION
+MAX_BANNER_BYTES = 512  # bytes: the release, who built it where, the compiler and linker, and UTS_VERSION
 IKCFG_ST = b"IKCFG_ST"  # kernel/configs.c
 IKCONFIG = IKCFG_ST + b"\x1f\x8b\x08"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What was found; the fields are `khod.images.kernel.Kernel`'s."""
+    """What was found; the fields are `khod.images.kernel.KernelImageInfo`'s."""
 
     version: str
     config: str | None
@@ -45,20 +45,22 @@ class Contents:
     banner: str = ""
 
 
-def look(read: Read, size: int, where: str) -> Contents:
+def scan_image(read: Read, size: int, where: str) -> Contents:
     """Search a kernel of `size` bytes, uncompressed; in a vmlinux only where its constants lie.
 
     Refused where it is made of more versions than can be looked at.
     """
     version, banner, config, marks = "", "", None, set[str]()
     names, count = set[str](), 0
-    for at, seen, text, constant in _windows(read, size):
+    for at, seen, text, constant in _constant_windows(read, size):
         for found in VERSION.finditer(text):
             count += 1
-            if count > MOST:
-                raise Refused(f"There are more than {MOST} versions in it", where=where, remedy="Is it a kernel?")
+            if count > MAX_VERSIONS:
+                raise Refused(
+                    f"There are more than {MAX_VERSIONS} versions in it", where=where, remedy="Is it a kernel?"
+                )
             if found.end() > seen:
-                names |= _name(text, found.start(), found.end() - 1)
+                names |= _format_names(text, found.start(), found.end() - 1)
         if not constant:
             continue
         # bytes.rfind() takes half to two thirds of find()'s time on such text (Python 3.11).
@@ -66,25 +68,25 @@ def look(read: Read, size: int, where: str) -> Contents:
         if not banner and (start := text.find(LINUX)) >= 0:
             for named in islice(BANNER.finditer(text, start), MAX_BANNERS):
                 version = version or named[1].decode(errors="replace")
-                line = _line(bytes(read(at + named.start(), LONGEST_BANNER)))
+                line = _banner_line(bytes(read(at + named.start(), MAX_BANNER_BYTES)))
                 banner = banner or (line if BUILD.search(line) else "")
         if config is None and (start := text.rfind(IKCONFIG)) >= 0:
-            config = _config(read, at + start + len(IKCFG_ST))
-    return Contents(version, config, frozenset(_of_kho(names)), frozenset(marks), banner)
+            config = _read_config(read, at + start + len(IKCFG_ST))
+    return Contents(version, config, frozenset(_drop_foreign(names)), frozenset(marks), banner)
 
 
-def _line(text: bytes) -> str:
+def _banner_line(text: bytes) -> str:
     """The banner as /proc/version gives it, less its line's end."""
     return re.split(rb"[\0\n]", text)[0].decode(errors="replace").rstrip()
 
 
-def _windows(read: Read, size: int) -> Iterator[tuple[int, int, bytes, bool]]:
+def _constant_windows(read: Read, size: int) -> Iterator[tuple[int, int, bytes, bool]]:
     """What is not code, in pieces that overlap.
 
     Where each begins, how many of its bytes were seen before, its bytes, and whether they are constants, among which
     all is but the names in structs.
     """
-    found = elf.read(read)
+    found = elf.read_elf(read)
     sections = [
         (section.offset, min(section.offset + section.size, size), "rodata" in section.name)
         for section in (found.sections if found else ())
@@ -94,27 +96,27 @@ def _windows(read: Read, size: int) -> Iterator[tuple[int, int, bytes, bool]]:
     for begin, end, constant in sorted(sections) or [(0, size, True)]:
         start = max(begin, done)  # sections of a damaged file may overlap
         done = max(end, done)
-        for at in range(start, end, STEP):
-            first = max(at - OVERLAP, start)
-            yield first, at - first, bytes(read(first, min(at + STEP, end) - first)), constant
+        for at in range(start, end, WINDOW_BYTES):
+            first = max(at - OVERLAP_BYTES, start)
+            yield first, at - first, bytes(read(first, min(at + WINDOW_BYTES, end) - first)), constant
 
 
-def _name(text: bytes, start: int, end: int) -> set[str]:
+def _format_names(text: bytes, start: int, end: int) -> set[str]:
     """The names that end in the version `text[start:end]`."""
-    before, version = text[max(start - LONGEST, 0) : start], text[start:end]
+    before, version = text[max(start - MAX_NAME_BYTES, 0) : start], text[start:end]
     return {(found[1] + version).decode() for pattern in (WHOLE, TAIL) if (found := pattern.search(before))}
 
 
-def _of_kho(names: set[str]) -> set[str]:
+def _drop_foreign(names: set[str]) -> set[str]:
     """Leave out device tree names (`arm,gic-v3`): with a comma, only the parts of a format that is there too."""
     families = {name.rpartition("-v")[0] for name in names}
     return {name for name in names if "," not in name or name.partition(",")[0] in families}
 
 
-def _config(read: Read, at: int) -> str | None:
+def _read_config(read: Read, at: int) -> str | None:
     engine = zlib.decompressobj(zlib.MAX_WBITS | 16)
     try:
-        text = engine.decompress(read(at, CONFIG_LIMIT), CONFIG_LIMIT)
+        text = engine.decompress(read(at, MAX_CONFIG_BYTES), MAX_CONFIG_BYTES)
     except zlib.error:
         return None
     return text.decode(errors="replace") if engine.eof else None

@@ -20,13 +20,13 @@ PHDR = "IIQQQQQQ"
 SHDR = "IIQQQQIIQQ"
 EHDR_SIZE, PHDR_SIZE, SHDR_SIZE = 64, 56, 64  # bytes
 PT_LOAD, SHT_NOBITS = 1, 8
-NAME = 64  # bytes of a section's name that are looked at
+MAX_NAME_BYTES = 64  # bytes of a section's name that are looked at
 
 Read = Callable[[int, int], bytes | memoryview]  # offset, length: what is there, less at the end
 
 
 @dataclass(frozen=True)
-class Section:
+class ElfSection:
     """Where a section's contents lie in the file, in bytes."""
 
     name: str
@@ -42,10 +42,10 @@ class Elf:
     memory: int
     alignment: int
     end: int
-    sections: tuple[Section, ...]
+    sections: tuple[ElfSection, ...]
 
 
-def read(at: Read) -> Elf | None:
+def read_elf(at: Read) -> Elf | None:
     """Read the headers; None where it is no ELF64 file or loads nothing. A stripped one may have no sections."""
     head = bytes(at(0, EHDR_SIZE))
     if len(head) < EHDR_SIZE or not head.startswith(MAGIC) or head[5] not in ORDER:
@@ -54,7 +54,7 @@ def read(at: Read) -> Elf | None:
     _, machine, _, _, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, shstrndx = struct.unpack_from(
         order + EHDR, head
     )
-    table = _whole(at(phoff, phnum * PHDR_SIZE), PHDR_SIZE)
+    table = _whole_entries(at(phoff, phnum * PHDR_SIZE), PHDR_SIZE)
     loads = [entry for entry in struct.iter_unpack(order + PHDR, table) if entry[0] == PT_LOAD]
     if phentsize != PHDR_SIZE or not loads:
         return None
@@ -63,22 +63,24 @@ def read(at: Read) -> Elf | None:
         max(paddr + memsz for _, _, _, _, paddr, _, memsz, _ in loads) - min(entry[4] for entry in loads),
         max(entry[7] for entry in loads),
         max(offset + filesz for _, _, offset, _, _, filesz, _, _ in loads),
-        _sections(at, order, shoff, shnum, shstrndx) if shentsize == SHDR_SIZE else (),
+        _read_sections(at, order, shoff, shnum, shstrndx) if shentsize == SHDR_SIZE else (),
     )
 
 
-def _sections(at: Read, order: str, shoff: int, shnum: int, shstrndx: int) -> tuple[Section, ...]:
-    entries = list(struct.iter_unpack(order + SHDR, _whole(at(shoff, shnum * SHDR_SIZE), SHDR_SIZE)))
+def _read_sections(at: Read, order: str, shoff: int, shnum: int, shstrndx: int) -> tuple[ElfSection, ...]:
+    entries = list(struct.iter_unpack(order + SHDR, _whole_entries(at(shoff, shnum * SHDR_SIZE), SHDR_SIZE)))
     if shstrndx >= len(entries):
         return ()
     names = entries[shstrndx][4]
     return tuple(
-        Section(bytes(at(names + entry[0], NAME)).split(b"\0")[0].decode(errors="replace"), entry[4], entry[5])
+        ElfSection(
+            bytes(at(names + entry[0], MAX_NAME_BYTES)).split(b"\0")[0].decode(errors="replace"), entry[4], entry[5]
+        )
         for entry in entries
         if entry[1] != SHT_NOBITS
     )
 
 
-def _whole(table: bytes | memoryview, entry: int) -> bytes | memoryview:
+def _whole_entries(table: bytes | memoryview, entry: int) -> bytes | memoryview:
     """Drop an entry that the file's end cuts."""
     return table[: len(table) // entry * entry]

@@ -47,7 +47,7 @@ RELEASE = 64  # bytes: __NEW_UTS_LEN
 
 @dataclass(frozen=True)
 class Header:
-    """A kernel image by its header; the fields are `khod.images.kernel.Kernel`'s.
+    """A kernel image by its header; the fields are `khod.images.kernel.KernelImageInfo`'s.
 
     `payload` is where a compressed kernel lies in it (offset and length in bytes), None where it is not compressed.
     """
@@ -68,7 +68,7 @@ class Header:
     page_size: int = 0
 
 
-def read(view: memoryview, machine: str, where: str) -> Header | None:
+def read_header(view: memoryview, machine: str, where: str) -> Header | None:
     """Recognise a kernel image, `machine`'s own formats first; None where it is none, Refused where it is cut off."""
     for reader in sorted(_READERS, key=lambda reader: _READERS[reader] != machine):
         if header := reader(view, where):
@@ -76,7 +76,7 @@ def read(view: memoryview, machine: str, where: str) -> Header | None:
     return None
 
 
-def check(header: Header, machine: str, where: str) -> None:
+def check_machine(header: Header, machine: str, where: str) -> None:
     """Raise Refused where `machine`'s kexec_file_load(2) does not take the image."""
     takes = LOADS.get(machine, ())
     if header.arch != machine:
@@ -93,20 +93,20 @@ def check(header: Header, machine: str, where: str) -> None:
         )
 
 
-def _bzimage(view: memoryview, where: str) -> Header | None:
+def _read_bzimage(view: memoryview, where: str) -> Header | None:
     if bytes(view[HDRS : HDRS + 4]) != b"HdrS" or bytes(view[BOOT_FLAG : BOOT_FLAG + 2]) != b"\x55\xaa":
         return None
     if len(view) < SETUP_END:
-        raise pe.truncated("its setup header", SETUP_END, len(view), where)
+        raise pe.truncated_error("its setup header", SETUP_END, len(view), where)
     (syssize,) = struct.unpack_from("<I", view, SYSSIZE)
     setup_size = (view[SETUP_SECTS] or 4) * SECTOR + SECTOR
     if len(view) < setup_size + syssize * PARAGRAPH:
-        raise pe.truncated("what its header names", setup_size + syssize * PARAGRAPH, len(view), where)
+        raise pe.truncated_error("what its header names", setup_size + syssize * PARAGRAPH, len(view), where)
     _check_bzimage(view, where)
     alignment, xload, cmdline_size = struct.unpack_from("<I2xHI", view, KERNEL_ALIGNMENT)
     offset, length = struct.unpack_from("<II", view, PAYLOAD)
     if setup_size + offset + length > len(view):
-        raise pe.truncated("its compressed kernel", setup_size + offset + length, len(view), where)
+        raise pe.truncated_error("its compressed kernel", setup_size + offset + length, len(view), where)
     if alignment & (alignment - 1):  # <asm/boot.h> lets no other be built, and the loader's ALIGN_DOWN() wants it
         raise Refused(
             f"The image is damaged: its header names an alignment of {alignment:#x}, which is not a power of two",
@@ -120,7 +120,7 @@ def _bzimage(view: memoryview, where: str) -> Header | None:
         max(cmdline_size - ELFCOREHDR - 1, 0),
         struct.unpack_from("<I", view, INIT_SIZE)[0],
         alignment,
-        _release(view[at + SECTOR :]) if at else "",
+        _read_release(view[at + SECTOR :]) if at else "",
         setup_size=setup_size,
         payload=(setup_size + offset, length),
         pref_address=struct.unpack_from("<Q", view, PREF_ADDRESS)[0],
@@ -148,12 +148,12 @@ def _check_bzimage(view: memoryview, where: str) -> None:
             )
 
 
-def _arm64(view: memoryview, where: str) -> Header | None:
+def _read_arm64(view: memoryview, where: str) -> Header | None:
     if len(view) < FLAT or bytes(view[FLAT_MAGIC]) != ARM64_MAGIC:
         return None
     text_offset, image_size = struct.unpack_from("<QQ", view, 8)
-    _sized(image_size, where)
-    flags = _flags(view, where)
+    _require_size(image_size, where)
+    flags = _read_flags(view, where)
     return Header(
         "Image",
         "aarch64",
@@ -165,25 +165,25 @@ def _arm64(view: memoryview, where: str) -> Header | None:
     )
 
 
-def _riscv(view: memoryview, where: str) -> Header | None:
+def _read_riscv(view: memoryview, where: str) -> Header | None:
     if len(view) < FLAT or bytes(view[FLAT_MAGIC]) != RISCV_MAGIC:
         return None
     text_offset, image_size = struct.unpack_from("<QQ", view, 8)
-    _sized(image_size, where)
-    _flags(view, where)
+    _require_size(image_size, where)
+    _read_flags(view, where)
     return Header("Image", "riscv64", CMDLINE["riscv64"], image_size, text_offset, text_offset=text_offset)
 
 
-def _loongarch(view: memoryview, where: str) -> Header | None:
-    portable = pe.read(view, where)  # the magic is that of every kernel with an EFI stub, x86's too
+def _read_loongarch(view: memoryview, where: str) -> Header | None:
+    portable = pe.read_pe(view, where)  # the magic is that of every kernel with an EFI stub, x86's too
     if bytes(view[FLAT_MAGIC]) != EFI_MAGIC or portable is None or portable.machine != PE_LOONGARCH:
         return None
     kernel_asize, text_offset = struct.unpack_from("<QQ", view, 16)
-    _sized(kernel_asize, where)
+    _require_size(kernel_asize, where)
     return Header("vmlinux.efi", "loongarch64", CMDLINE["loongarch64"], kernel_asize, MIB2, text_offset=text_offset)
 
 
-def _s390(view: memoryview, where: str) -> Header | None:  # noqa: ARG001 - one of the readers
+def _read_s390(view: memoryview, where: str) -> Header | None:  # noqa: ARG001 - one of the readers
     at, magic = S390_MAGIC
     if len(view) < S390_PARMAREA + 16 or bytes(view[at : at + len(magic)]) != magic:
         return None
@@ -194,31 +194,31 @@ def _s390(view: memoryview, where: str) -> Header | None:  # noqa: ARG001 - one 
         limit - 2 if limit > 1 else CMDLINE["s390x"],  # the loader refuses one that fills it, its NUL included
         len(view),
         4096,
-        _release(view[version:]) if version else "",
+        _read_release(view[version:]) if version else "",
         opaque="an s390 Image does not say where its compressed kernel lies",
     )
 
 
-def _vmlinux(view: memoryview, where: str) -> Header | None:
-    found = elf.read(lambda offset, length: view[offset : offset + length])
+def _read_vmlinux(view: memoryview, where: str) -> Header | None:
+    found = elf.read_elf(lambda offset, length: view[offset : offset + length])
     if found is None:
         return None
     if found.end > len(view):
-        raise pe.truncated("a segment", found.end, len(view), where)
+        raise pe.truncated_error("a segment", found.end, len(view), where)
     return Header("vmlinux", found.arch, CMDLINE.get(found.arch, 0), found.memory, found.alignment)
 
 
 _READERS: dict[Callable[[memoryview, str], Header | None], str] = {
-    _bzimage: "x86_64",
-    _arm64: "aarch64",
-    _riscv: "riscv64",
-    _loongarch: "loongarch64",
-    _s390: "s390x",
-    _vmlinux: "ppc64le",
+    _read_bzimage: "x86_64",
+    _read_arm64: "aarch64",
+    _read_riscv: "riscv64",
+    _read_loongarch: "loongarch64",
+    _read_s390: "s390x",
+    _read_vmlinux: "ppc64le",
 }
 
 
-def _sized(size: int, where: str) -> None:
+def _require_size(size: int, where: str) -> None:
     """The loaders refuse an Image of before Linux 3.17, which does not name its size."""
     if size == 0:
         raise Refused(
@@ -228,7 +228,7 @@ def _sized(size: int, where: str) -> None:
         )
 
 
-def _flags(view: memoryview, where: str) -> int:
+def _read_flags(view: memoryview, where: str) -> int:
     """Give the header's flags; Refused for a kernel of the other byte order, which reads KHO's numbers as others."""
     (flags,) = struct.unpack_from("<Q", view, FLAGS)
     if flags & BIG_ENDIAN:
@@ -240,5 +240,5 @@ def _flags(view: memoryview, where: str) -> int:
     return int(flags)
 
 
-def _release(view: memoryview) -> str:
+def _read_release(view: memoryview) -> str:
     return bytes(view[: RELEASE + 1]).split(b"\0")[0].split(b" ")[0].decode(errors="replace")

@@ -17,8 +17,8 @@ HEADER = 110  # bytes: the magic, and thirteen hexadecimal numbers of eight digi
 MODE, FILESIZE, NAMESIZE, CHECK = 1, 6, 11, 12  # their places among the numbers
 TRAILER = b"TRAILER!!!"
 PATH_MAX = 4096
-PIECE = 1 << 20
-PARTS = 1000
+PIECE_BYTES = 1 << 20
+MAX_PARTS = 1000
 """Parts, each compressed by itself: one that packs nothing is 20 bytes long, and takes as long to begin as any."""
 NOT_ZERO = re.compile(rb"[^\0]")
 BOOTCONFIG, BOOTCONFIG_NUMBERS = b"#BOOTCONFIG\n", struct.Struct("<II")  # include/linux/bootconfig.h: size, checksum
@@ -49,14 +49,14 @@ class Initrd:
     bootconfig: int = 0
 
 
-def look(image: Sealed, limit: int, init: str = "init", *, last: bool = True) -> Initrd:
+def inspect_initrd(image: Sealed, limit: int, init: str = "init", *, last: bool = True) -> Initrd:
     """Walk every archive of an initrd to its end; Refused, with where, where the kernel could not unpack all of it.
 
     `limit` is the most bytes it may unpack to, `init` the path in it that will be started. A boot configuration is
     looked for where the initrd is the `last` of those that are joined, and there alone, as the kernel does.
     """
     view = image.view()
-    bootconfig = _bootconfig(view, image.name) if last else 0
+    bootconfig = _bootconfig_size(view, image.name) if last else 0
     if bootconfig:
         view = view[: len(view) - bootconfig]
     walk, formats, needs, at = _Walk(image.name, init), list[str](), set[str](), 0
@@ -76,32 +76,32 @@ def look(image: Sealed, limit: int, init: str = "init", *, last: bool = True) ->
     while found := NOT_ZERO.search(view, at):
         at = found.start()
         if view[at] == DIGIT and at % ALIGNMENT == 0:
-            stream = _Stream((view[start : start + PIECE] for start in range(at, len(view), PIECE)), at)
-            walk.archive(stream, "")
+            stream = _Stream((view[start : start + PIECE_BYTES] for start in range(at, len(view), PIECE_BYTES)), at)
+            walk.walk_archive(stream, "")
             formats.append("cpio")
             walk.unpacked += stream.at - at
             at = stream.at
             continue
-        method = compressed.recognise(bytes(view[at : at + compressed.HEAD]))
+        method = compressed.recognise_method(bytes(view[at : at + compressed.HEAD_BYTES]))
         if not method:
-            raise _no_archive(image.name, at, bytes(view[at : at + compressed.HEAD]))
+            raise _no_archive(image.name, at, bytes(view[at : at + compressed.HEAD_BYTES]))
         formats.append(method)
-        if len(formats) > PARTS:
+        if len(formats) > MAX_PARTS:
             raise Refused(
-                f"The initrd has more than {PARTS} parts",
+                f"The initrd has more than {MAX_PARTS} parts",
                 where=image.name,
                 remedy="Pack it as one archive.",
             )
-        needs |= accepted.needs(method, view[at:], image.name)
+        needs |= accepted.required_options(method, view[at:], image.name)
         if method not in compressed.METHODS:
             return found_so_far(f"what follows byte {at} is compressed with {method}, which khod does not unpack")
-        at += _packed(walk, method, view[at:], at, limit)
+        at += _walk_compressed(walk, method, view[at:], at, limit)
     if not formats and not bootconfig:
         raise _no_archive(image.name, 0)
     return found_so_far()
 
 
-def _bootconfig(view: memoryview, where: str) -> int:
+def _bootconfig_size(view: memoryview, where: str) -> int:
     """Measure what get_boot_config_from_initrd() cuts off (init/main.c); 0 bytes where nothing is there.
 
     It does so with and without CONFIG_BOOT_CONFIG. A boot loader may have padded it by up to three bytes.
@@ -122,22 +122,22 @@ def _bootconfig(view: memoryview, where: str) -> int:
     return len(view) - (length - size)
 
 
-def _packed(walk: "_Walk", method: str, view: memoryview, at: int, limit: int) -> int:
+def _walk_compressed(walk: "_Walk", method: str, view: memoryview, at: int, limit: int) -> int:
     """Walk one compressed part; its bytes in the file."""
     lengths: list[int] = []
 
     def pieces() -> Iterator[bytes]:
-        lengths.append((yield from compressed.unpack(method, view, limit - walk.unpacked, walk.where)))
+        lengths.append((yield from compressed.unpack_stream(method, view, limit - walk.unpacked, walk.where)))
 
     stream, within = _Stream(pieces(), 0), f" of what {method} packed at byte {at}"
     try:
-        walk.archive(stream, within)
+        walk.walk_archive(stream, within)
     except Refused as error:
         if within in error.what:
             raise
         raise Refused(f"{error.what} (the part at byte {at})", where=error.where, remedy=error.remedy) from None
-    if stream.peek() is not None:
-        raise walk.damaged("no cpio header stands", stream.at, within)
+    if stream.peek_byte() is not None:
+        raise walk.damaged_error("no cpio header stands", stream.at, within)
     walk.unpacked += stream.at
     return lengths[0]
 
@@ -151,7 +151,7 @@ class _Stream:
         self._used = 0
         self.at = at
 
-    def peek(self) -> int | None:
+    def peek_byte(self) -> int | None:
         """The next byte, None at the end."""
         while self._used == len(self._piece):
             piece = next(self._pieces, None)
@@ -160,22 +160,22 @@ class _Stream:
             self._piece, self._used = piece, 0
         return self._piece[self._used]
 
-    def chunks(self, length: int) -> Iterator[bytes | memoryview]:
+    def read_chunks(self, length: int) -> Iterator[bytes | memoryview]:
         """The next `length` bytes in pieces, fewer at the end."""
-        while length and self.peek() is not None:
+        while length and self.peek_byte() is not None:
             chunk = self._piece[self._used : self._used + length]
             self._used += len(chunk)
             self.at += len(chunk)
             length -= len(chunk)
             yield chunk
 
-    def take(self, length: int) -> bytes:
+    def read_bytes(self, length: int) -> bytes:
         """The next `length` bytes, fewer at the end."""
-        return b"".join(self.chunks(length))
+        return b"".join(self.read_chunks(length))
 
-    def zeros(self) -> None:
+    def skip_zeros(self) -> None:
         """Go on to the next byte that is none."""
-        while self.peek() is not None:
+        while self.peek_byte() is not None:
             found = NOT_ZERO.search(self._piece, self._used)
             end = found.start() if found else len(self._piece)
             self.at += end - self._used
@@ -195,17 +195,17 @@ class _Walk:
         self.init_seen = False
         self.modules = set[str]()
 
-    def archive(self, stream: _Stream, within: str) -> None:
+    def walk_archive(self, stream: _Stream, within: str) -> None:
         """Walk entries, trailers and zeros up to something else; `within` says what the offsets count in."""
-        while (byte := stream.peek()) in (0, DIGIT):
+        while (byte := stream.peek_byte()) in (0, DIGIT):
             if byte == 0:
-                stream.zeros()
+                stream.skip_zeros()
             elif stream.at % ALIGNMENT:
-                raise self.damaged("an entry is not aligned to 4 bytes", stream.at, within)
+                raise self.damaged_error("an entry is not aligned to 4 bytes", stream.at, within)
             else:
-                self._entry(stream, within)
+                self._walk_entry(stream, within)
 
-    def damaged(self, what: str, at: int, within: str) -> Refused:
+    def damaged_error(self, what: str, at: int, within: str) -> Refused:
         """Word the refusal."""
         return Refused(
             f"The initrd is damaged: {what} at byte {at}{within}",
@@ -213,26 +213,26 @@ class _Walk:
             remedy="Copy it again, or make it again (update-initramfs, dracut, mkosi-initrd).",
         )
 
-    def _entry(self, stream: _Stream, within: str) -> None:
+    def _walk_entry(self, stream: _Stream, within: str) -> None:
         start = stream.at
-        head = stream.take(HEADER)
+        head = stream.read_bytes(HEADER)
         if head[: len(MAGIC)] not in (MAGIC, MAGIC_CRC):
-            raise self.damaged("no newc header stands", start, within)
+            raise self.damaged_error("no newc header stands", start, within)
         try:
             fields = struct.unpack(">13I", bytes.fromhex(head[len(MAGIC) :].decode("ascii")))
         except (ValueError, struct.error):
-            raise self.damaged("an entry's header is not a row of numbers", start, within) from None
+            raise self.damaged_error("an entry's header is not a row of numbers", start, within) from None
         mode, size, name_size, check = (fields[place] for place in (MODE, FILESIZE, NAMESIZE, CHECK))
-        name = self._name(stream, name_size, start, within)
+        name = self._read_name(stream, name_size, start, within)
         total = 0
-        for chunk in stream.chunks(size):
+        for chunk in stream.read_chunks(size):
             total += len(chunk)
             check -= sum(chunk) if head.startswith(MAGIC_CRC) and stat.S_ISREG(mode) else 0
         if total < size:
-            raise self.damaged("it ends within the entry", start, within)
+            raise self.damaged_error("it ends within the entry", start, within)
         if head.startswith(MAGIC_CRC) and stat.S_ISREG(mode) and check % (1 << 32):
-            raise self.damaged("the checksum does not fit the entry", start, within)
-        stream.take(-stream.at % ALIGNMENT)
+            raise self.damaged_error("the checksum does not fit the entry", start, within)
+        stream.read_bytes(-stream.at % ALIGNMENT)
         if name not in (TRAILER, b""):
             self.files += 1
             regular = stat.S_ISREG(mode) or stat.S_ISLNK(mode)
@@ -241,19 +241,19 @@ class _Walk:
             if regular and len(self.modules) < MAX_MODULE_TREES and (tree := MODULES.match(path)):
                 self.modules.add(tree[1].decode(errors="replace"))
 
-    def _name(self, stream: _Stream, size: int, start: int, within: str) -> bytes:
+    def _read_name(self, stream: _Stream, size: int, start: int, within: str) -> bytes:
         """Read an entry's name; "" where the kernel skips the entry."""
         padded = size + -(HEADER + size) % ALIGNMENT
         if not 0 < size <= PATH_MAX:
-            skipped = sum(len(chunk) for chunk in stream.chunks(padded))
+            skipped = sum(len(chunk) for chunk in stream.read_chunks(padded))
             name, short = b"", skipped < size
         else:
-            name = stream.take(padded)[:size]
+            name = stream.read_bytes(padded)[:size]
             short = len(name) < size
         if short:
-            raise self.damaged("it ends within the entry", start, within)
+            raise self.damaged_error("it ends within the entry", start, within)
         if name and name[-1] != 0:
-            raise self.damaged("a name has no end in the entry", start, within)
+            raise self.damaged_error("a name has no end in the entry", start, within)
         return name.split(b"\0")[0]
 
 

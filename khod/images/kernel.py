@@ -12,17 +12,17 @@ from khod.images.contents import MARKS, Contents
 from khod.images.header import Header
 from khod.images.pe import Portable, Section
 from khod.images.sealed import Sealed
-from khod.images.unpacked import unpacked
+from khod.images.unpacked import unpack_payload
 
-__all__ = ["MARKS", "Bundle", "Kernel", "Signature", "take_apart"]
+__all__ = ["MARKS", "KernelImageInfo", "Signature", "UnpackedImage", "unpack_image"]
 
-LAYERS = 4  # files within files
+MAX_LAYERS = 4  # files within files
 MODULE_SIGNATURE = b"~Module signature appended~\n"  # include/linux/module_signature.h
 # drivers/firmware/efi/libstub/zboot-header.S
 ZBOOT, ZBOOT_PAYLOAD = b"MZ\0\0zimg", 8
 ZBOOT_NUMBERS = struct.Struct("<II")  # offset and length, in bytes
-THIN = ".linuxh"  # lanzaboote: the SHA-256 of the file that .linux names
-PROFILES = 2  # the common sections and the first profile
+THIN_SECTION = ".linuxh"  # lanzaboote: the SHA-256 of the file that .linux names
+MAX_PROFILES = 2  # the common sections and the first profile
 NO_CONTENTS = Contents("", None, frozenset(), frozenset())
 
 
@@ -35,7 +35,7 @@ class Signature(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelImageInfo:
     """What a kernel image says of itself, as the running kernel's loader will be given it.
 
     `format` is bzImage, Image (arm64, riscv, s390), vmlinux.efi (loongarch) or vmlinux; `arch` is uname -m's word,
@@ -73,7 +73,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class UnpackedImage:
     """One file taken apart: what the loader is given, and what came with it. Owns its descriptors.
 
     `formats` from the outside in, for instance ("UKI", "bzImage"), ("zboot zstd", "Image"). `initrd`, `cmdline`,
@@ -86,7 +86,7 @@ class Bundle:
     cmdline: str | None
     osrel: str
     uname: str
-    about: Kernel
+    about: KernelImageInfo
 
     def close(self) -> None:
         """Give the memory back."""
@@ -95,7 +95,7 @@ class Bundle:
             self.initrd.close()
 
 
-def take_apart(image: Sealed, machine: str, limit: int) -> Bundle:
+def unpack_image(image: Sealed, machine: str, limit: int) -> UnpackedImage:
     """Unpack an image as far as `machine`'s (uname -m) kexec_file_load(2) needs, and look at what is in there.
 
     `limit` is the most bytes anything may unpack to. The bundle owns `image` then; where Refused is raised, because
@@ -106,19 +106,19 @@ def take_apart(image: Sealed, machine: str, limit: int) -> Bundle:
     try:
         while True:
             view = kernel.view()
-            portable = pe.read(view, image.name)
-            parts = parts or _parts(view, portable)
-            layer = _layer(view, portable, image.name, limit)
+            portable = pe.read_pe(view, image.name)
+            parts = parts or _uki_sections(view, portable)
+            layer = _outer_layer(view, portable, image.name, limit)
             if layer is None:
                 break
-            if len(formats) == LAYERS:
-                raise Refused(f"More than {LAYERS} files lie within each other", where=image.name, remedy=_ANOTHER)
+            if len(formats) == MAX_LAYERS:
+                raise Refused(f"More than {MAX_LAYERS} files lie within each other", where=image.name, remedy=_ANOTHER)
             formats.append(layer[0])
-            outer, kernel = kernel, sealed.fill(layer[1], image.name)
+            outer, kernel = kernel, sealed.seal_pieces(layer[1], image.name)
             if outer is not image:
                 outer.close()
-        about = _about(view, portable, machine, image.name, limit)
-        initrd = _initrd(parts, image.name)
+        about = _describe_kernel(view, portable, machine, image.name, limit)
+        initrd = _join_initrd(parts, image.name)
     except BaseException:
         if kernel is not image:
             kernel.close()
@@ -126,36 +126,42 @@ def take_apart(image: Sealed, machine: str, limit: int) -> Bundle:
     if kernel is not image:
         image.close()
     cmdline = _command_line(parts[".cmdline"]) if ".cmdline" in parts else None
-    return Bundle(
-        (*formats, about.format), kernel, initrd, cmdline, _text(parts, ".osrel"), _text(parts, ".uname"), about
+    return UnpackedImage(
+        (*formats, about.format),
+        kernel,
+        initrd,
+        cmdline,
+        _section_text(parts, ".osrel"),
+        _section_text(parts, ".uname"),
+        about,
     )
 
 
 _ANOTHER = "Give --image a kernel image, for instance /boot/vmlinuz-VERSION."
 
 
-def _layer(
+def _outer_layer(
     view: memoryview, portable: Portable | None, where: str, limit: int
 ) -> tuple[str, Iterable[bytes | memoryview]] | None:
     """Find what is around another file: its name, and what is in it, in pieces. None where nothing is."""
-    parts = _parts(view, portable)
+    parts = _uki_sections(view, portable)
     if (linux := parts.get(".linux")) is not None:
-        if THIN in parts:
-            raise _thin(parts, where)
+        if THIN_SECTION in parts:
+            raise _thin_error(parts, where)
         return "UKI", [linux]
     if bytes(view[: len(ZBOOT)]) == ZBOOT and portable is not None:
         offset, size = ZBOOT_NUMBERS.unpack_from(view, ZBOOT_PAYLOAD)
         if offset + size > len(view):
-            raise pe.truncated("its compressed kernel", offset + size, len(view), where)
+            raise pe.truncated_error("its compressed kernel", offset + size, len(view), where)
         packed = view[offset : offset + size]
-        method = compressed.recognise(bytes(packed[: compressed.HEAD]))
-        return f"zboot {method}".rstrip(), compressed.unpack(method, packed, limit, where)
-    if method := compressed.recognise(bytes(view[: compressed.HEAD])):
-        return method, compressed.unpack(method, view, limit, where)
+        method = compressed.recognise_method(bytes(packed[: compressed.HEAD_BYTES]))
+        return f"zboot {method}".rstrip(), compressed.unpack_stream(method, packed, limit, where)
+    if method := compressed.recognise_method(bytes(view[: compressed.HEAD_BYTES])):
+        return method, compressed.unpack_stream(method, view, limit, where)
     return None
 
 
-def _parts(view: memoryview, portable: Portable | None) -> dict[str, memoryview]:
+def _uki_sections(view: memoryview, portable: Portable | None) -> dict[str, memoryview]:
     """Give a unified kernel image's sections by name, as systemd-stub starts it; none where it is no such image.
 
     Where it has several profiles (.profile begins each), the first is started: its sections, before the common ones.
@@ -165,7 +171,7 @@ def _parts(view: memoryview, portable: Portable | None) -> dict[str, memoryview]
         profiles = 0
         for section in portable.sections:
             profiles += section.name == ".profile"
-            if profiles < PROFILES:
+            if profiles < MAX_PROFILES:
                 (first if profiles else common).setdefault(section.name, section)
     parts = common | first
     if ".linux" not in parts:
@@ -173,7 +179,7 @@ def _parts(view: memoryview, portable: Portable | None) -> dict[str, memoryview]
     return {name: view[section.offset : section.offset + section.size] for name, section in parts.items()}
 
 
-def _text(parts: dict[str, memoryview], name: str) -> str:
+def _section_text(parts: dict[str, memoryview], name: str) -> str:
     return bytes(parts.get(name, b"")).decode(errors="replace").strip("\0 \n")
 
 
@@ -186,9 +192,9 @@ def _command_line(section: memoryview) -> str:
     return "".join(" " if char <= " " or char == "\x7f" else char for char in text).strip(" ")
 
 
-def _thin(parts: dict[str, memoryview], where: str) -> Refused:
+def _thin_error(parts: dict[str, memoryview], where: str) -> Refused:
     """Word the refusal of an image whose sections are paths on its own file system (lanzaboote's stub, thin.rs)."""
-    kernel, initrd = (_text(parts, name).replace("\\", "/") for name in (".linux", ".initrd"))
+    kernel, initrd = (_section_text(parts, name).replace("\\", "/") for name in (".linux", ".initrd"))
     return Refused(
         f"The image is a thin one, which holds no kernel and names {kernel} on its file system",
         where=where,
@@ -196,26 +202,28 @@ def _thin(parts: dict[str, memoryview], where: str) -> Refused:
     )
 
 
-def _initrd(parts: dict[str, memoryview], where: str) -> Sealed | None:
+def _join_initrd(parts: dict[str, memoryview], where: str) -> Sealed | None:
     """Join the microcode and the initrd, as systemd-stub does."""
     microcode, initrd = parts.get(".ucode", memoryview(b"")), parts.get(".initrd", memoryview(b""))
     if not microcode and not initrd:
         return None
-    return sealed.fill([microcode, bytes(-len(microcode) % sealed.ALIGNMENT), initrd], f"{where}: .initrd")
+    return sealed.seal_pieces([microcode, bytes(-len(microcode) % sealed.ALIGNMENT), initrd], f"{where}: .initrd")
 
 
-def _about(view: memoryview, portable: Portable | None, machine: str, where: str, limit: int) -> Kernel:
-    found = header.read(view, machine, where)
+def _describe_kernel(
+    view: memoryview, portable: Portable | None, machine: str, where: str, limit: int
+) -> KernelImageInfo:
+    found = header.read_header(view, machine, where)
     if found is None:
         raise Refused("The image is not a kernel of a kind khod knows", where=where, remedy=_ANOTHER)
-    header.check(found, machine, where)
+    header.check_machine(found, machine, where)
     opaque, inside = found.opaque, NO_CONTENTS
     if not opaque:
         try:
-            inside = _inside(view, found, where, limit)
+            inside = _scan_contents(view, found, where, limit)
         except KhoError as error:
             opaque = error.what
-    return Kernel(
+    return KernelImageInfo(
         found.format,
         found.arch,
         found.version or inside.version,
@@ -225,7 +233,7 @@ def _about(view: memoryview, portable: Portable | None, machine: str, where: str
         found.memory,
         found.alignment,
         found.text_offset,
-        _signature(view, portable),
+        _signature_kind(view, portable),
         inside.config,
         inside.compatible,
         inside.marks,
@@ -244,24 +252,24 @@ def _page_size(config: str) -> int:
     return 1 << int(found[1]) if found else 0
 
 
-def _signature(view: memoryview, portable: Portable | None) -> Signature:
+def _signature_kind(view: memoryview, portable: Portable | None) -> Signature:
     if portable is not None and portable.certificates:
         return Signature.pe
     return Signature.appended if bytes(view[-len(MODULE_SIGNATURE) :]) == MODULE_SIGNATURE else Signature.none
 
 
-def _inside(view: memoryview, head: Header, where: str, limit: int) -> Contents:
+def _scan_contents(view: memoryview, head: Header, where: str, limit: int) -> Contents:
     """Look at the kernel's code and data, unpacked in memory where they are compressed; Refused where that fails."""
     if head.payload is None:
-        return contents.look(lambda offset, length: view[offset : offset + length], len(view), where)
+        return contents.scan_image(lambda offset, length: view[offset : offset + length], len(view), where)
     offset, length = head.payload
     packed = view[offset : offset + length]
     said = int.from_bytes(packed[-4:], "little")  # scripts/Makefile.lib: size_append
-    whole = unpacked(packed, said, limit, where)
+    whole = unpack_payload(packed, said, limit, where)
     if whole.size & 0xFFFFFFFF != said:
         raise Refused(
             f"Its code unpacks to {whole.size} bytes, and its build noted {said}", where=where, remedy=_ANOTHER
         )
-    found = contents.look(whole.read, whole.size, where)
-    whole.check()
+    found = contents.scan_image(whole.read_at, whole.size, where)
+    whole.check_rest()
     return found

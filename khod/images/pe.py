@@ -30,7 +30,7 @@ class Portable:
     certificates: int
 
 
-def read(view: memoryview, where: str) -> Portable | None:
+def read_pe(view: memoryview, where: str) -> Portable | None:
     """Read a PE file's headers; None where it has none, Refused where it ends before what they name."""
     if len(view) < DOS_HEADER or bytes(view[:2]) != b"MZ":
         return None
@@ -42,21 +42,21 @@ def read(view: memoryview, where: str) -> Portable | None:
         return None
     table = at + COFF.size + optional
     if table + count * SECTION.size > len(view):
-        raise truncated("the PE section table", table + count * SECTION.size, len(view), where)
-    sections = tuple(_section(view, table + number * SECTION.size, where) for number in range(count))
-    return Portable(machine, sections, _certificates(view, at + COFF.size, optional, where))
+        raise truncated_error("the PE section table", table + count * SECTION.size, len(view), where)
+    sections = tuple(_read_section(view, table + number * SECTION.size, where) for number in range(count))
+    return Portable(machine, sections, _certificates_size(view, at + COFF.size, optional, where))
 
 
-def _section(view: memoryview, at: int, where: str) -> Section:
+def _read_section(view: memoryview, at: int, where: str) -> Section:
     raw_name, virtual, _, raw, offset = SECTION.unpack_from(view, at)
     name = raw_name.rstrip(b"\0").decode(errors="replace")
     size = min(virtual, raw)  # a file's section is padded; a section may be larger in memory
     if size and offset + size > len(view):
-        raise truncated(f"section {name!r}", offset + size, len(view), where)
+        raise truncated_error(f"section {name!r}", offset + size, len(view), where)
     return Section(name, offset, size)
 
 
-def _certificates(view: memoryview, at: int, size: int, where: str) -> int:
+def _certificates_size(view: memoryview, at: int, size: int, where: str) -> int:
     """Bytes of the certificate table, which a signature is in; 0 where there is none."""
     counts = OPTIONAL.get(int.from_bytes(view[at : at + min(size, 2)], "little"))
     if counts is None:
@@ -66,11 +66,11 @@ def _certificates(view: memoryview, at: int, size: int, where: str) -> int:
         return 0
     offset, length = struct.unpack_from("<II", view, at + entry)
     if length and offset + length > len(view):
-        raise truncated("its certificate table", offset + length, len(view), where)
+        raise truncated_error("its certificate table", offset + length, len(view), where)
     return int(length)
 
 
-def truncated(what: str, promised: int, size: int, where: str) -> Refused:
+def truncated_error(what: str, promised: int, size: int, where: str) -> Refused:
     """Word the refusal of a file that ends before what its headers name."""
     return Refused(
         f"The image is truncated: {what} ends at byte {promised}, the file at byte {size}",

@@ -13,7 +13,7 @@ from typing import Self
 from khod.errors import Refused, errno_text
 from khod.files import check_regular
 
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 ALIGNMENT = 4  # init/initramfs.c: where an archive may begin
 
@@ -49,7 +49,7 @@ class Sealed:
         self.close()
 
 
-def seal(fd: int, role: str, name: str, limit: int) -> Sealed:
+def seal_file(fd: int, role: str, name: str, limit: int) -> Sealed:
     """Copy a regular file into a sealed memfd; UsageError or Refused where it cannot serve as `role`.
 
     `limit` in bytes bounds what a client can make khod hold. The given fd stays the caller's.
@@ -64,16 +64,16 @@ def seal(fd: int, role: str, name: str, limit: int) -> Sealed:
             where=name,
             remedy="Raise `images.max_size` in /etc/kho/khod.toml if this is meant.",
         )
-    return fill(_read(fd, role, name, limit), name)
+    return seal_pieces(_read_pieces(fd, role, name, limit), name)
 
 
-def fill(pieces: Iterable[bytes | memoryview], name: str) -> Sealed:
+def seal_pieces(pieces: Iterable[bytes | memoryview], name: str) -> Sealed:
     """Make a sealed memfd of pieces, one after the other; Refused where there are none, or no memory for them."""
     memfd = os.memfd_create("khod-image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         size = 0
         for piece in pieces:
-            size += _write(memfd, piece, size, name)
+            size += _write_piece(memfd, piece, size, name)
         if size == 0:
             raise Refused("The file holds nothing", where=name, remedy="Copy it again; the kernel loads no empty file.")
         fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALS)
@@ -83,17 +83,17 @@ def fill(pieces: Iterable[bytes | memoryview], name: str) -> Sealed:
     return Sealed(memfd, size, name)
 
 
-def join(parts: Sequence[Sealed], name: str) -> Sealed:
+def join_initrds(parts: Sequence[Sealed], name: str) -> Sealed:
     """Put initrds one after the other, in order, each padded with zeros to 4 bytes, as the kernel unpacks them.
 
     The parts stay the caller's. Refused where there is no memory for it.
     """
-    return fill((piece for part in parts for piece in (part.view(), bytes(-part.size % ALIGNMENT))), name)
+    return seal_pieces((piece for part in parts for piece in (part.view(), bytes(-part.size % ALIGNMENT))), name)
 
 
-def _read(fd: int, role: str, name: str, limit: int) -> Iterator[memoryview]:
+def _read_pieces(fd: int, role: str, name: str, limit: int) -> Iterator[memoryview]:
     """Read a file to its end, through one buffer."""
-    buffer, copied = memoryview(bytearray(CHUNK)), 0
+    buffer, copied = memoryview(bytearray(CHUNK_BYTES)), 0
     while True:
         try:
             length = os.preadv(fd, [buffer], copied)
@@ -111,7 +111,7 @@ def _read(fd: int, role: str, name: str, limit: int) -> Iterator[memoryview]:
         yield buffer[:length]
 
 
-def _write(memfd: int, piece: bytes | memoryview, at: int, name: str) -> int:
+def _write_piece(memfd: int, piece: bytes | memoryview, at: int, name: str) -> int:
     """Write all of a piece; the bytes written."""
     length = len(piece)
     try:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from khod.abi.statx import statx
 from khod.errors import Refused, errno_text
-from khod.kernel.luo import kind
-from khod.kernel.memory import Memory
+from khod.kernel.luo import describe_fd
+from khod.kernel.memory import MemoryBounds
 from khod.model import Kept
 
 SPARE_SHARE = 16
@@ -27,7 +27,7 @@ class Account:
     to lie in /run, which ends with the boot as outgoing sessions do.
     """
 
-    def __init__(self, bound: Callable[[], int], memory: Callable[[], Memory], path: Path | None) -> None:
+    def __init__(self, bound: Callable[[], int], memory: Callable[[], MemoryBounds], path: Path | None) -> None:
         self._bound, self._memory, self._path = bound, memory, path
         self._held: dict[str, int] = {}
 
@@ -38,7 +38,7 @@ class Account:
                 counted = json.loads(self._path.read_text())
                 self._held = {name: int(counted[name]) for name in sessions if name in counted}
 
-    def check(self, files: Sequence["Measured"]) -> None:
+    def require_room(self, files: Sequence["Measured"]) -> None:
         """Raise Refused, naming the file, where these together would take more than there may be."""
         try:
             memory = self._memory()
@@ -65,17 +65,17 @@ class Account:
                     remedy="Make the file no larger than what it holds, or free memory (free -m).",
                 )
 
-    def count(self, session: str, size: int) -> None:
+    def count_session(self, session: str, size: int) -> None:
         """Count what a session holds from now on, or no more where `size` is negative."""
         self._held[session] = self._held.get(session, 0) + size
 
-    def release(self, session: str) -> None:
+    def release_session(self, session: str) -> None:
         """Count nothing of a session any more."""
         if self._held.pop(session, None) is not None:
             with suppress(Refused):  # what is counted too much is of a session that no later khod has
-                self.write()
+                self.write_account()
 
-    def write(self) -> None:
+    def write_account(self) -> None:
         """Keep what is counted for the next khod; Refused where that fails."""
         if self._path is None:
             return
@@ -104,14 +104,14 @@ class Measured:
         return f"{self.name} ({self.kind}, {format_bytes(self.size)})"
 
     @classmethod
-    def of(cls, kept: Kept, fd: int) -> "Measured":
+    def measure_file(cls, kept: Kept, fd: int) -> "Measured":
         """Measure a file as it is now; Refused where it is none."""
         try:
             found = statx(fd)
         except OSError as error:
             raise Refused(f"{kept.name} is not an open file: {errno_text(error)}", where=kept.name) from error
         size = -(-found.size // PAGE_BYTES) * PAGE_BYTES
-        return cls(kept.name, kind(fd), size, max(0, size - found.blocks * 512))
+        return cls(kept.name, describe_fd(fd), size, max(0, size - found.blocks * 512))
 
 
 class Grown(Refused):

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from khod.errors import UsageError
-from khod.kernel.next_arg import INIT, QUOTE, Arg, kernel_args, kernel_words, parse, switched_on
+from khod.kernel.next_arg import INIT, QUOTE, Arg, is_switched_on, kernel_args, kernel_words, parse_word
 from khod.model import Fate, Word
 from khod.text import printable, shorten
 
@@ -49,7 +49,7 @@ OPTIONS = "--cmdline/--append/--remove"
 PROC = "/proc/cmdline"
 
 
-def compose(
+def compose_cmdline(
     running: str,
     given: str | None,
     append: str | None,
@@ -72,9 +72,9 @@ def compose(
     _check_text(running.replace("\n", " ") if given is None else given, where)
     words = WORD.findall(running if given is None else given)
     _check_removed(remove, words)
-    base, init = _split([word for word in words if given is not None or not _stays(parse(word))])
-    added, added_init = _split(WORD.findall(append or ""))
-    kept = [word for word in base if not any(_names(name, word) for name in remove)]
+    base, init = _split_init([word for word in words if given is not None or not _may_stay(parse_word(word))])
+    added, added_init = _split_init(WORD.findall(append or ""))
+    kept = [word for word in base if not any(_names_word(name, word) for name in remove)]
     to_init = [*init, *added_init]
     for word in (*kept, *added, *to_init):
         _check_quotes(word, OPTIONS if word in added or word in added_init else where)
@@ -86,19 +86,19 @@ def compose(
     return line
 
 
-def _names(name: str, word: str) -> bool:
+def _names_word(name: str, word: str) -> bool:
     """Whether a name for --remove means this word; the kernel reads dashes in a parameter's name as underscores."""
-    wanted, arg = parse(name), parse(word)
-    return arg.named(wanted.param) and (wanted.value is None or wanted.value == arg.value)
+    wanted, arg = parse_word(name), parse_word(word)
+    return arg.is_parameter(wanted.param) and (wanted.value is None or wanted.value == arg.value)
 
 
 def _check_removed(names: Sequence[str], words: list[str]) -> None:
     """Raise UsageError for a name that means none of the kernel's words."""
-    kernels, init = _split(words)
+    kernels, init = _split_init(words)
     for name in names:
-        if any(_names(name, word) for word in kernels):
+        if any(_names_word(name, word) for word in kernels):
             continue
-        of_init = any(_names(name, word) for word in init)
+        of_init = any(_names_word(name, word) for word in init)
         shown = shorten(printable(name), MAX_SHOWN)
         raise UsageError(
             f"{shown} is not on the command line" + (f", but behind {INIT}, where words are init's" if of_init else ""),
@@ -138,45 +138,45 @@ def _check_quotes(word: str, where: str) -> None:
         )
 
 
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
+def _split_init(words: list[str]) -> tuple[list[str], list[str]]:
     """The kernel's words, and init's."""
-    at = next((at for at, word in enumerate(words) if parse(word) == Arg(INIT, None)), len(words))
+    at = next((at for at, word in enumerate(words) if parse_word(word) == Arg(INIT, None)), len(words))
     return words[:at], words[at + 1 :]
 
 
-def reusable(running: str) -> list[str]:
+def reusable_words(running: str) -> list[str]:
     """The words of the running command line that may travel."""
-    return [word for word in WORD.findall(running) if not _stays(parse(word))]
+    return [word for word in WORD.findall(running) if not _may_stay(parse_word(word))]
 
 
-def _stays(arg: Arg) -> bool:
-    return arg.value is not None and any(arg.named(name.removesuffix("=")) for name in NOT_REUSED)
+def _may_stay(arg: Arg) -> bool:
+    return arg.value is not None and any(arg.is_parameter(name.removesuffix("=")) for name in NOT_REUSED)
 
 
-def marked(running: str, run: str) -> bool:
+def is_marked(running: str, run: str) -> bool:
     """Tell whether the running kernel was started by the kexec of this run."""
     return f"{MARKER}{run}" in kernel_words(running)
 
 
-def torn(line: str) -> list[str]:
+def torn_words(line: str) -> list[str]:
     """The operator's words that are more than one word to the kernel: it takes the byte 0xA0 for white space."""
     return [word for word in WORD.findall(line) if kernel_words(word) != [word]]
 
 
-def mark(running: str) -> str:
+def run_mark(running: str) -> str:
     """Name the run whose kexec started the running kernel; "" where none says so."""
     return next((word.removeprefix(MARKER) for word in kernel_words(running) if word.startswith(MARKER)), "")
 
 
-def init(line: str) -> str:
+def init_path(line: str) -> str:
     """What the kernel runs first from its initrd, as a path in there: `rdinit=`, else `init`."""
     values = [arg.value for arg in kernel_args(line) if arg.param == "rdinit" and arg.value is not None]
     return values[-1].lstrip("/") if values else "init"
 
 
-def root(line: str) -> str:
+def root_value(line: str) -> str:
     """Where the root is, as `root=` has it: the last one counts, "" where there is none."""
-    return _last(line, "root")
+    return _last_value(line, "root")
 
 
 def mounts_root(line: str) -> bool:
@@ -185,79 +185,83 @@ def mounts_root(line: str) -> bool:
     What parse_root_device(), mount_root() (init/do_mounts.c) and early_lookup_bdev() (block/early-lookup.c) resolve.
     UUID=, LABEL= and what lies below /dev/mapper or /dev/disk are names of udev's and of an initrd's.
     """
-    name = root(line)
+    name = root_value(line)
     if found := DEVICE.fullmatch(name):
         # A device mapper's device is there only where the kernel itself has set it up (drivers/md/dm-init.c).
-        return len(found[1]) <= MAX_DEVICE and (not found[1].startswith("dm-") or bool(_last(line, "dm-mod.create")))
+        return len(found[1]) <= MAX_DEVICE and (
+            not found[1].startswith("dm-") or bool(_last_value(line, "dm-mod.create"))
+        )
     if NUMBERED.fullmatch(name) or name.startswith(("PARTUUID=", "PARTLABEL=", "mtd", "ubi")):
         return True
-    return bool(name) and not NODEV.isdisjoint(_last(line, "rootfstype").split(","))
+    return bool(name) and not NODEV.isdisjoint(_last_value(line, "rootfstype").split(","))
 
 
-def _last(line: str, name: str) -> str:
+def _last_value(line: str, name: str) -> str:
     """The last value of a parameter, "" where it has none."""
-    return next((arg.value for arg in reversed(list(kernel_args(line))) if arg.named(name) and arg.value), "")
+    return next((arg.value for arg in reversed(list(kernel_args(line))) if arg.is_parameter(name) and arg.value), "")
 
 
-def compare(running: str, new: str) -> list[Word]:
+def compare_cmdlines(running: str, new: str) -> list[Word]:
     """Put both lines side by side, word by word: the new one's in their order, then what is no longer there.
 
     What must not travel and the marker are no difference. `lost` says what a handover loses by what becomes of a word
     of the kernel's; init's words are nothing to it.
     """
-    old, now = Counter(_placed(running)), Counter(_placed(new))
+    old, now = Counter(_placed_words(running)), Counter(_placed_words(new))
     left = Counter(old)
     words = []
-    for placed in _placed(new):
+    for placed in _placed_words(new):
         word, is_init = placed
         kept = left[placed] > 0
-        words.append(Word(word, Fate.kept) if kept else Word(word, Fate.added, "" if is_init else _changed(word, new)))
+        words.append(
+            Word(word, Fate.kept) if kept else Word(word, Fate.added, "" if is_init else _describe_change(word, new))
+        )
         left[placed] -= 1
     gone = (old - now).elements()
-    return [*words, *(Word(word, Fate.removed, "" if is_init else _lost(word, new)) for word, is_init in gone)]
+    return [*words, *(Word(word, Fate.removed, "" if is_init else _describe_loss(word, new)) for word, is_init in gone)]
 
 
-def _placed(line: str) -> list[tuple[str, bool]]:
+def _placed_words(line: str) -> list[tuple[str, bool]]:
     """The words that may travel, each with whether it is init's: the same word means another thing there."""
-    words = reusable(line)
-    kernels = len(_split(words)[0])
+    words = reusable_words(line)
+    kernels = len(_split_init(words)[0])
     return [(word, at >= kernels) for at, word in enumerate(words)]
 
 
-def losses(words: Sequence[Word]) -> Iterator[str]:
+def describe_losses(words: Sequence[Word]) -> Iterator[str]:
     """What would be lost, a clause each."""
     return (word.lost for word in words if word.lost)
 
 
-def off(words: Sequence[Word]) -> bool:
+def turns_kho_off(words: Sequence[Word]) -> bool:
     """Tell whether the next kernel would come up with Kexec HandOver off, while the running one has it on."""
-    return any(parse(word.text).named("kho") and word.lost for word in words)
+    return any(parse_word(word.text).is_parameter("kho") and word.lost for word in words)
 
 
-def _changed(word: str, new: str) -> str:
+def _describe_change(word: str, new: str) -> str:
     """What a word that is added changes for a handover; "" nothing."""
-    arg = parse(word)
+    arg = parse_word(word)
     value = arg.value or ""
-    roots = [other.value or "" for other in kernel_args(new) if other.named("root")]
-    if arg.named("root") and len(roots) > 1 and roots[-1] == value:
+    roots = [other.value or "" for other in kernel_args(new) if other.is_parameter("root")]
+    if arg.is_parameter("root") and len(roots) > 1 and roots[-1] == value:
         return f"root={roots[-2]} no longer counts: the last root= does"
-    shell = arg.named("init") and value.rpartition("/")[2] in SHELLS
-    if shell or word in REPAIR or (arg.named("systemd.unit") and value in REPAIR_UNITS):
+    shell = arg.is_parameter("init") and value.rpartition("/")[2] in SHELLS
+    if shell or word in REPAIR or (arg.is_parameter("systemd.unit") and value in REPAIR_UNITS):
         return f"with {word} khod does not start in the next kernel: nobody takes its state back"
     return ""
 
 
-def _lost(word: str, new: str) -> str:
+def _describe_loss(word: str, new: str) -> str:
     """What a handover loses when this word is gone, in view of the new line; "" nothing."""
-    arg = parse(word)
+    arg = parse_word(word)
     value = arg.value or ""
-    others = [other.value or "" for other in kernel_args(new) if other.named(arg.param)]
+    others = [other.value or "" for other in kernel_args(new) if other.is_parameter(arg.param)]
     match arg.param.replace("-", "_"):
-        case "root" if not root(new):
+        case "root" if not root_value(new):
             return f"without {word} the next kernel, or its initrd, must find the root by itself"
-        case "kho" if switched_on(word, "kho") and not switched_on(new, "kho"):
+        case "kho" if is_switched_on(word, "kho") and not is_switched_on(new, "kho"):
             return f"without {word} the next kernel takes nothing over"
-        case "liveupdate" if switched_on(word, "liveupdate") and not switched_on(new, "liveupdate"):
+        case "liveupdate" if is_switched_on(word, "liveupdate") and not is_switched_on(new, "liveupdate"):
             return f"without {word} no producer gets its files back"
         case "reserve_mem":
             # SIZE:ALIGN:NAME; the next kernel looks for the name, and takes it only with the same size and alignment.

@@ -1,7 +1,7 @@
 """Mainline KHO: /sys/kernel/debug/kho, with `finalize` (6.16-7.0) and without it (7.1 and later)."""
 
 from khod.abi.calls import Calls
-from khod.kernel.protocol import AbortKind, Tree, regions
+from khod.kernel.protocol import AbortKind, Tree, pair_regions
 from khod.model import Generation, Order
 from khod.region import Region
 
@@ -26,7 +26,7 @@ class Stateless:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
-    def active(self) -> bool | None:
+    def is_active(self) -> bool | None:
         return None
 
     def activate(self) -> None:
@@ -35,29 +35,29 @@ class Stateless:
     def deactivate(self) -> None:
         """Nothing to leave."""
 
-    def tree(self) -> Tree:
+    def outgoing_tree(self) -> Tree:
         # `out/fdt` may be cut off, and that is no damage: seen on 7.3.4, debugfs shows as many bytes as the
         # tree had when the file was made at boot (233), while subtrees made it grow (345). In a kernel that
         # was reached by a handover it may not be there at all. The kernel hands over all of it both times,
         # and what is compared after the jump are the blobs.
-        return self._tree("out")
+        return self._read_tree("out")
 
-    def arrived(self) -> Tree | None:
-        return self._tree("in") if self._calls.exists(f"{KHO}/in/fdt") else None
+    def arrived_tree(self) -> Tree | None:
+        return self._read_tree("in") if self._calls.path_exists(f"{KHO}/in/fdt") else None
 
-    def scratch(self) -> list[Region]:
+    def scratch_regions(self) -> list[Region]:
         name = scratch_name(self._calls)
-        return regions(*(self._calls.read(f"{KHO}/out/{name}_{what}") for what in ("phys", "len")))
+        return pair_regions(*(self._calls.read_file(f"{KHO}/out/{name}_{what}") for what in ("phys", "len")))
 
     @property
     def scratch_parameter(self) -> str:
         return f"kho_{scratch_name(self._calls)}="
 
-    def _tree(self, side: str) -> Tree:
+    def _read_tree(self, side: str) -> Tree:
         blobs = f"{KHO}/{side}/sub_fdts"
         return Tree(
-            self._calls.read(f"{KHO}/{side}/fdt") if self._calls.exists(f"{KHO}/{side}/fdt") else b"",
-            {name: self._calls.read(f"{blobs}/{name}") for name in self._calls.listdir(blobs)},
+            self._calls.read_file(f"{KHO}/{side}/fdt") if self._calls.path_exists(f"{KHO}/{side}/fdt") else b"",
+            {name: self._calls.read_file(f"{blobs}/{name}") for name in self._calls.list_directory(blobs)},
         )
 
 
@@ -68,7 +68,7 @@ class FinalizeNoAbort(Stateless):
     entering = f"write 1 to {KHO}/out/finalize"
 
     def activate(self) -> None:
-        self._calls.write(f"{KHO}/out/finalize", b"1\n")
+        self._calls.write_file(f"{KHO}/out/finalize", b"1\n")
 
 
 class Finalize(FinalizeNoAbort):
@@ -79,13 +79,13 @@ class Finalize(FinalizeNoAbort):
     abort = AbortKind.forgets
     leaving = f"write 0 to {KHO}/out/finalize: this kernel then forgets what was preserved before, until a reboot"
 
-    def active(self) -> bool:
-        return self._calls.read(f"{KHO}/out/finalize").strip() not in (b"0", b"N")
+    def is_active(self) -> bool:
+        return self._calls.read_file(f"{KHO}/out/finalize").strip() not in (b"0", b"N")
 
     def deactivate(self) -> None:
-        self._calls.write(f"{KHO}/out/finalize", b"0\n")
+        self._calls.write_file(f"{KHO}/out/finalize", b"0\n")
 
 
 def scratch_name(calls: Calls) -> str:
     """What this kernel calls its scratch memory; the older name where it shows neither."""
-    return next((name for name in SCRATCH_NAMES if calls.exists(f"{KHO}/out/{name}_phys")), SCRATCH_NAMES[-1])
+    return next((name for name in SCRATCH_NAMES if calls.path_exists(f"{KHO}/out/{name}_phys")), SCRATCH_NAMES[-1])

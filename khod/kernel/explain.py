@@ -9,12 +9,12 @@ from khod.kernel.errnos import ACTIVATE, DEACTIVATE, EXECUTE, LOAD, LOAD_ON, LOG
 from khod.kernel.protocol import AbortKind
 from khod.model import Generation, Step
 
-DOING = {
+STEP_CALLS = {
     Step.activate: "The kernel did not enter the active phase",
     Step.load: "The kernel did not take the image",
     Step.execute: "The jump failed",
 }
-UNDOING = {Step.activate: "Leaving the active phase failed", Step.load: "Unloading the image failed"}
+UNDO_CALLS = {Step.activate: "Leaving the active phase failed", Step.load: "Unloading the image failed"}
 
 
 class Words(TypedDict):
@@ -25,10 +25,10 @@ class Words(TypedDict):
     remedy: str
 
 
-def words(what: str, table: Errnos, error: OSError, otherwise: str = LOG, quoted: str = "") -> Words:
+def put_errno(what: str, table: Errnos, error: OSError, otherwise: str = LOG, quoted: str = "") -> Words:
     """Put an errno in words: `what` failed, what the errno means there, and what to do next.
 
-    `quoted` is the kernel log's own line about it (`khod.kernel.log.relevant`), "" where there is none. An errno
+    `quoted` is the kernel log's own line about it (`khod.kernel.log.relevant_lines`), "" where there is none. An errno
     that `table` does not have keeps its name and meaning, and `otherwise` is what to do.
     """
     meaning, remedy = table.get(error.errno or 0, ("", otherwise))
@@ -37,21 +37,21 @@ def words(what: str, table: Errnos, error: OSError, otherwise: str = LOG, quoted
     return {"what": f"{what}: {errno_text(error)}{because}{says}", "where": str(error.filename or ""), "remedy": remedy}
 
 
-def explain(
+def explain_errno(
     step: Step, error: OSError, quoted: str = "", *, generation: Generation = Generation.none, machine: str = ""
 ) -> Failed:
     """Make a sentence of the errno that the kernel call of `step` ended in; `machine` as uname -m says it, "" for this.
 
     `generation` is the one whose active phase was to be entered; `none` where that is not known.
     """
-    if step is Step.activate and (cause := _serializing(quoted)):
-        return Failed(**words(DOING[step], {error.errno or 0: cause}, error, quoted=quoted))
+    if step is Step.activate and (cause := _explain_serialization(quoted)):
+        return Failed(**put_errno(STEP_CALLS[step], {error.errno or 0: cause}, error, quoted=quoted))
     loading = {**LOAD, **LOAD_ON.get(machine or platform.machine(), {})}
     tables = {Step.load: loading, Step.activate: ACTIVATE[generation], Step.execute: EXECUTE}
-    return Failed(**words(DOING[step], tables[step], error, quoted=quoted))
+    return Failed(**put_errno(STEP_CALLS[step], tables[step], error, quoted=quoted))
 
 
-def _serializing(quoted: str) -> tuple[str, str] | None:
+def _explain_serialization(quoted: str) -> tuple[str, str] | None:
     """What v3 itself says of a failed activation, and what to do; its errno is always the same."""
     found = re.search(r"kho failed to serialize state: -(\d+)", quoted)
     return SERIALIZE.get(int(found[1])) if found else None
@@ -60,7 +60,7 @@ def _serializing(quoted: str) -> tuple[str, str] | None:
 def explain_undo(step: Step, error: OSError, quoted: str = "", *, generation: Generation = Generation.none) -> KhoError:
     """Make a sentence of the errno that the rollback of `step` (activate or load) ended in."""
     table = UNLOAD if step is Step.load else DEACTIVATE.get(generation, {})
-    return KhoError(**words(UNDOING[step], table, error, quoted=quoted))
+    return KhoError(**put_errno(UNDO_CALLS[step], table, error, quoted=quoted))
 
 
 FORGOT = {

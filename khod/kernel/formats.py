@@ -12,7 +12,7 @@ from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.fdt import MAGIC
 from khod.errors import KhoError, Refused
 from khod.images import sealed
-from khod.images.kernel import Kernel, take_apart
+from khod.images.kernel import KernelImageInfo, unpack_image
 from khod.kernel import debugfs
 from khod.model import Generation
 
@@ -38,7 +38,7 @@ MAX_UNPACKED = 1 << 30  # bytes
 
 
 @dataclass(frozen=True)
-class Written:
+class OutgoingFormats:
     """The root tree's `compatible`, "" where nothing shows it, and those of each producer's tree by its name.
 
     `v3` is whether it is the layout of the v3 series, which calls itself kho-v1 as 6.16 does and is another one; `luo`
@@ -55,42 +55,42 @@ class Written:
     unjudged: tuple[str, ...] = ()
 
 
-def written(calls: Calls, generation: Generation, following: Kernel | None = None) -> Written:
+def read_formats(calls: Calls, generation: Generation, following: KernelImageInfo | None = None) -> OutgoingFormats:
     """Read it off the trees, and what these do not show off the running kernel's own image; raises OSError.
 
     `following` is the next kernel, which may be this one again. Where v3's files stand on top of mainline KHO, mainline
     carries the state, and its trees count.
     """
     out = f"{debugfs.KHO}/out"
-    mainline = calls.exists(out)
+    mainline = calls.path_exists(out)
     root = ""
     # In a kernel that was reached by a handover `out/fdt` may be absent (7.3.4): what it was handed and took,
     # it also writes. A tree that is cut off (the same kernel) still begins with its compatible.
     for path in (f"{out}/fdt", f"{debugfs.KHO}/in/fdt") if mainline else ():
-        if not root and calls.exists(path) and (found := ROOT.search(calls.read(path))):
+        if not root and calls.path_exists(path) and (found := ROOT.search(calls.read_file(path))):
             root = found[0].decode()
-    names = calls.listdir(f"{out}/sub_fdts") if mainline else []
-    blobs = {name: _compatible(calls.read(f"{out}/sub_fdts/{name}")) for name in names}
+    names = calls.list_directory(f"{out}/sub_fdts") if mainline else []
+    blobs = {name: _blob_formats(calls.read_file(f"{out}/sub_fdts/{name}")) for name in names}
     v3 = generation is Generation.sysfs and not mainline
     root = root or ALWAYS.get(generation, "")
     shown = {name: formats for name, formats in blobs.items() if formats}
     unjudged = tuple(name for name, formats in blobs.items() if not formats and name not in (LUO, METADATA))
-    luo = mainline and (LUO in names or calls.exists(LIVEUPDATE))
+    luo = mainline and (LUO in names or calls.path_exists(LIVEUPDATE))
     if not mainline or (root and not luo):  # nothing that only the image could say
-        return Written(root, shown, v3, luo, unjudged=unjudged)
+        return OutgoingFormats(root, shown, v3, luo, unjudged=unjudged)
     try:
         image = _own_image(calls, {root, *shown.get(LUO, ())} - {""}, following)
     except (KhoError, OSError) as error:
         why = error.what if isinstance(error, KhoError) else str(error)
-        return Written(root, shown, v3, luo, not_inspected=why, unjudged=unjudged)
+        return OutgoingFormats(root, shown, v3, luo, not_inspected=why, unjudged=unjudged)
     if luo and LUO not in shown:
-        shown[LUO] = _of(image.compatible, "luo")
-    if not root and len(roots := _of(image.compatible, "kho")) == 1:
+        shown[LUO] = _formats_named(image.compatible, "luo")
+    if not root and len(roots := _formats_named(image.compatible, "kho")) == 1:
         root = next(iter(roots))
-    return Written(root, shown, v3, luo, image.compatible, unjudged=unjudged)
+    return OutgoingFormats(root, shown, v3, luo, image.compatible, unjudged=unjudged)
 
 
-def _compatible(blob: bytes) -> frozenset[str]:
+def _blob_formats(blob: bytes) -> frozenset[str]:
     """The compatibles of a producer's tree, or the one that a packed struct begins with, as LUO's does since Linux 7.1.
 
     None of a blob that is neither.
@@ -101,25 +101,25 @@ def _compatible(blob: bytes) -> frozenset[str]:
     return frozenset({first[0].decode()}) if first else frozenset()
 
 
-def _of(formats: frozenset[str], name: str) -> frozenset[str]:
+def _formats_named(formats: frozenset[str], name: str) -> frozenset[str]:
     return frozenset(one for one in formats if re.fullmatch(rf"{name}-v[0-9]+", one))
 
 
-def _own_image(calls: Calls, shown: set[str], following: Kernel | None) -> Kernel:
+def _own_image(calls: Calls, shown: set[str], following: KernelImageInfo | None) -> KernelImageInfo:
     """Give the running kernel's own image, proven by its banner; KhoError or OSError where there is none.
 
     A banner may be made the same on purpose (KBUILD_BUILD_TIMESTAMP): an image that does not know what the trees show
     is another kernel's all the same.
     """
-    banner = calls.read(VERSION).decode(errors="replace").strip()
+    banner = calls.read_file(VERSION).decode(errors="replace").strip()
     if following is not None and following.banner == banner and shown <= following.compatible:
         return following
-    release = calls.read("/proc/sys/kernel/osrelease").decode(errors="replace").strip()
+    release = calls.read_file("/proc/sys/kernel/osrelease").decode(errors="replace").strip()
     paths = [path.format(release=release) for path in IMAGES]
     wrong = []
     for path in filter(calls.is_file, paths):
         try:
-            image = _proven(calls, path, banner)
+            image = _prove_image(calls, path, banner)
         except KhoError as error:
             wrong.append(f"{path}: {error.what}")
             continue
@@ -133,13 +133,13 @@ def _own_image(calls: Calls, shown: set[str], following: Kernel | None) -> Kerne
     )
 
 
-def _proven(calls: Calls, path: str, banner: str) -> Kernel:
+def _prove_image(calls: Calls, path: str, banner: str) -> KernelImageInfo:
     """Take an image apart; KhoError where it is another kernel's. Once in a boot: the banner is that of one build."""
     if (known := _PROVEN.get(calls)) is not None and known.banner == banner:
         return known
-    image = sealed.fill([calls.read(path)], path)
+    image = sealed.seal_pieces([calls.read_file(path)], path)
     try:
-        bundle = take_apart(image, platform.machine(), MAX_UNPACKED)
+        bundle = unpack_image(image, platform.machine(), MAX_UNPACKED)
     except BaseException:
         image.close()
         raise
@@ -152,5 +152,5 @@ def _proven(calls: Calls, path: str, banner: str) -> Kernel:
     return bundle.about
 
 
-_PROVEN: WeakKeyDictionary[Calls, Kernel] = WeakKeyDictionary()
+_PROVEN: WeakKeyDictionary[Calls, KernelImageInfo] = WeakKeyDictionary()
 """The running kernel's own image, by whom it was read from: unpacking one takes a second."""

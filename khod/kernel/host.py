@@ -30,38 +30,38 @@ class Watchdog:
     timeout: int | None
 
 
-def lockdown(calls: Calls) -> str | None:
+def lockdown_level(calls: Calls) -> str | None:
     """The level: none, integrity or confidentiality."""
-    if (text := _text(calls, LOCKDOWN)) is None:
+    if (text := _read_text(calls, LOCKDOWN)) is None:
         return None
     return text.partition("[")[2].partition("]")[0]
 
 
 def secure_boot(calls: Calls) -> bool | None:
     """Whether the firmware booted with Secure Boot on: an EFI variable is four bytes of attributes, then its value."""
-    if not calls.exists(SECURE_BOOT):
+    if not calls.path_exists(SECURE_BOOT):
         return None
-    return calls.read(SECURE_BOOT)[4:5] == b"\x01"
+    return calls.read_file(SECURE_BOOT)[4:5] == b"\x01"
 
 
 def may_boot(calls: Calls) -> bool | None:
     """Whether this process has CAP_SYS_BOOT in effect, which kexec_file_load(2) and reboot(2) ask for."""
-    found = _field(calls, STATUS, "CapEff")
+    found = _read_field(calls, STATUS, "CapEff")
     return None if found is None else bool(int(found, 16) >> CAP_SYS_BOOT & 1)
 
 
-def namespaces(calls: Calls) -> dict[str, bool]:
+def own_namespaces(calls: Calls) -> dict[str, bool]:
     """Whether this process is in the host's own namespace, by kind; without those of which the kernel says nothing."""
     found = {}
     for kind, inode in INITIAL_NAMESPACES.items():
         with suppress(OSError):
-            found[kind] = calls.readlink(f"/proc/self/ns/{kind}") == f"{kind}:[{inode}]"
+            found[kind] = calls.read_link(f"/proc/self/ns/{kind}") == f"{kind}:[{inode}]"
     return found
 
 
 def possible_processors(calls: Calls) -> int | None:
     """How many processors this host may ever have, num_possible_cpus()."""
-    if not (text := _text(calls, f"{PROCESSORS}/possible")):
+    if not (text := _read_text(calls, f"{PROCESSORS}/possible")):
         return None
     ranges = (part.partition("-") for part in text.split(","))
     return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)
@@ -69,60 +69,60 @@ def possible_processors(calls: Calls) -> int | None:
 
 def has_cpu_hotplug(calls: Calls) -> bool:
     """Whether this kernel was built to switch processors off (CONFIG_HOTPLUG_CPU): kernel/cpu.c shows its states."""
-    return calls.exists(f"{PROCESSORS}/hotplug")
+    return calls.path_exists(f"{PROCESSORS}/hotplug")
 
 
 def spinning_processors(calls: Calls) -> list[str]:
     """The processors that the firmware lets spin in memory, which nothing can switch off (arm64's `spin-table`)."""
     tree = "/proc/device-tree/cpus"
-    methods = {name: _text(calls, f"{tree}/{name}/enable-method") for name in calls.listdir(tree)}
+    methods = {name: _read_text(calls, f"{tree}/{name}/enable-method") for name in calls.list_directory(tree)}
     return [name for name, method in methods.items() if method and method.rstrip("\0") == "spin-table"]
 
 
 def processor_bugs(calls: Calls) -> list[str]:
     """What the kernel works around in these x86 processors, as /proc/cpuinfo names it."""
-    return (_field(calls, "/proc/cpuinfo", "bugs") or "").split(" ")
+    return (_read_field(calls, "/proc/cpuinfo", "bugs") or "").split(" ")
 
 
 def five_level_paging(calls: Calls) -> bool | None:
     """Whether this x86 kernel runs with five levels of page tables: where it does not it clears the flag."""
-    if (found := _field(calls, "/proc/cpuinfo", "flags")) is None:
+    if (found := _read_field(calls, "/proc/cpuinfo", "flags")) is None:
         return None
     return "la57" in found.split(" ")
 
 
-def available(calls: Calls) -> int | None:
+def available_memory(calls: Calls) -> int | None:
     """Bytes of memory that can be had without swapping."""
-    found = _field(calls, "/proc/meminfo", "MemAvailable")
+    found = _read_field(calls, "/proc/meminfo", "MemAvailable")
     return None if found is None else int(found.split()[0]) * KIB
 
 
 def crash_loaded(calls: Calls) -> bool | None:
     """Whether a crash kernel waits in its own slot."""
     for path in CRASH:
-        if (text := _text(calls, path)) is not None:
+        if (text := _read_text(calls, path)) is not None:
             return text == "1"
     return None
 
 
-def watchdogs(calls: Calls) -> list[Watchdog]:
+def list_watchdogs(calls: Calls) -> list[Watchdog]:
     """Every watchdog device there is; without CONFIG_WATCHDOG_SYSFS none says whether it is armed."""
     found = []
-    for name in calls.listdir(WATCHDOGS):
-        state, timeout = (_text(calls, f"{WATCHDOGS}/{name}/{what}") for what in ("state", "timeout"))
-        identity = _text(calls, f"{WATCHDOGS}/{name}/identity") or ""
+    for name in calls.list_directory(WATCHDOGS):
+        state, timeout = (_read_text(calls, f"{WATCHDOGS}/{name}/{what}") for what in ("state", "timeout"))
+        identity = _read_text(calls, f"{WATCHDOGS}/{name}/identity") or ""
         seconds = int(timeout) if timeout and timeout.isdecimal() else None
         found.append(Watchdog(name, identity, state == "active", seconds))
     return found
 
 
-def _text(calls: Calls, path: str) -> str | None:
-    return calls.read(path).decode(errors="replace").strip() if calls.exists(path) else None
+def _read_text(calls: Calls, path: str) -> str | None:
+    return calls.read_file(path).decode(errors="replace").strip() if calls.path_exists(path) else None
 
 
-def _field(calls: Calls, path: str, name: str) -> str | None:
+def _read_field(calls: Calls, path: str, name: str) -> str | None:
     """A `Name: value` line of a file in /proc."""
-    for line in (_text(calls, path) or "").splitlines():
+    for line in (_read_text(calls, path) or "").splitlines():
         key, _, value = line.partition(":")
         if key.rstrip("\t ") == name:
             return value.strip()

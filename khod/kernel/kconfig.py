@@ -5,7 +5,7 @@ import re
 import zlib
 
 from khod.abi.calls import Calls
-from khod.kernel.next_arg import switched, switched_on
+from khod.kernel.next_arg import boolean_value, is_switched_on
 
 KHO_BY_DEFAULT = "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"
 """What kho_enable begins with, in kernel/liveupdate/kexec_handover.c."""
@@ -14,21 +14,21 @@ OWN_LINE = re.compile(r'^CONFIG_CMDLINE="((?:\\.|[^"\\\n])*+)"$', re.MULTILINE)
 
 def booted_with(calls: Calls, parameter: str) -> bool:
     """Tell whether a boolean parameter is on the running kernel's command line."""
-    return switched_on(calls.read("/proc/cmdline").decode(errors="surrogateescape"), parameter)
+    return is_switched_on(calls.read_file("/proc/cmdline").decode(errors="surrogateescape"), parameter)
 
 
 def kho_on(calls: Calls) -> bool:
     """Tell whether the running kernel has KHO on: by its command line, else by its configuration's default."""
-    said = switched(calls.read("/proc/cmdline").decode(errors="surrogateescape"), "kho")
-    return bool(configured(calls, KHO_BY_DEFAULT)) if said is None else said
+    said = boolean_value(calls.read_file("/proc/cmdline").decode(errors="surrogateescape"), "kho")
+    return bool(is_configured(calls, KHO_BY_DEFAULT)) if said is None else said
 
 
-def configured(calls: Calls, option: str) -> bool | None:
+def is_configured(calls: Calls, option: str) -> bool | None:
     """Ask the running kernel's configuration whether it has `option` built in; None where it cannot be read."""
-    release = calls.read("/proc/sys/kernel/osrelease").decode().strip()
+    release = calls.read_file("/proc/sys/kernel/osrelease").decode().strip()
     for path in ("/proc/config.gz", f"/usr/lib/modules/{release}/config", f"/boot/config-{release}"):
         try:
-            raw = calls.read(path)
+            raw = calls.read_file(path)
             config = gzip.decompress(raw) if path.endswith(".gz") else raw
         except (OSError, EOFError, zlib.error):
             continue
@@ -76,9 +76,9 @@ def built_in(calls: Calls, option: str, prefix: str) -> bool | None:
 
     Ask once: it holds for the whole boot, and the symbols are megabytes (half a second in a slow guest).
     """
-    if (found := configured(calls, option)) is not None:
+    if (found := is_configured(calls, option)) is not None:
         return found
     try:
-        return f" {prefix}".encode() in calls.read("/proc/kallsyms")
+        return f" {prefix}".encode() in calls.read_file("/proc/kallsyms")
     except OSError:
         return None

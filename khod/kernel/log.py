@@ -12,10 +12,10 @@ from khod.abi.calls import Log
 from khod.model import Step
 from khod.text import printable, shorten
 
-RECORD_SIZE = 8192  # bytes; CONSOLE_EXT_LOG_MAX, since 6.3 PRINTK_MESSAGE_MAX (2048); EINVAL for a smaller buffer
-MOST_RECORDS = 1000  # a call that fails logs a few; whatever else floods the log is not followed for ever
-MOST_LINES = 2
-MOST_CHARACTERS = 200
+RECORD_BYTES = 8192  # bytes; CONSOLE_EXT_LOG_MAX, since 6.3 PRINTK_MESSAGE_MAX (2048); EINVAL for a smaller buffer
+MAX_RECORDS = 1000  # a call that fails logs a few; whatever else floods the log is not followed for ever
+MAX_LINES = 2
+MAX_CHARACTERS = 200
 LOG_KERN = 0  # the facility that only the kernel itself has; a process that writes to /dev/kmsg has another
 LOGLEVEL_NOTICE = 5  # include/linux/kern_levels.h; KHO, kexec and LUO log their failures there or above
 
@@ -43,7 +43,7 @@ ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
 
 @dataclass(frozen=True)
-class Record:
+class LogRecord:
     """One record: its level (0 to 7), who wrote it (0: the kernel), its text, and whether it goes on with the last."""
 
     level: int
@@ -52,30 +52,30 @@ class Record:
     fragment: bool = False
 
 
-def parse(raw: bytes) -> Record | None:
+def parse_record(raw: bytes) -> LogRecord | None:
     """Read a record as /dev/kmsg gives it, without its dictionary; None where it is none."""
     if (found := HEADER.match(raw)) is None:
         return None
     priority = int(found["priority"])
     text = ESCAPED.sub(lambda escaped: bytes.fromhex(escaped[1].decode()), found["text"])
-    return Record(priority & 7, priority >> 3, text.decode(errors="replace"), found["flags"].startswith(b"c"))
+    return LogRecord(priority & 7, priority >> 3, text.decode(errors="replace"), found["flags"].startswith(b"c"))
 
 
-def since(log: Log) -> list[Record]:
+def records_since(log: Log) -> list[LogRecord]:
     """Read what was logged since `log` was opened, at most MOST_RECORDS; raises OSError where it cannot be read.
 
     A line that the kernel wrote without a newline shows only when another follows it, and v3's one line about a
     failed activation is such a line: write something to the log first.
     """
-    found: list[Record] = []
-    for _ in range(MOST_RECORDS):
+    found: list[LogRecord] = []
+    for _ in range(MAX_RECORDS):
         try:
-            raw = log.read(RECORD_SIZE)
+            raw = log.read(RECORD_BYTES)
         except BrokenPipeError:  # overwritten; the next read gives the oldest that is left
             continue
         if not raw:
             break
-        if (record := parse(raw)) is None:
+        if (record := parse_record(raw)) is None:
             continue
         if record.fragment and found:
             found[-1] = replace(found[-1], text=found[-1].text + record.text)
@@ -84,7 +84,7 @@ def since(log: Log) -> list[Record]:
     return found
 
 
-def relevant(records: Sequence[Record], about: re.Pattern[str]) -> str:
+def relevant_lines(records: Sequence[LogRecord], about: re.Pattern[str]) -> str:
     """Choose the kernel's own lines about a call, the last and most telling ones; "" where there is none.
 
     Where one names the cause, those that only say that it failed are left out; so is what is merely informative.
@@ -92,4 +92,4 @@ def relevant(records: Sequence[Record], about: re.Pattern[str]) -> str:
     said = (record for record in records if record.facility == LOG_KERN and record.level <= LOGLEVEL_NOTICE)
     lines = list(dict.fromkeys(record.text.strip() for record in said if about.search(record.text)))
     causes = [line for line in lines if not OUTCOMES.search(line)]
-    return "; ".join(shorten(printable(line), MOST_CHARACTERS) for line in (causes or lines)[-MOST_LINES:])
+    return "; ".join(shorten(printable(line), MAX_CHARACTERS) for line in (causes or lines)[-MAX_LINES:])

@@ -10,13 +10,13 @@ from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.statx import statx
 from khod.errors import KhoError, Refused, Unsupported
 from khod.kernel.errnos import UNIT, Errnos
-from khod.kernel.explain import words
+from khod.kernel.explain import put_errno
 from khod.kernel.kconfig import booted_with, built_in, kho_on
 from khod.kernel.sysfs import KHO
 from khod.model import Kept
 
 F_SEAL_EXEC = 0x0020  # include/uapi/linux/fcntl.h
-HUGE = 1 << 16  # bytes; the smallest huge page is larger on every architecture but 64K-page arm64
+HUGE_PAGE_BYTES = 1 << 16  # bytes; the smallest huge page is larger on every architecture but 64K-page arm64
 ABSENT = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 LOG = "Look at the kernel log: journalctl -kb -g 'luo|memfd'"
 NEWER = "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
@@ -93,35 +93,37 @@ class Luo:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
-    def create(self, name: str) -> int:
+    def create_session(self, name: str) -> int:
         """Make an outgoing session."""
         try:
             return self._calls.create_session(name)
         except OSError as error:
             raise self._no_session(error, "The kernel makes no LUO session", absent=ABSENT) from error
 
-    def retrieve(self, name: str) -> int:
+    def retrieve_session(self, name: str) -> int:
         """Take a session of the previous kernel's."""
         try:
             return self._calls.retrieve_session(name)
         except OSError as error:
-            absent = ABSENT if not self._calls.exists(LIVEUPDATE) else ()
+            absent = ABSENT if not self._calls.path_exists(LIVEUPDATE) else ()
             raise self._no_session(error, f"The LUO session {name} cannot be taken", absent=absent) from error
 
-    def preserve(self, session: int, fd: int, kept: Kept) -> None:
+    def preserve_file(self, session: int, fd: int, kept: Kept) -> None:
         """Preserve one file."""
         if sealed_for_good(fd):
             raise Refused(
-                f"{kept.name} ({kind(fd)}) would come back read-only: it has F_SEAL_EXEC",
+                f"{kept.name} ({describe_fd(fd)}) would come back read-only: it has F_SEAL_EXEC",
                 where=f"token {kept.token}",
                 remedy="Make it without MFD_NOEXEC_SEAL.",
             )
         try:
             self._calls.preserve_fd(session, fd, kept.token)
         except OSError as error:
-            raise Refused(**words(f"{kept.name} ({kind(fd)}) cannot be preserved", PRESERVE, error, LOG)) from error
+            raise Refused(
+                **put_errno(f"{kept.name} ({describe_fd(fd)}) cannot be preserved", PRESERVE, error, LOG)
+            ) from error
 
-    def files(self, session: int, kept: Sequence[Kept]) -> list[int]:
+    def retrieve_files(self, session: int, kept: Sequence[Kept]) -> list[int]:
         """Give every file, or raise Refused: the kernel says the same about it each time after."""
         taken: list[int] = []
         for file in kept:
@@ -131,21 +133,21 @@ class Luo:
                 for fd in taken:
                     os.close(fd)
                 raise Refused(
-                    **words(f"{file.name} (token {file.token}) did not arrive", RETRIEVE, error, LOG)
+                    **put_errno(f"{file.name} (token {file.token}) did not arrive", RETRIEVE, error, LOG)
                 ) from error
         return taken
 
-    def finish(self, session: int) -> None:
+    def finish_session(self, session: int) -> None:
         """Let go of a retrieved session."""
         try:
             self._calls.finish_session(session)
         except OSError as error:
-            raise Refused(**words("The kernel does not let go of a LUO session", FINISH, error, LOG)) from error
+            raise Refused(**put_errno("The kernel does not let go of a LUO session", FINISH, error, LOG)) from error
 
     def _no_session(self, error: OSError, what: str, absent: Sequence[int]) -> KhoError:
         if error.errno in absent:
             return self.why_not()
-        return Refused(**words(what, SESSION, error, LOG))
+        return Refused(**put_errno(what, SESSION, error, LOG))
 
     def why_not(self) -> Unsupported:
         """Say why this kernel has no LUO, and what to add."""
@@ -153,7 +155,7 @@ class Luo:
             built, on = built_in(self._calls, "CONFIG_LIVEUPDATE", "luo_"), booted_with(self._calls, "liveupdate")
         except OSError:
             built, on = None, False
-        if self._calls.exists(KHO):
+        if self._calls.path_exists(KHO):
             what, remedy = "has the v3 series' Kexec HandOver, which came years before it", NEWER
         elif built is False:
             what, remedy = "was built without it", NEWER
@@ -179,7 +181,7 @@ def sealed_for_good(fd: int) -> bool:
         return False  # no memfd
 
 
-def kind(fd: int) -> str:
+def describe_fd(fd: int) -> str:
     """Say what a descriptor refers to, for people: `a pipe`, `a hugetlb memfd`, `a regular file`."""
     try:
         found, target = statx(fd), os.readlink(f"/proc/self/fd/{fd}")
@@ -188,7 +190,7 @@ def kind(fd: int) -> str:
     mode = found.mode
     if target.startswith("/memfd:"):
         # Both kinds say /memfd:, and hugetlbfs has pages of its own size as blocks.
-        return "a hugetlb memfd" if found.blksize > HUGE else "a memfd"
+        return "a hugetlb memfd" if found.blksize > HUGE_PAGE_BYTES else "a memfd"
     if target.startswith("anon_inode:"):
         return target.removeprefix("anon_inode:").strip("[]").split()[0]
     named = [(stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a directory")]

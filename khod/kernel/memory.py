@@ -13,21 +13,21 @@ HIERARCHY = "sys/fs/cgroup"
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryBounds:
     """Bytes: what the host has, and what can be had of that without swapping, within khod's control groups."""
 
     total: int
     available: int
 
 
-def read_memory(root: Path = Path("/")) -> Memory:
+def read_memory(root: Path = Path("/")) -> MemoryBounds:
     """Read it; OSError or ValueError where /proc does not say."""
     fields = dict(line.partition(":")[::2] for line in (root / MEMINFO).read_text().splitlines())
     total, available = (int(fields.get(name, "").removesuffix("kB")) << 10 for name in ("MemTotal", "MemAvailable"))
-    return Memory(total, min([available, *_limits(root)]))
+    return MemoryBounds(total, min([available, *_cgroup_limits(root)]))
 
 
-def _limits(root: Path) -> list[int]:
+def _cgroup_limits(root: Path) -> list[int]:
     """Bytes that are left in khod's control group and in those above it, where they have a limit (cgroup v2)."""
     found: list[int] = []
     with suppress(OSError, ValueError):

@@ -26,7 +26,7 @@ class Arg:
     param: str
     value: str | None
 
-    def named(self, name: str) -> bool:
+    def is_parameter(self, name: str) -> bool:
         """Whether it is this parameter: parameq() takes a dash in a name for an underscore."""
         return same_name(self.param, name)
 
@@ -38,19 +38,19 @@ def same_name(one: str, other: str) -> bool:
 
 def kernel_words(line: str) -> list[str]:
     """Split a line where the kernel does, quotes and all; init's words among them."""
-    return [word.decode(errors="surrogateescape") for word in WORD.findall(encoded(line))]
+    return [word.decode(errors="surrogateescape") for word in WORD.findall(line_bytes(line))]
 
 
 def kernel_args(line: str) -> Iterator[Arg]:
     """Give the parameters of the kernel's own, up to `--`."""
     for word in kernel_words(line):
-        arg = parse(word)
+        arg = parse_word(word)
         if arg == Arg(INIT, None):
             return
         yield arg
 
 
-def parse(word: str) -> Arg:
+def parse_word(word: str) -> Arg:
     """Take one word apart as next_arg() does: at the first `=` that does not begin it, less quotes around a value."""
     quoted = word.startswith(QUOTE)
     text = word[1:] if quoted else word
@@ -78,18 +78,18 @@ def kstrtobool(value: str | None) -> bool | None:
     return None
 
 
-def switched(line: str, parameter: str) -> bool | None:
+def boolean_value(line: str, parameter: str) -> bool | None:
     """Tell what a command line sets a boolean parameter to, None nothing: the last value the kernel takes counts."""
-    values = [kstrtobool(arg.value) for arg in kernel_args(line) if arg.named(parameter)]
+    values = [kstrtobool(arg.value) for arg in kernel_args(line) if arg.is_parameter(parameter)]
     return next((value for value in reversed(values) if value is not None), None)
 
 
-def switched_on(line: str, parameter: str) -> bool:
+def is_switched_on(line: str, parameter: str) -> bool:
     """Tell whether a command line switches a boolean parameter on."""
-    return switched(line, parameter) is True
+    return boolean_value(line, parameter) is True
 
 
-def encoded(line: str) -> bytes:
+def line_bytes(line: str) -> bytes:
     """The bytes of a line, those that were no UTF-8 too."""
     try:
         return line.encode(errors="surrogateescape")

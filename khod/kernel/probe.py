@@ -23,10 +23,10 @@ class Probed:
     remedy: str
 
 
-def probe(calls: Calls) -> Probed:
+def probe_kho(calls: Calls) -> Probed:
     """Choose the generation; raises nothing, an unreadable file is evidence too."""
     try:
-        return _probe(calls)
+        return _probe_generation(calls)
     except OSError as error:
         return Probed(
             None,
@@ -35,15 +35,15 @@ def probe(calls: Calls) -> Probed:
         )
 
 
-def _probe(calls: Calls) -> Probed:
-    if calls.exists(f"{sysfs.KHO}/active"):
-        return _usable(SysfsKho(calls), "KHO v3 through /sys/kernel/kho", "kho_scratch=512M")
-    if calls.exists(f"{debugfs.KHO}/out/finalize"):
+def _probe_generation(calls: Calls) -> Probed:
+    if calls.path_exists(f"{sysfs.KHO}/active"):
+        return _require_on(SysfsKho(calls), "KHO v3 through /sys/kernel/kho", "kho_scratch=512M")
+    if calls.path_exists(f"{debugfs.KHO}/out/finalize"):
         if _may_abort(calls):
-            return _usable(Finalize(calls), "KHO through debugfs `finalize`, which can be undone", "kho=on")
-        return _usable(FinalizeNoAbort(calls), "KHO through debugfs `finalize`, for good", "kho=on")
-    if calls.exists(f"{debugfs.KHO}/out"):
-        return _usable(Stateless(calls), "Stateless KHO (nothing to finalize)", "kho=on")
+            return _require_on(Finalize(calls), "KHO through debugfs `finalize`, which can be undone", "kho=on")
+        return _require_on(FinalizeNoAbort(calls), "KHO through debugfs `finalize`, for good", "kho=on")
+    if calls.path_exists(f"{debugfs.KHO}/out"):
+        return _require_on(Stateless(calls), "Stateless KHO (nothing to finalize)", "kho=on")
     return Probed(None, *_why_not(calls))
 
 
@@ -54,15 +54,15 @@ def _may_abort(calls: Calls) -> bool:
     finalize before. Otherwise /sys/kernel/kexec/ decides, which came with 6.19: `finalize` may read 1 (by
     hand, or by a khod that died), and a kernel reached by a handover may show no `out/fdt` (see Stateless).
     """
-    finalized = calls.read(f"{debugfs.KHO}/out/finalize").strip() not in (b"0", b"N")
-    if not finalized and calls.exists(f"{debugfs.KHO}/out/fdt"):
+    finalized = calls.read_file(f"{debugfs.KHO}/out/finalize").strip() not in (b"0", b"N")
+    if not finalized and calls.path_exists(f"{debugfs.KHO}/out/fdt"):
         return False
-    return not calls.exists("/sys/kernel/kexec/loaded")
+    return not calls.path_exists("/sys/kernel/kexec/loaded")
 
 
-def _usable(kernel: KhoKernel, what: str, parameter: str) -> Probed:
+def _require_on(kernel: KhoKernel, what: str, parameter: str) -> Probed:
     try:
-        scratch = kernel.scratch()
+        scratch = kernel.scratch_regions()
     except (OSError, ValueError) as error:
         return Probed(
             None,
@@ -89,7 +89,7 @@ def _why_not(calls: Calls) -> tuple[str, str]:
             "Kexec HandOver is compiled in and switched off: kho=on is not on the kernel command line",
             f"Add kho=on to the kernel command line (and {SCRATCH_PARAMETERS} for its scratch memory) and boot again.",
         )
-    if b" debugfs " not in calls.read("/proc/mounts"):
+    if b" debugfs " not in calls.read_file("/proc/mounts"):
         return (
             "debugfs is not mounted, and this kernel shows KHO nowhere else",
             "Run: mount -t debugfs debugfs /sys/kernel/debug",

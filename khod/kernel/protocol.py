@@ -42,7 +42,7 @@ class KhoKernel(Protocol):
     def scratch_parameter(self) -> str:
         """The parameter by which this kernel is told how much scratch memory to reserve, with its `=`."""
 
-    def active(self) -> bool | None:
+    def is_active(self) -> bool | None:
         """Tell whether the kernel is in the active phase; None where it has none to leave."""
 
     def activate(self) -> None:
@@ -51,20 +51,20 @@ class KhoKernel(Protocol):
     def deactivate(self) -> None:
         """Leave the active phase, from the thread that entered it."""
 
-    def tree(self) -> Tree:
+    def outgoing_tree(self) -> Tree:
         """Read the outgoing state; MalformedTree where it is damaged.
 
         Never while another thread leaves the active phase: v3 deadlocks.
         """
 
-    def arrived(self) -> Tree | None:
+    def arrived_tree(self) -> Tree | None:
         """Read the state the previous kernel handed over; None where nothing came."""
 
-    def scratch(self) -> list[Region]:
+    def scratch_regions(self) -> list[Region]:
         """The regions kernel and initrd must fit into."""
 
 
-def regions(phys: bytes, length: bytes) -> list[Region]:
+def pair_regions(phys: bytes, length: bytes) -> list[Region]:
     """Pair scratch_phys with scratch_len (or bootmem_*), a line each; a line may be 0x0, which is not a region."""
     pairs = zip(phys.split(), length.split(), strict=True)
     return [Region(int(addr, 16), int(size, 16)) for addr, size in pairs if int(size, 16)]

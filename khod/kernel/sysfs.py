@@ -2,7 +2,7 @@
 
 from khod.abi import fdt
 from khod.abi.calls import Calls
-from khod.kernel.protocol import AbortKind, Tree, regions
+from khod.kernel.protocol import AbortKind, Tree, pair_regions
 from khod.model import Generation, Order
 from khod.region import Region
 
@@ -27,22 +27,22 @@ class SysfsKho:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
-    def active(self) -> bool:
-        return self._calls.read(f"{KHO}/active").strip() == b"1"
+    def is_active(self) -> bool:
+        return self._calls.read_file(f"{KHO}/active").strip() == b"1"
 
     def activate(self) -> None:
-        self._calls.write(f"{KHO}/active", b"1\n")
+        self._calls.write_file(f"{KHO}/active", b"1\n")
 
     def deactivate(self) -> None:
-        self._calls.write(f"{KHO}/active", b"0\n")
+        self._calls.write_file(f"{KHO}/active", b"0\n")
 
-    def tree(self) -> Tree:
-        root = self._calls.read(f"{KHO}/dt")
-        fdt.check(root, f"{KHO}/dt")
+    def outgoing_tree(self) -> Tree:
+        root = self._calls.read_file(f"{KHO}/dt")
+        fdt.check_fdt(root, f"{KHO}/dt")
         return Tree(root)
 
-    def arrived(self) -> Tree | None:
-        return Tree(self._calls.read(IN_DT)) if self._calls.exists(IN_DT) else None
+    def arrived_tree(self) -> Tree | None:
+        return Tree(self._calls.read_file(IN_DT)) if self._calls.path_exists(IN_DT) else None
 
-    def scratch(self) -> list[Region]:
-        return regions(self._calls.read(f"{KHO}/scratch_phys"), self._calls.read(f"{KHO}/scratch_len"))
+    def scratch_regions(self) -> list[Region]:
+        return pair_regions(self._calls.read_file(f"{KHO}/scratch_phys"), self._calls.read_file(f"{KHO}/scratch_len"))

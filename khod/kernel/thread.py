@@ -19,7 +19,7 @@ class KernelThread(Worker):
         super().__init__("kernel", "The kernel")
 
 
-def _disk() -> Worker:
+def _disk_worker() -> Worker:
     return Worker("disk", "The file system of khod's record")
 
 
@@ -31,14 +31,14 @@ class Workers:
     """Calls that change the kernel, and reads of its outgoing tree."""
     observer: Worker = field(default_factory=lambda: Worker("observer", "The kernel", max_waiting=64))
     """How the kernel stands."""
-    disk: Worker = field(default_factory=_disk)
+    disk: Worker = field(default_factory=_disk_worker)
     """The record and the snapshot, in the order they were written."""
     files: Worker = field(default_factory=lambda: Worker("files", "A file system", threads=2))
     """Images that are read, and sync(2) before anyone is frozen."""
     queries: Worker = field(default_factory=lambda: Worker("queries", "A check", threads=2, max_waiting=256))
     """Checks, and whatever else is asked without being part of a handover."""
 
-    def close(self) -> None:
+    def close_workers(self) -> None:
         """Let every thread end after its last call."""
         for worker in (self.kernel, self.observer, self.disk, self.files, self.queries):
             worker.close()

@@ -11,52 +11,52 @@ from khod.config import Config
 from khod.errors import KhoError, Refused, Unsupported, errno_text
 from khod.model import Check, CheckResult
 from khod.preflight import holders, host, image, kernel
-from khod.preflight.facts import Facts, Finding
+from khod.preflight.facts import CheckFinding, Facts
 from khod.text import printable
 
-CHECKS: Mapping[str, Callable[[Facts], Finding | None]] = {
-    "kho": kernel.kho,
-    "scratch": kernel.scratch,
-    "capability": kernel.capability,
-    "namespaces": kernel.namespaces,
-    "processors": kernel.processors,
-    "kexec": kernel.kexec,
-    "lockdown": kernel.lockdown,
-    "foreign": kernel.foreign,
-    "state": kernel.state,
-    "activations": kernel.activations,
-    "crash": kernel.crash,
-    "memory": kernel.memory,
-    "watchdog": host.watchdog,
-    "inhibitors": host.inhibitors,
-    "uptime": host.uptime,
-    "disk": host.disk,
-    "record": host.record,
-    "producers": holders.producers,
+CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
+    "kho": kernel.check_kho,
+    "scratch": kernel.check_scratch,
+    "capability": kernel.check_capability,
+    "namespaces": kernel.check_namespaces,
+    "processors": kernel.check_processors,
+    "kexec": kernel.check_kexec,
+    "lockdown": kernel.check_lockdown,
+    "foreign": kernel.check_foreign,
+    "state": kernel.check_state,
+    "activations": kernel.check_activations,
+    "crash": kernel.check_crash,
+    "memory": kernel.check_memory,
+    "watchdog": host.check_watchdog,
+    "inhibitors": host.check_inhibitors,
+    "uptime": host.check_uptime,
+    "disk": host.check_disk,
+    "record": host.check_record,
+    "producers": holders.check_producers,
     "kernel_producers": holders.kernel_producers,
-    "claims": holders.claims,
-    "sessions": holders.sessions,
+    "claims": holders.check_claims,
+    "sessions": holders.check_sessions,
 }
 """Those that need no image; one that has nothing to say is left out."""
 
-IMAGE_CHECKS: Mapping[str, Callable[[Facts], Finding | None]] = {
-    "image": image.image,
-    "initrd": image.initrd,
-    "cmdline": image.cmdline,
-    "formats": image.formats,
-    "fit": image.fit,
-    "signature": image.signature,
+IMAGE_CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
+    "image": image.check_image,
+    "initrd": image.check_initrd,
+    "cmdline": image.check_cmdline,
+    "formats": image.check_formats,
+    "fit": image.check_fit,
+    "signature": image.check_signature,
 }
 """Those of the next kernel."""
 
 
-def run(facts: Facts) -> list[Check]:
+def run_checks(facts: Facts) -> list[Check]:
     """Run the checks of this host, or with a target those of the next kernel; what cannot be read is a finding.
 
     What they found of others' text (names, reasons, versions, command lines) is escaped: each is one line.
     """
     checks = CHECKS if facts.target is None else IMAGE_CHECKS
-    found = [(name, _found(name, function, facts)) for name, function in checks.items()]
+    found = [(name, _run_check(name, function, facts)) for name, function in checks.items()]
     return [
         Check(name, one.result, printable(one.evidence), printable(one.remedy))
         for name, one in found
@@ -64,13 +64,13 @@ def run(facts: Facts) -> list[Check]:
     ]
 
 
-def unusable(name: str, error: Refused) -> Check:
+def unusable_check(name: str, error: Refused) -> Check:
     """The check `name` of an image that could not even be taken into memory."""
-    found = Finding.of(error)
+    found = CheckFinding.from_error(error)
     return Check(name, found.result, printable(found.evidence), printable(found.remedy))
 
 
-def require(checks: list[Check]) -> None:
+def require_passed(checks: list[Check]) -> None:
     """Raise what the first failed check amounts to: Unsupported or Refused."""
     for check in checks:
         if check.result is CheckResult.unsupported:
@@ -79,28 +79,28 @@ def require(checks: list[Check]) -> None:
             raise Refused(check.evidence, where=f"check {check.name}", remedy=check.remedy)
 
 
-def overridden(checks: list[Check]) -> list[str]:
+def overridden_findings(checks: list[Check]) -> list[str]:
     """Say what was found by those that are switched off and would have refused the handover, a line each."""
     return [f"going on all the same: {check.evidence}" for check in checks if check.result is CheckResult.off]
 
 
-def _found(name: str, function: Callable[[Facts], Finding | None], facts: Facts) -> Finding | None:
+def _run_check(name: str, function: Callable[[Facts], CheckFinding | None], facts: Facts) -> CheckFinding | None:
     try:
         found = function(facts)
     except KhoError as error:
-        found = Finding.of(error)
+        found = CheckFinding.from_error(error)
     except OSError as error:
-        found = Finding.fail(f"{error.filename}: {errno_text(error)}", "Run khod as root.")
+        found = CheckFinding.fail_with(f"{error.filename}: {errno_text(error)}", "Run khod as root.")
     if found is None:
         return None
-    judgement = judged(facts.config, name)
+    judgement = configured_judgement(facts.config, name)
     if judgement == "off":
         evidence = f"Switched off (checks.{name} in /etc/kho/khod.toml): {found.evidence}"
         found = replace(found, evidence=evidence, remedy="")
-    return found.judged(judgement)
+    return found.with_judgement(judgement)
 
 
-def judged(config: Config, name: str) -> str:
+def configured_judgement(config: Config, name: str) -> str:
     """What the configuration makes of a check: default, warn, fail or off."""
     judgement: str = getattr(config.checks, name)
     return judgement

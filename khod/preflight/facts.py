@@ -11,10 +11,10 @@ from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
 from khod.model import CheckResult, Observed
-from khod.producers.barrier import Producer
+from khod.producers.barrier import Participant
 from khod.producers.inhibitors import Inhibitor
-from khod.producers.registrations import Registered
-from khod.producers.session_holders import Sighted
+from khod.producers.registrations import RegisteredProducer
+from khod.producers.session_holders import SightedSessions
 from khod.region import Region
 from khod.target.target import Target
 
@@ -36,18 +36,18 @@ class Facts:
     config: Config
     record: Record
     foreign: bool
-    producers: Callable[[], list[Producer]]
+    producers: Callable[[], list[Participant]]
     inhibitors: Sequence[Inhibitor] | None = None
     target: Target | None = None
     outgoing: Tree | None = None
     unknown_sessions: Sequence[str] = ()
-    absent: Sequence[Registered] = ()
-    sighted: Sighted = field(default_factory=Sighted)
+    absent: Sequence[RegisteredProducer] = ()
+    sighted: SightedSessions = field(default_factory=SightedSessions)
     now: bool = False
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckFinding:
     """What one check says: the outcome, the evidence for it, and what to do.
 
     `panic` is whether the next kernel would not come up: that is refused where the operator softens the check, too.
@@ -59,31 +59,31 @@ class Finding:
     panic: bool = False
 
     @classmethod
-    def passed(cls, evidence: str) -> Self:
+    def pass_with(cls, evidence: str) -> Self:
         """Nothing is in the way."""
         return cls(CheckResult.passed, evidence)
 
     @classmethod
-    def warn(cls, evidence: str, remedy: str) -> Self:
+    def warn_with(cls, evidence: str, remedy: str) -> Self:
         """It may go wrong."""
         return cls(CheckResult.warn, evidence, remedy)
 
     @classmethod
-    def fail(cls, evidence: str, remedy: str) -> Self:
+    def fail_with(cls, evidence: str, remedy: str) -> Self:
         """It would go wrong."""
         return cls(CheckResult.fail, evidence, remedy)
 
     @classmethod
-    def skipped(cls, why: str) -> Self:
+    def skip_with(cls, why: str) -> Self:
         """It could not be looked at, or need not be."""
         return cls(CheckResult.skipped, why)
 
     @classmethod
-    def of(cls, error: KhoError) -> Self:
+    def from_error(cls, error: KhoError) -> Self:
         """One of our errors as a finding."""
         return cls(CheckResult.fail, f"{error.what} ({error.where})" if error.where else error.what, error.remedy)
 
-    def judged(self, judgement: str) -> Self:
+    def with_judgement(self, judgement: str) -> Self:
         """The finding as the operator wants it taken.
 
         `warn` softens a failure that is no panic, `fail` hardens a warning; `off` refuses nothing.
@@ -102,6 +102,6 @@ class Finding:
                 return self
 
 
-def shown(regions: Sequence[Region]) -> str:
+def format_regions(regions: Sequence[Region]) -> str:
     """Put regions in words, sizes in MiB."""
     return ", ".join(f"{region.size >> 20} MiB at {region.addr:#x}" for region in regions)

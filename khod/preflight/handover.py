@@ -10,7 +10,7 @@ JUMP_OR_BEGIN_AGAIN = "Jump into it with: khoctl kexec. Or begin again with: kho
 """What to do where an operation is under way, and where a handover has its image: a refusal says it, too."""
 
 
-def handover(phase: Phase, record: Record, *, busy: bool, takes_image: bool) -> Check:
+def check_handover(phase: Phase, record: Record, *, busy: bool, takes_image: bool) -> Check:
     """Say what `khoctl kexec` or `khoctl activate` would be answered now. `phase` is what the kernel leaves of it."""
     by = f", begun by {record.begun.by}" if record.begun.by and phase not in RESTING else ""
     if busy:

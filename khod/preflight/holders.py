@@ -2,77 +2,77 @@
 
 from collections.abc import Iterable
 
-from khod.handover.verify import producers as present
-from khod.handover.verify import without
+from khod.handover.verify import kernel_producers as present
+from khod.handover.verify import missing_state_error
 from khod.model import LuoSession, Order, SessionFate
-from khod.preflight.facts import Facts, Finding
-from khod.producers.barrier import Producer
+from khod.preflight.facts import CheckFinding, Facts
+from khod.producers.barrier import Participant
 from khod.producers.hooks import Hook
-from khod.producers.identity import lives
-from khod.producers.order import ranks
-from khod.producers.registrations import Registered
-from khod.producers.session_holders import title
+from khod.producers.identity import is_alive
+from khod.producers.order import order_in_ranks
+from khod.producers.registrations import RegisteredProducer
+from khod.producers.session_holders import session_title
 from khod.text import join_names
 
 
-def producers(facts: Facts) -> Finding:
+def check_producers(facts: Facts) -> CheckFinding:
     """Every producer that must take part is here, and their order can be told."""
-    everyone = [producer for rank in ranks(facts.producers()) for producer in rank]
+    everyone = [producer for rank in order_in_ranks(facts.producers()) for producer in rank]
     names = [producer.name for producer in everyone]
     if missing := sorted(set(facts.config.producers.require) - set(names)):
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"Required and not here: {join_names(missing)}",
             "Start what registers under these names; producers.require asks for them.",
         )
     if facts.absent:
-        absent = [f"{found.name} (process {found.process.pid}, {_fate(found)})" for found in facts.absent]
+        absent = [f"{found.name} (process {found.process.pid}, {_absence_reason(found)})" for found in facts.absent]
         gone = join_names(absent)
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"Registered before khod was restarted and not back: {gone}; a handover now would go without their state",
             "Wait until they connect again, start them, or give them up with: khoctl producers forget NAME",
         )
-    if unstartable := _unstartable(everyone):
-        return Finding.fail(
+    if unstartable := _unstartable_commands(everyone):
+        return CheckFinding.fail_with(
             f"Commands that cannot be started: {join_names(unstartable)}",
             "Correct them in /etc/kho/producers.d, or install what they name.",
         )
-    return Finding.passed(f"{len(names)}: {join_names(names)}" if names else "No producers")
+    return CheckFinding.pass_with(f"{len(names)}: {join_names(names)}" if names else "No producers")
 
 
-def _unstartable(producers: Iterable[Producer]) -> list[str]:
-    return [text for producer in producers if isinstance(producer, Hook) for text in producer.unstartable()]
+def _unstartable_commands(producers: Iterable[Participant]) -> list[str]:
+    return [text for producer in producers if isinstance(producer, Hook) for text in producer.unstartable_commands()]
 
 
-def _fate(registered: Registered) -> str:
-    alive = lives(registered.process)
+def _absence_reason(registered: RegisteredProducer) -> str:
+    alive = is_alive(registered.process)
     return "alive and not connected" if alive else "ended while khod was down"
 
 
-def kernel_producers(facts: Facts) -> Finding | None:
+def kernel_producers(facts: Facts) -> CheckFinding | None:
     """The required producers in the kernel, where the tree can be read without entering the active phase."""
     kernel, required = facts.probed.kernel, set(facts.config.producers.require_kernel)
     if not required or kernel is None or kernel.order is not Order.load_first:
         return None
     if facts.outgoing is None:
-        return Finding.skipped("The kernel's tree cannot be read now")
+        return CheckFinding.skip_with("The kernel's tree cannot be read now")
     if missing := sorted(required - present(facts.outgoing, kernel.generation).keys()):
-        error = without(missing)
-        return Finding.fail(error.what, error.remedy)
-    return Finding.passed(f"In the tree: {', '.join(sorted(required))}")
+        error = missing_state_error(missing)
+        return CheckFinding.fail_with(error.what, error.remedy)
+    return CheckFinding.pass_with(f"In the tree: {', '.join(sorted(required))}")
 
 
-def claims(facts: Facts) -> Finding | None:
+def check_claims(facts: Facts) -> CheckFinding | None:
     """Nothing that was left before the last jump waits to be taken back."""
     if facts.record.claims:
         names = join_names(holder.name for holder in facts.record.claims)
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"Left before the last jump and not taken back yet: {names}; a handover would go without them and lose it",
             "Start these producers, or repair them, then: khoctl producers retry NAME. To give the state up: "
             "khoctl producers forget NAME",
         )
     if facts.unknown_sessions:
         names = join_names(facts.unknown_sessions)
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"LUO sessions of which no record says whose they are: {names}; they hold memory that came from the "
             "previous kernel, and another jump would lose it",
             "Find out whose they are; to free one: khoctl producers forget SESSION",
@@ -80,38 +80,38 @@ def claims(facts: Facts) -> Finding | None:
     return None
 
 
-def sessions(facts: Facts) -> Finding | None:
+def check_sessions(facts: Facts) -> CheckFinding | None:
     """The jump ends no LUO session that no producer registered."""
     outgoing = [one for one in facts.sighted.sessions if not one.incoming]
     ended = [] if facts.now else [one for one in outgoing if one.fate is SessionFate.lost]
     doubtful = [] if facts.now else [one for one in outgoing if one.fate is SessionFate.unknown]
     if ended:
-        return Finding.fail(
+        return CheckFinding.fail_with(
             "An orderly shutdown would end LUO sessions that no producer registered, and their state be lost: "
-            f"{_listed(ended)}",
+            f"{_list_sessions(ended)}",
             "Jump with --now, which stops nothing; or let their owner put them into a file descriptor store that "
             "outlives its unit (FileDescriptorStoreMax=, FileDescriptorStorePreserve=yes), or close them.",
         )
     if doubtful or (facts.sighted.unseen and not facts.now):
-        return Finding.warn(
+        return CheckFinding.warn_with(
             "An orderly shutdown may end LUO sessions that no producer registered: "
-            f"{_listed(doubtful) or facts.sighted.unseen}",
+            f"{_list_sessions(doubtful) or facts.sighted.unseen}",
             "Jump with --now, which stops nothing; or ask their owner.",
         )
     if came := [one for one in facts.sighted.sessions if one.incoming]:
-        return Finding.warn(
-            f"LUO sessions are open that no jump takes any further, with what is left in them: {_listed(came)}",
+        return CheckFinding.warn_with(
+            f"LUO sessions are open that no jump takes any further, with what is left in them: {_list_sessions(came)}",
             "Let their owner take the files out, finish the session and hand them over in a new one.",
         )
     if outgoing and facts.now:
-        return Finding.passed(
-            f"A jump at once keeps LUO sessions that no producer registered: {_listed(outgoing, why=False)}"
+        return CheckFinding.pass_with(
+            f"A jump at once keeps LUO sessions that no producer registered: {_list_sessions(outgoing, why=False)}"
         )
     if outgoing:
-        return Finding.passed(f"LUO sessions that no producer registered are kept: {_listed(outgoing)}")
+        return CheckFinding.pass_with(f"LUO sessions that no producer registered are kept: {_list_sessions(outgoing)}")
     return None
 
 
-def _listed(sessions: Iterable[LuoSession], *, why: bool = True) -> str:
+def _list_sessions(sessions: Iterable[LuoSession], *, why: bool = True) -> str:
     """Sessions with who holds them, and why a shutdown does to each what it does."""
-    return join_names(f"{title(one)}, held by {one.holder}{f': {one.why}' if why else ''}" for one in sessions)
+    return join_names(f"{session_title(one)}, held by {one.holder}{f': {one.why}' if why else ''}" for one in sessions)

@@ -3,57 +3,61 @@
 import math
 
 from khod.errors import RecordError
-from khod.handover.record import RESERVE
+from khod.handover.record import RESERVED_BYTES
 from khod.kernel import host
 from khod.preflight import minimum_uptime
-from khod.preflight.facts import Facts, Finding
+from khod.preflight.facts import CheckFinding, Facts
 from khod.systemd import systemctl
 from khod.text import format_size, join_names, one_line
 
 
-def watchdog(facts: Facts) -> Finding:
+def check_watchdog(facts: Facts) -> CheckFinding:
     """No hardware watchdog bites while the next kernel starts."""
-    found = host.watchdogs(facts.kexec.calls)
+    found = host.list_watchdogs(facts.kexec.calls)
     armed = [one for one in found if one.armed]
     if not found:
-        return Finding.passed("This host has no hardware watchdog")
+        return CheckFinding.pass_with("This host has no hardware watchdog")
     names = ", ".join(
         f"{one.name}{f' ({one.identity})' if one.identity else ''}"
         f"{f', {one.timeout} s' if one.timeout is not None else ''}"
         for one in armed or found
     )
     if not armed:
-        return Finding.passed(f"No watchdog is armed: {names}")
-    return Finding.warn(
+        return CheckFinding.pass_with(f"No watchdog is armed: {names}")
+    return CheckFinding.warn_with(
         f"A watchdog is armed and keeps running through the jump: {names}",
         "Be sure that the next kernel takes it over in that time; systemd.conf's RebootWatchdogSec= and "
         "KExecWatchdogSec= set what it is left with.",
     )
 
 
-def uptime(facts: Facts) -> Finding:
+def check_uptime(facts: Facts) -> CheckFinding:
     """An orderly jump does not sleep in the blackout because the host has not been up for long enough."""
     calls = facts.kexec.calls
-    up, found = facts.kexec.uptime(), minimum_uptime.setting(calls)
-    if up is None or not calls.exists(systemctl.BOOTED):
-        return Finding.skipped("The kernel does not say how long it has been up, or systemd does not run this host")
+    up, found = facts.kexec.uptime(), minimum_uptime.read_setting(calls)
+    if up is None or not calls.path_exists(systemctl.BOOTED):
+        return CheckFinding.skip_with(
+            "The kernel does not say how long it has been up, or systemd does not run this host"
+        )
     wanted = minimum_uptime.DEFAULT_SECONDS if found is None else found.seconds
     if up >= wanted:
-        return Finding.passed(f"systemd would not wait: it asks for {wanted:g} s of uptime, this host has {up:.0f} s")
+        return CheckFinding.pass_with(
+            f"systemd would not wait: it asks for {wanted:g} s of uptime, this host has {up:.0f} s"
+        )
     manager = systemctl.ask_manager()
     if manager is not None and manager.version < minimum_uptime.SINCE_VERSION:
-        return Finding.passed(f"systemd {manager.version} asks for no uptime before a shutdown")
+        return CheckFinding.pass_with(f"systemd {manager.version} asks for no uptime before a shutdown")
     if manager is not None and manager.machine and found is None:
-        return Finding.passed(f"systemd asks for no uptime in a virtual machine ({manager.machine})")
+        return CheckFinding.pass_with(f"systemd asks for no uptime in a virtual machine ({manager.machine})")
     return _too_early(up, wanted, found.where if found else "", certain=manager is not None)
 
 
-def _too_early(up: float, wanted: float, where: str, *, certain: bool) -> Finding:
+def _too_early(up: float, wanted: float, where: str, *, certain: bool) -> CheckFinding:
     """What is left to wait; `where` it is set, "" for systemd's default."""
     left = "for ever" if math.isinf(wanted) else f"for {math.ceil(wanted - up)} s"
     source = f"set in {where}" if where else "its default on bare metal"
     wait = "" if math.isinf(wanted) else f"Wait {math.ceil(wanted - up)} s, or j"
-    return Finding.warn(
+    return CheckFinding.warn_with(
         f"This host has been up for {up:.0f} s, and systemd {'wants' if certain else 'may want'} {wanted:g} "
         f"(MinimumUptimeSec=, {source}): an orderly jump now would sleep {left} within the blackout, right before "
         "reboot(2). --now does not wait",
@@ -62,35 +66,35 @@ def _too_early(up: float, wanted: float, where: str, *, certain: bool) -> Findin
     )
 
 
-def inhibitors(facts: Facts) -> Finding:
+def check_inhibitors(facts: Facts) -> CheckFinding:
     """Nobody blocks a shutdown: systemctl kexec would refuse."""
     if facts.inhibitors is None:
-        return Finding.skipped("systemd-logind cannot be asked who blocks a shutdown")
+        return CheckFinding.skip_with("systemd-logind cannot be asked who blocks a shutdown")
     if facts.inhibitors:
         held = join_names(f"{one_line(one.who)} ({one_line(one.why)})" for one in facts.inhibitors)
-        return Finding.warn(
+        return CheckFinding.warn_with(
             f"A shutdown is blocked, and systemctl kexec would wait or refuse: {held}",
             "End that first (systemd-inhibit --list), or jump at once with --now.",
         )
-    return Finding.passed("Nobody blocks a shutdown")
+    return CheckFinding.pass_with("Nobody blocks a shutdown")
 
 
-def disk(facts: Facts) -> Finding:
+def check_disk(facts: Facts) -> CheckFinding:
     """The record and the snapshot can be written, and have room."""
-    free = facts.store.free()
-    if free < RESERVE:
-        return Finding.fail(
+    free = facts.store.free_bytes()
+    if free < RESERVED_BYTES:
+        return CheckFinding.fail_with(
             f"{format_size(free)} free in {facts.store.directory}; the record and the snapshot may need "
-            f"{format_size(RESERVE)}",
+            f"{format_size(RESERVED_BYTES)}",
             "Free some space on that file system.",
         )
-    return Finding.passed(f"{format_size(free)} free in {facts.store.directory}")
+    return CheckFinding.pass_with(f"{format_size(free)} free in {facts.store.directory}")
 
 
-def record(facts: Facts) -> Finding | None:
+def check_record(facts: Facts) -> CheckFinding | None:
     """The record can be read."""
     try:
         facts.store.read()
     except RecordError as error:
-        return Finding.of(error)
+        return CheckFinding.from_error(error)
     return None

@@ -5,17 +5,17 @@ import re
 from collections.abc import Callable
 
 from khod.images.accepted import INITRD
-from khod.images.kernel import Kernel, Signature
+from khod.images.kernel import KernelImageInfo, Signature
 from khod.kernel import cmdline as lines
 from khod.kernel import host
-from khod.kernel.formats import written
+from khod.kernel.formats import read_formats
 from khod.kernel.kconfig import ignores_line, is_not_set, is_set
-from khod.kernel.next_arg import kernel_args, parse, switched
+from khod.kernel.next_arg import boolean_value, kernel_args, parse_word
 from khod.model import CheckResult, Fate, Generation
-from khod.preflight.facts import Facts, Finding, shown
+from khod.preflight.facts import CheckFinding, Facts, format_regions
 from khod.preflight.kernel import signatures_enforced
-from khod.target.compatibility import Answer, Effect, Understood, next_kho, understood
-from khod.target.placement import NoRoom, place, segments
+from khod.target.compatibility import Compatibility, Effect, FormatMatch, check_compatibility, next_kho
+from khod.target.placement import NoRoom, list_segments, place_segments
 from khod.target.target import Target
 from khod.text import join_names, printable, shorten
 
@@ -25,62 +25,66 @@ MAX_LINE_SHOWN = 200
 UNREADABLE = "The image could not be looked at: see the check `image`"
 
 
-def _of_target(judge: Callable[[Facts, Target, Kernel], Finding]) -> Callable[[Facts], Finding | None]:
+def _of_target(
+    judge: Callable[[Facts, Target, KernelImageInfo], CheckFinding],
+) -> Callable[[Facts], CheckFinding | None]:
     """A check of an image that was understood; without one there is nothing to say, or no way to."""
 
-    def check(facts: Facts) -> Finding | None:
+    def check(facts: Facts) -> CheckFinding | None:
         if facts.target is None:
             return None
         if facts.target.apart is None:
-            return Finding.skipped(UNREADABLE)
+            return CheckFinding.skip_with(UNREADABLE)
         return judge(facts, facts.target, facts.target.apart.about)
 
     return check
 
 
-def image(facts: Facts) -> Finding | None:
+def check_image(facts: Facts) -> CheckFinding | None:
     """It is a kernel this machine's loader takes, whole."""
     target = facts.target
     if target is None:
         return None
     if error := target.wrong.get("image"):
-        return Finding.of(error)
+        return CheckFinding.from_error(error)
     assert target.apart is not None, "either taken apart or wrong"
     about = target.apart.about
     if not about.five_level and host.five_level_paging(facts.kexec.calls):
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"{target.kernel.name} cannot be started with five levels of page tables, which this kernel runs with: "
             "the loader would say ENOEXEC",  # bzImage64_probe(): XLF_5LEVEL
             "Give --image a kernel built with CONFIG_X86_5LEVEL=y, or boot this one with no5lvl.",
         )
-    return Finding.passed(
+    return CheckFinding.pass_with(
         f"{target.kernel.name}: {' with '.join(target.apart.formats)}, {about.version or 'no version'}, {about.arch}, "
         f"{about.size / 2**20:.1f} MiB, {about.memory / 2**20:.1f} MiB in memory"
     )
 
 
-def initrd(facts: Facts) -> Finding | None:
+def check_initrd(facts: Facts) -> CheckFinding | None:
     """It is an archive the kernel unpacks, with something to start in it."""
     target = facts.target
     if target is None:
         return None
     if error := target.wrong.get("initrd"):
-        return Finding.of(error)
+        return CheckFinding.from_error(error)
     about = target.apart.about if target.apart else None
     if target.initrd is None or not any(one.formats for one in target.initrds):
         return _no_initrd(target, about)
     if wrong := _not_built_for(target, about):
         return wrong
-    return _archives(target, about)
+    return _judge_archives(target, about)
 
 
-def _no_initrd(target: Target, about: Kernel | None) -> Finding:
+def _no_initrd(target: Target, about: KernelImageInfo | None) -> CheckFinding:
     """Judge a next kernel that is given no archive, or nothing but a boot configuration."""
     what = "No initrd" if target.initrd is None else f"{target.initrd.name} holds a boot configuration and no archive"
     if _built_in_initramfs(about):
-        return Finding.passed(f"{what}; the image has an initramfs built in (CONFIG_INITRAMFS_SOURCE)")
+        return CheckFinding.pass_with(f"{what}; the image has an initramfs built in (CONFIG_INITRAMFS_SOURCE)")
     if not (no_root := _no_root(target)):
-        return Finding.passed(f"{what}; the kernel mounts root={printable(lines.root(target.booted_line))} itself")
+        return CheckFinding.pass_with(
+            f"{what}; the kernel mounts root={printable(lines.root_value(target.booted_line))} itself"
+        )
     return _without_root(
         target,
         about,
@@ -89,7 +93,7 @@ def _no_initrd(target: Target, about: Kernel | None) -> Finding:
     )
 
 
-def _not_built_for(target: Target, about: Kernel | None) -> Finding | None:
+def _not_built_for(target: Target, about: KernelImageInfo | None) -> CheckFinding | None:
     """Find what the initrd needs and the next kernel was built without, where the image shows its configuration."""
     if about is None or about.config is None:
         return None
@@ -97,7 +101,7 @@ def _not_built_for(target: Target, about: Kernel | None) -> Finding | None:
     missing = sorted(option for option in wanted if is_not_set(about.config, option))
     if not missing:
         return None
-    return Finding.fail(
+    return CheckFinding.fail_with(
         f"{about.version or target.kernel.name} was built without {join_names(missing, MAX_SHOWN)}: it would not "
         f"unpack {target.initrd.name if target.initrd else 'the initrd'}",
         "Pack the initrd as that kernel unpacks it (`COMPRESS=` in initramfs.conf, `compress=` in dracut.conf), or "
@@ -105,22 +109,22 @@ def _not_built_for(target: Target, about: Kernel | None) -> Finding | None:
     )
 
 
-def _archives(target: Target, about: Kernel | None) -> Finding:
+def _judge_archives(target: Target, about: KernelImageInfo | None) -> CheckFinding:
     """Judge what is in the archives: something to start, and modules of the kernel that they are given to."""
     assert target.initrd is not None, "asked before"
     files, unpacked = sum(one.files for one in target.initrds), sum(one.unpacked for one in target.initrds)
     what = f"{target.initrd.name}: {files} {'file' if files == 1 else 'files'}, {unpacked / 2**20:.1f} MiB unpacked"
     if any(one.bootconfig for one in target.initrds):
         what += ", a boot configuration at its end, whose words were not inspected"
-    init, found = lines.init(target.booted_line), any(one.init for one in target.initrds)
+    init, found = lines.init_path(target.booted_line), any(one.init for one in target.initrds)
     if opaque := next((one.opaque for one in target.initrds if one.opaque), ""):
-        return Finding.warn(
+        return CheckFinding.warn_with(
             f"{what}; not inspected: {opaque}{f'; /{init} is in what was' if found else ''}",
             "Pack it with another compression (zstd, xz --check=crc32, gzip), so that khod can look into it.",
         )
     modules, version = {tree for one in target.initrds for tree in one.modules}, about.version if about else ""
     if modules and version and version not in modules:
-        return Finding.warn(
+        return CheckFinding.warn_with(
             f"{what}, with modules for {join_names(sorted(modules), MAX_SHOWN)}; the image is {version}, and loads "
             "none of them",
             f"Give the initrd that was made for {version}, for instance with: khoctl check --kernel {version}",
@@ -128,13 +132,13 @@ def _archives(target: Target, about: Kernel | None) -> Finding:
     if found:
         needed = sorted(option for one in target.initrds for option in one.needs)
         unseen = f"; not inspected: whether the kernel has {join_names(needed, MAX_SHOWN)}, it shows no configuration"
-        return Finding.passed(
+        return CheckFinding.pass_with(
             f"{what}, /{init} is there{unseen if needed and (about is None or about.config is None) else ''}"
         )
     if _built_in_initramfs(about):
-        return Finding.passed(f"{what}, no /{init} in it; the image has an initramfs built in")
+        return CheckFinding.pass_with(f"{what}, no /{init} in it; the image has an initramfs built in")
     if not (no_root := _no_root(target)):
-        return Finding.warn(
+        return CheckFinding.warn_with(
             f"{what}, and no /{init} in it: the kernel mounts root= itself",
             "Be sure that the drivers of the root are built in.",
         )
@@ -150,35 +154,35 @@ def _no_root(target: Target) -> str:
     """Why the kernel would find no root by itself, "" where it would."""
     if lines.mounts_root(target.booted_line):
         return ""
-    root = lines.root(target.booted_line)
+    root = lines.root_value(target.booted_line)
     return f"only an initrd's programs find root={printable(root)}" if root else "no root= on the command line"
 
 
-def _without_root(target: Target, about: Kernel | None, what: str, remedy: str) -> Finding:
+def _without_root(target: Target, about: KernelImageInfo | None, what: str, remedy: str) -> CheckFinding:
     """Judge a kernel that finds no root by its command line: certain, unless a boot configuration adds words to it."""
     if any(one.bootconfig for one in target.initrds) and _reads_bootconfig(target, about):
-        return Finding.warn(
+        return CheckFinding.warn_with(
             f"{what}; not inspected: the boot configuration, whose `kernel` keys the next kernel adds to its command "
             "line",
             "Be sure that it names the root, and what the kernel sets it up with (dm-mod.create).",
         )
-    return Finding.fail(f"{what}: the next kernel would panic", remedy)
+    return CheckFinding.fail_with(f"{what}: the next kernel would panic", remedy)
 
 
-def _reads_bootconfig(target: Target, about: Kernel | None) -> bool:
+def _reads_bootconfig(target: Target, about: KernelImageInfo | None) -> bool:
     """Whether the next kernel uses the boot configuration of its initrd: setup_boot_config() in init/main.c."""
     config = about.config if about and about.config else ""
     asked = any(arg.param == "bootconfig" for arg in kernel_args(target.booted_line))
     return (asked or is_set(config, "CONFIG_BOOT_CONFIG_FORCE")) and not is_not_set(config, "CONFIG_BOOT_CONFIG")
 
 
-def _built_in_initramfs(about: Kernel | None) -> bool:
+def _built_in_initramfs(about: KernelImageInfo | None) -> bool:
     """Whether the image's configuration says that a whole initramfs is in it, not just the default's /dev and /root."""
     config = about.config if about else None
     return config is not None and re.search(r'^CONFIG_INITRAMFS_SOURCE="[^"]+"$', config, re.MULTILINE) is not None
 
 
-def cmdline(facts: Facts) -> Finding | None:
+def check_cmdline(facts: Facts) -> CheckFinding | None:
     """Nothing that KHO needs is missing from it."""
     if (target := facts.target) is None:
         return None
@@ -186,41 +190,43 @@ def cmdline(facts: Facts) -> Finding | None:
     mainline = kernel is not None and kernel.generation is not Generation.sysfs
     is_on = next_kho(about, target.booted_line) if about and mainline else None
     if about is not None and about.config is not None and ignores_line(about.config):
-        return Finding(
+        return CheckFinding(
             CheckResult.fail if is_on is False else CheckResult.warn,
             f"{about.version or target.kernel.name} boots only with the command line it was built with: "
             f"{shorten(printable(target.booted_line), MAX_LINE_SHOWN) or 'an empty one'}",
             "Choose a kernel built without CONFIG_CMDLINE_OVERRIDE and CONFIG_CMDLINE_FORCE.",
         )
-    lost = [word.lost for word in target.words if word.lost and not (is_on and parse(word.text).named("kho"))]
+    lost = [
+        word.lost for word in target.words if word.lost and not (is_on and parse_word(word.text).is_parameter("kho"))
+    ]
     fates = {word.fate for word in target.words if word.lost}
     remedy = "Add it again with --append, or reuse the running line: --reuse-cmdline"
     if Fate.added in fates:
         others = f". {remedy}" if Fate.removed in fates else ""
         remedy = f"Leave out what you added, unless you mean it{others}"
-    if is_on is False and not lines.off(target.words):
+    if is_on is False and not lines.turns_kho_off(target.words):
         lost.append(
             "the next kernel has Kexec HandOver off: its command line and its configuration do not switch it on"
         )
         remedy = "Switch it on: --append kho=on"
     if lost:
-        off = is_on is False or (is_on is None and lines.off(target.words))
-        return Finding(CheckResult.fail if off else CheckResult.warn, "; ".join(lost), remedy)
-    if is_on is None and mainline and about is not None and switched(target.booted_line, "kho") is None:
-        return Finding.warn(
+        off = is_on is False or (is_on is None and lines.turns_kho_off(target.words))
+        return CheckFinding(CheckResult.fail if off else CheckResult.warn, "; ".join(lost), remedy)
+    if is_on is None and mainline and about is not None and boolean_value(target.booted_line, "kho") is None:
+        return CheckFinding.warn_with(
             f"{target.cmdline}; not inspected: whether the next kernel has Kexec HandOver on without kho=on, as it "
             "shows no configuration",
             "Switch it on: --append kho=on",
         )
-    return _torn(target) or Finding.passed(target.cmdline)
+    return _find_torn(target) or CheckFinding.pass_with(target.cmdline)
 
 
-def _torn(target: Target) -> Finding | None:
+def _find_torn(target: Target) -> CheckFinding | None:
     """Words that the running kernel does not have and the next one would not read as they were written."""
-    torn = [word.text for word in target.words if word.fate is Fate.added and lines.torn(word.text)]
+    torn = [word.text for word in target.words if word.fate is Fate.added and lines.torn_words(word.text)]
     if not torn:
         return None
-    return Finding.warn(
+    return CheckFinding.warn_with(
         f"The next kernel ends a word at the byte 0xA0, which is within a character of: {join_names(torn, MAX_SHOWN)}",
         'Put the value between double quotes, as in root="LABEL=...", or use other characters.',
     )
@@ -237,12 +243,12 @@ RESULTS = {
 
 
 @_of_target
-def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
+def check_formats(facts: Facts, target: Target, about: KernelImageInfo) -> CheckFinding:
     """It reads what this kernel writes."""
     if (kernel := facts.probed.kernel) is None:
-        return Finding.skipped("The running kernel has no KHO")
-    writes = written(facts.kexec.calls, kernel.generation, about)
-    found = understood(writes, about, target.booted_line)
+        return CheckFinding.skip_with("The running kernel has no KHO")
+    writes = read_formats(facts.kexec.calls, kernel.generation, about)
+    found = check_compatibility(writes, about, target.booted_line)
     name = about.version or target.kernel.name
     notes = [
         *(f"only a module can read {one}, which the image does not show" for one in found.unread),
@@ -250,9 +256,9 @@ def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
         *(f"not inspected: {one}" for one in found.not_inspected),
     ]
     evidence = "; ".join([found.why, *notes])
-    if found.answer is Answer.unknown:
+    if found.answer is FormatMatch.unknown:
         warn = facts.config.policy.unknown_format == "warn"
-        return Finding(
+        return CheckFinding(
             CheckResult.warn if warn else CheckResult.fail,
             f"It cannot be told whether {name} takes the state over: {evidence}",
             'If you know that it does: policy.unknown_format = "warn" in /etc/kho/khod.toml',
@@ -261,23 +267,23 @@ def formats(facts: Facts, target: Target, about: Kernel) -> Finding:
         held = any(one.kept for one in facts.record.producers) or any(
             not one.incoming for one in facts.sighted.sessions
         )
-        return _mismatch(found, f"{name} {found.effect.value}: {evidence}", held=held)
+        return _weigh_mismatch(found, f"{name} {found.effect.value}: {evidence}", held=held)
     if found.not_inspected:
-        return Finding.warn(
+        return CheckFinding.warn_with(
             f"{name} reads what this kernel writes, as far as it was inspected: {evidence}",
-            f"Put the running kernel's own image where it can be found: /boot/vmlinuz-{facts.kexec.release()}",
+            f"Put the running kernel's own image where it can be found: /boot/vmlinuz-{facts.kexec.kernel_release()}",
         )
-    return Finding.passed(f"{name} reads what this kernel writes: {evidence}")
+    return CheckFinding.pass_with(f"{name} reads what this kernel writes: {evidence}")
 
 
-def _mismatch(found: Understood, evidence: str, *, held: bool) -> Finding:
+def _weigh_mismatch(found: Compatibility, evidence: str, *, held: bool) -> CheckFinding:
     """Weigh it; `held` is whether a LUO session is there now whose files would be lost."""
     assert found.effect is not None, "asked before"
     if found.luo_off:
-        judge = Finding.fail if held else Finding.warn
+        judge = CheckFinding.fail_with if held else CheckFinding.warn_with
         return judge(evidence, "Add it: --append liveupdate=on")
     override = "off" if found.effect is Effect.panic else "warn"
-    return Finding(
+    return CheckFinding(
         RESULTS[found.effect],
         evidence,
         "Choose a kernel that reads the same formats, or reboot without keeping state; to jump all the same: "
@@ -287,15 +293,15 @@ def _mismatch(found: Understood, evidence: str, *, held: bool) -> Finding:
 
 
 @_of_target
-def signature(facts: Facts, target: Target, about: Kernel) -> Finding:
+def check_signature(facts: Facts, target: Target, about: KernelImageInfo) -> CheckFinding:
     """It is signed where the loader asks for that; whether the signature is good only the loader finds out."""
     assert target.apart is not None, "what _of_target() has looked at"
     enforced, formats = signatures_enforced(facts), target.apart.formats
     subject = target.kernel.name if len(formats) == 1 else f"The kernel in {target.kernel.name}"
     if about.signature is not Signature.none:
-        return Finding.passed(f"{subject} is signed ({about.signature.value})")
+        return CheckFinding.pass_with(f"{subject} is signed ({about.signature.value})")
     if enforced:
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"{subject} is not signed, and this kernel loads only signed images: it would say ENODATA, or "
             "ELIBBAD of an image that is not a PE file",  # seen on 7.3.4, of one built without CONFIG_EFI_STUB
             "Use a signed image (Debian: linux-image-VERSION-amd64, not -unsigned), or sign it with a key this kernel "
@@ -303,61 +309,62 @@ def signature(facts: Facts, target: Target, about: Kernel) -> Finding:
             + (" The unified image's own signature is nothing to kexec." if "UKI" in formats else ""),
         )
     if enforced is None:
-        return Finding.warn(
+        return CheckFinding.warn_with(
             f"{subject} is not signed, and this kernel does not say whether it requires a signature",
             "Look for CONFIG_KEXEC_SIG_FORCE in its configuration.",
         )
-    return Finding.passed(f"{subject} is not signed; this kernel does not require a signature")
+    return CheckFinding.pass_with(f"{subject} is not signed; this kernel does not require a signature")
 
 
 @_of_target
-def fit(facts: Facts, target: Target, about: Kernel) -> Finding:
+def check_fit(facts: Facts, target: Target, about: KernelImageInfo) -> CheckFinding:
     """Kernel, initrd and the loader's own segments find room in scratch, region by region."""
     kernel = facts.probed.kernel
     if kernel is None:
-        return Finding.skipped("The running kernel has no KHO, and no scratch")
-    scratch, initrd_size = kernel.scratch(), target.initrd.size if target.initrd else 0
+        return CheckFinding.skip_with("The running kernel has no KHO, and no scratch")
+    scratch, initrd_size = kernel.scratch_regions(), target.initrd.size if target.initrd else 0
     line = len(target.cmdline.encode()) + 1
-    wanted = segments(about, initrd_size, line, kernel.generation, len(scratch), _tree(facts))
+    wanted = list_segments(about, initrd_size, line, kernel.generation, len(scratch), _tree_size(facts))
     if wanted is None:
-        return Finding.skipped(f"How the loader of {about.arch} places its segments is not known here")
-    if wrong := _contradiction(about):
+        return CheckFinding.skip_with(f"How the loader of {about.arch} places its segments is not known here")
+    if wrong := _find_contradiction(about):
         return wrong
-    found = place(wanted, scratch)
+    found = place_segments(wanted, scratch)
     if isinstance(found, NoRoom):
         above = about.pref_address if found.segment.name == "kernel" else 0
-        return Finding.fail(
-            f"The {found.segment.name} takes {mib(found.segment.size)} and the largest hole left in scratch"
-            f"{f' from {above:#x} on, the pref_address in its header,' if above else ''} is {mib(found.hole)}: "
-            f"{shown(scratch)}; the kernel would say EADDRNOTAVAIL",
+        return CheckFinding.fail_with(
+            f"The {found.segment.name} takes {format_mib(found.segment.size)} and the largest hole left in scratch"
+            f"{f' from {above:#x} on, the pref_address in its header,' if above else ''} is {format_mib(found.hole)}: "
+            f"{format_regions(scratch)}; the kernel would say EADDRNOTAVAIL",
             f"Boot with a larger {kernel.scratch_parameter}, or use a smaller initrd.",
         )
     at = next(one.at for one in found if one.segment.name == "kernel")
     if not about.relocatable and about.pref_address not in (0, at):
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"The image is not relocatable: it would be loaded at {at:#x}, and move itself to {about.pref_address:#x}, "
             "over what lies there and is handed over",
             "Use a kernel built with CONFIG_RELOCATABLE=y.",
         )
     total = sum(segment.size for segment in wanted)
-    return Finding.passed(
-        f"Kernel ({mib(about.memory)}), initrd ({mib(initrd_size)}) and what the loader adds ({mib(total)} in all) "
-        f"fit into scratch: {shown(scratch)}"
+    return CheckFinding.pass_with(
+        f"Kernel ({format_mib(about.memory)}), initrd ({format_mib(initrd_size)}) and what the loader adds "
+        f"({format_mib(total)} in all) fit into scratch: {format_regions(scratch)}"
     )
 
 
-def _contradiction(about: Kernel) -> Finding | None:
+def _find_contradiction(about: KernelImageInfo) -> CheckFinding | None:
     """What no header can say of itself: sanity_check_segment_list() in kernel/kexec_core.c says EINVAL."""
     loaded, room = about.size - about.setup_size, -(-about.memory // mmap.PAGESIZE) * mmap.PAGESIZE
     if about.format != "bzImage" or loaded <= room:
         return None
-    return Finding.fail(
-        f"The image is damaged: its header wants {mib(room)} in memory (init_size), and {mib(loaded)} go there",
+    return CheckFinding.fail_with(
+        f"The image is damaged: its header wants {format_mib(room)} in memory (init_size), "
+        f"and {format_mib(loaded)} go there",
         "Copy the image again from its package.",
     )
 
 
-def _tree(facts: Facts) -> int:
+def _tree_size(facts: Facts) -> int:
     """Bytes of the tree that v3 copies into the image: what it is where it can be told, else 0."""
     kernel = facts.probed.kernel
     if kernel is None or kernel.generation is not Generation.sysfs:
@@ -365,6 +372,6 @@ def _tree(facts: Facts) -> int:
     return len(facts.outgoing.root) if facts.outgoing and facts.observed.active else 0
 
 
-def mib(size: int) -> str:
+def format_mib(size: int) -> str:
     """A size in MiB, so that a difference of a page shows."""
     return f"{size / 2**20:.3f}".rstrip("0").rstrip(".") + " MiB"

@@ -2,14 +2,14 @@
 
 import platform
 
-from khod.handover.reconcile import said
+from khod.handover.reconcile import describe_kernel
 from khod.kernel import host
-from khod.kernel.kconfig import configured
+from khod.kernel.kconfig import is_configured
 from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.next_arg import kernel_args
 from khod.kernel.sysfs import KHO
 from khod.model import CheckResult, Generation
-from khod.preflight.facts import Facts, Finding, shown
+from khod.preflight.facts import CheckFinding, Facts, format_regions
 from khod.text import join_names
 
 LOCKED = ("integrity", "confidentiality")
@@ -18,58 +18,60 @@ FINALIZED = (Generation.finalize, Generation.finalize_no_abort)
 UNDOABLE_LOAD = 2  # calls: one to load, one to unload
 
 
-def kho(facts: Facts) -> Finding:
+def check_kho(facts: Facts) -> CheckFinding:
     """KHO is there and on, and which generation it is."""
     result = CheckResult.unsupported if facts.probed.kernel is None else CheckResult.passed
-    return Finding(result, facts.probed.what, facts.probed.remedy)
+    return CheckFinding(result, facts.probed.what, facts.probed.remedy)
 
 
-def scratch(facts: Facts) -> Finding | None:
+def check_scratch(facts: Facts) -> CheckFinding | None:
     """Memory is reserved for the next kernel to start in."""
     if facts.probed.kernel is None:
         return None
-    regions = facts.probed.kernel.scratch()
+    regions = facts.probed.kernel.scratch_regions()
     total = sum(region.size for region in regions) >> 20
-    return Finding.passed(
-        f"{total} MiB in {len(regions)} {'region' if len(regions) == 1 else 'regions'}: {shown(regions)}"
+    return CheckFinding.pass_with(
+        f"{total} MiB in {len(regions)} {'region' if len(regions) == 1 else 'regions'}: {format_regions(regions)}"
     )
 
 
-def capability(facts: Facts) -> Finding:
+def check_capability(facts: Facts) -> CheckFinding:
     """Khod may load and jump at all."""
     allowed = host.may_boot(facts.kexec.calls)
     if allowed is None:
-        return Finding.skipped("Capabilities unknown: /proc/self/status does not tell them")
+        return CheckFinding.skip_with("Capabilities unknown: /proc/self/status does not tell them")
     if not allowed:
-        return Finding.fail("khod lacks CAP_SYS_BOOT: it can neither load an image nor jump", "Run khod from its unit.")
-    return Finding.passed("khod has CAP_SYS_BOOT")
+        return CheckFinding.fail_with(
+            "khod lacks CAP_SYS_BOOT: it can neither load an image nor jump", "Run khod from its unit."
+        )
+    return CheckFinding.pass_with("khod has CAP_SYS_BOOT")
 
 
-def namespaces(facts: Facts) -> Finding | None:
+def check_namespaces(facts: Facts) -> CheckFinding | None:
     """Khod runs in the host's own namespaces: reboot(2) acts on the PID namespace of its caller."""
-    found = host.namespaces(facts.kexec.calls)
+    found = host.own_namespaces(facts.kexec.calls)
     if not found:
         return None
     if not found.get("pid", True):
-        return Finding.fail(
+        return CheckFinding.fail_with(
             "khod runs in a PID namespace of its own, where reboot(2) does not jump: it would say EINVAL",
             "Run khod from its unit on the host, not in a container.",
         )
     if not found.get("user", True):
-        return Finding.fail(
+        return CheckFinding.fail_with(
             "khod runs in a user namespace of its own, where CAP_SYS_BOOT is not the host's: it would be EPERM",
             "Run khod from its unit on the host, not in a container.",
         )
-    return Finding.passed("khod runs in the host's namespaces")
+    return CheckFinding.pass_with("khod runs in the host's namespaces")
 
 
-def processors(facts: Facts) -> Finding | None:
+def check_processors(facts: Facts) -> CheckFinding | None:
     """The kernel can let go of every processor; where it cannot, the load says so: on some kernels in the blackout."""
     calls = facts.kexec.calls
     if platform.machine() == "x86_64":
         if "tdx_pw_mce" not in host.processor_bugs(calls):
             return None
-        return Finding.warn(
+        return CheckFinding.warn_with(
             "These processors have the TDX erratum (tdx_pw_mce), with which 6.18 and 6.19 load no image: EOPNOTSUPP",
             "Try it first: khoctl kexec --load-only. Else switch TDX off in the firmware.",
         )
@@ -80,110 +82,114 @@ def processors(facts: Facts) -> Finding | None:
         stuck = f"{possible} processors are possible, and this kernel was built without CONFIG_HOTPLUG_CPU"
     elif spinning := host.spinning_processors(calls):
         stuck = f"the firmware lets processors spin that nothing switches off: {join_names(spinning)}"
-    elif any(arg.named("kvm-arm.mode") and arg.value == "protected" for arg in kernel_args(facts.observed.cmdline)):
+    elif any(
+        arg.is_parameter("kvm-arm.mode") and arg.value == "protected" for arg in kernel_args(facts.observed.cmdline)
+    ):
         stuck = "KVM is in protected mode (kvm-arm.mode=protected)"
     if stuck:  # cpus_are_stuck_in_kernel() in arch/arm64/kernel/smp.c; seen on 7.3.4
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"The kernel would load no image (EBUSY, `CPUs are stuck in the kernel`): {stuck}",
             "Boot a kernel with CONFIG_HOTPLUG_CPU=y on firmware with PSCI, without kvm-arm.mode=protected, or with "
             "maxcpus=1 nr_cpus=1.",
         )
-    return Finding.passed(f"The kernel can switch off all but one of {possible} processors")
+    return CheckFinding.pass_with(f"The kernel can switch off all but one of {possible} processors")
 
 
-def kexec(facts: Facts) -> Finding:
+def check_kexec(facts: Facts) -> CheckFinding:
     """Loading is not switched off, and may be undone."""
     if facts.kexec.load_disabled():
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"Loading is switched off: {LOAD_DISABLED} is 1",
             "It stays so until a reboot; find who sets it (sysctl.d).",
         )
     if (limit := facts.kexec.load_limit()) is not None and limit < UNDOABLE_LOAD:
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"{LOAD_LIMIT} allows {limit} more calls, and a load and its undo are two",
             "It cannot be raised until a reboot; find who sets it (sysctl.d).",
         )
-    return Finding.passed("Loading is allowed")
+    return CheckFinding.pass_with("Loading is allowed")
 
 
-def lockdown(facts: Facts) -> Finding:
+def check_lockdown(facts: Facts) -> CheckFinding:
     """What the firmware and the kernel allow of unsigned code."""
-    level, secure = host.lockdown(facts.kexec.calls), host.secure_boot(facts.kexec.calls)
+    level, secure = host.lockdown_level(facts.kexec.calls), host.secure_boot(facts.kexec.calls)
     boot = {True: "Secure Boot is on", False: "Secure Boot is off", None: "Secure Boot: not available"}[secure]
     if level in LOCKED and facts.probed.kernel and facts.probed.kernel.generation in FINALIZED:
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"Lockdown is {level}, {boot}: it lets nobody write debugfs's `finalize`",
             "Boot without lockdown (Secure Boot switches it on), or a kernel from 7.1 on.",
         )
     if level == "integrity" or secure:
-        return Finding.passed(f"{_level(level)}, {boot}: only signed images are loaded")
-    return Finding.passed(f"{_level(level)}, {boot}")
+        return CheckFinding.pass_with(f"{_level_words(level)}, {boot}: only signed images are loaded")
+    return CheckFinding.pass_with(f"{_level_words(level)}, {boot}")
 
 
-def _level(level: str | None) -> str:
+def _level_words(level: str | None) -> str:
     return f"Lockdown is {level}" if level else "Lockdown: not available"
 
 
 def signatures_enforced(facts: Facts) -> bool | None:
     """Whether the loader takes signed images alone; None where the kernel's configuration cannot be read."""
-    if host.lockdown(facts.kexec.calls) in LOCKED:
+    if host.lockdown_level(facts.kexec.calls) in LOCKED:
         return True
-    return configured(facts.kexec.calls, "CONFIG_KEXEC_SIG_FORCE")
+    return is_configured(facts.kexec.calls, "CONFIG_KEXEC_SIG_FORCE")
 
 
-def foreign(facts: Facts) -> Finding:
+def check_foreign(facts: Facts) -> CheckFinding:
     """Nobody else has loaded an image or entered the active phase."""
     if facts.foreign:
-        return Finding.fail(
-            f"Something other than khod uses KHO or kexec: {said(facts.observed)}",
+        return CheckFinding.fail_with(
+            f"Something other than khod uses KHO or kexec: {describe_kernel(facts.observed)}",
             "Finish it by hand, or put it back with: khoctl abort --force",
         )
-    return Finding.passed(f"No other user of KHO or kexec: {said(facts.observed)}")
+    return CheckFinding.pass_with(f"No other user of KHO or kexec: {describe_kernel(facts.observed)}")
 
 
-def state(facts: Facts) -> Finding | None:
+def check_state(facts: Facts) -> CheckFinding | None:
     """No abort has made this kernel forget what it was to keep."""
     if not facts.record.suspect or facts.record.boot_id != facts.observed.boot_id:
         return None
     refuse = facts.config.policy.after_forgetful_abort == "refuse"
-    return Finding(
+    return CheckFinding(
         CheckResult.fail if refuse else CheckResult.warn,
         facts.record.suspect[0].upper() + facts.record.suspect[1:],
         'Reboot, or set policy.after_forgetful_abort = "warn".',
     )
 
 
-def activations(facts: Facts) -> Finding | None:
+def check_activations(facts: Facts) -> CheckFinding | None:
     """Failed activations of this boot are few: each may have leaked memory."""
     failed, most = facts.record.failed_activations, facts.config.policy.max_failed_activations
     if not failed or facts.record.boot_id != facts.observed.boot_id:
         return None
-    return Finding(
+    return CheckFinding(
         CheckResult.fail if failed >= most else CheckResult.warn,
         f"{failed} activations failed in this boot, each may have leaked kernel memory (up to dt_max)",
         "Find the cause in the kernel log; policy.max_failed_activations sets the bound.",
     )
 
 
-def crash(facts: Facts) -> Finding:
+def check_crash(facts: Facts) -> CheckFinding:
     """The crash kernel's slot is left as it is; one loaded while active carries KHO's data along, which is harmless."""
     loaded = host.crash_loaded(facts.kexec.calls)
     if loaded is None:
-        return Finding.skipped("This kernel has no slot for a crash kernel")
-    return Finding.passed(f"{'A' if loaded else 'No'} crash kernel is loaded; khod does not touch its slot")
+        return CheckFinding.skip_with("This kernel has no slot for a crash kernel")
+    return CheckFinding.pass_with(f"{'A' if loaded else 'No'} crash kernel is loaded; khod does not touch its slot")
 
 
-def memory(facts: Facts) -> Finding | None:
+def check_memory(facts: Facts) -> CheckFinding | None:
     """V3 allocates dt_max bytes in one piece when it serializes."""
     kernel, calls = facts.probed.kernel, facts.kexec.calls
     if kernel is None or kernel.generation is not Generation.sysfs:
         return None
-    if (free := host.available(calls)) is None:
-        return Finding.skipped("The kernel does not say how much memory is free")
-    needed = int(calls.read(f"{KHO}/dt_max"), 0)
+    if (free := host.available_memory(calls)) is None:
+        return CheckFinding.skip_with("The kernel does not say how much memory is free")
+    needed = int(calls.read_file(f"{KHO}/dt_max"), 0)
     if free < needed:
-        return Finding.fail(
+        return CheckFinding.fail_with(
             f"{free >> 20} MiB of memory are free, the state tree may take {needed >> 20} (dt_max)",
             f"Free memory, or write a smaller number to {KHO}/dt_max.",
         )
-    return Finding.passed(f"{free >> 20} MiB of memory are free, the state tree may take {needed >> 20} (dt_max)")
+    return CheckFinding.pass_with(
+        f"{free >> 20} MiB of memory are free, the state tree may take {needed >> 20} (dt_max)"
+    )

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from khod.abi.calls import Calls
-from khod.kernel.next_arg import kernel_words, parse
+from khod.kernel.next_arg import kernel_words, parse_word
 from khod.text import ASCII_SPACE
 
 SINCE_VERSION = 261
@@ -46,19 +46,19 @@ class Setting:
     where: str
 
 
-def setting(calls: Calls) -> Setting | None:
+def read_setting(calls: Calls) -> Setting | None:
     """What is set, None for nothing: by the kernel command line, else by the last file that does."""
     found: Setting | None = None
-    for path in (*_first(calls, "system.conf"), *_drop_ins(calls)):
+    for path in (*_first_file(calls, "system.conf"), *_drop_ins(calls)):
         for value in _read_values(calls, path):
             if not value:
                 found = None
             elif (seconds := parse_span(value)) is not None:
                 found = Setting(seconds, path)
-    if calls.exists("/proc/cmdline"):
-        for word in kernel_words(calls.read("/proc/cmdline").decode(errors="surrogateescape")):
-            arg = parse(word)
-            if arg.named(PARAMETER) and (seconds := parse_span(arg.value or "")) is not None:
+    if calls.path_exists("/proc/cmdline"):
+        for word in kernel_words(calls.read_file("/proc/cmdline").decode(errors="surrogateescape")):
+            arg = parse_word(word)
+            if arg.is_parameter(PARAMETER) and (seconds := parse_span(arg.value or "")) is not None:
                 found = Setting(seconds, "the kernel command line")
     return found
 
@@ -90,9 +90,9 @@ def parse_span(text: str) -> float | None:
     return total / 10**6 if text and total < USEC_INFINITY else None
 
 
-def _first(calls: Calls, name: str) -> list[str]:
+def _first_file(calls: Calls, name: str) -> list[str]:
     """The one file of this name that counts."""
-    return [path for path in (f"{directory}/{name}" for directory in DIRECTORIES) if calls.exists(path)][:1]
+    return [path for path in (f"{directory}/{name}" for directory in DIRECTORIES) if calls.path_exists(path)][:1]
 
 
 def _drop_ins(calls: Calls) -> list[str]:
@@ -100,23 +100,23 @@ def _drop_ins(calls: Calls) -> list[str]:
     names = set[str]()
     for directory in DIRECTORIES:
         with suppress(OSError):
-            names |= set(calls.listdir(f"{directory}/system.conf.d"))
+            names |= set(calls.list_directory(f"{directory}/system.conf.d"))
     conf = sorted(name for name in names if name.endswith(".conf") and not name.startswith("."))
-    return [path for name in conf for path in _first(calls, f"system.conf.d/{name}")]
+    return [path for name in conf for path in _first_file(calls, f"system.conf.d/{name}")]
 
 
 def _read_values(calls: Calls, path: str) -> list[str]:
     """What a file sets it to; nothing where it cannot be read, as for systemd."""
     with suppress(OSError):
         if calls.is_file(path):
-            return list(_values(calls.read(path).decode(errors="replace")))
+            return list(_setting_values(calls.read_file(path).decode(errors="replace")))
     return []
 
 
-def _values(text: str) -> Iterator[str]:
+def _setting_values(text: str) -> Iterator[str]:
     """The setting's values, line by line (systemd.syntax(7))."""
     section = ""
-    for line in _joined(text):
+    for line in _join_lines(text):
         if line.startswith("[") and line.endswith("]"):
             section = line[1:-1]
             continue
@@ -125,7 +125,7 @@ def _values(text: str) -> Iterator[str]:
             yield value.strip(ASCII_SPACE)
 
 
-def _joined(text: str) -> Iterator[str]:
+def _join_lines(text: str) -> Iterator[str]:
     """The lines without comments; one that ends in a backslash goes on in the next that is no comment."""
     held = ""
     for raw in text.split("\n"):

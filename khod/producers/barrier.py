@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from khod import model
-from khod.concurrency.bounded import CUT_SECONDS, StillRuns, within
+from khod.concurrency.bounded import CUT_SECONDS, StillRuns, run_within
 from khod.errors import ConfigError, Failed, KhoError, Refused, Unsupported
-from khod.handover.record import Holder
-from khod.producers.order import Ordered, ranks
+from khod.handover.record import ProducerRecord
+from khod.producers.order import Ordered, order_in_ranks
 
 
 class Verb(enum.Enum):
@@ -48,12 +48,12 @@ AFTER = {Verb.thaw: Verb.prepare.value, Verb.cancel: Verb.cancel.value, Verb.fin
 `cancel`, and whoever could not be is told `thaw` again."""
 
 
-class Veto(Exception):
+class ParticipantVeto(Exception):
     """A producer says no, or cannot be understood as saying yes; the message is its reason."""
 
 
 @dataclass
-class Telling:
+class ProducerCall:
     """One verb on its way to a producer, and what the producer may say before it is done."""
 
     verb: Verb
@@ -65,7 +65,7 @@ class Telling:
     """Say that it takes longer: a reason, and how much is done (0 to 1, None where that is not known)."""
 
 
-class Producer(Ordered, Protocol):
+class Participant(Ordered, Protocol):
     """One holder of state."""
 
     @property
@@ -81,23 +81,23 @@ class Producer(Ordered, Protocol):
         """Devices it cannot do without, as paths below /sys or /dev: one that goes away ends the attempt."""
 
     @property
-    def restores(self) -> bool:
+    def restores_state(self) -> bool:
         """Whether it has anything to do in the next kernel: then its state counts among what arrived."""
 
     @property
-    def reachable(self) -> bool:
+    def is_reachable(self) -> bool:
         """Whether it can be told something now; one that must first come back holds up nobody else's undo."""
 
-    async def leave(self, note: str) -> None:
+    async def make_way(self, note: str) -> None:
         """Make way: the host goes down into the next kernel, and nothing is undone any more. `note` as in Telling."""
 
-    async def returned(self) -> None:
+    async def wait_returned(self) -> None:
         """Return when it can be told more, after a restart of khod; Veto where it cannot any more."""
 
-    def holder(self) -> Holder:
+    def to_record(self) -> ProducerRecord:
         """What the record says of it, besides what it was told."""
 
-    async def tell(self, telling: Telling) -> str | None:
+    async def carry_out(self, telling: ProducerCall) -> str | None:
         """Carry a verb out; returns when it is done, raises Veto with the reason otherwise.
 
         Returns GONE where an undo has found nobody to tell.
@@ -108,7 +108,7 @@ class Producer(Ordered, Protocol):
 
 
 @dataclass(frozen=True)
-class Told:
+class PriorCall:
     """What a producer was told in an attempt that a khod before this one began, and its note."""
 
     verb: str
@@ -119,7 +119,7 @@ class Told:
 class Member:
     """A producer in this attempt: the last verb it was told, its answer, and how long that took (seconds)."""
 
-    producer: Producer
+    producer: Participant
     rank: int = 0
     told: str = ""
     """The verb whose undo is due: it changes when a verb is told, and for an undo when the answer to it is there."""
@@ -132,7 +132,7 @@ class Member:
     progress: float | None = None
     began: float | None = None
     """When what it is told now began (CLOCK_MONOTONIC), None while it is told nothing."""
-    telling: Telling | None = None
+    telling: ProducerCall | None = None
     """The last of `prepare` and `freeze`, which its note is read from: it may still be at it."""
     gone: bool = False
     """Whether an undo has found nobody to tell."""
@@ -140,7 +140,7 @@ class Member:
     """How often it was told anything: what comes of a call that nobody waits for any more changes nothing here."""
 
     @property
-    def waiting(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether its answer is waited for."""
         return self.began is not None
 
@@ -149,7 +149,7 @@ class Member:
         """What the producer must still know after a restart of khod."""
         return self.telling.note if self.telling else ""
 
-    def shown(self) -> model.Producer:
+    def to_model(self) -> model.Producer:
         """What status says of it."""
         return model.Producer(
             self.producer.name,
@@ -158,7 +158,7 @@ class Member:
             self.about or self.told,
             self.answer,
             self.seconds if self.began is None else time.monotonic() - self.began,
-            self.waiting,
+            self.is_waiting,
             self.progress,
             self.limit,
         )
@@ -175,12 +175,12 @@ class Barrier:
     _ranks: list[list[Member]] = field(default_factory=list)
 
     @classmethod
-    def of(
+    def from_producers(
         cls,
-        producers: Iterable[Producer],
+        producers: Iterable[Participant],
         run: str,
         changed: Callable[[Member], None],
-        told: Mapping[str, Told] | None = None,
+        told: Mapping[str, PriorCall] | None = None,
         *,
         any_order: bool = False,
     ) -> "Barrier":
@@ -190,7 +190,7 @@ class Barrier:
         """
         here, producers = cls(run, changed), list(producers)
         try:
-            here.admit(producers)
+            here.add_producers(producers)
         except ConfigError:
             if not any_order:
                 raise
@@ -198,7 +198,7 @@ class Barrier:
         for member in here.members:
             if told and (before := told.get(member.producer.name)):
                 member.told = before.verb
-                member.telling = Telling(Verb.prepare, run, before.note)
+                member.telling = ProducerCall(Verb.prepare, run, before.note)
         return here
 
     @property
@@ -206,27 +206,29 @@ class Barrier:
         """Every producer, in rank order."""
         return [member for rank in self._ranks for member in rank]
 
-    def holders(self) -> tuple[Holder, ...]:
+    def to_records(self) -> tuple[ProducerRecord, ...]:
         """Every producer as the record has it."""
         return tuple(
-            replace(m.producer.holder(), told=m.told, note=m.note, restores=m.producer.restores) for m in self.members
+            replace(m.producer.to_record(), told=m.told, note=m.note, restores=m.producer.restores_state)
+            for m in self.members
         )
 
-    def admit(self, producers: Iterable[Producer]) -> list[Member]:
+    def add_producers(self, producers: Iterable[Participant]) -> list[Member]:
         """Take in producers that came since, in their ranks; the new members. ConfigError names a cycle."""
         known, producers = {member.producer.name: member for member in self.members}, list(producers)
         if all(producer.name in known for producer in producers):
             return []
         everyone = {**{name: member.producer for name, member in known.items()}, **{p.name: p for p in producers}}
         self._ranks = [
-            [known.get(producer.name) or Member(producer) for producer in rank] for rank in ranks(everyone.values())
+            [known.get(producer.name) or Member(producer) for producer in rank]
+            for rank in order_in_ranks(everyone.values())
         ]
         for number, rank in enumerate(self._ranks):
             for member in rank:
                 member.rank = number
         return [member for member in self.members if member.producer.name not in known]
 
-    async def tell(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
+    async def broadcast(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
         """Tell everyone, or those `among` them, rank by rank.
 
         The first no of a rank ends it there: whoever is still at it is cut short. Raises Refused with
@@ -235,7 +237,7 @@ class Barrier:
         wanted = None if among is None else frozenset(among)
         for rank in self._ranks:
             chosen = [member for member in rank if wanted is None or member in wanted]
-            tasks = [asyncio.ensure_future(self._one(member, verb, member.producer.timeout)) for member in chosen]
+            tasks = [asyncio.ensure_future(self._call_one(member, verb, member.producer.timeout)) for member in chosen]
             try:
                 for first in asyncio.as_completed(tasks):
                     if (refusal := await first) is not None:
@@ -249,40 +251,40 @@ class Barrier:
     async def gather_in(self) -> None:
         """After a restart of khod: wait until everyone who was told something is there again; Refused if not."""
         told = [member for member in self.members if member.told]
-        for refusal in await asyncio.gather(*map(self._returned, told)):
+        for refusal in await asyncio.gather(*map(self._wait_returned, told)):
             if refusal is not None:
                 raise refusal
 
-    async def _returned(self, member: Member) -> Refused | None:
+    async def _wait_returned(self, member: Member) -> Refused | None:
         timeout, member.began = member.producer.timeout, time.monotonic()
         try:
             async with asyncio.timeout(timeout):
-                await member.producer.returned()
+                await member.producer.wait_returned()
             return None
         except TimeoutError:
             member.answer = f"has not come back within {timeout:g} s since khod was restarted"
-            return self._failed(member, member.answer)
-        except Veto as error:
+            return self._failure_of(member, member.answer)
+        except ParticipantVeto as error:
             member.answer = str(error)
-            return self._failed(member, f"is not there any more since khod was restarted: {error}")
+            return self._failure_of(member, f"is not there any more since khod was restarted: {error}")
         finally:
             member.began = None
 
-    async def leave(self) -> None:
+    async def make_way(self) -> None:
         """Let everyone make way for the shutdown; nobody can stop it any more, so a failure is only noted."""
         frozen = [member for member in self.members if member.told == Verb.freeze.value]
-        leaving = [asyncio.ensure_future(self._leaves(member)) for member in frozen]
+        leaving = [asyncio.ensure_future(self._make_way(member)) for member in frozen]
         if leaving:
             await asyncio.wait(leaving, timeout=LEAVING + CUT_SECONDS)
 
-    async def _leaves(self, member: Member) -> None:
+    async def _make_way(self, member: Member) -> None:
         try:
-            await within(LEAVING, member.producer.leave(member.note))
+            await run_within(LEAVING, member.producer.make_way(member.note))
         except Exception as error:  # noqa: BLE001 - the host goes down, whatever goes wrong here
             member.answer = str(error)
             self.changed(member)
 
-    async def undo(self, verb: Verb) -> list[tuple[str, KhoError]]:
+    async def undo_verb(self, verb: Verb) -> list[tuple[str, KhoError]]:
         """Tell everyone who was told `verb` that it is off, in reverse order; those that failed by name, and how.
 
         Everyone is told, and each rank is waited for as long as its slowest member may take and no longer. One
@@ -294,23 +296,23 @@ class Barrier:
         failed: list[tuple[str, KhoError]] = []
         absent: list[tuple[Member, asyncio.Future[KhoError | None]]] = []
         for rank in reversed(self._ranks):
-            told = [(member, self._call(member, UNDO[verb])) for member in rank if member.told == verb.value]
-            absent += [(member, task) for member, task in told if not member.producer.reachable]
-            failed += await self._failures([pair for pair in told if pair[0].producer.reachable], UNDO[verb])
-        return [*failed, *await self._failures(absent, UNDO[verb])]
+            told = [(member, self._start_call(member, UNDO[verb])) for member in rank if member.told == verb.value]
+            absent += [(member, task) for member, task in told if not member.producer.is_reachable]
+            failed += await self._gather_failures([pair for pair in told if pair[0].producer.is_reachable], UNDO[verb])
+        return [*failed, *await self._gather_failures(absent, UNDO[verb])]
 
     async def bring_back(self, verb: Verb, among: Sequence[Member], deadline: float) -> list[Member]:
         """Tell `restore` or `finish` in rank order, whoever fails; those that did. Each has `deadline` seconds."""
         failed: list[str] = []
         for rank in self._ranks:
-            calls = [(member, self._call(member, verb, deadline)) for member in rank if member in among]
-            failed += [name for name, _ in await self._failures(calls, verb, deadline)]
+            calls = [(member, self._start_call(member, verb, deadline)) for member in rank if member in among]
+            failed += [name for name, _ in await self._gather_failures(calls, verb, deadline)]
         return [member for member in among if member.producer.name in failed]
 
-    def _call(self, member: Member, verb: Verb, deadline: float = 0.0) -> "asyncio.Future[KhoError | None]":
-        return asyncio.ensure_future(self._one(member, verb, max(deadline, member.producer.timeout)))
+    def _start_call(self, member: Member, verb: Verb, deadline: float = 0.0) -> "asyncio.Future[KhoError | None]":
+        return asyncio.ensure_future(self._call_one(member, verb, max(deadline, member.producer.timeout)))
 
-    async def _failures(
+    async def _gather_failures(
         self, calls: "Sequence[tuple[Member, asyncio.Future[KhoError | None]]]", verb: Verb, deadline: float = 0.0
     ) -> list[tuple[str, KhoError]]:
         """Wait for calls side by side, each with its own deadline; who said no, and who is still at it."""
@@ -328,7 +330,7 @@ class Barrier:
                 member.calls += 1  # what comes of it later is not asked for
                 longest = max(deadline, member.producer.timeout)
                 member.answer, member.began = f"no answer within {longest:g} s, and it cannot be cut short", None
-                refusal: KhoError | None = self._failed(member, f"did not answer {verb.value} within {longest:g} s")
+                refusal: KhoError | None = self._failure_of(member, f"did not answer {verb.value} within {longest:g} s")
                 self.changed(member)
             else:
                 refusal = task.result()
@@ -336,7 +338,7 @@ class Barrier:
                 failed.append((member.producer.name, refusal))
         return failed
 
-    async def _one(self, member: Member, verb: Verb, deadline: float) -> KhoError | None:
+    async def _call_one(self, member: Member, verb: Verb, deadline: float) -> KhoError | None:
         """Tell one producer; what its no amounts to, None for a yes."""
         producer, began = member.producer, time.monotonic()
         member.about, member.answer, member.began, member.progress = verb.value, "", began, None
@@ -348,29 +350,29 @@ class Barrier:
         self.changed(member)
 
         def not_yet(reason: str, progress: float | None) -> None:
-            if member.calls == call and member.waiting:
+            if member.calls == call and member.is_waiting:
                 member.answer, member.progress = f"not yet: {reason}" if reason else "not yet", progress
                 self.changed(member)
 
-        telling = Telling(verb, self.run, member.note, not_yet)
+        telling = ProducerCall(verb, self.run, member.note, not_yet)
         if verb in UNDO:
             member.telling = telling
         answer, done = NO_ANSWER, False
         refusal: KhoError | None = None
         try:
             try:
-                said = await within(deadline, producer.tell(telling))
+                said = await run_within(deadline, producer.carry_out(telling))
                 answer, done = said or READY, True
             except TimeoutError as error:
                 waited = f" ({member.answer})" if member.answer else ""
                 waited += ", and it cannot be cut short" if isinstance(error, StillRuns) else ""
                 answer = f"no answer within {deadline:g} s{waited}"
-                refusal = self._failed(member, f"did not answer {verb.value} within {deadline:g} s{waited}")
+                refusal = self._failure_of(member, f"did not answer {verb.value} within {deadline:g} s{waited}")
             except Unsupported as error:
                 answer = error.what
                 what = f"Producer {producer.name} cannot {verb.value}: {error.what}"
                 refusal = Unsupported(what, where=error.where, remedy=error.remedy)
-            except (Veto, OSError, KhoError) as error:
+            except (ParticipantVeto, OSError, KhoError) as error:
                 answer = str(error)
             except Exception as error:  # noqa: BLE001 - one producer's, whatever it is: the others go on
                 answer = f"khod itself failed: {error!r}"
@@ -381,9 +383,9 @@ class Barrier:
                     member.told = AFTER.get(verb, verb.value)
                     member.gone |= answer == GONE
                 self.changed(member)
-        return None if done else refusal or self._failed(member, f"refuses to {verb.value}: {answer}")
+        return None if done else refusal or self._failure_of(member, f"refuses to {verb.value}: {answer}")
 
-    def _failed(self, member: Member, how: str) -> Refused:
+    def _failure_of(self, member: Member, how: str) -> Refused:
         return Refused(
             f"Producer {member.producer.name} {how}",
             where=f"{member.producer.kind} {member.producer.name}",
@@ -391,7 +393,7 @@ class Barrier:
         )
 
 
-def silent(members: Sequence[Member], verb: Verb, deadline: float) -> Failed:
+def step_timeout_error(members: Sequence[Member], verb: Verb, deadline: float) -> Failed:
     """The error for a step whose producers did not answer in time, with the names of those that did not."""
     waiting = ", ".join(member.producer.name for member in members if member.answer == NO_ANSWER)
     return Failed(

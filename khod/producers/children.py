@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from khod.producers.identity import ended, process_of
+from khod.producers.identity import process_of, wait_ended
 
 LAUNCHER = "/usr/bin/env"
 """What khod executes; it executes the command in turn.
@@ -60,27 +60,27 @@ class Child:
         self._end: asyncio.Future[int | None] = self._loop.create_future()
         self._pidfd = os.pidfd_open(self.pid)
         try:
-            self._loop.add_reader(self._pidfd, self._ended)
+            self._loop.add_reader(self._pidfd, self._on_end)
         except OSError:
             os.close(self._pidfd)
             raise
         _awaited.add(self.pid)
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether it has not ended."""
         return not self._end.done()
 
-    async def wait(self) -> int | None:
+    async def wait_end(self) -> int | None:
         """Wait for its end: its exit code, -N where signal N killed it, None where somebody else took its status."""
         return await asyncio.shield(self._end)
 
-    def kill(self) -> None:
+    def kill_group(self) -> None:
         """Send SIGKILL to its process group."""
-        if self.running:
+        if self.is_running:
             _kill_group(self.pid)
 
-    def _ended(self) -> None:
+    def _on_end(self) -> None:
         self._loop.remove_reader(self._pidfd)
         # What it leaves in its group, before it is waited for: afterwards the number may be another group's.
         _kill_group(self.pid)
@@ -90,7 +90,7 @@ class Child:
             code = None
         else:
             if pid == 0:
-                self._loop.call_later(RETRY_SECONDS, self._ended)
+                self._loop.call_later(RETRY_SECONDS, self._on_end)
                 return
             code = os.waitstatus_to_exitcode(status)
         os.close(self._pidfd)
@@ -100,7 +100,7 @@ class Child:
             self._end.set_result(code)
 
 
-def start(argv: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Child:
+def start_command(argv: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Child:
     """Start a command in a session of its own, without standard input; OSError or ValueError where that fails.
 
     Where the command itself cannot be executed, that is its end, with one of CANNOT_START.
@@ -122,7 +122,7 @@ def start(argv: Sequence[str], environment: Mapping[str, str], stdout: int, stde
         raise
 
 
-async def end(child: Child, environment: Mapping[str, str]) -> list[str]:
+async def end_command(child: Child, environment: Mapping[str, str]) -> list[str]:
     """Kill a command with all it started, and say what is still there KILL_WAIT_SECONDS later.
 
     What has left its process group is known by the environment it was started with, and is a child of ours once its
@@ -131,18 +131,18 @@ async def end(child: Child, environment: Mapping[str, str]) -> list[str]:
     deadline = asyncio.get_running_loop().time() + KILL_WAIT_SECONDS
     mine = {f"{name}={value}".encode() for name, value in environment.items()}
     killed: set[int] = set()
-    child.kill()
+    child.kill_group()
     while asyncio.get_running_loop().time() < deadline:
-        strays = [pid for pid in set(_children()) - _awaited - killed if mine <= _environment(pid)]
+        strays = [pid for pid in set(_own_children()) - _awaited - killed if mine <= _read_environment(pid)]
         for pid in strays:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)  # its number is its own until we have waited for it
         killed.update(strays)
-        if not strays and not child.running:
+        if not strays and not child.is_running:
             break
-        await _wait([*map(_gone, strays), child.wait()], deadline)
+        await _wait_all([*map(_wait_gone, strays), child.wait_end()], deadline)
     reap_orphans()
-    left = [child.pid] if child.running else []
+    left = [child.pid] if child.is_running else []
     return [text for pid in (*left, *sorted(killed)) if (text := _describe_undead(pid))]
 
 
@@ -174,7 +174,7 @@ def reap_orphans() -> None:
         _unwatched.remove(process)
     if not _adopts:
         return
-    for pid in _children():
+    for pid in _own_children():
         if pid in _awaited or any(process.pid == pid for process in _unwatched):
             continue
         found = _look_up(pid)
@@ -189,10 +189,10 @@ if sys.version_info < (3, 12):
         """Waits for asyncio's children as Python 3.12 does, and says which ones they are."""
 
         def add_child_handler(self, pid: int, callback: Callable[..., object], *args: object) -> None:
-            super().add_child_handler(pid, self._ended, callback, *args)
+            super().add_child_handler(pid, self._on_end, callback, *args)
             _awaited.add(pid)
 
-        def _ended(self, pid: int, code: int, callback: Callable[..., object], *args: object) -> None:
+        def _on_end(self, pid: int, code: int, callback: Callable[..., object], *args: object) -> None:
             _awaited.discard(pid)
             callback(pid, code, *args)
 
@@ -202,13 +202,13 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-async def _gone(pid: int) -> None:
+async def _wait_gone(pid: int) -> None:
     """Wait for the end of a process; for nothing where there is no descriptor left to do that with."""
     with suppress(OSError):
-        await ended(process_of(pid))
+        await wait_ended(process_of(pid))
 
 
-async def _wait(ends: Iterable[Coroutine[Any, Any, object]], deadline: float) -> None:
+async def _wait_all(ends: Iterable[Coroutine[Any, Any, object]], deadline: float) -> None:
     """Wait for all of these, until the deadline (a time of the event loop)."""
     waiting = [asyncio.ensure_future(end) for end in ends]
     try:
@@ -248,7 +248,7 @@ def _describe_undead(pid: int) -> str:
     return f"process {pid} ({found.name}) was sent SIGKILL: {why}"
 
 
-def _children() -> list[int]:
+def _own_children() -> list[int]:
     """This process's children; none where the kernel does not list them (CONFIG_PROC_CHILDREN)."""
     found: list[int] = []
     with suppress(OSError):  # a thread that ends just now, or no descriptor left
@@ -257,7 +257,7 @@ def _children() -> list[int]:
     return found
 
 
-def _environment(pid: int) -> set[bytes]:
+def _read_environment(pid: int) -> set[bytes]:
     try:
         return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     except OSError:

@@ -11,19 +11,19 @@ from typing import Any, TypeVar
 
 from khod.concurrency.bounded import raise_if_cancelling
 from khod.errors import ConfigError, KhoError, UsageError
-from khod.handover.record import Holder
-from khod.producers.barrier import Telling, Veto
+from khod.handover.record import ProducerRecord
+from khod.producers.barrier import ParticipantVeto, ProducerCall
 from khod.producers.output import STDERR
 from khod.text import one_line
 
-__all__ = ["Configured", "check_name", "one_line", "string", "strings"]
+__all__ = ["Configured", "check_name", "one_line", "require_string", "require_strings"]
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 
 RESERVED = ("systemd",)
 """Names no producer may have: LUO's session of that name is the service manager's."""
 
-SHORT_OF = {
+SHORTAGE_ERRNOS = {
     errno.EAGAIN: "khod may start no more processes (TasksMax= of kho-handover.service, kernel.pid_max)",
     errno.EMFILE: "khod has too many files open (LimitNOFILE= of kho-handover.service)",
     errno.ENFILE: "the host has too many files open (sysctl fs.file-max)",
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Configured:
-    """The keys all kinds share; see `khod.producers.barrier.Producer`. `timeout` is in seconds, for each verb."""
+    """The keys all kinds share; see `khod.producers.barrier.Participant`. `timeout` is in seconds, for each verb."""
 
     name: str
     timeout: float = 30.0
@@ -46,34 +46,34 @@ class Configured:
     kind: str = ""
 
     @property
-    def restores(self) -> bool:
+    def restores_state(self) -> bool:
         return False
 
     @property
-    def reachable(self) -> bool:
+    def is_reachable(self) -> bool:
         return True
 
-    async def tell(self, telling: Telling) -> str | None:
+    async def carry_out(self, telling: ProducerCall) -> str | None:
         """Carry a verb out: it ends in success or in Veto, and within CUT_SECONDS once it is cancelled."""
-        return await _vetoing(self._carry_out(telling))
+        return await _veto_on_failure(self._carry_out(telling))
 
-    async def leave(self, note: str) -> None:
+    async def make_way(self, note: str) -> None:
         """Make way, or raise Veto."""
-        await _vetoing(self._make_way(note))
+        await _veto_on_failure(self._make_way(note))
 
-    async def _carry_out(self, telling: Telling) -> str | None:
+    async def _carry_out(self, telling: ProducerCall) -> str | None:
         """What `tell` does for this kind; whatever it raises is a Veto. What it returns is shown as the answer."""
         raise NotImplementedError
 
     async def _make_way(self, note: str) -> None:
         """Nothing: it does not stand in the way."""
 
-    async def returned(self) -> None:
+    async def wait_returned(self) -> None:
         """Return at once: it was never here, it is told where it is."""
 
-    def holder(self) -> Holder:
+    def to_record(self) -> ProducerRecord:
         """What the record says of it; all else stands in its file."""
-        return Holder(self.name, self.kind)
+        return ProducerRecord(self.name, self.kind)
 
 
 def check_name(name: str) -> None:
@@ -88,7 +88,7 @@ def check_name(name: str) -> None:
         raise UsageError(f"The name {name!r} is taken by the service manager", where="name", remedy="Choose another.")
 
 
-def strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str]:
+def require_strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str]:
     """Check a list of strings, with `some` at least one; ConfigError names the file."""
     given = value if isinstance(value, list) else [None]
     words = [word for word in given if isinstance(word, str) and word and "\0" not in word]
@@ -101,7 +101,7 @@ def strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str
     return words
 
 
-def string(value: Any, path: Path, key: str) -> str:
+def require_string(value: Any, path: Path, key: str) -> str:
     """Check a string that is not empty; ConfigError names the file."""
     if not isinstance(value, str) or not value or "\0" in value:
         raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy='It must be a string, "like this".')
@@ -111,21 +111,21 @@ def string(value: Any, path: Path, key: str) -> str:
 def describe_error(error: Exception) -> str:
     """Say in plain words what an exception means that is not ours."""
     if isinstance(error, OSError):
-        said = SHORT_OF.get(error.errno or 0) or error.strerror or str(error)
+        said = SHORTAGE_ERRNOS.get(error.errno or 0) or error.strerror or str(error)
         return one_line(f"{said} ({error.filename})" if error.filename else said)
     return one_line(str(error)) or type(error).__name__
 
 
-async def _vetoing(work: Awaitable[T]) -> T:
+async def _veto_on_failure(work: Awaitable[T]) -> T:
     """Wait for `work`; whatever it fails with becomes a Veto."""
     try:
         return await work
-    except (Veto, KhoError):
+    except (ParticipantVeto, KhoError):
         raise
     except asyncio.CancelledError as error:
         raise_if_cancelling(error)
-        raise Veto("it was cancelled from within") from None
+        raise ParticipantVeto("it was cancelled from within") from None
     except Exception as error:
         if not isinstance(error, OSError):
-            STDERR.write("".join(traceback.format_exception(error)).encode())
-        raise Veto(f"it could not be carried out: {describe_error(error)}") from error
+            STDERR.queue_bytes("".join(traceback.format_exception(error)).encode())
+        raise ParticipantVeto(f"it could not be carried out: {describe_error(error)}") from error

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from khod.errors import ConfigError, UsageError
-from khod.producers.barrier import Producer, Verb
-from khod.producers.configured import check_name, string, strings
+from khod.producers.barrier import Participant, Verb
+from khod.producers.configured import check_name, require_string, require_strings
 from khod.producers.hooks import Hook
 from khod.producers.qemu import Qemu
 from khod.producers.unit import Unit, check_unit
@@ -22,13 +22,13 @@ MAX_TIMEOUT_SECONDS = 86400
 """For one verb; a hook without an end would hold every rollback."""
 
 
-def load(root: Path = Path("/")) -> list[Producer]:
+def load_directory(root: Path = Path("/")) -> list[Participant]:
     """Read every producer's file, by name; ConfigError that names the first that is wrong, and has all the others."""
-    found: list[Producer] = []
+    found: list[Participant] = []
     wrong: ConfigError | None = None
     for path in sorted((root / DIRECTORY).glob("*.toml")):
         try:
-            found.append(_read(path))
+            found.append(_read_producer(path))
         except ConfigError as error:
             wrong = wrong or error
     if wrong is not None:
@@ -43,16 +43,16 @@ class Directory:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._seen: list[tuple[str, int, int, int]] | None = None
-        self._found: list[Producer] = []
+        self._found: list[Participant] = []
 
-    def producers(self) -> list[Producer]:
+    def load_producers(self) -> list[Participant]:
         """Give every producer with a file, as `load` does."""
-        seen = self._look()
+        seen = self._directory_state()
         if seen is None or seen != self._seen:
-            self._found, self._seen = load(self._root), seen
+            self._found, self._seen = load_directory(self._root), seen
         return list(self._found)
 
-    def _look(self) -> list[tuple[str, int, int, int]] | None:
+    def _directory_state(self) -> list[tuple[str, int, int, int]] | None:
         """What tells one state of the files from another; None where one goes just now."""
         try:
             stats = [(path.name, path.stat()) for path in sorted((self._root / DIRECTORY).glob("*.toml"))]
@@ -61,20 +61,20 @@ class Directory:
         return [(name, found.st_ino, found.st_size, found.st_mtime_ns) for name, found in stats]
 
 
-def _read(path: Path) -> Producer:
+def _read_producer(path: Path) -> Participant:
     try:
-        values = tomllib.loads(_text(path))
+        values = tomllib.loads(_read_text(path))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, a number without end
         raise ConfigError(f"The producer cannot be read: {error}", where=str(path)) from None
     try:
         check_name(path.stem)
-        common = _common(values, path)
+        common = _take_common(values, path)
         chosen = [key for key in KINDS if key in values]
         if len(chosen) > 1 or (chosen and any(verb in values for verb in VERBS)):
             raise ConfigError(
                 f"`{chosen[0]}` stands beside another kind of producer", where=str(path), remedy="One file is one."
             )
-        made = (KINDS[chosen[0]] if chosen else _hook)(path, values, common)
+        made = (KINDS[chosen[0]] if chosen else _make_hook)(path, values, common)
     except UsageError as error:
         raise ConfigError(error.what, where=str(path), remedy=error.remedy) from None
     if values:
@@ -87,7 +87,7 @@ def _read(path: Path) -> Producer:
     return made
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """Read a file; ValueError for what is none, such as a FIFO, which would never end."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -98,7 +98,7 @@ def _text(path: Path) -> str:
     return content.decode()
 
 
-def _common(values: Values, path: Path) -> Values:
+def _take_common(values: Values, path: Path) -> Values:
     """Take the keys that all kinds have."""
     timeout = values.pop("timeout", 30.0)
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_SECONDS:
@@ -107,25 +107,25 @@ def _common(values: Values, path: Path) -> Values:
             where=str(path),
             remedy=f"It must be a positive number of seconds, at most {MAX_TIMEOUT_SECONDS}.",
         )
-    lists = {key: tuple(strings(values.pop(key, []), path, key)) for key in ("after", "before", "devices")}
+    lists = {key: tuple(require_strings(values.pop(key, []), path, key)) for key in ("after", "before", "devices")}
     return {"name": path.stem, "timeout": float(timeout), **lists}
 
 
-def _hook(path: Path, values: Values, common: Values) -> Producer:
-    commands = {verb: strings(values.pop(verb), path, verb, some=True) for verb in VERBS if verb in values}
+def _make_hook(path: Path, values: Values, common: Values) -> Participant:
+    commands = {verb: require_strings(values.pop(verb), path, verb, some=True) for verb in VERBS if verb in values}
     return Hook(**common, commands=commands)
 
 
-def _unit(path: Path, values: Values, common: Values) -> Producer:
-    name, how = string(values.pop("unit"), path, "unit"), values.pop("how", "freeze")
+def _make_unit(path: Path, values: Values, common: Values) -> Participant:
+    name, how = require_string(values.pop("unit"), path, "unit"), values.pop("how", "freeze")
     check_unit(name)
     if how not in ("freeze", "stop"):
         raise ConfigError(f"`how` is {how!r}", where=str(path), remedy="It takes one of: freeze, stop.")
     return Unit(**common, unit=name, how=how)
 
 
-def _qemu(path: Path, values: Values, common: Values) -> Producer:
-    return Qemu(**common, socket=string(values.pop("qmp"), path, "qmp"))
+def _make_qemu(path: Path, values: Values, common: Values) -> Participant:
+    return Qemu(**common, socket=require_string(values.pop("qmp"), path, "qmp"))
 
 
-KINDS: dict[str, Callable[[Path, Values, Values], Producer]] = {"unit": _unit, "qmp": _qemu}
+KINDS: dict[str, Callable[[Path, Values, Values], Participant]] = {"unit": _make_unit, "qmp": _make_qemu}

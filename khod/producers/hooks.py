@@ -12,9 +12,9 @@ import shutil
 import signal
 from dataclasses import dataclass, field
 
-from khod.concurrency.bounded import CUT_SECONDS, settle
+from khod.concurrency.bounded import CUT_SECONDS, settle_task
 from khod.producers import children, output
-from khod.producers.barrier import Telling, Veto
+from khod.producers.barrier import ParticipantVeto, ProducerCall
 from khod.producers.children import CANNOT_START
 from khod.producers.configured import Configured, describe_error, one_line
 from khod.producers.output import PASSED_ON, STDERR, STDOUT, Output
@@ -32,10 +32,10 @@ class Hook(Configured):
     kind: str = "hook"
 
     @property
-    def restores(self) -> bool:
+    def restores_state(self) -> bool:
         return "restore" in self.commands or "finish" in self.commands
 
-    def unstartable(self) -> list[str]:
+    def unstartable_commands(self) -> list[str]:
         """Each command that is not there or is no program, in words."""
         return [
             f"{argv[0]} ({verb} of {self.name})"
@@ -43,7 +43,7 @@ class Hook(Configured):
             if shutil.which(argv[0], path=PATH) is None
         ]
 
-    async def _carry_out(self, telling: Telling) -> None:
+    async def _carry_out(self, telling: ProducerCall) -> None:
         """Run the verb's command; Veto where it does not start or does not exit with 0."""
         argv = self.commands.get(telling.verb.value)
         if argv is None:
@@ -57,59 +57,61 @@ class Hook(Configured):
         # Pipes of our own: asyncio's would hold the end back for as long as a child of the hook has them open.
         label = f"{self.name}: {telling.verb.value}"
         with Output(STDOUT, label) as out, Output(STDERR, label) as errors:
-            code, undead = await _run(argv, environment, telling, out, errors)
-            out.finish()
-            reason = one_line(errors.finish())
+            code, undead = await _run_command(argv, environment, telling, out, errors)
+            out.read_rest()
+            reason = one_line(errors.read_rest())
         if code == 0:
             return
         if code in CANNOT_START and reason.startswith("env: "):
             reason = f"{argv[0]} cannot be started: {reason.rpartition(': ')[2]}"
-        raise Veto("; ".join([reason or _describe_end(code), *undead]))
+        raise ParticipantVeto("; ".join([reason or _describe_end(code), *undead]))
 
 
 def adopt_orphans() -> None:
     """Be the one to whom the orphans of hooks go, and have the threads that pass their output on: see `children`."""
     children.adopt_orphans()
-    output.start()
+    output.start_outlets()
 
 
-async def _run(
-    argv: list[str], environment: dict[str, str], telling: Telling, out: Output, errors: Output
+async def _run_command(
+    argv: list[str], environment: dict[str, str], telling: ProducerCall, out: Output, errors: Output
 ) -> tuple[int | None, list[str]]:
     """Run a command to its end: its exit code, and what of it does not die. Cut short it is killed."""
     try:
-        child = children.start(argv, environment, out.writer, errors.writer)
+        child = children.start_command(argv, environment, out.writer, errors.writer)
     except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
-        raise Veto(f"{one_line(argv[0])} cannot be started: {describe_error(error)}") from None
+        raise ParticipantVeto(f"{one_line(argv[0])} cannot be started: {describe_error(error)}") from None
     undead: list[str] = []
     try:
         for one in (out, errors):
             one.close_writer()
-            one.listen()
-        code = await child.wait()
+            one.start_reading()
+        code = await child.wait_end()
     finally:
         # In a task of its own: the deadline may pass in the middle of it, and must not leave half of them alive.
-        ending = asyncio.ensure_future(_end(child, environment, telling, undead))
-        await settle(ending, CUT_SECONDS)
+        ending = asyncio.ensure_future(_end_command(child, environment, telling, undead))
+        await settle_task(ending, CUT_SECONDS)
     return code, undead
 
 
-async def _end(child: children.Child, environment: dict[str, str], telling: Telling, undead: list[str]) -> None:
+async def _end_command(
+    child: children.Child, environment: dict[str, str], telling: ProducerCall, undead: list[str]
+) -> None:
     """End a command with all it started; add to `undead` what does not die, and say so."""
-    undead += await children.end(child, environment)
+    undead += await children.end_command(child, environment)
     if undead:
         telling.not_yet("; ".join(undead), None)
         told = f"{environment['KHO_NAME']} {telling.verb.value}"
-        STDERR.write("".join(f"{told}: {text}\n" for text in undead).encode())
+        STDERR.queue_bytes("".join(f"{told}: {text}\n" for text in undead).encode())
 
 
 def _describe_end(code: int | None) -> str:
     if code is None:
         return "its exit code is not known: something else took it"
-    return f"exit code {code}" if code > 0 else f"killed by {_signal(-code)}"
+    return f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
 
 
-def _signal(number: int) -> str:
+def _signal_name(number: int) -> str:
     """Name a signal; real-time ones have none."""
     try:
         return signal.Signals(number).name

@@ -9,7 +9,7 @@ from pathlib import Path
 from khod.handover.record import Process
 
 
-async def ended(process: Process | None) -> None:
+async def wait_ended(process: Process | None) -> None:
     """Wait until a process has ended; for ever where none is known."""
     if process is None:
         await asyncio.get_running_loop().create_future()
@@ -30,7 +30,7 @@ async def ended(process: Process | None) -> None:
         os.close(pidfd)
 
 
-def lives(process: Process) -> bool:
+def is_alive(process: Process) -> bool:
     """Whether a process has not ended, as `ended` sees it: one whose parent has not waited for it has."""
     try:
         pidfd = os.pidfd_open(process.pid)

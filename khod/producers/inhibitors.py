@@ -13,7 +13,7 @@ from itertools import islice
 
 from jeepney import HeaderFields
 
-from khod.producers.barrier import Veto
+from khod.producers.barrier import ParticipantVeto
 from khod.producers.unit import system_bus
 from khod.text import one_line
 
@@ -49,10 +49,10 @@ class _Asked:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.asked_at = time.monotonic()
-        self.answer: asyncio.Task[Answer] = asyncio.ensure_future(_ask())
+        self.answer: asyncio.Task[Answer] = asyncio.ensure_future(_ask_logind())
 
     @property
-    def counts(self) -> bool:
+    def is_current(self) -> bool:
         """Whether another question would be answered no better, or is not allowed yet."""
         if self.loop is not asyncio.get_running_loop() or self.answer.cancelled():
             return False
@@ -62,21 +62,21 @@ class _Asked:
 _last: _Asked | None = None
 
 
-async def blocking() -> Answer:
+async def shutdown_inhibitors() -> Answer:
     """Everyone who blocks a shutdown, the first MAX_INHIBITORS; None where logind cannot be asked."""
     global _last  # noqa: PLW0603  # there is one logind, and one bus that bounds this process's connections
     if not os.access(KEPT, os.F_OK):
         return None
-    if _last is None or not _last.counts:
+    if _last is None or not _last.is_current:
         _last = _Asked()
     return await asyncio.shield(_last.answer)
 
 
-async def _ask() -> Answer:
+async def _ask_logind() -> Answer:
     try:
         async with asyncio.timeout(ASKING), system_bus() as bus:
-            answer = await bus.call(LOGIND, "ListInhibitors")
-    except (Veto, TimeoutError):
+            answer = await bus.call_method(LOGIND, "ListInhibitors")
+    except (ParticipantVeto, TimeoutError):
         return None
     if answer.header.fields.get(HeaderFields.signature) != "a(ssssuu)":
         return None

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from khod.errors import ConfigError
-from khod.producers.barrier import Telling, Veto
+from khod.producers.barrier import ParticipantVeto, ProducerCall
 from khod.producers.configured import Configured
 
 
 @dataclass(frozen=True)
-class Lost(Configured):
+class MissingProducer(Configured):
     """Stands in the place of a producer that nobody can reach any more, so that this is said.
 
     `had_to_restore` is what the record says of it: its state counts as missing in the next kernel. `unreadable` is
@@ -19,12 +19,14 @@ class Lost(Configured):
     unreadable: ConfigError | None = None
 
     @property
-    def restores(self) -> bool:
+    def restores_state(self) -> bool:
         return self.had_to_restore
 
-    async def tell(self, telling: Telling) -> None:
+    async def carry_out(self, telling: ProducerCall) -> None:
         if self.unreadable is not None:
-            raise Veto(f"it cannot be told to {telling.verb.value}: {self.unreadable.what} ({self.unreadable.where})")
-        raise Veto(
+            raise ParticipantVeto(
+                f"it cannot be told to {telling.verb.value}: {self.unreadable.what} ({self.unreadable.where})"
+            )
+        raise ParticipantVeto(
             f"its file in /etc/kho/producers.d is gone or says nothing of it: it cannot be told to {telling.verb.value}"
         )

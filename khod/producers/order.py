@@ -26,7 +26,7 @@ class Ordered(Protocol):
 T = TypeVar("T", bound=Ordered)
 
 
-def ranks(producers: Iterable[T]) -> list[list[T]]:
+def order_in_ranks(producers: Iterable[T]) -> list[list[T]]:
     """Order producers; names that are not here are no constraint. ConfigError names a cycle."""
     known = {producer.name: producer for producer in producers}
     sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(known, ()))
@@ -38,7 +38,7 @@ def ranks(producers: Iterable[T]) -> list[list[T]]:
     try:
         sorter.prepare()
     except CycleError as error:
-        raise _cycle(error.args[1]) from None
+        raise _cycle_error(error.args[1]) from None
     result = []
     while sorter.is_active():
         rank = sorter.get_ready()
@@ -77,13 +77,13 @@ def check_newcomer(
                 path = [name, one.name]
                 while path[-1] != name:
                     path.append(led_by[path[-1]])
-                raise _cycle(reversed(path))
+                raise _cycle_error(reversed(path))
             if follower.name not in led_by:
                 led_by[follower.name] = one.name
                 to_follow.append(follower)
 
 
-def _cycle(names: Iterable[str]) -> ConfigError:
+def _cycle_error(names: Iterable[str]) -> ConfigError:
     return ConfigError(
         "The producers' order is a cycle: " + " -> ".join(names), where="after/before", remedy="Remove one of these."
     )

@@ -46,12 +46,12 @@ class Outlet:
     def start(self) -> None:
         """Start the thread, so that none is needed later; where that fails it is tried again with the next bytes."""
         if self._thread is None:
-            thread = threading.Thread(target=self._run, name=f"khod-{self._name}", daemon=True)
+            thread = threading.Thread(target=self._write_queue, name=f"khod-{self._name}", daemon=True)
             with suppress(RuntimeError):  # can't start new thread
                 thread.start()
                 self._thread = thread
 
-    def write(self, data: bytes) -> None:
+    def queue_bytes(self, data: bytes) -> None:
         """Have bytes written in their turn, or drop them where too many wait."""
         with self._changed:
             self.start()
@@ -68,25 +68,25 @@ class Outlet:
             while self._bytes and self._changed.wait(STALL_SECONDS):
                 pass
 
-    def _run(self) -> None:
+    def _write_queue(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting)
                 stream, data = self._waiting.popleft()
-            written = _put(stream, data)
+            written = _write_all(stream, data)
             with self._changed:
                 self._dropped += len(data) - written
                 dropped = self._dropped if written and not self._waiting else 0
             if dropped:
                 line = f"\n(khod dropped {dropped} bytes that commands wrote: its {self._name} did not take them)\n"
-                dropped = dropped if _put(stream, line.encode()) else 0
+                dropped = dropped if _write_all(stream, line.encode()) else 0
             with self._changed:
                 self._bytes -= len(data)
                 self._dropped -= dropped
                 self._changed.notify_all()
 
 
-def _put(stream: Any, data: bytes) -> int:
+def _write_all(stream: Any, data: bytes) -> int:
     """Write to a stream as long as it takes; how many bytes it took."""
     written = 0
     # EPIPE, ENOSPC, EIO, EBADF; a stream that was closed, or is none (it was closed at the start), has no number.
@@ -105,14 +105,14 @@ STDOUT = Outlet("stdout")
 STDERR = Outlet("stderr")
 
 
-def start() -> None:
+def start_outlets() -> None:
     """Start the threads that write."""
     STDOUT.start()
     STDERR.start()
 
 
 @atexit.register
-def flush() -> None:
+def flush_outlets() -> None:
     """At khod's end, wait for what was not written yet."""
     STDOUT.flush()
     STDERR.flush()
@@ -142,7 +142,7 @@ class Output:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._hush()
+        self._stop_reading()
         self.close_writer()
         os.close(self._reader)
 
@@ -152,27 +152,27 @@ class Output:
             os.close(self.writer)
             self.writer = -1
 
-    def listen(self) -> None:
+    def start_reading(self) -> None:
         """Read from now on, whenever there is something."""
-        asyncio.get_running_loop().add_reader(self._reader, self._read)
+        asyncio.get_running_loop().add_reader(self._reader, self._read_once)
         self._listening = True
 
-    def finish(self) -> str:
+    def read_rest(self) -> str:
         """Read what is there, at most REST_BYTES, and give the last line; whoever still has the pipe is not heard."""
-        self._hush()
+        self._stop_reading()
         before = self._read_bytes
-        while self._read() and self._read_bytes - before < REST_BYTES:
+        while self._read_once() and self._read_bytes - before < REST_BYTES:
             pass
         if self._line:
             self._pass_on(b"\n")
         if self._read_bytes > PASSED_ON:
-            self._outlet.write(
+            self._outlet.queue_bytes(
                 self._label + f"({self._read_bytes - PASSED_ON} bytes more were left out here)\n".encode()
             )
         lines = self._tail.decode(errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "")
 
-    def _hush(self) -> None:
+    def _stop_reading(self) -> None:
         if self._listening:
             asyncio.get_running_loop().remove_reader(self._reader)
             self._listening = False
@@ -184,9 +184,9 @@ class Output:
             lines.append(self._line[:LINE_BYTES])
             self._line = self._line[LINE_BYTES:]
         if lines:
-            self._outlet.write(b"".join(self._label + line + b"\n" for line in lines))
+            self._outlet.queue_bytes(b"".join(self._label + line + b"\n" for line in lines))
 
-    def _read(self) -> bool:
+    def _read_once(self) -> bool:
         """Read once and pass it on; whether there was anything."""
         try:
             chunk = os.read(self._reader, READ_BYTES)
@@ -195,7 +195,7 @@ class Output:
         except OSError:
             chunk = b""
         if not chunk:
-            self._hush()
+            self._stop_reading()
             return False
         if passed_on := chunk[: max(0, PASSED_ON - self._read_bytes)]:
             self._pass_on(passed_on)

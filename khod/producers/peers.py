@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 
 from khod.abi.statx import statx
 from khod.errors import KhoError, Refused, Unreachable, Unsupported, UsageError
-from khod.handover.record import Holder, Owner, Process
+from khod.handover.record import Owner, Process, ProducerRecord
 from khod.model import Kept
-from khod.producers.barrier import GONE, UNDO, Telling, Verb, Veto
+from khod.producers.barrier import GONE, UNDO, ParticipantVeto, ProducerCall, Verb
 from khod.producers.configured import check_name
-from khod.producers.identity import ended, lives
-from khod.producers.registrations import Registered, Registrations
+from khod.producers.identity import is_alive, wait_ended
+from khod.producers.registrations import RegisteredProducer, Registrations
 from khod.producers.sessions import Sessions, session_of
 
 KIND = "varlink"
 Inode = tuple[tuple[int, int], int]
-MAX_TIMEOUT = 600.0
+MAX_TIMEOUT_SECONDS = 600.0
 """Seconds a peer may ask for: an undo waits as long for one that hangs."""
 
 MAX_FILES = 1024
@@ -36,17 +36,17 @@ MAX_NAMES = 32
 """Names of other producers, or devices, one registration may have: each stands in the record."""
 
 
-UNDONE = {undo: verb for verb, undo in UNDO.items()}
+UNDONE_BY = {undo: verb for verb, undo in UNDO.items()}
 """What each undo takes back."""
 
 
-class HungUp(Veto):
+class HungUp(ParticipantVeto):
     """The connection ended before the answer came."""
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What a producer registers with; see `khod.producers.barrier.Producer`. `timeout` is in seconds."""
+class Registration:
+    """What a producer registers with; see `khod.producers.barrier.Participant`. `timeout` is in seconds."""
 
     timeout: float = 30.0
     after: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Command:
+class PeerCommand:
     """What a producer is told. `fds` are those of `kept`, with restore; whoever gets the command closes them."""
 
     serial: int
@@ -83,7 +83,9 @@ class Peer:
 
     kind = KIND
 
-    def __init__(self, name: str, owner: Owner, process: Process | None, terms: Terms, sessions: Sessions) -> None:
+    def __init__(
+        self, name: str, owner: Owner, process: Process | None, terms: Registration, sessions: Sessions
+    ) -> None:
         self.name = name
         self.owner = owner
         self.process = process
@@ -96,7 +98,7 @@ class Peer:
         self.told = ""
         """The last verb it was told and not told the undo of: what it is reminded of when it comes back."""
         self.kept: tuple[Kept, ...] = ()
-        self._with_freeze: dict[Kept, tuple[Inode, Telling]] = {}
+        self._with_freeze: dict[Kept, tuple[Inode, ProducerCall]] = {}
         """What freeze has added to its session: which file that is, and the freeze it was given with last."""
         self.run = ""
         self.restoring = False
@@ -107,16 +109,16 @@ class Peer:
         """Called when it answers, in the next kernel, what nobody waited for any more."""
         self._sessions = sessions
         self._serial = 0
-        self._telling: Telling | None = None
+        self._telling: ProducerCall | None = None
         self._delivered = 0
         self._answer: asyncio.Future[None] | None = None
         self._news = asyncio.Event()
         self._back = asyncio.Event()
 
     @classmethod
-    def expected(cls, holder: Holder, run: str, sessions: Sessions, *, restoring: bool) -> "Peer":
+    def expect_holder(cls, holder: ProducerRecord, run: str, sessions: Sessions, *, restoring: bool) -> "Peer":
         """Make the entry of a producer that an earlier khod knew."""
-        terms = Terms(holder.timeout, holder.after, holder.before, holder.devices)
+        terms = Registration(holder.timeout, holder.after, holder.before, holder.devices)
         made = cls(holder.name, holder.owner or Owner(-1, ""), holder.process, terms, sessions)
         # The record is written before anyone is told: whoever stands in it may have been told to prepare.
         told = {"": Verb.prepare.value, Verb.cancel.value: ""}.get(holder.told, holder.told)
@@ -128,12 +130,14 @@ class Peer:
         made.kept, made.run, made.restoring = holder.kept, run, restoring
         return made
 
-    def holder(self) -> Holder:
+    def to_record(self) -> ProducerRecord:
         """What the record says of it; the barrier adds what it was told."""
-        return Holder(self.name, KIND, owner=self.owner, process=self.bearer, kept=self.kept, **vars(self.terms))
+        return ProducerRecord(
+            self.name, KIND, owner=self.owner, process=self.bearer_process, kept=self.kept, **vars(self.terms)
+        )
 
     @property
-    def bearer(self) -> Process | None:
+    def bearer_process(self) -> Process | None:
         """The process that did what it was told, be it connected or not; None where none is known."""
         return self.process or self.left
 
@@ -154,11 +158,11 @@ class Peer:
         return self.terms.devices
 
     @property
-    def restores(self) -> bool:
+    def restores_state(self) -> bool:
         return True
 
     @property
-    def reachable(self) -> bool:
+    def is_reachable(self) -> bool:
         return self.connected
 
     @property
@@ -167,44 +171,46 @@ class Peer:
         return bool(self.told) or self.restoring
 
     @property
-    def awaited(self) -> bool:
+    def is_awaited(self) -> bool:
         """Whether it was told something in this boot, and is not connected."""
         return bool(self.told) and not self.restoring and not self.connected
 
     @property
-    def session(self) -> str:
+    def session_name(self) -> str:
         """The name of its LUO session in this handover."""
         return session_of(self.run, self.name)
 
     # What the barrier does
 
-    async def tell(self, telling: Telling) -> str | None:
+    async def carry_out(self, telling: ProducerCall) -> str | None:
         verb, self.run = telling.verb, telling.run
         while here := self.connected or await self._comes_back(telling):
             if verb is Verb.finish and self._taker != self.process:  # what was given died with the one that took it
-                await self._converse(replace(telling, verb=Verb.restore))
-            if verb is Verb.freeze and self.kept and self.session not in self._sessions.names:
-                raise Veto("what it handed over before is preserved no more: it must be told to prepare again")
+                await self._await_answer(replace(telling, verb=Verb.restore))
+            if verb is Verb.freeze and self.kept and self.session_name not in self._sessions.session_names:
+                raise ParticipantVeto(
+                    "what it handed over before is preserved no more: it must be told to prepare again"
+                )
             try:
-                await self._converse(telling)
+                await self._await_answer(telling)
                 break
             except HungUp:
-                if verb not in UNDONE:
+                if verb not in UNDONE_BY:
                     raise
         if verb is Verb.freeze:
-            stale = {*self._earlier(telling).values()}
+            stale = {*self._earlier_files(telling).values()}
             self.kept = tuple(kept for kept in self.kept if kept not in stale)
         self._taker = self.process if verb is Verb.restore else None
         if verb is Verb.cancel:
-            self._sessions.close(self.session)
+            self._sessions.close_session(self.session_name)
             self.kept, self._with_freeze = (), {}
         elif verb is Verb.finish:
-            await self._sessions.finish(self.session, self.timeout)
+            await self._sessions.finish_session(self.session_name, self.timeout)
             self.kept, self.restoring = (), False
         self.told = {Verb.thaw: Verb.prepare.value, Verb.cancel: "", Verb.finish: ""}.get(verb, verb.value)
         return None if here else GONE
 
-    async def _converse(self, telling: Telling) -> None:
+    async def _await_answer(self, telling: ProducerCall) -> None:
         """Give the command and wait for the answer to it."""
         self._serial += 1
         self._telling, self._answer = telling, asyncio.get_running_loop().create_future()
@@ -214,25 +220,25 @@ class Peer:
             await self._answer
         finally:
             self._answer = None
-            if telling.verb not in UNDONE:
+            if telling.verb not in UNDONE_BY:
                 # An undo that was not answered in time stays: whoever comes late hears it, whatever it says.
                 self._telling = None
 
-    async def leave(self, note: str) -> None:
+    async def make_way(self, note: str) -> None:
         """Nothing: its process gets the shutdown's signals."""
 
-    async def returned(self) -> None:
+    async def wait_returned(self) -> None:
         if not self.connected and (self.process is None or not await self._back_or_gone()):
-            raise Veto("it is gone")
+            raise ParticipantVeto("it is gone")
 
-    async def _comes_back(self, telling: Telling) -> bool:
+    async def _comes_back(self, telling: ProducerCall) -> bool:
         """Wait for a connection; False where there is nobody to tell and nothing to undo."""
-        undo = telling.verb in UNDONE
-        bearer = self.bearer if undo else self.process
+        undo = telling.verb in UNDONE_BY
+        bearer = self.bearer_process if undo else self.process
         if bearer is None and not self.restoring:
             if undo:
                 return False
-            raise Veto("its connection ended")
+            raise ParticipantVeto("its connection ended")
         reason = "it has not connected yet"
         if bearer is not None and undo:  # it stands in the error where neither comes to pass in time
             state = "frozen" if telling.verb is Verb.thaw else "prepared"
@@ -242,12 +248,12 @@ class Peer:
             return True
         if undo:
             return False
-        raise Veto("its process ended")
+        raise ParticipantVeto("its process ended")
 
     async def _back_or_gone(self) -> bool:
         """Wait for its connection or the end of its process; whether it is connected."""
         back = asyncio.ensure_future(self._back.wait())
-        gone = asyncio.ensure_future(ended(None if self.restoring else self.bearer))
+        gone = asyncio.ensure_future(wait_ended(None if self.restoring else self.bearer_process))
         try:
             await asyncio.wait({back, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -257,7 +263,7 @@ class Peer:
 
     # What the connection does
 
-    def attach(self, process: Process, terms: Terms) -> None:
+    def attach_connection(self, process: Process, terms: Registration) -> None:
         """A connection has come for this entry."""
         if self._taker not in (None, process):
             self.told = Verb.restore.value
@@ -265,10 +271,10 @@ class Peer:
         self._telling, self._delivered = None, 0
         self._back.set()
 
-    def detach(self) -> None:
+    def detach_connection(self) -> None:
         """The connection has ended: whatever it was told is answered with a veto, an undo is still to be told."""
-        if self._answer is not None and self._telling is not None and self._telling.verb in UNDONE:
-            self.told = UNDONE[self._telling.verb].value
+        if self._answer is not None and self._telling is not None and self._telling.verb in UNDONE_BY:
+            self.told = UNDONE_BY[self._telling.verb].value
         self.left = self.process if self.told and not self.restoring else None
         self.connected, self.process = False, None
         self._back.clear()
@@ -276,52 +282,52 @@ class Peer:
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(HungUp("its connection ended"))
 
-    async def next(self, answer: Answer | None) -> Command:
+    async def exchange_answer(self, answer: Answer | None) -> PeerCommand:
         """Take an answer, then wait for the next command; Unreachable where the connection ends meanwhile."""
         if answer is not None:
-            repeat = await self._heard(answer)
+            repeat = await self._take_answer(answer)
             if repeat is not None:
                 return repeat
         while self.connected:
             self._news.clear()
             if self._telling is not None and self._delivered != self._serial:
                 self._delivered = self._serial
-                return await self._command(self._telling)
+                return await self._make_command(self._telling)
             await self._news.wait()
         raise Unreachable("The connection has ended")
 
-    async def _heard(self, answer: Answer) -> Command | None:
+    async def _take_answer(self, answer: Answer) -> PeerCommand | None:
         """Pass an answer on; the same command again where it was `not_yet`. A late one counts for nothing."""
         future, telling = self._answer, self._telling
         if future is None or future.done() or telling is None or answer.serial != self._serial:
             if self.restoring and future is None:
                 if answer.word == "not_yet":  # nobody waits, and nobody undoes it either: let it go on
-                    return Command(answer.serial, Verb.restore, self.run, self.timeout)
+                    return PeerCommand(answer.serial, Verb.restore, self.run, self.timeout)
                 self.late()  # it is told again: it has no cause to connect again
             return None
         if answer.word == "not_yet":
             telling.not_yet(answer.reason, answer.progress)
         if answer.files:
             try:
-                await self._preserve(telling, answer.files)
+                await self._preserve_files(telling, answer.files)
             except Unsupported as error:
-                _fail(future, error)
+                _fail_future(future, error)
             except KhoError as error:
-                _fail(future, Veto(str(error)))
+                _fail_future(future, ParticipantVeto(str(error)))
         if answer.word == "not_yet":
-            return Command(self._serial, telling.verb, telling.run, self.timeout)
+            return PeerCommand(self._serial, telling.verb, telling.run, self.timeout)
         if not future.done():
             if answer.word == "ready":
                 future.set_result(None)
             else:
-                future.set_exception(Veto(answer.reason or "no reason given"))
+                future.set_exception(ParticipantVeto(answer.reason or "no reason given"))
         return None
 
-    async def _preserve(self, telling: Telling, files: Sequence[tuple[Kept, int]]) -> None:
+    async def _preserve_files(self, telling: ProducerCall, files: Sequence[tuple[Kept, int]]) -> None:
         if telling.verb not in UNDO:
             raise UsageError(f"Files are handed over with prepare and freeze, not with {telling.verb.value}")
-        inodes = {kept: _inode(file) for kept, file in files} if telling.verb is Verb.freeze else {}
-        earlier = self._earlier(telling)
+        inodes = {kept: _inode_of(file) for kept, file in files} if telling.verb is Verb.freeze else {}
+        earlier = self._earlier_files(telling)
         again = {kept: earlier[kept.name, inode] for kept, inode in inodes.items() if (kept.name, inode) in earlier}
         new = [(kept, file) for kept, file in files if kept not in again]
         there = {*self.kept, *self._with_freeze}
@@ -333,19 +339,19 @@ class Peer:
         for what, values in (("name", names), ("token", tokens)):
             if twice := sorted(str(value) for value, count in Counter(values).items() if count > 1):
                 raise UsageError(f"The {what} {twice[0]!r} is given to two files", remedy="Give each its own.")
-        session = self.session
+        session = self.session_name
         if new:
-            await self._sessions.preserve(session, new, self.timeout)
+            await self._sessions.preserve_files(session, new, self.timeout)
         called_off = self._telling is not telling  # it took long
-        if called_off and (telling.verb is Verb.prepare or not self.told or session != self.session):
-            self._sessions.close(session)
+        if called_off and (telling.verb is Verb.prepare or not self.told or session != self.session_name):
+            self._sessions.close_session(session)
             return
         result = [again.get(kept, kept) for kept in given]
         self._with_freeze |= {again.get(kept, kept): (inode, telling) for kept, inode in inodes.items()}
         if not called_off:
             self.kept = (*(kept for kept in self.kept if kept.name not in {one.name for one in given}), *result)
 
-    def _earlier(self, telling: Telling) -> dict[tuple[str, Inode], Kept]:
+    def _earlier_files(self, telling: ProducerCall) -> dict[tuple[str, Inode], Kept]:
         """What its session has from a freeze before this one, by the name and the file.
 
         The kernel lets go of a session only as a whole, and khod has no descriptors with which to preserve again what
@@ -355,25 +361,25 @@ class Peer:
         """
         return {(kept.name, inode): kept for kept, (inode, by) in self._with_freeze.items() if by is not telling}
 
-    async def _command(self, telling: Telling) -> Command:
-        command = Command(self._serial, telling.verb, telling.run, self.timeout)
+    async def _make_command(self, telling: ProducerCall) -> PeerCommand:
+        command = PeerCommand(self._serial, telling.verb, telling.run, self.timeout)
         if telling.verb is not Verb.restore or not self.kept:
             return command
         try:
-            fds = await self._sessions.take(self.session, self.kept, self.timeout)
+            fds = await self._sessions.retrieve_files(self.session_name, self.kept, self.timeout)
         except KhoError as error:
             if self._answer is not None:
-                _fail(self._answer, Veto(str(error)))
+                _fail_future(self._answer, ParticipantVeto(str(error)))
             raise
         return replace(command, kept=self.kept, fds=tuple(fds))
 
 
-def _inode(file: int) -> Inode:
+def _inode_of(file: int) -> Inode:
     found = statx(file)
     return found.dev, found.ino
 
 
-def _fail(future: "asyncio.Future[None]", error: Exception) -> None:
+def _fail_future(future: "asyncio.Future[None]", error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
 
@@ -402,22 +408,24 @@ class Peers:
         self._came = came
         self._registrations = registrations
         self._unkept = unkept
-        self._absent: dict[str, Registered] = {}
+        self._absent: dict[str, RegisteredProducer] = {}
         self._returned = asyncio.Event()
 
-    def remember(self, boot_id: str) -> None:
+    def expect_registered(self, boot_id: str) -> None:
         """Expect those that an earlier khod of this boot had, until each has come back or is given up."""
         if self._registrations is None:
             return
         try:
-            found = self._registrations.load(boot_id)
+            found = self._registrations.load_registered(boot_id)
         except Exception as error:  # noqa: BLE001 - whatever it is: nobody is kept from registering by it
             self._unkept(error)
             return
-        self._absent = {registered.name: registered for registered in found if registered.name not in self._connected()}
+        self._absent = {
+            registered.name: registered for registered in found if registered.name not in self._connected_names()
+        }
 
     @property
-    def absent(self) -> list[Registered]:
+    def absent_producers(self) -> list[RegisteredProducer]:
         """Those that were registered before khod was restarted, and have not come back."""
         return list(self._absent.values())
 
@@ -425,60 +433,63 @@ class Peers:
         """Wait until those absent of these names whose process lives have come back, and no longer than `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                while any(name in names and lives(found.process) for name, found in self._absent.items()):
+                while any(name in names and is_alive(found.process) for name, found in self._absent.items()):
                     self._returned.clear()
                     await self._returned.wait()
         except TimeoutError:
             return
 
-    def _connected(self) -> set[str]:
+    def _connected_names(self) -> set[str]:
         return {name for name, peer in self._peers.items() if peer.connected}
 
     def stop_remembering(self) -> None:
         """Keep the registrations as they are: khod ends, and every connection with it."""
         if self._registrations is not None:
-            self._registrations.close()
+            self._registrations.close_file()
 
-    def _keep(self, change: Callable[[Registrations], None]) -> None:
+    def _keep_registration(self, change: Callable[[Registrations], None]) -> None:
         if self._registrations is not None:
             try:
                 change(self._registrations)
             except Exception as error:  # noqa: BLE001 - as above
                 self._unkept(error)
 
-    def known(self) -> list[Peer]:
+    def all_peers(self) -> list[Peer]:
         """Those connected, and those that are waited for."""
-        return [*filter(None, map(self.find, self._peers))]
+        return [*filter(None, map(self.find_peer, self._peers))]
 
     def taking_part(self) -> list[Peer]:
         """Those of a handover: not whoever has not taken back yet what the previous kernel's khod left here."""
-        return [peer for peer in self.known() if not peer.restoring]
+        return [peer for peer in self.all_peers() if not peer.restoring]
 
-    def awaits(self, name: str) -> bool:
+    def is_awaiting(self, name: str) -> bool:
         """Whether this handover counts on a producer of this name that is not connected."""
         peer = self._peers.get(name)
-        return peer is not None and peer.awaited
+        return peer is not None and peer.is_awaited
 
-    def find(self, name: str) -> Peer | None:
+    def find_peer(self, name: str) -> Peer | None:
         """One that is connected or waited for, by its name."""
         peer = self._peers.get(name)
         return peer if peer is not None and (peer.connected or peer.counted_on) else None
 
-    def naming(self, name: str) -> list[Peer]:
+    def peers_naming(self, name: str) -> list[Peer]:
         """Those that are connected or waited for and want to be told before or after this producer."""
-        return [*filter(None, map(self.find, self._naming.get(name, ())))]
+        return [*filter(None, map(self.find_peer, self._naming.get(name, ())))]
 
     def expect_absent(self, run: str) -> None:
         """Count on those that have not come back since khod was restarted: any of them may be frozen, and stays so."""
-        about = {"told": Verb.freeze.value, **vars(Terms())}
-        holders = [Holder(one.name, KIND, owner=one.owner, process=one.process, **about) for one in self.absent]
-        self.expect(holders, run, restoring=False)
+        about = {"told": Verb.freeze.value, **vars(Registration())}
+        holders = [
+            ProducerRecord(one.name, KIND, owner=one.owner, process=one.process, **about)
+            for one in self.absent_producers
+        ]
+        self.expect_holders(holders, run, restoring=False)
 
-    def expect(self, holders: Iterable[Holder], run: str, *, restoring: bool) -> None:
+    def expect_holders(self, holders: Iterable[ProducerRecord], run: str, *, restoring: bool) -> None:
         """Wait for producers that an earlier khod knew, of this boot or (`restoring`) of the one before."""
         for holder in holders:
             if holder.kind == KIND and holder.name not in self._peers:
-                self._enter(Peer.expected(holder, run, self._sessions, restoring=restoring))
+                self._add_peer(Peer.expect_holder(holder, run, self._sessions, restoring=restoring))
 
     def give_up(self, name: str) -> bool:
         """Expect a producer back no more that has lost its connection, or had it before khod was restarted.
@@ -486,24 +497,24 @@ class Peers:
         Whether it was expected. What it was told is not undone then where it does not come back by itself.
         """
         peer = self._peers.get(name)
-        awaited = peer is not None and peer.awaited and peer.bearer is not None
+        awaited = peer is not None and peer.is_awaited and peer.bearer_process is not None
         if peer is not None and awaited:
             peer.process = peer.left = None
             peer.given_up = True
         if self._absent.pop(name, None) is None:
             return awaited
         self._returned.set()
-        self._keep(lambda registrations: registrations.remove(name))
+        self._keep_registration(lambda registrations: registrations.remove_name(name))
         return True
 
-    async def forget(self, name: str, deadline: float) -> None:
+    async def forget_claim(self, name: str, deadline: float) -> None:
         """Free what a producer left before the jump; nothing where it left nothing."""
         peer = self._peers.get(name)
         if peer is not None and peer.restoring:
-            await self._sessions.drop(peer.session, deadline)
+            await self._sessions.drop_session(peer.session_name, deadline)
             peer.restoring, peer.told, peer.kept = False, "", ()
 
-    def register(self, name: str, owner: Owner, process: Process, terms: Terms, most: int) -> Peer:
+    def register_peer(self, name: str, owner: Owner, process: Process, terms: Registration, most: int) -> Peer:
         """Take a connection in as the producer `name`, at `most` so many of one user's. UsageError or Refused."""
         check_name(name)
         _check_terms(terms)
@@ -511,7 +522,7 @@ class Peers:
         if peer is not None and peer.connected:
             raise Refused(f"There is a producer {name} already", where=name, remedy="Choose another name.")
         if peer is not None and peer.given_up and peer.owner != owner:  # what its process did is nobody's any more
-            self._strike(peer)
+            self._delete_peer(peer)
             peer = None
         if peer is not None and peer.counted_on and peer.owner != owner:
             raise Refused(
@@ -527,9 +538,9 @@ class Peers:
                 where=name,
                 remedy="Run it in the same unit as before, or: khoctl producers forget NAME",
             )
-        awaited = peer.bearer if peer is not None and peer.awaited else None
+        awaited = peer.bearer_process if peer is not None and peer.is_awaited else None
         for before in (awaited, absent.process if absent is not None else None):
-            if before not in (None, process) and lives(before):
+            if before not in (None, process) and is_alive(before):
                 # It may be stopped, and frozen: another that came in its stead would be thawed for it.
                 raise Refused(
                     f"Process {before.pid} holds the name {name} and has not come back",
@@ -547,32 +558,34 @@ class Peers:
             self._gone(peer)  # the process that was told is dead, and what it held with it
         self._per_user[owner.uid] += 1
         if earlier is not None:
-            self._strike(earlier)
-        peer.attach(process, terms)
-        self._enter(peer)
+            self._delete_peer(earlier)
+        peer.attach_connection(process, terms)
+        self._add_peer(peer)
         self._absent.pop(name, None)
         self._returned.set()
-        self._keep(lambda registrations: registrations.add(Registered(name, owner, process)))
+        self._keep_registration(
+            lambda registrations: registrations.add_registered(RegisteredProducer(name, owner, process))
+        )
         self._came(peer)
         return peer
 
-    def leave(self, peer: Peer) -> None:
+    def remove_peer(self, peer: Peer) -> None:
         """Its connection has ended."""
         if not peer.connected:
             return
         self._per_user[peer.owner.uid] -= 1
-        peer.detach()
-        self._keep(lambda registrations: registrations.remove(peer.name))
+        peer.detach_connection()
+        self._keep_registration(lambda registrations: registrations.remove_name(peer.name))
         if not peer.counted_on:
-            self._strike(peer)
+            self._delete_peer(peer)
         self._gone(peer)
 
-    def _enter(self, peer: Peer) -> None:
+    def _add_peer(self, peer: Peer) -> None:
         self._peers[peer.name] = peer
         for name in (*peer.after, *peer.before):
             self._naming.setdefault(name, set()).add(peer.name)
 
-    def _strike(self, peer: Peer) -> None:
+    def _delete_peer(self, peer: Peer) -> None:
         del self._peers[peer.name]
         for name in {*peer.after, *peer.before}:
             self._naming[name].discard(peer.name)
@@ -580,12 +593,12 @@ class Peers:
                 del self._naming[name]
 
 
-def _check_terms(terms: Terms) -> None:
-    if not 0 < terms.timeout <= MAX_TIMEOUT:  # a NaN is neither
+def _check_terms(terms: Registration) -> None:
+    if not 0 < terms.timeout <= MAX_TIMEOUT_SECONDS:  # a NaN is neither
         raise UsageError(
             f"The timeout is {terms.timeout}",
             where="timeout",
-            remedy=f"Give seconds, more than 0 and at most {MAX_TIMEOUT:g}.",
+            remedy=f"Give seconds, more than 0 and at most {MAX_TIMEOUT_SECONDS:g}.",
         )
     for what, names in (("after", terms.after), ("before", terms.before)):
         for other in names:

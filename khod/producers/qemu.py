@@ -20,26 +20,26 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from khod.concurrency.bounded import settle
+from khod.concurrency.bounded import settle_task
 from khod.handover.record import Process
-from khod.producers.barrier import GONE, NOT_RECORDED, Telling, Verb, Veto
+from khod.producers.barrier import GONE, NOT_RECORDED, ParticipantVeto, ProducerCall, Verb
 from khod.producers.configured import Configured, one_line
-from khod.producers.identity import ended, process_of
-from khod.producers.sockets import connect
+from khod.producers.identity import process_of, wait_ended
+from khod.producers.sockets import connect_unix
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
-GRACE = 1.0
+GRACE_SECONDS = 1.0
 """Seconds a process may take to end after its socket was closed."""
 HANG_UP_SECONDS = 0.5
 """How long QEMU may hold up the end of a session; then the connection is cut, which it cannot hold up."""
 
-PAUSED = "paused"
-GOING = frozenset({"running", "suspended"})
+PAUSED_STATE = "paused"
+RUNNING_STATES = frozenset({"running", "suspended"})
 """States `stop` takes to `paused`, and `cont` back. Before QEMU 9.0 `stop` does not act on a suspended VM."""
 
-UNFIT = {
+UNFIT_STATES = {
     "debug": "a debugger holds it and may let it go at any time",
     "inmigrate": "it is still arriving from another host, and `stop` would only say how it starts there",
     "internal-error": "QEMU cannot run it any further without a reset",
@@ -57,11 +57,11 @@ UNFIT = {
 """The other values of QEMU's RunState (qapi/run-state.json), and why there is no handover with one."""
 
 
-class _Lost(Veto):
+class QmpUnavailable(ParticipantVeto):
     """QEMU cannot be spoken to."""
 
 
-class _Absent(_Lost):
+class _Absent(QmpUnavailable):
     """Nobody listens at its socket."""
 
 
@@ -90,13 +90,13 @@ class _Note:
         return f"{self.reached.value} {self.state} {self.process.pid} {self.process.started} {self.socket}"
 
     @classmethod
-    def read(cls, text: str) -> "_Note":
+    def parse_note(cls, text: str) -> "_Note":
         """Read what `str` made; Veto where it is anything else."""
         try:
             reached, state, pid, started, *path = text.split(" ", 4)
             return cls(_Reached(reached), state, Process(int(pid), int(started)), *path)
         except ValueError:
-            raise Veto(f"it was not prepared: its note is {one_line(text)!r}") from None
+            raise ParticipantVeto(f"it was not prepared: its note is {one_line(text)!r}") from None
 
 
 @dataclass(frozen=True)
@@ -109,43 +109,43 @@ class Qemu(Configured):
     @classmethod
     def by_note(cls, name: str, note: str) -> "Qemu | None":
         """Make the producer that left this note; None where it does not name the socket."""
-        with suppress(Veto):
-            if path := _Note.read(note).socket:
+        with suppress(ParticipantVeto):
+            if path := _Note.parse_note(note).socket:
                 return cls(name, socket=path)
         return None
 
-    async def _carry_out(self, telling: Telling) -> str | None:
-        steps: dict[Verb, Callable[[Telling], Awaitable[str | None]]] = {
-            Verb.prepare: self._prepare,
-            Verb.freeze: self._freeze,
-            Verb.thaw: self._thaw,
+    async def _carry_out(self, telling: ProducerCall) -> str | None:
+        steps: dict[Verb, Callable[[ProducerCall], Awaitable[str | None]]] = {
+            Verb.prepare: self._check_running,
+            Verb.freeze: self._pause_guest,
+            Verb.thaw: self._continue_guest,
         }
         step = steps.get(telling.verb)
         return await step(telling) if step else None
 
-    async def _prepare(self, telling: Telling) -> None:
-        async with _monitor(self.socket, telling) as vm:
-            state = await vm.status()
-            if state != PAUSED and state not in GOING:
-                raise Veto(f"it is `{state}`: {UNFIT.get(state, 'not a state that khod knows')}")
+    async def _check_running(self, telling: ProducerCall) -> None:
+        async with _open_monitor(self.socket, telling) as vm:
+            state = await vm.run_state()
+            if state != PAUSED_STATE and state not in RUNNING_STATES:
+                raise ParticipantVeto(f"it is `{state}`: {UNFIT_STATES.get(state, 'not a state that khod knows')}")
             telling.note = str(_Note(_Reached.prepared, state, vm.process, self.socket))
 
-    async def _freeze(self, telling: Telling) -> None:
-        note = _Note.read(telling.note)
+    async def _pause_guest(self, telling: ProducerCall) -> None:
+        note = _Note.parse_note(telling.note)
         telling.note = str(replace(note, reached=_Reached.untouched))
-        async with _monitor(note.socket or self.socket, telling) as vm:
-            vm.expect(note.process)
-            if (state := await vm.status()) != note.state:
+        async with _open_monitor(note.socket or self.socket, telling) as vm:
+            vm.require_process(note.process)
+            if (state := await vm.run_state()) != note.state:
                 # Whoever changed it is at work on this VM; and thaw must give back the state of `prepare`.
-                raise Veto(f"it was `{note.state}` when it prepared and is `{state}` now")
-            if state == PAUSED:
+                raise ParticipantVeto(f"it was `{note.state}` when it prepared and is `{state}` now")
+            if state == PAUSED_STATE:
                 return
             telling.note = str(replace(note, reached=_Reached.asked))
-            await vm.execute("stop")
-            if (state := await vm.status()) != PAUSED:
-                raise Veto(f"asked to pause, it is `{state}`")
+            await vm.execute_command("stop")
+            if (state := await vm.run_state()) != PAUSED_STATE:
+                raise ParticipantVeto(f"asked to pause, it is `{state}`")
 
-    async def _thaw(self, telling: Telling) -> str | None:
+    async def _continue_guest(self, telling: ProducerCall) -> str | None:
         """Continue what was going.
 
         Where QEMU cannot be asked: success if its process is gone or was never asked to pause, Veto
@@ -154,22 +154,22 @@ class Qemu(Configured):
         """
         if telling.note == NOT_RECORDED:
             try:
-                async with _monitor(self.socket, telling) as vm:
-                    if await vm.status() == PAUSED:
+                async with _open_monitor(self.socket, telling) as vm:
+                    if await vm.run_state() == PAUSED_STATE:
                         await vm.go_on()
             except _Absent:
                 return GONE
             return None
-        note = _Note.read(telling.note)
-        if note.state == PAUSED or note.reached is _Reached.untouched:
+        note = _Note.parse_note(telling.note)
+        if note.state == PAUSED_STATE or note.reached is _Reached.untouched:
             return None
         try:
-            async with _monitor(note.socket or self.socket, telling) as vm:
-                vm.expect(note.process)
+            async with _open_monitor(note.socket or self.socket, telling) as vm:
+                vm.require_process(note.process)
                 await vm.go_on()
-        except _Lost as error:
-            if not await _gone(note.process):
-                raise Veto(f"{error}; process {note.process.pid} lives, and may be paused") from None
+        except QmpUnavailable as error:
+            if not await _has_ended(note.process):
+                raise ParticipantVeto(f"{error}; process {note.process.pid} lives, and may be paused") from None
         return None
 
 
@@ -179,30 +179,32 @@ class _Monitor:
 
     client: "QMPClient"
     connection: socket.socket
-    telling: Telling
+    telling: ProducerCall
     process: Process
 
-    def expect(self, process: Process) -> None:
+    def require_process(self, process: Process) -> None:
         if self.process != process:
-            raise _Lost(f"process {self.process.pid} has its QMP socket now, and not {process.pid} as at prepare")
+            raise QmpUnavailable(
+                f"process {self.process.pid} has its QMP socket now, and not {process.pid} as at prepare"
+            )
 
-    async def status(self) -> str:
+    async def run_state(self) -> str:
         """Give the RunState in QEMU's spelling."""
-        answer = await self.execute("query-status")
+        answer = await self.execute_command("query-status")
         state = answer.get("status") if isinstance(answer, dict) else None
         if not isinstance(state, str):
-            raise _Lost("its answer to `query-status` names no state")
+            raise QmpUnavailable("its answer to `query-status` names no state")
         return one_line(state)
 
     async def go_on(self) -> None:
         """Continue it where it is paused; Veto where it does not run then."""
-        if (state := await self.status()) == PAUSED:
-            await self.execute("cont")
-            state = await self.status()
-        if state not in GOING:
-            raise Veto(f"it does not run again: it is `{state}`")
+        if (state := await self.run_state()) == PAUSED_STATE:
+            await self.execute_command("cont")
+            state = await self.run_state()
+        if state not in RUNNING_STATES:
+            raise ParticipantVeto(f"it does not run again: it is `{state}`")
 
-    async def execute(self, command: str) -> Any:
+    async def execute_command(self, command: str) -> Any:
         """Carry a command out and give its answer."""
         from qemu.qmp import ExecInterruptedError, ExecuteError, QMPError, StateError  # noqa: PLC0415
 
@@ -210,63 +212,63 @@ class _Monitor:
         try:
             return await self.client.execute(command)
         except ExecuteError as error:
-            raise Veto(f"it refuses to `{command}`: {one_line(str(error))}") from None
+            raise ParticipantVeto(f"it refuses to `{command}`: {one_line(str(error))}") from None
         except (ExecInterruptedError, StateError):
             cause = await _hang_up(self.client, self.connection)
-            raise _Lost(f"{_why(cause)} (at `{command}`)") from None
+            raise QmpUnavailable(f"{_end_reason(cause)} (at `{command}`)") from None
         except QMPError as error:
-            raise _Lost(f"{_why(error)} (at `{command}`)") from None
+            raise QmpUnavailable(f"{_end_reason(error)} (at `{command}`)") from None
 
 
 @asynccontextmanager
-async def _monitor(path: str, telling: Telling) -> AsyncIterator[_Monitor]:
+async def _open_monitor(path: str, telling: ProducerCall) -> AsyncIterator[_Monitor]:
     """Connect and negotiate; hangs up at the end, whatever it is. Waits for as long as another client is served."""
     telling.not_yet("waiting for the QMP greeting: another client may hold it, or QEMU is busy", None)
-    client, connection = await _session(path)
+    client, connection = await _open_session(path)
     try:
-        yield _Monitor(client, connection, telling, _peer(connection))
+        yield _Monitor(client, connection, telling, _listening_process(connection))
     finally:
         await _hang_up(client, connection)
 
 
-async def _session(path: str) -> "tuple[QMPClient, socket.socket]":
+async def _open_session(path: str) -> "tuple[QMPClient, socket.socket]":
     """Give a client that QEMU has greeted, and the connection it has."""
     try:
         # Here: it takes 70 ms, and only hosts with VMs need it.
         from qemu.qmp import ConnectError, QMPClient, QMPError, Runstate  # noqa: PLC0415
     except ImportError:
-        raise Veto("the Python package qemu.qmp is missing: install python3-qemu-qmp") from None
+        raise ParticipantVeto("the Python package qemu.qmp is missing: install python3-qemu-qmp") from None
     # A second time for one case: what came first was the answer to a command of an earlier client, and an error.
     for last in (False, True):
         try:
-            connection = await connect(path)
+            connection = await connect_unix(path)
         except OSError as error:
-            lost = _Absent if isinstance(error, (FileNotFoundError, ConnectionRefusedError)) else _Lost
+            lost = _Absent if isinstance(error, (FileNotFoundError, ConnectionRefusedError)) else QmpUnavailable
             raise lost(f"its QMP socket {path} cannot be connected to: {error.strerror or error}") from None
         client = QMPClient()
         client.events.event_filter = lambda _event: False  # it would keep them all, and nobody reads them
         try:
-            await _negotiate(client, connection)
+            await _negotiate_qmp(client, connection)
             return client, connection
         except ConnectError as error:
             if last or not isinstance(error.exc, QMPError):
-                raise _Lost(f"{_why(error.exc)} (at its greeting)") from None
+                raise QmpUnavailable(f"{_end_reason(error.exc)} (at its greeting)") from None
         except QMPError as error:
-            raise _Lost(f"{_why(error)} (at its greeting)") from None
+            raise QmpUnavailable(f"{_end_reason(error)} (at its greeting)") from None
         finally:
             if client.runstate is not Runstate.RUNNING:
                 connection.close()
     raise AssertionError("the last round returns or raises")
 
 
-async def _negotiate(client: "QMPClient", connection: socket.socket) -> None:
+async def _negotiate_qmp(client: "QMPClient", connection: socket.socket) -> None:
     """Wait for the greeting and negotiate; cut short, the library has HANG_UP_SECONDS to clean up."""
     connecting = asyncio.ensure_future(client.connect(connection))
     try:
         await asyncio.wait({connecting})
     except asyncio.CancelledError:
         connecting.cancel()
-        await _finish(connecting, connection)
+        await _finish_session(connecting, connection)
         await _hang_up(client, connection)  # it may have come about just now
         raise
     await connecting
@@ -277,44 +279,44 @@ async def _hang_up(client: "QMPClient", connection: socket.socket) -> BaseExcept
     if client.runstate.name == "IDLE":
         return None
     ending = asyncio.ensure_future(client.disconnect())
-    await _finish(ending, connection)
+    await _finish_session(ending, connection)
     return ending.exception() if ending.done() and not ending.cancelled() else None
 
 
-async def _finish(ending: "asyncio.Future[Any]", connection: socket.socket) -> None:
+async def _finish_session(ending: "asyncio.Future[Any]", connection: socket.socket) -> None:
     """Wait for the end of a session, and make it end where it does not: QEMU serves nobody else before."""
     try:
-        if await settle(ending, HANG_UP_SECONDS):
+        if await settle_task(ending, HANG_UP_SECONDS):
             return
     finally:
         if not ending.done():
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-    if not await settle(ending, HANG_UP_SECONDS):
+    if not await settle_task(ending, HANG_UP_SECONDS):
         ending.cancel()
-        await settle(ending, HANG_UP_SECONDS)
+        await settle_task(ending, HANG_UP_SECONDS)
 
 
-def _peer(connection: socket.socket) -> Process:
+def _listening_process(connection: socket.socket) -> Process:
     """Name the process that called listen(2) on the other side (SO_PEERCRED, see unix(7)); _Lost where it is hidden."""
     credentials = struct.Struct("3i")  # struct ucred: pid, uid, gid
     pid, _, _ = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
     if (process := process_of(pid)) is None:
-        raise _Lost(f"process {pid}, which listens at its QMP socket, cannot be seen from here")
+        raise QmpUnavailable(f"process {pid}, which listens at its QMP socket, cannot be seen from here")
     return process
 
 
-async def _gone(process: Process) -> bool:
+async def _has_ended(process: Process) -> bool:
     """Tell whether a process has ended; one that is about to has GRACE seconds."""
     try:
-        async with asyncio.timeout(GRACE):
-            await ended(process)
+        async with asyncio.timeout(GRACE_SECONDS):
+            await wait_ended(process)
     except TimeoutError:
         return False
     return True
 
 
-def _why(cause: BaseException | None) -> str:
+def _end_reason(cause: BaseException | None) -> str:
     """Say what ended a session, without what was said: that is QEMU's, and of any length."""
     if cause is None or isinstance(cause, EOFError | ConnectionError):
         return "it closed the QMP connection"

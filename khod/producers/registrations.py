@@ -18,7 +18,7 @@ MAX_LINES = 1 << 14
 
 
 @dataclass(frozen=True)
-class Registered:
+class RegisteredProducer:
     """A producer that was registered, and the process that had its connection."""
 
     name: str
@@ -33,12 +33,12 @@ class Registrations:
         self._path = path
         self._boot_id = ""
         self._fd: int | None = None
-        self._known: dict[str, Registered] = {}
+        self._known: dict[str, RegisteredProducer] = {}
         self._lines = 0
 
-    def load(self, boot_id: str) -> list[Registered]:
+    def load_registered(self, boot_id: str) -> list[RegisteredProducer]:
         """Give those that were registered in this boot and had not left, and begin the file anew with them."""
-        for line in self._read():
+        for line in self._read_lines():
             try:
                 values = json.loads(line)
                 if values["boot_id"] != boot_id:
@@ -46,57 +46,59 @@ class Registrations:
                 if "left" in values:
                     self._known.pop(values["left"], None)
                 else:
-                    found = wire.decode(Registered, values["registered"])
+                    found = wire.decode_value(RegisteredProducer, values["registered"])
                     self._known[found.name] = found
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # where there was no room for all of it
         self._boot_id = boot_id
-        self._begin()
+        self._rewrite_file()
         return list(self._known.values())
 
-    def add(self, registered: Registered) -> None:
+    def add_registered(self, registered: RegisteredProducer) -> None:
         """Keep a registration."""
         self._known[registered.name] = registered
-        self._append({"registered": wire.plain(registered)})
+        self._append_line({"registered": wire.encode_value(registered)})
 
-    def remove(self, name: str) -> None:
+    def remove_name(self, name: str) -> None:
         """Forget a producer that left, or that an operator gave up."""
         if self._known.pop(name, None) is not None:
-            self._append({"left": name})
+            self._append_line({"left": name})
 
-    def close(self) -> None:
+    def close_file(self) -> None:
         """Keep what stands there: khod ends, and its producers' connections with it."""
         if self._fd is not None:
             os.close(self._fd)
         self._fd = None
 
-    def _read(self) -> list[str]:
+    def _read_lines(self) -> list[str]:
         try:
             return self._path.read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
 
-    def _begin(self) -> None:
+    def _rewrite_file(self) -> None:
         """Write the file anew, with those that are registered now."""
         new = self._path.with_name(f"{self._path.name}.new")
         with open(new, "wb") as file:
-            file.writelines(self._line({"registered": wire.plain(found)}) for found in self._known.values())
+            file.writelines(
+                self._encode_line({"registered": wire.encode_value(found)}) for found in self._known.values()
+            )
         new.rename(self._path)
-        self.close()
+        self.close_file()
         self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._lines = 0
 
-    def _line(self, values: dict[str, object]) -> bytes:
+    def _encode_line(self, values: dict[str, object]) -> bytes:
         """One line, begun anew: the one before it may have been cut off."""
-        return f"\n{json.dumps({'boot_id': self._boot_id, **values}, default=wire.plain)}\n".encode()
+        return f"\n{json.dumps({'boot_id': self._boot_id, **values}, default=wire.encode_value)}\n".encode()
 
-    def _append(self, values: dict[str, object]) -> None:
+    def _append_line(self, values: dict[str, object]) -> None:
         if self._fd is None:
             return
         self._lines += 1
         if self._lines > MAX_LINES:
-            self._begin()
+            self._rewrite_file()
         else:
-            line = self._line(values)
+            line = self._encode_line(values)
             if os.write(self._fd, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))

@@ -18,7 +18,7 @@ from khod.model import Finding, LuoSession, SessionFate, Verdict
 from khod.producers.identity import units_in
 from khod.systemd.shutdown import CARRIES_SESSIONS
 from khod.systemd.systemctl import BOOTED, Ask, ask_manager
-from khod.systemd.systemctl import ask as ask_systemd
+from khod.systemd.systemctl import run_systemctl as ask_systemd
 from khod.text import join_names, printable
 
 COMM_LENGTH = 15
@@ -37,7 +37,7 @@ OUTLIVES = ("yes", "on-success")
 
 
 @dataclass(frozen=True)
-class Process:
+class HoldingProcess:
     """A process that has a session open. `units` are those on its cgroup's path, the outermost first."""
 
     pid: int
@@ -45,21 +45,23 @@ class Process:
     units: tuple[str, ...]
 
     @property
-    def unit(self) -> str:
+    def system_unit(self) -> str:
         """The system manager's unit: for all that a user's manager runs it is user@UID.service."""
         return next((unit for unit in self.units if unit.endswith((".service", ".scope"))), "")
 
     @property
     def is_user_manager(self) -> bool:
         """Whether it is a user's service manager: what it holds lies in one of its stores."""
-        return self.unit.startswith("user@") and self.units[-1] == "init.scope"
+        return self.system_unit.startswith("user@") and self.units[-1] == "init.scope"
 
     def __str__(self) -> str:
-        return f"{self.command or 'a process'} (process {self.pid}{f', {self.unit}' if self.unit else ''})"
+        return (
+            f"{self.command or 'a process'} (process {self.pid}{f', {self.system_unit}' if self.system_unit else ''})"
+        )
 
 
 @dataclass(frozen=True)
-class Sighted:
+class SightedSessions:
     """What was found; `unseen` says why there may be more, "" where there is not."""
 
     sessions: tuple[LuoSession, ...] = ()
@@ -67,37 +69,37 @@ class Sighted:
 
 
 @dataclass
-class Held:
+class HeldSession:
     """A session that is open, by whom, and whether it came from the previous kernel: None where that cannot be told."""
 
     name: str
-    processes: list[Process]
+    processes: list[HoldingProcess]
     incoming: bool | None
 
 
-def find(calls: Calls, own: Callable[[], Iterable[str]] = tuple, ask: Ask = ask_systemd) -> Sighted:
+def find_sessions(calls: Calls, own: Callable[[], Iterable[str]] = tuple, ask: Ask = ask_systemd) -> SightedSessions:
     """Find the sessions of other processes. `own` gives khod's, which systemd has too; it is asked where any are left.
 
     What khod makes or closes meanwhile is its own as well.
     """
     known = set(own())
-    held, unseen = scan(calls, known)
+    held, unseen = scan_processes(calls, known)
     known |= set(own())
     found = [one for one in held if one.name not in known and not _is_systemds(one)]
     if not found:
-        return Sighted(unseen=unseen)
-    manager = _Manager.asked(calls, ask, [process for one in found for process in one.processes])
+        return SightedSessions(unseen=unseen)
+    manager = _Manager.ask_manager(calls, ask, [process for one in found for process in one.processes])
     found.sort(key=lambda one: (one.name, one.processes[0].pid))
-    return Sighted(tuple(_judged(one, manager) for one in found), unseen)
+    return SightedSessions(tuple(_judge_session(one, manager) for one in found), unseen)
 
 
-def scan(calls: Calls, own: Iterable[str] = ()) -> tuple[list[Held], str]:
+def scan_processes(calls: Calls, own: Iterable[str] = ()) -> tuple[list[HeldSession], str]:
     """Every session that another process has open, but for khod's `own`; and why there may be more."""
-    held: list[Held] = []
+    held: list[HeldSession] = []
     refused, own = 0, set(own)
-    if not calls.exists(LIVEUPDATE):
+    if not calls.path_exists(LIVEUPDATE):
         return held, ""
-    for pid in (int(name) for name in calls.listdir("/proc") if name.isdecimal()):
+    for pid in (int(name) for name in calls.list_directory("/proc") if name.isdecimal()):
         if pid == os.getpid():
             continue
         try:
@@ -107,13 +109,13 @@ def scan(calls: Calls, own: Iterable[str] = ()) -> tuple[list[Held], str]:
             continue
         if not found:
             continue
-        process = _process(calls, pid)
+        process = _describe_process(calls, pid)
         for session in found:
             same = [
                 one for one in held if session.name and (one.name, one.incoming) == (session.name, session.incoming)
             ]
             if not same:
-                held.append(Held(session.name, [process], session.incoming))
+                held.append(HeldSession(session.name, [process], session.incoming))
             elif process not in same[0].processes:
                 same[0].processes.append(process)
     return held, f"khod may not look at the open files of {refused} processes" if refused else ""
@@ -123,7 +125,7 @@ def _open_sessions(calls: Calls, pid: int) -> Iterator[Session]:
     """The sessions that a process has open; it may end meanwhile."""
     directory = f"/proc/{pid}/fd"
     try:
-        fds = calls.listdir(directory)
+        fds = calls.list_directory(directory)
     except PermissionError:
         raise
     except OSError:
@@ -131,7 +133,7 @@ def _open_sessions(calls: Calls, pid: int) -> Iterator[Session]:
     for fd in fds:
         link: str | None = None
         try:
-            link = calls.readlink(f"{directory}/{fd}")
+            link = calls.read_link(f"{directory}/{fd}")
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:  # seen on 6.19.11 with names of 39 bytes and more
                 continue
@@ -139,26 +141,26 @@ def _open_sessions(calls: Calls, pid: int) -> Iterator[Session]:
             continue
         named = Session("" if link is None else link.removeprefix(LINK).removeprefix(" "), None)
         try:
-            session = calls.session(pid, int(fd))
+            session = calls.describe_session(pid, int(fd))
         except OSError:
             session = named if link is not None else None
         if session is not None:
             yield Session(session.name or named.name, session.incoming)
 
 
-def _process(calls: Calls, pid: int) -> Process:
+def _describe_process(calls: Calls, pid: int) -> HoldingProcess:
     command, cgroup = "", ""
     with suppress(OSError):
-        command = calls.read(f"/proc/{pid}/comm").decode(errors="replace").removesuffix("\n")
-        cgroup = calls.read(f"/proc/{pid}/cgroup").decode(errors="replace")
+        command = calls.read_file(f"/proc/{pid}/comm").decode(errors="replace").removesuffix("\n")
+        cgroup = calls.read_file(f"/proc/{pid}/cgroup").decode(errors="replace")
         if len(command) == COMM_LENGTH:
-            first = calls.read(f"/proc/{pid}/cmdline").split(b"\0")[0].decode(errors="replace")
+            first = calls.read_file(f"/proc/{pid}/cmdline").split(b"\0")[0].decode(errors="replace")
             whole = first.rpartition("/")[2]
             command = whole if whole.startswith(command) else command
-    return Process(pid, command, tuple(units_in(cgroup)))
+    return HoldingProcess(pid, command, tuple(units_in(cgroup)))
 
 
-def _is_systemds(held: Held) -> bool:
+def _is_systemds(held: HeldSession) -> bool:
     return held.name == OF_SYSTEMD and all(process.pid == 1 for process in held.processes)
 
 
@@ -174,28 +176,30 @@ class _Manager:
     stores: dict[str, str] | None
 
     @classmethod
-    def asked(cls, calls: Calls, ask: Ask, processes: Sequence[Process]) -> "_Manager | None":
+    def ask_manager(cls, calls: Calls, ask: Ask, processes: Sequence[HoldingProcess]) -> "_Manager | None":
         """Ask systemd, by its private socket; None where it does not run this host or does not answer."""
-        if not calls.exists(BOOTED):
+        if not calls.path_exists(BOOTED):
             return None
         version = ask_manager(ask)
-        names = sorted({process.unit for process in processes if process.unit.endswith(".scope")})
+        names = sorted({process.system_unit for process in processes if process.system_unit.endswith(".scope")})
         shown = ask(["systemctl", "show", f"--property={PROPERTIES}", "--", "*.service", *names])
         if version is None or shown is None:
             return None
         units = parse_units(shown)
         stores: dict[str, str] | None = {}
         if any(process.pid == 1 for process in processes):
-            stores = _read_stores(ask, [name for name, unit in units.items() if _number(unit, "NFileDescriptorStore")])
+            stores = _read_stores(
+                ask, [name for name, unit in units.items() if _read_number(unit, "NFileDescriptorStore")]
+            )
         return cls(version.version, units, stores)
 
-    def outlives(self, unit: str) -> bool:
+    def store_outlives(self, unit: str) -> bool:
         """Whether the unit's store stays when it is stopped."""
         return self.units.get(unit, {}).get("FileDescriptorStorePreserve") in OUTLIVES
 
-    def keeps(self, process: Process) -> bool:
+    def keeps_process(self, process: HoldingProcess) -> bool:
         """Whether the process is neither stopped nor killed by a shutdown."""
-        unit = self.units.get(process.unit, {})
+        unit = self.units.get(process.system_unit, {})
         stopped = "shutdown.target" in unit.get("Conflicts", "").split()
         return unit.get("SurviveFinalKillSignal") == "yes" and not stopped
 
@@ -225,12 +229,12 @@ def _read_stores(ask: Ask, units: Sequence[str]) -> dict[str, str] | None:
     return found
 
 
-def _number(unit: dict[str, str], key: str) -> int:
+def _read_number(unit: dict[str, str], key: str) -> int:
     value = unit.get(key, "")
     return int(value) if value.isdecimal() else 0
 
 
-def _judged(held: Held, manager: _Manager | None) -> LuoSession:
+def _judge_session(held: HeldSession, manager: _Manager | None) -> LuoSession:
     """What an orderly shutdown does to a session: one holder that keeps it is enough."""
     shown = join_names(map(str, held.processes), MAX_HOLDERS_SHOWN)
     if held.incoming:
@@ -239,11 +243,11 @@ def _judged(held: Held, manager: _Manager | None) -> LuoSession:
     if manager is None:
         return LuoSession(held.name, shown, SessionFate.unknown, "systemd does not say what it does to it")
     order = [SessionFate.kept, SessionFate.unknown, SessionFate.lost]
-    fates = [_fate(held.name, process, manager) for process in held.processes]
+    fates = [_judge_holder(held.name, process, manager) for process in held.processes]
     return LuoSession(held.name, shown, *min(fates, key=lambda found: order.index(found[0])))
 
 
-def _fate(name: str, process: Process, manager: _Manager) -> tuple[SessionFate, str]:
+def _judge_holder(name: str, process: HoldingProcess, manager: _Manager) -> tuple[SessionFate, str]:
     carried = manager.version >= CARRIES_SESSIONS
     if process.pid == 1:
         unit = "" if manager.stores is None else manager.stores.get(name, "")
@@ -252,32 +256,34 @@ def _fate(name: str, process: Process, manager: _Manager) -> tuple[SessionFate, 
         where = f"the file descriptor store of {unit}"
         if not carried:
             return SessionFate.lost, f"systemd {manager.version} does not carry {where} over: 261 does"
-        if manager.outlives(unit):
+        if manager.store_outlives(unit):
             return SessionFate.kept, f"it lies in {where}"
         return SessionFate.lost, f"{where} is emptied when that is stopped (FileDescriptorStorePreserve=)"
     if process.is_user_manager:
-        settings = manager.units.get(process.unit, {})
-        if carried and manager.outlives(process.unit) and _number(settings, "FileDescriptorStoreMax"):
-            return SessionFate.kept, f"it lies in a file descriptor store of {process.unit}"
+        settings = manager.units.get(process.system_unit, {})
+        if carried and manager.store_outlives(process.system_unit) and _read_number(settings, "FileDescriptorStoreMax"):
+            return SessionFate.kept, f"it lies in a file descriptor store of {process.system_unit}"
         return (
             SessionFate.lost,
-            f"{process.unit} keeps no file descriptors over a shutdown (FileDescriptorStoreMax=, "
+            f"{process.system_unit} keeps no file descriptors over a shutdown (FileDescriptorStoreMax=, "
             "FileDescriptorStorePreserve=)",
         )
-    if manager.keeps(process):
-        return SessionFate.kept, f"{process.unit} is neither stopped nor killed (SurviveFinalKillSignal=)"
+    if manager.keeps_process(process):
+        return SessionFate.kept, f"{process.system_unit} is neither stopped nor killed (SurviveFinalKillSignal=)"
     return SessionFate.lost, "its process is stopped or killed, and no file descriptor store keeps it"
 
 
 # After the jump
 
 
-def title(session: LuoSession) -> str:
+def session_title(session: LuoSession) -> str:
     """A session as it is named in a verdict."""
     return f"session {printable(session.name)}" if session.name else f"a session without a name of {session.holder}"
 
 
-def count(verdict: Verdict, left: Sequence[LuoSession], unseen: str, held: Sequence[Held], *, at_once: bool) -> Verdict:
+def count_arrivals(
+    verdict: Verdict, left: Sequence[LuoSession], unseen: str, held: Sequence[HeldSession], *, at_once: bool
+) -> Verdict:
     """Add to the verdict which of the sessions that left arrived: `held` are those that are open now.
 
     Nobody asks the kernel for them: RETRIEVE_SESSION would take a session from its owner. So of one that nobody has
@@ -287,9 +293,9 @@ def count(verdict: Verdict, left: Sequence[LuoSession], unseen: str, held: Seque
     incoming, arrived, missing = {one.name for one in held if one.name and one.incoming}, list[str](), list[str]()
     names = {one.name for one in held if one.name}
     unknown = [f"other processes' sessions ({unseen})"] if unseen else []
-    findings = [*verdict.found]
+    findings = [*verdict.all_findings]
     for session in left:
-        shown = title(session)
+        shown = session_title(session)
         if session.name in incoming and not session.incoming:
             arrived.append(shown)
         elif session.fate is SessionFate.lost and not at_once:

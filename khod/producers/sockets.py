@@ -7,7 +7,7 @@ RETRY_SECONDS = 0.05
 """Between two tries to connect while too many clients wait."""
 
 
-async def connect(path: str) -> socket.socket:
+async def connect_unix(path: str) -> socket.socket:
     """Connect to a Unix stream socket, and wait where too many others do; OSError where nobody serves it.
 
     connect(2) says EAGAIN there, and unix(7) has no event for the end of that. To poll(2) the socket is writable,

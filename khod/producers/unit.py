@@ -33,13 +33,13 @@ from jeepney.auth import BEGIN, AuthenticationError, Authenticator
 from jeepney.bus import get_bus
 
 from khod.errors import UsageError
-from khod.producers.barrier import GONE, NOT_RECORDED, Telling, Verb, Veto
+from khod.producers.barrier import GONE, NOT_RECORDED, ParticipantVeto, ProducerCall, Verb
 from khod.producers.configured import Configured, one_line
-from khod.producers.sockets import connect
+from khod.producers.sockets import connect_unix
 
-HOW = ("freeze", "stop")
+FREEZE_METHODS = ("freeze", "stop")
 NAME = re.compile(r"[A-Za-z0-9:_.\\@-]+\.(service|scope|slice|socket|mount|swap|target|timer|path|automount|device)")
-LONGEST = 255
+MAX_UNIT_NAME_BYTES = 255
 """Bytes in the name of a unit (systemd's UNIT_NAME_MAX is 256 and counts the NUL)."""
 VITAL = (
     "-.slice",
@@ -71,10 +71,10 @@ NOBODY = tuple(
 RETRY_SECONDS = 0.5
 """When a thaw connects again."""
 CGROUPS = Path("/sys/fs/cgroup")
-CHUNK = 1 << 16
-LARGEST = 128 << 20
+CHUNK_BYTES = 1 << 16
+MAX_MESSAGE_BYTES = 128 << 20
 """Bytes of a message, as the D-Bus specification bounds it."""
-SETTLE = 1.0
+SETTLE_SECONDS = 1.0
 """Seconds given to systemd to take up what was called before a verb is cut short."""
 HANG_UP_SECONDS = 0.5
 """How long the end of a connection is waited for; it needs nothing of the other side."""
@@ -107,11 +107,11 @@ class Unit(Configured):
         """Make the producer that left this note; None where it does not name the unit."""
         return None if note in (OURS, NOT_RECORDED) else cls(name)
 
-    async def _carry_out(self, telling: Telling) -> str | None:
+    async def _carry_out(self, telling: ProducerCall) -> str | None:
         """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
         ours = None if telling.verb is Verb.prepare else self._as_prepared(telling.note)
         it = ours or self
-        verbs: dict[Verb, Step] = {Verb.prepare: it._prepare, Verb.freeze: it._freeze, Verb.thaw: it._thaw}
+        verbs: dict[Verb, Step] = {Verb.prepare: it._check_unit, Verb.freeze: it._freeze_unit, Verb.thaw: it._thaw_unit}
         step = verbs.get(telling.verb)
         if step is None or (telling.verb is Verb.thaw and ours is None):
             return None
@@ -137,10 +137,10 @@ class Unit(Configured):
         ours = self._as_prepared(note)
         if ours is not None and ours.how == "freeze":
             async with system_bus() as bus:
-                await Systemd(bus, ours.unit).kill()
+                await Systemd(bus, ours.unit).kill_processes()
 
     @property
-    def _note(self) -> str:
+    def _record_note(self) -> str:
         """What is noted of a unit that is ours: its file may name another by the time it is thawed."""
         return f"{OURS} {self.how} {self.unit} {self.group}"
 
@@ -156,89 +156,89 @@ class Unit(Configured):
         try:
             _, how, unit, group = note.split(" ", 3)
         except ValueError:
-            raise Veto(f"what was done to it is not known: its note is {one_line(note)!r}") from None
+            raise ParticipantVeto(f"what was done to it is not known: its note is {one_line(note)!r}") from None
         return replace(self, unit=unit, how=how, group=group)
 
-    async def _prepare(self, systemd: "Systemd", telling: Telling) -> None:
-        state = await systemd.state()
-        telling.note = found = state.found(self.unit)
+    async def _check_unit(self, systemd: "Systemd", telling: ProducerCall) -> None:
+        state = await systemd.read_state()
+        telling.note = found = state.require_state(self.unit)
         if found != OURS:
             return
         for name in state.names:  # an alias may hide what it is
             try:
                 check_unit(name)
             except UsageError as error:
-                raise Veto(error.what) from None
+                raise ParticipantVeto(error.what) from None
         if self.how == "stop" and state.transient:
-            raise Veto(f"{self.unit} is transient: once it is stopped there is nothing to start")
+            raise ParticipantVeto(f"{self.unit} is transient: once it is stopped there is nothing to start")
         if self.how == "stop" and not (state.can_stop and state.can_start):
-            raise Veto(f"{self.unit} cannot be stopped and started again by hand")
+            raise ParticipantVeto(f"{self.unit} cannot be stopped and started again by hand")
         if self.how == "freeze" and not state.can_freeze:
-            raise Veto(f"{self.unit} cannot be frozen: systemd has no freezer for it")
+            raise ParticipantVeto(f"{self.unit} cannot be frozen: systemd has no freezer for it")
         if await systemd.holds_us():
-            raise Veto(f"{self.unit} holds khod or the system bus, without which it is never thawed")
-        telling.note = replace(self, group=await systemd.control_group())._note
+            raise ParticipantVeto(f"{self.unit} holds khod or the system bus, without which it is never thawed")
+        telling.note = replace(self, group=await systemd.control_group())._record_note
 
-    async def _freeze(self, systemd: "Systemd", telling: Telling) -> None:
+    async def _freeze_unit(self, systemd: "Systemd", telling: ProducerCall) -> None:
         prepared, telling.note = telling.note, UNTOUCHED
-        state = await systemd.state()
-        found = state.found(self.unit)
+        state = await systemd.read_state()
+        found = state.require_state(self.unit)
         before = prepared if self._as_prepared(prepared) is None else OURS
         if found != before:
-            raise Veto(f"{self.unit} was {before or 'not asked'} at prepare and is {found} now")
+            raise ParticipantVeto(f"{self.unit} was {before or 'not asked'} at prepare and is {found} now")
         if found == OURS and self.how == "stop":
             await self._refuse_company(systemd, state)
         telling.note = prepared
         if found != OURS:
             return
         if self.how == "stop":
-            await self._stop(systemd, telling)
+            await self._stop_unit(systemd, telling)
             return
-        await systemd.act("FreezeUnit", "s", self.unit)
-        state = await systemd.state()
+        await systemd.call_action("FreezeUnit", "s", self.unit)
+        state = await systemd.read_state()
         if state.freezer != "frozen":
-            raise Veto(f"{self.unit} is {state.freezer} after FreezeUnit")
+            raise ParticipantVeto(f"{self.unit} is {state.freezer} after FreezeUnit")
 
-    async def _refuse_company(self, systemd: "Systemd", state: "State") -> None:
+    async def _refuse_company(self, systemd: "Systemd", state: "UnitState") -> None:
         for name in state.required_by:
-            if (await systemd.state(name)).active not in INACTIVE:
-                raise Veto(f"{name} depends on {self.unit}: it would stop too, and not be started again")
+            if (await systemd.read_state(name)).active not in INACTIVE:
+                raise ParticipantVeto(f"{name} depends on {self.unit}: it would stop too, and not be started again")
 
-    async def _stop(self, systemd: "Systemd", telling: Telling) -> None:
+    async def _stop_unit(self, systemd: "Systemd", telling: ProducerCall) -> None:
         telling.not_yet("systemd stops it", None)
         # "fail": a job that somebody else queued meanwhile is theirs, and is not replaced.
-        result = await systemd.job("StopUnit", "fail")
-        state = await systemd.state()
+        result = await systemd.run_job("StopUnit", "fail")
+        state = await systemd.read_state()
         if result != "done" or state.active not in INACTIVE:
-            raise Veto(f"the stop of {self.unit} ended as {result}, and it is {state.active}")
+            raise ParticipantVeto(f"the stop of {self.unit} ended as {result}, and it is {state.active}")
 
-    async def _thaw(self, systemd: "Systemd", telling: Telling) -> str | None:
-        state = await systemd.state()
+    async def _thaw_unit(self, systemd: "Systemd", telling: ProducerCall) -> str | None:
+        state = await systemd.read_state()
         unrecorded = telling.note == NOT_RECORDED
         if self.how == "stop" and not unrecorded:
-            await self._start(systemd, state, telling)
+            await self._start_unit(systemd, state, telling)
             return None
-        if not state.thawed or self._may_hold_frozen(state):
-            await self._unfreeze(systemd, state, telling)
+        if not state.is_thawed or self._may_hold_frozen(state):
+            await self._unfreeze_unit(systemd, state, telling)
         if self.how == "stop" and state.active != "active":
             telling.not_yet(f"{self.unit} is {state.active} and stays so: no record says whether khod stopped it", None)
             return GONE
         return None
 
-    async def _unfreeze(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
+    async def _unfreeze_unit(self, systemd: "Systemd", state: "UnitState", telling: ProducerCall) -> None:
         if state.active in INACTIVE:
-            raise Veto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
+            raise ParticipantVeto(f"{self.unit} died while it was frozen, and systemd does not let it start again")
         try:
-            await systemd.act("ThawUnit", "s", self.unit)
+            await systemd.call_action("ThawUnit", "s", self.unit)
         except ErrorAnswer:
             group = await systemd.control_group() if telling.note == NOT_RECORDED else self.group
             if not _thaw_group(group):
                 raise
         else:
-            if not (state := await systemd.state()).thawed:
-                raise Veto(f"{self.unit} is {state.freezer} after ThawUnit")
+            if not (state := await systemd.read_state()).is_thawed:
+                raise ParticipantVeto(f"{self.unit} is {state.freezer} after ThawUnit")
 
-    def _may_hold_frozen(self, state: "State") -> bool:
+    def _may_hold_frozen(self, state: "UnitState") -> bool:
         """Whether units in it may be frozen although it is not itself.
 
         systemd freezes the units of a slice one after the other, and the slice last; at the first error it returns
@@ -246,18 +246,18 @@ class Unit(Configured):
         """
         return self.unit.endswith(SLICE) and state.freezer == "running" and state.active not in INACTIVE
 
-    async def _start(self, systemd: "Systemd", state: "State", telling: Telling) -> None:
+    async def _start_unit(self, systemd: "Systemd", state: "UnitState", telling: ProducerCall) -> None:
         if state.active == "active" and not state.job:
             return
         telling.not_yet("systemd starts it", None)
         # "replace": our own stop may still be under way.
-        result = await systemd.job("StartUnit", "replace")
-        state = await systemd.state()
+        result = await systemd.run_job("StartUnit", "replace")
+        state = await systemd.read_state()
         if state.active != "active":
-            raise Veto(f"the start of {self.unit} ended as {result}, and it is {state.active}")
+            raise ParticipantVeto(f"the start of {self.unit} ended as {result}, and it is {state.active}")
 
 
-Step = Callable[["Systemd", Telling], Awaitable[str | None]]
+Step = Callable[["Systemd", ProducerCall], Awaitable[str | None]]
 
 
 def _thaw_group(path: str) -> bool:
@@ -269,20 +269,20 @@ def _thaw_group(path: str) -> bool:
     with suppress(OSError):
         group = (CGROUPS / path.lstrip("/")).resolve(strict=True)
         if CGROUPS in group.parents:
-            _unfreeze(group)
-            for member in _members(group) if path.endswith(SLICE) else ():
+            _unfreeze_group(group)
+            for member in _member_groups(group) if path.endswith(SLICE) else ():
                 with suppress(FileNotFoundError):  # it has ended meanwhile
-                    _unfreeze(member)
+                    _unfreeze_group(member)
             return True
     return False
 
 
-def _unfreeze(group: Path) -> None:
+def _unfreeze_group(group: Path) -> None:
     with open(os.open(group / "cgroup.freeze", os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
         file.write(b"0")
 
 
-def _members(group: Path) -> Iterator[Path]:
+def _member_groups(group: Path) -> Iterator[Path]:
     """Find the control groups of the units in a slice, and in slices below it; not those that a unit made itself."""
     with os.scandir(group) as entries:
         names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and NAME.fullmatch(entry.name)]
@@ -290,12 +290,17 @@ def _members(group: Path) -> Iterator[Path]:
         yield group / name
         if name.endswith(SLICE):
             with suppress(FileNotFoundError):
-                yield from _members(group / name)
+                yield from _member_groups(group / name)
 
 
 def check_unit(unit: str) -> None:
     """Raise UsageError for what is no name of a unit, and for units without which the host or khod stands still."""
-    if not NAME.fullmatch(unit) or len(unit) > LONGEST or unit.startswith("@") or unit.rpartition(".")[0].endswith("@"):
+    if (
+        not NAME.fullmatch(unit)
+        or len(unit) > MAX_UNIT_NAME_BYTES
+        or unit.startswith("@")
+        or unit.rpartition(".")[0].endswith("@")
+    ):
         raise UsageError(
             f"{unit[:80]!r} is not a valid name of a unit",
             where="unit",
@@ -310,7 +315,7 @@ def check_unit(unit: str) -> None:
 
 
 @dataclass(frozen=True)
-class State:
+class UnitState:
     """What systemd says of a unit, each field a property of org.freedesktop.systemd1.Unit."""
 
     load: str
@@ -326,30 +331,30 @@ class State:
     """Units that a stop of this one stops too, by STOPPED_TOO."""
 
     @property
-    def thawed(self) -> bool:
+    def is_thawed(self) -> bool:
         """Whether nothing of ours freezes it; a slice above it may."""
         return self.freezer in ("running", "frozen-by-parent")
 
-    def found(self, unit: str) -> str:
+    def require_state(self, unit: str) -> str:
         """OURS for a unit that runs, a word for one to be left as it is; Veto for what is neither."""
         if self.load in ("not-found", "bad-setting", "error"):
-            raise Veto(f"{unit} cannot be loaded: systemd says {self.load}")
+            raise ParticipantVeto(f"{unit} cannot be loaded: systemd says {self.load}")
         if self.active in INACTIVE:
             return "inactive"
         if self.freezer.startswith("frozen"):
             return "frozen"
         if (self.active, self.freezer) == ("active", "running"):
             return OURS
-        raise Veto(
+        raise ParticipantVeto(
             f"{unit} is {self.active if self.freezer == 'running' else self.freezer}, neither active nor at rest"
         )
 
 
-class ErrorAnswer(Veto):
+class ErrorAnswer(ParticipantVeto):
     """What was called says no."""
 
 
-class Disconnected(Veto):
+class Disconnected(ParticipantVeto):
     """The bus, or systemd, is not there or went away before it answered; what was called may be done or not."""
 
 
@@ -363,26 +368,26 @@ class Bus:
         self.ended_jobs: dict[tuple[str, str], str] = {}
         """Results that JobRemoved has told, by its sender and the job's path."""
 
-    async def greet(self) -> None:
+    async def authenticate(self) -> None:
         """Authenticate as this process's user and take a name on the bus."""
         authenticator = Authenticator()
         try:
             for line in authenticator:
-                await self._write(line)
-                authenticator.feed(await self._read())
+                await self._write_bytes(line)
+                authenticator.feed(await self._read_bytes())
         except AuthenticationError as error:
-            raise Veto(f"the system bus does not let khod in: {one_line(str(error))}") from None
-        await self._write(BEGIN)
-        await self.call(BUS, "Hello")
+            raise ParticipantVeto(f"the system bus does not let khod in: {one_line(str(error))}") from None
+        await self._write_bytes(BEGIN)
+        await self.call_method(BUS, "Hello")
 
-    async def call(self, whom: tuple[str, str, str], method: str, signature: str = "", *body: object) -> Message:
+    async def call_method(self, whom: tuple[str, str, str], method: str, signature: str = "", *body: object) -> Message:
         """Call a method and wait for its answer; Veto where that is an error."""
         name, path, interface = whom
         self._serial += 1
         message = new_method_call(DBusAddress(path, name, interface), method, signature or None, body)
-        await self._write(message.serialise(self._serial))
+        await self._write_bytes(message.serialise(self._serial))
         while True:
-            answer = await self.receive()
+            answer = await self.receive_message()
             if answer.header.fields.get(HeaderFields.reply_serial) == self._serial:
                 break
         if answer.header.message_type is MessageType.error:
@@ -392,15 +397,15 @@ class Bus:
             raise kind(f"{method}: {one_line(text or 'no reason given')} ({one_line(str(error))})")
         return answer
 
-    async def receive(self) -> Message:
+    async def receive_message(self) -> Message:
         """Wait for the next message."""
         try:
             while (message := self._parser.get_next_message()) is None:
-                if self._parser.bytes_desired() > LARGEST:
+                if self._parser.bytes_desired() > MAX_MESSAGE_BYTES:
                     raise ValueError
-                self._parser.add_data(await self._read())
+                self._parser.add_data(await self._read_bytes())
         except GARBLED:
-            raise Veto("the system bus sent what is not a D-Bus message") from None
+            raise ParticipantVeto("the system bus sent what is not a D-Bus message") from None
         if message.header.message_type is MessageType.signal:
             fields = message.header.fields
             match (fields.get(HeaderFields.member), fields.get(HeaderFields.sender), *message.body):
@@ -410,16 +415,16 @@ class Bus:
                     raise Disconnected("systemd went from the system bus, or has come back to it")
         return message
 
-    async def _read(self) -> bytes:
+    async def _read_bytes(self) -> bytes:
         try:
-            data = await self._reader.read(CHUNK)
+            data = await self._reader.read(CHUNK_BYTES)
         except OSError as error:
             raise Disconnected(f"the system bus has gone: {error.strerror}") from None
         if not data:
             raise Disconnected("the system bus hung up")
         return data
 
-    async def _write(self, data: bytes) -> None:
+    async def _write_bytes(self, data: bytes) -> None:
         self._writer.write(data)
         try:
             await self._writer.drain()
@@ -432,14 +437,14 @@ async def system_bus() -> AsyncIterator[Bus]:
     """Connect to the system bus, and hang up whatever happens; Veto where it is not there."""
     address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or ADDRESS
     try:
-        reader, writer = await asyncio.open_unix_connection(sock=await connect(get_bus(address)))
+        reader, writer = await asyncio.open_unix_connection(sock=await connect_unix(get_bus(address)))
     except OSError as error:
         raise Disconnected(f"the system bus cannot be reached at {address}: {error.strerror or error}") from None
     except (ValueError, RuntimeError):
-        raise Veto(f"DBUS_SYSTEM_BUS_ADDRESS is {address!r}, which names no unix socket") from None
+        raise ParticipantVeto(f"DBUS_SYSTEM_BUS_ADDRESS is {address!r}, which names no unix socket") from None
     try:
         bus = Bus(reader, writer)
-        await bus.greet()
+        await bus.authenticate()
         yield bus
     finally:
         # Not close(): that waits for a peer that may never read what is still to be written.
@@ -455,83 +460,85 @@ class Systemd:
     def __init__(self, bus: Bus, unit: str) -> None:
         self._bus, self._unit = bus, unit
 
-    async def state(self, unit: str = "") -> State:
+    async def read_state(self, unit: str = "") -> UnitState:
         """Read the state of this unit, or of another; systemd loads it for that where it has to."""
-        answer = await self._bus.call(await self._properties(unit or self._unit), "GetAll", "s", f"{SYSTEMD}.Unit")
-        return _state(self._one("a{sv}", answer))
+        answer = await self._bus.call_method(
+            await self._property_address(unit or self._unit), "GetAll", "s", f"{SYSTEMD}.Unit"
+        )
+        return _parse_state(self._only_value("a{sv}", answer))
 
     async def holds_us(self) -> bool:
         """Whether khod itself or the message bus is among the unit's processes, those of units below it included."""
-        answer = await self._bus.call(BUS, "GetConnectionUnixProcessID", "s", BUS[0])
-        vital = {os.getpid(), self._one("u", answer)}
-        answer = await self._bus.call(MANAGER, "GetUnitProcesses", "s", self._unit)
-        return not vital.isdisjoint(pid for _, pid, _ in self._one("a(sus)", answer))
+        answer = await self._bus.call_method(BUS, "GetConnectionUnixProcessID", "s", BUS[0])
+        vital = {os.getpid(), self._only_value("u", answer)}
+        answer = await self._bus.call_method(MANAGER, "GetUnitProcesses", "s", self._unit)
+        return not vital.isdisjoint(pid for _, pid, _ in self._only_value("a(sus)", answer))
 
     async def control_group(self) -> str:
         """The path of the unit's control group below CGROUPS, "" where it has none."""
         kind = self._unit.rpartition(".")[2].capitalize()
-        properties = await self._properties(self._unit)
-        answer = await self._bus.call(properties, "Get", "ss", f"{SYSTEMD}.{kind}", "ControlGroup")
-        match self._one("v", answer):
+        properties = await self._property_address(self._unit)
+        answer = await self._bus.call_method(properties, "Get", "ss", f"{SYSTEMD}.{kind}", "ControlGroup")
+        match self._only_value("v", answer):
             case ("s", str(path)):
                 return path
-        raise Veto(f"systemd says ControlGroup of {self._unit} with another type than it is documented to")
+        raise ParticipantVeto(f"systemd says ControlGroup of {self._unit} with another type than it is documented to")
 
-    async def kill(self) -> None:
+    async def kill_processes(self) -> None:
         """Send SIGKILL to the unit's processes, which reaches frozen ones too."""
-        await self._bus.call(MANAGER, "KillUnit", "ssi", self._unit, "all", signal.SIGKILL)
+        await self._bus.call_method(MANAGER, "KillUnit", "ssi", self._unit, "all", signal.SIGKILL)
 
-    async def job(self, method: str, mode: str) -> str:
+    async def run_job(self, method: str, mode: str) -> str:
         """Queue a job and wait for its end: done, failed, canceled, timeout, dependency, ...
 
         A systemd that starts anew (daemon-reexec) tells it under another name on the bus, if at all: Disconnected.
         """
         for signals in (JOBS, OWNER):
-            await self._bus.call(BUS, "AddMatch", "s", signals)
-        await self._bus.call(MANAGER, "Subscribe")
-        answer = await self.act(method, "ss", self._unit, mode)
-        key = (answer.header.fields.get(HeaderFields.sender), self._one("o", answer))
+            await self._bus.call_method(BUS, "AddMatch", "s", signals)
+        await self._bus.call_method(MANAGER, "Subscribe")
+        answer = await self.call_action(method, "ss", self._unit, mode)
+        key = (answer.header.fields.get(HeaderFields.sender), self._only_value("o", answer))
         while key not in self._bus.ended_jobs:
-            await self._bus.receive()
+            await self._bus.receive_message()
         return self._bus.ended_jobs[key]
 
-    async def act(self, method: str, signature: str, *body: str) -> Message:
+    async def call_action(self, method: str, signature: str, *body: str) -> Message:
         """Call what changes something; cut short, it waits until systemd has taken it up.
 
         Otherwise the undo, on another connection, could overtake it on the bus.
         """
         try:
-            return await self._bus.call(MANAGER, method, signature, *body)
+            return await self._bus.call_method(MANAGER, method, signature, *body)
         except asyncio.CancelledError:
-            with suppress(Veto, TimeoutError):
-                async with asyncio.timeout(SETTLE):
-                    await self._bus.call(PEER, "Ping")
+            with suppress(ParticipantVeto, TimeoutError):
+                async with asyncio.timeout(SETTLE_SECONDS):
+                    await self._bus.call_method(PEER, "Ping")
             raise
 
-    async def _properties(self, unit: str) -> tuple[str, str, str]:
+    async def _property_address(self, unit: str) -> tuple[str, str, str]:
         """Whom to ask for the properties of a unit."""
-        path = self._one("o", await self._bus.call(MANAGER, "LoadUnit", "s", unit))
+        path = self._only_value("o", await self._bus.call_method(MANAGER, "LoadUnit", "s", unit))
         return SYSTEMD, path, "org.freedesktop.DBus.Properties"
 
-    def _one(self, signature: str, answer: Message) -> Any:
+    def _only_value(self, signature: str, answer: Message) -> Any:
         """Give the only value of an answer, whose type must be this one."""
         if answer.header.fields.get(HeaderFields.signature) != signature:
-            raise Veto("systemd answered with another type than it is documented to")
+            raise ParticipantVeto("systemd answered with another type than it is documented to")
         return answer.body[0]
 
 
-def _state(properties: dict[str, tuple[str, Any]]) -> State:
+def _parse_state(properties: dict[str, tuple[str, Any]]) -> UnitState:
     """Pick what matters here out of a unit's properties; Veto where one is missing or of another type."""
 
     def value(name: str, signature: str) -> Any:
         if name not in properties:
-            raise Veto(f"this systemd does not say {name} of a unit")
+            raise ParticipantVeto(f"this systemd does not say {name} of a unit")
         found, content = properties[name]
         if found != signature:
-            raise Veto(f"systemd says {name} of a unit with type {one_line(found)}, not {signature}")
+            raise ParticipantVeto(f"systemd says {name} of a unit with type {one_line(found)}, not {signature}")
         return content
 
-    return State(
+    return UnitState(
         load=value("LoadState", "s"),
         active=value("ActiveState", "s"),
         freezer=value("FreezerState", "s"),

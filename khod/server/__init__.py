@@ -20,7 +20,7 @@ from khod.server.producers import Producers
 __all__ = ["Listener", "Producers", "Service", "connections", "registry"]
 
 
-def registry(service: Service, producers: Producers) -> VarlinkInterfaceRegistry:
+def build_registry(service: Service, producers: Producers) -> VarlinkInterfaceRegistry:
     """What the socket serves: the interfaces and their introspection."""
     made = VarlinkInterfaceRegistry()
     made.register_interface(service)
@@ -29,6 +29,6 @@ def registry(service: Service, producers: Producers) -> VarlinkInterfaceRegistry
     return made
 
 
-def connections(made: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> Clients:
+def build_clients(made: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> Clients:
     """All clients of what is served, for a Listener; `access` is asked anew, for a reload."""
     return Clients(made, access)

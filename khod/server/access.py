@@ -73,15 +73,15 @@ class Groups:
         self._asked_at = 0.0
         self._loop = asyncio.get_running_loop()
         self._changes = 0
-        self._check()
+        self._check_config()
 
     @property
-    def changes(self) -> int:
+    def count_changes(self) -> int:
         """How often somebody's standing may have changed, a reload that nobody has asked after yet included."""
-        self._check()
+        self._check_config()
         return self._changes
 
-    def _check(self) -> None:
+    def _check_config(self) -> None:
         """Note a configuration that is another one, and begin a lookup; one that hangs is not begun twice."""
         access = self._access()
         if access is not self._seen:
@@ -91,9 +91,9 @@ class Groups:
             self._looked_up_for = access
             self._look_up([name for name in (access.group, access.producers) if name])
 
-    def standing(self, caller: Caller) -> Standing:
+    def standing_of(self, caller: Caller) -> Standing:
         """Tell what a caller is now."""
-        self._check()
+        self._check_config()
         if caller.uid == 0:
             return Standing.root
         access = self._access()
@@ -108,13 +108,13 @@ class Groups:
         """Whether somebody's standing may change soon."""
         return not self._looked_up.is_set()
 
-    async def wait(self) -> None:
+    async def wait_lookup(self) -> None:
         """Wait for the lookup under way, not for ever."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOKUP_WAIT_SECONDS):
                 await self._looked_up.wait()
 
-    def refusal(self, caller: Caller, what: str, *, producers: bool = False) -> Refused:
+    def refusal_error(self, caller: Caller, what: str, *, producers: bool = False) -> Refused:
         """Make the error for a caller that has not the right to do something."""
         access = self._access()
         named = [group for group in (access.group, access.producers if producers else "") if group]
@@ -130,15 +130,15 @@ class Groups:
     def _look_up(self, names: list[str]) -> None:
         self._looked_up.clear()
         self._asked_at = time.monotonic()
-        self._thread = threading.Thread(target=self._run, args=(names,), name="groups", daemon=True)
+        self._thread = threading.Thread(target=self._run_lookup, args=(names,), name="groups", daemon=True)
         self._thread.start()
 
-    def _run(self, names: list[str]) -> None:
+    def _run_lookup(self, names: list[str]) -> None:
         gids = {name: gid_of(name) for name in names}
         with suppress(RuntimeError):  # the event loop has ended meanwhile
-            self._loop.call_soon_threadsafe(self._note, gids)
+            self._loop.call_soon_threadsafe(self._note_gids, gids)
 
-    def _note(self, gids: dict[str, int | None]) -> None:
+    def _note_gids(self, gids: dict[str, int | None]) -> None:
         for name, gid in gids.items():
             if gid is None and name not in DEFAULTS and name not in self._gids:
                 LOG.warning("[access] of the configuration names the group %r, which does not exist", name)
@@ -146,7 +146,7 @@ class Groups:
         self._changes += 1
         self._thread = None
         self._looked_up.set()
-        self._check()  # there may have been a reload meanwhile
+        self._check_config()  # there may have been a reload meanwhile
 
 
 def gid_of(name: str) -> int | None:

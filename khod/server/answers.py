@@ -33,13 +33,13 @@ class Answers:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def ask(self, question: Hashable, produce: Produce, deliver: Deliver) -> None:
+    def queue_question(self, question: Hashable, produce: Produce, deliver: Deliver) -> None:
         """Have `deliver` called with the answer, which is not older than this call; `produce` raises nothing."""
         waiting = self._questions.get(question)
         if waiting is None:
             waiting = self._questions[question] = _Question(produce)
         waiting.waiting.append(deliver)
-        self._begin()
+        self._start_questions()
 
     def go_on(self) -> None:
         """Look again how long to wait: the share has become another."""
@@ -47,7 +47,7 @@ class Answers:
             self._timer.cancel()
             self._try_again()
 
-    def _begin(self) -> None:
+    def _start_questions(self) -> None:
         """Compute what is waited for and not under way."""
         if self._timer is not None:
             return
@@ -60,15 +60,15 @@ class Answers:
                 self._timer = asyncio.get_running_loop().call_later(wait_seconds, self._try_again)
                 return
             question.is_asked = True
-            task = asyncio.ensure_future(self._compute(name, question))
+            task = asyncio.ensure_future(self._compute_answer(name, question))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     def _try_again(self) -> None:
         self._timer = None
-        self._begin()
+        self._start_questions()
 
-    async def _compute(self, name: Hashable, question: _Question) -> None:
+    async def _compute_answer(self, name: Hashable, question: _Question) -> None:
         batch, question.waiting = question.waiting, []
         began = time.monotonic()
         try:
@@ -79,7 +79,7 @@ class Answers:
                 question.is_asked = False
                 self._questions[name] = question  # behind the others
             if self._allowance is not None:
-                self._allowance.spend(min(time.monotonic() - began, MAX_COST_SECONDS))
-            self._begin()
+                self._allowance.spend_time(min(time.monotonic() - began, MAX_COST_SECONDS))
+            self._start_questions()
         for deliver in batch:
             deliver(answer)

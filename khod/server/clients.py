@@ -8,7 +8,7 @@ from asyncvarlink import VarlinkInterfaceRegistry
 
 from khod.config import Access
 from khod.server.access import Caller, Standing
-from khod.server.connection import Connection
+from khod.server.connection import ClientConnection
 from khod.server.shared import Shared
 
 OTHERS_SEND_BYTES = 32 << 10
@@ -21,31 +21,31 @@ class Clients:
     def __init__(self, registry: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> None:
         """Serve what is in the registry; `access` is asked anew, for a reload."""
         self.shared = Shared(registry, access)
-        self._everyone: set[Connection] = set()
+        self._everyone: set[ClientConnection] = set()
         self._emptied = asyncio.Event()
 
-    def admit(self, sock: socket.socket) -> bool:
+    def admit_client(self, sock: socket.socket) -> bool:
         """Serve a client that has connected, or hang up where it has enough; whether it is one with rights."""
         caller = Caller(sock)
         if self.shared.places.has_enough(caller.uid):  # a crowd of one user's is sent away as fast as it comes
-            self.shared.dispose(sock, caller.uid)
+            self.shared.dispose_socket(sock, caller.uid)
             return False
-        standing = self.shared.groups.standing(caller)
-        place = self.shared.places.take(caller.uid, standing)
+        standing = self.shared.groups.standing_of(caller)
+        place = self.shared.places.take_place(caller.uid, standing)
         if place is None:
-            self.shared.dispose(sock, caller.uid)
+            self.shared.dispose_socket(sock, caller.uid)
             return False
         sock.setblocking(False)
         if standing is Standing.other:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, OTHERS_SEND_BYTES)
-        connection = Connection(self.shared, sock, caller, standing, place, self._forget)
+        connection = ClientConnection(self.shared, sock, caller, standing, place, self._forget_connection)
         self._everyone.add(connection)
         if standing is Standing.other:
             return False
-        connection.transport.begin()
+        connection.transport.begin_reading()
         return True
 
-    def _forget(self, connection: Connection) -> None:
+    def _forget_connection(self, connection: ClientConnection) -> None:
         self._everyone.discard(connection)
         if not self._everyone:
             self._emptied.set()
@@ -56,7 +56,7 @@ class Clients:
             self._emptied.clear()
             await self._emptied.wait()
 
-    def abort(self) -> None:
+    def hang_up_all(self) -> None:
         """Hang up on everyone who is left, whatever was still to be said."""
         for connection in list(self._everyone):
             connection.transport.end()

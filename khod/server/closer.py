@@ -23,19 +23,19 @@ class Closer:
         self._waiting = 0
 
     @property
-    def waiting(self) -> int:
+    def count_waiting(self) -> int:
         """How many descriptors are not closed yet."""
         return self._waiting
 
-    def close(self, fd: int, closed: Callable[[], None] = lambda: None) -> None:
+    def close_later(self, fd: int, closed: Callable[[], None] = lambda: None) -> None:
         """Close a descriptor by and by; `closed` is called in the event loop afterwards."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread = threading.Thread(target=self._close_queue, name=self._name, daemon=True)
             self._thread.start()
         self._waiting += 1
         self._queue.put((fd, closed))
 
-    def _run(self) -> None:
+    def _close_queue(self) -> None:
         while True:
             fd, closed = self._queue.get()
             with suppress(OSError):  # the descriptor is gone all the same: close(2)

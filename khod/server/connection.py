@@ -20,12 +20,12 @@ from khod.server.events import Stream
 from khod.server.files import PassedFiles
 from khod.server.limits import MAX_MESSAGE_BYTES, MAX_OTHERS_MESSAGE_BYTES
 from khod.server.places import Place
-from khod.server.rules import OPERATORS, RULES, Kind
+from khod.server.rules import OPERATORS, RULES, CallKind
 from khod.server.shared import Shared
 from khod.server.transport import Transport
 from khod.wire import PRODUCER
 
-CONNECTION: "contextvars.ContextVar[Connection]" = contextvars.ContextVar("CONNECTION")
+CONNECTION: "contextvars.ContextVar[ClientConnection]" = contextvars.ContextVar("CONNECTION")
 """The connection whose call is being served."""
 
 Serve = Callable[[], Any]
@@ -33,7 +33,7 @@ Message = dict[str, Any]
 _LOG = logging.getLogger("khod.server")
 
 
-class Connection:
+class ClientConnection:
     """One client, from accept(2) to its end. A call that was begun is finished, whether or not the client stays."""
 
     def __init__(
@@ -43,13 +43,13 @@ class Connection:
         caller: Caller,
         standing: Standing,
         place: Place,
-        gone: Callable[["Connection"], None],
+        gone: Callable[["ClientConnection"], None],
     ) -> None:
         """Begin to serve it; `gone` is called when the connection has ended."""
         self._shared = shared
         self.caller = caller
         self._standing = standing
-        self._known_at = shared.groups.changes
+        self._known_at = shared.groups.count_changes
         self._place = place
         self._gone = gone
         self.producer: Peer | None = None
@@ -65,21 +65,21 @@ class Connection:
             sock,
             caller.uid,
             self,
-            shared.lane(rights=self.has_rights),
-            buffered=shared.buffered(caller.uid),
-            room=shared.room(caller.uid),
+            shared.lane_for(rights=self.has_rights),
+            buffered=shared.buffer_quota(caller.uid),
+            room=shared.room_of(caller.uid),
         )
         self.transport.let_send_files(allowed=self.may_send_files)
 
     # What the client may: a reload changes it, or the end of a lookup
 
     @property
-    def standing(self) -> Standing:
+    def caller_standing(self) -> Standing:
         """What the client is now."""
         groups = self._shared.groups
-        if self._known_at != groups.changes:
-            self._known_at = groups.changes
-            before, self._standing = self._standing, groups.standing(self.caller)
+        if self._known_at != groups.count_changes:
+            self._known_at = groups.count_changes
+            before, self._standing = self._standing, groups.standing_of(self.caller)
             if before is not self._standing:
                 self._serve_as_due()
         return self._standing
@@ -87,7 +87,7 @@ class Connection:
     @property
     def has_rights(self) -> bool:
         """Whether it is more than somebody who asks."""
-        return self.producer is not None or self.standing is not Standing.other
+        return self.producer is not None or self.caller_standing is not Standing.other
 
     @property
     def max_bytes(self) -> int:
@@ -95,54 +95,54 @@ class Connection:
 
     @property
     def may_send_files(self) -> bool:
-        return self.producer is not None or self.standing in OPERATORS
+        return self.producer is not None or self.caller_standing in OPERATORS
 
     def _serve_as_due(self) -> None:
         """Take the turns that are due to it now, and the descriptors."""
         if self.is_open:
-            self.transport.move(self._shared.lane(rights=self.has_rights))
+            self.transport.move_to_lane(self._shared.lane_for(rights=self.has_rights))
             self.transport.let_send_files(allowed=self.may_send_files)
 
     def reserve_producers_place(self) -> bool:
         """Keep room for this connection as a producer's; `enlist` is due then."""
         return self._place.reserve_producers()
 
-    def enlist(self, producer: Peer | None) -> None:
+    def bind_producer(self, producer: Peer | None) -> None:
         """Be this producer's connection from here on; None where it could not be registered."""
         registered = producer is not None and self.is_open
-        self._place.settle(registered=registered)
+        self._place.settle_place(registered=registered)
         if registered:
             self.producer = producer
             self._serve_as_due()
 
     # What the transport tells
 
-    def refuse(self, what: str) -> None:
+    def refuse_input(self, what: str) -> None:
         self._end_with(UsageError(what, remedy="Send one JSON object, ended by a NUL byte."))
 
     def refuse_files(self) -> None:
-        self._end_with(self._shared.groups.refusal(self.caller, "hand files over"))
+        self._end_with(self._shared.groups.refusal_error(self.caller, "hand files over"))
 
     def _end_with(self, error: KhoError) -> None:
-        self.transport.send(messages.encode_error(error))
+        self.transport.send_data(messages.encode_error(error))
         self.hang_up()
 
-    def drained(self) -> None:
+    def on_drained(self) -> None:
         if self._stream is not None:
             self._stream.go_on()
         elif self._answered:
             self._answered = False
-            self.transport.resume()
+            self.transport.resume_reading()
 
     def hung_up(self) -> None:
         while self.on_end:
             self.on_end.pop()()
 
-    def lost(self, sock: socket.socket) -> None:
+    def on_lost(self, sock: socket.socket) -> None:
         self.is_open = False
         self.hung_up()
         self._gone(self)
-        self._shared.dispose(sock, self.caller.uid, self._place.give)
+        self._shared.dispose_socket(sock, self.caller.uid, self._place.give_back)
 
     def hang_up(self) -> None:
         """End the connection after what was said; for its producer it ends at once."""
@@ -155,26 +155,26 @@ class Connection:
 
     # Calls
 
-    def message(self, text: bytes, fds: list[int]) -> None:
-        files = PassedFiles(fds, partial(self._shared.room(self.caller.uid).close, self.caller.uid))
+    def on_message(self, text: bytes, fds: list[int]) -> None:
+        files = PassedFiles(fds, partial(self._shared.room_of(self.caller.uid).close_fds, self.caller.uid))
         try:
-            message = messages.parse(text)
+            message = messages.parse_message(text)
         except messages.NotJson as error:
-            files.close()
-            self.refuse(f"The message is not a Varlink call: {error}")
+            files.close_all()
+            self.refuse_input(f"The message is not a Varlink call: {error}")
             return
         self._oneway = message.get("oneway") is True
-        self._try(message, files, may_wait=True)
+        self._try_message(message, files, may_wait=True)
 
-    def _try(self, message: Message, files: PassedFiles, *, may_wait: bool) -> None:
+    def _try_message(self, message: Message, files: PassedFiles, *, may_wait: bool) -> None:
         try:
-            self._serve(messages.call_of(message), files, message if may_wait else None)
+            self._serve_call(messages.call_of(message), files, message if may_wait else None)
         except (VarlinkErrorReply, KhoError) as error:
-            files.close()
+            files.close_all()
             self._drop_after_bad_answer(error)
-            self._reply(messages.encode_error(error))
+            self._send_reply(messages.encode_error(error))
 
-    def _serve(self, call: VarlinkMethodCall, files: PassedFiles, again: Message | None) -> None:
+    def _serve_call(self, call: VarlinkMethodCall, files: PassedFiles, again: Message | None) -> None:
         """Begin to serve a call. `again` is its message, where it may be tried once more when the groups are known."""
         try:
             method, signature = self._shared.registry.lookup_method(call)
@@ -184,10 +184,10 @@ class Connection:
             raise MethodNotFound(method=call.method)
         takes_image = rule.image and call.parameters.get("kernel") is not None
         callers = OPERATORS if takes_image else rule.callers
-        if self.standing not in callers:
+        if self.caller_standing not in callers:
             if again is None or not self._shared.groups.is_pending:
-                raise self._shared.groups.refusal(self.caller, rule.what, producers=Standing.producer in callers)
-            self._spawn(self._try_again(again, files))
+                raise self._shared.groups.refusal_error(self.caller, rule.what, producers=Standing.producer in callers)
+            self._spawn_call(self._try_again(again, files))
             return
         if rule.registered and self.producer is None:
             raise Refused("This connection is not a producer", remedy=f"Call {PRODUCER}.Register first.")
@@ -197,37 +197,39 @@ class Connection:
             raise InvalidParameter(parameter=error.location[0]) from error
         files.close_unnamed()
         serve = partial(method, **parameters)
-        self._urgent = self.standing in OPERATORS and rule.kind in (Kind.question, Kind.operation)
+        self._urgent = self.caller_standing in OPERATORS and rule.kind in (CallKind.question, CallKind.operation)
         if self._urgent:
-            self._shared.load.begin()
-        if takes_image or rule.kind in (Kind.operation, Kind.conversation):
-            self._spawn(self._run(serve, files))
+            self._shared.load.begin_call()
+        if takes_image or rule.kind in (CallKind.operation, CallKind.conversation):
+            self._spawn_call(self._run_call(serve, files))
             return
-        files.close()
+        files.close_all()
         match rule.kind:
-            case Kind.fixed:
-                self._reply(self._shared.fixed_answer((call.method, *parameters.values()), serve))
-            case Kind.stream:
+            case CallKind.fixed:
+                self._send_reply(self._shared.fixed_answer((call.method, *parameters.values()), serve))
+            case CallKind.stream:
                 self._begin_stream()
             case _:
                 question = (call.method, *sorted(parameters.items()))
-                self._shared.answers(self.standing).ask(question, partial(_answer, serve), self._deliver)
+                self._shared.answers_for(self.caller_standing).queue_question(
+                    question, partial(_compute_answer, serve), self._deliver_answer
+                )
 
     async def _try_again(self, message: Message, files: PassedFiles) -> None:
-        await self._shared.groups.wait()
+        await self._shared.groups.wait_lookup()
         if self.is_open:
-            self._try(message, files, may_wait=False)
+            self._try_message(message, files, may_wait=False)
         else:
-            files.close()
+            files.close_all()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn_call(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a call in a task of its own. Nobody cancels it: half an operation would be left, or half a file's."""
         context = contextvars.copy_context()
         context.run(CONNECTION.set, self)
         context.run(CALLER.set, self.caller)
-        context.run(self._shared.spawn, work)
+        context.run(self._shared.spawn_task, work)
 
-    async def _run(self, serve: Serve, files: PassedFiles) -> None:
+    async def _run_call(self, serve: Serve, files: PassedFiles) -> None:
         """Serve a call whose answer is this client's alone."""
         passed: Sequence[FileDescriptor] = ()
         try:
@@ -241,24 +243,24 @@ class Connection:
             data = messages.encode_error(messages.INTERNAL)
             self._drop_after_bad_answer(messages.INTERNAL)
         finally:
-            files.close()
-        self._reply(data, passed)
+            files.close_all()
+        self._send_reply(data, passed)
 
-    def _deliver(self, answer: bytes) -> None:
-        self.transport.submit(partial(self._reply, answer))
+    def _deliver_answer(self, answer: bytes) -> None:
+        self.transport.submit_work(partial(self._send_reply, answer))
 
-    def _reply(self, data: bytes, passed: Sequence[FileDescriptor] = ()) -> None:
+    def _send_reply(self, data: bytes, passed: Sequence[FileDescriptor] = ()) -> None:
         """Answer the call; the next one is read when the client has read this."""
         if self._urgent:
             self._urgent = False
-            self._shared.load.end()
+            self._shared.load.end_call()
         fds = () if self._oneway else tuple(file.fileno() for file in passed)
 
-        def sent() -> None:
+        def on_sent() -> None:
             for file in passed:
                 file.close()
 
-        self.transport.send(b"" if self._oneway else data, fds, sent)
+        self.transport.send_data(b"" if self._oneway else data, fds, on_sent)
         if self._ends_after_reply:
             self.hang_up()
         self._end_call()
@@ -266,7 +268,7 @@ class Connection:
     def _end_call(self) -> None:
         self._answered = not self.transport.is_drained
         if not self._answered:
-            self.transport.resume()
+            self.transport.resume_reading()
 
     def _drop_after_bad_answer(self, error: Exception) -> None:
         """Hang up on a producer that said what is no answer: whatever it was asked, it did not say yes."""
@@ -279,15 +281,15 @@ class Connection:
         service = self._shared.service
         self._stream = Stream(service.events, self.transport, self._end_stream)
         self.on_end.append(self._stop_stream)
-        self._shared.answers(self.standing).ask("Monitor", service.first_event, self._begin)
+        self._shared.answers_for(self.caller_standing).queue_question("Monitor", service.first_event, self._open_stream)
 
-    def _begin(self, first: bytes) -> None:
-        self.transport.submit(lambda: self._stream.begin(first) if self._stream is not None else None)
+    def _open_stream(self, first: bytes) -> None:
+        self.transport.submit_work(lambda: self._stream.begin_stream(first) if self._stream is not None else None)
 
     def _stop_stream(self) -> None:
         """The client has gone, or will say nothing more."""
         if self._stream is not None:
-            self._stream.stop()
+            self._stream.stop_stream()
             self._stream = None
             self._end_call()
 
@@ -297,11 +299,11 @@ class Connection:
         self._end_call()
 
 
-async def _answer(serve: Serve) -> bytes:
+async def _compute_answer(serve: Serve) -> bytes:
     """Compute what everyone who asks the same is answered."""
     try:
         result = await serve()
-        return messages.encode(result.parameters)
+        return messages.encode_reply(result.parameters)
     except (VarlinkErrorReply, KhoError) as error:
         return messages.encode_error(error)
     except Exception:  # noqa: BLE001  # whoever asked must hear that it failed

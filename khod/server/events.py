@@ -23,10 +23,10 @@ class Line(Protocol):
     def is_drained(self) -> bool:
         """Whether it has read all that was sent."""
 
-    def submit(self, work: Callable[[], None]) -> None:
+    def submit_work(self, work: Callable[[], None]) -> None:
         """Do something for it in its turn."""
 
-    def send(self, data: bytes) -> None:
+    def send_data(self, data: bytes) -> None:
         """Send something."""
 
 
@@ -62,7 +62,7 @@ class EventLog:
         """How much is kept."""
         return self._kept_bytes
 
-    def append(self, event: bytes) -> None:
+    def append_event(self, event: bytes) -> None:
         """Tell every monitor of an event, as it goes over the wire."""
         if len(self._caught_up) == len(self._streams):
             self._begin += len(self._events)
@@ -73,36 +73,36 @@ class EventLog:
         while len(self._events) > self._max_events or self._kept_bytes > self._max_bytes:
             self._kept_bytes -= len(self._events.popleft())
             self._begin += 1
-        self._wake()
+        self._wake_streams()
 
-    def close(self) -> None:
+    def end_streams(self) -> None:
         """End every stream, after what it was not told yet."""
         self.is_closed = True
-        self._wake()
+        self._wake_streams()
 
-    def after(self, place: int) -> list[bytes] | None:
+    def events_after(self, place: int) -> list[bytes] | None:
         """Give the next events from a place on; None where they are kept no more."""
         if place < self._begin:
             return None
         first = place - self._begin
         return [self._events[at] for at in range(first, min(first + BATCH_EVENTS, len(self._events)))]
 
-    def add(self, stream: "Stream") -> None:
+    def add_stream(self, stream: "Stream") -> None:
         """Keep what this monitor was not told."""
         self._streams.add(stream)
 
-    def remove(self, stream: "Stream") -> None:
+    def remove_stream(self, stream: "Stream") -> None:
         """Keep nothing for it any more."""
         self._streams.discard(stream)
         self._caught_up.discard(stream)
 
-    def wait(self, stream: "Stream") -> None:
+    def note_waiting(self, stream: "Stream") -> None:
         """Note that a monitor was told everything."""
         self._caught_up.add(stream)
 
-    def _wake(self) -> None:
+    def _wake_streams(self) -> None:
         for stream in self._caught_up:
-            stream.submit()
+            stream.submit_turn()
         self._caught_up.clear()
 
 
@@ -117,38 +117,38 @@ class Stream:
         self._place = log.end
         self._begun = False
         self._is_open = True
-        log.add(self)
+        log.add_stream(self)
 
-    def begin(self, first: bytes) -> None:
+    def begin_stream(self, first: bytes) -> None:
         """Send what the stream begins with, and then the changes."""
-        self._line.send(first)
+        self._line.send_data(first)
         self._begun = True
         self.go_on()
 
-    def submit(self) -> None:
+    def submit_turn(self) -> None:
         """Go on in the client's turn."""
-        self._line.submit(self.go_on)
+        self._line.submit_work(self.go_on)
 
     def go_on(self) -> None:
         """Send what is next, unless the client has not read what came before."""
         if not self._is_open or not self._begun or not self._line.is_drained:
             return
-        events = self._log.after(self._place)
+        events = self._log.events_after(self._place)
         if events:
             self._place += len(events)
-            self._line.send(b"".join(events))
+            self._line.send_data(b"".join(events))
             if self._place < self._log.end or self._log.is_closed:
-                self.submit()
+                self.submit_turn()
             elif self._line.is_drained:
-                self._log.wait(self)
+                self._log.note_waiting(self)
         elif events is None or self._log.is_closed:
-            self.stop()
-            self._line.send(self._log.last())
+            self.stop_stream()
+            self._line.send_data(self._log.last())
             self._ended()
         else:
-            self._log.wait(self)
+            self._log.note_waiting(self)
 
-    def stop(self) -> None:
+    def stop_stream(self) -> None:
         """Tell nothing more."""
         self._is_open = False
-        self._log.remove(self)
+        self._log.remove_stream(self)

@@ -40,26 +40,26 @@ class Room:
         """Whether the descriptors of one more message fit."""
         return self._quota.has_room(uid, MAX_FDS)
 
-    def wait(self, client: Waiting) -> None:
+    def wait_room(self, client: Waiting) -> None:
         """Let a client go on when there is room again."""
         self._waiting.append(client)
 
-    def take(self, uid: int, fds: Sequence[int]) -> None:
+    def take_fds(self, uid: int, fds: Sequence[int]) -> None:
         """Count descriptors that have come; there was room for them."""
-        taken = self._quota.take(uid, len(fds))
+        taken = self._quota.take_amount(uid, len(fds))
         assert taken, "room was asked for before"
 
-    def close(self, uid: int, fds: Sequence[int]) -> None:
+    def close_fds(self, uid: int, fds: Sequence[int]) -> None:
         """Close descriptors that came."""
         for fd in fds:
             if self._closer is None:
                 os.close(fd)
-                self._give(uid)
+                self._give_back(uid)
             else:
-                self._closer.close(fd, lambda: self._give(uid))
+                self._closer.close_later(fd, lambda: self._give_back(uid))
 
-    def _give(self, uid: int) -> None:
-        self._quota.give(uid)
+    def _give_back(self, uid: int) -> None:
+        self._quota.give_back(uid)
         if self._waiting:
             again = [client for client in self._waiting if self.has_room(client.uid)]
             self._waiting = [client for client in self._waiting if client not in again]
@@ -90,13 +90,13 @@ class PassedFiles(FileDescriptorArray):
         """Close what no parameter of the call names."""
         self._close([self._open.pop(index) for index in self._open.keys() - self._named])
 
-    def close(self) -> None:
+    def close_all(self) -> None:
         """Close all of them."""
         self._close([*self._open.values()])
         self._open.clear()
 
 
-def dispose(sock: socket.socket, closer: Closer, closed: Callable[[], None]) -> None:
+def dispose_socket(sock: socket.socket, closer: Closer, closed: Callable[[], None]) -> None:
     """Close the socket of a client without rights; by `closer` where descriptors of its are still in it.
 
     To drop a descriptor may take for ever, and who drops the last reference waits. MSG_PEEK without room for
@@ -110,7 +110,7 @@ def dispose(sock: socket.socket, closer: Closer, closed: Callable[[], None]) -> 
         sock.close()
         closed()
     else:
-        closer.close(sock.detach(), closed)
+        closer.close_later(sock.detach(), closed)
 
 
 def _is_emptied(sock: socket.socket) -> bool:

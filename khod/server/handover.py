@@ -28,22 +28,22 @@ class Service(Handover):
         self._engine = engine
         self._last = model.Event(0.0, model.Phase.idle, "", "")
         self.load = Load()
-        self.events = EventLog(lambda: messages.encode({"event": self._last}))
+        self.events = EventLog(lambda: messages.encode_reply({"event": self._last}))
 
-    def publish(self, event: model.Event) -> None:
+    def publish_event(self, event: model.Event) -> None:
         """Give an event to every monitor."""
         self._last = event
-        self.load.note(event)
+        self.load.note_event(event)
         if self.events.has_streams:
-            self.events.append(messages.encode({"event": event}, continues=True))
+            self.events.append_event(messages.encode_reply({"event": event}, continues=True))
 
     async def first_event(self) -> bytes:
         """Give the event that every monitor begins with."""
-        return messages.encode({"event": await self._engine.now()}, continues=True)
+        return messages.encode_reply({"event": await self._engine.current_event()}, continues=True)
 
-    def close(self) -> None:
+    def end_monitors(self) -> None:
         """End every monitor."""
-        self.events.close()
+        self.events.end_streams()
 
     @varlinkmethod(return_parameter="status")
     async def Status(self) -> model.Status:
@@ -51,22 +51,22 @@ class Service(Handover):
 
     @varlinkmethod(return_parameter="checks")
     async def Check(self, *, kernel: NextKernel | None = None, now: bool | None = None) -> list[model.Check]:
-        return await self._engine.check(_request(kernel, now=now))
+        return await self._engine.check(_build_request(kernel, now=now))
 
     @varlinkmethod(return_parameter="plan")
     async def Plan(
         self, *, kernel: NextKernel | None = None, now: bool | None = None, load_only: bool | None = None
     ) -> model.Plan:
-        return await self._engine.plan(_request(kernel, now=now, load_only=load_only))
+        return await self._engine.plan(_build_request(kernel, now=now, load_only=load_only))
 
     @varlinkmethod(return_parameter="status")
     async def Activate(self) -> model.Status:
-        await self._engine.activate(by=_caller())
+        await self._engine.activate(by=_describe_caller())
         return await self._engine.status()
 
     @varlinkmethod(return_parameter="status")
     async def Abort(self, *, force: bool | None = None) -> model.Status:
-        await self._engine.abort(force=bool(force), by=_caller())
+        await self._engine.abort(force=bool(force), by=_describe_caller())
         return await self._engine.status()
 
     @varlinkmethod(return_parameter="status")
@@ -78,7 +78,7 @@ class Service(Handover):
         load_only: bool | None = None,
         hold: bool | None = None,
     ) -> model.Status:
-        await self._engine.kexec(_request(kernel, now=now, load_only=load_only, hold=hold), by=_caller())
+        await self._engine.kexec(_build_request(kernel, now=now, load_only=load_only, hold=hold), by=_describe_caller())
         return await self._engine.status()
 
     @varlinkmethod(return_parameter="producers")
@@ -87,20 +87,20 @@ class Service(Handover):
 
     @varlinkmethod(return_parameter="producers")
     async def Rehearse(self, *, name: str) -> list[model.Producer]:
-        return await self._engine.rehearse(name)
+        return await self._engine.rehearse_producer(name)
 
     @varlinkmethod
     async def Retry(self, *, name: str) -> None:
-        await self._engine.retry(name)
+        await self._engine.retry_producer(name)
 
     @varlinkmethod
     async def Forget(self, *, name: str) -> None:
-        await self._engine.forget(name)
+        await self._engine.forget_producer(name)
 
     @varlinkmethod
     async def Tree(self, *, side: str) -> TreeReply:
         tree = await self._engine.tree(side)
-        return {"names": ["", *tree.blobs], "blobs": [_memfd(blob) for blob in (tree.root, *tree.blobs.values())]}
+        return {"names": ["", *tree.blobs], "blobs": [_write_memfd(blob) for blob in (tree.root, *tree.blobs.values())]}
 
     @varlinkmethod(return_parameter="snapshots")
     async def Snapshots(self) -> list[model.Snapshot]:
@@ -111,7 +111,7 @@ class Service(Handover):
         return await self._engine.scratch()
 
 
-def _caller() -> str:
+def _describe_caller() -> str:
     """Who makes the call under way, for people: no name of the name service's, which may hang."""
     caller = CALLER.get()
     with suppress(OSError):
@@ -120,7 +120,7 @@ def _caller() -> str:
     return f"{'root' if caller.uid == 0 else f'user {caller.uid}'} (process {caller.pid})"
 
 
-def _request(
+def _build_request(
     kernel: NextKernel | None, *, now: bool | None = None, load_only: bool | None = None, hold: bool | None = None
 ) -> Request:
     """What the engine is asked, with the descriptors of this call; UsageError where it makes no sense."""
@@ -146,7 +146,7 @@ def _request(
     )
 
 
-def _memfd(blob: bytes) -> FileDescriptor:
+def _write_memfd(blob: bytes) -> FileDescriptor:
     fd = os.memfd_create("khod-tree", os.MFD_CLOEXEC)
     with open(fd, "wb", closefd=False) as file:
         file.write(blob)

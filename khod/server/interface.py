@@ -22,14 +22,14 @@ class _Fields:
     remedy: str
 
 
-def _reply(cls: type[KhoError]) -> type[TypedVarlinkErrorReply]:
+def _error_reply(cls: type[KhoError]) -> type[TypedVarlinkErrorReply]:
     """Make the Varlink error of one class of ours, which the library wants as a class of its own."""
     namespace: dict[str, Any] = {"Parameters": _Fields, "__doc__": cls.__doc__, "__annotations__": {}}
     options = {"name": f"{INTERFACE}.{cls.__name__}", "paramprefix": ""}
     return types.new_class(cls.__name__, (TypedVarlinkErrorReply,), options, lambda body: body.update(namespace))
 
 
-ERRORS = {name: _reply(cls) for name, cls in BY_NAME.items()}
+ERRORS = {name: _error_reply(cls) for name, cls in BY_NAME.items()}
 
 
 def to_wire(error: KhoError) -> TypedVarlinkErrorReply:

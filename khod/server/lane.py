@@ -13,17 +13,17 @@ MAX_EVENTS = 64
 """Clients that are looked at in one turn of the event loop."""
 
 
-class Member(Protocol):
+class LaneMember(Protocol):
     """A client of a lane."""
 
     uid: int
     events: int
     """What epoll said of it and it has not heard yet; 0 where it waits for no turn."""
 
-    def handle(self) -> None:
+    def handle_ready(self) -> None:
         """Read or write, one message at the most."""
 
-    def abort(self) -> None:
+    def abort_connection(self) -> None:
         """End the connection."""
 
 
@@ -40,8 +40,8 @@ class Lane:
         self._allowance = allowance
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
-        self._members: dict[int, Member] = {}
-        self._work: dict[int, deque[tuple[Member, Callable[[], None]]]] = {}
+        self._members: dict[int, LaneMember] = {}
+        self._work: dict[int, deque[tuple[LaneMember, Callable[[], None]]]] = {}
         self._users: deque[int] = deque()
         self._next: asyncio.Handle | None = None
         self._paused = False
@@ -55,21 +55,21 @@ class Lane:
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
 
-    def add(self, fd: int, member: Member, events: int) -> None:
+    def add_member(self, fd: int, member: LaneMember, events: int) -> None:
         """Watch a client for these events of epoll(7)."""
         self._members[fd] = member
         self._epoll.register(fd, events)
 
-    def watch(self, fd: int, events: int) -> None:
+    def watch_events(self, fd: int, events: int) -> None:
         """Watch a client for other events."""
         self._epoll.modify(fd, events)
 
-    def remove(self, fd: int) -> None:
+    def remove_member(self, fd: int) -> None:
         """Watch a client no more; work it was given is still done."""
         if self._members.pop(fd, None) is not None and not self._epoll.closed:
             self._epoll.unregister(fd)
 
-    def submit(self, member: Member, work: Callable[[], None]) -> None:
+    def submit_work(self, member: LaneMember, work: Callable[[], None]) -> None:
         """Do something for a client when it is its user's turn."""
         queue = self._work.get(member.uid)
         if queue is None:
@@ -81,16 +81,16 @@ class Lane:
 
     def _on_ready(self) -> None:
         if self._next is None:
-            self._turn()
+            self._take_turns()
 
     def _go_on(self) -> None:
         self._next = None
         if self._paused:
             self._paused = False
             self._loop.add_reader(self._epoll.fileno(), self._on_ready)
-        self._turn()
+        self._take_turns()
 
-    def _turn(self) -> None:
+    def _take_turns(self) -> None:
         began = time.monotonic()
         until = began + self._turn_seconds
         if self._allowance is not None:
@@ -98,20 +98,20 @@ class Lane:
         self._in_turn = True
         try:
             if until > began:
-                self._collect()
+                self._collect_ready()
             while self._users and time.monotonic() < until:
                 self._do_next()
         finally:
             self._in_turn = False
-            self._plan(time.monotonic() - began)
+            self._plan_turn(time.monotonic() - began)
 
-    def _collect(self) -> None:
+    def _collect_ready(self) -> None:
         for fd, events in self._epoll.poll(0, MAX_EVENTS):
             member = self._members[fd]
             waits = member.events
             member.events |= events
             if not waits:
-                self.submit(member, member.handle)
+                self.submit_work(member, member.handle_ready)
 
     def _do_next(self) -> None:
         uid = self._users.popleft()
@@ -125,7 +125,7 @@ class Lane:
             work()
         except Exception as error:  # noqa: BLE001  # whatever one client brings about must not end the others' turns
             self._loop.call_exception_handler({"message": "Serving a client failed", "exception": error})
-            member.abort()
+            member.abort_connection()
 
     def go_on(self) -> None:
         """Look again how long to wait: the share has become another."""
@@ -133,11 +133,11 @@ class Lane:
             self._next.cancel()
             self._next = self._loop.call_soon(self._go_on)
 
-    def _plan(self, spent_seconds: float) -> None:
+    def _plan_turn(self, spent_seconds: float) -> None:
         """Go on with what is left, at once or when the allowance has been filled up."""
         wait_seconds = 0.0
         if self._allowance is not None:
-            self._allowance.spend(spent_seconds)
+            self._allowance.spend_time(spent_seconds)
             wait_seconds = self._allowance.wait_seconds()
         if wait_seconds:
             self._paused = True

@@ -41,7 +41,7 @@ class Limits:
     """Sockets of clients that wait to be closed because somebody's descriptors are still in them."""
 
     @classmethod
-    def of(cls, descriptors: int) -> "Limits":
+    def divide_descriptors(cls, descriptors: int) -> "Limits":
         """Divide up so many descriptors."""
         return cls(
             everyone=descriptors - OWN_DESCRIPTORS,
@@ -55,7 +55,7 @@ class Limits:
     @classmethod
     def of_process(cls) -> "Limits":
         """Divide up RLIMIT_NOFILE."""
-        return cls.of(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        return cls.divide_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 class Quota:
@@ -68,19 +68,19 @@ class Quota:
         self._by_user: Counter[int] = Counter()
 
     @property
-    def free(self) -> int:
+    def unused_amount(self) -> int:
         """What nobody has."""
         return self._total - self._taken
 
-    def of(self, uid: int) -> int:
+    def amount_of(self, uid: int) -> int:
         """What a user has."""
         return self._by_user[uid]
 
     def has_room(self, uid: int, amount: int) -> bool:
         """Tell whether `take` would succeed."""
-        return amount <= self.free and self._by_user[uid] + amount <= self._per_user
+        return amount <= self.unused_amount and self._by_user[uid] + amount <= self._per_user
 
-    def take(self, uid: int, amount: int = 1) -> bool:
+    def take_amount(self, uid: int, amount: int = 1) -> bool:
         """Take so much for a user; False, and nothing is taken, where it is too much."""
         if not self.has_room(uid, amount):
             return False
@@ -88,7 +88,7 @@ class Quota:
         self._by_user[uid] += amount
         return True
 
-    def give(self, uid: int, amount: int = 1) -> None:
+    def give_back(self, uid: int, amount: int = 1) -> None:
         """Give back what was taken."""
         self._taken -= amount
         self._by_user[uid] -= amount

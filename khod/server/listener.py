@@ -25,7 +25,7 @@ class Listener:
         self._socket = sock
         self._clients = clients
         self._loop = asyncio.get_running_loop()
-        self._allowance = Allowance(clients.shared.load.share(ACCEPT_SHARE, ACCEPT_SHARE_BUSY))
+        self._allowance = Allowance(clients.shared.load.make_share(ACCEPT_SHARE, ACCEPT_SHARE_BUSY))
         self._trusts = True
         self._timer: asyncio.TimerHandle | None = None
         sock.setblocking(False)
@@ -35,8 +35,8 @@ class Listener:
 
     async def _accept_when_groups_are_known(self) -> None:
         """Wait for them, not for long: an operator's descriptors may have come before khod was started."""
-        await self._clients.shared.groups.wait()
-        self._loop.add_reader(self._socket, self._accept)
+        await self._clients.shared.groups.wait_lookup()
+        self._loop.add_reader(self._socket, self._accept_clients)
 
     def close(self) -> None:
         """Accept nobody any more."""
@@ -52,27 +52,27 @@ class Listener:
 
     def abort_clients(self) -> None:
         """Hang up on everyone who is left, whatever was still to be said."""
-        self._clients.abort()
+        self._clients.hang_up_all()
 
-    def _accept(self) -> None:
+    def _accept_clients(self) -> None:
         began = time.monotonic()
         until = began + min(TURN_SECONDS, self._allowance.left_seconds())
         wait_seconds = 0.0
         try:
             while time.monotonic() < until:
                 sock, _ = self._socket.accept()
-                if self._clients.admit(sock):
+                if self._clients.admit_client(sock):
                     break  # whoever has rights is served before the next ones are accepted
         except BlockingIOError:
             pass
         except OSError:  # no descriptor or no memory left, or the client has gone: whoever waits goes on waiting
             wait_seconds = RETRY_SECONDS
         self._trust_senders()
-        self._allowance.spend(time.monotonic() - began)
+        self._allowance.spend_time(time.monotonic() - began)
         wait_seconds = max(wait_seconds, self._allowance.wait_seconds())
         if wait_seconds:
             self._loop.remove_reader(self._socket)
-            self._wait(wait_seconds)
+            self._wait_before(wait_seconds)
 
     def _trust_senders(self) -> None:
         """Let descriptors be sent before accept(2), as an operator's client may do, or let nobody do it."""
@@ -85,11 +85,11 @@ class Listener:
         """Look again how long to wait: the share has become another."""
         if self._timer is not None:
             self._timer.cancel()
-            self._wait(self._allowance.wait_seconds())
+            self._wait_before(self._allowance.wait_seconds())
 
-    def _wait(self, seconds: float) -> None:
+    def _wait_before(self, seconds: float) -> None:
         self._timer = self._loop.call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
         self._timer = None
-        self._loop.add_reader(self._socket, self._accept)
+        self._loop.add_reader(self._socket, self._accept_clients)

@@ -45,35 +45,35 @@ class Load:
         self.on_relief: list[Callable[[], None]] = []
         """Called when there is no such work any more: whoever waits may go on sooner."""
 
-    def begin(self) -> None:
+    def begin_call(self) -> None:
         """Note that a call of somebody with rights has begun."""
         self._calls += 1
 
-    def end(self) -> None:
+    def end_call(self) -> None:
         """Note that it has ended."""
         self._calls -= 1
-        self._relieve()
+        self._relieve_calls()
 
-    def note(self, event: Event) -> None:
+    def note_event(self, event: Event) -> None:
         """Take the phase of an event."""
-        was_busy = self.busy
+        was_busy = self.is_busy
         self._phase = event.phase
         if was_busy:
-            self._relieve()
+            self._relieve_calls()
 
-    def _relieve(self) -> None:
-        if not self.busy:
+    def _relieve_calls(self) -> None:
+        if not self.is_busy:
             for go_on in self.on_relief:
                 go_on()
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether such a call is being served, or a handover is in a phase that goes on by itself."""
         return self._calls > 0 or self._phase in UNDER_WAY
 
-    def share(self, usual: float, busy: float) -> Callable[[], float]:
+    def make_share(self, usual: float, busy: float) -> Callable[[], float]:
         """Make a share that depends on this load."""
-        return lambda: busy if self.busy else usual
+        return lambda: busy if self.is_busy else usual
 
 
 class Allowance:
@@ -91,22 +91,22 @@ class Allowance:
         self._credit_seconds = share() * period_seconds
         self._filled_at = clock()
 
-    def spend(self, seconds: float) -> None:
+    def spend_time(self, seconds: float) -> None:
         """Note that so much time was used."""
-        self._fill()
+        self._fill_up()
         self._credit_seconds -= seconds
 
     def left_seconds(self) -> float:
         """Give how much may be used now."""
-        self._fill()
+        self._fill_up()
         return max(0.0, self._credit_seconds)
 
     def wait_seconds(self) -> float:
         """Give how long nothing more may be used; 0 where something may."""
-        self._fill()
+        self._fill_up()
         return 0.0 if self._credit_seconds > 0 else -self._credit_seconds / self._share() + MIN_WAIT_SECONDS
 
-    def _fill(self) -> None:
+    def _fill_up(self) -> None:
         now, share = self._clock(), self._share()
         earned = (now - self._filled_at) * share
         self._credit_seconds = min(share * self._period_seconds, self._credit_seconds + earned)

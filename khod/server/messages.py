@@ -15,14 +15,14 @@ from khod.server.interface import to_wire
 FIELDS: Mapping[str, type] = {"method": str, "parameters": dict, "oneway": bool, "more": bool, "upgrade": bool}
 """What a call may have, and of which type."""
 INTERNAL = GenericVarlinkErrorReply("invalid.asyncvarlink.InternalServerError")
-_ENCODER = json.JSONEncoder(separators=(",", ":"), default=wire.plain)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), default=wire.encode_value)
 
 
 class NotJson(Exception):
     """What came is no JSON object: what follows it cannot be trusted to be a message."""
 
 
-def parse(text: bytes) -> dict[str, Any]:
+def parse_message(text: bytes) -> dict[str, Any]:
     """Parse a message; NotJson says why it is none."""
     try:
         message = json.loads(text.decode())
@@ -44,7 +44,7 @@ def call_of(message: dict[str, Any]) -> VarlinkMethodCall:
         raise InvalidParameter(parameter=wrong) from None
 
 
-def encode(parameters: Mapping[str, Any], *, continues: bool = False) -> bytes:
+def encode_reply(parameters: Mapping[str, Any], *, continues: bool = False) -> bytes:
     """Encode a reply whose parameters are the model's own types: a fifth of the time that the library takes."""
     reply = {"parameters": parameters, "continues": True} if continues else {"parameters": parameters}
     return _ENCODER.encode(reply).encode() + b"\0"
@@ -58,7 +58,7 @@ def encode_with_files(parameters: Mapping[str, Any]) -> tuple[bytes, Sequence[Fi
         if isinstance(value, FileDescriptor):
             files.append(value)
             return len(files) - 1
-        return wire.plain(value)
+        return wire.encode_value(value)
 
     data = json.dumps({"parameters": parameters}, separators=(",", ":"), default=plain).encode() + b"\0"
     return data, files

@@ -27,7 +27,7 @@ class Places:
         """Whether a user has as many connections as one may, those of producers not counted."""
         return self.askers[uid] >= self.max_per_user()
 
-    def take(self, uid: int, standing: Standing) -> "Place | None":
+    def take_place(self, uid: int, standing: Standing) -> "Place | None":
         """Take a place for a connection; None where the user, or everyone like him, has enough."""
         quota = self.by_standing[standing]
         if standing is Standing.root:
@@ -36,9 +36,9 @@ class Places:
         elif self.has_enough(uid):
             return None
         # The fewer places are left the fewer one user may have, so there is one for whoever comes next.
-        if standing is Standing.other and quota.of(uid) > 0 and quota.of(uid) >= quota.free // 2:
+        if standing is Standing.other and quota.amount_of(uid) > 0 and quota.amount_of(uid) >= quota.unused_amount // 2:
             return None
-        return Place(self, uid, standing) if quota.take(uid) else None
+        return Place(self, uid, standing) if quota.take_amount(uid) else None
 
 
 class Place:
@@ -57,25 +57,25 @@ class Place:
     def reserve_producers(self) -> bool:
         """Keep room for a producer that registers; False where there is none. `settle` says how it went."""
         if self._standing in (Standing.other, Standing.operator):
-            self._is_reserved = self._places.by_standing[Standing.producer].take(self._uid)
+            self._is_reserved = self._places.by_standing[Standing.producer].take_amount(self._uid)
             return self._is_reserved
         return True
 
-    def settle(self, *, registered: bool) -> None:
+    def settle_place(self, *, registered: bool) -> None:
         """Be a producer's place from here on, or give back what was reserved."""
         if registered:
             self._give_asker()
             if self._is_reserved:
-                self._places.by_standing[self._standing].give(self._uid)
+                self._places.by_standing[self._standing].give_back(self._uid)
                 self._standing = Standing.producer
         elif self._is_reserved:
-            self._places.by_standing[Standing.producer].give(self._uid)
+            self._places.by_standing[Standing.producer].give_back(self._uid)
         self._is_reserved = False
 
-    def give(self) -> None:
+    def give_back(self) -> None:
         """Leave the place to others: the connection has ended, and its descriptor is closed."""
         self._give_asker()
-        self._places.by_standing[self._standing].give(self._uid)
+        self._places.by_standing[self._standing].give_back(self._uid)
         self._places.connections -= 1
 
     def _give_asker(self) -> None:

@@ -10,7 +10,7 @@ from khod.errors import Refused, UsageError
 from khod.handover.record import Owner
 from khod.producers.configured import one_line
 from khod.producers.identity import process_of, unit_of
-from khod.producers.peers import Answer, Peer, Terms
+from khod.producers.peers import Answer, Peer, Registration
 from khod.server.connection import CONNECTION
 from khod.server.interface import Command, Producer, Registered, Word
 
@@ -46,7 +46,7 @@ class Producers(Producer):
         owner, process = Owner(caller.uid, one_line(unit_of(caller.pid))), process_of(caller.pid)
         if process is None:
             raise Refused("The process that connected has ended", where=f"process {caller.pid}")
-        terms = Terms(
+        terms = Registration(
             30.0 if timeout is None else timeout, tuple(after or ()), tuple(before or ()), tuple(devices or ())
         )
         if not connection.reserve_producers_place():
@@ -56,16 +56,16 @@ class Producers(Producer):
             )
         producer: Peer | None = None
         try:
-            producer = await self._engine.register(name, owner, process, terms)
+            producer = await self._engine.register_producer(name, owner, process, terms)
         except Refused:
             # A connection is one producer; kept open, thousands of them would leave no room for anyone else.
             connection.end_after_reply()
             raise
         finally:
-            connection.enlist(producer)
-        connection.on_end.append(partial(self._engine.muster.peers.leave, producer))
+            connection.bind_producer(producer)
+        connection.on_end.append(partial(self._engine.muster.peers.remove_peer, producer))
         if not connection.is_open:  # it went while khod looked
-            self._engine.muster.peers.leave(producer)
+            self._engine.muster.peers.remove_peer(producer)
         return {"version": wire.PRODUCER_VERSION, "run": producer.run, "told": producer.told}
 
     @varlinkmethod
@@ -84,8 +84,8 @@ class Producers(Producer):
         peer = connection.producer
         assert peer is not None, "the rules say so"
         try:
-            said = None if answer is None else _answer(serial, answer, reason, progress, names, tokens, fds)
-            command = await peer.next(said)
+            said = None if answer is None else _build_answer(serial, answer, reason, progress, names, tokens, fds)
+            command = await peer.exchange_answer(said)
         except UsageError:
             connection.end_after_reply()
             raise
@@ -100,7 +100,7 @@ class Producers(Producer):
         }
 
 
-def _answer(
+def _build_answer(
     serial: int | None,
     word: Word,
     reason: str | None,

@@ -7,7 +7,7 @@ from khod.server.access import Standing
 from khod.wire import INTERFACE, PRODUCER, SERVICE
 
 
-class Kind(enum.Enum):
+class CallKind(enum.Enum):
     """How a call is served."""
 
     fixed = "fixed"
@@ -31,7 +31,7 @@ PRODUCERS = frozenset({Standing.producer, Standing.operator, Standing.root})
 class Rule:
     """One method. `what` stands in the sentence "User 1000 may not ..."."""
 
-    kind: Kind
+    kind: CallKind
     callers: frozenset[Standing] = EVERYONE
     what: str = ""
     image: bool = False
@@ -40,28 +40,28 @@ class Rule:
     """Whether it is for a connection that is a producer's."""
 
 
-def _operators(what: str) -> Rule:
-    return Rule(Kind.operation, OPERATORS, what)
+def _operators_rule(what: str) -> Rule:
+    return Rule(CallKind.operation, OPERATORS, what)
 
 
-_IMAGE = Rule(Kind.question, what="have khod look at an image", image=True)
+_IMAGE = Rule(CallKind.question, what="have khod look at an image", image=True)
 RULES = {
-    f"{SERVICE}.GetInfo": Rule(Kind.fixed),
-    f"{SERVICE}.GetInterfaceDescription": Rule(Kind.fixed),
-    f"{INTERFACE}.Status": Rule(Kind.question),
-    f"{INTERFACE}.Producers": Rule(Kind.question),
-    f"{INTERFACE}.Scratch": Rule(Kind.question),
+    f"{SERVICE}.GetInfo": Rule(CallKind.fixed),
+    f"{SERVICE}.GetInterfaceDescription": Rule(CallKind.fixed),
+    f"{INTERFACE}.Status": Rule(CallKind.question),
+    f"{INTERFACE}.Producers": Rule(CallKind.question),
+    f"{INTERFACE}.Scratch": Rule(CallKind.question),
     f"{INTERFACE}.Check": _IMAGE,
     f"{INTERFACE}.Plan": _IMAGE,
-    f"{INTERFACE}.Monitor": Rule(Kind.stream),
-    f"{INTERFACE}.Activate": _operators("activate"),
-    f"{INTERFACE}.Abort": _operators("abort"),
-    f"{INTERFACE}.Kexec": _operators("kexec"),
-    f"{INTERFACE}.Rehearse": _operators("test a producer"),
-    f"{INTERFACE}.Retry": _operators("have a producer take its state back"),
-    f"{INTERFACE}.Forget": _operators("forget a producer"),
-    f"{INTERFACE}.Tree": _operators("read the state tree"),
-    f"{INTERFACE}.Snapshots": _operators("list the snapshots"),
-    f"{PRODUCER}.Register": Rule(Kind.conversation, PRODUCERS, "be a producer"),
-    f"{PRODUCER}.Next": Rule(Kind.conversation, registered=True),
+    f"{INTERFACE}.Monitor": Rule(CallKind.stream),
+    f"{INTERFACE}.Activate": _operators_rule("activate"),
+    f"{INTERFACE}.Abort": _operators_rule("abort"),
+    f"{INTERFACE}.Kexec": _operators_rule("kexec"),
+    f"{INTERFACE}.Rehearse": _operators_rule("test a producer"),
+    f"{INTERFACE}.Retry": _operators_rule("have a producer take its state back"),
+    f"{INTERFACE}.Forget": _operators_rule("forget a producer"),
+    f"{INTERFACE}.Tree": _operators_rule("read the state tree"),
+    f"{INTERFACE}.Snapshots": _operators_rule("list the snapshots"),
+    f"{PRODUCER}.Register": Rule(CallKind.conversation, PRODUCERS, "be a producer"),
+    f"{PRODUCER}.Next": Rule(CallKind.conversation, registered=True),
 }

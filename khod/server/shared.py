@@ -12,7 +12,7 @@ from khod.server import messages
 from khod.server.access import Groups, Standing
 from khod.server.answers import Answers
 from khod.server.closer import Closer
-from khod.server.files import Room, dispose
+from khod.server.files import Room, dispose_socket
 from khod.server.handover import Service
 from khod.server.lane import Lane
 from khod.server.limits import BUFFERED_BYTES, MAX_FDS, USER_BUFFERED_BYTES, Limits, Quota
@@ -50,37 +50,37 @@ class Shared:
         self._sockets, self._files = Closer("sockets"), Closer("files")
         self._roots_room = Room(limits.files, limits.files)
         self._room = Room(limits.files, max(MAX_FDS, limits.files // 2), self._files)
-        share = self.load.share(CLIENTS_SHARE, CLIENTS_SHARE_BUSY)
+        share = self.load.make_share(CLIENTS_SHARE, CLIENTS_SHARE_BUSY)
         self._lane, self._others_lane = Lane(TURN_SECONDS), Lane(OTHERS_TURN_SECONDS, Allowance(share))
-        share = self.load.share(QUESTIONS_SHARE, QUESTIONS_SHARE_BUSY)
+        share = self.load.make_share(QUESTIONS_SHARE, QUESTIONS_SHARE_BUSY)
         self._answers, self._others_answers = Answers(), Answers(Allowance(share))
         self.load.on_relief += [self._others_lane.go_on, self._others_answers.go_on]
         self._fixed: dict[Hashable, bytes] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def lane(self, *, rights: bool) -> Lane:
+    def lane_for(self, *, rights: bool) -> Lane:
         """Give the lane to serve a client in."""
         return self._lane if rights else self._others_lane
 
-    def answers(self, standing: Standing) -> Answers:
+    def answers_for(self, standing: Standing) -> Answers:
         """Give what computes the answers to a client's questions."""
         return self._answers if standing in OPERATORS else self._others_answers
 
-    def room(self, uid: int) -> Room:
+    def room_of(self, uid: int) -> Room:
         """Give the room for a user's descriptors."""
         return self._roots_room if uid == 0 else self._room
 
-    def buffered(self, uid: int) -> Quota | None:
+    def buffer_quota(self, uid: int) -> Quota | None:
         """Give what bounds a user's unfinished messages and unread answers."""
         return None if uid == 0 else self._buffered
 
     def fixed_answer(self, question: Hashable, serve: Callable[[], Any]) -> bytes:
         """Compute an answer that is always the same, once."""
         if question not in self._fixed:
-            self._fixed[question] = messages.encode(serve().parameters)
+            self._fixed[question] = messages.encode_reply(serve().parameters)
         return self._fixed[question]
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn_task(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something to its end, whoever is still there then."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -89,15 +89,15 @@ class Shared:
     @property
     def trusts_senders(self) -> bool:
         """Whether descriptors may come before accept(2): not while too many sockets with some wait to be closed."""
-        return self._sockets.waiting <= self._max_unclosed // 2
+        return self._sockets.count_waiting <= self._max_unclosed // 2
 
-    def dispose(self, sock: socket.socket, uid: int, closed: Callable[[], None] = lambda: None) -> None:
+    def dispose_socket(self, sock: socket.socket, uid: int, closed: Callable[[], None] = lambda: None) -> None:
         """Close a client's socket, whatever of it was not read; `closed` is called afterwards."""
-        if uid == 0 or self._sockets.waiting > self._max_unclosed:
+        if uid == 0 or self._sockets.count_waiting > self._max_unclosed:
             sock.close()
             closed()
         else:
-            dispose(sock, self._sockets, closed)
+            dispose_socket(sock, self._sockets, closed)
 
     def close(self) -> None:
         """Serve nobody any more."""

@@ -28,7 +28,7 @@ HALF_CLOSED = select.EPOLLRDHUP
 GONE = select.EPOLLHUP | select.EPOLLERR
 
 
-class Owner(Protocol):
+class MessageHandler(Protocol):
     """Whose socket it is, and what it is told."""
 
     @property
@@ -39,22 +39,22 @@ class Owner(Protocol):
     def may_send_files(self) -> bool:
         """Whether it may send descriptors now."""
 
-    def message(self, text: bytes, fds: list[int]) -> None:
+    def on_message(self, text: bytes, fds: list[int]) -> None:
         """Take in a message and the descriptors that came with it; `resume` lets the next one come."""
 
-    def refuse(self, what: str) -> None:
+    def refuse_input(self, what: str) -> None:
         """Say why what came in is no message, and hang up."""
 
     def refuse_files(self) -> None:
         """Say that it may not send descriptors, and hang up."""
 
-    def drained(self) -> None:
+    def on_drained(self) -> None:
         """Learn that the client has read all that was sent."""
 
     def hung_up(self) -> None:
         """Learn that the client will say nothing more; it may still read."""
 
-    def lost(self, sock: socket.socket) -> None:
+    def on_lost(self, sock: socket.socket) -> None:
         """Close the socket: the connection has ended."""
 
 
@@ -62,7 +62,7 @@ class Transport:
     """The socket of one client, served in the turns of a lane."""
 
     def __init__(
-        self, sock: socket.socket, uid: int, owner: Owner, lane: Lane, *, buffered: Quota | None, room: Room
+        self, sock: socket.socket, uid: int, owner: MessageHandler, lane: Lane, *, buffered: Quota | None, room: Room
     ) -> None:
         """Begin to read. `buffered` bounds what is held in both directions, None for root's; `room` descriptors."""
         self.uid = uid
@@ -85,38 +85,38 @@ class Transport:
         self._broken = False
         self._idle_reads = 0
         self._watched = READ | HALF_CLOSED
-        lane.add(sock.fileno(), self, self._watched)
+        lane.add_member(sock.fileno(), self, self._watched)
 
     @property
     def is_drained(self) -> bool:
         """Whether the client has read all that was sent."""
         return not self._output
 
-    def move(self, lane: Lane) -> None:
+    def move_to_lane(self, lane: Lane) -> None:
         """Be served in another lane's turns from here on."""
-        self._lane.remove(self._socket.fileno())
+        self._lane.remove_member(self._socket.fileno())
         self._lane = lane
-        lane.add(self._socket.fileno(), self, self._watched)
+        lane.add_member(self._socket.fileno(), self, self._watched)
 
     def let_send_files(self, *, allowed: bool) -> None:
         """Have the kernel refuse descriptors before they are on their way, where it can."""
         with suppress(OSError):  # it cannot before Linux 6.16: they are noticed in here
             pass_rights(self._socket, allowed=allowed)
 
-    def submit(self, work: Callable[[], None]) -> None:
+    def submit_work(self, work: Callable[[], None]) -> None:
         """Do something for this client in its turn."""
-        self._lane.submit(self, work)
+        self._lane.submit_work(self, work)
 
-    def begin(self) -> None:
+    def begin_reading(self) -> None:
         """Read what the client has sent already, without waiting for a turn."""
         self.events |= READ
-        self.handle()
+        self.handle_ready()
 
-    def handle(self) -> None:
+    def handle_ready(self) -> None:
         """Do what the last events of epoll(7) call for; at most one message is read."""
         events, self.events = self.events, 0
         if self.is_open and events & WRITE:
-            self._flush()
+            self._flush_data()
         if not self.is_open:
             return
         if events & GONE and (self._held or self._closing or not self._owner.may_send_files):
@@ -127,13 +127,13 @@ class Transport:
             if events & HALF_CLOSED:
                 self._owner.hung_up()
         elif events & (READ | HALF_CLOSED | GONE) and not self._closing:
-            self._receive()
+            self._receive_message()
 
     # Reading
 
-    def _receive(self) -> None:
+    def _receive_message(self) -> None:
         try:
-            data = self._read()
+            data = self._read_socket()
         except BlockingIOError:
             self._idle_reads += 1
             if self._idle_reads > MAX_IDLE_READS:
@@ -152,7 +152,7 @@ class Transport:
         self._input += data
         self._next_message()
 
-    def _read(self) -> bytes | None:
+    def _read_socket(self) -> bytes | None:
         """Read what is there; None where descriptors are in the way. No more than one message with them.
 
         The descriptors of whoever may not send any never become this process's.
@@ -168,7 +168,7 @@ class Transport:
         if not self._room.has_room(self.uid):
             self._held = True
             self._watch(drop=READ)
-            self._room.wait(self)
+            self._room.wait_room(self)
             return None
         return self._read_with_files(data.find(0) + 1 or len(data))
 
@@ -180,10 +180,12 @@ class Transport:
         for level, kind, content in messages:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-        self._room.take(self.uid, fds)
+        self._room.take_fds(self.uid, fds)
         self._fds += fds
         if flags & socket.MSG_CTRUNC:
-            self._owner.refuse(f"More than {MAX_FDS} descriptors came with one message, or khod has no room for them")
+            self._owner.refuse_input(
+                f"More than {MAX_FDS} descriptors came with one message, or khod has no room for them"
+            )
             return None
         return data
 
@@ -198,9 +200,9 @@ class Transport:
         end = self._input.find(0, self._searched)
         length = len(self._input) if end < 0 else end
         if length > self._owner.max_bytes:
-            self._owner.refuse(f"The message is longer than {self._owner.max_bytes} bytes")
+            self._owner.refuse_input(f"The message is longer than {self._owner.max_bytes} bytes")
         elif not self._count_buffered():
-            self._owner.refuse("Too many unfinished messages and unread answers of this user's are held already")
+            self._owner.refuse_input("Too many unfinished messages and unread answers of this user's are held already")
         elif end < 0:
             self._searched = length
         else:
@@ -210,14 +212,14 @@ class Transport:
             self._count_buffered()
             fds, self._fds = self._fds, []
             self._held = True
-            self._owner.message(text, fds)
+            self._owner.on_message(text, fds)
 
-    def resume(self) -> None:
+    def resume_reading(self) -> None:
         """Let the next message come: the one before is answered."""
         if not self.is_open or self._closing:
             return
         if b"\0" in self._input:
-            self.submit(self._go_on_with_input)
+            self.submit_work(self._go_on_with_input)
         else:
             self._held = False
             self._watch(add=READ)
@@ -228,14 +230,14 @@ class Transport:
 
     # Writing
 
-    def send(self, data: bytes, fds: tuple[int, ...] = (), sent: Callable[[], None] = lambda: None) -> None:
+    def send_data(self, data: bytes, fds: tuple[int, ...] = (), sent: Callable[[], None] = lambda: None) -> None:
         """Send, and keep what the socket does not take; `sent` is called when nothing of it is needed any more."""
         count = 0
         if not data or not self.is_open or self._closing or self._broken:
             sent()
             return
         if not self._output:
-            count = self._write(data, fds)
+            count = self._write_socket(data, fds)
         if count == len(data) or self._broken:
             sent()
             return
@@ -243,26 +245,26 @@ class Transport:
         self._output_bytes += len(data) - count
         self._watch(add=WRITE)
         if not self._count_buffered():
-            self._break()
+            self._break_soon()
 
-    def _write(self, data: bytes | memoryview, fds: tuple[int, ...]) -> int:
+    def _write_socket(self, data: bytes | memoryview, fds: tuple[int, ...]) -> int:
         try:
             return socket.send_fds(self._socket, [data], fds) if fds else self._socket.send(data)
         except BlockingIOError:
             return 0
         except OSError:
-            self._break()
+            self._break_soon()
             return 0
 
-    def _break(self) -> None:
+    def _break_soon(self) -> None:
         """End the connection soon: nothing can be sent any more."""
         self._broken = True
-        self.submit(self.end)
+        self.submit_work(self.end)
 
-    def _flush(self) -> None:
+    def _flush_data(self) -> None:
         while self._output and not self._broken:
             data, fds, sent = self._output[0]
-            count = self._write(data, fds)
+            count = self._write_socket(data, fds)
             self._output_bytes -= count
             if count < len(data):
                 self._output[0] = (data[count:], () if count else fds, sent)
@@ -275,7 +277,7 @@ class Transport:
             if self._closing:
                 self.end()
             else:
-                self._owner.drained()
+                self._owner.on_drained()
 
     # The end
 
@@ -285,9 +287,9 @@ class Transport:
             self._closing = True
             self._watch(drop=READ | HALF_CLOSED)
             if not self._output:
-                self.submit(self.end)
+                self.submit_work(self.end)
 
-    def abort(self) -> None:
+    def abort_connection(self) -> None:
         """End the connection, whatever was still to be sent."""
         self.end()
 
@@ -296,15 +298,15 @@ class Transport:
         if not self.is_open:
             return
         self.is_open = False
-        self._lane.remove(self._socket.fileno())
-        self._room.close(self.uid, self._fds)
+        self._lane.remove_member(self._socket.fileno())
+        self._room.close_fds(self.uid, self._fds)
         for _, _, sent in self._output:
             sent()
         self._output.clear()
         self._input.clear()
         self._output_bytes = 0
         self._count_buffered()
-        self._owner.lost(self._socket)
+        self._owner.on_lost(self._socket)
 
     # What it costs
 
@@ -313,10 +315,10 @@ class Transport:
         if self._buffered is None:
             return True
         held = max(0, len(self._input) + self._output_bytes - FREE_BYTES)
-        if held > self._counted_bytes and not self._buffered.take(self.uid, held - self._counted_bytes):
+        if held > self._counted_bytes and not self._buffered.take_amount(self.uid, held - self._counted_bytes):
             return False
         if held < self._counted_bytes:
-            self._buffered.give(self.uid, self._counted_bytes - held)
+            self._buffered.give_back(self.uid, self._counted_bytes - held)
         self._counted_bytes = held
         return True
 
@@ -324,4 +326,4 @@ class Transport:
         watched = (self._watched | add) & ~drop
         if watched != self._watched and self.is_open:
             self._watched = watched
-            self._lane.watch(self._socket.fileno(), watched)
+            self._lane.watch_events(self._socket.fileno(), watched)

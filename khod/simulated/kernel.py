@@ -22,7 +22,7 @@ from typing import Any
 import libfdt
 
 from khod.abi.calls import KMSG, LIVEUPDATE, HostCalls, Log
-from khod.abi.fdt import KHO_MEM, mem, parse
+from khod.abi.fdt import KHO_MEM, decode_mem, parse_tree
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
 from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.sysfs import IN_DT, KHO
@@ -43,7 +43,7 @@ class Rebooted(BaseException):
 
 
 @dataclass
-class State:
+class KernelState:
     """What a kernel knows and no file shows."""
 
     image: dict[str, Any] | None = None
@@ -64,69 +64,69 @@ class SimulatedKernel(HostCalls):
     def __init__(self, root: Path, *, ranges: int = 4) -> None:
         super().__init__(root)
         if (root / STATE).exists():
-            self._state = State(**json.loads((root / STATE).read_text()))
+            self._state = KernelState(**json.loads((root / STATE).read_text()))
         else:
-            self._state = State(ranges=ranges)
-            self._boot("root=/dev/sim rw kho_scratch=512M")
+            self._state = KernelState(ranges=ranges)
+            self._boot_kernel("root=/dev/sim rw kho_scratch=512M")
 
-    def fault(self, name: str, value: object) -> None:
+    def set_fault(self, name: str, value: object) -> None:
         """Switch a fault on, or off with None."""
-        self._refresh()
+        self._refresh_state()
         if value is None:
             self._state.faults.pop(name, None)
         else:
             self._state.faults[name] = value
-        self._save()
+        self._save_state()
 
-    def echo(self, path: str, text: str) -> None:
+    def echo_to(self, path: str, text: str) -> None:
         """Do what an operator's `echo` does, behind khod's back."""
-        self.write(path, text.encode() + b"\n")
+        self.write_file(path, text.encode() + b"\n")
 
     @property
-    def log(self) -> str:
+    def kernel_log(self) -> str:
         """The kernel log of all boots."""
-        return self.at(LOG).read_text()
+        return self.host_path(LOG).read_text()
 
     @property
-    def leaked(self) -> int:
+    def leaked_bytes(self) -> int:
         """Bytes of kernel memory lost to failed activations (each leaks up to dt_max)."""
         return self._state.leaked
 
     # The calls
 
-    def write(self, path: str, data: bytes) -> None:
-        self._refresh()
+    def write_file(self, path: str, data: bytes) -> None:
+        self._refresh_state()
         if path == KMSG:
             self._printk(data.decode().strip())
             return
         handlers = {f"{KHO}/active": self._write_active, f"{KHO}/dt_max": self._write_dt_max}
         if path not in handlers:
-            super().write(path, data)
+            super().write_file(path, data)
             return
         if number := handlers[path](data):
             raise OSError(number, os.strerror(number), f"write {data.decode(errors='replace').strip()!r} to {path}")
 
     def open_log(self) -> Log:
-        return _Log(self.at(LOG))
+        return _Log(self.host_path(LOG))
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
-        self._refresh()
-        if number := self._load(kernel_fd, initrd_fd, cmdline, flags):
+        self._refresh_state()
+        if number := self._load_image(kernel_fd, initrd_fd, cmdline, flags):
             raise OSError(number, os.strerror(number), f"kexec_file_load({kernel_fd}, {initrd_fd}, flags={flags:#x})")
 
     def reboot_kexec(self) -> None:
-        self._refresh()
+        self._refresh_state()
         image, faults = self._state.image, self._state.faults
         number = errno.EINVAL if image is None else faults.get("reboot_errno", 0)
         if number or image is None:
             raise OSError(number, os.strerror(number), "reboot(LINUX_REBOOT_CMD_KEXEC)")
         if faults.pop("cold", None):
-            self._boot(self.read("/proc/cmdline").decode().strip())
+            self._boot_kernel(self.read_file("/proc/cmdline").decode().strip())
             raise Rebooted
         tree = None if image["tree"] is None or faults.get("lose") else bytes.fromhex(image["tree"])
         if tree is not None and faults.get("change"):
             tree = tree.replace(b"global-trace", b"GLOBAL-TRACE")
-        self._boot(image["cmdline"], tree)
+        self._boot_kernel(image["cmdline"], tree)
         raise Rebooted
 
     def create_session(self, name: str) -> int:
@@ -135,7 +135,7 @@ class SimulatedKernel(HostCalls):
     def retrieve_session(self, name: str) -> int:
         return self.create_session(name)
 
-    def sync(self) -> None:
+    def sync_disks(self) -> None:
         """Nothing: the simulated kernel's disks are the host's own."""
 
     # v3's active phase, in the kernel's order of errnos
@@ -144,36 +144,36 @@ class SimulatedKernel(HostCalls):
         wanted = _kstrtobool(data)
         if wanted is None:
             return errno.EINVAL
-        if not SCRATCH[1] or int(self.read(f"{KHO}/scratch_len"), 16) == 0:
+        if not SCRATCH[1] or int(self.read_file(f"{KHO}/scratch_len"), 16) == 0:
             return errno.ENOMEM  # even for a 0
-        if wanted == (self.read(f"{KHO}/active").strip() == b"1"):
+        if wanted == (self.read_file(f"{KHO}/active").strip() == b"1"):
             return 0
-        return self._serialize() if wanted else self._abort()
+        return self._serialize_tree() if wanted else self._abort_active()
 
-    def _serialize(self) -> int:
+    def _serialize_tree(self) -> int:
         faults = self._state.faults
         time.sleep(faults.get("slow_serialize", 0))
-        dt_max = int(self.read(f"{KHO}/dt_max"), 16)
-        tree = serialize(self._state.ranges)
+        dt_max = int(self.read_file(f"{KHO}/dt_max"), 16)
+        tree = build_tree(self._state.ranges)
         cause = 1 if faults.get("veto") else faults.get("serialize_errno", 3 if len(tree) > dt_max else 0)
         if cause:
             self._state.leaked += dt_max
-            self._save()
+            self._save_state()
             self._printk(f"kho failed to serialize state: {-cause}")
             return errno.EINVAL
         if faults.get("malformed_tree"):
             tree = tree[: len(tree) // 2]
-        self._set(f"{KHO}/dt", tree, 0o400)
-        self._set(f"{KHO}/active", b"1\n", 0o600)
+        self._set_file(f"{KHO}/dt", tree, 0o400)
+        self._set_file(f"{KHO}/active", b"1\n", 0o600)
         return 0
 
-    def _abort(self) -> int:
+    def _abort_active(self) -> int:
         faults = self._state.faults
         time.sleep(faults.get("slow_abort", 0))
         if number := faults.get("abort_errno", 0):
             return int(number)
-        self.at(f"{KHO}/dt").unlink()
-        self._set(f"{KHO}/active", b"0\n", 0o600)
+        self.host_path(f"{KHO}/dt").unlink()
+        self._set_file(f"{KHO}/active", b"0\n", 0o600)
         return 0  # and a loaded image keeps the tree it was loaded with
 
     def _write_dt_max(self, data: bytes) -> int:
@@ -184,90 +184,90 @@ class SimulatedKernel(HostCalls):
             if found["hex"]
             else int(found["octal"] or found["decimal"], 8 if found["octal"] else 10)
         )
-        self._set(f"{KHO}/dt_max", f"{value:#x}\n".encode(), 0o600)
+        self._set_file(f"{KHO}/dt_max", f"{value:#x}\n".encode(), 0o600)
         return 0
 
     # The loader
 
-    def _load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> int:
-        if self.read(LOAD_DISABLED).strip() != b"0" or not self._permitted():
+    def _load_image(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> int:
+        if self.read_file(LOAD_DISABLED).strip() != b"0" or not self._is_permitted():
             return errno.EPERM  # before the flags are looked at: an unload is refused too
         if flags & KEXEC_FILE_UNLOAD:
             if number := self._state.faults.get("unload_errno", 0):
                 return int(number)
-            self._keep(None)
+            self._keep_image(None)
             return 0
         if number := self._state.faults.get("load_errno", 0):
             return int(number)
-        kernel = _contents(kernel_fd)
-        initrd = b"" if flags & KEXEC_FILE_NO_INITRAMFS else _contents(initrd_fd)
+        kernel = _read_fd(kernel_fd)
+        initrd = b"" if flags & KEXEC_FILE_NO_INITRAMFS else _read_fd(initrd_fd)
         if not kernel or not cmdline.endswith(b"\0") or len(cmdline) > COMMAND_LINE_SIZE:
             return errno.EINVAL
         if kernel[0x1FE:0x206] != b"\x55\xaa" + kernel[0x200:0x202] + b"HdrS":
             return errno.ENOEXEC
-        tree = self.read(f"{KHO}/dt") if self.read(f"{KHO}/active").strip() == b"1" else None
-        scratch_start, scratch_size = (int(self.read(f"{KHO}/scratch_{what}"), 16) for what in ("phys", "len"))
+        tree = self.read_file(f"{KHO}/dt") if self.read_file(f"{KHO}/active").strip() == b"1" else None
+        scratch_start, scratch_size = (int(self.read_file(f"{KHO}/scratch_{what}"), 16) for what in ("phys", "len"))
         if tree is not None:
-            for _path, node in parse(tree).walk():
-                for region in mem(node):
+            for _path, node in parse_tree(tree).walk():
+                for region in decode_mem(node):
                     if region.addr < scratch_start + scratch_size and scratch_start < region.addr + region.size:
                         return errno.EINVAL
             if len(kernel) + len(initrd) + len(tree) > scratch_size:
                 return errno.EADDRNOTAVAIL
-        self._keep({"cmdline": cmdline[:-1].decode(), "tree": None if tree is None else tree.hex()})
+        self._keep_image({"cmdline": cmdline[:-1].decode(), "tree": None if tree is None else tree.hex()})
         return 0
 
-    def _permitted(self) -> bool:
-        left = int(self.read(LOAD_LIMIT))
+    def _is_permitted(self) -> bool:
+        left = int(self.read_file(LOAD_LIMIT))
         if left > 0:
-            self._set(LOAD_LIMIT, f"{left - 1}\n".encode())
+            self._set_file(LOAD_LIMIT, f"{left - 1}\n".encode())
         return left != 0
 
     # Boot and state
 
-    def _boot(self, cmdline: str, tree: bytes | None = None) -> None:
-        self._keep(None)
+    def _boot_kernel(self, cmdline: str, tree: bytes | None = None) -> None:
+        self._keep_image(None)
         for path in (f"{KHO}/dt", IN_DT):
-            self.at(path).unlink(missing_ok=True)
-        self._set(BOOT_ID, f"{uuid.uuid4()}\n".encode())
-        self._set("/proc/sys/kernel/osrelease", b"6.8.0-kho-v3-simulated\n")
-        self._set("/proc/cmdline", cmdline.encode() + b"\n")
-        self._set(LOAD_DISABLED, b"0\n")
-        self._set(LOAD_LIMIT, b"-1\n")
-        self._set(f"{KHO}/active", b"0\n", 0o600)
-        self._set(f"{KHO}/dt_max", f"{DT_MAX:#x}\n".encode(), 0o600)
-        self._set(f"{KHO}/scratch_phys", f"{SCRATCH[0]:#x}\n".encode(), 0o400)
-        self._set(f"{KHO}/scratch_len", f"{SCRATCH[1]:#x}\n".encode(), 0o400)
+            self.host_path(path).unlink(missing_ok=True)
+        self._set_file(BOOT_ID, f"{uuid.uuid4()}\n".encode())
+        self._set_file("/proc/sys/kernel/osrelease", b"6.8.0-kho-v3-simulated\n")
+        self._set_file("/proc/cmdline", cmdline.encode() + b"\n")
+        self._set_file(LOAD_DISABLED, b"0\n")
+        self._set_file(LOAD_LIMIT, b"-1\n")
+        self._set_file(f"{KHO}/active", b"0\n", 0o600)
+        self._set_file(f"{KHO}/dt_max", f"{DT_MAX:#x}\n".encode(), 0o600)
+        self._set_file(f"{KHO}/scratch_phys", f"{SCRATCH[0]:#x}\n".encode(), 0o400)
+        self._set_file(f"{KHO}/scratch_len", f"{SCRATCH[1]:#x}\n".encode(), 0o400)
         if tree is not None:
-            self._set(IN_DT, tree, 0o400)
+            self._set_file(IN_DT, tree, 0o400)
             self._printk("KHO: found kexec handover data.")
         self._printk(f"Command line: {cmdline}")
 
-    def _keep(self, image: dict[str, Any] | None) -> None:
+    def _keep_image(self, image: dict[str, Any] | None) -> None:
         self._state.image = image
-        self._set("/sys/kernel/kexec_loaded", b"0\n" if image is None else b"1\n", 0o444)
-        self._save()
+        self._set_file("/sys/kernel/kexec_loaded", b"0\n" if image is None else b"1\n", 0o444)
+        self._save_state()
 
-    def _set(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        at = self.at(path)
+    def _set_file(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        at = self.host_path(path)
         at.parent.mkdir(parents=True, exist_ok=True)
         at.unlink(missing_ok=True)
         at.write_bytes(data)
         at.chmod(mode)
 
     def _printk(self, line: str) -> None:
-        self.at(LOG).parent.mkdir(parents=True, exist_ok=True)
-        with self.at(LOG).open("a") as log:
+        self.host_path(LOG).parent.mkdir(parents=True, exist_ok=True)
+        with self.host_path(LOG).open("a") as log:
             log.write(line + "\n")
 
-    def _save(self) -> None:
+    def _save_state(self) -> None:
         new = self.root / f"{STATE}.new"
         new.write_text(json.dumps(vars(self._state)))
         new.rename(self.root / STATE)
 
-    def _refresh(self) -> None:
+    def _refresh_state(self) -> None:
         """See what another process did to this kernel."""
-        self._state = State(**json.loads((self.root / STATE).read_text()))
+        self._state = KernelState(**json.loads((self.root / STATE).read_text()))
 
 
 class _Log:
@@ -293,11 +293,11 @@ def _kstrtobool(data: bytes) -> bool | None:
     return {b"1": True, b"y": True, b"t": True, b"0": False, b"n": False, b"f": False}.get(first)
 
 
-def _contents(fd: int) -> bytes:
+def _read_fd(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
-def serialize(ranges: int) -> bytes:
+def build_tree(ranges: int) -> bytes:
     """Build a v3 tree as its ftrace producer would: one trace array, one CPU, `ranges` kho_mem entries."""
     fdt = libfdt.FdtSw()
     fdt.finish_reservemap()
@@ -319,7 +319,7 @@ def serialize(ranges: int) -> bytes:
     return bytes(made.as_bytearray()[: made.totalsize()])
 
 
-def image() -> bytes:
+def build_image() -> bytes:
     """Make a small file this kernel's loader takes: a bzImage of strings, which says it is v3's KHO too."""
     words = ("Linux version 6.8.0-kho-v3-simulated (sim) #1", "dt_max", "kho-v1", "ftrace-v1", "ftrace,array-v1")
     payload = gzip.compress(b"\0".join(word.encode() for word in ("", *words, "ftrace,cpu-v1", "")), mtime=0)
@@ -339,7 +339,7 @@ def image() -> bytes:
     return bytes(made)
 
 
-def initrd() -> bytes:
+def build_initrd() -> bytes:
     """Make the smallest initramfs with something to start: an empty /init."""
     made = b""
     for name, mode in (("init", 0o100755), ("TRAILER!!!", 0)):
@@ -350,4 +350,4 @@ def initrd() -> bytes:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_bytes({"image": image, "initrd": initrd}[sys.argv[1]]())
+    Path(sys.argv[2]).write_bytes({"image": build_image, "initrd": build_initrd}[sys.argv[1]]())

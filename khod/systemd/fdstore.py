@@ -13,20 +13,20 @@ import systemd.daemon
 from khod.concurrency.worker import Worker
 from khod.errors import Failed
 
-SETTLE = 10.0
+SETTLE_SECONDS = 10.0
 """Seconds the service manager has to have read what it was sent."""
 
 
 class FdStore(Protocol):
     """Where descriptors are kept beside khod."""
 
-    def put(self, name: str, fd: int) -> None:
+    def store_fd(self, name: str, fd: int) -> None:
         """Keep a descriptor under a name; the given one stays the caller's. Any thread may ask for it."""
 
-    def remove(self, name: str) -> None:
+    def remove_fd(self, name: str) -> None:
         """Close what is kept under a name."""
 
-    async def settle(self) -> None:
+    async def wait_settled(self) -> None:
         """Wait until everything sent so far was taken in; TimeoutError."""
 
 
@@ -40,7 +40,7 @@ class ServiceManager:
         self._worker = Worker("fdstore", "The service manager")
         self._failed: OSError | None = None
 
-    def put(self, name: str, fd: int) -> None:
+    def store_fd(self, name: str, fd: int) -> None:
         copy = os.dup(fd)  # the given one may be closed before it is sent
 
         def send() -> None:
@@ -52,16 +52,16 @@ class ServiceManager:
             finally:
                 os.close(copy)
 
-        self._worker.later(send)
+        self._worker.call_later(send)
 
-    def remove(self, name: str) -> None:
-        self._worker.later(lambda: systemd.daemon.notify(f"FDSTOREREMOVE=1\nFDNAME={name}"))
+    def remove_fd(self, name: str) -> None:
+        self._worker.call_later(lambda: systemd.daemon.notify(f"FDSTOREREMOVE=1\nFDNAME={name}"))
 
-    async def settle(self) -> None:
+    async def wait_settled(self) -> None:
         if not os.environ.get("NOTIFY_SOCKET"):
             return
         try:
-            await self._worker.call(self._send_barrier, "taking a descriptor into its store", SETTLE)
+            await self._worker.call_within(self._send_barrier, "taking a descriptor into its store", SETTLE_SECONDS)
         except Failed as error:
             raise TimeoutError(error.what) from error
 
@@ -78,13 +78,13 @@ class ServiceManager:
                 os.close(writer)
             ended = select.poll()
             ended.register(reader, select.POLLHUP)
-            if not ended.poll(SETTLE * 1000):
+            if not ended.poll(SETTLE_SECONDS * 1000):
                 raise TimeoutError("the service manager has not read what it was sent")
         finally:
             os.close(reader)
 
 
-def passed() -> dict[str, int]:
+def listen_fds_by_name() -> dict[str, int]:
     """What the service manager passed at start, by name; close-on-exec from here on."""
     found: dict[int, str] = systemd.daemon.listen_fds_with_names()
     for fd in found:

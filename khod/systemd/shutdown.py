@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from khod.concurrency.bounded import CUT_SECONDS, within
+from khod.concurrency.bounded import CUT_SECONDS, run_within
 from khod.concurrency.worker import Worker
 from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.kexec import Kexec
@@ -24,7 +24,7 @@ Shutdown = Callable[[], Awaitable[bool | None]]
 """Asks whether the host is on its way into the kexec; None where nobody can tell."""
 
 
-async def run(*argv: str) -> tuple[int, str]:
+async def run_command(*argv: str) -> tuple[int, str]:
     """Run a command; its exit code and standard output and error together. Cut short, it leaves nothing running."""
     process = await asyncio.create_subprocess_exec(
         *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
@@ -36,18 +36,18 @@ async def run(*argv: str) -> tuple[int, str]:
             with suppress(ProcessLookupError):
                 process.kill()
             with suppress(TimeoutError):
-                await within(CUT_SECONDS, process.wait())
+                await run_within(CUT_SECONDS, process.wait())
     return process.returncode or 0, output.decode(errors="replace").strip()
 
 
 async def carries_sessions() -> bool:
     """Tell whether this systemd brings LUO sessions over its own shutdown: from 261 on, and it says so nowhere else."""
-    _, output = await run("systemctl", "--version")
+    _, output = await run_command("systemctl", "--version")
     found = re.match(r"systemd (\d+)", output)
     return found is not None and int(found[1]) >= CARRIES_SESSIONS
 
 
-async def orderly(*, sessions: bool) -> None:
+async def start_orderly(*, sessions: bool) -> None:
     """Have systemd stop everything and jump; returns when that is under way.
 
     systemctl goes ahead with an image that is already loaded, and asks the inhibitors first. `sessions` is
@@ -60,7 +60,7 @@ async def orderly(*, sessions: bool) -> None:
             remedy="Jump at once: khoctl kexec --now",
         )
     try:
-        code, output = await run("systemctl", "--no-ask-password", "kexec")
+        code, output = await run_command("systemctl", "--no-ask-password", "kexec")
     except OSError as error:
         raise Failed(
             f"systemctl cannot be run: {errno_text(error)}",
@@ -75,10 +75,12 @@ async def orderly(*, sessions: bool) -> None:
         )
 
 
-async def on_the_way(seconds: float = ASK_SECONDS) -> bool | None:
+async def kexec_job_pending(seconds: float = ASK_SECONDS) -> bool | None:
     """Tell whether systemd is taking the host into a kexec, whoever asked for it; None where it does not say."""
     try:
-        code, output = await within(seconds, run("systemctl", "show", "--property=ActiveState,Job", "kexec.target"))
+        code, output = await run_within(
+            seconds, run_command("systemctl", "show", "--property=ActiveState,Job", "kexec.target")
+        )
     except (OSError, TimeoutError, RuntimeError):
         return None
     if code != 0:
@@ -90,7 +92,7 @@ async def on_the_way(seconds: float = ASK_SECONDS) -> bool | None:
 async def goes_down() -> bool:
     """Tell whether the host is being shut down, in whatever way: systemd's own word, False where it says none."""
     try:
-        _, output = await within(ASK_SECONDS, run("systemctl", "is-system-running"))
+        _, output = await run_within(ASK_SECONDS, run_command("systemctl", "is-system-running"))
     except (OSError, TimeoutError, RuntimeError):
         return False
     return output == "stopping"
@@ -108,9 +110,9 @@ class Immediate:
     """Whether reboot(2) was called and has not come back: it may jump at any moment."""
 
     async def __call__(self) -> None:
-        await self.thread.call(self.kexec.sync, "sync(2)", self.sync_seconds())
+        await self.thread.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
         self.in_kernel = True
-        call = asyncio.ensure_future(self.thread.call(self.kexec.jump, "reboot(LINUX_REBOOT_CMD_KEXEC)", None))
+        call = asyncio.ensure_future(self.thread.call_within(self.kexec.jump, "reboot(LINUX_REBOOT_CMD_KEXEC)", None))
         call.add_done_callback(self._came_back)
         await asyncio.shield(call)
 
@@ -118,6 +120,6 @@ class Immediate:
         self.in_kernel = False
 
 
-def immediate(kexec: Kexec, thread: Worker, deadline: float | Callable[[], float]) -> Immediate:
+def make_immediate(kexec: Kexec, thread: Worker, deadline: float | Callable[[], float]) -> Immediate:
     """Make the jump without systemd; `deadline` is for sync(2), in seconds."""
     return Immediate(kexec, thread, deadline if callable(deadline) else lambda: deadline)

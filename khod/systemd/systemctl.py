@@ -29,7 +29,7 @@ class Manager:
     machine: str
 
 
-def ask(command: Sequence[str]) -> str | None:
+def run_systemctl(command: Sequence[str]) -> str | None:
     """Run a command and give what it prints; see Ask."""
     try:
         process = subprocess.Popen(  # noqa: S603 - one of ours
@@ -45,7 +45,7 @@ def ask(command: Sequence[str]) -> str | None:
     return output if process.returncode == 0 else None
 
 
-def ask_manager(ask: Ask = ask) -> Manager | None:
+def ask_manager(ask: Ask = run_systemctl) -> Manager | None:
     """Ask systemd what it is; None where it does not say in time."""
     output = ask(["systemctl", "show", "--property=Version", "--property=Virtualization"])
     return None if output is None else parse_manager(output)

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from khod.images.kernel import Kernel
-from khod.kernel.formats import LUO, Written
+from khod.images.kernel import KernelImageInfo
+from khod.kernel.formats import LUO, OutgoingFormats
 from khod.kernel.kconfig import KHO_BY_DEFAULT, is_set
-from khod.kernel.next_arg import switched, switched_on
+from khod.kernel.next_arg import boolean_value, is_switched_on
 
 V3_MARK = "dt_max"
 """A file of v3's: mainline 6.16 calls its root kho-v1 too, and means another layout."""
@@ -18,7 +18,7 @@ PAGE_SIZES_DIFFER = ("aarch64", "ppc64le", "loongarch64")
 """Processors whose kernels are built for one of several page sizes."""
 
 
-class Answer(enum.Enum):
+class FormatMatch(enum.Enum):
     """Whether the next kernel reads what this one writes."""
 
     same = "same"
@@ -71,7 +71,7 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class Understood:
+class Compatibility:
     """The answer, and why.
 
     `effect` is the worst that would happen, None where nothing does; `unread` names formats that only a module may
@@ -79,7 +79,7 @@ class Understood:
     all that is wrong is that the next kernel's command line leaves LUO switched off.
     """
 
-    answer: Answer
+    answer: FormatMatch
     why: str
     unread: tuple[str, ...] = ()
     effect: Effect | None = None
@@ -87,51 +87,53 @@ class Understood:
     luo_off: bool = False
 
 
-def understood(written: Written, kernel: Kernel, line: str | None = None) -> Understood:
+def check_compatibility(written: OutgoingFormats, kernel: KernelImageInfo, line: str | None = None) -> Compatibility:
     """Hold each format of the running kernel against those the image knows.
 
     `line` is the next kernel's command line; None stands for one that switches everything on.
     """
     if (lost := _nothing_arrives(written, kernel, line)) is not None:
-        return Understood(Answer.different, lost, effect=ROOT)
+        return Compatibility(FormatMatch.different, lost, effect=ROOT)
     if kernel.page_size not in (0, mmap.PAGESIZE):
         # kho_radix_encode_key() keys the preserved pages by PAGE_SHIFT (include/linux/kho/abi/kexec_handover.h, 7.3),
         # memfd and LUO count in pages, and kho_populate() compares `compatible` alone.
         ours, its = (f"{size >> 10} KiB" for size in (mmap.PAGESIZE, kernel.page_size))
         what = f"its pages have {its}, this kernel's {ours}, and KHO counts in pages: it would take memory for another"
-        return Understood(Answer.different, what, effect=PAGE_SIZE)
+        return Compatibility(FormatMatch.different, what, effect=PAGE_SIZE)
     if kernel.opaque:
-        return Understood(Answer.unknown, f"its code cannot be looked at: {kernel.opaque}")
+        return Compatibility(FormatMatch.unknown, f"its code cannot be looked at: {kernel.opaque}")
     if not written.root:
-        reads = ", ".join(_known(kernel, "kho"))
-        return Understood(Answer.unknown, f"the running kernel does not show which format it writes; it reads {reads}")
-    if written.luo and not any(family(one) == "luo" for one in written.blobs.get(LUO, ())):
-        return Understood(
-            Answer.unknown, f"the running kernel has LUO on and does not show its format: {written.not_inspected}"
+        reads = ", ".join(_known_formats(kernel, "kho"))
+        return Compatibility(
+            FormatMatch.unknown, f"the running kernel does not show which format it writes; it reads {reads}"
         )
-    return _parts(written, kernel, line)
+    if written.luo and not any(format_family(one) == "luo" for one in written.blobs.get(LUO, ())):
+        return Compatibility(
+            FormatMatch.unknown, f"the running kernel has LUO on and does not show its format: {written.not_inspected}"
+        )
+    return _judge_blobs(written, kernel, line)
 
 
-def next_kho(kernel: Kernel, line: str) -> bool | None:
+def next_kho(kernel: KernelImageInfo, line: str) -> bool | None:
     """Tell whether the next kernel comes up with KHO on: `kho=`, else what it was built with; None is not known.
 
     V3 has no such parameter: it is on where it has scratch memory.
     """
     if V3_MARK in kernel.marks:
         return True
-    said = switched(line, "kho")
+    said = boolean_value(line, "kho")
     if said is None and kernel.config is not None:
         return is_set(kernel.config, KHO_BY_DEFAULT)
     return said
 
 
-def _nothing_arrives(written: Written, kernel: Kernel, line: str | None) -> str | None:
+def _nothing_arrives(written: OutgoingFormats, kernel: KernelImageInfo, line: str | None) -> str | None:
     """Say why the next kernel looks at nothing it is handed; None where it does, or where that cannot be told."""
     if line is not None and not written.v3 and next_kho(kernel, line) is False:
         return "Kexec HandOver is off in it: kho=on is not on its command line"
     if kernel.opaque:
         return None
-    reads = _known(kernel, "kho")
+    reads = _known_formats(kernel, "kho")
     if not reads or (kernel.config is not None and not is_set(kernel.config, "CONFIG_KEXEC_HANDOVER")):
         return "it was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER)"
     if written.root and written.root not in kernel.compatible:
@@ -142,20 +144,20 @@ def _nothing_arrives(written: Written, kernel: Kernel, line: str | None) -> str 
     return None
 
 
-def _parts(written: Written, kernel: Kernel, line: str | None) -> Understood:
+def _judge_blobs(written: OutgoingFormats, kernel: KernelImageInfo, line: str | None) -> Compatibility:
     """Judge what hangs below a root that both kernels know."""
     unread = [
         one
         for formats in written.blobs.values()
         for one in sorted(formats)
-        if family(one) not in EFFECTS and not _known(kernel, family(one))
+        if format_family(one) not in EFFECTS and not _known_formats(kernel, format_family(one))
     ]
-    found = [one for name, formats in written.blobs.items() for one in _of_blob(name, formats, kernel)]
+    found = [one for name, formats in written.blobs.items() for one in _blob_mismatches(name, formats, kernel)]
     if written.luo:
-        found += _of_files(written, kernel)
+        found += _file_mismatches(written, kernel)
     found.sort(key=lambda one: SEVERITY.index(one.effect))
     luo_off = False
-    if written.luo and line is not None and not switched_on(line, "liveupdate"):
+    if written.luo and line is not None and not is_switched_on(line, "liveupdate"):
         worst = found[0].effect if found else Effect.shown
         if SEVERITY.index(worst) > SEVERITY.index(NO_LUO):
             luo_off = worst is Effect.shown
@@ -163,53 +165,55 @@ def _parts(written: Written, kernel: Kernel, line: str | None) -> Understood:
     blind = tuple(_not_inspected(written, kernel))
     if found and (effect := found[0].effect) is not Effect.shown:
         why = "; ".join(one.what for one in found)
-        return Understood(Answer.different, why, tuple(unread), effect, blind, luo_off)
-    both = {written.root, *(one for formats in written.blobs.values() for one in formats)} | _files(
+        return Compatibility(FormatMatch.different, why, tuple(unread), effect, blind, luo_off)
+    both = {written.root, *(one for formats in written.blobs.values() for one in formats)} | _file_formats(
         written.own or frozenset()
     )
     why = f"both speak {', '.join(sorted(both & kernel.compatible))}"
-    return Understood(Answer.same, "; ".join([why, *(one.what for one in found)]), tuple(unread), not_inspected=blind)
+    return Compatibility(
+        FormatMatch.same, "; ".join([why, *(one.what for one in found)]), tuple(unread), not_inspected=blind
+    )
 
 
-def _of_blob(name: str, formats: frozenset[str], kernel: Kernel) -> Iterator[Mismatch]:
-    for one in sorted(formats - kernel.compatible, key=family):  # luo before luo-session
-        kind = family(one)
-        if known := _known(kernel, kind):
+def _blob_mismatches(name: str, formats: frozenset[str], kernel: KernelImageInfo) -> Iterator[Mismatch]:
+    for one in sorted(formats - kernel.compatible, key=format_family):  # luo before luo-session
+        kind = format_family(one)
+        if known := _known_formats(kernel, kind):
             what = f"{name} is written in {one}, it reads {', '.join(known)}"
             yield Mismatch(EFFECTS.get(kind, OTHERWISE), what)
         elif kind in EFFECTS:
             effect = EFFECTS[kind]
-            if effect is Effect.panic and not _known(kernel, "luo"):
+            if effect is Effect.panic and not _known_formats(kernel, "luo"):
                 effect = NO_LUO
             yield Mismatch(effect, f"{name} is written in {one}, which it does not know")
 
 
-def _of_files(written: Written, kernel: Kernel) -> Iterator[Mismatch]:
+def _file_mismatches(written: OutgoingFormats, kernel: KernelImageInfo) -> Iterator[Mismatch]:
     """Judge the file handlers, which are in no tree before a file is handed over; each kernel's image shows them."""
-    if not _known(kernel, "luo"):
+    if not _known_formats(kernel, "luo"):
         return  # said of LUO's own blob
-    for one in sorted(_files(written.own or frozenset()) - kernel.compatible):
-        known = ", ".join(_known(kernel, family(one))) or "none of the kind"
+    for one in sorted(_file_formats(written.own or frozenset()) - kernel.compatible):
+        known = ", ".join(_known_formats(kernel, format_family(one))) or "none of the kind"
         yield Mismatch(
             Effect.files, f"files are handed over as {one}, it reads {known}, and /dev/liveupdate would answer EIO"
         )
 
 
-def _not_inspected(written: Written, kernel: Kernel) -> Iterator[str]:
+def _not_inspected(written: OutgoingFormats, kernel: KernelImageInfo) -> Iterator[str]:
     if written.luo and written.own is None:
         yield f"in which formats this kernel hands files over ({written.not_inspected})"
     if kernel.page_size == 0 and kernel.arch in PAGE_SIZES_DIFFER:
         yield "its page size"
 
 
-def _files(formats: frozenset[str]) -> frozenset[str]:
-    return frozenset(one for one in formats if EFFECTS.get(family(one)) is Effect.files)
+def _file_formats(formats: frozenset[str]) -> frozenset[str]:
+    return frozenset(one for one in formats if EFFECTS.get(format_family(one)) is Effect.files)
 
 
-def _known(kernel: Kernel, kind: str) -> list[str]:
-    return sorted(known for known in kernel.compatible if family(known) == kind)
+def _known_formats(kernel: KernelImageInfo, kind: str) -> list[str]:
+    return sorted(known for known in kernel.compatible if format_family(known) == kind)
 
 
-def family(compatible: str) -> str:
+def format_family(compatible: str) -> str:
     """The name without its version: `kho` of kho-v4."""
     return re.sub(r"-v[0-9]+$", "", compatible)

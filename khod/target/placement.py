@@ -13,7 +13,7 @@ import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from khod.images.kernel import Kernel
+from khod.images.kernel import KernelImageInfo
 from khod.model import Generation
 from khod.region import Region
 
@@ -69,8 +69,8 @@ class NoRoom:
     hole: int
 
 
-def segments(
-    kernel: Kernel, initrd: int, cmdline: int, generation: Generation, regions: int, tree: int = 0
+def list_segments(
+    kernel: KernelImageInfo, initrd: int, cmdline: int, generation: Generation, regions: int, tree: int = 0
 ) -> list[Segment] | None:
     """What the loader places, in its order; None for an architecture whose loader is not known here.
 
@@ -78,19 +78,21 @@ def segments(
     are in bytes.
     """
     if kernel.arch == "x86_64":
-        return [*_handover(generation, regions, tree), *_bzimage(kernel, initrd, cmdline)]
+        return [*_kho_segments(generation, regions, tree), *_bzimage_segments(kernel, initrd, cmdline)]
     if kernel.arch == "aarch64":
-        return [*_handover(generation, regions, tree), *_arm64(kernel, initrd)]
+        return [*_kho_segments(generation, regions, tree), *_arm64_segments(kernel, initrd)]
     return None
 
 
-def place(wanted: Sequence[Segment], scratch: Sequence[Region], page: int = mmap.PAGESIZE) -> list[Placed] | NoRoom:
+def place_segments(
+    wanted: Sequence[Segment], scratch: Sequence[Region], page: int = mmap.PAGESIZE
+) -> list[Placed] | NoRoom:
     """Place every segment as the kernel would; `page` is the running kernel's, in bytes."""
-    whole = [replace(one, size=_up(one.size, page), alignment=max(one.alignment, page)) for one in wanted]
+    whole = [replace(one, size=_round_up(one.size, page), alignment=max(one.alignment, page)) for one in wanted]
     missing: list[NoRoom] = []
     floor = 0
     while True:
-        placed, found = _attempt(whole, scratch, floor)
+        placed, found = _place_from(whole, scratch, floor)
         if found is None:
             return placed
         missing.append(found)
@@ -101,7 +103,7 @@ def place(wanted: Sequence[Segment], scratch: Sequence[Region], page: int = mmap
         floor = base.at + base.segment.size
 
 
-def _handover(generation: Generation, regions: int, tree: int) -> Iterator[Segment]:
+def _kho_segments(generation: Generation, regions: int, tree: int) -> Iterator[Segment]:
     """V3 copies its tree, and all `mem` in it as one array, which is no larger; what came later lists the scratch."""
     if generation is Generation.sysfs:
         yield Segment("KHO's memory cache", max(tree, 1), KHO_ALIGNMENT)
@@ -110,7 +112,7 @@ def _handover(generation: Generation, regions: int, tree: int) -> Iterator[Segme
         yield Segment("KHO's scratch list", regions * SCRATCH_ENTRY, KHO_ALIGNMENT)
 
 
-def _bzimage(kernel: Kernel, initrd: int, cmdline: int) -> Iterator[Segment]:
+def _bzimage_segments(kernel: KernelImageInfo, initrd: int, cmdline: int) -> Iterator[Segment]:
     """What bzImage64_load() adds."""
     yield Segment("purgatory", PURGATORY, lowest=MIN_PURGATORY)
     yield Segment("boot parameters", BOOT_PARAMS + cmdline, lowest=MIN_BOOTPARAM)
@@ -119,7 +121,7 @@ def _bzimage(kernel: Kernel, initrd: int, cmdline: int) -> Iterator[Segment]:
         yield Segment("initrd", initrd, lowest=MIN_INITRD)
 
 
-def _arm64(kernel: Kernel, initrd: int) -> Iterator[Segment]:
+def _arm64_segments(kernel: KernelImageInfo, initrd: int) -> Iterator[Segment]:
     """What image_load() and load_other_segments() add."""
     yield Segment("kernel", kernel.text_offset + kernel.memory, MIN_KIMG_ALIGN, top_down=False, base=True)
     if initrd:
@@ -127,7 +129,7 @@ def _arm64(kernel: Kernel, initrd: int) -> Iterator[Segment]:
     yield Segment("device tree", DEVICE_TREE, MIN_KIMG_ALIGN)
 
 
-def _attempt(wanted: Iterable[Segment], scratch: Sequence[Region], floor: int) -> tuple[list[Placed], NoRoom | None]:
+def _place_from(wanted: Iterable[Segment], scratch: Sequence[Region], floor: int) -> tuple[list[Placed], NoRoom | None]:
     """Place as many as have room, the base not below `floor`, and give the first that has none."""
     placed: list[Placed] = []
     base: Placed | None = None
@@ -137,7 +139,7 @@ def _attempt(wanted: Iterable[Segment], scratch: Sequence[Region], floor: int) -
             lowest = max(lowest, base.at + base.segment.size)
             highest = base.at // GIB * GIB + segment.window if segment.window else NO_END
         bounded = replace(segment, lowest=lowest)
-        holes = [hole for region in scratch for hole in _holes(bounded, highest, region, placed)]
+        holes = [hole for region in scratch for hole in _free_holes(bounded, highest, region, placed)]
         hole = next((hole for hole in holes if hole.size >= segment.size), None)
         if hole is None:
             return placed, NoRoom(segment, max((hole.size for hole in holes), default=0))
@@ -148,18 +150,18 @@ def _attempt(wanted: Iterable[Segment], scratch: Sequence[Region], floor: int) -
     return placed, None
 
 
-def _holes(segment: Segment, highest: int, region: Region, placed: Iterable[Placed]) -> list[Region]:
+def _free_holes(segment: Segment, highest: int, region: Region, placed: Iterable[Placed]) -> list[Region]:
     """What is left of a region, from the first address that the segment may have, in the order it would be taken."""
     end = region.addr + region.size
     taken = sorted((one.at, one.at + one.segment.size) for one in placed if region.addr <= one.at < end)
     starts, ends = [region.addr, *(after for _, after in taken)], [*(at for at, _ in taken), end]
     holes = []
     for start, stop in zip(starts, ends, strict=True):
-        first, last = _up(max(start, segment.lowest), segment.alignment), min(stop, highest)
+        first, last = _round_up(max(start, segment.lowest), segment.alignment), min(stop, highest)
         if first < last:
             holes.append(Region(first, last - first))
     return holes[::-1] if segment.top_down else holes
 
 
-def _up(size: int, unit: int) -> int:
+def _round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit

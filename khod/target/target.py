@@ -7,7 +7,7 @@ from khod.config import Images
 from khod.errors import KhoError
 from khod.images import initrd, sealed
 from khod.images.initrd import Initrd
-from khod.images.kernel import Bundle, take_apart
+from khod.images.kernel import UnpackedImage, unpack_image
 from khod.images.sealed import Sealed
 from khod.kernel import cmdline, kconfig
 from khod.model import Word
@@ -48,7 +48,7 @@ class Target:
     """
 
     kernel: Sealed
-    apart: Bundle | None = None
+    apart: UnpackedImage | None = None
     initrd: Sealed | None = None
     initrds: list[Initrd] = field(default_factory=list)
     cmdline: str = ""
@@ -56,7 +56,7 @@ class Target:
     wrong: dict[str, KhoError] = field(default_factory=dict)
 
     @property
-    def description(self) -> str:
+    def describe(self) -> str:
         """Name the image, the release it says it is, and the initrd."""
         version = self.apart.about.version if self.apart else ""
         image = f"{self.kernel.name} ({version})" if version else self.kernel.name
@@ -78,63 +78,63 @@ class Target:
             self.initrd.close()
 
 
-def take(request: Request, running: str, run: str, bounds: Images, machine: str = platform.machine()) -> Target:
+def build_target(request: Request, running: str, run: str, bounds: Images, machine: str = platform.machine()) -> Target:
     """Seal and take apart what was given, and compose the command line.
 
     Raises UsageError or Refused where a file cannot be read or the command line cannot be, nothing is kept then.
     `running` is the command line that may be reused, `run` what marks the next one.
     """
     assert request.kernel is not None, "a request with an image"
-    target = Target(sealed.seal(request.kernel.fd, "image", request.kernel.name, bounds.max_size))
+    target = Target(sealed.seal_file(request.kernel.fd, "image", request.kernel.name, bounds.max_size))
     try:
         try:
-            target.apart = take_apart(target.kernel, machine, bounds.max_unpacked)
+            target.apart = unpack_image(target.kernel, machine, bounds.max_unpacked)
             target.kernel = target.apart.kernel
         except KhoError as error:
-            target.wrong["image"] = _alone(error)
-        _compose(target, request, running, run)
-        _initrds(target, request.initrds, bounds)
+            target.wrong["image"] = _without_frames(error)
+        _compose_cmdline(target, request, running, run)
+        _join_initrds(target, request.initrds, bounds)
     except BaseException:
         target.close()
         raise
     return target
 
 
-def _alone(error: KhoError) -> KhoError:
+def _without_frames(error: KhoError) -> KhoError:
     """Give an error to be kept: its traceback's frames would keep what they had mapped, and the target itself."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
 
 
-def _compose(target: Target, request: Request, running: str, run: str) -> None:
+def _compose_cmdline(target: Target, request: Request, running: str, run: str) -> None:
     """What was given comes first, then what the image brings along (a UKI), then the running kernel's."""
     apart, given, where = target.apart, request.cmdline, cmdline.OPTIONS
     if given is None and not request.reuse and apart is not None:
         given, where = apart.cmdline, f"{target.kernel.name}: .cmdline"
     limit = apart.about.cmdline_limit if apart else COMMAND_LINE_SIZE - 1
-    target.cmdline = cmdline.compose(running, given, request.append, run, limit, request.remove, where)
-    target.words = cmdline.compare(running, target.cmdline)
+    target.cmdline = cmdline.compose_cmdline(running, given, request.append, run, limit, request.remove, where)
+    target.words = cmdline.compare_cmdlines(running, target.cmdline)
 
 
-def _initrds(target: Target, given: tuple[Given, ...], bounds: Images) -> None:
+def _join_initrds(target: Target, given: tuple[Given, ...], bounds: Images) -> None:
     """An image's own initrd comes first, as with systemd-stub; then those that were given, in order."""
     own = [target.apart.initrd] if target.apart and target.apart.initrd else []
     taken: list[Sealed] = []
     try:
         for one in given:
-            taken.append(sealed.seal(one.fd, "initrd", one.name, bounds.max_size))
+            taken.append(sealed.seal_file(one.fd, "initrd", one.name, bounds.max_size))
         parts = [*own, *taken]
-        init = cmdline.init(target.booted_line)
+        init = cmdline.init_path(target.booted_line)
         for part in parts:
             try:
-                target.initrds.append(initrd.look(part, bounds.max_unpacked, init, last=part is parts[-1]))
+                target.initrds.append(initrd.inspect_initrd(part, bounds.max_unpacked, init, last=part is parts[-1]))
             except KhoError as error:
-                target.wrong.setdefault("initrd", _alone(error))
+                target.wrong.setdefault("initrd", _without_frames(error))
         if len(parts) == 1:
             target.initrd = parts[0]
             taken.clear()
         elif parts:
-            target.initrd = sealed.join(parts, " + ".join(part.name for part in parts))
+            target.initrd = sealed.join_initrds(parts, " + ".join(part.name for part in parts))
     finally:
         for part in taken:
             part.close()

@@ -16,42 +16,42 @@ from typing import Any
 from khod.abi import fdt
 from khod.abi.fdt import Node
 from khod.errors import MalformedTree
-from khod.trees.blobs import opened
-from khod.trees.kinds import decoded
+from khod.trees.blobs import open_blob
+from khod.trees.kinds import decode_property
 
 
-def plain(blobs: Mapping[str, bytes]) -> dict[str, Any]:
+def tree_as_json(blobs: Mapping[str, bytes]) -> dict[str, Any]:
     """Give a tree's blobs as JSON would have them, the root under "root"; what is no tree comes as hex, with why."""
     made: dict[str, Any] = {}
     for name, blob in blobs.items():
         try:
-            made[name or "root"] = node(opened(name, blob)) | _layout(blob)
+            made[name or "root"] = node_as_json(open_blob(name, blob)) | _layout_of(blob)
         except MalformedTree as error:
             made[name or "root"] = {"bytes": blob.hex(), "why": error.what}
     return made
 
 
-def node(found: Node, parent: Node | None = None) -> dict[str, Any]:
+def node_as_json(found: Node, parent: Node | None = None) -> dict[str, Any]:
     """One node with all below it."""
     return {
         "compatible": found.compatible,
-        "properties": {key: value(key, found, parent) for key in found.properties},
-        "children": {child.name: node(child, found) for child in found.children},
+        "properties": {key: property_as_json(key, found, parent) for key in found.properties},
+        "children": {child.name: node_as_json(child, found) for child in found.children},
     }
 
 
-def value(key: str, found: Node, parent: Node | None) -> dict[str, Any]:
+def property_as_json(key: str, found: Node, parent: Node | None) -> dict[str, Any]:
     """One property."""
-    raw, meaning = found.properties[key], decoded(key, found, parent)
+    raw, meaning = found.properties[key], decode_property(key, found, parent)
     known = None if meaning.kind == "bytes" else meaning.value
     wrong = {"wrong": meaning.wrong} if meaning.wrong else {}
     return {"raw": bytes(raw).hex(), "length": len(raw), "kind": meaning.kind, "value": known} | wrong
 
 
-def _layout(blob: bytes) -> dict[str, Any]:
+def _layout_of(blob: bytes) -> dict[str, Any]:
     if not blob.startswith(fdt.U32.pack(fdt.MAGIC)):
         return {}
-    head = fdt.read(blob)
+    head = fdt.read_fdt(blob)
     reservations = [{"addr": region.addr, "size": region.size} for region in head.reservations]
     return {
         "fdt": {"version": head.version, "boot_cpuid_phys": head.boot_cpuid_phys, "reservations": reservations},

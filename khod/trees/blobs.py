@@ -22,7 +22,7 @@ HIDDEN = (
 )
 
 
-def opened(name: str, blob: bytes) -> Node:
+def open_blob(name: str, blob: bytes) -> Node:
     """Read a blob, "" names the root, which is always an FDT; MalformedTree where it is nothing we know.
 
     The error has a remedy where a healthy kernel may show such a thing.
@@ -35,45 +35,45 @@ def opened(name: str, blob: bytes) -> Node:
             and len(blob) == KHO_KEXEC_METADATA.size
             and blob[:4] == struct.pack("=I", METADATA_VERSION)
         ):
-            members = {"version": view[:4], "previous_release": _text(view[4:69]), "kexec_count": view[69:]}
+            members = {"version": view[:4], "previous_release": _text_of(view[4:69]), "kexec_count": view[69:]}
             return Node(METADATA, members)
         if blob.startswith(b"luo-v") and len(blob) == LUO_SER.size:
             numbers = {
                 key: view[at : at + 8] for at, key in ((8, "liveupdate_num"), (16, "sessions_pa"), (24, "flbs_pa"))
             }
-            return Node(name, {"compatible": _text(view[:8])} | numbers)
+            return Node(name, {"compatible": _text_of(view[:8])} | numbers)
         raise MalformedTree(
             "It is neither an FDT nor a structure we know", where=name, remedy=f"{FREED}." if name == LUO else ""
         )
     if not name and not blob:
         raise MalformedTree("There is no root", remedy=f"On a running kernel this is expected: {HIDDEN}.")
     try:
-        return fdt.parse(blob, name)
+        return fdt.parse_tree(blob, name)
     except MalformedTree as error:
-        if not name and fdt.cut(blob):
+        if not name and fdt.missing_size(blob):
             error.remedy = f"On a running kernel this is expected: {CUT}."
         raise
 
 
-def broken(name: str, blob: bytes) -> bool:
+def is_broken(name: str, blob: bytes) -> bool:
     """Whether what cannot be read should be an FDT; any other producer's blob may be anything."""
     return not name or blob.startswith(fdt.U32.pack(fdt.MAGIC))
 
 
-def damaged(blobs: Mapping[str, bytes], *, shortened: bool = False) -> bool:
+def is_damaged(blobs: Mapping[str, bytes], *, shortened: bool = False) -> bool:
     """Whether a blob that should be an FDT cannot be read.
 
     With `shortened` what a healthy kernel may show in debugfs is let pass.
     """
     for name, blob in blobs.items():
         try:
-            opened(name, blob)
+            open_blob(name, blob)
         except MalformedTree as error:
-            if broken(name, blob) and not (shortened and error.remedy):
+            if is_broken(name, blob) and not (shortened and error.remedy):
                 return True
     return False
 
 
-def _text(member: memoryview) -> memoryview:
+def _text_of(member: memoryview) -> memoryview:
     """A char array up to its first NUL, which is left on as in a property."""
     return member[: bytes(member).find(b"\0") + 1] or member

@@ -9,13 +9,13 @@ from itertools import groupby, islice
 from khod.abi.fdt import KHO_MEM, Node
 from khod.errors import MalformedTree
 from khod.text import format_size, printable
-from khod.trees.blobs import opened
-from khod.trees.kinds import decoded
-from khod.trees.show import words
-from khod.trees.text import counted
+from khod.trees.blobs import open_blob
+from khod.trees.kinds import decode_property
+from khod.trees.show import value_text
+from khod.trees.text import format_count
 
-SPANS = 4  # differing spans of a blob that are named
-BLOCK = 4096  # bytes compared at once while looking for them
+MAX_SPANS = 4  # differing spans of a blob that are named
+BLOCK_BYTES = 4096  # bytes compared at once while looking for them
 
 
 class Change(enum.Enum):
@@ -42,7 +42,7 @@ class Difference:
     right: str
 
 
-def differences(
+def compare_blobs(
     left: Mapping[str, bytes], right: Mapping[str, bytes], *, kernels: bool = False
 ) -> Iterator[Difference]:
     """Compare two trees' blobs by name, the root's is "", which is named "root".
@@ -56,10 +56,10 @@ def differences(
         elif name not in left:
             yield Difference(Change.added, shown, "", "", "", format_size(len(right[name])))
         elif left[name] != right[name]:
-            yield from _blob(name, shown, left[name], right[name], kernels=kernels)
+            yield from _compare_blob(name, shown, left[name], right[name], kernels=kernels)
 
 
-def lines(found: Difference) -> Iterator[str]:
+def format_difference(found: Difference) -> Iterator[str]:
     """One difference as diff has it: `-` and `+` lines under the place."""
     place = ":".join(filter(None, (found.blob, found.path)))
     if found.change is Change.unknown:
@@ -72,32 +72,32 @@ def lines(found: Difference) -> Iterator[str]:
         yield f"+{place} {name}{found.right}".rstrip()
 
 
-def _blob(name: str, shown: str, left: bytes, right: bytes, *, kernels: bool) -> Iterator[Difference]:
+def _compare_blob(name: str, shown: str, left: bytes, right: bytes, *, kernels: bool) -> Iterator[Difference]:
     try:
-        before, after = opened(name, left), opened(name, right)
+        before, after = open_blob(name, left), open_blob(name, right)
     except MalformedTree as error:
         if kernels and error.remedy:
             yield Difference(Change.unknown, shown, "", "", "", f"{error.what}. {error.remedy}")
             return
-        spans = _spans(left, right)  # there may be millions
-        said = [f"{first:#x}-{last - 1:#x}" for first, last in islice(spans, SPANS)]
+        spans = _differing_spans(left, right)  # there may be millions
+        said = [f"{first:#x}-{last - 1:#x}" for first, last in islice(spans, MAX_SPANS)]
         others = sum(1 for _ in spans)
         at = f"differs at {', '.join(said)}{f' and {others} more' if others else ''}"
         yield Difference(
             Change.changed, shown, "", "", f"{format_size(len(left))}, {at}", f"{format_size(len(right))}, {at}"
         )
         return
-    found = list(_nodes(shown, "", (before, None), (after, None)))
+    found = list(_compare_nodes(shown, "", (before, None), (after, None)))
     yield from found
     if not found:
         yield Difference(Change.changed, shown, "/", "", "the same tree", "the same tree, laid out otherwise")
 
 
-def _spans(left: bytes, right: bytes) -> Iterator[tuple[int, int]]:
+def _differing_spans(left: bytes, right: bytes) -> Iterator[tuple[int, int]]:
     """The spans of offsets that differ; what one of the two is longer by is one, too."""
     short = min(len(left), len(right))
-    for start in range(0, short, BLOCK):
-        a, b = left[start : min(start + BLOCK, short)], right[start : min(start + BLOCK, short)]
+    for start in range(0, short, BLOCK_BYTES):
+        a, b = left[start : min(start + BLOCK_BYTES, short)], right[start : min(start + BLOCK_BYTES, short)]
         if a == b:
             continue
         for differs, offsets in groupby(range(len(a)), key=lambda at, a=a, b=b: a[at] != b[at]):  # type: ignore[misc]
@@ -108,7 +108,7 @@ def _spans(left: bytes, right: bytes) -> Iterator[tuple[int, int]]:
         yield short, max(len(left), len(right))
 
 
-def _nodes(
+def _compare_nodes(
     blob: str, path: str, left: tuple[Node, Node | None], right: tuple[Node, Node | None]
 ) -> Iterator[Difference]:
     """Compare two nodes, each with its parent, and all below them."""
@@ -118,36 +118,38 @@ def _nodes(
         old, new = before.properties.get(key), after.properties.get(key)
         if old is None or new is None:
             change = Change.added if old is None else Change.removed
-            yield Difference(change, blob, here, printable(key), _text(key, *left), _text(key, *right))
+            yield Difference(
+                change, blob, here, printable(key), _property_text(key, *left), _property_text(key, *right)
+            )
         elif old != new:
-            said = (_text(key, *left), _text(key, *right))
+            said = (_property_text(key, *left), _property_text(key, *right))
             if key == "mem":
-                said = _mem(old, new, *said)
+                said = _compare_mem(old, new, *said)
             yield Difference(Change.changed, blob, here, printable(key), *said)
     olds = {child.name: child for child in before.children}
     news = {child.name: child for child in after.children}
     for name in dict.fromkeys((*olds, *news)):
         below = f"{path}/{name}"
         if name not in news:
-            yield Difference(Change.removed, blob, printable(below), "", _count(olds[name]), "")
+            yield Difference(Change.removed, blob, printable(below), "", _count_nodes(olds[name]), "")
         elif name not in olds:
-            yield Difference(Change.added, blob, printable(below), "", "", _count(news[name]))
+            yield Difference(Change.added, blob, printable(below), "", "", _count_nodes(news[name]))
         else:
-            yield from _nodes(blob, below, (olds[name], before), (news[name], after))
+            yield from _compare_nodes(blob, below, (olds[name], before), (news[name], after))
 
 
-def _count(node: Node) -> str:
+def _count_nodes(node: Node) -> str:
     found = list(node.walk())
     return f"a node ({printable(node.compatible) or 'no compatible'}, {len(found) - 1} below it)"
 
 
-def _text(key: str, node: Node, parent: Node | None) -> str:
+def _property_text(key: str, node: Node, parent: Node | None) -> str:
     if key not in node.properties:
         return ""
-    return words(decoded(key, node, parent), len(node.properties[key]), known=True) or "empty"
+    return value_text(decode_property(key, node, parent), len(node.properties[key]), known=True) or "empty"
 
 
-def _mem(old: memoryview, new: memoryview, left: str, right: str) -> tuple[str, str]:
+def _compare_mem(old: memoryview, new: memoryview, left: str, right: str) -> tuple[str, str]:
     """Say how many ranges and bytes only one of the two has."""
     if len(old) % KHO_MEM.size or len(new) % KHO_MEM.size:
         return left, right
@@ -156,6 +158,6 @@ def _mem(old: memoryview, new: memoryview, left: str, right: str) -> tuple[str, 
     if befores == afters:
         return f"{left}", f"{right}, the same ranges in another order or number"
     return (
-        f"{left}; {counted(len(befores - afters), 'range')}, {format_size(gone)} only here",
-        f"{right}; {counted(len(afters - befores), 'range')}, {format_size(came)} only here",
+        f"{left}; {format_count(len(befores - afters), 'range')}, {format_size(gone)} only here",
+        f"{right}; {format_count(len(afters - befores), 'range')}, {format_size(came)} only here",
     )

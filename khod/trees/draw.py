@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from khod.abi.fdt import KHO_MEM
 from khod.text import format_size, printable
-from khod.trees.memory import Memory
+from khod.trees.memory import MemoryMap
 from khod.trees.summary import Blob, Summary
-from khod.trees.text import MARK, counted, hexadecimal
+from khod.trees.text import MARK, format_count, format_hex
 
 PERCENT = 0.01
 CLASH = {
@@ -29,59 +29,60 @@ BLOCKS = Pen(" ▁▂▃▄▅▆▇█", "░", "X")
 ASCII = Pen(" .:-=+*#@", "s", "X")
 
 
-def short(found: Summary, blobs: Mapping[str, bytes], pen: Pen = BLOCKS) -> Iterator[str]:
+def draw_summary(found: Summary, blobs: Mapping[str, bytes], pen: Pen = BLOCKS) -> Iterator[str]:
     """Describe a tree's blobs, a line at a time."""
     for blob in found.blobs:
-        yield head(blob)
+        yield blob_heading(blob)
         if blob.wrong:
-            yield from wrong(blob, blobs[blob.name])
+            yield from describe_damage(blob, blobs[blob.name])
             continue
         compatible = f'"{printable(blob.compatible)}", ' if blob.compatible else ""
-        yield f"  {compatible}{counted(blob.nodes, 'node')}, {counted(blob.properties, 'property', 'properties')}"
+        properties = format_count(blob.properties, "property", "properties")
+        yield f"  {compatible}{format_count(blob.nodes, 'node')}, {properties}"
         for path, length in (blob.mem or {}).items():
-            yield f"  {printable(path)} mem: {ranges(length)}"
-    yield from memory(found, pen)
+            yield f"  {printable(path)} mem: {count_ranges(length)}"
+    yield from draw_memory(found, pen)
 
 
-def head(blob: Blob) -> str:
+def blob_heading(blob: Blob) -> str:
     """The line a blob begins with."""
     exact = f" ({blob.bytes} bytes)" if blob.bytes >> 10 else ""
     return f"{printable(blob.name) or 'root'}: {format_size(blob.bytes)}{exact}"
 
 
-def wrong(blob: Blob, data: bytes) -> Iterator[str]:
+def describe_damage(blob: Blob, data: bytes) -> Iterator[str]:
     """Why a blob cannot be shown, and how it begins."""
     remedy = f". {blob.remedy}" if blob.remedy else ""
     yield f"  {blob.wrong}{remedy} {MARK if blob.damaged else ''}".rstrip()
-    yield f"  {hexadecimal(data)}"
+    yield f"  {format_hex(data)}"
 
 
-def ranges(length: int) -> str:
+def count_ranges(length: int) -> str:
     """How many ranges a `mem` of `length` bytes has."""
     if length % KHO_MEM.size:
         return f"{length} bytes, no multiple of {KHO_MEM.size}: the kernel ignores it {MARK}"
-    return counted(length // KHO_MEM.size, "range")
+    return format_count(length // KHO_MEM.size, "range")
 
 
-def memory(of: Summary, pen: Pen) -> Iterator[str]:
+def draw_memory(of: Summary, pen: Pen) -> Iterator[str]:
     """The sum of all ranges, and the strip; nothing where there are none."""
     if (found := of.memory) is None:
         return
-    yield f"memory: {counted(found.ranges, 'range')}, {format_size(found.bytes)}"
+    yield f"memory: {format_count(found.ranges, 'range')}, {format_size(found.bytes)}"
     how = "merged as the kernel's mem cache" if of.cached else "merged"
-    yield f"  {how}: {counted(found.merged, 'range')}, {format_size(found.merged_bytes)} in whole pages"
+    yield f"  {how}: {format_count(found.merged, 'range')}, {format_size(found.merged_bytes)} in whole pages"
     if found.hole:
         yield f"  largest hole: {format_size(found.hole.size)} from {found.hole.addr:#x}"
     if found.beyond:
-        yield f"  {counted(found.beyond, 'range')} run past the end of the address space {MARK}"
+        yield f"  {format_count(found.beyond, 'range')} run past the end of the address space {MARK}"
     for region in of.scratch:
         yield f"  scratch: {format_size(region.size)} from {region.addr:#x}"
     if found.in_scratch:
         yield f"  {format_size(found.in_scratch)} of it lie in scratch: {CLASH[of.cached]} {MARK}"
-    yield from strip(found, pen, scratch=bool(of.scratch))
+    yield from draw_strip(found, pen, scratch=bool(of.scratch))
 
 
-def strip(found: Memory, pen: Pen, *, scratch: bool) -> Iterator[str]:
+def draw_strip(found: MemoryMap, pen: Pen, *, scratch: bool) -> Iterator[str]:
     """Draw the memory from the lowest address to the highest; the fullest column is full where it has PERCENT."""
     fullest = max(found.density)
     top = len(pen.levels) - 1 if fullest >= PERCENT else 1

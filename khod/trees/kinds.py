@@ -12,16 +12,16 @@ from typing import Any
 
 from khod.abi.fdt import KHO_MEM, Node
 from khod.text import format_size
-from khod.trees.text import counted, family, hexadecimal
+from khod.trees.text import format_count, format_family, format_hex
 
-MOST = 1 << 16
+MAX_VALUES = 1 << 16
 """Bytes of strings, and pairs, that are taken apart: each of them becomes an object many times its size."""
 KHO_VMALLOC = struct.Struct("=QIHH")  # struct kho_vmalloc: first, total_pages, flags, order
 U32_PAIR = struct.Struct("=II")
 
 
 @dataclass(frozen=True)
-class Kind:
+class PropertyKind:
     """One meaning: `value` makes of the bytes what JSON holds (ValueError where they cannot), `text` words."""
 
     name: str
@@ -39,17 +39,17 @@ class Decoded:
     wrong: str = ""
 
 
-def strings(raw: memoryview) -> list[str]:
+def decode_strings(raw: memoryview) -> list[str]:
     """Decode NUL-terminated strings; ValueError where one is empty, has no end or is not printable."""
-    if len(raw) > MOST:
-        raise ValueError(f"strings of at most {MOST} bytes")
+    if len(raw) > MAX_VALUES:
+        raise ValueError(f"strings of at most {MAX_VALUES} bytes")
     *parts, rest = bytes(raw).decode("latin-1").split("\0")
     if rest or not parts or not all(part.isascii() and part.isprintable() and part for part in parts):
         raise ValueError("strings, each with its NUL")
     return parts
 
 
-def _number(layout: str) -> Callable[[memoryview], int]:
+def _number_decoder(layout: str) -> Callable[[memoryview], int]:
     unpack = struct.Struct(f"={layout}").unpack
 
     def number(raw: memoryview) -> int:
@@ -62,47 +62,49 @@ def _number(layout: str) -> Callable[[memoryview], int]:
     return number
 
 
-def _pairs(raw: memoryview) -> list[dict[str, int]]:
+def _decode_pairs(raw: memoryview) -> list[dict[str, int]]:
     if len(raw) % U32_PAIR.size:
         raise ValueError(f"pairs of {U32_PAIR.size} bytes")
-    if len(raw) > U32_PAIR.size * MOST:
-        raise ValueError(f"at most {MOST} pairs")
+    if len(raw) > U32_PAIR.size * MAX_VALUES:
+        raise ValueError(f"at most {MAX_VALUES} pairs")
     return [{"crc": crc, "type": kind} for crc, kind in U32_PAIR.iter_unpack(raw)]
 
 
 def _pairs_text(found: list[dict[str, int]]) -> str:
     shown = ", ".join(f"{event['crc']:#010x}={event['type']}" for event in found[:4])
-    return f"{counted(len(found), 'event')}, crc=type: {shown}{' ...' if len(found) > 4 else ''}"  # noqa: PLR2004 - a line's worth
+    return f"{format_count(len(found), 'event')}, crc=type: {shown}{' ...' if len(found) > 4 else ''}"  # noqa: PLR2004 - a line's worth
 
 
-def _mem(raw: memoryview) -> dict[str, int]:
+def _decode_mem(raw: memoryview) -> dict[str, int]:
     if len(raw) % KHO_MEM.size:
         raise ValueError(f"ranges of {KHO_MEM.size} bytes, and the kernel ignores all of it")
     return {"ranges": len(raw) // KHO_MEM.size, "bytes": sum(raw.cast("Q")[1::2])}
 
 
-def _vmalloc(raw: memoryview) -> dict[str, int]:
+def _decode_vmalloc(raw: memoryview) -> dict[str, int]:
     if len(raw) != KHO_VMALLOC.size:
         raise ValueError(f"struct kho_vmalloc, {KHO_VMALLOC.size} bytes")
     return dict(zip(("first", "total_pages", "flags", "order"), KHO_VMALLOC.unpack(raw), strict=True))
 
 
 def _vmalloc_text(found: dict[str, int]) -> str:
-    return f"{counted(found['total_pages'], 'page')} of order {found['order']}, listed from {found['first']:#x}"
+    return f"{format_count(found['total_pages'], 'page')} of order {found['order']}, listed from {found['first']:#x}"
 
 
-U32 = Kind("u32", _number("I"), str)
-U64 = Kind("u64", _number("Q"), str)
-FLAGS = Kind("u32", _number("I"), "{:#x}".format)
-ADDRESS = Kind("address", _number("Q"), "{:#x}".format)
-SIZE = Kind("size", _number("Q"), lambda size: f"{size:#x} ({format_size(size)})")
-STRINGS = Kind("strings", strings, lambda found: ", ".join(f'"{text}"' for text in found))
-EVENTS = Kind("events", _pairs, _pairs_text)
-MEM = Kind("mem", _mem, lambda found: f"{counted(found['ranges'], 'range')}, {format_size(found['bytes'])}")
-VMALLOC = Kind("kho_vmalloc", _vmalloc, _vmalloc_text)
+U32 = PropertyKind("u32", _number_decoder("I"), str)
+U64 = PropertyKind("u64", _number_decoder("Q"), str)
+FLAGS = PropertyKind("u32", _number_decoder("I"), "{:#x}".format)
+ADDRESS = PropertyKind("address", _number_decoder("Q"), "{:#x}".format)
+SIZE = PropertyKind("size", _number_decoder("Q"), lambda size: f"{size:#x} ({format_size(size)})")
+STRINGS = PropertyKind("strings", decode_strings, lambda found: ", ".join(f'"{text}"' for text in found))
+EVENTS = PropertyKind("events", _decode_pairs, _pairs_text)
+MEM = PropertyKind(
+    "mem", _decode_mem, lambda found: f"{format_count(found['ranges'], 'range')}, {format_size(found['bytes'])}"
+)
+VMALLOC = PropertyKind("kho_vmalloc", _decode_vmalloc, _vmalloc_text)
 
-ANYWHERE: Mapping[str, Kind] = {"compatible": STRINGS, "mem": MEM}
-FAMILIES: Mapping[str, Mapping[str, Kind]] = {
+ANYWHERE: Mapping[str, PropertyKind] = {"compatible": STRINGS, "mem": MEM}
+FAMILIES: Mapping[str, Mapping[str, PropertyKind]] = {
     "kho": {"preserved-memory-map": ADDRESS},
     "ftrace": {"events": EVENTS},
     "ftrace,array": {"trace-flags": FLAGS},
@@ -122,40 +124,42 @@ FAMILIES: Mapping[str, Mapping[str, Kind]] = {
     "kexec-metadata": {"version": U32, "previous_release": STRINGS, "kexec_count": U32},
 }
 """The properties of a node, by its compatible without the version, or by its name where it has none."""
-CHILDREN: Mapping[str, Mapping[str, Kind]] = {
+CHILDREN: Mapping[str, Mapping[str, PropertyKind]] = {
     "kho": {"fdt": ADDRESS, "preserved-data": ADDRESS, "blob-size": SIZE},
     "kho-test": {"nr_folios": U32, "folios_info": VMALLOC, "csum": FLAGS},
 }
 """The properties of a child that has no compatible, by its parent's."""
 
 
-def promised(key: str, node: Node, parent: Node | None) -> Kind | None:
+def promised_kind(key: str, node: Node, parent: Node | None) -> PropertyKind | None:
     """Give the kind a property's name and place promise; None where no kernel we know promises anything."""
     if key in ANYWHERE:
         return ANYWHERE[key]
-    own = FAMILIES.get(family(node.compatible or node.name), {}).get(key)
-    return own or (CHILDREN.get(family(parent.compatible), {}).get(key) if parent and not node.compatible else None)
+    own = FAMILIES.get(format_family(node.compatible or node.name), {}).get(key)
+    return own or (
+        CHILDREN.get(format_family(parent.compatible), {}).get(key) if parent and not node.compatible else None
+    )
 
 
-def decoded(key: str, node: Node, parent: Node | None = None) -> Decoded:
+def decode_property(key: str, node: Node, parent: Node | None = None) -> Decoded:
     """Decode a property of `node` as promised, else by its looks: strings, a native u32 or u64, hex."""
     raw = node.properties[key]
     wrong = ""
-    if kind := promised(key, node, parent):
+    if kind := promised_kind(key, node, parent):
         try:
             value = kind.value(raw)
             return Decoded(kind.name, value, kind.text(value))
         except ValueError as error:
             wrong = f"malformed: {error}"
-        return Decoded("bytes", bytes(raw).hex(), f"{len(raw)} bytes: {hexadecimal(raw)}", wrong)
-    return _looks(raw)
+        return Decoded("bytes", bytes(raw).hex(), f"{len(raw)} bytes: {format_hex(raw)}", wrong)
+    return _decode_by_looks(raw)
 
 
-def _looks(raw: memoryview) -> Decoded:
+def _decode_by_looks(raw: memoryview) -> Decoded:
     if not raw:
         return Decoded("empty", True, "")
     try:
-        return Decoded("strings", (found := strings(raw)), STRINGS.text(found))
+        return Decoded("strings", (found := decode_strings(raw)), STRINGS.text(found))
     except ValueError:
         pass
     for kind in (U32, U64):
@@ -164,4 +168,4 @@ def _looks(raw: memoryview) -> Decoded:
         except ValueError:
             continue
         return Decoded(kind.name, value, f"{value:#x}")
-    return Decoded("bytes", bytes(raw).hex(), hexadecimal(raw))
+    return Decoded("bytes", bytes(raw).hex(), format_hex(raw))

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from khod.errors import UsageError, errno_text
 
-LARGEST = 128 << 20
+MAX_BYTES = 128 << 20
 """Bytes of one blob: far above v3's dt_max (10 MiB by default), far below what hurts."""
-CHUNK = 1 << 20
-MOST = 1000
+CHUNK_BYTES = 1 << 20
+MAX_BLOBS = 1000
 """Blobs of a directory."""
 LAYOUTS = (("root", "blobs"), ("fdt", "sub_fdts"))
 """A directory's root blob and the directory of the others: khod's snapshots, copies of /sys/kernel/debug/kho/out."""
@@ -23,14 +23,14 @@ class SupportsRead(Protocol):
         """Read at most `size` bytes."""
 
 
-def load(path: str) -> dict[str, bytes]:
+def load_blobs(path: str) -> dict[str, bytes]:
     """Read a tree's blobs by name, the root's is ""; `-` is standard input. UsageError where that cannot be."""
     try:
         if path == "-":
-            return {"": _bounded(sys.stdin.buffer, "standard input")}
+            return {"": _read_bounded(sys.stdin.buffer, "standard input")}
         if Path(path).is_dir():
-            return _directory(Path(path))
-        if not (blob := _file(Path(path))):
+            return _load_directory(Path(path))
+        if not (blob := _load_file(Path(path))):
             raise UsageError("The file is empty", where=path)
         return {"": blob}
     except OSError as error:
@@ -43,28 +43,28 @@ def load(path: str) -> dict[str, bytes]:
         raise UsageError(f"The tree cannot be read: {error}", where=ascii(path)) from None
 
 
-def _directory(path: Path) -> dict[str, bytes]:
+def _load_directory(path: Path) -> dict[str, bytes]:
     for root, blobs in LAYOUTS:
         if (path / root).exists():
             names = sorted((path / blobs).iterdir()) if (path / blobs).is_dir() else []
-            if len(names) > MOST:
-                raise UsageError(f"There are more than {MOST} blobs", where=str(path / blobs))
-            return {"": _file(path / root)} | {name.name: _file(name) for name in names}
+            if len(names) > MAX_BLOBS:
+                raise UsageError(f"There are more than {MAX_BLOBS} blobs", where=str(path / blobs))
+            return {"": _load_file(path / root)} | {name.name: _load_file(name) for name in names}
     raise UsageError("This directory is not a tree: it has neither `root` nor `fdt`", where=str(path))
 
 
-def _file(path: Path) -> bytes:
+def _load_file(path: Path) -> bytes:
     with path.open("rb", buffering=0) as file:
-        if path.is_file() and os.fstat(file.fileno()).st_size <= LARGEST:
+        if path.is_file() and os.fstat(file.fileno()).st_size <= MAX_BYTES:
             return file.readall()
-        return _bounded(file, str(path))
+        return _read_bounded(file, str(path))
 
 
-def _bounded(file: SupportsRead, where: str) -> bytes:
+def _read_bounded(file: SupportsRead, where: str) -> bytes:
     """Read what has no size, such as a pipe, to its end."""
     data = bytearray()
-    while chunk := file.read(CHUNK):
+    while chunk := file.read(CHUNK_BYTES):
         data += chunk
-        if len(data) > LARGEST:
-            raise UsageError(f"This is not a tree: it has more than {LARGEST >> 20} MiB", where=where)
+        if len(data) > MAX_BYTES:
+            raise UsageError(f"This is not a tree: it has more than {MAX_BYTES >> 20} MiB", where=where)
     return bytes(data)

@@ -43,7 +43,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryMap:
     """The sum of a tree's ranges; sizes and addresses in bytes.
 
     By column of [start, end): `density` from 0 to 1, whether there is `scratch`, whether a range lies over it.
@@ -63,7 +63,7 @@ class Memory:
     clash: tuple[bool, ...]
 
 
-def summarise(mems: Sequence[memoryview], scratch: Sequence[Region] = (), width: int = 80) -> Memory | None:
+def summarise_ranges(mems: Sequence[memoryview], scratch: Sequence[Region] = (), width: int = 80) -> MemoryMap | None:
     """Add up ranges as `mem` has them, over `width` columns from the lowest address (of scratch, too) to the highest.
 
     None where there is no range. Lengths that are no multiple of 16 are left out, as the kernel does.
@@ -72,61 +72,61 @@ def summarise(mems: Sequence[memoryview], scratch: Sequence[Region] = (), width:
     count = sum(len(raw) for raw in whole) // KHO_MEM.size
     if not count:
         return None
-    merged = _quickly(whole, count) or _plainly(whole)
+    merged = _merge_numpy(whole, count) or _merge_python(whole)
     pages = [(area.addr >> PAGE_SHIFT, -(-(area.addr + area.size) >> PAGE_SHIFT)) for area in scratch]
     low = min(int(merged.firsts[0]), *(first for first, _ in pages), TOP)
     high = max(int(merged.lasts[-1]), *(last for _, last in pages), low + 1)
     width = max(1, min(width, high - low))
     edges = [low + (high - low) * column // width for column in range(width + 1)]
-    covered = [_covered(merged, edge) for edge in edges]
+    covered = [_pages_below(merged, edge) for edge in edges]
     at = merged.hole
-    return Memory(
+    return MemoryMap(
         ranges=count,
         bytes=merged.size,
         merged=len(merged.firsts),
-        merged_bytes=_covered(merged, TOP) << PAGE_SHIFT,
-        hole=_region(int(merged.lasts[at - 1]), int(merged.firsts[at])) if at else None,
-        in_scratch=sum(_between(merged, first, last) for first, last in pages) << PAGE_SHIFT,
+        merged_bytes=_pages_below(merged, TOP) << PAGE_SHIFT,
+        hole=_region_of(int(merged.lasts[at - 1]), int(merged.firsts[at])) if at else None,
+        in_scratch=sum(_pages_between(merged, first, last) for first, last in pages) << PAGE_SHIFT,
         beyond=merged.beyond,
         start=low << PAGE_SHIFT,
         end=high << PAGE_SHIFT,
         density=tuple((covered[i + 1] - covered[i]) / (edges[i + 1] - edges[i]) for i in range(width)),
         scratch=tuple(any(a < edges[i + 1] and edges[i] < b for a, b in pages) for i in range(width)),
         clash=tuple(
-            any(_between(merged, max(a, edges[i]), min(b, edges[i + 1])) for a, b in pages) for i in range(width)
+            any(_pages_between(merged, max(a, edges[i]), min(b, edges[i + 1])) for a, b in pages) for i in range(width)
         ),
     )
 
 
-def _region(first: int, last: int) -> Region:
+def _region_of(first: int, last: int) -> Region:
     return Region(first << PAGE_SHIFT, (last - first) << PAGE_SHIFT)
 
 
-def _covered(merged: Merged, page: int) -> int:
+def _pages_below(merged: Merged, page: int) -> int:
     """How many pages below `page` are in a range."""
     at = bisect_right(merged.firsts, page)
     return int(merged.below[at]) - max(0, int(merged.lasts[at - 1]) - page) if at else 0
 
 
-def _between(merged: Merged, first: int, last: int) -> int:
+def _pages_between(merged: Merged, first: int, last: int) -> int:
     """How many pages of [first, last) are in a range."""
-    return _covered(merged, last) - _covered(merged, first) if first < last else 0
+    return _pages_below(merged, last) - _pages_below(merged, first) if first < last else 0
 
 
-def _quickly(whole: Sequence[memoryview], count: int) -> Merged | None:
+def _merge_numpy(whole: Sequence[memoryview], count: int) -> Merged | None:
     if count < FAST_FROM:
         return None
     try:
         from khod.trees import merge_numpy  # noqa: PLC0415 - numpy is optional, and dear to import
     except ImportError:
         return None
-    if (found := merge_numpy.merged(whole, PAGE_SHIFT, LONG)) is None:
+    if (found := merge_numpy.merge_ranges(whole, PAGE_SHIFT, LONG)) is None:
         return None
     starts, ends, below, hole, size = found
     return Merged(starts, ends, below, hole, size, 0)
 
 
-def _plainly(whole: Sequence[memoryview]) -> Merged:
+def _merge_python(whole: Sequence[memoryview]) -> Merged:
     """The same without numpy: a pass of C code over half a million numbers each, and lists dropped when read."""
     numbers = [raw.cast("Q") for raw in whole]
     sizes = list(chain.from_iterable(raw[1::2].tolist() for raw in numbers))
@@ -139,18 +139,18 @@ def _plainly(whole: Sequence[memoryview]) -> Merged:
     beyond = sum(map(gt, lasts, repeat(TOP))) if max(lasts) > TOP else 0
     if beyond:
         lasts = list(map(min, lasts, repeat(TOP)))
-    starts, ends = _runs(firsts, lasts)
+    starts, ends = _merge_runs(firsts, lasts)
     holes = array("Q", map(sub, islice(starts, 1, None), ends))
     hole = holes.index(max(holes)) + 1 if holes else 0
     return Merged(starts, ends, array("Q", accumulate(map(sub, ends, starts), initial=0)), hole, size, beyond)
 
 
-def _runs(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array[int]]":
+def _merge_runs(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array[int]]":
     """The merged ranges: those that overlap or touch are one."""
     low, span = min(firsts), max(lasts) - min(firsts)
     pages = list(map(sub, lasts, firsts))
     if span > SPARSE * len(firsts) or max(pages) > LONG or not all(pages):
-        return _sorted(firsts, lasts)
+        return _merge_sorted(firsts, lasts)
     used = bytearray(span + 2)  # an unused page in front, and one behind
     before = low - 1
     for page in range(max(pages)):
@@ -163,7 +163,7 @@ def _runs(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array[int]]
     return edges[::2], edges[1::2]
 
 
-def _sorted(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array[int]]":
+def _merge_sorted(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array[int]]":
     """The same by sorting starts and ends apart: a range begins anew where all that began before it have ended."""
     firsts.sort()
     lasts.sort()

@@ -13,7 +13,7 @@ MAP = 1 << 24
 Array = Any
 
 
-def merged(whole: Sequence[memoryview], shift: int, long: int) -> tuple[Array, Array, Array, int, int] | None:
+def merge_ranges(whole: Sequence[memoryview], shift: int, long: int) -> tuple[Array, Array, Array, int, int] | None:
     """Merge `mem` properties in pages of 1 << shift bytes; None where a range may run past 64 bits.
 
     With a range of more than `long` pages marking each is no gain.
@@ -37,19 +37,19 @@ def merged(whole: Sequence[memoryview], shift: int, long: int) -> tuple[Array, A
         np.add(addrs, sizes, out=lasts[part])
     lasts += mask
     lasts >>= bits
-    starts, ends = _runs(firsts, lasts, long)
+    starts, ends = _merge_runs(firsts, lasts, long)
     below = np.concatenate((np.zeros(1, np.uint64), (ends - starts).cumsum()))
     hole = int(np.argmax(starts[1:] - ends[:-1])) + 1 if len(starts) > 1 else 0
     return starts, ends, below, hole, size
 
 
-def _runs(firsts: Array, lasts: Array, long: int) -> tuple[Array, Array]:
+def _merge_runs(firsts: Array, lasts: Array, long: int) -> tuple[Array, Array]:
     """The merged ranges: those that overlap or touch are one."""
     low, high = firsts.min(), lasts.max()
     pages = lasts - firsts
     longest = int(pages.max())
     if int(high - low) > MAP or longest > long or not pages.all():
-        return _sorted(firsts, lasts)
+        return _merge_sorted(firsts, lasts)
     used = np.zeros(int(high - low) + 2, np.bool_)  # an unused page in front, and one behind
     firsts -= low
     for page in range(longest):
@@ -63,7 +63,7 @@ def _runs(firsts: Array, lasts: Array, long: int) -> tuple[Array, Array]:
     return edges[::2], edges[1::2]
 
 
-def _sorted(firsts: Array, lasts: Array) -> tuple[Array, Array]:
+def _merge_sorted(firsts: Array, lasts: Array) -> tuple[Array, Array]:
     """The same by sorting starts and ends apart: a range begins anew where all that began before it have ended."""
     if int(lasts.max()) >> 32 == 0:
         firsts, lasts = firsts.astype(np.uint32), lasts.astype(np.uint32)  # half the time to sort

@@ -5,45 +5,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from khod.abi.fdt import Node
 from khod.region import Region
 from khod.text import printable
-from khod.trees.blobs import opened
-from khod.trees.draw import BLOCKS, Pen, head, memory, wrong
-from khod.trees.kinds import Decoded, decoded, promised
-from khod.trees.summary import summary
-from khod.trees.text import MARK, counted
+from khod.trees.blobs import open_blob
+from khod.trees.draw import BLOCKS, Pen, blob_heading, describe_damage, draw_memory
+from khod.trees.kinds import Decoded, decode_property, promised_kind
+from khod.trees.summary import summarise_tree
+from khod.trees.text import MARK, format_count
 
 
-def show(
+def show_blobs(
     blobs: Mapping[str, bytes], *, scratch: Sequence[Region] = (), width: int = 80, pen: Pen = BLOCKS
 ) -> Iterator[str]:
     """Describe a tree's blobs, the root's name is "", a line at a time."""
-    found = summary(blobs, scratch, width)
+    found = summarise_tree(blobs, scratch, width)
     for blob in found.blobs:
-        yield head(blob)
+        yield blob_heading(blob)
         if blob.wrong:
-            yield from wrong(blob, blobs[blob.name])
+            yield from describe_damage(blob, blobs[blob.name])
         else:
-            yield from _node(opened(blob.name, blobs[blob.name]), None, 1)
-    yield from memory(found, pen)
+            yield from _show_node(open_blob(blob.name, blobs[blob.name]), None, 1)
+    yield from draw_memory(found, pen)
 
 
-def _node(node: Node, parent: Node | None, depth: int) -> Iterator[str]:
+def _show_node(node: Node, parent: Node | None, depth: int) -> Iterator[str]:
     indent = "  " * depth
     yield f"{indent}{printable(node.name) or '/'}"
     for key in node.properties:
-        yield f"{indent}  {line(key, node, parent)}"
+        yield f"{indent}  {show_property(key, node, parent)}"
     for child in node.children:
-        yield from _node(child, node, depth + 1)
+        yield from _show_node(child, node, depth + 1)
 
 
-def line(key: str, node: Node, parent: Node | None) -> str:
+def show_property(key: str, node: Node, parent: Node | None) -> str:
     """One property: its name, its value in words, its length where nothing promises one, and what is wrong with it."""
-    found = decoded(key, node, parent)
-    text = words(found, len(node.properties[key]), known=promised(key, node, parent) is not None)
+    found = decode_property(key, node, parent)
+    text = value_text(found, len(node.properties[key]), known=promised_kind(key, node, parent) is not None)
     return f"{printable(key)}{f' = {text}' if text else ''}"
 
 
-def words(found: Decoded, length: int, *, known: bool) -> str:
+def value_text(found: Decoded, length: int, *, known: bool) -> str:
     """A decoded value in words."""
     if found.wrong:
         return f"{found.text} {MARK} {found.wrong}"
-    return found.text if known or not found.text else f"{found.text} [{counted(length, 'byte')}]"
+    return found.text if known or not found.text else f"{found.text} [{format_count(length, 'byte')}]"

@@ -26,10 +26,10 @@ from khod.abi.fdt import (
     VERSIONS,
     Fdt,
     Node,
-    read,
+    read_fdt,
 )
 from khod.errors import UsageError
-from khod.trees.kinds import strings
+from khod.trees.kinds import decode_strings
 
 WRITABLE = re.compile(r"[0-9A-Za-z,._+*#?@-]+")  # PROPNODECHAR of dtc's lexer
 NODE = re.compile(r"[0-9A-Za-z,._+-]+(@[0-9A-Za-z,._+-]*)?")  # what dtc's checks want, else they have to be overruled
@@ -37,22 +37,22 @@ PROPERTY = re.compile(r"[0-9A-Za-z,._+*#?-]+")
 CHECKED = ("phandle", "linux,phandle")
 """Properties whose values dtc's checks look into."""
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"'})
-MOST_NAMES = 1000
+MAX_NAMES = 1000
 """Names of properties, of which producers have a dozen: each new one is looked for in all before it, as dtc does."""
 OTHER_FORMS = "Use --format dtb or --format json."
 NO_NAME_CHECK = ("-E", "no-name_is_string")  # and with it name_properties, which rests on it
 
 
-def dts(blob: bytes, name: str = "") -> tuple[str, str]:
+def write_dts(blob: bytes, name: str = "") -> tuple[str, str]:
     """Write a blob as source for dtc, and say what dtc will not give back ("" where it gives back the same bytes).
 
     The second line is a comment with the command. Raises MalformedTree, and UsageError where a name has characters
     that the source language has no way to write, or there are too many names.
     """
-    tree = read(blob, name)
-    asked = options(tree, name)
-    made, note = compiled(tree), ""
-    if padded(made, len(blob)) != blob:
+    tree = read_fdt(blob, name)
+    asked = dtc_options(tree, name)
+    made, note = compile_tree(tree), ""
+    if pad_blob(made, len(blob)) != blob:
         note = (
             "dtc will produce an equivalent tree, but not the identical bytes: it produces "
             f"those of `{' '.join(('dtc -I dtb -O dtb', *asked))}` of the blob"
@@ -63,19 +63,19 @@ def dts(blob: bytes, name: str = "") -> tuple[str, str]:
     says = f"/* `{command}`: {note}. */" if note else f"/* `{command}` makes the same bytes of this again. */"
     lines = ["/dts-v1/;", says]
     lines += [f"/memreserve/ {region.addr:#x} {region.size:#x};" for region in tree.reservations]
-    return "\n".join([*lines, "/ {", *_body(tree.root, "\t", name), "};\n"]), note
+    return "\n".join([*lines, "/ {", *_write_body(tree.root, "\t", name), "};\n"]), note
 
 
-def _body(node: Node, tabs: str, where: str) -> Iterator[str]:
+def _write_body(node: Node, tabs: str, where: str) -> Iterator[str]:
     for key, value in node.properties.items():
-        yield f"{tabs}{_writable(key, where)}{_value(value)};"
+        yield f"{tabs}{_require_writable(key, where)}{_write_value(value)};"
     for child in node.children:
-        yield f"{tabs}{_writable(child.name, where)} {{"
-        yield from _body(child, f"{tabs}\t", where)
+        yield f"{tabs}{_require_writable(child.name, where)} {{"
+        yield from _write_body(child, f"{tabs}\t", where)
         yield f"{tabs}}};"
 
 
-def _writable(name: str, where: str) -> str:
+def _require_writable(name: str, where: str) -> str:
     if not WRITABLE.fullmatch(name):
         raise UsageError(
             f"Device tree source has no way to write the name {name!a}",
@@ -85,26 +85,26 @@ def _writable(name: str, where: str) -> str:
     return name
 
 
-def _value(raw: memoryview) -> str:
+def _write_value(raw: memoryview) -> str:
     """Strings as strings, all else as bytes, which dtc takes as they are."""
     if not raw:
         return ""
     try:
-        return " = " + ", ".join(f'"{text.translate(ESCAPES)}"' for text in strings(raw))
+        return " = " + ", ".join(f'"{text.translate(ESCAPES)}"' for text in decode_strings(raw))
     except ValueError:
         return f" = [{raw.hex(' ')}]"
 
 
-def options(tree: Fdt, where: str = "") -> tuple[str, ...]:
+def dtc_options(tree: Fdt, where: str = "") -> tuple[str, ...]:
     """Give the options dtc needs besides -I and -O: what stands in no source, and checks to be overruled.
 
     Raises UsageError, whose `where` is the given one, where there are more than MOST_NAMES names of properties.
     """
     nodes = [node for _path, node in tree.root.walk()]
     keys = {key for node in nodes for key in node.properties}
-    if len(keys) > MOST_NAMES:
+    if len(keys) > MAX_NAMES:
         raise UsageError(
-            f"The properties have more than {MOST_NAMES} names, which dtc is not made for",
+            f"The properties have more than {MAX_NAMES} names, which dtc is not made for",
             where=where,
             remedy=OTHER_FORMS,
         )
@@ -119,18 +119,18 @@ def options(tree: Fdt, where: str = "") -> tuple[str, ...]:
     return asked
 
 
-def padded(made: bytes, size: int) -> bytes:
+def pad_blob(made: bytes, size: int) -> bytes:
     """Give a blob padded with zeros to `size` bytes, as dtc's -S would; as it is where it has as many."""
     if size <= len(made):
         return made
     return made[:4] + U32.pack(size) + made[8:].ljust(size - 8, b"\0")
 
 
-def compiled(tree: Fdt) -> bytes:
+def compile_tree(tree: Fdt) -> bytes:
     """Give the bytes dtc makes of `dts` with `options`."""
     names = bytearray()
     nodes = bytearray()
-    _write(tree.root, nodes, names, {})
+    _write_node(tree.root, nodes, names, {})
     nodes += U32.pack(FDT_END)
     reservations = b"".join(RESERVATION.pack(region.addr, region.size) for region in tree.reservations)
     reserve_at = 40  # of either header the next multiple of 8
@@ -154,7 +154,7 @@ def compiled(tree: Fdt) -> bytes:
     return b"".join((header, reservations, bytes(RESERVATION.size), nodes, names))
 
 
-def _write(node: Node, nodes: bytearray, names: bytearray, known: dict[str, int]) -> None:
+def _write_node(node: Node, nodes: bytearray, names: bytearray, known: dict[str, int]) -> None:
     name = node.name.encode(errors="surrogateescape")
     nodes += U32.pack(FDT_BEGIN_NODE) + name.ljust(len(name) + 4 & ~3, b"\0")
     for key, value in node.properties.items():
@@ -168,5 +168,5 @@ def _write(node: Node, nodes: bytearray, names: bytearray, known: dict[str, int]
         nodes += value
         nodes += bytes(-len(value) & 3)
     for child in node.children:
-        _write(child, nodes, names, known)
+        _write_node(child, nodes, names, known)
     nodes += U32.pack(FDT_END_NODE)

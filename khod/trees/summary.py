@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from khod.abi.fdt import Node
 from khod.errors import MalformedTree
 from khod.region import Region
-from khod.trees.blobs import broken, opened
-from khod.trees.memory import Memory, summarise
-from khod.trees.text import family
+from khod.trees.blobs import is_broken, open_blob
+from khod.trees.memory import MemoryMap, summarise_ranges
+from khod.trees.text import format_family
 
 PAIRS = {"reserve-mem": ("start", "size"), "kho": ("preserved-data", "blob-size")}
 """What names a range besides v3's `mem`: a reserve_mem= region by its own compatible, a blob by its root's."""
@@ -38,42 +38,42 @@ class Summary:
     """All of it; `cached` tells whether the memory is v3's, which its kernel merges when an image is loaded."""
 
     blobs: Sequence[Blob]
-    memory: Memory | None
+    memory: MemoryMap | None
     scratch: Sequence[Region]
     cached: bool
 
 
-def summary(blobs: Mapping[str, bytes], scratch: Sequence[Region] = (), width: int = 80) -> Summary:
+def summarise_tree(blobs: Mapping[str, bytes], scratch: Sequence[Region] = (), width: int = 80) -> Summary:
     """Sum a tree's blobs up, the root's name is ""; the memory over `width` columns."""
     found, mems, cached = [], [], False
     for name, blob in blobs.items():
         try:
-            root = opened(name, blob)
+            root = open_blob(name, blob)
         except MalformedTree as error:
-            damaged = broken(name, blob)
+            damaged = is_broken(name, blob)
             found.append(Blob(name, len(blob), wrong=error.what, remedy=error.remedy, damaged=damaged))
             continue
         nodes = list(root.walk())
         mem = {path: len(node.properties["mem"]) for path, node in nodes if "mem" in node.properties}
         cached = cached or bool(mem)
-        mems += list(named(root))
+        mems += list(named_ranges(root))
         properties = sum(len(node.properties) for _path, node in nodes)
         found.append(Blob(name, len(blob), root.compatible, len(nodes), properties, mem))
-    return Summary(found, summarise(mems, scratch, width), scratch, cached)
+    return Summary(found, summarise_ranges(mems, scratch, width), scratch, cached)
 
 
-def named(root: Node) -> Iterator[memoryview]:
+def named_ranges(root: Node) -> Iterator[memoryview]:
     """Yield the ranges a tree names, as `mem` has them: struct kho_mem after struct kho_mem."""
     for _path, node in root.walk():
         if "mem" in node.properties:
             yield node.properties["mem"]
-        yield from _pair(node, family(node.compatible))
+        yield from _range_pair(node, format_family(node.compatible))
     for child in root.children:
         if not child.compatible:
-            yield from _pair(child, family(root.compatible))
+            yield from _range_pair(child, format_family(root.compatible))
 
 
-def _pair(node: Node, kind: str) -> Iterator[memoryview]:
+def _range_pair(node: Node, kind: str) -> Iterator[memoryview]:
     pair = [node.properties.get(key, memoryview(b"")) for key in PAIRS.get(kind, ())]
     if pair and all(len(raw) == U64 for raw in pair):
         yield memoryview(b"".join(pair))

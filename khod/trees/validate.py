@@ -18,13 +18,13 @@ from khod.abi import fdt
 from khod.abi.fdt import Node
 from khod.errors import ConfigError, MalformedTree
 from khod.text import printable, shorten
-from khod.trees.blobs import METADATA, opened
-from khod.trees.kinds import decoded
-from khod.trees.text import hexadecimal
+from khod.trees.blobs import METADATA, open_blob
+from khod.trees.kinds import decode_property
+from khod.trees.text import format_hex
 
-OURS = Path(__file__).parent / "schemas"
-OWN = Path("/etc/kho/schemas")
-LONGEST = 200  # characters of a finding
+PACKAGED_SCHEMAS = Path(__file__).parent / "schemas"
+OPERATOR_SCHEMAS = Path("/etc/kho/schemas")
+MAX_VALUE_CHARACTERS = 200  # characters of a finding
 PARTS = {"properties": "property", "children": "child node"}
 """What a node's instance is made of, and what each item in it is."""
 COUNTED = ("Items", "Length", "Properties")
@@ -53,7 +53,7 @@ Schemas = Mapping[str, tuple[Path, Any]]
 
 
 @dataclass(frozen=True)
-class Finding:
+class SchemaFinding:
     """One thing that was found; `fits` where it is only reported, as for a compatible no schema is for."""
 
     path: str
@@ -65,19 +65,19 @@ class Finding:
         return ": ".join(filter(None, (self.path, self.prop, self.what)))
 
 
-def schemas(own: Sequence[Path] = (OWN,)) -> Schemas:
+def load_schemas(own: Sequence[Path] = (OPERATOR_SCHEMAS,)) -> Schemas:
     """Read the schemas by the compatible they are for, their files' names: ours, then each directory's over them.
 
     A directory that is not there has none. ConfigError names the file and the place of what is no schema.
     """
     found: dict[str, tuple[Path, Any]] = {}
-    for directory in (OURS, *own):
+    for directory in (PACKAGED_SCHEMAS, *own):
         for path in sorted(directory.glob("*.json")):
-            found[path.stem] = (path, _schema(path))
+            found[path.stem] = (path, _load_schema(path))
     return found
 
 
-def validate(blobs: Mapping[str, bytes], known: Schemas, *, shortened: bool = False) -> Iterator[Finding]:
+def validate_blobs(blobs: Mapping[str, bytes], known: Schemas, *, shortened: bool = False) -> Iterator[SchemaFinding]:
     """Hold each node of each blob, the root's name is "", against the schema of its compatible.
 
     With `shortened` a root that is cut off is let pass, as debugfs may show it.
@@ -85,50 +85,56 @@ def validate(blobs: Mapping[str, bytes], known: Schemas, *, shortened: bool = Fa
     for name, blob in blobs.items():
         place = f"{printable(name) or 'root'}:"
         try:
-            root = opened(name, blob)
+            root = open_blob(name, blob)
         except MalformedTree as error:
             unknown = bool(name) and not blob.startswith(fdt.U32.pack(fdt.MAGIC)) and name != METADATA
-            yield Finding(f"{place}/", "", error.what, fits=unknown or (shortened and bool(error.remedy)))
+            yield SchemaFinding(f"{place}/", "", error.what, fits=unknown or (shortened and bool(error.remedy)))
             continue
-        yield from _nodes(root, None, "", place, known)
+        yield from _validate_nodes(root, None, "", place, known)
 
 
-def _nodes(node: Node, parent: Node | None, path: str, place: str, known: Schemas) -> Iterator[Finding]:
+def _validate_nodes(node: Node, parent: Node | None, path: str, place: str, known: Schemas) -> Iterator[SchemaFinding]:
     where = f"{place}{printable(path) or '/'}"
     kind = node.compatible or (node.name if parent is None else "")
     if kind in known:
-        yield from _held(instance(node, parent), where, *known[kind])
+        yield from _validate_held(node_instance(node, parent), where, *known[kind])
     elif kind:
-        yield Finding(where, "compatible", f"there is no schema for {printable(kind)}", fits=True)
+        yield SchemaFinding(where, "compatible", f"there is no schema for {printable(kind)}", fits=True)
     elif parent is None:  # the root's says what all of it is; another producer's blob may do without
-        yield Finding(where, "compatible", "missing: nothing says what this is", fits=place != "root:")
+        yield SchemaFinding(where, "compatible", "missing: nothing says what this is", fits=place != "root:")
     for child in node.children:
-        yield from _nodes(child, node, f"{path}/{child.name}", place, known)
+        yield from _validate_nodes(child, node, f"{path}/{child.name}", place, known)
 
 
-def instance(node: Node, parent: Node | None = None, *, deep: bool = True) -> dict[str, Any]:
+def node_instance(node: Node, parent: Node | None = None, *, deep: bool = True) -> dict[str, Any]:
     """Give a node as schemas see it."""
-    children = {child.name: instance(child, node, deep=False) for child in node.children} if deep else {}
-    properties = {key: _value(key, node, parent) for key in node.properties}
+    children = {child.name: node_instance(child, node, deep=False) for child in node.children} if deep else {}
+    properties = {key: _property_instance(key, node, parent) for key in node.properties}
     return {"name": node.name, "properties": properties, "children": children}
 
 
-def _value(key: str, node: Node, parent: Node | None) -> Any:
-    found = decoded(key, node, parent)
+def _property_instance(key: str, node: Node, parent: Node | None) -> Any:
+    found = decode_property(key, node, parent)
     return {"raw": found.value} if found.kind == "bytes" else found.value
 
 
-def _held(held: dict[str, Any], where: str, path: Path, schema: Any) -> Iterator[Finding]:
+def _validate_held(held: dict[str, Any], where: str, path: Path, schema: Any) -> Iterator[SchemaFinding]:
     import jsonschema  # noqa: PLC0415 - dear to import, and only this needs it
     import referencing  # noqa: PLC0415 - comes with it
 
     # An empty registry: a reference out of the file is an error, and never fetched from the network.
     checker = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
-    found = dict[Finding, None]()  # each once: bytes that are malformed may break several rules
+    found = dict[SchemaFinding, None]()  # each once: bytes that are malformed may break several rules
     try:
         for error in checker.iter_errors(held):
             place = [str(part) for part in error.absolute_path if part not in PARTS]
-            found[Finding(where, printable("/".join(place)), shorten(printable(_worded(error)), LONGEST))] = None
+            found[
+                SchemaFinding(
+                    where,
+                    printable("/".join(place)),
+                    shorten(printable(_schema_error_text(error)), MAX_VALUE_CHARACTERS),
+                )
+            ] = None
     except (re.error, RecursionError, referencing.exceptions.Unresolvable) as error:
         raise ConfigError(
             f"The schema cannot be used: {error or type(error).__name__}", where=str(path), remedy="Correct the file."
@@ -136,13 +142,13 @@ def _held(held: dict[str, Any], where: str, path: Path, schema: Any) -> Iterator
     yield from found
 
 
-def _worded(error: Any) -> str:
+def _schema_error_text(error: Any) -> str:
     """Say in our words what a value is and what the schema has of it."""
     value, wanted, rule = error.instance, error.validator_value, error.validator
     path = list(error.absolute_path)
     part = PARTS.get(path[-1], "value") if path else "value"
     if isinstance(value, dict) and [*value] == ["raw"] and part == "value":
-        return f"malformed: {hexadecimal(bytes.fromhex(value['raw']))}"
+        return f"malformed: {format_hex(bytes.fromhex(value['raw']))}"
     if rule == "required":
         return f"missing {part}: {', '.join(name for name in wanted if name not in value)}"
     if rule == "additionalProperties":
@@ -162,7 +168,7 @@ def _worded(error: Any) -> str:
     return f"must be {RULES[rule]}{wanted}, is {json.dumps(value)}"
 
 
-def _schema(path: Path) -> Any:
+def _load_schema(path: Path) -> Any:
     import jsonschema  # noqa: PLC0415 - as above
 
     try:
@@ -175,7 +181,7 @@ def _schema(path: Path) -> Any:
     except jsonschema.SchemaError as error:
         place = "/".join(str(part) for part in error.absolute_path)
         raise ConfigError(
-            f"This is not a JSON Schema: {error.message[:LONGEST]}",
+            f"This is not a JSON Schema: {error.message[:MAX_VALUE_CHARACTERS]}",
             where=f"{path}: /{place}",
             remedy="Correct the file.",
         ) from None

@@ -62,8 +62,8 @@ def _seconds(path: str) -> dict[str, float]:
     for method in METHODS * TIMES:
         began = time.perf_counter()
         with Client(Path(path)) as client:
-            client.ask(method)
-            client.answer()
+            client.call_method(method)
+            client.receive_status()
         taken[method].append(time.perf_counter() - began)
     return {method: statistics.median(seconds) for method, seconds in taken.items()}
 

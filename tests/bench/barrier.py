@@ -109,8 +109,8 @@ def _khod() -> Measured:
             asked = {}
             for method in ("Activate", "Abort"):
                 asked[method] = Moment.now(pid)
-                client.ask(method)
-                client.answer()
+                client.call_method(method)
+                client.receive_status()
             answered = _answered(crowd)
         most = _kib(pid, "VmHWM")
     spans = ((asked["Activate"], answered["freeze"]), (asked["Abort"], answered["thaw"]))

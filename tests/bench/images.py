@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from khod.images import compressed, header, sealed
-from khod.images.kernel import take_apart
+from khod.images.kernel import unpack_image
 from tests.bench.figure import Figure
 from tests.lab import packages
 
@@ -50,7 +50,7 @@ def _figure(method: str, image: Path, packed: Path) -> Figure:
 def _check(image: Path) -> float:
     fd = os.open(image, os.O_RDONLY)
     began = time.perf_counter()
-    bundle = take_apart(sealed.seal(fd, "image", str(image), LIMIT), "x86_64", LIMIT)
+    bundle = unpack_image(sealed.seal_file(fd, "image", str(image), LIMIT), "x86_64", LIMIT)
     took = time.perf_counter() - began
     assert bundle.about.opaque == ""
     bundle.close()
@@ -67,12 +67,12 @@ def _unpack(method: str, packed: Path) -> float:
 def _repack(original: bytes, command: Sequence[str], image: Path, packed: Path) -> None:
     """Put the kernel in `original` into a bzImage packed by `command`; its payload alone, without the size, as well."""
     view = memoryview(original)
-    found = header.read(view, "x86_64", "")
+    found = header.read_header(view, "x86_64", "")
     assert found is not None
     assert found.payload is not None
     at, length = found.payload
-    method = compressed.recognise(original[at : at + compressed.HEAD])
-    vmlinux = b"".join(compressed.unpack(method, view[at : at + length], LIMIT, ""))
+    method = compressed.recognise_method(original[at : at + compressed.HEAD_BYTES])
+    vmlinux = b"".join(compressed.unpack_stream(method, view[at : at + length], LIMIT, ""))
     packed.write_bytes(subprocess.run(command, input=vmlinux, check=True, capture_output=True).stdout)
     payload = packed.read_bytes() + struct.pack("<I", len(vmlinux))
     made = bytearray(original[:at] + payload)

@@ -15,11 +15,11 @@ from khod.engine.guard import Guard
 from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
-from khod.kernel.probe import probe
+from khod.kernel.probe import probe_kho
 from khod.kernel.sysfs import KHO
 from khod.kernel.thread import KernelThread
 from khod.producers.sessions import Sessions
-from khod.simulated.kernel import Rebooted, SimulatedKernel, image, initrd
+from khod.simulated.kernel import Rebooted, SimulatedKernel, build_image, build_initrd
 from khod.systemd import shutdown
 from khod.systemd.fdstore import ServiceManager
 from khod.target.target import Given, Request
@@ -36,19 +36,19 @@ class Timed(SimulatedKernel):
     ended = 0.0
     inside = 0.0
 
-    def read(self, path: str) -> bytes:
+    def read_file(self, path: str) -> bytes:
         started = time.perf_counter()
         try:
-            return super().read(path)
+            return super().read_file(path)
         finally:
             self._count(started)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write_file(self, path: str, data: bytes) -> None:
         started = time.perf_counter()
         if path == f"{KHO}/active" and data.startswith(b"1"):
             self.began, self.inside = started, 0.0
         try:
-            super().write(path, data)
+            super().write_file(path, data)
         finally:
             if path != KMSG:
                 self._count(started)
@@ -84,10 +84,10 @@ async def _one() -> float:
         root = Path(name)
         kernel, thread = Timed(root / "kernel"), KernelThread()
         kexec, store = Kexec(kernel), Store(root)
-        jump = shutdown.immediate(kexec, thread, 60)
+        jump = shutdown.make_immediate(kexec, thread, 60)
         engine = Engine(
             kexec,
-            lambda: probe(kernel),
+            lambda: probe_kho(kernel),
             store,
             Config(),
             producers=list,
@@ -99,8 +99,8 @@ async def _one() -> float:
             tell=lambda _: None,
         )
         await engine.start()
-        (root / "image").write_bytes(image())
-        (root / "initrd").write_bytes(initrd())
+        (root / "image").write_bytes(build_image())
+        (root / "initrd").write_bytes(build_initrd())
         fds = [os.open(root / what, os.O_RDONLY) for what in ("image", "initrd")]
         try:
             await engine.kexec(Request(Given(fds[0], "image"), (Given(fds[1], "initrd"),), now=True))

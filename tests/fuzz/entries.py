@@ -67,7 +67,7 @@ def held(case: Case) -> str:
             place.write_bytes(data)
         for wanted in (None, "a"):
             try:
-                sources.entry(wanted, root)
+                sources.source_of_entry(wanted, root)
             except KhoError as error:
                 said.append(NAMES_IN.sub("N", spoken(error)))
     return "; ".join(said)

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from khoctl.boot.unified import left_behind, unified
+from khoctl.boot.unified import left_behind, read_unified
 from khod.config import Images
 from khod.errors import KhoError
 from khod.images import initrd, sealed
 from khod.images.header import LOADS
-from khod.images.kernel import Bundle
-from khod.kernel.formats import Written
+from khod.images.kernel import UnpackedImage
+from khod.kernel.formats import OutgoingFormats
 from khod.model import Generation
 from khod.region import Region
-from khod.target.compatibility import understood
-from khod.target.placement import place, segments
-from khod.target.target import Given, Request, take
+from khod.target.compatibility import check_compatibility
+from khod.target.placement import list_segments, place_segments
+from khod.target.target import Given, Request, build_target
 from tests.fuzz import corpus
 from tests.fuzz.damage import Field, Order, damaged
 from tests.fuzz.spoken import spoken
@@ -32,7 +32,7 @@ CHEAP = ("gzip", "zstd", "lz4")
 """The compressions that are packed again in cases: the others take longer to begin than to pack."""
 WHERE = "/boot/it"
 RUNNING = "BOOT_IMAGE=/boot/vmlinuz root=/dev/vda ro quiet kho=on rdinit=/bin/sh console=ttyS0"
-WRITTEN = Written("kho-v4", {"memblock": frozenset({"memblock-v1"}), "luo": frozenset({"luo-v5"})})
+WRITTEN = OutgoingFormats("kho-v4", {"memblock": frozenset({"memblock-v1"}), "luo": frozenset({"luo-v5"})})
 SCRATCH = (Region(0x100_0000, 64 << 20), Region(0x1_0000_0000, 512 << 20))
 
 
@@ -73,21 +73,21 @@ def machine_of(seed: str) -> str:
 
 def held(case: Case) -> str:
     """Look at a case as khod does before a handover; "" where all of it can be looked into, else what is said."""
-    with sealed.fill([case.data or b"\0"], WHERE) as image:
+    with sealed.seal_pieces([case.data or b"\0"], WHERE) as image:
         if not case.machine:
             try:
-                initrd.look(image, case.limit)
+                initrd.inspect_initrd(image, case.limit)
             except KhoError as error:
                 return spoken(error)
             return ""
-        left_behind(unified(Path(f"/proc/self/fd/{image.fd}")), WHERE, None)
+        left_behind(read_unified(Path(f"/proc/self/fd/{image.fd}")), WHERE, None)
         return _taken(image.fd, case)
 
 
 def _taken(fd: int, case: Case) -> str:
     request = Request(kernel=Given(fd, WHERE))
     try:
-        took = take(request, RUNNING, "run", Images(LARGEST, case.limit), case.machine)
+        took = build_target(request, RUNNING, "run", Images(LARGEST, case.limit), case.machine)
     except KhoError as error:  # the command line a unified kernel image brings along
         return spoken(error)
     try:
@@ -100,14 +100,14 @@ def _taken(fd: int, case: Case) -> str:
         took.close()
 
 
-def _judged(bundle: Bundle) -> None:
+def _judged(bundle: UnpackedImage) -> None:
     """What the checks do with what an image says of itself."""
     about = bundle.about
-    assert understood(WRITTEN, about).why
+    assert check_compatibility(WRITTEN, about).why
     size = bundle.initrd.size if bundle.initrd else 0
     for generation in (Generation.sysfs, Generation.stateless):
-        if wanted := segments(about, size, 100, generation, len(SCRATCH)):
-            place(wanted, SCRATCH)
+        if wanted := list_segments(about, size, 100, generation, len(SCRATCH)):
+            place_segments(wanted, SCRATCH)
 
 
 def _packed(data: bytes, machine: str, chance: Random) -> bytes:

@@ -19,9 +19,9 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 
-from khod.images.compressed import WINDOW
+from khod.images.compressed import MAX_WINDOW_BYTES
 
-ROOM = 2 * WINDOW + (256 << 20)
+ROOM = 2 * MAX_WINDOW_BYTES + (256 << 20)
 """Bytes of address space a run may add: the largest dictionary that unpacking may ask for, 64 MiB that the C library
 sets aside for each of its threads, and little else."""
 PATIENCE = 20.0

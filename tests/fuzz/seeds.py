@@ -7,7 +7,7 @@ import struct
 
 import libfdt
 
-from khod.simulated.kernel import serialize
+from khod.simulated.kernel import build_tree
 from tests.fuzz.corpus import PLACE
 from tests.unit import generated
 from tests.unit.images import CPIO, PACK, bzimage, code, cpio, flat, portable, vmlinux, zboot
@@ -24,8 +24,8 @@ def trees() -> dict[str, bytes]:
     blobs = {"memblock": {"preserved-data": number, "blob-size": number}, "luo": {"fdt": number}}
     memfd = {"pos": bytes(8), "size": number, "nr_folios": number, "folios": bytes(16), "seals": bytes(4)}
     made = {
-        "v3.dtb": serialize(4),
-        "v3-many-ranges.dtb": serialize(100),
+        "v3.dtb": build_tree(4),
+        "v3-many-ranges.dtb": build_tree(100),
         "kho-v4.dtb": _tree("kho-v4", mainline, blobs),
         "luo-v1.dtb": _tree(
             "luo-v1",

@@ -11,21 +11,21 @@ import libfdt
 from khod.abi import fdt
 from khod.abi.fdt import FDT_BEGIN_NODE, FDT_END, FDT_END_NODE, FDT_NOP, FDT_PROP, HEADER, MAGIC, PROP, U32
 from khod.errors import MalformedTree, UsageError
-from khod.trees.as_json import plain
-from khod.trees.blobs import METADATA, opened
-from khod.trees.difference import differences, lines
-from khod.trees.draw import short
+from khod.trees.as_json import tree_as_json
+from khod.trees.blobs import METADATA, open_blob
+from khod.trees.difference import compare_blobs, format_difference
+from khod.trees.draw import draw_summary
 from khod.trees.kinds import ANYWHERE, CHILDREN, FAMILIES
-from khod.trees.show import show
-from khod.trees.source import compiled, dts
-from khod.trees.summary import summary
-from khod.trees.validate import schemas, validate
+from khod.trees.show import show_blobs
+from khod.trees.source import compile_tree, write_dts
+from khod.trees.summary import summarise_tree
+from khod.trees.validate import load_schemas, validate_blobs
 from tests.fuzz import corpus
 from tests.fuzz.damage import Field, damaged, edge
 from tests.fuzz.spoken import spoken
 
 KEYS = sorted({*ANYWHERE, *(key for table in (FAMILIES, CHILDREN) for keys in table.values() for key in keys), "name"})
-KNOWN = schemas(())
+KNOWN = load_schemas(())
 COMPATIBLE = sorted(KNOWN.keys() | {"kho-v0", "", "-v1", "a" * 1024})
 ODD_NAMES = (b"", b"/", b"a/b", b"..", b"\xff\xfe", b"\x1b[2J", "n\u00e4me\u202e".encode(), b"x" * 1024, b"x" * 1025)
 WHERE = "/a/tree"
@@ -85,23 +85,23 @@ def named(seed: str) -> str:
 def held(case: Case) -> str:
     """Read a case in every way there is; "" where it is a tree, else what is said of it."""
     blobs = {case.name: case.blob}
-    shown = [*show(blobs), *short(summary(blobs, width=20), blobs)]
-    json.dumps(plain(blobs)).encode()
-    for found in differences({case.name: case.other}, blobs):
-        shown += lines(found)
+    shown = [*show_blobs(blobs), *draw_summary(summarise_tree(blobs, width=20), blobs)]
+    json.dumps(tree_as_json(blobs)).encode()
+    for found in compare_blobs({case.name: case.other}, blobs):
+        shown += format_difference(found)
     if case.validated:
-        shown += map(str, validate(blobs, KNOWN))
+        shown += map(str, validate_blobs(blobs, KNOWN))
     bad = next((line for line in shown if not line.isprintable()), "")
     assert not bad, f"this must not go to a terminal: {bad!r}"
     try:
-        root = opened(case.name, case.blob)
+        root = open_blob(case.name, case.blob)
     except MalformedTree as error:
         return spoken(error)
     if case.blob.startswith(U32.pack(MAGIC)):
         _as_fdt(case.blob)
     for _path, node in root.walk():
         try:
-            fdt.mem(node)
+            fdt.decode_mem(node)
         except MalformedTree as error:
             spoken(error)
     return ""
@@ -109,13 +109,13 @@ def held(case: Case) -> str:
 
 def _as_fdt(blob: bytes) -> None:
     """What dtc would make of it is the same tree, and libfdt takes what we take."""
-    whole = fdt.read(blob, WHERE)
+    whole = fdt.read_fdt(blob, WHERE)
     try:
-        dts(blob, WHERE)
+        write_dts(blob, WHERE)
     except UsageError as error:
         if spoken(error).startswith("The properties have more than"):
             return
-    again = fdt.read(compiled(whole), WHERE)
+    again = fdt.read_fdt(compile_tree(whole), WHERE)
     assert (again.root, again.reservations) == (whole.root, whole.reservations), "dtc's layout is another tree"
     if U32.pack(FDT_NOP) + U32.pack(FDT_END) not in blob:  # which libfdt alone takes for damage, just there
         assert libfdt.fdt_check_full(bytearray(blob), len(blob)) == 0, "libfdt refuses it"

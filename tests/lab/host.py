@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from khod.kernel.protocol import regions
+from khod.kernel.protocol import pair_regions
 from khod.region import Region
 from tests.lab.errors import Result
 from tests.lab.guest import Guest
@@ -97,7 +97,7 @@ class Host:
     def scratch(self) -> list[Region]:
         """Give the kernel's scratch regions, in its order, by whichever name it has for them."""
         name = self.shell(f"cd {OUT}; ls -d bootmem_phys scratch_phys 2>/dev/null || true").split("_")[0]
-        return regions(self.guest.get(f"{OUT}/{name}_phys"), self.guest.get(f"{OUT}/{name}_len"))
+        return pair_regions(self.guest.get(f"{OUT}/{name}_phys"), self.guest.get(f"{OUT}/{name}_len"))
 
     def archive(self, path: str, size: int) -> None:
         """Leave an initrd of so many bytes in the guest: zeros, which take no room there."""

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from khoctl.boot import grubenv
-from khoctl.boot.versions import compare
+from khoctl.boot.versions import compare_versions
 from tests.lab.process import call
 
 ORDER = {0: 0, 11: 1, 12: -1}
@@ -28,7 +28,7 @@ def test_versions_sort_as_systemd_analyze_has_them() -> None:
     for left, right in pairs:
         argv = ["systemd-analyze", "compare-versions", "--", left, right]
         status = subprocess.run(argv, capture_output=True, check=False).returncode
-        if ORDER[status] != compare(left, right):
+        if ORDER[status] != compare_versions(left, right):
             wrong.append((left, right, status))
     assert wrong == []
 
@@ -46,5 +46,5 @@ def test_an_environment_block_holds_what_grub_editenv_put_in(tmp_path: Path, see
         if chance.random() < 0.3:
             call(["grub-editenv", block, "unset", name])
             del wanted[name]
-    found = grubenv.read(tmp_path)
+    found = grubenv.read_variables(tmp_path)
     assert {name: found[name] for name in found if name in NAMES} == wanted

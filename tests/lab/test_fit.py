@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from khod.images import sealed
-from khod.images.kernel import Kernel, take_apart
+from khod.images.kernel import KernelImageInfo, unpack_image
 from khod.model import Generation
 from khod.region import Region
-from khod.target.placement import NoRoom, Placed, place, segments
+from khod.target.placement import NoRoom, Placed, list_segments, place_segments
 from tests.lab import kernels as lab_kernels
 from tests.lab.guest import Guest
 from tests.lab.host import IMAGES, KHO, Host
@@ -47,20 +47,20 @@ def scratch(host: Host) -> list[Region]:
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Kernel:
+def kernel() -> KernelImageInfo:
     """Give what the lab's bzImage says of itself."""
     path = lab_kernels.find(VERSION).bzimage
     with path.open("rb") as file:
-        image = sealed.seal(file.fileno(), "image", str(path), 1 << 30)
-    with closing(take_apart(image, "x86_64", 1 << 30)) as bundle:
+        image = sealed.seal_file(file.fileno(), "image", str(path), 1 << 30)
+    with closing(unpack_image(image, "x86_64", 1 << 30)) as bundle:
         return bundle.about
 
 
-def predicted(kernel: Kernel, initrd: int, scratch: list[Region]) -> list[Placed] | NoRoom:
+def predicted(kernel: KernelImageInfo, initrd: int, scratch: list[Region]) -> list[Placed] | NoRoom:
     """Say where the segments will go, from outside."""
-    wanted = segments(kernel, initrd, len(LINE) + 1, Generation.stateless, len(scratch))
+    wanted = list_segments(kernel, initrd, len(LINE) + 1, Generation.stateless, len(scratch))
     assert wanted is not None
-    return place(wanted, scratch, PAGE)
+    return place_segments(wanted, scratch, PAGE)
 
 
 def tried(host: Host, initrd: int) -> list[int] | None:
@@ -74,7 +74,7 @@ def tried(host: Host, initrd: int) -> list[int] | None:
     return addresses or None
 
 
-def edge(kernel: Kernel, scratch: list[Region]) -> int:
+def edge(kernel: KernelImageInfo, scratch: list[Region]) -> int:
     """Give the bytes of the largest initrd that fits, by the prediction."""
     found = predicted(kernel, 1 << 32, scratch)
     assert isinstance(found, NoRoom)
@@ -82,7 +82,7 @@ def edge(kernel: Kernel, scratch: list[Region]) -> int:
     return found.hole
 
 
-def test_the_kernel_says_the_same_to_the_page(host: Host, scratch: list[Region], kernel: Kernel) -> None:
+def test_the_kernel_says_the_same_to_the_page(host: Host, scratch: list[Region], kernel: KernelImageInfo) -> None:
     largest = edge(kernel, scratch)
     for initrd in (MIB, 15 * MIB, 16 * MIB, largest - MIB, largest - PAGE + 1, largest):
         found, real = predicted(kernel, initrd, scratch), tried(host, initrd)
@@ -99,7 +99,9 @@ def test_the_kernel_says_the_same_to_the_page(host: Host, scratch: list[Region],
 
 
 @pytest.mark.proof
-def test_one_mib_too_much_is_refused_before_anyone_is_told(host: Host, scratch: list[Region], kernel: Kernel) -> None:
+def test_one_mib_too_much_is_refused_before_anyone_is_told(
+    host: Host, scratch: list[Region], kernel: KernelImageInfo
+) -> None:
     host.guest.put("/etc/kho/producers.d/noted.toml", HOOK)
     host.archive("/var/tmp/large", edge(kernel, scratch) + MIB)
     try:
@@ -115,7 +117,7 @@ def test_one_mib_too_much_is_refused_before_anyone_is_told(host: Host, scratch: 
 
 
 @pytest.mark.proof
-def test_one_mib_less_than_the_most_is_loaded(host: Host, scratch: list[Region], kernel: Kernel) -> None:
+def test_one_mib_less_than_the_most_is_loaded(host: Host, scratch: list[Region], kernel: KernelImageInfo) -> None:
     host.archive("/var/tmp/large", edge(kernel, scratch) - MIB)
     host.khoctl("kexec", "--image", IMAGE, "--initrd", "/var/tmp/large", "--load-only")
     assert host.word("/sys/kernel/kexec/loaded") == "1"

@@ -17,7 +17,7 @@ import pytest
 
 from khod.errors import Refused
 from khod.images import initrd, sealed
-from khod.images.kernel import Bundle, Signature, take_apart
+from khod.images.kernel import Signature, UnpackedImage, unpack_image
 from khod.images.sealed import Sealed
 from tests.lab import kernels as lab_kernels
 from tests.lab import packages
@@ -53,14 +53,14 @@ LAB_FORMATS = {
 @contextmanager
 def taken(path: Path, role: str = "image") -> Iterator[Sealed]:
     with path.open("rb") as file:
-        image = sealed.seal(file.fileno(), role, str(path), LIMIT)
+        image = sealed.seal_file(file.fileno(), role, str(path), LIMIT)
     yield image
 
 
 @contextmanager
-def apart(path: Path, machine: str) -> Iterator[Bundle]:
+def apart(path: Path, machine: str) -> Iterator[UnpackedImage]:
     with taken(path) as image:
-        bundle = take_apart(image, machine, LIMIT)
+        bundle = unpack_image(image, machine, LIMIT)
     try:
         yield bundle
     finally:
@@ -97,7 +97,7 @@ def test_signed_and_unsigned_are_told_apart(architecture: str) -> None:
 def test_every_machine_but_its_own_refuses_an_image(architecture: str) -> None:
     for machine in set(MACHINES.values()) - {MACHINES[architecture]}:
         with taken(packages.find(architecture).vmlinuz) as image, image, pytest.raises(Refused) as raised:
-            take_apart(image, machine, LIMIT)
+            unpack_image(image, machine, LIMIT)
         assert MACHINES[architecture] in raised.value.what
         assert machine in raised.value.what
 
@@ -165,7 +165,7 @@ def test_an_initrd_holds_what_cpio_lists(initrds: list[Path]) -> None:
     for path, formats in ((early, ("cpio",)), (plain, ("cpio",)), (packed, ("zstd",))):
         listed = call(["sh", "-ec", f'cpio --quiet -t < "{path.with_suffix("") if path == packed else path}"']).split()
         with taken(path, "initrd") as image, image:
-            found = initrd.look(image, LIMIT)
+            found = initrd.inspect_initrd(image, LIMIT)
         assert (found.formats, found.files, found.init) == (formats, len(listed), "init" in listed)
         assert found.unpacked == (plain if path == packed else path).stat().st_size
 
@@ -187,7 +187,7 @@ def test_a_unified_image_of_ukify(initrds: list[Path], tmp_path: Path) -> None:
         assert bundle.initrd is not None
         sections = {each.Name.rstrip(b"\0"): each for each in pefile.PE(str(made)).sections}
         assert bundle.initrd.view() == sections[b".initrd"].get_data()[: sections[b".initrd"].Misc_VirtualSize]
-        found = initrd.look(bundle.initrd, LIMIT)
+        found = initrd.inspect_initrd(bundle.initrd, LIMIT)
     assert (found.formats, found.init) == (("cpio", "zstd"), True)
 
 
@@ -207,4 +207,4 @@ def test_a_truncated_real_image_is_refused(tmp_path: Path) -> None:
     whole = gzip.compress(packages.find("arm64").vmlinuz.read_bytes(), 1)
     (tmp_path / "Image.gz").write_bytes(whole[:-1000])
     with taken(tmp_path / "Image.gz") as image, image, pytest.raises(Refused, match="gzip"):
-        take_apart(image, "aarch64", LIMIT)
+        unpack_image(image, "aarch64", LIMIT)

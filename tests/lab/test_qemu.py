@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from qemu.qmp import QMPClient
 
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.qemu import Qemu
 from tests.lab.errors import LabError
 
@@ -62,12 +62,12 @@ class Machine:
         return str(answer["status"])
 
     async def tell(self, verb: Verb, note: str = "") -> str:
-        telling = Telling(verb, "run-1", note)
-        await Qemu("vm", socket=str(self.path)).tell(telling)
+        telling = ProducerCall(verb, "run-1", note)
+        await Qemu("vm", socket=str(self.path)).carry_out(telling)
         return telling.note
 
     async def veto(self, verb: Verb, note: str = "") -> str:
-        with pytest.raises(Veto) as raised:
+        with pytest.raises(ParticipantVeto) as raised:
             await self.tell(verb, note)
         return str(raised.value)
 
@@ -196,9 +196,9 @@ def test_a_socket_that_somebody_removed(tmp_path: Path) -> None:
             await vm.tell(Verb.thaw, frozen)
             assert await vm.state() == "running"
             vm.path.unlink()
-            telling = Telling(Verb.freeze, "run-1", prepared)
-            with pytest.raises(Veto, match="No such file"):
-                await Qemu("vm", socket=str(vm.path)).tell(telling)
+            telling = ProducerCall(Verb.freeze, "run-1", prepared)
+            with pytest.raises(ParticipantVeto, match="No such file"):
+                await Qemu("vm", socket=str(vm.path)).carry_out(telling)
             await vm.tell(Verb.thaw, telling.note)
             # A khod that was started since has nothing but the note of prepare, and cannot know.
             assert "may be paused" in await vm.veto(Verb.thaw, prepared)
@@ -211,10 +211,10 @@ def test_a_stop_under_way_when_it_is_cancelled_is_undone(tmp_path: Path) -> None
 
     async def test() -> None:
         async with machine(tmp_path, *SMALLEST, "-blockdev", SLOW_DISK) as vm:
-            telling = Telling(Verb.freeze, "run-1", await vm.tell(Verb.prepare))
+            telling = ProducerCall(Verb.freeze, "run-1", await vm.tell(Verb.prepare))
             await vm.monitor.execute("human-monitor-command", {"command-line": 'qemu-io slow "aio_write 0 4k"'})
             with vm.monitor.listener(("STOP", "RESUME")) as events:
-                freeze = asyncio.ensure_future(Qemu("vm", socket=str(vm.path)).tell(telling))
+                freeze = asyncio.ensure_future(Qemu("vm", socket=str(vm.path)).carry_out(telling))
                 assert (await events.get())["event"] == "STOP"
                 assert not freeze.done(), "the write takes a second"
                 freeze.cancel()
@@ -234,8 +234,8 @@ def test_wherever_freeze_is_cancelled_thaw_puts_it_right(tmp_path: Path) -> None
             note = await vm.tell(Verb.prepare)
             ended, turn, reached = False, 0, set()
             while not ended:
-                telling = Telling(Verb.freeze, "run-1", note)
-                freeze = asyncio.ensure_future(Qemu("vm", socket=str(vm.path)).tell(telling))
+                telling = ProducerCall(Verb.freeze, "run-1", note)
+                freeze = asyncio.ensure_future(Qemu("vm", socket=str(vm.path)).carry_out(telling))
                 for _turn in range(turn):
                     await asyncio.sleep(0)
                 ended = not freeze.cancel()
@@ -271,8 +271,8 @@ def test_a_client_that_holds_the_socket_is_waited_for(tmp_path: Path) -> None:
             await holder.connect(str(vm.path))
             waiting = waiters(vm.path)
             reasons: list[str] = []
-            telling = Telling(Verb.prepare, "run-1", "", lambda reason, _progress: reasons.append(reason))
-            prepare = asyncio.ensure_future(Qemu("vm", socket=str(vm.path)).tell(telling))
+            telling = ProducerCall(Verb.prepare, "run-1", "", lambda reason, _progress: reasons.append(reason))
+            prepare = asyncio.ensure_future(Qemu("vm", socket=str(vm.path)).carry_out(telling))
             assert await vm.state() == "running"  # a round trip
             assert not prepare.done()
             assert ["another client may hold it" in reason for reason in reasons] == [True]

@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from khod.abi import fdt
-from khod.trees.as_json import plain
-from khod.trees.source import dts
+from khod.trees.as_json import tree_as_json
+from khod.trees.source import write_dts
 from tests.dtc import agrees
 from tests.lab.host import Host
 
@@ -45,17 +45,17 @@ def held(
     their headers promise, the `other` are a C structure or not there. In the pages of the `freed` may stand anything.
     """
     named = {name: blob for name, blob in blobs.items() if name not in freed}
-    assert {name for name, blob in named.items() if fdt.cut(blob)} == set(cut)
+    assert {name for name, blob in named.items() if fdt.missing_size(blob)} == set(cut)
     assert {name for name, blob in named.items() if not blob.startswith(fdt.U32.pack(fdt.MAGIC))} == set(other)
 
     shown = json.loads(host.khoctl("dt", "show", side, "--json").stdout)
     assert shown.keys() == {name or "root" for name in blobs}
-    assert {name: tree for name, tree in shown.items() if name not in freed} == plain(named)
+    assert {name: tree for name, tree in shown.items() if name not in freed} == tree_as_json(named)
 
     whole = named.keys() - set(cut) - set(other)
     for name in sorted(whole):
         exported = host.khoctl("dt", "export", side, "--blob", name or "root", "--format", "dts").stdout
-        assert exported == dts(blobs[name])[0]
+        assert exported == write_dts(blobs[name])[0]
         agrees(blobs[name], tmp)
     return whole
 

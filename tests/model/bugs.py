@@ -17,7 +17,7 @@ import khod.server.producers
 import khod.systemd.shutdown
 from khod.engine import Engine
 from khod.engine.attempt import Attempt
-from khod.handover.record import Holder, Record, Store
+from khod.handover.record import ProducerRecord, Record, Store
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Phase, Status, Verdict
 from khod.producers.barrier import Barrier, Verb
@@ -81,13 +81,13 @@ def _expect_that_closes(right: Any) -> Any:
     def expect(self: Peers, holders: Any, run: str, *, restoring: bool) -> None:
         right(self, holders, run, restoring=restoring)
         for holder in holders:
-            self._sessions.close(session_of(run, holder.name))
+            self._sessions.close_session(session_of(run, holder.name))
 
     return expect
 
 
 def _holders_without_peers(right: Any) -> Any:
-    def holders(self: Barrier) -> tuple[Holder, ...]:
+    def holders(self: Barrier) -> tuple[ProducerRecord, ...]:
         return tuple(holder for holder in right(self) if holder.kind != "varlink")
 
     return holders
@@ -123,7 +123,7 @@ def _close_that_leaks(_right: Any) -> Any:
     def close(self: Sessions, session: str) -> None:
         self._inodes.pop(session, None)
         if self._fds.pop(session, None) is not None:
-            self._store.remove(session)
+            self._store.remove_fd(session)
 
     return close
 
@@ -173,7 +173,7 @@ BUGS = (
         "M3",
         "a session of the previous kernel is closed as khod starts",
         Peers,
-        "expect",
+        "expect_holders",
         _expect_that_closes,
         ("session_freed",),
         ("shutdown_goes_on",),
@@ -183,7 +183,7 @@ BUGS = (
         "M4",
         "the record leaves out producers that connect",
         Barrier,
-        "holders",
+        "to_records",
         _holders_without_peers,
         ("record_complete", "claims_recorded"),
     ),
@@ -202,7 +202,7 @@ BUGS = (
         "M6",
         "a call to the kernel has no deadline",
         PooledWorker,
-        "call",
+        "call_within",
         _call_without_deadline,
         ("abort_bound",),
         ("call_hangs",),
@@ -212,7 +212,7 @@ BUGS = (
         "M7",
         "a stop rolls back under systemd's own kexec",
         khod.systemd.shutdown,
-        "on_the_way",
+        "kexec_job_pending",
         _never_on_the_way,
         ("kept_for_jump",),
         ("shutdown", "shutdown_goes_on"),
@@ -222,7 +222,7 @@ BUGS = (
         "M8",
         "the descriptor of a session that is over is not closed",
         Sessions,
-        "close",
+        "close_session",
         _close_that_leaks,
         ("bounded",),
     ),
@@ -251,7 +251,7 @@ BUGS = (
         "verdict",
         "what is missing or changed is not looked at",
         khod.handover.verify,
-        "compare",
+        "compare_trees",
         _compare_that_finds_nothing,
         ("verified",),
         ("next_jump",),

@@ -47,11 +47,11 @@ class KernelCalls:
         yield
         self.point(site, "after")
 
-    def read(self, path: str) -> bytes:
+    def read_file(self, path: str) -> bytes:
         self.point("kernel.read", "before")
         return self.kernel.read(path)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write_file(self, path: str, data: bytes) -> None:
         if path == KMSG:
             self.kernel.write(path, data)
             return
@@ -59,15 +59,15 @@ class KernelCalls:
             self.kernel.write(path, data, by="khod")
 
     def is_file(self, path: str) -> bool:
-        return self.exists(path)
+        return self.path_exists(path)
 
-    def readlink(self, path: str) -> str:
+    def read_link(self, path: str) -> str:
         raise refuse(errno.ENOENT, f"readlink {path}")
 
-    def exists(self, path: str) -> bool:
+    def path_exists(self, path: str) -> bool:
         return self.kernel.exists(path)
 
-    def listdir(self, path: str) -> list[str]:
+    def list_directory(self, path: str) -> list[str]:
         return self.kernel.listdir(path)
 
     def open_log(self) -> _Log:
@@ -83,7 +83,7 @@ class KernelCalls:
                 raise refuse(errno.EINVAL, "reboot(LINUX_REBOOT_CMD_KEXEC)")
             self.jump()
 
-    def sync(self) -> None:
+    def sync_disks(self) -> None:
         with self._at("kernel.sync"):
             self.synced()
 
@@ -107,5 +107,5 @@ class KernelCalls:
         with self._at("luo.finish"):
             self.finished(self.kernel.luo.finish(session))
 
-    def session(self, pid: int, fd: int) -> Session | None:
+    def describe_session(self, pid: int, fd: int) -> Session | None:
         raise refuse(errno.ESRCH, f"pidfd_getfd({pid}, {fd})")

@@ -12,10 +12,10 @@ from khod.engine.guard import Seen, Severity, Uevent, Watch
 from khod.errors import KhoError, Refused, UsageError
 from khod.handover.record import Owner
 from khod.handover.record import Process as Identity
-from khod.producers.peers import Peer, Terms
+from khod.producers.peers import Peer, Registration
 from khod.producers.registrations import Registrations
 from khod.server.interface import Word
-from khod.server.producers import _answer
+from khod.server.producers import _build_answer
 from tests.model.peer import Gone, Line, PeerProcess, Rejected, Told
 from tests.model.process import duplicate
 
@@ -30,22 +30,22 @@ class KeptRegistrations(Registrations):
         super().__init__(Path("/run/khod/registrations"))
         self._khod, self._kept, self._open = khod, lines, False
 
-    def _read(self) -> list[str]:
+    def _read_lines(self) -> list[str]:
         self._khod.point("registrations", "before")
         return list(self._kept)
 
-    def _begin(self) -> None:
+    def _rewrite_file(self) -> None:
         self._khod.point("registrations", "before")
-        found = [self._line({"registered": wire.plain(found)}) for found in self._known.values()]
+        found = [self._encode_line({"registered": wire.encode_value(found)}) for found in self._known.values()]
         self._kept[:] = b"".join(found).decode().splitlines()
         self._open = True
 
-    def _append(self, values: dict[str, object]) -> None:
+    def _append_line(self, values: dict[str, object]) -> None:
         if self._open:
             self._khod.point("registrations", "before")
-            self._kept += self._line(values).decode().splitlines()
+            self._kept += self._encode_line(values).decode().splitlines()
 
-    def close(self) -> None:
+    def close_file(self) -> None:
         self._open = False
 
 
@@ -68,7 +68,7 @@ class Watcher:
         self.watching = False
         self._queue.clear()
 
-    def look(self) -> None:
+    def process_pending(self) -> None:
         self._khod.point("guard.look", "before")
         self._read()
 
@@ -78,12 +78,12 @@ class Watcher:
             return False
         self._queue.append(event)
         self._khod.loop.call_soon(self._read)
-        seen = self._watch.judge(event)
+        seen = self._watch.judge_event(event)
         return seen is not None and seen.severity is Severity.abort
 
     def _read(self) -> None:
         while self._queue and self.watching:
-            seen = self._watch.judge(self._queue.pop(0))
+            seen = self._watch.judge_event(self._queue.pop(0))
             if seen is not None:
                 self._happened(seen)
 
@@ -128,7 +128,7 @@ class Connection(Line):
 
     def _left(self) -> None:
         if self._peer is not None:
-            self._khod.engine.muster.peers.leave(self._peer)
+            self._khod.engine.muster.peers.remove_peer(self._peer)
 
     async def _reply(self, serve: Coroutine[Any, Any, Any], future: "asyncio.Future[Any]") -> None:
         world = self._khod.scene.world_loop
@@ -143,9 +143,9 @@ class Connection(Line):
 
     async def _register(self, parameters: dict[str, Any]) -> str:
         owner = Owner(1000, f"{self._process.name}.service")
-        terms = Terms(parameters["timeout"], parameters["after"])
+        terms = Registration(parameters["timeout"], parameters["after"])
         try:
-            made = await self._khod.engine.register(self._process.name, owner, self._identity, terms)
+            made = await self._khod.engine.register_producer(self._process.name, owner, self._identity, terms)
         except Refused:
             self._khod.loop.call_soon(self._hang_up)
             raise
@@ -166,8 +166,10 @@ class Connection(Line):
             if word is not None:
                 names, tokens = parameters.get("names"), parameters.get("tokens")
                 reason, progress = parameters.get("reason"), parameters.get("progress")
-                said = _answer(parameters["serial"], Word[word], reason, progress, names, tokens, cast("Any", fds))
-            command = await self._peer.next(said)
+                said = _build_answer(
+                    parameters["serial"], Word[word], reason, progress, names, tokens, cast("Any", fds)
+                )
+            command = await self._peer.exchange_answer(said)
         except UsageError:
             self._khod.loop.call_soon(self._hang_up)
             raise

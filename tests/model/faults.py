@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, RecordError, Refused, Unsupported
-from khod.producers.barrier import Veto
+from khod.producers.barrier import ParticipantVeto
 
 FOREVER = float("inf")
 
@@ -104,7 +104,7 @@ EXCEPTIONS: dict[str, Callable[[str], BaseException]] = {
     "RecordError": lambda site: RecordError("The record cannot be read: no room", where=site),
     "ConfigError": lambda site: ConfigError("wrong", where=site),
     "NotRolledBack": lambda site: NotRolledBack("held", where=site),
-    "Veto": lambda site: Veto(f"no at {site}"),
+    "Veto": lambda site: ParticipantVeto(f"no at {site}"),
 }
 """What a collaborator raises, by name; KeyboardInterrupt and SystemExit end a process and are not among them."""
 

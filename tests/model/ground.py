@@ -13,9 +13,9 @@ from typing import Any
 
 from khod.config import Checks, Config, Deadlines, Policy
 from khod.errors import ConfigError
-from khod.handover.record import FILE
+from khod.handover.record import FILE_NAME
 from khod.model import Event, Status
-from khod.producers.barrier import Producer
+from khod.producers.barrier import Participant
 from khod.producers.sessions import session_of
 from tests.model import host, process
 from tests.model.clock import Clock, Timeline, VirtualLoop
@@ -115,7 +115,7 @@ class Ground:
     def new_uuid(self) -> uuid.UUID:
         return uuid.UUID(int=(next(self._names) * 0x9E3779B97F4A7C15F39CC0605CEDC835) % (1 << 128))
 
-    def file_producers(self) -> list[Producer]:
+    def file_producers(self) -> list[Participant]:
         if self.broken:
             raise ConfigError("not valid TOML", where="producers.d/f0.toml:1")
         return [self.files[name] for name in sorted(self.files)]
@@ -391,7 +391,7 @@ class Ground:
     def record_on_disk(self) -> bytes | None:
         """The record as it is in the page cache."""
         try:
-            fd = os.open(self._directory / FILE, os.O_RDONLY)
+            fd = os.open(self._directory / FILE_NAME, os.O_RDONLY)
         except FileNotFoundError:
             return None
         try:

@@ -30,20 +30,20 @@ from khod.handover.machine import HELD, RESTING, STEPS
 from khod.handover.record import Process as Identity
 from khod.handover.record import Store
 from khod.images import sealed
-from khod.images.kernel import Bundle, Kernel, take_apart
+from khod.images.kernel import KernelImageInfo, UnpackedImage, unpack_image
 from khod.images.sealed import Sealed
 from khod.kernel import cmdline
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
-from khod.kernel.memory import Memory
-from khod.kernel.probe import Probed, probe
+from khod.kernel.memory import MemoryBounds
+from khod.kernel.probe import Probed, probe_kho
 from khod.kernel.thread import Workers
 from khod.model import Event, Phase, Status, Step
 from khod.producers import inhibitors
-from khod.producers.barrier import Producer
+from khod.producers.barrier import Participant
 from khod.producers.inhibitors import Inhibitor
 from khod.producers.sessions import Sessions
-from khod.simulated.kernel import image
+from khod.simulated.kernel import build_image
 from khod.systemd import fdstore, shutdown
 from khod.target.target import Given, Request, Target
 from tests.model.calls import KernelCalls
@@ -59,17 +59,17 @@ from tests.model.systemd import KhodsStore, ServiceManager
 CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
 """Phases in which a device that goes away, or a producer, ends the handover."""
 
-IMAGE = image()
+IMAGE = build_image()
 
 get_type_hints = functools.cache(typing.get_type_hints)
 """Three quarters of the time that reading a record takes."""
 
 
 @functools.cache
-def about(kind: str) -> Kernel:
+def about(kind: str) -> KernelImageInfo:
     """What an image of this kind says of itself."""
-    with sealed.fill([IMAGE], "vmlinuz") as whole:
-        bundle = take_apart(whole, "x86_64", 1 << 30)
+    with sealed.seal_pieces([IMAGE], "vmlinuz") as whole:
+        bundle = unpack_image(whole, "x86_64", 1 << 30)
     if bundle.kernel is not whole:
         bundle.close()
     return replace(bundle.about, marks=frozenset()) if kind == STATELESS else bundle.about
@@ -78,12 +78,12 @@ def about(kind: str) -> Kernel:
 def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
     """What khod's modules find instead of what needs a real host; `khod_of` gives the one that runs."""
     return [
-        (khod.engine.queries, "take", lambda *arguments: khod_of()._take(*arguments)),
-        (khod.systemd.shutdown, "run", lambda *argv: khod_of()._systemctl(*argv)),
+        (khod.engine.queries, "build_target", lambda *arguments: khod_of()._take(*arguments)),
+        (khod.systemd.shutdown, "run_command", lambda *argv: khod_of()._systemctl(*argv)),
         (khod.wire, "get_type_hints", get_type_hints),
-        (khod.producers.peers, "ended", lambda process: khod_of()._ended(process)),
-        (khod.producers.peers, "lives", lambda process: khod_of()._lives(process)),
-        (khod.preflight.holders, "lives", lambda process: khod_of()._lives(process)),
+        (khod.producers.peers, "wait_ended", lambda process: khod_of()._ended(process)),
+        (khod.producers.peers, "is_alive", lambda process: khod_of()._lives(process)),
+        (khod.preflight.holders, "is_alive", lambda process: khod_of()._lives(process)),
         *(
             (module, "statx", statx)
             for module in (khod.kernel.account, khod.kernel.luo, khod.producers.peers, khod.producers.sessions)
@@ -109,7 +109,7 @@ class Scene(Protocol):
     registrations: list[str]
     """Lines of a file below /run."""
 
-    def file_producers(self) -> list[Producer]:
+    def file_producers(self) -> list[Participant]:
         """Those with a file, as khod may tell them; ConfigError."""
 
     def process_by(self, pid: int) -> Process | None:
@@ -209,16 +209,16 @@ class Khod:
             workers.kernel,
             store,
             passed=scene.systemd.pass_to(self.process),
-            memory=lambda: Memory(1 << 40, 1 << 40),
+            memory=lambda: MemoryBounds(1 << 40, 1 << 40),
         )
-        jump = shutdown.immediate(kexec, workers.kernel, lambda: self.engine.config.deadlines.execute)
+        jump = shutdown.make_immediate(kexec, workers.kernel, lambda: self.engine.config.deadlines.execute)
 
         async def orderly() -> None:
-            await shutdown.orderly(sessions=sessions.held)
+            await shutdown.start_orderly(sessions=sessions.holds_any)
 
         def prober() -> Probed:
             self.point("prober", "before")
-            return probe(calls)
+            return probe_kho(calls)
 
         return Engine(
             kexec,
@@ -411,7 +411,7 @@ class Khod:
         self._hanging.append(future)
         await future
 
-    def _producers(self) -> list[Producer]:
+    def _producers(self) -> list[Participant]:
         self.point("producers", "before")
         return self.scene.file_producers()
 
@@ -426,7 +426,7 @@ class Khod:
         self.point("tell", "after")
 
     async def _settle(self) -> None:
-        async with asyncio.timeout(fdstore.SETTLE):
+        async with asyncio.timeout(fdstore.SETTLE_SECONDS):
             await self.async_point("fdstore.settle", "before")
 
     async def _inhibitors(self) -> list[Inhibitor] | None:
@@ -446,7 +446,7 @@ class Khod:
         return PooledWorker(made, subject, max_waiting)
 
     def _lives(self, process: Identity) -> bool:
-        """khod.producers.identity.lives."""
+        """khod.producers.identity.is_alive."""
         found = self.scene.process_by(process.pid)
         return found is not None and found.alive and process == Identity(process.pid, process.pid)
 
@@ -456,9 +456,9 @@ class Khod:
         kind = request.kernel.name
         fd = self.process.open(ImageFile(kind, IMAGE))
         whole = Sealed(fd, len(IMAGE), kind)
-        line = cmdline.compose(running, None, None, run, 2047)
-        words = cmdline.compare(running, line)
-        bundle = Bundle(("bzImage",), whole, None, None, "", "", about(kind))
+        line = cmdline.compose_cmdline(running, None, None, run, 2047)
+        words = cmdline.compare_cmdlines(running, line)
+        bundle = UnpackedImage(("bzImage",), whole, None, None, "", "", about(kind))
         return Target(whole, apart=bundle, cmdline=line, words=words)
 
     async def _systemctl(self, *argv: str) -> tuple[int, str]:
@@ -484,13 +484,13 @@ class Khod:
         self.scene.systemd.begin(kexec=True, by="khod", run=self.engine.record.run)
 
     async def _on_the_way(self) -> bool | None:
-        return await shutdown.on_the_way()
+        return await shutdown.kexec_job_pending()
 
     async def _on_the_way_before_an_abort(self) -> bool | None:
-        return await shutdown.on_the_way(shutdown.ASK_UNDO_SECONDS)
+        return await shutdown.kexec_job_pending(shutdown.ASK_UNDO_SECONDS)
 
     async def _ended(self, process: Identity | None) -> None:
-        """khod.producers.identity.ended."""
+        """khod.producers.identity.wait_ended."""
         future: asyncio.Future[None] = self.loop.create_future()
         if process is None:
             await future

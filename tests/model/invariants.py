@@ -7,7 +7,7 @@ from khod.concurrency.bounded import CUT_SECONDS
 from khod.engine.rollback import KERNEL, OVERHEAD_SECONDS
 from khod.errors import Exit, KhoError, RecordError
 from khod.handover.machine import HELD, RESTING
-from khod.handover.record import Record, decode
+from khod.handover.record import Record, decode_record
 from khod.model import Event, Phase, Status, Step
 from khod.producers.barrier import UNDO
 from khod.producers.sessions import session_of
@@ -261,7 +261,7 @@ class Invariants:
         if raw != self._raw:
             self._raw = raw
             try:
-                self._on_disk = OnDisk(Record() if raw is None else decode(raw))
+                self._on_disk = OnDisk(Record() if raw is None else decode_record(raw))
             except RecordError as error:
                 self._on_disk = OnDisk(Record(), error.what)
         return self._on_disk

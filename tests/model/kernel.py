@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from khod.abi.calls import KMSG, LIVEUPDATE
-from khod.abi.fdt import mem, parse
+from khod.abi.fdt import decode_mem, parse_tree
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
 from khod.kernel import debugfs
 from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.sysfs import IN_DT, KHO
-from khod.simulated.kernel import COMMAND_LINE_SIZE, DT_MAX, KSTRTOULL, SCRATCH, _kstrtobool, serialize
+from khod.simulated.kernel import COMMAND_LINE_SIZE, DT_MAX, KSTRTOULL, SCRATCH, _kstrtobool, build_tree
 from tests.model.luo import MemoryLuo, refuse
 from tests.model.process import FIRST_FD, File, file_of
 
@@ -31,13 +31,13 @@ CMDLINE = {
 LOADED = {V3: "/sys/kernel/kexec_loaded", STATELESS: "/sys/kernel/kexec/loaded", OTHER: "/sys/kernel/kexec_loaded"}
 BLOB = "memblock"
 
-tree_of = functools.cache(serialize)
+tree_of = functools.cache(build_tree)
 
 
 @functools.cache
 def regions_of(tree: bytes) -> tuple[tuple[int, int], ...]:
     """Address and size of all that a v3 tree keeps."""
-    return tuple((region.addr, region.size) for _path, node in parse(tree).walk() for region in mem(node))
+    return tuple((region.addr, region.size) for _path, node in parse_tree(tree).walk() for region in decode_mem(node))
 
 
 class ImageFile(File):

@@ -10,7 +10,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
-from khod.concurrency.worker import Worker, _settle
+from khod.concurrency.worker import Worker, _set_outcome
 from tests.model.clock import VirtualLoop
 from tests.model.faults import FOREVER, Faults, Fiber, Killed
 
@@ -133,7 +133,7 @@ class PooledWorker(Worker):
         self._pool, self._subject, self._max_waiting = pool, subject, max_waiting
         self._jobs = cast("Any", pool.jobs)
 
-    def later(self, function: Callable[[], object]) -> None:
+    def call_later(self, function: Callable[[], object]) -> None:
         self._submit(function)
 
     def close(self) -> None:
@@ -169,7 +169,7 @@ class Pool:
     def run(self, function: Callable[[], Any]) -> "asyncio.Future[Any]":
         future = self._loop.create_future()
 
-        self._enqueue(function, partial(_settle, future))
+        self._enqueue(function, partial(_set_outcome, future))
         return future
 
     def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":

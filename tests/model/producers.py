@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.configured import Configured, one_line
 from tests.model.clock import VirtualLoop
 from tests.model.faults import FOREVER
@@ -157,24 +157,24 @@ class FileProducer(Configured):
     """Whether the khod that runs it is gone, and the command with it."""
 
     @property
-    def restores(self) -> bool:
+    def restores_state(self) -> bool:
         return self.has_restore
 
-    async def tell(self, telling: Telling) -> None:
+    async def carry_out(self, telling: ProducerCall) -> None:
         verb, service = telling.verb.value, self.service
         if verb in ("restore", "finish") and not self.has_restore:
             return
         await service.scene.async_point("producer.tell", "before")
         behaviour = service.next_behaviour(verb)
         if not service.alive and verb in ("prepare", "freeze", "restore"):
-            raise Veto("exit code 1")
+            raise ParticipantVeto("exit code 1")
         if behaviour.kind == "broken":
             raise ValueError("embedded null byte")
         if behaviour.kind == "die":
             if behaviour.first:
                 self._do(telling)
             service.die()
-            raise Veto("killed by SIGKILL")
+            raise ParticipantVeto("killed by SIGKILL")
         if behaviour.kind == "not_yet":
             telling.not_yet(one_line(GARBAGE_TEXT), 0.5)
         if behaviour.first and behaviour.kind != "late":
@@ -184,12 +184,12 @@ class FileProducer(Configured):
         if self.dead():
             return
         if behaviour.kind in ("veto", "leave", "garbage"):
-            raise Veto(one_line(GARBAGE_TEXT if behaviour.kind == "garbage" else "exit code 1"))
+            raise ParticipantVeto(one_line(GARBAGE_TEXT if behaviour.kind == "garbage" else "exit code 1"))
         if not behaviour.first or behaviour.kind == "late":
             self._do(telling)
         await service.scene.async_point("producer.tell", "after")
 
-    def _do(self, telling: Telling) -> None:
+    def _do(self, telling: ProducerCall) -> None:
         if self.dead():
             return
         self.service.do(telling.verb.value, telling.run)
@@ -197,7 +197,7 @@ class FileProducer(Configured):
         if telling.verb is Verb.restore and left is not None and self.service.alive:
             left.taken_back = left.arrived
             if not left.arrived:
-                raise Veto("nothing arrived")
+                raise ParticipantVeto("nothing arrived")
 
     async def _sleep(self, behaviour: Behaviour) -> None:
         """Take long; a command in uninterruptible sleep takes as long as it takes, killed or not."""
@@ -215,8 +215,8 @@ class FileProducer(Configured):
         if cancelled is not None:
             raise cancelled
 
-    async def leave(self, _note: str) -> None:
+    async def make_way(self, _note: str) -> None:
         await self.service.scene.async_point("producer.leave", "before")
 
-    async def returned(self) -> None:
+    async def wait_returned(self) -> None:
         await self.service.scene.async_point("producer.returned", "before")

@@ -68,15 +68,15 @@ class KhodsStore:
     point: Callable[[str, str], None]
     settled: Callable[[], Awaitable[None]]
 
-    def put(self, name: str, fd: int) -> None:
+    def store_fd(self, name: str, fd: int) -> None:
         self.point("fdstore.put", "before")
         self.manager.put(name, fd)
         self.point("fdstore.put", "after")
 
-    def remove(self, name: str) -> None:
+    def remove_fd(self, name: str) -> None:
         self.point("fdstore.remove", "before")
         self.manager.remove(name)
         self.point("fdstore.remove", "after")
 
-    async def settle(self) -> None:
+    async def wait_settled(self) -> None:
         await self.settled()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.sysfs import IN_DT, KHO
-from khod.simulated.kernel import Rebooted, SimulatedKernel, image
+from khod.simulated.kernel import Rebooted, SimulatedKernel, build_image
 from tests.model.kernel import CMDLINE, V3, MemoryKernel
 
 FILES = (
@@ -71,10 +71,10 @@ def simulated_jump(kernel: SimulatedKernel) -> str:
 def test_every_call_has_the_outcome_it_has_in_the_simulated_kernel(calls: list[tuple[object, ...]]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        for name, content in (("image", image()), ("text", b"no kernel" * 100), ("empty", b"")):
+        for name, content in (("image", build_image()), ("text", b"no kernel" * 100), ("empty", b"")):
             (root / name).write_bytes(content)
         files, memory = SimulatedKernel(root / "kernel"), MemoryKernel()
-        files.at("/proc/cmdline").write_text(f"{CMDLINE[V3]}\n")  # the model's has LUO, which no real v3 has
+        files.host_path("/proc/cmdline").write_text(f"{CMDLINE[V3]}\n")  # the model's has LUO, which no real v3 has
         for call in calls:
             assert _one(files, memory, root, str(call[0]), list(call[1:])), call
 
@@ -82,11 +82,11 @@ def test_every_call_has_the_outcome_it_has_in_the_simulated_kernel(calls: list[t
 def _one(files: SimulatedKernel, memory: MemoryKernel, root: Path, name: str, arguments: list[object]) -> bool:
     match name, arguments:
         case "read", [str(path)]:
-            return outcome(lambda: files.read(path)) == outcome(lambda: memory.read(path))
+            return outcome(lambda: files.read_file(path)) == outcome(lambda: memory.read(path))
         case "exists", [str(path)]:
-            return files.exists(path) == memory.exists(path)
+            return files.path_exists(path) == memory.exists(path)
         case "write", [str(path), bytes(data)]:
-            return outcome(lambda: files.write(path, data)) == outcome(lambda: memory.write(path, data))
+            return outcome(lambda: files.write_file(path, data)) == outcome(lambda: memory.write(path, data))
         case "load", [(str(kernel), int(flags)), bytes(line)]:
             fd = os.open(root / kernel, os.O_RDONLY) if kernel else -1
             try:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from khod.engine.guard import Uevent
-from khod.handover.record import FILE
+from khod.handover.record import FILE_NAME
 from khod.kernel.sysfs import KHO
 from tests.model import host
 from tests.model.faults import Fault
@@ -55,11 +55,11 @@ class World(Ground):
 
     def do_forget(self, name: str, then: Any) -> None:
         if (khod := self.khod) is not None:
-            self._asked(khod.begin("forget", lambda: khod.engine.forget(name), about=name), then)
+            self._asked(khod.begin("forget", lambda: khod.engine.forget_producer(name), about=name), then)
 
     def do_rehearse(self, name: str, then: Any) -> None:
         if (khod := self.khod) is not None:
-            self._asked(khod.begin("rehearse", lambda: khod.engine.rehearse(name)), then)
+            self._asked(khod.begin("rehearse", lambda: khod.engine.rehearse_producer(name)), then)
 
     def do_check(self, then: Any) -> None:
         if (khod := self.khod) is not None:
@@ -153,7 +153,7 @@ class World(Ground):
 
     def do_damage(self, how: str) -> None:
         """An operator, or a newer khod, has written the record."""
-        path = self._directory / FILE
+        path = self._directory / FILE_NAME
         if not path.exists():
             return
         raw = self.record_on_disk() or b""
@@ -164,7 +164,7 @@ class World(Ground):
         }
         self.invariants.damaged = True
         self.invariants.removed = self.invariants.removed or how == "removed"
-        self.disk.damage(FILE, content[how])
+        self.disk.damage(FILE_NAME, content[how])
 
     # How it ends
 
@@ -266,6 +266,6 @@ class World(Ground):
         self.run(LONG)  # whoever is back takes what it left, or cannot, and is asked no more
         for name in self.invariants.claims():
             if (khod := self.khod) is not None:
-                khod.begin("forget", partial(khod.engine.forget, name), about=name)
+                khod.begin("forget", partial(khod.engine.forget_producer, name), about=name)
                 self.run("end")
         self.run(LONG)

@@ -25,7 +25,7 @@ from khod.engine import Engine
 from khod.model import Event
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
-from khod.producers.qemu import PAUSED, Qemu
+from khod.producers.qemu import PAUSED_STATE, Qemu
 from khod.producers.unit import Unit
 from tests.unit.fakebus import FakeBus, Refusal, unit
 from tests.unit.harness import Host, Kernel, connect_apart
@@ -131,8 +131,8 @@ async def serving(host: Host, subject: Actor) -> AsyncIterator[Engine]:
         await subject.join()
         yield engine
         return
-    registry = server.registry(server.Service(engine), server.Producers(engine))
-    factory = server.connections(registry, lambda: engine.config.access)
+    registry = server.build_registry(server.Service(engine), server.Producers(engine))
+    factory = server.build_clients(registry, lambda: engine.config.access)
     sock = socket.socket(socket.AF_UNIX)
     (host.directory / "socket").unlink(missing_ok=True)
     sock.bind(str(host.directory / "socket"))
@@ -511,7 +511,7 @@ class Guest:
 
     @property
     def held(self) -> set[str]:
-        return {"frozen"} if self.vm.state == PAUSED else set()
+        return {"frozen"} if self.vm.state == PAUSED_STATE else set()
 
     @property
     def asked(self) -> int:
@@ -550,7 +550,7 @@ class Guest:
         stuck, self.vm.gates = self.vm.gates, {}
         for command, gate in stuck.items():
             gate.set()
-            becomes = {"stop": PAUSED, "cont": "running"}.get(command, self.vm.state)
+            becomes = {"stop": PAUSED_STATE, "cont": "running"}.get(command, self.vm.state)
             await self.vm.until(partial(self._is, becomes))
 
     def _is(self, state: str) -> bool:

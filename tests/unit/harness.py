@@ -19,11 +19,11 @@ from khod.errors import ConfigError
 from khod.handover.record import Record, Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
-from khod.kernel.probe import Probed, probe
+from khod.kernel.probe import Probed, probe_kho
 from khod.kernel.sysfs import KHO
 from khod.kernel.thread import Workers
 from khod.model import Event
-from khod.producers.barrier import Producer
+from khod.producers.barrier import Participant
 from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.registrations import Registrations
@@ -68,20 +68,20 @@ class Kernel(SimulatedKernel):
     def calls(self) -> list[str]:
         return [noted.what for noted in self.noted]
 
-    def read(self, path: str) -> bytes:
+    def read_file(self, path: str) -> bytes:
         if path == f"{KHO}/dt":
             self.readers.add(threading.get_ident())
         if path == ACTIVE and self._serializing.is_set():
             self.gate.wait()  # one mutex for whoever asks and whoever writes
-        return super().read(path)
+        return super().read_file(path)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write_file(self, path: str, data: bytes) -> None:
         if path == ACTIVE:
             self._note(f"active={data.decode().strip()}")
             self._serializing.set()
             self.gate.wait()
         try:
-            super().write(path, data)
+            super().write_file(path, data)
         finally:
             self._serializing.clear()
 
@@ -89,9 +89,9 @@ class Kernel(SimulatedKernel):
         self._note("unload" if flags & UNLOAD else "load")
         super().kexec_file_load(kernel_fd, initrd_fd, cmdline, flags)
 
-    def sync(self) -> None:
+    def sync_disks(self) -> None:
         self.synced.append(self.noted[-1] if self.noted else None)
-        super().sync()
+        super().sync_disks()
 
     def reboot_kexec(self) -> None:
         self._note("reboot")
@@ -99,11 +99,11 @@ class Kernel(SimulatedKernel):
 
     @property
     def active(self) -> bool:
-        return super().read(ACTIVE) == b"1\n"
+        return super().read_file(ACTIVE) == b"1\n"
 
     @property
     def loaded(self) -> bool:
-        return self.read("/sys/kernel/kexec_loaded") == b"1\n"
+        return self.read_file("/sys/kernel/kexec_loaded") == b"1\n"
 
 
 class Quiet:
@@ -125,12 +125,12 @@ class Quiet:
     def stop(self) -> None:
         self.watching = False
 
-    def look(self) -> None:
+    def process_pending(self) -> None:
         """Nothing waits to be read."""
 
     def event(self, action: str, subsystem: str, device: str = "/sys/devices/x") -> None:
         """Let something happen; unheard where nobody watches."""
-        seen = self.watch.judge(Uevent(action, subsystem, device))
+        seen = self.watch.judge_event(Uevent(action, subsystem, device))
         if self.watching and seen is not None:
             self.happened(seen)
 
@@ -177,14 +177,14 @@ class KeptFds:
     def __init__(self) -> None:
         self.kept: dict[str, int] = {}
 
-    def put(self, name: str, fd: int) -> None:
+    def store_fd(self, name: str, fd: int) -> None:
         self.kept[name] = os.dup(fd)
 
-    def remove(self, name: str) -> None:
+    def remove_fd(self, name: str) -> None:
         if (fd := self.kept.pop(name, None)) is not None:
             os.close(fd)
 
-    async def settle(self) -> None:
+    async def wait_settled(self) -> None:
         """Nothing is on its way."""
 
     def passed(self) -> dict[str, int]:
@@ -198,7 +198,7 @@ class Host:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = Config()
-        self.hooks: list[Producer] = []
+        self.hooks: list[Participant] = []
         self.guard = Quiet()
         self.broken: ConfigError | None = None
         self.events: list[Event] = []
@@ -215,12 +215,12 @@ class Host:
         (directory / "state").mkdir()
         self.store = Store(directory / "state")
         self.kernel = Kernel(directory / "kernel", self.store)
-        self.prober: Callable[[], Probed] = lambda: probe(self.kernel)
+        self.prober: Callable[[], Probed] = lambda: probe_kho(self.kernel)
         self._waiting: list[tuple[Callable[[Event], bool], asyncio.Future[Event]]] = []
         (directory / "vmlinuz").write_bytes(bzimage())
         (directory / "initrd").write_bytes(CPIO)
 
-    def producers(self) -> list[Producer]:
+    def producers(self) -> list[Participant]:
         if self.broken is not None:
             raise self.broken
         return list(self.hooks)
@@ -228,7 +228,7 @@ class Host:
     def engine(self, **executors: shutdown.Executor) -> Engine:
         workers = self.workers or Workers()
         kexec, thread = Kexec(self.kernel), workers.kernel
-        jump = shutdown.immediate(kexec, thread, 10)
+        jump = shutdown.make_immediate(kexec, thread, 10)
         return Engine(
             kexec,
             self.prober,

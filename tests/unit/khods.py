@@ -89,11 +89,11 @@ class Khod:
 
     @property
     def active(self) -> bool:
-        return self.kernel.read("/sys/kernel/kho/active") == b"1\n"
+        return self.kernel.read_file("/sys/kernel/kho/active") == b"1\n"
 
     @property
     def loaded(self) -> bool:
-        return self.kernel.read("/sys/kernel/kexec_loaded") == b"1\n"
+        return self.kernel.read_file("/sys/kernel/kexec_loaded") == b"1\n"
 
     @property
     def record(self) -> Record:

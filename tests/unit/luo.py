@@ -25,7 +25,7 @@ from khod import daemon
 from khod.abi.calls import LIVEUPDATE
 from khod.errors import Exit
 from khod.handover.record import Store
-from khod.kernel.luo import HUGE
+from khod.kernel.luo import HUGE_PAGE_BYTES
 from khod.model import Event
 from khod.simulated.kernel import Rebooted, SimulatedKernel
 from tests.unit.harness import Host, Kernel, connect_apart
@@ -73,7 +73,7 @@ def is_shmem(fd: int) -> bool:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_nlink == 0 and found.st_blksize <= HUGE
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 0 and found.st_blksize <= HUGE_PAGE_BYTES
 
 
 def copied(fd: int) -> int:
@@ -215,9 +215,9 @@ class FakeLuo:
 
 def offer(kernel: SimulatedKernel) -> None:
     """Show the device, and the parameter that switches it on: whether it is there tells a kernel without LUO."""
-    kernel.at(LIVEUPDATE).parent.mkdir(exist_ok=True)
-    kernel.at(LIVEUPDATE).touch()
-    line = kernel.at("/proc/cmdline")
+    kernel.host_path(LIVEUPDATE).parent.mkdir(exist_ok=True)
+    kernel.host_path(LIVEUPDATE).touch()
+    line = kernel.host_path("/proc/cmdline")
     if SWITCHED_ON not in (words := line.read_text().split()):
         line.write_text(" ".join([*words, SWITCHED_ON]) + "\n")
 
@@ -272,7 +272,7 @@ class LuoHost(Host):
 
     def _jumped(self) -> None:
         for name in list(self.fdstore.kept):
-            self.fdstore.remove(name)
+            self.fdstore.remove_fd(name)
             if self.carries:
                 self.fdstore.kept[name] = self.luo.retrieve_session(name)
 
@@ -324,7 +324,7 @@ class RemoteKernel(SimulatedKernel):
 def settle_in() -> None:
     """Give the khod of this process LUO, and SIGKILL it where DIES_AT says: at the first `PHASE: MESSAGE` with that."""
     vars(daemon)["SimulatedKernel"] = RemoteKernel
-    wanted, tell = os.environ.get(DIES_AT, ""), daemon.Daemon._tell
+    wanted, tell = os.environ.get(DIES_AT, ""), daemon.Daemon._on_event
 
     def dies(self: daemon.Daemon, event: Event) -> None:
         if wanted in f"{event.phase.value}: {event.message}":

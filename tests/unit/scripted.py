@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from khod.handover.record import Holder
-from khod.producers.barrier import Telling
+from khod.handover.record import ProducerRecord
+from khod.producers.barrier import ProducerCall
 from tests.unit.harness import Host
 
 Does = Callable[[], Awaitable[None]]
@@ -16,7 +16,7 @@ class Scripted:
     kind = "scripted"
     before: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
-    reachable = True
+    is_reachable = True
 
     def __init__(
         self,
@@ -31,21 +31,21 @@ class Scripted:
         self.name = name
         self.after = after
         self.timeout = timeout
-        self.restores = restores
+        self.restores_state = restores
         self.does = does
         self._told = host.told
         host.hooks.append(self)
 
-    def holder(self) -> Holder:
-        return Holder(self.name, self.kind)
+    def to_record(self) -> ProducerRecord:
+        return ProducerRecord(self.name, self.kind)
 
-    async def leave(self, note: str) -> None:
+    async def make_way(self, note: str) -> None:
         """Nothing stands in the way."""
 
-    async def returned(self) -> None:
+    async def wait_returned(self) -> None:
         """It was never gone."""
 
-    async def tell(self, telling: Telling) -> None:
+    async def carry_out(self, telling: ProducerCall) -> None:
         with self._told.open("a") as told:
             told.write(f"{self.name} {telling.verb.value}\n")
         if (does := self.does.get(telling.verb.value)) is not None:

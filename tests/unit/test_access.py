@@ -47,9 +47,9 @@ async def test_groups_are_looked_up_once_and_never_in_the_event_loop(monkeypatch
     nss.answers.set()
     settings = Access("kho", "makers")
     groups, caller = Groups(lambda: settings), Caller(socket.socket())
-    await groups.wait()
+    await groups.wait_lookup()
     for _ in range(10):
-        assert groups.standing(caller) is Standing.operator
+        assert groups.standing_of(caller) is Standing.operator
     assert len(nss.threads) == 1
     assert threading.get_ident() not in nss.threads
 
@@ -72,8 +72,8 @@ async def test_what_a_caller_is_by_its_groups(
     nss = Nss(monkeypatch, kho=7, makers=8, strangers=9)
     nss.answers.set()
     groups, caller = Groups(lambda: named), Caller(socket.socket())
-    await groups.wait()
-    assert groups.standing(caller) is standing
+    await groups.wait_lookup()
+    assert groups.standing_of(caller) is standing
 
 
 async def test_a_reload_counts_at_once_and_a_new_group_when_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,17 +81,17 @@ async def test_a_reload_counts_at_once_and_a_new_group_when_it_is_known(monkeypa
     nss.answers.set()
     settings = Access("kho", "")
     groups, caller = Groups(lambda: settings), Caller(socket.socket())
-    await groups.wait()
-    assert groups.standing(caller) is Standing.operator
+    await groups.wait_lookup()
+    assert groups.standing_of(caller) is Standing.operator
     nss.answers.clear()
     settings = Access("more", "")
-    assert groups.standing(caller) is Standing.other
+    assert groups.standing_of(caller) is Standing.other
     assert groups.is_pending
-    before = groups.changes
+    before = groups.count_changes
     nss.answers.set()
-    await groups.wait()
-    assert groups.changes > before, "connections that are there ask again"
-    assert groups.standing(caller) is Standing.operator
+    await groups.wait_lookup()
+    assert groups.count_changes > before, "connections that are there ask again"
+    assert groups.standing_of(caller) is Standing.operator
 
 
 async def test_a_group_that_is_made_later_is_found_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,14 +99,14 @@ async def test_a_group_that_is_made_later_is_found_when_somebody_asks(monkeypatc
     nss.answers.set()
     settings = Access("kho", "")
     groups, caller = Groups(lambda: settings), Caller(socket.socket())
-    await groups.wait()
+    await groups.wait_lookup()
     nss.groups["kho"] = 7
-    assert "kho" in groups.refusal(caller, "activate").remedy
+    assert "kho" in groups.refusal_error(caller, "activate").remedy
     assert not groups.is_pending, "not at every refusal: anyone can have as many as he likes"
     monkeypatch.setattr(access, "RETRY_SECONDS", 0.0)
-    groups.refusal(caller, "activate")
-    await groups.wait()
-    assert groups.standing(caller) is Standing.operator
+    groups.refusal_error(caller, "activate")
+    await groups.wait_lookup()
+    assert groups.standing_of(caller) is Standing.operator
 
 
 @asynccontextmanager
@@ -115,8 +115,8 @@ async def served(host: Host) -> AsyncIterator[tuple[Engine, Callable[[], socket.
     engine = host.engine()
     path, sock = str(host.directory / "socket"), socket.socket(socket.AF_UNIX)
     sock.bind(path)
-    made = server.registry(server.Service(engine), server.Producers(engine))
-    listening = server.Listener(sock, server.connections(made, lambda: engine.config.access))
+    made = server.build_registry(server.Service(engine), server.Producers(engine))
+    listening = server.Listener(sock, server.build_clients(made, lambda: engine.config.access))
     await engine.start()
     clients: list[socket.socket] = []
 

@@ -64,7 +64,7 @@ async def waiting(host: VirtualHost) -> Engine:
 @in_virtual_time
 async def test_a_reboot_before_everything_was_taken_back_says_what_it_cost(host: VirtualHost) -> None:
     await waiting(host)
-    host.kernel.fault("cold", True)
+    host.kernel.set_fault("cold", True)
     load_and_jump(host)
     status = await (await host.started()).status()
     assert status.claims == []
@@ -77,7 +77,7 @@ async def test_the_copy_for_the_jump_goes_with_a_jump_that_does_not_come(host: V
     """It would stand in for a record that is damaged later, and call another boot verified."""
     Scripted(host, "db")
     engine = await host.started()
-    host.kernel.fault("reboot_errno", 22)
+    host.kernel.set_fault("reboot_errno", 22)
     with pytest.raises(Failed):
         await host.kexec(engine)
     assert (await engine.status()).phase is Phase.idle
@@ -87,7 +87,7 @@ async def test_the_copy_for_the_jump_goes_with_a_jump_that_does_not_come(host: V
 @in_virtual_time
 async def test_a_session_that_came_is_not_closed_where_the_boot_counts_as_cold(host: VirtualHost) -> None:
     Scripted(host, "db")
-    host.kernel.fault("cold", True)
+    host.kernel.set_fault("cold", True)
     await host.jump()
     engine = await host.started()
     assert (await engine.status()).phase is Phase.cold_boot

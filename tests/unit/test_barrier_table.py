@@ -347,8 +347,8 @@ def prepared(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 
     def make(kind: str, verb: str, trouble: str) -> Case:
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={host.directory / 'bus'}")
-        monkeypatch.setattr(units, "SETTLE", TIMEOUT / 2)
-        monkeypatch.setattr(qemu, "GRACE", 0.01)
+        monkeypatch.setattr(units, "SETTLE_SECONDS", TIMEOUT / 2)
+        monkeypatch.setattr(qemu, "GRACE_SECONDS", 0.01)
         host.config = Config(deadlines=replace(Deadlines(), restore=TIMEOUT))
         case = Case(host, KINDS[kind](host, TIMEOUT), Verb(verb), Trouble(trouble))
         monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: time.monotonic() + case.ahead)

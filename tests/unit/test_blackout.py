@@ -47,7 +47,7 @@ async def handed_over(host: Host, clock: WallClock, *, jump: float = JUMP, uptim
         await host.kexec(engine)
     clock.now += jump
     if uptime:
-        host.kernel.at("/proc/uptime").write_text(uptime)
+        host.kernel.host_path("/proc/uptime").write_text(uptime)
     engine = await host.started()
     while engine.record.outcome is Phase.idle:
         await host.seen(lambda _event: True)
@@ -58,7 +58,7 @@ async def test_it_counts_from_the_first_freeze_to_the_last_finish(host: Host, cl
     found = await handed_over(host, clock)
     assert found.phase is Phase.verified
     assert found.blackout_seconds == FREEZE + JUMP + RESTORE + FINISH
-    assert "6.8 s by the wall clock, ± 1 s" in render.status(found)
+    assert "6.8 s by the wall clock, ± 1 s" in render.render_status(found)
 
 
 @pytest.mark.parametrize(("jump", "uptime"), [(-3600.0, ""), (JUMP, "40.0 80.0\n")])
@@ -66,7 +66,7 @@ async def test_a_clock_that_was_set_back_tells_nothing(host: Host, clock: WallCl
     """Neither negative seconds, nor fewer than the new kernel alone has been up."""
     found = await handed_over(host, clock, jump=jump, uptime=uptime)
     assert found.blackout_seconds is None
-    assert "blackout    unknown" in render.status(found)
+    assert "blackout    unknown" in render.render_status(found)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,9 @@ async def test_a_clock_that_was_set_back_tells_nothing(host: Host, clock: WallCl
     ],
 )
 def test_what_a_clock_is_trusted_with(began: float, ended: float, uptime: float | None, seconds: float | None) -> None:
-    assert verify.blackout(began, ended, uptime) == seconds
+    assert verify.blackout_seconds(began, ended, uptime) == seconds
 
 
 def test_it_is_not_over_for_those_who_have_not_come_back() -> None:
-    assert "not over" in render.status(replace(status(Phase.degraded), claims=["db"]))
-    assert "not over" not in render.status(status(Phase.degraded))
+    assert "not over" in render.render_status(replace(status(Phase.degraded), claims=["db"]))
+    assert "not over" not in render.render_status(status(Phase.degraded))

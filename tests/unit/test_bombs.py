@@ -4,7 +4,7 @@ import pytest
 
 from khoctl.boot import entries, versions
 from khod.errors import UsageError
-from khod.trees.source import MOST_NAMES, dts
+from khod.trees.source import MAX_NAMES, write_dts
 from tests.fuzz.bombs import BOMBS, prop
 from tests.fuzz.run import start
 from tests.unit.images import PACK
@@ -54,18 +54,18 @@ def test_a_bomb_stops_at_a_bound(name: str) -> None:
 
 def test_dtc_is_asked_for_no_more_names_than_it_finds_in_time() -> None:
     """It looks for each in all before it, and so must what knows its layout."""
-    names = [b"%04x\0" % name for name in range(MOST_NAMES + 1)]
+    names = [b"%04x\0" % name for name in range(MAX_NAMES + 1)]
     trees = [
         body(BEGIN, *[prop(5 * name) for name in range(count)], END, STOP, names=b"".join(names))
-        for count in (MOST_NAMES, MOST_NAMES + 1)
+        for count in (MAX_NAMES, MAX_NAMES + 1)
     ]
-    assert dts(trees[0])
-    with pytest.raises(UsageError, match=str(MOST_NAMES)):
-        dts(trees[1])
+    assert write_dts(trees[0])
+    with pytest.raises(UsageError, match=str(MAX_NAMES)):
+        write_dts(trees[1])
 
 
 def test_texts_that_take_longer_the_longer_they_are_are_cut() -> None:
     """Each character of either costs as much as all that come behind it, or before it."""
-    assert versions.compare("1." * 9000 + "1", "1." * 9000 + "2") == 0
-    assert versions.compare("1." * 8000 + "1", "1." * 8000 + "2") == -1
+    assert versions.compare_versions("1." * 9000 + "1", "1." * 9000 + "2") == 0
+    assert versions.compare_versions("1." * 8000 + "1", "1." * 8000 + "2") == -1
     assert entries.os_release(f"ID={'x' * 5000}\nA=b")["ID"] == "x" * entries.VALUE

@@ -16,7 +16,7 @@ from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.handover import reconcile
 from khod.handover.record import Owner
 from khod.model import Phase
-from khod.producers.peers import Answer, Peer, Terms
+from khod.producers.peers import Answer, Peer, Registration
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host, Living
 
@@ -122,8 +122,8 @@ async def test_an_event_that_comes_with_the_next_order_in_one_turn_comes_first(h
 
 ORDERS: dict[str, Callable[[Engine], Awaitable[object]]] = {
     "activate": lambda engine: engine.activate(),
-    "rehearse": lambda engine: engine.rehearse("a"),
-    "forget": lambda engine: engine.forget("a"),
+    "rehearse": lambda engine: engine.rehearse_producer("a"),
+    "forget": lambda engine: engine.forget_producer("a"),
     "abort": lambda engine: engine.abort(),
     "stop": lambda engine: engine.stop(jumping=False),
 }
@@ -187,7 +187,7 @@ async def test_an_event_while_the_next_step_is_got_ready_ends_the_handover(
 async def test_an_event_while_a_failed_step_is_held_ends_the_handover(host: Host) -> None:
     """--hold keeps what was done before a step that failed; it is no answer to hardware that is gone."""
     host.hook("a")
-    host.kernel.fault("load_errno", errno.ENOMEM)
+    host.kernel.set_fault("load_errno", errno.ENOMEM)
     engine = await host.started()
     failing = asyncio.ensure_future(host.seen(lambda event: event.message.startswith("held at")))
     failing.add_done_callback(lambda _event: remove_memory(host))
@@ -195,7 +195,7 @@ async def test_an_event_while_a_failed_step_is_held_ends_the_handover(host: Host
         await host.kexec(engine, hold=True)
     while engine.machine.phase is not Phase.idle:
         await host.seen(lambda _event: True)
-    host.kernel.fault("load_errno", None)
+    host.kernel.set_fault("load_errno", None)
     await rolled_back(host, engine)
 
 
@@ -204,13 +204,13 @@ async def test_an_event_while_a_failed_step_is_held_ends_the_handover(host: Host
 
 async def peer(engine: Engine, living: Living, verbs: int) -> Peer:
     """A producer that connects and says yes to so many verbs."""
-    made = await engine.register("p", Owner(0, "p.service"), living.identity, Terms())
+    made = await engine.register_producer("p", Owner(0, "p.service"), living.identity, Registration())
 
     async def answer() -> None:
         said = None
         for _verb in range(verbs):
-            said = Answer((await made.next(said)).serial, "ready")
-        await made.next(said)
+            said = Answer((await made.exchange_answer(said)).serial, "ready")
+        await made.exchange_answer(said)
 
     answering = asyncio.ensure_future(answer())
     answering.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -231,7 +231,7 @@ async def test_a_producer_that_dies_in_the_last_step_ends_the_handover(
     handover = asyncio.ensure_future(operation(host, engine))
     await gate.reached.wait()
     living.end()
-    engine.muster.peers.leave(frozen)
+    engine.muster.peers.remove_peer(frozen)
     gate.open()
     with pytest.raises(Refused, match="Producer p went away"):
         await handover
@@ -245,7 +245,7 @@ async def test_a_producer_that_dies_with_the_next_order_in_one_turn_comes_first(
     frozen = await peer(engine, living, 2)
     await engine.activate()
     living.end()
-    engine.muster.peers.leave(frozen)
+    engine.muster.peers.remove_peer(frozen)
     with pytest.raises(Refused, match="Producer p went away"):
         await host.kexec(engine)
     await rolled_back(host, engine)
@@ -282,7 +282,7 @@ async def test_an_abort_while_the_first_checks_run_refuses_that_handover_and_no_
 async def test_an_abort_beside_a_test_of_a_producer_does_not_reach_the_next_handover(host: Host) -> None:
     host.hook("a", {"freeze": "sleep 600"}, timeout=600)
     engine = await host.started()
-    rehearsal = asyncio.ensure_future(engine.rehearse("a"))
+    rehearsal = asyncio.ensure_future(engine.rehearse_producer("a"))
     await host.seen(lambda event: event.message.startswith("a: freeze"))
     await engine.abort()
     with pytest.raises(Failed, match="aborted"):

@@ -7,9 +7,9 @@ import pytest
 
 from khod.engine import Engine
 from khod.errors import Failed, NotRolledBack
-from khod.handover.record import FILE, Owner
+from khod.handover.record import FILE_NAME, Owner
 from khod.model import Phase
-from khod.producers.peers import Answer, Peer, Terms
+from khod.producers.peers import Answer, Peer, Registration
 from tests.unit.harness import ACTIVE, Host, Living
 from tests.unit.scripted import Scripted, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time
@@ -38,12 +38,12 @@ async def answers(peer: Peer) -> None:
     """Say yes to everything."""
     answer = None
     while True:
-        command = await peer.next(answer)
+        command = await peer.exchange_answer(answer)
         answer = Answer(command.serial, "ready")
 
 
 async def frozen(engine: Engine, name: str, living: Living) -> Peer:
-    peer = await engine.register(name, Owner(0, f"{name}.service"), living.identity, Terms())
+    peer = await engine.register_producer(name, Owner(0, f"{name}.service"), living.identity, Registration())
     serving = asyncio.ensure_future(answers(peer))
     await engine.activate()
     serving.cancel()
@@ -57,7 +57,7 @@ async def test_who_went_away_frozen_is_named_and_did_not_answer(tmp_path: Path) 
     living = Living()
     peer = await frozen(engine, "vm", living)
     living.end()
-    engine.muster.peers.leave(peer)
+    engine.muster.peers.remove_peer(peer)
     await host.seen(lambda event: event.phase is Phase.idle and "Rolled back" in event.message)
     heard = [event for event in host.events if event.producer and event.producer.phase in ("thaw", "cancel")]
     assert heard
@@ -71,7 +71,7 @@ async def test_a_contradiction_names_both_facts_and_who_is_frozen(tmp_path: Path
     Scripted(host, "vm")
     engine = await host.started()
     await engine.activate()
-    host.kernel.echo(ACTIVE, "0")
+    host.kernel.echo_to(ACTIVE, "0")
     status = await engine.status()
     assert status.phase is Phase.inconsistent
     for words in ("left the host at active", "inactive with no image", "vm"):
@@ -84,7 +84,7 @@ async def test_a_contradiction_names_both_facts_and_who_is_frozen(tmp_path: Path
 async def test_a_damaged_record_is_no_contradiction(tmp_path: Path) -> None:
     host = VirtualHost(tmp_path)
     host.store.directory.mkdir(exist_ok=True)
-    (host.store.directory / FILE).write_text('{"vers')
+    (host.store.directory / FILE_NAME).write_text('{"vers')
     status = await (await host.started()).status()
     assert status.phase is Phase.inconsistent
     assert "record" in status.summary

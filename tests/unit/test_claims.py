@@ -13,9 +13,9 @@ from khod.config import Checks, Config, Deadlines
 from khod.engine import Engine
 from khod.errors import Exit, Failed, NotRolledBack, Refused, Unreachable
 from khod.model import Phase
-from khod.producers.barrier import Producer, Verb
+from khod.producers.barrier import Participant, Verb
 from khod.producers.identity import process_of
-from khod.producers.peers import Answer, Command, Peer, Terms
+from khod.producers.peers import Answer, Peer, PeerCommand, Registration
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import ACTIVE
 from tests.unit.luo import LuoHost
@@ -32,7 +32,7 @@ def host(tmp_path: Path) -> Iterator[LuoHost]:
         os.close(made.fdstore.kept.popitem()[1])
 
 
-async def jump(host: LuoHost, *others: Producer) -> None:
+async def jump(host: LuoHost, *others: Participant) -> None:
     """Leave a memfd of `kv`'s in the next kernel, with these producers beside it."""
     engine = await host.started()
     async with holding(engine):
@@ -43,7 +43,7 @@ async def jump(host: LuoHost, *others: Producer) -> None:
             await host.kexec(engine)
 
 
-async def degraded(host: LuoHost, *others: Producer) -> Engine:
+async def degraded(host: LuoHost, *others: Participant) -> Engine:
     """A khod in whose kernel `kv` did not come in time."""
     await jump(host, *others)
     soon = tuple(replace(holder, timeout=0.01) for holder in host.record.producers)
@@ -111,7 +111,7 @@ async def die_in_another(host: LuoHost, engine: Engine) -> None:
 async def rehearse(host: LuoHost, engine: Engine) -> None:
     host.hook("h")
     with pytest.raises(Refused):
-        await engine.rehearse("h")
+        await engine.rehearse_producer("h")
     host.hooks.clear()
 
 
@@ -121,7 +121,7 @@ async def reload(_host: LuoHost, engine: Engine) -> None:
 
 async def forget_another(_host: LuoHost, engine: Engine) -> None:
     with pytest.raises(Refused):
-        await engine.forget("vk")
+        await engine.forget_producer("vk")
 
 
 MEANWHILE: dict[str, Callable[[LuoHost, Engine], Awaitable[None]]] = {
@@ -176,32 +176,32 @@ async def test_an_abort_beside_a_late_restore_does_not_reach_the_next_handover(h
     engine = await degraded(host)
     process = process_of(os.getpid())
     assert process is not None
-    peer = await engine.register("kv", OWNER, process, Terms(10.0))
-    restore = await peer.next(None)
+    peer = await engine.register_producer("kv", OWNER, process, Registration(10.0))
+    restore = await peer.exchange_answer(None)
     abort = asyncio.ensure_future(engine.abort())
     await asyncio.sleep(0)
     answering = asyncio.ensure_future(says_yes(peer, restore))
     await abort
     while engine.record.claims:  # it was cut short, and is told again
         await host.seen(lambda _event: True)
-    engine.muster.peers.leave(peer)
+    engine.muster.peers.remove_peer(peer)
     with pytest.raises(Unreachable):
         await answering
     await engine.activate()
     assert engine.machine.phase is Phase.active
 
 
-async def says_yes(peer: Peer, command: Command) -> None:
+async def says_yes(peer: Peer, command: PeerCommand) -> None:
     """Take back what was left, and say yes to this command and all to come."""
     while True:
         for fd in command.fds:
             os.close(fd)
-        command = await peer.next(Answer(command.serial, "ready"))
+        command = await peer.exchange_answer(Answer(command.serial, "ready"))
 
 
 WANTED: dict[str, Callable[[Engine], Awaitable[None]]] = {
     "abort": lambda engine: engine.abort(),
-    "forget": lambda engine: engine.forget("kv"),
+    "forget": lambda engine: engine.forget_producer("kv"),
     "stop": lambda engine: engine.stop(jumping=False),
 }
 
@@ -212,15 +212,15 @@ async def test_a_producer_that_comes_late_and_says_nothing_holds_nobody_up(host:
     engine = await degraded(host)
     process = process_of(os.getpid())
     assert process is not None
-    peer = await engine.register("kv", OWNER, process, Terms(600.0))
-    command = await peer.next(None)
+    peer = await engine.register_producer("kv", OWNER, process, Registration(600.0))
+    command = await peer.exchange_answer(None)
     assert command.verb is Verb.restore
     await WANTED[what](engine)
     os.close(command.fds[0])
     assert [holder.name for holder in engine.record.claims] == ([] if what == "forget" else ["kv"])
     if what == "stop":
         return
-    engine.muster.peers.leave(peer)
+    engine.muster.peers.remove_peer(peer)
 
 
 async def test_who_could_not_be_put_back_has_nothing_to_claim(host: LuoHost) -> None:
@@ -228,11 +228,11 @@ async def test_who_could_not_be_put_back_has_nothing_to_claim(host: LuoHost) -> 
     host.hook("h")
     engine = await host.started()
     await engine.activate()
-    host.kernel.fault("abort_errno", errno.EBUSY)
+    host.kernel.set_fault("abort_errno", errno.EBUSY)
     with pytest.raises(NotRolledBack):
         await engine.abort()
-    host.kernel.fault("abort_errno", None)
-    host.kernel.echo(ACTIVE, "0")
+    host.kernel.set_fault("abort_errno", None)
+    host.kernel.echo_to(ACTIVE, "0")
     engine = await host.started()
     assert (await engine.status()).claims == []
     await engine.activate()
@@ -248,11 +248,11 @@ async def test_a_hook_whose_restore_failed_can_be_given_up(host: LuoHost) -> Non
     assert (await engine.status()).claims == ["kv", "pool"]
     with pytest.raises(Refused, match="pool"):
         await engine.activate()
-    await engine.forget("pool")
+    await engine.forget_producer("pool")
     assert (await engine.status()).claims == ["kv"]
     assert waiting(host)
     pool.does.clear()
     with pytest.raises(Refused, match="kv"):
         await engine.activate()
-    await engine.forget("kv")
+    await engine.forget_producer("kv")
     await engine.activate()

@@ -5,20 +5,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khod.errors import Exit, UsageError
-from khod.kernel.cmdline import compare, compose, init, losses, marked, mounts_root, off, reusable, root, torn
-from khod.kernel.next_arg import Arg, kernel_args, kernel_words, parse, switched_on
+from khod.kernel.cmdline import (
+    compare_cmdlines,
+    compose_cmdline,
+    describe_losses,
+    init_path,
+    is_marked,
+    mounts_root,
+    reusable_words,
+    root_value,
+    torn_words,
+    turns_kho_off,
+)
+from khod.kernel.next_arg import Arg, is_switched_on, kernel_args, kernel_words, parse_word
 
 RUNNING = "BOOT_IMAGE=/boot/vmlinuz-6.8 root=/dev/vda1 ro initrd=\\initrd.img kho=on khod.run=old quiet"
 
 
 def test_the_running_line_travels_less_what_is_not_its_own() -> None:
-    assert compose(RUNNING, None, None, "r1", 2047) == "root=/dev/vda1 ro kho=on quiet khod.run=r1"
+    assert compose_cmdline(RUNNING, None, None, "r1", 2047) == "root=/dev/vda1 ro kho=on quiet khod.run=r1"
 
 
 def test_a_given_line_replaces_it_and_words_are_appended() -> None:
-    assert compose(RUNNING, "root=/dev/sdb", "single marker=1", "r1", 99) == "root=/dev/sdb single marker=1 khod.run=r1"
-    assert compose(RUNNING, "", None, "r1", 99) == "khod.run=r1", "an empty line is a given one"
-    assert compose(RUNNING, None, "single", "r1", 99).endswith("quiet single khod.run=r1")
+    assert (
+        compose_cmdline(RUNNING, "root=/dev/sdb", "single marker=1", "r1", 99)
+        == "root=/dev/sdb single marker=1 khod.run=r1"
+    )
+    assert compose_cmdline(RUNNING, "", None, "r1", 99) == "khod.run=r1", "an empty line is a given one"
+    assert compose_cmdline(RUNNING, None, "single", "r1", 99).endswith("quiet single khod.run=r1")
 
 
 @pytest.mark.parametrize("where", ["given", "append"])
@@ -26,17 +40,17 @@ def test_a_given_line_replaces_it_and_words_are_appended() -> None:
 def test_a_nul_or_a_newline_is_named(where: str, char: str, name: str) -> None:
     words = {"given": "a", "append": "b", where: f"a{char}b"}
     with pytest.raises(UsageError, match=name) as raised:
-        compose(RUNNING, words["given"], words["append"], "r1", 99)
+        compose_cmdline(RUNNING, words["given"], words["append"], "r1", 99)
     assert raised.value.exit is Exit.usage
 
 
 def test_the_limit_counts_bytes_and_the_mark() -> None:
     exact = len("xx khod.run=r1")
-    assert compose("", "xx", None, "r1", exact)
+    assert compose_cmdline("", "xx", None, "r1", exact)
     with pytest.raises(UsageError, match=str(exact)):
-        compose("", "xxx", None, "r1", exact)
+        compose_cmdline("", "xxx", None, "r1", exact)
     with pytest.raises(UsageError):
-        compose("", "xü", None, "r1", exact)
+        compose_cmdline("", "xü", None, "r1", exact)
 
 
 @given(st.text(), st.none() | st.text(), st.none() | st.text())
@@ -45,11 +59,11 @@ def test_any_text_is_one_line_with_the_mark_or_a_usage_error(
 ) -> None:
     line = ""
     try:
-        line = compose(running, given_line, append, "r1", 200)
+        line = compose_cmdline(running, given_line, append, "r1", 200)
     except UsageError as error:
         assert error.what  # noqa: PT017
         return
-    assert marked(line, "r1")
+    assert is_marked(line, "r1")
     assert len(line.encode()) <= 200
     assert "\0" not in line
     assert "\n" not in line
@@ -57,36 +71,40 @@ def test_any_text_is_one_line_with_the_mark_or_a_usage_error(
 
 def test_what_is_no_utf_8_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
-        compose("", b"root=\xff".decode(errors="surrogateescape"), None, "r1", 99)
+        compose_cmdline("", b"root=\xff".decode(errors="surrogateescape"), None, "r1", 99)
 
 
 @pytest.mark.parametrize("line", ["khod.run=r12", "xkhod.run=r1", "khod.run=r1x", 'a="khod.run=r2"', ""])
 def test_only_this_run_s_mark_counts(line: str) -> None:
-    assert not marked(line, "r1")
+    assert not is_marked(line, "r1")
 
 
 def test_words_that_only_begin_alike_travel() -> None:
     words = ["BOOT_IMAGES=1", "initrdx=1", "rd.khod.run=3", "initrd"]
-    assert reusable(" ".join(words)) == words
+    assert reusable_words(" ".join(words)) == words
 
 
 def test_what_is_appended_reaches_the_kernel_and_not_init() -> None:
     """Behind ` -- ` every word is init's (Documentation/admin-guide/kernel-parameters.rst)."""
-    line = compose("root=/dev/vda1 -- 3", None, "kho=on", "r1", 99)
+    line = compose_cmdline("root=/dev/vda1 -- 3", None, "kho=on", "r1", 99)
     assert "kho=on" in line.partition(" -- ")[0].split()
 
 
 def test_a_quoted_value_travels_whole() -> None:
     """next_arg() of lib/cmdline.c keeps the blanks between double quotes."""
-    assert 'dyndbg="file a.c  +p; initrd=x +p"' in compose('dyndbg="file a.c  +p; initrd=x +p"', None, None, "r1", 99)
+    assert 'dyndbg="file a.c  +p; initrd=x +p"' in compose_cmdline(
+        'dyndbg="file a.c  +p; initrd=x +p"', None, None, "r1", 99
+    )
 
 
 def test_words_are_removed_by_parameter_or_whole() -> None:
     running = "root=/dev/vda1 console=tty0 console=ttyS0 quiet log-buf-len=1M"
     gone = ["console=ttyS0", "quiet", "log_buf_len"]
-    assert compose(running, None, "quiet", "r1", 99, gone) == "root=/dev/vda1 console=tty0 quiet khod.run=r1"
-    assert compose(running, None, None, "r1", 99, ["console"]) == "root=/dev/vda1 quiet log-buf-len=1M khod.run=r1"
-    line = compose("console=y -- console=x", None, None, "r1", 99, ["console"])
+    assert compose_cmdline(running, None, "quiet", "r1", 99, gone) == "root=/dev/vda1 console=tty0 quiet khod.run=r1"
+    assert (
+        compose_cmdline(running, None, None, "r1", 99, ["console"]) == "root=/dev/vda1 quiet log-buf-len=1M khod.run=r1"
+    )
+    line = compose_cmdline("console=y -- console=x", None, None, "r1", 99, ["console"])
     assert line.endswith("-- console=x"), "that is init's"
 
 
@@ -104,16 +122,19 @@ def test_a_word_to_remove_that_is_not_there_is_named(name: str, running: str, sa
     """Else a mistyped word would be booted with, and nobody told."""
     for line, given_line in ((running, None), ("", running)):
         with pytest.raises(UsageError, match=said) as raised:
-            compose(line, given_line, "single", "r1", 99, [name])
+            compose_cmdline(line, given_line, "single", "r1", 99, [name])
         assert raised.value.where == "--remove"
 
 
 def test_a_word_that_does_not_travel_may_be_removed_all_the_same() -> None:
-    assert compose(RUNNING, None, None, "r1", 99, ["BOOT_IMAGE", "quiet"]) == "root=/dev/vda1 ro kho=on khod.run=r1"
+    assert (
+        compose_cmdline(RUNNING, None, None, "r1", 99, ["BOOT_IMAGE", "quiet"])
+        == "root=/dev/vda1 ro kho=on khod.run=r1"
+    )
 
 
 def fates(running: str, new: str) -> dict[str, str]:
-    return {word.text: word.fate.value for word in compare(running, new)}
+    return {word.text: word.fate.value for word in compare_cmdlines(running, new)}
 
 
 def test_both_lines_side_by_side() -> None:
@@ -124,7 +145,7 @@ def test_both_lines_side_by_side() -> None:
         "ro": "removed",
         "quiet": "removed",
     }
-    twice = [(word.text, word.fate.value) for word in compare("console=a console=a", "console=a")]
+    twice = [(word.text, word.fate.value) for word in compare_cmdlines("console=a console=a", "console=a")]
     assert twice == [("console=a", "kept"), ("console=a", "removed")]
 
 
@@ -146,17 +167,17 @@ KHO = "kho=on liveupdate=on reserve_mem=12M:4096:trace trace_instance=boot_map@t
     ],
 )
 def test_what_is_lost_with_a_word_is_named(new: str, named: list[str]) -> None:
-    lost = list(losses(compare(KHO, new)))
+    lost = list(describe_losses(compare_cmdlines(KHO, new)))
     assert len(lost) == bool(named)
     assert all(word in lost[0] for word in named)
-    assert off(compare(KHO, new)) is (named == ["kho=on"])
+    assert turns_kho_off(compare_cmdlines(KHO, new)) is (named == ["kho=on"])
 
 
 @pytest.mark.parametrize("running", ["kho_scratch=512M", "kho_bootmem=512M"])
 @pytest.mark.parametrize("new", ["quiet", "kho_scratch=1G", "kho_bootmem=512M"])
 def test_nothing_is_lost_with_either_name_of_scratch(running: str, new: str) -> None:
     """A kernel that is reached by a handover gets its scratch from the one before (kho_memory_init())."""
-    assert not list(losses(compare(f"kho=on {running}", f"kho=on {new}")))
+    assert not list(describe_losses(compare_cmdlines(f"kho=on {running}", f"kho=on {new}")))
 
 
 @pytest.mark.parametrize(
@@ -169,8 +190,8 @@ def test_nothing_is_lost_with_either_name_of_scratch(running: str, new: str) -> 
     ],
 )
 def test_what_runs_first(line: str, init_: str, where: str) -> None:
-    assert init(line) == init_
-    assert root(line) == where
+    assert init_path(line) == init_
+    assert root_value(line) == where
 
 
 @pytest.mark.parametrize(
@@ -214,23 +235,23 @@ NOT_SPACE = "\x1c\x1d\x1e\x1f\x85\u1680\u2000\u2003\u2028\u2029\u202f\u205f\u300
 @pytest.mark.parametrize("char", NOT_SPACE, ids=ascii)
 def test_a_line_keeps_white_space_that_is_none_to_the_kernel(char: str) -> None:
     given_line = f"root=LABEL=my{char}disk quiet"
-    for line in (compose("", given_line, None, "r1", 99), compose("", "", given_line, "r1", 99)):
+    for line in (compose_cmdline("", given_line, None, "r1", 99), compose_cmdline("", "", given_line, "r1", 99)):
         assert line.startswith(given_line)
-    assert compose(f"BOOT_IMAGE=x {given_line}", None, None, "r1", 99) == f"{given_line} khod.run=r1"
-    assert [word.text for word in compare("quiet", given_line)] == given_line.split(" ")
-    assert compose(given_line, None, None, "r1", 99, ["root"]) == "quiet khod.run=r1"
-    assert torn(given_line) == []
-    assert not marked(f"a{char}khod.run=r1", "r1")
-    assert root(f"a{char}root=x") == ""
-    assert init(f"a{char}rdinit=/x") == "init"
-    assert not switched_on(f"a{char}kho=on", "kho")
+    assert compose_cmdline(f"BOOT_IMAGE=x {given_line}", None, None, "r1", 99) == f"{given_line} khod.run=r1"
+    assert [word.text for word in compare_cmdlines("quiet", given_line)] == given_line.split(" ")
+    assert compose_cmdline(given_line, None, None, "r1", 99, ["root"]) == "quiet khod.run=r1"
+    assert torn_words(given_line) == []
+    assert not is_marked(f"a{char}khod.run=r1", "r1")
+    assert root_value(f"a{char}root=x") == ""
+    assert init_path(f"a{char}rdinit=/x") == "init"
+    assert not is_switched_on(f"a{char}kho=on", "kho")
 
 
 @pytest.mark.parametrize("char", "\t\v\f\r ", ids=ascii)
 def test_ascii_white_space_separates(char: str) -> None:
-    assert compose(f"a{char}{char}initrd=x{char}b", None, None, "r1", 99) == "a b khod.run=r1"
-    assert marked(f"a{char}khod.run=r1{char}", "r1")
-    assert switched_on(f"a{char}kho=on", "kho")
+    assert compose_cmdline(f"a{char}{char}initrd=x{char}b", None, None, "r1", 99) == "a b khod.run=r1"
+    assert is_marked(f"a{char}khod.run=r1{char}", "r1")
+    assert is_switched_on(f"a{char}kho=on", "kho")
 
 
 @pytest.mark.parametrize("char", ["\u00a0", "à", "†", "\u0420", "\U0001f4a0"], ids=ascii)
@@ -238,19 +259,19 @@ def test_the_byte_that_is_latin_1_s_no_break_space_ends_a_word_of_the_kernel_s(c
     """Byte 160 is `_S|_SP` in lib/ctype.c, and the last one of each of these in UTF-8."""
     assert char.encode().endswith(b"\xa0")
     given_line = f"root=LABEL=voil{char}kho=on quiet"
-    assert compose("", given_line, None, "r1", 99) == f"{given_line} khod.run=r1", "bytes travel as they are"
-    assert torn(given_line) == [f"root=LABEL=voil{char}kho=on"]
-    assert torn(f'root="LABEL=voil{char}" quiet') == []
-    assert switched_on(given_line, "kho"), "it reads one there"
+    assert compose_cmdline("", given_line, None, "r1", 99) == f"{given_line} khod.run=r1", "bytes travel as they are"
+    assert torn_words(given_line) == [f"root=LABEL=voil{char}kho=on"]
+    assert torn_words(f'root="LABEL=voil{char}" quiet') == []
+    assert is_switched_on(given_line, "kho"), "it reads one there"
     assert [arg.param for arg in kernel_args(given_line)] == ["root", "kho", "quiet"]
 
 
 def test_a_running_line_that_is_no_utf_8_is_not_changed_in_silence() -> None:
     running = b"root=LABEL=\xff\xfe quiet".decode(errors="surrogateescape")
     with pytest.raises(UsageError, match="not UTF-8 at character 11") as raised:
-        compose(running, None, None, "r1", 99)
+        compose_cmdline(running, None, None, "r1", 99)
     assert raised.value.where == "/proc/cmdline"
-    assert compose(running, "root=/dev/vda", None, "r1", 99) == "root=/dev/vda khod.run=r1"
+    assert compose_cmdline(running, "root=/dev/vda", None, "r1", 99) == "root=/dev/vda khod.run=r1"
     assert kernel_words(running) == running.split(" ")
 
 
@@ -277,17 +298,17 @@ def test_a_running_line_that_is_no_utf_8_is_not_changed_in_silence() -> None:
     ],
 )
 def test_a_word_is_taken_apart_as_the_kernel_does(word: str, param: str, value: str | None) -> None:
-    assert parse(word) == Arg(param, value)
+    assert parse_word(word) == Arg(param, value)
 
 
 @pytest.mark.parametrize(("given_line", "append"), [('root=/dev/vda quiet"', "kho=on"), ("quiet", 'a="b'), ('"', None)])
 def test_a_quote_without_its_end_is_refused(given_line: str, append: str | None) -> None:
     """next_arg() would take the marker, and all else that follows, into that word."""
     with pytest.raises(UsageError, match="double quote without its end") as raised:
-        compose("", given_line, append, "r1", 99)
+        compose_cmdline("", given_line, append, "r1", 99)
     assert raised.value.where.startswith("--cmdline")
     with pytest.raises(UsageError, match="double quote without its end") as raised:
-        compose(given_line if '"' in given_line else 'x"', None, None, "r1", 99)
+        compose_cmdline(given_line if '"' in given_line else 'x"', None, None, "r1", 99)
     assert raised.value.where == "/proc/cmdline"
 
 
@@ -298,27 +319,27 @@ def test_what_is_wrong_with_an_image_s_own_line_is_not_said_of_an_option(
     given_line: str, append: str | None, where: str
 ) -> None:
     with pytest.raises(UsageError) as raised:
-        compose("", given_line, append, "r1", 99, where="u.efi: .cmdline")
+        compose_cmdline("", given_line, append, "r1", 99, where="u.efi: .cmdline")
     assert raised.value.where.startswith(where)
 
 
 def test_a_quote_without_its_end_can_be_removed() -> None:
-    assert compose('ro quiet" b', None, None, "r1", 99, ['quiet" b']) == "ro khod.run=r1"
+    assert compose_cmdline('ro quiet" b', None, None, "r1", 99, ['quiet" b']) == "ro khod.run=r1"
 
 
 def test_quotes_around_a_word_hide_nothing() -> None:
-    assert compose('"initrd=a b" "BOOT-IMAGE=x" ro', None, None, "r1", 99) == "ro khod.run=r1"
-    assert init('"rdinit=/bin/sh"') == "bin/sh"
+    assert compose_cmdline('"initrd=a b" "BOOT-IMAGE=x" ro', None, None, "r1", 99) == "ro khod.run=r1"
+    assert init_path('"rdinit=/bin/sh"') == "bin/sh"
     assert mounts_root('"root=/dev/vda"')
-    assert switched_on('kho="on"', "kho")
-    assert not list(losses(compare("kho=on", '"kho=on"')))
+    assert is_switched_on('kho="on"', "kho")
+    assert not list(describe_losses(compare_cmdlines("kho=on", '"kho=on"')))
 
 
 def test_what_is_init_s_is_none_of_the_kernel_s() -> None:
-    assert not switched_on("quiet -- kho=on", "kho")
-    assert not switched_on('quiet "--" kho=on', "kho")
-    assert not list(losses(compare("quiet -- kho=on", "quiet")))
-    assert list(losses(compare("kho=on", "quiet -- kho=on")))
+    assert not is_switched_on("quiet -- kho=on", "kho")
+    assert not is_switched_on('quiet "--" kho=on', "kho")
+    assert not list(describe_losses(compare_cmdlines("quiet -- kho=on", "quiet")))
+    assert list(describe_losses(compare_cmdlines("kho=on", "quiet -- kho=on")))
 
 
 @pytest.mark.parametrize(
@@ -335,4 +356,4 @@ def test_what_is_init_s_is_none_of_the_kernel_s() -> None:
     ],
 )
 def test_a_boolean_is_read_as_kstrtobool_does(line: str, on: bool) -> None:
-    assert switched_on(line, "kho") is on
+    assert is_switched_on(line, "kho") is on

@@ -33,7 +33,7 @@ def main(root: Path, text: str) -> Path:
 
 
 def test_no_file_is_the_defaults(tmp_path: Path) -> None:
-    assert config.load(tmp_path) == Config()
+    assert config.load_config(tmp_path) == Config()
 
 
 def test_fragments_come_by_name_after_the_main_file_and_the_last_wins(root: Path) -> None:
@@ -41,7 +41,7 @@ def test_fragments_come_by_name_after_the_main_file_and_the_last_wins(root: Path
     (root / "etc/kho/khod.toml.d/20-b.toml").write_text("[deadlines]\nfreeze = 3\n")
     (root / "etc/kho/khod.toml.d/10-a.toml").write_text("[deadlines]\nfreeze = 2\nload = 2.5\n")
     (root / "etc/kho/khod.toml.d/30-c.toml.disabled").write_text("[deadlines]\nfreeze = 4\n")
-    deadlines = config.load(root).deadlines
+    deadlines = config.load_config(root).deadlines
     assert (deadlines.freeze, deadlines.load, deadlines.activate) == (3.0, 2.5, 1.0)
     assert deadlines.prepare == Config().deadlines.prepare
 
@@ -74,7 +74,7 @@ WRONG = [
 def test_what_is_wrong_is_named_with_file_and_line(root: Path, text: str, line: int, key: str) -> None:
     path = main(root, text)
     with pytest.raises(ConfigError) as raised:
-        config.load(root)
+        config.load_config(root)
     assert raised.value.where == f"{path}:{line}"
     assert key in raised.value.what
     assert raised.value.exit is Exit.usage
@@ -85,7 +85,7 @@ def test_a_wrong_key_in_a_fragment_names_the_fragment(root: Path) -> None:
     path = root / "etc/kho/khod.toml.d/10-local.toml"
     path.write_text("[policy]\nmax_failed = 2\n")
     with pytest.raises(ConfigError) as raised:
-        config.load(root)
+        config.load_config(root)
     assert raised.value.where == f"{path}:2"
     assert "max_failed_activations" in raised.value.remedy, "what is known here"
 
@@ -94,11 +94,11 @@ def test_files_that_cannot_be_read(root: Path) -> None:
     path = main(root, "")
     path.write_bytes(b"[policy]\n# \xff\n")
     with pytest.raises(ConfigError, match=re.escape(str(path))):
-        config.load(root)
+        config.load_config(root)
     path.unlink()
     path.mkdir()
     with pytest.raises(ConfigError, match=re.escape(str(path))):
-        config.load(root)
+        config.load_config(root)
 
 
 def test_the_shipped_file_has_every_key_with_its_default_and_a_sentence() -> None:
@@ -124,7 +124,7 @@ def test_a_producer_is_read_with_all_its_keys(root: Path) -> None:
     (root / "etc/kho/producers.d/vm.toml").write_text(
         'prepare = ["/bin/a", "b c"]\nthaw = ["/bin/t"]\ntimeout = 3\nafter = ["net"]\nbefore = ["disk"]\n'
     )
-    (hook,) = directory.load(root)
+    (hook,) = directory.load_directory(root)
     assert (hook.name, hook.timeout, hook.after, hook.before) == ("vm", 3.0, ("net",), ("disk",))
     assert isinstance(hook, Hook)
     assert hook.commands == {"prepare": ["/bin/a", "b c"], "thaw": ["/bin/t"]}
@@ -132,18 +132,18 @@ def test_a_producer_is_read_with_all_its_keys(root: Path) -> None:
 
 def test_a_producer_s_file_is_read_again_when_it_has_changed(root: Path) -> None:
     found, path = Directory(root), root / "etc/kho/producers.d/vm.toml"
-    assert found.producers() == []
+    assert found.load_producers() == []
     path.write_text("timeout = 3\n")
-    assert [producer.timeout for producer in found.producers()] == [3.0]
-    assert found.producers()[0] is found.producers()[0], "nothing has changed"
+    assert [producer.timeout for producer in found.load_producers()] == [3.0]
+    assert found.load_producers()[0] is found.load_producers()[0], "nothing has changed"
     path.write_text("timeout = 30\n")
-    assert [producer.timeout for producer in found.producers()] == [30.0]
+    assert [producer.timeout for producer in found.load_producers()] == [30.0]
     path.write_text("timeout = 0\n")
     for _again in range(2):
         with pytest.raises(ConfigError):
-            found.producers()
+            found.load_producers()
     path.unlink()
-    assert found.producers() == []
+    assert found.load_producers() == []
 
 
 WRONG_PRODUCERS = [
@@ -173,7 +173,7 @@ def test_a_wrong_producer_names_its_file(root: Path, text: str) -> None:
     path = root / "etc/kho/producers.d/vm.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as raised:
-        directory.load(root)
+        directory.load_directory(root)
     assert raised.value.where.startswith(str(path))
 
 
@@ -184,7 +184,7 @@ def test_a_producer_s_file_that_is_none_names_itself(root: Path) -> None:
     for make in (os.mkfifo, Path.mkdir):
         make(path)
         with pytest.raises(ConfigError) as raised:
-            directory.load(root)
+            directory.load_directory(root)
         assert raised.value.where == str(path)
         path.rmdir() if path.is_dir() else path.unlink()
 
@@ -193,12 +193,12 @@ def test_a_producer_s_file_that_is_none_names_itself(root: Path) -> None:
 def test_a_producer_s_name_is_plain(root: Path, name: str) -> None:
     (root / f"etc/kho/producers.d/{name}.toml").write_text("")
     with pytest.raises(ConfigError):
-        directory.load(root)
+        directory.load_directory(root)
 
 
 def test_a_profile_is_what_kexec_would_be_given(tmp_path: Path) -> None:
     (tmp_path / "next.toml").write_text('image = "/boot/vmlinuz"\nappend = "quiet"\nnow = true\n')
-    found = profile.load("next", tmp_path)
+    found = profile.load_profile("next", tmp_path)
     assert {key: value for key, value in found.items() if value is not None} == {
         "image": "/boot/vmlinuz",
         "append": "quiet",
@@ -210,7 +210,7 @@ def test_a_profile_is_what_kexec_would_be_given(tmp_path: Path) -> None:
 def test_a_wrong_profile_names_its_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "next.toml").write_text(text)
     with pytest.raises(ConfigError) as raised:
-        profile.load("next", tmp_path)
+        profile.load_profile("next", tmp_path)
     assert str(tmp_path / "next.toml") in raised.value.where
 
 
@@ -219,4 +219,4 @@ def test_a_profile_is_a_name_in_its_directory(tmp_path: Path, name: str) -> None
     (tmp_path / "handover.d").mkdir()
     (tmp_path / "secret.toml").write_text('image = "/x"\n')
     with pytest.raises(ConfigError):
-        profile.load(name, tmp_path / "handover.d")
+        profile.load_profile(name, tmp_path / "handover.d")

@@ -62,7 +62,7 @@ def producer(khod_directory: Path) -> Path:
 
 def test_the_two_commands_take_the_host_to_the_next_kernel(start: Callable[[], Khod]) -> None:
     khod = start()
-    before = khod.kernel.read("/proc/sys/kernel/random/boot_id")
+    before = khod.kernel.read_file("/proc/sys/kernel/random/boot_id")
     assert khod.khoctl("activate").code == Exit.done
     assert khod.active
     shown = khod.khoctl("dt", "show")
@@ -73,8 +73,8 @@ def test_the_two_commands_take_the_host_to_the_next_kernel(start: Callable[[], K
     )
     assert jumped.code == Exit.done, jumped.err
     khod.word("READY=1")  # the khod of the second kernel
-    assert khod.kernel.read("/proc/sys/kernel/random/boot_id") != before
-    assert "marker=1" in khod.kernel.read("/proc/cmdline").decode().split()
+    assert khod.kernel.read_file("/proc/sys/kernel/random/boot_id") != before
+    assert "marker=1" in khod.kernel.read_file("/proc/cmdline").decode().split()
     status = khod.khoctl("status")
     assert status.code == Exit.done
     assert "verified" in status.out
@@ -82,7 +82,7 @@ def test_the_two_commands_take_the_host_to_the_next_kernel(start: Callable[[], K
         assert khod.khoctl("dt", "export", "--side", side, "-o", khod.directory / side).code == Exit.done
     arrived = (khod.directory / "in").read_bytes()
     assert arrived == (khod.directory / "snapshot").read_bytes()
-    assert arrived == khod.kernel.read("/sys/firmware/kho/dt")
+    assert arrived == khod.kernel.read_file("/sys/firmware/kho/dt")
 
 
 def watching(khod: Khod) -> socket.socket:
@@ -130,7 +130,7 @@ def test_sigterm_while_loaded_unloads_too(start: Callable[[], Khod]) -> None:
 def test_sigterm_that_cannot_put_everything_back_says_so(start: Callable[[], Khod]) -> None:
     khod = start()
     loaded(khod)
-    khod.kernel.fault("unload_errno", 16)
+    khod.kernel.set_fault("unload_errno", 16)
     assert khod.end(signal.SIGTERM) == Exit.not_rolled_back
     assert "EBUSY" in khod.errors.read_text() or "busy" in khod.errors.read_text()
     assert "Traceback" not in khod.errors.read_text()
@@ -186,7 +186,7 @@ def test_reload_takes_a_good_configuration_and_keeps_the_old_one_over_a_bad_one(
     khod.process.send_signal(signal.SIGHUP)
     assert "MONOTONIC_USEC=" in khod.word("RELOADING=1")
     khod.word("READY=1")
-    khod.kernel.fault("veto", 1)
+    khod.kernel.set_fault("veto", 1)
     assert khod.khoctl("activate").code == Exit.failed
     assert khod.khoctl("activate").code == Exit.refused, "the new bound of one holds"
 
@@ -248,7 +248,7 @@ def test_the_first_request_that_starts_khod_is_answered(tmp_path: Path) -> None:
 
 def test_a_jump_that_comes_back_is_told_with_its_exit_code(start: Callable[[], Khod]) -> None:
     khod = start()
-    khod.kernel.fault("reboot_errno", 16)
+    khod.kernel.set_fault("reboot_errno", 16)
     ended = khod.khoctl("kexec", "--now", "--image", khod.directory / "vmlinuz", "--initrd", khod.directory / "initrd")
     assert ended.code == Exit.failed
     assert "EBUSY" in ended.err
@@ -258,7 +258,7 @@ def test_a_jump_that_comes_back_is_told_with_its_exit_code(start: Callable[[], K
 
 def test_a_cold_boot_is_told_with_its_exit_code(start: Callable[[], Khod]) -> None:
     khod = start()
-    khod.kernel.fault("cold", True)
+    khod.kernel.set_fault("cold", True)
     khod.khoctl("kexec", "--now", "--image", khod.directory / "vmlinuz", "--initrd", khod.directory / "initrd")
     khod.word("READY=1")
     status = khod.khoctl("status")

@@ -14,8 +14,8 @@ from khod.engine.rollback import bound_seconds
 from khod.errors import Failed, NotRolledBack, Refused, Unreachable
 from khod.handover.record import Owner, Process
 from khod.model import Phase
-from khod.producers.identity import lives, process_of
-from khod.producers.peers import Answer, Peer, Terms
+from khod.producers.identity import is_alive, process_of
+from khod.producers.peers import Answer, Peer, Registration
 from tests.unit.harness import Living
 from tests.unit.scripted import Scripted
 from tests.unit.virtual import VirtualHost, in_virtual_time, now
@@ -45,7 +45,7 @@ def start() -> Iterator[Callable[[], Living]]:
 
 
 async def register(engine: Engine, process: Process, owner: Owner = OWNER) -> Peer:
-    return await engine.register("kv", owner, process, Terms())
+    return await engine.register_producer("kv", owner, process, Registration())
 
 
 @asynccontextmanager
@@ -58,7 +58,7 @@ async def serving(engine: Engine, process: Process, owner: Owner = OWNER) -> Asy
         answer = None
         with suppress(Unreachable):
             while True:
-                command = await peer.next(answer)
+                command = await peer.exchange_answer(answer)
                 heard.append(command.verb.value)
                 answer = Answer(command.serial, "ready")
 
@@ -66,7 +66,7 @@ async def serving(engine: Engine, process: Process, owner: Owner = OWNER) -> Asy
     try:
         yield heard
     finally:
-        engine.muster.peers.leave(peer)
+        engine.muster.peers.remove_peer(peer)
         await task
 
 
@@ -89,7 +89,7 @@ async def test_one_that_lives_and_does_not_come_back_is_not_undone(
 ) -> None:
     process = start()
     engine = await frozen(host, process.identity)
-    began, bound = now(), bound_seconds(engine.config.deadlines, engine.muster.everyone())
+    began, bound = now(), bound_seconds(engine.config.deadlines, engine.muster.all_producers())
     await rests(host, engine, Phase.failed, Phase.idle)
     assert engine.machine.phase is Phase.failed
     assert now() - began <= bound
@@ -123,9 +123,9 @@ async def test_one_that_comes_back_in_time_is_told(host: VirtualHost, start: Cal
 async def hung_up_at(engine: Engine, process: Process, verb: str) -> None:
     """Have a peer serve, and lose its connection where it is told this verb, which it does not answer."""
     peer, answer = await register(engine, process), None
-    while (command := await peer.next(answer)).verb.value != verb:
+    while (command := await peer.exchange_answer(answer)).verb.value != verb:
         answer = Answer(command.serial, "ready")
-    engine.muster.peers.leave(peer)
+    engine.muster.peers.remove_peer(peer)
 
 
 @pytest.mark.parametrize("verb", ["thaw", "cancel"])
@@ -171,7 +171,7 @@ async def test_one_that_hangs_up_at_its_thaw_is_waited_for_until_it_has_ended(
         return
     with pytest.raises(NotRolledBack, match=f"process {process.identity.pid} is frozen, alive and not connected"):
         await aborting
-    assert now() - began <= bound_seconds(engine.config.deadlines, engine.muster.everyone())
+    assert now() - began <= bound_seconds(engine.config.deadlines, engine.muster.all_producers())
     assert host.verbs[-2:] == ["a thaw", "a cancel"]
 
 
@@ -191,7 +191,7 @@ async def test_one_that_has_ended_is_said_to_be_gone(host: VirtualHost, start: C
 async def test_one_that_an_operator_gives_up_is_not_waited_for(host: VirtualHost, start: Callable[[], Living]) -> None:
     engine = await frozen(host, start().identity)
     await rests(host, engine, Phase.failed)
-    await engine.forget("kv")
+    await engine.forget_producer("kv")
     async with serving(engine, start().identity) as heard:
         await engine.abort()
         assert heard == ["registered: freeze", "thaw", "cancel"]
@@ -230,10 +230,10 @@ async def test_nor_at_rest_before_it_has_ended_or_was_given_up(host: VirtualHost
             await register(engine, start().identity)
         assert "khoctl producers forget kv" in refused.value.remedy
         if given_up:
-            await engine.forget("kv")
+            await engine.forget_producer("kv")
         else:
             process.end()
-        engine.muster.peers.leave(await register(engine, start().identity))
+        engine.muster.peers.remove_peer(await register(engine, start().identity))
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -247,14 +247,14 @@ async def test_with_a_record_that_cannot_be_read_whoever_may_be_frozen_stays_so(
     async with serving(engine, process):
         await (host.kexec(engine, load_only=True) if loaded else engine.activate())
         engine.muster.peers.stop_remembering()  # khod is killed
-        host.store.path.write_bytes(host.store.path.read_bytes()[:100])
+        host.store.record_path.write_bytes(host.store.record_path.read_bytes()[:100])
         engine = await host.started()
         assert engine.machine.phase is Phase.inconsistent
         async with serving(engine, process) as heard:
             assert heard == ["registered: freeze"]
             await engine.abort(force=True)
             assert heard == ["registered: freeze", "thaw", "cancel"]
-        assert (engine.machine.phase, engine.muster.peers.known()) == (Phase.idle, [])
+        assert (engine.machine.phase, engine.muster.peers.all_peers()) == (Phase.idle, [])
 
 
 @in_virtual_time
@@ -266,7 +266,7 @@ async def test_with_a_record_that_cannot_be_read_one_that_has_ended_holds_nobody
     async with serving(engine, process.identity):
         await engine.activate()
         engine.muster.peers.stop_remembering()
-        host.store.path.write_bytes(b"")
+        host.store.record_path.write_bytes(b"")
         process.end()
         engine = await host.started()
         await engine.abort(force=True)
@@ -282,7 +282,7 @@ async def test_the_name_of_one_that_an_operator_gives_up_is_free(
     other = Owner(0, "other.service")
     with pytest.raises(Refused, match="forget"):
         await register(engine, start().identity, other)
-    await engine.forget("kv")
+    await engine.forget_producer("kv")
     async with serving(engine, start().identity, other) as heard:
         await engine.abort()
     assert heard == ["registered: ", "thaw", "cancel"]
@@ -292,8 +292,8 @@ async def test_the_name_of_one_that_an_operator_gives_up_is_free(
 def test_a_zombie_has_ended(start: Callable[[], Living]) -> None:
     """Its parent may be slow to wait for it; its successor must not be refused for that."""
     living = start()
-    assert lives(living.identity)
+    assert is_alive(living.identity)
     os.kill(living.identity.pid, signal.SIGKILL)
     os.waitid(os.P_PID, living.identity.pid, os.WEXITED | os.WNOWAIT)
     assert process_of(living.identity.pid) == living.identity
-    assert not lives(living.identity)
+    assert not is_alive(living.identity)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from khod.errors import Exit
-from khod.simulated.kernel import initrd
+from khod.simulated.kernel import build_initrd
 from tests.dtc import dtc
 from tests.unit.images import bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, Terminal, cli
@@ -25,7 +25,7 @@ def khod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Khod]:
     """A khod in its second kernel, and active again."""
     directory = tmp_path_factory.mktemp("khod")
     (directory / "vmlinuz").write_bytes(bzimage())
-    (directory / "initrd").write_bytes(initrd())
+    (directory / "initrd").write_bytes(build_initrd())
     made = Khod(directory)
     jumped = made.khoctl("kexec", "--now", "--image", directory / "vmlinuz", "--initrd", directory / "initrd")
     assert jumped.code == Exit.done, jumped.err
@@ -52,7 +52,7 @@ def refused(ended: Answer, code: int, *words: str) -> None:
 def test_what_left_is_listed_and_shown_by_its_id(khod: Khod, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     mine, kept = khod.khoctl("dt", "list", "--json").json
-    boot = khod.kernel.read("/proc/sys/kernel/random/boot_id").decode().strip()
+    boot = khod.kernel.read_file("/proc/sys/kernel/random/boot_id").decode().strip()
     assert (mine["boot_id"] == boot) > (kept["boot_id"] == boot), "the newest first, and it has not left yet"
     assert kept["generation"] == "sysfs"
     page = khod.khoctl("dt", "list").out
@@ -99,7 +99,7 @@ def test_a_tree_is_exported_in_each_form(khod: Khod, tmp_path: Path) -> None:
         ended = khod.khoctl("dt", "export", "out", "--format", form, "--output", tmp_path / form)
         assert ended.code == Exit.done, ended.err
     blob = (tmp_path / "dtb").read_bytes()
-    assert blob == khod.kernel.read("/sys/kernel/kho/dt")
+    assert blob == khod.kernel.read_file("/sys/kernel/kho/dt")
     assert dtc("dts", (tmp_path / "dts").read_bytes()) == dtc("dtb", blob)
     assert json.loads((tmp_path / "json").read_text())["root"]["compatible"] == "kho-v1"
 

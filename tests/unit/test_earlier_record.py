@@ -25,7 +25,7 @@ EARLIER_HOLDER = "name kind told note timeout after before devices owner process
 
 def as_earlier(record: Record, phase: Phase) -> bytes:
     """The record as an earlier khod would have it: what waits stands among the producers, nothing is said of more."""
-    values: dict[str, Any] = json.loads(json.dumps(record, default=wire.plain))
+    values: dict[str, Any] = json.loads(json.dumps(record, default=wire.encode_value))
     holders = values["claims"] or values["producers"]
     values |= {
         "phase": phase.name,
@@ -38,7 +38,7 @@ def as_earlier(record: Record, phase: Phase) -> bytes:
 
 async def test_the_jump_of_an_earlier_khod_loses_nothing(host: LuoHost) -> None:
     await jump(host, Hook("mine", commands={"restore": ["/bin/true"]}), Hook("none", commands={"freeze": ["true"]}))
-    host.store.path.write_bytes(as_earlier(host.record, Phase.executing))
+    host.store.record_path.write_bytes(as_earlier(host.record, Phase.executing))
     (host.store.directory / DEPARTURE).unlink()
     engine = await host.started()
     await taken_back(host, engine)
@@ -51,7 +51,7 @@ async def test_the_jump_of_an_earlier_khod_loses_nothing(host: LuoHost) -> None:
 @pytest.mark.parametrize("phase", [Phase.verifying, Phase.degraded])
 async def test_what_waits_in_an_earlier_khod_s_record_is_not_lost(host: LuoHost, phase: Phase) -> None:
     await degraded(host)
-    host.store.path.write_bytes(as_earlier(host.record, phase))
+    host.store.record_path.write_bytes(as_earlier(host.record, phase))
     host.config = Config()
     engine = await host.started()
     assert waiting(host)

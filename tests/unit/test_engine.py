@@ -25,13 +25,13 @@ def two_producers(host: Host) -> None:
 async def test_a_whole_handover_ends_verified_in_the_second_kernel(host: Host) -> None:
     two_producers(host)
     engine = await host.started()
-    before = host.kernel.read("/proc/sys/kernel/random/boot_id")
+    before = host.kernel.read_file("/proc/sys/kernel/random/boot_id")
 
     with pytest.raises(Rebooted):
         await host.kexec(engine)
 
     assert host.kernel.calls == ["active=1", "load", "reboot"]
-    assert host.kernel.read("/proc/sys/kernel/random/boot_id") != before
+    assert host.kernel.read_file("/proc/sys/kernel/random/boot_id") != before
     second = await host.started()
     status = await second.status()
     assert status.phase is Phase.verified
@@ -40,12 +40,14 @@ async def test_a_whole_handover_ends_verified_in_the_second_kernel(host: Host) -
     assert status.verdict is not None
     assert status.verdict.arrived == ["ftrace"]
     assert (await second.tree("in")).root == (await second.tree("snapshot")).root
-    assert f"khod.run={status.run}" in host.kernel.read("/proc/cmdline").decode().split()
+    assert f"khod.run={status.run}" in host.kernel.read_file("/proc/cmdline").decode().split()
     assert host.verbs == UNDONE[:4], "no producer is called back after the jump"
 
 
 async def test_each_step_is_recorded_before_it_is_taken(host: Host) -> None:
-    copies = {verb: f"mkdir {host.directory / verb}; cp {host.store.path} {host.directory / verb}" for verb in VERBS}
+    copies = {
+        verb: f"mkdir {host.directory / verb}; cp {host.store.record_path} {host.directory / verb}" for verb in VERBS
+    }
     host.hook("a", copies)
     engine = await host.started()
     with pytest.raises(Rebooted):
@@ -69,7 +71,7 @@ async def test_activate_stops_at_active_and_abort_puts_all_back(host: Host) -> N
     before = await engine.status()
     assert (before.phase, before.kernel_active, before.kernel_loaded) == (Phase.active, True, False)
     assert host.record.phase.value == "active"
-    assert (await engine.tree("out")).root == host.kernel.read("/sys/kernel/kho/dt")
+    assert (await engine.tree("out")).root == host.kernel.read_file("/sys/kernel/kho/dt")
 
     await engine.abort()
     after = await engine.status()
@@ -295,7 +297,7 @@ async def test_kexec_without_an_initrd(host: Host) -> None:
 
 async def test_the_kernel_is_active_only_by_one_write(host: Host) -> None:
     """A second write of 1 would be v3's silent no-op: success proves nothing, so none is made."""
-    host.kernel.echo(ACTIVE, "1")
+    host.kernel.echo_to(ACTIVE, "1")
     engine = await host.started()
     with pytest.raises(Refused):
         await engine.activate()

@@ -11,7 +11,7 @@ from tests.unit.harness import ACTIVE, Host
 
 
 def drive_by_hand(host: Host, *, loaded: bool) -> None:
-    host.kernel.echo(ACTIVE, "1")
+    host.kernel.echo_to(ACTIVE, "1")
     if loaded:
         with host.request() as request:
             assert request.kernel is not None
@@ -36,10 +36,10 @@ async def test_activation_behind_khod_s_back_is_foreign(host: Host, loaded: bool
 
 
 async def test_foreign_ends_when_whoever_did_it_puts_it_back(host: Host) -> None:
-    host.kernel.echo(ACTIVE, "1")
+    host.kernel.echo_to(ACTIVE, "1")
     engine = await host.started()
     assert (await engine.status()).phase is Phase.foreign
-    host.kernel.echo(ACTIVE, "0")
+    host.kernel.echo_to(ACTIVE, "0")
     assert (await engine.status()).phase is Phase.idle
     await engine.activate()
     assert (await engine.status()).phase == Phase.active
@@ -49,7 +49,7 @@ async def test_a_deactivation_behind_khod_s_back_is_inconsistent(host: Host) -> 
     host.hook("a")
     engine = await host.started()
     await engine.activate()
-    host.kernel.echo(ACTIVE, "0")
+    host.kernel.echo_to(ACTIVE, "0")
     assert (await engine.status()).phase is Phase.inconsistent
     with pytest.raises(Refused):
         await host.kexec(engine)
@@ -62,7 +62,7 @@ async def test_a_deactivation_behind_khod_s_back_is_inconsistent(host: Host) -> 
 
 async def test_a_plain_reset_instead_of_the_jump_is_a_cold_boot(host: Host) -> None:
     engine = await host.started()
-    host.kernel.fault("cold", True)
+    host.kernel.set_fault("cold", True)
     with pytest.raises(Rebooted):
         await host.kexec(engine)
     engine = await host.started()
@@ -79,7 +79,7 @@ async def test_a_plain_reset_instead_of_the_jump_is_a_cold_boot(host: Host) -> N
 @pytest.mark.parametrize(("fault", "named"), [("lose", "missing"), ("change", "changed")])
 async def test_state_that_does_not_arrive_whole_is_degraded(host: Host, fault: str, named: str) -> None:
     engine = await host.started()
-    host.kernel.fault(fault, True)
+    host.kernel.set_fault(fault, True)
     with pytest.raises(Rebooted):
         await host.kexec(engine)
     for _start in range(2):
@@ -101,7 +101,7 @@ async def test_a_snapshot_that_is_gone_cannot_prove_anything(host: Host) -> None
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'{"version": 99}', b"\xff\xfe"])
 async def test_a_record_that_cannot_be_understood_is_inconsistent_until_forced(host: Host, raw: bytes) -> None:
-    host.store.path.write_bytes(raw)
+    host.store.record_path.write_bytes(raw)
     engine = await host.started()
     status = await engine.status()
     assert status.phase is Phase.inconsistent
@@ -110,7 +110,7 @@ async def test_a_record_that_cannot_be_understood_is_inconsistent_until_forced(h
         await engine.activate()
     with pytest.raises(Refused):
         await engine.abort()
-    assert host.store.path.read_bytes() == raw, "what an operator must see is not overwritten"
+    assert host.store.record_path.read_bytes() == raw, "what an operator must see is not overwritten"
     await engine.abort(force=True)
     assert (await engine.status()).phase is Phase.idle
     assert (await (await host.started()).status()).phase is Phase.idle

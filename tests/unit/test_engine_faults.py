@@ -42,14 +42,14 @@ async def test_a_fault_puts_everything_back(
     host: Host, fault: str, value: object, error: type[KhoError], log: str
 ) -> None:
     host.hook("a")
-    host.kernel.fault(fault, value)
+    host.kernel.set_fault(fault, value)
     engine = await host.started()
     with pytest.raises(error) as raised:
         await host.kexec(engine)
     assert type(raised.value) is error
     assert raised.value.exit is Exit.failed
     assert raised.value.what
-    assert log in host.kernel.log
+    assert log in host.kernel.kernel_log
     status = await engine.status()
     assert status.phase is Phase.idle
     assert status.done == []
@@ -57,14 +57,14 @@ async def test_a_fault_puts_everything_back(
     assert host.verbs == ["a prepare", "a freeze", "a thaw", "a cancel"]
     await put_back(host)
 
-    host.kernel.fault(fault, None)
+    host.kernel.set_fault(fault, None)
     with pytest.raises(Rebooted):
         await host.kexec(engine)
     assert (await (await host.started()).status()).phase is Phase.verified
 
 
 async def test_reboot_that_comes_back_unloads_before_it_leaves_the_active_phase(host: Host) -> None:
-    host.kernel.fault("reboot_errno", errno.EBUSY)
+    host.kernel.set_fault("reboot_errno", errno.EBUSY)
     engine = await host.started()
     with pytest.raises(Failed) as raised:
         await host.kexec(engine)
@@ -88,7 +88,7 @@ async def test_a_failure_nobody_thought_of_is_put_back_too(host: Host) -> None:
 
 
 async def test_dt_max_too_small_is_put_back_and_names_dt_max(host: Host) -> None:
-    host.kernel.echo("/sys/kernel/kho/dt_max", "0x10")
+    host.kernel.echo_to("/sys/kernel/kho/dt_max", "0x10")
     engine = await host.started()
     with pytest.raises(Failed) as raised:
         await engine.activate()
@@ -97,7 +97,7 @@ async def test_dt_max_too_small_is_put_back_and_names_dt_max(host: Host) -> None
 
 
 async def test_what_does_not_fit_into_scratch_is_refused_before_anyone_is_told(host: Host) -> None:
-    host.kernel._set("/sys/kernel/kho/scratch_len", b"0x4000\n")
+    host.kernel._set_file("/sys/kernel/kho/scratch_len", b"0x4000\n")
     host.hook("a")
     engine = await host.started()
     with pytest.raises(Refused, match="EADDRNOTAVAIL") as raised:
@@ -107,7 +107,7 @@ async def test_what_does_not_fit_into_scratch_is_refused_before_anyone_is_told(h
 
 
 async def test_what_does_not_fit_into_scratch_after_all_is_put_back(host: Host) -> None:
-    host.kernel._set("/sys/kernel/kho/scratch_len", b"0x4000\n")
+    host.kernel._set_file("/sys/kernel/kho/scratch_len", b"0x4000\n")
     host.config = Config(checks=Checks(fit="off"))
     engine = await host.started()
     with pytest.raises(Failed) as raised:
@@ -163,7 +163,7 @@ async def test_the_step_s_own_deadline_holds_for_all_producers_together(host: Ho
 async def test_a_failed_unload_stands_in_the_status_and_abort_may_be_tried_again(host: Host) -> None:
     engine = await host.started()
     await host.kexec(engine, load_only=True)
-    host.kernel.fault("unload_errno", errno.EBUSY)
+    host.kernel.set_fault("unload_errno", errno.EBUSY)
     with pytest.raises(NotRolledBack) as raised:
         await engine.abort()
     assert raised.value.exit is Exit.not_rolled_back
@@ -174,7 +174,7 @@ async def test_a_failed_unload_stands_in_the_status_and_abort_may_be_tried_again
     with pytest.raises(Refused):
         await engine.activate()
 
-    host.kernel.fault("unload_errno", None)
+    host.kernel.set_fault("unload_errno", None)
     await engine.abort()
     assert (await engine.status()).exit_code == Exit.done
     await put_back(host)
@@ -184,7 +184,7 @@ async def test_loading_switched_off_after_the_load_leaves_the_image_and_says_so(
     """kexec_load_disabled refuses an unload too."""
     engine = await host.started()
     await host.kexec(engine, load_only=True)
-    host.kernel.echo(LOAD_DISABLED, "1")
+    host.kernel.echo_to(LOAD_DISABLED, "1")
     with pytest.raises(NotRolledBack):
         await engine.abort()
     assert (await engine.status()).left == ["activate", "load"]
@@ -194,12 +194,12 @@ async def test_loading_switched_off_after_the_load_leaves_the_image_and_says_so(
 async def test_a_failed_deactivation_leaves_failed_and_abort_may_be_tried_again(host: Host) -> None:
     engine = await host.started()
     await engine.activate()
-    host.kernel.fault("abort_errno", errno.EBUSY)
+    host.kernel.set_fault("abort_errno", errno.EBUSY)
     with pytest.raises(NotRolledBack):
         await engine.abort()
     status = await engine.status()
     assert (status.phase, status.left, status.kernel_active) == (Phase.failed, ["activate"], True)
-    host.kernel.fault("abort_errno", None)
+    host.kernel.set_fault("abort_errno", None)
     await engine.abort()
     await put_back(host)
 
@@ -228,21 +228,21 @@ async def test_a_producer_that_could_not_be_put_back_is_told_again_by_the_next_a
 
 async def test_hold_keeps_what_was_done_before_the_failed_step(host: Host) -> None:
     host.hook("a")
-    host.kernel.fault("load_errno", errno.ENOMEM)
+    host.kernel.set_fault("load_errno", errno.ENOMEM)
     engine = await host.started()
     with pytest.raises(NotRolledBack):
         await host.kexec(engine, hold=True)
     status = await engine.status()
     assert (status.phase, status.kernel_active, status.kernel_loaded) == (Phase.active, True, False)
     assert host.record.phase is Phase.active
-    host.kernel.fault("load_errno", None)
+    host.kernel.set_fault("load_errno", None)
     with pytest.raises(Rebooted):
         await host.kexec(engine)
     assert host.verbs == ["a prepare", "a freeze"]
 
 
 async def test_hold_after_the_jump_came_back_keeps_the_image_and_abort_clears_it(host: Host) -> None:
-    host.kernel.fault("reboot_errno", errno.EBUSY)
+    host.kernel.set_fault("reboot_errno", errno.EBUSY)
     engine = await host.started()
     with pytest.raises(NotRolledBack):
         await host.kexec(engine, hold=True)
@@ -256,7 +256,7 @@ async def test_hold_after_the_jump_came_back_keeps_the_image_and_abort_clears_it
 @pytest.mark.parametrize("limit", ["0", "1"])
 async def test_too_few_load_calls_left_are_refused_before_the_kernel_is_touched(host: Host, limit: str) -> None:
     """A load and its undo are two calls of kexec_load_limit_reboot."""
-    host.kernel.echo(LOAD_LIMIT, limit)
+    host.kernel.echo_to(LOAD_LIMIT, limit)
     engine = await host.started()
     with pytest.raises(Refused):
         await host.kexec(engine)
@@ -265,7 +265,7 @@ async def test_too_few_load_calls_left_are_refused_before_the_kernel_is_touched(
 
 
 async def test_loading_switched_off_is_refused_before_the_kernel_is_touched(host: Host) -> None:
-    host.kernel.echo(LOAD_DISABLED, "1")
+    host.kernel.echo_to(LOAD_DISABLED, "1")
     engine = await host.started()
     with pytest.raises(Refused):
         await host.kexec(engine)

@@ -44,7 +44,7 @@ class LoadFirst(SysfsKho):
 class Empty(SysfsKho):
     """The embedded kernel driven as one without any producer: the tree is just `compatible`."""
 
-    def tree(self) -> Tree:
+    def outgoing_tree(self) -> Tree:
         writer = libfdt.FdtSw()
         writer.finish_reservemap()
         writer.begin_node("")
@@ -146,7 +146,7 @@ async def test_a_missing_state_directory_stops_it_before_the_kernel_is_touched(h
 async def test_failed_activations_are_bounded(host: Host) -> None:
     """Each may leak up to dt_max of kernel memory."""
     host.config = Config(policy=Policy(max_failed_activations=2))
-    host.kernel.fault("veto", 1)
+    host.kernel.set_fault("veto", 1)
     engine = await host.started()
     for _attempt in range(2):
         with pytest.raises(Failed):
@@ -182,7 +182,7 @@ async def test_an_abort_that_forgets_makes_the_state_suspect_until_a_reboot(host
     with pytest.raises(Refused):
         await engine.activate()
 
-    host.kernel._boot("root=/dev/sim rw")
+    host.kernel._boot_kernel("root=/dev/sim rw")
     engine = await host.started()
     await engine.activate()
     assert host.kernel.active
@@ -200,7 +200,7 @@ async def test_policy_may_go_on_after_a_forgetful_abort(host: Host) -> None:
 
 async def test_a_failed_handover_on_a_forgetful_kernel_is_suspect_too(host: Host) -> None:
     driven_as(host, Forgetful(host.kernel))
-    host.kernel.fault("load_errno", 12)
+    host.kernel.set_fault("load_errno", 12)
     engine = await host.started()
     with pytest.raises(Failed):
         await host.kexec(engine)
@@ -242,7 +242,7 @@ async def test_load_first_loads_before_anyone_is_frozen(host: Host) -> None:
 async def test_load_first_is_put_back_in_the_reverse_of_its_own_order(host: Host) -> None:
     driven_as(host, LoadFirst(host.kernel))
     host.hook("a")
-    host.kernel.fault("reboot_errno", 16)
+    host.kernel.set_fault("reboot_errno", 16)
     engine = await host.started()
     with pytest.raises(Failed):
         await host.kexec(engine)

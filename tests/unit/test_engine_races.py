@@ -125,7 +125,7 @@ async def test_force_clears_up_on_a_kernel_without_kho_too(host: Host, record: b
         assert request.kernel is not None
         host.kernel.kexec_file_load(request.kernel.fd, request.initrds[0].fd, b"root=/dev/sim\0", 0)
     if record is not None:
-        host.store.path.write_bytes(record)
+        host.store.record_path.write_bytes(record)
     engine = await host.started()
     assert (await engine.status()).phase in (Phase.foreign, Phase.inconsistent)
     with pytest.raises(Refused):
@@ -164,7 +164,7 @@ async def test_status_while_it_is_put_back_answers_at_once(host: Host) -> None:
 async def test_the_count_of_failed_activations_is_the_kernel_s_own(host: Host) -> None:
     """Only a write the kernel refused leaks: not a jump that came back, not an abort in between."""
     host.config = Config(policy=Policy(max_failed_activations=1))
-    host.kernel.fault("reboot_errno", errno.EBUSY)
+    host.kernel.set_fault("reboot_errno", errno.EBUSY)
     engine = await host.started()
     for _attempt in range(2):
         with pytest.raises(Failed):

@@ -44,12 +44,12 @@ KILLED = [
 async def killed_at(host: Host, phase: Phase, done: tuple[Step, ...], active: bool, loaded: bool) -> None:
     """Leave the host as a khod leaves it that is killed there."""
     if active:
-        host.kernel.echo(ACTIVE, "1")
+        host.kernel.echo_to(ACTIVE, "1")
     if loaded:
         with host.request() as request:
             assert request.kernel is not None
             host.kernel.kexec_file_load(request.kernel.fd, request.initrds[0].fd, b"root=/dev/sim khod.run=r1\0", 0)
-    boot_id = host.kernel.read("/proc/sys/kernel/random/boot_id").decode().strip()
+    boot_id = host.kernel.read_file("/proc/sys/kernel/random/boot_id").decode().strip()
     host.store.write(Record(phase=phase, done=done, run="r1", boot_id=boot_id, generation=Generation.sysfs))
     host.kernel.noted.clear()
 
@@ -125,13 +125,13 @@ async def test_resume_then_abort_tells_the_producers(host: Host) -> None:
 async def test_a_restart_after_a_rollback_that_failed_still_says_so(host: Host) -> None:
     engine = await host.started()
     await engine.activate()
-    host.kernel.fault("abort_errno", errno.EBUSY)
+    host.kernel.set_fault("abort_errno", errno.EBUSY)
     with pytest.raises(KhoError):
         await engine.abort()
     engine = await host.started()
     status = await engine.status()
     assert (status.phase, status.exit_code, status.left) == (Phase.failed, Exit.not_rolled_back, ["activate"])
-    host.kernel.fault("abort_errno", None)
+    host.kernel.set_fault("abort_errno", None)
     await engine.abort()
     assert not host.kernel.active
     assert host.record.phase is Phase.idle

@@ -41,11 +41,11 @@ def variable(root: Path, name: str, value: str) -> None:
 
 
 def ids(root: Path) -> list[str]:
-    return [one.id for one in sources.entries(root)]
+    return [one.id for one in sources.list_entries(root)]
 
 
 def default(root: Path) -> str:
-    return sources.entry(None, root).name.split()[1]
+    return sources.source_of_entry(None, root).name.split()[1]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def default(root: Path) -> str:
 def test_the_order(tmp_path: Path, first: tuple[str, str], then: tuple[str, str]) -> None:
     for name, text in (then, first):
         add(tmp_path, name, text)
-    assert [one.path.name for one in sources.entries(tmp_path)] == [first[0], then[0]]
+    assert [one.path.name for one in sources.list_entries(tmp_path)] == [first[0], then[0]]
 
 
 def test_both_partitions_count_and_a_link_is_not_a_second_one(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_both_partitions_count_and_a_link_is_not_a_second_one(tmp_path: Path) ->
     add(tmp_path, "a.conf", "title on the ESP", partition="boot/efi")
     (tmp_path / "efi").symlink_to("boot/efi")
     assert ids(tmp_path) == ["b.conf", "a.conf", "a.conf"]
-    assert sources.entry("a", tmp_path).kernel == tmp_path / "boot/linux"
+    assert sources.source_of_entry("a", tmp_path).kernel == tmp_path / "boot/linux"
 
 
 def test_other_files_are_no_entries(tmp_path: Path) -> None:
@@ -95,10 +95,10 @@ def test_lines_end_at_newlines_only_and_the_last_of_a_key_counts(tmp_path: Path)
         "a.conf",
         "  # title commented\n\ttitle\tA \x0c B  \t\nunknown key\ntitle\n  title Last\noptions\ta  b \n",
     )
-    (found,) = sources.entries(tmp_path)
+    (found,) = sources.list_entries(tmp_path)
     assert [field.value for field in found.fields if field.key == "title"] == ["A \x0c B", "", "Last"]
-    assert found.text("title") == "Last"
-    assert sources.entry("a", tmp_path).cmdline == "a  b"
+    assert found.field_text("title") == "Last"
+    assert sources.source_of_entry("a", tmp_path).cmdline == "a  b"
 
 
 def uki(root: Path, name: str, osrel: bytes) -> None:
@@ -110,7 +110,7 @@ def test_a_uki_sorts_by_its_os_release(tmp_path: Path) -> None:
     uki(tmp_path, "b.efi", b"ID=fedora\nVERSION_ID=41\n")
     add(tmp_path, "c.conf", "sort-key e")
     assert ids(tmp_path) == ["a.efi", "c.conf", "b.efi"]
-    assert sources.entry("a", tmp_path).name == "entry a.efi (Debian GNU/Linux 13)"
+    assert sources.source_of_entry("a", tmp_path).name == "entry a.efi (Debian GNU/Linux 13)"
 
 
 @pytest.mark.parametrize("length", [0, 1, 0x3F, 0x40, 0x44, 0x57, 0x58, 0x16F])
@@ -118,7 +118,7 @@ def test_a_uki_cut_off_is_an_entry_without_a_title(tmp_path: Path, length: int) 
     uki(tmp_path, "a.efi", b"ID=debian\nPRETTY_NAME=Debian\n")
     whole = tmp_path / "boot/EFI/Linux/a.efi"
     whole.write_bytes(whole.read_bytes()[:length])
-    (found,) = sources.entries(tmp_path)
+    (found,) = sources.list_entries(tmp_path)
     assert (found.id, found.fields) == ("a.efi", ())
 
 
@@ -127,24 +127,24 @@ def test_an_id_is_no_pattern_and_no_prefix(tmp_path: Path) -> None:
     add(tmp_path, "fedora-6.12+2.conf")
     for wanted in ("debian", "deb*", "DEBIAN-6.12.conf", ""):
         with pytest.raises(UsageError):
-            sources.entry(wanted, tmp_path)
+            sources.source_of_entry(wanted, tmp_path)
     with pytest.raises(UsageError, match=r"Did you mean debian-6\.12\.conf\? There are: .*fedora-6\.12\.conf"):
-        sources.entry("debian", tmp_path)
-    assert sources.entry("fedora-6.12+2.conf", tmp_path) == sources.entry("fedora-6.12", tmp_path)
+        sources.source_of_entry("debian", tmp_path)
+    assert sources.source_of_entry("fedora-6.12+2.conf", tmp_path) == sources.source_of_entry("fedora-6.12", tmp_path)
 
 
 def test_a_name_of_two_entries_needs_its_suffix(tmp_path: Path) -> None:
     add(tmp_path, "a.conf")
     put(tmp_path, "boot/EFI/Linux/a.efi")
     with pytest.raises(UsageError, match="suffix"):
-        sources.entry("a", tmp_path)
-    assert sources.entry("a.efi", tmp_path).kernel.name == "a.efi"
+        sources.source_of_entry("a", tmp_path)
+    assert sources.source_of_entry("a.efi", tmp_path).kernel.name == "a.efi"
 
 
 def test_a_host_without_entries_is_told_where_they_would_be(tmp_path: Path) -> None:
     for wanted in ("a", None):
         with pytest.raises(Refused, match="--kernel") as raised:
-            sources.entry(wanted, tmp_path)
+            sources.source_of_entry(wanted, tmp_path)
         assert f"{tmp_path}/boot/" in raised.value.where
 
 
@@ -178,9 +178,9 @@ def test_systemd_boot_s_default(tmp_path: Path) -> None:
     assert default(tmp_path) == "k-3.conf"
     variable(tmp_path, "LoaderEntryOneShot", "K-2.conf")
     assert default(tmp_path) == "k-2.conf"
-    assert sources.entry(None, tmp_path).note.startswith("k-2.conf was chosen only for the next boot")
+    assert sources.source_of_entry(None, tmp_path).note.startswith("k-2.conf was chosen only for the next boot")
     variable(tmp_path, "LoaderEntryOneShot", "kexec reboot")  # a kernel's own note (CONFIG_EFI_BOOTLOADER_CONTROL)
-    assert (default(tmp_path), sources.entry(None, tmp_path).note) == ("k-3.conf", "")
+    assert (default(tmp_path), sources.source_of_entry(None, tmp_path).note) == ("k-3.conf", "")
     variable(tmp_path, "LoaderEntryOneShot", "auto-reboot-to-firmware-setup")
     variable(tmp_path, "LoaderEntryPreferred", "")
     with pytest.raises(Refused, match="auto-reboot-to-firmware-setup"):
@@ -220,13 +220,13 @@ def test_grub_s_entry_for_the_next_boot_comes_first(tmp_path: Path) -> None:
     """grub.cfg: if [ "${next_entry}" ]; then set default="${next_entry}"."""
     env = put(three(tmp_path), "boot/grub2/grubenv", "saved_entry=k-1\nnext_entry=k-2\n")
     assert default(tmp_path) == "k-2.conf"
-    assert sources.entry(None, tmp_path).note.startswith("k-2.conf was chosen only for the next boot")
+    assert sources.source_of_entry(None, tmp_path).note.startswith("k-2.conf was chosen only for the next boot")
     env.write_text("saved_entry=k-1\nnext_entry=\n")
-    assert (default(tmp_path), sources.entry(None, tmp_path).note) == ("k-1.conf", "")
+    assert (default(tmp_path), sources.source_of_entry(None, tmp_path).note) == ("k-1.conf", "")
     env.write_text("saved_entry=k-1\nnext_entry=gone\n")
     assert default(tmp_path) == "k-3.conf"  # GRUB falls back to its first entry
     put(tmp_path, "boot/loader/loader.conf")
-    assert sources.entry(None, tmp_path).note == ""
+    assert sources.source_of_entry(None, tmp_path).note == ""
 
 
 MKCONFIG = """\
@@ -286,14 +286,14 @@ def fedora(root: Path, env: str | None, entry: str = FEDORA) -> Path:
 
 def test_grub_s_variables(tmp_path: Path) -> None:
     env = "kernelopts=rhgb a=\\\\b\ntuned_params=nohz=on\ntuned_initrd=/boot/tuned.img\n####"
-    found = sources.entry("id-6.12", fedora(tmp_path, env))
+    found = sources.source_of_entry("id-6.12", fedora(tmp_path, env))
     assert found.kernel == tmp_path / "boot/vmlinuz-6.12"
     assert [path.name for path in found.initrds] == ["initramfs-6.12.img", "tuned.img"]
     assert found.cmdline == "root=UUID=1 ro rhgb a=\\b nohz=on quiet"
 
 
 def test_of_grub_s_variables_tuned_s_may_be_unset(tmp_path: Path) -> None:
-    found = sources.entry("id-6.12", fedora(tmp_path, "kernelopts=\n"))
+    found = sources.source_of_entry("id-6.12", fedora(tmp_path, "kernelopts=\n"))
     assert [path.name for path in found.initrds] == ["initramfs-6.12.img"]
     assert (found.cmdline or "").split() == ["root=UUID=1", "ro", "quiet"]
 
@@ -301,25 +301,28 @@ def test_of_grub_s_variables_tuned_s_may_be_unset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("env", [None, "saved_entry=id-6.12\n"])
 def test_another_variable_that_is_unset_is_refused_by_its_name(tmp_path: Path, env: str | None) -> None:
     with pytest.raises(Refused, match=r"\$kernelopts") as raised:
-        sources.entry("id-6.12", fedora(tmp_path, env))
+        sources.source_of_entry("id-6.12", fedora(tmp_path, env))
     assert raised.value.where.endswith("id-6.12.conf:5")
 
 
 def test_without_options_it_is_grub_s_default_for_them_or_nothing(tmp_path: Path) -> None:
     entry = "linux /boot/vmlinuz-6.12\n"
-    assert sources.entry("id-6.12", fedora(tmp_path, None, entry)).cmdline == ""
-    assert sources.entry("id-6.12", fedora(tmp_path, "default_kernelopts=root=1 ro\n", entry)).cmdline == "root=1 ro"
+    assert sources.source_of_entry("id-6.12", fedora(tmp_path, None, entry)).cmdline == ""
+    assert (
+        sources.source_of_entry("id-6.12", fedora(tmp_path, "default_kernelopts=root=1 ro\n", entry)).cmdline
+        == "root=1 ro"
+    )
 
 
 def test_a_uki_named_by_a_type_1_entry(tmp_path: Path) -> None:
     put(tmp_path, "boot/uki.efi")
     put(tmp_path, "boot/loader/entries/a.conf", "uki /uki.efi\n")
     put(tmp_path, "boot/loader/entries/b.conf", "uki /uki.efi\noptions quiet\nprofile 0\n")
-    assert (sources.entry("a", tmp_path).kernel, sources.entry("a", tmp_path).cmdline) == (
+    assert (sources.source_of_entry("a", tmp_path).kernel, sources.source_of_entry("a", tmp_path).cmdline) == (
         tmp_path / "boot/uki.efi",
         None,
     )
-    assert sources.entry("b", tmp_path).cmdline == "quiet"
+    assert sources.source_of_entry("b", tmp_path).cmdline == "quiet"
 
 
 @pytest.mark.parametrize(
@@ -343,14 +346,14 @@ def test_what_cannot_be_booted_is_refused_by_file_and_line(tmp_path: Path, text:
     place = put(tmp_path, "boot/loader/entries/a.conf")
     place.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(Refused) as raised:
-        sources.entry("a", tmp_path)
+        sources.source_of_entry("a", tmp_path)
     assert said in raised.value.what
     assert raised.value.where == f"{place}:{line}"
 
 
 def test_what_kexec_leaves_behind_is_noted(tmp_path: Path) -> None:
     add(tmp_path, "a.conf", "devicetree /board.dtb\nextra /x.addon.efi\n")
-    note = sources.entry("a", tmp_path).note
+    note = sources.source_of_entry("a", tmp_path).note
     assert "/board.dtb" in note
     assert "/x.addon.efi" in note
 
@@ -360,7 +363,7 @@ def test_kernel_install_s_layout(tmp_path: Path) -> None:
     put(tmp_path, "etc/kernel/entry-token", "mine\n")
     for name in ("linux", "initrd-2", "initrd", "microcode", "notes"):
         put(tmp_path, f"efi/mine/6.12/{name}")
-    found = sources.installed("6.12", tmp_path)
+    found = sources.source_of_version("6.12", tmp_path)
     assert found.kernel == tmp_path / "efi/mine/6.12/linux"
     assert [path.name for path in found.initrds] == ["microcode", "initrd", "initrd-2"]
 
@@ -369,7 +372,7 @@ def test_the_initrd_of_kernel_install_serves_a_packaged_kernel(tmp_path: Path) -
     put(tmp_path, "etc/os-release", "NAME=x\nID='arch'\n")
     put(tmp_path, "usr/lib/modules/6.12/vmlinuz")
     put(tmp_path, "boot/arch/6.12/initrd")
-    found = sources.installed("6.12", tmp_path)
+    found = sources.source_of_version("6.12", tmp_path)
     assert (found.kernel.name, found.initrds) == ("vmlinuz", (tmp_path / "boot/arch/6.12/initrd",))
 
 
@@ -386,31 +389,31 @@ def test_the_initrd_of_kernel_install_serves_a_packaged_kernel(tmp_path: Path) -
 def test_every_place_of_a_packaged_kernel(tmp_path: Path, kernel: str) -> None:
     put(tmp_path, kernel)
     put(tmp_path, "boot/initrd.img-6.12")
-    assert sources.installed("6.12", tmp_path).kernel == tmp_path / kernel
+    assert sources.source_of_version("6.12", tmp_path).kernel == tmp_path / kernel
     with pytest.raises(UsageError, match=r"There are: 6\.12\."):
-        sources.installed("6.13", tmp_path)
+        sources.source_of_version("6.13", tmp_path)
 
 
 def test_a_version_that_only_an_entry_has(tmp_path: Path) -> None:
     add(tmp_path, "x.conf", "version 6.12\noptions quiet\n")
     put(tmp_path, "boot/EFI/Linux/token-6.13+3.efi")
-    found = sources.installed("6.12", tmp_path)
+    found = sources.source_of_version("6.12", tmp_path)
     assert (found.kernel, found.cmdline) == (tmp_path / "boot/linux", "quiet")
-    assert sources.installed("6.13", tmp_path).kernel == tmp_path / "boot/EFI/Linux/token-6.13+3.efi"
+    assert sources.source_of_version("6.13", tmp_path).kernel == tmp_path / "boot/EFI/Linux/token-6.13+3.efi"
     for version in ("6.1", "12"):
         with pytest.raises(UsageError):
-            sources.installed(version, tmp_path)
+            sources.source_of_version(version, tmp_path)
 
 
 def test_white_space_that_is_none_to_the_kernel_stays_in_the_options(tmp_path: Path) -> None:
     add(tmp_path, "a.conf", "options\t root=LABEL=my\u3000disk \u00a0\noptions  \x0b \noptions \u2003quiet \r\n")
-    assert sources.entry("a", tmp_path).cmdline == "root=LABEL=my\u3000disk \u00a0 \u2003quiet"
+    assert sources.source_of_entry("a", tmp_path).cmdline == "root=LABEL=my\u3000disk \u00a0 \u2003quiet"
 
 
 def test_an_initrd_s_name_may_have_white_space_that_is_none_to_ascii(tmp_path: Path) -> None:
     put(tmp_path, "boot/init\u3000rd")
     add(tmp_path, "a.conf", "initrd /init\u3000rd\n")
-    assert [path.name for path in sources.entry("a", tmp_path).initrds] == ["init\u3000rd"]
+    assert [path.name for path in sources.source_of_entry("a", tmp_path).initrds] == ["init\u3000rd"]
 
 
 # Each boot loader in its own language
@@ -443,7 +446,7 @@ def test_systemd_boot_takes_options_as_they_stand_but_for_quotes_around_all(
     tmp_path: Path, options: str, line: str
 ) -> None:
     """boot.c has no variables; line_get_key_value() takes off a pair of quotes."""
-    assert sources.entry("a", one_entry(tmp_path, f"options {options}", "systemd-boot")).cmdline == line
+    assert sources.source_of_entry("a", one_entry(tmp_path, f"options {options}", "systemd-boot")).cmdline == line
 
 
 @pytest.mark.parametrize(
@@ -465,13 +468,13 @@ def test_grub_s_variables_quotes_and_backslashes_are_its_script_s(tmp_path: Path
     """GRUB manual, "Quoting"; grub_create_loader_cmdline() puts quotes around an argument with a space in it."""
     root = one_entry(tmp_path, f"options {options}", "GRUB")
     put(root, "boot/grub2/grubenv", "kernelopts=rhgb ro\n")
-    assert sources.entry("a", root).cmdline == line
+    assert sources.source_of_entry("a", root).cmdline == line
 
 
 @pytest.mark.parametrize("options", ['quiet"', "quiet 'a b", '"a\\"'])
 def test_a_quote_without_its_end_is_refused_where_grub_would_read_on(tmp_path: Path, options: str) -> None:
     with pytest.raises(Refused, match="quote has no end") as raised:
-        sources.entry("a", one_entry(tmp_path, f"options {options}", "GRUB"))
+        sources.source_of_entry("a", one_entry(tmp_path, f"options {options}", "GRUB"))
     assert raised.value.where.endswith("a.conf:2")
 
 
@@ -479,12 +482,12 @@ def test_a_quote_without_its_end_is_refused_where_grub_would_read_on(tmp_path: P
 def test_what_ends_a_command_of_grub_s_script_is_refused_unless_it_is_quoted(tmp_path: Path, character: str) -> None:
     """yylex.l: no part of a word. GRUB would hand on what stands before a `;`, and run an entry with another not."""
     with pytest.raises(Refused, match="part of GRUB's script") as raised:
-        sources.entry("a", one_entry(tmp_path, f"options a=b{character}c d", "GRUB"))
+        sources.source_of_entry("a", one_entry(tmp_path, f"options a=b{character}c d", "GRUB"))
     assert raised.value.where.endswith("a.conf:2")
     for quoted in (f"'b{character}c'", f'"b{character}c"', f"b\\{character}c"):
-        found = sources.entry("a", one_entry(tmp_path, f"options a={quoted} d", "GRUB"))
+        found = sources.source_of_entry("a", one_entry(tmp_path, f"options a={quoted} d", "GRUB"))
         assert found.cmdline == f"a=b{character}c d"
-    found = sources.entry("a", one_entry(tmp_path / "other", f"options a=b{character}c d", "systemd-boot"))
+    found = sources.source_of_entry("a", one_entry(tmp_path / "other", f"options a=b{character}c d", "systemd-boot"))
     assert found.cmdline == f"a=b{character}c d"
 
 
@@ -493,28 +496,28 @@ def test_what_ends_a_command_of_grub_s_script_is_refused_unless_it_is_quoted(tmp
     [("a=b # kho=on", "a=b"), ("a=b #don't", "a=b"), ("a=b#c d", "a=b#c d"), (r"a \# b", "a # b"), ("'#' b", "# b")],
 )
 def test_a_comment_in_the_options_is_grub_s_alone(tmp_path: Path, options: str, line: str) -> None:
-    assert sources.entry("a", one_entry(tmp_path, f"options {options}", "GRUB")).cmdline == line
-    found = sources.entry("a", one_entry(tmp_path / "other", f"options {options}", "systemd-boot"))
+    assert sources.source_of_entry("a", one_entry(tmp_path, f"options {options}", "GRUB")).cmdline == line
+    found = sources.source_of_entry("a", one_entry(tmp_path / "other", f"options {options}", "systemd-boot"))
     assert found.cmdline == options
 
 
 @pytest.mark.parametrize("name", ["$?", "$#", "$*", "$@", "${?}", "$1"])
 def test_the_script_s_own_variables_are_refused_by_their_names(tmp_path: Path, name: str) -> None:
     with pytest.raises(Refused, match=r"is a variable"):
-        sources.entry("a", one_entry(tmp_path, f"options a={name}", "GRUB"))
+        sources.source_of_entry("a", one_entry(tmp_path, f"options a={name}", "GRUB"))
 
 
 def test_a_dollar_that_would_be_a_variable_to_grub_is_refused_with_its_escape(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"\$0x40000000") as raised:
-        sources.entry("a", one_entry(tmp_path, "options memmap=128M$0x40000000", "GRUB"))
+        sources.source_of_entry("a", one_entry(tmp_path, "options memmap=128M$0x40000000", "GRUB"))
     assert r"\$" in raised.value.remedy
 
 
 def test_of_a_loader_nobody_can_tell_a_variable_is_refused_and_the_rest_stands(tmp_path: Path) -> None:
     root = one_entry(tmp_path, 'options a\\b "c d"', "unknown")
-    assert sources.entry("a", root).cmdline == 'a\\b "c d"'
+    assert sources.source_of_entry("a", root).cmdline == 'a\\b "c d"'
     with pytest.raises(Refused, match=r"\$kernelopts"):
-        sources.entry("a", one_entry(tmp_path, "options $kernelopts", "unknown"))
+        sources.source_of_entry("a", one_entry(tmp_path, "options $kernelopts", "unknown"))
 
 
 @pytest.mark.parametrize(
@@ -534,9 +537,9 @@ def test_which_loader_it_is(tmp_path: Path, said: str, files: tuple[str, ...], l
         put(root, name)
     if line is None:
         with pytest.raises(Refused):
-            sources.entry("a", root)
+            sources.source_of_entry("a", root)
     else:
-        assert sources.entry("a", root).cmdline == line
+        assert sources.source_of_entry("a", root).cmdline == line
 
 
 @pytest.mark.parametrize("loader", ["systemd-boot", "GRUB"])
@@ -544,25 +547,25 @@ def test_quotes_around_a_path_are_no_part_of_it(tmp_path: Path, loader: str) -> 
     for name in ("vmlinuz", "initrd.img"):
         put(tmp_path, f"boot/Debian 10 (Buster)/{name}")
     text = 'linux "/Debian 10 (Buster)/vmlinuz"\ninitrd "/Debian 10 (Buster)/initrd.img"\ntitle "Debian 10"'
-    found = sources.entry("a", one_entry(tmp_path, text, loader))
+    found = sources.source_of_entry("a", one_entry(tmp_path, text, loader))
     assert (found.kernel.name, [path.name for path in found.initrds]) == ("vmlinuz", ["initrd.img"])
     assert ("(Debian 10)" in found.name) is (loader == "systemd-boot")  # GRUB shows the title as it stands
 
 
 def test_a_path_of_systemd_boot_s_is_the_whole_value_in_either_way_of_writing_it(tmp_path: Path) -> None:
     put(tmp_path, "boot/init rd")
-    found = sources.entry("a", one_entry(tmp_path, "linux \\linux\ninitrd /init rd", "systemd-boot"))
+    found = sources.source_of_entry("a", one_entry(tmp_path, "linux \\linux\ninitrd /init rd", "systemd-boot"))
     assert (found.kernel.name, [path.name for path in found.initrds]) == ("linux", ["init rd"])
 
 
 def test_coreos_s_variable_is_empty_after_the_first_boot_and_refused_before(tmp_path: Path) -> None:
     """Ignition's snippet in grub.cfg: set ignition_firstboot="", and more only where the stamp is there."""
     root = one_entry(tmp_path, "options $ignition_firstboot root=UUID=1", "GRUB")
-    assert (sources.entry("a", root).cmdline or "").split() == ["root=UUID=1"]
+    assert (sources.source_of_entry("a", root).cmdline or "").split() == ["root=UUID=1"]
     put(root, "boot/ignition.firstboot", "")
     put(root, "boot/grub2/grubenv", "ignition_firstboot=x\n")
     with pytest.raises(Refused, match="provision it again"):
-        sources.entry("a", root)
+        sources.source_of_entry("a", root)
 
 
 # Unified kernel images
@@ -586,23 +589,23 @@ def profiled(root: Path) -> Path:
 
 def test_each_profile_of_a_unified_image_is_an_entry(tmp_path: Path) -> None:
     """boot_entry_add_type2(): FILE.efi@ID or @NUMBER, behind the first in its order; the counter is no part of it."""
-    found = sources.entries(profiled(tmp_path))
+    found = sources.list_entries(profiled(tmp_path))
     assert [one.id for one in found] == ["y.efi", "x.efi", "x.efi@factory-reset", "x.efi@2"]
-    assert [one.text("title") for one in found] == ["X", "X (Usual)", "X (Factory reset)", "X (Profile #3)"]
+    assert [one.field_text("title") for one in found] == ["X", "X (Usual)", "X (Factory reset)", "X (Profile #3)"]
 
 
 @pytest.mark.parametrize("profile", ["factory-reset", "2"])
 def test_a_profile_is_refused_and_never_another_entry_taken(tmp_path: Path, profile: str) -> None:
     profiled(tmp_path)
     with pytest.raises(Refused, match=f"profile {profile}"):
-        sources.entry(f"x.efi@{profile}", tmp_path)
+        sources.source_of_entry(f"x.efi@{profile}", tmp_path)
     variable(tmp_path, "LoaderEntryDefault", f"x.efi@{profile.upper()}")
     with pytest.raises(Refused, match=f"profile {profile}"):
         default(tmp_path)
     for name in ("x", "x.efi", "x+3-1.efi"):
-        assert sources.entry(name, tmp_path).kernel.name == "x+3-1.efi"
+        assert sources.source_of_entry(name, tmp_path).kernel.name == "x+3-1.efi"
     with pytest.raises(UsageError, match=r"x\.efi@factory"):
-        sources.entry("x.efi@factory", tmp_path)
+        sources.source_of_entry("x.efi@factory", tmp_path)
 
 
 def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path) -> None:
@@ -612,7 +615,7 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
     image.write_bytes(portable(sections))
     put(tmp_path, "boot/loader/addons/README")
     put(tmp_path, "efi/loader/addons/of-another-file-system.addon.efi")
-    assert sources.entry("x", tmp_path).note == sources.image(str(image), tmp_path) == ""
+    assert sources.source_of_entry("x", tmp_path).note == sources.image_note(str(image), tmp_path) == ""
     image.write_bytes(portable([*sections, (".pcrsig", b"{}"), (".dtb", b"tree")]))
     luks = portable([(".cmdline", b"rd.luks.options=discard\n\0")])
     put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/luks.addon.efi").write_bytes(luks)
@@ -621,7 +624,7 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
     put(tmp_path, "boot/EFI/Linux/x.efi.extra.d/old.raw")
     put(tmp_path, "boot/loader/addons/all.addon.efi")
     put(tmp_path, "boot/loader/credentials/host.cred")
-    note = sources.entry("x", tmp_path).note
+    note = sources.source_of_entry("x", tmp_path).note
     for name in (
         "luks.addon.efi",
         "rd.luks.options=discard",
@@ -636,7 +639,7 @@ def test_what_systemd_stub_would_add_to_a_unified_image_is_noted(tmp_path: Path)
     assert "device tree" in note
     assert "another-file-system" not in note
     put(tmp_path, "boot/loader/entries/a.conf", "uki /EFI/Linux/x+3.efi\ndevicetree /board.dtb\n")
-    for noted in (sources.entry("a", tmp_path).note, sources.image(str(image), tmp_path)):
+    for noted in (sources.source_of_entry("a", tmp_path).note, sources.image_note(str(image), tmp_path)):
         assert {"db.cred", "all.addon.efi"} <= set(noted.replace("(", " ").replace(")", " ").replace(",", " ").split())
 
 
@@ -647,7 +650,7 @@ def test_an_entry_s_options_count_as_systemd_stub_takes_them(tmp_path: Path, key
     def cmdline(sections: list[tuple[str, bytes]], options: str) -> str | None:
         put(tmp_path, "boot/x.efi").write_bytes(portable([(".linux", b"k"), *sections]))
         put(tmp_path, "boot/loader/entries/a.conf", f"{key} /x.efi\n{options}")
-        return sources.entry("a", tmp_path).cmdline
+        return sources.source_of_entry("a", tmp_path).cmdline
 
     own = [(".cmdline", b"root=/dev/vda1")]
     for options in ("", "options\n"):
@@ -656,7 +659,7 @@ def test_an_entry_s_options_count_as_systemd_stub_takes_them(tmp_path: Path, key
     put(tmp_path, f"{EFIVARS}/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c").write_bytes(b"\6\0\0\0\1")
     assert cmdline([], "options quiet\n") == "quiet"
     assert cmdline(own, "options quiet\n") is None
-    assert "options of a.conf are left out" in sources.entry("a", tmp_path).note
+    assert "options of a.conf are left out" in sources.source_of_entry("a", tmp_path).note
 
 
 def test_a_thin_image_is_the_files_it_names_where_they_are_what_it_was_made_for(tmp_path: Path) -> None:
@@ -668,24 +671,24 @@ def test_a_thin_image_is_the_files_it_names_where_they_are_what_it_was_made_for(
     put(tmp_path, "boot/EFI/Linux/nixos-294.efi").write_bytes(portable(sections))
     for name, contents in files.items():
         put(tmp_path, "boot" + paths[name].decode().replace("\\", "/")).write_bytes(contents)
-    found = sources.entry("nixos-294", tmp_path)
+    found = sources.source_of_entry("nixos-294", tmp_path)
     assert (found.kernel.read_bytes(), [path.read_bytes() for path in found.initrds]) == (b"kernel", [b"initrd"])
     assert found.cmdline == "init=/nix/store/a/init"
     put(tmp_path, "boot/EFI/nixos/initrd-6.12.efi", "another")
     with pytest.raises(Refused, match="another file than it was made for"):
-        sources.entry("nixos-294", tmp_path)
+        sources.source_of_entry("nixos-294", tmp_path)
     (tmp_path / "boot/EFI/nixos/initrd-6.12.efi").unlink()
     with pytest.raises(Refused, match="not a file there"):
-        sources.entry("nixos-294", tmp_path)
+        sources.source_of_entry("nixos-294", tmp_path)
     put(tmp_path, "secret").write_bytes(files[".linux"])
     for path in (rb"\..\secret", b"\0x", b"x" * 5000):
         sections = [(".linux", path), *hashes.items()]
         put(tmp_path, "boot/EFI/Linux/nixos-294.efi").write_bytes(portable(sections))
         with pytest.raises(Refused, match=r"nixos-294\.efi names"):
-            sources.entry("nixos-294", tmp_path)
+            sources.source_of_entry("nixos-294", tmp_path)
 
 
 def test_a_pipe_for_an_image_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert sources.image(str(tmp_path / "pipe"), tmp_path) == ""
-    assert sources.image(str(tmp_path / "gone"), tmp_path) == ""
+    assert sources.image_note(str(tmp_path / "pipe"), tmp_path) == ""
+    assert sources.image_note(str(tmp_path / "gone"), tmp_path) == ""

@@ -56,14 +56,14 @@ def test_every_sample_is_a_producer_of_its_kind(tmp_path: Path, everything: bool
         for key in (*directory.VERBS, "how", "timeout", "after", "before", "devices") if everything else ():
             text = text.replace(f"\n#{key} = ", f"\n{key} = ")
         (installed / sample.name.removesuffix(".sample")).write_text(text)
-    kinds = {producer.name: type(producer) for producer in directory.load(tmp_path)}
+    kinds = {producer.name: type(producer) for producer in directory.load_directory(tmp_path)}
     assert kinds == {"example": Hook, "unit": Unit, "vm": Qemu}
 
 
 def test_a_sample_is_no_producer_before_it_is_copied(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/kho").symlink_to(REPOSITORY / "etc/kho")
-    assert directory.load(tmp_path) == []
+    assert directory.load_directory(tmp_path) == []
 
 
 # The pool: a hook
@@ -345,7 +345,7 @@ def test_start_returns_when_restore_has_been_called(khod: Khod) -> None:
 
 
 def test_after_a_cold_boot_everyone_starts_from_scratch(khod: Khod) -> None:
-    khod.kernel.fault("cold", True)
+    khod.kernel.set_fault("cold", True)
     jump(khod)
     assert khod.khoctl("verify", "--json").json["phase"] == "cold_boot"
     assert khod.khoctl("check").code == 0, "nobody waits for what is gone"

@@ -10,10 +10,10 @@ import re
 
 import pytest
 
-from khod.errors import sentence
+from khod.errors import error_sentence
 from khod.kernel import errnos
 from khod.kernel.errnos import LOG, Errnos
-from khod.kernel.explain import explain, explain_undo, words
+from khod.kernel.explain import explain_errno, explain_undo, put_errno
 from khod.kernel.luo import FINISH, PRESERVE, RETRIEVE, SESSION
 from khod.model import Generation, Step
 
@@ -177,22 +177,22 @@ def own(what: str, remedy: str, number: int) -> None:
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize(("number", "source"), LOAD)
 def test_every_errno_of_a_load(machine: str, number: int, source: str) -> None:
-    error = explain(Step.load, refusal(number), machine=machine)
+    error = explain_errno(Step.load, refusal(number), machine=machine)
     own(error.what, error.remedy, number)
     assert error.where == "kexec_file_load(7, 8)", source
 
 
 @pytest.mark.parametrize(("machine", "number", "source"), LOAD_ON)
 def test_every_errno_of_a_load_that_an_architecture_has_for_itself(machine: str, number: int, source: str) -> None:
-    error = explain(Step.load, refusal(number), machine=machine)
+    error = explain_errno(Step.load, refusal(number), machine=machine)
     own(error.what, error.remedy, number)
     if (machine, number) != ("x86_64", errno.EINVAL):  # cmdline_size: the common sentence names it
-        assert error.what != explain(Step.load, refusal(number), machine="another").what, source
+        assert error.what != explain_errno(Step.load, refusal(number), machine="another").what, source
 
 
 def test_without_a_machine_it_is_this_one() -> None:
-    here = explain(Step.load, refusal(errno.ENOEXEC))
-    assert here.what == explain(Step.load, refusal(errno.ENOEXEC), machine=platform.machine()).what
+    here = explain_errno(Step.load, refusal(errno.ENOEXEC))
+    assert here.what == explain_errno(Step.load, refusal(errno.ENOEXEC), machine=platform.machine()).what
 
 
 @pytest.mark.parametrize(("number", "source"), UNLOAD)
@@ -205,7 +205,7 @@ def test_every_errno_of_an_unload(number: int, source: str) -> None:
 @pytest.mark.parametrize(("generation", "number", "source"), ACTIVATE)
 def test_every_errno_of_an_activation(generation: Generation, number: int, source: str) -> None:
     for said in (generation, Generation.none):
-        error = explain(Step.activate, refusal(number), generation=said)
+        error = explain_errno(Step.activate, refusal(number), generation=said)
         own(error.what, error.remedy, number)
         assert error.what.startswith("The kernel did not enter the active phase"), source
 
@@ -220,14 +220,14 @@ def test_every_errno_of_a_deactivation(generation: Generation, number: int, sour
 
 @pytest.mark.parametrize(("number", "source"), EXECUTE)
 def test_every_errno_of_the_jump(number: int, source: str) -> None:
-    error = explain(Step.execute, refusal(number, "reboot(0x45584543)"))
+    error = explain_errno(Step.execute, refusal(number, "reboot(0x45584543)"))
     own(error.what, error.remedy, number)
     assert error.where == "reboot(0x45584543)", source
 
 
 @pytest.mark.parametrize(("table", "number", "source"), LUO)
 def test_every_errno_of_luo(table: str, number: int, source: str) -> None:
-    said = words("It failed", LUO_TABLES[table], refusal(number, "ioctl"))
+    said = put_errno("It failed", LUO_TABLES[table], refusal(number, "ioctl"))
     own(said["what"], said["remedy"], number)
     assert said["where"] == "ioctl", source
 
@@ -252,29 +252,29 @@ def test_no_errno_is_explained_that_no_source_returns() -> None:
 
 def test_one_errno_means_another_thing_in_each_generation() -> None:
     meanings = {
-        explain(Step.activate, refusal(errno.ENOMEM), generation=generation).what
+        explain_errno(Step.activate, refusal(errno.ENOMEM), generation=generation).what
         for generation in (Generation.sysfs, Generation.finalize, Generation.stateless)
     }
     assert len(meanings) == 3
-    scratch = explain(Step.activate, refusal(errno.ENOMEM), generation=Generation.sysfs)
+    scratch = explain_errno(Step.activate, refusal(errno.ENOMEM), generation=Generation.sysfs)
     assert "scratch" in scratch.what
     assert "kho_scratch=" in scratch.remedy
     for machine in MACHINES:  # which generation is running the loader's errno does not say
-        remedy = explain(Step.load, refusal(errno.EADDRNOTAVAIL), machine=machine).remedy
+        remedy = explain_errno(Step.load, refusal(errno.EADDRNOTAVAIL), machine=machine).remedy
         assert "kho_scratch=" in remedy
         assert "kho_bootmem=" in remedy
 
 
 def test_v3_gives_one_errno_for_all_so_the_remedy_reads_the_log_s_number() -> None:
-    remedy = explain(Step.activate, refusal(errno.EINVAL), generation=Generation.sysfs).remedy
+    remedy = explain_errno(Step.activate, refusal(errno.EINVAL), generation=Generation.sysfs).remedy
     for number in ("-1 ", "-12 ", "-3 "):
         assert number in remedy
 
 
 @pytest.mark.parametrize("step", [Step.activate, Step.load, Step.execute])
 def test_an_errno_nobody_foresaw_still_makes_a_sentence(step: Step) -> None:
-    error = explain(step, refusal(errno.EXDEV, "the call"))
-    assert sentence(error) == f"{error.what} (the call). {LOG}"
+    error = explain_errno(step, refusal(errno.EXDEV, "the call"))
+    assert error_sentence(error) == f"{error.what} (the call). {LOG}"
     assert error.what.endswith(": EXDEV (Invalid cross-device link)")
     assert "journalctl" in LOG
 
@@ -286,7 +286,7 @@ def test_a_number_that_is_no_errno_makes_a_sentence_too(number: int) -> None:
 
 def test_the_kernel_s_own_line_is_quoted() -> None:
     quoted = "PEFILE: Digest mismatch"
-    error = explain(Step.load, refusal(errno.EKEYREJECTED), quoted, machine="x86_64")
+    error = explain_errno(Step.load, refusal(errno.EKEYREJECTED), quoted, machine="x86_64")
     assert error.what.startswith("The kernel did not take the image: EKEYREJECTED (Key was rejected by service), ")
     assert error.what.endswith("; the kernel log says: PEFILE: Digest mismatch")
 
@@ -294,5 +294,5 @@ def test_the_kernel_s_own_line_is_quoted() -> None:
 def test_a_quoted_line_s_full_stop_does_not_end_the_sentence_twice() -> None:
     error = explain_undo(Step.activate, refusal(errno.EBUSY), "KHO: it failed.", generation=Generation.finalize)
     assert error.what.endswith("says: KHO: it failed")
-    assert ".." not in sentence(error)
-    assert "says" in explain(Step.execute, refusal(errno.EXDEV), "luo_file: Freeze failed").what
+    assert ".." not in error_sentence(error)
+    assert "says" in explain_errno(Step.execute, refusal(errno.EXDEV), "luo_file: Freeze failed").what

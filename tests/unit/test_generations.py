@@ -10,12 +10,12 @@ import pytest
 from khod.abi.calls import HostCalls
 from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.kexec import Kexec
-from khod.kernel.probe import probe
-from khod.kernel.protocol import AbortKind, KhoKernel, regions
+from khod.kernel.probe import probe_kho
+from khod.kernel.protocol import AbortKind, KhoKernel, pair_regions
 from khod.kernel.sysfs import SysfsKho
 from khod.model import Generation, Order
 from khod.region import Region
-from khod.simulated.kernel import serialize
+from khod.simulated.kernel import build_tree
 
 V3, DEBUG = "sys/kernel/kho", "sys/kernel/debug/kho"
 HOST = {
@@ -61,7 +61,7 @@ def test_the_probe_tells_the_generations_apart_by_what_they_show(root: Path, nam
     lay(root, files)
     for release in ("6.8.0", "6.18.15", "7.3.4", "9.0.0-vendor"):  # never by the version
         lay(root, {"proc/sys/kernel/osrelease": f"{release}\n"})
-        found = probe(HostCalls(root))
+        found = probe_kho(HostCalls(root))
         assert type(found.kernel) is generation
         assert found.what
         assert found.remedy == ""
@@ -95,7 +95,7 @@ def test_a_kernel_without_kho_is_told_with_what_to_add(root: Path, name: str, wh
     lay(root, files)
     (root / where).parent.mkdir(exist_ok=True)
     (root / where).write_bytes(gzip.compress(config) if where.endswith(".gz") else config)
-    found = probe(HostCalls(root))
+    found = probe_kho(HostCalls(root))
     assert found.kernel is None
     assert found.what
     assert remedy in found.remedy
@@ -105,19 +105,19 @@ def test_a_kernel_without_kho_is_told_with_what_to_add(root: Path, name: str, wh
 def test_any_way_to_say_on_is_understood(root: Path, word: str) -> None:
     lay(root, {"proc/cmdline": f"quiet {word}\n"})
     (root / "proc/config.gz").write_bytes(gzip.compress(b"#\nCONFIG_KEXEC_HANDOVER=y\n"))
-    assert "kho=on to the" not in probe(HostCalls(root)).remedy
+    assert "kho=on to the" not in probe_kho(HostCalls(root)).remedy
 
 
 def test_without_any_configuration_the_symbols_decide(root: Path) -> None:
     lay(root, {"proc/kallsyms": "0000 T kexec_load\n"})
-    assert "CONFIG_KEXEC_HANDOVER=y" in probe(HostCalls(root)).remedy
+    assert "CONFIG_KEXEC_HANDOVER=y" in probe_kho(HostCalls(root)).remedy
     lay(root, {"proc/kallsyms": "0000 T kho_preserve_pages\n"})
-    assert "CONFIG_KEXEC_HANDOVER=y" not in probe(HostCalls(root)).remedy
+    assert "CONFIG_KEXEC_HANDOVER=y" not in probe_kho(HostCalls(root)).remedy
 
 
 def test_a_damaged_configuration_is_no_answer(root: Path) -> None:
     (root / "proc/config.gz").write_bytes(gzip.compress(b"CONFIG_KEXEC_HANDOVER=y\n" * 99)[:40])
-    assert probe(HostCalls(root)).kernel is None
+    assert probe_kho(HostCalls(root)).kernel is None
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_no_scratch_memory_is_unusable_and_names_the_parameter(
     root: Path, base: Mapping[str, str], parameter: str, text: str
 ) -> None:
     lay(root, {**base, **{name: text for name in base if "scratch" in name or "bootmem" in name}})
-    found = probe(HostCalls(root))
+    found = probe_kho(HostCalls(root))
     assert found.kernel is None
     assert "scratch" in found.what
     assert parameter in found.remedy
@@ -146,14 +146,14 @@ def test_what_cannot_be_read_is_evidence_and_no_exception(root: Path, broken: st
     lay(root, KERNELS["6.19"][0])
     (root / DEBUG / broken).unlink()
     (root / DEBUG / broken).mkdir()
-    found = probe(HostCalls(root))
+    found = probe_kho(HostCalls(root))
     assert found.kernel is None
     assert found.what
     assert found.remedy
 
 
 def test_the_probe_of_a_host_with_nothing_at_all(tmp_path: Path) -> None:
-    found = probe(HostCalls(tmp_path))
+    found = probe_kho(HostCalls(tmp_path))
     assert found.kernel is None
     assert found.what
     assert found.remedy
@@ -161,9 +161,9 @@ def test_the_probe_of_a_host_with_nothing_at_all(tmp_path: Path) -> None:
 
 def test_scratch_is_one_region_a_line_and_0x0_is_none() -> None:
     phys, length = b"0x1000\n0x0\n0x100000000\n", b"0x2000\n0x0\n0x40000000\n"
-    assert regions(phys, length) == [Region(0x1000, 0x2000), Region(0x100000000, 0x40000000)]
+    assert pair_regions(phys, length) == [Region(0x1000, 0x2000), Region(0x100000000, 0x40000000)]
     with pytest.raises(ValueError, match="shorter"):
-        regions(b"0x1000\n0x2000\n", b"0x1000\n")
+        pair_regions(b"0x1000\n0x2000\n", b"0x1000\n")
 
 
 ROWS = [
@@ -185,10 +185,10 @@ def test_each_generation_knows_its_order_and_what_an_abort_costs(
 def test_v3_activates_with_1_and_aborts_with_0(root: Path) -> None:
     lay(root, V3_FILES)
     kernel, active = SysfsKho(HostCalls(root)), root / V3 / "active"
-    assert kernel.active() is False
+    assert kernel.is_active() is False
     kernel.activate()
     assert active.read_text() == "1\n"
-    assert kernel.active() is True
+    assert kernel.is_active() is True
     kernel.deactivate()
     assert active.read_text() == "0\n"
 
@@ -196,27 +196,27 @@ def test_v3_activates_with_1_and_aborts_with_0(root: Path) -> None:
 def test_v3_reads_its_trees(root: Path) -> None:
     lay(root, V3_FILES)
     kernel = SysfsKho(HostCalls(root))
-    assert kernel.arrived() is None
+    assert kernel.arrived_tree() is None
     with pytest.raises(FileNotFoundError, match=f"/{V3}/dt") as raised:
-        kernel.tree()
+        kernel.outgoing_tree()
     assert raised.value.errno == errno.ENOENT
-    (root / V3 / "dt").write_bytes(serialize(1))
+    (root / V3 / "dt").write_bytes(build_tree(1))
     (root / "sys/firmware/kho").mkdir(parents=True)
-    (root / "sys/firmware/kho/dt").write_bytes(serialize(2))
-    arrived = kernel.arrived()
+    (root / "sys/firmware/kho/dt").write_bytes(build_tree(2))
+    arrived = kernel.arrived_tree()
     assert arrived is not None
-    assert (kernel.tree().root, arrived.root) == (serialize(1), serialize(2))
-    assert not kernel.tree().blobs
-    assert kernel.scratch() == [Region(0x1_0000_0000, 0x2000_0000)]
+    assert (kernel.outgoing_tree().root, arrived.root) == (build_tree(1), build_tree(2))
+    assert not kernel.outgoing_tree().blobs
+    assert kernel.scratch_regions() == [Region(0x1_0000_0000, 0x2000_0000)]
 
 
 def test_6_18_finalizes_with_1_and_aborts_with_0(root: Path) -> None:
     lay(root, KERNELS["6.18"][0])
     kernel, finalize = Finalize(HostCalls(root)), root / DEBUG / "out/finalize"
-    assert kernel.active() is False
+    assert kernel.is_active() is False
     kernel.activate()
     assert finalize.read_text() == "1\n"
-    assert kernel.active() is True
+    assert kernel.is_active() is True
     kernel.deactivate()
     assert finalize.read_text() == "0\n"
 
@@ -224,7 +224,7 @@ def test_6_18_finalizes_with_1_and_aborts_with_0(root: Path) -> None:
 def test_6_19_finalizes_and_has_nothing_to_leave(root: Path) -> None:
     lay(root, KERNELS["6.19"][0])
     kernel, finalize = FinalizeNoAbort(HostCalls(root)), root / DEBUG / "out/finalize"
-    assert kernel.active() is None
+    assert kernel.is_active() is None
     kernel.activate()
     assert finalize.read_text() == "1\n"
     kernel.deactivate()
@@ -237,7 +237,7 @@ def test_stateless_writes_nothing(root: Path) -> None:
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     kernel.activate()
     kernel.deactivate()
-    assert kernel.active() is None
+    assert kernel.is_active() is None
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
@@ -245,8 +245,8 @@ def test_stateless_writes_nothing(root: Path) -> None:
 def test_mainline_trees_are_a_root_and_a_blob_for_each_producer(root: Path, generation: type[Stateless]) -> None:
     lay(root, {**OUT, **FDT, f"{DEBUG}/in/fdt": "came", f"{DEBUG}/in/sub_fdts/memblock": "mm"})
     kernel = generation(HostCalls(root))
-    assert (kernel.tree().root, kernel.tree().blobs) == (b"tree", {"LUO": b"l", "memblock": b"m"})
-    arrived = kernel.arrived()
+    assert (kernel.outgoing_tree().root, kernel.outgoing_tree().blobs) == (b"tree", {"LUO": b"l", "memblock": b"m"})
+    arrived = kernel.arrived_tree()
     assert arrived is not None
     assert (arrived.root, arrived.blobs) == (b"came", {"memblock": b"mm"})
 
@@ -254,19 +254,19 @@ def test_mainline_trees_are_a_root_and_a_blob_for_each_producer(root: Path, gene
 @pytest.mark.parametrize("generation", [Finalize, FinalizeNoAbort, Stateless])
 def test_nothing_arrived_where_there_is_no_in(root: Path, generation: type[Stateless]) -> None:
     lay(root, {**OUT, **FDT})
-    assert generation(HostCalls(root)).arrived() is None
+    assert generation(HostCalls(root)).arrived_tree() is None
 
 
 @pytest.mark.parametrize(("path", "text"), [("sys/kernel/kexec/loaded", "1\n"), ("sys/kernel/kexec_loaded", "1\n")])
 def test_loaded_is_read_where_this_kernel_has_it(root: Path, path: str, text: str) -> None:
-    assert Kexec(HostCalls(root)).loaded() is False
+    assert Kexec(HostCalls(root)).is_loaded() is False
     lay(root, {path: text, "sys/kernel/kexec_crash_loaded": "0\n"})
-    assert Kexec(HostCalls(root)).loaded() is True
+    assert Kexec(HostCalls(root)).is_loaded() is True
 
 
 def test_the_crash_slot_is_another_matter(root: Path) -> None:
     lay(root, {"sys/kernel/kexec_loaded": "0\n", "sys/kernel/kexec_crash_loaded": "1\n"})
-    assert Kexec(HostCalls(root)).loaded() is False
+    assert Kexec(HostCalls(root)).is_loaded() is False
 
 
 @pytest.mark.parametrize(("text", "left"), [("-1\n", None), ("0\n", 0), ("3\n", 3)])
@@ -281,20 +281,20 @@ def test_the_limit_of_loads(root: Path, text: str, left: int | None) -> None:
 )
 def test_scratch_is_read_and_named_as_the_running_kernel_calls_it(root: Path, name: str, parameter: str) -> None:
     lay(root, KERNELS[name][0])
-    kernel = probe(HostCalls(root)).kernel
+    kernel = probe_kho(HostCalls(root)).kernel
     assert kernel is not None
-    assert kernel.scratch() == [Region(0x1_0000_0000, 0x2000_0000)]
+    assert kernel.scratch_regions() == [Region(0x1_0000_0000, 0x2000_0000)]
     assert kernel.scratch_parameter == parameter
 
 
 def test_where_both_names_are_shown_the_newer_one_counts(root: Path) -> None:
     lay(root, {**OUT, f"{DEBUG}/out/bootmem_phys": "0x1000\n0x2000\n", f"{DEBUG}/out/bootmem_len": "0x1000\n0x3000\n"})
-    assert Stateless(HostCalls(root)).scratch() == [Region(0x1000, 0x1000), Region(0x2000, 0x3000)]
+    assert Stateless(HostCalls(root)).scratch_regions() == [Region(0x1000, 0x1000), Region(0x2000, 0x3000)]
 
 
 def test_half_of_a_name_is_evidence(root: Path) -> None:
     lay(root, {f"{DEBUG}/out/bootmem_phys": "0x1000\n"})
-    found = probe(HostCalls(root))
+    found = probe_kho(HostCalls(root))
     assert found.kernel is None
     assert "bootmem_len" in found.what
 
@@ -302,6 +302,6 @@ def test_half_of_a_name_is_evidence(root: Path) -> None:
 def test_where_no_name_can_be_told_both_are_suggested(root: Path) -> None:
     lay(root, {"proc/cmdline": "quiet\n"})
     (root / "proc/config.gz").write_bytes(gzip.compress(b"#\nCONFIG_KEXEC_HANDOVER=y\n"))
-    remedy = probe(HostCalls(root)).remedy
+    remedy = probe_kho(HostCalls(root)).remedy
     assert "kho_scratch=" in remedy
     assert "kho_bootmem=" in remedy

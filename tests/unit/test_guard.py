@@ -138,24 +138,24 @@ def descriptors() -> set[str]:
 )
 def test_an_event_of_a_subsystem_that_counts(event: Uevent, sentence: str) -> None:
     abort, record = Watch(frozenset({event.subsystem}), frozenset()), Watch(frozenset(), frozenset({event.subsystem}))
-    assert abort.judge(event) == Seen(Severity.abort, event)
-    assert record.judge(event) == Seen(Severity.record, event)
-    assert Seen(Severity.abort, event).sentence() == sentence
+    assert abort.judge_event(event) == Seen(Severity.abort, event)
+    assert record.judge_event(event) == Seen(Severity.record, event)
+    assert Seen(Severity.abort, event).describe() == sentence
 
 
 @pytest.mark.parametrize("action", ["change", "move", "bind", "unbind", ""])
 def test_what_says_something_of_a_device_that_stays_does_not_count(action: str) -> None:
     watch = Watch(frozenset({"pci"}), frozenset({"pci"}), (("vm1", "/sys/devices/a"),))
-    assert watch.judge(Uevent(action, "pci", "/sys/devices/a")) is None
+    assert watch.judge_event(Uevent(action, "pci", "/sys/devices/a")) is None
 
 
 def test_an_event_somebody_wrote_does_not_count() -> None:
     watch = Watch(frozenset({"pci"}), frozenset(), (("vm1", "/sys/devices/a"),))
-    assert watch.judge(Uevent("remove", "pci", "/sys/devices/a", synthetic=True)) is None
+    assert watch.judge_event(Uevent("remove", "pci", "/sys/devices/a", synthetic=True)) is None
 
 
 def test_other_subsystems_do_not_count() -> None:
-    assert Watch(frozenset({"pci"}), frozenset({"net"})).judge(Uevent("add", "block", "/sys/block/sdb")) is None
+    assert Watch(frozenset({"pci"}), frozenset({"net"})).judge_event(Uevent("add", "block", "/sys/block/sdb")) is None
 
 
 @pytest.mark.parametrize(
@@ -171,15 +171,15 @@ def test_vfio_devices_count_by_default_by_group_and_by_cdev(
     action: str, subsystem: str, device: str, node: str
 ) -> None:
     """openvmm#3465, kubevirt#18300: without CONFIG_VFIO_GROUP there is only vfio-dev (drivers/vfio/vfio_main.c)."""
-    defaults = config.Guard()
+    defaults = config.GuardSettings()
     watch = Watch(frozenset(defaults.abort), frozenset(defaults.record))
-    seen = watch.judge(Uevent(action, subsystem, device, node))
+    seen = watch.judge_event(Uevent(action, subsystem, device, node))
     assert seen is not None
     assert seen.severity is Severity.abort
 
 
 def test_abort_wins_over_record() -> None:
-    seen = Watch(frozenset({"pci"}), frozenset({"pci"})).judge(Uevent("add", "pci", "/sys/devices/a"))
+    seen = Watch(frozenset({"pci"}), frozenset({"pci"})).judge_event(Uevent("add", "pci", "/sys/devices/a"))
     assert seen is not None
     assert seen.severity is Severity.abort
 
@@ -193,24 +193,24 @@ def test_abort_wins_over_record() -> None:
 def test_a_producers_device_that_goes_aborts_whatever_its_subsystem(path: str, action: str) -> None:
     watch = Watch(frozenset(), frozenset(), (("vm1", path), ("other", "/dev/vdzz"), ("another", f"/sys{DISK}2")))
     event = Uevent(action, "block", f"/sys{DISK}", "/dev/vdz")
-    assert watch.judge(event) == Seen(Severity.abort, event, ("vm1",))
-    assert watch.judge(Uevent("add", "block", f"/sys{DISK}", "/dev/vdz")) is None
+    assert watch.judge_event(event) == Seen(Severity.abort, event, ("vm1",))
+    assert watch.judge_event(Uevent("add", "block", f"/sys{DISK}", "/dev/vdz")) is None
 
 
 def test_a_device_of_several_producers_names_them_all() -> None:
     watch = Watch(frozenset(), frozenset(), (("vm2", f"/sys{DISK}"), ("vm1", "/dev/vdz"), ("vm1", f"/sys{DISK}")))
-    seen = watch.judge(Uevent("remove", "block", f"/sys{DISK}", "/dev/vdz"))
+    seen = watch.judge_event(Uevent("remove", "block", f"/sys{DISK}", "/dev/vdz"))
     assert seen is not None
-    assert seen.sentence() == "block device vdz (/dev/vdz) of producers vm1, vm2 was removed"
+    assert seen.describe() == "block device vdz (/dev/vdz) of producers vm1, vm2 was removed"
 
 
 @pytest.mark.parametrize("action", [LOST, UNREADABLE])
 def test_events_nobody_read_count_as_the_worst_that_is_watched_for(action: str) -> None:
     nothing: frozenset[str] = frozenset()
     some = frozenset({"pci"})
-    assert Watch(some, nothing).missed(action).severity is Severity.abort
-    assert Watch(nothing, some).missed(action).severity is Severity.record
-    assert Watch(nothing, some, (("vm1", "/dev/vdz"),)).missed(action).severity is Severity.abort
+    assert Watch(some, nothing).missed_events(action).severity is Severity.abort
+    assert Watch(nothing, some).missed_events(action).severity is Severity.record
+    assert Watch(nothing, some, (("vm1", "/dev/vdz"),)).missed_events(action).severity is Severity.abort
 
 
 # -- from the kernel -------------------------------------------------------------------------------------------------
@@ -273,8 +273,8 @@ async def test_look_tells_at_once_what_has_come() -> None:
     witness = Witness()
     with watching(witness, "pci") as watch:
         send(uevent("add", PCI, "pci"))
-        watch.look()
-        assert [one.sentence() for one in witness.seen] == ["pci device 0000:00:05.0 was added"]
+        watch.process_pending()
+        assert [one.describe() for one in witness.seen] == ["pci device 0000:00:05.0 was added"]
 
 
 @pytest.mark.usefixtures("alone")
@@ -288,7 +288,7 @@ async def test_nothing_is_told_once_it_was_stopped_by_what_happened() -> None:
     with watching(happened, "pci") as watch:
         send(uevent("add", PCI, "pci"))
         send(uevent("remove", PCI, "pci"))
-        watch.look()
+        watch.process_pending()
     assert [one.event.action for one in seen] == ["add"]
 
 
@@ -341,15 +341,15 @@ async def test_without_a_socket_it_says_so(room: int) -> None:
 
 @pytest.mark.usefixtures("alone")
 async def test_an_overflow_is_told_once_and_what_comes_later_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "QUEUE", 1)  # the kernel makes 2304 of it: two events or three
+    monkeypatch.setattr(guard, "QUEUE_BYTES", 1)  # the kernel makes 2304 of it: two events or three
     witness = Witness()
     with watching(witness, "pci") as watch:
         for _ in range(50):
             send(uevent("add", PCI, "pci"))
-        watch.look()
+        watch.process_pending()
         first, *rest = witness.seen
         assert first == Seen(Severity.abort, Uevent(LOST, "", ""))
-        assert first.sentence() == "the kernel sent more device events than could be read: some were lost"
+        assert first.describe() == "the kernel sent more device events than could be read: some were lost"
         assert 0 < len(rest) < 50
         assert {one.event.action for one in rest} == {"add"}
         del witness.seen[:]
@@ -375,7 +375,7 @@ async def test_garbage_is_told_and_stops_nothing(message: bytes) -> None:
     with watching(witness, "pci"):
         seen = await witness.after(message)
     assert seen == [Seen(Severity.abort, Uevent(UNREADABLE, "", ""))]
-    assert seen[0].sentence() == "a device event could not be read"
+    assert seen[0].describe() == "a device event could not be read"
 
 
 @given(st.binary(min_size=1, max_size=500))
@@ -385,7 +385,7 @@ def test_no_message_does_more_than_raise_what_receive_promises(message: bytes) -
         netlink = Netlink(context)
         try:
             send(message)
-            netlink.receive()
+            netlink.receive_event()
         except ValueError:
             pass
         finally:
@@ -397,7 +397,7 @@ async def test_it_listens_without_the_right_to_a_long_queue() -> None:
     witness = Witness()
     with without_net_admin(), watching(witness, "pci"):
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as one, pytest.raises(PermissionError):
-            one.setsockopt(socket.SOL_SOCKET, guard.SO_RCVBUFFORCE, guard.QUEUE)
+            one.setsockopt(socket.SOL_SOCKET, guard.SO_RCVBUFFORCE, guard.QUEUE_BYTES)
         seen = await witness.after(uevent("add", PCI, "pci"))
     assert len(seen) == 1
 

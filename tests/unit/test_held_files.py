@@ -16,9 +16,9 @@ from khod.errors import KhoError, Refused, Unreachable
 from khod.handover.record import Owner
 from khod.kernel.probe import Probed
 from khod.model import Kept, Phase
-from khod.producers.barrier import Telling, Verb
+from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.identity import process_of
-from khod.producers.peers import Answer, Peer, Terms
+from khod.producers.peers import Answer, Peer, Registration
 from khod.simulated.kernel import Rebooted
 from khod.target.target import Request
 from tests.unit.images import bzimage, code
@@ -35,7 +35,7 @@ def host(tmp_path: Path) -> LuoHost:
 async def register(engine: Engine) -> Peer:
     process = process_of(os.getpid())
     assert process is not None
-    return await engine.register("kv", Owner(0, "kv.service"), process, Terms())
+    return await engine.register_producer("kv", Owner(0, "kv.service"), process, Registration())
 
 
 class Giver:
@@ -56,7 +56,7 @@ class Giver:
         async def serve() -> None:
             answer = None
             while True:
-                command = await peer.next(answer)
+                command = await peer.exchange_answer(answer)
                 for kept, fd in zip(command.kept, command.fds, strict=True):
                     self.came[kept.name] = os.pread(fd, 100, 0)
                     os.close(fd)
@@ -69,7 +69,7 @@ class Giver:
             task.cancel()
             with suppress(asyncio.CancelledError, Unreachable):
                 await task
-            engine.muster.peers.leave(peer)
+            engine.muster.peers.remove_peer(peer)
 
 
 @pytest.fixture
@@ -150,16 +150,18 @@ async def test_a_freeze_that_took_too_long_costs_nothing_that_came_with_prepare(
     peer = await register(await host.started())
 
     def tell(verb: Verb) -> "asyncio.Future[str | None]":
-        return asyncio.ensure_future(peer.tell(Telling(verb, "run")))
+        return asyncio.ensure_future(peer.carry_out(ProducerCall(verb, "run")))
 
     prepared = tell(Verb.prepare)
-    command = await peer.next(None)
-    listening = asyncio.ensure_future(peer.next(Answer(command.serial, "ready", files=[(Kept("table", 1), fds[0])])))
+    command = await peer.exchange_answer(None)
+    listening = asyncio.ensure_future(
+        peer.exchange_answer(Answer(command.serial, "ready", files=[(Kept("table", 1), fds[0])]))
+    )
     await prepared
     missed = tell(Verb.freeze)
     command = await listening
     tail = [(Kept("tail", 2), fds[1])]
-    listening = asyncio.ensure_future(peer.next(Answer(command.serial, "ready", files=tail)))
+    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, "ready", files=tail)))
     await at_it.wait()
     missed.cancel()  # as at its deadline
     thawed = tell(Verb.thaw)
@@ -167,16 +169,16 @@ async def test_a_freeze_that_took_too_long_costs_nothing_that_came_with_prepare(
     go_on.set()
     command = await listening
     assert command.verb is Verb.thaw
-    listening = asyncio.ensure_future(peer.next(Answer(command.serial, "ready")))
+    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, "ready")))
     await thawed
     assert [kept.name for kept in peer.kept] == ["table"]
     frozen = tell(Verb.freeze)
     command = await listening
-    listening = asyncio.ensure_future(peer.next(Answer(command.serial, "ready", files=tail)))
+    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, "ready", files=tail)))
     await frozen
     listening.cancel()
     assert [kept.name for kept in peer.kept] == ["table", "tail"]
-    assert host.luo.outgoing == {peer.session: [1, 2]}
+    assert host.luo.outgoing == {peer.session_name: [1, 2]}
 
 
 async def test_a_session_that_was_closed_is_no_yes(host: LuoHost, fds: list[int]) -> None:
@@ -185,8 +187,8 @@ async def test_a_session_that_was_closed_is_no_yes(host: LuoHost, fds: list[int]
     giver.add("prepare", ("table", 1, fds[0]))
     async with giver.serving(engine):
         await held(host, engine)
-        (session,) = engine._sessions.names
-        engine._sessions.close(session)
+        (session,) = engine._sessions.session_names
+        engine._sessions.close_session(session)
         with pytest.raises(KhoError, match="preserved no more"):
             await host.kexec(engine)
     assert "reboot" not in host.kernel.calls

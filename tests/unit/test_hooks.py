@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from khod.errors import ConfigError, Exit, Refused
-from khod.handover.record import Holder
-from khod.producers.barrier import Barrier, Telling, Verb, Veto
+from khod.handover.record import ProducerRecord
+from khod.producers.barrier import Barrier, ParticipantVeto, ProducerCall, Verb
 from khod.producers.hooks import PASSED_ON, Hook
-from khod.producers.identity import ended, process_of
-from khod.producers.order import ranks
+from khod.producers.identity import process_of, wait_ended
+from khod.producers.order import order_in_ranks
 from tests.unit.hung import frozen_file_system, silent_file_system
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, run, until
 
@@ -37,8 +37,8 @@ class Rehearsed:
     kind = "rehearsed"
     timeout = 20.0
     devices = ()
-    restores = False
-    reachable = True
+    restores_state = False
+    is_reachable = True
 
     def __init__(
         self, name: str, told: list[str], *, after: tuple[str, ...] = (), before: tuple[str, ...] = ()
@@ -48,37 +48,37 @@ class Rehearsed:
         self.gate: asyncio.Event | None = None
         self._told = told
 
-    async def returned(self) -> None:
+    async def wait_returned(self) -> None:
         """It is here."""
 
-    async def leave(self, note: str) -> None:
+    async def make_way(self, note: str) -> None:
         """It stands in nobody's way."""
 
-    def holder(self) -> Holder:
-        return Holder(self.name, self.kind)
+    def to_record(self) -> ProducerRecord:
+        return ProducerRecord(self.name, self.kind)
 
-    async def tell(self, telling: Telling) -> None:
+    async def carry_out(self, telling: ProducerCall) -> None:
         self._told.append(f"{self.name} {telling.verb.value}")
         if self.gate is not None:
             await self.gate.wait()
         if telling.verb in self.refuses:
-            raise Veto("not now")
+            raise ParticipantVeto("not now")
 
 
 def barrier(*producers: Rehearsed | Hook) -> Barrier:
-    return Barrier.of(producers, "run-1", lambda _member: None)
+    return Barrier.from_producers(producers, "run-1", lambda _member: None)
 
 
 async def test_ranks_pass_in_order_and_are_undone_in_reverse() -> None:
     told: list[str] = []
     first, last = Rehearsed("z-first", told, before=("m",)), Rehearsed("a-last", told, after=("m", "z-first"))
     here = barrier(last, Rehearsed("m", told), first)
-    await here.tell(Verb.prepare)
-    await here.tell(Verb.freeze)
+    await here.broadcast(Verb.prepare)
+    await here.broadcast(Verb.freeze)
     assert [word.split()[0] for word in told] == ["z-first", "m", "a-last"] * 2
     told.clear()
-    await here.undo(Verb.freeze)
-    await here.undo(Verb.prepare)
+    await here.undo_verb(Verb.freeze)
+    await here.undo_verb(Verb.prepare)
     expected = ["a-last thaw", "m thaw", "z-first thaw", "a-last cancel", "m cancel", "z-first cancel"]
     assert told == expected
 
@@ -90,14 +90,14 @@ async def test_within_a_rank_all_are_told_before_any_has_answered() -> None:
     for member in rank:
         member.gate = gate
     here = barrier(*rank)
-    telling = asyncio.ensure_future(here.tell(Verb.prepare))
+    telling = asyncio.ensure_future(here.broadcast(Verb.prepare))
     for _turn in range(10):
         await asyncio.sleep(0)
     assert sorted(told) == ["a prepare", "b prepare", "c prepare"]
-    assert all(member.waiting for member in here.members)
+    assert all(member.is_waiting for member in here.members)
     gate.set()
     await telling
-    assert not any(member.waiting for member in here.members)
+    assert not any(member.is_waiting for member in here.members)
 
 
 async def test_no_rank_is_told_before_the_one_ahead_has_answered() -> None:
@@ -105,7 +105,7 @@ async def test_no_rank_is_told_before_the_one_ahead_has_answered() -> None:
     slow = Rehearsed("a", told)
     slow.gate = asyncio.Event()
     here = barrier(slow, Rehearsed("b", told, after=("a",)))
-    telling = asyncio.ensure_future(here.tell(Verb.prepare))
+    telling = asyncio.ensure_future(here.broadcast(Verb.prepare))
     for _turn in range(10):
         await asyncio.sleep(0)
     assert told == ["a prepare"]
@@ -120,9 +120,9 @@ async def test_a_veto_ends_it_and_only_those_told_are_told_that_it_is_off() -> N
     no.refuses = {Verb.prepare}
     here = barrier(Rehearsed("a", told), no, Rehearsed("c", told, after=("b",)))
     with pytest.raises(Refused, match="not now") as raised:
-        await here.tell(Verb.prepare)
+        await here.broadcast(Verb.prepare)
     assert "b" in raised.value.where
-    await here.undo(Verb.prepare)
+    await here.undo_verb(Verb.prepare)
     assert told == ["a prepare", "b prepare", "b cancel", "a cancel"], "b may have had half of it done"
 
 
@@ -131,18 +131,18 @@ async def test_an_undo_that_fails_does_not_keep_the_others_from_theirs_and_can_b
     stuck = Rehearsed("b", told, after=("a",))
     stuck.refuses = {Verb.thaw}
     here = barrier(Rehearsed("a", told), stuck)
-    await here.tell(Verb.prepare)
-    await here.tell(Verb.freeze)
+    await here.broadcast(Verb.prepare)
+    await here.broadcast(Verb.freeze)
     told.clear()
-    [(name, error)] = await here.undo(Verb.freeze)
+    [(name, error)] = await here.undo_verb(Verb.freeze)
     assert name == "b"
     assert "not now" in error.what
     assert told == ["b thaw", "a thaw"]
     told.clear()
     stuck.refuses = set()
-    await here.undo(Verb.freeze)
+    await here.undo_verb(Verb.freeze)
     assert told == ["b thaw"], "a was thawed already"
-    await here.undo(Verb.prepare)
+    await here.undo_verb(Verb.prepare)
     assert told == ["b thaw", "b cancel", "a cancel"]
 
 
@@ -154,21 +154,23 @@ def test_a_cycle_is_named() -> None:
         Rehearsed("c", told, after=("b",)),
     ]
     with pytest.raises(ConfigError) as raised:
-        ranks(circle)
+        order_in_ranks(circle)
     assert all(name in raised.value.what for name in "abc")
     with pytest.raises(ConfigError):
-        ranks([Rehearsed("self", told, after=("self",))])
+        order_in_ranks([Rehearsed("self", told, after=("self",))])
 
 
 def test_names_that_are_not_there_are_no_constraint() -> None:
     told: list[str] = []
-    found = ranks([Rehearsed("a", told, after=("gone",)), Rehearsed("b", told, before=("gone",))])
+    found = order_in_ranks([Rehearsed("a", told, after=("gone",)), Rehearsed("b", told, before=("gone",))])
     assert [[producer.name for producer in rank] for rank in found] == [["a", "b"]]
-    assert ranks([]) == []
+    assert order_in_ranks([]) == []
 
 
 async def test_a_hook_knows_its_verb_and_its_run_and_little_else(tmp_path: Path) -> None:
-    await hook(f"env > {tmp_path}/env; readlink /proc/self/fd/0 > {tmp_path}/stdin").tell(Telling(Verb.freeze, "run-1"))
+    await hook(f"env > {tmp_path}/env; readlink /proc/self/fd/0 > {tmp_path}/stdin").carry_out(
+        ProducerCall(Verb.freeze, "run-1")
+    )
     words = dict(line.partition("=")[::2] for line in (tmp_path / "env").read_text().splitlines())
     assert (words["KHO_VERB"], words["KHO_RUN"]) == ("freeze", "run-1")
     assert words.keys() - {"PWD", "SHLVL", "_", "OLDPWD"} == {"KHO_NAME", "KHO_VERB", "KHO_RUN", "PATH"}
@@ -176,7 +178,7 @@ async def test_a_hook_knows_its_verb_and_its_run_and_little_else(tmp_path: Path)
 
 
 async def test_a_verb_without_a_command_is_a_yes() -> None:
-    await Hook("a", commands={"freeze": ["/bin/false"]}).tell(Telling(Verb.prepare, "run-1"))
+    await Hook("a", commands={"freeze": ["/bin/false"]}).carry_out(ProducerCall(Verb.prepare, "run-1"))
 
 
 VETOES = [
@@ -191,37 +193,37 @@ VETOES = [
 
 @pytest.mark.parametrize(("script", "reason"), VETOES)
 async def test_a_hook_that_ends_otherwise_is_a_veto_with_its_last_line(script: str, reason: str) -> None:
-    with pytest.raises(Veto, match=reason):
-        await hook(script).tell(Telling(Verb.prepare, "run-1"))
+    with pytest.raises(ParticipantVeto, match=reason):
+        await hook(script).carry_out(ProducerCall(Verb.prepare, "run-1"))
 
 
 async def test_a_reason_is_one_line_fit_for_a_terminal() -> None:
-    with pytest.raises(Veto) as raised:
-        await hook("printf '\\033[2Jgone\\a\\n' >&2; exit 1").tell(Telling(Verb.prepare, "run-1"))
+    with pytest.raises(ParticipantVeto) as raised:
+        await hook("printf '\\033[2Jgone\\a\\n' >&2; exit 1").carry_out(ProducerCall(Verb.prepare, "run-1"))
     assert str(raised.value) == "?[2Jgone?"
 
 
 async def test_a_hook_killed_by_a_real_time_signal_is_a_veto() -> None:
-    with pytest.raises(Veto, match="40"):
-        await hook("kill -40 $$").tell(Telling(Verb.prepare, "run-1"))
+    with pytest.raises(ParticipantVeto, match="40"):
+        await hook("kill -40 $$").carry_out(ProducerCall(Verb.prepare, "run-1"))
 
 
 async def test_a_hook_that_cannot_be_started_is_a_veto(tmp_path: Path) -> None:
     (tmp_path / "script").write_text("no interpreter line, no permission")
     for program in (tmp_path / "nowhere", tmp_path, tmp_path / "script"):
-        with pytest.raises(Veto, match=re.escape(str(program))):
-            await Hook("a", commands={"prepare": [str(program)]}).tell(Telling(Verb.prepare, "run-1"))
+        with pytest.raises(ParticipantVeto, match=re.escape(str(program))):
+            await Hook("a", commands={"prepare": [str(program)]}).carry_out(ProducerCall(Verb.prepare, "run-1"))
 
 
 async def test_a_child_that_holds_standard_error_does_not_hold_the_barrier() -> None:
     here = barrier(hook("sleep 600 & exit 0", timeout=5))
-    await here.tell(Verb.prepare)
+    await here.broadcast(Verb.prepare)
     assert here.members[0].answer == "ready"
 
 
 async def test_a_child_that_floods_standard_error_does_not_hold_the_barrier() -> None:
     here = barrier(hook("exec > /dev/null; (while :; do echo flood >&2; done) & exit 0", timeout=3))
-    await here.tell(Verb.prepare)
+    await here.broadcast(Verb.prepare)
     assert here.members[0].answer == "ready"
 
 
@@ -242,21 +244,21 @@ async def test_at_the_deadline_the_whole_session_is_killed(tmp_path: Path) -> No
     pids = tmp_path / "pids"
     late = hook(f"sleep 600 & echo $$ $! > {pids}; wait", timeout=0.5)
     with pytest.raises(Refused, match=r"0\.5 s"):
-        await barrier(late).tell(Verb.freeze)
+        await barrier(late).broadcast(Verb.freeze)
     assert [gone(int(pid)) for pid in pids.read_text().split()] == [True, True]
 
 
 async def test_a_hook_that_ignores_signals_is_killed_too(tmp_path: Path) -> None:
     stubborn = hook(f"trap '' TERM INT HUP; echo $$ > {tmp_path}/pid; while :; do sleep 600; done", timeout=0.5)
     with pytest.raises(Refused):
-        await barrier(stubborn).tell(Verb.freeze)
+        await barrier(stubborn).broadcast(Verb.freeze)
     assert gone(int((tmp_path / "pid").read_text()))
 
 
 async def test_a_cancelled_barrier_kills_its_hooks(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    telling = asyncio.ensure_future(barrier(hook(f"echo $$ > {fifo}; sleep 600")).tell(Verb.freeze))
+    telling = asyncio.ensure_future(barrier(hook(f"echo $$ > {fifo}; sleep 600")).broadcast(Verb.freeze))
     pid = int(await asyncio.to_thread(fifo.read_text))
     telling.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -269,7 +271,7 @@ async def test_a_hook_cancelled_while_it_is_spawned_leaves_no_child_behind(tmp_p
     os.mkfifo(tmp_path / "fifo")
     fifo = os.open(tmp_path / "fifo", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     telling = asyncio.ensure_future(
-        hook(f"sleep 600 & echo $$ $! > {tmp_path}/fifo; wait").tell(Telling(Verb.freeze, "r"))
+        hook(f"sleep 600 & echo $$ $! > {tmp_path}/fifo; wait").carry_out(ProducerCall(Verb.freeze, "r"))
     )
     for _turn in ("tell", "spawn"):  # to the spawn and not beyond
         await asyncio.sleep(0)
@@ -331,8 +333,8 @@ def test_a_hook_that_prints_a_gibibyte_is_heard_to_its_end_and_not_kept() -> Non
 
 
 async def vetoed(producer: Hook, verb: Verb = Verb.thaw) -> str:
-    with pytest.raises(Veto) as raised:
-        await producer.tell(Telling(verb, "r"))
+    with pytest.raises(ParticipantVeto) as raised:
+        await producer.carry_out(ProducerCall(verb, "r"))
     reason = str(raised.value)
     assert reason.isprintable()
     return reason
@@ -348,9 +350,9 @@ async def test_an_undo_that_cannot_be_started_keeps_nobody_from_theirs(tmp_path:
     scripts = {name: hook(f"echo {name} >> {tmp_path}/told", name=name) for name in "ab"}
     broken = Hook("c", after=("b",), commands={"thaw": ["/bin/echo", "a\0b"]})
     here = barrier(*scripts.values(), broken)
-    await here.tell(Verb.freeze)
+    await here.broadcast(Verb.freeze)
     for _again in range(2):
-        [(name, error)] = await here.undo(Verb.freeze)
+        [(name, error)] = await here.undo_verb(Verb.freeze)
         assert name == "c"
         assert "/bin/echo cannot be started" in error.what
     told = (tmp_path / "told").read_text().split()
@@ -364,7 +366,7 @@ async def test_a_hook_needs_no_new_thread(monkeypatch: pytest.MonkeyPatch, tmp_p
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    await hook(f"echo words; touch {tmp_path}/done").tell(Telling(Verb.thaw, "r"))
+    await hook(f"echo words; touch {tmp_path}/done").carry_out(ProducerCall(Verb.thaw, "r"))
     assert (tmp_path / "done").exists()
 
 
@@ -380,7 +382,7 @@ async def test_what_the_host_lacks_is_said(monkeypatch: pytest.MonkeyPatch, numb
 
 
 async def test_a_surprise_is_a_veto_and_no_end_of_the_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def surprise(_hook: Hook, _telling: Telling) -> None:
+    async def surprise(_hook: Hook, _telling: ProducerCall) -> None:
         raise KeyError("what nobody expected")
 
     monkeypatch.setattr(Hook, "_carry_out", surprise)
@@ -432,7 +434,7 @@ async def test_wherever_a_hook_is_cancelled_nothing_of_it_is_left(tmp_path: Path
     endless = hook(f"sleep 600 & echo $$ $! >> {pids}; sleep 600")
     tasks, descriptors = asyncio.all_tasks(), len(os.listdir("/proc/self/fd"))
     for turn in range(8):
-        telling = asyncio.ensure_future(endless.tell(Telling(Verb.freeze, "r")))
+        telling = asyncio.ensure_future(endless.carry_out(ProducerCall(Verb.freeze, "r")))
         for _turn in range(turn):
             await asyncio.sleep(0)
         for _time in range(1 + again):
@@ -452,18 +454,18 @@ async def test_wherever_a_hook_is_cancelled_nothing_of_it_is_left(tmp_path: Path
 async def test_a_hook_that_sleeps_in_the_kernel_is_left_to_itself_and_named(tmp_path: Path) -> None:
     """Its own storage is frozen: SIGKILL does not end it before the one who froze that is told to thaw."""
     reasons: list[str] = []
-    telling = Telling(Verb.thaw, "r", "", lambda reason, _progress: reasons.append(reason))
+    telling = ProducerCall(Verb.thaw, "r", "", lambda reason, _progress: reasons.append(reason))
     with frozen_file_system(tmp_path / "mnt") as frozen:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.5):
-                await Hook("db", commands={"thaw": ["touch", str(frozen / "log")]}).tell(telling)
+                await Hook("db", commands={"thaw": ["touch", str(frozen / "log")]}).carry_out(telling)
         found = re.fullmatch(
             r"process (\d+) \(touch\) was sent SIGKILL: it sleeps in the kernel and does not die", reasons[-1]
         )
         assert found, reasons
         process = process_of(int(found[1]))
         assert process is not None
-    await ended(process)
+    await wait_ended(process)
     while process_of(process.pid) == process:  # noqa: ASYNC110 - its exit status is taken in a turn of this loop
         await asyncio.sleep(0)
 
@@ -519,7 +521,7 @@ async def test_a_command_of_any_name_is_run_as_it_is(tmp_path: Path, name: str) 
     script = tmp_path / name
     script.write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@" > "${0%/*}/said"\n')
     script.chmod(0o755)
-    await Hook("a", commands={"thaw": [str(script), "--", "A=1", ""]}).tell(Telling(Verb.thaw, "r"))
+    await Hook("a", commands={"thaw": [str(script), "--", "A=1", ""]}).carry_out(ProducerCall(Verb.thaw, "r"))
     assert (tmp_path / "said").read_text() == f"{script}\n--\nA=1\n\n"
 
 

@@ -24,7 +24,7 @@ LIMIT = 1 << 30
 def taken(path: Path, role: str = "image", limit: int = LIMIT) -> Iterator[Sealed]:
     fd = files.open_regular(str(path), role)
     try:
-        with sealed.seal(fd, role, str(path), limit) as image:
+        with sealed.seal_file(fd, role, str(path), limit) as image:
             yield image
     finally:
         os.close(fd)
@@ -53,7 +53,7 @@ def test_the_offset_of_the_given_descriptor_does_not_matter(path: Path) -> None:
     path.write_bytes(bzimage())
     with path.open("rb") as file:
         file.seek(1000)
-        with sealed.seal(file.fileno(), "image", "x", LIMIT) as image:
+        with sealed.seal_file(file.fileno(), "image", "x", LIMIT) as image:
             assert image.size == len(bzimage())
         assert file.tell() == 1000
 
@@ -103,7 +103,7 @@ def test_a_descriptor_that_cannot_be_read(path: Path, flags: int) -> None:
     path.write_bytes(bzimage())
     fd = os.open(path, flags)
     with pytest.raises(KhoError, match="EBADF"):
-        sealed.seal(fd, "image", "x", LIMIT)
+        sealed.seal_file(fd, "image", "x", LIMIT)
     os.close(fd)
 
 
@@ -120,9 +120,9 @@ def test_initrds_are_joined_in_order_each_at_four_bytes(path: Path) -> None:
     for contents in (b"one12", b"two", b"four"):
         path.write_bytes(contents)
         fd = files.open_regular(str(path), "initrd")
-        parts.append(sealed.seal(fd, "initrd", str(path), LIMIT))
+        parts.append(sealed.seal_file(fd, "initrd", str(path), LIMIT))
         os.close(fd)
-    with sealed.join(parts, "all") as joined:
+    with sealed.join_initrds(parts, "all") as joined:
         assert bytes(joined.view()) == b"one12\0\0\0two\0four"
         assert (joined.size, joined.name) == (16, "all")
         with pytest.raises(PermissionError):

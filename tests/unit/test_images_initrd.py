@@ -19,8 +19,8 @@ EARLY = cpio({"kernel/x86/microcode/GenuineIntel.bin": b"microcode"})
 
 
 def look(contents: bytes, limit: int = LIMIT, init: str = "init", *, last: bool = True) -> Initrd:
-    with sealed.fill([contents], "/boot/initrd") as image:
-        return initrd.look(image, limit, init, last=last)
+    with sealed.seal_pieces([contents], "/boot/initrd") as image:
+        return initrd.inspect_initrd(image, limit, init, last=last)
 
 
 def needs(method: str) -> frozenset[str]:

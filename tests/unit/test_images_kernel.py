@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from khod.errors import Exit, KhoError, Refused
 from khod.images import sealed
-from khod.images.kernel import Bundle, Signature, take_apart
+from khod.images.kernel import Signature, UnpackedImage, unpack_image
 from khod.images.sealed import Sealed
 from tests.unit.images import (
     CMDLINE_SIZE,
@@ -37,11 +37,11 @@ EM = {"x86_64": 62, "aarch64": 183, "riscv64": 243, "loongarch64": 258, "ppc64le
 
 
 @contextmanager
-def apart(contents: bytes, machine: str = "x86_64", limit: int = LIMIT) -> Iterator[Bundle]:
+def apart(contents: bytes, machine: str = "x86_64", limit: int = LIMIT) -> Iterator[UnpackedImage]:
     """Take an image apart and close what it became; where it is refused, what was given."""
-    image = sealed.fill([contents], "/boot/it")
+    image = sealed.seal_pieces([contents], "/boot/it")
     try:
-        bundle = take_apart(image, machine, limit)
+        bundle = unpack_image(image, machine, limit)
     except BaseException:
         image.close()
         raise
@@ -433,4 +433,4 @@ def test_a_damaged_image_is_taken_or_refused(whole: tuple[str, bytes], damages: 
             found = bundle
     except KhoError as error:
         found = error
-    assert isinstance(found, Bundle | Refused)
+    assert isinstance(found, UnpackedImage | Refused)

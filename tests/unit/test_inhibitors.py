@@ -34,7 +34,7 @@ async def logind(path: Path, monkeypatch: pytest.MonkeyPatch, *listed: tuple[Any
 async def test_who_blocks_a_shutdown_is_told_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     others = blocks("delays", mode="delay"), blocks("sleeps", what="sleep:idle")
     async with logind(tmp_path, monkeypatch, blocks("apt", "upgrading"), *others):
-        assert await inhibitors.blocking() == [Inhibitor("apt", "upgrading")]
+        assert await inhibitors.shutdown_inhibitors() == [Inhibitor("apt", "upgrading")]
 
 
 async def test_many_checks_at_a_time_are_one_connection_to_the_bus(
@@ -44,7 +44,7 @@ async def test_many_checks_at_a_time_are_one_connection_to_the_bus(
     (tmp_path / "host").mkdir()
     host = Host(tmp_path / "host")
     engine = await host.started()
-    monkeypatch.setattr(engine, "_inhibitors", inhibitors.blocking)
+    monkeypatch.setattr(engine, "_inhibitors", inhibitors.shutdown_inhibitors)
     async with logind(tmp_path, monkeypatch, blocks("apt")) as bus:
         goes_on = asyncio.Event()
         bus.instead["ListInhibitors"] = goes_on
@@ -60,11 +60,11 @@ async def test_many_checks_at_a_time_are_one_connection_to_the_bus(
 async def test_an_answer_counts_for_a_moment_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with logind(tmp_path, monkeypatch) as bus:
         for _ in range(2):
-            assert await inhibitors.blocking() == []
+            assert await inhibitors.shutdown_inhibitors() == []
         assert bus.said.count("ListInhibitors") == 1
         monkeypatch.setattr(inhibitors, "CACHE_SECONDS", 0.0)
         bus.inhibitors = [blocks("apt")]
-        assert await inhibitors.blocking() == [Inhibitor("apt", "")]
+        assert await inhibitors.shutdown_inhibitors() == [Inhibitor("apt", "")]
 
 
 async def test_whoever_gives_up_waiting_does_not_end_the_question_for_others(
@@ -73,7 +73,7 @@ async def test_whoever_gives_up_waiting_does_not_end_the_question_for_others(
     async with logind(tmp_path, monkeypatch, blocks("apt")) as bus:
         goes_on = asyncio.Event()
         bus.instead["ListInhibitors"] = goes_on
-        first, second = (asyncio.ensure_future(inhibitors.blocking()) for _ in range(2))
+        first, second = (asyncio.ensure_future(inhibitors.shutdown_inhibitors()) for _ in range(2))
         await bus.reached.wait()
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -87,7 +87,7 @@ async def test_an_inhibitors_words_are_one_line_that_is_fit_for_a_terminal(
 ) -> None:
     """Any user of an active session may block, and names himself."""
     async with logind(tmp_path, monkeypatch, blocks("mallory\x1b[2J", WHY)):
-        found = await inhibitors.blocking()
+        found = await inhibitors.shutdown_inhibitors()
     assert found is not None
     assert all(text.isprintable() for inhibitor in found for text in (inhibitor.who, inhibitor.why))
     assert "signature" in found[0].why, "it is made fit, not left out"
@@ -95,7 +95,7 @@ async def test_an_inhibitors_words_are_one_line_that_is_fit_for_a_terminal(
 
 async def test_how_many_are_told_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with logind(tmp_path, monkeypatch, *(blocks(f"user-{number}", "x" * 1000) for number in range(1000))):
-        found = await inhibitors.blocking()
+        found = await inhibitors.shutdown_inhibitors()
     assert found is not None
     assert len(found) == inhibitors.MAX_INHIBITORS
     assert sum(len(inhibitor.why) for inhibitor in found) < 1000 * inhibitors.MAX_INHIBITORS

@@ -15,7 +15,7 @@ RECORD = Record(begun=Begun(1.0, "root (khoctl, process 7)", "vmlinuz"), timings
 
 
 def written(event: Event, *, entered: bool = False) -> tuple[str, dict[str, Any]]:
-    return journal.fields(event, entered=entered, record=RECORD)
+    return journal.record_fields(event, entered=entered, record=RECORD)
 
 
 def about(answer: str, *, waiting: bool = False) -> Event:

@@ -206,7 +206,7 @@ async def test_reboot_that_fails_after_its_deadline_is_put_back(
 ) -> None:
     engine = await in_kernel(host, monkeypatch)
     monkeypatch.undo()
-    host.kernel.fault("reboot_errno", number)
+    host.kernel.set_fault("reboot_errno", number)
     worker = host.workers.kernel
     assert isinstance(worker, InlineWorker)
     worker.come_back()
@@ -217,9 +217,9 @@ async def test_reboot_that_fails_after_its_deadline_is_put_back(
 @in_virtual_time
 async def test_sync_that_hangs_before_the_jump_is_no_jump(host: VirtualHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can say whether the host goes down; but nobody was asked to take it down."""
-    jump = shutdown.immediate(Kexec(host.kernel), host.workers.kernel, EXECUTE)
+    jump = shutdown.make_immediate(Kexec(host.kernel), host.workers.kernel, EXECUTE)
     engine = await host.started(orderly=jump)
-    monkeypatch.setattr(host.kernel, "sync", never)
+    monkeypatch.setattr(host.kernel, "sync_disks", never)
     with pytest.raises(KhoError) as raised:
         await host.kexec(engine)
     assert "sync" in raised.value.what

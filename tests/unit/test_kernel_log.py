@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from khod.kernel.log import ABOUT, LUO, MOST_RECORDS, Record, parse, relevant, since
+from khod.kernel.log import ABOUT, LUO, MAX_RECORDS, LogRecord, parse_record, records_since, relevant_lines
 from khod.model import Step
 
 
@@ -37,16 +37,16 @@ DOCUMENTED = [
     (
         b"7,160,424069,-;pci_root PNP0A03:00: host bridge window [io  0x0000-0x0cf7] (ignored)\n"
         b" SUBSYSTEM=acpi\n DEVICE=+acpi:PNP0A03:00\n",
-        Record(7, 0, "pci_root PNP0A03:00: host bridge window [io  0x0000-0x0cf7] (ignored)"),
+        LogRecord(7, 0, "pci_root PNP0A03:00: host bridge window [io  0x0000-0x0cf7] (ignored)"),
     ),
-    (b"6,339,5140900,-;NET: Registered protocol family 10\n", Record(6, 0, "NET: Registered protocol family 10")),
-    (b"30,340,5690716,-;udevd[80]: starting version 181\n", Record(6, 3, "udevd[80]: starting version 181")),
+    (b"6,339,5140900,-;NET: Registered protocol family 10\n", LogRecord(6, 0, "NET: Registered protocol family 10")),
+    (b"30,340,5690716,-;udevd[80]: starting version 181\n", LogRecord(6, 3, "udevd[80]: starting version 181")),
 ]
 
 
 @pytest.mark.parametrize(("raw", "record"), DOCUMENTED)
-def test_the_document_s_records(raw: bytes, record: Record) -> None:
-    assert parse(raw) == record
+def test_the_document_s_records(raw: bytes, record: LogRecord) -> None:
+    assert parse_record(raw) == record
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_the_document_s_records(raw: bytes, record: Record) -> None:
     ],
 )
 def test_what_stands_in_a_record(raw: bytes, text: str) -> None:
-    record = parse(raw)
+    record = parse_record(raw)
     assert record is not None
     assert record.text == text
     assert record.level == 4
@@ -70,46 +70,48 @@ def test_what_stands_in_a_record(raw: bytes, text: str) -> None:
 
 @pytest.mark.parametrize("raw", [b"", b"\n", b"no header", b"x,1,2,-;text\n", b" SUBSYSTEM=acpi\n", b"4,1;text\n"])
 def test_what_is_no_record(raw: bytes) -> None:
-    assert parse(raw) is None
+    assert parse_record(raw) is None
 
 
 def test_records_are_read_until_there_are_no_more() -> None:
     log = Fake([raw for raw, _ in DOCUMENTED])
-    assert since(log) == [record for _, record in DOCUMENTED]
+    assert records_since(log) == [record for _, record in DOCUMENTED]
     assert log.reads == len(DOCUMENTED) + 1
-    assert since(Fake([])) == []
-    assert since(io.BytesIO()) == [], "what stands for a log that may not be read"
+    assert records_since(Fake([])) == []
+    assert records_since(io.BytesIO()) == [], "what stands for a log that may not be read"
 
 
 def test_overwritten_records_are_passed_over() -> None:
     log = Fake([OVERWRITTEN, b"3,9,1,-;left\n", OVERWRITTEN, b"3,12,2,-;right\n"])
-    assert [record.text for record in since(log)] == ["left", "right"]
+    assert [record.text for record in records_since(log)] == ["left", "right"]
 
 
 def test_what_is_no_record_is_passed_over() -> None:
-    assert [record.text for record in since(Fake([b"what?", b"3,9,1,-;left\n"]))] == ["left"]
+    assert [record.text for record in records_since(Fake([b"what?", b"3,9,1,-;left\n"]))] == ["left"]
 
 
 def test_fragments_are_put_together() -> None:
     log = Fake([b"3,1,1,-;kho failed to \n", b"3,2,1,c;serialize state: -12\n", b"3,3,2,-;another\n"])
-    assert [record.text for record in since(log)] == ["kho failed to serialize state: -12", "another"]
-    assert [record.text for record in since(Fake([b"3,2,1,c;its beginning is lost\n"]))] == ["its beginning is lost"]
+    assert [record.text for record in records_since(log)] == ["kho failed to serialize state: -12", "another"]
+    assert [record.text for record in records_since(Fake([b"3,2,1,c;its beginning is lost\n"]))] == [
+        "its beginning is lost"
+    ]
 
 
 @pytest.mark.parametrize("flood", [b"3,1,1,-;flood\n", OVERWRITTEN, b"what?"])
 def test_a_log_that_never_ends_is_left(flood: bytes | OSError) -> None:
     log = Fake(iter(lambda: flood, None))
-    assert len(since(log)) <= MOST_RECORDS
-    assert log.reads == MOST_RECORDS
+    assert len(records_since(log)) <= MAX_RECORDS
+    assert log.reads == MAX_RECORDS
 
 
 def test_any_other_error_is_the_caller_s() -> None:
     with pytest.raises(PermissionError):
-        since(Fake([PermissionError(errno.EPERM, "dmesg_restrict")]))
+        records_since(Fake([PermissionError(errno.EPERM, "dmesg_restrict")]))
 
 
-def lines(*texts: str, level: int = 4, facility: int = 0) -> list[Record]:
-    return [Record(level, facility, text) for text in texts]
+def lines(*texts: str, level: int = 4, facility: int = 0) -> list[LogRecord]:
+    return [LogRecord(level, facility, text) for text in texts]
 
 
 # Step, what the kernel logs (the format strings of its sources), what is quoted
@@ -175,7 +177,7 @@ TELLING = [
 
 @pytest.mark.parametrize(("step", "logged", "quoted"), TELLING)
 def test_the_telling_line_is_quoted(step: Step, logged: list[str], quoted: str) -> None:
-    assert relevant(lines("usb 1-1: new device", *logged), ABOUT[step]) == quoted
+    assert relevant_lines(lines("usb 1-1: new device", *logged), ABOUT[step]) == quoted
 
 
 @pytest.mark.parametrize(
@@ -187,25 +189,25 @@ def test_the_telling_line_is_quoted(step: Step, logged: list[str], quoted: str) 
     ],
 )
 def test_luo_s_lines(line: str) -> None:
-    assert relevant(lines("memory: low", line), LUO) == line
+    assert relevant_lines(lines("memory: low", line), LUO) == line
 
 
 def test_at_most_the_last_two_are_quoted_and_each_once() -> None:
     said = ["KHO: one", "KHO: two", "KHO: three", "KHO: three"]
-    assert relevant(lines(*said), ABOUT[Step.activate]) == "KHO: two; KHO: three"
+    assert relevant_lines(lines(*said), ABOUT[Step.activate]) == "KHO: two; KHO: three"
 
 
 def test_only_the_kernel_s_own_lines_are_quoted_and_none_that_merely_inform() -> None:
     about = ABOUT[Step.activate]
-    assert relevant(lines("khod: KHO: entering", facility=1), about) == "", "khod's announcement is no cause"
-    assert relevant(lines("KHO: exec from: 7.3.4", level=6), about) == ""
-    assert relevant(lines("KHO: a notice", level=5), about) == "KHO: a notice"
+    assert relevant_lines(lines("khod: KHO: entering", facility=1), about) == "", "khod's announcement is no cause"
+    assert relevant_lines(lines("KHO: exec from: 7.3.4", level=6), about) == ""
+    assert relevant_lines(lines("KHO: a notice", level=5), about) == "KHO: a notice"
 
 
 def test_what_is_quoted_is_safe_on_a_terminal_and_short() -> None:
-    shown = relevant(lines("KHO: \x1b[31m\n\x00\x9b" + "x" * 300), ABOUT[Step.activate])
+    shown = relevant_lines(lines("KHO: \x1b[31m\n\x00\x9b" + "x" * 300), ABOUT[Step.activate])
     assert shown.startswith("KHO: \\x1b[31m\\n\\x00\\x9bxxx")
     assert shown.endswith("x…")
     assert len(shown) == 200
     exactly = "KHO: " + "x" * 195
-    assert relevant(lines(exactly), ABOUT[Step.activate]) == exactly
+    assert relevant_lines(lines(exactly), ABOUT[Step.activate]) == exactly

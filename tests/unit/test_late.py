@@ -11,7 +11,7 @@ import pytest
 from khod.engine.startup import ASK_AGAIN_SECONDS
 from khod.errors import Failed
 from khod.kernel.luo import Luo
-from khod.kernel.memory import Memory
+from khod.kernel.memory import MemoryBounds
 from khod.model import Kept
 from khod.producers.sessions import Sessions
 from tests.unit.harness import KeptFds
@@ -42,7 +42,7 @@ class HangingLuo:
 
 def made(luo: HangingLuo) -> tuple[Sessions, InlineWorker, KeptFds]:
     worker, store = InlineWorker("kernel", "The kernel"), KeptFds()
-    return Sessions(cast("Luo", luo), worker, store, memory=lambda: Memory(1 << 40, 1 << 40)), worker, store
+    return Sessions(cast("Luo", luo), worker, store, memory=lambda: MemoryBounds(1 << 40, 1 << 40)), worker, store
 
 
 def is_open(fd: int) -> bool:
@@ -51,11 +51,11 @@ def is_open(fd: int) -> bool:
 
 async def ends_late(worker: InlineWorker, call: Callable[[], int], late: list[int]) -> None:
     with pytest.raises(Failed):
-        await worker.call(call, "a call", 5.0, late.append)
+        await worker.call_within(call, "a call", 5.0, late.append)
 
 
 async def is_cancelled(worker: InlineWorker, call: Callable[[], int], late: list[int]) -> None:
-    waiting = asyncio.ensure_future(worker.call(call, "a call", None, late.append))
+    waiting = asyncio.ensure_future(worker.call_within(call, "a call", None, late.append))
     await asyncio.sleep(1)
     waiting.cancel()
     await asyncio.wait({waiting})
@@ -82,7 +82,7 @@ async def test_what_comes_late_is_handed_over(given_up: Callable[..., object]) -
 @in_virtual_time
 async def test_what_comes_in_time_is_its_caller_s_alone() -> None:
     late: list[int] = []
-    assert await InlineWorker("kernel", "The kernel").call(lambda: 7, "a call", 5.0, late.append) == 7
+    assert await InlineWorker("kernel", "The kernel").call_within(lambda: 7, "a call", 5.0, late.append) == 7
     await asyncio.sleep(0)
     assert late == []
 
@@ -93,13 +93,13 @@ async def test_an_outgoing_session_that_is_made_late_is_closed() -> None:
     sessions, worker, store = made(luo)
     table = memfd(b"table")
     with pytest.raises(Failed):
-        await sessions.preserve(SESSION, [(Kept("table", 7), table)], 5.0)
+        await sessions.preserve_files(SESSION, [(Kept("table", 7), table)], 5.0)
     luo.comes_back = True
     worker.come_back()
     await asyncio.sleep(0)
     os.close(table)
     assert [is_open(fd) for fd in luo.opened] == [False]
-    assert (sessions.names, store.kept) == ([], {})
+    assert (sessions.session_names, store.kept) == ([], {})
 
 
 @in_virtual_time
@@ -108,13 +108,13 @@ async def test_a_session_that_is_taken_late_stays_its_producer_s() -> None:
     luo = HangingLuo()
     sessions, worker, store = made(luo)
     with pytest.raises(Failed):
-        await sessions.take(SESSION, [Kept("table", 7)], 5.0)
+        await sessions.retrieve_files(SESSION, [Kept("table", 7)], 5.0)
     luo.comes_back = True
     worker.come_back()
     await asyncio.sleep(0)
     assert [is_open(fd) for fd in luo.opened] == [True]
     assert list(store.kept) == [SESSION]
-    (table,) = await sessions.take(SESSION, [Kept("table", 7)], 5.0)
+    (table,) = await sessions.retrieve_files(SESSION, [Kept("table", 7)], 5.0)
     assert len(luo.opened) == 1
     for fd in (table, *luo.opened, *store.kept.values()):
         os.close(fd)
@@ -133,6 +133,6 @@ async def test_a_start_that_cannot_ask_the_kernel_asks_again_after_a_pause(
             raise OSError(5, "Input/output error")
         return "7.3.4"
 
-    monkeypatch.setattr("khod.kernel.kexec.Kexec.release", release)
+    monkeypatch.setattr("khod.kernel.kexec.Kexec.kernel_release", release)
     await host.started()
     assert asked[:4] == [number * ASK_AGAIN_SECONDS for number in range(4)]

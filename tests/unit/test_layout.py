@@ -12,11 +12,11 @@ from tests.unit.test_render import CHECKS, EVENT, PLAN, status
 
 WIDTHS = (40, 80, 200)
 PAGES = {
-    "status": render.status(status(Phase.degraded)),
-    "checks": render.checks(CHECKS),
-    "plan": render.plan(PLAN),
+    "status": render.render_status(status(Phase.degraded)),
+    "checks": render.render_checks(CHECKS),
+    "plan": render.render_plan(PLAN),
     "short plan": render.short_plan(PLAN),
-    "event": render.event(EVENT),
+    "event": render.render_event(EVENT),
     "error": "khoctl: The profile cannot be read: ENOENT (/etc/kho/handover.d/nightly.toml). There are: a, b and c.",
 }
 
@@ -24,7 +24,7 @@ PAGES = {
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_fits_with_every_word_whole_and_in_its_order(name: str, width: int) -> None:
-    page = layout.fit(PAGES[name], width)
+    page = layout.fit_page(PAGES[name], width)
     assert click.unstyle(page).split() == click.unstyle(PAGES[name]).split()
     assert all(len(line) <= width for line in click.unstyle(page).split("\n"))
 
@@ -32,7 +32,7 @@ def test_a_page_fits_with_every_word_whole_and_in_its_order(name: str, width: in
 @pytest.mark.parametrize("width", WIDTHS)
 def test_what_a_line_goes_on_with_stands_below_its_own_text(width: int) -> None:
     text = " ".join(f"word{number}" for number in range(60))
-    first, *more = layout.fit(f"  kernel    {text}", width).split("\n")
+    first, *more = layout.fit_page(f"  kernel    {text}", width).split("\n")
     assert first.startswith("  kernel    word0")
     assert more
     assert {line[:12] for line in more} == {" " * 12}
@@ -40,27 +40,27 @@ def test_what_a_line_goes_on_with_stands_below_its_own_text(width: int) -> None:
 
 
 def test_below_an_arrow_too() -> None:
-    first, second = layout.fit("      name  -> one two three four five", 32).split("\n")
+    first, second = layout.fit_page("      name  -> one two three four five", 32).split("\n")
     assert first.index("one") == 15
     assert second.index("four") == 8, "a text has 24 columns at least"
-    assert layout.fit("      name  -> one two three four five", 39).index("five") > 0
+    assert layout.fit_page("      name  -> one two three four five", 39).index("five") > 0
 
 
 def test_a_word_longer_than_the_terminal_stays_whole_on_a_line_of_its_own() -> None:
     word = "/boot/" + "x" * 50
-    lines = layout.fit(f"pass  image  It is {word} indeed", 40).split("\n")
+    lines = layout.fit_page(f"pass  image  It is {word} indeed", 40).split("\n")
     assert [line.strip() for line in lines] == ["pass  image  It is", word, "indeed"]
 
 
 def test_colours_take_no_columns() -> None:
     line = f"{typer.style('pass', fg='green')}  scratch  {'x' * 20}"
-    assert layout.fit(line, 35) == line
+    assert layout.fit_page(line, 35) == line
 
 
 @pytest.mark.parametrize("width", [20, *WIDTHS, None])
 def test_a_table_keeps_its_columns_aligned_or_folds_them_in_every_row_alike(width: int | None) -> None:
     rows = [("ID", "TAKEN", "KERNEL", "BLOBS"), ("1234", "2026-11-26", "6.19.11", "memblock, db"), ("5", "?", "7", "-")]
-    lines = layout.table(rows, width)
+    lines = layout.align_table(rows, width)
     assert [word for line in lines for word in re.split(r"\s{2,}", line.strip())] == [
         word for row in rows for word in row
     ]
@@ -73,11 +73,11 @@ def test_a_table_keeps_its_columns_aligned_or_folds_them_in_every_row_alike(widt
 
 def test_a_pipe_gets_records_and_columns_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert layout.columns() is None
+    assert layout.page_width() is None
     monkeypatch.setenv("COLUMNS", "40")
-    assert layout.columns() == 40
+    assert layout.page_width() == 40
     monkeypatch.setenv("COLUMNS", "0")
-    assert layout.columns() is None
+    assert layout.page_width() is None
 
 
 def check(name: str, result: CheckResult) -> Check:
@@ -100,7 +100,7 @@ GOOD = [check("kho", CheckResult.passed), check("memory", CheckResult.skipped), 
 )
 def test_checks_end_with_what_they_come_to(found: list[Check], line: str) -> None:
     for quiet in (False, True):
-        page = click.unstyle(render.checks(found, quiet=quiet))
+        page = click.unstyle(render.render_checks(found, quiet=quiet))
         assert page.split("\n")[-1] == line
         assert ("What kho found" in page, "What memory found" in page) == (not quiet, not quiet)
         assert "What uptime found" in page

@@ -85,7 +85,7 @@ def test_a_token_has_64_bits(nothing: int, token: int, expected: int) -> None:
 
 
 def test_the_other_calls_name_themselves_too(nothing: int) -> None:
-    assert refusal(liveupdate.finish, nothing) == (errno.ENOTTY, f"SESSION_FINISH(session={nothing})")
+    assert refusal(liveupdate.finish_session, nothing) == (errno.ENOTTY, f"SESSION_FINISH(session={nothing})")
     assert refusal(liveupdate.get_name, nothing) == (errno.ENOTTY, f"SESSION_GET_NAME(session={nothing})")
 
 
@@ -94,10 +94,10 @@ def test_another_process_s_file_is_no_session() -> None:
     child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=(event := os.eventfd(0),))
     try:
         open_before = os.listdir("/proc/self/fd")
-        assert HostCalls().session(child.pid, 0) is None
-        assert HostCalls().session(child.pid, event) is None
+        assert HostCalls().describe_session(child.pid, 0) is None
+        assert HostCalls().describe_session(child.pid, event) is None
         with pytest.raises(OSError, match="pidfd_getfd"):
-            HostCalls().session(child.pid, 1000)
+            HostCalls().describe_session(child.pid, 1000)
         assert os.listdir("/proc/self/fd") == open_before
     finally:
         child.communicate()

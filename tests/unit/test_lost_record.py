@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from khod.errors import Exit, KhoError, Refused
-from khod.handover.record import DEPARTURE, FILE
+from khod.handover.record import DEPARTURE, FILE_NAME
 from khod.model import CheckResult, Phase
 from tests.unit.luo import Hand, LuoHost, System, memfd, one_file
 from tests.unit.test_claims import host, jump, taken_back, waiting
@@ -44,7 +44,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 async def test_what_left_beside_the_record_stands_in_for_it(host: LuoHost, damage: str) -> None:
     await jump(host)
-    DAMAGE[damage](host.store.path)
+    DAMAGE[damage](host.store.record_path)
     await taken_back(host, await host.started())
 
 
@@ -55,7 +55,7 @@ async def test_without_any_record_what_arrived_is_kept_and_named(host: LuoHost, 
         shutil.rmtree(host.store.directory)
         host.store.directory.mkdir()
     else:
-        DAMAGE[damage](host.store.path)
+        DAMAGE[damage](host.store.record_path)
         DAMAGE[damage](host.store.directory / DEPARTURE)
     for _start in range(2):
         engine = await host.started()
@@ -73,9 +73,9 @@ async def test_without_any_record_what_arrived_is_kept_and_named(host: LuoHost, 
     (session,) = host.fdstore.kept
     assert session in failed[0].evidence
     with pytest.raises(Refused):
-        await engine.forget("kv")
+        await engine.forget_producer("kv")
     assert waiting(host)
-    await engine.forget(session)
+    await engine.forget_producer(session)
     assert (host.fdstore.kept, host.luo.unclaimed) == ({}, set())
     assert (await engine.status()).claims == []
     await engine.activate()
@@ -84,12 +84,12 @@ async def test_without_any_record_what_arrived_is_kept_and_named(host: LuoHost, 
 async def test_a_session_of_another_s_is_kept_too(host: LuoHost) -> None:
     """A record that can be read names its own sessions, and says nothing of the others."""
     fd = host.kernel.create_session("khod-000000000000-0123456789abcdef")
-    host.fdstore.put("khod-000000000000-0123456789abcdef", fd)
+    host.fdstore.store_fd("khod-000000000000-0123456789abcdef", fd)
     os.close(fd)
     for _start in range(2):
         engine = await host.started()
         assert (await engine.status()).claims == ["khod-000000000000-0123456789abcdef"]
-    await engine.forget("khod-000000000000-0123456789abcdef")
+    await engine.forget_producer("khod-000000000000-0123456789abcdef")
     assert host.fdstore.kept == {}
 
 
@@ -108,7 +108,7 @@ def test_khoctl_frees_a_session_that_no_record_knows(tmp_path: Path) -> None:
     system.jump(khod)
     handing.join()
     os.close(fd)
-    for name in (FILE, DEPARTURE):
+    for name in (FILE_NAME, DEPARTURE):
         another_version(tmp_path / "state" / name)
     (session,) = system.kept
     khod = system.khod()

@@ -53,10 +53,10 @@ def test_load_first_has_nothing_but_the_jump_in_the_blackout() -> None:
 def test_a_handover_goes_the_whole_way_in_either_order(order: Order) -> None:
     here = Machine()
     for step in ORDERS[order]:
-        here = here.begin(step)
+        here = here.begin_step(step)
         assert here.phase is STEPS[step].doing
         assert here.done[-1] is step, "its undo is due from the moment it begins"
-        here = here.finish(step)
+        here = here.finish_step(step)
         assert here.phase is STEPS[step].done
     assert here.done == ORDERS[order]
 
@@ -65,10 +65,10 @@ def test_a_handover_goes_the_whole_way_in_either_order(order: Order) -> None:
 def test_from_every_phase_on_the_way_there_is_a_way_back(order: Order) -> None:
     here = Machine()
     for step in ORDERS[order]:
-        here = here.begin(step)
-        assert here.to(P.rolling_back).phase is P.rolling_back
-        here = here.finish(step)
-        assert here.to(P.rolling_back).phase is P.rolling_back
+        here = here.begin_step(step)
+        assert here.enter_phase(P.rolling_back).phase is P.rolling_back
+        here = here.finish_step(step)
+        assert here.enter_phase(P.rolling_back).phase is P.rolling_back
 
 
 def test_a_rollback_ends_at_rest_or_failed_and_failed_may_be_tried_again() -> None:
@@ -91,7 +91,7 @@ def test_every_phase_is_in_the_table_and_leads_somewhere() -> None:
 
 def test_every_phase_is_reached_from_the_start() -> None:
     """By the drawing alone, as its reader has to."""
-    arrows = ARROW.findall(machine.drawing())
+    arrows = ARROW.findall(machine.draw_machine())
     reached, ahead = set(), {"[*]"}
     while ahead:
         reached |= ahead
@@ -110,18 +110,18 @@ def test_a_handover_begins_where_nothing_is_held_and_waits_where_something_is_do
 def test_what_the_table_does_not_have_is_refused(here: Phase) -> None:
     for there in set(Phase) - set(TRANSITIONS[here]):
         with pytest.raises(IllegalTransition):
-            Machine(here).to(there)
+            Machine(here).enter_phase(there)
 
 
 @pytest.mark.parametrize(("here", "there"), [(P.idle, P.active), (P.idle, P.executing), (P.frozen, P.executing)])
 def test_no_step_may_be_left_out(here: Phase, there: Phase) -> None:
     with pytest.raises(IllegalTransition):
-        Machine(here).to(there)
+        Machine(here).enter_phase(there)
 
 
 def test_undone_strikes_one_step_and_keeps_the_order_of_the_others() -> None:
     here = Machine(P.rolling_back, (S.prepare, S.freeze, S.activate, S.load))
-    assert here.undone(S.activate).done == (S.prepare, S.freeze, S.load)
+    assert here.strike_step(S.activate).done == (S.prepare, S.freeze, S.load)
 
 
 LEFT = [
@@ -143,19 +143,19 @@ def test_what_is_left_from_wherever_it_stands(
     order: Order, done: tuple[Step, ...], last: Step, steps: tuple[Step, ...]
 ) -> None:
     phase = STEPS[done[-1]].done if done else P.idle
-    assert machine.left(Machine(phase, done), order, last) == steps
+    assert machine.remaining_steps(Machine(phase, done), order, last) == steps
     here = Machine(phase, done)
     for step in steps:
-        here = here.begin(step).finish(step)
+        here = here.begin_step(step).finish_step(step)
 
 
 def test_the_drawing_shows_every_arrow_of_the_table_and_no_other() -> None:
-    drawn = {arrow for arrow in ARROW.findall(machine.drawing()) if arrow[0] != "[*]"}
+    drawn = {arrow for arrow in ARROW.findall(machine.draw_machine()) if arrow[0] != "[*]"}
     assert drawn == {(here.value, there.value) for here, row in TRANSITIONS.items() for there in row}
-    assert machine.drawing().startswith("stateDiagram-v2\n")
+    assert machine.draw_machine().startswith("stateDiagram-v2\n")
 
 
 def test_the_drawing_in_the_readme_is_the_table() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     blocks = re.findall(r"^```mermaid\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert [block.strip() for block in blocks if "stateDiagram" in block] == [machine.drawing()]
+    assert [block.strip() for block in blocks if "stateDiagram" in block] == [machine.draw_machine()]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from khod.model import CheckResult
-from khod.preflight.minimum_uptime import parse_span, setting
+from khod.preflight.minimum_uptime import parse_span, read_setting
 from khod.systemd import systemctl
 from khod.systemd.systemctl import Manager, parse_manager
 from tests.unit.test_preflight import Site
@@ -74,7 +74,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def seconds(site: Site) -> float | None:
-    found = setting(site.calls)
+    found = read_setting(site.calls)
     return None if found is None else found.seconds
 
 
@@ -122,7 +122,7 @@ def test_of_the_main_files_the_first_counts_and_drop_ins_come_after_it(site: Sit
     assert seconds(site) == 5, "by name, in whatever directory"
     site.lay({"etc/systemd/system.conf.d/20-b.conf": manager("7")})
     assert seconds(site) == 7, "of one name the one in /etc"
-    found = setting(site.calls)
+    found = read_setting(site.calls)
     assert found is not None
     assert found.where == "/etc/systemd/system.conf.d/20-b.conf"
     site.lay({"etc/systemd/system.conf.d/30-d": manager("8"), "etc/systemd/system.conf.d/.40.conf": manager("9")})

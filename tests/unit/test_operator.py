@@ -106,7 +106,7 @@ def in_phase(phase: Phase, boots: tuple[str, ...] = ("one",)) -> Callable[[str, 
 def test_a_khod_that_hangs_is_named_and_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(khod.client.handover, "SLOW", 0.01)
+    monkeypatch.setattr(khod.client.handover, "SLOW_SECONDS", 0.01)
     everything = ("Status", "Check", "Producers", "Snapshots", "Abort", "Monitor")
     with fake(tmp_path / "socket", in_phase(Phase.idle), *everything):
         ended = cli(tmp_path / "socket", *words, "--timeout", "2")
@@ -119,8 +119,8 @@ def test_a_khod_that_hangs_is_named_and_not_waited_for_for_ever(
 def test_an_operation_may_take_long_while_khod_answers_and_ends_where_it_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "SLOW", 0.01)
-    monkeypatch.setattr(khod.client.handover, "ANSWER", 3.0)
+    monkeypatch.setattr(progress, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(khod.client.handover, "ANSWER_SECONDS", 3.0)
     hung = threading.Event()
 
     def replies(method: str, before: int) -> dict[str, Any] | None:
@@ -140,7 +140,7 @@ def test_what_happens_is_seen_while_khod_is_asked_whether_it_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was asked in the blackout and had no time to answer: the jump that came was taken for a khod that died."""
-    monkeypatch.setattr(progress, "SLOW", 0.01)
+    monkeypatch.setattr(progress, "SLOW_SECONDS", 0.01)
     asked = threading.Event()
 
     def events() -> Iterator[dict[str, Any] | None]:
@@ -212,8 +212,8 @@ def test_a_status_that_is_watched_ends_well_at_the_jump(tmp_path: Path) -> None:
 
 
 def test_the_clocks_of_a_watched_status_go_on_without_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "TICK", 0.01)
-    monkeypatch.setattr(handover, "repaints", lambda _stream: True)
+    monkeypatch.setattr(handover, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(handover, "can_repaint", lambda _stream: True)
 
     def replies(method: str, before: int) -> dict[str, Any] | None:
         if method == "Status":
@@ -362,17 +362,17 @@ def test_without_khod_the_kernel_itself_is_read(tmp_path: Path, monkeypatch: pyt
 
 
 def test_progress_says_how_many_are_ready_and_how_long_the_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = progress.Shown(quiet=False)
+    shown = progress.ProgressView(quiet=False)
     shown.expected = 3
     now = 100.0
     monkeypatch.setattr("khoctl.progress.time.monotonic", lambda: now)
-    shown.show(Event(0.0, Phase.idle, "", ""))
+    shown.show_event(Event(0.0, Phase.idle, "", ""))
     for name, answer, limit in (("a", "ready", 60.0), ("b", "no: busy", 60.0), ("db", "", 30.0)):
         told = Producer(name, "hook", 0, "prepare", answer, 0.0, answer == "", None, limit)
-        shown.show(Event(1.0, Phase.preparing, "", "", told))
+        shown.show_event(Event(1.0, Phase.preparing, "", "", told))
     now += 1.4
     assert shown.summary().strip() == "prepare: 1 of 3 ready, 1.4 s of 30 s"
-    assert render.producer(told).endswith("0.00 s of 30 s")
+    assert render.producer_text(told).endswith("0.00 s of 30 s")
 
 
 def test_a_producer_s_deadline_is_known_while_it_is_told(blocked: Khod) -> None:

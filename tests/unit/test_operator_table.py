@@ -23,7 +23,7 @@ import khod.client.handover
 from khoctl import profile
 from khoctl.boot import sources
 from khoctl.commands.handover import CLEAR
-from khod.simulated.kernel import image, initrd
+from khod.simulated.kernel import build_image, build_initrd
 from tests.unit.images import CPIO, bzimage, cpio
 from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, Terminal, call, reply, until
 
@@ -40,8 +40,8 @@ class Scene:
         self.processes: list[subprocess.Popen[bytes]] = []
         (directory / "root/etc/kho/producers.d").mkdir(parents=True)
         files = {
-            "image": image(),  # what the simulated kernel is, so that the state arrives
-            "initrd": initrd(),
+            "image": build_image(),  # what the simulated kernel is, so that the state arrives
+            "initrd": build_initrd(),
             "other": bzimage(),  # 6.8.0-next
             "foreign": cpio({"init": CPIO, "lib/modules/6.18.15/modules.dep": b""}),
             "empty": b"",
@@ -186,7 +186,7 @@ def loaded(scene: Scene) -> None:
 
 def no_load_left(scene: Scene) -> None:
     frozen(scene)
-    scene.running.kernel.echo("/proc/sys/kernel/kexec_load_limit_reboot", "0")
+    scene.running.kernel.echo_to("/proc/sys/kernel/kexec_load_limit_reboot", "0")
 
 
 def failed_twice(scene: Scene) -> None:
@@ -227,12 +227,12 @@ def died_frozen(scene: Scene) -> None:
 
 def somebody_active(scene: Scene) -> None:
     scene.hook("db", freeze="true", thaw="true")
-    scene.running.kernel.echo(f"{KHO}/active", "1")
+    scene.running.kernel.echo_to(f"{KHO}/active", "1")
 
 
 def undone_behind(scene: Scene) -> None:
     frozen(scene)
-    scene.running.kernel.echo(f"{KHO}/active", "0")
+    scene.running.kernel.echo_to(f"{KHO}/active", "0")
 
 
 def damaged(scene: Scene) -> None:
@@ -277,14 +277,14 @@ def held(scene: Scene) -> None:
 def held_then_loaded(scene: Scene) -> None:
     """The load failed once and was held; then it was mended and succeeded."""
     scene.hook("db", freeze="true", thaw="true")
-    scene.running.kernel.fault("load_errno", 12)
+    scene.running.kernel.set_fault("load_errno", 12)
     assert scene.run("kexec --image {d}/image --initrd {d}/initrd --load-only --hold").code == 6
-    scene.running.kernel.fault("load_errno", None)
+    scene.running.kernel.set_fault("load_errno", None)
     assert scene.run("kexec --image {d}/image --initrd {d}/initrd --load-only").code == 0
 
 
 def kernel_vetoes(scene: Scene) -> None:
-    scene.running.kernel.fault("veto", True)
+    scene.running.kernel.set_fault("veto", True)
 
 
 def read_only(scene: Scene) -> None:
@@ -307,8 +307,8 @@ def entries(scene: Scene) -> None:
     """A boot loader entry without an initrd line, and a kernel whose initrd is not there."""
     place = scene.directory / "root/boot/loader/entries"
     place.mkdir(parents=True)
-    (place.parent.parent / "linux").write_bytes(image())
-    (place.parent.parent / "vmlinuz-9.9.9-test").write_bytes(image())
+    (place.parent.parent / "linux").write_bytes(build_image())
+    (place.parent.parent / "vmlinuz-9.9.9-test").write_bytes(build_image())
     (place / "test-9.conf").write_text("linux /linux\noptions root=UUID=abcd ro\n")
 
 
@@ -322,7 +322,7 @@ def at_once(scene: Scene, words: list[str]) -> Answer:
 def impatient(scene: Scene, words: list[str]) -> Answer:
     """Without the two seconds before khoctl says whom it waits for."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(khod.client.handover, "SLOW", 0.01)
+        patch.setattr(khod.client.handover, "SLOW_SECONDS", 0.01)
         return at_once(scene, words)
 
 
@@ -330,9 +330,9 @@ def of_this_host(scene: Scene, words: list[str]) -> Answer:
     """With entries, kernels and profiles of the scene's root."""
     root = scene.directory / "root"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "entry", partial(sources.entry, root=root))
-        patch.setattr(sources, "installed", partial(sources.installed, root=root))
-        patch.setattr(profile.load, "__defaults__", (root / "etc/kho/handover.d",))
+        patch.setattr(sources, "source_of_entry", partial(sources.source_of_entry, root=root))
+        patch.setattr(sources, "source_of_version", partial(sources.source_of_version, root=root))
+        patch.setattr(profile.load_profile, "__defaults__", (root / "etc/kho/handover.d",))
         return at_once(scene, words)
 
 

@@ -10,9 +10,9 @@ import pytest
 from khod.errors import ConfigError, UsageError
 from khod.handover.record import Owner, Process
 from khod.producers.identity import process_of
-from khod.producers.order import check_newcomer, ranks
-from khod.producers.peers import Peer, Peers, Terms
-from khod.producers.registry import Muster
+from khod.producers.order import check_newcomer, order_in_ranks
+from khod.producers.peers import Peer, Peers, Registration
+from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions
 
 OWNER = Owner(1000, "kv.service")
@@ -47,7 +47,7 @@ def refusals(seed: int) -> int:
         after, before = (tuple(chance.sample(names, chance.choice((0, 0, 1, 2)))) for _ in range(2))
         newcomer = One(name, after, before)
         try:
-            ranks([*others, newcomer])
+            order_in_ranks([*others, newcomer])
         except ConfigError:
             with pytest.raises(ConfigError) as raised:
                 check(newcomer, others)
@@ -62,25 +62,25 @@ def refusals(seed: int) -> int:
 
 
 @pytest.fixture
-def muster() -> Muster:
-    return Muster(list, Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None))
+def muster() -> ProducerRegistry:
+    return ProducerRegistry(list, Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None))
 
 
-def register(muster: Muster, name: str, after: tuple[str, ...] = (), before: tuple[str, ...] = ()) -> Peer:
-    return muster.register(name, OWNER, PROCESS, Terms(after=after, before=before), MANY + 3)
+def register(muster: ProducerRegistry, name: str, after: tuple[str, ...] = (), before: tuple[str, ...] = ()) -> Peer:
+    return muster.register_peer(name, OWNER, PROCESS, Registration(after=after, before=before), MANY + 3)
 
 
 def test_thousands_that_name_one_are_not_held_against_each_other(
-    muster: Muster, monkeypatch: pytest.MonkeyPatch
+    muster: ProducerRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at: list[str] = []
-    find = muster.peers.find
+    find = muster.peers.find_peer
 
     def counted(name: str) -> Peer | None:
         looked_at.append(name)
         return find(name)
 
-    monkeypatch.setattr(muster.peers, "find", counted)
+    monkeypatch.setattr(muster.peers, "find_peer", counted)
     monkeypatch.setattr("khod.producers.registry.ranks", lambda _producers: pytest.fail("everyone was put in order"))
     register(muster, "storage")
     for number in range(MANY):
@@ -88,33 +88,35 @@ def test_thousands_that_name_one_are_not_held_against_each_other(
     assert len(looked_at) < 10 * MANY
 
 
-def test_who_has_left_or_was_given_up_is_no_constraint(muster: Muster) -> None:
+def test_who_has_left_or_was_given_up_is_no_constraint(muster: ProducerRegistry) -> None:
     first = register(muster, "first", ("second",))
     with pytest.raises(ConfigError):
         register(muster, "second", ("first",))
-    muster.peers.leave(first)
+    muster.peers.remove_peer(first)
     second = register(muster, "second", ("first",))
     with pytest.raises(ConfigError):
         register(muster, "first", ("second",))
-    muster.peers.leave(second)
+    muster.peers.remove_peer(second)
     register(muster, "first", ("second",))
 
 
-def test_one_that_comes_back_with_another_order_is_held_to_that(muster: Muster) -> None:
+def test_one_that_comes_back_with_another_order_is_held_to_that(muster: ProducerRegistry) -> None:
     process = process_of(1)
     assert process is not None
     first = register(muster, "first", ("second",))
     first.told = "freeze"
-    muster.peers.leave(first)
-    assert [peer.name for peer in muster.peers.naming("second")] == ["first"], "it is waited for, and will be told"
+    muster.peers.remove_peer(first)
+    assert [peer.name for peer in muster.peers.peers_naming("second")] == ["first"], (
+        "it is waited for, and will be told"
+    )
     with pytest.raises(ConfigError):
         register(muster, "second", ("first",))
     assert register(muster, "first") is first
-    assert muster.peers.naming("second") == []
+    assert muster.peers.peers_naming("second") == []
     register(muster, "second", ("first",))
 
 
-def test_a_name_that_is_none_is_not_looked_for(muster: Muster) -> None:
+def test_a_name_that_is_none_is_not_looked_for(muster: ProducerRegistry) -> None:
     with pytest.raises(UsageError):
         register(muster, "first", ("not/a/name",))
-    assert muster.peers.naming("not/a/name") == []
+    assert muster.peers.peers_naming("not/a/name") == []

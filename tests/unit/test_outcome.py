@@ -28,9 +28,9 @@ def host(tmp_path: Path) -> VirtualHost:
 
 async def arrived(host: VirtualHost, outcome: Phase) -> Engine:
     """A khod in a boot that a handover has led to, with this outcome."""
-    host.kernel.fault({Phase.verified: "none", Phase.degraded: "lose", Phase.cold_boot: "cold"}[outcome], True)
+    host.kernel.set_fault({Phase.verified: "none", Phase.degraded: "lose", Phase.cold_boot: "cold"}[outcome], True)
     await host.jump()
-    host.kernel.fault("lose", None)
+    host.kernel.set_fault("lose", None)
     engine = await host.started()
     await holds(host, engine, outcome)
     return engine
@@ -53,7 +53,10 @@ def load(host: Host) -> None:
 
 FOREIGN: dict[str, tuple[Callable[[Host], None], Callable[[Host], None]]] = {
     "an image is loaded": (load, lambda host: host.kernel.kexec_file_load(-1, -1, b"", UNLOAD)),
-    "made active by hand": (lambda host: host.kernel.echo(ACTIVE, "1"), lambda host: host.kernel.echo(ACTIVE, "0")),
+    "made active by hand": (
+        lambda host: host.kernel.echo_to(ACTIVE, "1"),
+        lambda host: host.kernel.echo_to(ACTIVE, "0"),
+    ),
 }
 
 
@@ -99,7 +102,7 @@ async def vetoed(host: VirtualHost, engine: Engine) -> None:
 async def cut_in_its_sync(host: VirtualHost, engine: Engine) -> None:
     """Before the first step: --now writes out the disks first."""
     with pytest.MonkeyPatch.context() as hung:
-        hung.setattr(host.kernel, "sync", never)
+        hung.setattr(host.kernel, "sync_disks", never)
         with host.request() as request:
             handover = asyncio.ensure_future(engine.kexec(replace(request, now=True)))
             await asyncio.sleep(1)
@@ -110,17 +113,17 @@ async def cut_in_its_sync(host: VirtualHost, engine: Engine) -> None:
 
 async def broken_file(host: VirtualHost, engine: Engine) -> None:
     """Before the first step: a producer's file is broken since the checks."""
-    begun = engine._begin
+    begun = engine._open_attempt
 
     async def begin(record: Record) -> object:
         attempt = await begun(record)
         host.broken = ConfigError("no", where="a.toml")
         return attempt
 
-    engine._begin = begin  # type: ignore[method-assign, assignment]
+    engine._open_attempt = begin  # type: ignore[method-assign, assignment]
     with pytest.raises(KhoError):
         await engine.activate()
-    engine._begin = begun  # type: ignore[method-assign]
+    engine._open_attempt = begun  # type: ignore[method-assign]
     host.broken = None
 
 
@@ -153,11 +156,11 @@ async def test_a_test_of_a_producer_leaves_the_outcome_whatever_becomes_of_khod(
 ) -> None:
     engine = await arrived(host, outcome)
     a = Scripted(host, "a")
-    await engine.rehearse("a")
+    await engine.rehearse_producer("a")
     await holds(host, engine, outcome)
     a.does["freeze"] = raises(ValueError("no"))
     with pytest.raises(Refused):
-        await engine.rehearse("a")
+        await engine.rehearse_producer("a")
     await holds(host, engine, outcome)
 
     at_freeze: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -167,7 +170,7 @@ async def test_a_test_of_a_producer_leaves_the_outcome_whatever_becomes_of_khod(
         await asyncio.get_running_loop().create_future()
 
     a.does["freeze"] = dies
-    rehearsal = asyncio.ensure_future(engine.rehearse("a"))
+    rehearsal = asyncio.ensure_future(engine.rehearse_producer("a"))
     await at_freeze
     engine = host.engine()
     with pytest.raises(Failed):
@@ -210,7 +213,7 @@ def test_verify_says_what_the_boot_came_to_whatever_is_loaded_since(tmp_path: Pa
     (tmp_path / "vmlinuz").write_bytes(bzimage())
     (tmp_path / "initrd").write_bytes(CPIO)
     khod = Khod(tmp_path)
-    khod.kernel.fault("lose", True)
+    khod.kernel.set_fault("lose", True)
     khod.khoctl("kexec", f"--image={tmp_path / 'vmlinuz'}", f"--initrd={tmp_path / 'initrd'}")
     khod.word("READY=1")
     assert khod.khoctl("verify").code == Exit.degraded

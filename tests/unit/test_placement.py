@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from khod.images.kernel import Kernel, Signature
+from khod.images.kernel import KernelImageInfo, Signature
 from khod.model import Generation
 from khod.region import Region
-from khod.target.placement import NoRoom, Placed, Segment, place, segments
+from khod.target.placement import NoRoom, Placed, Segment, list_segments, place_segments
 
 PAGE, KIB, MIB, GIB = 1 << 12, 1 << 10, 1 << 20, 1 << 30
 CMDLINE = 31  # bytes, "console=ttyS0 root=/dev/vda rw" and its NUL
-KERNEL = Kernel(
+KERNEL = KernelImageInfo(
     format="bzImage",
     arch="x86_64",
     version="next",
@@ -38,11 +38,15 @@ def at(found: list[Placed] | NoRoom) -> dict[str, int]:
 
 
 def loaded(
-    kernel: Kernel, initrd: int, scratch: Sequence[Region], generation: Generation = Generation.stateless, tree: int = 0
+    kernel: KernelImageInfo,
+    initrd: int,
+    scratch: Sequence[Region],
+    generation: Generation = Generation.stateless,
+    tree: int = 0,
 ) -> list[Placed] | NoRoom:
-    wanted = segments(kernel, initrd, CMDLINE, generation, len(scratch), tree)
+    wanted = list_segments(kernel, initrd, CMDLINE, generation, len(scratch), tree)
     assert wanted is not None
-    return place(wanted, scratch, PAGE)
+    return place_segments(wanted, scratch, PAGE)
 
 
 # What kernels logged of a load with KEXEC_FILE_DEBUG, in QEMU: `segment[N]: ... mem=`, in the order of NAMES.
@@ -101,7 +105,7 @@ def test_the_largest_initrd_is_what_a_real_kernel_took(
 
 def test_each_goes_as_high_as_it_may_and_below_what_is_there() -> None:
     wanted = [Segment("a", 0x1000, 0x10000), Segment("b", 0x1800), Segment("c", 0x10000)]
-    assert at(place(wanted, [Region(0x100000, 0x100000)], PAGE)) == {
+    assert at(place_segments(wanted, [Region(0x100000, 0x100000)], PAGE)) == {
         "a": 0x1F0000,  # the highest multiple of 64 KiB
         "b": 0x1FE000,  # two pages, above a
         "c": 0x1E0000,  # 13 pages are left above a
@@ -111,19 +115,27 @@ def test_each_goes_as_high_as_it_may_and_below_what_is_there() -> None:
 def test_from_the_bottom_each_goes_as_low_as_it_may_and_above_what_is_there() -> None:
     wanted = [Segment(name, size, top_down=False) for name, size in (("a", 0x1001), ("b", 0x1000))]
     wanted.append(Segment("c", 0x1000, 0x10000, top_down=False))
-    assert at(place(wanted, [Region(0x101000, 0x100000)], PAGE)) == {"a": 0x101000, "b": 0x103000, "c": 0x110000}
+    assert at(place_segments(wanted, [Region(0x101000, 0x100000)], PAGE)) == {
+        "a": 0x101000,
+        "b": 0x103000,
+        "c": 0x110000,
+    }
 
 
 def test_a_region_that_has_no_hole_is_passed_over() -> None:
     scratch = [Region(0x100000, 0x2000), Region(0x40000000, 0x100000)]
     wanted = [Segment("small", 0x1000), Segment("large", 0x80000), Segment("small again", 0x1000)]
-    assert at(place(wanted, scratch, PAGE)) == {"small": 0x101000, "large": 0x40080000, "small again": 0x100000}
+    assert at(place_segments(wanted, scratch, PAGE)) == {
+        "small": 0x101000,
+        "large": 0x40080000,
+        "small again": 0x100000,
+    }
 
 
 def test_the_lowest_address_and_the_alignment_hold() -> None:
     scratch = [Region(0x100000, 0x101000)]
-    assert at(place([Segment("a", 0x1000, 0x200000)], scratch, PAGE)) == {"a": 0x200000}
-    assert place([Segment("a", 0x2000, lowest=0x200000)], scratch, PAGE) == NoRoom(
+    assert at(place_segments([Segment("a", 0x1000, 0x200000)], scratch, PAGE)) == {"a": 0x200000}
+    assert place_segments([Segment("a", 0x2000, lowest=0x200000)], scratch, PAGE) == NoRoom(
         Segment("a", 0x2000, PAGE, 0x200000), 0x1000
     )
 
@@ -141,22 +153,22 @@ def test_a_kernel_goes_no_lower_than_its_header_prefers() -> None:
 
 def test_pages_are_the_running_kernel_s() -> None:
     wanted = [Segment("a", 1), Segment("b", 0x10001)]
-    assert at(place(wanted, [Region(0x100000, 0x40000)], 64 * KIB)) == {"a": 0x130000, "b": 0x110000}
+    assert at(place_segments(wanted, [Region(0x100000, 0x40000)], 64 * KIB)) == {"a": 0x130000, "b": 0x110000}
 
 
 def test_the_first_without_room_is_named_with_the_most_it_could_have_had() -> None:
     """Of 0x1f0000 bytes below the first, only those from the next multiple of the alignment on are of use."""
     wanted = [Segment("a", 0x10000), Segment("b", 0x1F0000, 0x100000), Segment("c", 0x1000)]
-    found = place(wanted, [Region(0x180000, 0x200000)], PAGE)
+    found = place_segments(wanted, [Region(0x180000, 0x200000)], PAGE)
     assert found == NoRoom(wanted[1], 0x170000)
 
 
 def test_boot_parameters_grow_with_the_command_line() -> None:
     """struct boot_params is a page; what else the loader keeps there and 64 EFI descriptors leave room in the next."""
     for cmdline, pages in ((100, 2), (2048, 3)):
-        wanted = segments(KERNEL, 0, cmdline, Generation.stateless, 3)
+        wanted = list_segments(KERNEL, 0, cmdline, Generation.stateless, 3)
         assert wanted is not None
-        placed = place(wanted, [Region(64 * MIB, 64 * MIB)], PAGE)
+        placed = place_segments(wanted, [Region(64 * MIB, 64 * MIB)], PAGE)
         assert isinstance(placed, list)
         assert [one.segment.size // PAGE for one in placed if one.segment.name == "boot parameters"] == [pages]
 
@@ -200,4 +212,4 @@ def test_arm64_says_the_most_that_any_place_of_the_kernel_leaves() -> None:
 
 
 def test_another_architecture_is_not_guessed() -> None:
-    assert segments(replace(KERNEL, arch="s390x"), 0, 100, Generation.stateless, 1) is None
+    assert list_segments(replace(KERNEL, arch="s390x"), 0, 100, Generation.stateless, 1) is None

@@ -6,7 +6,7 @@ import pytest
 
 from khod.abi.calls import HostCalls
 from khod.config import Deadlines
-from khod.engine.plan import planned
+from khod.engine.plan import plan_steps
 from khod.handover.machine import Machine
 from khod.kernel.debugfs import Finalize, Stateless
 from khod.kernel.protocol import KhoKernel
@@ -19,7 +19,7 @@ from tests.unit.khods import REPOSITORY
 
 def steps(kernel: KhoKernel, request: Request, *names: str) -> dict[str, Planned]:
     hooks = [Hook(name) for name in names]
-    return {step.step: step for step in planned(Machine(), kernel, hooks, Deadlines(), request, None)}
+    return {step.step: step for step in plan_steps(Machine(), kernel, hooks, Deadlines(), request, None)}
 
 
 @pytest.mark.parametrize("generation", [Stateless, Finalize])

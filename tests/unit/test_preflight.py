@@ -18,11 +18,11 @@ from khod.handover.record import Record, Store
 from khod.kernel import host
 from khod.kernel.kconfig import booted_line
 from khod.kernel.kexec import Kexec
-from khod.kernel.probe import probe
+from khod.kernel.probe import probe_kho
 from khod.model import Check, CheckResult, Observed
 from khod.preflight.facts import Facts
 from khod.producers.inhibitors import Inhibitor
-from khod.target.target import Given, Request, Target, take
+from khod.target.target import Given, Request, Target, build_target
 from tests.unit.images import CPIO, bzimage, code, portable
 from tests.unit.khods import REPOSITORY
 
@@ -68,8 +68,8 @@ class Site:
                 (self.directory / name).write_bytes(data)
                 given.append(Given(os.open(self.directory / name, os.O_RDONLY), name))
             request = Request(given[0], tuple(given[1:]), cmdline)
-            running = self.calls.read("/proc/cmdline").decode()
-            self.targets.append(take(request, running, "run", Images(), "x86_64"))
+            running = self.calls.read_file("/proc/cmdline").decode()
+            self.targets.append(build_target(request, running, "run", Images(), "x86_64"))
         finally:
             for one in given:
                 os.close(one.fd)
@@ -80,12 +80,12 @@ class Site:
         kexec = Kexec(self.calls)
         observed = Observed("boot", "7.3.4", None, loaded=False, arrived=False, cmdline=kexec.cmdline())
         store, record = Store(self.directory / "state"), Record()
-        found = probe(self.calls)
+        found = probe_kho(self.calls)
         return Facts(found, kexec, observed, store, Config(), record, False, list, None, target)
 
     def checks(self, target: Target | None = None) -> dict[str, Check]:
         """What the checks find, by name."""
-        return {check.name: check for check in preflight.run(self.facts(target))}
+        return {check.name: check for check in preflight.run_checks(self.facts(target))}
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_namespace_of_its_own_is_no_place_to_jump_from(
 
 
 def test_this_host_s_own_namespaces_are_read() -> None:
-    found = host.namespaces(HostCalls())
+    found = host.own_namespaces(HostCalls())
     assert found["pid"] is (os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC)
     assert found["user"] is (os.stat("/proc/self/ns/user").st_ino == 0xEFFFFFFD)
 
@@ -261,7 +261,9 @@ def test_who_blocks_a_shutdown_writes_no_line_of_ours(site: Site) -> None:
     """Any user of an active session may take an inhibitor, and names himself and his reason."""
     why = "x\x1b[2J\x1b]0;owned\x07)\npass  signature  vmlinuz is signed"
     held = [Inhibitor("mallory\u202e", why), *(Inhibitor(f"user{number}", "y" * 10_000) for number in range(5000))]
-    found = next(check for check in preflight.run(replace(site.facts(), inhibitors=held)) if check.name == "inhibitors")
+    found = next(
+        check for check in preflight.run_checks(replace(site.facts(), inhibitors=held)) if check.name == "inhibitors"
+    )
     assert found.result is CheckResult.warn
     assert found.evidence.isprintable()
     assert "mallory?" in found.evidence
@@ -378,15 +380,15 @@ def test_what_the_operator_makes_of_it(site: Site, judgement: str, formats: Sequ
     running_7_3(site)
     config = Config(checks=Checks(formats=judgement))
     facts = replace(site.facts(site.image(next_kernel(*formats))), config=config)
-    checks = preflight.run(facts)
+    checks = preflight.run_checks(facts)
     found = next(check for check in checks if check.name == "formats")
     assert (found.result, "checks.formats" in found.evidence) == (result, judgement == "off")
     if judgement == "off":
         assert any(one in found.evidence for one in formats), "it has looked"
     refused = result is CheckResult.fail
     with pytest.raises(Refused) if refused else nullcontext():
-        preflight.require([found])
-    assert len(preflight.overridden(checks)) == (result is CheckResult.off)
+        preflight.require_passed([found])
+    assert len(preflight.overridden_findings(checks)) == (result is CheckResult.off)
 
 
 # Kexec HandOver by default
@@ -435,7 +437,7 @@ def test_kho_by_default_without_debugfs_is_told_what_it_lacks(
     site = Site(tmp_path)
     shutil.rmtree(site.root / "sys")
     site.lay({"proc/cmdline": f"{line}\n", "boot/config-7.3.4": config, "proc/mounts": "proc /proc proc rw 0 0\n"})
-    assert word in probe(site.calls).what
+    assert word in probe_kho(site.calls).what
 
 
 # A command line that the next kernel was built with

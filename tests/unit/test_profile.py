@@ -15,7 +15,7 @@ from tests.unit.khods import REPOSITORY
 def load(directory: Path, text: str) -> dict[str, Any]:
     """What is given of a profile, keys that are not left out."""
     (directory / "next.toml").write_text(text)
-    return {key: value for key, value in profile.load("next", directory).items() if value is not None}
+    return {key: value for key, value in profile.load_profile("next", directory).items() if value is not None}
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def test_keys_that_contradict_each_other_are_named(tmp_path: Path, text: str, ke
 
 def test_a_profile_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as none:
-        profile.load("nosuch", tmp_path)
+        profile.load_profile("nosuch", tmp_path)
     assert (none.value.what, none.value.where) == ("There is no profile 'nosuch'", str(tmp_path / "nosuch.toml"))
     assert str(tmp_path) in none.value.remedy
     for name in ("b", "a"):
         (tmp_path / f"{name}.toml").write_text("")
     with pytest.raises(ConfigError) as some:
-        profile.load("nosuch", tmp_path)
+        profile.load_profile("nosuch", tmp_path)
     assert some.value.remedy == "There are: a, b."
 
 
@@ -86,9 +86,9 @@ def test_a_command_takes_of_a_profile_what_it_has_options_for(
 ) -> None:
     """check, plan and kexec: khod refuses a parameter that its method does not have."""
     (tmp_path / "next.toml").write_text("now = true\nload_only = true\nhold = true\n")
-    found = profile.load("next", tmp_path)
-    monkeypatch.setattr(profile, "load", lambda _name: found)
+    found = profile.load_profile("next", tmp_path)
+    monkeypatch.setattr(profile, "load_profile", lambda _name: found)
     lacking = dict.fromkeys((*request.WAYS, *request.LINES, "initrd"))
     given = {**lacking, **dict.fromkeys(options, False), "from_profile": "next"}
     with ExitStack() as files:
-        assert request.asked(given, files) == (flags, ())
+        assert request.build_request(given, files) == (flags, ())

@@ -17,14 +17,14 @@ import pytest
 from qemu.qmp import QMPClient
 
 from khod.errors import ConfigError, Refused
-from khod.handover.record import Holder
+from khod.handover.record import ProducerRecord
 from khod.producers import qemu
-from khod.producers.barrier import Barrier, Producer, Telling, Verb, Veto
+from khod.producers.barrier import Barrier, Participant, ParticipantVeto, ProducerCall, Verb
 from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.peers import Peers
-from khod.producers.qemu import GOING, PAUSED, UNFIT, Qemu
-from khod.producers.registry import Muster
+from khod.producers.qemu import PAUSED_STATE, RUNNING_STATES, UNFIT_STATES, Qemu
+from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions
 from tests.unit.conftest import DEADLINE
 
@@ -40,7 +40,7 @@ RUN_STATES = {
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a process that lives less time to end than it has elsewhere."""
-    monkeypatch.setattr(qemu, "GRACE", 0.05)
+    monkeypatch.setattr(qemu, "GRACE_SECONDS", 0.05)
 
 
 class Vm:
@@ -57,7 +57,7 @@ class Vm:
         self.instead: dict[str, bytes] = {}
         self.once: dict[str, bytes] = {}
         self.gates: dict[str, asyncio.Event] = {}
-        self.pauses_to = PAUSED
+        self.pauses_to = PAUSED_STATE
         self.heard: list[str] = []
         self.accepted = self.clients = 0
         self.noise: list[dict[str, Any]] = []
@@ -112,9 +112,9 @@ class Vm:
         value: dict[str, Any] = {}
         if name == "query-status":
             value = {"status": self.state, "running": self.state == "running"}
-        elif name == "stop" and self.state in GOING:
+        elif name == "stop" and self.state in RUNNING_STATES:
             self.state = self.pauses_to
-        elif name == "cont" and self.state == PAUSED:
+        elif name == "cont" and self.state == PAUSED_STATE:
             self.state = "running"
         answer = {"return": value} if number is None else {"return": value, "id": number}
         return b'{"event": "NOISE", "data": {}}\n' * (number is not None) + json.dumps(answer).encode() + b"\n"
@@ -159,22 +159,22 @@ async def turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
-def told(verb: Verb, note: str = "") -> tuple[Telling, list[str]]:
+def told(verb: Verb, note: str = "") -> tuple[ProducerCall, list[str]]:
     """A telling, and the reasons why it is not yet done."""
     reasons: list[str] = []
-    return Telling(verb, "run-1", note, lambda reason, _progress: reasons.append(reason)), reasons
+    return ProducerCall(verb, "run-1", note, lambda reason, _progress: reasons.append(reason)), reasons
 
 
 async def tell(where: Path, verb: Verb, note: str = "") -> str:
     """Tell a VM and give the note it leaves."""
     telling, _ = told(verb, note)
-    await Qemu("vm", socket=str(where)).tell(telling)
+    await Qemu("vm", socket=str(where)).carry_out(telling)
     return telling.note
 
 
 async def veto(where: Path, verb: Verb, note: str = "") -> str:
     """Give the reason of a veto, which is one short line."""
-    with pytest.raises(Veto) as raised:
+    with pytest.raises(ParticipantVeto) as raised:
         await tell(where, verb, note)
     reason = str(raised.value)
     assert reason
@@ -220,10 +220,10 @@ async def test_a_running_vm_is_paused_from_freeze_to_thaw(tmp_path: Path) -> Non
 
 async def test_a_vm_that_its_operator_paused_stays_paused(tmp_path: Path) -> None:
     async with vm(tmp_path) as here:
-        here.state = PAUSED
+        here.state = PAUSED_STATE
         note = await tell(here.path, Verb.freeze, await tell(here.path, Verb.prepare))
         await tell(here.path, Verb.thaw, note)
-        assert (here.state, here.commands()) == (PAUSED, [])
+        assert (here.state, here.commands()) == (PAUSED_STATE, [])
 
 
 async def test_a_suspended_vm_is_paused_where_stop_does_that(tmp_path: Path) -> None:
@@ -241,15 +241,15 @@ async def test_a_suspended_vm_is_paused_where_stop_does_that(tmp_path: Path) -> 
 
 
 def test_every_run_state_is_judged() -> None:
-    assert UNFIT.keys() | GOING | {PAUSED} == RUN_STATES
+    assert UNFIT_STATES.keys() | RUNNING_STATES | {PAUSED_STATE} == RUN_STATES
 
 
-@pytest.mark.parametrize("state", [*UNFIT, "preconfig", "a\x1b[31m\nline" * 100])
+@pytest.mark.parametrize("state", [*UNFIT_STATES, "preconfig", "a\x1b[31m\nline" * 100])
 async def test_states_that_are_not_handed_over_are_a_veto_with_a_reason(tmp_path: Path, state: str) -> None:
     async with vm(tmp_path) as here:
         here.state = state
         reason = await veto(here.path, Verb.prepare)
-        assert UNFIT.get(state, "not a state that khod knows") in reason
+        assert UNFIT_STATES.get(state, "not a state that khod knows") in reason
         assert here.commands() == []
 
 
@@ -314,7 +314,7 @@ async def test_the_late_answer_to_another_client_is_not_taken_for_ours(tmp_path:
     async with vm(tmp_path) as here:
         here.instead["qmp_capabilities"] = b'{"return": {}, "id": "__qmp#00001"}\n{"return": {}}\n'
         note = await tell(here.path, Verb.freeze, await tell(here.path, Verb.prepare))
-        assert here.state == PAUSED
+        assert here.state == PAUSED_STATE
         await tell(here.path, Verb.thaw, note)
         assert here.state == "running"
 
@@ -370,13 +370,15 @@ async def test_a_stop_that_does_not_pause_is_a_veto_and_thaw_says_what_it_is_now
         note = await tell(here.path, Verb.prepare)
         here.pauses_to = "guest-panicked"
         telling, _ = told(Verb.freeze, note)
-        with pytest.raises(Veto, match="asked to pause, it is `guest-panicked`"):
-            await Qemu("vm", socket=str(here.path)).tell(telling)
+        with pytest.raises(ParticipantVeto, match="asked to pause, it is `guest-panicked`"):
+            await Qemu("vm", socket=str(here.path)).carry_out(telling)
         assert "it does not run again: it is `guest-panicked`" in await veto(here.path, Verb.thaw, telling.note)
         assert "cont" not in here.heard
 
 
-@pytest.mark.parametrize(("was", "is_now"), [("running", PAUSED), (PAUSED, "running"), ("running", "io-error")])
+@pytest.mark.parametrize(
+    ("was", "is_now"), [("running", PAUSED_STATE), (PAUSED_STATE, "running"), ("running", "io-error")]
+)
 async def test_a_vm_that_somebody_changed_since_prepare_is_a_veto_and_is_left_as_it_is(
     tmp_path: Path, was: str, is_now: str
 ) -> None:
@@ -384,8 +386,8 @@ async def test_a_vm_that_somebody_changed_since_prepare_is_a_veto_and_is_left_as
         here.state = was
         telling, _ = told(Verb.freeze, await tell(here.path, Verb.prepare))
         here.state = is_now
-        with pytest.raises(Veto, match=f"it was `{was}` when it prepared and is `{is_now}` now"):
-            await Qemu("vm", socket=str(here.path)).tell(telling)
+        with pytest.raises(ParticipantVeto, match=f"it was `{was}` when it prepared and is `{is_now}` now"):
+            await Qemu("vm", socket=str(here.path)).carry_out(telling)
         await tell(here.path, Verb.thaw, telling.note)
         assert (here.state, here.commands()) == (is_now, [])
 
@@ -394,7 +396,7 @@ async def test_a_vm_that_somebody_changed_since_prepare_is_a_veto_and_is_left_as
     "files", [[], ["another"], ["hook"], None], ids=["gone", "another-socket", "a-hook", "unreadable"]
 )
 async def test_a_vm_is_thawed_at_the_socket_it_was_frozen_at(tmp_path: Path, files: list[str] | None) -> None:
-    def read() -> list[Producer]:
+    def read() -> list[Participant]:
         if files is None:
             raise ConfigError("no TOML", where="vm.toml")
         return [Hook("vm") if name == "hook" else Qemu("vm", socket=str(tmp_path / name / "qmp")) for name in files]
@@ -403,50 +405,50 @@ async def test_a_vm_is_thawed_at_the_socket_it_was_frozen_at(tmp_path: Path, fil
     (tmp_path / "a vm").mkdir()
     async with vm(tmp_path / "a vm") as here, vm(tmp_path / "another") as other_vm:
         note = await tell(here.path, Verb.prepare)
-        frozen = Telling(Verb.freeze, "run-1", note)
-        await Qemu("vm", socket=str(other_vm.path)).tell(frozen)
-        assert (here.state, other_vm.state) == (PAUSED, "running")
+        frozen = ProducerCall(Verb.freeze, "run-1", note)
+        await Qemu("vm", socket=str(other_vm.path)).carry_out(frozen)
+        assert (here.state, other_vm.state) == (PAUSED_STATE, "running")
         nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-        holder = Holder("vm", "qemu", "freeze", frozen.note)
-        barrier = Muster(read, nobody).resumed("run-1", lambda _member: None, [holder], None)
-        assert await barrier.undo(Verb.freeze) == []
+        holder = ProducerRecord("vm", "qemu", "freeze", frozen.note)
+        barrier = ProducerRegistry(read, nobody).resume_barrier("run-1", lambda _member: None, [holder], None)
+        assert await barrier.undo_verb(Verb.freeze) == []
         assert here.state == "running"
         assert other_vm.commands() == []
 
 
 async def test_the_note_of_a_khod_that_wrote_no_socket_is_understood(tmp_path: Path) -> None:
     async with vm(tmp_path) as here:
-        here.state = PAUSED
+        here.state = PAUSED_STATE
         await tell(here.path, Verb.thaw, prepared(ours()))
         assert here.state == "running"
     nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-    holder = Holder("vm", "qemu", "freeze", prepared(ours()))
-    barrier = Muster(list, nobody).resumed("run-1", lambda _member: None, [holder], None)
-    ((name, error),) = await barrier.undo(Verb.freeze)
+    holder = ProducerRecord("vm", "qemu", "freeze", prepared(ours()))
+    barrier = ProducerRegistry(list, nobody).resume_barrier("run-1", lambda _member: None, [holder], None)
+    ((name, error),) = await barrier.undo_verb(Verb.freeze)
     assert name == "vm"
     assert "is gone" in str(error)
 
 
-@pytest.mark.parametrize("state", [PAUSED, "running", "io-error"])
+@pytest.mark.parametrize("state", [PAUSED_STATE, "running", "io-error"])
 async def test_without_a_record_a_vm_that_is_paused_is_continued(tmp_path: Path, state: str) -> None:
     async with vm(tmp_path) as here:
         here.state = state
         nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-        muster = Muster(lambda: [Qemu("vm", socket=str(here.path))], nobody)
-        barrier = muster.resumed("", lambda _member: None, (), Verb.freeze)
-        assert await barrier.undo(Verb.freeze) == []
-        assert here.state == ("running" if state == PAUSED else state)
+        muster = ProducerRegistry(lambda: [Qemu("vm", socket=str(here.path))], nobody)
+        barrier = muster.resume_barrier("", lambda _member: None, (), Verb.freeze)
+        assert await barrier.undo_verb(Verb.freeze) == []
+        assert here.state == ("running" if state == PAUSED_STATE else state)
 
 
 async def test_another_process_behind_the_socket_is_not_the_vm_that_prepared(tmp_path: Path) -> None:
     async with vm(tmp_path) as here:
-        here.state = PAUSED
+        here.state = PAUSED_STATE
         with other() as (process, identity):
             note = prepared(identity)
             assert f"process {os.getpid()} has its QMP socket now" in await veto(here.path, Verb.freeze, note)
             assert f"process {process.pid} lives, and may be paused" in await veto(here.path, Verb.thaw, note)
         await tell(here.path, Verb.thaw, note)
-        assert (here.state, here.commands()) == (PAUSED, []), "the VM that was paused is gone, this is another"
+        assert (here.state, here.commands()) == (PAUSED_STATE, []), "the VM that was paused is gone, this is another"
 
 
 async def test_thaw_without_qmp_is_honest_about_what_it_knows(tmp_path: Path) -> None:
@@ -454,7 +456,7 @@ async def test_thaw_without_qmp_is_honest_about_what_it_knows(tmp_path: Path) ->
     assert lives in await veto(nowhere, Verb.thaw, prepared(ours(), "asked"))
     assert lives in await veto(nowhere, Verb.thaw, prepared(ours(), "prepared")), "a khod before us may have asked"
     await tell(nowhere, Verb.thaw, prepared(ours(), "untouched"))
-    await tell(nowhere, Verb.thaw, prepared(ours(), "asked", PAUSED))
+    await tell(nowhere, Verb.thaw, prepared(ours(), "asked", PAUSED_STATE))
     with other() as (_process, identity):
         pass
     await tell(nowhere, Verb.thaw, prepared(identity, "asked"))
@@ -464,7 +466,7 @@ async def test_thaw_without_qmp_is_honest_about_what_it_knows(tmp_path: Path) ->
 async def test_thaw_waits_for_the_end_of_a_process_that_has_closed_its_socket(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qemu, "GRACE", DEADLINE)
+    monkeypatch.setattr(qemu, "GRACE_SECONDS", DEADLINE)
     with other() as (process, identity):
         thaw = asyncio.ensure_future(tell(tmp_path / "nowhere", Verb.thaw, prepared(identity)))
         await turns(10)
@@ -485,8 +487,8 @@ async def test_a_note_that_is_not_ours_is_a_veto(tmp_path: Path, note: str) -> N
 
 async def test_a_freeze_that_does_not_reach_qemu_needs_no_thaw(tmp_path: Path) -> None:
     telling, _ = told(Verb.freeze, prepared(ours(), "prepared"))
-    with pytest.raises(Veto, match="cannot be connected to: No such file"):
-        await Qemu("vm", socket=str(tmp_path / "nowhere")).tell(telling)
+    with pytest.raises(ParticipantVeto, match="cannot be connected to: No such file"):
+        await Qemu("vm", socket=str(tmp_path / "nowhere")).carry_out(telling)
     await tell(tmp_path / "nowhere", Verb.thaw, telling.note)
 
 
@@ -516,10 +518,10 @@ async def test_the_library_is_not_imported_before_it_is_needed() -> None:
 
 async def refusal(here: Vm, verb: Verb, note: str = "") -> str:
     """What a barrier says of a VM that misses a deadline of 1 s."""
-    barrier = Barrier.of([Qemu("vm", timeout=1.0, socket=str(here.path))], "run-1", lambda _member: None)
-    barrier.members[0].telling = Telling(Verb.prepare, "run-1", note)
+    barrier = Barrier.from_producers([Qemu("vm", timeout=1.0, socket=str(here.path))], "run-1", lambda _member: None)
+    barrier.members[0].telling = ProducerCall(Verb.prepare, "run-1", note)
     with pytest.raises(Refused):
-        await barrier.tell(verb)
+        await barrier.broadcast(verb)
     return barrier.members[0].answer
 
 
@@ -540,7 +542,7 @@ async def test_a_socket_that_another_client_holds_is_waited_for(tmp_path: Path) 
         assert await reader.readline() == GREETING
         assert "another client may hold it" in await refusal(here, Verb.prepare)
         telling, reasons = told(Verb.prepare)
-        work = asyncio.ensure_future(Qemu("vm", socket=str(here.path)).tell(telling))
+        work = asyncio.ensure_future(Qemu("vm", socket=str(here.path)).carry_out(telling))
         await here.until(lambda: here.accepted == 3)
         await turns(10)  # it is connected, and is not greeted
         assert len(reasons) == 1
@@ -567,7 +569,7 @@ async def test_a_socket_at_which_too_many_wait_is_waited_for_too(tmp_path: Path)
         listener.setblocking(False)
         ours_, _ = await asyncio.get_running_loop().sock_accept(listener)
         ours_.close()
-        with pytest.raises(Veto, match="it closed the QMP connection"):
+        with pytest.raises(ParticipantVeto, match="it closed the QMP connection"):
             await work
 
 
@@ -581,10 +583,10 @@ async def test_wherever_it_is_cancelled_nothing_is_left_and_thaw_puts_it_right(
         note = await tell(here.path, Verb.prepare)
         ended, turn = False, 0
         while not ended:
-            here.state = PAUSED if verb is Verb.thaw else "running"
+            here.state = PAUSED_STATE if verb is Verb.thaw else "running"
             before = asyncio.all_tasks()
             telling, _ = told(verb, note)
-            work = asyncio.ensure_future(Qemu("vm", socket=str(here.path)).tell(telling))
+            work = asyncio.ensure_future(Qemu("vm", socket=str(here.path)).carry_out(telling))
             await turns(turn)
             ended = not work.cancel()
             for _more in range(again):
@@ -660,13 +662,13 @@ async def test_a_stop_that_takes_effect_after_it_was_cancelled_is_undone(tmp_pat
     async with vm(tmp_path) as here:
         telling, _ = told(Verb.freeze, await tell(here.path, Verb.prepare))
         gate = here.gates["stop"] = asyncio.Event()
-        freeze = asyncio.ensure_future(Qemu("vm", socket=str(here.path)).tell(telling))
+        freeze = asyncio.ensure_future(Qemu("vm", socket=str(here.path)).carry_out(telling))
         await here.until(lambda: "stop" in here.heard)
         freeze.cancel()
         await asyncio.wait({freeze})
         assert freeze.cancelled()
         thaw, reasons = told(Verb.thaw, telling.note)
-        thawing = asyncio.ensure_future(Qemu("vm", socket=str(here.path)).tell(thaw))
+        thawing = asyncio.ensure_future(Qemu("vm", socket=str(here.path)).carry_out(thaw))
         await here.until(lambda: here.accepted == 3)
         await turns(20)
         assert here.state == "running", "the stop is still under way"
@@ -699,8 +701,8 @@ except Veto as veto:
 async def test_without_a_record_a_vm_that_is_off_holds_no_abort(tmp_path: Path) -> None:
     """Its file stays when it is switched off; each abort would have failed for it until it was started."""
     nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-    muster = Muster(lambda: [Qemu("vm", socket=str(tmp_path / "absent"))], nobody)
-    barrier = muster.resumed("", lambda _member: None, (), Verb.freeze)
-    assert await barrier.undo(Verb.freeze) == []
+    muster = ProducerRegistry(lambda: [Qemu("vm", socket=str(tmp_path / "absent"))], nobody)
+    barrier = muster.resume_barrier("", lambda _member: None, (), Verb.freeze)
+    assert await barrier.undo_verb(Verb.freeze) == []
     (member,) = barrier.members
     assert member.gone

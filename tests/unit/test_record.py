@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khod.errors import RecordError
-from khod.handover.record import VERSION, Holder, Owner, Process, Record, Store, decode, encode
+from khod.handover.record import VERSION, Owner, Process, ProducerRecord, Record, Store, decode_record, encode_record
 from khod.model import (
     Begun,
     Finding,
@@ -47,7 +47,7 @@ FULL = Record(
     ),
     suspect="an abort",
     producers=(
-        Holder(
+        ProducerRecord(
             "kv",
             "varlink",
             "freeze",
@@ -70,7 +70,7 @@ FULL = Record(
     sessions=(LuoSession("test-session", "luo_kexec_simpl (process 77)", SessionFate.lost, "it is killed"),),
     sessions_unseen="khod may not look",
     at_once=True,
-    claims=(Holder("kv", "varlink", owner=Owner(1000, "kv.service")),),
+    claims=(ProducerRecord("kv", "varlink", owner=Owner(1000, "kv.service")),),
     doubt="the host jumped into an image that khod had not loaded",
     begun=Begun(1795661761.5, "root (khoctl, process 4711)", "Image (7.3.4)"),
 )
@@ -86,7 +86,9 @@ texts = st.lists(text, max_size=2).map(tuple)
 owner = st.none() | st.builds(Owner, st.integers(0, 1 << 32), text)
 process = st.none() | st.builds(Process, st.integers(1, 1 << 22), st.integers(0, 1 << 60))
 kept = st.lists(st.builds(Kept, text, st.integers(0, (1 << 64) - 1)), max_size=2).map(tuple)
-holder = st.builds(Holder, text, text, text, text, number, texts, texts, texts, owner, process, kept, st.booleans())
+holder = st.builds(
+    ProducerRecord, text, text, text, text, number, texts, texts, texts, owner, process, kept, st.booleans()
+)
 records = st.builds(
     Record,
     version=st.just(VERSION),
@@ -118,20 +120,20 @@ records = st.builds(
 
 @given(records)
 def test_what_goes_in_comes_out(record: Record) -> None:
-    assert decode(encode(record)) == record
+    assert decode_record(encode_record(record)) == record
 
 
 def test_the_example_sets_every_field_apart_from_its_default() -> None:
     same = {field.name for field in fields(Record) if getattr(FULL, field.name) == getattr(Record(), field.name)}
     assert same == {"version"}
-    assert decode(encode(FULL)) == FULL
+    assert decode_record(encode_record(FULL)) == FULL
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_record_or_a_record_error(raw: bytes) -> None:
     found: Record | RecordError
     try:
-        found = decode(raw, "/var/lib/khod/handover.json")
+        found = decode_record(raw, "/var/lib/khod/handover.json")
     except RecordError as error:
         found = error
     assert isinstance(found, Record) or (found.where == "/var/lib/khod/handover.json" and found.what and found.remedy)
@@ -146,18 +148,18 @@ json_value = st.recursive(
 
 @given(st.sampled_from([field.name for field in fields(Record)]), json_value)
 def test_any_value_in_any_field_is_a_record_that_can_be_written_or_a_record_error(name: str, value: object) -> None:
-    values = json.loads(encode(FULL)) | {name: value}
+    values = json.loads(encode_record(FULL)) | {name: value}
     try:
-        found = decode(json.dumps(values).encode())
+        found = decode_record(json.dumps(values).encode())
     except RecordError:
         return
-    assert decode(encode(found)) is not None
+    assert decode_record(encode_record(found)) is not None
 
 
-@given(st.integers(0, len(encode(FULL)) - 3))
+@given(st.integers(0, len(encode_record(FULL)) - 3))
 def test_a_truncated_record_is_never_taken_for_another(length: int) -> None:
     with pytest.raises(RecordError):
-        decode(encode(FULL)[:length])
+        decode_record(encode_record(FULL)[:length])
 
 
 WRONG = [
@@ -168,24 +170,24 @@ WRONG = [
     b"\xff\xfe",
     b"[" * 100_000,
     b'{"version": "1"}',
-    encode(FULL).replace(b'"loaded"', b'"loaded too"'),
-    encode(FULL).replace(b'"ftrace"', b"5"),
-    encode(FULL).replace(b"[\n   12", b"[\n   [12]"),
-    encode(FULL).replace(b'"began_monotonic": 12.0', b'"began_monotonic": "12"'),
-    encode(FULL).replace(b'"boot_id"', b'"bootid"'),
-    encode(FULL).replace(b'"handovers": 3', b'"handovers": "3"'),
+    encode_record(FULL).replace(b'"loaded"', b'"loaded too"'),
+    encode_record(FULL).replace(b'"ftrace"', b"5"),
+    encode_record(FULL).replace(b"[\n   12", b"[\n   [12]"),
+    encode_record(FULL).replace(b'"began_monotonic": 12.0', b'"began_monotonic": "12"'),
+    encode_record(FULL).replace(b'"boot_id"', b'"bootid"'),
+    encode_record(FULL).replace(b'"handovers": 3', b'"handovers": "3"'),
 ]
 
 
-@pytest.mark.parametrize("raw", [raw for raw in WRONG if raw != encode(FULL)])
+@pytest.mark.parametrize("raw", [raw for raw in WRONG if raw != encode_record(FULL)])
 def test_a_damaged_record_says_so(raw: bytes) -> None:
     with pytest.raises(RecordError, match="cannot be understood"):
-        decode(raw)
+        decode_record(raw)
 
 
 def test_a_newer_record_names_both_versions() -> None:
     with pytest.raises(RecordError) as raised:
-        decode(encode(replace(FULL, version=VERSION + 1)))
+        decode_record(encode_record(replace(FULL, version=VERSION + 1)))
     assert str(VERSION) in raised.value.what
     assert str(VERSION + 1) in raised.value.what
 
@@ -197,7 +199,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_no_record_is_none_and_no_error(store: Store) -> None:
     assert store.read() is None
-    assert store.snapshots.last() is None
+    assert store.snapshots.last_tree() is None
 
 
 def test_a_write_replaces_the_record_and_leaves_nothing_else(store: Store) -> None:
@@ -254,16 +256,16 @@ def test_a_full_disk_keeps_the_old_record(tiny: Store) -> None:
     with pytest.raises(RecordError) as raised:
         tiny.write(replace(FULL, last_error="x" * (100 << 10)))
     assert "ENOSPC" in raised.value.what
-    assert raised.value.where == str(tiny.path)
+    assert raised.value.where == str(tiny.record_path)
     assert raised.value.remedy
     assert tiny.read() == FULL
     tiny.write(replace(FULL, handovers=4))
 
 
 def test_free_is_what_may_still_be_written(tiny: Store) -> None:
-    assert tiny.free() == 64 << 10
+    assert tiny.free_bytes() == 64 << 10
     (tiny.directory / "filler").write_bytes(bytes(60 << 10))
-    assert tiny.free() == 4 << 10
+    assert tiny.free_bytes() == 4 << 10
 
 
 def test_a_read_only_file_system_is_a_record_error_and_the_record_can_be_read(tiny: Store) -> None:
@@ -277,14 +279,14 @@ def test_a_read_only_file_system_is_a_record_error_and_the_record_can_be_read(ti
 def test_a_missing_directory_is_a_record_error(tmp_path: Path) -> None:
     store = Store(tmp_path / "nowhere")
     assert store.read() is None
-    for write in (lambda: store.write(FULL), store.free):
+    for write in (lambda: store.write(FULL), store.free_bytes):
         with pytest.raises(RecordError) as raised:
             write()
         assert str(tmp_path / "nowhere") in raised.value.where
 
 
 def test_a_directory_where_the_record_should_be(store: Store) -> None:
-    (store.path / "below").mkdir(parents=True)
+    (store.record_path / "below").mkdir(parents=True)
     with pytest.raises(RecordError, match="EISDIR"):
         store.read()
     with pytest.raises(RecordError):
@@ -298,6 +300,6 @@ def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
 
 
 def test_a_record_of_before_producers_were_in_it_is_still_one() -> None:
-    values = json.loads(encode(FULL))
+    values = json.loads(encode_record(FULL))
     del values["producers"]
-    assert decode(json.dumps(values).encode()) == replace(FULL, producers=())
+    assert decode_record(json.dumps(values).encode()) == replace(FULL, producers=())

@@ -13,8 +13,8 @@ from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.handover.record import Owner, Process
 from khod.model import CheckResult, Phase
 from khod.producers.identity import process_of
-from khod.producers.peers import RETURN_SECONDS, Peer, Terms
-from khod.producers.registrations import MAX_LINES, Registered, Registrations
+from khod.producers.peers import RETURN_SECONDS, Peer, Registration
+from khod.producers.registrations import MAX_LINES, RegisteredProducer, Registrations
 from tests.unit.harness import ACTIVE
 from tests.unit.khods import Khod
 from tests.unit.luo import Hand
@@ -41,7 +41,7 @@ def own() -> Process:
 
 
 async def register(engine: Engine, name: str = "kv", process: Process | None = None, owner: Owner = OWNER) -> Peer:
-    return await engine.register(name, owner, process or own(), Terms())
+    return await engine.register_producer(name, owner, process or own(), Registration())
 
 
 async def restarted(host: VirtualHost, *processes: Process | None) -> Engine:
@@ -96,10 +96,10 @@ async def test_one_that_died_while_khod_was_down_is_named_at_once_until_it_is_gi
     assert "ended while khod was down" in said
     engine = await host.started()
     assert "kv1" in await refusal(engine), "and after another restart"
-    await engine.forget("kv1")
+    await engine.forget_producer("kv1")
     said = await refusal(engine)
     assert "kv1" not in said
-    await engine.forget("kv")
+    await engine.forget_producer("kv")
     await engine.activate()
     await engine.abort()
     engine = await host.started()
@@ -109,7 +109,7 @@ async def test_one_that_died_while_khod_was_down_is_named_at_once_until_it_is_gi
 @in_virtual_time
 async def test_a_leave_is_a_leave(host: VirtualHost) -> None:
     engine = await host.started()
-    engine.muster.peers.leave(await register(engine))
+    engine.muster.peers.remove_peer(await register(engine))
     engine = await host.started()
     await engine.activate()
     assert engine.machine.phase is Phase.active
@@ -118,7 +118,7 @@ async def test_a_leave_is_a_leave(host: VirtualHost) -> None:
 @in_virtual_time
 async def test_another_boot_expects_nobody(host: VirtualHost) -> None:
     await restarted(host, None)
-    host.kernel._boot("root=/dev/sim rw")
+    host.kernel._boot_kernel("root=/dev/sim rw")
     await (await host.started()).activate()
 
 
@@ -129,7 +129,7 @@ async def test_the_name_of_one_that_is_not_back_is_nobody_else_s(host: VirtualHo
     with pytest.raises(Refused, match=r"kv\.service"):
         await register(engine, owner=owner)
     assert "kv" in await refusal(engine)
-    await engine.forget("kv")
+    await engine.forget_producer("kv")
     await register(engine, owner=owner)
 
 
@@ -138,7 +138,7 @@ async def test_a_handover_under_way_is_put_back_with_those_of_its_record(host: V
     """They are waited for by the rollback itself; afterwards they are missed as anyone is."""
     Scripted(host, "a")
     engine = await restarted(host, DEAD)
-    await engine.forget("kv")
+    await engine.forget_producer("kv")
     await engine.activate()
     with pytest.raises(KhoError):
         await host.engine().start()
@@ -153,7 +153,7 @@ async def test_an_image_of_somebody_else_s_is_put_back_without_those_that_are_no
     await engine.activate()
     await engine.abort()
     await restarted(host, DEAD)
-    host.kernel.echo(ACTIVE, "1")
+    host.kernel.echo_to(ACTIVE, "1")
     engine = await host.started()
     assert (await engine.status()).phase is Phase.foreign
     told = len(host.verbs)
@@ -162,7 +162,7 @@ async def test_an_image_of_somebody_else_s_is_put_back_without_those_that_are_no
     assert host.verbs[told:] == []
     assert "kv" not in [found.name for found in await engine.producers()]
     assert "kv" in await refusal(engine)
-    await engine.forget("kv")
+    await engine.forget_producer("kv")
     await engine.activate()
 
 
@@ -234,22 +234,22 @@ async def test_a_full_disk_is_told_and_refuses_nobody(host: VirtualHost, full: P
 def test_a_long_list_is_written_anew(tmp_path: Path) -> None:
     path = tmp_path / "registrations"
     registrations = Registrations(path)
-    registrations.load("boot")
+    registrations.load_registered("boot")
     for _turn in range(MAX_LINES):
-        registrations.add(Registered("kv", OWNER, DEAD))
-        registrations.remove("kv")
-    registrations.add(Registered("last", OWNER, DEAD))
+        registrations.add_registered(RegisteredProducer("kv", OWNER, DEAD))
+        registrations.remove_name("kv")
+    registrations.add_registered(RegisteredProducer("last", OWNER, DEAD))
     assert path.stat().st_size < 1 << 22
-    assert [found.name for found in Registrations(path).load("boot")] == ["last"]
+    assert [found.name for found in Registrations(path).load_registered("boot")] == ["last"]
 
 
 def test_a_write_that_takes_only_part_of_a_line_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registrations = Registrations(tmp_path / "registrations")
-    registrations.load("boot")
+    registrations.load_registered("boot")
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, line: write(fd, line[:10]))
     with pytest.raises(OSError, match="space") as raised:
-        registrations.add(Registered("kv", OWNER, DEAD))
+        registrations.add_registered(RegisteredProducer("kv", OWNER, DEAD))
     assert raised.value.errno == errno.ENOSPC
 
 
@@ -272,7 +272,7 @@ async def test_a_file_that_comes_under_a_peer_s_name_stops_a_handover_and_no_rol
         await engine.activate()
     assert isinstance(raised.value, ConfigError | Refused)
     assert [found.kind for found in await engine.producers() if found.name == "pool"] == ["scripted", "varlink"]
-    engine.muster.peers.leave(peer)
+    engine.muster.peers.remove_peer(peer)
     await engine.activate()
     assert "pool freeze" in host.verbs
 

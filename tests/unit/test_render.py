@@ -97,21 +97,21 @@ def status(phase: Phase) -> Status:
 
 
 PAGES: dict[str, tuple[Callable[[Any], str], Any]] = {
-    **{f"status, {phase.value}": (render.status, status(phase)) for phase in Phase},
-    "producers": (render.producers, PRODUCERS),
-    "counted": (render.counted, PRODUCERS),
-    **{f"producer {found.name}": (render.producer, found) for found in PRODUCERS},
-    "checks": (render.checks, CHECKS),
-    "words": (lambda words: "\n".join(render.words(words)), WORDS),
-    "plan": (render.plan, PLAN),
+    **{f"status, {phase.value}": (render.render_status, status(phase)) for phase in Phase},
+    "producers": (render.render_producers, PRODUCERS),
+    "counted": (render.count_producers, PRODUCERS),
+    **{f"producer {found.name}": (render.producer_text, found) for found in PRODUCERS},
+    "checks": (render.render_checks, CHECKS),
+    "words": (lambda words: "\n".join(render.render_words(words)), WORDS),
+    "plan": (render.render_plan, PLAN),
     "short plan": (render.short_plan, PLAN),
-    "event": (render.event, EVENT),
+    "event": (render.render_event, EVENT),
 }
 
 
 def test_a_plan_is_in_columns_and_of_no_run() -> None:
     steps = [Planned("prepare", "tell db", "tell it cancel"), Planned("activate", "write 1", "write 0")]
-    page = click.unstyle(render.plan(Plan(steps, CHECKS, "quiet khod.run=908fcf1705b3 -- x", [])))
+    page = click.unstyle(render.render_plan(Plan(steps, CHECKS, "quiet khod.run=908fcf1705b3 -- x", [])))
     assert page.split("\n")[:7] == [
         "1. prepare   tell db",
         "   undo      tell it cancel",
@@ -125,7 +125,7 @@ def test_a_plan_is_in_columns_and_of_no_run() -> None:
 
 def test_an_event_has_the_time_of_day() -> None:
     for ago in (0.0, 7200.0):
-        shown = render.event(replace(EVENT, seconds=time.monotonic() - ago)).split()[0]
+        shown = render.render_event(replace(EVENT, seconds=time.monotonic() - ago)).split()[0]
         clock = (time.strftime("%H:%M:%S", time.localtime(time.time() - ago - late)) for late in range(30))
         assert shown[:8] in {*clock}
         assert re.fullmatch(r"\.[0-9]{3}", shown[8:])
@@ -157,11 +157,11 @@ def test_json_is_ascii_and_whole() -> None:
 
 @pytest.mark.parametrize("result", CheckResult)
 def test_every_result_of_a_check_is_a_line_with_its_evidence(result: CheckResult) -> None:
-    page = render.checks([Check("formats", result, "what was found", "")])
+    page = render.render_checks([Check("formats", result, "what was found", "")])
     assert page.splitlines()[0].endswith("formats  what was found")
 
 
 def test_a_plan_shows_what_is_off() -> None:
     """It was found, and the operator goes on all the same."""
     off = Check("formats", CheckResult.off, "would panic at boot", "")
-    assert "would panic at boot" in render.plan(Plan([], [off], "", []))
+    assert "would panic at boot" in render.render_plan(Plan([], [off], "", []))

@@ -43,13 +43,13 @@ async def test_a_producer_is_told_again_when_its_trouble_is_mended(host: Virtual
     engine = await degraded(host, trouble, verb)
 
     with pytest.raises(Refused, match="cannot import"):
-        await engine.retry("db")
+        await engine.retry_producer("db")
     assert (await engine.status()).claims == ["db"]
     with pytest.raises(Refused, match="forget"):
         await engine.activate()
 
     trouble.clear()
-    await engine.retry("db")
+    await engine.retry_producer("db")
 
     status = await engine.status()
     assert (status.outcome, status.claims, status.exit_code) == (Phase.verified, [], Exit.done)
@@ -64,7 +64,7 @@ async def test_only_what_waits_can_be_told_again(host: VirtualHost) -> None:
     engine = await degraded(host, ["no"], "restore")
     for name in ("cache", "nobody"):
         with pytest.raises(Refused, match="left nothing"):
-            await engine.retry(name)
+            await engine.retry_producer(name)
 
 
 @in_virtual_time

@@ -198,7 +198,7 @@ async def test_a_step_that_is_held_and_cannot_be_recorded_is_put_back(
     three(host)
     engine = await host.started()
     await engine.activate()
-    host.kernel.fault("load_errno", errno.ENOMEM)
+    host.kernel.set_fault("load_errno", errno.ENOMEM)
     write = once(type(host.store).write, error, lambda _store, record, **_more: record.phase is Phase.active)
     monkeypatch.setattr(type(host.store), "write", write)
     with pytest.raises(KhoError):

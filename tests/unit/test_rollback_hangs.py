@@ -129,7 +129,7 @@ async def test_a_failed_unload_keeps_the_active_phase_that_the_image_s_state_is_
     two(host)
     engine = await host.started()
     await host.kexec(engine, load_only=True)
-    host.kernel.fault("unload_errno", 1)
+    host.kernel.set_fault("unload_errno", 1)
     assert await undone(engine, fails=True) == AT_ONCE
     assert (host.kernel.active, host.kernel.loaded) == (True, True)
     assert host.verbs == [*TOLD, *UNDONE]
@@ -206,7 +206,7 @@ async def test_a_question_to_the_kernel_that_hangs_keeps_nobody_frozen(
     engine = await host.started()
     await engine.activate()
     monkeypatch.setattr(type(host.kernel), "loaded", property(never))
-    monkeypatch.setattr("khod.kernel.kexec.Kexec.release", never)
+    monkeypatch.setattr("khod.kernel.kexec.Kexec.kernel_release", never)
     assert await undone(engine) == host.config.deadlines.observe
     assert host.verbs == [*TOLD, *UNDONE]
 
@@ -220,9 +220,9 @@ async def test_a_check_that_hangs_keeps_nobody_frozen(
     two(host)
     engine = await host.started()
     await engine.activate()
-    read, exists = host.kernel.read, host.kernel.exists
-    monkeypatch.setattr(host.kernel, "exists", lambda path: path == SECURE_BOOT or exists(path))
-    monkeypatch.setattr(host.kernel, "read", lambda path: never() if path == SECURE_BOOT else read(path))
+    read, exists = host.kernel.read_file, host.kernel.path_exists
+    monkeypatch.setattr(host.kernel, "path_exists", lambda path: path == SECURE_BOOT or exists(path))
+    monkeypatch.setattr(host.kernel, "read_file", lambda path: never() if path == SECURE_BOOT else read(path))
     check = asyncio.ensure_future(engine.check())
     await asyncio.sleep(0)
     await (engine.stop(jumping=False) if stop else engine.abort())
@@ -234,9 +234,11 @@ async def test_a_check_that_hangs_keeps_nobody_frozen(
 
 HANGING: dict[str, Callable[[VirtualHost, pytest.MonkeyPatch], None]] = {
     "its image lies on a file system that hangs": lambda _host, hung: hung.setattr(os, "preadv", never),
-    "sync(2) hangs": lambda host, hung: hung.setattr(host.kernel, "sync", never),
-    "the kernel does not say how it stands": lambda _host, hung: hung.setattr("khod.kernel.kexec.Kexec.release", never),
-    "a check hangs": lambda _host, hung: hung.setattr("khod.preflight.run", never),
+    "sync(2) hangs": lambda host, hung: hung.setattr(host.kernel, "sync_disks", never),
+    "the kernel does not say how it stands": lambda _host, hung: hung.setattr(
+        "khod.kernel.kexec.Kexec.kernel_release", never
+    ),
+    "a check hangs": lambda _host, hung: hung.setattr("khod.preflight.run_checks", never),
     "the record cannot be written": lambda host, hung: hung.setattr(type(host.store), "write", never),
 }
 
@@ -280,6 +282,6 @@ async def test_a_rollback_takes_no_longer_than_the_plan_says(
         producer.does.update(thaw=deaf(), cancel=deaf())
     for owner, call in ((host.kernel, "kexec_file_load"), (host.kernel, "write"), (type(host.store), "write")):
         monkeypatch.setattr(owner, call, never)
-    monkeypatch.setattr("khod.kernel.kexec.Kexec.release", never)
+    monkeypatch.setattr("khod.kernel.kexec.Kexec.kernel_release", never)
     assert await undone(engine, fails=True) <= plan.rollback_seconds
     assert [verb for verb in host.verbs if "thaw" in verb] == ["d thaw", "c thaw", "b thaw", "a thaw"]

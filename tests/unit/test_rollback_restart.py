@@ -70,11 +70,11 @@ def test_with_a_wrong_configuration_what_cannot_be_put_back_is_still_served(plac
     assert khod.khoctl("activate").code == Exit.done
     khod.end(signal.SIGKILL)
     place.config.write_bytes(WRONG["unknown key"])
-    khod.kernel.fault("abort_errno", 16)
+    khod.kernel.set_fault("abort_errno", 16)
     khod = place.khod()
     status = khod.khoctl("status", "--json").json
     assert (status["phase"], status["left"]) == ("failed", ["activate"])
-    khod.kernel.fault("abort_errno", None)
+    khod.kernel.set_fault("abort_errno", None)
     assert khod.khoctl("abort").code == Exit.done
     assert not khod.active
     refused = khod.khoctl("activate")

@@ -20,7 +20,7 @@ from khod.server.lane import Lane
 from khod.server.limits import MAX_FDS, OWN_DESCRIPTORS, Limits, Quota
 from khod.server.load import Allowance, Load
 from khod.server.places import Place, Places
-from khod.server.rules import EVERYONE, OPERATORS, PRODUCERS, RULES, Kind
+from khod.server.rules import EVERYONE, OPERATORS, PRODUCERS, RULES, CallKind
 from khod.wire import INTERFACE, PRODUCER, SERVICE
 from tests.unit.harness import Host
 from tests.unit.turns import until
@@ -45,10 +45,15 @@ def test_every_method_has_a_rule_and_no_other_has() -> None:
 
 def test_who_has_no_rights_may_ask_and_nothing_else() -> None:
     open_to_all = {name for name, rule in RULES.items() if rule.callers is EVERYONE}
-    assert {RULES[name].kind for name in open_to_all} == {Kind.fixed, Kind.question, Kind.stream, Kind.conversation}
-    assert [name for name in open_to_all if RULES[name].kind is Kind.conversation] == [f"{PRODUCER}.Next"]
+    assert {RULES[name].kind for name in open_to_all} == {
+        CallKind.fixed,
+        CallKind.question,
+        CallKind.stream,
+        CallKind.conversation,
+    }
+    assert [name for name in open_to_all if RULES[name].kind is CallKind.conversation] == [f"{PRODUCER}.Next"]
     assert RULES[f"{PRODUCER}.Register"].callers is PRODUCERS
-    assert all(rule.callers is OPERATORS for rule in RULES.values() if rule.kind is Kind.operation)
+    assert all(rule.callers is OPERATORS for rule in RULES.values() if rule.kind is CallKind.operation)
     assert all(rule.what for rule in RULES.values() if rule.callers is not EVERYONE or rule.image)
 
 
@@ -60,7 +65,7 @@ def test_replies_are_encoded_as_the_library_does_it() -> None:
     signature = varlinksignature(Handover.Monitor)
     assert signature is not None
     theirs = signature.return_type.tojson({"event": event})
-    assert json.loads(messages.encode({"event": event}, continues=True)[:-1]) == {
+    assert json.loads(messages.encode_reply({"event": event}, continues=True)[:-1]) == {
         "parameters": theirs,
         "continues": True,
     }
@@ -74,7 +79,7 @@ async def test_a_status_is_encoded_as_the_library_does_it(host: Host) -> None:
     signature = varlinksignature(Handover.Status)
     assert signature is not None
     theirs = signature.return_type.tojson({"status": status})
-    assert json.loads(messages.encode({"status": status})[:-1]) == {"parameters": theirs}
+    assert json.loads(messages.encode_reply({"status": status})[:-1]) == {"parameters": theirs}
 
 
 # Quotas
@@ -82,7 +87,7 @@ async def test_a_status_is_encoded_as_the_library_does_it(host: Host) -> None:
 
 @pytest.mark.parametrize("descriptors", LINUX_DESCRIPTORS)
 def test_whatever_others_hold_there_are_descriptors_for_root_and_for_khod(descriptors: int) -> None:
-    limits = Limits.of(descriptors)
+    limits = Limits.divide_descriptors(descriptors)
     held = limits.others + limits.operators + limits.producers + limits.files
     assert held + OWN_DESCRIPTORS <= descriptors
     assert limits.everyone + OWN_DESCRIPTORS <= descriptors
@@ -91,24 +96,24 @@ def test_whatever_others_hold_there_are_descriptors_for_root_and_for_khod(descri
 
 def test_a_quota_bounds_each_user_and_all_together() -> None:
     quota = Quota(10, per_user=6)
-    assert quota.take(ALICE, 6)
-    assert not quota.take(ALICE)
-    assert not quota.take(BOB, 5)
-    assert quota.take(BOB, 4)
-    quota.give(ALICE, 6)
-    assert quota.free == 6
-    assert quota.take(BOB, 2)
-    assert not quota.take(BOB)
+    assert quota.take_amount(ALICE, 6)
+    assert not quota.take_amount(ALICE)
+    assert not quota.take_amount(BOB, 5)
+    assert quota.take_amount(BOB, 4)
+    quota.give_back(ALICE, 6)
+    assert quota.unused_amount == 6
+    assert quota.take_amount(BOB, 2)
+    assert not quota.take_amount(BOB)
 
 
 def places(descriptors: int = 8192, per_user: int = 64) -> Places:
-    return Places(Limits.of(descriptors), lambda: per_user)
+    return Places(Limits.divide_descriptors(descriptors), lambda: per_user)
 
 
 def taken(all_places: Places, uid: int, standing: Standing = Standing.other) -> list[Place]:
     """Take as many places as a user gets."""
     found = []
-    while (place := all_places.take(uid, standing)) is not None:
+    while (place := all_places.take_place(uid, standing)) is not None:
         found.append(place)
     return found
 
@@ -123,36 +128,36 @@ def test_many_users_together_leave_places_for_another_one_and_for_everyone_with_
     """A user of a container has 65536 user ids at his disposal."""
     every = places()
     crowd = [place for uid in range(2000, 2500) for place in taken(every, uid)]
-    assert len(crowd) <= Limits.of(8192).others
+    assert len(crowd) <= Limits.divide_descriptors(8192).others
     few = places()
     for uid in range(2000, 2020):
         taken(few, uid)
     assert taken(few, ALICE), "twenty users took what they got"
     assert taken(every, ALICE, Standing.operator)
     assert taken(every, BOB, Standing.producer)
-    assert every.take(0, Standing.root)
+    assert every.take_place(0, Standing.root)
 
 
 def test_a_place_that_is_left_can_be_taken_again() -> None:
     every = places()
     for _ in range(2):
         for place in taken(every, ALICE):
-            place.give()
+            place.give_back()
     assert every.connections == 0
     assert not every.askers
-    assert all(quota.of(ALICE) == 0 for quota in every.by_standing.values())
+    assert all(quota.amount_of(ALICE) == 0 for quota in every.by_standing.values())
 
 
 @pytest.mark.parametrize("registered", [True, False])
 def test_a_producers_connection_is_no_askers_any_more(registered: bool) -> None:
     every = places(per_user=1)
-    place = every.take(ALICE, Standing.operator)
+    place = every.take_place(ALICE, Standing.operator)
     assert place is not None
     assert place.reserve_producers()
-    place.settle(registered=registered)
+    place.settle_place(registered=registered)
     assert bool(taken(every, ALICE, Standing.operator)) is registered
-    place.give()
-    assert every.by_standing[Standing.producer].of(ALICE) == 0
+    place.give_back()
+    assert every.by_standing[Standing.producer].amount_of(ALICE) == 0
 
 
 # Shares of time
@@ -178,7 +183,7 @@ def test_an_allowance_is_a_share_of_the_time() -> None:
         else:
             clock.now += 0.001
             used += 0.001
-            allowance.spend(0.001)
+            allowance.spend_time(0.001)
     assert 0.5 < used <= 1.01
 
 
@@ -186,23 +191,23 @@ def test_what_was_not_used_is_no_credit_for_later() -> None:
     clock = Clock()
     allowance = Allowance(lambda: 0.1, clock)
     clock.now = 3600.0
-    allowance.spend(0.006)
+    allowance.spend_time(0.006)
     assert allowance.wait_seconds() > 0
 
 
 def test_the_share_falls_while_something_is_under_way_for_those_with_rights() -> None:
     load = Load()
-    share = load.share(0.5, 0.1)
+    share = load.make_share(0.5, 0.1)
     reliefs: list[float] = []
     load.on_relief.append(lambda: reliefs.append(share()))
     assert share() == 0.5
-    load.begin()
+    load.begin_call()
     assert share() == 0.1
-    load.note(Event(0.0, Phase.preparing, "", ""))
-    load.end()
+    load.note_event(Event(0.0, Phase.preparing, "", ""))
+    load.end_call()
     assert share() == 0.1, "it goes on, whoever asked for it"
     assert reliefs == []
-    load.note(Event(0.0, Phase.active, "", ""))
+    load.note_event(Event(0.0, Phase.active, "", ""))
     assert reliefs == [0.5]
 
 
@@ -220,16 +225,16 @@ class Guest:
         self._heard = heard
         self.aborted = False
         self.broken = False
-        lane.add(self.ours.fileno(), self, 1)
+        lane.add_member(self.ours.fileno(), self, 1)
 
-    def handle(self) -> None:
+    def handle_ready(self) -> None:
         self.events = 0
         if self.broken:
             raise ValueError("broken")
         if self.ours.recv(1):
             self._heard.append(self.uid)
 
-    def abort(self) -> None:
+    def abort_connection(self) -> None:
         self.aborted = True
 
     def close(self) -> None:
@@ -274,7 +279,7 @@ async def test_a_lane_whose_allowance_is_used_up_is_not_looked_at() -> None:
     lane = Lane(TURN_SECONDS, allowance)
     heard: list[int] = []
     guest = Guest(ALICE, heard, lane)
-    allowance.spend(3600.0)
+    allowance.spend_time(3600.0)
     guest.theirs.send(b"x")
     for _ in range(100):
         await asyncio.sleep(0)
@@ -301,10 +306,10 @@ async def test_whoever_asks_the_same_at_a_time_gets_one_answer() -> None:
         await goes_on.wait()
         return b"%d" % number
 
-    answers.ask("status", produce, got.append)
+    answers.queue_question("status", produce, got.append)
     await asyncio.sleep(0)
     for _ in range(100):
-        answers.ask("status", produce, got.append)
+        answers.queue_question("status", produce, got.append)
     assert asked == 1
     goes_on.set()
     await until(lambda: len(got) == 101)
@@ -325,8 +330,8 @@ async def test_questions_that_are_not_the_same_do_not_wait_for_each_other() -> N
     async def answer() -> bytes:
         return b"status"
 
-    answers.ask("check", hang, got.append)
-    answers.ask("status", answer, got.append)
+    answers.queue_question("check", hang, got.append)
+    answers.queue_question("status", answer, got.append)
     await until(lambda: got == [b"status"])
     never.set()
 
@@ -335,13 +340,13 @@ async def test_answers_wait_for_their_allowance_and_those_with_rights_have_their
     clock = Clock()
     allowance = Allowance(lambda: 0.1, clock)
     others, mine, got = Answers(allowance), Answers(), []
-    allowance.spend(3600.0)
+    allowance.spend_time(3600.0)
 
     async def answer() -> bytes:
         return b"x"
 
-    others.ask("status", answer, lambda _answer: got.append("others"))
-    mine.ask("status", answer, lambda _answer: got.append("mine"))
+    others.queue_question("status", answer, lambda _answer: got.append("others"))
+    mine.queue_question("status", answer, lambda _answer: got.append("mine"))
     await until(lambda: got == ["mine"])
     clock.now = 1e6
     others.go_on()
@@ -363,10 +368,10 @@ class Monitor:
     def is_drained(self) -> bool:
         return self._unread == 0
 
-    def submit(self, work: Callable[[], None]) -> None:
+    def submit_work(self, work: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_soon(work)
 
-    def send(self, data: bytes) -> None:
+    def send_data(self, data: bytes) -> None:
         self.sent.append(data)
         self._unread += not self.reads
 
@@ -381,9 +386,9 @@ def log_of(max_events: int = 100, max_bytes: int = 10_000) -> EventLog:
 async def test_every_monitor_is_told_each_event_once_and_in_order() -> None:
     log, monitors = log_of(), [Monitor() for _ in range(3)]
     for monitor in monitors:
-        Stream(log, monitor, lambda: None).begin(b"first")
+        Stream(log, monitor, lambda: None).begin_stream(b"first")
     for number in range(200):
-        log.append(b"%d " % number)
+        log.append_event(b"%d " % number)
         await asyncio.sleep(0)
     expected = b"first" + b"".join(b"%d " % number for number in range(200))
     await until(lambda: all(b"".join(monitor.sent) == expected for monitor in monitors))
@@ -396,9 +401,9 @@ async def test_what_monitors_do_not_read_is_bounded_over_all_of_them(bound: dict
     streams = [Stream(log, monitor, lambda: ended.append(1)) for monitor in monitors]
     for monitor, stream in zip(monitors, streams, strict=True):
         monitor.reads = False
-        stream.begin(b"first")
+        stream.begin_stream(b"first")
     for number in range(1000):
-        log.append(b"%09d " % number)
+        log.append_event(b"%09d " % number)
         assert log.kept_bytes <= 500
     assert all(monitor.sent == [b"first"] for monitor in monitors)
     for monitor, stream in zip(monitors, streams, strict=True):
@@ -412,17 +417,17 @@ async def test_what_monitors_do_not_read_is_bounded_over_all_of_them(bound: dict
 async def test_a_monitor_hears_what_happens_between_its_call_and_its_first_event() -> None:
     log, monitor = log_of(), Monitor()
     stream = Stream(log, monitor, lambda: None)
-    log.append(b"between")
-    stream.begin(b"first ")
+    log.append_event(b"between")
+    stream.begin_stream(b"first ")
     await until(lambda: b"".join(monitor.sent) == b"first between")
-    stream.stop()
+    stream.stop_stream()
     assert not log.has_streams
 
 
 async def test_the_end_comes_after_what_was_not_told_yet() -> None:
     log, monitor, ended = log_of(), Monitor(), asyncio.Event()
-    Stream(log, monitor, ended.set).begin(b"first ")
-    log.append(b"second ")
-    log.close()
+    Stream(log, monitor, ended.set).begin_stream(b"first ")
+    log.append_event(b"second ")
+    log.end_streams()
     await ended.wait()
     assert b"".join(monitor.sent) == b"first second last"

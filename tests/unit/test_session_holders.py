@@ -11,7 +11,14 @@ import pytest
 from khod.abi.calls import LIVEUPDATE, HostCalls
 from khod.abi.liveupdate import Session
 from khod.model import LuoSession, SessionFate, Verdict
-from khod.producers.session_holders import LINK, Held, Process, Sighted, count, find
+from khod.producers.session_holders import (
+    LINK,
+    HeldSession,
+    HoldingProcess,
+    SightedSessions,
+    count_arrivals,
+    find_sessions,
+)
 from khod.systemd.systemctl import BOOTED
 
 KEPT, LOST, UNKNOWN = SessionFate.kept, SessionFate.lost, SessionFate.unknown
@@ -36,24 +43,24 @@ class Proc(HostCalls):
         self.behind: dict[str, str | None] = {}
         self.incoming: set[str] = set()
         for path in (LIVEUPDATE, BOOTED):
-            self.at(path).mkdir(parents=True)
+            self.host_path(path).mkdir(parents=True)
 
     def process(self, pid: int, command: str, cgroup: str, *links: str) -> None:
-        directory = self.at(f"/proc/{pid}")
+        directory = self.host_path(f"/proc/{pid}")
         (directory / "fd").mkdir(parents=True)
         (directory / "comm").write_text(f"{command}\n")
         (directory / "cgroup").write_text(f"0::{cgroup}\n")
         for fd, link in enumerate(("/dev/null", *links)):
             (directory / "fd" / str(fd)).symlink_to(link)
 
-    def readlink(self, path: str) -> str:
-        link = super().readlink(path)
+    def read_link(self, path: str) -> str:
+        link = super().read_link(path)
         if link in self.behind:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), path)
         return link
 
-    def session(self, pid: int, fd: int) -> Session | None:
-        link = super().readlink(f"/proc/{pid}/fd/{fd}")
+    def describe_session(self, pid: int, fd: int) -> Session | None:
+        link = super().read_link(f"/proc/{pid}/fd/{fd}")
         name = self.behind.get(link, link.removeprefix(LINK).removeprefix(" "))
         return None if name is None else Session(name, name in self.incoming)
 
@@ -86,7 +93,7 @@ def proc(tmp_path: Path) -> Proc:
 
 
 def found(proc: Proc, systemd: Systemd | None = None, own: Sequence[str] = ()) -> dict[str, SessionFate]:
-    return {session.name: session.fate for session in find(proc, lambda: own, systemd or Systemd()).sessions}
+    return {session.name: session.fate for session in find_sessions(proc, lambda: own, systemd or Systemd()).sessions}
 
 
 def test_the_kernel_s_own_selftest_is_found_and_named(proc: Proc) -> None:
@@ -95,7 +102,7 @@ def test_the_kernel_s_own_selftest_is_found_and_named(proc: Proc) -> None:
     proc.process(77, "luo_kexec_simpl", session, f"{LINK} test-session", f"{LINK} kexec_simple_state")
     proc.process(78, "sh", session)
     assert found(proc) == {"test-session": LOST, "kexec_simple_state": LOST}
-    assert {held.holder for held in find(proc, ask=Systemd()).sessions} == {
+    assert {held.holder for held in find_sessions(proc, ask=Systemd()).sessions} == {
         "luo_kexec_simpl (process 77, session-1.scope)"
     }
 
@@ -103,7 +110,7 @@ def test_the_kernel_s_own_selftest_is_found_and_named(proc: Proc) -> None:
 def test_one_session_of_two_processes_is_one(proc: Proc) -> None:
     proc.process(10, "parent", "/system.slice/db.service", f"{LINK} db")
     proc.process(11, "child", "/system.slice/db.service", f"{LINK} db", f"{LINK} db")
-    (session,) = find(proc, ask=Systemd()).sessions
+    (session,) = find_sessions(proc, ask=Systemd()).sessions
     assert "process 10" in session.holder
     assert "process 11" in session.holder
 
@@ -114,14 +121,14 @@ def test_without_any_systemd_is_not_asked(proc: Proc) -> None:
     proc.process(1, "systemd", "/init.scope", f"{LINK} khod-run-kv", f"{LINK} systemd")
     proc.process(os.getpid(), "khod", "/system.slice/kho-handover.service", f"{LINK} khod-run-kv", f"{LINK} late")
     proc.process(12, "other", "/system.slice/other.service", "anon_inode:[eventfd]", "/tmp/[luo_session] x")
-    assert find(proc, lambda: ["khod-run-kv"], systemd) == Sighted()
+    assert find_sessions(proc, lambda: ["khod-run-kv"], systemd) == SightedSessions()
     assert systemd.asked == []
 
 
 def test_a_kernel_without_luo_has_none(proc: Proc) -> None:
     proc.process(12, "other", "/system.slice/other.service", f"{LINK} x")
-    proc.at(LIVEUPDATE).rmdir()
-    assert find(proc, ask=Systemd()) == Sighted()
+    proc.host_path(LIVEUPDATE).rmdir()
+    assert find_sessions(proc, ask=Systemd()) == SightedSessions()
 
 
 def test_one_of_systemd_s_name_that_another_process_has_is_not_systemd_s(proc: Proc) -> None:
@@ -135,22 +142,22 @@ def test_a_link_that_is_too_long_is_looked_behind(proc: Proc) -> None:
     proc.behind = {"long": long, "long, 6.19": "", "long path": None}
     proc.process(12, "vmm", "/system.slice/vmm.service", *proc.behind)
     proc.process(13, "vmm", "/system.slice/vmm.service", "long, 6.19", LINK)
-    names = [session.name for session in find(proc, ask=Systemd()).sessions]
+    names = [session.name for session in find_sessions(proc, ask=Systemd()).sessions]
     assert names == ["", "", "", long]
 
 
 def test_what_khod_may_not_look_at_is_said(proc: Proc, monkeypatch: pytest.MonkeyPatch) -> None:
     proc.process(12, "db", "/system.slice/db.service", f"{LINK} db")
     proc.process(13, "hidden", "/system.slice/hidden.service", f"{LINK} x")
-    listdir = proc.listdir
+    listdir = proc.list_directory
 
     def refused(path: str) -> list[str]:
         if path == "/proc/13/fd":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return listdir(path)
 
-    monkeypatch.setattr(proc, "listdir", refused)
-    seen = find(proc, ask=Systemd())
+    monkeypatch.setattr(proc, "list_directory", refused)
+    seen = find_sessions(proc, ask=Systemd())
     assert [session.name for session in seen.sessions] == ["db"]
     assert "1 process" in seen.unseen
 
@@ -167,7 +174,7 @@ def test_what_khod_may_not_look_at_is_said(proc: Proc, monkeypatch: pytest.Monke
 def test_a_long_name_of_a_command_is_shown_whole(proc: Proc, command: bytes, shown: str) -> None:
     proc.process(12, "luo_kexec_simpl", "/system.slice/test.service", f"{LINK} state")
     (proc.root / "proc/12/cmdline").write_bytes(command)
-    (session,) = find(proc, ask=lambda _command: None).sessions
+    (session,) = find_sessions(proc, ask=lambda _command: None).sessions
     assert session.holder == f"{shown} (process 12, test.service)"
 
 
@@ -182,7 +189,7 @@ def test_a_process_that_ends_meanwhile_has_none(proc: Proc, monkeypatch: pytest.
         return ask(path)
 
     monkeypatch.setattr(proc, gone, ended)
-    assert find(proc, ask=Systemd()) == Sighted()
+    assert find_sessions(proc, ask=Systemd()) == SightedSessions()
 
 
 @pytest.mark.parametrize(
@@ -253,9 +260,9 @@ def test_a_process_that_is_neither_stopped_nor_killed_keeps_it(
 
 def test_where_systemd_does_not_answer_nobody_knows(proc: Proc) -> None:
     proc.process(12, "db", "/system.slice/db.service", f"{LINK} db")
-    (session,) = find(proc, ask=lambda _command: None).sessions
+    (session,) = find_sessions(proc, ask=lambda _command: None).sessions
     assert session.fate is UNKNOWN
-    proc.at(BOOTED).rmdir()
+    proc.host_path(BOOTED).rmdir()
     assert found(proc) == {"db": UNKNOWN}
 
 
@@ -264,7 +271,7 @@ def test_where_it_does_not_say_what_lies_in_its_stores_nobody_knows_of_those(pro
     systemd.unit("db.service", FileDescriptorStorePreserve="yes", **STORE)
     proc.process(1, "systemd", "/init.scope", f"{LINK} db")
     proc.process(12, "x", "/system.slice/x.service", f"{LINK} x")
-    seen = find(proc, ask=lambda command: None if command[0] == "systemd-analyze" else systemd(command))
+    seen = find_sessions(proc, ask=lambda command: None if command[0] == "systemd-analyze" else systemd(command))
     assert {session.name: session.fate for session in seen.sessions} == {"db": UNKNOWN, "x": LOST}
 
 
@@ -275,11 +282,11 @@ def test_one_that_came_from_the_previous_kernel_is_kept_by_no_jump(proc: Proc) -
     systemd.stores = {"db.service": ["db"]}
     proc.process(1, "systemd", "/init.scope", f"{LINK} db")
     proc.incoming = {"db"}
-    (session,) = find(proc, ask=systemd).sessions
+    (session,) = find_sessions(proc, ask=systemd).sessions
     assert session.incoming
     assert session.fate is UNKNOWN
     proc.process(12, "db", "/system.slice/db.service", f"{LINK} other")
-    assert [one.incoming for one in find(proc, ask=systemd).sessions] == [True, False]
+    assert [one.incoming for one in find_sessions(proc, ask=systemd).sessions] == [True, False]
 
 
 # After the jump
@@ -289,8 +296,8 @@ def left(name: str, fate: SessionFate, *, incoming: bool = False) -> LuoSession:
     return LuoSession(name, "db (process 12, db.service)", fate, "because", incoming)
 
 
-def held(name: str, incoming: bool | None) -> list[Held]:
-    return [Held(name, [Process(5, "db", ())], incoming)]
+def held(name: str, incoming: bool | None) -> list[HeldSession]:
+    return [HeldSession(name, [HoldingProcess(5, "db", ())], incoming)]
 
 
 @pytest.mark.parametrize(
@@ -309,8 +316,8 @@ def held(name: str, incoming: bool | None) -> list[Held]:
         (UNKNOWN, False, held("dbs", incoming=True), "unknown"),
     ],
 )
-def test_what_left_is_counted_by_name(fate: SessionFate, at_once: bool, now: list[Held], where: str) -> None:
-    verdict = count(Verdict(["LUO"]), [left("db", fate)], "", now, at_once=at_once)
+def test_what_left_is_counted_by_name(fate: SessionFate, at_once: bool, now: list[HeldSession], where: str) -> None:
+    verdict = count_arrivals(Verdict(["LUO"]), [left("db", fate)], "", now, at_once=at_once)
     told = {"arrived": verdict.arrived, "missing": verdict.missing, "unknown": verdict.unknown}
     expected: dict[str, list[str]] = {"arrived": ["LUO"], "missing": [], "unknown": []}
     expected[where].append("session db")
@@ -320,17 +327,19 @@ def test_what_left_is_counted_by_name(fate: SessionFate, at_once: bool, now: lis
 
 
 def test_one_that_went_no_further_has_not_arrived() -> None:
-    verdict = count(Verdict(), [left("db", UNKNOWN, incoming=True)], "", held("db", incoming=True), at_once=True)
+    verdict = count_arrivals(
+        Verdict(), [left("db", UNKNOWN, incoming=True)], "", held("db", incoming=True), at_once=True
+    )
     assert (verdict.unknown, verdict.arrived) == (["session db"], [])
 
 
 def test_one_without_a_name_cannot_be_found_again() -> None:
-    verdict = count(Verdict(), [left("", KEPT), left("", LOST)], "", held("", incoming=True), at_once=False)
+    verdict = count_arrivals(Verdict(), [left("", KEPT), left("", LOST)], "", held("", incoming=True), at_once=False)
     assert (len(verdict.unknown), len(verdict.missing), verdict.arrived) == (1, 1, [])
     assert "process 12" in verdict.unknown[0]
 
 
 def test_what_was_not_seen_before_the_jump_is_not_known_after_it() -> None:
-    verdict = count(Verdict(["LUO"]), (), "khod was not let", [], at_once=True)
+    verdict = count_arrivals(Verdict(["LUO"]), (), "khod was not let", [], at_once=True)
     assert verdict.reason == ""
     assert "khod was not let" in verdict.unknown[0]

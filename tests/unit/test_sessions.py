@@ -18,11 +18,11 @@ from khod.engine import Engine, transaction
 from khod.errors import Exit, Failed, KhoError, Refused, Unreachable
 from khod.handover.record import Owner
 from khod.kernel.luo import Luo
-from khod.kernel.memory import Memory, read_memory
+from khod.kernel.memory import MemoryBounds, read_memory
 from khod.kernel.thread import KernelThread
 from khod.model import CheckResult, Event, Kept, Phase
 from khod.producers.barrier import Verb
-from khod.producers.peers import Answer, Terms
+from khod.producers.peers import Answer, Registration
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import KeptFds, Living
@@ -54,11 +54,13 @@ class Holder:
 
     async def serve(self) -> None:
         table = memfd(HELD)
-        peer = await self._engine.register("kv", self._owner, self.process.identity, Terms(self._timeout))
+        peer = await self._engine.register_producer(
+            "kv", self._owner, self.process.identity, Registration(self._timeout)
+        )
         try:
             answer = None
             while True:
-                command = await peer.next(answer)
+                command = await peer.exchange_answer(answer)
                 self.told.append(command.verb.value)
                 for kept, fd in zip(command.kept, command.fds, strict=True):
                     self.came[kept.name] = os.pread(fd, 100, 0)
@@ -67,7 +69,7 @@ class Holder:
                 answer = Answer(command.serial, "ready", files=files)
         finally:
             os.close(table)
-            self._engine.muster.peers.leave(peer)
+            self._engine.muster.peers.remove_peer(peer)
 
 
 @asynccontextmanager
@@ -189,8 +191,8 @@ async def test_what_is_forgotten_is_freed_and_blocks_no_more(host: LuoHost, carr
     host.carries = carries
     engine = await degraded(host)
     with pytest.raises(KhoError):
-        await engine.forget("vk")
-    await engine.forget("kv")
+        await engine.forget_producer("vk")
+    await engine.forget_producer("kv")
     assert host.luo.unclaimed == set(), "the kernel holds its memory until then"
     assert host.fdstore.kept == {}
     assert not await blocked(engine)
@@ -523,7 +525,7 @@ class Host:
 
     def __init__(self, directory: Path) -> None:
         self.luo, self.store = FakeLuo(), KeptFds()
-        self.bound, self.memory = 100 * GIB, Memory(64 * GIB, 24 * GIB)
+        self.bound, self.memory = 100 * GIB, MemoryBounds(64 * GIB, 24 * GIB)
         self._directory = directory
         self._fds: list[int] = []
 
@@ -565,7 +567,7 @@ def machine(tmp_path: Path) -> Iterator[Host]:
 
 async def refused(sessions: Sessions, session: str, *files: tuple[Kept, int]) -> str:
     with pytest.raises(Refused) as raised:
-        await sessions.preserve(session, files, 10)
+        await sessions.preserve_files(session, files, 10)
     return str(raised.value)
 
 
@@ -577,13 +579,13 @@ async def test_holes_for_which_there_is_no_memory_are_refused_before_the_kernel_
     assert "free memory" in said
     await refused(sessions, "khod-1-a", (Kept("table", 1), machine.file(20 * GIB + 1)))
     assert machine.taken == 0
-    await sessions.preserve("khod-1-a", [(Kept("table", 1), machine.file(20 * GIB))], 10)
+    await sessions.preserve_files("khod-1-a", [(Kept("table", 1), machine.file(20 * GIB))], 10)
     assert machine.taken == 1
 
 
 async def test_what_has_its_memory_already_needs_none(machine: Host) -> None:
-    machine.memory = Memory(64 * GIB, 0)
-    await machine.khod().preserve("khod-1-a", [(Kept("table", 1), machine.file(4096, b"all of it"))], 10)
+    machine.memory = MemoryBounds(64 * GIB, 0)
+    await machine.khod().preserve_files("khod-1-a", [(Kept("table", 1), machine.file(4096, b"all of it"))], 10)
     assert "holes" in await refused(machine.khod(), "khod-1-b", (Kept("more", 1), machine.file(4097, b"not all")))
 
 
@@ -591,7 +593,7 @@ async def test_what_has_its_memory_already_needs_none(machine: Host) -> None:
 @pytest.mark.parametrize("by", ["answer", "answers", "producers", "khods"])
 async def test_files_that_are_small_enough_one_by_one_are_bounded_together(machine: Host, by: str, own: bool) -> None:
     machine.bound = 40 * GIB if own else 100 * GIB
-    machine.memory = Memory(64 * GIB if own else 40 * GIB, 40 * GIB)
+    machine.memory = MemoryBounds(64 * GIB if own else 40 * GIB, 40 * GIB)
     files = [(Kept(f"part {number}", number), machine.file(15 * GIB)) for number in range(3)]
     sessions = machine.khod()
     if by == "answer":
@@ -599,7 +601,7 @@ async def test_files_that_are_small_enough_one_by_one_are_bounded_together(machi
         assert machine.taken == 0, "all of them are looked at before the first is filled"
     else:
         for number, file in enumerate(files[:2]):
-            await sessions.preserve("khod-1-a" if by != "producers" else f"khod-1-{number}", [file], 10)
+            await sessions.preserve_files("khod-1-a" if by != "producers" else f"khod-1-{number}", [file], 10)
         sessions = machine.khod() if by == "khods" else sessions
         said = await refused(sessions, "khod-1-a", files[2])
         assert machine.taken == 2
@@ -612,28 +614,28 @@ async def test_files_that_are_small_enough_one_by_one_are_bounded_together(machi
 async def test_what_was_let_go_counts_no_more_for_this_khod_or_the_next(machine: Host) -> None:
     sessions = machine.khod()
     for turn in range(3):
-        machine.memory = Memory(64 * GIB, 64 * GIB)
-        await sessions.preserve(f"khod-{turn}-a", [(Kept("table", 1), machine.file(60 * GIB))], 10)
-        sessions.close(f"khod-{turn}-a")
+        machine.memory = MemoryBounds(64 * GIB, 64 * GIB)
+        await sessions.preserve_files(f"khod-{turn}-a", [(Kept("table", 1), machine.file(60 * GIB))], 10)
+        sessions.close_session(f"khod-{turn}-a")
         sessions = machine.khod() if turn == 1 else sessions
 
 
 async def test_what_the_kernel_refuses_does_not_count(machine: Host) -> None:
     sessions, huge = machine.khod(), os.memfd_create("huge", os.MFD_HUGETLB)
     os.ftruncate(huge, 16 * GIB)
-    machine.memory = Memory(20 * GIB, 20 * GIB)
+    machine.memory = MemoryBounds(20 * GIB, 20 * GIB)
     assert "ENOENT" in await refused(sessions, "khod-1-a", (Kept("huge", 1), huge))
-    await sessions.preserve("khod-1-a", [(Kept("table", 1), machine.file(16 * GIB))], 10)
+    await sessions.preserve_files("khod-1-a", [(Kept("table", 1), machine.file(16 * GIB))], 10)
     os.close(huge)
 
 
 @pytest.mark.parametrize("other", ["khod-1-a", "khod-1-b"], ids=["same", "another"])
 async def test_a_file_is_preserved_once_where_two_calls_bring_it(machine: Host, other: str) -> None:
     sessions, one = machine.khod(), machine.file(4096)
-    await sessions.preserve("khod-1-a", [(Kept("first", 1), machine.file(4096))], 10)
+    await sessions.preserve_files("khod-1-a", [(Kept("first", 1), machine.file(4096))], 10)
     first, second = await asyncio.gather(
-        sessions.preserve("khod-1-a", [(Kept("table", 2), one)], 10),
-        sessions.preserve(other, [(Kept("again", 3), one)], 10),
+        sessions.preserve_files("khod-1-a", [(Kept("table", 2), one)], 10),
+        sessions.preserve_files(other, [(Kept("again", 3), one)], 10),
         return_exceptions=True,
     )
     assert first is None
@@ -660,10 +662,10 @@ async def test_what_could_not_be_preserved_may_be_handed_over_again(machine: Hos
     await refused(sessions, "khod-1-a", (Kept("one", 1), one), (Kept("two", 2), two))
     machine.luo.preserve_fd = preserve  # type: ignore[method-assign]
     assert "twice" in await refused(sessions, "khod-1-a", (Kept("one", 3), one)), "the kernel has it"
-    await sessions.preserve("khod-1-a", [(Kept("two", 4), two)], 10)
+    await sessions.preserve_files("khod-1-a", [(Kept("two", 4), two)], 10)
     assert machine.taken == 2
-    sessions.close("khod-1-a")
-    await sessions.preserve("khod-1-b", [(Kept("one", 1), one)], 10)
+    sessions.close_session("khod-1-a")
+    await sessions.preserve_files("khod-1-b", [(Kept("one", 1), one)], 10)
 
 
 async def test_a_file_that_grows_until_it_is_preserved_is_let_go_at_once(machine: Host) -> None:
@@ -680,7 +682,7 @@ async def test_a_file_that_grows_until_it_is_preserved_is_let_go_at_once(machine
     assert "table (a memfd, 4.0 KiB) grew to 1.0 TiB" in said
     assert machine.store.kept == {}
     machine.luo.preserve_fd = preserve  # type: ignore[method-assign]
-    await sessions.preserve("khod-1-b", [(Kept("table", 1), machine.file(4096))], 10)
+    await sessions.preserve_files("khod-1-b", [(Kept("table", 1), machine.file(4096))], 10)
     assert list(machine.luo.outgoing) == ["khod-1-b"]
 
 
@@ -719,7 +721,7 @@ def test_a_descriptor_of_a_file_system_that_does_not_answer_holds_nobody_up(tmp_
 
 
 async def test_without_a_word_on_memory_nothing_is_preserved(machine: Host) -> None:
-    def unreadable() -> Memory:
+    def unreadable() -> MemoryBounds:
         raise OSError(errno.EIO, "Input/output error")
 
     calls: Any = machine.luo
@@ -748,14 +750,14 @@ def test_a_sparse_memfd_of_a_producer_is_refused(kept_on: tuple[System, Khod], p
 def test_memory_is_what_proc_says_within_the_limits_of_the_control_groups(tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal:  8 kB\nMemFree: 1 kB\nMemAvailable:   6 kB\n")
-    assert read_memory(tmp_path) == Memory(8192, 6144)
+    assert read_memory(tmp_path) == MemoryBounds(8192, 6144)
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/x\n0::/a.slice/b.service\n")
     for group, most, current in (("a.slice/b.service", "max", 10), ("a.slice", "5000", 904)):
         at = tmp_path / "sys/fs/cgroup" / group
         at.mkdir(parents=True, exist_ok=True)
         (at / "memory.max").write_text(f"{most}\n")
         (at / "memory.current").write_text(f"{current}\n")
-    assert read_memory(tmp_path) == Memory(8192, 4096)
+    assert read_memory(tmp_path) == MemoryBounds(8192, 4096)
     (tmp_path / "proc/meminfo").write_text("MemTotal:  8 kB\n")
     with pytest.raises(ValueError, match="invalid literal"):
         read_memory(tmp_path)
@@ -823,8 +825,8 @@ async def test_the_jump_waits_until_systemd_has_said_why_a_producer_left(host: L
 
     def leaves(event: Event) -> bool:
         if event.phase is Phase.executing:
-            for peer in engine.muster.peers.known():
-                engine.muster.peers.leave(peer)
+            for peer in engine.muster.peers.all_peers():
+                engine.muster.peers.remove_peer(peer)
         return False
 
     host.shutdown = host.goes_down = hesitates
@@ -865,7 +867,7 @@ async def test_a_shutdown_that_ends_a_handover_before_khod_is_stopped_is_said_af
     with host.request() as request:
         assert request.kernel is not None
         host.kernel.kexec_file_load(request.kernel.fd, request.initrds[0].fd, b"root=/dev/sim\0", 0)
-    host.kernel.fault("cold", True)
+    host.kernel.set_fault("cold", True)
     with pytest.raises(Rebooted):
         host.kernel.reboot_kexec()
     host.shutdown = host.goes_down = stays_up

@@ -14,7 +14,7 @@ import pytest
 
 from khoctl.commands import dt
 from khod.abi.calls import HostCalls
-from khod.config import Snapshots as Bounds
+from khod.config import SnapshotsSettings as Bounds
 from khod.errors import RecordError, UsageError
 from khod.handover.snapshots import MAX_STRANGERS_LISTED, Snapshots
 from khod.kernel.protocol import Tree
@@ -33,27 +33,27 @@ def kept(tmp_path: Path) -> Snapshots:
 
 def keep(kept: Snapshots, run: str, tree: Tree, at: int, bounds: Bounds | None = None) -> None:
     """Keep a tree as of `at`, in seconds since the epoch."""
-    kept.prepare(run, "boot", "7.3.4", Generation.stateless, bounds or Bounds())
-    kept.write(run, tree)
+    kept.prepare_snapshot(run, "boot", "7.3.4", Generation.stateless, bounds or Bounds())
+    kept.write_tree(run, tree)
     os.utime(kept.directory / run / "root", (at, at))
 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_a_snapshot_comes_back_as_it_was(kept: Snapshots, tree: Tree) -> None:
     keep(kept, "r1", tree, 1)
-    assert kept.read("r1") == kept.last() == tree
+    assert kept.read_tree("r1") == kept.last_tree() == tree
 
 
 def test_a_snapshot_holds_nothing_of_an_earlier_one_of_its_run(kept: Snapshots) -> None:
     for tree in reversed(TREES):
         keep(kept, "r1", tree, 1)
-        assert kept.read("r1") == tree
+        assert kept.read_tree("r1") == tree
 
 
 def test_each_is_described(kept: Snapshots) -> None:
     for number, tree in enumerate(TREES):
         keep(kept, f"r{number}", tree, 1_700_000_000 + number)
-    newest, oldest = kept.known()
+    newest, oldest = kept.list_snapshots()
     blobs = TREES[1].blobs
     assert (newest.id, newest.run, newest.taken_at) == ("r1", "r1", 1_700_000_001)
     assert (newest.boot_id, newest.release, newest.generation) == ("boot", "7.3.4", Generation.stateless)
@@ -65,29 +65,29 @@ def test_each_is_described(kept: Snapshots) -> None:
 
 def test_a_digest_is_of_the_bytes_that_were_first_there(kept: Snapshots) -> None:
     keep(kept, "r1", TREES[0], 1)
-    before = kept.known()[0].digest
+    before = kept.list_snapshots()[0].digest
     (kept.directory / "r1/root").write_bytes(b"changed")
-    assert kept.known()[0].digest == before
+    assert kept.list_snapshots()[0].digest == before
 
 
 def test_the_oldest_go_when_there_are_too_many(kept: Snapshots) -> None:
     for number in range(5):
         keep(kept, f"r{number}", TREES[0], number, Bounds(keep=3))
-    assert [one.id for one in kept.known()] == ["r4", "r3", "r2"]
+    assert [one.id for one in kept.list_snapshots()] == ["r4", "r3", "r2"]
 
 
 def test_the_oldest_go_when_they_are_too_large(kept: Snapshots) -> None:
     for number in range(4):
         keep(kept, f"r{number}", Tree(bytes(1000)), number, Bounds(max_bytes=2500))
-    assert [one.id for one in kept.known()] == ["r3", "r2", "r1"], "two of those before, and the new one"
+    assert [one.id for one in kept.list_snapshots()] == ["r3", "r2", "r1"], "two of those before, and the new one"
 
 
 def test_one_that_was_prepared_and_never_taken_is_none(kept: Snapshots) -> None:
     keep(kept, "r1", TREES[0], 1)
-    kept.prepare("r2", "boot", "7.3.4", Generation.stateless, Bounds())
-    assert kept.read("r2") is None
-    assert kept.last() == TREES[0]
-    assert [one.id for one in kept.known()] == ["r1"]
+    kept.prepare_snapshot("r2", "boot", "7.3.4", Generation.stateless, Bounds())
+    assert kept.read_tree("r2") is None
+    assert kept.last_tree() == TREES[0]
+    assert [one.id for one in kept.list_snapshots()] == ["r1"]
     keep(kept, "r3", TREES[0], 3)
     assert not (kept.directory / "r2").exists()
 
@@ -95,29 +95,29 @@ def test_one_that_was_prepared_and_never_taken_is_none(kept: Snapshots) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "../../etc", "a/b", "a\0b", "x" * 65])
 def test_a_name_never_leaves_the_directory(kept: Snapshots, name: str) -> None:
     with pytest.raises(UsageError):
-        kept.read(name)
+        kept.read_tree(name)
 
 
 def test_what_cannot_be_written_is_a_record_error_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     kept = Snapshots(tmp_path / "file")
     with pytest.raises(RecordError) as raised:
-        kept.prepare("r1", "b", "r", Generation.none, Bounds())
+        kept.prepare_snapshot("r1", "b", "r", Generation.none, Bounds())
     assert str(tmp_path / "file") in raised.value.where
     with pytest.raises(RecordError) as raised:
-        kept.write("r1", Tree(b""))
+        kept.write_tree("r1", Tree(b""))
     assert str(tmp_path / "file") in raised.value.where
 
 
 def test_what_was_taken_in_this_boot_has_not_left_yet(kept: Snapshots) -> None:
     for number, (boot, tree) in enumerate([("before", TREES[0]), ("now", TREES[1])]):
-        kept.prepare(f"r{number}", boot, "7.3.4", Generation.stateless, Bounds())
-        kept.write(f"r{number}", tree)
+        kept.prepare_snapshot(f"r{number}", boot, "7.3.4", Generation.stateless, Bounds())
+        kept.write_tree(f"r{number}", tree)
         os.utime(kept.directory / f"r{number}/root", (number, number))
-    assert kept.last("now") == TREES[0]
-    assert kept.last("later") == TREES[1]
+    assert kept.last_tree("now") == TREES[0]
+    assert kept.last_tree("later") == TREES[1]
     shutil.rmtree(kept.directory / "r0")
-    assert kept.last("now") == TREES[1], "better than nothing"
+    assert kept.last_tree("now") == TREES[1], "better than nothing"
 
 
 def test_within_the_blackout_a_snapshot_is_one_copy(kept: Snapshots, tmp_path: Path) -> None:
@@ -126,10 +126,10 @@ def test_within_the_blackout_a_snapshot_is_one_copy(kept: Snapshots, tmp_path: P
     dt.parent.mkdir(parents=True)
     dt.write_bytes(ftrace([mem((0, PAGE)) * 650_000]))
     kernel = SysfsKho(HostCalls(tmp_path))
-    kept.prepare("r1", "boot", "6.8", Generation.sysfs, Bounds())
+    kept.prepare_snapshot("r1", "boot", "6.8", Generation.sysfs, Bounds())
     tracemalloc.start()
     try:
-        kept.write("r1", kernel.tree())
+        kept.write_tree("r1", kernel.outgoing_tree())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -141,7 +141,7 @@ def test_within_the_blackout_a_snapshot_is_one_copy(kept: Snapshots, tmp_path: P
 
 
 def ids(kept: Snapshots) -> list[str]:
-    return [one.id for one in kept.known() if one.run]
+    return [one.id for one in kept.list_snapshots() if one.run]
 
 
 def removed(path: Path) -> None:
@@ -168,7 +168,7 @@ def without_number(place: Path) -> None:
 def test_a_clock_that_was_set_back_changes_neither_the_last_nor_what_is_pruned(kept: Snapshots) -> None:
     keep(kept, "one", Tree(b"one"), 2_000_000_000, Bounds(keep=2))
     keep(kept, "two", Tree(b"two"), 1_000_000, Bounds(keep=2))
-    assert kept.last() == Tree(b"two")
+    assert kept.last_tree() == Tree(b"two")
     assert ids(kept) == ["two", "one"]
     keep(kept, "three", Tree(b"three"), 500_000, Bounds(keep=2))
     assert ids(kept) == ["three", "two"]
@@ -176,10 +176,10 @@ def test_a_clock_that_was_set_back_changes_neither_the_last_nor_what_is_pruned(k
 
 def test_times_that_no_calendar_has_are_listed_all_the_same(kept: Snapshots) -> None:
     keep(kept, "one", Tree(b"one"), 0)
-    item = kept.known()[0]
+    item = kept.list_snapshots()[0]
     for seconds in (1e12, -1e12, float("nan"), float("inf")):
-        assert any("  ?  " in line for line in dt._table([replace(item, taken_at=seconds)]))
-    assert any("1970-01-01 00:00:00" in line for line in dt._table([item]))
+        assert any("  ?  " in line for line in dt._snapshot_table([replace(item, taken_at=seconds)]))
+    assert any("1970-01-01 00:00:00" in line for line in dt._snapshot_table([item]))
 
 
 def test_an_id_that_is_used_again_is_the_newest(kept: Snapshots) -> None:
@@ -194,7 +194,7 @@ def test_snapshots_of_an_earlier_khod_are_older_than_those_with_a_number(kept: S
     for run in ("old", "older"):
         without_number(kept.directory / run)
     assert ids(kept) == ["new", "old", "older"]
-    assert kept.last() == Tree(b"new")
+    assert kept.last_tree() == Tree(b"new")
     keep(kept, "newest", Tree(b"newest"), 0, Bounds(keep=3))
     assert ids(kept) == ["newest", "new", "old"]
 
@@ -224,7 +224,7 @@ def test_one_place_of_the_number_is_enough(kept: Snapshots, name: str) -> None:
     for number, run in enumerate(("one", "two", "three")):
         keep(kept, run, Tree(run.encode()), 9 - number)
     DAMAGES[name](kept.directory / "three")
-    assert kept.last() == Tree(b"three")
+    assert kept.last_tree() == Tree(b"three")
     assert ids(kept) == ["three", "two", "one"]
     keep(kept, "four", Tree(b"four"), 0, Bounds(keep=3))
     assert ids(kept) == ["four", "three", "two"]
@@ -235,8 +235,8 @@ def test_a_loss_of_power_before_the_tree_leaves_what_is_no_snapshot(kept: Snapsh
     for name in ("two.abcd1234.new", "0123456789ab"):  # before anything was in it
         (kept.directory / name).mkdir()
     (kept.directory / "three.abcd1234.new/blobs").mkdir(parents=True)
-    kept.prepare("four", "boot", "7.3.4", Generation.stateless, Bounds())
-    assert [one.id for one in kept.known()] == ["one"]
+    kept.prepare_snapshot("four", "boot", "7.3.4", Generation.stateless, Bounds())
+    assert [one.id for one in kept.list_snapshots()] == ["one"]
     assert sorted(path.name for path in kept.directory.iterdir()) == ["four", "one"]
 
 
@@ -244,7 +244,7 @@ def test_a_loss_of_power_before_the_tree_leaves_what_is_no_snapshot(kept: Snapsh
 def test_a_removal_that_was_cut_short_ends_with_the_next_prune(kept: Snapshots, gone: str) -> None:
     for run in ("one", "two"):
         keep(kept, run, TREES[1], 1)
-    kept.known()  # which makes the digests
+    kept.list_snapshots()  # which makes the digests
     removed(kept.directory / "one" / gone)
     keep(kept, "three", TREES[0], 1, Bounds(keep=2))
     assert sorted(path.name for path in kept.directory.iterdir()) == ["three", "two"]
@@ -297,12 +297,12 @@ def test_a_stranger_is_never_followed_or_removed_and_is_named(kept: Snapshots, w
         assert not place.exists(), "that is one of khod's, which a loss of power left"
         return
     assert tuple(place.lstat())[:7] == before
-    found = kept.known()
+    found = kept.list_snapshots()
     assert [one.id for one in found] == ["three", "two", name]
     assert found[-1].wrong
     assert not found[-1].run
-    assert any(name in line and found[-1].wrong in line for line in dt._table(found))
-    assert kept.last() == TREES[0]
+    assert any(name in line and found[-1].wrong in line for line in dt._snapshot_table(found))
+    assert kept.last_tree() == TREES[0]
 
 
 def test_what_belongs_to_another_user_is_left_alone(kept: Snapshots, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_what_belongs_to_another_user_is_left_alone(kept: Snapshots, monkeypatch
     for run in ("two", "three"):
         keep(kept, run, TREES[0], 1, Bounds(keep=1))
     assert sorted(path.name for path in kept.directory.iterdir()) == ["one", "three", "two"]
-    assert [one.wrong for one in kept.known()] == 3 * [f"a directory of the user {os.getuid()}, not khod's"]
+    assert [one.wrong for one in kept.list_snapshots()] == 3 * [f"a directory of the user {os.getuid()}, not khod's"]
 
 
 def test_what_is_not_khod_s_within_a_snapshot_outlives_it(kept: Snapshots, tmp_path: Path) -> None:
@@ -323,12 +323,12 @@ def test_what_is_not_khod_s_within_a_snapshot_outlives_it(kept: Snapshots, tmp_p
     (kept.directory / "one/notes").write_text("look at this one")
     (kept.directory / "one/blobs/link").symlink_to(outside)
     (kept.directory / "one/elsewhere").symlink_to(outside)
-    assert "notes" in kept.known()[0].wrong
+    assert "notes" in kept.list_snapshots()[0].wrong
     for run in ("two", "three"):
         keep(kept, run, TREES[0], 1, Bounds(keep=1))
     assert (outside / "precious").read_text() == "!"
     assert sorted(path.name for path in (kept.directory / "one").iterdir()) == ["blobs", "elsewhere", "notes"]
-    named = {one.id: one.wrong for one in kept.known()}
+    named = {one.id: one.wrong for one in kept.list_snapshots()}
     assert list(named) == ["three", "one"]
     assert "notes" in named["one"]
 
@@ -347,14 +347,14 @@ def test_a_damaged_snapshot_is_named_and_hinders_nothing(kept: Snapshots, wrong:
     for run in ("one", "two"):
         keep(kept, run, TREES[1], 1)
     UNREADABLE[wrong](kept.directory / "two")
-    assert wrong in {one.id: one.wrong for one in kept.known()}["two"]
+    assert wrong in {one.id: one.wrong for one in kept.list_snapshots()}["two"]
     with pytest.raises(RecordError, match=wrong):
-        kept.read("two")
+        kept.read_tree("two")
     with pytest.raises(RecordError, match=wrong):
-        kept.last()
-    assert kept.read("one") == TREES[1]
+        kept.last_tree()
+    assert kept.read_tree("one") == TREES[1]
     keep(kept, "three", TREES[0], 1)
-    assert kept.last() == TREES[0]
+    assert kept.last_tree() == TREES[0]
 
 
 def test_a_root_that_is_no_file_is_no_snapshot(kept: Snapshots) -> None:
@@ -362,20 +362,20 @@ def test_a_root_that_is_no_file_is_no_snapshot(kept: Snapshots) -> None:
         keep(kept, run, TREES[1], 1)
     (kept.directory / "two/root").unlink()
     (kept.directory / "two/root").symlink_to("/dev/zero")
-    assert kept.last() == TREES[1]
-    assert {one.id: one.wrong for one in kept.known()}["two"].endswith("root is a symbolic link")
+    assert kept.last_tree() == TREES[1]
+    assert {one.id: one.wrong for one in kept.list_snapshots()}["two"].endswith("root is a symbolic link")
     with pytest.raises(RecordError, match="root is a symbolic link"):
-        kept.read("two")
+        kept.read_tree("two")
 
 
 def test_a_link_in_the_place_of_a_snapshot_is_put_aside(kept: Snapshots) -> None:
     keep(kept, "one", TREES[1], 1)
     (kept.directory / "two").symlink_to("one")
     with pytest.raises(RecordError, match="a symbolic link"):
-        kept.read("two")
+        kept.read_tree("two")
     keep(kept, "two", TREES[0], 1)
-    assert (kept.read("two"), kept.read("one")) == (TREES[0], TREES[1])
-    aside = next(one for one in kept.known() if not one.run)
+    assert (kept.read_tree("two"), kept.read_tree("one")) == (TREES[0], TREES[1])
+    aside = next(one for one in kept.list_snapshots() if not one.run)
     assert (kept.directory / aside.id).readlink() == Path("one")
     assert "put aside by khod" in aside.wrong
 
@@ -387,11 +387,11 @@ ODD_NAMES = ["", ".", "..", "a/b", "../../../escaped", "/etc/passwd", "nul\0in i
 def test_blobs_of_any_name_come_back_under_it(kept: Snapshots, tmp_path: Path) -> None:
     tree = Tree(b"root", {name: ascii(name).encode() for name in ODD_NAMES})
     keep(kept, "one", tree, 1)
-    assert kept.read("one") == tree
+    assert kept.read_tree("one") == tree
     assert sorted(path.name for path in tmp_path.iterdir()) == ["snapshots"]
-    (found,) = kept.known()
+    (found,) = kept.list_snapshots()
     assert (sorted(found.blobs), found.wrong) == (sorted(ODD_NAMES), "")
-    assert all(line.isprintable() for line in dt._table([found]))
+    assert all(line.isprintable() for line in dt._snapshot_table([found]))
     keep(kept, "two", Tree(b""), 1, Bounds(keep=1))
     assert [path.name for path in kept.directory.iterdir()] == ["two"]
 
@@ -401,7 +401,7 @@ def test_a_directory_full_of_strangers_is_named_in_part(kept: Snapshots) -> None
     for number in range(1000):
         (kept.directory / f"{number:04}").write_text("")
     keep(kept, "two", TREES[0], 1)
-    found = kept.known()
+    found = kept.list_snapshots()
     assert [one.id for one in found if one.run] == ["two", "one"]
     assert len(found) == 2 + MAX_STRANGERS_LISTED + 1
     assert found[-1].id == f"{1000 - MAX_STRANGERS_LISTED} more"
@@ -419,17 +419,17 @@ def test_what_refuses_says_truly_why(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RecordError, match=errno.errorcode[number]) as raised:
-        kept.prepare("one", "boot", "7.3.4", Generation.stateless, Bounds())
+        kept.prepare_snapshot("one", "boot", "7.3.4", Generation.stateless, Bounds())
     assert remedy in raised.value.remedy
     assert ("Free some space" in raised.value.remedy) is (number in (errno.ENOSPC, errno.EDQUOT))
     assert list(kept.directory.iterdir()) == [], "what was begun is removed"
 
 
 async def test_a_snapshot_that_is_removed_by_hand_while_prepared_is_made_again(kept: Snapshots) -> None:
-    kept.prepare("one", "boot", "7.3.4", Generation.stateless, Bounds())
+    kept.prepare_snapshot("one", "boot", "7.3.4", Generation.stateless, Bounds())
     shutil.rmtree(kept.directory)
-    kept.write("one", TREES[1])
-    assert kept.last() == TREES[1]
+    kept.write_tree("one", TREES[1])
+    assert kept.last_tree() == TREES[1]
 
 
 @pytest.mark.parametrize("what", ["a file", "a link", "blobs/ gone", "a FIFO", "unreadable"])

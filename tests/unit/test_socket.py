@@ -134,7 +134,7 @@ def test_a_message_just_over_the_bound_is_answered(khod: Khod) -> None:
 def test_a_client_hears_why_its_message_was_not_taken(khod: Khod) -> None:
     """Khod hangs up in the middle of it; what it said before that is still to be read."""
     with Client(khod.socket) as client, pytest.raises(UsageError, match=str(MIB)):
-        client.ask("Kexec", {"kernel": {"cmdline": "x" * 8 * MIB}})
+        client.call_method("Kexec", {"kernel": {"cmdline": "x" * 8 * MIB}})
 
 
 def test_many_large_messages_that_are_each_within_the_bound(khod: Khod) -> None:

@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("wanted", ["fedora", "fedora.conf", None])
 def test_a_type_1_entry(root: Path, wanted: str | None) -> None:
-    found = sources.entry(wanted, root)
+    found = sources.source_of_entry(wanted, root)
     assert found.kernel == root / "boot/6a9857a3/3.8.0/linux"
     assert [path.name for path in found.initrds] == ["microcode", "initrd"]
     assert found.cmdline == "root=UUID=6d3376e4-fc93-4509-95ec-a21d68011da2 quiet kho=on"
@@ -50,31 +50,31 @@ def test_a_type_1_entry(root: Path, wanted: str | None) -> None:
 
 def test_a_type_2_entry_is_one_file_that_brings_everything(root: Path) -> None:
     put(root, "efi/EFI/Linux/next+3-1.efi")
-    found = sources.entry("next", root)
-    assert found == sources.entry("next.efi", root)
+    found = sources.source_of_entry("next", root)
+    assert found == sources.source_of_entry("next.efi", root)
     assert (found.kernel, found.initrds, found.cmdline) == (root / "efi/EFI/Linux/next+3-1.efi", (), None)
 
 
 def test_an_id_that_is_not_there_names_those_that_are(root: Path) -> None:
     with pytest.raises(UsageError) as raised:
-        sources.entry("fedor", root)
+        sources.source_of_entry("fedor", root)
     assert "fedora.conf" in raised.value.remedy
 
 
 def test_the_default_is_what_the_loader_was_told(root: Path) -> None:
     put(root, "boot/loader/entries/other.conf", FEDORA.replace("Fedora 19", "Other"))
     put(root, "boot/loader/loader.conf", "timeout 3\ndefault oth*\n")
-    assert "Other" in sources.entry(None, root).name
+    assert "Other" in sources.source_of_entry(None, root).name
     variable = put(root, "sys/firmware/efi/efivars/LoaderEntryDefault-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f")
     variable.write_bytes(b"\7\0\0\0" + "fedora.conf\0".encode("utf-16-le"))
-    assert "Fedora" in sources.entry(None, root).name
+    assert "Fedora" in sources.source_of_entry(None, root).name
 
 
 def test_without_a_default_the_newest_that_may_boot(root: Path) -> None:
     put(root, "boot/loader/entries/new.conf", FEDORA.replace("3.8.0-2.fc19", "3.10.0-1.fc19").replace("19 (", "new ("))
     put(root, "boot/loader/entries/bad+0-3.conf", FEDORA.replace("3.8.0-2.fc19", "4.0.0-1.fc19"))
-    assert [one.id for one in sources.entries(root)] == ["new.conf", "fedora.conf", "bad.conf"]
-    assert "new" in sources.entry(None, root).name
+    assert [one.id for one in sources.list_entries(root)] == ["new.conf", "fedora.conf", "bad.conf"]
+    assert "new" in sources.source_of_entry(None, root).name
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_an_entry_that_cannot_be_booted_says_why(root: Path, old: str, new: str,
     put(root, "etc/passwd")
     put(root, "boot/loader/entries/fedora.conf", FEDORA.replace(old, new))
     with pytest.raises(Refused) as raised:
-        sources.entry("fedora", root)
+        sources.source_of_entry("fedora", root)
     assert said in raised.value.what
     assert "fedora.conf" in raised.value.where
 
@@ -99,7 +99,7 @@ def test_an_entry_that_cannot_be_booted_says_why(root: Path, old: str, new: str,
 def test_this_machine_s_architecture_is_taken(root: Path) -> None:
     ours = {"x86_64": "x64", "aarch64": "aa64"}[platform.machine()]
     put(root, "boot/loader/entries/fedora.conf", FEDORA + f"architecture {ours.upper()}\n")
-    assert sources.entry("fedora", root).kernel.name == "linux"
+    assert sources.source_of_entry("fedora", root).kernel.name == "linux"
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_this_machine_s_architecture_is_taken(root: Path) -> None:
 def test_an_installed_kernel_and_its_initrd(tmp_path: Path, kernel: str, initrd: str) -> None:
     put(tmp_path, kernel)
     put(tmp_path, initrd)
-    found = sources.installed("6.12", tmp_path)
+    found = sources.source_of_version("6.12", tmp_path)
     assert found == Source(tmp_path / kernel, (tmp_path / initrd,), None, "kernel 6.12")
     (tmp_path / initrd).unlink()
     put(tmp_path, initrd.replace("6.12", "6.11"))
     with pytest.raises(Refused, match=r"No initrd is known to be kernel 6\.12's own") as raised:
-        sources.installed("6.12", tmp_path)
+        sources.source_of_version("6.12", tmp_path)
     assert f"--image {tmp_path / kernel}" in raised.value.remedy
 
 
@@ -131,10 +131,10 @@ def test_an_initrd_named_for_a_package_is_of_its_only_version(tmp_path: Path) ->
     put(tmp_path, "usr/lib/modules/6.15.2-arch1-1/vmlinuz")
     put(tmp_path, "usr/lib/modules/6.15.2-arch1-1/pkgbase", "linux\n")
     initrd = put(tmp_path, "boot/initramfs-linux.img")
-    assert sources.installed("6.15.2-arch1-1", tmp_path).initrds == (initrd,)
+    assert sources.source_of_version("6.15.2-arch1-1", tmp_path).initrds == (initrd,)
     put(tmp_path, "usr/lib/modules/6.15.1-arch1-1/pkgbase", "linux\n")
     with pytest.raises(Refused):
-        sources.installed("6.15.2-arch1-1", tmp_path)
+        sources.source_of_version("6.15.2-arch1-1", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["0123-6.17.1+3.efi", "arch-linux.efi"])
@@ -144,17 +144,17 @@ def test_a_packaged_kernel_whose_initrd_is_in_a_unified_image_means_that(tmp_pat
     sections = [(".uname", b"6.17.1")] if name.startswith("arch") else []
     image = put(tmp_path, f"boot/efi/EFI/Linux/{name}")
     image.write_bytes(portable([(".osrel", b"ID=x\nVERSION_ID=6.18\n"), *sections, (".linux", b"x")]))
-    found = sources.installed("6.17.1", tmp_path)
+    found = sources.source_of_version("6.17.1", tmp_path)
     assert (found.kernel, found.initrds) == (image, ())
     with pytest.raises(UsageError):
-        sources.installed("6.18", tmp_path)
+        sources.source_of_version("6.18", tmp_path)
 
 
 def test_a_packaged_kernel_whose_initrd_an_entry_names_means_that_entry(tmp_path: Path) -> None:
     put(tmp_path, "boot/vmlinuz-6.1")
     initrd = put(tmp_path, "boot/own/initrd-of-6.1")
     put(tmp_path, "boot/loader/entries/x.conf", "linux /vmlinuz-6.1\ninitrd /own/initrd-of-6.1\noptions quiet\n")
-    found = sources.installed("6.1", tmp_path)
+    found = sources.source_of_version("6.1", tmp_path)
     assert found == Source(tmp_path / "boot/vmlinuz-6.1", (initrd,), "quiet", "kernel 6.1, entry x.conf")
 
 
@@ -174,12 +174,12 @@ def test_of_initrds_for_several_snapshots_one_entry_s_is_taken(tmp_path: Path) -
     for digest in ("1aa", "2bb", "0cc"):
         put(tmp_path, f"{directory}/initrd-{digest}")
     with pytest.raises(Refused, match="Several initrds"):
-        sources.installed("6.12.6-1-default", tmp_path)
+        sources.source_of_version("6.12.6-1-default", tmp_path)
     put(tmp_path, f"{directory}/linux-99")
     for number, digest in ((38, "1aa"), (47, "0cc"), (44, "2bb")):
         text = SNAPSHOT.format(number=number, digest=digest)
         put(tmp_path, f"boot/efi/loader/entries/opensuse-microos-6.12.6-1-default-{number}.conf", text)
-    found = sources.installed("6.12.6-1-default", tmp_path)
+    found = sources.source_of_version("6.12.6-1-default", tmp_path)
     assert [path.name for path in found.initrds] == ["initrd-0cc"]
     assert found.cmdline == "rootflags=subvol=@/.snapshots/47/snapshot"
     assert "default-44.conf" in found.note
@@ -189,4 +189,4 @@ def test_of_initrds_for_several_snapshots_one_entry_s_is_taken(tmp_path: Path) -
 def test_a_version_that_is_none(tmp_path: Path, version: str) -> None:
     put(tmp_path, "usr/lib/modules/6.12/vmlinuz")
     with pytest.raises(UsageError):
-        sources.installed(version, tmp_path)
+        sources.source_of_version(version, tmp_path)

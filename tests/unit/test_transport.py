@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from khod.server.closer import Closer
-from khod.server.files import PassedFiles, Room, dispose
+from khod.server.files import PassedFiles, Room, dispose_socket
 from khod.server.lane import Lane
 from khod.server.limits import MAX_FDS, Quota
 from khod.server.transport import Transport
@@ -27,7 +27,7 @@ def test_an_index_that_is_none_of_the_passed_descriptors(index: int) -> None:
     files = PassedFiles([os.dup(1), os.dup(1)], closed.extend)
     with pytest.raises(IndexError):
         files[index]
-    files.close()
+    files.close_all()
     for fd in closed:
         os.close(fd)
 
@@ -38,7 +38,7 @@ def test_what_no_parameter_names_is_closed_at_once() -> None:
     assert files[1].fileno() == 11
     files.close_unnamed()
     assert sorted(closed) == [10, 12]
-    files.close()
+    files.close_all()
     assert sorted(closed) == [10, 11, 12]
 
 
@@ -56,14 +56,14 @@ class Waiting:
 def test_who_finds_no_room_goes_on_when_there_is_some_and_one_user_does_not_take_all() -> None:
     room = Room(2 * MAX_FDS, MAX_FDS)
     mine = [os.dup(1) for _ in range(MAX_FDS)]
-    room.take(ALICE, mine)
+    room.take_fds(ALICE, mine)
     assert not room.has_room(ALICE)
     assert room.has_room(BOB)
     alice = Waiting(ALICE)
-    room.wait(alice)
-    room.close(ALICE, mine[:1])
+    room.wait_room(alice)
+    room.close_fds(ALICE, mine[:1])
     assert alice.went_on == 0, "the largest message would not fit"
-    room.close(ALICE, mine[1:])
+    room.close_fds(ALICE, mine[1:])
     assert alice.went_on == 1
 
 
@@ -72,10 +72,10 @@ async def test_a_socket_with_descriptors_in_it_is_closed_by_a_thread() -> None:
     closer, closed = Closer("test"), asyncio.Event()
     ours, theirs = socket.socketpair()
     socket.send_fds(theirs, [b"x"], [1])
-    dispose(ours, closer, closed.set)
-    assert closer.waiting == 1
+    dispose_socket(ours, closer, closed.set)
+    assert closer.count_waiting == 1
     await closed.wait()
-    assert closer.waiting == 0
+    assert closer.count_waiting == 0
     with suppress(ConnectionResetError):
         assert theirs.recv(1) == b""
     theirs.close()
@@ -87,7 +87,7 @@ async def test_a_socket_without_is_closed_at_once(unread: int) -> None:
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     theirs.sendall(bytes(unread))
-    dispose(ours, closer, closed.set)
+    dispose_socket(ours, closer, closed.set)
     assert closed.is_set()
     with suppress(ConnectionResetError):
         assert theirs.recv(1) == b""
@@ -109,25 +109,25 @@ class Owner:
         self.transport: Transport | None = None
         self.room = Room(MAX_FDS, MAX_FDS)
 
-    def message(self, text: bytes, fds: list[int]) -> None:
+    def on_message(self, text: bytes, fds: list[int]) -> None:
         self.messages.append((text, len(fds)))
-        self.room.close(ALICE, fds)
+        self.room.close_fds(ALICE, fds)
 
-    def refuse(self, what: str) -> None:
+    def refuse_input(self, what: str) -> None:
         self.refused.append(what)
         assert self.transport is not None
         self.transport.close()
 
     def refuse_files(self) -> None:
-        self.refuse("files")
+        self.refuse_input("files")
 
-    def drained(self) -> None:
+    def on_drained(self) -> None:
         self.drained_ += 1
 
     def hung_up(self) -> None:
         self.hung_up_ += 1
 
-    def lost(self, sock: socket.socket) -> None:
+    def on_lost(self, sock: socket.socket) -> None:
         self.lost_ += 1
         sock.close()
 
@@ -153,10 +153,10 @@ async def test_messages_come_one_at_a_time_and_the_next_one_when_asked_for() -> 
     async with line(owner) as (transport, theirs):
         theirs.send(b"first\0second\0th")
         await until(lambda: owner.messages == [(b"first", 0)])
-        transport.resume()
+        transport.resume_reading()
         await until(lambda: len(owner.messages) == 2)
         theirs.send(b"ird\0")
-        transport.resume()
+        transport.resume_reading()
         await until(lambda: owner.messages[1:] == [(b"second", 0), (b"third", 0)])
 
 
@@ -186,23 +186,23 @@ async def test_what_a_user_does_not_read_is_bounded_and_given_back() -> None:
     quota, owner = Quota(1 << 20), Owner()
     async with line(owner, quota) as (transport, _theirs):
         for _answer in range(100):
-            transport.send(bytes(1 << 16))
+            transport.send_data(bytes(1 << 16))
         await until(lambda: owner.lost_ == 1)
-        assert quota.free == 1 << 20
+        assert quota.unused_amount == 1 << 20
 
 
 async def test_what_a_user_reads_late_is_given_back_too() -> None:
     quota, owner, received = Quota(1 << 20), Owner(), 0
     async with line(owner, quota) as (transport, theirs):
-        transport.send(bytes(1 << 20))
+        transport.send_data(bytes(1 << 20))
         assert not transport.is_drained
-        assert quota.free < 1 << 20
+        assert quota.unused_amount < 1 << 20
         while received < 1 << 20:
             with suppress(BlockingIOError):
                 received += len(theirs.recv(1 << 20))
             await asyncio.sleep(0)
         await until(lambda: owner.drained_ == 1)
-        assert quota.free == 1 << 20
+        assert quota.unused_amount == 1 << 20
 
 
 async def test_what_is_to_be_read_and_cannot_be_ends_the_connection() -> None:
@@ -225,7 +225,7 @@ async def test_descriptors_come_with_their_message_and_no_other() -> None:
             await asyncio.sleep(0)
             if len(owner.messages) > heard:
                 heard = len(owner.messages)
-                transport.resume()
+                transport.resume_reading()
         assert [count for _text, count in owner.messages] == [0, 2, 0, 1]
 
 
@@ -243,10 +243,10 @@ async def test_descriptors_wait_until_there_is_room() -> None:
     owner = Owner(may_send_files=True)
     async with line(owner) as (_transport, theirs):
         mine = [os.dup(0)]
-        owner.room.take(ALICE, mine)
+        owner.room.take_fds(ALICE, mine)
         socket.send_fds(theirs, [b"call\0"], [0])
         for _turn in range(10):
             await asyncio.sleep(0)
         assert owner.messages == []
-        owner.room.close(ALICE, mine)
+        owner.room.close_fds(ALICE, mine)
         await until(lambda: owner.messages == [(b"call", 1)])

@@ -6,11 +6,11 @@ import struct
 import pytest
 
 from khod.region import Region
-from khod.trees.as_json import plain
-from khod.trees.difference import Change, Difference, differences, lines
-from khod.trees.draw import ASCII, short
-from khod.trees.show import show
-from khod.trees.summary import summary
+from khod.trees.as_json import tree_as_json
+from khod.trees.difference import Change, Difference, compare_blobs, format_difference
+from khod.trees.draw import ASCII, draw_summary
+from khod.trees.show import show_blobs
+from khod.trees.summary import summarise_tree
 from tests.unit.trees import (
     KEXEC_METADATA,
     KHO_TEST,
@@ -45,7 +45,7 @@ SHOWN = [
 
 @pytest.mark.parametrize(("name", "blob", "words"), SHOWN, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_producer_s_blob_is_decoded(name: str, blob: bytes, words: list[str]) -> None:
-    shown = [line.strip() for line in show({name: blob})]
+    shown = [line.strip() for line in show_blobs({name: blob})]
     for word in words:
         assert any(word == line or word in line for line in shown), (word, shown)
     assert not any("(!)" in line for line in shown)
@@ -53,7 +53,7 @@ def test_a_producer_s_blob_is_decoded(name: str, blob: bytes, words: list[str]) 
 
 def test_the_whole_of_a_mainline_tree() -> None:
     blobs = {"": kho_v4(memblock=(0x2000000, 0x1000)), "memblock": memblock(trace=(0x5000000, 12 * MIB))}
-    assert list(show(blobs, width=40)) == [
+    assert list(show_blobs(blobs, width=40)) == [
         f"root: {len(blobs[''])} bytes",
         "  /",
         '    compatible = "kho-v4"',
@@ -87,14 +87,14 @@ WRONG = [
 
 @pytest.mark.parametrize(("blob", "place", "why"), WRONG, ids=[wrong[2] for wrong in WRONG])
 def test_what_is_not_as_its_name_promises_is_marked(blob: bytes, place: str, why: str) -> None:
-    (line,) = (line for line in show({"": blob}) if "(!)" in line)
+    (line,) = (line for line in show_blobs({"": blob}) if "(!)" in line)
     assert place in line
     assert why in line
 
 
 def test_what_nobody_promises_is_shown_by_its_looks() -> None:
     node = {"text": b"two\0words\0", "four": U32(7), "eight": U64(8), "odd": b"\1\2\3", "none": b""}
-    shown = [line.strip() for line in show({"": fdt(node | {"esc": b"\x1b[2J\0"})})]
+    shown = [line.strip() for line in show_blobs({"": fdt(node | {"esc": b"\x1b[2J\0"})})]
     assert shown[2:] == [
         'text = "two", "words" [10 bytes]',
         "four = 0x7 [4 bytes]",
@@ -107,12 +107,15 @@ def test_what_nobody_promises_is_shown_by_its_looks() -> None:
 
 def test_nothing_reaches_a_terminal_as_it_is() -> None:
     blob = fdt(compatible("x")).replace(b"compatible", b"comp\x1b[2Jle")
-    lines = [*show({"\x1b]0;": blob, "\n": b"\x1b[31m"}), *short(summary({"\x1b": blob}), {"\x1b": blob})]
+    lines = [
+        *show_blobs({"\x1b]0;": blob, "\n": b"\x1b[31m"}),
+        *draw_summary(summarise_tree({"\x1b": blob}), {"\x1b": blob}),
+    ]
     assert all(line.isprintable() for line in lines)
 
 
 def test_a_blob_that_is_no_tree() -> None:
-    shown = list(show({"other": b"anything", "": b"cut"}))
+    shown = list(show_blobs({"other": b"anything", "": b"cut"}))
     assert shown[0] == "other: 8 bytes"
     assert "neither an FDT nor a structure we know" in shown[1]
     assert "(!)" not in shown[1]
@@ -122,7 +125,7 @@ def test_a_blob_that_is_no_tree() -> None:
 
 def test_a_root_that_debugfs_cuts_off_is_explained() -> None:
     """Seen on 6.19.11 and 7.3.4: out/fdt keeps the size it had when the file was made."""
-    shown = "\n".join(show({"": kho_v4(memblock=(1, 2))[:-20]}))
+    shown = "\n".join(show_blobs({"": kho_v4(memblock=(1, 2))[:-20]}))
     assert "cut off" in shown
     assert "this is expected" in shown
 
@@ -130,28 +133,30 @@ def test_a_root_that_debugfs_cuts_off_is_explained() -> None:
 def test_scratch_in_the_strip() -> None:
     blob = ftrace([mem((0, PAGE), (2 * PAGE, PAGE), (5 * PAGE, PAGE))])
     scratch = [Region(PAGE, 2 * PAGE), Region(7 * PAGE, PAGE)]
-    *_, bar, legend = show({"": blob}, scratch=scratch, width=8, pen=ASCII)
+    *_, bar, legend = show_blobs({"": blob}, scratch=scratch, width=8, pen=ASCII)
     assert bar == "|@sX  @ s|"
     assert legend == "0x0 @ 100% used, s scratch, X both 0x7fff"
-    assert any("4 KiB of it lie in scratch: the kernel refuses" in line for line in show({"": blob}, scratch=scratch))
+    assert any(
+        "4 KiB of it lie in scratch: the kernel refuses" in line for line in show_blobs({"": blob}, scratch=scratch)
+    )
     mainline = {"memblock": memblock(a=(PAGE, PAGE))}
-    assert any("the next kernel is loaded over it" in line for line in show(mainline, scratch=scratch))
+    assert any("the next kernel is loaded over it" in line for line in show_blobs(mainline, scratch=scratch))
 
 
 def test_a_strip_is_as_dense_as_its_memory() -> None:
     ranges = mem(*[(at * PAGE, PAGE) for at in (*range(9), 16, 24)])
-    *_, bar, _ = show({"": ftrace([ranges])}, width=4, pen=ASCII)
+    *_, bar, _ = show_blobs({"": ftrace([ranges])}, width=4, pen=ASCII)
     assert bar == "|@=..|", "25 pages in columns of 6, 6, 6 and 7: full, a half, 1/6 and 1/7"
 
 
 def test_a_page_in_a_terabyte_is_not_said_to_be_nothing() -> None:
-    *_, legend = show({"": ftrace([mem((0, PAGE), (1 << 40, PAGE))])}, width=40)
+    *_, legend = show_blobs({"": ftrace([mem((0, PAGE), (1 << 40, PAGE))])}, width=40)
     assert "under 1% used" in legend
 
 
 def test_the_short_form_has_no_nodes() -> None:
     blobs = {"": ftrace([mem((0, PAGE)), mem((PAGE, 10))[:-1]]), "kexec-metadata": KEXEC_METADATA}
-    found = list(short(summary(blobs, width=20), blobs))
+    found = list(draw_summary(summarise_tree(blobs, width=20), blobs))
     assert found[1:4] == [
         '  "kho-v1", 5 nodes, 11 properties',
         "  /ftrace/global-trace/cpu0 mem: 1 range",
@@ -163,7 +168,7 @@ def test_the_short_form_has_no_nodes() -> None:
 
 def test_json_has_every_byte_and_its_meaning() -> None:
     blobs = {"": ftrace([mem((PAGE, PAGE))]), "other": b"\1\2"}
-    made = json.loads(json.dumps(plain(blobs)))
+    made = json.loads(json.dumps(tree_as_json(blobs)))
     cpu = made["root"]["children"]["ftrace"]["children"]["global-trace"]["children"]["cpu0"]
     assert cpu["compatible"] == "ftrace,cpu-v1"
     assert cpu["properties"]["mem"] == {
@@ -180,7 +185,7 @@ def test_json_has_every_byte_and_its_meaning() -> None:
 
 
 def found(left: dict[str, bytes], right: dict[str, bytes]) -> list[str]:
-    return [line for item in differences(left, right) for line in lines(item)]
+    return [line for item in compare_blobs(left, right) for line in format_difference(item)]
 
 
 def test_the_same_tree_has_no_difference() -> None:
@@ -207,7 +212,7 @@ def test_memory_that_differs_is_counted_by_ranges() -> None:
         "-root:/ftrace/global-trace/cpu0 mem = 2 ranges, 8 KiB; 1 range, 4 KiB only here",
         "+root:/ftrace/global-trace/cpu0 mem = 3 ranges, 16 KiB; 2 ranges, 12 KiB only here",
     ]
-    (one,) = differences({"": ftrace([left])}, {"": ftrace([mem((PAGE, PAGE), (0, PAGE))])})
+    (one,) = compare_blobs({"": ftrace([left])}, {"": ftrace([mem((PAGE, PAGE), (0, PAGE))])})
     assert "the same ranges in another order" in one.right
 
 
@@ -215,14 +220,14 @@ def test_the_same_tree_in_another_layout_is_said_to_be_that() -> None:
     blob = ftrace([])
     moved = bytearray(blob + bytes(4))
     struct.pack_into(">I", moved, 4, len(moved))
-    (one,) = differences({"": blob}, {"": bytes(moved)})
+    (one,) = compare_blobs({"": blob}, {"": bytes(moved)})
     assert (one.left, one.right) == ("the same tree", "the same tree, laid out otherwise")
 
 
 def test_bytes_that_are_no_tree_differ_by_their_offsets() -> None:
     left, right = bytes(10_000), bytearray(10_002)
     right[5:7], right[4096] = b"ab", 1
-    (one,) = differences({"x": left}, {"x": bytes(right)})
+    (one,) = compare_blobs({"x": left}, {"x": bytes(right)})
     assert isinstance(one, Difference)
     assert "differs at 0x5-0x6, 0x1000-0x1000, 0x2710-0x2711" in one.left
 
@@ -231,11 +236,11 @@ def test_what_a_kernel_does_not_show_is_no_difference() -> None:
     """Seen on 7.3.4: the outgoing root is cut off or not there, and LUO's page is free once it was read."""
     left = {"": kho_v4(memblock=(PAGE, 141))[:-20], "LUO": LUO_V5, "memblock": memblock(a=(0, PAGE))}
     right = {"": kho_v4(memblock=(PAGE, 141)), "LUO": bytes(range(32)), "memblock": memblock(a=(0, PAGE))}
-    unknown = list(differences(left, right, kernels=True))
+    unknown = list(compare_blobs(left, right, kernels=True))
     assert [(one.change, one.blob) for one in unknown] == [(Change.unknown, "root"), (Change.unknown, "LUO")]
-    assert [line[:5] for one in unknown for line in lines(one)] == ["?root", "?LUO "]
+    assert [line[:5] for one in unknown for line in format_difference(one)] == ["?root", "?LUO "]
     assert all("(seen on Linux" in one.right for one in unknown)
-    assert [one.change for one in differences(left, right)] == [Change.changed, Change.changed], "in files it is one"
-    (hidden,) = differences({"": b""}, {"": right[""]}, kernels=True)
+    assert [one.change for one in compare_blobs(left, right)] == [Change.changed, Change.changed], "in files it is one"
+    (hidden,) = compare_blobs({"": b""}, {"": right[""]}, kernels=True)
     assert "There is no root" in hidden.right
-    assert "LUO's page back" in "\n".join(show({"LUO": right["LUO"]}))
+    assert "LUO's page back" in "\n".join(show_blobs({"LUO": right["LUO"]}))

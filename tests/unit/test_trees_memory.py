@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from khod.region import Region
 from khod.trees import memory
-from khod.trees.memory import Memory, summarise
+from khod.trees.memory import MemoryMap, summarise_ranges
 from tests.unit.trees import MIB, PAGE, mem
 
 Ranges = Sequence[tuple[int, int]]
@@ -49,7 +49,7 @@ def by_hand(ranges: Ranges, scratch: Sequence[Region]) -> dict[str, object]:
     }
 
 
-def told(found: Memory | None, wanted: dict[str, object]) -> dict[str, object]:
+def told(found: MemoryMap | None, wanted: dict[str, object]) -> dict[str, object]:
     assert found is not None
     return {name: getattr(found, name) for name in wanted}
 
@@ -85,7 +85,7 @@ def test_the_sum_is_what_merging_one_by_one_gives(shape: str, seed: int) -> None
     scratch = [Region(chance.randrange(1 << 22), chance.randrange(1, 1 << 20))]
     cut = chance.randrange(len(ranges) + 1)
     wanted = by_hand(ranges, scratch)
-    assert told(summarise([view(*ranges[:cut]), view(*ranges[cut:])], scratch), wanted) == wanted
+    assert told(summarise_ranges([view(*ranges[:cut]), view(*ranges[cut:])], scratch), wanted) == wanted
 
 
 @pytest.mark.usefixtures("engine")
@@ -94,14 +94,14 @@ def test_that_of_many_is_the_same() -> None:
     chance = random.Random(1)
     pages = chance.sample(range(0x100000, 0x180000), 200_000)
     wanted = by_hand(ranges := [(PAGE * page, PAGE) for page in pages], ())
-    assert told(summarise([view(*ranges)]), wanted) == wanted
+    assert told(summarise_ranges([view(*ranges)]), wanted) == wanted
 
 
 def test_without_numpy_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "FAST_FROM", 0)
     monkeypatch.delitem(sys.modules, "khod.trees.merge_numpy", raising=False)
     monkeypatch.setitem(sys.modules, "numpy", None)
-    found = summarise([view((0, PAGE))])
+    found = summarise_ranges([view((0, PAGE))])
     assert found is not None
     assert found.merged_bytes == PAGE
 
@@ -111,7 +111,7 @@ ranges_ = st.lists(st.tuples(st.integers(0, 64 * PAGE), st.integers(0, 4 * PAGE)
 
 @given(ranges_, st.integers(1, 90))
 def test_the_columns_add_up_to_the_pages(ranges: Ranges, width: int) -> None:
-    found = summarise([view(*ranges)], width=width)
+    found = summarise_ranges([view(*ranges)], width=width)
     assert found is not None
     pages = (found.end - found.start) // PAGE
     edges = [pages * column // len(found.density) for column in range(len(found.density) + 1)]
@@ -123,7 +123,7 @@ def test_the_columns_add_up_to_the_pages(ranges: Ranges, width: int) -> None:
 
 def test_a_column_is_both_only_where_memory_lies_over_scratch() -> None:
     scratch = [Region(0x2000, 0x1000), Region(0x5000, 0x1000)]
-    found = summarise([view((0x3000, 0x1000), (0x5000, 0x1000), (0xF000, 0x1000))], scratch, width=7)
+    found = summarise_ranges([view((0x3000, 0x1000), (0x5000, 0x1000), (0xF000, 0x1000))], scratch, width=7)
     assert found is not None
     assert (found.start, found.end) == (0x2000, 0x10000)
     assert found.scratch == (True, True, False, False, False, False, False)
@@ -132,5 +132,5 @@ def test_a_column_is_both_only_where_memory_lies_over_scratch() -> None:
 
 
 def test_what_the_kernel_passes_over_does_not_count() -> None:
-    assert summarise([]) is None
-    assert summarise([view((0, MIB))[:-1], memoryview(b"")]) is None
+    assert summarise_ranges([]) is None
+    assert summarise_ranges([view((0, MIB))[:-1], memoryview(b"")]) is None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from khod.errors import ConfigError
-from khod.trees.validate import OURS, schemas, validate
+from khod.trees.validate import PACKAGED_SCHEMAS, load_schemas, validate_blobs
 from tests.unit.trees import (
     KEXEC_METADATA,
     KHO_TEST,
@@ -66,7 +66,7 @@ OTHERWISE = [  # (blob's name, blob, where, what is said)
 
 @pytest.fixture(scope="module")
 def known() -> Mapping[str, Any]:
-    return schemas(())
+    return load_schemas(())
 
 
 def test_every_compatible_is_written_by_a_test(known: Mapping[str, Any]) -> None:
@@ -76,19 +76,19 @@ def test_every_compatible_is_written_by_a_test(known: Mapping[str, Any]) -> None
 
 @pytest.mark.parametrize(("name", "blob"), WRITTEN)
 def test_what_a_kernel_writes_fits(name: str, blob: bytes, known: Mapping[str, Any]) -> None:
-    assert [str(found) for found in validate({name: blob}, known) if not found.fits] == []
+    assert [str(found) for found in validate_blobs({name: blob}, known) if not found.fits] == []
 
 
 @pytest.mark.parametrize(("name", "blob", "where", "said"), OTHERWISE)
 def test_what_no_kernel_writes_does_not(
     name: str, blob: bytes, where: str, said: str, known: Mapping[str, Any]
 ) -> None:
-    found = [str(one) for one in validate({name: blob}, known) if not one.fits]
+    found = [str(one) for one in validate_blobs({name: blob}, known) if not one.fits]
     assert any(where in one and said in one for one in found), found
 
 
 def test_a_root_of_a_producer_s_own_may_do_without_a_compatible(known: Mapping[str, Any]) -> None:
-    (found,) = validate({"other": fdt({})}, known)
+    (found,) = validate_blobs({"other": fdt({})}, known)
     assert found.fits
     assert str(found).startswith("other:/: compatible: missing")
 
@@ -106,16 +106,16 @@ def test_a_root_of_a_producer_s_own_may_do_without_a_compatible(known: Mapping[s
 )
 def test_what_does_not_fit_is_said_in_our_words(tmp_path: Path, schema: Mapping[str, Any], said: str) -> None:
     (tmp_path / "mine-v1.json").write_text(json.dumps({"properties": {"properties": {"properties": schema}}}))
-    (found,) = validate({"x": fdt(compatible("mine-v1") | {"odd": U32(7)})}, schemas((tmp_path,)))
+    (found,) = validate_blobs({"x": fdt(compatible("mine-v1") | {"odd": U32(7)})}, load_schemas((tmp_path,)))
     assert str(found) == f"x:/: {said}"
 
 
 def test_malformed_bytes_are_said_once(known: Mapping[str, Any]) -> None:
-    assert len([*validate({"": ftrace([mem((0, PAGE))[:-1]])}, known)]) == 1
+    assert len([*validate_blobs({"": ftrace([mem((0, PAGE))[:-1]])}, known)]) == 1
 
 
 def test_a_compatible_without_a_schema_is_only_said(known: Mapping[str, Any]) -> None:
-    (found,) = validate({"other": fdt(compatible("other-v1"))}, known)
+    (found,) = validate_blobs({"other": fdt(compatible("other-v1"))}, known)
     assert found.fits
     assert "no schema for other-v1" in str(found)
 
@@ -123,10 +123,10 @@ def test_a_compatible_without_a_schema_is_only_said(known: Mapping[str, Any]) ->
 def test_the_operator_s_own_schema_wins(tmp_path: Path) -> None:
     (tmp_path / "other-v1.json").write_text(json.dumps({"properties": {"children": {"minProperties": 1}}}))
     (tmp_path / "memblock-v1.json").write_text("{}")
-    mine = schemas((tmp_path, tmp_path / "nowhere"))
-    (found,) = validate({"other": fdt(compatible("other-v1"))}, mine)
+    mine = load_schemas((tmp_path, tmp_path / "nowhere"))
+    (found,) = validate_blobs({"other": fdt(compatible("other-v1"))}, mine)
     assert not found.fits
-    assert not list(validate({"memblock": fdt(compatible("memblock-v1") | {"odd": b"1"})}, mine))
+    assert not list(validate_blobs({"memblock": fdt(compatible("memblock-v1") | {"odd": b"1"})}, mine))
 
 
 @pytest.mark.parametrize(
@@ -142,12 +142,12 @@ def test_the_operator_s_own_schema_wins(tmp_path: Path) -> None:
 def test_what_is_no_schema_is_named_with_its_place(tmp_path: Path, text: str, where: str) -> None:
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(ConfigError) as caught:
-        list(validate({"x": fdt(compatible("bad"))}, schemas((tmp_path,))))
+        list(validate_blobs({"x": fdt(compatible("bad"))}, load_schemas((tmp_path,))))
     assert where in str(caught.value)
 
 
 def test_each_of_ours_says_where_it_was_read() -> None:
-    for path in OURS.glob("*.json"):
+    for path in PACKAGED_SCHEMAS.glob("*.json"):
         text = json.loads(path.read_text())
         assert text["$schema"] == "https://json-schema.org/draft/2020-12/schema"
         assert text["$comment"], path
@@ -155,6 +155,6 @@ def test_each_of_ours_says_where_it_was_read() -> None:
 
 def test_a_root_that_is_cut_off_is_let_pass_only_where_debugfs_may_have_cut_it(known: Mapping[str, Any]) -> None:
     cut = {"": kho_v4(memblock=(PAGE, 141))[:-20]}
-    assert [found.fits for found in validate(cut, known)] == [False]
-    assert [found.fits for found in validate(cut, known, shortened=True)] == [True]
-    assert [found.fits for found in validate({"": b"no tree"}, known, shortened=True)] == [False]
+    assert [found.fits for found in validate_blobs(cut, known)] == [False]
+    assert [found.fits for found in validate_blobs(cut, known, shortened=True)] == [True]
+    assert [found.fits for found in validate_blobs({"": b"no tree"}, known, shortened=True)] == [False]

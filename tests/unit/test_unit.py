@@ -12,11 +12,20 @@ from typing import Any, cast
 import pytest
 
 from khod.errors import ConfigError, UsageError
-from khod.handover.record import Holder
-from khod.producers.barrier import GONE, NOT_RECORDED, Barrier, Producer, Telling, Told, Verb, Veto
+from khod.handover.record import ProducerRecord
+from khod.producers.barrier import (
+    GONE,
+    NOT_RECORDED,
+    Barrier,
+    Participant,
+    ParticipantVeto,
+    PriorCall,
+    ProducerCall,
+    Verb,
+)
 from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
-from khod.producers.registry import Muster
+from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions
 from khod.producers.unit import OURS, STOPPED_TOO, UNTOUCHED, Bus, Unit, check_unit
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
@@ -52,16 +61,16 @@ async def serving(place: Path, **units: Props) -> AsyncIterator[FakeBus]:
 
 async def tell(verb: Verb, note: str = "", how: str = "freeze") -> str:
     """Tell a.service a verb; its note after that."""
-    telling = Telling(verb, "run-1", note)
-    await Unit("a", unit="a.service", how=how).tell(telling)
+    telling = ProducerCall(verb, "run-1", note)
+    await Unit("a", unit="a.service", how=how).carry_out(telling)
     return telling.note
 
 
 async def vetoed(verb: Verb, note: str = "", how: str = "freeze") -> tuple[str, str]:
     """Tell a.service a verb that it refuses: the reason, one line, and the note it leaves. No thaw is tried again."""
-    telling = Telling(verb, "run-1", note)
-    with pytest.raises(Veto) as veto:
-        await Unit("a", 0, unit="a.service", how=how).tell(telling)
+    telling = ProducerCall(verb, "run-1", note)
+    with pytest.raises(ParticipantVeto) as veto:
+        await Unit("a", 0, unit="a.service", how=how).carry_out(telling)
     reason = str(veto.value)
     assert reason
     assert reason.isprintable()
@@ -94,8 +103,8 @@ async def test_what_was_prepared_is_frozen_and_undone_whatever_its_file_says_sin
     async with serving(place, a=unit(), b=unit()) as bus:
         note = await tell(Verb.prepare, how=how)
         for verb in (Verb.freeze, Verb.thaw):
-            telling = Telling(verb, "run-1", note)
-            await now.tell(telling)
+            telling = ProducerCall(verb, "run-1", note)
+            await now.carry_out(telling)
             assert telling.note == note, "a khod that dies in between has what prepare left"
             assert (bus.units["a.service"] == unit()) is (verb is Verb.thaw)
             assert bus.units["b.service"] == unit()
@@ -103,8 +112,8 @@ async def test_what_was_prepared_is_frozen_and_undone_whatever_its_file_says_sin
 
 async def test_the_note_of_a_khod_that_wrote_less_is_understood(place: Path) -> None:
     async with serving(place, a=unit(FreezerState="frozen"), b=unit(ActiveState="inactive")) as bus:
-        await Unit("a", unit="a.service").tell(Telling(Verb.thaw, "run-1", "running"))
-        await Unit("b", unit="b.service", how="stop").tell(Telling(Verb.thaw, "run-1", "running"))
+        await Unit("a", unit="a.service").carry_out(ProducerCall(Verb.thaw, "run-1", "running"))
+        await Unit("b", unit="b.service", how="stop").carry_out(ProducerCall(Verb.thaw, "run-1", "running"))
         assert bus.state("a.service", "FreezerState") == "running"
         assert bus.state("b.service", "ActiveState") == "active"
 
@@ -118,7 +127,7 @@ async def test_making_way_kills_what_was_prepared(place: Path) -> None:
     async with serving(place, a=unit(), b=unit()) as bus:
         bus.instead["KillUnit"] = (None, ())
         note = await tell(Verb.prepare)
-        await Unit("a", unit="b.service", how="stop").leave(note)
+        await Unit("a", unit="b.service", how="stop").make_way(note)
         assert [words for words in bus.said if words.startswith("KillUnit")] == ["KillUnit a.service all"]
 
 
@@ -128,20 +137,20 @@ async def test_making_way_kills_what_was_prepared(place: Path) -> None:
     ids=["gone", "another-unit", "a-hook", "unreadable"],
 )
 async def test_a_khod_that_comes_back_thaws_what_its_record_names(
-    place: Path, files: list[Producer] | ConfigError
+    place: Path, files: list[Participant] | ConfigError
 ) -> None:
-    def read() -> list[Producer]:
+    def read() -> list[Participant]:
         if isinstance(files, ConfigError):
             raise files
         return files
 
     async with serving(place, a=unit(), b=unit()) as bus:
         note = await tell(Verb.freeze, await tell(Verb.prepare))
-        holder = Holder("a", "unit", "freeze", note)
+        holder = ProducerRecord("a", "unit", "freeze", note)
         nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-        muster = Muster(read, nobody)
-        barrier = muster.resumed("run-1", lambda _member: None, [holder], None)
-        assert await barrier.undo(Verb.freeze) == []
+        muster = ProducerRegistry(read, nobody)
+        barrier = muster.resume_barrier("run-1", lambda _member: None, [holder], None)
+        assert await barrier.undo_verb(Verb.freeze) == []
         assert bus.units["a.service"] == bus.units["b.service"] == unit()
 
 
@@ -260,9 +269,9 @@ async def test_a_control_group_is_systemds_while_systemd_thaws_it(
 
 async def tell_slice(verb: Verb, note: str = "") -> str:
     """Tell my.slice a verb; its note after that, also where it refuses to be frozen."""
-    telling = Telling(verb, "run-1", note)
-    with suppress(Veto) if verb is Verb.freeze else nullcontext():
-        await Unit("mine", 0, unit="my.slice").tell(telling)
+    telling = ProducerCall(verb, "run-1", note)
+    with suppress(ParticipantVeto) if verb is Verb.freeze else nullcontext():
+        await Unit("mine", 0, unit="my.slice").carry_out(telling)
     return telling.note
 
 
@@ -306,7 +315,7 @@ async def test_a_half_frozen_slice_that_nothing_thaws_is_a_veto(
         bus.units["my.slice"] = unit(Names=["my.slice"])
         bus.instead["FreezeUnit"] = bus.instead["ThawUnit"] = BUSY
         note = await tell_slice(Verb.freeze, await tell_slice(Verb.prepare))
-        with pytest.raises(Veto, match="pending job"):
+        with pytest.raises(ParticipantVeto, match="pending job"):
             await tell_slice(Verb.thaw, note)
 
 
@@ -404,7 +413,7 @@ async def test_a_thaw_in_which_systemd_or_the_bus_starts_anew_is_told_once_more(
                 bus.instead.clear()
                 reasons.append(reason)
 
-        await Unit("a", unit="a.service", how=how).tell(Telling(Verb.thaw, "run-1", OURS, not_yet))
+        await Unit("a", unit="a.service", how=how).carry_out(ProducerCall(Verb.thaw, "run-1", OURS, not_yet))
         assert len(reasons) == 1
         assert bus.units["a.service"] == unit()
 
@@ -428,7 +437,7 @@ async def test_a_start_whose_systemd_starts_anew_is_asked_for_once_more(
 async def test_only_a_thaw_is_told_once_more(place: Path, verb: Verb) -> None:
     async with serving(place, a=unit()) as bus:
         bus.instead["LoadUnit"] = b""
-        with pytest.raises(Veto, match="hung up"):
+        with pytest.raises(ParticipantVeto, match="hung up"):
             await tell(verb, OURS)
         assert said(bus).count("Hello") == 1
 
@@ -477,8 +486,8 @@ async def test_a_unit_that_would_stop_too_is_a_veto_unless_it_has_stopped(place:
 
 async def cut_short(bus: FakeBus, verb: Verb, how: str = "freeze") -> str:
     """Tell a verb, and call it off where the bus answers otherwise than usual; its note."""
-    telling = Telling(verb, "run-1", OURS)
-    task = asyncio.ensure_future(Unit("a", unit="a.service", how=how).tell(telling))
+    telling = ProducerCall(verb, "run-1", OURS)
+    task = asyncio.ensure_future(Unit("a", unit="a.service", how=how).carry_out(telling))
     await bus.reached.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -499,7 +508,7 @@ async def test_a_freeze_cut_short_has_been_taken_up_before_its_undo_is_told(plac
 
 
 async def test_a_systemd_that_stands_still_holds_no_abort_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("khod.producers.unit.SETTLE", 0.01)
+    monkeypatch.setattr("khod.producers.unit.SETTLE_SECONDS", 0.01)
     async with serving(place, a=unit()) as bus:
         bus.instead = {method: asyncio.Event() for method in ("FreezeUnit", "Ping")}
         assert await cut_short(bus, Verb.freeze) == OURS
@@ -664,13 +673,13 @@ async def test_a_verb_that_cannot_be_cut_short_is_left_to_itself(place: Path, mo
                 await ended.wait()
             except asyncio.CancelledError:
                 cancelled.append(Verb.thaw)
-        raise Veto("too late")
+        raise ParticipantVeto("too late")
 
-    monkeypatch.setattr(Bus, "call", stubborn)
+    monkeypatch.setattr(Bus, "call_method", stubborn)
     async with serving(place, a=unit()):
-        told = {"a": Told("freeze", OURS)}
-        barrier = Barrier.of([Unit("a", 0.1, unit="a.service")], "run-1", lambda _member: None, told)
-        ((name, error),) = await barrier.undo(Verb.freeze)
+        told = {"a": PriorCall("freeze", OURS)}
+        barrier = Barrier.from_producers([Unit("a", 0.1, unit="a.service")], "run-1", lambda _member: None, told)
+        ((name, error),) = await barrier.undo_verb(Verb.freeze)
         assert (name, cancelled) == ("a", [Verb.thaw]), "it is cancelled once, and left to clean up"
         assert "did not answer thaw within 0.1 s, and it cannot be cut short" in str(error)
         ended.set()
@@ -681,7 +690,7 @@ async def test_a_verb_that_is_cancelled_from_within_is_a_veto(place: Path, monke
     async def cancelled(_bus: Bus, *_call: object) -> None:
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(Bus, "call", cancelled)
+    monkeypatch.setattr(Bus, "call_method", cancelled)
     async with serving(place, a=unit()):
         assert "cancelled from within" in (await vetoed(Verb.freeze, OURS))[0]
 
@@ -693,9 +702,9 @@ async def test_without_a_record_a_unit_is_thawed_that_systemd_says_is_frozen(pla
     found = unit(ActiveState="inactive") if state == "inactive" else unit(FreezerState=state)
     async with serving(place, a=dict(found), b=unit(FreezerState="frozen")) as bus:
         nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-        muster = Muster(lambda: [Unit("a", unit="a.service", how=how)], nobody)
-        barrier = muster.resumed("", lambda _member: None, (), Verb.freeze)
-        assert await barrier.undo(Verb.freeze) == []
+        muster = ProducerRegistry(lambda: [Unit("a", unit="a.service", how=how)], nobody)
+        barrier = muster.resume_barrier("", lambda _member: None, (), Verb.freeze)
+        assert await barrier.undo_verb(Verb.freeze) == []
         assert bus.units["a.service"] == (found if state == "inactive" else unit())
         (member,) = barrier.members
         left = how == "stop" and state == "inactive"
@@ -707,13 +716,15 @@ async def test_without_a_record_a_unit_is_thawed_that_systemd_says_is_frozen(pla
 async def test_what_somebody_else_has_frozen_stays_frozen_where_there_is_a_record(place: Path, note: str) -> None:
     async with serving(place, a=unit(FreezerState="frozen")) as bus:
         nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-        muster = Muster(lambda: [Unit("a", unit="a.service")], nobody)
-        barrier = muster.resumed("run-1", lambda _member: None, [Holder("a", "unit", "", note)], Verb.freeze)
-        assert await barrier.undo(Verb.freeze) == []
+        muster = ProducerRegistry(lambda: [Unit("a", unit="a.service")], nobody)
+        barrier = muster.resume_barrier(
+            "run-1", lambda _member: None, [ProducerRecord("a", "unit", "", note)], Verb.freeze
+        )
+        assert await barrier.undo_verb(Verb.freeze) == []
         assert bus.state("a.service", "FreezerState") == "frozen"
         # A record in which nobody stands is one, too: this file came later.
-        barrier = muster.resumed("run-1", lambda _member: None, (), Verb.freeze)
-        assert await barrier.undo(Verb.freeze) == []
+        barrier = muster.resume_barrier("run-1", lambda _member: None, (), Verb.freeze)
+        assert await barrier.undo_verb(Verb.freeze) == []
         assert bus.state("a.service", "FreezerState") == "frozen"
 
 
@@ -731,13 +742,13 @@ async def test_a_surprise_is_a_veto(place: Path, monkeypatch: pytest.MonkeyPatch
     async def surprise(_bus: Bus, *_call: object) -> None:
         raise RuntimeError("what nobody expected")
 
-    monkeypatch.setattr(Bus, "call", surprise)
+    monkeypatch.setattr(Bus, "call_method", surprise)
     async with serving(place, a=unit()):
         if verb:
             assert "what nobody expected" in (await vetoed(verb, OURS))[0]
         else:
-            with pytest.raises(Veto, match="what nobody expected"):
-                await Unit("a", unit="a.service").leave(OURS)
+            with pytest.raises(ParticipantVeto, match="what nobody expected"):
+                await Unit("a", unit="a.service").make_way(OURS)
 
 
 @pytest.mark.parametrize("job", [("u", (7,)), (None, ())], ids=["u", "nothing"])

@@ -6,8 +6,8 @@ import struct
 import pytest
 
 from khod.errors import Refused
-from khod.images.compressed import LZ4_BLOCK
-from khod.images.unpacked import Blocks, Pieces, unpacked
+from khod.images.compressed import LZ4_BLOCK_BYTES
+from khod.images.unpacked import Blocks, Pieces, unpack_payload
 from tests.unit.images import PACK
 
 LIMIT = 1 << 30
@@ -17,7 +17,7 @@ PACKED = PACK["lz4"](WHOLE) + SAID
 
 
 def take(data: bytes, said: int = len(WHOLE), limit: int = LIMIT) -> Pieces | Blocks:
-    return unpacked(memoryview(data), said, limit, "vmlinuz")
+    return unpack_payload(memoryview(data), said, limit, "vmlinuz")
 
 
 def blocks(packed: bytes) -> list[tuple[int, int]]:
@@ -37,11 +37,11 @@ def test_a_place_has_the_same_bytes_in_each_packing(method: str) -> None:
     assert whole.size == len(held)
     chance = random.Random(method)
     spans = [(chance.randrange(len(held)), chance.randrange(1 << 20)) for _ in range(40)]
-    spans += [(edge - 5, 10) for edge in range(LZ4_BLOCK, len(held), LZ4_BLOCK)]
+    spans += [(edge - 5, 10) for edge in range(LZ4_BLOCK_BYTES, len(held), LZ4_BLOCK_BYTES)]
     spans += [(0, len(held)), (len(held) - 1, 100), (len(held), 1), (0, 0)]
     for at, length in (*spans, *sorted(spans)):
-        assert whole.read(at, length) == held[at : at + length]
-    whole.check()
+        assert whole.read_at(at, length) == held[at : at + length]
+    whole.check_rest()
 
 
 def test_one_frame_is_taken_by_its_blocks_and_two_are_not() -> None:
@@ -50,7 +50,7 @@ def test_one_frame_is_taken_by_its_blocks_and_two_are_not() -> None:
     for data, kind in ((PACKED, Blocks), (joined, Pieces)):
         whole = take(data)
         assert isinstance(whole, kind)
-        assert whole.read(0, len(WHOLE)) == WHOLE
+        assert whole.read_at(0, len(WHOLE)) == WHOLE
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -58,16 +58,16 @@ def test_a_damaged_block_is_noticed_though_nobody_reads_it(number: int) -> None:
     (at, size) = blocks(PACKED)[number]
     broken = PACKED[:at] + bytes([0xF0]) + b"\xff" * (size - 1) + PACKED[at + size :]
     with pytest.raises(Refused, match="lz4 packed in it is damaged"):
-        take(broken).check()
+        take(broken).check_rest()
 
 
 def test_a_block_that_stands_for_less_is_noticed() -> None:
     """Its size may be right by chance: the last block makes up for it."""
-    short = PACK["lz4"](WHOLE[: LZ4_BLOCK - 100])[4:]
-    rest = PACK["lz4"](WHOLE[LZ4_BLOCK:])[4:]
+    short = PACK["lz4"](WHOLE[: LZ4_BLOCK_BYTES - 100])[4:]
+    rest = PACK["lz4"](WHOLE[LZ4_BLOCK_BYTES:])[4:]
     data = PACKED[:4] + short + rest + SAID
     with pytest.raises(Refused, match="block 0"):
-        take(data).check()
+        take(data).check_rest()
 
 
 def test_a_cut_frame_is_refused() -> None:
@@ -76,7 +76,7 @@ def test_a_cut_frame_is_refused() -> None:
 
 
 def test_the_bound_holds_for_blocks_as_well() -> None:
-    for limit in (len(WHOLE) - 1, LZ4_BLOCK, 1):
+    for limit in (len(WHOLE) - 1, LZ4_BLOCK_BYTES, 1):
         with pytest.raises(Refused, match=f"more than the {limit} bytes"):
             take(PACKED, limit=limit)
     assert isinstance(take(PACKED, limit=len(WHOLE)), Blocks)

@@ -10,7 +10,7 @@ import pytest
 from khod.errors import Exit, NotRolledBack
 from khod.handover.record import Record
 from khod.model import Phase
-from khod.producers.barrier import Telling
+from khod.producers.barrier import ProducerCall
 from khod.producers.hooks import Hook
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
@@ -55,7 +55,7 @@ async def test_without_its_record_a_handover_is_put_back_by_force_for_everyone(
     Scripted(host, "b", after=("a",))
     engine = await host.started()
     await (host.kexec(engine, load_only=True) if loaded else engine.activate())
-    DAMAGE[damage](host.store.path)
+    DAMAGE[damage](host.store.record_path)
     engine = await host.started()
     assert "--force" in (await engine.status()).remedy
     await engine.abort(force=True)
@@ -71,7 +71,7 @@ async def test_who_cannot_be_put_back_by_force_is_named(host: VirtualHost) -> No
     Scripted(host, "a")
     b = Scripted(host, "b", after=("a",))
     await (await host.started()).activate()
-    host.store.path.unlink()
+    host.store.record_path.unlink()
     engine = await host.started()
     b.does["thaw"] = raises(OSError(5, "no"))
     with pytest.raises(NotRolledBack, match="b"):
@@ -94,10 +94,10 @@ async def test_a_late_producer_is_recorded_before_it_is_told_anything(host: Virt
     seen: list[tuple[str, Record]] = []
 
     class Late(Scripted):
-        async def tell(self, telling: Telling) -> None:
+        async def carry_out(self, telling: ProducerCall) -> None:
             seen.append((telling.verb.value, host.record))
             telling.note = f"{telling.verb.value} left this"
-            await super().tell(telling)
+            await super().carry_out(telling)
 
     Late(host, "late", after=("a",))
     await host.kexec(engine, load_only=True)
@@ -213,5 +213,5 @@ async def test_a_hook_that_nobody_restores_is_missing(tmp_path: Path, what: str)
     assert status.verdict is not None
     assert status.verdict.missing == ["pool"]
     assert "other" in status.verdict.arrived
-    await engine.forget("pool")
+    await engine.forget_producer("pool")
     await engine.activate()

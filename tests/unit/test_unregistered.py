@@ -13,7 +13,7 @@ from khod.config import Checks, Config, Deadlines
 from khod.engine import Engine, queries
 from khod.errors import Exit, Refused
 from khod.model import CheckResult, Phase, SessionFate, Status
-from khod.producers.session_holders import LINK, Sighted, find
+from khod.producers.session_holders import LINK, SightedSessions, find_sessions
 from khod.simulated.kernel import Rebooted
 from khod.systemd.systemctl import BOOTED
 from khod.target.target import Request
@@ -30,15 +30,15 @@ class Site(LuoHost):
     def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
         super().__init__(directory)
         self.incoming: set[str] = set()
-        patch.setattr(self.kernel, "session", self._session)
+        patch.setattr(self.kernel, "describe_session", self._session)
 
     def _session(self, pid: int, fd: int) -> Session:
-        name = self.kernel.readlink(f"/proc/{pid}/fd/{fd}").removeprefix(LINK).strip()
+        name = self.kernel.read_link(f"/proc/{pid}/fd/{fd}").removeprefix(LINK).strip()
         return Session(name, name in self.incoming)
 
     def holds(self, name: str = NAME, pid: int = PID) -> None:
         """Have a process hold a session."""
-        process = self.kernel.at(f"/proc/{pid}")
+        process = self.kernel.host_path(f"/proc/{pid}")
         (process / "fd").mkdir(parents=True)
         (process / "fd/5").symlink_to(f"{LINK} {name}")
         (process / "comm").write_text("luo_kexec_simpl\n")
@@ -46,7 +46,7 @@ class Site(LuoHost):
 
     def ends(self, pid: int = PID) -> None:
         """End that process."""
-        shutil.rmtree(self.kernel.at(f"/proc/{pid}"))
+        shutil.rmtree(self.kernel.host_path(f"/proc/{pid}"))
 
     async def jump(self, engine: Engine, *, now: bool = False, load_only: bool = False) -> None:
         with self.request(load_only=load_only) as request:
@@ -64,7 +64,7 @@ class Site(LuoHost):
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     put_systemctl(tmp_path, monkeypatch, SYSTEMCTL)
     made = Site(tmp_path, monkeypatch)
-    made.kernel.at(BOOTED).mkdir(parents=True)
+    made.kernel.host_path(BOOTED).mkdir(parents=True)
     made.holds()
     return made
 
@@ -86,7 +86,7 @@ async def test_status_lists_it(host: Site) -> None:
     engine = await host.started()
     status = await engine.status()
     assert [(found.name, found.fate) for found in status.sessions] == [(NAME, SessionFate.lost)]
-    assert f"{NAME}, held by luo_kexec_simpl" in render.status(status)
+    assert f"{NAME}, held by luo_kexec_simpl" in render.render_status(status)
     host.ends()
     assert (await engine.status()).sessions == []
 
@@ -99,15 +99,15 @@ async def test_status_does_not_wait_for_a_systemd_that_is_slow(host: Site, monke
     engine.config = host.config
     answers = threading.Event()
 
-    def slow(*arguments: object) -> Sighted:
+    def slow(*arguments: object) -> SightedSessions:
         answers.wait()
-        return find(*arguments)  # type: ignore[arg-type]
+        return find_sessions(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(queries, "find", slow)
+    monkeypatch.setattr(queries, "find_sessions", slow)
     host.ends()
     status = await engine.status()
     assert [found.name for found in status.sessions] == [NAME]
-    assert "there may be more" in render.status(status)
+    assert "there may be more" in render.render_status(status)
     answers.set()
     while (status := await engine.status()).sessions_unseen:
         pass
@@ -181,7 +181,7 @@ async def test_one_that_nobody_has_yet_is_not_claimed_to_have_arrived(host: Site
     assert status.verdict.unknown == [f"session {NAME}"]
     assert "all state" not in status.summary
     assert NAME in status.summary
-    assert f"not known   session {NAME}" in render.status(status)
+    assert f"not known   session {NAME}" in render.render_status(status)
 
 
 async def test_a_shutdown_that_somebody_else_asked_for_is_an_orderly_one(host: Site) -> None:
@@ -207,7 +207,7 @@ async def test_one_that_came_from_the_previous_kernel_is_warned_of_for_any_jump(
         found, evidence = await result(engine, now=now)
         assert found is CheckResult.warn
         assert NAME in evidence
-    assert "no jump keeps it" in render.status(await engine.status())
+    assert "no jump keeps it" in render.render_status(await engine.status())
 
 
 async def test_the_next_handover_looks_anew(host: Site) -> None:

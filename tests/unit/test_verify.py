@@ -5,7 +5,7 @@ import pytest
 from khod.handover import verify
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Verdict
-from khod.simulated.kernel import serialize
+from khod.simulated.kernel import build_tree
 
 V3, MAINLINE = Generation.sysfs, Generation.stateless
 LEFT = Tree(b"root", {"memblock": b"mm", "kho_test": b"tt", "LUO": b"l1", "kexec-metadata": b"c1"})
@@ -14,7 +14,7 @@ LEFT = Tree(b"root", {"memblock": b"mm", "kho_test": b"tt", "LUO": b"l1", "kexec
 def compare(
     before: Tree | None, arrived: Tree | None, was: Generation = MAINLINE, now: Generation | None = None
 ) -> Verdict:
-    return verify.compare(before, arrived, was, now or was)
+    return verify.compare_trees(before, arrived, was, now or was)
 
 
 def test_all_that_left_arrived() -> None:
@@ -24,15 +24,15 @@ def test_all_that_left_arrived() -> None:
 
 
 def test_a_v3_tree_is_held_byte_for_byte() -> None:
-    tree = Tree(serialize(4))
+    tree = Tree(build_tree(4))
     assert compare(tree, tree, V3) == Verdict(["ftrace"], [], [], "")
-    verdict = compare(tree, Tree(serialize(3)), V3)
+    verdict = compare(tree, Tree(build_tree(3)), V3)
     assert verdict.reason
     assert (verdict.arrived, verdict.changed) == ([], ["ftrace"])
 
 
 @pytest.mark.parametrize("generation", list(Generation))
-@pytest.mark.parametrize("before", [LEFT, Tree(serialize(2)), Tree(b""), None])
+@pytest.mark.parametrize("before", [LEFT, Tree(build_tree(2)), Tree(b""), None])
 def test_nothing_handed_over_is_never_a_success(generation: Generation, before: Tree | None) -> None:
     """6.19.11 to 7.3.4 keeps old bytes in memory by luck, and KHO was refused."""
     verdict = compare(before, None, generation)
@@ -42,7 +42,7 @@ def test_nothing_handed_over_is_never_a_success(generation: Generation, before: 
 
 def test_nothing_handed_over_names_what_is_missing() -> None:
     assert compare(LEFT, None).missing == sorted(LEFT.blobs)
-    assert compare(Tree(serialize(2)), None, V3).missing == ["ftrace"]
+    assert compare(Tree(build_tree(2)), None, V3).missing == ["ftrace"]
 
 
 def test_one_producer_s_state_that_did_not_arrive_is_named() -> None:
@@ -97,7 +97,7 @@ def test_another_way_to_drive_the_same_layout_is_no_finding() -> None:
 
 
 def test_a_v3_tree_that_arrived_damaged_is_not_taken_for_whole() -> None:
-    tree = serialize(4)
+    tree = build_tree(4)
     verdict = compare(Tree(tree), Tree(tree[: len(tree) // 2]), V3)
     assert verdict.reason
     assert "ftrace" not in verdict.arrived

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from khoctl.boot.versions import compare
+from khoctl.boot.versions import compare_versions
 
 EXAMPLES = """\
 11 == 11
@@ -37,23 +37,23 @@ CHAIN = "122.1 < 123~rc1-1 < 123 < 123-a < 123-a.1 < 123-1 < 123-1.1 < 123^post1
 def test_the_specification_s_examples(example: str) -> None:
     left, sign, right = (word.replace("''", "") for word in example.split(" "))
     order = {"<": -1, "==": 0, ">": 1}[sign]
-    assert compare(left, right) == order
-    assert compare(right, left) == -order
+    assert compare_versions(left, right) == order
+    assert compare_versions(right, left) == -order
 
 
 def test_each_of_the_specification_s_chain_is_older_than_all_to_its_right() -> None:
     chain = CHAIN.split(" < ")
     for (low, older), (high, newer) in itertools.product(enumerate(chain), repeat=2):
-        assert compare(older, newer) == (low > high) - (low < high)
+        assert compare_versions(older, newer) == (low > high) - (low < high)
 
 
 @pytest.mark.parametrize(("older", "newer"), [("_.A", "0.."), ("A", "_0^"), ("^", "^0"), ("a.b", "a.0")])
 def test_no_number_is_older_than_zero(older: str, newer: str) -> None:
     """As `systemd-analyze compare-versions` has it: a numeric segment is newer than another one or none."""
-    assert compare(older, newer) == -1
-    assert compare(newer, older) == 1
+    assert compare_versions(older, newer) == -1
+    assert compare_versions(newer, older) == 1
 
 
 def test_a_number_longer_than_int_takes() -> None:
-    assert compare("1" * 5000, "1" * 4999 + "2") == -1
-    assert compare("0" * 5000 + "1", "1") == 0
+    assert compare_versions("1" * 5000, "1" * 4999 + "2") == -1
+    assert compare_versions("0" * 5000 + "1", "1") == 0

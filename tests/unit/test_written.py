@@ -9,8 +9,8 @@ import pytest
 
 from khod.abi.calls import HostCalls
 from khod.images import sealed
-from khod.images.kernel import Kernel, take_apart
-from khod.kernel.formats import Written, written
+from khod.images.kernel import KernelImageInfo, unpack_image
+from khod.kernel.formats import OutgoingFormats, read_formats
 from khod.model import Generation
 from tests.unit.images import bzimage, code
 
@@ -60,12 +60,12 @@ def calls(tmp_path: Path) -> HostCalls:
 
 
 def lay(calls: HostCalls, path: str, contents: bytes) -> None:
-    calls.at(path).parent.mkdir(parents=True, exist_ok=True)
-    calls.at(path).write_bytes(contents)
+    calls.host_path(path).parent.mkdir(parents=True, exist_ok=True)
+    calls.host_path(path).write_bytes(contents)
 
 
-def read(calls: HostCalls, following: Kernel | None = None) -> Written:
-    return written(calls, Generation.stateless, following)
+def read(calls: HostCalls, following: KernelImageInfo | None = None) -> OutgoingFormats:
+    return read_formats(calls, Generation.stateless, following)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_what_is_no_image_was_not_inspected(calls: HostCalls, contents: bytes) -
 
 
 def test_the_next_kernel_may_be_the_running_one(calls: HostCalls) -> None:
-    with sealed.fill([image()], "vmlinuz") as memory:
-        following = take_apart(memory, "x86_64", 1 << 24).about
+    with sealed.seal_pieces([image()], "vmlinuz") as memory:
+        following = unpack_image(memory, "x86_64", 1 << 24).about
     assert following.banner == BANNER
     assert read(calls, following).own == frozenset(FORMATS)
     lay(calls, "proc/version", BANNER.replace("#1", "#2").encode())
@@ -127,15 +127,15 @@ def test_the_next_kernel_may_be_the_running_one(calls: HostCalls) -> None:
 
 def test_without_luo_nobody_asks_for_file_handlers(calls: HostCalls) -> None:
     """It was booted without liveupdate=on: no blob, no device, no files."""
-    calls.at(f"{OUT}/sub_fdts/LUO").unlink()
+    calls.host_path(f"{OUT}/sub_fdts/LUO").unlink()
     found = read(calls)
     assert (found.luo, found.own, found.not_inspected) == (False, None, "")
 
 
 def test_luo_that_no_tree_shows_is_read_off_the_image(calls: HostCalls) -> None:
     """The device is there where LUO is on; in a kernel reached by a handover debugfs may not show all (7.3.4)."""
-    calls.at(f"{OUT}/sub_fdts/LUO").unlink()
-    calls.at(f"{OUT}/fdt").unlink()
+    calls.host_path(f"{OUT}/sub_fdts/LUO").unlink()
+    calls.host_path(f"{OUT}/fdt").unlink()
     lay(calls, "dev/liveupdate", b"")
     assert (read(calls).luo, read(calls).root, "LUO" in read(calls).blobs) == (True, "", False)
     lay(calls, BOOT, image())

@@ -45,7 +45,7 @@ class InlineWorker(Worker):
         for job in behind:
             self._run(job)
 
-    def later(self, function: Callable[[], object]) -> None:
+    def call_later(self, function: Callable[[], object]) -> None:
         def job() -> None:
             with suppress(Exception):
                 function()
