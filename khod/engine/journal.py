@@ -26,26 +26,26 @@ from khod.text import one_line
 # One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered. They stand in the
 # catalogue (systemd/catalog), too: `journalctl -x` says what each means and what to do.
 MESSAGE_ID: dict[Phase, str] = {
-    Phase.idle: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a01",
-    Phase.preparing: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a02",
-    Phase.prepared: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a03",
-    Phase.freezing: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a04",
-    Phase.frozen: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a05",
-    Phase.activating: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a06",
-    Phase.active: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a07",
-    Phase.loading: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a08",
-    Phase.loaded: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a09",
-    Phase.executing: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0a",
-    Phase.verifying: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0b",
-    Phase.verified: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0c",
-    Phase.degraded: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0d",
-    Phase.cold_boot: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0e",
-    Phase.rolling_back: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a0f",
-    Phase.failed: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a10",
-    Phase.foreign: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a11",
-    Phase.inconsistent: "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a12",
+    Phase.idle: "f959b6f37f394c8f9cc571383da7a9f0",
+    Phase.preparing: "1772bfd698e5465aa40855894a615dc8",
+    Phase.prepared: "059b2629a82c44078af7d73e6a50c6dd",
+    Phase.freezing: "6ed80f157a86486e86ae0f9b48f47b0c",
+    Phase.frozen: "7a1c533f926e4521baeefaf89142d89b",
+    Phase.activating: "ca49721426904c95b910458386083bbf",
+    Phase.active: "57d019edc95b4d90b3635fb6cd74d119",
+    Phase.loading: "5c28ec0c5d344f13a7112e102028d623",
+    Phase.loaded: "e6a61ab289d7493486b06151b4ea63f3",
+    Phase.executing: "38cd4e6d43a24ccdb77ff22d3ec5232c",
+    Phase.verifying: "0f0b7746f4e4408fb5178d4f839fb761",
+    Phase.verified: "03053606e86346b3969bc1092e30937a",
+    Phase.degraded: "68425e8121ed4ac2bdb7586746187593",
+    Phase.cold_boot: "d5be68c9e6fa48ae809e682a7d16d5f9",
+    Phase.rolling_back: "7bf92476698849a193a7a247d20adf9e",
+    Phase.failed: "6ffa26cb0a0b4dbb95721cfe54213321",
+    Phase.foreign: "720250eaedd047ba9461aee99e278aee",
+    Phase.inconsistent: "9de339c0b2424de088a7c783673d2460",
 }
-REFUSAL_ID = "7f1c3c0f5e0a4f1e9a3f0b9c6d2e4a13"
+REFUSAL_ID = "09339c4f209b425199c51ad7a46893be"
 """The MESSAGE_ID of a producer's no."""
 STATUS_REST_SECONDS = 0.1
 """Seconds between two status texts."""
