@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 # `make demo` and `make test` do all their own set-up; see README.md.
 PYTHON ?= python3
 VENV := .venv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khoctl, khod's command line: thin and stateless, it asks khod and shows the answer."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khoctl: the root of its commands, each imported from its module when it is asked for.
 
 To import all of them for one would take a third of the time that `khoctl status` takes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How a page fits a terminal: no word is broken, and a line that goes on does so below its own text."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Handover profiles: /etc/kho/handover.d/NAME.toml holds what `khoctl kexec` would be given."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What is seen while an operation runs: a live line on a terminal, plain lines elsewhere."""
 
 import selectors

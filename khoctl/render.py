@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What khoctl prints: the same dataclasses as a page for people or as JSON.
 
 A page is of lines that are ours: whatever khod passes on of others (producers, other users, files, images) is escaped

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The next kernel as it is asked for on the command line, made into a call's parameters and open files."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What every command does: it asks khod at one socket, and ends with a sentence and an exit code."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Configuration in three named stages: fragments are read, merged, and validated into a frozen `Config`.
 
 /etc/kho/khod.toml first, then /etc/kho/khod.toml.d/*.toml by name; a later value wins. An unknown key

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khod: puts the pieces together and runs them until it is told to stop."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What can go wrong, as types that carry fields; `sentence` is the one place that words them.
 
 Each class has the exit code of khoctl it ends in. An error that crosses the wire keeps its class

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Files that are asked for by name: opened so that nothing strange among them can hurt."""
 
 import os

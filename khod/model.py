@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The words everything else is said in: enums and frozen dataclasses, standard library only.
 
 Times are seconds. `*_monotonic` values are CLOCK_MONOTONIC of the boot they were taken in; `*_at`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Take part in a handover: a library for whatever holds state that is to outlive the kernel.
 
     import os

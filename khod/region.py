@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A range of physical memory; apart from `khod.model`, whose import costs more than to read a tree."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Text of others, made fit for a terminal, a journal record and one line of a page; standard library only.
 
 Names, reasons, command lines and versions come from producers, files, images and other users. What is shown of them

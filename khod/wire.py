@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The wire's names and its JSON, for both ends; standard library only.
 
 khoctl speaks Varlink through `khod.client.handover` and this module alone: importing asyncio and a Varlink

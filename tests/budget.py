@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How often what is repeated runs: a part of it in `make test`, all of it in `make proof`."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The order in which files are taken: under `--dist loadfile` a long one must not be left at the end."""
 
 import pytest

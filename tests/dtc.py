@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What dtc and fdtget say about a tree, held against what ours says: for unit tests and for the lab's real trees."""
 
 import re

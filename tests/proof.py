@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Run what takes too long for `make test`: every repetition, every scenario, a million rules of the model.
 
 `python -m tests.proof [PART...]` writes what each part printed below dist/proof, and its line of the summary, with the

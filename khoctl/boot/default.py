@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The entry that the boot loader would boot by itself: systemd-boot's rules, then GRUB's."""
 
 import fnmatch

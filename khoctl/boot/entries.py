@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The boot loader entries of this host: the Boot Loader Specification (UAPI.1, uapi-group.org), both its types.
 
 Type #1 is a text file in loader/entries of the EFI system partition or of the extended boot loader partition, type #2 a

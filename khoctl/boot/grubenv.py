@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """GRUB's environment block, and the variables that GRUB's own boot loader entries (Fedora's and its kin's) refer to."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The boot loader of this host: which one it is, what it was told, and how a line of its files reads."""
 
 import enum

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Which kernel to boot, as the host's boot loader or its kernel packages have it."""
 
 import functools

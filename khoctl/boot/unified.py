@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Unified kernel images (UKIs, UAPI.5) by their sections, as systemd-boot lists them and systemd-stub starts them."""
 
 import struct

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Versions in order, as the Version Format Specification has it (UAPI.10, uapi-group.org)."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khoctl dt: state trees, khod's and those in files, listed, shown, exported, compared, held against schemas."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The commands of a handover, from check to verify. Each asks khod; exit codes are `khod.errors.Exit`."""
 
 import sys

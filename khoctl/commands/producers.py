@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khoctl producers: the holders of state outside the kernel, listed, tried out, given up."""
 
 from typing import Annotated

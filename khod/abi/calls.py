@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a process can ask of the kernel, as one seam: files below a root, and the calls that are no files.
 
 `HostCalls` asks the running kernel. The simulated kernel (`khod.simulated.kernel`) answers the same

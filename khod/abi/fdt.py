@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Flattened device trees as KHO writes them: the devicetree specification's chapter 5, read strictly.
 
 Not by pylibfdt (which tests hold this against): it copies each value, 10 MiB of them in a v3 tree, takes a name that is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """kexec_file_load(2), the loader inside the kernel: the only one that hands KHO state over."""
 
 import ctypes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """/dev/liveupdate, the Live Update Orchestrator (LUO): sessions of file descriptors that outlive a kexec.
 
 The device lets one process in at a time, and the service manager wants it at boot and at shutdown:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """An OSError tells which call it ended."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who is at the other end of a Unix socket, as the kernel noted at connect(2), and what it may send: unix(7)."""
 
 import ctypes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A descriptor of another process's open file: pidfd_getfd(2)."""
 
 import ctypes

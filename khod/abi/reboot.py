@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """reboot(2) with the one command khod needs."""
 
 import ctypes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """statx(2) of an open file, by what the kernel knows of it.
 
 fstat(2) asks the file system, and one that does not answer (FUSE, NFS) holds the caller for ever: it must not be

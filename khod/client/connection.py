@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One Varlink connection to khod, blocking, with file descriptors; standard library only."""
 
 import json

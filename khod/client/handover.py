@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A thin typed client of io.kho.Handover: one connection, methods that return the model or raise KhoError."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Waiting with a bound that holds whatever is waited for does, even about being cancelled."""
 
 import asyncio

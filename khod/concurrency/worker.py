@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Threads for calls that may hang: each kind of call has its own, so that what hangs holds up nothing of another kind.
 
 The threads are started with the worker, because a rollback must not depend on whether a new thread can be had

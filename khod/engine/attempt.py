@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One attempt at a handover: whom it tells, what it loads, how it jumps, and next to each step its undo."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The guard: while a handover is under way, a device that comes or goes ends it or is noted.
 
 It hears the kernel's own uevents. Those that count are add and remove, and online and offline, which is what

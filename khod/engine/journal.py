@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What systemd hears: readiness, status text, the watchdog, and journal records with fields.
 
 Both are told by threads of their own: a journald or a PID 1 that does not read blocks whoever writes to it, and what

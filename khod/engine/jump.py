@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The jump that was asked for: whether it may still be called back, and what happens where it does not come."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the kernel says of itself: asked in a thread of its own, for a question that hangs must keep no undo waiting."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What others may have khod do, one operation at a time: each moves the handover, or puts it back."""
 
 import asyncio

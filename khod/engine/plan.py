@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a handover would do, step by step, with what puts each step back. Nothing is touched to tell."""
 
 from collections.abc import Sequence

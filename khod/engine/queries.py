@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What anyone may ask of khod: nothing here changes the host, and nothing here waits for an operation."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """After the jump: what arrived is held against the snapshot, and the producers take back what they left."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The undo of an attempt, total and bounded: what one step or one producer does ends no other's undo.
 
 The kernel's part comes first: the image is unloaded and the active phase left. It is not waited for any longer than

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The first thing a khod does: compare its record with the kernel, and know who may come back."""
 
 import asyncio

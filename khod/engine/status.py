@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the operator is told at three in the morning: one sentence on where it stands, one on what to do."""
 
 from khod.engine.transaction import Transaction

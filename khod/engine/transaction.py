@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One handover under way: the only writer of the machine and of its record.
 
 Every step is recorded before it is taken; a failed step leads to the undo of all that was done. What ends a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The handover machine: pure, and its tables are the documentation.
 
 `STEPS` says which phase a step passes through, where it ends and what its undo is; `ORDERS` in which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """At start: what the record says against what the kernel says. Where they disagree, that has a name."""
 
 import enum

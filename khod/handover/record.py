@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The durable record of one handover: written before each step it describes, read at every start.
 
 A write is atomic: a new file, fsync, rename, fsync of the directory. The snapshots of state trees

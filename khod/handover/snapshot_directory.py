@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One snapshot's directory: its files, what of them is khod's, and what is wrong with the rest.
 
     about.json  boot id, release, generation, the run, and the sequence number

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The state trees that left, kept beside the record: raw bytes, whose they were, and their digest.
 
 Inside the blackout a snapshot costs its write and no more: what is known of it before stands in its directory

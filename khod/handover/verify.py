@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """After the jump: what arrived, held against the snapshot taken before it.
 
 Only what the kernel handed over through KHO counts. Memory that merely still holds its old bytes does

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the kernel's own decompressors take of an initrd's part, where they take less than the tools make.
 
 lib/decompress_*.c, lib/xz and usr/Kconfig: the same in every kernel from 6.16 to 7.3.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The compressions a kernel build and an initrd may use, unpacked in bounded pieces.
 
 scripts/Makefile.lib makes them, lib/decompress_*.c and this module take them apart. No piece is larger

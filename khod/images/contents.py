@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What stands in a kernel's code and data: its release, its configuration, the KHO formats it knows."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The ELF headers of a vmlinux (elf(5)), 64 bits, either byte order."""
 
 import struct

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What each architecture's kernel image says in its header, and what its kexec_file_load(2) takes.
 
 The formats are in Documentation/arch/{x86/boot,arm64/booting,riscv/boot-image-header}.rst, and for loongarch

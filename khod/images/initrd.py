@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Walk an initrd as the kernel unpacks it (init/initramfs.c), without keeping any of it."""
 
 import posixpath

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A kernel image taken apart: down to what the running kernel's loader takes, and what that says of itself."""
 
 import enum

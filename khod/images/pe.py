@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The PE headers of EFI kernels and unified kernel images (PE Format, Microsoft), as far as they matter here."""
 
 import struct

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Files taken into a sealed memfd, before the blackout: what was checked is what gets loaded."""
 
 import fcntl

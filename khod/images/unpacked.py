@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a kernel's payload unpacks to, as far as it is looked at: all of it kept, or of lz4's blocks one at a time.
 
 Memory that is touched for the first time costs more than lz4 does, so its blocks share one room: what nobody reads is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How much memory the files take that producers hand over, and how much they may."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The next kernel's command line: what is kept of the running one, what is added, what no kernel takes."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Mainline KHO: /sys/kernel/debug/kho, with `finalize` (6.16-7.0) and without it (7.1 and later)."""
 
 from khod.abi.calls import Calls

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What each errno means at each kernel call, and what to do next: data, read off the kernel's sources.
 
 6.18.15, 6.19.11, 7.3.4 and the v3 series; tests/unit/test_explain.py names the function behind each. Where an errno has

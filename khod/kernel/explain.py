@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """An errno of the kernel's in words: what it means at this call, on this machine, and what to do next."""
 
 import platform

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Which formats the running kernel writes its state in: a kernel that reads others takes nothing over.
 
 The old kernel does not warn: 6.19.11 (`kho-v1`) to 7.3.4 (`kho-v4`) loads, boots, and hands over nothing.

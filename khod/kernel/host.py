@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What stands around KHO on this host and may be in the way: lockdown, watchdogs, memory, the crash kernel, rights.
 
 Each function answers None where the kernel does not say.

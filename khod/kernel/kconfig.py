@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What this kernel was built with and booted with, where an absent file may mean either."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What no generation changes: the image slot, the jump, and who this boot is."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The kernel log's own line about a call that failed, where there is one: often it alone has the cause.
 
 Records are read as Documentation/ABI/testing/dev-kmsg has them. Whoever makes the call opens the log before it and

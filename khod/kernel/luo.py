@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """LUO, the Live Update Orchestrator (Linux 6.19 and later): files that live through a kexec, and why one does not."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How much memory there is for what the kernel allocates in khod's name.
 
 It is asked of the host khod runs on, whatever kernel it drives: files that producers hand over are this host's memory.

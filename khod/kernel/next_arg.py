@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A kernel command line in words, as the kernel reads it: next_arg() and parse_args() (lib/cmdline.c, kernel/params.c).
 
 The kernel reads bytes, and what separates words is what its isspace() says: _ctype in lib/ctype.c marks as `_S` the

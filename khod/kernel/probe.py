@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Find out which KHO this kernel has, by what it shows: never by its version.
 
 Distributions turn options off, Kconfig help texts lie, vendors carry v3 on other version numbers.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What every KHO generation offers, and the state tree it speaks of."""
 
 import enum

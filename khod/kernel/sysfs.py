@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """KHO v3 (patch series of January 2024): /sys/kernel/kho, the mission's own generation."""
 
 from khod.abi import fdt

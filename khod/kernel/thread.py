@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The one thread every call that changes the kernel is made in.
 
 v3's ftrace producer takes a lock at activation and drops it at abort, so both writes must come from

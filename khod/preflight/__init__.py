@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What must hold before the kernel is touched: named checks, each with its evidence and a remedy.
 
 `khoctl check` shows them all; a handover is refused by the first that fails. `[checks]` of the configuration

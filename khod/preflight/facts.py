@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the checks look at, and what each of them says."""
 
 from collections.abc import Callable, Sequence

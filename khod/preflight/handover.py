@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """May a handover begin, or go on, as things stand with khod itself? Asked by an operator, never by a handover."""
 
 from khod.handover.machine import HELD, RESTING

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Checks of those who hold state: they are here, and none has something left from the last time."""
 
 from collections.abc import Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Checks of the next kernel: whether this host can load it, and whether it would take over what is left to it."""
 
 import mmap

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Checks of the running kernel: whether it can hand over, and whether it would be let."""
 
 import platform

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How long systemd makes a host be up before it lets it go: MinimumUptimeSec= (since 261), read as systemd reads it.
 
 systemd-shutdown sleeps right before reboot(2) where CLOCK_BOOTTIME has not come that far, which is within the blackout

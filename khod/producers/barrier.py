@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The barrier: every producer answers before anyone goes on, and whoever was told is told when it is off.
 
 Producers have ranks from `after` and `before`. Within one rank they run side by side; the undo goes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Processes that khod starts, and those it inherits: each exit status is taken once, by whom it is for.
 
 khod is a child subreaper: whatever a command of its leaves behind becomes khod's child when its parent ends, in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What every producer has that a file in /etc/kho/producers.d describes."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """/etc/kho/producers.d: one producer a file. What it names decides the kind: commands, a unit, or a QMP socket."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Producers that are commands: /etc/kho/producers.d/NAME.toml names one for each verb.
 
 A hook runs with a clean environment (PATH, KHO_NAME, KHO_VERB, KHO_RUN), in a session of its own, its

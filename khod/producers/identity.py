@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who a connected producer is: its process for good, and the systemd unit it runs in, both by the kernel's word."""
 
 import asyncio

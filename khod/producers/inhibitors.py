@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who blocks a shutdown, by systemd-logind's word: `systemctl kexec` asks the same.
 
 Every check asks, and everyone may have checks made, while the bus bounds root's connections: so there is one at a time

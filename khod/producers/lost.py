@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A producer that was told something, and whose file is gone since."""
 
 from dataclasses import dataclass

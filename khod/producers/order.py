@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The order producers are told in, by what each says of the others: `after` and `before`."""
 
 from collections.abc import Callable, Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What commands write, passed on to khod's own output, which must never hold a command up, nor khod.
 
 khod's output may have gone (EPIPE: journald lost the stream), be full (ENOSPC), or not be read for any length of time.

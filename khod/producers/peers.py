@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Producers that connect: Varlink peers, registered for as long as their connection lives.
 
 A peer is told what to do as the reply to its own call (`Next`), so one connection carries everything,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """VMs by their QMP sockets: paused with `freeze`, continued with `thaw`. The next kernel has nothing to restore.
 
 What of QEMU this rests on, all of it seen with 7.2, and the second in its monitor/qmp.c:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who is registered, kept over a restart of khod: a handover must not go without somebody who has not come back yet.
 
 A file of lines, one for each registration and each leave, in this boot: an append is whole or not there, and costs a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Everyone who takes part: the producers with a file, and those that connect."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """LUO sessions that no producer registered with khod: who holds them, and what an orderly shutdown does to each.
 
 The last close of an outgoing session ends it. systemd kills every process before an orderly jump, and carries over

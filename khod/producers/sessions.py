@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """LUO sessions: one for each producer that hands descriptors over, kept where khod's death does not reach them.
 
 The kernel drops a session when its last descriptor is closed. That is the undo, and the danger: so a

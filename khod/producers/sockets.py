@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Connections to sockets of others, which may have more waiting than they let wait."""
 
 import asyncio

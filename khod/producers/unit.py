@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Producers that are units of the service manager: frozen in their cgroup, or stopped, while the blackout lasts.
 
 They are told through org.freedesktop.systemd1 on the system bus (`$DBUS_SYSTEM_BUS_ADDRESS`), with one connection

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The Varlink server: what the socket serves, and to whom.
 
 Everyone may connect and ask. Who it is comes from the kernel, and until that is known nobody costs more than a

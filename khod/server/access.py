@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who is asking and what it may do: root, the operators' group, the producers' group, everyone else."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Answers to questions that many ask: computed and encoded once for everyone who asks the same thing at a time."""
 
 import asyncio

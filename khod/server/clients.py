@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """All clients: whoever connects is let in, or not."""
 
 import asyncio

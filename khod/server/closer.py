@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Closes what may take long to close.
 
 The last reference to somebody else's file may block whoever drops it: a TCP socket lingers as long as its owner

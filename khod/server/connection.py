@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One client: its calls, one after the other. Who asks comes from the kernel, what it may from the rules."""
 
 import contextvars

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The changes that monitors are told: one log for all of them, each event encoded once.
 
 A monitor is a place in the log, so a thousand that do not read cost no more than one. What the slowest has not read

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Descriptors of clients: how many khod holds of them, who waits for room, and how they are let go."""
 
 import fcntl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """io.kho.Handover over one engine. Who may call what stands in `khod.server.rules`."""
 
 import os

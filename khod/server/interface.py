@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The wire: the Varlink interfaces io.kho.Handover and io.kho.Producer, described by the model's own dataclasses."""
 
 import enum

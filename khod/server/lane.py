@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The turns of clients: users take them one after the other, and all together have no more than their share of time."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How much of this process its clients may take, counted where it comes in: connections, descriptors, bytes."""
 
 import resource

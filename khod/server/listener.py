@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The listening socket: accepts clients, some at a time, so that whoever is served goes on being served."""
 
 import asyncio

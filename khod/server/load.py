@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How the event loop's time is divided: those without rights get a share of it, whatever they do.
 
 Khod serves everyone in one thread. What anyone may ask (accepting, reading, parsing, answering) is therefore paid for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Varlink's messages: calls as they are parsed, replies as they are encoded."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Places for connections: how many there may be of each kind, and of each user."""
 
 from collections import Counter

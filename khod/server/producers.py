@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """io.kho.Producer over one engine."""
 
 from functools import partial

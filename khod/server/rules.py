@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who may call what, and how it is served. A method that is not in here is not served."""
 
 import enum

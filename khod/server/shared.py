@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What all connections have in common: the engine's interfaces, the rights, the turns, the room, the answers."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One client's socket: complete messages come in one at a time, and what the socket takes goes out at once.
 
 While a call is served nothing more is read: what a client sends meanwhile stays in the kernel, at its own expense,

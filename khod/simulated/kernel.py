@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A kernel of our own, embedded: v3's KHO to the letter, in a directory, with faults to switch on.
 
 It answers the same calls as the running kernel (`khod.abi.calls.Calls`), so the v3 code and all

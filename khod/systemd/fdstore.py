@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The service manager's file descriptor store: what is in it outlives khod, and with LUO the kernel too.
 
 systemd keeps what `FDSTORE=1` sends until `FDSTOREREMOVE=1` names it, passes it to the next khod

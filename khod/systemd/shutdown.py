@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How the jump is made: orderly through systemd, or at once."""
 
 import asyncio

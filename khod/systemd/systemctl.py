@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What systemd says of itself and its units, asked with its own commands: over its private socket and not the bus."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether the next kernel understands what this one writes, read off its image before it is loaded."""
 
 import enum

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Where kexec_file_load(2) will put an image's segments: with KHO on, in scratch memory alone, or nowhere.
 
 What the kernel does (kernel/kexec_file.c, kexec_add_buffer() and locate_mem_hole_callback(); kho_fill_kimage() and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The next kernel: what was asked for, and what was made of it in memory."""
 
 import platform

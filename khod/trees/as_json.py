@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A tree as JSON.
 
     {"root": NODE, "memblock": NODE, "other": {"bytes": HEX, "why": TEXT}}

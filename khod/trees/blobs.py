@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A producer's blob as a node: most are an FDT, since Linux 7.0 some are a C structure, any may be anything."""
 
 import struct

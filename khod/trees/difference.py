@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What differs between two trees: by path and property, `mem` by ranges, a blob of no known kind by offsets."""
 
 import enum

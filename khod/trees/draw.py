@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A tree in short as text, with a strip that draws where in physical memory what it hands over lies."""
 
 from collections.abc import Iterator, Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the bytes of a property mean, by the `compatible` of its node: the kernels' own producers, one small table.
 
 Sources: include/linux/kho/abi/{kexec_handover,memblock,luo,memfd}.h and lib/test_kho.c of Linux 6.16 to 7.3, the v3

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees as files: a blob, or a directory of them as khod keeps it or as debugfs has it. Bounded, whatever is there."""
 
 import os

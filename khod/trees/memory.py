@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Where in physical memory a v3 tree's `mem` lies, merged as the kernel's mem cache would merge it on load.
 
 kho_alloc_mem_cache() of the v3 series: each range grows to whole pages, and ranges that overlap or touch become one;

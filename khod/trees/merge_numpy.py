@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The merge of `khod.trees.memory` by numpy, for the hundreds of thousands of ranges of a large trace buffer."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A tree as indented text."""
 
 from collections.abc import Iterator, Mapping, Sequence

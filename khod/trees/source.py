@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Device tree source, and what dtc makes of it to the byte.
 
 dtc lays a blob out in one way: header, reservations at the next multiple of 8, nodes, then the names in order of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a tree is in short: what each blob has in it, and where in physical memory what they name lies."""
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Counts, names and bytes as they are said of a tree."""
 
 VERSION = "-v"  # separates a compatible's family from its version

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees held against JSON Schema (draft 2020-12): one file for each compatible, ours and the operator's own.
 
 A node is held against the schema of its compatible as

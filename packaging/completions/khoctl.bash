@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 # Asks khoctl itself (what `khoctl --show-completion bash` prints); a file where it has nothing to say.
 _khoctl_completion() {
     local IFS=$'\n'

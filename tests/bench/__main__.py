@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Run every benchmark; exits with 1 where a bound is missed."""
 
 import sys

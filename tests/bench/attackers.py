@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Root's activate and abort while 100 connections of five users without rights do their worst.
 
 The attackers are bound to one processor, in a cgroup where there are any, as users are in a slice of theirs: what is

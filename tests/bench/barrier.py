@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The barrier with 1,000 Varlink producers in one rank, on the simulated kernel: time, memory, khod's own cost.
 
 The producers are bare sockets in one process of their own, so that what is measured is khod. In turn with khod a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One measured figure and the bound it is held to."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Checks of kernel images beside the commands that only decompress them: a real vmlinux, packed as builds do."""
 
 import os

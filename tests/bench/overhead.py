@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khod's own time inside the blackout, on the simulated kernel: the window less what the kernel's calls took."""
 
 import asyncio

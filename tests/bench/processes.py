@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What khod and khoctl cost as processes: khoctl status beside `import typer`, khod's memory and wakeups at rest."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """`khoctl dt show --summary` as a whole process, beside dtc on the same tree: 10 MiB of v3 with 650,000 ranges."""
 
 import os

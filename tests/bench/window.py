@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The blackout on real kernels: khod's window and the shell recipe's, in turn in the same guest.
 
 Both begin with a line in the kernel log just before the first write of the active phase, and end with

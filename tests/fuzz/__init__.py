@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The fuzzing run: whole trees, images and boot entries from tests/unit/corpus, damaged by number, and read.
 
     python -m tests.fuzz trees 12345        # one case again, with its traceback

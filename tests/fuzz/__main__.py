@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Hold one case or many by number: `python -m tests.fuzz KIND NUMBER` or `KIND FIRST-LAST`."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Small files that ask for much: bytes, descriptors, time. Each has a name, and runs as bounded as any case."""
 
 import bz2

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The corpus: whole files, which the cases are made from, and damaged ones that are kept for what they are."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Damage done to bytes, which only chance decides: the same for the same chance."""
 
 from collections.abc import Sequence

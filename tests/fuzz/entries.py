@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Boot entries, GRUB's environment block and loader.conf: damaged, and the loader's default looked for among them."""
 
 import re

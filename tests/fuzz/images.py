@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Kernels and initrds: damaged as files, or within and packed again, so that only what lies deep is wrong."""
 
 import struct

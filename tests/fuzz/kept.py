@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The damaged files of the corpus, each of which must end as endings.toml beside them says."""
 
 import importlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Cases that are everything a case must not be: what finds such ones is itself held to finding them."""
 
 import os

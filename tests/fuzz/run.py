@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A range of cases in a process of their own, with bounds on its memory, its descriptors, and each case's time."""
 
 import ctypes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The whole files of the corpus as they were made: `python -m tests.fuzz.seeds` makes them again.
 
 They are kept as files, so that a number means the same case with any version of libfdt and of the compressors.

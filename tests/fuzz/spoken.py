@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What an error of ours says."""
 
 from khod.errors import KhoError

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """State trees: damaged as bytes, or token by token, so that the header is right and what is wrong lies deep."""
 
 import json

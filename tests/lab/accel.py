@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether this host's KVM runs the lab's kernels, and the machine type that goes with the answer."""
 
 from __future__ import annotations

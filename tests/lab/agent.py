@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The lab's hands inside a guest: runs commands and moves files for the host.
 
 It speaks newline-delimited JSON over the virtio-serial port PORT and needs nothing but the standard library, neither

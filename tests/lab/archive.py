@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Debian's archive, as the lab uses it: one mirror, signed, and never the host's own apt configuration."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the lab builds once and keeps: a directory of files named after the hash of what they were made from."""
 
 from __future__ import annotations

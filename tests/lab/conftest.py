@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Fixtures for scenarios in real guests. Nothing here skips: what is missing is an error that says what to do."""
 
 from __future__ import annotations

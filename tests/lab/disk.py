@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The guests' disk: a Debian root file system with the project's packages and the lab's files, as a raw ext4 image.
 
 The image is never mounted on the host: the tree is unpacked below the cache, changed there and put into the image by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What can go wrong in the lab itself. None of these is the failure of a scenario: a scenario fails by assertion."""
 
 from __future__ import annotations

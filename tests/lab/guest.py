@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A guest: a Machine with a disk and the lab's agent on it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A guest as its operator knows it: khoctl, the kernel's own word, and nothing else."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Build a kernel of the lab from Debian's source package, and out-of-tree modules against one.
 
 A kernel takes about a quarter of an hour on two cores, and 4 GB of the cache while it is being built.

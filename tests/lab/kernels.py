@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The kernels that guests run, by version: prebuilt, from the lab's cache, or built.
 
 `python3 -m tests.lab.kernels list` says which are here and which the archive has;

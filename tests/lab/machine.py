@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One QEMU process and its three lines: serial console, QMP and the agent's virtio-serial port.
 
 The lines are socket pairs whose far ends QEMU inherits: no path to agree on, nothing to connect to, nothing left over.

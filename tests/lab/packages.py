@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Kernel images as Debian ships them for each architecture, and ukify: fetched once, unpacked, never installed."""
 
 from __future__ import annotations

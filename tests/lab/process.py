@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Run the programs the lab is built with, and make a sentence of what goes wrong."""
 
 from __future__ import annotations

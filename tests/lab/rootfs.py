@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the guests' root file system is made of: Debian's packages, the agent, and a list of what is left out.
 
 Under software emulation each process that starts costs a tenth of a second or more, so what no scenario looks at does

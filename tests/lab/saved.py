@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Guests that have booted once: saved when systemd is through, resumed in a second as often as scenarios ask.
 
 What is saved is QEMU's own migration stream, what that boot wrote to its disk, what its console said, and its hello.

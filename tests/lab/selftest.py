@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The kernel's own selftests of LUO, built from the sources of the lab's kernels: oracles that no one here wrote."""
 
 from __future__ import annotations

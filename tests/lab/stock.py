@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Debian's own kernel, as it ships: it has no Kexec HandOver, and khod must say so.
 
 Its disk driver is a module, so it comes with an initrd: busybox, the modules, and a script that goes on to /dev/vda.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The example key-value store in a guest: a producer whose memory a handover must not lose."""
 
 from tests.lab.conftest import REPOSITORY

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What khoctl reads of versions and of GRUB's environment, held against the programs these belong to; nothing boots."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Do kernel and initrd fit into scratch? The prediction held against the kernel's own answer, to the page.
 
 One guest serves all cases: each leaves nothing loaded. Its scratch is set, so that the edge is the same everywhere: the

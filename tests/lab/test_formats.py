@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Will the target understand? Every ordered pair of the lab's kernels, and predictions held against the jump."""
 
 import json

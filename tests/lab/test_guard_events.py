@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a real kernel sends when devices come and go, as the guard hears it through the guest's own libudev.
 
 The lab's kernels have no PCI hotplug driver, so a disk that QMP adds is there when somebody rescans the bus.

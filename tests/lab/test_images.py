@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Real images out of real packages, none booted. What is expected comes from the packages and from other tools."""
 
 from __future__ import annotations

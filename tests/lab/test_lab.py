@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The lab itself: one guest through a kexec and a reset, and what the lab says when something is lost."""
 
 from __future__ import annotations

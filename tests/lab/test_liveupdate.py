@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What khod rests on when it preserves files by LUO, seen on a real kernel and systemd by the abi module alone."""
 
 import json

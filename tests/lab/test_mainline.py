@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Mainline KHO, by `finalize` and stateless: state arrives, and the kernel's own oracles say so.
 
 From one kernel to another of these: test_formats.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Producers on real kernels: what they hold arrives, and whoever refuses or changes the hardware ends it for all."""
 
 import pytest

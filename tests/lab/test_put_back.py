@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Whatever goes wrong on a real kernel: inactive, nothing loaded, the right exit code, and a sentence that helps.
 
 One guest serves all these cases: each must leave the host as it found it, and the next one would notice.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """VMs by QMP, against a real QEMU whose state is seen through a second monitor. No kernel is booted in it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What may go wrong around a handover on a real kernel, and must leave nobody frozen and lose nobody's memory.
 
 One guest serves the cases of each interface: 7.3.4 (stateless, loads first) and v3 (the module, activates first).

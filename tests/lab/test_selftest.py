@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What khod says of the kernel's own selftest, whose first stage leaves a process that holds two LUO sessions."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A kernel that loads signed images alone: what is not signed or was changed is explained, what is signed goes over."""
 
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the next kernel comes from: an installed version, a unified kernel image, an entry of either type."""
 
 import json

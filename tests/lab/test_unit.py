@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The unit producer with the systemd it is written for (262, Debian forky), in a guest: what it says, what it does."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """LUO sessions that nobody told khod of: what it says before the jump is what comes of them, on a real kernel."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Hosts that cannot hand over: khod runs there, touches nothing, and says what is missing and what to add."""
 
 import pytest

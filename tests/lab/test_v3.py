@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The mission's own document, on a real kernel: activate, look, abort, then the whole handover from idle."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A kernel's trees out of its own files, held against dtc and fdtget, and against khoctl's word on them."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Run the model by hand: `python -m tests.model RULES [SEED]`, or `--replay FILE`.
 
 Prints what was run, how many states were reached, and the smallest list of rules that breaks an invariant.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Bugs that are planted to see whether the model finds them: one for each mechanism, and some more.
 
 Each is a replacement of one function of khod's, under the name it has today: where khod is rewritten, this is too.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The kernel as one khod calls it: here a call can fail, hang, or be the last one."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Virtual time: event loops that share one clock, which jumps to the next timer when nothing is ready.
 
 Nothing sleeps, so a hang of an hour costs no real second. Each khod has a loop of its own: one that was killed is

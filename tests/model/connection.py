@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What reaches khod from outside while it runs: producers' connections, and the kernel's device events."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The state directory: real files, and a list of what would be left of them after a loss of power.
 
 What khod writes is in the page cache, and outlives khod. It outlives the power only once it was synced: a file by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Where something can go wrong: every call of a collaborator is a point, before it and after it."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The modelled host: what it is made of, how time passes on it, and how kernels follow each other."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One khod on the modelled host: the one place that knows how khod is put together and spoken to.
 
 It stands for `khod.daemon` and `khod.server`: builds the engine over the model's collaborators, serves producers'

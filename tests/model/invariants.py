@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What must hold after every rule, by name; each speaks of what is true of the host, not of what khod believes."""
 
 from dataclasses import dataclass

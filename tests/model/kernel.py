@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A kernel in memory: what `khod.simulated.kernel` does with files, and LUO; one for all khods of the modelled host.
 
 Its methods are also what an operator's `echo` or kexec-tools do to it. `test_kernel.py` holds it to the simulated one.

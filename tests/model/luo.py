@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The Live Update Orchestrator in memory: sessions that live as long as somebody has them open."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The rules as hypothesis draws them, and as a generator of random numbers does: for runs of millions."""
 
 import random

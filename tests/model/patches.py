@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What khod's modules find instead of the host's clock, files and descriptors while the model runs."""
 
 import builtins

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A producer that connects: a process that does what `khod.producer` does.
 
 It undoes by itself what khod does not count on any more.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Processes of the modelled host: what each has open goes with it, and what a dead one does has no effect."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Those who hold state: what is true of each, and what each does with the next thing it is told.
 
 `FileProducer` stands for the kinds a file describes: khod runs something for each verb. `PeerProcess` is a process that

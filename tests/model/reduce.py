@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Makes a counterexample small: rules are left out while the same invariant still does not hold."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The rules, as a table: what each does to the host, when it can be done, and the values it is done with.
 
 Hypothesis draws from it (`tests.model.machine`), and so does a plain generator of random numbers, which is faster.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A list of rules as text: what a counterexample is written as, and carried out again from."""
 
 import ast

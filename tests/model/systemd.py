@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The service manager: khod's descriptors that outlive it, and the shutdown that ends in a kexec."""
 
 from collections.abc import Awaitable, Callable

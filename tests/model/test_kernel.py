@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The kernel in memory is held to the one with files, call by call."""
 
 import os

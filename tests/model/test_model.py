@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The model in `make test`: a fixed number of examples, the same each time; `python -m tests.model` runs more."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Everything that can be done with the modelled host: each rule is one method, and takes plain values.
 
 `World.do` carries a rule out, notes it, and holds the invariants: a list of rules can be carried out again.

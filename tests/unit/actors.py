@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A producer of each kind that goes wrong at one verb, as told, and shows what it still holds.
 
 What each trouble is: a veto says why, and half of the verb may be done by then. The deadline is missed by doing the

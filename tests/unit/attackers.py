@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Clients without rights that do their worst, as a process of their own: `python attackers.py SOCKET COUNT`.
 
 Standard library only: it is run as a user who can read little else. Prints a line when it has begun, and goes on until

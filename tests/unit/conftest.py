@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Coroutine tests run in an event loop of their own, under one deadline; fixtures every file shares."""
 
 import asyncio

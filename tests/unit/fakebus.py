@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A system bus with a systemd behind it, in the test's own event loop, on a socket of its own.
 
 It answers as systemd 262 does for the units it is given; tests/lab/test_unit.py asks the real one.

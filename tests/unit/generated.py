@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees as libfdt's sequential writer makes them, which is what the kernel's producers use; from a seed."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A host under test: the embedded kernel, a state directory, producers, and any number of khods one after the other."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """File systems on which a process sleeps in the kernel: one that answers nothing, and one that is frozen. As root."""
 
 import ctypes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Kernel and initrd images small enough for a test, laid out as their documents say."""
 
 import bz2

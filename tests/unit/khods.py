@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khod and khoctl as processes: khod speaks to a notification socket of ours, so every wait is for its word."""
 
 import json

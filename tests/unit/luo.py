@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A kernel with LUO for the unit tests, as 7.3.4 was seen to do it, and a service manager that keeps descriptors.
 
 A session is the writing end of a pipe whose reading end the kernel has: it hangs up when the last process closes its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A producer within khod's process that does what a test says: raises anything, hangs, or ignores being cancelled."""
 
 import asyncio

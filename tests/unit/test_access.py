@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who is asking: the groups of [access], looked up where nobody waits for them."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What an attack on the daemon found: facts of one boot that the next khod must still know, and aborts side by side."""
 
 import asyncio

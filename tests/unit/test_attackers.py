@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Clients without rights that do their worst, all at a time, while root takes the host there and back.
 
 khod is a process on the simulated kernel, the attackers are processes of other users. What they may cost is stated in

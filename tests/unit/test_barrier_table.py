@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Every trouble of every kind of producer at every verb, between two witnesses: nothing stays frozen.
 
 What each trouble is for each kind stands in tests/unit/actors.py.

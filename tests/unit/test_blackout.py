@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The blackout figure: from the first producer told `freeze` to the last that answered `finish`, or unknown."""
 
 import time

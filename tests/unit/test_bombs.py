@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Small files that ask for much stop at a bound: of what is unpacked, what a tree holds, how often a text is read."""
 
 import pytest

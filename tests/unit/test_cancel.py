@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What ends a handover stays a fact until somebody has acted on it, whatever khod does in that moment."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a rollback says afterwards: what began it, and who was not there any more to hear of it."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """`khoctl check` promises: where it passes a handover may begin or go on, where it fails `khoctl kexec` is refused."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What arrived ends by `finish` and `forget` alone: nothing else that happens to khod or its record frees it."""
 
 import asyncio

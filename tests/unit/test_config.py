@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Configuration: fragments in order, what is wrong named with file and line; profiles and producers too."""
 
 import dataclasses

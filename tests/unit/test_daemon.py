@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khod as a process on its embedded kernel: signals, restarts, reloads, the jump."""
 
 import os

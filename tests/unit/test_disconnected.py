@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A peer that was told something and is not connected: what it was told is undone, or it is named."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khoctl dt as a process and within: khod's trees and those in files, and what it ends in."""
 
 import json

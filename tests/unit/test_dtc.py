@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """dtc agrees: what is exported compiles to the same tree, and fdtget reads in a blob what we read."""
 
 import os

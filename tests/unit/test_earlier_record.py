@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A record as khod wrote it before claims were apart from the handover under way: nothing of it is lost."""
 
 import json

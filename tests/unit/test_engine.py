@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The way forward and the operator's way back, with the real engine on the embedded kernel."""
 
 import asyncio

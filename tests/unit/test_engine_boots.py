@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What khod finds that it did not do: an operator's activation, a cold boot, lost state, a bad record."""
 
 from dataclasses import replace

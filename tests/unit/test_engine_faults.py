@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Whatever refuses on the way, everything is put back: each fault of the embedded kernel, each veto, each full disk."""
 
 import errno

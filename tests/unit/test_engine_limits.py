@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What bounds a handover: the disk, failed activations, kernels that forget at an abort, kernels with another order."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Two things at once, and things that change under a handover's feet."""
 
 import asyncio

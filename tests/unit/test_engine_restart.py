@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khod dies at every phase and another one starts; the host boots cold, loses state, or was driven by somebody else."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Boot loader entries in the specification's order, the loader's default among them, and GRUB's variables."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The examples as an operator gets them: the samples load, the pool passes the barrier, the store keeps its data."""
 
 import importlib.machinery

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Errnos in words: complete against what the kernel's sources return, call by call.
 
 The facts are read off Linux 7.3.4, 6.19.11, 6.18.15 and the v3 series, in the order the kernel checks.

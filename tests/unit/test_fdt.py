@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """State trees as bytes from outside: whatever they are, a tree comes out or MalformedTree."""
 
 import struct

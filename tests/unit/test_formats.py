@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether the next kernel reads what this one writes: strings as strings(1) shows them in each lab kernel."""
 
 import mmap

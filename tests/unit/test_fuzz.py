@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Every malformed tree, image and boot entry ends in an error of ours: no traceback, no hang, memory bounded."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Each generation on a directory that looks like its kernel, and the probe that tells them apart."""
 
 import errno

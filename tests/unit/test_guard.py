@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The guard on the kernel's own netlink socket.
 
 Whoever has CAP_SYS_ADMIN over a network namespace may send a uevent into it (uevent_net_rcv_skb in

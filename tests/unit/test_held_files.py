@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Files that were handed over with freeze, where the freeze is put back alone (--hold) and tried again."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Producers: the barrier's order and its undo, vetoes, deadlines; hooks that crash, fork, flood or never end."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Files taken once into a sealed memfd; every kind of file that is none; several made one."""
 
 import fcntl

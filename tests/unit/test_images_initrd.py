@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Initrds walked as init/initramfs.c unpacks them."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Kernel images taken apart: every format, every layer, and what each architecture's loader takes."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who blocks a shutdown: asked of logind once for everyone, and in words that are fit for a terminal."""
 
 import asyncio

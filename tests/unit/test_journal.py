@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a record in the journal has: text, priority, and fields to search by."""
 
 import re

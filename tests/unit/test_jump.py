@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """`executing` is watched: nothing is undone under a jump that may still happen, and one that does not is noticed."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The kernel log's own line about a failed call: records as Documentation/ABI/testing/dev-kmsg has them."""
 
 import errno

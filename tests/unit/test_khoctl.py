@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khoctl as a process: each refusal is a sentence on what, where and what to do, with its exit code; --json is JSON."""
 
 import json

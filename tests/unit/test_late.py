@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a call gives when its caller no longer waits for it: closed or kept, never lost."""
 
 import asyncio

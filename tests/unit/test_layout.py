@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How pages fit a terminal: at any width no word is broken, and nothing is lost."""
 
 import re

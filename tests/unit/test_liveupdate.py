@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What reaches the kernel in an ioctl of /dev/liveupdate, and what never does. The device itself is the lab's."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The record of the handover that led here cannot be read: what arrived is kept, named, and freed one by one alone."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The machine's tables against the design, and the drawing in README.md against the tables."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Many producers: a thousand pass the barrier together, too many harm nobody, users do not hinder each other."""
 
 import grp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """MinimumUptimeSec=: systemd's own rules for its time spans, its files and their order, and the check `uptime`."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Asking about the next kernel: khoctl and khod as processes, on the simulated kernel; nothing is touched."""
 
 import json

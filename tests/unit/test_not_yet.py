@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A producer that says `not_yet`, and is overtaken."""
 
 import asyncio

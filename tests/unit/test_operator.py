@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What an operator meets at khoctl: interrupts, a khod that hangs or dies, a jump, questions, clocks."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Each situation an operator may meet at khoctl, as a row: exit code, phase, sentence and what to do next.
 
 A real khod on the simulated kernel is brought into the situation, khoctl is run, and khod is asked for the phase.

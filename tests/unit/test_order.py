@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The order of producers: a newcomer is held against those it names and those told after it, and nobody else."""
 
 import random

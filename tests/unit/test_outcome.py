@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the handover into this boot came to is a fact of its own: nothing that is done since changes or hides it."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Varlink peers that are wrong, late, others' or gone, and hardware that changes, while a handover is under way."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the loader puts its segments: what kernels logged, and layouts worked out by hand from the kernel's rules."""
 
 from collections.abc import Sequence

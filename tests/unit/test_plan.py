@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a plan promises: the undo of each step, and none where there is none."""
 
 from pathlib import Path

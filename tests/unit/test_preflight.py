@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The checks of this host and of the next kernel, one by one, on a directory that looks like the host."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The check `initrd`: what the next kernel unpacks and starts, and what could not be inspected."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The client library, its producers as processes of their own, beside khods that are killed."""
 
 import json

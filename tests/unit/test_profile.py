@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Profiles: what `khoctl kexec` would be given, under the names of its options."""
 
 import tomllib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """VMs by QMP, against a server that behaves as QEMU does, and in every way in which it should not."""
 
 import asyncio

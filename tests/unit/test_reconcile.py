@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Record against kernel at every start: each row of the design's table, and what lies between the rows."""
 
 from dataclasses import replace

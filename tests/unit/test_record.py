@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The durable record: what goes in comes out, a crash leaves the old or the new one whole, damage has a sentence."""
 
 import json

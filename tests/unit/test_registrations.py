@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Registrations outlive khod, not the boot: a handover goes without nobody that was there before khod was restarted."""
 
 import errno

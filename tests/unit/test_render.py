@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What khoctl prints of others' text: no field of any of the model's moves a cursor or forges a line."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A producer that could not take back what it left: what status says of it, and how it is told again."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A rollback is total: whatever raises in the middle of it, or leads to it, is one step's failure and ends nothing."""
 
 import asyncio

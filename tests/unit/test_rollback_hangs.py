@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A rollback is bounded: what hangs, in the kernel, on a disk or in a producer, keeps no other from its undo."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """khod dies in the middle, and the next one finds its files broken or nobody to tell: it puts back all the same."""
 
 import signal

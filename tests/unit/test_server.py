@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the server is made of: rules, quotas, shares of time, turns, answers for many, the events' log."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """LUO sessions that nobody told khod of, in a /proc laid out for it, and what systemd does to each on its way down."""
 
 import errno

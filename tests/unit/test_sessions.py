@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What producers hand over: what the kernel does not take, whose it is in the next kernel, and what khod keeps open."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The embedded kernel against kho-abi.md, "v3, exactly": the order of errnos, the silences, the traps."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The state trees that left: as they were, by their run, and no more of them than asked for."""
 
 import errno

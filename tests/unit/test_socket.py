@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The socket against those who mean ill: garbage, half messages, endless ones, callers without the right, crowds."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Which kernel an entry or a version means: trees laid out as the Boot Loader Specification and distributions do."""
 
 import platform

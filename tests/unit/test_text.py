@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Text of others: one line of a page stays one line, and moves no cursor, whatever is in it."""
 
 import sys

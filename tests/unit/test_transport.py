@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One client's socket and the descriptors that come over it."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees for people and scripts: each producer's, decoded by what its kernel's sources promise."""
 
 import json

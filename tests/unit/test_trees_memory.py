@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Where a tree's memory lies, held against one range after the other merged the slow way."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees held against schemas: ours take what the kernels write and nothing else; the operator's own win."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The unit producer against a bus that answers, refuses, lies, hangs and hangs up; nothing of it may be left behind."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A payload read at places: whatever its frame, the same bytes; and damage is noticed where nobody reads."""
 
 import random

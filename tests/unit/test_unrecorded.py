@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the record does not say may have been done: whoever may have been told is told the undo, or is named."""
 
 import signal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A LUO session that no producer registered: what khod says of it before the jump, and counts after it."""
 
 import shutil

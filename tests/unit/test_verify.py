@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What arrived against what left: nothing but KHO's own word counts."""
 
 import pytest

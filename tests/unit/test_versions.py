@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Versions in order: the examples of the Version Format Specification (UAPI.10), as it prints them."""
 
 import itertools

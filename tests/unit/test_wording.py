@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What is printed is plain technical English: shapes that misled readers do not come back."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the running kernel writes: its trees, LUO's blob, and its own image where that is proven to be it."""
 
 import functools

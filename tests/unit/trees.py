@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """State trees as the kernels' producers write them, from their sources: values by hand, written through libfdt."""
 
 import struct

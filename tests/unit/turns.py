@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Waiting within the event loop that the test shares with what it tests."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Virtual time for coroutine tests: nothing is waited for, and what hangs hangs for as long as it would.
 
 The clock stands still while anything can run and jumps to the next timer when nothing can. Calls to the host are made
