@@ -25,7 +25,7 @@ from khod.engine.guard import Guard
 async def main():
     ended, told = asyncio.Event(), []
     def happened(seen):
-        told.append([seen.severity.value, seen.event.device, seen.sentence()])
+        told.append([seen.severity.value, seen.event.device, seen.describe()])
         if [os.path.basename(seen.event.device), seen.event.action] == sys.argv[1:3]:
             ended.set()
     guard = Guard(happened)
@@ -46,16 +46,16 @@ sys.path.insert(0, "/lab")
 from khod.engine import guard
 
 async def main():
-    guard.QUEUE = 1
+    guard.QUEUE_BYTES = 1
     told = []
     watch = guard.Guard(told.append)
     watch.start(["pci"], [], {})
     with open("/sys/devices/virtual/mem/null/uevent", "w", buffering=1) as null:
         for _ in range(100):
             null.write("add\\n")
-    watch.look()
-    watch.look()
-    print(*(f"{one.severity.value}: {one.sentence()}" for one in told), sep="\\n")
+    watch.process_pending()
+    watch.process_pending()
+    print(*(f"{one.severity.value}: {one.describe()}" for one in told), sep="\\n")
     watch.stop()
 
 asyncio.run(main())

@@ -19,18 +19,18 @@ KHOD = "/tmp/x"
 # Tells a unit verbs one after the other, each with a deadline, as the barrier does; prints what came of each.
 DRIVER = """\
 import asyncio, json, sys
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.unit import Unit
 
 async def main(unit, how, deadline, note, *verbs):
     for verb in verbs:
-        telling, answer = Telling(Verb(verb), "run-1", note), "ready"
+        telling, answer = ProducerCall(Verb(verb), "run-1", note), "ready"
         try:
             async with asyncio.timeout(float(deadline)):
-                await Unit("a", unit=unit, how=how).tell(telling)
+                await Unit("a", unit=unit, how=how).carry_out(telling)
         except TimeoutError:
             answer = "no answer"
-        except Veto as veto:
+        except ParticipantVeto as veto:
             answer = str(veto)
         note = telling.note
         print(json.dumps([answer, note]))

@@ -333,7 +333,7 @@ def settle_in() -> None:
         tell(self, event)
 
     if wanted:
-        vars(daemon)["Daemon"] = type("Daemon", (daemon.Daemon,), {"_tell": dies})
+        vars(daemon)["Daemon"] = type("Daemon", (daemon.Daemon,), {"_on_event": dies})
 
 
 class System:

@@ -287,12 +287,12 @@ async def test_a_hook_cancelled_while_it_is_spawned_leaves_no_child_behind(tmp_p
 
 ORPHANS = """
 import asyncio, sys
-from khod.producers.barrier import Telling, Verb
+from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.hooks import Hook, adopt_orphans
 adopt_orphans()
 child = "setsid sleep 600 & echo $$ $! > {pids}; mv {pids} {done}; wait"
 script = f"setsid sh -c '{{child}}' & until [ -e {done} ]; do :; done"
-asyncio.run(Hook("a", commands={{"prepare": ["/bin/sh", "-c", script]}}).tell(Telling(Verb.prepare, "r")))
+asyncio.run(Hook("a", commands={{"prepare": ["/bin/sh", "-c", script]}}).carry_out(ProducerCall(Verb.prepare, "r")))
 print("over")
 """
 
@@ -306,13 +306,13 @@ def test_a_child_that_leaves_the_session_is_killed_too(tmp_path: Path) -> None:
 
 FLOOD = """
 import asyncio, resource
-from khod.producers.barrier import Telling, Verb
+from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.hooks import Hook
 size = {size}
 script = f"head -c {{size}} /dev/zero | tee /dev/stderr; echo >&2; echo the end >&2; exit 1"
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    asyncio.run(Hook("a", commands={{"prepare": ["/bin/sh", "-c", script]}}).tell(Telling(Verb.prepare, "r")))
+    asyncio.run(Hook("a", commands={{"prepare": ["/bin/sh", "-c", script]}}).carry_out(ProducerCall(Verb.prepare, "r")))
 except Exception as error:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
 """
@@ -392,13 +392,13 @@ async def test_a_surprise_is_a_veto_and_no_end_of_the_rollback(monkeypatch: pyte
 
 SCARCE = """
 import asyncio, os, resource
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.hooks import Hook, adopt_orphans
 async def tell():
     try:
-        await Hook("a", commands={"thaw": ["/bin/true"]}).tell(Telling(Verb.thaw, "r"))
+        await Hook("a", commands={"thaw": ["/bin/true"]}).carry_out(ProducerCall(Verb.thaw, "r"))
         return "done"
-    except Veto as veto:
+    except ParticipantVeto as veto:
         return str(veto)
 async def main():
     adopt_orphans()
@@ -473,16 +473,16 @@ async def test_a_hook_that_sleeps_in_the_kernel_is_left_to_itself_and_named(tmp_
 
 UNDEAD = """
 import asyncio
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.hooks import Hook, adopt_orphans
 async def main():
     adopt_orphans()
     # Its own exit code says what became of it; what it leaves behind is said too.
     script = "touch {log} & until grep -q ' D ' /proc/$!/stat; do :; done; echo not now >&2; exit {code}"
     try:
-        await Hook("db", commands={{"thaw": ["/bin/sh", "-c", script]}}).tell(Telling(Verb.thaw, "r"))
+        await Hook("db", commands={{"thaw": ["/bin/sh", "-c", script]}}).carry_out(ProducerCall(Verb.thaw, "r"))
         print("done")
-    except Veto as veto:
+    except ParticipantVeto as veto:
         print(veto)
 asyncio.run(main())
 """
@@ -498,12 +498,12 @@ def test_what_a_hook_leaves_asleep_in_the_kernel_is_named_too(tmp_path: Path, co
 
 SILENT = """
 import asyncio
-from khod.producers.barrier import Telling, Verb
+from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.hooks import Hook
 async def main():
     try:
         async with asyncio.timeout(0.5):
-            await Hook("a", commands={{"thaw": ["{command}"]}}).tell(Telling(Verb.thaw, "r"))
+            await Hook("a", commands={{"thaw": ["{command}"]}}).carry_out(ProducerCall(Verb.thaw, "r"))
     except TimeoutError:
         print("over")
 asyncio.run(main())
@@ -530,11 +530,11 @@ async def test_a_command_of_any_name_is_run_as_it_is(tmp_path: Path, name: str) 
 
 DEAF = """
 import asyncio, os, sys
-from khod.producers.barrier import Telling, Verb
+from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.hooks import Hook
 async def main():
     script = "head -c 300000 /dev/zero; head -c 300000 /dev/zero >&2; touch {done}"
-    await Hook("a", commands={{"thaw": ["/bin/sh", "-c", script]}}).tell(Telling(Verb.thaw, "r"))
+    await Hook("a", commands={{"thaw": ["/bin/sh", "-c", script]}}).carry_out(ProducerCall(Verb.thaw, "r"))
 asyncio.run(main())
 """
 
@@ -559,11 +559,12 @@ def test_output_that_cannot_be_passed_on_harms_no_hook(tmp_path: Path, to: str) 
 
 UNREAD = """
 import asyncio, sys
-from khod.producers.barrier import Telling, Verb
+from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.hooks import Hook
 async def main():
     for turn in range(8):
-        await Hook("a", commands={"thaw": ["/bin/sh", "-c", "yes | head -c 1000000"]}).tell(Telling(Verb.thaw, "r"))
+        hook = Hook("a", commands={"thaw": ["/bin/sh", "-c", "yes | head -c 1000000"]})
+        await hook.carry_out(ProducerCall(Verb.thaw, "r"))
     print("told", file=sys.stderr, flush=True)
     sys.stdin.read()
 asyncio.run(main())
@@ -651,14 +652,14 @@ def test_whatever_a_hook_leaves_behind_is_reaped_when_it_ends(tmp_path: Path, ki
 
 OTHERS = """
 import asyncio, subprocess, threading
-from khod.producers.barrier import Telling, Verb
+from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.hooks import Hook, adopt_orphans
 def refuse(thread):
     raise RuntimeError("can't start new thread")
 async def main():
     adopt_orphans()
     threading.Thread.start = refuse
-    told = Telling(Verb.thaw, "r")
+    told = ProducerCall(Verb.thaw, "r")
     orphan = Hook("a", commands={"thaw": ["/bin/sh", "-c", "setsid env -i true & exit 0"]})
     theirs = [subprocess.Popen(["/bin/sh", "-c", f"exit {code}"]) for code in (3, 4)]
     ours = [
@@ -666,7 +667,7 @@ async def main():
         for new in (0, 1)
     ]
     for turn in range(10):
-        await orphan.tell(told)
+        await orphan.carry_out(told)
     print(*[process.wait() for process in theirs], *[await process.wait() for process in ours])
 asyncio.run(main())
 """

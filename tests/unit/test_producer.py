@@ -31,7 +31,7 @@ from pathlib import Path
 from khod import producer
 from khod.errors import KhoError
 
-producer.AGAIN = 0.02
+producer.RETRY_SECONDS = 0.02
 name, path, timeout, after, waits = sys.argv[1:]
 table = os.memfd_create("table")
 os.pwrite(table, b"what it holds", 0)
@@ -55,7 +55,7 @@ while True:
         made.start()
         break
     except KhoError:
-        threading.Event().wait(producer.AGAIN)  # as a unit that is started again
+        threading.Event().wait(producer.RETRY_SECONDS)  # as a unit that is started again
 say("started", {})
 threading.Event().wait()
 """

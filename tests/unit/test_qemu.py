@@ -683,11 +683,11 @@ async def test_a_stop_that_takes_effect_after_it_was_cancelled_is_undone(tmp_pat
 async def test_the_library_says_nothing_in_our_journal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script = f"""
 import asyncio
-from khod.producers.barrier import Telling, Verb, Veto
+from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.qemu import Qemu
 try:
-    asyncio.run(Qemu("vm", socket={str(tmp_path / "qmp")!r}).tell(Telling(Verb.prepare, "run-1")))
-except Veto as veto:
+    asyncio.run(Qemu("vm", socket={str(tmp_path / "qmp")!r}).carry_out(ProducerCall(Verb.prepare, "run-1")))
+except ParticipantVeto as veto:
     print(veto)
 """
     async with vm(tmp_path) as here:

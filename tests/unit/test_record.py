@@ -214,7 +214,7 @@ def test_a_write_replaces_the_record_and_leaves_nothing_else(store: Store) -> No
 CRASHER = """
 import dataclasses, sys
 from pathlib import Path
-from khod.handover.record import Holder, Owner, Process, Record, Store
+from khod.handover.record import Owner, Process, Record, Store
 store = Store(Path(sys.argv[1]))
 number = 0
 while True:

@@ -700,14 +700,14 @@ class Calls:
     def preserve_fd(self, session, fd, token):
         raise OSError(errno.ENOENT, "no handler")
 class Store:
-    def put(self, name, fd):
+    def store_fd(self, name, fd):
         pass
-    async def settle(self):
+    async def wait_settled(self):
         pass
 async def main():
     sessions = Sessions(Luo(Calls()), KernelThread(), Store())
     try:
-        await sessions.preserve("khod-1-a", [(Kept("table", 1), os.open({path!r}, os.O_PATH))], 10)
+        await sessions.preserve_files("khod-1-a", [(Kept("table", 1), os.open({path!r}, os.O_PATH))], 10)
     except Refused as error:
         print(error.what)
 asyncio.run(main())
