@@ -26,12 +26,12 @@ from khod.kernel.luo import Luo
 from khod.kernel.probe import probe_kho
 from khod.kernel.thread import KernelThread
 from khod.model import Event, Phase
-from khod.producers import hooks, inhibitors
+from khod.producers import hooks
 from khod.producers.directory import Directory
 from khod.producers.registrations import Registrations
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import Rebooted, SimulatedKernel
-from khod.systemd import fdstore, shutdown
+from khod.systemd import fdstore, logind, shutdown
 from khod.text import join_names, one_line
 from khod.wire import SOCKET
 
@@ -102,7 +102,7 @@ class Daemon:
             immediate=jump if opts.simulate is None else _StartAgain(jump),
             thread=self._thread,
             tell=self._on_event,
-            inhibitors=inhibitors.shutdown_inhibitors if opts.simulate is None else None,
+            inhibitors=logind.shutdown_inhibitors if opts.simulate is None else None,
             shutdown=_on_the_way if opts.simulate is None else _never_goes_down,
             goes_down=shutdown.goes_down if opts.simulate is None else None,
             registrations=Registrations(runtime / "registrations"),

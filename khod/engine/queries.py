@@ -28,12 +28,12 @@ from khod.model import Check, Event, Observed, Phase, Plan, Status
 from khod.preflight.facts import Facts
 from khod.preflight.handover import check_handover
 from khod.producers.barrier import Member
-from khod.producers.inhibitors import Inhibitor
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_holders import SightedSessions, find_sessions
 from khod.producers.sessions import Sessions, session_of
 from khod.region import Region
+from khod.systemd.logind import Inhibitor
 from khod.target.target import Request, Target, build_target
 
 T = TypeVar("T")

@@ -13,10 +13,10 @@ from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
 from khod.model import CheckResult, Observed
 from khod.producers.barrier import Participant
-from khod.producers.inhibitors import Inhibitor
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.session_holders import SightedSessions
 from khod.region import Region
+from khod.systemd.logind import Inhibitor
 from khod.target.target import Target
 
 

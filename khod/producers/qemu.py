@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from khod.concurrency.bounded import settle_task
+from khod.concurrency.sockets import connect_unix
 from khod.handover.record import Process
 from khod.producers.barrier import GONE, NOT_RECORDED, ParticipantVeto, ProducerCall, Verb
 from khod.producers.configured import Configured, one_line
 from khod.producers.identity import process_of, wait_ended
-from khod.producers.sockets import connect_unix
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient

@@ -40,12 +40,11 @@ from khod.kernel.memory import MemoryBounds
 from khod.kernel.probe import Probed, probe_kho
 from khod.kernel.thread import Workers
 from khod.model import Event, Phase, Status, Step
-from khod.producers import inhibitors
 from khod.producers.barrier import Participant
-from khod.producers.inhibitors import Inhibitor
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import build_image
-from khod.systemd import fdstore, shutdown
+from khod.systemd import fdstore, logind, shutdown
+from khod.systemd.logind import Inhibitor
 from khod.target.target import Given, Request, Target
 from tests.model.calls import KernelCalls
 from tests.model.clock import VirtualLoop
@@ -432,7 +431,7 @@ class Khod:
 
     async def _inhibitors(self) -> list[Inhibitor] | None:
         try:
-            async with asyncio.timeout(inhibitors.ASKING):
+            async with asyncio.timeout(logind.ASKING):
                 await self.async_point("inhibitors", "before")
         except TimeoutError:
             return None

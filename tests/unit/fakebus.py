@@ -13,7 +13,7 @@ from typing import Any
 
 from jeepney import DBusAddress, HeaderFields, Message, Parser, new_error, new_method_return, new_signal
 
-from khod.producers.unit import STOPPED_TOO
+from khod.systemd.manager import STOPPED_TOO
 
 SYSTEMD = "org.freedesktop.systemd1"
 DAEMON = DBusAddress("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")

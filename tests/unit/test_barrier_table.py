@@ -17,10 +17,10 @@ from khod.engine import Engine
 from khod.errors import Exit, NotRolledBack, Refused
 from khod.model import Phase
 from khod.producers import qemu
-from khod.producers import unit as units
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
 from khod.simulated.kernel import Rebooted
+from khod.systemd import manager
 from tests.unit.actors import (
     KEPT,
     NAME,
@@ -348,7 +348,7 @@ def prepared(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 
     def make(kind: str, verb: str, trouble: str) -> Case:
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={host.directory / 'bus'}")
-        monkeypatch.setattr(units, "SETTLE_SECONDS", TIMEOUT / 2)
+        monkeypatch.setattr(manager, "SETTLE_SECONDS", TIMEOUT / 2)
         monkeypatch.setattr(qemu, "GRACE_SECONDS", 0.01)
         host.config = Config(deadlines=replace(Deadlines(), restore=TIMEOUT))
         case = Case(host, KINDS[kind](host, TIMEOUT), Verb(verb), Trouble(trouble))

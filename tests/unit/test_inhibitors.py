@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from khod.producers import inhibitors
-from khod.producers.inhibitors import Inhibitor
+from khod.systemd import logind as inhibitors
+from khod.systemd.logind import Inhibitor
 from tests.unit.fakebus import FakeBus, fake_bus
 from tests.unit.harness import Host
 

@@ -22,7 +22,7 @@ from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe_kho
 from khod.model import Check, CheckResult, Observed
 from khod.preflight.facts import Facts
-from khod.producers.inhibitors import Inhibitor
+from khod.systemd.logind import Inhibitor
 from khod.target.target import Given, Request, Target, build_target
 from tests.unit.images import CPIO, bzimage, code, portable
 from tests.unit.khods import REPOSITORY

@@ -28,7 +28,9 @@ from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
 from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions
-from khod.producers.unit import OURS, STOPPED_TOO, UNTOUCHED, Bus, Unit, check_unit
+from khod.producers.unit import OURS, UNTOUCHED, Unit, check_unit
+from khod.systemd.dbus import Bus
+from khod.systemd.manager import STOPPED_TOO
 from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
 
 Props = dict[str, tuple[str, Any]]
@@ -509,7 +511,7 @@ async def test_a_freeze_cut_short_has_been_taken_up_before_its_undo_is_told(plac
 
 
 async def test_a_systemd_that_stands_still_holds_no_abort_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("khod.producers.unit.SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr("khod.systemd.manager.SETTLE_SECONDS", 0.01)
     async with serving(place, a=unit()) as bus:
         bus.instead = {method: asyncio.Event() for method in ("FreezeUnit", "Ping")}
         assert await cut_short(bus, Verb.freeze) == OURS

@@ -14,8 +14,7 @@ from itertools import islice
 
 from jeepney import HeaderFields
 
-from khod.producers.barrier import ParticipantVeto
-from khod.producers.unit import system_bus
+from khod.systemd.dbus import BusError, system_bus
 from khod.text import one_line
 
 LOGIND = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
@@ -77,7 +76,7 @@ async def _ask_logind() -> Answer:
     try:
         async with asyncio.timeout(ASKING), system_bus() as bus:
             answer = await bus.call_method(LOGIND, "ListInhibitors")
-    except (ParticipantVeto, TimeoutError):
+    except (BusError, TimeoutError):
         return None
     if answer.header.fields.get(HeaderFields.signature) != "a(ssssuu)":
         return None
