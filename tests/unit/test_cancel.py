@@ -64,7 +64,7 @@ def remove_memory(host: Host) -> None:
 
 
 LAST_STEPS: dict[str, tuple[Callable[[Host, Engine], Awaitable[None]], str]] = {
-    "activate": (lambda _host, engine: engine.activate(), "write"),
+    "activate": (lambda _host, engine: engine.activate(), "write_file"),
     "load": (lambda host, engine: host.kexec(engine, load_only=True), "kexec_file_load"),
     "load, with --hold": (lambda host, engine: host.kexec(engine, load_only=True, hold=True), "kexec_file_load"),
 }
@@ -158,9 +158,9 @@ async def test_an_event_while_nobody_asks_for_anything_ends_it_by_itself(host: H
 
 GETTING_READY = {
     "an image is read": (os, "preadv"),
-    "the checks run": (preflight, "run"),
-    "the kernel is asked": (reconcile, "observe"),
-    "the disks are synced": (None, "sync"),
+    "the checks run": (preflight, "run_checks"),
+    "the kernel is asked": (reconcile, "observe_kernel"),
+    "the disks are synced": (None, "sync_disks"),
 }
 
 
@@ -268,7 +268,7 @@ async def test_an_abort_while_the_first_checks_run_refuses_that_handover_and_no_
 ) -> None:
     host.hook("a")
     engine = await host.started()
-    gate = Gate(preflight, "run", monkeypatch)
+    gate = Gate(preflight, "run_checks", monkeypatch)
     activation = asyncio.ensure_future(engine.activate())
     await gate.reached.wait()
     await engine.abort()

@@ -114,7 +114,7 @@ async def test_a_producer_that_raises_is_a_veto(host: Host, verb: str, error: Ba
 
 
 KERNEL: dict[str, tuple[str, Callable[..., bool]]] = {
-    "entering the active phase": ("write", lambda path, data: (path, data) == (ACTIVE, b"1\n")),
+    "entering the active phase": ("write_file", lambda path, data: (path, data) == (ACTIVE, b"1\n")),
     "reading the tree": ("read", lambda path: path.endswith("/kho/dt")),
     "loading the image": ("kexec_file_load", lambda *given: not given[3] & 1),
     "the jump": ("reboot_kexec", lambda: True),
@@ -135,7 +135,7 @@ async def test_whatever_the_kernel_s_calls_raise_is_put_back(host: Host, what: s
 
 
 KERNEL_UNDO: dict[str, tuple[str, Callable[..., bool]]] = {
-    "activate": ("write", lambda path, data: (path, data) == (ACTIVE, b"0\n")),
+    "activate": ("write_file", lambda path, data: (path, data) == (ACTIVE, b"0\n")),
     "load": ("kexec_file_load", lambda *given: bool(given[3] & 1)),
 }
 

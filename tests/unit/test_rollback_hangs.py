@@ -147,7 +147,7 @@ def hang_at(host: VirtualHost, hung: pytest.MonkeyPatch, name: str, when: Callab
 
 UNDO: dict[str, tuple[str, Callable[..., bool]]] = {
     "load": ("kexec_file_load", lambda *given: bool(given[3] & UNLOAD)),
-    "activate": ("write", lambda path, data: (path, data) == (ACTIVE, b"0\n")),
+    "activate": ("write_file", lambda path, data: (path, data) == (ACTIVE, b"0\n")),
 }
 
 
@@ -184,7 +184,7 @@ async def test_an_abort_cuts_a_kernel_call_short_that_hangs(
     two(host)
     engine = await host.started()
     with monkeypatch.context() as hung:
-        hung.setattr(host.kernel, {"load": "kexec_file_load", "activate": "write"}[step], never)
+        hung.setattr(host.kernel, {"load": "kexec_file_load", "activate": "write_file"}[step], never)
         handover = asyncio.ensure_future(host.kexec(engine))
         await host.seen(lambda event: event.phase is {"load": Phase.loading, "activate": Phase.activating}[step])
         assert await undone(engine, fails=True) == host.config.deadlines.rollback
@@ -281,7 +281,7 @@ async def test_a_rollback_takes_no_longer_than_the_plan_says(
         await engine.kexec(request)
     for producer in producers:
         producer.does.update(thaw=deaf(), cancel=deaf())
-    for owner, call in ((host.kernel, "kexec_file_load"), (host.kernel, "write"), (type(host.store), "write")):
+    for owner, call in ((host.kernel, "kexec_file_load"), (host.kernel, "write_file"), (type(host.store), "write")):
         monkeypatch.setattr(owner, call, never)
     monkeypatch.setattr("khod.kernel.kexec.Kexec.kernel_release", never)
     assert await undone(engine, fails=True) <= plan.rollback_seconds
