@@ -35,7 +35,7 @@ class HangingLuo:
         self.opened.append(os.open("/dev/null", os.O_RDONLY))
         return self.opened[-1]
 
-    create = retrieve = _session
+    create_session = retrieve_session = _session
 
     def files(self, _session: int, kept: tuple[Kept, ...]) -> list[int]:
         return [os.open("/dev/null", os.O_RDONLY) for _ in kept]

@@ -82,7 +82,7 @@ def test_thousands_that_name_one_are_not_held_against_each_other(
         return find(name)
 
     monkeypatch.setattr(muster.peers, "find_peer", counted)
-    monkeypatch.setattr("khod.producers.registry.ranks", lambda _producers: pytest.fail("everyone was put in order"))
+    monkeypatch.setattr("khod.producers.registry.order_in_ranks", lambda _producers: pytest.fail("everyone was put in order"))
     register(muster, "storage")
     for number in range(MANY):
         register(muster, f"p{number}", ("storage",) if number % 2 else (), () if number % 2 else ("storage",))

@@ -115,10 +115,10 @@ async def test_a_producer_that_raises_is_a_veto(host: Host, verb: str, error: Ba
 
 KERNEL: dict[str, tuple[str, Callable[..., bool]]] = {
     "entering the active phase": ("write_file", lambda path, data: (path, data) == (ACTIVE, b"1\n")),
-    "reading the tree": ("read", lambda path: path.endswith("/kho/dt")),
+    "reading the tree": ("read_file", lambda path: path.endswith("/kho/dt")),
     "loading the image": ("kexec_file_load", lambda *given: not given[3] & 1),
     "the jump": ("reboot_kexec", lambda: True),
-    "sync(2) before it": ("sync", lambda: True),
+    "sync(2) before it": ("sync_disks", lambda: True),
 }
 
 
@@ -209,7 +209,7 @@ async def test_a_step_that_is_held_and_cannot_be_recorded_is_put_back(
 
 
 @pytest.mark.parametrize("error", ERRORS[:-1], ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("call", ["start", "look"])
+@pytest.mark.parametrize("call", ["start", "process_pending"])
 async def test_a_guard_that_raises_is_put_back(host: Host, call: str, error: Exception) -> None:
     three(host)
     setattr(host.guard, call, once(getattr(host.guard, call), error, lambda *_given: True))
