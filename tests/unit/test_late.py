@@ -37,7 +37,7 @@ class HangingLuo:
 
     create_session = retrieve_session = _session
 
-    def files(self, _session: int, kept: tuple[Kept, ...]) -> list[int]:
+    def retrieve_files(self, _session: int, kept: tuple[Kept, ...]) -> list[int]:
         return [os.open("/dev/null", os.O_RDONLY) for _ in kept]
 
 
