@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Unified kernel images (UKIs, UAPI.5) by their sections, as systemd-boot lists them and systemd-stub starts them."""
 
-import struct
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from khod.errors import Refused
+from khod.images.pe import Section, read_pe
 from khod.text import join_names, split_words
 
 SIZE = 256 * 1024
@@ -18,14 +19,6 @@ THIN = ".linuxh"
 TREES = (".dtb", ".dtbauto")
 POLICY = (".pcrsig", ".pcrpkey")
 """Sections of a signed PCR policy, which systemd-stub lays into the initrd as files below /.extra."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """Where a section's contents lie in the file, in bytes."""
-
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -50,32 +43,27 @@ class Unified:
 
 
 def read_unified(path: Path) -> Unified:
-    """Read a file's sections: a single profile without any where it is no PE file, or ends before its headers do.
+    """Read a file's sections: a single profile without any where it is not a PE file, or ends before its headers do.
 
     Each section `.profile` begins a profile; what stands before the first is common to all.
     """
     common, profiles = dict[str, Section](), list[dict[str, Section]]()
-    for name, section in _read_sections(path):
-        if name == ".profile" and len(profiles) < MAX_PROFILES:
+    for section in _read_sections(path):
+        if section.name == ".profile" and len(profiles) < MAX_PROFILES:
             profiles.append({})
-        (profiles[-1] if profiles else common).setdefault(name, section)
+        (profiles[-1] if profiles else common).setdefault(section.name, section)
     return Unified(path, tuple({**common, **own} for own in profiles) or (common,))
 
 
-def _read_sections(path: Path) -> Iterator[tuple[str, Section]]:
-    """The section table of a PE file: DOS header, then COFF header, optional header, the table (PE format)."""
+def _read_sections(path: Path) -> tuple[Section, ...]:
+    """The sections of a PE file; none of a file that is none or is cut, and khod will say so where it is asked for."""
     with path.open("rb") as file:
-        head = file.read(SIZE)
-    try:
-        (start,) = struct.unpack_from("<I", head, 0x3C)
-        signature, count, optional = struct.unpack_from("<4s2xH12xH", head, start)
-        if signature != b"PE\0\0":
-            return
-        for number in range(count):
-            name, size, _, raw, offset = struct.unpack_from("<8s4I", head, start + 24 + optional + 40 * number)
-            yield name.rstrip(b"\0").decode(errors="replace"), Section(offset, min(size, raw))
-    except struct.error:
-        return  # no PE file, and khod will say so where it is asked for
+        head = memoryview(file.read(SIZE))
+        try:
+            portable = read_pe(head, str(path), os.fstat(file.fileno()).st_size)
+        except Refused:
+            return ()
+    return portable.sections if portable else ()
 
 
 def left_behind(image: Unified, name: str, partition: Path | None) -> str:

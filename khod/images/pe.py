@@ -31,8 +31,12 @@ class Portable:
     certificates: int
 
 
-def read_pe(view: memoryview, where: str) -> Portable | None:
-    """Read a PE file's headers; None where it has none, Refused where it ends before what they name."""
+def read_pe(view: memoryview, where: str, file_size: int | None = None) -> Portable | None:
+    """Read a PE file's headers; None where it has none, Refused where it ends before what they name.
+
+    `file_size` in bytes is given where `view` is only the file's beginning.
+    """
+    size = len(view) if file_size is None else file_size
     if len(view) < DOS_HEADER or bytes(view[:2]) != b"MZ":
         return None
     (at,) = struct.unpack_from("<I", view, E_LFANEW)
@@ -44,20 +48,20 @@ def read_pe(view: memoryview, where: str) -> Portable | None:
     table = at + COFF.size + optional
     if table + count * SECTION.size > len(view):
         raise truncated_error("the PE section table", table + count * SECTION.size, len(view), where)
-    sections = tuple(_read_section(view, table + number * SECTION.size, where) for number in range(count))
-    return Portable(machine, sections, _certificates_size(view, at + COFF.size, optional, where))
+    sections = tuple(_read_section(view, table + number * SECTION.size, size, where) for number in range(count))
+    return Portable(machine, sections, _certificates_size(view, at + COFF.size, optional, size, where))
 
 
-def _read_section(view: memoryview, at: int, where: str) -> Section:
+def _read_section(view: memoryview, at: int, file_size: int, where: str) -> Section:
     raw_name, virtual, _, raw, offset = SECTION.unpack_from(view, at)
     name = raw_name.rstrip(b"\0").decode(errors="replace")
     size = min(virtual, raw)  # a file's section is padded; a section may be larger in memory
-    if size and offset + size > len(view):
-        raise truncated_error(f"section {name!r}", offset + size, len(view), where)
+    if size and offset + size > file_size:
+        raise truncated_error(f"section {name!r}", offset + size, file_size, where)
     return Section(name, offset, size)
 
 
-def _certificates_size(view: memoryview, at: int, size: int, where: str) -> int:
+def _certificates_size(view: memoryview, at: int, size: int, file_size: int, where: str) -> int:
     """Bytes of the certificate table, which a signature is in; 0 where there is none."""
     counts = OPTIONAL.get(int.from_bytes(view[at : at + min(size, 2)], "little"))
     if counts is None:
@@ -66,8 +70,8 @@ def _certificates_size(view: memoryview, at: int, size: int, where: str) -> int:
     if entry + 8 > size or struct.unpack_from("<I", view, at + counts)[0] <= CERTIFICATE_TABLE:
         return 0
     offset, length = struct.unpack_from("<II", view, at + entry)
-    if length and offset + length > len(view):
-        raise truncated_error("its certificate table", offset + length, len(view), where)
+    if length and offset + length > file_size:
+        raise truncated_error("its certificate table", offset + length, file_size, where)
     return int(length)
 
 

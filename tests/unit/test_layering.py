@@ -32,7 +32,7 @@ BESIDE = {
 }
 SEEN_BY = {"client": {"producer"}, "simulated": {"daemon"}}
 """Who of khod imports what stands beside: but for the daemon's simulated kernel, khoctl and producers alone."""
-KHOCTL_MAY = VOCABULARY - {"config", "concurrency"} | {"client", "trees"}
+KHOCTL_MAY = VOCABULARY - {"config", "concurrency"} | {"client", "trees", "images.pe"}
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted((REPOSITORY / "khod").rglob("*.py"))
 
@@ -93,7 +93,7 @@ def test_khod_does_not_know_khoctl(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "khoctl").rglob("*.py")), ids=lambda path: path.name)
 def test_khoctl_imports_the_client_side_only(path: Path) -> None:
-    assert {top(imported) for imported in imports(path, "khod")} <= KHOCTL_MAY
+    assert all(imported in KHOCTL_MAY or top(imported) in KHOCTL_MAY for imported in imports(path, "khod"))
 
 
 @pytest.mark.parametrize("module", ["model", "region", "text", "errors"])

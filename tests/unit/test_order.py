@@ -82,7 +82,8 @@ def test_thousands_that_name_one_are_not_held_against_each_other(
         return find(name)
 
     monkeypatch.setattr(muster.peers, "find_peer", counted)
-    monkeypatch.setattr("khod.producers.registry.order_in_ranks", lambda _producers: pytest.fail("everyone was put in order"))
+    ordered = "khod.producers.registry.order_in_ranks"
+    monkeypatch.setattr(ordered, lambda _producers: pytest.fail("everyone was put in order"))
     register(muster, "storage")
     for number in range(MANY):
         register(muster, f"p{number}", ("storage",) if number % 2 else (), () if number % 2 else ("storage",))

@@ -179,7 +179,7 @@ def test_a_long_name_of_a_command_is_shown_whole(proc: Proc, command: bytes, sho
     assert session.holder == f"{shown} (process 12, test.service)"
 
 
-@pytest.mark.parametrize("gone", ["listdir", "readlink"])
+@pytest.mark.parametrize("gone", ["list_directory", "read_link"])
 def test_a_process_that_ends_meanwhile_has_none(proc: Proc, monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
     proc.process(12, "db", "/system.slice/db.service", f"{LINK} db")
     ask: Callable[[str], object] = getattr(proc, gone)
