@@ -14,6 +14,7 @@ from typer.core import TyperArgument, TyperGroup
 from typer.utils import get_params_from_function
 
 from khoctl.layout import show_page, write_text
+from khoctl.options import name_options
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.wire import SOCKET
 
@@ -54,7 +55,7 @@ def connect_client() -> "Client":
     """Connect to khod; Unreachable where it does not answer."""
     from khod.client.handover import Client  # noqa: PLC0415 - trees in files need no khod
 
-    return Client(socket_path(), patience=call_timeout(), on_slow=say_slow)
+    return Client(socket_path(), patience=call_timeout(), on_slow=say_slow, reword=name_options)
 
 
 def say_slow(connection: "Client") -> None:

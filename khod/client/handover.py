@@ -29,7 +29,8 @@ class Client(Connection):
     """What khoctl asks of khod. Each answer has a deadline: Unreachable where khod takes the call and is silent.
 
     `patience` is that deadline in seconds, where the caller has one of its own. `on_slow` is called once for a call
-    that is not answered within `SLOW` seconds.
+    that is not answered within SLOW_SECONDS. `reword` is given each message as it came, JSON: khod names parameters of
+    its interface in backticks, and a client may call them otherwise.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class Client(Connection):
         *,
         patience: float | None = None,
         on_slow: Callable[["Client"], None] = lambda _: None,
+        reword: Callable[[str], str] = str,
     ) -> None:
-        super().__init__(path)
+        super().__init__(path, reword=reword)
         self._patience = patience
         self._on_slow = on_slow
         self._began, self._slow = 0.0, math.inf

@@ -278,12 +278,12 @@ class Attempt:
                     f"systemctl kexec did not come back within {deadline:g} s, and systemd does not say whether the "
                     "host goes down: nothing was undone",
                     where="systemctl kexec",
-                    remedy="If systemctl list-jobs shows no kexec.target: khoctl abort --force",
+                    remedy="If systemctl list-jobs shows no kexec.target: `Abort(force)`",
                 )
             raise Failed(
                 f"systemctl kexec did not come back within {deadline:g} s, and the host does not go down",
                 where="systemctl kexec",
-                remedy="Look at journalctl -b, or jump at once: khoctl kexec --now",
+                remedy="Look at journalctl -b, or jump at once: `Kexec(now)`",
             )
         try:
             await self._execution_failed(execution)

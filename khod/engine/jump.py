@@ -65,7 +65,7 @@ class Jump:
             raise Refused(
                 "systemd was asked to take the host into the next kernel, and nobody can tell whether it does",
                 where="abort",
-                remedy="If systemctl list-jobs shows no kexec.target: khoctl abort --force",
+                remedy="If systemctl list-jobs shows no kexec.target: `Abort(force)`",
             )
 
     async def until_called_off(self, attempt: Attempt) -> None:

@@ -201,7 +201,7 @@ class Engine:
             "the host is on its way into the next kernel: nothing is undone"
             if down
             else "systemd does not say whether the host is on its way into the next kernel: nothing is undone. "
-            "If systemctl list-jobs shows no kexec.target: khoctl abort --force"
+            "If systemctl list-jobs shows no kexec.target: `Abort(force)`"
         )
         self._spawn_task(self._jump.watch_attempt(self._current_attempt()))
         return True
@@ -284,7 +284,7 @@ class Engine:
                     await self._check_target(target)
                 attempt = await self._open_attempt(record, at_once=request.now and not request.load_only)
                 if target is not None:
-                    how = ", to jump at once (--now)" if request.now and not request.load_only else ""
+                    how = ", to jump at once (`now`)" if request.now and not request.load_only else ""
                     # Where the operator has softened the check, files may be lost.
                     strict = self.config.checks.formats not in ("warn", "off")
                     luo_off = strict and not is_switched_on(target.booted_line, "liveupdate")
@@ -369,7 +369,7 @@ class Engine:
             raise Refused(
                 f"khod did not do this, or cannot tell: {self._transaction.reason or phase.value}; {kernel}",
                 where=phase.value,
-                remedy="To put it back all the same: khoctl abort --force",
+                remedy="To put it back all the same: `Abort(force)`",
             )
         shown = observed or Observed("", "", active=True, loaded=True, arrived=False, cmdline="")
         unknown = phase is Phase.inconsistent or not self.record.boot_id or not self.record.run
@@ -711,13 +711,13 @@ class Engine:
             if Step.load not in self.machine.done:
                 raise UsageError(
                     "No kernel is loaded and none was given",
-                    remedy="Use --kernel VERSION, --default, or --image FILE --initrd FILE.",
+                    remedy="Name one with `kernel`.",
                 )
             return None
         if Step.load in self.machine.done:
             raise Refused(
-                "An image is already loaded: --image cannot replace it",
-                where="--image",
+                "An image is already loaded: another cannot replace it",
+                where="`kernel.image`",
                 remedy=JUMP_OR_BEGIN_AGAIN,
             )
         observed = self._observer.last

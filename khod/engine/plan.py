@@ -65,7 +65,7 @@ def _describe_producers(producers: Sequence[Participant]) -> str:
 
 def _describe_target(target: Target | None) -> str:
     if target is None:
-        return "the image you give with --image, --entry, --default or --kernel"
+        return "the image you give with `kernel`"
     about = target.apart.about if target.apart else None
     formats = f" ({', '.join(target.apart.formats)}{f' {about.version}' if about else ''})" if target.apart else ""
     initrd = f", initrd {target.initrd.name} ({format_size(target.initrd.size)})" if target.initrd else ", no initrd"

@@ -21,7 +21,7 @@ PHASE_TEXT: dict[Phase, tuple[str, str]] = {
     Phase.activating: ("The kernel is serializing its state.", "To go back: khoctl abort"),
     Phase.active: (
         "The kernel's state is serialized; the host goes on running, its producers are frozen.",
-        "khoctl kexec --image IMAGE --initrd INITRD goes on, khoctl abort goes back",
+        "khoctl kexec with `kernel` goes on, khoctl abort goes back",
     ),
     Phase.loading: ("The kernel is taking the next image.", "To go back: khoctl abort"),
     Phase.loaded: ("The next kernel is loaded.", "khoctl kexec jumps, khoctl abort goes back"),
@@ -43,11 +43,11 @@ PHASE_TEXT: dict[Phase, tuple[str, str]] = {
     Phase.failed: ("A handover failed and could not be rolled back completely.", "Try again: khoctl abort"),
     Phase.foreign: (
         "Another program is using KHO or kexec; khod will not touch it.",
-        "Find out who. To put it back: khoctl abort --force",
+        "Find out who. To put it back: `Abort(force)`",
     ),
     Phase.inconsistent: (
         "khod's record and the kernel contradict each other.",
-        "To undo the rest and thaw every producer: khoctl abort --force",
+        "To undo the rest and thaw every producer: `Abort(force)`",
     ),
 }
 

@@ -328,7 +328,7 @@ class Transaction:
             raise Refused(
                 f"LUO is off in the next kernel, which would lose the files of {join_names(names)}",
                 where="the next kernel's command line",
-                remedy="Add it: --append liveupdate=on",
+                remedy="Add it: `kernel.append=liveupdate=on`",
             )
 
     async def _take_step(self, step: Step, ahead: Sequence[Step] | None) -> None:

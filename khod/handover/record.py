@@ -158,7 +158,7 @@ def _encode_line(value: object) -> str:
 
 def decode_record(raw: bytes, where: str = "") -> Record:
     """Read a record; RecordError that says what is wrong with it."""
-    remedy = "Look at it, then run: khoctl abort --force"
+    remedy = "Look at it, then run: `Abort(force)`"
     try:
         values = json.loads(raw)
         if not isinstance(values, dict):
@@ -168,7 +168,7 @@ def decode_record(raw: bytes, where: str = "") -> Record:
             raise RecordError(
                 f"The record has version {version}, this khod knows {VERSION}: a newer khod wrote it",
                 where=where,
-                remedy="Install that khod again, or: khoctl abort --force",
+                remedy="Install that khod again, or: `Abort(force)`",
             )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")

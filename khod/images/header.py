@@ -84,13 +84,13 @@ def check_machine(header: Header, machine: str, where: str) -> None:
         raise Refused(
             f"The image is for {header.arch or 'an unknown processor'}, and this machine is {machine}",
             where=where,
-            remedy=f"Give --image a kernel for {machine}.",
+            remedy=f"Give `kernel.image` a kernel for {machine}.",
         )
     if header.format not in takes:
         raise Refused(
             f"The image is a {header.format}, and {machine}'s kexec_file_load(2) takes only a {' or a '.join(takes)}",
             where=where,
-            remedy=f"Give --image the {takes[0]} of the same build, for instance /boot/vmlinuz-VERSION.",
+            remedy=f"Give `kernel.image` the {takes[0]} of the same build, for instance /boot/vmlinuz-VERSION.",
         )
 
 
@@ -145,7 +145,7 @@ def _check_bzimage(view: memoryview, where: str) -> None:
             raise Refused(
                 f"The image {what}, and x86_64's kexec_file_load(2) does not take it",
                 where=where,
-                remedy="Give --image a 64-bit bzImage of Linux 3.8 or later.",
+                remedy="Give `kernel.image` a 64-bit bzImage of Linux 3.8 or later.",
             )
 
 
@@ -225,7 +225,7 @@ def _require_size(size: int, where: str) -> None:
         raise Refused(
             "The image's header names no size, and kexec_file_load(2) does not take that",
             where=where,
-            remedy="Give --image a newer kernel.",
+            remedy="Give `kernel.image` a newer kernel.",
         )
 
 
@@ -236,7 +236,7 @@ def _read_flags(view: memoryview, where: str) -> int:
         raise Refused(
             "The image is a big-endian kernel, and this one is little-endian: it would read other numbers",
             where=where,
-            remedy="Give --image a little-endian kernel.",
+            remedy="Give `kernel.image` a little-endian kernel.",
         )
     return int(flags)
 

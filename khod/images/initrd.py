@@ -268,5 +268,5 @@ def _no_archive(where: str, at: int, head: bytes = b"") -> Refused:
     return Refused(
         f"The initrd is neither a cpio archive nor compressed in a way a kernel knows, at byte {at}",
         where=where,
-        remedy="Give --initrd an initramfs, for instance /boot/initrd.img-VERSION.",
+        remedy="Give `kernel.initrds` an initramfs, for instance /boot/initrd.img-VERSION.",
     )

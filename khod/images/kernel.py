@@ -138,7 +138,7 @@ def unpack_image(image: Sealed, machine: str, limit: int) -> UnpackedImage:
     )
 
 
-_ANOTHER = "Give --image a kernel image, for instance /boot/vmlinuz-VERSION."
+_ANOTHER = "Give `kernel.image` a kernel image, for instance /boot/vmlinuz-VERSION."
 
 
 def _outer_layer(
@@ -199,7 +199,8 @@ def _thin_error(parts: dict[str, memoryview], where: str) -> Refused:
     return Refused(
         f"The image is a thin one, which holds no kernel and names {kernel} on its file system",
         where=where,
-        remedy=f"Give it as --entry, or these two there, with --cmdline: --image {kernel} --initrd {initrd}",
+        remedy=f"Give its boot loader entry, or these two from there, with `kernel.cmdline`: "
+        f"`kernel.image={kernel}` `kernel.initrds={initrd}`",
     )
 
 

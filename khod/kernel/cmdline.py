@@ -46,7 +46,7 @@ REPAIR = frozenset({"emergency", "rescue", "single", "s", "S", "1", "-b", "-s"})
 """Words that have systemd start a shell and few units (kernel-command-line(7)), and no khod."""
 REPAIR_UNITS = frozenset({"emergency.target", "rescue.target"})
 
-OPTIONS = "--cmdline/--append/--remove"
+OPTIONS = "`kernel.cmdline`, `kernel.append`, `kernel.remove`"
 PROC = "/proc/cmdline"
 
 
@@ -103,8 +103,8 @@ def _check_removed(names: Sequence[str], words: list[str]) -> None:
         shown = shorten(printable(name), MAX_SHOWN)
         raise UsageError(
             f"{shown} is not on the command line" + (f", but behind {INIT}, where words are init's" if of_init else ""),
-            where="--remove",
-            remedy="Name a parameter or a whole word of it, or leave --remove out.",
+            where="`kernel.remove`",
+            remedy="Name a parameter or a whole word of it, or leave `kernel.remove` out.",
         )
 
 
@@ -123,7 +123,7 @@ def _check_text(text: str, where: str) -> None:
         raise UsageError(
             f"The command line is not UTF-8 at character {error.start}",
             where=where,
-            remedy="Write it in UTF-8." if where == OPTIONS else "Give a command line in UTF-8 with --cmdline.",
+            remedy="Write it in UTF-8." if where == OPTIONS else "Give a command line in UTF-8 with `kernel.cmdline`.",
         ) from None
 
 
@@ -135,7 +135,7 @@ def _check_quotes(word: str, where: str) -> None:
             where=where,
             remedy="Close it: all that follows would be one word."
             if where == OPTIONS
-            else "Close it, or take the word away with --remove, or give another line with --cmdline.",
+            else "Close it, or take the word away with `kernel.remove`, or give another line with `kernel.cmdline`.",
         )
 
 

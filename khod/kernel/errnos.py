@@ -224,7 +224,7 @@ FINALIZE_ON: Errnos = {
     **DEBUGFS,
     errno.EEXIST: (
         "it is finalized already: something else did it",
-        "Find out who, or: khoctl abort --force",
+        "Find out who, or: `Abort(force)`",
     ),
     # libfdt's numbers come through as if they were errnos: FDT_ERR_NOSPACE is 3.
     errno.ESRCH: (

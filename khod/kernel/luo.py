@@ -29,7 +29,7 @@ SESSION: Errnos = {
     errno.EIO: ("what the previous kernel handed over cannot be read", BROKEN),
     errno.ENOENT: ("the previous kernel handed no such session over", f"khoctl check says what came. {LOG}"),
     errno.EINVAL: ("something else took it", "systemd-analyze fdstore shows where it is kept."),
-    errno.EEXIST: ("a session of that name is there already", "khoctl abort --force closes what khod does not know."),
+    errno.EEXIST: ("a session of that name is there already", "`Abort(force)` closes what khod does not know."),
     errno.ENOMEM: (
         "there is no memory for it, or the kernel takes no more sessions (6.19: 744)",
         "Free memory (free -m), or let one producer hand over more files.",

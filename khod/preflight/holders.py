@@ -90,14 +90,14 @@ def check_sessions(facts: Facts) -> CheckFinding | None:
         return CheckFinding.fail_with(
             "An orderly shutdown would end LUO sessions that no producer registered, and their state be lost: "
             f"{_list_sessions(ended)}",
-            "Jump with --now, which stops nothing; or let their owner put them into a file descriptor store that "
+            "Jump with `now`, which stops nothing; or let their owner put them into a file descriptor store that "
             "outlives its unit (FileDescriptorStoreMax=, FileDescriptorStorePreserve=yes), or close them.",
         )
     if doubtful or (facts.sighted.unseen and not facts.now):
         return CheckFinding.warn_with(
             "An orderly shutdown may end LUO sessions that no producer registered: "
             f"{_list_sessions(doubtful) or facts.sighted.unseen}",
-            "Jump with --now, which stops nothing; or ask their owner.",
+            "Jump with `now`, which stops nothing; or ask their owner.",
         )
     if came := [one for one in facts.sighted.sessions if one.incoming]:
         return CheckFinding.warn_with(

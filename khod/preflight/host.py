@@ -61,8 +61,8 @@ def _too_early(up: float, wanted: float, where: str, *, certain: bool) -> CheckF
     return CheckFinding.warn_with(
         f"This host has been up for {up:.0f} s, and systemd {'wants' if certain else 'may want'} {wanted:g} "
         f"(MinimumUptimeSec=, {source}): an orderly jump now would sleep {left} within the blackout, right before "
-        "reboot(2). --now does not wait",
-        f"{wait or 'J'}ump with --now, or set MinimumUptimeSec=0 in /etc/systemd/system.conf.d/kho.conf and run: "
+        "reboot(2). `now` does not wait",
+        f"{wait or 'J'}ump with `now`, or set MinimumUptimeSec=0 in /etc/systemd/system.conf.d/kho.conf and run: "
         "systemctl daemon-reexec",
     )
 
@@ -75,7 +75,7 @@ def check_inhibitors(facts: Facts) -> CheckFinding:
         held = join_names(f"{one_line(one.who)} ({one_line(one.why)})" for one in facts.inhibitors)
         return CheckFinding.warn_with(
             f"A shutdown is blocked, and systemctl kexec would wait or refuse: {held}",
-            "End that first (systemd-inhibit --list), or jump at once with --now.",
+            "End that first (systemd-inhibit --list), or jump at once with `now`.",
         )
     return CheckFinding.pass_with("Nobody blocks a shutdown")
 

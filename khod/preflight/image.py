@@ -54,7 +54,7 @@ def check_image(facts: Facts) -> CheckFinding | None:
         return CheckFinding.fail_with(
             f"{target.kernel.name} cannot be started with five levels of page tables, which this kernel runs with: "
             "the loader would say ENOEXEC",  # bzImage64_probe(): XLF_5LEVEL
-            "Give --image a kernel built with CONFIG_X86_5LEVEL=y, or boot this one with no5lvl.",
+            "Give `kernel.image` a kernel built with CONFIG_X86_5LEVEL=y, or boot this one with no5lvl.",
         )
     return CheckFinding.pass_with(
         f"{target.kernel.name}: {' with '.join(target.apart.formats)}, {about.version or 'no version'}, {about.arch}, "
@@ -90,7 +90,7 @@ def _no_initrd(target: Target, about: KernelImageInfo | None) -> CheckFinding:
         target,
         about,
         f"{what}, and {no_root}",
-        "Give --initrd, or the root with --append root=...",
+        "Give `kernel.initrds`, or the root with `kernel.append=root=...`",
     )
 
 
@@ -128,7 +128,7 @@ def _judge_archives(target: Target, about: KernelImageInfo | None) -> CheckFindi
         return CheckFinding.warn_with(
             f"{what}, with modules for {join_names(sorted(modules), MAX_SHOWN)}; the image is {version}, and loads "
             "none of them",
-            f"Give the initrd that was made for {version}, for instance with: khoctl check --kernel {version}",
+            f"Give the initrd that was made for {version}, for instance with: khoctl check `kernel={version}`",
         )
     if found:
         needed = sorted(option for one in target.initrds for option in one.needs)
@@ -147,7 +147,7 @@ def _judge_archives(target: Target, about: KernelImageInfo | None) -> CheckFindi
         target,
         about,
         f"{what}, no /{init} in it, and {no_root}",
-        "Give the initrd of this kernel, or the root with --append root=...",
+        "Give the initrd of this kernel, or the root with `kernel.append=root=...`",
     )
 
 
@@ -201,7 +201,7 @@ def check_cmdline(facts: Facts) -> CheckFinding | None:
         word.lost for word in target.words if word.lost and not (is_on and parse_word(word.text).is_parameter("kho"))
     ]
     fates = {word.fate for word in target.words if word.lost}
-    remedy = "Add it again with --append, or reuse the running line: --reuse-cmdline"
+    remedy = "Add it again with `kernel.append`, or reuse the running line: `kernel.reuse_cmdline`"
     if Fate.added in fates:
         others = f". {remedy}" if Fate.removed in fates else ""
         remedy = f"Leave out what you added, unless you mean it{others}"
@@ -209,7 +209,7 @@ def check_cmdline(facts: Facts) -> CheckFinding | None:
         lost.append(
             "the next kernel has Kexec HandOver off: its command line and its configuration do not switch it on"
         )
-        remedy = "Switch it on: --append kho=on"
+        remedy = "Switch it on: `kernel.append=kho=on`"
     if lost:
         off = is_on is False or (is_on is None and lines.turns_kho_off(target.words))
         return CheckFinding(CheckResult.fail if off else CheckResult.warn, "; ".join(lost), remedy)
@@ -217,7 +217,7 @@ def check_cmdline(facts: Facts) -> CheckFinding | None:
         return CheckFinding.warn_with(
             f"{target.cmdline}; not inspected: whether the next kernel has Kexec HandOver on without kho=on, as it "
             "shows no configuration",
-            "Switch it on: --append kho=on",
+            "Switch it on: `kernel.append=kho=on`",
         )
     return _find_torn(target) or CheckFinding.pass_with(target.cmdline)
 
@@ -282,7 +282,7 @@ def _weigh_mismatch(found: Compatibility, evidence: str, *, held: bool) -> Check
     assert found.effect is not None, "asked before"
     if found.luo_off:
         judge = CheckFinding.fail_with if held else CheckFinding.warn_with
-        return judge(evidence, "Add it: --append liveupdate=on")
+        return judge(evidence, "Add it: `kernel.append=liveupdate=on`")
     override = "off" if found.effect is Effect.panic else "warn"
     return CheckFinding(
         RESULTS[found.effect],

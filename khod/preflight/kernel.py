@@ -74,7 +74,7 @@ def check_processors(facts: Facts) -> CheckFinding | None:
             return None
         return CheckFinding.warn_with(
             "These processors have the TDX erratum (tdx_pw_mce), with which 6.18 and 6.19 load no image: EOPNOTSUPP",
-            "Try it first: khoctl kexec --load-only. Else switch TDX off in the firmware.",
+            "Try it first: `Kexec(load_only)`. Else switch TDX off in the firmware.",
         )
     if platform.machine() != "aarch64" or (possible := host.possible_processors(calls)) is None:
         return None
@@ -141,7 +141,7 @@ def check_foreign(facts: Facts) -> CheckFinding:
     if facts.foreign:
         return CheckFinding.fail_with(
             f"Something other than khod uses KHO or kexec: {describe_kernel(facts.observed)}",
-            "Finish it by hand, or put it back with: khoctl abort --force",
+            "Finish it by hand, or put it back with: `Abort(force)`",
         )
     return CheckFinding.pass_with(f"No other user of KHO or kexec: {describe_kernel(facts.observed)}")
 

@@ -132,7 +132,9 @@ def _build_request(
             f"{len(files)} initrds and {len(names)} names", where="initrd_names", remedy="Name each or none."
         )
     if asked.image is None and (files or asked != NextKernel()):
-        raise UsageError("An initrd or a command line without an image", where="kernel.image", remedy="Add --image.")
+        raise UsageError(
+            "An initrd or a command line without an image", where="kernel.image", remedy="Add `kernel.image`."
+        )
     # The names stand in checks and events, on the terminals of others.
     labels = [one_line(name) for name in names] or [f"initrd {at + 1}" for at in range(len(files))]
     initrds = [Given(file.fileno(), label) for file, label in zip(files, labels, strict=True)]

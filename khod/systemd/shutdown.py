@@ -58,7 +58,7 @@ async def start_orderly(*, sessions: bool) -> None:
         raise Unsupported(
             f"This systemd closes the producers' LUO sessions on its way down: version {CARRIES_SESSIONS} keeps them",
             where="systemctl kexec",
-            remedy="Jump at once: khoctl kexec --now",
+            remedy="Jump at once: `Kexec(now)`",
         )
     try:
         code, output = await run_command("systemctl", "--no-ask-password", "kexec")
@@ -66,7 +66,7 @@ async def start_orderly(*, sessions: bool) -> None:
         raise Failed(
             f"systemctl cannot be run: {errno_text(error)}",
             where="systemctl kexec",
-            remedy="Jump at once: khoctl kexec --now",
+            remedy="Jump at once: `Kexec(now)`",
         ) from error
     if code != 0:
         raise Failed(

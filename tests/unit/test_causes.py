@@ -77,7 +77,7 @@ async def test_a_contradiction_names_both_facts_and_who_is_frozen(tmp_path: Path
     assert status.phase is Phase.inconsistent
     for words in ("left the host at active", "inactive with no image", "vm"):
         assert words in status.summary
-    assert "--force" in status.remedy
+    assert "`Abort(force)`" in status.remedy
     await engine.abort(force=True)
 
 

@@ -81,7 +81,7 @@ async def load_foreign(host: LuoHost) -> None:
 async def force_abort(host: LuoHost, engine: Engine) -> None:
     """Somebody loaded an image, as kexec-tools does, and the remedy that status names is used."""
     await load_foreign(host)
-    assert "--force" in (await engine.status()).remedy
+    assert "`Abort(force)`" in (await engine.status()).remedy
     await engine.abort(force=True)
     assert not host.kernel.loaded
 

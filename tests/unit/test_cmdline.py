@@ -124,7 +124,7 @@ def test_a_word_to_remove_that_is_not_there_is_named(name: str, running: str, sa
     for line, given_line in ((running, None), ("", running)):
         with pytest.raises(UsageError, match=said) as raised:
             compose_cmdline(line, given_line, "single", "r1", 99, [name])
-        assert raised.value.where == "--remove"
+        assert raised.value.where == "`kernel.remove`"
 
 
 def test_a_word_that_does_not_travel_may_be_removed_all_the_same() -> None:
@@ -307,14 +307,15 @@ def test_a_quote_without_its_end_is_refused(given_line: str, append: str | None)
     """next_arg() would take the marker, and all else that follows, into that word."""
     with pytest.raises(UsageError, match="double quote without its end") as raised:
         compose_cmdline("", given_line, append, "r1", 99)
-    assert raised.value.where.startswith("--cmdline")
+    assert raised.value.where.startswith("`kernel.cmdline`")
     with pytest.raises(UsageError, match="double quote without its end") as raised:
         compose_cmdline(given_line if '"' in given_line else 'x"', None, None, "r1", 99)
     assert raised.value.where == "/proc/cmdline"
 
 
 @pytest.mark.parametrize(
-    ("given_line", "append", "where"), [('a="b', None, "u.efi"), ("a", 'b="', "--cmdline"), ("\0", None, "u.efi")]
+    ("given_line", "append", "where"),
+    [('a="b', None, "u.efi"), ("a", 'b="', "`kernel.cmdline`"), ("\0", None, "u.efi")],
 )
 def test_what_is_wrong_with_an_image_s_own_line_is_not_said_of_an_option(
     given_line: str, append: str | None, where: str

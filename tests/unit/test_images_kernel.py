@@ -283,7 +283,7 @@ def test_a_thin_image_is_refused_with_the_files_it_names() -> None:
     image = portable([*paths.items(), *((f"{name}h", bytes(32)) for name in paths)])
     refused = refusal(image)
     assert "/EFI/nixos/kernel-6.12.efi" in refused.what
-    assert "--image /EFI/nixos/kernel-6.12.efi --initrd /EFI/nixos/initrd-6.12.efi" in refused.remedy
+    assert "`kernel.image=/EFI/nixos/kernel-6.12.efi` `kernel.initrds=/EFI/nixos/initrd-6.12.efi`" in refused.remedy
 
 
 def test_microcode_comes_before_the_initrd_as_systemd_stub_does() -> None:

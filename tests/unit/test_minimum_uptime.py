@@ -193,13 +193,13 @@ BARE, VIRTUAL, OLD = Manager(262, ""), Manager(262, "kvm"), Manager(260, "")
 @pytest.mark.parametrize(
     ("up", "text", "manager_", "result", "words"),
     [
-        ("4.2", "", BARE, CheckResult.warn, ["11 s", "--now", "Wait 11 s", "default"]),
+        ("4.2", "", BARE, CheckResult.warn, ["11 s", "`now`", "Wait 11 s", "default"]),
         ("14.9", "", BARE, CheckResult.warn, ["1 s"]),
         ("15.0", "", None, CheckResult.passed, ["15 s"]),
         ("4.2", "", VIRTUAL, CheckResult.passed, ["kvm"]),
         ("4.2", manager("1min"), VIRTUAL, CheckResult.warn, ["56 s", "/etc/systemd/system.conf"]),
         ("4.2", manager("0"), BARE, CheckResult.passed, []),
-        ("4.2", manager("infinity"), BARE, CheckResult.warn, ["for ever", "--now"]),
+        ("4.2", manager("infinity"), BARE, CheckResult.warn, ["for ever", "`now`"]),
         ("999999", manager("infinity"), OLD, CheckResult.passed, ["260"]),
         ("4.2", "", OLD, CheckResult.passed, ["260"]),
         ("4.2", "", None, CheckResult.warn, ["may want", "11 s"]),
@@ -219,7 +219,7 @@ def test_a_sleep_in_the_blackout_is_warned_of(
     found = site.checks()["uptime"]
     assert found.result is result, found.evidence
     assert all(word in f"{found.evidence} {found.remedy}" for word in words), found
-    assert "--now does not wait" in found.evidence or result is not CheckResult.warn
+    assert "`now` does not wait" in found.evidence or result is not CheckResult.warn
 
 
 def test_systemd_is_asked_only_where_it_would_matter(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ async def test_what_others_do_to_the_kernel_hides_no_outcome(host: VirtualHost, 
     await holds(host, engine, outcome)
     status = await engine.status()
     assert (status.foreign, status.phase) == (True, outcome)
-    assert "--force" in status.remedy
+    assert "`Abort(force)`" in status.remedy
     with pytest.raises(Refused):
         await engine.activate()
     undo(host)

@@ -58,7 +58,7 @@ async def test_without_its_record_a_handover_is_put_back_by_force_for_everyone(
     await (host.kexec(engine, load_only=True) if loaded else engine.activate())
     DAMAGE[damage](host.store.record_path)
     engine = await host.started()
-    assert "--force" in (await engine.status()).remedy
+    assert "`Abort(force)`" in (await engine.status()).remedy
     await engine.abort(force=True)
     assert host.verbs == [*TOLD, *UNDONE]
     status = await engine.status()
