@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The machine's tables against the design, and the drawing in README.md against the tables."""
+"""The machine's tables against the design, and the table in khod(8) against them."""
 
 import re
 
@@ -156,7 +156,9 @@ def test_the_drawing_shows_every_arrow_of_the_table_and_no_other() -> None:
     assert machine.draw_machine().startswith("stateDiagram-v2\n")
 
 
-def test_the_drawing_in_the_readme_is_the_table() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    blocks = re.findall(r"^```mermaid\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert [block.strip() for block in blocks if "stateDiagram" in block] == [machine.draw_machine()]
+def test_the_table_in_the_manual_page_is_the_drawing() -> None:
+    page = (REPOSITORY / "packaging/man/khod.8").read_text()
+    table = page.partition("\n.SS Phases\n")[2].partition("\n.TE\n")[0].partition("\nPhase|Next phase\n")[2]
+    rows = [line.split("|") for line in table.splitlines()]
+    arrows = [f"    {here} --> {there}" for here, row in rows for there in row.split(", ")]
+    assert "\n".join(["stateDiagram-v2", *arrows]) == machine.draw_machine()
