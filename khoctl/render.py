@@ -411,11 +411,10 @@ def render_event(event: Event) -> str:
     """One change as one plain line: the time of day, phase, what happened."""
     about = event.producer
     said = event.message if about is None or not about.phase else f"{about.name}: {_progress_text(about)}"
-    line = f"{_time_of_day(event.seconds)}  {phase_name(event.phase):<12}  {printable(said)}".rstrip()
+    line = f"{_time_of_day(event.at)}  {phase_name(event.phase):<12}  {printable(said)}".rstrip()
     return "\n".join([line, *(f"{EVENT_INDENT}{change}" for change in render_words(event.words or ()))])
 
 
-def _time_of_day(monotonic: float) -> str:
-    """An instant of CLOCK_MONOTONIC by the wall clock as it is set now, to the millisecond."""
-    at = time.time() - time.monotonic() + monotonic
+def _time_of_day(at: float) -> str:
+    """An instant of the wall clock's, to the millisecond."""
     return f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03}"

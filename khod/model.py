@@ -340,11 +340,30 @@ class Snapshot:
     outcome: str = ""
 
 
+class EventKind(enum.Enum):
+    """What an event is about; whoever keeps or counts events reads this, never the message."""
+
+    phase = "phase"
+    """The handover is in another phase, and no step says so."""
+    step_began = "step_began"
+    step_ended = "step_ended"
+    """With its duration."""
+    producer_called = "producer_called"
+    """A verb was sent to a producer."""
+    producer_answered = "producer_answered"
+    """Its answer came, or its end: with the duration."""
+    producer_waits = "producer_waits"
+    """It needs more time, or it came or went."""
+    device = "device"
+    note = "note"
+
+
 @dataclass(frozen=True)
 class Event:
-    """One change as the monitor sees it: `seconds` is CLOCK_MONOTONIC, `producer` who it is about if one.
+    """One change as the monitor sees it: `seconds` is CLOCK_MONOTONIC, `at` the same instant by the wall clock.
 
-    `words` stand with the event that tells the next kernel's command line.
+    `producer` is who it is about if one, `step` the step that began or ended, and `duration` its seconds, or those of
+    an answer. `words` stand with the event that tells the next kernel's command line.
     """
 
     seconds: float
@@ -353,3 +372,7 @@ class Event:
     run: str
     producer: Producer | None = None
     words: list[Word] | None = None
+    kind: EventKind = EventKind.note
+    step: str = ""
+    duration: float | None = None
+    at: float = 0.0

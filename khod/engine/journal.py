@@ -21,7 +21,7 @@ import systemd.journal
 from khod.concurrency.worker import Worker
 from khod.handover.machine import RESTING, STEPS
 from khod.handover.record import Record
-from khod.model import Event, Phase, Producer, Step
+from khod.model import Event, EventKind, Phase
 from khod.text import one_line
 
 # One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered. They stand in the
@@ -86,7 +86,7 @@ def write_event(event: Event, *, entered: bool, record: Record) -> None:
     `entered` is whether the phase is another than the event before had: then the record has the phase's MESSAGE_ID.
     `record` is the handover's.
     """
-    if _is_routine(event.producer):
+    if _is_routine(event):
         return
     message, found = record_fields(event, entered=entered, record=record)
     _journald.call_later(lambda: systemd.journal.send(message, **found))
@@ -97,6 +97,7 @@ def record_fields(event: Event, *, entered: bool, record: Record) -> tuple[str, 
     found: dict[str, Any] = {
         "PRIORITY": PRIORITY.get(event.phase, INFO),
         "KHO_PHASE": event.phase.value,
+        "KHO_EVENT": event.kind.value,
         "KHO_RUN": event.run,
         "SYSLOG_IDENTIFIER": "khod",
         "CODE_FUNC": "",  # where in khod says nothing, and systemd would look for it in the stack
@@ -105,16 +106,15 @@ def record_fields(event: Event, *, entered: bool, record: Record) -> tuple[str, 
         found["MESSAGE_ID"] = MESSAGE_ID[event.phase]
     if record.begun.at and event.phase not in RESTING:
         found |= {"KHO_BY": record.begun.by, "KHO_IMAGE": record.begun.image}
-    last = record.timings[-1] if record.timings else None
-    if event.phase in STEP_OF_PHASE:
-        found["KHO_STEP"] = STEP_OF_PHASE[event.phase]
-    elif entered and last is not None and event.phase is STEPS[Step(last.step)].done:
-        found |= {"KHO_STEP": last.step, "KHO_SECONDS": f"{last.seconds:.3f}"}
+    if event.step or event.phase in STEP_OF_PHASE:
+        found["KHO_STEP"] = event.step or STEP_OF_PHASE[event.phase]
+    if event.duration is not None:
+        found["KHO_SECONDS"] = f"{event.duration:.3f}"
     if (producer := event.producer) is not None:
         found |= {"KHO_PRODUCER": producer.name, "KHO_KIND": producer.kind}
         if producer.phase:
             found |= {"KHO_VERB": producer.phase, "KHO_SECONDS": f"{producer.seconds:.3f}"}
-            if not producer.waiting and producer.answer != READY:
+            if event.kind is EventKind.producer_answered and producer.answer != READY:
                 found |= {"PRIORITY": min(WARNING, found["PRIORITY"]), "MESSAGE_ID": REFUSAL_ID}
     return f"{event.phase.value.replace('_', ' ')}: {event.message}", found
 
@@ -137,11 +137,12 @@ class Handler(logging.Handler):
         write_stderr(self.format(record))
 
 
-def _is_routine(producer: Producer | None) -> bool:
+def _is_routine(event: Event) -> bool:
     """Tell whether a thousand producers would say the same within a second: journald drops records then."""
-    if producer is None or not producer.phase:
-        return False
-    return not producer.answer or (producer.answer == READY and producer.seconds < SLOW_SECONDS)
+    if event.kind is EventKind.producer_called:
+        return True
+    ready = event.producer is not None and event.producer.answer == READY
+    return event.kind is EventKind.producer_answered and ready and (event.duration or 0.0) < SLOW_SECONDS
 
 
 def notify_manager(state: str) -> None:

@@ -29,7 +29,7 @@ from khod.kernel.next_arg import is_switched_on
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
 from khod.kernel.thread import Workers
-from khod.model import Check, Event, Observed, Phase, Plan, Status, Step
+from khod.model import Check, Event, EventKind, Observed, Phase, Plan, Status, Step
 from khod.preflight.handover import JUMP_OR_BEGIN_AGAIN, WAIT
 from khod.producers.barrier import Barrier, Member, Participant, Verb
 from khod.producers.peers import Peer, Peers, Registration
@@ -466,14 +466,17 @@ class Engine:
     def _peer_came(self, peer: Peer) -> None:
         where = peer.owner.unit or "no unit"
         self._transaction.emit_event(
-            f"producer {peer.name} registered (user {peer.owner.uid}, {where})", Member(peer).to_model()
+            f"producer {peer.name} registered (user {peer.owner.uid}, {where})",
+            EventKind.producer_waits,
+            producer=Member(peer).to_model(),
         )
         peer.late = lambda: self._restoration.restore_late(peer)
         if peer.restoring and self._transaction.phase is not Phase.verifying:
             peer.late()
 
     def _peer_left(self, peer: Peer) -> None:
-        self._transaction.emit_event(f"producer {peer.name} disconnected", Member(peer).to_model())
+        gone = Member(peer).to_model()
+        self._transaction.emit_event(f"producer {peer.name} disconnected", EventKind.producer_waits, producer=gone)
         if not peer.told or peer.restoring:
             return
         cause = Refused(
@@ -584,7 +587,7 @@ class Engine:
 
     def _on_device_event(self, seen: Seen) -> None:
         sentence = seen.describe()
-        self._transaction.emit_event(sentence)
+        self._transaction.emit_event(sentence, EventKind.device)
         if seen.severity is Severity.abort:
             self.cancel(
                 Refused(

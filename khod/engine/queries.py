@@ -127,7 +127,7 @@ class Queries:
         """How it stands, as an event; once that is known."""
         await self._known.wait()
         phase, record = self.effective_phase(self._observer.last), self._transaction.record
-        return Event(time.monotonic(), phase, self._transaction.reason, record.run)
+        return Event(time.monotonic(), phase, self._transaction.reason, record.run, at=time.time())
 
     async def producers(self) -> list[model.Producer]:
         """Every producer, in the order they are told, with its last answer."""

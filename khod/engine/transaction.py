@@ -25,7 +25,7 @@ from khod.handover.machine import HELD, RESTING, STEPS, Machine
 from khod.handover.reconcile import Found
 from khod.handover.record import ProducerRecord, Record, Store
 from khod.kernel.explain import FORGOT
-from khod.model import Event, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
+from khod.model import Event, EventKind, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
 from khod.producers.barrier import Member
 from khod.producers.session_holders import SightedSessions
 from khod.text import join_names
@@ -112,6 +112,7 @@ class Transaction:
         """Whether the record on the disk is an older one, because this one could not be written."""
         self._catching_up: asyncio.Task[None] | None = None
         self._jump_asked = False
+        self._emitted = self._machine.phase  # the phase of the last event
         self._rolled_back_from = Phase.rolling_back
         self._note = ""
         self._store = store
@@ -343,7 +344,7 @@ class Transaction:
         by = f"; begun by {begun.by}{to}" if begun.by and step is Step.prepare else ""
         members = attempt.barrier.members
         who = members[0].producer.name if len(members) == 1 else "every producer"
-        self.emit_event(f"{BEGINS[step].format(who=who)}{by}")
+        self.emit_event(f"{BEGINS[step].format(who=who)}{by}", EventKind.step_began, step=step)
         self._step_began = began = time.monotonic()
         if step is Step.freeze:
             self._record = replace(self._record, window_began_at=time.time())
@@ -354,7 +355,8 @@ class Transaction:
         self.note_timing(step.value, began)
         self._record = replace(self._record, last_error="")  # of a try before this one, which was held
         self._machine = self._machine.finish_step(step)
-        self.emit_event(f"{step.value} took {self._record.timings[-1].seconds:.3f} s")
+        took = self._record.timings[-1].seconds
+        self.emit_event(f"{step.value} took {took:.3f} s", EventKind.step_ended, step=step, duration=took)
 
     async def _hold_before(self, step: Step, before: Machine, cause: KhoError) -> NoReturn:
         """Put only the failed step back and stay where it began, as --hold asks."""
@@ -619,16 +621,38 @@ class Transaction:
         await self.wait_interruptibly(self._disk.call_within(write, "writing the record", RECORD_SECONDS))
         self._is_behind = False
 
-    def emit_event(self, message: str, producer: Producer | None = None, words: list[Word] | None = None) -> None:
-        """Emit an Event with the current phase to every listener; a listener that fails is not heard of."""
+    def emit_event(
+        self,
+        message: str,
+        kind: EventKind | None = None,
+        *,
+        step: Step | None = None,
+        duration: float | None = None,
+        producer: Producer | None = None,
+        words: list[Word] | None = None,
+    ) -> None:
+        """Emit an Event with the current phase to every listener; a listener that fails is not heard of.
+
+        Without a kind it is a change of the phase, where the event before had another one, else a note.
+        """
+        kind = kind or (EventKind.note if self.phase is self._emitted else EventKind.phase)
+        self._emitted, run = self.phase, self._record.run
+        name = step.value if step else ""
         try:
-            self._tell(Event(time.monotonic(), self.phase, message, self._record.run, producer, words))
+            self._tell(
+                Event(time.monotonic(), self.phase, message, run, producer, words, kind, name, duration, time.time())
+            )
         except (Exception, asyncio.CancelledError):  # what tells how it stands must not decide how it goes
             LOG.exception("An event could not be passed on: %s", message)
 
     def on_member_changed(self, member: Member) -> None:
         """Emit what a producer was told or said."""
-        self.emit_event(f"{member.producer.name}: {member.about}: {member.answer or 'told'}", member.to_model())
+        if not member.is_waiting:
+            kind, duration = EventKind.producer_answered, member.seconds
+        else:
+            kind, duration = EventKind.producer_waits if member.answer else EventKind.producer_called, None
+        message = f"{member.producer.name}: {member.about}: {member.answer or 'told'}"
+        self.emit_event(message, kind, duration=duration, producer=member.to_model())
 
     def _require_attempt(self) -> Attempt:
         assert self._attempt is not None, "an attempt is attached before it is moved"

@@ -23,7 +23,7 @@ from jeepney import HeaderFields, Message
 
 from khod import server
 from khod.engine import Engine
-from khod.model import Event
+from khod.model import Event, EventKind
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
 from khod.producers.qemu import PAUSED_STATE, Qemu
@@ -159,7 +159,7 @@ async def readable(fd: int) -> None:
 
 def told(event: Event) -> bool:
     """Whether khod has just told the subject something."""
-    return event.producer is not None and event.producer.name == NAME and event.message.endswith(": told")
+    return event.producer is not None and event.producer.name == NAME and event.kind is EventKind.producer_called
 
 
 class Wire:

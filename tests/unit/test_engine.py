@@ -3,13 +3,14 @@
 
 import asyncio
 import dataclasses
+import time
 
 import pytest
 
 from khod.errors import Exit, Failed, Refused, UsageError
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
-from khod.model import Event, Phase, Step
+from khod.model import Event, EventKind, Phase, Step
 from khod.simulated.kernel import Rebooted
 from khod.target.target import Request
 from tests.unit.harness import ACTIVE, Host
@@ -43,6 +44,28 @@ async def test_a_whole_handover_ends_verified_in_the_second_kernel(host: Host) -
     assert (await second.tree("in")).root == (await second.tree("snapshot")).root
     assert f"khod.run={status.run}" in host.kernel.read_file("/proc/cmdline").decode().split()
     assert host.verbs == UNDONE[:4], "no producer is called back after the jump"
+
+
+async def test_events_say_what_they_are_about(host: Host) -> None:
+    """Whoever keeps or counts them reads no message: step, producer, duration and both clocks are fields."""
+    host.hook("a")
+    engine = await host.started()
+    seen, began = len(host.events), time.time()
+    await engine.activate()
+    host.guard.event("add", "memory")
+    await engine.abort()
+
+    events = host.events[seen:]
+    steps = [(event.kind.value, event.step) for event in events if event.step]
+    assert steps == [(f"step_{end}", step) for step in ("prepare", "freeze", "activate") for end in ("began", "ended")]
+    calls = [(event.kind.value, event.producer.phase) for event in events if event.producer is not None]
+    verbs = ("prepare", "freeze", "thaw", "cancel")
+    assert calls == [(f"producer_{what}", verb) for verb in verbs for what in ("called", "answered")]
+    timed = [event for event in events if event.kind in (EventKind.step_ended, EventKind.producer_answered)]
+    assert all(event.duration is not None and event.duration >= 0 for event in timed)
+    assert [event.phase for event in events if event.kind is EventKind.phase][-1] is Phase.idle
+    assert sum(event.kind is EventKind.device for event in events) == 1
+    assert all(began <= event.at <= time.time() for event in events)
 
 
 async def test_each_step_is_recorded_before_it_is_taken(host: Host) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from khod.engine import journal
 from khod.handover.record import Record
-from khod.model import Begun, Event, Phase, Producer, StepTiming
+from khod.model import Begun, Event, EventKind, Phase, Producer, StepTiming
 from tests.unit.khods import REPOSITORY
 
 RECORD = Record(begun=Begun(1.0, "root (khoctl, process 7)", "vmlinuz"), timings=(StepTiming("freeze", 1.0, 0.25),))
@@ -21,7 +21,10 @@ def written(event: Event, *, entered: bool = False) -> tuple[str, dict[str, Any]
 
 def about(answer: str, *, waiting: bool = False) -> Event:
     told = Producer("db", "hook", 0, "freeze", answer, 1.5, waiting, None)
-    return Event(1.0, Phase.freezing, f"db: freeze: {answer}", "run", told)
+    kind = EventKind.producer_waits if waiting else EventKind.producer_answered
+    return Event(
+        1.0, Phase.freezing, f"db: freeze: {answer}", "run", told, kind=kind, duration=None if waiting else 1.5
+    )
 
 
 def test_a_phase_that_is_entered_has_its_message_id_once() -> None:
@@ -31,7 +34,11 @@ def test_a_phase_that_is_entered_has_its_message_id_once() -> None:
 
 
 def test_a_record_says_who_began_the_handover_and_what_a_step_took() -> None:
-    found = written(Event(1.0, Phase.frozen, "freeze took 0.250 s", "run"), entered=True)[1]
+    ended = Event(
+        1.0, Phase.frozen, "freeze took 0.250 s", "run", kind=EventKind.step_ended, step="freeze", duration=0.25
+    )
+    found = written(ended, entered=True)[1]
+    assert found["KHO_EVENT"] == "step_ended"
     assert (found["KHO_STEP"], found["KHO_SECONDS"]) == ("freeze", "0.250")
     assert (found["KHO_BY"], found["KHO_IMAGE"]) == ("root (khoctl, process 7)", "vmlinuz")
     assert "KHO_BY" not in written(Event(1.0, Phase.idle, "khod started", ""))[1]

@@ -126,7 +126,7 @@ def test_a_plan_is_in_columns_and_of_no_run() -> None:
 
 def test_an_event_has_the_time_of_day() -> None:
     for ago in (0.0, 7200.0):
-        shown = render.render_event(replace(EVENT, seconds=time.monotonic() - ago)).split()[0]
+        shown = render.render_event(replace(EVENT, at=time.time() - ago)).split()[0]
         clock = (time.strftime("%H:%M:%S", time.localtime(time.time() - ago - late)) for late in range(30))
         assert shown[:8] in {*clock}
         assert re.fullmatch(r"\.[0-9]{3}", shown[8:])
