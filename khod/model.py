@@ -6,7 +6,7 @@ values are seconds since the epoch.
 """
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 
@@ -109,17 +109,63 @@ class Kept:
     token: int
 
 
+class FindingSource(enum.Enum):
+    """Whose a finding is."""
+
+    kernel = "kernel"
+    """A blob of the state tree, or the tree."""
+    producer = "producer"
+    session = "session"
+    """A LUO session that no producer registered."""
+    khod = "khod"
+    """What khod could not look at."""
+
+
+class FindingSeverity(enum.Enum):
+    """What a finding means for the state."""
+
+    lost = "lost"
+    changed = "changed"
+    unknown = "unknown"
+
+
 @dataclass(frozen=True)
 class Finding:
-    """One thing that speaks against a handover: a producer's, or with "" the kernel's or khod's own."""
+    """One thing that speaks against a handover: `text` says what, of the `subject` of its source ("" for all of it).
+
+    `producer` is the subject where that is a producer, else "".
+    """
 
     producer: str
     text: str
+    source: FindingSource = FindingSource.kernel
+    subject: str = ""
+    severity: FindingSeverity = FindingSeverity.lost
 
-    @property
-    def describe(self) -> str:
-        """The finding with whose it is."""
-        return f"producer {self.producer}: {self.text}" if self.producer else self.text
+    @classmethod
+    def of_producer(cls, name: str, text: str) -> "Finding":
+        """A producer did not take its state back, and says why."""
+        return cls(name, text, FindingSource.producer, name)
+
+    @classmethod
+    def of_khod(cls, text: str) -> "Finding":
+        """What khod could not look at, or find out."""
+        return cls("", text, FindingSource.khod, severity=FindingSeverity.unknown)
+
+
+def render_findings(findings: Sequence[Finding]) -> str:
+    """Say findings in one line; those of several blobs that say the same are one."""
+    blobs: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.source is FindingSource.kernel and finding.subject:
+            blobs.setdefault(finding.text, []).append(finding.subject)
+    parts = [f"{text}: {', '.join(names)}" for text, names in blobs.items()]
+    for finding in findings:
+        if finding.producer:
+            parts.append(f"producer {finding.producer}: {finding.text}")
+        elif finding.source is not FindingSource.kernel or not finding.subject:
+            parts.append(finding.text)
+    return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -140,19 +186,7 @@ class Verdict:
     def with_findings(self, findings: Iterable[Finding]) -> "Verdict":
         """The same verdict with these findings, and what they come to in one line."""
         kept = list(findings)
-        return replace(self, findings=kept, reason="; ".join(finding.describe for finding in kept))
-
-    @property
-    def all_findings(self) -> list[Finding]:
-        """The findings; an earlier khod's record has them in one line alone."""
-        return self.findings or [_parse_finding(part) for part in self.reason.split("; ") if part]
-
-
-def _parse_finding(sentence: str) -> Finding:
-    """Read a finding's sentence."""
-    head, _, text = sentence.partition(": ")
-    what, _, name = head.partition(" ")
-    return Finding(name, text) if what == "producer" and text and " " not in name else Finding("", sentence)
+        return replace(self, findings=kept, reason=render_findings(kept))
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Restoration:
         await self._transaction.enter_verifying(observed, note, doubt)
         verdict = await self._compare_trees(kernel)
         if doubt:
-            verdict = verdict.with_findings([*verdict.all_findings, Finding("", doubt)])
+            verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(doubt)])
         record = self._transaction.record
         changed = self._transaction.on_member_changed
         self._barrier = barrier = self._muster.resume_barrier(
@@ -120,7 +120,7 @@ class Restoration:
             return verify.compare_trees(snapshot, arrived, record.generation, now)
         except Exception as error:  # noqa: BLE001 - whatever it is, the producers still have to be given what is theirs
             text = str(error) if isinstance(error, (KhoError, OSError)) else f"khod itself failed: {error!r}"
-            return Verdict().with_findings([Finding("", text)])
+            return Verdict().with_findings([Finding.of_khod(text)])
 
     async def _count_sessions(self, verdict: Verdict) -> Verdict:
         """Add which of the sessions arrived that other processes had before the jump, by who has them now."""
@@ -144,7 +144,7 @@ class Restoration:
                 self._transaction.note_timing("restore", began)
                 verdict = await self._count_sessions(verdict)
             except Exception as error:  # noqa: BLE001 - or this boot would be verified for ever
-                verdict = verdict.with_findings([*verdict.all_findings, Finding("", f"khod itself failed: {error!r}")])
+                verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(f"khod itself failed: {error!r}")])
             await self._conclude_verification(verdict)
         for peer in self._muster.peers.all_peers():
             if peer.connected and peer.restoring:  # it came when nobody waited for it any more
@@ -208,8 +208,8 @@ class Restoration:
             await self._note_blackout()
         names = {member.producer.name for member in members}
         lost = {member.producer.name for member in failed}
-        findings = [finding for finding in verdict.all_findings if finding.producer not in names]
-        findings += [Finding(member.producer.name, member.answer) for member in failed]
+        findings = [finding for finding in verdict.findings if finding.producer not in names]
+        findings += [Finding.of_producer(member.producer.name, member.answer) for member in failed]
         arrived = sorted({*verdict.arrived, *(names - lost)})
         missing = sorted({*verdict.missing, *lost} - set(arrived))
         await self._transaction.note_claims(self._remaining_claims(barrier, names - lost))

@@ -160,15 +160,13 @@ def _describe_contradiction(
 def _describe_degraded(verdict: Verdict) -> tuple[str, str]:
     """Say of a handover that did not bring everything whose state is missing: that decides what is to be done."""
     summary, remedy = PHASE_TEXT[Phase.degraded]
-    names = sorted({finding.producer for finding in verdict.all_findings if finding.producer})
+    names = sorted({finding.producer for finding in verdict.findings if finding.producer})
     if not names:
         return summary, remedy
     shown = join_names(names)
     remedy = "khoctl producers says why. Repair it, then: khoctl producers retry NAME"
     others = sorted(set(verdict.arrived) - set(names))
     fine = f"What arrived: {join_names(others)}." if others else "Nothing else arrived either."
-    if not {*verdict.missing, *verdict.changed} <= set(names) or any(
-        not found.producer for found in verdict.all_findings
-    ):
+    if not {*verdict.missing, *verdict.changed} <= set(names) or any(not found.producer for found in verdict.findings):
         remedy = f"{remedy}. What the kernel did not bring is lost: journalctl -kb -g KHO"
     return f"This kernel was reached by the kexec; not taken back: what {shown} left. {fine}", remedy

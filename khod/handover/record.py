@@ -20,7 +20,7 @@ from khod.model import Begun, Generation, Kept, LuoSession, NotUndone, Observed,
 VERSION = 1
 ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
-    | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt"}
+    | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity"}
 )
 """Fields a record of this version may lack: an earlier khod wrote it."""
 

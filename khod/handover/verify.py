@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from khod.abi import fdt
 from khod.errors import MalformedTree, Refused
 from khod.kernel.protocol import Tree
-from khod.model import Finding, Generation, Verdict
+from khod.model import Finding, FindingSeverity, Generation, Verdict
 
 # Blobs the kernel itself rewrites between snapshot and jump, or on arrival.
 VOLATILE = frozenset({"kexec-metadata", "LUO"})
@@ -29,20 +29,21 @@ def compare_trees(before: Tree | None, arrived: Tree | None, was: Generation, no
         )
         return Verdict(missing=missing).with_findings([Finding("", nothing)])
     if before is None:
-        uncompared = Finding("", "there is no snapshot to compare with")
+        uncompared = Finding("", "there is no snapshot to compare with", severity=FindingSeverity.unknown)
         return Verdict(arrived=sorted(kernel_producers(arrived, now))).with_findings([uncompared])
     left, came = kernel_producers(before, was), kernel_producers(arrived, now)
     missing = sorted(left.keys() - came.keys())
     changed = sorted(name for name in left.keys() & came.keys() if left[name] != came[name] and name not in VOLATILE)
     if was is Generation.sysfs and before.root != arrived.root and not missing and not changed:
         changed = ["/"]
-    findings = [("did not arrive", missing), ("arrived changed", changed)]
-    reasons = [f"{what}: {', '.join(names)}" for what, names in findings if names]
+    findings = [Finding("", "did not arrive", subject=name) for name in missing]
+    findings += [Finding("", "arrived changed", subject=name, severity=FindingSeverity.changed) for name in changed]
     # What they write counts, not how userspace drives it: 6.18.15 and 6.19.11 hand over to each other, both ways.
     if (was is Generation.sysfs) is not (now is Generation.sysfs):
-        reasons.append(f"the kernel before offered KHO as {was.value}, this one as {now.value}")
+        how = f"the kernel before offered KHO as {was.value}, this one as {now.value}"
+        findings.append(Finding("", how, severity=FindingSeverity.changed))
     verdict = Verdict(sorted(came.keys() - set(changed)), missing, changed)
-    return verdict.with_findings(Finding("", reason) for reason in reasons)
+    return verdict.with_findings(findings)
 
 
 def kernel_producers(tree: Tree, generation: Generation) -> dict[str, object]:

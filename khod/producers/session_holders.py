@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.liveupdate import Session
-from khod.model import Finding, LuoSession, SessionFate, Verdict
+from khod.model import Finding, FindingSource, LuoSession, SessionFate, Verdict
 from khod.producers.identity import units_in
 from khod.systemd.shutdown import CARRIES_SESSIONS
 from khod.systemd.systemctl import BOOTED, Ask, ask_manager
@@ -294,7 +294,7 @@ def count_arrivals(
     incoming, arrived, missing = {one.name for one in held if one.name and one.incoming}, list[str](), list[str]()
     names = {one.name for one in held if one.name}
     unknown = [f"other processes' sessions ({unseen})"] if unseen else []
-    findings = [*verdict.all_findings]
+    findings = [*verdict.findings]
     for session in left:
         shown = session_title(session)
         if session.name in incoming and not session.incoming:
@@ -302,7 +302,8 @@ def count_arrivals(
         elif session.fate is SessionFate.lost and not at_once:
             missing.append(shown)
             again = "; a session of that name is open now, as a new one" if session.name in names else ""
-            findings.append(Finding("", f"LUO {shown}, held by {session.holder}, was lost: {session.why}{again}"))
+            text = f"LUO {shown}, held by {session.holder}, was lost: {session.why}{again}"
+            findings.append(Finding("", text, FindingSource.session, session.name))
         else:
             unknown.append(shown)
     counted = Verdict(
