@@ -134,7 +134,7 @@ def _walk_compressed(walk: "_Walk", method: str, view: memoryview, at: int, limi
     try:
         walk.walk_archive(stream, within)
     except Refused as error:
-        if within in error.what:
+        if walk.is_located:
             raise
         raise Refused(f"{error.what} (the part at byte {at})", where=error.where, remedy=error.remedy) from None
     if stream.peek_byte() is not None:
@@ -195,6 +195,8 @@ class _Walk:
         self.unpacked = 0
         self.init_seen = False
         self.modules = set[str]()
+        self.is_located = False
+        """Whether the refusal names the place."""
 
     def walk_archive(self, stream: _Stream, within: str) -> None:
         """Walk entries, trailers and zeros up to something else; `within` says what the offsets count in."""
@@ -208,6 +210,7 @@ class _Walk:
 
     def damaged_error(self, what: str, at: int, within: str) -> Refused:
         """Word the refusal."""
+        self.is_located = True
         return Refused(
             f"The initrd is damaged: {what} at byte {at}{within}",
             where=self.where,

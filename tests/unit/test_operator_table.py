@@ -471,7 +471,7 @@ TABLE = [
     # After the jump.
     Row("A7", "how long everyone stood still", restore_refused, "status", 7, "degraded",
         "from the first freeze to the last finish"),
-    Row("A7-split", "and in what", restore_refused, "status", 7, "degraded", "to the last finish: freeze "),
+    Row("A7-split", "and in what", restore_refused, "status", 7, "degraded", "what they left: freeze "),
     Row("A8", "degraded", restore_refused, "status", 7, "degraded", "not taken back: what db left. What arrived: cache",
         "khoctl producers retry NAME", never="scratch"),
     changes("A9", "gone while frozen", died_frozen, "status", 0, "idle", "Went away, and could not be told: vm",
