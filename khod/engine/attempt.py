@@ -38,6 +38,8 @@ class Attempt:
 
     `everyone` gives the producers that are there by now, `joined` is called when somebody has joined since it began,
     `shutdown` asks systemd whether the host is on its way into the kexec.
+
+    One class of this size: each step stands next to its undo.
     """
 
     def __init__(

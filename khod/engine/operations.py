@@ -15,7 +15,7 @@ from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.guard import Seen, Severity
 from khod.engine.jump import Jump
 from khod.engine.observer import Observer
-from khod.engine.queries import NOTHING, Inhibitors, Queries, new_run
+from khod.engine.queries import Inhibitors, Queries, new_run
 from khod.engine.restoration import Restoration
 from khod.engine.rollback import bound_seconds
 from khod.engine.startup import Startup
@@ -27,16 +27,14 @@ from khod.handover.record import Owner, Process, Record, Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.next_arg import is_switched_on
 from khod.kernel.probe import Probed
-from khod.kernel.protocol import Tree
 from khod.kernel.thread import Workers
-from khod.model import Check, Event, EventKind, Observed, Phase, Plan, Status, Step
+from khod.model import Check, Event, EventKind, Observed, Phase, Step
 from khod.preflight.handover import JUMP_OR_BEGIN_AGAIN, WAIT
 from khod.producers.barrier import Barrier, Member, Participant, Verb
 from khod.producers.peers import Peer, Peers, Registration
 from khod.producers.registrations import Registrations
 from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions, session_of
-from khod.region import Region
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.target.target import Request, Target
 
@@ -64,6 +62,9 @@ class Engine:
 
     `shutdown` asks systemd whether the host is on its way into the kexec; without one nobody can tell. `goes_down` asks
     whether it is shut down in whatever way.
+
+    One class of this size: every operation takes the same lock and drives the same transaction, and what ends a
+    handover from outside must see which of them is under way.
     """
 
     def __init__(
@@ -787,37 +788,3 @@ class Engine:
         self._background.discard(task)
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             LOG.error("khod itself failed: %r", error)
-
-    # Questions: see Queries
-
-    async def status(self) -> Status:
-        """Tell how it stands."""
-        return await self.queries.status()
-
-    async def current_event(self) -> Event:
-        """How it stands, as an event."""
-        return await self.queries.current_event()
-
-    async def producers(self) -> list[model.Producer]:
-        """Every producer, in the order they are told, with its last answer."""
-        return await self.queries.producers()
-
-    async def check(self, request: Request = NOTHING) -> list[Check]:
-        """Run the preflight checks without touching anything; those of an image where one is given."""
-        return await self.queries.check(request)
-
-    async def plan(self, request: Request) -> Plan:
-        """Tell what a handover would do, and what its checks say, without touching anything."""
-        return await self.queries.plan(request)
-
-    async def snapshots(self) -> list[model.Snapshot]:
-        """List the trees that were kept when they left, the newest first."""
-        return await self.queries.snapshots()
-
-    async def scratch(self) -> list[Region]:
-        """Give the regions the next kernel must fit into."""
-        return await self.queries.scratch()
-
-    async def tree(self, side: str) -> Tree:
-        """Read a state tree: `out`, `in`, `snapshot`, or one that was kept by its id."""
-        return await self.queries.tree(side)

@@ -57,6 +57,8 @@ class Queries:
     """The read-only side of khod. `busy` tells whether an operation is under way; `started` when the start is over.
 
     `config` and `inhibitors` give what counts now.
+
+    One class of this size: one method for each question of the interface, and what several of them look at.
     """
 
     def __init__(

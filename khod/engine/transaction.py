@@ -86,6 +86,9 @@ class Transaction:
 
     `before_step` is called before each step, and cancels what must not go on. `goes_down` asks whether the host is
     being shut down.
+
+    One class of this size: it is the only writer of the machine and the record, and every way around the table of the
+    machine (a hold, a take-over, a cancelled step) has to stand where those are private.
     """
 
     def __init__(

@@ -80,7 +80,11 @@ class PeerCommand:
 
 
 class Peer:
-    """One producer by its name, connected or expected to come back."""
+    """One producer by its name, connected or expected to come back.
+
+    One class of this size: a connection that comes or goes in the middle of a verb changes what the barrier, the
+    conversation and the claim may do next, and each of them reads the others' state.
+    """
 
     kind = KIND
 

@@ -35,7 +35,10 @@ _LOG = logging.getLogger("khod.server")
 
 
 class ClientConnection:
-    """One client, from accept(2) to its end. A call that was begun is finished, whether or not the client stays."""
+    """One client, from accept(2) to its end. A call that was begun is finished, whether or not the client stays.
+
+    One class of this size: a call, its descriptors, its answer and its turn end together, whichever ends first.
+    """
 
     def __init__(
         self,

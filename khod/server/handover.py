@@ -27,6 +27,9 @@ class Service(Handover):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        """What needs a right."""
+        self._queries = engine.queries
+        """What everyone may ask."""
         self._last = model.Event(0.0, model.Phase.idle, "", "")
         self.load = Load()
         self.events = EventLog(lambda: messages.encode_reply({"event": self._last}))
@@ -40,7 +43,7 @@ class Service(Handover):
 
     async def first_event(self) -> bytes:
         """Give the event that every monitor begins with."""
-        return messages.encode_reply({"event": await self._engine.current_event()}, continues=True)
+        return messages.encode_reply({"event": await self._queries.current_event()}, continues=True)
 
     def end_monitors(self) -> None:
         """End every monitor."""
@@ -48,27 +51,27 @@ class Service(Handover):
 
     @varlinkmethod(return_parameter="status")
     async def Status(self) -> model.Status:
-        return await self._engine.status()
+        return await self._queries.status()
 
     @varlinkmethod(return_parameter="checks")
     async def Check(self, *, kernel: NextKernel | None = None, now: bool | None = None) -> list[model.Check]:
-        return await self._engine.check(_build_request(kernel, now=now))
+        return await self._queries.check(_build_request(kernel, now=now))
 
     @varlinkmethod(return_parameter="plan")
     async def Plan(
         self, *, kernel: NextKernel | None = None, now: bool | None = None, load_only: bool | None = None
     ) -> model.Plan:
-        return await self._engine.plan(_build_request(kernel, now=now, load_only=load_only))
+        return await self._queries.plan(_build_request(kernel, now=now, load_only=load_only))
 
     @varlinkmethod(return_parameter="status")
     async def Activate(self) -> model.Status:
         await self._engine.activate(by=_describe_caller())
-        return await self._engine.status()
+        return await self._queries.status()
 
     @varlinkmethod(return_parameter="status")
     async def Abort(self, *, force: bool | None = None) -> model.Status:
         await self._engine.abort(force=bool(force), by=_describe_caller())
-        return await self._engine.status()
+        return await self._queries.status()
 
     @varlinkmethod(return_parameter="status")
     async def Kexec(
@@ -80,11 +83,11 @@ class Service(Handover):
         hold: bool | None = None,
     ) -> model.Status:
         await self._engine.kexec(_build_request(kernel, now=now, load_only=load_only, hold=hold), by=_describe_caller())
-        return await self._engine.status()
+        return await self._queries.status()
 
     @varlinkmethod(return_parameter="producers")
     async def Producers(self) -> list[model.Producer]:
-        return await self._engine.producers()
+        return await self._queries.producers()
 
     @varlinkmethod(return_parameter="producers")
     async def Rehearse(self, *, name: str) -> list[model.Producer]:
@@ -100,16 +103,16 @@ class Service(Handover):
 
     @varlinkmethod
     async def Tree(self, *, side: str) -> TreeReply:
-        tree = await self._engine.tree(side)
+        tree = await self._queries.tree(side)
         return {"names": ["", *tree.blobs], "blobs": [_write_memfd(blob) for blob in (tree.root, *tree.blobs.values())]}
 
     @varlinkmethod(return_parameter="snapshots")
     async def Snapshots(self) -> list[model.Snapshot]:
-        return await self._engine.snapshots()
+        return await self._queries.snapshots()
 
     @varlinkmethod(return_parameter="regions")
     async def Scratch(self) -> list[Region]:
-        return await self._engine.scratch()
+        return await self._queries.scratch()
 
 
 def _describe_caller() -> str:

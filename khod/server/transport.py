@@ -60,7 +60,10 @@ class MessageHandler(Protocol):
 
 
 class Transport:
-    """The socket of one client, served in the turns of a lane."""
+    """The socket of one client, served in the turns of a lane.
+
+    One class of this size: reading, writing and the room for both are one state, which epoll(7) drives.
+    """
 
     def __init__(
         self, sock: socket.socket, uid: int, owner: MessageHandler, lane: Lane, *, buffered: Quota | None, room: Room

@@ -60,6 +60,8 @@ class SimulatedKernel(HostCalls):
     reason, a positive errno), `slow_serialize` and `slow_abort` (seconds), `abort_errno`, `load_errno`,
     `unload_errno`, `reboot_errno`, `malformed_tree`, `cold` (the next jump is a plain reset), `lose`
     (the tree does not arrive), `change` (it arrives changed).
+
+    One class of this size: it is one kernel, with a method for each file and call that the real one has.
     """
 
     def __init__(self, root: Path, *, ranges: int = 4) -> None:

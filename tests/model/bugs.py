@@ -18,6 +18,7 @@ import khod.server.producers
 import khod.systemd.shutdown
 from khod.engine import Engine
 from khod.engine.attempt import Attempt
+from khod.engine.queries import Queries
 from khod.handover.record import ProducerRecord, Record, Store
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Phase, Status, Verdict
@@ -95,7 +96,7 @@ def _holders_without_peers(right: Any) -> Any:
 
 
 def _status_of_the_kernel_alone(right: Any) -> Any:
-    async def status(self: Engine) -> Status:
+    async def status(self: Queries) -> Status:
         found: Status = await right(self)
         hidden = found.phase in (Phase.degraded, Phase.foreign)
         phase = Phase.idle if hidden else found.phase
@@ -192,7 +193,7 @@ BUGS = (
         "status-shows-the-kernel-alone",
         "M5",
         "a degraded boot, and somebody else's image, are shown as idle",
-        Engine,
+        Queries,
         "status",
         _status_of_the_kernel_alone,
         ("outcome_kept", "loaded_at_rest"),

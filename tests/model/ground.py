@@ -302,7 +302,7 @@ class Ground:
         """What khod says of how it stands; None where it does not answer."""
         if (khod := self.khod) is None:
             return None
-        operation = khod.begin("status", khod.engine.status)
+        operation = khod.begin("status", khod.engine.queries.status)
         self.timeline.run(until=self.clock.now + 5.0, done=lambda: operation.over or not khod.process.alive)
         if operation.over:
             operation.noted = True

@@ -64,11 +64,11 @@ class World(Ground):
 
     def do_check(self, then: Any) -> None:
         if (khod := self.khod) is not None:
-            self._asked(khod.begin("check", khod.engine.check), then)
+            self._asked(khod.begin("check", khod.engine.queries.check), then)
 
     def do_status(self, then: Any) -> None:
         if (khod := self.khod) is not None:
-            self._asked(khod.begin("status", khod.engine.status), then)
+            self._asked(khod.begin("status", khod.engine.queries.status), then)
 
     def do_reload(self, number: int) -> None:
         self.config = CONFIGS[number]

@@ -41,13 +41,13 @@ async def test_what_speaks_against_a_handover_outlives_a_restart_while_it_is_ver
     await engine.activate()
     load_and_jump(host)
     first = await host.started()
-    assert (await first.status()).phase is Phase.verifying
+    assert (await first.queries.status()).phase is Phase.verifying
     await first.stop(jumping=False)
     host.hooks.clear()
     Scripted(host, "db", restores=True)
     second = await host.started()
     await host.seen(lambda event: event.phase in (Phase.degraded, Phase.verified))
-    status = await second.status()
+    status = await second.queries.status()
     assert status.outcome is Phase.degraded
     assert status.verdict is not None
     assert "khod had not loaded" in status.verdict.reason
@@ -67,7 +67,7 @@ async def test_a_reboot_before_everything_was_taken_back_says_what_it_cost(host:
     await waiting(host)
     host.kernel.set_fault("cold", True)
     load_and_jump(host)
-    status = await (await host.started()).status()
+    status = await (await host.started()).queries.status()
     assert status.claims == []
     assert "db" in status.last_error
     assert "lost" in status.last_error
@@ -81,7 +81,7 @@ async def test_the_copy_for_the_jump_goes_with_a_jump_that_does_not_come(host: V
     host.kernel.set_fault("reboot_errno", 22)
     with pytest.raises(Failed):
         await host.kexec(engine)
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
     assert DEPARTURE not in os.listdir(host.store.directory)
 
 
@@ -91,7 +91,7 @@ async def test_a_session_that_came_is_not_closed_where_the_boot_counts_as_cold(h
     host.kernel.set_fault("cold", True)
     await host.jump()
     engine = await host.started()
-    assert (await engine.status()).phase is Phase.cold_boot
+    assert (await engine.queries.status()).phase is Phase.cold_boot
     assert engine.record.arrived_run == engine.record.run, "what is in the store by this run's name came with the boot"
 
 
@@ -110,7 +110,7 @@ async def test_an_abort_while_the_host_goes_into_what_is_loaded_is_refused(host:
     with pytest.raises(Refused, match="on its way"):
         await engine.abort()
     assert host.kernel.loaded
-    assert (await engine.status()).phase is Phase.loaded
+    assert (await engine.queries.status()).phase is Phase.loaded
 
 
 @in_virtual_time
@@ -125,7 +125,7 @@ async def test_aborts_side_by_side_are_one_rollback(host: VirtualHost) -> None:
     answers = await asyncio.gather(*aborts, return_exceptions=True)
     assert all(isinstance(answer, NotRolledBack) for answer in answers)
     with host.request() as request:
-        assert now() - began <= (await engine.plan(request)).rollback_seconds
+        assert now() - began <= (await engine.queries.plan(request)).rollback_seconds
     assert host.verbs.count("db thaw") == 1
 
 

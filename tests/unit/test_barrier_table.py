@@ -155,7 +155,7 @@ class Case:
 
     async def at_rest(self, engine: Engine) -> None:
         """Nobody holds anything for khod, nor khod for anybody; and another handover finds everyone able."""
-        status = await engine.status()
+        status = await engine.queries.status()
         assert (status.phase, status.done, status.exit_code) == (Phase.idle, [], Exit.done)
         assert self.host.record.producers == ()
         assert self.subject.held == set()
@@ -239,7 +239,7 @@ async def jump(case: Case) -> None:
 async def degraded(case: Case, engine: Engine) -> None:
     async with case.time_goes_by():
         await case.reached(engine, Phase.degraded)
-    status = await engine.status()
+    status = await engine.queries.status()
     assert status.exit_code == Exit.degraded
     assert status.verdict is not None
     assert status.verdict.missing == [NAME]
@@ -257,7 +257,7 @@ async def claimed(case: Case) -> None:
         await degraded(case, engine)
         await case.subject.recover()
         await case.reached(engine, Phase.verified)
-        status = await engine.status()
+        status = await engine.queries.status()
         assert (status.exit_code, status.last_error) == (Exit.done, "")
         assert status.verdict is not None
         assert status.verdict.missing == []
@@ -310,7 +310,7 @@ async def unasked_after(case: Case) -> None:
     asked = case.subject.asked
     async with serving(case.host, case.subject) as engine:
         await case.reached(engine, Phase.verified)
-        status = await engine.status()
+        status = await engine.queries.status()
         assert status.verdict is not None
         assert NAME not in status.verdict.missing
         assert case.host.verbs[-len(RESTORED) :] == RESTORED

@@ -52,7 +52,7 @@ async def handed_over(host: Host, clock: WallClock, *, jump: float = JUMP, uptim
     engine = await host.started()
     while engine.record.outcome is Phase.idle:
         await host.seen(lambda _event: True)
-    return await engine.status()
+    return await engine.queries.status()
 
 
 async def test_it_counts_from_the_first_freeze_to_the_last_finish(host: Host, clock: WallClock) -> None:

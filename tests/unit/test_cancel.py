@@ -149,7 +149,7 @@ async def test_an_event_while_nobody_asks_for_anything_ends_it_by_itself(host: H
     await asyncio.sleep(0)
     remove_memory(host)
     await back
-    assert HARDWARE in (await engine.status()).last_error
+    assert HARDWARE in (await engine.queries.status()).last_error
     await rolled_back(host, engine)
 
 

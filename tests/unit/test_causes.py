@@ -26,13 +26,13 @@ async def test_the_first_cause_outlives_a_rollback_that_fails_more_than_once(tmp
         await engine.activate()
     for _again in range(2):
         for words in ("db", "no luck", "lb", "stuck"):
-            assert words in (await engine.status()).last_error
+            assert words in (await engine.queries.status()).last_error
         with pytest.raises(NotRolledBack):
             await engine.abort()
-    assert (await engine.status()).last_error.count("stuck") == 1
+    assert (await engine.queries.status()).last_error.count("stuck") == 1
     stuck.does.clear()
     await engine.abort()
-    assert "no luck" in (await engine.status()).last_error
+    assert "no luck" in (await engine.queries.status()).last_error
 
 
 async def answers(peer: Peer) -> None:
@@ -73,7 +73,7 @@ async def test_a_contradiction_names_both_facts_and_who_is_frozen(tmp_path: Path
     engine = await host.started()
     await engine.activate()
     host.kernel.echo_to(ACTIVE, "0")
-    status = await engine.status()
+    status = await engine.queries.status()
     assert status.phase is Phase.inconsistent
     for words in ("left the host at active", "inactive with no image", "vm"):
         assert words in status.summary
@@ -86,7 +86,7 @@ async def test_a_damaged_record_is_no_contradiction(tmp_path: Path) -> None:
     host = VirtualHost(tmp_path)
     host.store.directory.mkdir(exist_ok=True)
     (host.store.directory / FILE_NAME).write_text('{"vers')
-    status = await (await host.started()).status()
+    status = await (await host.started()).queries.status()
     assert status.phase is Phase.inconsistent
     assert "record" in status.summary
     assert "somebody else" not in status.summary

@@ -48,7 +48,7 @@ async def has_failed(host: VirtualHost, engine: Engine) -> None:
 
 async def checked(engine: Engine, request: Request | None = None) -> tuple[bool, str]:
     """Whether the check passes, and what it says."""
-    checks = await (engine.check(request) if request else engine.check())
+    checks = await (engine.queries.check(request) if request else engine.queries.check())
     (found,) = [check for check in checks if check.name == "handover"]
     return found.result is CheckResult.passed, found.evidence
 
@@ -89,7 +89,7 @@ async def test_the_plan_has_it_too(host: VirtualHost) -> None:
     engine = await host.started()
     await has_failed(host, engine)
     with host.request() as request:
-        (found,) = [check for check in (await engine.plan(request)).checks if check.name == "handover"]
+        (found,) = [check for check in (await engine.queries.plan(request)).checks if check.name == "handover"]
     assert found.result is CheckResult.fail
     assert "khoctl abort" in found.remedy
 

@@ -37,7 +37,7 @@ async def jump(host: LuoHost, *others: Participant) -> None:
     """Leave a memfd of `kv`'s in the next kernel, with these producers beside it."""
     engine = await host.started()
     async with holding(engine):
-        while [found.name for found in await engine.producers()] != ["kv"]:
+        while [found.name for found in await engine.queries.producers()] != ["kv"]:
             await host.seen(lambda _event: True)
         host.hooks += [producer for producer in others if producer not in host.hooks]
         with pytest.raises(Rebooted):
@@ -67,7 +67,7 @@ async def taken_back(host: LuoHost, engine: Engine) -> None:
             await host.seen(lambda _event: True)
         assert holder.came == {"table": HELD}
         assert holder.told[-2:] == ["restore", "finish"]
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.outcome, status.claims, status.exit_code) == (Phase.verified, [], Exit.done)
     assert host.fdstore.kept == {}
 
@@ -81,7 +81,7 @@ async def load_foreign(host: LuoHost) -> None:
 async def force_abort(host: LuoHost, engine: Engine) -> None:
     """Somebody loaded an image, as kexec-tools does, and the remedy that status names is used."""
     await load_foreign(host)
-    assert "`Abort(force)`" in (await engine.status()).remedy
+    assert "`Abort(force)`" in (await engine.queries.status()).remedy
     await engine.abort(force=True)
     assert not host.kernel.loaded
 
@@ -155,7 +155,7 @@ async def test_what_waits_is_still_its_producer_s_whatever_is_done_meanwhile(
     if restart or meanwhile == "a handover that khod dies in":
         engine = await host.started()
     assert waiting(host)
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.claims, status.outcome, status.exit_code) == (["kv"], Phase.degraded, Exit.degraded)
     await taken_back(host, engine)
 
@@ -235,7 +235,7 @@ async def test_who_could_not_be_put_back_has_nothing_to_claim(host: LuoHost) -> 
     host.kernel.set_fault("abort_errno", None)
     host.kernel.echo_to(ACTIVE, "0")
     engine = await host.started()
-    assert (await engine.status()).claims == []
+    assert (await engine.queries.status()).claims == []
     await engine.activate()
 
 
@@ -246,11 +246,11 @@ async def test_a_hook_whose_restore_failed_can_be_given_up(host: LuoHost) -> Non
     pool = Scripted(host, "pool", restores=True, restore=raises(OSError(errno.EIO, "Input/output error", "disk")))
     host.hooks.clear()
     engine = await degraded(host, pool)
-    assert (await engine.status()).claims == ["kv", "pool"]
+    assert (await engine.queries.status()).claims == ["kv", "pool"]
     with pytest.raises(Refused, match="pool"):
         await engine.activate()
     await engine.forget_producer("pool")
-    assert (await engine.status()).claims == ["kv"]
+    assert (await engine.queries.status()).claims == ["kv"]
     assert waiting(host)
     pool.does.clear()
     with pytest.raises(Refused, match="kv"):

@@ -43,7 +43,7 @@ async def test_the_jump_of_an_earlier_khod_loses_nothing(host: LuoHost) -> None:
     (host.store.directory / DEPARTURE).unlink()
     engine = await host.started()
     await taken_back(host, engine)
-    verdict = (await engine.status()).verdict
+    verdict = (await engine.queries.status()).verdict
     assert verdict is not None
     assert {"kv", "mine"} <= set(verdict.arrived)
     assert "none" not in [*verdict.arrived, *verdict.missing]

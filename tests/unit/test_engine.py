@@ -35,13 +35,13 @@ async def test_a_whole_handover_ends_verified_in_the_second_kernel(host: Host) -
     assert host.kernel.calls == ["active=1", "load", "reboot"]
     assert host.kernel.read_file("/proc/sys/kernel/random/boot_id") != before
     second = await host.started()
-    status = await second.status()
+    status = await second.queries.status()
     assert status.phase is Phase.verified
     assert status.exit_code == Exit.done
     assert status.handovers == 1
     assert status.verdict is not None
     assert status.verdict.arrived == ["ftrace"]
-    assert (await second.tree("in")).root == (await second.tree("snapshot")).root
+    assert (await second.queries.tree("in")).root == (await second.queries.tree("snapshot")).root
     assert f"khod.run={status.run}" in host.kernel.read_file("/proc/cmdline").decode().split()
     assert host.verbs == UNDONE[:4], "no producer is called back after the jump"
 
@@ -92,18 +92,18 @@ async def test_activate_stops_at_active_and_abort_puts_all_back(host: Host) -> N
     two_producers(host)
     engine = await host.started()
     await engine.activate()
-    before = await engine.status()
+    before = await engine.queries.status()
     assert (before.phase, before.kernel_active, before.kernel_loaded) == (Phase.active, True, False)
     assert host.record.phase.value == "active"
-    assert (await engine.tree("out")).root == host.kernel.read_file("/sys/kernel/kho/dt")
+    assert (await engine.queries.tree("out")).root == host.kernel.read_file("/sys/kernel/kho/dt")
 
     await engine.abort()
-    after = await engine.status()
+    after = await engine.queries.status()
     assert (after.phase, after.kernel_active, after.done) == (Phase.idle, False, [])
     assert host.record.phase is Phase.idle
     assert host.verbs == UNDONE
     with pytest.raises(Refused):
-        await engine.tree("out")
+        await engine.queries.tree("out")
 
 
 async def test_activate_twice_is_done_once(host: Host) -> None:
@@ -117,7 +117,7 @@ async def test_abort_unloads_before_it_leaves_the_active_phase(host: Host) -> No
     two_producers(host)
     engine = await host.started()
     await host.kexec(engine, load_only=True)
-    assert (await engine.status()).phase is Phase.loaded
+    assert (await engine.queries.status()).phase is Phase.loaded
     assert host.record.phase is Phase.loaded
 
     await engine.abort()
@@ -131,7 +131,7 @@ async def test_the_active_phase_is_entered_and_left_by_the_same_thread(host: Hos
     engine = await host.started()
     for _attempt in range(3):
         await engine.activate()
-        await engine.tree("out")
+        await engine.queries.tree("out")
         await engine.abort()
     writes = [noted for noted in host.kernel.noted if noted.what.startswith("active=")]
     assert [noted.what for noted in writes] == ["active=1", "active=0"] * 3
@@ -162,7 +162,7 @@ async def test_an_image_given_twice_is_refused_and_nothing_moves(host: Host) -> 
     await host.kexec(engine, load_only=True)
     with pytest.raises(Refused):
         await host.kexec(engine)
-    assert (await engine.status()).phase is Phase.loaded
+    assert (await engine.queries.status()).phase is Phase.loaded
     assert host.kernel.calls == ["active=1", "load"]
 
 
@@ -170,7 +170,7 @@ async def test_kexec_without_any_image_is_refused_where_it_stands(host: Host) ->
     engine = await host.started()
     with pytest.raises(UsageError):
         await engine.kexec(Request())
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
     assert host.kernel.calls == []
 
 
@@ -181,7 +181,7 @@ async def test_an_unusable_image_leaves_active_as_it_was(host: Host, contents: b
     await engine.activate()
     with host.request("bad") as request, pytest.raises(Refused):
         await engine.kexec(request)
-    assert (await engine.status()).phase is Phase.active
+    assert (await engine.queries.status()).phase is Phase.active
     assert host.kernel.active
     assert host.kernel.calls == ["active=1"]
 
@@ -195,10 +195,10 @@ async def test_an_unusable_image_leaves_a_resting_phase_as_it_was(host: Host, ph
     await first.abort()
     host.store.write(dataclasses.replace(host.record, phase=phase))
     engine = await host.started()
-    assert (await engine.status()).phase is phase
+    assert (await engine.queries.status()).phase is phase
     with host.request("bad") as request, pytest.raises(Refused):
         await engine.kexec(request)
-    assert (await engine.status()).phase is phase
+    assert (await engine.queries.status()).phase is phase
     assert host.record.phase is phase
 
 
@@ -208,7 +208,7 @@ async def test_status_answers_while_the_kernel_serializes(host: Host) -> None:
     activation = asyncio.ensure_future(engine.activate(by="root (khoctl, process 4711)"))
     try:
         await host.seen(lambda event: event.phase is Phase.activating)
-        status = await engine.status()
+        status = await engine.queries.status()
         assert status.phase is Phase.activating
         assert status.stale
         assert status.done == ["prepare", "freeze"]
@@ -221,7 +221,7 @@ async def test_status_answers_while_the_kernel_serializes(host: Host) -> None:
     finally:
         host.kernel.gate.set()
     await activation
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.stale) == (Phase.active, False)
 
 
@@ -239,7 +239,7 @@ async def test_abort_while_the_kernel_serializes_takes_effect_when_it_comes_back
             await handover
         await abort
     assert host.kernel.calls == ["active=1", "active=0"], "no image is loaded once it was called off"
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
     assert host.verbs == UNDONE
 
 
@@ -249,11 +249,11 @@ async def test_abort_does_not_wait_for_a_slow_producer(host: Host, verb: str) ->
     engine = await host.started()
     activation = asyncio.ensure_future(engine.activate())
     await host.seen(lambda event: event.message.startswith(f"slow: {verb}"))
-    assert (await engine.status()).waiting_for == ["slow"]
+    assert (await engine.queries.status()).waiting_for == ["slow"]
     await engine.abort()
     with pytest.raises(Failed):
         await activation
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
     assert host.kernel.calls == []
     assert host.verbs[-1] == "slow cancel"
     assert ("slow thaw" in host.verbs) is (verb == "freeze")
@@ -270,7 +270,7 @@ async def test_an_abort_before_the_first_step_calls_the_handover_off(host: Host)
         with pytest.raises(Failed):
             await handover
         await abort
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
     assert host.kernel.calls == []
     assert host.verbs == []
 
@@ -279,7 +279,7 @@ async def test_abort_of_nothing_changes_nothing(host: Host) -> None:
     engine = await host.started()
     await engine.abort()
     assert host.kernel.calls == []
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_events_tell_every_phase_in_order(host: Host) -> None:
@@ -298,7 +298,7 @@ async def test_events_tell_every_phase_in_order(host: Host) -> None:
 async def test_timings_name_each_step_taken(host: Host) -> None:
     engine = await host.started()
     await host.kexec(engine, load_only=True)
-    assert [timing.step for timing in (await engine.status()).timings] == [
+    assert [timing.step for timing in (await engine.queries.status()).timings] == [
         step.value for step in (Step.prepare, Step.freeze, Step.activate, Step.load)
     ]
 
@@ -308,7 +308,7 @@ async def test_a_handover_after_a_handover(host: Host) -> None:
         engine = await host.started()
         with pytest.raises(Rebooted):
             await host.kexec(engine)
-        status = await (await host.started()).status()
+        status = await (await host.started()).queries.status()
         assert (status.phase, status.handovers) == (Phase.verified, count)
 
 
@@ -316,7 +316,7 @@ async def test_kexec_without_an_initrd(host: Host) -> None:
     engine = await host.started()
     with host.request(initrd=None) as request, pytest.raises(Rebooted):
         await engine.kexec(request)
-    assert (await (await host.started()).status()).phase is Phase.verified
+    assert (await (await host.started()).queries.status()).phase is Phase.verified
 
 
 async def test_the_kernel_is_active_only_by_one_write(host: Host) -> None:

@@ -33,7 +33,7 @@ async def put_back(host: Host) -> None:
     assert not host.kernel.loaded
     assert host.record.phase is Phase.idle
     assert host.record.done == ()
-    status = await (await host.started()).status()
+    status = await (await host.started()).queries.status()
     assert status.phase is Phase.idle
     assert status.exit_code == Exit.done
 
@@ -51,7 +51,7 @@ async def test_a_fault_puts_everything_back(
     assert raised.value.exit is Exit.failed
     assert raised.value.what
     assert log in host.kernel.kernel_log
-    status = await engine.status()
+    status = await engine.queries.status()
     assert status.phase is Phase.idle
     assert status.done == []
     assert raised.value.what in status.last_error
@@ -61,7 +61,7 @@ async def test_a_fault_puts_everything_back(
     host.kernel.set_fault(fault, None)
     with pytest.raises(Rebooted):
         await host.kexec(engine)
-    assert (await (await host.started()).status()).phase is Phase.verified
+    assert (await (await host.started()).queries.status()).phase is Phase.verified
 
 
 async def test_reboot_that_comes_back_unloads_before_it_leaves_the_active_phase(host: Host) -> None:
@@ -85,7 +85,7 @@ async def test_a_failure_nobody_thought_of_is_put_back_too(host: Host) -> None:
         await host.kexec(engine)
     assert host.kernel.calls == ["active=1", "load", "unload", "active=0"]
     assert host.verbs == ["a prepare", "a freeze", "a thaw", "a cancel"]
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_dt_max_too_small_is_put_back_and_names_dt_max(host: Host) -> None:
@@ -168,7 +168,7 @@ async def test_a_failed_unload_stands_in_the_status_and_abort_may_be_tried_again
     with pytest.raises(NotRolledBack) as raised:
         await engine.abort()
     assert raised.value.exit is Exit.not_rolled_back
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.exit_code, status.left) == (Phase.failed, Exit.not_rolled_back, ["activate", "load"])
     assert host.kernel.active, "an image with the state of the active phase is not left without it"
     assert "reboot" in status.remedy
@@ -177,7 +177,7 @@ async def test_a_failed_unload_stands_in_the_status_and_abort_may_be_tried_again
 
     host.kernel.set_fault("unload_errno", None)
     await engine.abort()
-    assert (await engine.status()).exit_code == Exit.done
+    assert (await engine.queries.status()).exit_code == Exit.done
     await put_back(host)
 
 
@@ -188,7 +188,7 @@ async def test_loading_switched_off_after_the_load_leaves_the_image_and_says_so(
     host.kernel.echo_to(LOAD_DISABLED, "1")
     with pytest.raises(NotRolledBack):
         await engine.abort()
-    assert (await engine.status()).left == ["activate", "load"]
+    assert (await engine.queries.status()).left == ["activate", "load"]
     assert host.kernel.active
 
 
@@ -198,7 +198,7 @@ async def test_a_failed_deactivation_leaves_failed_and_abort_may_be_tried_again(
     host.kernel.set_fault("abort_errno", errno.EBUSY)
     with pytest.raises(NotRolledBack):
         await engine.abort()
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.left, status.kernel_active) == (Phase.failed, ["activate"], True)
     host.kernel.set_fault("abort_errno", None)
     await engine.abort()
@@ -219,7 +219,7 @@ async def test_a_producer_that_could_not_be_put_back_is_told_again_by_the_next_a
     assert "a" in raised.value.what
     assert not host.kernel.active, "the producer's failure does not stop the others"
     due = ["prepare", "freeze"] if verb == "freeze" else [verb]  # the cancel comes after the thaw
-    assert (await engine.status()).left == due
+    assert (await engine.queries.status()).left == due
     stuck.unlink()
     told = host.verbs.count(f"a {undo}")
     await engine.abort()
@@ -233,7 +233,7 @@ async def test_hold_keeps_what_was_done_before_the_failed_step(host: Host) -> No
     engine = await host.started()
     with pytest.raises(NotRolledBack):
         await host.kexec(engine, hold=True)
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.kernel_active, status.kernel_loaded) == (Phase.active, True, False)
     assert host.record.phase is Phase.active
     host.kernel.set_fault("load_errno", None)
@@ -247,7 +247,7 @@ async def test_hold_after_the_jump_came_back_keeps_the_image_and_abort_clears_it
     engine = await host.started()
     with pytest.raises(NotRolledBack):
         await host.kexec(engine, hold=True)
-    assert (await engine.status()).phase is Phase.loaded
+    assert (await engine.queries.status()).phase is Phase.loaded
     assert host.record.phase is Phase.loaded
     await engine.abort()
     assert host.kernel.calls[-2:] == ["unload", "active=0"]
@@ -262,7 +262,7 @@ async def test_too_few_load_calls_left_are_refused_before_the_kernel_is_touched(
     with pytest.raises(Refused):
         await host.kexec(engine)
     assert host.kernel.calls == []
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_loading_switched_off_is_refused_before_the_kernel_is_touched(host: Host) -> None:

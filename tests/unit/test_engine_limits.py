@@ -93,7 +93,7 @@ async def test_a_full_disk_stops_it_before_the_kernel_is_touched(host: Host, dis
     assert str(disk) in str(raised.value)
     assert host.kernel.calls == []
     assert host.verbs == []
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_a_disk_that_fills_while_active_refuses_to_go_on_and_abort_still_puts_the_kernel_back(
@@ -104,10 +104,10 @@ async def test_a_disk_that_fills_while_active_refuses_to_go_on_and_abort_still_p
     fill(disk)
     with pytest.raises(Refused):
         await host.kexec(engine)
-    assert (await engine.status()).phase is Phase.active
+    assert (await engine.queries.status()).phase is Phase.active
     await engine.abort()
     assert host.kernel.calls == ["active=1", "active=0"]
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_a_step_that_cannot_be_recorded_is_not_taken(host: Host, disk: Path) -> None:
@@ -119,7 +119,7 @@ async def test_a_step_that_cannot_be_recorded_is_not_taken(host: Host, disk: Pat
     assert str(disk) in raised.value.where
     assert host.kernel.calls == []
     assert host.verbs == ["a prepare", "a freeze", "a thaw", "a cancel"]
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_a_read_only_state_directory_stops_it_before_the_kernel_is_touched(host: Host, disk: Path) -> None:
@@ -132,7 +132,7 @@ async def test_a_read_only_state_directory_stops_it_before_the_kernel_is_touched
     assert str(disk) in str(raised.value)
     assert host.kernel.calls == []
     assert host.verbs == []
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_a_missing_state_directory_stops_it_before_the_kernel_is_touched(host: Host) -> None:
@@ -195,7 +195,7 @@ async def test_policy_may_go_on_after_a_forgetful_abort(host: Host) -> None:
     engine = await host.started()
     await engine.activate()
     await engine.abort()
-    assert any(check.result.value == "warn" for check in await engine.check())
+    assert any(check.result.value == "warn" for check in await engine.queries.check())
     await engine.activate()
 
 
@@ -249,7 +249,7 @@ async def test_load_first_is_put_back_in_the_reverse_of_its_own_order(host: Host
         await host.kexec(engine)
     assert host.kernel.calls == ["load", "active=1", "reboot", "active=0", "unload"]
     assert host.verbs == ["a prepare", "a freeze", "a thaw", "a cancel"]
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 @pytest.mark.parametrize("required", [False, True])
@@ -263,7 +263,7 @@ async def test_a_handover_of_nothing_looks_like_a_success_and_may_be_forbidden(h
     with pytest.raises(Refused, match="require_state"):
         await engine.activate()
     assert host.kernel.calls == ["active=1", "active=0"]
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 @pytest.mark.parametrize("generation", [Stateless, FinalizeNoAbort])
@@ -279,7 +279,7 @@ async def test_a_kernel_without_kho_is_unsupported(host: Host) -> None:
         await engine.activate()
     assert raised.value.exit is Exit.unsupported
     assert raised.value.remedy == "boot another"
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.generation) == (Phase.idle, Generation.none)
     assert "no KHO here" in status.summary
 
@@ -292,7 +292,7 @@ async def test_a_kernel_that_outlasts_the_deadline_is_put_back_when_it_comes_bac
     try:
         with pytest.raises(NotRolledBack):
             await engine.activate()
-        status = await engine.status()
+        status = await engine.queries.status()
         assert status.stale, "the kernel does not answer yet"
         assert status.phase is Phase.failed
         assert status.left == ["activate"]
@@ -302,5 +302,5 @@ async def test_a_kernel_that_outlasts_the_deadline_is_put_back_when_it_comes_bac
     host.config = Config()
     engine.config = host.config
     await engine.abort()
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.kernel_active) == (Phase.idle, False)

@@ -25,7 +25,7 @@ async def test_two_aborts_at_once_undo_it_once(host: Host) -> None:
     await asyncio.gather(engine.abort(), engine.abort(), engine.abort())
     assert host.kernel.calls == ["active=1", "load", "unload", "active=0"]
     assert host.verbs == UNDONE
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_two_handovers_at_once_are_one_and_a_refusal(host: Host) -> None:
@@ -45,7 +45,7 @@ async def test_an_abort_that_called_a_handover_off_does_not_reach_the_next_one(h
         await activation
     (host.directory / "quick").touch()
     await engine.activate()
-    assert (await engine.status()).phase is Phase.active
+    assert (await engine.queries.status()).phase is Phase.active
 
 
 async def test_stop_while_producers_are_asked_puts_back(host: Host) -> None:
@@ -96,7 +96,7 @@ async def test_a_broken_producer_file_while_active_does_not_keep_abort_from_its_
     assert host.verbs == UNDONE
     with pytest.raises(KhoError, match=r"a\.toml"):
         await engine.activate()
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_producers_that_cannot_be_told_after_a_restart_stand_in_the_status(host: Host) -> None:
@@ -108,14 +108,14 @@ async def test_producers_that_cannot_be_told_after_a_restart_stand_in_the_status
     with suppress(KhoError):
         await engine.start()
     assert not host.kernel.active
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.exit_code) == (Phase.failed, Exit.not_rolled_back)
     assert status.left == ["prepare", "freeze"]
     assert "a.toml" in status.last_error
     host.broken = None
     await engine.abort()
     assert host.verbs == UNDONE
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 @pytest.mark.parametrize("record", [None, b"{ not whole"])
@@ -128,19 +128,19 @@ async def test_force_clears_up_on_a_kernel_without_kho_too(host: Host, record: b
     if record is not None:
         host.store.record_path.write_bytes(record)
     engine = await host.started()
-    assert (await engine.status()).phase in (Phase.foreign, Phase.inconsistent)
+    assert (await engine.queries.status()).phase in (Phase.foreign, Phase.inconsistent)
     with pytest.raises(Refused):
         await engine.abort()
     await engine.abort(force=True)
     assert not host.kernel.loaded
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_an_image_unloaded_behind_khod_s_back_is_no_jump(host: Host) -> None:
     engine = await host.started()
     await host.kexec(engine, load_only=True)
     host.kernel.kexec_file_load(-1, -1, b"", 1)
-    status = await engine.status()
+    status = await engine.queries.status()
     assert status.phase is Phase.inconsistent
     assert status.kernel_loaded is False
     await engine.abort(force=True)
@@ -154,7 +154,7 @@ async def test_status_while_it_is_put_back_answers_at_once(host: Host) -> None:
     abort = asyncio.ensure_future(engine.abort())
     try:
         await host.seen(lambda event: event.phase is Phase.rolling_back)
-        status = await engine.status()
+        status = await engine.queries.status()
         assert status.phase is Phase.rolling_back
         assert status.stale
     finally:
@@ -192,4 +192,4 @@ async def test_a_jump_cannot_be_called_back(host: Host) -> None:
     gone.set()
     with pytest.raises(Rebooted):
         await handover
-    assert (await (await host.started()).status()).phase is Phase.verified
+    assert (await (await host.started()).queries.status()).phase is Phase.verified

@@ -106,11 +106,11 @@ async def test_resume_goes_on_from_where_it_stood(host: Host, last: str) -> None
         await host.kexec(engine, load_only=True)
     host.config = Config(policy=Policy(after_daemon_died="resume"))
     engine = await host.started()
-    assert (await engine.status()).phase.value == last
+    assert (await engine.queries.status()).phase.value == last
     assert host.kernel.calls == ["active=1", "load"][: 1 + (last == "loaded")]
     with pytest.raises(Rebooted):
         await host.kexec(engine) if last == "active" else await engine.kexec(Request())
-    assert (await (await host.started()).status()).phase is Phase.verified
+    assert (await (await host.started()).queries.status()).phase is Phase.verified
 
 
 async def test_resume_then_abort_tells_the_producers(host: Host) -> None:
@@ -130,7 +130,7 @@ async def test_a_restart_after_a_rollback_that_failed_still_says_so(host: Host) 
     with pytest.raises(KhoError):
         await engine.abort()
     engine = await host.started()
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.exit_code, status.left) == (Phase.failed, Exit.not_rolled_back, ["activate"])
     host.kernel.set_fault("abort_errno", None)
     await engine.abort()
@@ -147,12 +147,12 @@ async def test_a_restart_does_not_forget_a_producer_that_could_not_be_thawed(hos
     with pytest.raises(KhoError):
         await engine.abort()
     engine = await host.started()
-    assert (await engine.status()).phase is Phase.failed
-    assert (await engine.status()).left == ["prepare", "freeze"]
+    assert (await engine.queries.status()).phase is Phase.failed
+    assert (await engine.queries.status()).left == ["prepare", "freeze"]
     stuck.unlink()
     await engine.abort()
     assert host.verbs.count("a thaw") == 2
-    assert (await engine.status()).phase is Phase.idle
+    assert (await engine.queries.status()).phase is Phase.idle
 
 
 async def test_stop_puts_back_what_is_held(host: Host) -> None:
@@ -170,12 +170,12 @@ async def test_stop_on_the_way_into_the_kexec_keeps_everything(host: Host) -> No
 
     engine = await host.started(orderly=systemctl_kexec)
     await host.kexec(engine)
-    assert (await engine.status()).phase is Phase.executing
+    assert (await engine.queries.status()).phase is Phase.executing
     await engine.stop(jumping=True)
     assert host.kernel.calls == ["active=1", "load"]
     with pytest.raises(Rebooted):
         host.kernel.reboot_kexec()
-    assert (await (await host.started()).status()).phase is Phase.verified
+    assert (await (await host.started()).queries.status()).phase is Phase.verified
 
 
 async def test_stop_after_the_shutdown_was_called_off_puts_back(host: Host) -> None:
@@ -197,7 +197,7 @@ async def test_a_jump_somebody_else_makes_with_khod_s_image_is_verified(host: Ho
     await engine.stop(jumping=True)
     with pytest.raises(Rebooted):
         host.kernel.reboot_kexec()
-    assert (await (await host.started()).status()).phase is Phase.verified
+    assert (await (await host.started()).queries.status()).phase is Phase.verified
 
 
 async def test_what_is_asked_while_khod_starts_waits_for_the_start(host: Host) -> None:
@@ -219,6 +219,6 @@ async def test_the_reason_of_a_rollback_at_the_start_is_told(host: Host) -> None
     engine = host.engine()
     with pytest.raises(Failed):
         await engine.start()
-    status = await engine.status()
+    status = await engine.queries.status()
     assert status.phase is Phase.idle
     assert "stopped unexpectedly" in status.last_error

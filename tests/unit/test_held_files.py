@@ -222,7 +222,7 @@ async def test_an_image_with_luo_off_that_is_loaded_takes_no_files(host: LuoHost
         assert engine.machine.phase is Phase.loaded
         with pytest.raises(Refused, match="LUO is off in the next kernel"):
             await engine.kexec(Request(hold=True))
-        assert (await engine.status()).phase is Phase.idle
+        assert (await engine.queries.status()).phase is Phase.idle
         assert not host.kernel.loaded
 
 

@@ -49,7 +49,7 @@ async def test_many_checks_at_a_time_are_one_connection_to_the_bus(
     async with logind(tmp_path, monkeypatch, blocks("apt")) as bus:
         goes_on = asyncio.Event()
         bus.instead["ListInhibitors"] = goes_on
-        checks = [asyncio.ensure_future(engine.check()) for _ in range(CHECKS)]
+        checks = [asyncio.ensure_future(engine.queries.check()) for _ in range(CHECKS)]
         await bus.reached.wait()
         assert bus.open == 1
         goes_on.set()

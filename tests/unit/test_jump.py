@@ -78,7 +78,7 @@ async def test_an_abort_is_refused_while_the_host_goes_down(host: VirtualHost, d
         await engine.abort(force=force)
     assert nothing_undone(host)
     assert host.record.phase is Phase.executing
-    assert (await engine.status()).remedy
+    assert (await engine.queries.status()).remedy
 
 
 @pytest.mark.parametrize(("down", "force"), [(False, False), (None, True)])
@@ -112,7 +112,7 @@ async def test_whoever_asked_for_the_jump_is_answered_at_once(
     monkeypatch.setattr(engine._observer, "try_observe", hangs)
     monkeypatch.setattr(engine.queries, "_sighted_within", hangs)
     began = now()
-    assert (await engine.status()).phase is Phase.executing
+    assert (await engine.queries.status()).phase is Phase.executing
     assert now() == began
 
 
@@ -152,7 +152,7 @@ async def test_systemctl_that_hangs_is_watched_where_the_host_may_go_down(host: 
     with pytest.raises(NotRolledBack):
         await host.kexec(engine)
     assert nothing_undone(host)
-    assert (await engine.status()).phase is Phase.executing
+    assert (await engine.queries.status()).phase is Phase.executing
     asking.answers = [False]
     await rolled_back(host, engine)
 
@@ -169,7 +169,7 @@ async def test_a_shutdown_that_is_called_off_is_noticed(host: VirtualHost) -> No
     began = now()
     await rolled_back(host, engine)
     assert now() - began <= EXECUTE
-    assert "does not take the host down" in (await engine.status()).last_error
+    assert "does not take the host down" in (await engine.queries.status()).last_error
     host.told.unlink()
     await engine.activate()
 
@@ -212,7 +212,7 @@ async def test_reboot_that_fails_after_its_deadline_is_put_back(
     assert isinstance(worker, InlineWorker)
     worker.come_back()
     await rolled_back(host, engine)
-    assert errno.errorcode[number] in (await engine.status()).last_error
+    assert errno.errorcode[number] in (await engine.queries.status()).last_error
 
 
 @in_virtual_time
@@ -295,6 +295,6 @@ async def test_a_stop_in_the_middle_of_a_step_while_the_host_jumps_ends_in_one_p
     with pytest.raises(Rebooted):
         host.kernel.reboot_kexec()
     host.shutdown = None
-    status = await (await host.started()).status()
+    status = await (await host.started()).queries.status()
     assert status.outcome in (Phase.verified, Phase.degraded)
     assert "not every producer was frozen" not in status.last_error

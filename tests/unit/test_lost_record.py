@@ -61,7 +61,7 @@ async def test_without_any_record_what_arrived_is_kept_and_named(host: LuoHost, 
     for _start in range(2):
         engine = await host.started()
         assert waiting(host)
-        status = await engine.status()
+        status = await engine.queries.status()
         assert status.exit_code != Exit.done
         assert status.claims == list(host.fdstore.kept)
     with pytest.raises(KhoError):
@@ -69,7 +69,7 @@ async def test_without_any_record_what_arrived_is_kept_and_named(host: LuoHost, 
     if engine.machine.phase is Phase.inconsistent:
         await engine.abort(force=True)
         assert waiting(host)
-    failed = [check for check in await engine.check() if check.name == "claims"]
+    failed = [check for check in await engine.queries.check() if check.name == "claims"]
     assert [check.result for check in failed] == [CheckResult.fail]
     (session,) = host.fdstore.kept
     assert session in failed[0].evidence
@@ -78,7 +78,7 @@ async def test_without_any_record_what_arrived_is_kept_and_named(host: LuoHost, 
     assert waiting(host)
     await engine.forget_producer(session)
     assert (host.fdstore.kept, host.luo.unclaimed) == ({}, set())
-    assert (await engine.status()).claims == []
+    assert (await engine.queries.status()).claims == []
     await engine.activate()
 
 
@@ -89,7 +89,7 @@ async def test_a_session_of_another_s_is_kept_too(host: LuoHost) -> None:
     os.close(fd)
     for _start in range(2):
         engine = await host.started()
-        assert (await engine.status()).claims == ["khod-000000000000-0123456789abcdef"]
+        assert (await engine.queries.status()).claims == ["khod-000000000000-0123456789abcdef"]
     await engine.forget_producer("khod-000000000000-0123456789abcdef")
     assert host.fdstore.kept == {}
 

@@ -40,7 +40,7 @@ async def arrived(host: VirtualHost, outcome: Phase) -> Engine:
 async def holds(host: VirtualHost, engine: Engine, outcome: Phase) -> None:
     """It is told, by this khod and by the next one."""
     for khod in (engine, await host.started()):
-        status = await khod.status()
+        status = await khod.queries.status()
         assert (status.outcome, status.exit_code) == (outcome, OUTCOMES[outcome])
         assert host.record.outcome is outcome
 
@@ -69,13 +69,13 @@ async def test_what_others_do_to_the_kernel_hides_no_outcome(host: VirtualHost, 
     do, undo = FOREIGN[what]
     do(host)
     await holds(host, engine, outcome)
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.foreign, status.phase) == (True, outcome)
     assert "`Abort(force)`" in status.remedy
     with pytest.raises(Refused):
         await engine.activate()
     undo(host)
-    assert not (await engine.status()).foreign
+    assert not (await engine.queries.status()).foreign
     await holds(host, engine, outcome)
     do(host)
     await engine.abort(force=True)
@@ -177,7 +177,7 @@ async def test_a_test_of_a_producer_leaves_the_outcome_whatever_becomes_of_khod(
     with pytest.raises(Failed):
         await engine.start()
     rehearsal.cancel()
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.outcome, status.exit_code) == (outcome, OUTCOMES[outcome])
     assert host.verbs[-2:] == ["a thaw", "a cancel"]
 
@@ -202,7 +202,7 @@ async def test_a_loss_of_power_before_the_jump_fails_no_later_boot(host: Virtual
     Scripted(host, "a")
     host.store.write(Record(phase=phase, done=BEGUN[phase], run="r1", boot_id="the-boot-before", release="7.3.4"))
     engine = await host.started()
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.exit_code) == (Phase.idle, Exit.done)
     assert phase in (Phase.rolling_back, Phase.failed) or phase.value in status.last_error
     assert host.verbs == [], "nobody of this boot is told of the last one's"

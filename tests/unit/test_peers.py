@@ -730,7 +730,7 @@ async def test_hardware_that_changes_ends_a_handover_in_any_phase(host: LuoHost,
     with pytest.raises(Refused, match=HARDWARE):
         await host.kexec(engine)
     await back_at_rest(host, engine)
-    assert HARDWARE in (await engine.status()).last_error
+    assert HARDWARE in (await engine.queries.status()).last_error
     undone = ["a thaw"] if "a freeze" in host.verbs else []
     assert host.verbs[-len(undone) - 1 :] == [*undone, "a cancel"]
     assert "reboot" not in host.kernel.calls
@@ -742,7 +742,7 @@ async def test_hardware_that_changes_ends_a_handover_that_waits(host: LuoHost, l
     await (engine.activate() if last == "active" else host.kexec(engine, load_only=True))
     host.guard.event("remove", "cpu", "/sys/devices/system/cpu/cpu3")
     await back_at_rest(host, engine)
-    assert "cpu device cpu3 was removed" in (await engine.status()).last_error
+    assert "cpu device cpu3 was removed" in (await engine.queries.status()).last_error
     assert host.verbs[-2:] == ["a thaw", "a cancel"]
     await engine.activate()
     assert host.guard.watching
@@ -763,7 +763,7 @@ async def test_nobody_watches_before_and_after(host: LuoHost) -> None:
     await engine.activate()
     await engine.abort()
     host.guard.event("add", "memory")
-    assert (await engine.status()).last_error == ""
+    assert (await engine.queries.status()).last_error == ""
     assert not any(HARDWARE in event.message for event in host.events)
 
 
@@ -799,7 +799,7 @@ async def test_a_producer_s_device_that_goes_ends_the_handover_in_its_name(host:
     gone = Uevent("remove", "misc", "/sys/devices/virtual/misc/7", "/dev/vfio/7")
     host.guard.happened(Seen(Severity.abort, gone, ("vmm",)))
     await back_at_rest(host, engine)
-    assert "vmm" in (await engine.status()).last_error
+    assert "vmm" in (await engine.queries.status()).last_error
 
 
 async def test_the_device_of_one_who_came_late_is_watched_too(host: LuoHost) -> None:

@@ -71,10 +71,10 @@ async def test_a_producer_whose_process_lives_is_waited_for_and_then_named(host:
     assert "kv" in said
     assert str(os.getpid()) in said
     assert host.verbs == []
-    status = await engine.status()
+    status = await engine.queries.status()
     assert "kv" in status.waiting_for
     assert "kv" in status.summary
-    (check,) = [check for check in await engine.check() if check.name == "producers"]
+    (check,) = [check for check in await engine.queries.check() if check.name == "producers"]
     assert check.result is CheckResult.fail
 
 
@@ -82,8 +82,8 @@ async def test_a_producer_whose_process_lives_is_waited_for_and_then_named(host:
 async def test_a_producer_that_returns_takes_part_again(host: VirtualHost) -> None:
     engine = await restarted(host, None)
     peer = await register(engine)
-    assert (await engine.status()).waiting_for == []
-    assert [found.name for found in await engine.producers()] == ["kv"]
+    assert (await engine.queries.status()).waiting_for == []
+    assert [found.name for found in await engine.queries.producers()] == ["kv"]
     assert peer.connected
 
 
@@ -156,12 +156,12 @@ async def test_an_image_of_somebody_else_s_is_put_back_without_those_that_are_no
     await restarted(host, DEAD)
     host.kernel.echo_to(ACTIVE, "1")
     engine = await host.started()
-    assert (await engine.status()).phase is Phase.foreign
+    assert (await engine.queries.status()).phase is Phase.foreign
     told = len(host.verbs)
     await engine.abort(force=True)
     assert not host.kernel.active
     assert host.verbs[told:] == []
-    assert "kv" not in [found.name for found in await engine.producers()]
+    assert "kv" not in [found.name for found in await engine.queries.producers()]
     assert "kv" in await refusal(engine)
     await engine.forget_producer("kv")
     await engine.activate()
@@ -189,7 +189,7 @@ async def test_a_damaged_list_costs_no_start_and_no_line_but_its_own(host: Virtu
     assert host.registrations is not None
     host.registrations.write_bytes(DAMAGE[damage](host.registrations.read_bytes()))
     engine = await host.started()
-    known = set((await engine.status()).waiting_for)
+    known = set((await engine.queries.status()).waiting_for)
     lost = {"cut off": {"last"}, "empty": {"first", "last"}}.get(damage, set())
     assert known == {"first", "last"} - lost
 
@@ -227,8 +227,8 @@ async def test_a_full_disk_is_told_and_refuses_nobody(host: VirtualHost, full: P
     for number in range(64):  # the last page of the file has room for a few
         await register(engine, f"kv{number}")
     assert any("not kept" in event.message and "No space left" in event.message for event in host.events)
-    assert len(await engine.producers()) == 64
-    known = (await (await host.started()).status()).waiting_for
+    assert len(await engine.queries.producers()) == 64
+    known = (await (await host.started()).queries.status()).waiting_for
     assert known == [f"kv{number}" for number in range(len(known))], "a line is whole or not there"
 
 
@@ -266,13 +266,13 @@ async def test_a_file_that_comes_under_a_peer_s_name_stops_a_handover_and_no_rol
     await engine.abort()
     peer = await register(engine, "pool")
     Scripted(host, "pool")
-    (check,) = [check for check in await engine.check() if check.name == "producers"]
+    (check,) = [check for check in await engine.queries.check() if check.name == "producers"]
     assert check.result is CheckResult.fail
     assert "pool" in check.evidence
     with pytest.raises(KhoError, match="pool") as raised:
         await engine.activate()
     assert isinstance(raised.value, ConfigError | Refused)
-    assert [found.kind for found in await engine.producers() if found.name == "pool"] == ["scripted", "varlink"]
+    assert [found.kind for found in await engine.queries.producers() if found.name == "pool"] == ["scripted", "varlink"]
     engine.muster.peers.remove_peer(peer)
     await engine.activate()
     assert "pool freeze" in host.verbs

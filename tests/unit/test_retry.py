@@ -45,14 +45,14 @@ async def test_a_producer_is_told_again_when_its_trouble_is_mended(host: Virtual
 
     with pytest.raises(Refused, match="cannot import"):
         await engine.retry_producer("db")
-    assert (await engine.status()).claims == ["db"]
+    assert (await engine.queries.status()).claims == ["db"]
     with pytest.raises(Refused, match="forget"):
         await engine.activate()
 
     trouble.clear()
     await engine.retry_producer("db")
 
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.outcome, status.claims, status.exit_code) == (Phase.verified, [], Exit.done)
     assert host.verbs[-1] == "db finish"
     assert host.verbs.count("cache restore") == 1
@@ -71,7 +71,7 @@ async def test_only_what_waits_can_be_told_again(host: VirtualHost) -> None:
 @in_virtual_time
 async def test_status_says_whose_state_is_missing_and_whose_is_not(host: VirtualHost) -> None:
     """Whoever reads that everything must start from scratch would throw away what has arrived."""
-    status = await (await degraded(host, ["no room"], "restore")).status()
+    status = await (await degraded(host, ["no room"], "restore")).queries.status()
     assert "db" in status.summary.partition("arrived")[0]
     assert "cache" in status.summary.partition("arrived")[2]
     assert "khoctl producers retry" in status.remedy

@@ -56,7 +56,7 @@ def once(original: Callable[..., Any], error: BaseException, when: Callable[...,
 
 async def put_back(host: Host, engine: Engine) -> None:
     """Nothing is held anywhere, by khod or for it, and the next handover goes on."""
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.exit_code, status.done) == (Phase.idle, Exit.done, [])
     assert not host.kernel.active
     assert not host.kernel.loaded
@@ -76,7 +76,7 @@ async def test_an_undo_that_raises_keeps_no_other_from_its_undo(host: Host, undo
         await engine.abort()
     due = [verb for verb in UNDONE if verb != "b cancel" or undo == "cancel"]
     assert host.verbs == [*PREPARED, *FROZEN, *due]
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.kernel_active) == (Phase.failed, False)
     assert {item.producer for item in status.not_undone} == {"b"}
 
@@ -97,7 +97,7 @@ async def test_an_undo_that_raises_does_not_end_a_khod_that_starts(host: Host, u
     assert {f"{name} thaw" for name in "abc"} <= set(host.verbs)
     b.does.clear()
     engine = await host.started()
-    assert (await engine.status()).phase is Phase.failed, "and the next one knows it still"
+    assert (await engine.queries.status()).phase is Phase.failed, "and the next one knows it still"
     await engine.abort()
     await put_back(host, engine)
 
@@ -152,7 +152,7 @@ async def test_a_kernel_call_that_raises_in_the_undo_keeps_nobody_frozen(
     with pytest.raises(NotRolledBack):
         await engine.abort()
     assert host.verbs == [*PREPARED, *FROZEN, *UNDONE]
-    status = await engine.status()
+    status = await engine.queries.status()
     assert status.phase is Phase.failed
     assert what in status.left
     await engine.abort()

@@ -66,7 +66,7 @@ async def test_a_thaw_that_sleeps_in_the_kernel_is_waited_for_no_longer_than_its
     b.does["thaw"] = deaf()
     assert await undone(engine, fails=True) == b.timeout + CUT_SECONDS
     assert host.verbs[4:] == ["b thaw", "a thaw", "a cancel"]
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.kernel_active) == (Phase.failed, False)
     assert [item.producer for item in status.not_undone] == ["b"]
     assert await undone(engine, fails=True) == b.timeout + CUT_SECONDS
@@ -116,7 +116,7 @@ async def test_a_restore_that_sleeps_in_the_kernel_does_not_keep_the_others_from
     while engine.machine.phase is Phase.verifying:
         await host.seen(lambda _event: True)
     assert engine.machine.phase is Phase.degraded
-    verdict = (await engine.status()).verdict
+    verdict = (await engine.queries.status()).verdict
     assert verdict is not None
     assert verdict.missing == ["a"]
     assert b.name in verdict.arrived
@@ -134,7 +134,7 @@ async def test_a_failed_unload_keeps_the_active_phase_that_the_image_s_state_is_
     assert await undone(engine, fails=True) == AT_ONCE
     assert (host.kernel.active, host.kernel.loaded) == (True, True)
     assert host.verbs == [*TOLD, *UNDONE]
-    status = await engine.status()
+    status = await engine.queries.status()
     assert "reboot" in status.remedy
     assert status.left == [Step.activate.value, Step.load.value]
 
@@ -167,7 +167,7 @@ async def test_an_undo_that_hangs_in_the_kernel_delays_no_thaw(
         assert now() == PATIENCE_SECONDS
         assert await abort == host.config.deadlines.rollback
     assert host.kernel.active, "it is left only behind the image that has its state"
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, step in status.left) == (Phase.failed, True)
     come_back(host.workers.kernel)
     assert await undone(engine) == AT_ONCE
@@ -224,7 +224,7 @@ async def test_a_check_that_hangs_keeps_nobody_frozen(
     read, exists = host.kernel.read_file, host.kernel.path_exists
     monkeypatch.setattr(host.kernel, "path_exists", lambda path: path == SECURE_BOOT or exists(path))
     monkeypatch.setattr(host.kernel, "read_file", lambda path: never() if path == SECURE_BOOT else read(path))
-    check = asyncio.ensure_future(engine.check())
+    check = asyncio.ensure_future(engine.queries.check())
     await asyncio.sleep(0)
     await (engine.stop(jumping=False) if stop else engine.abort())
     assert now() == AT_ONCE
@@ -277,7 +277,7 @@ async def test_a_rollback_takes_no_longer_than_the_plan_says(
     producers = [Scripted(host, name, after=after, timeout=7) for name, after in zip("abcd", ((), *"abc"), strict=True)]
     engine = await host.started()
     with host.request(load_only=True) as request:
-        plan = await engine.plan(request)
+        plan = await engine.queries.plan(request)
         await engine.kexec(request)
     for producer in producers:
         producer.does.update(thaw=deaf(), cancel=deaf())

@@ -76,7 +76,7 @@ async def test_a_status_is_encoded_as_the_library_does_it(host: Host) -> None:
     engine = await host.started()
     host.hook("a")
     await engine.activate()
-    status: Status = await engine.status()
+    status: Status = await engine.queries.status()
     signature = varlinksignature(Handover.Status)
     assert signature is not None
     theirs = signature.return_type.tojson({"status": status})

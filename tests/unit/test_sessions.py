@@ -105,7 +105,7 @@ async def jump(host: LuoHost, patience: float = 10.0) -> None:
 
 
 async def reached_member(host: LuoHost, engine: Engine) -> None:
-    while [found.name for found in await engine.producers()] != ["kv"]:
+    while [found.name for found in await engine.queries.producers()] != ["kv"]:
         await host.seen(lambda _event: True)
 
 
@@ -145,7 +145,7 @@ async def degraded(host: LuoHost) -> Engine:
 
 async def blocked(engine: Engine) -> bool:
     """Whether what was left keeps the next handover from beginning, and is named."""
-    failed = [check for check in await engine.check() if check.result is CheckResult.fail]
+    failed = [check for check in await engine.queries.check() if check.result is CheckResult.fail]
     if not failed:
         return False
     assert [check.name for check in failed] == ["claims"]
@@ -166,7 +166,7 @@ async def test_what_nobody_claimed_blocks_until_its_owner_comes_late(host: LuoHo
     async with holding(engine) as holder:
         await reached(host, engine, Phase.verified)
         assert holder.came == {"table": HELD}
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.exit_code, status.last_error) == (Phase.verified, Exit.done, "")
     assert not await blocked(engine)
     assert (host.luo.unclaimed, host.fdstore.kept) == (set(), {})
@@ -872,6 +872,6 @@ async def test_a_shutdown_that_ends_a_handover_before_khod_is_stopped_is_said_af
     with pytest.raises(Rebooted):
         host.kernel.reboot_kexec()
     host.shutdown = host.goes_down = stays_up
-    status = await (await host.started()).status()
+    status = await (await host.started()).queries.status()
     assert (status.phase, status.exit_code) == (Phase.cold_boot, Exit.degraded)
     assert "a handover was at active" in status.last_error

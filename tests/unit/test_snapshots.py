@@ -452,5 +452,5 @@ async def test_no_stranger_refuses_a_handover(host: Host, what: str) -> None:
         case _:
             (first / "about.json").write_bytes(b"\0" * 64)
     await engine.activate()
-    assert any(one.wrong for one in await engine.snapshots())
+    assert any(one.wrong for one in await engine.queries.snapshots())
     await engine.abort()

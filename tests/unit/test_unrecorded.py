@@ -58,10 +58,10 @@ async def test_without_its_record_a_handover_is_put_back_by_force_for_everyone(
     await (host.kexec(engine, load_only=True) if loaded else engine.activate())
     DAMAGE[damage](host.store.record_path)
     engine = await host.started()
-    assert "`Abort(force)`" in (await engine.status()).remedy
+    assert "`Abort(force)`" in (await engine.queries.status()).remedy
     await engine.abort(force=True)
     assert host.verbs == [*TOLD, *UNDONE]
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.exit_code) == (Phase.idle, Exit.done)
     assert (host.kernel.active, host.kernel.loaded) == (False, False)
     await (await host.started()).activate()
@@ -77,7 +77,7 @@ async def test_who_cannot_be_put_back_by_force_is_named(host: VirtualHost) -> No
     b.does["thaw"] = raises(OSError(5, "no"))
     with pytest.raises(NotRolledBack, match="b"):
         await engine.abort(force=True)
-    assert (await engine.status()).phase is Phase.failed
+    assert (await engine.queries.status()).phase is Phase.failed
     engine = await host.started()
     b.does.clear()
     await engine.abort()
@@ -209,7 +209,7 @@ async def test_a_hook_that_nobody_restores_is_missing(tmp_path: Path, what: str)
     engine = await host.started()
     while engine.machine.phase is Phase.verifying:
         await host.seen(lambda _event: True)
-    status = await engine.status()
+    status = await engine.queries.status()
     assert (status.phase, status.exit_code, status.claims) == (Phase.degraded, Exit.degraded, ["pool"])
     assert status.verdict is not None
     assert status.verdict.missing == ["pool"]

@@ -58,7 +58,7 @@ class Site(LuoHost):
         engine = await self.started()
         while engine.record.outcome is Phase.idle:
             await self.seen(lambda _event: True)
-        return await engine.status()
+        return await engine.queries.status()
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 
 async def result(engine: Engine, *, now: bool) -> tuple[CheckResult, str]:
-    (check,) = [check for check in await engine.check(Request(now=now)) if check.name == "sessions"]
+    (check,) = [check for check in await engine.queries.check(Request(now=now)) if check.name == "sessions"]
     return check.result, check.evidence
 
 
@@ -85,11 +85,11 @@ async def test_the_check_fails_for_an_orderly_jump_and_passes_for_an_immediate_o
 
 async def test_status_lists_it(host: Site) -> None:
     engine = await host.started()
-    status = await engine.status()
+    status = await engine.queries.status()
     assert [(found.name, found.fate) for found in status.sessions] == [(NAME, SessionFate.lost)]
     assert f"{NAME}, held by luo_kexec_simpl" in render.render_status(status)
     host.ends()
-    assert (await engine.status()).sessions == []
+    assert (await engine.queries.status()).sessions == []
 
 
 async def test_status_does_not_wait_for_a_systemd_that_is_slow(host: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +106,11 @@ async def test_status_does_not_wait_for_a_systemd_that_is_slow(host: Site, monke
 
     monkeypatch.setattr(queries, "find_sessions", slow)
     host.ends()
-    status = await engine.status()
+    status = await engine.queries.status()
     assert [found.name for found in status.sessions] == [NAME]
     assert "there may be more" in render.render_status(status)
     answers.set()
-    while (status := await engine.status()).sessions_unseen:
+    while (status := await engine.queries.status()).sessions_unseen:
         pass
     assert status.sessions == []
 
@@ -208,7 +208,7 @@ async def test_one_that_came_from_the_previous_kernel_is_warned_of_for_any_jump(
         found, evidence = await result(engine, now=now)
         assert found is CheckResult.warn
         assert NAME in evidence
-    assert "no jump keeps it" in render.render_status(await engine.status())
+    assert "no jump keeps it" in render.render_status(await engine.queries.status())
 
 
 async def test_the_next_handover_looks_anew(host: Site) -> None:
