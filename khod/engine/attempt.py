@@ -11,12 +11,13 @@ from khod.config import Config
 from khod.errors import Exit, Failed, KhoError, Refused
 from khod.handover.machine import Machine
 from khod.handover.record import Store
-from khod.handover.verify import kernel_producers, missing_state_error
+from khod.handover.verify import missing_state_error
 from khod.kernel.explain import explain_errno, explain_undo
 from khod.kernel.kexec import Kexec
 from khod.kernel.log import ABOUT
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import Workers
+from khod.kernel.traits import kernel_producers
 from khod.model import Generation, Step
 from khod.producers.barrier import Barrier, Member, Participant, Verb, step_timeout_error
 from khod.systemd.shutdown import Executor, Shutdown

@@ -7,9 +7,9 @@ not: 6.19.11 to 7.3.4 keeps a trace buffer's text by luck while KHO was refused 
 
 from collections.abc import Sequence
 
-from khod.abi import fdt
-from khod.errors import MalformedTree, Refused
+from khod.errors import Refused
 from khod.kernel.protocol import Tree
+from khod.kernel.traits import kernel_producers, traits_of
 from khod.model import Finding, FindingSeverity, Generation, Verdict
 
 # Blobs the kernel itself rewrites between snapshot and jump, or on arrival.
@@ -34,26 +34,16 @@ def compare_trees(before: Tree | None, arrived: Tree | None, was: Generation, no
     left, came = kernel_producers(before, was), kernel_producers(arrived, now)
     missing = sorted(left.keys() - came.keys())
     changed = sorted(name for name in left.keys() & came.keys() if left[name] != came[name] and name not in VOLATILE)
-    if was is Generation.sysfs and before.root != arrived.root and not missing and not changed:
+    if traits_of(was).one_tree and before.root != arrived.root and not missing and not changed:
         changed = ["/"]
     findings = [Finding("", "did not arrive", subject=name) for name in missing]
     findings += [Finding("", "arrived changed", subject=name, severity=FindingSeverity.changed) for name in changed]
     # What they write counts, not how userspace drives it: 6.18.15 and 6.19.11 hand over to each other, both ways.
-    if (was is Generation.sysfs) is not (now is Generation.sysfs):
+    if traits_of(was).one_tree is not traits_of(now).one_tree:
         how = f"the kernel before offered KHO as {was.value}, this one as {now.value}"
         findings.append(Finding("", how, severity=FindingSeverity.changed))
     verdict = Verdict(sorted(came.keys() - set(changed)), missing, changed)
     return verdict.with_findings(findings)
-
-
-def kernel_producers(tree: Tree, generation: Generation) -> dict[str, object]:
-    """Each producer's state by name: v3's are the root's nodes, later ones are blobs of their own."""
-    if generation is not Generation.sysfs:
-        return dict(tree.blobs)
-    try:
-        return {child.name: child for child in fdt.parse_tree(tree.root).children}
-    except MalformedTree:
-        return {"/": tree.root}
 
 
 def blackout_seconds(began: float, ended: float, uptime: float | None) -> float | None:

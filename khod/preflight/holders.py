@@ -3,8 +3,8 @@
 
 from collections.abc import Iterable
 
-from khod.handover.verify import kernel_producers as present
 from khod.handover.verify import missing_state_error
+from khod.kernel.traits import kernel_producers as present
 from khod.model import LuoSession, Order, SessionFate
 from khod.preflight.facts import CheckFinding, Facts
 from khod.producers.barrier import Participant

@@ -12,7 +12,8 @@ from khod.kernel import host
 from khod.kernel.formats import read_formats
 from khod.kernel.kconfig import ignores_line, is_not_set, is_set
 from khod.kernel.next_arg import boolean_value, kernel_args, parse_word
-from khod.model import CheckResult, Fate, Generation
+from khod.kernel.traits import traits_of
+from khod.model import CheckResult, Fate
 from khod.preflight.facts import CheckFinding, Facts, format_regions
 from khod.preflight.kernel import signatures_enforced
 from khod.target.compatibility import Compatibility, Effect, FormatMatch, check_compatibility, next_kho
@@ -188,7 +189,7 @@ def check_cmdline(facts: Facts) -> CheckFinding | None:
     if (target := facts.target) is None:
         return None
     about, kernel = target.apart.about if target.apart else None, facts.probed.kernel
-    mainline = kernel is not None and kernel.generation is not Generation.sysfs
+    mainline = kernel is not None and traits_of(kernel.generation).has_parameter
     is_on = next_kho(about, target.booted_line) if about and mainline else None
     if about is not None and about.config is not None and ignores_line(about.config):
         return CheckFinding(
@@ -368,7 +369,7 @@ def _find_contradiction(about: KernelImageInfo) -> CheckFinding | None:
 def _tree_size(facts: Facts) -> int:
     """Bytes of the tree that v3 copies into the image: what it is where it can be told, else 0."""
     kernel = facts.probed.kernel
-    if kernel is None or kernel.generation is not Generation.sysfs:
+    if kernel is None or not traits_of(kernel.generation).copies_tree:
         return 0
     return len(facts.outgoing.root) if facts.outgoing and facts.observed.active else 0
 

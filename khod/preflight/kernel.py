@@ -9,13 +9,12 @@ from khod.kernel.kconfig import is_configured
 from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.next_arg import kernel_args
 from khod.kernel.sysfs import KHO
-from khod.model import CheckResult, Generation
+from khod.kernel.traits import traits_of
+from khod.model import CheckResult
 from khod.preflight.facts import CheckFinding, Facts, format_regions
 from khod.text import join_names
 
 LOCKED = ("integrity", "confidentiality")
-FINALIZED = (Generation.finalize, Generation.finalize_no_abort)
-"""Generations driven by a debugfs file that can be written: debugfs_locked_down() in fs/debugfs/file.c closes those."""
 UNDOABLE_LOAD = 2  # calls: one to load, one to unload
 
 
@@ -115,7 +114,7 @@ def check_lockdown(facts: Facts) -> CheckFinding:
     """What the firmware and the kernel allow of unsigned code."""
     level, secure = host.lockdown_level(facts.kexec.calls), host.secure_boot(facts.kexec.calls)
     boot = {True: "Secure Boot is on", False: "Secure Boot is off", None: "Secure Boot: not available"}[secure]
-    if level in LOCKED and facts.probed.kernel and facts.probed.kernel.generation in FINALIZED:
+    if level in LOCKED and facts.probed.kernel and traits_of(facts.probed.kernel.generation).debugfs_writes:
         return CheckFinding.fail_with(
             f"Lockdown is {level}, {boot}: it lets nobody write debugfs's `finalize`",
             "Boot without lockdown (Secure Boot switches it on), or a kernel from 7.1 on.",
@@ -181,7 +180,7 @@ def check_crash(facts: Facts) -> CheckFinding:
 def check_memory(facts: Facts) -> CheckFinding | None:
     """V3 allocates dt_max bytes in one piece when it serializes."""
     kernel, calls = facts.probed.kernel, facts.kexec.calls
-    if kernel is None or kernel.generation is not Generation.sysfs:
+    if kernel is None or not traits_of(kernel.generation).copies_tree:
         return None
     if (free := host.available_memory(calls)) is None:
         return CheckFinding.skip_with("The kernel does not say how much memory is free")

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from khod.images.kernel import KernelImageInfo
+from khod.kernel.traits import traits_of
 from khod.model import Generation
 from khod.region import Region
 
@@ -106,7 +107,7 @@ def place_segments(
 
 def _kho_segments(generation: Generation, regions: int, tree: int) -> Iterator[Segment]:
     """V3 copies its tree, and all `mem` in it as one array, which is no larger; what came later lists the scratch."""
-    if generation is Generation.sysfs:
+    if traits_of(generation).copies_tree:
         yield Segment("KHO's memory cache", max(tree, 1), KHO_ALIGNMENT)
         yield Segment("KHO's tree", max(tree, 1), KHO_ALIGNMENT)
     else:

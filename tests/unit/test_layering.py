@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from khod.model import Generation
 from tests.unit.khods import REPOSITORY
 
 # A folder imports only from folders below it, in this order from the bottom up; within a layer nothing goes in circles.
@@ -121,13 +122,20 @@ def test_the_abi_knows_no_policy(path: Path) -> None:
 
 
 def test_nothing_above_the_kernel_asks_which_generation_it_is() -> None:
-    """Behind one protocol: the names of the generations' classes stand in khod/kernel alone."""
+    """Behind one protocol and its traits: the generations and their classes have their names in khod/kernel alone."""
     classes = {"SysfsKho", "Finalize", "FinalizeNoAbort", "Stateless"}
     for path in MODULES:
         if top(name(path)) == "kernel":
             continue
-        words = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        tree = ast.parse(path.read_text())
+        words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         assert not words & classes, name(path)
+        if name(path) == "model":
+            continue
+        asked = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert asked & {f"Generation.{generation.value}" for generation in Generation} <= {"Generation.none"}, name(
+            path
+        )
 
 
 def test_within_a_layer_nothing_goes_in_circles() -> None:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""In what the generations differ for those above the kernel: they ask for a trait, never which generation it is."""
+
+from dataclasses import dataclass
+
+from khod.abi import fdt
+from khod.errors import MalformedTree
+from khod.kernel.protocol import Tree
+from khod.model import Generation
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is true of a generation, also of one that an earlier kernel of this host had.
+
+    `one_tree`: producers are nodes of the root, which names each page (v3); later each has a blob of its own.
+    `copies_tree`: kexec_file_load(2) copies the tree into the image, after the kernel has allocated it in one piece
+    (v3); later ones pass on an address. `has_parameter`: `kho=` switches it on (mainline). `debugfs_writes`: it is
+    driven by a debugfs file that is written (6.16 to 7.0), which lockdown closes: debugfs_locked_down() in
+    fs/debugfs/file.c.
+    """
+
+    one_tree: bool = False
+    copies_tree: bool = False
+    has_parameter: bool = True
+    debugfs_writes: bool = False
+
+
+_OTHERS = Traits()
+_TRAITS = {
+    Generation.sysfs: Traits(one_tree=True, copies_tree=True, has_parameter=False),
+    Generation.finalize: Traits(debugfs_writes=True),
+    Generation.finalize_no_abort: Traits(debugfs_writes=True),
+}
+
+
+def traits_of(generation: Generation) -> Traits:
+    """The traits of a generation; those of a kernel without KHO are the later ones'."""
+    return _TRAITS.get(generation, _OTHERS)
+
+
+def kernel_producers(tree: Tree, generation: Generation) -> dict[str, object]:
+    """Each kernel producer's state by name, as two trees of one generation can be compared."""
+    if not traits_of(generation).one_tree:
+        return dict(tree.blobs)
+    try:
+        return {child.name: child for child in fdt.parse_tree(tree.root).children}
+    except MalformedTree:
+        return {"/": tree.root}
