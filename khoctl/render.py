@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import typer
 
 from khoctl.layout import align_table
-from khod.errors import KhoError
+from khod.errors import KhoError, error_name
 from khod.model import Check, CheckResult, Event, Fate, LuoSession, Phase, Plan, Producer, Status, Word
 from khod.text import join_names, printable
 from khod.wire import encode_value
@@ -106,11 +106,12 @@ def error_json(error: KhoError) -> str:
     """An error as JSON."""
     return as_json(
         {
-            "error": type(error).__name__,
+            "error": error_name(error),
             "exit_code": int(error.exit),
             "what": error.what,
             "where": error.where,
             "remedy": error.remedy,
+            "cause": error.cause,
         }
     )
 

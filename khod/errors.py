@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What can go wrong, as types that carry fields; `sentence` is the one place that words them.
 
-Each class has the exit code of khoctl it ends in. An error that crosses the wire keeps its class
-name, its fields and its exit code.
+Each class has the exit code of khoctl it ends in. An error that crosses the wire keeps the name of the nearest class in
+BY_NAME, its fields, its exit code, and its cause: which of the classes below that it was.
 """
 
 import enum
@@ -36,6 +36,8 @@ class KhoError(Exception):
     """
 
     exit: ClassVar[Exit] = Exit.failed
+    cause: str = ""
+    """What a program may look at; "" where there is no class of its own for it."""
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(what, where, remedy)
@@ -105,6 +107,74 @@ class RecordError(KhoError):
     """The durable record cannot be read or written."""
 
 
+class Aborted(Failed):
+    """Somebody ended the handover."""
+
+    cause = "aborted"
+
+
+class Busy(Refused):
+    """Another operation is under way."""
+
+    cause = "busy"
+
+
+class Denied(Refused):
+    """The caller has not the right to do that."""
+
+    cause = "denied"
+
+
+class NoKernelGiven(UsageError):
+    """A jump without an image: none is loaded and none was given."""
+
+    cause = "no_kernel"
+
+
+class AlreadyLoaded(Refused):
+    """An image was given, and one is loaded."""
+
+    cause = "already_loaded"
+
+
+class CheckFailed(Refused):
+    """The check `check` found something that refuses the handover."""
+
+    cause = "check"
+
+    def __init__(self, what: str, *, check: str, remedy: str = "") -> None:
+        super().__init__(what, where=f"check {check}", remedy=remedy)
+        self.check = check
+
+
+class ProducerRefused(Refused):
+    """A producer said no to a verb; `kind` as in its file."""
+
+    cause = "veto"
+
+    def __init__(self, what: str, *, kind: str, producer: str, verb: str, remedy: str = "") -> None:
+        super().__init__(what, where=f"{kind} {producer}", remedy=remedy)
+        self.producer, self.verb = producer, verb
+
+
+class ProducerTimedOut(ProducerRefused):
+    """A producer did not answer a verb within its deadline."""
+
+    cause = "no_answer"
+
+
+class ProducerGone(ProducerRefused):
+    """A producer went away after it was sent a verb."""
+
+    cause = "producer_gone"
+
+
+class DeviceChanged(Refused):
+    """A device came or went on which the handover depends."""
+
+    cause = "device"
+
+
 BY_NAME: dict[str, type[KhoError]] = {
     cls.__name__: cls
     for cls in (
@@ -120,6 +190,11 @@ BY_NAME: dict[str, type[KhoError]] = {
         RecordError,
     )
 }
+
+
+def error_name(error: KhoError) -> str:
+    """Give the name an error has on the wire: its class's, or the nearest one's that has a name there."""
+    return next((cls.__name__ for cls in type(error).__mro__ if cls.__name__ in BY_NAME), Failed.__name__)
 
 
 def error_sentence(error: KhoError) -> str:

@@ -74,4 +74,6 @@ def error_by_name(name: str, parameters: dict[str, Any]) -> KhoError:
     if prefix != INTERFACE or short not in BY_NAME:
         return KhoError(f"khod answered {name} {parameters or ''}".strip())
     fields = {key: str(parameters.get(key, "")) for key in ("what", "where", "remedy")}
-    return BY_NAME[short](fields["what"], where=fields["where"], remedy=fields["remedy"])
+    error = BY_NAME[short](fields["what"], where=fields["where"], remedy=fields["remedy"])
+    error.cause = str(parameters.get("cause") or "")
+    return error

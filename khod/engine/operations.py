@@ -20,7 +20,19 @@ from khod.engine.restoration import Restoration
 from khod.engine.rollback import bound_seconds
 from khod.engine.startup import Startup
 from khod.engine.transaction import Transaction, told_error
-from khod.errors import ConfigError, Failed, KhoError, NotRolledBack, Refused, UsageError
+from khod.errors import (
+    Aborted,
+    AlreadyLoaded,
+    Busy,
+    ConfigError,
+    DeviceChanged,
+    Failed,
+    KhoError,
+    NoKernelGiven,
+    NotRolledBack,
+    ProducerGone,
+    Refused,
+)
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING, Machine, remaining_steps
 from khod.handover.record import Owner, Process, Record, Store
@@ -319,7 +331,7 @@ class Engine:
         if self._transaction.phase is Phase.executing:
             await self._jump.check_may_be_called_back(self._current_attempt(), force=force)
         await self._end_and_undo(
-            Failed(f"The handover was aborted{f' by {by}' if by else ''}", where="abort"), force=force
+            Aborted(f"The handover was aborted{f' by {by}' if by else ''}", where="abort"), force=force
         )
 
     async def _end_and_undo(
@@ -480,9 +492,11 @@ class Engine:
         self._transaction.emit_event(f"producer {peer.name} disconnected", EventKind.producer_waits, producer=gone)
         if not peer.told or peer.restoring:
             return
-        cause = Refused(
+        cause = ProducerGone(
             f"Producer {peer.name} went away after it was told to {peer.told}: its connection ended",
-            where=f"{peer.kind} {peer.name}",
+            kind=peer.kind,
+            producer=peer.name,
+            verb=peer.told,
             remedy="Look why it ended, then begin again.",
         )
         attempt = self._transaction.attempt
@@ -591,7 +605,7 @@ class Engine:
         self._transaction.emit_event(sentence, EventKind.device)
         if seen.severity is Severity.abort:
             self.cancel(
-                Refused(
+                DeviceChanged(
                     f"The hardware changed during the handover: {sentence}",
                     where="guard",
                     remedy="Begin again when it is quiet; guard.abort in khod.toml says what counts.",
@@ -613,7 +627,7 @@ class Engine:
         await self._started.wait()
         if self._busy.locked() and not self._restoration.make_way():
             begun = self.record.begun if self._transaction.phase not in RESTING else model.Begun()
-            raise Refused(
+            raise Busy(
                 f"Another operation is under way ({self._transaction.phase.value})"
                 f"{f', begun by {begun.by}' if begun.by else ''}",
                 where="khod",
@@ -713,13 +727,13 @@ class Engine:
         """The next kernel in memory, None where it is loaded already."""
         if request.kernel is None:
             if Step.load not in self.machine.done:
-                raise UsageError(
+                raise NoKernelGiven(
                     "No kernel is loaded and none was given",
                     remedy="Name one with `kernel`.",
                 )
             return None
         if Step.load in self.machine.done:
-            raise Refused(
+            raise AlreadyLoaded(
                 "An image is already loaded: another cannot replace it",
                 where="`kernel.image`",
                 remedy=JUMP_OR_BEGIN_AGAIN,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from khod.config import Config
-from khod.errors import KhoError, Refused, Unsupported, errno_text
+from khod.errors import CheckFailed, KhoError, Refused, Unsupported, errno_text
 from khod.model import Check, CheckResult
 from khod.preflight import holders, host, image, kernel
 from khod.preflight.facts import CheckFinding, Facts
@@ -77,7 +77,7 @@ def require_passed(checks: list[Check]) -> None:
         if check.result is CheckResult.unsupported:
             raise Unsupported(check.evidence, where=check.name, remedy=check.remedy)
         if check.result is CheckResult.fail:
-            raise Refused(check.evidence, where=f"check {check.name}", remedy=check.remedy)
+            raise CheckFailed(check.evidence, check=check.name, remedy=check.remedy)
 
 
 def overridden_findings(checks: list[Check]) -> list[str]:

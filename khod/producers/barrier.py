@@ -15,7 +15,16 @@ from typing import Protocol
 
 from khod import model
 from khod.concurrency.bounded import CUT_SECONDS, StillRuns, run_within
-from khod.errors import ConfigError, Failed, KhoError, Refused, Unsupported
+from khod.errors import (
+    ConfigError,
+    Failed,
+    KhoError,
+    ProducerGone,
+    ProducerRefused,
+    ProducerTimedOut,
+    Refused,
+    Unsupported,
+)
 from khod.handover.record import ProducerRecord
 from khod.producers.order import Ordered, order_in_ranks
 
@@ -264,10 +273,11 @@ class Barrier:
             return None
         except TimeoutError:
             member.answer = f"has not come back within {timeout:g} s since khod was restarted"
-            return self._failure_of(member, member.answer)
+            return _producer_error(ProducerGone, member, None, member.answer)
         except ParticipantVeto as error:
             member.answer = str(error)
-            return self._failure_of(member, f"is not there any more since khod was restarted: {error}")
+            how = f"is not there any more since khod was restarted: {error}"
+            return _producer_error(ProducerGone, member, None, how)
         finally:
             member.began = None
 
@@ -331,7 +341,8 @@ class Barrier:
                 member.calls += 1  # what comes of it later is not asked for
                 longest = max(deadline, member.producer.timeout)
                 member.answer, member.began = f"no answer within {longest:g} s, and it cannot be cut short", None
-                refusal: KhoError | None = self._failure_of(member, f"did not answer {verb.value} within {longest:g} s")
+                how = f"did not answer {verb.value} within {longest:g} s"
+                refusal: KhoError | None = _producer_error(ProducerTimedOut, member, verb, how)
                 self.changed(member)
             else:
                 refusal = task.result()
@@ -368,7 +379,8 @@ class Barrier:
                 waited = f" ({member.answer})" if member.answer else ""
                 waited += ", and it cannot be cut short" if isinstance(error, StillRuns) else ""
                 answer = f"no answer within {deadline:g} s{waited}"
-                refusal = self._failure_of(member, f"did not answer {verb.value} within {deadline:g} s{waited}")
+                how = f"did not answer {verb.value} within {deadline:g} s{waited}"
+                refusal = _producer_error(ProducerTimedOut, member, verb, how)
             except Unsupported as error:
                 answer = error.what
                 what = f"Producer {producer.name} cannot {verb.value}: {error.what}"
@@ -384,14 +396,20 @@ class Barrier:
                     member.told = AFTER.get(verb, verb.value)
                     member.gone |= answer == GONE
                 self.changed(member)
-        return None if done else refusal or self._failure_of(member, f"refuses to {verb.value}: {answer}")
+        if done:
+            return None
+        return refusal or _producer_error(ProducerRefused, member, verb, f"refuses to {verb.value}: {answer}")
 
-    def _failure_of(self, member: Member, how: str) -> Refused:
-        return Refused(
-            f"Producer {member.producer.name} {how}",
-            where=f"{member.producer.kind} {member.producer.name}",
-            remedy=f"Once that is repaired, test it with: khoctl producers test {member.producer.name}",
-        )
+
+def _producer_error(cls: type[ProducerRefused], member: Member, verb: Verb | None, how: str) -> ProducerRefused:
+    name = member.producer.name
+    return cls(
+        f"Producer {name} {how}",
+        kind=member.producer.kind,
+        producer=name,
+        verb=verb.value if verb else member.told,
+        remedy=f"Once that is repaired, test it with: khoctl producers test {name}",
+    )
 
 
 def step_timeout_error(members: Sequence[Member], verb: Verb, deadline: float) -> Failed:

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from khod.abi.peercred import peer_credentials, peer_groups
 from khod.config import Access
-from khod.errors import Refused
+from khod.errors import Denied
 
 CALLER: "contextvars.ContextVar[Caller]" = contextvars.ContextVar("CALLER")
 """Who makes the call that is being served."""
@@ -115,14 +115,14 @@ class Groups:
             async with asyncio.timeout(LOOKUP_WAIT_SECONDS):
                 await self._looked_up.wait()
 
-    def refusal_error(self, caller: Caller, what: str, *, producers: bool = False) -> Refused:
+    def refusal_error(self, caller: Caller, what: str, *, producers: bool = False) -> Denied:
         """Make the error for a caller that has not the right to do something."""
         access = self._access()
         named = [group for group in (access.group, access.producers if producers else "") if group]
         unknown = [group for group in named if self._gids.get(group) is None]
         if unknown and not self.is_pending and time.monotonic() - self._asked_at > RETRY_SECONDS:
             self._look_up(named)
-        return Refused(
+        return Denied(
             f"User {caller.uid} may not {what}",
             where=f"process {caller.pid}",
             remedy=f"Run it as root{f' or join group {named[-1]}' if named else ''}.",

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from asyncvarlink import FileDescriptor, TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
 
 from khod import model
-from khod.errors import BY_NAME, KhoError
+from khod.errors import BY_NAME, KhoError, error_name
 from khod.region import Region
 from khod.wire import INTERFACE, PRODUCER
 
@@ -21,6 +21,7 @@ class _Fields:
     what: str
     where: str
     remedy: str
+    cause: str | None
 
 
 def _error_reply(cls: type[KhoError]) -> type[TypedVarlinkErrorReply]:
@@ -35,8 +36,8 @@ ERRORS = {name: _error_reply(cls) for name, cls in BY_NAME.items()}
 
 def to_wire(error: KhoError) -> TypedVarlinkErrorReply:
     """The Varlink error of one of ours."""
-    reply = ERRORS.get(type(error).__name__, ERRORS["Failed"])
-    return reply(what=error.what, where=error.where, remedy=error.remedy)
+    reply = ERRORS[error_name(error)]
+    return reply(what=error.what, where=error.where, remedy=error.remedy, cause=error.cause or None)
 
 
 class TreeReply(TypedDict):
