@@ -8,6 +8,7 @@ and what it held with it. Until then its name is nobody else's.
 """
 
 import asyncio
+import enum
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -55,12 +56,20 @@ class Registration:
     devices: tuple[str, ...] = ()
 
 
+class AnswerWord(enum.Enum):
+    """What a producer answers a verb with."""
+
+    ready = "ready"
+    not_yet = "not_yet"
+    veto = "veto"
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What a producer says to the command `serial`: `word` is ready, not_yet or veto."""
+    """What a producer answers to the command `serial`."""
 
     serial: int
-    word: str
+    word: AnswerWord
     reason: str = ""
     progress: float | None = None
     files: Sequence[tuple[Kept, int]] = ()
@@ -306,11 +315,11 @@ class Peer:
         future, telling = self._answer, self._telling
         if future is None or future.done() or telling is None or answer.serial != self._serial:
             if self.restoring and future is None:
-                if answer.word == "not_yet":  # nobody waits, and nobody undoes it either: let it go on
+                if answer.word is AnswerWord.not_yet:  # nobody waits, and nobody undoes it either: let it go on
                     return PeerCommand(answer.serial, Verb.restore, self.run, self.timeout)
                 self.late()  # it is told again: it has no cause to connect again
             return None
-        if answer.word == "not_yet":
+        if answer.word is AnswerWord.not_yet:
             telling.not_yet(answer.reason, answer.progress)
         if answer.files:
             try:
@@ -319,10 +328,10 @@ class Peer:
                 _fail_future(future, error)
             except KhoError as error:
                 _fail_future(future, ParticipantVeto(str(error)))
-        if answer.word == "not_yet":
+        if answer.word is AnswerWord.not_yet:
             return PeerCommand(self._serial, telling.verb, telling.run, self.timeout)
         if not future.done():
-            if answer.word == "ready":
+            if answer.word is AnswerWord.ready:
                 future.set_result(None)
             else:
                 future.set_exception(ParticipantVeto(answer.reason or "no reason given"))

@@ -11,7 +11,7 @@ from khod.errors import Refused, UsageError
 from khod.handover.record import Owner
 from khod.producers.configured import one_line
 from khod.producers.identity import process_of, unit_of
-from khod.producers.peers import Answer, Peer, Registration
+from khod.producers.peers import Answer, AnswerWord, Peer, Registration
 from khod.server.connection import CONNECTION
 from khod.server.interface import Command, Producer, Registered, Word
 
@@ -128,4 +128,4 @@ def _build_answer(
     if progress is not None and not 0 <= progress <= 1:
         raise UsageError(f"The progress is {progress}", where="progress", remedy="It goes from 0 to 1.")
     files = [(model.Kept(name, token), fd.fileno()) for name, token, fd in zip(names, tokens, fds, strict=True)]
-    return Answer(serial, word.value, one_line(reason or ""), progress, files)
+    return Answer(serial, AnswerWord(word.value), one_line(reason or ""), progress, files)

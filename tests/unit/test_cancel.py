@@ -17,7 +17,7 @@ from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.handover import reconcile
 from khod.handover.record import Owner
 from khod.model import Phase
-from khod.producers.peers import Answer, Peer, Registration
+from khod.producers.peers import Answer, AnswerWord, Peer, Registration
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host, Living
 
@@ -210,7 +210,7 @@ async def peer(engine: Engine, living: Living, verbs: int) -> Peer:
     async def answer() -> None:
         said = None
         for _verb in range(verbs):
-            said = Answer((await made.exchange_answer(said)).serial, "ready")
+            said = Answer((await made.exchange_answer(said)).serial, AnswerWord.ready)
         await made.exchange_answer(said)
 
     answering = asyncio.ensure_future(answer())

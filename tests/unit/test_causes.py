@@ -10,7 +10,7 @@ from khod.engine import Engine
 from khod.errors import Failed, NotRolledBack
 from khod.handover.record import FILE_NAME, Owner
 from khod.model import Phase
-from khod.producers.peers import Answer, Peer, Registration
+from khod.producers.peers import Answer, AnswerWord, Peer, Registration
 from tests.unit.harness import ACTIVE, Host, Living
 from tests.unit.scripted import Scripted, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time
@@ -40,7 +40,7 @@ async def answers(peer: Peer) -> None:
     answer = None
     while True:
         command = await peer.exchange_answer(answer)
-        answer = Answer(command.serial, "ready")
+        answer = Answer(command.serial, AnswerWord.ready)
 
 
 async def frozen(engine: Engine, name: str, living: Living) -> Peer:

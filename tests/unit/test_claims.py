@@ -16,7 +16,7 @@ from khod.errors import Exit, Failed, NotRolledBack, Refused, Unreachable
 from khod.model import Phase
 from khod.producers.barrier import Participant, Verb
 from khod.producers.identity import process_of
-from khod.producers.peers import Answer, Peer, PeerCommand, Registration
+from khod.producers.peers import Answer, AnswerWord, Peer, PeerCommand, Registration
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import ACTIVE
 from tests.unit.luo import LuoHost
@@ -197,7 +197,7 @@ async def says_yes(peer: Peer, command: PeerCommand) -> None:
     while True:
         for fd in command.fds:
             os.close(fd)
-        command = await peer.exchange_answer(Answer(command.serial, "ready"))
+        command = await peer.exchange_answer(Answer(command.serial, AnswerWord.ready))
 
 
 WANTED: dict[str, Callable[[Engine], Awaitable[None]]] = {

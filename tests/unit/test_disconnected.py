@@ -16,7 +16,7 @@ from khod.errors import Failed, NotRolledBack, Refused, Unreachable
 from khod.handover.record import Owner, Process
 from khod.model import Phase
 from khod.producers.identity import is_alive, process_of
-from khod.producers.peers import Answer, Peer, Registration
+from khod.producers.peers import Answer, AnswerWord, Peer, Registration
 from tests.unit.harness import Living
 from tests.unit.scripted import Scripted
 from tests.unit.virtual import VirtualHost, in_virtual_time, now
@@ -61,7 +61,7 @@ async def serving(engine: Engine, process: Process, owner: Owner = OWNER) -> Asy
             while True:
                 command = await peer.exchange_answer(answer)
                 heard.append(command.verb.value)
-                answer = Answer(command.serial, "ready")
+                answer = Answer(command.serial, AnswerWord.ready)
 
     task = asyncio.ensure_future(serve())
     try:
@@ -125,7 +125,7 @@ async def hung_up_at(engine: Engine, process: Process, verb: str) -> None:
     """Have a peer serve, and lose its connection where it is told this verb, which it does not answer."""
     peer, answer = await register(engine, process), None
     while (command := await peer.exchange_answer(answer)).verb.value != verb:
-        answer = Answer(command.serial, "ready")
+        answer = Answer(command.serial, AnswerWord.ready)
     engine.muster.peers.remove_peer(peer)
 
 

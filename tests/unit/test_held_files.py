@@ -19,7 +19,7 @@ from khod.kernel.probe import Probed
 from khod.model import Kept, Phase
 from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.identity import process_of
-from khod.producers.peers import Answer, Peer, Registration
+from khod.producers.peers import Answer, AnswerWord, Peer, Registration
 from khod.simulated.kernel import Rebooted
 from khod.target.target import Request
 from tests.unit.images import bzimage, code
@@ -61,7 +61,7 @@ class Giver:
                 for kept, fd in zip(command.kept, command.fds, strict=True):
                     self.came[kept.name] = os.pread(fd, 100, 0)
                     os.close(fd)
-                answer = Answer(command.serial, "ready", files=self.files.get(command.verb.value, []))
+                answer = Answer(command.serial, AnswerWord.ready, files=self.files.get(command.verb.value, []))
 
         task = asyncio.ensure_future(serve())
         try:
@@ -156,13 +156,13 @@ async def test_a_freeze_that_took_too_long_costs_nothing_that_came_with_prepare(
     prepared = tell(Verb.prepare)
     command = await peer.exchange_answer(None)
     listening = asyncio.ensure_future(
-        peer.exchange_answer(Answer(command.serial, "ready", files=[(Kept("table", 1), fds[0])]))
+        peer.exchange_answer(Answer(command.serial, AnswerWord.ready, files=[(Kept("table", 1), fds[0])]))
     )
     await prepared
     missed = tell(Verb.freeze)
     command = await listening
     tail = [(Kept("tail", 2), fds[1])]
-    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, "ready", files=tail)))
+    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, AnswerWord.ready, files=tail)))
     await at_it.wait()
     missed.cancel()  # as at its deadline
     thawed = tell(Verb.thaw)
@@ -170,12 +170,12 @@ async def test_a_freeze_that_took_too_long_costs_nothing_that_came_with_prepare(
     go_on.set()
     command = await listening
     assert command.verb is Verb.thaw
-    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, "ready")))
+    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, AnswerWord.ready)))
     await thawed
     assert [kept.name for kept in peer.kept] == ["table"]
     frozen = tell(Verb.freeze)
     command = await listening
-    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, "ready", files=tail)))
+    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, AnswerWord.ready, files=tail)))
     await frozen
     listening.cancel()
     assert [kept.name for kept in peer.kept] == ["table", "tail"]

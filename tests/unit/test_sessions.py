@@ -23,7 +23,7 @@ from khod.kernel.memory import MemoryBounds, read_memory
 from khod.kernel.thread import KernelThread
 from khod.model import CheckResult, Event, Kept, Phase
 from khod.producers.barrier import Verb
-from khod.producers.peers import Answer, Registration
+from khod.producers.peers import Answer, AnswerWord, Registration
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import KeptFds, Living
@@ -67,7 +67,7 @@ class Holder:
                     self.came[kept.name] = os.pread(fd, 100, 0)
                     os.close(fd)
                 files = [(Kept("table", 7), table)] if command.verb is Verb.prepare else []
-                answer = Answer(command.serial, "ready", files=files)
+                answer = Answer(command.serial, AnswerWord.ready, files=files)
         finally:
             os.close(table)
             self._engine.muster.peers.remove_peer(peer)
