@@ -92,6 +92,10 @@ def _run_check(name: str, function: Callable[[Facts], CheckFinding | None], fact
         found = CheckFinding.from_error(error)
     except OSError as error:
         found = CheckFinding.fail_with(f"{error.filename}: {errno_text(error)}", "Run khod as root.")
+    except Exception as error:  # noqa: BLE001 - a kernel that says what nobody expects must not end the other checks
+        found = CheckFinding.fail_with(
+            f"khod itself failed: {error!r}", f'Report it. To go on all the same: checks.{name} = "warn" in khod.toml'
+        )
     if found is None:
         return None
     judgement = configured_judgement(facts.config, name)

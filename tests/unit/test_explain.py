@@ -4,15 +4,17 @@
 The facts are read off Linux 7.3.4, 6.19.11, 6.18.15 and the v3 series, in the order the kernel checks.
 """
 
+import ast
 import errno
 import os
 import platform
 import re
+from pathlib import Path
 
 import pytest
 
 from khod.errors import error_sentence
-from khod.kernel import errnos
+from khod.kernel import errnos, luo
 from khod.kernel.errnos import LOG, Errnos
 from khod.kernel.explain import explain_errno, explain_undo, put_errno
 from khod.kernel.luo import FINISH, PRESERVE, RETRIEVE, SESSION
@@ -297,3 +299,17 @@ def test_a_quoted_line_s_full_stop_does_not_end_the_sentence_twice() -> None:
     assert error.what.endswith("says: KHO: it failed")
     assert ".." not in error_sentence(error)
     assert "says" in explain_errno(Step.execute, refusal(errno.EXDEV), "luo_file: Freeze failed").what
+
+
+@pytest.mark.parametrize("module", [errnos, luo], ids=lambda module: module.__name__)
+def test_no_table_has_an_errno_twice(module: object) -> None:
+    """In a dict the later line replaces the earlier one without a word."""
+    tables = [
+        node
+        for node in ast.walk(ast.parse(Path(str(vars(module)["__file__"])).read_text()))
+        if isinstance(node, ast.Dict)
+    ]
+    assert tables
+    for table in tables:
+        keys = [ast.unparse(key) for key in table.keys if key is not None]
+        assert len(set(keys)) == len(keys), [key for key in keys if keys.count(key) > 1]

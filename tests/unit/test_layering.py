@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The layers of design.md, held by looking at every import statement; a new module must be given its place here."""
+"""The layers of HACKING.md, held by looking at every import statement; a new module must be given its place here."""
 
 import ast
 import sys

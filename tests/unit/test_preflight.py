@@ -481,3 +481,13 @@ def test_what_a_built_in_command_line_switches_on_is_no_loss(site: Site) -> None
     assert found["cmdline"].result is found["initrd"].result is CheckResult.passed
     off = site.checks(site.image(next_kernel("kho-v4", config=config), "quiet kho=off"))
     assert off["cmdline"].result is CheckResult.fail
+
+
+def test_a_check_that_fails_itself_ends_no_other(site: "Site", monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_facts: object) -> None:
+        raise ValueError("junk")
+
+    monkeypatch.setattr(preflight, "CHECKS", {**preflight.CHECKS, "kexec": broken})
+    found = site.checks()
+    assert (found["kexec"].result, "junk" in found["kexec"].evidence) == (CheckResult.fail, True)
+    assert "producers" in found
