@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from khod import __version__, config, server
 from khod.abi.calls import Calls, HostCalls
 from khod.engine import Engine, journal, status
 from khod.engine.guard import Guard
+from khod.engine.queries import Inhibitors
 from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
@@ -32,6 +33,7 @@ from khod.producers.registrations import Registrations
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import Rebooted, SimulatedKernel
 from khod.systemd import fdstore, logind, shutdown
+from khod.systemd.shutdown import Executor, Shutdown
 from khod.text import join_names, one_line
 from khod.wire import SOCKET
 
@@ -68,7 +70,7 @@ class Daemon:
 
     def __init__(self, opts: Options) -> None:
         self._options = opts
-        self._calls: Calls = HostCalls(opts.root) if opts.simulate is None else SimulatedKernel(opts.simulate)
+        calls: Calls = HostCalls(opts.root) if opts.simulate is None else SimulatedKernel(opts.simulate)
         self._stopping = asyncio.Event()
         self._status = journal.StatusText(self._status_text)
         self._last = Event(0.0, Phase.idle, "", "")
@@ -76,7 +78,7 @@ class Daemon:
         self._passed = fdstore.listen_fds_by_name()
         runtime = opts.socket.parent
         sessions = Sessions(
-            Luo(self._calls),
+            Luo(calls),
             self._thread,
             fdstore.ServiceManager(),
             passed=self._passed,
@@ -84,27 +86,24 @@ class Daemon:
             account=runtime / "outgoing",
         )
         settings, self._config_error = _load_config(opts.root)
-        kexec = Kexec(self._calls)
+        kexec = Kexec(calls)
         jump = shutdown.make_immediate(kexec, self._thread, lambda: self.engine.config.deadlines.execute)
-
-        async def orderly() -> None:
-            await shutdown.start_orderly(sessions=sessions.holds_any)
-
+        self._host = _real_host(jump, sessions) if opts.simulate is None else _simulated_host(jump)
         self.engine = Engine(
             kexec,
-            lambda: probe_kho(self._calls),
+            lambda: probe_kho(calls),
             Store(opts.state),
             settings,
             producers=Directory(opts.root).load_producers,
             sessions=sessions,
             guard=Guard,
-            orderly=orderly if opts.simulate is None else _StartAgain(jump),
-            immediate=jump if opts.simulate is None else _StartAgain(jump),
+            orderly=self._host.orderly,
+            immediate=self._host.immediate,
             thread=self._thread,
             tell=self._on_event,
-            inhibitors=logind.shutdown_inhibitors if opts.simulate is None else None,
-            shutdown=_on_the_way if opts.simulate is None else _never_goes_down,
-            goes_down=shutdown.goes_down if opts.simulate is None else None,
+            inhibitors=self._host.inhibitors,
+            shutdown=self._host.is_jumping,
+            goes_down=self._host.goes_down,
             registrations=Registrations(runtime / "registrations"),
         )
         self.engine.config_error = self._config_error
@@ -155,10 +154,7 @@ class Daemon:
     async def _stop_engine(self) -> None:
         """Put back what is held, unless the host is on its way into the kexec."""
         with _more_time():
-            if self._options.simulate:
-                await self.engine.stop(jumping=False)
-                return
-            jumping, going_down = await asyncio.gather(shutdown.kexec_job_pending(), shutdown.goes_down())
+            jumping, going_down = await asyncio.gather(self._host.is_jumping_at_stop(), self._host.goes_down())
             await self.engine.stop(jumping=jumping, going_down=going_down)
 
     def _lock_record(self) -> None:
@@ -232,13 +228,42 @@ class _StartAgain:
             os.execv(sys.executable, [sys.executable, "-m", "khod", *sys.argv[1:]])  # noqa: S606
 
 
-async def _on_the_way() -> bool | None:
-    return await shutdown.kexec_job_pending(shutdown.ASK_UNDO_SECONDS)
+@dataclass(frozen=True)
+class _Host:
+    """Everything around the kernel in which a real host and the simulated one differ: who jumps, and who is asked.
+
+    `orderly` and `immediate` make the jump. `is_jumping` tells whether the host is on its way into the kexec, None
+    where nobody can tell; `goes_down` whether it is shut down at all.
+    """
+
+    orderly: Executor
+    immediate: Executor
+    inhibitors: Inhibitors | None
+    is_jumping: Shutdown
+    is_jumping_at_stop: Shutdown
+    """The same with more time for the answer: khod is stopped, and has nothing else to do."""
+    goes_down: Callable[[], Awaitable[bool]]
 
 
-async def _never_goes_down() -> bool:
-    """What systemd would say of a simulated kernel's host: it jumps at once or not at all."""
-    return False
+def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
+    return _Host(
+        lambda: shutdown.start_orderly(sessions=sessions.holds_any),
+        jump,
+        logind.shutdown_inhibitors,
+        lambda: shutdown.kexec_job_pending(shutdown.ASK_UNDO_SECONDS),
+        shutdown.kexec_job_pending,
+        shutdown.goes_down,
+    )
+
+
+def _simulated_host(jump: shutdown.Immediate) -> _Host:
+    """It jumps at once or not at all, and nobody shuts it down."""
+
+    async def never() -> bool:
+        return False
+
+    again = _StartAgain(jump)
+    return _Host(again, again, None, never, never, never)
 
 
 def _load_config(root: Path) -> tuple[config.Config, ConfigError | None]:

@@ -118,7 +118,7 @@ def kinds():
         "a token in use": preserve(memory(4096), 0),
         "the largest token": preserve(memory(4096), 2**64 - 1),
         "a file out of an outgoing session": word(luo.retrieve_fd, session, 0),
-        "finish of an outgoing session": word(luo.finish, session),
+        "finish of an outgoing session": word(luo.finish_session, session),
         "name": luo.get_name(session),
         "name of no session": word(luo.get_name, taken),
     }
@@ -172,7 +172,7 @@ def keep():
         fd = luo.retrieve_fd(session, 1)
         found |= {"sha256": sha256(fd), "name": luo.get_name(session), "others take it": word(retrieve, "kept")}
         found["store"] = os.pread(passed["plain"], 5, 0).decode()
-        luo.finish(session)
+        luo.finish_session(session)
         os.close(session)
         tell("FDSTOREREMOVE=1", "FDNAME=session")
         found["after it was let go"] = word(retrieve, "kept")
@@ -226,8 +226,8 @@ def take():
     }
     outgoing = create("full")  # that one is outgoing, the other came: no conflict
     found["hand on before finish"] = word(luo.preserve_fd, outgoing, fd, 1)
-    found["finish"] = word(luo.finish, session)
-    found["finish again"] = word(luo.finish, session)
+    found["finish"] = word(luo.finish_session, session)
+    found["finish again"] = word(luo.finish_session, session)
     found["token after finish"] = word(luo.retrieve_fd, session, 1)
     found["grow after finish"] = word(os.ftruncate, fd, 17 * MIB)
     found["hand on after finish"] = word(luo.preserve_fd, outgoing, fd, 1)
