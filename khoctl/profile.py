@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from khod.errors import ConfigError, errno_text
+from khod.errors import ConfigError
+from khod.files import read_toml, require_type
 
 DIRECTORY = Path("/etc/kho/handover.d")
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -36,32 +37,21 @@ def load_profile(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
             where=str(directory),
             remedy="Letters, digits, `.`, `_` and `-`.",
         )
-    import tomllib  # noqa: PLC0415 - only a profile needs it
-
     path = directory / f"{name}.toml"
-    try:
-        values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         known = sorted(file.stem for file in directory.glob("*.toml"))
         remedy = f"There are: {', '.join(known)}." if known else f"None is in {directory}."
-        raise ConfigError(f"There is no profile {name!r}", where=str(path), remedy=remedy) from None
-    except OSError as error:
-        raise ConfigError(f"The profile cannot be read: {errno_text(error)}", where=str(path)) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"The profile is not valid TOML: {error}", where=str(path)) from None
+        raise ConfigError(f"There is no profile {name!r}", where=str(path), remedy=remedy)
+    _, values = read_toml(path, "profile")
     for key, value in values.items():
         if key not in KEYS:
             raise ConfigError(
                 f"`{key}` is an unknown key of a profile", where=str(path), remedy=f"Known here: {', '.join(KEYS)}."
             )
-        if KEYS[key] is list:
-            wanted, several = "a list of strings", [value] if isinstance(value, str) else value
-            right = isinstance(several, list) and all(isinstance(one, str) for one in several)
-            values[key] = several
-        else:
-            wanted, right = "a text in quotes" if KEYS[key] is str else "true or false", isinstance(value, KEYS[key])
-        if not right:
-            raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy=f"It takes {wanted}.")
+        several = KEYS[key] is not list or not isinstance(value, str)
+        wanted = tuple[str, ...] if KEYS[key] is list else KEYS[key]
+        found = require_type(value if several else [value], wanted, key, str(path))
+        values[key] = list(found) if KEYS[key] is list else found
     for group in ONE_OF:
         given = [f"`{key}`" for key in group if values.get(key) not in (None, False)]
         if len(given) > 1:

@@ -7,12 +7,12 @@ is an error that names file and line: a misspelled policy must not be silently t
 
 import dataclasses
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from khod.errors import ConfigError
+from khod.files import read_toml, require_type
 
 MAIN = "etc/kho/khod.toml"
 JUDGEMENTS = ("default", "warn", "fail", "off")
@@ -144,15 +144,6 @@ CHOICES = {
 }
 
 
-TYPES = {
-    "str": 'a text in quotes, for example "kho"',
-    "int": "a whole number, for example 16",
-    "float": "a number, for example 60.0",
-    "bool": "true or false",
-}
-"""What a key may hold, for people."""
-
-
 @dataclass(frozen=True)
 class Fragment:
     """One file's text and its values."""
@@ -182,17 +173,8 @@ def load_config(root: Path = Path("/")) -> Config:
 
 
 def read_fragment(path: Path) -> Fragment:
-    """Read one file; ConfigError with file and line where it is no TOML."""
-    try:
-        text = path.read_text()
-        return Fragment(path, text, tomllib.loads(text))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration cannot be read: {error}", where=str(path)) from None
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r"line (\d+)", str(error))
-        raise ConfigError(
-            f"The configuration is not valid TOML: {error}", where=f"{path}:{line[1]}" if line else str(path)
-        ) from None
+    """Read one file; ConfigError with file and line where it is not TOML."""
+    return Fragment(path, *read_toml(path, "configuration"))
 
 
 def merge_fragments(fragments: list[Fragment]) -> Config:
@@ -220,16 +202,7 @@ def _check_value(source: Fragment, section: Any, name: str, key: str, value: Any
     dotted = f"{name}.{key}"
     if key not in known:
         raise _unknown_key_error(source, dotted, sorted(known))
-    wanted = known[key]
-    if get_origin(wanted) is tuple:
-        return _check_names(source, dotted, value)
-    allowed = (int, float) if wanted is float else get_args(wanted) or (wanted,)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(
-            f"`{dotted}` is {value!r}",
-            where=source.locate_key(dotted),
-            remedy=f"It must be {TYPES.get(getattr(wanted, '__name__', ''), wanted)}.",
-        )
+    value = require_type(value, known[key], dotted, source.locate_key(dotted))
     if value not in CHOICES.get(dotted, (value,)):
         raise ConfigError(
             f"`{dotted}` is {value!r}",
@@ -240,17 +213,7 @@ def _check_value(source: Fragment, section: Any, name: str, key: str, value: Any
         raise ConfigError(
             f"`{dotted}` is {value}", where=source.locate_key(dotted), remedy="It must be a positive number."
         )
-    return float(value) if wanted is float else value
-
-
-def _check_names(source: Fragment, dotted: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise ConfigError(
-            f"`{dotted}` is {value!r}",
-            where=source.locate_key(dotted),
-            remedy='It must be a list of names, ["one", "two"].',
-        )
-    return tuple(value)
+    return value
 
 
 def _unknown_key_error(source: Fragment, key: str, known: list[str]) -> ConfigError:

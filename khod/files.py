@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files that are asked for by name: opened so that nothing strange among them can hurt."""
+"""Files that are asked for by name, and what people write into them: read so that nothing strange can hurt."""
 
 import os
+import re
 import stat
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_origin
 
-from khod.errors import UsageError, errno_text
+from khod.errors import ConfigError, UsageError, errno_text
 
 _KINDS: list[tuple[Callable[[int], bool], str]] = [
     (stat.S_ISDIR, "a directory"),
@@ -14,6 +17,18 @@ _KINDS: list[tuple[Callable[[int], bool], str]] = [
     (stat.S_ISCHR, "a character device"),
     (stat.S_ISBLK, "a block device"),
 ]
+
+MAX_TOML_BYTES = 1 << 20
+MAX_NUMBER = 1 << 64
+"""What is larger is no number of seconds, bytes or anything else that is set here."""
+TYPES = {
+    str: 'a text in quotes, for example "kho"',
+    int: "a whole number, for example 16",
+    float: "a number, for example 60.0",
+    bool: "true or false",
+    tuple: 'a list of texts without a NUL, for example ["one", "two"]',
+}
+"""What a key may hold, for people."""
 
 
 def open_regular(path: str, role: str) -> int:
@@ -28,7 +43,7 @@ def open_regular(path: str, role: str) -> int:
         raise UsageError(
             f"The {role} cannot be opened: {text}",
             where=repr(path) if "\0" in path else path,
-            remedy=f"Give --{role} the path of a readable file.",
+            remedy=f"Give the path of a readable file as the {role}.",
         ) from None
     try:
         check_regular(fd, role, path)
@@ -44,3 +59,53 @@ def check_regular(fd: int, role: str, name: str) -> None:
     if not stat.S_ISREG(mode):
         kind = next((text for is_kind, text in _KINDS if is_kind(mode)), "no regular file")
         raise UsageError(f"The {role} is {kind}", where=name, remedy="Give a regular file.")
+
+
+def read_toml(path: Path, subject: str) -> tuple[str, dict[str, Any]]:
+    """Read a TOML file: its text, and its values by key. ConfigError names the `subject`, and the line where TOML does.
+
+    What is not a regular file is refused: a FIFO would never end.
+    """
+    import tomllib  # noqa: PLC0415 - of khoctl's commands only a profile needs it
+
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
+            check_regular(file.fileno(), subject, str(path))
+            content = file.read(MAX_TOML_BYTES + 1)
+        if len(content) > MAX_TOML_BYTES:
+            raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
+        text = content.decode()
+    except (OSError, ValueError, UsageError) as error:
+        why = error.what if isinstance(error, UsageError) else _explain(error)
+        raise ConfigError(f"The {subject} cannot be read: {why}", where=str(path)) from None
+    try:
+        return text, tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: not TOML, a number without end
+        line = re.search(r"line (\d+)", str(error))
+        where = f"{path}:{line[1]}" if line else str(path)
+        raise ConfigError(f"The {subject} is not valid TOML: {error}", where=where) from None
+
+
+def _explain(error: OSError | ValueError) -> str:
+    return errno_text(error) if isinstance(error, OSError) else str(error)
+
+
+def require_type(value: Any, wanted: Any, key: str, where: str) -> Any:
+    """Give a value of a file as its key has it: a str, int, float, bool or tuple[str, ...]; ConfigError for another.
+
+    A number may be written without a point where a float is wanted, and a boolean is not a number.
+    """
+    kind = get_origin(wanted) or wanted
+    if kind is tuple:
+        words = value if isinstance(value, list) else [None]
+        if all(isinstance(word, str) and word and "\0" not in word for word in words):
+            return tuple(words)
+    elif isinstance(value, bool):
+        if kind is bool:
+            return value
+    elif kind is float:
+        if isinstance(value, int | float) and abs(value) < MAX_NUMBER:  # an integer may have a thousand digits
+            return float(value)
+    elif isinstance(value, kind):
+        return value
+    raise ConfigError(f"`{key}` is {value!r}", where=where, remedy=f"It must be {TYPES.get(kind, kind)}.")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from khod.concurrency.bounded import raise_if_cancelling
 from khod.errors import ConfigError, KhoError, UsageError
+from khod.files import require_type
 from khod.handover.record import ProducerRecord
 from khod.producers.barrier import ParticipantVeto, ProducerCall
 from khod.producers.output import STDERR
@@ -91,22 +92,18 @@ def check_name(name: str) -> None:
 
 def require_strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str]:
     """Check a list of strings, with `some` at least one; ConfigError names the file."""
-    given = value if isinstance(value, list) else [None]
-    words = [word for word in given if isinstance(word, str) and word and "\0" not in word]
-    if len(words) < len(given) or (some and not words):
-        raise ConfigError(
-            f"`{key}` is {value!r}",
-            where=str(path),
-            remedy='It must be a list of strings without a NUL, ["one", "two"].',
-        )
-    return words
+    words = require_type(value, tuple[str, ...], key, str(path))
+    if some and not words:
+        raise ConfigError(f"`{key}` is an empty list", where=str(path), remedy="Name the command and its arguments.")
+    return list(words)
 
 
 def require_string(value: Any, path: Path, key: str) -> str:
     """Check a string that is not empty; ConfigError names the file."""
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ConfigError(f"`{key}` is {value!r}", where=str(path), remedy='It must be a string, "like this".')
-    return value
+    text: str = require_type(value, str, key, str(path))
+    if not text or "\0" in text:
+        raise ConfigError(f"`{key}` is {text!r}", where=str(path), remedy="It must be a text of one character or more.")
+    return text
 
 
 def describe_error(error: Exception) -> str:

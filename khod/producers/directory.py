@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """/etc/kho/producers.d: one producer a file. What it names decides the kind: commands, a unit, or a QMP socket."""
 
-import os
-import stat
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from khod.errors import ConfigError, UsageError
+from khod.files import read_toml, require_type
 from khod.producers.barrier import Participant, Verb
 from khod.producers.configured import check_name, require_string, require_strings
 from khod.producers.hooks import Hook
@@ -18,7 +16,6 @@ from khod.producers.unit import Unit, check_unit
 DIRECTORY = "etc/kho/producers.d"
 VERBS = tuple(verb.value for verb in Verb)
 Values = dict[str, Any]
-MAX_BYTES = 1 << 20
 MAX_TIMEOUT_SECONDS = 86400
 """For one verb; a hook without an end would hold every rollback."""
 
@@ -63,10 +60,7 @@ class Directory:
 
 
 def _read_producer(path: Path) -> Participant:
-    try:
-        values = tomllib.loads(_read_text(path))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, a number without end
-        raise ConfigError(f"The producer cannot be read: {error}", where=str(path)) from None
+    _, values = read_toml(path, "producer")
     try:
         check_name(path.stem)
         common = _take_common(values, path)
@@ -88,28 +82,17 @@ def _read_producer(path: Path) -> Participant:
     return made
 
 
-def _read_text(path: Path) -> str:
-    """Read a file; ValueError for what is none, such as a FIFO, which would never end."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is not a regular file")
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES} bytes")
-    return content.decode()
-
-
 def _take_common(values: Values, path: Path) -> Values:
     """Take the keys that all kinds have."""
-    timeout = values.pop("timeout", 30.0)
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_SECONDS:
+    timeout = require_type(values.pop("timeout", 30.0), float, "timeout", str(path))
+    if not 0 < timeout <= MAX_TIMEOUT_SECONDS:
         raise ConfigError(
             f"`timeout` is {timeout!r}",
             where=str(path),
             remedy=f"It must be a positive number of seconds, at most {MAX_TIMEOUT_SECONDS}.",
         )
     lists = {key: tuple(require_strings(values.pop(key, []), path, key)) for key in ("after", "before", "devices")}
-    return {"name": path.stem, "timeout": float(timeout), **lists}
+    return {"name": path.stem, "timeout": timeout, **lists}
 
 
 def _make_hook(path: Path, values: Values, common: Values) -> Participant:

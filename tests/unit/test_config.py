@@ -221,3 +221,11 @@ def test_a_profile_is_a_name_in_its_directory(tmp_path: Path, name: str) -> None
     (tmp_path / "secret.toml").write_text('image = "/x"\n')
     with pytest.raises(ConfigError):
         profile.load_profile(name, tmp_path / "handover.d")
+
+
+def test_a_configuration_that_would_never_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "etc/kho").mkdir(parents=True)
+    os.mkfifo(tmp_path / "etc/kho/khod.toml")
+    with pytest.raises(ConfigError, match="FIFO") as raised:
+        config.load_config(tmp_path)
+    assert raised.value.where == str(tmp_path / "etc/kho/khod.toml")

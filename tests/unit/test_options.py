@@ -10,7 +10,7 @@ import pytest
 from khoctl.options import CALLS, PARAMETERS, name_options
 from tests.unit.khods import REPOSITORY
 
-OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+OPTION = re.compile(r"(?<![\w-])--(?:[a-z][a-z-]*|\{\})")
 OF_OTHERS = {
     *("--no-ask-password", "--property", "--json", "--list", "--user", "--system", "--machine"),
     *("--key", "--cert", "--output", "--import", "--check", "--long", "--load-preserve-context"),
@@ -29,7 +29,10 @@ def strings() -> Iterator[tuple[str, str]]:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         }
         for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+                yield str(path.relative_to(REPOSITORY)), "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
                 yield str(path.relative_to(REPOSITORY)), node.value
 
 
