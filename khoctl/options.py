@@ -9,6 +9,7 @@ CALLS = {
     "Kexec(now)": "khoctl kexec --now",
 }
 PARAMETERS = {
+    "format": "--format",
     "hold": "--hold",
     "kernel": "--kernel VERSION, --default, or --image FILE --initrd FILE",
     "kernel.append": "--append",

@@ -204,6 +204,8 @@ def _run_to_exit(run: Callable[[], Any], *, as_json: bool) -> int:
 
 
 def _print_error(error: KhoError, *, as_json: bool) -> int:
+    # What khod said has khoctl's options already; what its modules raise in this process has not.
+    error.what, error.where, error.remedy = map(name_options, (error.what, error.where, error.remedy))
     try:
         if as_json:
             from khoctl import render  # noqa: PLC0415 - an error is not what a command starts with

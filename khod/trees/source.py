@@ -40,7 +40,7 @@ CHECKED = ("phandle", "linux,phandle")
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"'})
 MAX_NAMES = 1000
 """Names of properties, of which producers have a dozen: each new one is looked for in all before it, as dtc does."""
-OTHER_FORMS = "Write it as a blob (dtb) or as JSON."
+OTHER_FORMS = "Use `format=dtb` or `format=json`."
 NO_NAME_CHECK = ("-E", "no-name_is_string")  # and with it name_properties, which rests on it
 
 

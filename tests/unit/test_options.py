@@ -43,7 +43,7 @@ def test_no_message_of_khod_s_names_an_option_of_khoctl_s() -> None:
 
 
 def test_every_parameter_that_a_message_names_has_an_option() -> None:
-    token = re.compile(r"`((?:Abort|Kexec)\(\w+\)|kernel\.\w+|kernel|now|force|hold|load_only)[`=]")
+    token = re.compile(r"`((?:Abort|Kexec)\(\w+\)|kernel\.\w+|kernel|now|force|hold|load_only|format)[`=]")
     named = {name for _, text in strings() for name in token.findall(text)}
     assert {"Abort(force)", "Kexec(now)", "kernel.append", "now"} <= named
     assert named <= CALLS.keys() | PARAMETERS.keys()
@@ -56,6 +56,7 @@ def test_every_parameter_that_a_message_names_has_an_option() -> None:
         ("Switch it on: `kernel.append=kho=on`", "Switch it on: --append kho=on"),
         ("for instance with: khoctl check `kernel=7.3.4`", "for instance with: khoctl check --kernel 7.3.4"),
         ("unknown key `x`, `prepare`", "unknown key `x`, `prepare`"),
+        ("Use `format=dtb` or `format=json`.", "Use --format dtb or --format json."),
         ("Jump with `now`, or add `kernel.image`.", "Jump with --now, or add --image."),
     ],
 )
