@@ -157,7 +157,8 @@ async def test_the_step_s_own_deadline_holds_for_all_producers_together(host: Ho
     with pytest.raises(Failed) as raised:
         await engine.activate()
     assert "slow" in raised.value.where
-    assert host.verbs == ["slow prepare", "slow cancel"]
+    told = [verb for verb in host.verbs if verb != "slow prepare"]  # it may be killed before it has noted that
+    assert told == ["slow cancel"]
     await put_back(host)
 
 
