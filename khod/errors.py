@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can go wrong, as types that carry fields; `sentence` is the one place that words them.
+"""What can go wrong, as types that carry fields; `error_sentence` is the one place that words them.
 
 Each class has the exit code of khoctl it ends in. An error that crosses the wire keeps the name of the nearest class in
 BY_NAME, its fields, its exit code, and its cause: which of the classes below that it was.

@@ -88,7 +88,7 @@ def list_entries(root: Path = Path("/")) -> list[BootEntry]:
 
 
 def searched_places(root: Path) -> str:
-    """Where `entries` looks, for a message."""
+    """Where `list_entries` looks, for a message."""
     return ", ".join(f"{root / partition}/{{{TYPE_1},{TYPE_2}}}" for partition in PARTITIONS)
 
 

@@ -61,7 +61,7 @@ def expand_cmdline(text: str, variables: Mapping[str, str], where: str) -> str:
 
 
 def expand_paths(text: str, variables: Mapping[str, str], where: str) -> list[str]:
-    """The files that GRUB reads for `text`; else as `line`."""
+    """The files that GRUB reads for `text`; else as `expand_cmdline`."""
     found = []
     for word in _WORD.findall(_command_words(text, where)):
         value, quoted = _taken_apart(word, variables, where)

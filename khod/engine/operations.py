@@ -118,11 +118,11 @@ class Engine:
         self._background: set[asyncio.Task[Any]] = set()
         self._transaction = Transaction(store, self._workers.disk, tell, self._guard.process_pending, goes_down)
         peers = Peers(sessions, self._peer_left, self._peer_came, registrations, self._on_unkept_registration)
-        self.muster = ProducerRegistry(producers, peers)
+        self.registry = ProducerRegistry(producers, peers)
         self._observer = Observer(kexec, prober, self._workers)
         self._restoration = Restoration(
             self._transaction,
-            self.muster,
+            self.registry,
             store,
             kexec,
             self._workers,
@@ -137,7 +137,7 @@ class Engine:
         self.queries = Queries(
             self._transaction,
             self._observer,
-            self.muster,
+            self.registry,
             self._restoration,
             sessions,
             store,
@@ -244,7 +244,7 @@ class Engine:
         counts: to roll back under a jump would lose the state for good. With `going_down` the host is shut down in
         any case: then the record says what it was shut down in the middle of.
         """
-        self.muster.peers.stop_remembering()
+        self.registry.peers.stop_remembering()
         if self._transaction.phase is Phase.verifying:
             for task in self._background:  # the next khod says it again to whoever did not finish
                 task.cancel()
@@ -404,13 +404,13 @@ class Engine:
             record = self.record
             claims = tuple(holder for holder in record.claims if holder.name != name)
             if len(claims) < len(record.claims):
-                await self._interruptible(self.muster.peers.forget_claim(name, self.config.deadlines.activate))
+                await self._interruptible(self.registry.peers.forget_claim(name, self.config.deadlines.activate))
                 await self._transaction.note_claims(claims)
                 self._transaction.emit_event(f"what {name} left is freed")
             elif name in self.queries.unknown_sessions:
                 await self._interruptible(self._sessions.drop_session(name, self.config.deadlines.activate))
                 self._transaction.emit_event(f"the LUO session {name} is freed")
-            elif self.muster.peers.give_up(name):
+            elif self.registry.peers.give_up(name):
                 self._transaction.emit_event(f"{name} is not expected to come back any more")
             else:
                 raise Refused(
@@ -448,7 +448,7 @@ class Engine:
                     where=", ".join(holder.name for holder in self.record.claims),
                     remedy="Start them first, or: khoctl producers forget NAME",
                 )
-            producer, answers = self.muster.find_producer(name), list[model.Producer]()
+            producer, answers = self.registry.find_producer(name), list[model.Producer]()
 
             def on_changed(member: Member) -> None:
                 self._transaction.on_member_changed(member)
@@ -472,9 +472,9 @@ class Engine:
     async def register_producer(self, name: str, owner: Owner, process: Process, terms: Registration) -> Peer:
         """Take a producer in that has connected; it takes part from the next step on."""
         await self._known.wait()
-        if self._transaction.phase is Phase.executing and not self.muster.peers.is_awaiting(name):
+        if self._transaction.phase is Phase.executing and not self.registry.peers.is_awaiting(name):
             raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
-        return self.muster.register_peer(name, owner, process, terms, self.config.producers.max_per_user)
+        return self.registry.register_peer(name, owner, process, terms, self.config.producers.max_per_user)
 
     def _peer_came(self, peer: Peer) -> None:
         where = peer.owner.unit or "no unit"
@@ -588,9 +588,9 @@ class Engine:
     def _start_seconds(self) -> float:
         """More than a start may take that asks the kernel once and rolls back, whatever order the producers have."""
         try:
-            producers = self.muster.all_producers()
+            producers = self.registry.all_producers()
         except KhoError:
-            producers = [*self.muster.peers.all_peers()]
+            producers = [*self.registry.peers.all_peers()]
         deadlines = self.config.deadlines
         return deadlines.activate + bound_seconds(deadlines, ()) + sum(2 * producer.timeout for producer in producers)
 
@@ -685,7 +685,7 @@ class Engine:
         if waiting := self.queries.absent_producers:
             names = ", ".join(found.name for found in waiting)
             self._transaction.emit_event(f"waiting for producers to connect again: {names}")
-            await self._interruptible(self.muster.peers.wait_returned({found.name for found in waiting}))
+            await self._interruptible(self.registry.peers.wait_returned({found.name for found in waiting}))
         now = request is not None and request.now
         checks = await self._interruptible(self.queries.run_checks(observed, now=now))
         to_come = {"kexec": request is not None and Step.load not in self.machine.done}
@@ -771,10 +771,10 @@ class Engine:
             last = next((verb for step, verb in told.items() if step in self.machine.done), None)
             if self._transaction.phase is Phase.failed and record.producers:
                 last = None
-            barrier = self.muster.resume_barrier(record.run, changed, record.producers, last)
+            barrier = self.registry.resume_barrier(record.run, changed, record.producers, last)
         else:
-            barrier = self.muster.make_barrier(record.run, changed)
-        attempt = self._new_attempt(barrier, everyone=self.muster.all_producers)
+            barrier = self.registry.make_barrier(record.run, changed)
+        attempt = self._new_attempt(barrier, everyone=self.registry.all_producers)
         attempt.adopt_steps(self.machine)
         self._transaction.attach_attempt(attempt)
         return attempt

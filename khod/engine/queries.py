@@ -65,7 +65,7 @@ class Queries:
         self,
         transaction: Transaction,
         observer: Observer,
-        muster: ProducerRegistry,
+        registry: ProducerRegistry,
         restoration: Restoration,
         sessions: Sessions,
         store: Store,
@@ -80,7 +80,7 @@ class Queries:
     ) -> None:
         self._transaction = transaction
         self._observer = observer
-        self._muster = muster
+        self._registry = registry
         self._restoration = restoration
         self._sessions = sessions
         self._store = store
@@ -110,7 +110,7 @@ class Queries:
         observed = None if busy else await self._observer.try_observe(deadline)
         sighted = self.sighted if busy else await self._sighted_within(deadline)
         try:
-            producers = self._muster.status_rows(self.members)
+            producers = self._registry.status_rows(self.members)
         except ConfigError:  # khoctl check says which file
             producers = [member.to_model() for member in self.members]
         return status.build_status(
@@ -133,7 +133,7 @@ class Queries:
 
     async def producers(self) -> list[model.Producer]:
         """Every producer, in the order they are told, with its last answer."""
-        return self._muster.status_rows(self.members)
+        return self._registry.status_rows(self.members)
 
     @property
     def members(self) -> list[Member]:
@@ -145,7 +145,7 @@ class Queries:
     def absent_producers(self) -> list[RegisteredProducer]:
         """Producers of before khod was restarted that have not come back; those of the attempt are waited for by it."""
         counted_on = {holder.name for holder in self._transaction.record.producers}
-        return [registered for registered in self._muster.peers.absent_producers if registered.name not in counted_on]
+        return [registered for registered in self._registry.peers.absent_producers if registered.name not in counted_on]
 
     @property
     def unknown_sessions(self) -> list[str]:
@@ -163,7 +163,7 @@ class Queries:
     async def plan(self, request: Request) -> Plan:
         """Tell what a handover would do, and what its checks say, without touching anything."""
         async with self._inspect_target(request) as (target, checks):
-            everyone, deadlines = self._muster.all_producers(), self._config().deadlines
+            everyone, deadlines = self._registry.all_producers(), self._config().deadlines
             machine = self._transaction.machine if self._transaction.phase in HELD else Machine()
             steps = plan_steps(machine, self._observer.require_kernel, everyone, deadlines, request, target)
             words = target.words if target else []
@@ -255,7 +255,7 @@ class Queries:
             self._config(),
             self._transaction.record,
             foreign,
-            self._muster.all_producers,
+            self._registry.all_producers,
             None if target or ask is None else await ask(),
             target,
             outgoing=await self._outgoing_tree(observed) if target or self._config().producers.require_kernel else None,

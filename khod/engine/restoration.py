@@ -33,7 +33,7 @@ class Restoration:
     def __init__(
         self,
         transaction: Transaction,
-        muster: ProducerRegistry,
+        registry: ProducerRegistry,
         store: Store,
         kexec: Kexec,
         workers: Workers,
@@ -43,7 +43,7 @@ class Restoration:
         spawn: Callable[[Coroutine[None, None, None]], None],
     ) -> None:
         self._transaction = transaction
-        self._muster = muster
+        self._registry = registry
         self._store = store
         self._kexec = kexec
         self._workers = workers
@@ -73,7 +73,7 @@ class Restoration:
             verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(doubt)])
         record = self._transaction.record
         changed = self._transaction.on_member_changed
-        self._barrier = barrier = self._muster.resume_barrier(
+        self._barrier = barrier = self._registry.resume_barrier(
             record.arrived_run, changed, record.claims, None, restoring=True
         )
         idle = {member.producer.name for member in barrier.members if not member.producer.restores_state}
@@ -146,7 +146,7 @@ class Restoration:
             except Exception as error:  # noqa: BLE001 - or this boot would be verified for ever
                 verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(f"khod itself failed: {error!r}")])
             await self._conclude_verification(verdict)
-        for peer in self._muster.peers.all_peers():
+        for peer in self._registry.peers.all_peers():
             if peer.connected and peer.restoring:  # it came when nobody waited for it any more
                 self.restore_late(peer)
 
@@ -171,7 +171,7 @@ class Restoration:
     async def retry_restore(self, holder: ProducerRecord) -> None:
         """Tell a producer again to take back what it left, at rest and with nothing else under way."""
         changed, run = self._transaction.on_member_changed, self._transaction.record.arrived_run
-        barrier = self._muster.resume_barrier(run, changed, [holder], None, restoring=True)
+        barrier = self._registry.resume_barrier(run, changed, [holder], None, restoring=True)
         await self._bring_back_later(barrier, self._config().deadlines.restore)
         if any(claim.name == holder.name for claim in self._transaction.record.claims):
             (member,) = [member for member in barrier.members if member.producer.name == holder.name]

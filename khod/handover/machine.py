@@ -2,8 +2,8 @@
 """The handover machine: pure, and its tables are the documentation.
 
 `STEPS` says which phase a step passes through, where it ends and what its undo is; `ORDERS` in which
-order the kernel wants them; `TRANSITIONS` what may follow what. The drawing in README.md is
-`drawing()`, held to this file by a test. The point of no return is execute: every other step has
+order the kernel wants them; `TRANSITIONS` what may follow what. The table in khod(8) is held to
+`draw_machine()` by a test. The point of no return is execute: every other step has
 its undo beside it, and even execute may come back with an errno.
 """
 

@@ -32,7 +32,7 @@ MAGIC = {
     b"\x89LZO": "lzo",  # named only: no maintained library unpacks it
 }
 HEAD_BYTES = max(map(len, MAGIC))
-"""Bytes `recognise` needs."""
+"""Bytes `recognise_method` needs."""
 
 
 def recognise_method(head: bytes) -> str:

@@ -28,7 +28,7 @@ MARKER = "khod.run="
 WORD = re.compile(r'(?:[^\t-\r "]|"[^"]*(?:"|\Z))+')
 """An operator's word: as the kernel's (`khod.kernel.next_arg`), but that ASCII white space alone ends it.
 
-Where the kernel ends one in the middle of a character, `torn` says so; the line that is given stays as it is.
+Where the kernel ends one in the middle of a character, `torn_words` says so; the line that is given stays as it is.
 """
 
 DEVICE = re.compile(r"/dev/(dm-[0-9]+|(?:(?:cciss|ida|rd|etherd)/)?(?!root$)[a-z][a-z0-9._]*)")

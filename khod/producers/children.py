@@ -4,7 +4,7 @@
 khod is a child subreaper: whatever a command of its leaves behind becomes khod's child when its parent ends, in
 whatever session and environment it runs. Such an orphan is reaped when it ends. What khod itself waits for is not:
 
-- A command started by `start` is known here by its number, and so is a child of asyncio's.
+- A command started by `start_command` is known here by its number, and so is a child of asyncio's.
 - Any other child in khod's own session was started by khod. Commands, and all they start, have sessions of their own:
   setsid(2) cannot be undone.
 

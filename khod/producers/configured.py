@@ -64,7 +64,7 @@ class Configured:
         await _veto_on_failure(self._make_way(note))
 
     async def _carry_out(self, telling: ProducerCall) -> str | None:
-        """What `tell` does for this kind; whatever it raises is a Veto. What it returns is shown as the answer."""
+        """What `carry_out` does for this kind; whatever it raises is a Veto. What it returns is shown as the answer."""
         raise NotImplementedError
 
     async def _make_way(self, note: str) -> None:

@@ -44,7 +44,7 @@ class Directory:
         self._found: list[Participant] = []
 
     def load_producers(self) -> list[Participant]:
-        """Give every producer with a file, as `load` does."""
+        """Give every producer with a file, as `load_directory` does."""
         seen = self._directory_state()
         if seen is None or seen != self._seen:
             self._found, self._seen = load_directory(self._root), seen

@@ -108,7 +108,7 @@ class ClientConnection:
             self.transport.let_send_files(allowed=self.may_send_files)
 
     def reserve_producers_place(self) -> bool:
-        """Keep room for this connection as a producer's; `enlist` is due then."""
+        """Keep room for this connection as a producer's; `bind_producer` is due then."""
         return self._place.reserve_producers()
 
     def bind_producer(self, producer: Peer | None) -> None:

@@ -78,7 +78,7 @@ class Quota:
         return self._by_user[uid]
 
     def has_room(self, uid: int, amount: int) -> bool:
-        """Tell whether `take` would succeed."""
+        """Tell whether `take_amount` would succeed."""
         return amount <= self.unused_amount and self._by_user[uid] + amount <= self._per_user
 
     def take_amount(self, uid: int, amount: int = 1) -> bool:

@@ -56,7 +56,7 @@ class Place:
             places.askers[uid] += 1
 
     def reserve_producers(self) -> bool:
-        """Keep room for a producer that registers; False where there is none. `settle` says how it went."""
+        """Keep room for a producer that registers; False where there is none. `settle_place` says how it went."""
         if self._standing in (Standing.other, Standing.operator):
             self._is_reserved = self._places.by_standing[Standing.producer].take_amount(self._uid)
             return self._is_reserved

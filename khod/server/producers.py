@@ -64,9 +64,9 @@ class Producers(Producer):
             raise
         finally:
             connection.bind_producer(producer)
-        connection.on_end.append(partial(self._engine.muster.peers.remove_peer, producer))
+        connection.on_end.append(partial(self._engine.registry.peers.remove_peer, producer))
         if not connection.is_open:  # it went while khod looked
-            self._engine.muster.peers.remove_peer(producer)
+            self._engine.registry.peers.remove_peer(producer)
         return {"version": wire.PRODUCER_VERSION, "run": producer.run, "told": producer.told}
 
     @varlinkmethod

@@ -41,7 +41,7 @@ class MessageHandler(Protocol):
         """Whether it may send descriptors now."""
 
     def on_message(self, text: bytes, fds: list[int]) -> None:
-        """Take in a message and the descriptors that came with it; `resume` lets the next one come."""
+        """Take in a message and the descriptors that came with it; `resume_reading` lets the next one come."""
 
     def refuse_input(self, what: str) -> None:
         """Say why what came in is no message, and hang up."""

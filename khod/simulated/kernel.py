@@ -56,7 +56,7 @@ class KernelState:
 class SimulatedKernel(HostCalls):
     """The kernel in directory `root`; made there, freshly booted, where the directory is new.
 
-    Faults (`fault(name, value)`, kept until set to None): `veto`, `serialize_errno` (the kernel's own
+    Faults (`set_fault(name, value)`, kept until set to None): `veto`, `serialize_errno` (the kernel's own
     reason, a positive errno), `slow_serialize` and `slow_abort` (seconds), `abort_errno`, `load_errno`,
     `unload_errno`, `reboot_errno`, `malformed_tree`, `cold` (the next jump is a plain reset), `lose`
     (the tree does not arrive), `change` (it arrives changed).

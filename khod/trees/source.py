@@ -7,7 +7,7 @@ lays out the same tree otherwise (reservations at a multiple of 16, so at 48 and
 first), and no option of dtc's changes that. So `dtc` turns the source into the blob's own bytes where dtc (or something
 that lays out as it does) made the blob, and into the same tree in dtc's layout otherwise: the bytes of
 `dtc -I dtb -O dtb BLOB`.
-`compiled` knows these bytes without dtc, and the second line of the source says which of the two it is.
+`compile_tree` knows these bytes without dtc, and the second line of the source says which of the two it is.
 """
 
 import re
@@ -128,7 +128,7 @@ def pad_blob(made: bytes, size: int) -> bytes:
 
 
 def compile_tree(tree: Fdt) -> bytes:
-    """Give the bytes dtc makes of `dts` with `options`."""
+    """Give the bytes dtc makes of `write_dts` with `dtc_options`."""
     names = bytearray()
     nodes = bytearray()
     _write_node(tree.root, nodes, names, {})

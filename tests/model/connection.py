@@ -129,7 +129,7 @@ class Connection(Line):
 
     def _left(self) -> None:
         if self._peer is not None:
-            self._khod.engine.muster.peers.remove_peer(self._peer)
+            self._khod.engine.registry.peers.remove_peer(self._peer)
 
     async def _reply(self, serve: Coroutine[Any, Any, Any], future: "asyncio.Future[Any]") -> None:
         world = self._khod.scene.world_loop

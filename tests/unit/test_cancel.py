@@ -232,7 +232,7 @@ async def test_a_producer_that_dies_in_the_last_step_ends_the_handover(
     handover = asyncio.ensure_future(operation(host, engine))
     await gate.reached.wait()
     living.end()
-    engine.muster.peers.remove_peer(frozen)
+    engine.registry.peers.remove_peer(frozen)
     gate.open()
     with pytest.raises(Refused, match="Producer p went away"):
         await handover
@@ -246,7 +246,7 @@ async def test_a_producer_that_dies_with_the_next_order_in_one_turn_comes_first(
     frozen = await peer(engine, living, 2)
     await engine.activate()
     living.end()
-    engine.muster.peers.remove_peer(frozen)
+    engine.registry.peers.remove_peer(frozen)
     with pytest.raises(Refused, match="Producer p went away"):
         await host.kexec(engine)
     await rolled_back(host, engine)

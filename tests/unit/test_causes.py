@@ -58,7 +58,7 @@ async def test_who_went_away_frozen_is_named_and_did_not_answer(tmp_path: Path) 
     living = Living()
     peer = await frozen(engine, "vm", living)
     living.end()
-    engine.muster.peers.remove_peer(peer)
+    engine.registry.peers.remove_peer(peer)
     await host.seen(lambda event: event.phase is Phase.idle and "Rolled back" in event.message)
     heard = [event for event in host.events if event.producer and event.producer.phase in ("thaw", "cancel")]
     assert heard

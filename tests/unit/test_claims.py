@@ -185,7 +185,7 @@ async def test_an_abort_beside_a_late_restore_does_not_reach_the_next_handover(h
     await abort
     while engine.record.claims:  # it was cut short, and is told again
         await host.seen(lambda _event: True)
-    engine.muster.peers.remove_peer(peer)
+    engine.registry.peers.remove_peer(peer)
     with pytest.raises(Unreachable):
         await answering
     await engine.activate()
@@ -221,7 +221,7 @@ async def test_a_producer_that_comes_late_and_says_nothing_holds_nobody_up(host:
     assert [holder.name for holder in engine.record.claims] == ([] if what == "forget" else ["kv"])
     if what == "stop":
         return
-    engine.muster.peers.remove_peer(peer)
+    engine.registry.peers.remove_peer(peer)
 
 
 async def test_who_could_not_be_put_back_has_nothing_to_claim(host: LuoHost) -> None:

@@ -67,7 +67,7 @@ async def serving(engine: Engine, process: Process, owner: Owner = OWNER) -> Asy
     try:
         yield heard
     finally:
-        engine.muster.peers.remove_peer(peer)
+        engine.registry.peers.remove_peer(peer)
         await task
 
 
@@ -90,7 +90,7 @@ async def test_one_that_lives_and_does_not_come_back_is_not_undone(
 ) -> None:
     process = start()
     engine = await frozen(host, process.identity)
-    began, bound = now(), bound_seconds(engine.config.deadlines, engine.muster.all_producers())
+    began, bound = now(), bound_seconds(engine.config.deadlines, engine.registry.all_producers())
     await rests(host, engine, Phase.failed, Phase.idle)
     assert engine.machine.phase is Phase.failed
     assert now() - began <= bound
@@ -126,7 +126,7 @@ async def hung_up_at(engine: Engine, process: Process, verb: str) -> None:
     peer, answer = await register(engine, process), None
     while (command := await peer.exchange_answer(answer)).verb.value != verb:
         answer = Answer(command.serial, AnswerWord.ready)
-    engine.muster.peers.remove_peer(peer)
+    engine.registry.peers.remove_peer(peer)
 
 
 @pytest.mark.parametrize("verb", ["thaw", "cancel"])
@@ -172,7 +172,7 @@ async def test_one_that_hangs_up_at_its_thaw_is_waited_for_until_it_has_ended(
         return
     with pytest.raises(NotRolledBack, match=f"process {process.identity.pid} is frozen, alive and not connected"):
         await aborting
-    assert now() - began <= bound_seconds(engine.config.deadlines, engine.muster.all_producers())
+    assert now() - began <= bound_seconds(engine.config.deadlines, engine.registry.all_producers())
     assert host.verbs[-2:] == ["a thaw", "a cancel"]
 
 
@@ -225,7 +225,7 @@ async def test_nor_at_rest_before_it_has_ended_or_was_given_up(host: VirtualHost
         process = start()
         engine = await host.started()
         await register(engine, process.identity)
-        engine.muster.peers.stop_remembering()
+        engine.registry.peers.stop_remembering()
         engine = await host.started()
         with pytest.raises(Refused, match=f"Process {process.identity.pid}") as refused:
             await register(engine, start().identity)
@@ -234,7 +234,7 @@ async def test_nor_at_rest_before_it_has_ended_or_was_given_up(host: VirtualHost
             await engine.forget_producer("kv")
         else:
             process.end()
-        engine.muster.peers.remove_peer(await register(engine, start().identity))
+        engine.registry.peers.remove_peer(await register(engine, start().identity))
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -247,7 +247,7 @@ async def test_with_a_record_that_cannot_be_read_whoever_may_be_frozen_stays_so(
     engine = await host.started()
     async with serving(engine, process):
         await (host.kexec(engine, load_only=True) if loaded else engine.activate())
-        engine.muster.peers.stop_remembering()  # khod is killed
+        engine.registry.peers.stop_remembering()  # khod is killed
         host.store.record_path.write_bytes(host.store.record_path.read_bytes()[:100])
         engine = await host.started()
         assert engine.machine.phase is Phase.inconsistent
@@ -255,7 +255,7 @@ async def test_with_a_record_that_cannot_be_read_whoever_may_be_frozen_stays_so(
             assert heard == ["registered: freeze"]
             await engine.abort(force=True)
             assert heard == ["registered: freeze", "thaw", "cancel"]
-        assert (engine.machine.phase, engine.muster.peers.all_peers()) == (Phase.idle, [])
+        assert (engine.machine.phase, engine.registry.peers.all_peers()) == (Phase.idle, [])
 
 
 @in_virtual_time
@@ -266,7 +266,7 @@ async def test_with_a_record_that_cannot_be_read_one_that_has_ended_holds_nobody
     engine = await host.started()
     async with serving(engine, process.identity):
         await engine.activate()
-        engine.muster.peers.stop_remembering()
+        engine.registry.peers.stop_remembering()
         host.store.record_path.write_bytes(b"")
         process.end()
         engine = await host.started()

@@ -70,7 +70,7 @@ class Giver:
             task.cancel()
             with suppress(asyncio.CancelledError, Unreachable):
                 await task
-            engine.muster.peers.remove_peer(peer)
+            engine.registry.peers.remove_peer(peer)
 
 
 @pytest.fixture

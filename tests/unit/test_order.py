@@ -63,62 +63,62 @@ def refusals(seed: int) -> int:
 
 
 @pytest.fixture
-def muster() -> ProducerRegistry:
+def registry() -> ProducerRegistry:
     return ProducerRegistry(list, Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None))
 
 
-def register(muster: ProducerRegistry, name: str, after: tuple[str, ...] = (), before: tuple[str, ...] = ()) -> Peer:
-    return muster.register_peer(name, OWNER, PROCESS, Registration(after=after, before=before), MANY + 3)
+def register(registry: ProducerRegistry, name: str, after: tuple[str, ...] = (), before: tuple[str, ...] = ()) -> Peer:
+    return registry.register_peer(name, OWNER, PROCESS, Registration(after=after, before=before), MANY + 3)
 
 
 def test_thousands_that_name_one_are_not_held_against_each_other(
-    muster: ProducerRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: ProducerRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at: list[str] = []
-    find = muster.peers.find_peer
+    find = registry.peers.find_peer
 
     def counted(name: str) -> Peer | None:
         looked_at.append(name)
         return find(name)
 
-    monkeypatch.setattr(muster.peers, "find_peer", counted)
+    monkeypatch.setattr(registry.peers, "find_peer", counted)
     ordered = "khod.producers.registry.order_in_ranks"
     monkeypatch.setattr(ordered, lambda _producers: pytest.fail("everyone was put in order"))
-    register(muster, "storage")
+    register(registry, "storage")
     for number in range(MANY):
-        register(muster, f"p{number}", ("storage",) if number % 2 else (), () if number % 2 else ("storage",))
+        register(registry, f"p{number}", ("storage",) if number % 2 else (), () if number % 2 else ("storage",))
     assert len(looked_at) < 10 * MANY
 
 
-def test_who_has_left_or_was_given_up_is_no_constraint(muster: ProducerRegistry) -> None:
-    first = register(muster, "first", ("second",))
+def test_who_has_left_or_was_given_up_is_no_constraint(registry: ProducerRegistry) -> None:
+    first = register(registry, "first", ("second",))
     with pytest.raises(ConfigError):
-        register(muster, "second", ("first",))
-    muster.peers.remove_peer(first)
-    second = register(muster, "second", ("first",))
+        register(registry, "second", ("first",))
+    registry.peers.remove_peer(first)
+    second = register(registry, "second", ("first",))
     with pytest.raises(ConfigError):
-        register(muster, "first", ("second",))
-    muster.peers.remove_peer(second)
-    register(muster, "first", ("second",))
+        register(registry, "first", ("second",))
+    registry.peers.remove_peer(second)
+    register(registry, "first", ("second",))
 
 
-def test_one_that_comes_back_with_another_order_is_held_to_that(muster: ProducerRegistry) -> None:
+def test_one_that_comes_back_with_another_order_is_held_to_that(registry: ProducerRegistry) -> None:
     process = process_of(1)
     assert process is not None
-    first = register(muster, "first", ("second",))
+    first = register(registry, "first", ("second",))
     first.told = "freeze"
-    muster.peers.remove_peer(first)
-    assert [peer.name for peer in muster.peers.peers_naming("second")] == ["first"], (
+    registry.peers.remove_peer(first)
+    assert [peer.name for peer in registry.peers.peers_naming("second")] == ["first"], (
         "it is waited for, and will be told"
     )
     with pytest.raises(ConfigError):
-        register(muster, "second", ("first",))
-    assert register(muster, "first") is first
-    assert muster.peers.peers_naming("second") == []
-    register(muster, "second", ("first",))
+        register(registry, "second", ("first",))
+    assert register(registry, "first") is first
+    assert registry.peers.peers_naming("second") == []
+    register(registry, "second", ("first",))
 
 
-def test_a_name_that_is_none_is_not_looked_for(muster: ProducerRegistry) -> None:
+def test_a_name_that_is_none_is_not_looked_for(registry: ProducerRegistry) -> None:
     with pytest.raises(UsageError):
-        register(muster, "first", ("not/a/name",))
-    assert muster.peers.peers_naming("not/a/name") == []
+        register(registry, "first", ("not/a/name",))
+    assert registry.peers.peers_naming("not/a/name") == []

@@ -435,8 +435,8 @@ async def test_without_a_record_a_vm_that_is_paused_is_continued(tmp_path: Path,
     async with vm(tmp_path) as here:
         here.state = state
         nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-        muster = ProducerRegistry(lambda: [Qemu("vm", socket=str(here.path))], nobody)
-        barrier = muster.resume_barrier("", lambda _member: None, (), Verb.freeze)
+        registry = ProducerRegistry(lambda: [Qemu("vm", socket=str(here.path))], nobody)
+        barrier = registry.resume_barrier("", lambda _member: None, (), Verb.freeze)
         assert await barrier.undo_verb(Verb.freeze) == []
         assert here.state == ("running" if state == PAUSED_STATE else state)
 
@@ -702,8 +702,8 @@ except ParticipantVeto as veto:
 async def test_without_a_record_a_vm_that_is_off_holds_no_abort(tmp_path: Path) -> None:
     """Its file stays when it is switched off; each abort would have failed for it until it was started."""
     nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-    muster = ProducerRegistry(lambda: [Qemu("vm", socket=str(tmp_path / "absent"))], nobody)
-    barrier = muster.resume_barrier("", lambda _member: None, (), Verb.freeze)
+    registry = ProducerRegistry(lambda: [Qemu("vm", socket=str(tmp_path / "absent"))], nobody)
+    barrier = registry.resume_barrier("", lambda _member: None, (), Verb.freeze)
     assert await barrier.undo_verb(Verb.freeze) == []
     (member,) = barrier.members
     assert member.gone

@@ -50,7 +50,7 @@ async def restarted(host: VirtualHost, *processes: Process | None) -> Engine:
     engine = await host.started()
     for number, process in enumerate(processes):
         await register(engine, f"kv{number}" if number else "kv", process)
-    engine.muster.peers.stop_remembering()  # or, with a khod that is killed, nothing at all
+    engine.registry.peers.stop_remembering()  # or, with a khod that is killed, nothing at all
     return await host.started()
 
 
@@ -110,7 +110,7 @@ async def test_one_that_died_while_khod_was_down_is_named_at_once_until_it_is_gi
 @in_virtual_time
 async def test_a_leave_is_a_leave(host: VirtualHost) -> None:
     engine = await host.started()
-    engine.muster.peers.remove_peer(await register(engine))
+    engine.registry.peers.remove_peer(await register(engine))
     engine = await host.started()
     await engine.activate()
     assert engine.machine.phase is Phase.active
@@ -273,7 +273,7 @@ async def test_a_file_that_comes_under_a_peer_s_name_stops_a_handover_and_no_rol
         await engine.activate()
     assert isinstance(raised.value, ConfigError | Refused)
     assert [found.kind for found in await engine.queries.producers() if found.name == "pool"] == ["scripted", "varlink"]
-    engine.muster.peers.remove_peer(peer)
+    engine.registry.peers.remove_peer(peer)
     await engine.activate()
     assert "pool freeze" in host.verbs
 

@@ -70,7 +70,7 @@ class Holder:
                 answer = Answer(command.serial, AnswerWord.ready, files=files)
         finally:
             os.close(table)
-            self._engine.muster.peers.remove_peer(peer)
+            self._engine.registry.peers.remove_peer(peer)
 
 
 @asynccontextmanager
@@ -826,8 +826,8 @@ async def test_the_jump_waits_until_systemd_has_said_why_a_producer_left(host: L
 
     def leaves(event: Event) -> bool:
         if event.phase is Phase.executing:
-            for peer in engine.muster.peers.all_peers():
-                engine.muster.peers.remove_peer(peer)
+            for peer in engine.registry.peers.all_peers():
+                engine.registry.peers.remove_peer(peer)
         return False
 
     host.shutdown = host.goes_down = hesitates

@@ -151,8 +151,8 @@ async def test_a_khod_that_comes_back_thaws_what_its_record_names(
         note = await tell(Verb.freeze, await tell(Verb.prepare))
         holder = ProducerRecord("a", "unit", "freeze", note)
         nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-        muster = ProducerRegistry(read, nobody)
-        barrier = muster.resume_barrier("run-1", lambda _member: None, [holder], None)
+        registry = ProducerRegistry(read, nobody)
+        barrier = registry.resume_barrier("run-1", lambda _member: None, [holder], None)
         assert await barrier.undo_verb(Verb.freeze) == []
         assert bus.units["a.service"] == bus.units["b.service"] == unit()
 
@@ -705,8 +705,8 @@ async def test_without_a_record_a_unit_is_thawed_that_systemd_says_is_frozen(pla
     found = unit(ActiveState="inactive") if state == "inactive" else unit(FreezerState=state)
     async with serving(place, a=dict(found), b=unit(FreezerState="frozen")) as bus:
         nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-        muster = ProducerRegistry(lambda: [Unit("a", unit="a.service", how=how)], nobody)
-        barrier = muster.resume_barrier("", lambda _member: None, (), Verb.freeze)
+        registry = ProducerRegistry(lambda: [Unit("a", unit="a.service", how=how)], nobody)
+        barrier = registry.resume_barrier("", lambda _member: None, (), Verb.freeze)
         assert await barrier.undo_verb(Verb.freeze) == []
         assert bus.units["a.service"] == (found if state == "inactive" else unit())
         (member,) = barrier.members
@@ -719,14 +719,14 @@ async def test_without_a_record_a_unit_is_thawed_that_systemd_says_is_frozen(pla
 async def test_what_somebody_else_has_frozen_stays_frozen_where_there_is_a_record(place: Path, note: str) -> None:
     async with serving(place, a=unit(FreezerState="frozen")) as bus:
         nobody = Peers(cast("Sessions", None), lambda _peer: None, lambda _peer: None)
-        muster = ProducerRegistry(lambda: [Unit("a", unit="a.service")], nobody)
-        barrier = muster.resume_barrier(
+        registry = ProducerRegistry(lambda: [Unit("a", unit="a.service")], nobody)
+        barrier = registry.resume_barrier(
             "run-1", lambda _member: None, [ProducerRecord("a", "unit", "", note)], Verb.freeze
         )
         assert await barrier.undo_verb(Verb.freeze) == []
         assert bus.state("a.service", "FreezerState") == "frozen"
         # A record in which nobody stands is one, too: this file came later.
-        barrier = muster.resume_barrier("run-1", lambda _member: None, (), Verb.freeze)
+        barrier = registry.resume_barrier("run-1", lambda _member: None, (), Verb.freeze)
         assert await barrier.undo_verb(Verb.freeze) == []
         assert bus.state("a.service", "FreezerState") == "frozen"
 
