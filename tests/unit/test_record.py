@@ -304,3 +304,14 @@ def test_a_record_of_before_producers_were_in_it_is_still_one() -> None:
     values = json.loads(encode_record(FULL))
     del values["producers"]
     assert decode_record(json.dumps(values).encode()) == replace(FULL, producers=())
+
+
+def test_what_spoke_against_a_handover_stays_where_an_earlier_khod_recorded_its_sentence_alone() -> None:
+    """Nobody who takes his state back later makes such a handover verified."""
+    lost = Verdict(missing=["memblock"], reason="did not arrive: memblock")
+    values = json.loads(encode_record(replace(FULL, verdict=lost)))
+    del values["verdict"]["findings"]
+    verdict = decode_record(json.dumps(values).encode()).verdict
+    assert verdict is not None
+    late = verdict.with_findings(finding for finding in verdict.findings if finding.producer != "kv")
+    assert late.reason == "did not arrive: memblock"
