@@ -39,9 +39,8 @@ def open_regular(path: str, role: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:
-        text = errno_text(error) if isinstance(error, OSError) else str(error)
         raise UsageError(
-            f"The {role} cannot be opened: {text}",
+            f"The {role} cannot be opened: {_explain(error)}",
             where=repr(path) if "\0" in path else path,
             remedy=f"Give the path of a readable file as the {role}.",
         ) from None
@@ -75,9 +74,10 @@ def read_toml(path: Path, subject: str) -> tuple[str, dict[str, Any]]:
         if len(content) > MAX_TOML_BYTES:
             raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
         text = content.decode()
-    except (OSError, ValueError, UsageError) as error:
-        why = error.what if isinstance(error, UsageError) else _explain(error)
-        raise ConfigError(f"The {subject} cannot be read: {why}", where=str(path)) from None
+    except UsageError as error:
+        raise ConfigError(error.what, where=str(path), remedy=error.remedy) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The {subject} cannot be read: {_explain(error)}", where=str(path)) from None
     try:
         return text, tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: not TOML, a number without end
