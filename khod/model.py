@@ -183,11 +183,6 @@ class Verdict:
     findings: list[Finding] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        # A record of before there were findings has their sentence alone; it must not be lost with the next finding.
-        if self.reason and not self.findings:
-            object.__setattr__(self, "findings", [Finding.of_khod(self.reason)])
-
     def with_findings(self, findings: Iterable[Finding]) -> "Verdict":
         """The same verdict with these findings, and what they come to in one line."""
         kept = list(findings)

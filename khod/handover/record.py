@@ -15,7 +15,19 @@ from pathlib import Path
 from khod import wire
 from khod.errors import RecordError, errno_text
 from khod.handover.snapshots import Snapshots
-from khod.model import Begun, Generation, Kept, LuoSession, NotUndone, Observed, Phase, Step, StepTiming, Verdict
+from khod.model import (
+    Begun,
+    Finding,
+    Generation,
+    Kept,
+    LuoSession,
+    NotUndone,
+    Observed,
+    Phase,
+    Step,
+    StepTiming,
+    Verdict,
+)
 
 VERSION = 1
 ADDED_FIELDS = frozenset(
@@ -172,9 +184,26 @@ def decode_record(raw: bytes, where: str = "") -> Record:
             )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")
-        return wire.decode_value(Record, values, may_lack=ADDED_FIELDS)
+        return _add_findings(wire.decode_value(Record, values, may_lack=ADDED_FIELDS))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error}", where=where, remedy=remedy) from None
+
+
+def _add_findings(record: Record) -> Record:
+    """The record with the findings that an earlier khod left out: it recorded names and one sentence.
+
+    The sentence is lost with the next finding, so it stays one itself, but where producers alone are missing: each of
+    them takes its own finding away when it has its state again.
+    """
+    verdict = record.verdict
+    if verdict is None or not verdict.reason or verdict.findings:
+        return record
+    waiting = {holder.name for holder in record.claims or record.producers}
+    if verdict.missing and not verdict.changed and waiting.issuperset(verdict.missing):
+        findings = [Finding.of_producer(name, "did not take back what it left") for name in verdict.missing]
+    else:
+        findings = [Finding.of_khod(verdict.reason)]
+    return replace(record, verdict=replace(verdict, findings=findings))
 
 
 @dataclass(frozen=True)
