@@ -8,7 +8,7 @@ from khod.handover.record import RESERVED_BYTES
 from khod.kernel import host
 from khod.preflight import minimum_uptime
 from khod.preflight.facts import CheckFinding, Facts
-from khod.systemd import systemctl
+from khod.systemd import facts as systemd
 from khod.text import format_size, join_names, one_line
 
 
@@ -36,7 +36,7 @@ def check_uptime(facts: Facts) -> CheckFinding:
     """An orderly jump does not sleep in the blackout because the host has not been up for long enough."""
     calls = facts.kexec.calls
     up, found = facts.kexec.uptime(), minimum_uptime.read_setting(calls)
-    if up is None or not calls.path_exists(systemctl.BOOTED):
+    if up is None or not calls.path_exists(systemd.BOOTED):
         return CheckFinding.skip_with(
             "The kernel does not say how long it has been up, or systemd does not run this host"
         )
@@ -45,7 +45,7 @@ def check_uptime(facts: Facts) -> CheckFinding:
         return CheckFinding.pass_with(
             f"systemd would not wait: it asks for {wanted:g} s of uptime, this host has {up:.0f} s"
         )
-    manager = systemctl.ask_manager()
+    manager = systemd.SystemdFacts().describe_manager()
     if manager is not None and manager.version < minimum_uptime.SINCE_VERSION:
         return CheckFinding.pass_with(f"systemd {manager.version} asks for no uptime before a shutdown")
     if manager is not None and manager.machine and found is None:

@@ -7,19 +7,18 @@ names a session in the links below /proc/PID/fd: `anon_inode:[luo_session] NAME`
 """
 
 import errno
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.liveupdate import Session
 from khod.model import Finding, FindingSource, LuoSession, SessionFate, Verdict
 from khod.producers.identity import units_in
+from khod.systemd.facts import BOOTED, SystemdFacts
 from khod.systemd.shutdown import CARRIES_SESSIONS
-from khod.systemd.systemctl import BOOTED, Ask, ask_manager
-from khod.systemd.systemctl import run_systemctl as ask_systemd
 from khod.text import join_names, printable
 
 COMM_LENGTH = 15
@@ -30,11 +29,11 @@ OF_SYSTEMD = "systemd"
 """The session that systemd itself makes for its stores on the way down (since 261)."""
 
 MAX_HOLDERS_SHOWN = 3
-PROPERTIES = (
-    "Id,NFileDescriptorStore,FileDescriptorStoreMax,FileDescriptorStorePreserve,SurviveFinalKillSignal,Conflicts"
-)
 OUTLIVES = ("yes", "on-success")
 """What FileDescriptorStorePreserve= has where a stopped unit's store stays; on-success: unless the unit fails."""
+
+
+ASKED = SystemdFacts()
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,9 @@ class HeldSession:
     incoming: bool | None
 
 
-def find_sessions(calls: Calls, own: Callable[[], Iterable[str]] = tuple, ask: Ask = ask_systemd) -> SightedSessions:
+def find_sessions(
+    calls: Calls, own: Callable[[], Iterable[str]] = tuple, systemd: SystemdFacts = ASKED
+) -> SightedSessions:
     """Find the sessions of other processes. `own` gives khod's, which systemd has too; it is asked where any are left.
 
     What khod makes or closes meanwhile is its own as well.
@@ -89,7 +90,7 @@ def find_sessions(calls: Calls, own: Callable[[], Iterable[str]] = tuple, ask: A
     found = [one for one in held if one.name not in known and not _is_systemds(one)]
     if not found:
         return SightedSessions(unseen=unseen)
-    manager = _Manager.ask_manager(calls, ask, [process for one in found for process in one.processes])
+    manager = _Manager.ask_systemd(calls, systemd, [process for one in found for process in one.processes])
     found.sort(key=lambda one: (one.name, one.processes[0].pid))
     return SightedSessions(tuple(_judge_session(one, manager) for one in found), unseen)
 
@@ -167,32 +168,37 @@ def _is_systemds(held: HeldSession) -> bool:
 
 @dataclass(frozen=True)
 class _Manager:
-    """What systemd says: its version, each service's properties, and in which unit's store a session lies, by name.
+    """What systemd says: its version, the holders' units, and in which unit's store a session lies, by name.
 
     `stores` is None where it does not say.
     """
 
     version: int
-    units: dict[str, dict[str, str]]
+    units: dict[str, dict[str, Any]]
     stores: dict[str, str] | None
 
     @classmethod
-    def ask_manager(cls, calls: Calls, ask: Ask, processes: Sequence[HoldingProcess]) -> "_Manager | None":
-        """Ask systemd, by its private socket; None where it does not run this host or does not answer."""
+    def ask_systemd(cls, calls: Calls, systemd: SystemdFacts, processes: Sequence[HoldingProcess]) -> "_Manager | None":
+        """Ask systemd; None where it does not run this host or does not answer."""
         if not calls.path_exists(BOOTED):
             return None
-        version = ask_manager(ask)
-        names = sorted({process.system_unit for process in processes if process.system_unit.endswith(".scope")})
-        shown = ask(["systemctl", "show", f"--property={PROPERTIES}", "--", "*.service", *names])
-        if version is None or shown is None:
-            return None
-        units = parse_units(shown)
+        manager = systemd.describe_manager()
         stores: dict[str, str] | None = {}
         if any(process.pid == 1 for process in processes):
-            stores = _read_stores(
-                ask, [name for name, unit in units.items() if _read_number(unit, "NFileDescriptorStore")]
+            files = systemd.list_stored_files()
+            stores = (
+                None
+                if files is None
+                else {
+                    path.removeprefix(LINK).removeprefix(" "): unit
+                    for unit, paths in files.items()
+                    for path in paths
+                    if path.startswith(LINK)
+                }
             )
-        return cls(version.version, units, stores)
+        names = {process.system_unit for process in processes if process.system_unit} | set((stores or {}).values())
+        units = systemd.read_units(sorted(names))
+        return None if manager is None or units is None else cls(manager.version, units, stores)
 
     def store_outlives(self, unit: str) -> bool:
         """Whether the unit's store stays when it is stopped."""
@@ -201,38 +207,8 @@ class _Manager:
     def keeps_process(self, process: HoldingProcess) -> bool:
         """Whether the process is neither stopped nor killed by a shutdown."""
         unit = self.units.get(process.system_unit, {})
-        stopped = "shutdown.target" in unit.get("Conflicts", "").split()
-        return unit.get("SurviveFinalKillSignal") == "yes" and not stopped
-
-
-def parse_units(shown: str) -> dict[str, dict[str, str]]:
-    """Read what `systemctl show` prints of several units, by their names."""
-    blocks = (dict(line.partition("=")[::2] for line in block.split("\n")) for block in shown.split("\n\n"))
-    return {block["Id"]: block for block in blocks if "Id" in block}
-
-
-def parse_store(output: str) -> list[str]:
-    """The names of the sessions in one unit's store, as `systemd-analyze fdstore --json=short` prints it."""
-    with suppress(ValueError, TypeError, KeyError, AttributeError):
-        paths = [str(entry.get("path")) for entry in json.loads(output)]
-        return [path.removeprefix(LINK).removeprefix(" ") for path in paths if path.startswith(LINK)]
-    return []
-
-
-def _read_stores(ask: Ask, units: Sequence[str]) -> dict[str, str] | None:
-    """In whose store each session lies."""
-    found: dict[str, str] = {}
-    for unit in units:
-        output = ask(["systemd-analyze", "fdstore", "--json=short", unit])
-        if output is None:
-            return None
-        found.update(dict.fromkeys(parse_store(output), unit))
-    return found
-
-
-def _read_number(unit: dict[str, str], key: str) -> int:
-    value = unit.get(key, "")
-    return int(value) if value.isdecimal() else 0
+        stopped = "shutdown.target" in unit.get("Conflicts", ())
+        return unit.get("SurviveFinalKillSignal") is True and not stopped
 
 
 def _judge_session(held: HeldSession, manager: _Manager | None) -> LuoSession:
@@ -262,7 +238,7 @@ def _judge_holder(name: str, process: HoldingProcess, manager: _Manager) -> tupl
         return SessionFate.lost, f"{where} is emptied when that is stopped (FileDescriptorStorePreserve=)"
     if process.is_user_manager:
         settings = manager.units.get(process.system_unit, {})
-        if carried and manager.store_outlives(process.system_unit) and _read_number(settings, "FileDescriptorStoreMax"):
+        if carried and manager.store_outlives(process.system_unit) and settings.get("FileDescriptorStoreMax"):
             return SessionFate.kept, f"it lies in a file descriptor store of {process.system_unit}"
         return (
             SessionFate.lost,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Producers that are units of the service manager: frozen in their cgroup, or stopped, while the blackout lasts.
 
-They are told through org.freedesktop.systemd1 on the system bus, with one connection for each verb.
+They are told through org.freedesktop.systemd1 at its private socket, with one connection for each verb.
 
 Seen on systemd 262: systemd stops no frozen unit: on the way into the kexec it goes past it, and
 systemd-shutdown's SIGTERM kills what is frozen, but what catches SIGTERM is waited for as long as
@@ -24,7 +24,7 @@ from pathlib import Path
 from khod.errors import UsageError
 from khod.producers.barrier import GONE, NOT_RECORDED, ParticipantVeto, ProducerCall, Verb
 from khod.producers.configured import Configured, one_line
-from khod.systemd.dbus import BusError, Disconnected, ErrorAnswer, system_bus
+from khod.systemd.dbus import BusError, Disconnected, ErrorAnswer, systemd_bus
 from khod.systemd.manager import Systemd, UnitState
 
 FREEZE_METHODS = ("freeze", "stop")
@@ -82,16 +82,14 @@ class Unit(Configured):
         step = verbs.get(telling.verb)
         if step is None or (telling.verb is Verb.thaw and ours is None):
             return None
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + self.timeout
         with _bus_errors_as_vetoes():
             while True:
                 try:
-                    async with system_bus() as bus:
+                    async with systemd_bus() as bus:
                         return await step(Systemd(bus, it.unit), telling)
                 except Disconnected as error:
-                    # Either may start anew in the middle of it; an undo may be told as often as need be.
-                    if telling.verb is not Verb.thaw or loop.time() + RETRY_SECONDS > give_up:
+                    # It may start anew in the middle of it; an undo is told again for as long as it has time.
+                    if telling.verb is not Verb.thaw or self.timeout <= RETRY_SECONDS:
                         raise
                     telling.not_yet(f"{error}; khod connects again", None)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -105,7 +103,7 @@ class Unit(Configured):
         ours = self._as_prepared(note)
         if ours is not None and ours.how == "freeze":
             with _bus_errors_as_vetoes():
-                async with system_bus() as bus:
+                async with systemd_bus() as bus:
                     await Systemd(bus, ours.unit).kill_processes()
 
     @property

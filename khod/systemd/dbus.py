@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of the system bus (`$DBUS_SYSTEM_BUS_ADDRESS`), read by the task that calls.
+"""A client of D-Bus, read by the task that calls: of systemd at its private socket, of all others at the system bus.
 
 No second task can die unseen while an answer is waited for, and a call that is cut short leaves nothing behind.
 """
 
 import asyncio
 import os
+import socket
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from jeepney import DBusAddress, HeaderFields, Message, MessageType, Parser, new_method_call
 from jeepney.auth import BEGIN, AuthenticationError, Authenticator
@@ -18,6 +19,8 @@ from khod.concurrency.sockets import connect_unix
 from khod.text import one_line
 
 ADDRESS = "unix:path=/run/dbus/system_bus_socket"
+PRIVATE_SOCKET = "/run/systemd/private"
+"""Where PID 1 itself answers, for root alone; it is there without a message bus, and systemctl(1) asks there too."""
 BUS = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 NOBODY = tuple(
     f"org.freedesktop.DBus.Error.{name}"
@@ -27,8 +30,6 @@ NOBODY = tuple(
 CHUNK_BYTES = 1 << 16
 MAX_MESSAGE_BYTES = 128 << 20
 """Bytes of a message, as the D-Bus specification bounds it."""
-HANG_UP_SECONDS = 0.5
-"""How long the end of a connection is waited for; it needs nothing of the other side."""
 GARBLED = (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error, RecursionError)
 """What jeepney raises on bytes that are no D-Bus message."""
 
@@ -46,28 +47,25 @@ class Disconnected(BusError):
 
 
 class Bus:
-    """A connection to the message bus; every failure of it is a BusError."""
+    """A connection to the message bus, or to systemd; every failure of it is a BusError. `peer` is who answers."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(self, connection: socket.socket, peer: str) -> None:
+        self._connection, self._peer = connection, peer
         self._parser = Parser()
         self._serial = 0
-        self.ended_jobs: dict[tuple[str, str], str] = {}
-        """Results that JobRemoved has told, by its sender and the job's path."""
-        self.watched_name = ""
-        """The name on the bus that must keep its owner; a client has NameOwnerChanged sent for it."""
+        self.ended_jobs: dict[str, str] = {}
+        """Results that JobRemoved has told, by the job's path."""
 
     async def authenticate(self) -> None:
-        """Authenticate as this process's user and take a name on the bus."""
+        """Authenticate as this process's user."""
         authenticator = Authenticator()
         try:
             for line in authenticator:
                 await self._write_bytes(line)
                 authenticator.feed(await self._read_bytes())
         except AuthenticationError as error:
-            raise BusError(f"the system bus does not let khod in: {one_line(str(error))}") from None
+            raise BusError(f"{self._peer} does not let khod in: {one_line(str(error))}") from None
         await self._write_bytes(BEGIN)
-        await self.call_method(BUS, "Hello")
 
     async def call_method(self, whom: tuple[str, str, str], method: str, signature: str = "", *body: object) -> Message:
         """Call a method and wait for its answer; BusError where that is an error."""
@@ -94,50 +92,61 @@ class Bus:
                     raise ValueError
                 self._parser.add_data(await self._read_bytes())
         except GARBLED:
-            raise BusError("the system bus sent what is not a D-Bus message") from None
+            raise BusError(f"{self._peer} sent what is not a D-Bus message") from None
         if message.header.message_type is MessageType.signal:
-            fields = message.header.fields
-            match (fields.get(HeaderFields.member), fields.get(HeaderFields.sender), *message.body):
-                case ("JobRemoved", str(sender), _, str(job), _, str(result)):
-                    self.ended_jobs[sender, job] = result
-                case ("NameOwnerChanged", name, who, _, _) if (name, who) == (BUS[0], self.watched_name):
-                    raise Disconnected(f"{who} went from the system bus, or has come back to it")
+            match (message.header.fields.get(HeaderFields.member), *message.body):
+                case ("JobRemoved", _, str(job), _, str(result)):
+                    self.ended_jobs[job] = result
         return message
 
     async def _read_bytes(self) -> bytes:
         try:
-            data = await self._reader.read(CHUNK_BYTES)
+            data = await asyncio.get_running_loop().sock_recv(self._connection, CHUNK_BYTES)
         except OSError as error:
-            raise Disconnected(f"the system bus has gone: {error.strerror}") from None
+            raise Disconnected(f"{self._peer} has gone: {error.strerror}") from None
         if not data:
-            raise Disconnected("the system bus hung up")
+            raise Disconnected(f"{self._peer} hung up")
         return data
 
     async def _write_bytes(self, data: bytes) -> None:
-        self._writer.write(data)
         try:
-            await self._writer.drain()
+            await asyncio.get_running_loop().sock_sendall(self._connection, data)
         except OSError as error:
-            raise Disconnected(f"the system bus has gone: {error.strerror}") from None
+            raise Disconnected(f"{self._peer} has gone: {error.strerror}") from None
 
 
 @asynccontextmanager
 async def system_bus() -> AsyncIterator[Bus]:
-    """Connect to the system bus, and hang up whatever happens; BusError where it is not there."""
+    """Connect to the system bus (`$DBUS_SYSTEM_BUS_ADDRESS`), and hang up whatever happens; BusError where it fails."""
     address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or ADDRESS
     try:
-        reader, writer = await asyncio.open_unix_connection(sock=await connect_unix(get_bus(address)))
-    except OSError as error:
-        raise Disconnected(f"the system bus cannot be reached at {address}: {error.strerror or error}") from None
+        path = get_bus(address)
     except (ValueError, RuntimeError):
         raise BusError(f"DBUS_SYSTEM_BUS_ADDRESS is {address!r}, which names no unix socket") from None
+    async with _connected(path, "the system bus") as bus:
+        await bus.call_method(BUS, "Hello")
+        yield bus
+
+
+@asynccontextmanager
+async def systemd_bus() -> AsyncIterator[Bus]:
+    """Connect to systemd, and hang up whatever happens; BusError where it fails.
+
+    It sends the signals of all units here, whether somebody subscribes or not (bus_foreach_bus() in
+    src/core/dbus.c), and hangs up when it starts anew.
+    """
+    async with _connected(PRIVATE_SOCKET, "systemd") as bus:
+        yield bus
+
+
+@asynccontextmanager
+async def _connected(path: str, peer: str) -> AsyncIterator[Bus]:
     try:
-        bus = Bus(reader, writer)
+        connection = await connect_unix(path)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise Disconnected(f"{peer} cannot be reached at {one_line(path)}: {said}") from None
+    with connection:
+        bus = Bus(connection, peer)
         await bus.authenticate()
         yield bus
-    finally:
-        # Not close(): that waits for a peer that may never read what is still to be written.
-        writer.transport.abort()
-        with suppress(OSError):  # TimeoutError is one
-            async with asyncio.timeout(HANG_UP_SECONDS):
-                await writer.wait_closed()

@@ -1,32 +1,61 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""systemd, asked about one unit: org.freedesktop.systemd1 on the system bus.
+"""systemd, asked about itself and its units: org.freedesktop.systemd1 at its private socket.
 
 What systemd promises here (org.freedesktop.systemd1(5), looked at on 262): FreezeUnit and ThawUnit answer once
-the kernel has said it in cgroup.events; a job of StartUnit or StopUnit ends with the signal JobRemoved, for which
-a client subscribes first; the calls of one connection are taken up in their order.
+the kernel has said it in cgroup.events; a job of StartUnit or StopUnit ends with the signal JobRemoved; the calls of
+one connection are taken up in their order.
 """
 
 import asyncio
 import os
+import re
 import signal
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jeepney import HeaderFields, Message
 
-from khod.systemd.dbus import BUS, Bus, BusError
-from khod.text import one_line
+from khod.systemd.dbus import Bus, BusError, ErrorAnswer, systemd_bus
+from khod.text import ASCII_SPACE, one_line
 
+T = TypeVar("T")
 SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = (SYSTEMD, "/org/freedesktop/systemd1", f"{SYSTEMD}.Manager")
 PEER = (SYSTEMD, "/org/freedesktop/systemd1", "org.freedesktop.DBus.Peer")
-JOBS = f"type='signal',sender='{SYSTEMD}',interface='{SYSTEMD}.Manager',member='JobRemoved'"
-OWNER = f"type='signal',sender='{BUS[0]}',interface='{BUS[2]}',member='NameOwnerChanged',arg0='{SYSTEMD}'"
+MESSAGE_BUS = "dbus.service"
+"""The unit of the message bus, an alias of it where that is dbus-broker."""
 SETTLE_SECONDS = 1.0
 """Seconds given to systemd to take up what was called before a verb is cut short."""
 STOPPED_TOO = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
 """Properties that name the units which a stop reaches: UNIT_ATOM_PROPAGATE_STOP in src/core/unit-dependency-atom.c."""
+
+
+ASK_SECONDS = 15.0
+"""Seconds systemd has to answer what nobody is frozen for; on a host that has just booted more than 5 were seen."""
+CONTAINERS = frozenset(
+    {"systemd-nspawn", "lxc-libvirt", "lxc", "openvz", "docker", "podman", "rkt", "wsl", "proot", "pouch"}
+    | {"container-other"}
+)
+"""What Virtualization of the manager has that is no virtual machine (systemd-detect-virt(1))."""
+
+
+@dataclass(frozen=True)
+class Manager:
+    """The systemd that runs this host: its version, and the kind of virtual machine it is in ("" for none)."""
+
+    version: int
+    machine: str
+
+    @classmethod
+    def from_properties(cls, version: str, virtualization: str) -> "Manager | None":
+        """Read what the manager says of itself; None where that is no version."""
+        found = re.match(r"v?([0-9]{1,9})", version)
+        if found is None:
+            return None
+        kind = virtualization.strip(ASCII_SPACE)
+        return cls(int(found[1]), "" if kind == "none" or kind in CONTAINERS else kind)
 
 
 @dataclass(frozen=True)
@@ -52,10 +81,35 @@ class UnitState:
 
 
 class Systemd:
-    """The service manager, asked about one unit."""
+    """The service manager, asked about one unit, or about itself."""
 
-    def __init__(self, bus: Bus, unit: str) -> None:
+    def __init__(self, bus: Bus, unit: str = "") -> None:
         self._bus, self._unit = bus, unit
+
+    async def describe_manager(self) -> Manager | None:
+        """Read what systemd is; None where it names no version."""
+        version, machine = [await self._manager_property(name) for name in ("Version", "Virtualization")]
+        return Manager.from_properties(version, machine)
+
+    async def system_state(self) -> str:
+        """Read the state of the host as `systemctl is-system-running` prints it: running, degraded, stopping, ..."""
+        return await self._manager_property("SystemState")
+
+    async def list_units(self, pattern: str) -> list[str]:
+        """The names of all units that are loaded and match the pattern, of shell wildcards."""
+        answer = await self._bus.call_method(MANAGER, "ListUnitsByPatterns", "asas", [], [pattern])
+        return [name for name, *_ in self._only_value("a(ssssssouso)", answer)]
+
+    async def read_properties(self, unit: str, interface: str) -> dict[str, Any]:
+        """All properties of a unit that one of its interfaces has (Unit, Service, ...), by name."""
+        address = await self._property_address(unit)
+        answer = await self._bus.call_method(address, "GetAll", "s", f"{SYSTEMD}.{interface}")
+        return {name: value for name, (_, value) in self._only_value("a{sv}", answer).items()}
+
+    async def list_stored_files(self, unit: str) -> list[str]:
+        """The paths of the files in a unit's file descriptor store."""
+        answer = await self._bus.call_method(MANAGER, "DumpUnitFileDescriptorStore", "s", unit)
+        return [path for _, _, _, _, _, path, _, _ in self._only_value("a(suuutuusu)", answer)]
 
     async def read_state(self, unit: str = "") -> UnitState:
         """Read the state of this unit, or of another; systemd loads it for that where it has to."""
@@ -66,10 +120,14 @@ class Systemd:
 
     async def holds_us(self) -> bool:
         """Whether khod itself or the message bus is among the unit's processes, those of units below it included."""
-        answer = await self._bus.call_method(BUS, "GetConnectionUnixProcessID", "s", BUS[0])
-        vital = {os.getpid(), self._only_value("u", answer)}
-        answer = await self._bus.call_method(MANAGER, "GetUnitProcesses", "s", self._unit)
-        return not vital.isdisjoint(pid for _, pid, _ in self._only_value("a(sus)", answer))
+        vital = {os.getpid()}
+        with suppress(ErrorAnswer):  # there may be no message bus
+            vital |= await self._processes(MESSAGE_BUS)
+        return not vital.isdisjoint(await self._processes(self._unit))
+
+    async def _processes(self, unit: str) -> set[int]:
+        answer = await self._bus.call_method(MANAGER, "GetUnitProcesses", "s", unit)
+        return {pid for _, pid, _ in self._only_value("a(sus)", answer)}
 
     async def control_group(self) -> str:
         """The path of the unit's control group below CGROUPS, "" where it has none."""
@@ -88,17 +146,12 @@ class Systemd:
     async def run_job(self, method: str, mode: str) -> str:
         """Queue a job and wait for its end: done, failed, canceled, timeout, dependency, ...
 
-        A systemd that starts anew (daemon-reexec) tells it under another name on the bus, if at all: Disconnected.
+        A systemd that starts anew (daemon-reexec) hangs up: Disconnected.
         """
-        self._bus.watched_name = SYSTEMD
-        for signals in (JOBS, OWNER):
-            await self._bus.call_method(BUS, "AddMatch", "s", signals)
-        await self._bus.call_method(MANAGER, "Subscribe")
-        answer = await self.call_action(method, "ss", self._unit, mode)
-        key = (answer.header.fields.get(HeaderFields.sender), self._only_value("o", answer))
-        while key not in self._bus.ended_jobs:
+        job = self._only_value("o", await self.call_action(method, "ss", self._unit, mode))
+        while job not in self._bus.ended_jobs:
             await self._bus.receive_message()
-        return self._bus.ended_jobs[key]
+        return self._bus.ended_jobs[job]
 
     async def call_action(self, method: str, signature: str, *body: str) -> Message:
         """Call what changes something; cut short, it waits until systemd has taken it up.
@@ -113,6 +166,14 @@ class Systemd:
                     await self._bus.call_method(PEER, "Ping")
             raise
 
+    async def _manager_property(self, name: str) -> str:
+        properties = (SYSTEMD, MANAGER[1], "org.freedesktop.DBus.Properties")
+        answer = await self._bus.call_method(properties, "Get", "ss", MANAGER[2], name)
+        match self._only_value("v", answer):
+            case ("s", str(value)):
+                return value
+        raise BusError(f"systemd says {name} with another type than it is documented to")
+
     async def _property_address(self, unit: str) -> tuple[str, str, str]:
         """Whom to ask for the properties of a unit."""
         path = self._only_value("o", await self._bus.call_method(MANAGER, "LoadUnit", "s", unit))
@@ -123,6 +184,15 @@ class Systemd:
         if answer.header.fields.get(HeaderFields.signature) != signature:
             raise BusError("systemd answered with another type than it is documented to")
         return answer.body[0]
+
+
+async def ask_systemd(question: Callable[[Systemd], Awaitable[T]], seconds: float) -> T | None:
+    """Ask systemd something; None where it does not answer within these seconds."""
+    try:
+        async with asyncio.timeout(seconds), systemd_bus() as bus:
+            return await question(Systemd(bus))
+    except (BusError, TimeoutError):
+        return None
 
 
 def _parse_state(properties: dict[str, tuple[str, Any]]) -> UnitState:

@@ -2,7 +2,6 @@
 """How the jump is made: orderly through systemd, or at once."""
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from khod.concurrency.bounded import CUT_SECONDS, run_within
 from khod.concurrency.worker import Worker
 from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.kexec import Kexec
+from khod.systemd.manager import ask_systemd
 
 ASK_SECONDS = 10.0
 """Seconds systemd has to say what it is about when khod is stopped."""
@@ -20,6 +20,7 @@ ASK_UNDO_SECONDS = 2.0
 CARRIES_SESSIONS = 261
 """The version of systemd that began to."""
 
+KEXEC_TARGET = "kexec.target"
 Executor = Callable[[], Awaitable[None]]
 Shutdown = Callable[[], Awaitable[bool | None]]
 """Asks whether the host is on its way into the kexec; None where nobody can tell."""
@@ -43,16 +44,16 @@ async def run_command(*argv: str) -> tuple[int, str]:
 
 async def carries_sessions() -> bool:
     """Tell whether this systemd brings LUO sessions over its own shutdown: from 261 on, and it says so nowhere else."""
-    _, output = await run_command("systemctl", "--version")
-    found = re.match(r"systemd (\d+)", output)
-    return found is not None and int(found[1]) >= CARRIES_SESSIONS
+    manager = await ask_systemd(lambda systemd: systemd.describe_manager(), ASK_SECONDS)
+    return manager is not None and manager.version >= CARRIES_SESSIONS
 
 
 async def start_orderly(*, sessions: bool) -> None:
     """Have systemd stop everything and jump; returns when that is under way.
 
-    systemctl goes ahead with an image that is already loaded, and asks the inhibitors first. `sessions` is
-    whether producers have handed over files, which an older systemd would close on its way.
+    By systemctl(1): it goes ahead with an image that is already loaded, and knows of its own systemd whether logind or
+    the manager is to be asked for it, in which words, and who inhibits it. `sessions` is whether producers have
+    handed over files, which an older systemd would close on its way.
     """
     if sessions and not await carries_sessions():
         raise Unsupported(
@@ -78,25 +79,16 @@ async def start_orderly(*, sessions: bool) -> None:
 
 async def kexec_job_pending(seconds: float = ASK_SECONDS) -> bool | None:
     """Tell whether systemd is taking the host into a kexec, whoever asked for it; None where it does not say."""
-    try:
-        code, output = await run_within(
-            seconds, run_command("systemctl", "show", "--property=ActiveState,Job", "kexec.target")
-        )
-    except (OSError, TimeoutError, RuntimeError):
+    target = await ask_systemd(lambda systemd: systemd.read_properties(KEXEC_TARGET, "Unit"), seconds)
+    if target is None:
         return None
-    if code != 0:
-        return None
-    facts = dict(line.partition("=")[::2] for line in output.splitlines())
-    return facts.get("Job", "0") not in ("", "0") or facts.get("ActiveState") in ("active", "activating")
+    job, _ = target.get("Job", (0, "/"))
+    return job != 0 or target.get("ActiveState") in ("active", "activating")
 
 
 async def goes_down() -> bool:
     """Tell whether the host is being shut down, in whatever way: systemd's own word, False where it says none."""
-    try:
-        _, output = await run_within(ASK_SECONDS, run_command("systemctl", "is-system-running"))
-    except (OSError, TimeoutError, RuntimeError):
-        return False
-    return output == "stopping"
+    return await ask_systemd(lambda systemd: systemd.system_state(), ASK_SECONDS) == "stopping"
 
 
 @dataclass

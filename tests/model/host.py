@@ -9,10 +9,10 @@ import asyncio
 import functools
 import typing
 from asyncio import events
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import khod.engine.queries
 import khod.kernel.account
@@ -44,7 +44,9 @@ from khod.producers.barrier import Participant
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import build_image
 from khod.systemd import fdstore, logind, shutdown
+from khod.systemd.dbus import BusError
 from khod.systemd.logind import Inhibitor
+from khod.systemd.manager import Manager
 from khod.target.target import Given, Request, Target
 from tests.model.calls import KernelCalls
 from tests.model.clock import VirtualLoop
@@ -80,6 +82,7 @@ def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
     return [
         (khod.engine.queries, "build_target", lambda *arguments: khod_of()._take(*arguments)),
         (khod.systemd.shutdown, "run_command", lambda *argv: khod_of()._systemctl(*argv)),
+        (khod.systemd.shutdown, "ask_systemd", lambda question, _seconds: khod_of()._ask_systemd(question)),
         (khod.wire, "get_type_hints", get_type_hints),
         (khod.producers.peers, "wait_ended", lambda process: khod_of()._ended(process)),
         (khod.producers.peers, "is_alive", lambda process: khod_of()._lives(process)),
@@ -162,6 +165,30 @@ class Operation:
         if not self.over:
             return "under way"
         return "done" if self.error is None else f"{type(self.error).__name__}: {self.error}"
+
+
+T = TypeVar("T")
+
+
+class _AskedSystemd:
+    """What `khod.systemd.manager.Systemd` tells of this host."""
+
+    def __init__(self, khod: "Khod") -> None:
+        self._khod = khod
+
+    async def describe_manager(self) -> Manager:
+        return Manager(262 if self._khod.scene.systemd.carries else 260, "")
+
+    async def system_state(self) -> str:
+        return "running" if self._khod.scene.systemd.job is None else "stopping"
+
+    async def read_properties(self, _unit: str, _interface: str) -> dict[str, Any]:
+        systemd = self._khod.scene.systemd
+        await self._khod.async_point("systemd.asked", "before")
+        if not systemd.answers:
+            raise BusError("no answer")
+        kexec = systemd.job is not None and systemd.job.kexec
+        return {"ActiveState": "inactive", "Job": (17, "/job/17") if kexec else (0, "/")}
 
 
 class Khod:
@@ -461,23 +488,18 @@ class Khod:
         bundle = UnpackedImage(("bzImage",), whole, None, None, "", "", about(kind))
         return Target(whole, apart=bundle, cmdline=line, words=words)
 
-    async def _systemctl(self, *argv: str) -> tuple[int, str]:
+    async def _systemctl(self, *_argv: str) -> tuple[int, str]:
         """What `khod.systemd.shutdown` runs."""
-        systemd = self.scene.systemd
-        if "--version" in argv:
-            return 0, "systemd 262" if systemd.carries else "systemd 260"
-        if "is-system-running" in argv:
-            return 0, "running" if systemd.job is None else "stopping"
-        if "show" in argv:
-            await self.async_point("systemd.asked", "before")
-            if not systemd.answers:
-                return 1, "no answer"
-            kexec = systemd.job is not None and systemd.job.kexec
-            return 0, f"ActiveState=inactive\nJob={17 if kexec else 0}"
         await self.async_point("systemctl", "before")
         self.systemctl_kexec()
         await self.async_point("systemctl", "after")
         return 0, ""
+
+    async def _ask_systemd(self, question: Callable[["_AskedSystemd"], Awaitable[T]]) -> T | None:
+        try:
+            return await question(_AskedSystemd(self))
+        except BusError:
+            return None
 
     def systemctl_kexec(self) -> None:
         """systemctl kexec was taken."""

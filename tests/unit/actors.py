@@ -383,7 +383,7 @@ class Bus(FakeBus):
     """A systemd that goes wrong in one method: after the unit became `halfway`, where that is said.
 
     While `awake` is not set it stands still from the next call of `method` on: what was called is carried out
-    later, in the order of the calls. The bus itself goes on.
+    later, in the order of the calls.
     """
 
     method = ""
@@ -401,7 +401,7 @@ class Bus(FakeBus):
             key, state = self.halfway
             self.units["a.service"][key] = ("s", state)
         self._asleep |= method == self.method and not self.awake.is_set()
-        if self._asleep and method not in ("Hello", "AddMatch"):
+        if self._asleep:
             self.reached.set()
             await self.awake.wait()
         await super()._answer(message, writer)
@@ -444,8 +444,8 @@ class Service:
             task.cancel()
 
     def arm(self, verb: Verb, trouble: Trouble) -> None:
-        """Where nothing is asked at that verb, anything would go wrong: `Hello` is the first call."""
-        method = METHODS[self._how].get(verb, "Hello")
+        """Where nothing is asked at that verb, anything would go wrong: `LoadUnit` is the first call."""
+        method = METHODS[self._how].get(verb, "LoadUnit")
         self.bus.method = method
         self.bus.halfway = HALFWAY[self._how] if verb is Verb.freeze and trouble is not Trouble.late else None
         if trouble is Trouble.late:

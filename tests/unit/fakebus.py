@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A system bus with a systemd behind it, in the test's own event loop, on a socket of its own.
+"""A system bus and systemd's private socket in one, in the test's own event loop, on a socket of its own.
 
 It answers as systemd 262 does for the units it is given; tests/lab/test_unit.py asks the real one.
 """
@@ -46,6 +46,8 @@ class FakeBus:
     result: str | None = "done"
     """How jobs end; None: they do not."""
     processes: list[int] = field(default_factory=list)
+    manager: dict[str, str] = field(default_factory=dict)
+    """Properties of systemd itself."""
     inhibitors: list[tuple[Any, ...]] = field(default_factory=list)
     """What systemd-logind lists."""
     welcome: bytes = b"OK 0123456789abcdef0123456789abcdef\r\n"
@@ -58,11 +60,9 @@ class FakeBus:
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     def reexec(self) -> None:
-        """Start systemd anew: whoever has asked for it hears that its name has another owner."""
+        """Start systemd anew: its private socket hangs up."""
         for writer in self.writers:
-            if any("member='NameOwnerChanged'" in words for words in self.said):
-                body = (SYSTEMD, ":1.0", "")
-                send(writer, new_signal(DAEMON, "NameOwnerChanged", "sss", body), "org.freedesktop.DBus")
+            writer.transport.abort()
 
     def state(self, name: str, key: str) -> Any:
         return self.units[name][key][1]
@@ -114,12 +114,14 @@ class FakeBus:
     def _usual(self, method: str, message: Message, writer: asyncio.StreamWriter) -> Reply:
         name = message.body[0] if message.body else ""
         match method:
-            case "Hello" | "AddMatch" | "Subscribe" | "Ping":
+            case "Hello" | "Ping":
                 return None, ()
-            case "GetConnectionUnixProcessID":
-                return "u", (400,)
+            case "GetUnitProcesses" if name == "dbus.service":
+                return "a(sus)", ([("/", 400, "dbus-daemon")],)
             case "GetUnitProcesses":
                 return "a(sus)", ([("/", pid, "?") for pid in self.processes],)
+            case "Get" if message.body[0] == MANAGER.interface:
+                return "v", (("s", self.manager[message.body[1]]),)
             case "LoadUnit":
                 return "o", (f"/unit/{name.encode().hex()}",)
             case "GetAll":

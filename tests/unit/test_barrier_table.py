@@ -20,7 +20,7 @@ from khod.producers import qemu
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
 from khod.simulated.kernel import Rebooted
-from khod.systemd import manager
+from khod.systemd import dbus, manager
 from tests.unit.actors import (
     KEPT,
     NAME,
@@ -347,7 +347,7 @@ def prepared(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     kernel = host.kernel = LuoKernel(host)
 
     def make(kind: str, verb: str, trouble: str) -> Case:
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={host.directory / 'bus'}")
+        monkeypatch.setattr(dbus, "PRIVATE_SOCKET", str(host.directory / "bus"))
         monkeypatch.setattr(manager, "SETTLE_SECONDS", TIMEOUT / 2)
         monkeypatch.setattr(qemu, "GRACE_SECONDS", 0.01)
         host.config = Config(deadlines=replace(Deadlines(), restore=TIMEOUT))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """MinimumUptimeSec=: systemd's own rules for its time spans, its files and their order, and the check `uptime`."""
 
+import asyncio
 import math
 import os
-import stat
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 
 from khod.model import CheckResult
 from khod.preflight.minimum_uptime import parse_span, read_setting
-from khod.systemd import systemctl
-from khod.systemd.systemctl import Manager, parse_manager
+from khod.systemd import dbus, facts
+from khod.systemd.facts import SystemdFacts
+from khod.systemd.manager import Manager
+from tests.unit.fakebus import fake_bus
 from tests.unit.test_preflight import Site
 
 SPANS: list[tuple[str, float | None]] = [
@@ -171,20 +174,18 @@ def test_the_kernel_command_line_wins(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "expected"),
+    ("version", "machine", "expected"),
     [
-        ("Version=262 (262.1-1)\nVirtualization=\n", Manager(262, "")),
-        ("Virtualization=kvm\nVersion=261~rc2-1\n", Manager(261, "kvm")),
-        ("Version=v255.4\nVirtualization=none\n", Manager(255, "")),
-        ("Version=262\nVirtualization=lxc\n", Manager(262, "")),
-        ("Version=262\n", Manager(262, "")),
-        ("Version=\n", None),
-        ("Failed to connect\n", None),
-        ("", None),
+        ("262 (262.1-1)", "", Manager(262, "")),
+        ("261~rc2-1", "kvm", Manager(261, "kvm")),
+        ("v255.4", "none", Manager(255, "")),
+        ("262", "lxc", Manager(262, "")),
+        ("", "", None),
+        ("Failed to connect", "kvm", None),
     ],
 )
-def test_the_manager_s_word_is_read(output: str, expected: Manager | None) -> None:
-    assert parse_manager(output) == expected
+def test_the_manager_s_word_is_read(version: str, machine: str, expected: Manager | None) -> None:
+    assert Manager.from_properties(version, machine) == expected
 
 
 BARE, VIRTUAL, OLD = Manager(262, ""), Manager(262, "kvm"), Manager(260, "")
@@ -214,7 +215,7 @@ def test_a_sleep_in_the_blackout_is_warned_of(
     result: CheckResult,
     words: list[str],
 ) -> None:
-    monkeypatch.setattr(systemctl, "ask_manager", lambda: manager_)
+    monkeypatch.setattr(SystemdFacts, "describe_manager", lambda _self: manager_)
     site.lay({"proc/uptime": f"{up} 1.0\n", "etc/systemd/system.conf": text})
     found = site.checks()["uptime"]
     assert found.result is result, found.evidence
@@ -223,32 +224,32 @@ def test_a_sleep_in_the_blackout_is_warned_of(
 
 
 def test_systemd_is_asked_only_where_it_would_matter(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never() -> None:
+    def never(_self: SystemdFacts) -> None:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(systemctl, "ask_manager", never)
+    monkeypatch.setattr(SystemdFacts, "describe_manager", never)
     site.lay({"proc/uptime": "15.00 1.0\n"})
     assert site.checks()["uptime"].result is CheckResult.passed
     (site.root / "proc/uptime").unlink()
     assert site.checks()["uptime"].result is CheckResult.skipped
 
 
-def put_systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    program = tmp_path / "bin/systemctl"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+def test_systemd_is_asked_at_its_private_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dbus, "PRIVATE_SOCKET", str(tmp_path / "private"))
+
+    async def ask() -> Manager | None:
+        async with fake_bus(tmp_path / "private") as bus:
+            bus.manager = {"Version": "262.1-1", "Virtualization": "kvm"}
+            return await asyncio.to_thread(SystemdFacts().describe_manager)
+
+    assert asyncio.run(ask()) == Manager(262, "kvm")
 
 
-def test_systemd_is_asked_by_systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_systemctl(tmp_path, monkeypatch, '[ "$1" = show ] && echo Version=262 && echo Virtualization=kvm')
-    assert systemctl.ask_manager() == Manager(262, "kvm")
-
-
-def test_a_systemctl_that_hangs_or_is_not_there_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_systemctl(tmp_path, monkeypatch, "exec sleep 1000")
-    monkeypatch.setattr(systemctl, "ASK_SECONDS", 0.05)
-    assert systemctl.ask_manager() is None
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert systemctl.ask_manager() is None
+def test_a_systemd_that_hangs_or_is_not_there_gives_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dbus, "PRIVATE_SOCKET", str(tmp_path / "private"))
+    assert SystemdFacts().describe_manager() is None
+    monkeypatch.setattr(facts, "ASK_SECONDS", 0.05)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "private"))
+        listener.listen()
+        assert SystemdFacts().describe_manager() is None

@@ -2,10 +2,10 @@
 """LUO sessions that nobody told khod of, in a /proc laid out for it, and what systemd does to each on its way down."""
 
 import errno
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,16 +20,17 @@ from khod.producers.session_holders import (
     count_arrivals,
     find_sessions,
 )
-from khod.systemd.systemctl import BOOTED
+from khod.systemd.facts import BOOTED, SystemdFacts
+from khod.systemd.manager import Manager
 
 KEPT, LOST, UNKNOWN = SessionFate.kept, SessionFate.lost, SessionFate.unknown
-STORE = {"FileDescriptorStoreMax": "16", "NFileDescriptorStore": "1"}
-DEFAULTS = {
-    "NFileDescriptorStore": "0",
-    "FileDescriptorStoreMax": "0",
+STORE: dict[str, Any] = {"FileDescriptorStoreMax": 16, "NFileDescriptorStore": 1}
+DEFAULTS: dict[str, Any] = {
+    "NFileDescriptorStore": 0,
+    "FileDescriptorStoreMax": 0,
     "FileDescriptorStorePreserve": "restart",
-    "SurviveFinalKillSignal": "no",
-    "Conflicts": "shutdown.target",
+    "SurviveFinalKillSignal": False,
+    "Conflicts": ["shutdown.target"],
 }
 
 
@@ -66,26 +67,44 @@ class Proc(HostCalls):
         return None if name is None else Session(name, name in self.incoming)
 
 
-class Systemd:
-    """What systemd's commands print: units by name, and what lies in their stores."""
+class Systemd(SystemdFacts):
+    """systemd, as told: units by name, and what lies in their stores."""
 
     def __init__(self, version: int = 262) -> None:
         self.version = version
-        self.units: dict[str, dict[str, str]] = {}
-        self.stores: dict[str, list[str]] = {}
+        self.units: dict[str, dict[str, Any]] = {}
+        self.stores: dict[str, list[str]] | None = {}
         self.asked: list[str] = []
 
-    def unit(self, name: str, **settings: str) -> None:
-        self.units[name] = {"Id": name, **DEFAULTS, **settings}
+    def unit(self, name: str, **settings: Any) -> None:
+        self.units[name] = {**DEFAULTS, **settings}
 
-    def __call__(self, command: Sequence[str]) -> str | None:
-        self.asked.append(command[0])
-        if command[0] == "systemd-analyze":
-            return json.dumps([{"fdname": "x", "path": f"{LINK} {name}"} for name in self.stores[command[-1]]])
-        if "--" not in command:
-            return f"Version={self.version}\nVirtualization=kvm\n"
-        shown = ["\n".join(f"{key}={value}" for key, value in unit.items()) for unit in self.units.values()]
-        return "\n\n".join(shown) + "\n"
+    def describe_manager(self) -> Manager | None:
+        self.asked.append("manager")
+        return Manager(self.version, "kvm")
+
+    def read_units(self, names: Iterable[str]) -> dict[str, dict[str, Any]] | None:
+        self.asked.append("units")
+        return {name: self.units.get(name, DEFAULTS) for name in names}
+
+    def list_stored_files(self) -> dict[str, list[str]] | None:
+        self.asked.append("stores")
+        if self.stores is None:
+            return None
+        return {unit: [f"{LINK} {name}" for name in names] for unit, names in self.stores.items()}
+
+
+class Silent(SystemdFacts):
+    """systemd that does not answer."""
+
+    def describe_manager(self) -> None:
+        return None
+
+    def read_units(self, _names: Iterable[str]) -> None:
+        return None
+
+    def list_stored_files(self) -> None:
+        return None
 
 
 @pytest.fixture
@@ -103,7 +122,7 @@ def test_the_kernel_s_own_selftest_is_found_and_named(proc: Proc) -> None:
     proc.process(77, "luo_kexec_simpl", session, f"{LINK} test-session", f"{LINK} kexec_simple_state")
     proc.process(78, "sh", session)
     assert found(proc) == {"test-session": LOST, "kexec_simple_state": LOST}
-    assert {held.holder for held in find_sessions(proc, ask=Systemd()).sessions} == {
+    assert {held.holder for held in find_sessions(proc, systemd=Systemd()).sessions} == {
         "luo_kexec_simpl (process 77, session-1.scope)"
     }
 
@@ -111,7 +130,7 @@ def test_the_kernel_s_own_selftest_is_found_and_named(proc: Proc) -> None:
 def test_one_session_of_two_processes_is_one(proc: Proc) -> None:
     proc.process(10, "parent", "/system.slice/db.service", f"{LINK} db")
     proc.process(11, "child", "/system.slice/db.service", f"{LINK} db", f"{LINK} db")
-    (session,) = find_sessions(proc, ask=Systemd()).sessions
+    (session,) = find_sessions(proc, systemd=Systemd()).sessions
     assert "process 10" in session.holder
     assert "process 11" in session.holder
 
@@ -129,7 +148,7 @@ def test_without_any_systemd_is_not_asked(proc: Proc) -> None:
 def test_a_kernel_without_luo_has_none(proc: Proc) -> None:
     proc.process(12, "other", "/system.slice/other.service", f"{LINK} x")
     proc.host_path(LIVEUPDATE).rmdir()
-    assert find_sessions(proc, ask=Systemd()) == SightedSessions()
+    assert find_sessions(proc, systemd=Systemd()) == SightedSessions()
 
 
 def test_one_of_systemd_s_name_that_another_process_has_is_not_systemd_s(proc: Proc) -> None:
@@ -143,7 +162,7 @@ def test_a_link_that_is_too_long_is_looked_behind(proc: Proc) -> None:
     proc.behind = {"long": long, "long, 6.19": "", "long path": None}
     proc.process(12, "vmm", "/system.slice/vmm.service", *proc.behind)
     proc.process(13, "vmm", "/system.slice/vmm.service", "long, 6.19", LINK)
-    names = [session.name for session in find_sessions(proc, ask=Systemd()).sessions]
+    names = [session.name for session in find_sessions(proc, systemd=Systemd()).sessions]
     assert names == ["", "", "", long]
 
 
@@ -158,7 +177,7 @@ def test_what_khod_may_not_look_at_is_said(proc: Proc, monkeypatch: pytest.Monke
         return listdir(path)
 
     monkeypatch.setattr(proc, "list_directory", refused)
-    seen = find_sessions(proc, ask=Systemd())
+    seen = find_sessions(proc, systemd=Systemd())
     assert [session.name for session in seen.sessions] == ["db"]
     assert "1 process" in seen.unseen
 
@@ -175,7 +194,7 @@ def test_what_khod_may_not_look_at_is_said(proc: Proc, monkeypatch: pytest.Monke
 def test_a_long_name_of_a_command_is_shown_whole(proc: Proc, command: bytes, shown: str) -> None:
     proc.process(12, "luo_kexec_simpl", "/system.slice/test.service", f"{LINK} state")
     (proc.root / "proc/12/cmdline").write_bytes(command)
-    (session,) = find_sessions(proc, ask=lambda _command: None).sessions
+    (session,) = find_sessions(proc, systemd=Silent()).sessions
     assert session.holder == f"{shown} (process 12, test.service)"
 
 
@@ -190,7 +209,7 @@ def test_a_process_that_ends_meanwhile_has_none(proc: Proc, monkeypatch: pytest.
         return ask(path)
 
     monkeypatch.setattr(proc, gone, ended)
-    assert find_sessions(proc, ask=Systemd()) == SightedSessions()
+    assert find_sessions(proc, systemd=Systemd()) == SightedSessions()
 
 
 @pytest.mark.parametrize(
@@ -226,13 +245,13 @@ def test_one_that_its_service_has_not_put_into_the_store_is_lost(proc: Proc) -> 
 @pytest.mark.parametrize(
     ("settings", "fate"),
     [
-        ({"FileDescriptorStoreMax": "64", "FileDescriptorStorePreserve": "yes"}, KEPT),
-        ({"FileDescriptorStoreMax": "64"}, LOST),
+        ({"FileDescriptorStoreMax": 64, "FileDescriptorStorePreserve": "yes"}, KEPT),
+        ({"FileDescriptorStoreMax": 64}, LOST),
         ({"FileDescriptorStorePreserve": "yes"}, LOST),
     ],
 )
 def test_a_user_manager_s_is_kept_where_its_unit_has_both_settings(
-    proc: Proc, settings: dict[str, str], fate: SessionFate
+    proc: Proc, settings: dict[str, Any], fate: SessionFate
 ) -> None:
     systemd = Systemd()
     systemd.unit("user@1000.service", **settings)
@@ -245,13 +264,13 @@ def test_a_user_manager_s_is_kept_where_its_unit_has_both_settings(
 @pytest.mark.parametrize(
     ("settings", "fate"),
     [
-        ({"SurviveFinalKillSignal": "yes", "Conflicts": "umount.target"}, KEPT),
-        ({"SurviveFinalKillSignal": "yes", "Conflicts": "a.target shutdown.target"}, LOST),
-        ({"Conflicts": ""}, LOST),
+        ({"SurviveFinalKillSignal": True, "Conflicts": ["umount.target"]}, KEPT),
+        ({"SurviveFinalKillSignal": True, "Conflicts": ["a.target", "shutdown.target"]}, LOST),
+        ({"Conflicts": []}, LOST),
     ],
 )
 def test_a_process_that_is_neither_stopped_nor_killed_keeps_it(
-    proc: Proc, settings: dict[str, str], fate: SessionFate
+    proc: Proc, settings: dict[str, Any], fate: SessionFate
 ) -> None:
     systemd = Systemd()
     systemd.unit("root-storage.service", **settings)
@@ -261,7 +280,7 @@ def test_a_process_that_is_neither_stopped_nor_killed_keeps_it(
 
 def test_where_systemd_does_not_answer_nobody_knows(proc: Proc) -> None:
     proc.process(12, "db", "/system.slice/db.service", f"{LINK} db")
-    (session,) = find_sessions(proc, ask=lambda _command: None).sessions
+    (session,) = find_sessions(proc, systemd=Silent()).sessions
     assert session.fate is UNKNOWN
     proc.host_path(BOOTED).rmdir()
     assert found(proc) == {"db": UNKNOWN}
@@ -272,7 +291,8 @@ def test_where_it_does_not_say_what_lies_in_its_stores_nobody_knows_of_those(pro
     systemd.unit("db.service", FileDescriptorStorePreserve="yes", **STORE)
     proc.process(1, "systemd", "/init.scope", f"{LINK} db")
     proc.process(12, "x", "/system.slice/x.service", f"{LINK} x")
-    seen = find_sessions(proc, ask=lambda command: None if command[0] == "systemd-analyze" else systemd(command))
+    systemd.stores = None
+    seen = find_sessions(proc, systemd=systemd)
     assert {session.name: session.fate for session in seen.sessions} == {"db": UNKNOWN, "x": LOST}
 
 
@@ -283,11 +303,11 @@ def test_one_that_came_from_the_previous_kernel_is_kept_by_no_jump(proc: Proc) -
     systemd.stores = {"db.service": ["db"]}
     proc.process(1, "systemd", "/init.scope", f"{LINK} db")
     proc.incoming = {"db"}
-    (session,) = find_sessions(proc, ask=systemd).sessions
+    (session,) = find_sessions(proc, systemd=systemd).sessions
     assert session.incoming
     assert session.fate is UNKNOWN
     proc.process(12, "db", "/system.slice/db.service", f"{LINK} other")
-    assert [one.incoming for one in find_sessions(proc, ask=systemd).sessions] == [True, False]
+    assert [one.incoming for one in find_sessions(proc, systemd=systemd).sessions] == [True, False]
 
 
 # After the jump

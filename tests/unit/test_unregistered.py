@@ -16,13 +16,12 @@ from khod.errors import Exit, Refused
 from khod.model import CheckResult, Phase, SessionFate, Status
 from khod.producers.session_holders import LINK, SightedSessions, find_sessions
 from khod.simulated.kernel import Rebooted
-from khod.systemd.systemctl import BOOTED
+from khod.systemd.facts import BOOTED, SystemdFacts
+from khod.systemd.manager import Manager
 from khod.target.target import Request
 from tests.unit.luo import LuoHost
-from tests.unit.test_minimum_uptime import put_systemctl
 
 NAME, PID = "test-session", 77
-SYSTEMCTL = 'case "$*" in *--property=Version*) echo Version=262;; *) echo Id=x.service;; esac'
 
 
 class Site(LuoHost):
@@ -63,7 +62,8 @@ class Site(LuoHost):
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    put_systemctl(tmp_path, monkeypatch, SYSTEMCTL)
+    monkeypatch.setattr(SystemdFacts, "describe_manager", lambda _self: Manager(262, ""))
+    monkeypatch.setattr(SystemdFacts, "read_units", lambda _self, _names: {})
     made = Site(tmp_path, monkeypatch)
     made.kernel.host_path(BOOTED).mkdir(parents=True)
     made.holds()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What systemd says of itself and its units, for callers in a thread of their own: each call waits for its answer."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+from khod.systemd.manager import ASK_SECONDS, Manager, Systemd, ask_systemd
+
+T = TypeVar("T")
+
+BOOTED = "/run/systemd/system"  # sd_booted(3)
+
+
+class SystemdFacts:
+    """systemd, asked within ASK_SECONDS; each answer is None where it does not give one."""
+
+    def describe_manager(self) -> Manager | None:
+        """Say which systemd runs this host, and in what kind of virtual machine."""
+        return _ask_systemd(lambda systemd: systemd.describe_manager())
+
+    def read_units(self, names: Iterable[str]) -> dict[str, dict[str, Any]] | None:
+        """Give the properties of services and scopes, by the names of the unit and of the property."""
+
+        async def read(systemd: Systemd) -> dict[str, dict[str, Any]]:
+            found: dict[str, dict[str, Any]] = {}
+            for name in names:
+                found[name] = await systemd.read_properties(name, "Unit")
+                if name.endswith(".service"):
+                    found[name] |= await systemd.read_properties(name, "Service")
+            return found
+
+        return _ask_systemd(read)
+
+    def list_stored_files(self) -> dict[str, list[str]] | None:
+        """Give the paths of the files in each service's file descriptor store, by the service, where it has any."""
+
+        async def read(systemd: Systemd) -> dict[str, list[str]]:
+            found: dict[str, list[str]] = {}
+            for name in await systemd.list_units("*.service"):
+                properties = await systemd.read_properties(name, "Service")
+                if properties.get("NFileDescriptorStore"):
+                    found[name] = await systemd.list_stored_files(name)
+            return found
+
+        return _ask_systemd(read)
+
+
+def _ask_systemd(question: Callable[[Systemd], Coroutine[Any, Any, T]]) -> T | None:
+    return asyncio.run(ask_systemd(question, ASK_SECONDS))
