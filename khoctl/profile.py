@@ -2,35 +2,43 @@
 """Handover profiles: /etc/kho/handover.d/NAME.toml holds what `khoctl kexec` would be given."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
+from khoctl.next_kernel import WAYS, NextKernelOptions
 from khod.errors import ConfigError
 from khod.files import read_toml, require_type
 
 DIRECTORY = Path("/etc/kho/handover.d")
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-KEYS: dict[str, type] = {
-    "image": str,
-    "initrd": list,
-    "entry": str,
-    "default": bool,
-    "kernel": str,
-    "cmdline": str,
-    "reuse_cmdline": bool,
-    "append": str,
-    "remove": list,
-    "now": bool,
-    "load_only": bool,
-    "hold": bool,
-}
+FLAGS = ("now", "load_only", "hold")
+"""What a profile may say beside the next kernel."""
+
+
+def _key_type(hint: Any) -> type:
+    """The type of an option that may be left out: str of `str | None`, list of `list[str] | None`."""
+    first = next(iter(get_args(hint)), hint)
+    found: type = get_origin(first) or first
+    return found
+
+
+KEYS = {name: _key_type(hint) for name, hint in get_type_hints(NextKernelOptions).items()} | dict.fromkeys(FLAGS, bool)
 """What a profile may say, and of which type; a list of strings may be one string, too."""
-ONE_OF = (("image", "entry", "default", "kernel"), ("cmdline", "reuse_cmdline"))
+ONE_OF = (WAYS, ("cmdline", "reuse_cmdline"))
 """Keys that contradict each other."""
 
 
-def load_profile(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
-    """Read a profile: every key, None where it is not given; ConfigError names the file and the key."""
+@dataclass(frozen=True)
+class Profile:
+    """What a profile says: the next kernel, and those of FLAGS that are on."""
+
+    options: NextKernelOptions
+    flags: frozenset[str]
+
+
+def load_profile(name: str, directory: Path = DIRECTORY) -> Profile:
+    """Read a profile; ConfigError names the file and the key."""
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} is not a valid name of a profile",
@@ -58,4 +66,5 @@ def load_profile(name: str, directory: Path = DIRECTORY) -> dict[str, Any]:
             raise ConfigError(
                 f"{' and '.join(given)} contradict each other", where=str(path), remedy="Keep one of them."
             )
-    return {key: values.get(key) for key in KEYS}
+    flags = frozenset(name for name in FLAGS if values.pop(name, False))
+    return Profile(NextKernelOptions(**values), flags)

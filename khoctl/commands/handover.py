@@ -2,8 +2,8 @@
 """The commands of a handover, from check to verify. Each asks khod; exit codes are `khod.errors.Exit`."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -11,7 +11,9 @@ from typing import Annotated, Any, NoReturn
 import click
 import typer
 
-from khoctl import layout, progress, render, request
+from khoctl import layout, progress, render
+from khoctl.next_kernel import NextKernelOptions, spread_options
+from khoctl.request import open_request
 from khoctl.session import Detached, Json, ask_confirmation, can_repaint, connect_client, is_colourless, on_terminal
 from khod.client.handover import Client
 from khod.errors import Exit, Refused, Unreachable, Unsupported, UsageError
@@ -31,28 +33,6 @@ KERNEL_FILES = {
 
 TICK_SECONDS = 1.0
 """Seconds between two paintings of a page that is watched."""
-Image = Annotated[
-    str | None, typer.Option(metavar="FILE", help="The next kernel; a unified kernel image brings its initrd along.")
-]
-Initrds = Annotated[
-    list[str] | None, typer.Option(metavar="FILE", help="Its initrd; several follow one another in this order.")
-]
-Entry = Annotated[str | None, typer.Option(metavar="ID", help="Boot what this boot loader entry says.")]
-Default = Annotated[bool, typer.Option("--default", help="Boot the boot loader's default entry.")]
-Installed = Annotated[str | None, typer.Option(metavar="VERSION", help="Boot an installed kernel, by its version.")]
-Cmdline = Annotated[
-    str | None,
-    typer.Option(
-        help="Its command line. Without it the entry's or the unified image's own counts, then the running kernel's, "
-        "without BOOT_IMAGE=, initrd= and the other words that must not be reused."
-    ),
-]
-Reuse = Annotated[bool, typer.Option("--reuse-cmdline", help="Use the running kernel's command line in any case.")]
-Append = Annotated[str | None, typer.Option(help="Words to add to the command line.")]
-Remove = Annotated[
-    list[str] | None,
-    typer.Option(metavar="WORD", help="Take a parameter (console), or one word (console=ttyS0), away."),
-]
 LoadOnly = Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")]
 Now = Annotated[
     bool,
@@ -62,7 +42,7 @@ Now = Annotated[
     ),
 ]
 NoBlock = Annotated[bool, typer.Option("--no-block", help="Return when it has begun; it continues in the background.")]
-Profile = Annotated[
+FromProfile = Annotated[
     str | None, typer.Option("--profile", metavar="NAME", help="Take all of this from /etc/kho/handover.d/NAME.toml.")
 ]
 
@@ -135,18 +115,11 @@ def _print_answer(found: object, page: Callable[[], str], *, as_json: bool) -> N
 
 
 @app.command()
+@spread_options
 def check(
-    image: Image = None,
-    initrd: Initrds = None,
-    entry: Entry = None,
-    default: Default = False,
-    kernel: Installed = None,
-    cmdline: Cmdline = None,
-    reuse_cmdline: Reuse = False,
-    append: Append = None,
-    remove: Remove = None,
+    options: NextKernelOptions,
     now: Annotated[bool, typer.Option("--now", help="Check for a jump at once, which stops nothing before.")] = False,
-    from_profile: Profile = None,
+    from_profile: FromProfile = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for a warning, too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out what passed or was skipped.")] = False,
     as_json: Json = False,
@@ -155,7 +128,7 @@ def check(
 
     With a kernel those of the next one too. Exits with 3 where one fails, with 4 where KHO is not there.
     """
-    with _build_request(locals()) as (request, fds), connect_client() as khod:
+    with open_request(options, from_profile, now=now) as (request, fds), connect_client() as khod:
         found = khod.check(request, fds)
     _print_answer(found, partial(render.render_checks, found, quiet=quiet), as_json=as_json)
     warned = strict and any(item.result is CheckResult.warn for item in found)
@@ -163,26 +136,19 @@ def check(
 
 
 @app.command()
+@spread_options
 def plan(
-    image: Image = None,
-    initrd: Initrds = None,
-    entry: Entry = None,
-    default: Default = False,
-    kernel: Installed = None,
-    cmdline: Cmdline = None,
-    reuse_cmdline: Reuse = False,
-    append: Append = None,
-    remove: Remove = None,
+    options: NextKernelOptions,
     load_only: LoadOnly = False,
     now: Now = False,
-    from_profile: Profile = None,
+    from_profile: FromProfile = None,
     as_json: Json = False,
 ) -> None:
     """Print what a handover would do, and touch nothing.
 
     Each step has its undo beside it. Exits as check.
     """
-    with _build_request(locals()) as (request, fds):
+    with open_request(options, from_profile, now=now, load_only=load_only) as (request, fds):
         _show_plan(request, fds, as_json=as_json)
 
 
@@ -230,23 +196,16 @@ def abort(
 
 
 @app.command()
+@spread_options
 def kexec(
-    image: Image = None,
-    initrd: Initrds = None,
-    entry: Entry = None,
-    default: Default = False,
-    kernel: Installed = None,
-    cmdline: Cmdline = None,
-    reuse_cmdline: Reuse = False,
-    append: Append = None,
-    remove: Remove = None,
+    options: NextKernelOptions,
     load_only: LoadOnly = False,
     now: Now = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Begin without a question on a terminal.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do what `khoctl plan` does: nothing.")] = False,
     no_block: NoBlock = False,
     hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
-    from_profile: Profile = None,
+    from_profile: FromProfile = None,
     as_json: Json = False,
 ) -> None:
     """Do what is left of the handover and jump.
@@ -254,7 +213,7 @@ def kexec(
     It goes on from wherever the handover stands. Whatever fails before systemd takes the host down is rolled back.
     After that nothing is: where reboot(2) fails, systemd goes on to an ordinary reboot, and nothing arrives.
     """
-    with _build_request(locals()) as (request, fds):
+    with open_request(options, from_profile, now=now, load_only=load_only, hold=hold) as (request, fds):
         if dry_run:
             _show_plan(request, fds, as_json=as_json)
         if not yes and on_terminal():
@@ -277,13 +236,6 @@ def _ask_before_jump(request: dict[str, Any], fds: tuple[int, ...]) -> None:
     layout.show_page(render.short_plan(found), err=True)
     if not ask_confirmation("Begin the handover?"):
         raise Refused("Not begun", remedy="Nothing was changed.")
-
-
-@contextmanager
-def _build_request(given: dict[str, Any]) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
-    """The parameters of a call that names a kernel, with its files open for as long as the call takes."""
-    with ExitStack() as files:
-        yield request.build_request(given, files)
 
 
 @app.command()

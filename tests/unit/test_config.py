@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from khoctl import profile
+from khoctl.next_kernel import NextKernelOptions
 from khod import config
 from khod.config import Config
 from khod.errors import ConfigError, Exit
@@ -200,11 +201,8 @@ def test_a_producer_s_name_is_plain(root: Path, name: str) -> None:
 def test_a_profile_is_what_kexec_would_be_given(tmp_path: Path) -> None:
     (tmp_path / "next.toml").write_text('image = "/boot/vmlinuz"\nappend = "quiet"\nnow = true\n')
     found = profile.load_profile("next", tmp_path)
-    assert {key: value for key, value in found.items() if value is not None} == {
-        "image": "/boot/vmlinuz",
-        "append": "quiet",
-        "now": True,
-    }
+    assert found.options == NextKernelOptions(image="/boot/vmlinuz", append="quiet")
+    assert found.flags == {"now"}
 
 
 @pytest.mark.parametrize("text", ["imgae = '/x'\n", "image = 3\n", "now = 'yes'\n", "now = 1\n", "image = \n"])

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""khod names parameters of its interface, khoctl its own options: nothing of khod's knows khoctl's command line."""
+"""khod names parameters of its interface, khoctl its own options: nothing of khod's knows khoctl's command line.
+
+And khoctl's options for the next kernel, which several commands have.
+"""
 
 import ast
 import re
 from collections.abc import Iterator
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from khoctl.commands import handover
+from khoctl.next_kernel import NAMES, NextKernelOptions, spread_options
 from khoctl.options import CALLS, PARAMETERS, name_options
 from tests.unit.khods import REPOSITORY
 
@@ -62,3 +69,29 @@ def test_every_parameter_that_a_message_names_has_an_option() -> None:
 )
 def test_khoctl_names_its_options(said: str, shown: str) -> None:
     assert name_options(said) == shown
+
+
+def test_a_command_gets_the_options_of_the_next_kernel_as_one_object() -> None:
+    got = []
+    app = typer.Typer()
+
+    @app.command()
+    @spread_options
+    def boot(options: NextKernelOptions, fast: bool = False) -> None:
+        got.append((options, fast))
+
+    words = ["--initrd=a", "--initrd=b", "--default", "--cmdline=", "--remove=quiet", "--fast"]
+    for given in ([], words):
+        assert CliRunner().invoke(app, given).exit_code == 0
+    assert got == [
+        (NextKernelOptions(), False),
+        (NextKernelOptions(initrd=["a", "b"], default=True, cmdline="", remove=["quiet"]), True),
+    ]
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "kexec"])
+def test_the_options_of_the_next_kernel_come_first(command: str) -> None:
+    found = typer.main.get_group(handover.app).commands[command].params
+    assert tuple(one.name for one in found)[: len(NAMES)] == NAMES
+    assert {"now", "from_profile", "as_json"} <= {one.name for one in found[len(NAMES) :]}
+    assert [f"--{name.replace('_', '-')}" for name in NAMES] == [one.opts[0] for one in found[: len(NAMES)]]

@@ -2,21 +2,24 @@
 """Profiles: what `khoctl kexec` would be given, under the names of its options."""
 
 import tomllib
-from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from khoctl import profile, request
+from khoctl.next_kernel import NextKernelOptions
 from khod.errors import ConfigError
 from tests.unit.khods import REPOSITORY
 
 
 def load(directory: Path, text: str) -> dict[str, Any]:
-    """What is given of a profile, keys that are not left out."""
+    """What a profile says by its keys, less what is left out or off."""
     (directory / "next.toml").write_text(text)
-    return {key: value for key, value in profile.load_profile("next", directory).items() if value is not None}
+    found = profile.load_profile("next", directory)
+    said = {key: value for key, value in asdict(found.options).items() if value not in (None, False)}
+    return said | dict.fromkeys(found.flags, True)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,7 @@ def load(directory: Path, text: str) -> dict[str, Any]:
         ('initrd = ["a", "b"]', {"initrd": ["a", "b"]}),
         ('remove = "quiet"\nentry = "x"', {"remove": ["quiet"], "entry": "x"}),
         ('kernel = "7.3.4"\nreuse_cmdline = true', {"kernel": "7.3.4", "reuse_cmdline": True}),
-        ('default = false\nimage = "/i"\ncmdline = ""', {"default": False, "image": "/i", "cmdline": ""}),
+        ('default = false\nimage = "/i"\ncmdline = ""', {"image": "/i", "cmdline": ""}),
     ],
 )
 def test_every_key_has_its_type(tmp_path: Path, text: str, found: dict[str, Any]) -> None:
@@ -68,7 +71,7 @@ def test_a_profile_that_is_not_there_names_those_that_are(tmp_path: Path) -> Non
 def test_the_sample_is_a_profile_and_shows_every_key(tmp_path: Path) -> None:
     text = (REPOSITORY / "etc/kho/handover.d/example.toml.sample").read_text()
     assert load(tmp_path, text) == {
-        key: [value] if profile.KEYS[key] is list else value for key, value in tomllib.loads(text).items()
+        key: [value] if profile.KEYS[key] is list else value for key, value in tomllib.loads(text).items() if value
     }
     shown = {line.lstrip("#").partition(" = ")[0] for line in text.splitlines()}
     assert profile.KEYS.keys() <= shown
@@ -89,7 +92,5 @@ def test_a_command_takes_of_a_profile_what_it_has_options_for(
     (tmp_path / "next.toml").write_text("now = true\nload_only = true\nhold = true\n")
     found = profile.load_profile("next", tmp_path)
     monkeypatch.setattr(profile, "load_profile", lambda _name: found)
-    lacking = dict.fromkeys((*request.WAYS, *request.LINES, "initrd"))
-    given = {**lacking, **dict.fromkeys(options, False), "from_profile": "next"}
-    with ExitStack() as files:
-        assert request.build_request(given, files) == (flags, ())
+    with request.open_request(NextKernelOptions(), "next", **dict.fromkeys(options, False)) as made:
+        assert made == (flags, ())

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The options that say which kernel comes next and with which command line: one set for check, plan and kexec."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Concatenate
+
+import typer
+
+WAYS = ("image", "entry", "default", "kernel")
+"""The ways to say which kernel: one of them."""
+LINES = ("cmdline", "reuse_cmdline", "append", "remove")
+"""What its command line is made of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextKernelOptions:
+    """The next kernel as the operator asks for it, in the order of the help; a field's name is its option's."""
+
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The next kernel; a unified kernel image brings its initrd along."),
+    ] = None
+    initrd: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Its initrd; several follow one another in this order.")
+    ] = None
+    entry: Annotated[str | None, typer.Option(metavar="ID", help="Boot what this boot loader entry says.")] = None
+    default: Annotated[bool, typer.Option("--default", help="Boot the boot loader's default entry.")] = False
+    kernel: Annotated[str | None, typer.Option(metavar="VERSION", help="Boot an installed kernel, by its version.")] = (
+        None
+    )
+    cmdline: Annotated[
+        str | None,
+        typer.Option(
+            help="Its command line. Without it the entry's or the unified image's own counts, then the running "
+            "kernel's, without BOOT_IMAGE=, initrd= and the other words that must not be reused."
+        ),
+    ] = None
+    reuse_cmdline: Annotated[
+        bool, typer.Option("--reuse-cmdline", help="Use the running kernel's command line in any case.")
+    ] = False
+    append: Annotated[str | None, typer.Option(help="Words to add to the command line.")] = None
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD", help="Take a parameter (console), or one word (console=ttyS0), away."),
+    ] = None
+
+    def select_given(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of these options that are given, with their values; one that is empty or off is not."""
+        return {name: value for name in names if (value := getattr(self, name))}
+
+
+NAMES = tuple(field.name for field in fields(NextKernelOptions))
+
+
+def spread_options(command: Callable[Concatenate[NextKernelOptions, ...], None]) -> Callable[..., None]:
+    """Give a command for typer that has the options of the next kernel in the place of its first parameter.
+
+    `command` gets them there as one object, and its other parameters by their names.
+    """
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        options = NextKernelOptions(**{name: given.pop(name) for name in NAMES if name in given})
+        command(options, **given)
+
+    _, *others = inspect.signature(command).parameters.values()
+    spread = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(NextKernelOptions)
+    ]
+    spread += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in others]
+    vars(run)["__signature__"] = inspect.Signature(spread, return_annotation=None)
+    return run
