@@ -301,7 +301,7 @@ class Engine:
                     # Where the operator has softened the check, files may be lost.
                     strict = self.config.checks.formats not in ("warn", "off")
                     luo_off = strict and not is_switched_on(target.booted_line, "liveupdate")
-                    self._transaction.note_target(f"{target.describe}{how}", luo_off=luo_off)
+                    self._transaction.note_target(f"{target.describe()}{how}", luo_off=luo_off)
                 attempt.set_target(target, self._executors[request.now])
                 if request.now:
                     # The bulk of the dirty pages goes out before anyone is frozen; the executor's own

@@ -32,7 +32,6 @@ class Failure:
     step: Step
     items: tuple[NotUndone, ...]
 
-    @property
     def describe(self) -> str:
         """What is not undone, and why."""
         return "; ".join(dict.fromkeys(item.why for item in self.items))
@@ -94,7 +93,7 @@ async def _undo_producers(attempt: Attempt, steps: Sequence[Step], emit: Callabl
                 for name, error in failed
             )
             failures.append(Failure(step, items))
-            emit(f"Not every producer could {UNDO[verb].value}: {failures[-1].describe}")
+            emit(f"Not every producer could {UNDO[verb].value}: {failures[-1].describe()}")
     return failures
 
 

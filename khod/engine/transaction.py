@@ -431,7 +431,7 @@ class Transaction:
         self, cause: KhoError | None, failures: Sequence[Failure], because: KhoError | None
     ) -> None:
         self._machine = self._machine.enter_phase(Phase.failed if failures else self._record.outcome)
-        self._reason = "; ".join(dict.fromkeys(failure.describe for failure in failures))
+        self._reason = "; ".join(dict.fromkeys(failure.describe() for failure in failures))
         first = self._record.last_error.partition(NOT_UNDONE)[0]
         left = f"{first.rstrip(' .')}. {NOT_UNDONE}: {self._reason}".removeprefix(". ")
         gone = [member.producer.name for member in self._require_attempt().barrier.members if member.gone]

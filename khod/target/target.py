@@ -56,7 +56,6 @@ class Target:
     words: list[Word] = field(default_factory=list)
     wrong: dict[str, KhoError] = field(default_factory=dict)
 
-    @property
     def describe(self) -> str:
         """Name the image, the release it says it is, and the initrd."""
         version = self.apart.about.version if self.apart else ""
