@@ -272,7 +272,7 @@ def _show_pending(watcher: Client, shown: ProgressView) -> bool:
 
 
 def _drain_events(watcher: Client, shown: ProgressView, final: Phase | None = None) -> None:
-    """Show what comes until this phase, or until khod closes the connection, for at most LAST_WORDS seconds."""
+    """Show what comes until this phase, or until khod closes the connection, for at most LAST_WORDS_SECONDS."""
     deadline = time.monotonic() + LAST_WORDS_SECONDS
     while (
         shown.last is not final and watcher.wait_readable(deadline - time.monotonic()) and _show_pending(watcher, shown)

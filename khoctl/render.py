@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import typer
 
 from khoctl.layout import align_table
+from khoctl.options import name_options
 from khod.errors import KhoError, error_name
 from khod.model import Check, CheckResult, Event, Fate, LuoSession, Phase, Plan, Producer, Status, Word
 from khod.text import join_names, printable
@@ -78,21 +79,21 @@ GENERATIONS = {
 }
 
 
-def escape_value(value: T) -> T:
-    """Escape every string in a value of the model's: `khod.text.printable`."""
-    made: T = _escape_value(value)
+def prepare_texts(value: T) -> T:
+    """Make every string in a value of the model's fit for a terminal, with khoctl's options named in it."""
+    made: T = _prepare_texts(value)
     return made
 
 
-def _escape_value(value: Any) -> Any:
+def _prepare_texts(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value
     if isinstance(value, str):
-        return printable(value)
+        return printable(name_options(value))
     if isinstance(value, list | tuple):
-        return type(value)(_escape_value(item) for item in value)
+        return type(value)(_prepare_texts(item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _escape_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: _prepare_texts(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value
 
@@ -131,7 +132,7 @@ def format_since(at: float) -> str:
 
 def render_status(status: Status) -> str:
     """A page for the operator: where it stands, what to do, then the evidence."""
-    status = escape_value(status)
+    status = prepare_texts(status)
     rows = [
         ("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_kernel_text(status)}")
     ]
@@ -258,7 +259,7 @@ def _not_undone(status: Status) -> list[tuple[str, str]]:
 
 def producer_text(found: Producer) -> str:
     """What one producer was told last, and what it answered."""
-    found = escape_value(found)
+    found = prepare_texts(found)
     if not found.phase:
         return f"{found.name} ({found.kind}): {found.answer or 'idle'}"
     done = f", {found.progress:.0%} done" if found.progress is not None and found.waiting else ""
@@ -313,7 +314,7 @@ def _done_word(found: Producer) -> str:
 
 def render_producers(found: list[Producer], width: int | None = None) -> str:
     """A row a producer, in the order they are told."""
-    found = escape_value(found)
+    found = prepare_texts(found)
     if not found:
         return "No producers: none is configured in /etc/kho/producers.d, and none has registered."
     rows = [("RANK", "NAME", "KIND", "PHASE", "SECONDS", "ANSWER")]
@@ -336,7 +337,7 @@ FAILED_RESULTS = (CheckResult.fail, CheckResult.unsupported)
 
 def render_checks(found: list[Check], *, quiet: bool = False) -> str:
     """A line a check, its remedy below it, and what they come to; with `quiet` only those that found something."""
-    found = escape_value(found)
+    found = prepare_texts(found)
     shown = [
         check for check in found if not quiet or check.result in (*FAILED_RESULTS, CheckResult.warn, CheckResult.off)
     ]
@@ -372,7 +373,7 @@ FATE_WORDS = {Fate.kept: (" ", None), Fate.added: ("+", typer.colors.GREEN), Fat
 
 def render_words(found: Sequence[Word]) -> list[str]:
     """What becomes of the command line, a line each for what changes, and what is lost with it."""
-    changed = [escape_value(word) for word in found if word.fate is not Fate.kept]
+    changed = [prepare_texts(word) for word in found if word.fate is not Fate.kept]
     lines = []
     for word in changed:
         sign, colour = FATE_WORDS[word.fate]
@@ -384,7 +385,7 @@ def render_words(found: Sequence[Word]) -> list[str]:
 
 def render_plan(found: Plan) -> str:
     """The steps with their undo, then what becomes of the command line, then what would be in the way."""
-    found = escape_value(found)
+    found = prepare_texts(found)
     lines = []
     width = max((len(step.step) for step in found.steps), default=0)
     for number, step in enumerate(found.steps, 1):
@@ -401,7 +402,7 @@ def render_plan(found: Plan) -> str:
 
 def short_plan(found: Plan) -> str:
     """What an operator is to agree to: who is told, what is booted, how, and what speaks against it."""
-    found = escape_value(found)
+    found = prepare_texts(found)
     brief = [step for step in found.steps if step.step not in ("freeze", "activate", "verify")]
     lines = [f"  {step.step:<8}  {step.does}" for step in brief]
     lines += [f"  {line}" for line in render_words(found.words)]
@@ -412,7 +413,7 @@ def render_event(event: Event) -> str:
     """One change as one plain line: the time of day, phase, what happened."""
     about = event.producer
     said = event.message if about is None or not about.phase else f"{about.name}: {_progress_text(about)}"
-    line = f"{_time_of_day(event.at)}  {phase_name(event.phase):<12}  {printable(said)}".rstrip()
+    line = f"{_time_of_day(event.at)}  {phase_name(event.phase):<12}  {printable(name_options(said))}".rstrip()
     return "\n".join([line, *(f"{EVENT_INDENT}{change}" for change in render_words(event.words or ()))])
 
 

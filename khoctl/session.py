@@ -55,7 +55,7 @@ def connect_client() -> "Client":
     """Connect to khod; Unreachable where it does not answer."""
     from khod.client.handover import Client  # noqa: PLC0415 - trees in files need no khod
 
-    return Client(socket_path(), patience=call_timeout(), on_slow=say_slow, reword=name_options)
+    return Client(socket_path(), patience=call_timeout(), on_slow=say_slow)
 
 
 def say_slow(connection: "Client") -> None:
@@ -204,7 +204,6 @@ def _run_to_exit(run: Callable[[], Any], *, as_json: bool) -> int:
 
 
 def _print_error(error: KhoError, *, as_json: bool) -> int:
-    # What khod said has khoctl's options already; what its modules raise in this process has not.
     error.what, error.where, error.remedy = map(name_options, (error.what, error.where, error.remedy))
     try:
         if as_json:

@@ -136,6 +136,29 @@ class Config:
     checks: Checks = field(default_factory=Checks)
 
 
+class Settings:
+    """The configuration in force, by reference: whoever acts by it reads `current` each time, and so hears of a reload.
+
+    `error` says why `current` are the defaults: no handover begins with them.
+    """
+
+    def __init__(self, current: Config | None = None, error: ConfigError | None = None) -> None:
+        self.current = current or Config()
+        self.error = error
+
+    @classmethod
+    def load(cls, root: Path) -> "Settings":
+        """Read the configuration below `root`; the defaults, and the error, where it is wrong."""
+        try:
+            return cls(load_config(root))
+        except ConfigError as error:
+            return cls(error=error)
+
+    def reload(self, root: Path) -> None:
+        """Read it anew; ConfigError where it is wrong, and stays as it was."""
+        self.current, self.error = load_config(root), None
+
+
 CHOICES = {
     "policy.after_daemon_died": ("roll-back", "resume"),
     "policy.after_forgetful_abort": ("refuse", "warn"),

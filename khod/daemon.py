@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from khod import __version__, config, server
+from khod import __version__, server
 from khod.abi.calls import Calls, HostCalls
+from khod.config import Settings
 from khod.engine import Engine, journal, status
 from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
@@ -74,6 +75,7 @@ class Daemon:
         self._stopping = asyncio.Event()
         self._status = journal.StatusText(self._status_text)
         self._last = Event(0.0, Phase.idle, "", "")
+        self._settings = Settings.load(opts.root)
         self._thread = KernelThread()
         self._passed = fdstore.listen_fds_by_name()
         runtime = opts.socket.parent
@@ -82,18 +84,17 @@ class Daemon:
             self._thread,
             fdstore.ServiceManager(),
             passed=self._passed,
-            max_bytes=lambda: self.engine.config.producers.max_bytes,
+            max_bytes=lambda: self._settings.current.producers.max_bytes,
             account=runtime / "outgoing",
         )
-        settings, self._config_error = _load_config(opts.root)
         kexec = Kexec(calls)
-        jump = shutdown.make_immediate(kexec, self._thread, lambda: self.engine.config.deadlines.execute)
+        jump = shutdown.make_immediate(kexec, self._thread, lambda: self._settings.current.deadlines.execute)
         self._host = _real_host(jump, sessions) if opts.simulate is None else _simulated_host(jump)
         self.engine = Engine(
             kexec,
             lambda: probe_kho(calls),
             Store(opts.state),
-            settings,
+            self._settings,
             producers=Directory(opts.root).load_producers,
             sessions=sessions,
             guard=Guard,
@@ -106,7 +107,6 @@ class Daemon:
             goes_down=self._host.goes_down,
             registrations=Registrations(runtime / "registrations"),
         )
-        self.engine.config_error = self._config_error
         self._service = server.Service(self.engine)
 
     async def run(self) -> None:
@@ -118,7 +118,7 @@ class Daemon:
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_config)
         registry = server.build_registry(self._service, server.Producers(self.engine))
-        factory = server.build_clients(registry, lambda: self.engine.config.access)
+        factory = server.build_clients(registry, lambda: self._settings.current.access)
         serving = server.Listener(self._open_socket(), factory)
         watching = asyncio.ensure_future(journal.feed_watchdog())
         try:
@@ -146,10 +146,10 @@ class Daemon:
             except Exception as error:  # noqa: BLE001 - the host is served, and its operator told
                 _log_error(error)
         gc.freeze()  # or a quarter of the time that a thousand producers take is a look for garbage among the modules
-        if self._config_error is not None:
+        if self._settings.error is not None:
             if self.engine.at_rest:
-                raise self._config_error
-            _log_error(f"The defaults are used, and no handover begins: {self._config_error}")
+                raise self._settings.error
+            _log_error(f"The defaults are used, and no handover begins: {self._settings.error}")
 
     async def _stop_engine(self) -> None:
         """Put back what is held, unless the host is on its way into the kexec."""
@@ -201,8 +201,7 @@ class Daemon:
     def _reload_config(self) -> None:
         journal.notify_reloading()
         try:
-            self.engine.config = config.load_config(self._options.root)
-            self.engine.config_error = self._config_error = None
+            self._settings.reload(self._options.root)
         except ConfigError as error:
             _log_error(f"The configuration stays as it was: {error}")
             journal.notify_manager(f"STATUS={one_line(f'The configuration stays as it was: {error}')}")
@@ -264,14 +263,6 @@ def _simulated_host(jump: shutdown.Immediate) -> _Host:
 
     again = _StartAgain(jump)
     return _Host(again, again, None, never, never, never)
-
-
-def _load_config(root: Path) -> tuple[config.Config, ConfigError | None]:
-    """The configuration, or the defaults and what is wrong with it."""
-    try:
-        return config.load_config(root), None
-    except ConfigError as error:
-        return config.Config(), error
 
 
 @contextmanager

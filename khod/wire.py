@@ -44,7 +44,7 @@ def _decode_value(wanted: Any, value: Any, may_lack: Set[str]) -> Any:
         if not isinstance(value, dict):
             raise TypeError(f"{value!r} is not an object")
         absent = may_lack - value.keys()
-        hints = ((name, hint) for name, hint in get_type_hints(wanted).items() if name not in absent)
+        hints = ((name, hint) for name, hint in _field_types(wanted) if name not in absent)
         return wanted(**{name: _decode_value(hint, value[name], may_lack) for name, hint in hints})
     if issubclass(wanted, enum.Enum):
         return wanted[value]
@@ -55,12 +55,17 @@ def _decode_value(wanted: Any, value: Any, may_lack: Set[str]) -> Any:
 
 
 @functools.cache
+def _field_types(kind: type) -> tuple[tuple[str, Any], ...]:
+    return tuple(get_type_hints(kind).items())
+
+
+@functools.cache
 def _field_names(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind))
 
 
 def encode_value(value: Any) -> Any:
-    """What json.dumps is to make of the model's own types: `default=plain`."""
+    """What json.dumps is to make of the model's own types: `default=encode_value`."""
     if isinstance(value, enum.Enum):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

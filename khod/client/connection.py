@@ -8,7 +8,7 @@ import select
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +27,8 @@ MAX_FDS = 253  # SCM_MAX_FD, the most one message carries
 class Connection:
     """A connection to khod's socket. Every method raises KhoError; Unreachable where the connection ends."""
 
-    def __init__(self, path: Path = Path(wire.SOCKET), *, reword: Callable[[str], str] = str) -> None:
-        """Connect; Unreachable names the socket and the likely cause. Each message goes through `reword` first."""
-        self._reword = reword
+    def __init__(self, path: Path = Path(wire.SOCKET)) -> None:
+        """Connect; Unreachable names the socket and the likely cause."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._path = str(path)
         self._text = b""
@@ -117,7 +116,7 @@ class Connection:
         while not self._messages:
             self.receive()
         try:
-            message = json.loads(self._reword(self._messages.popleft().decode()))
+            message = json.loads(self._messages.popleft())
             name, parameters = message.get("error"), message.get("parameters") or {}
             self.more = bool(message.get("continues"))
         except (ValueError, AttributeError):

@@ -29,8 +29,7 @@ class Client(Connection):
     """What khoctl asks of khod. Each answer has a deadline: Unreachable where khod takes the call and is silent.
 
     `patience` is that deadline in seconds, where the caller has one of its own. `on_slow` is called once for a call
-    that is not answered within SLOW_SECONDS. `reword` is given each message as it came, JSON: khod names parameters of
-    its interface in backticks, and a client may call them otherwise.
+    that is not answered within SLOW_SECONDS.
     """
 
     def __init__(
@@ -39,9 +38,8 @@ class Client(Connection):
         *,
         patience: float | None = None,
         on_slow: Callable[["Client"], None] = lambda _: None,
-        reword: Callable[[str], str] = str,
     ) -> None:
-        super().__init__(path, reword=reword)
+        super().__init__(path)
         self._patience = patience
         self._on_slow = on_slow
         self._began, self._slow = 0.0, math.inf
@@ -148,7 +146,7 @@ class Client(Connection):
         more: bool = False,
         limit: float | None = None,
     ) -> None:
-        """Send a call of the interface by its short name; its answer has `limit` seconds, None: ANSWER."""
+        """Send a call of the interface by its short name; its answer has `limit` seconds (None: ANSWER_SECONDS)."""
         self._began, self._limit = time.monotonic(), self._patience or limit or ANSWER_SECONDS
         self._slow = self._began + SLOW_SECONDS
         self.send_call(f"{wire.INTERFACE}.{method}", parameters, fds=fds, more=more)

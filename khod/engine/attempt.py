@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
 from khod.concurrency.bounded import CUT_SECONDS
-from khod.config import Config
+from khod.config import Settings
 from khod.errors import Exit, Failed, KhoError, Refused
 from khod.handover.machine import Machine
 from khod.handover.record import Store
@@ -49,7 +49,7 @@ class Attempt:
         kexec: Kexec,
         workers: Workers,
         store: Store,
-        config: Callable[[], Config],
+        settings: Settings,
         barrier: Barrier,
         *,
         everyone: Callable[[], Iterable[Participant]] = list,
@@ -67,7 +67,7 @@ class Attempt:
         self._kexec = kexec
         self._workers = workers
         self._store = store
-        self._config = config
+        self._settings = settings
         self._everyone = everyone
         self._joined = joined
         self._shutdown = shutdown
@@ -122,7 +122,7 @@ class Attempt:
 
     async def tell_producers(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
         """Tell everyone, or those `among` them, within the deadline that all of them have together."""
-        deadlines = self._config().deadlines
+        deadlines = self._settings.current.deadlines
         deadline = deadlines.prepare if verb is Verb.prepare else deadlines.freeze
         try:
             async with asyncio.timeout(deadline):
@@ -142,24 +142,33 @@ class Attempt:
     # Kernel
 
     async def _activate_kernel(self) -> None:
-        snapshot = await self._call_kernel(Step.activate, self._activate_and_read, self._config().deadlines.activate)
-        assert self.kernel is not None, "as in _activate_and_read"
-        present = kernel_producers(snapshot, self.kernel.generation)
-        if self._config().policy.require_state and not present:
-            raise Refused(
-                "Nothing would be handed over: no producer in the kernel has any state",
-                where="policy.require_state",
-                remedy="Give the kernel state to keep (reserve_mem=, liveupdate=on), or unset policy.require_state.",
-            )
-        if missing := sorted(set(self._config().producers.require_kernel) - present.keys()):
-            raise missing_state_error(missing)
+        snapshot = await self._call_kernel(
+            Step.activate, self._activate_and_read, self._settings.current.deadlines.activate
+        )
+        self._require_state(snapshot)
         # Not synced here: within the blackout that is too dear, and a lost file matters only without a
         # jump. Both executors sync before it.
         await self._workers.disk.call_within(
             lambda: self._store.snapshots.write_tree(self.barrier.run, snapshot),
             "writing the snapshot",
-            self._config().deadlines.activate,
+            self._settings.current.deadlines.activate,
         )
+
+    def _require_state(self, snapshot: Tree) -> None:
+        """Refuse a tree without the state that the configuration wants; it is looked into for nothing else here."""
+        config = self._settings.current
+        if not config.policy.require_state and not config.producers.require_kernel:
+            return
+        assert self.kernel is not None, "as in _activate_and_read"
+        present = kernel_producers(snapshot, self.kernel.generation)
+        if config.policy.require_state and not present:
+            raise Refused(
+                "Nothing would be handed over: no producer in the kernel has any state",
+                where="policy.require_state",
+                remedy="Give the kernel state to keep (reserve_mem=, liveupdate=on), or unset policy.require_state.",
+            )
+        if missing := sorted(set(config.producers.require_kernel) - present.keys()):
+            raise missing_state_error(missing)
 
     def _activate_and_read(self) -> Tree:
         self._kexec.write_kmsg("entering the active phase")
@@ -173,13 +182,13 @@ class Attempt:
         await self._call_kernel(
             Step.load,
             lambda: self._kexec.load_image(target.kernel.fd, None if initrd is None else initrd.fd, target.cmdline),
-            self._config().deadlines.load,
+            self._settings.current.deadlines.load,
         )
 
     @property
     def undo_seconds(self) -> float:
         """What the undo of one kernel call may take, after which the call itself was given up."""
-        return self._config().deadlines.rollback + CUT_SECONDS
+        return self._settings.current.deadlines.rollback + CUT_SECONDS
 
     async def undo_activate(self) -> None:
         """Leave the active phase, where the kernel is in it."""
@@ -223,7 +232,7 @@ class Attempt:
                 except OSError as error:
                     raise explain_undo(step, error, quote(ABOUT[step]), generation=self._generation) from error
 
-        await self._workers.kernel.call_within(listened, what, self._config().deadlines.rollback)
+        await self._workers.kernel.call_within(listened, what, self._settings.current.deadlines.rollback)
 
     # The jump
 
@@ -261,7 +270,7 @@ class Attempt:
         if self.going_down:
             return
         assert self._executor is not None, "a request that jumps"
-        deadline = self._config().deadlines.execute
+        deadline = self._settings.current.deadlines.execute
         self._execution = execution = asyncio.ensure_future(self._executor())
         try:
             await asyncio.wait({execution}, timeout=deadline)

@@ -4,7 +4,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from khod.config import Config
+from khod.config import Settings
 from khod.engine.attempt import Attempt
 from khod.engine.transaction import Transaction, told_error
 from khod.errors import Failed, KhoError, Refused
@@ -18,10 +18,10 @@ class Jump:
     """Watches `executing`. `give_up` rolls it back for a cause, where the host is still there by then."""
 
     def __init__(
-        self, transaction: Transaction, config: Callable[[], Config], give_up: Callable[[KhoError], Awaitable[None]]
+        self, transaction: Transaction, settings: Settings, give_up: Callable[[KhoError], Awaitable[None]]
     ) -> None:
         self._transaction = transaction
-        self._config = config
+        self._settings = settings
         self._give_up = give_up
         self.going_down = False
         """Whether somebody else has sent the host into the kexec, and khod makes way for it."""
@@ -89,7 +89,7 @@ class Jump:
                 await self._give_up(cause)
                 return
         while self._transaction.phase is Phase.executing and not self.going_down:
-            await asyncio.sleep(max(WATCH_SECONDS, self._config().deadlines.execute))
+            await asyncio.sleep(max(WATCH_SECONDS, self._settings.current.deadlines.execute))
             if self._transaction.phase is Phase.executing and await attempt.goes_down() is False:
                 await self._give_up(cause)
                 return

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from khod import model, preflight
 from khod.concurrency.worker import Worker
-from khod.config import Config
+from khod.config import Settings
 from khod.engine import status
 from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.guard import Seen, Severity
@@ -24,7 +24,6 @@ from khod.errors import (
     Aborted,
     AlreadyLoaded,
     Busy,
-    ConfigError,
     DeviceChanged,
     Failed,
     KhoError,
@@ -84,7 +83,7 @@ class Engine:
         kexec: Kexec,
         prober: Callable[[], Probed],
         store: Store,
-        config: Config,
+        settings: Settings,
         *,
         producers: Callable[[], list[Participant]],
         sessions: Sessions,
@@ -99,9 +98,7 @@ class Engine:
         workers: Workers | None = None,
         registrations: Registrations | None = None,
     ) -> None:
-        self.config = config
-        self.config_error: ConfigError | None = None
-        """Why `config` are the defaults: no handover begins with them."""
+        self.settings = settings
         self._guard = guard(self._on_device_event)
         self._kexec = kexec
         self._store = store
@@ -126,14 +123,12 @@ class Engine:
             store,
             kexec,
             self._workers,
-            self._current_config,
+            settings,
             busy=self._busy,
             spawn=self._spawn_task,
         )
-        self._startup = Startup(
-            self._transaction, self._observer, peers, store, kexec, self._workers, self._current_config
-        )
-        self._jump = Jump(self._transaction, self._current_config, self._give_up_jump)
+        self._startup = Startup(self._transaction, self._observer, peers, store, kexec, self._workers, settings)
+        self._jump = Jump(self._transaction, settings, self._give_up_jump)
         self.queries = Queries(
             self._transaction,
             self._observer,
@@ -143,7 +138,7 @@ class Engine:
             store,
             kexec,
             self._workers,
-            config=self._current_config,
+            settings=settings,
             inhibitors=lambda: self._inhibitors,
             busy=self._busy,
             known=self._known,
@@ -299,7 +294,7 @@ class Engine:
                 if target is not None:
                     how = ", to jump at once (`now`)" if request.now and not request.load_only else ""
                     # Where the operator has softened the check, files may be lost.
-                    strict = self.config.checks.formats not in ("warn", "off")
+                    strict = self.settings.current.checks.formats not in ("warn", "off")
                     luo_off = strict and not is_switched_on(target.booted_line, "liveupdate")
                     self._transaction.note_target(f"{target.describe()}{how}", luo_off=luo_off)
                 attempt.set_target(target, self._executors[request.now])
@@ -308,7 +303,7 @@ class Engine:
                     # sync then has little left.
                     await self._interruptible(
                         self._workers.files.call_within(
-                            self._kexec.sync_disks, "sync(2)", self.config.deadlines.execute
+                            self._kexec.sync_disks, "sync(2)", self.settings.current.deadlines.execute
                         )
                     )
                 last = Step.load if request.load_only else Step.execute
@@ -358,7 +353,7 @@ class Engine:
             raise failure  # whoever was under way has rolled back for this, and could not put everything back
         if self._transaction.cause is cause:
             self._transaction.settle_cancel()  # it found nothing to end; any other is still to be acted on
-        observed = await self._observer.try_observe(self.config.deadlines.observe)
+        observed = await self._observer.try_observe(self.settings.current.deadlines.observe)
         phase = self.queries.effective_phase(observed)
         foreign = observed is not None and reconcile.is_foreign(self._transaction.current_record(), observed)
         unrecorded = force and phase in RESTING and not self.record.run
@@ -391,7 +386,7 @@ class Engine:
         if self._transaction.phase is Phase.inconsistent:
             with suppress(KhoError):  # another record is written in its place
                 kept = await self._workers.disk.call_within(
-                    self._store.set_aside, "keeping the record", self.config.deadlines.observe
+                    self._store.set_aside, "keeping the record", self.settings.current.deadlines.observe
                 )
                 note = f"The record could not be read; it is kept as {kept}." if kept else ""
         taken = Phase.inconsistent if phase is Phase.inconsistent else Phase.foreign
@@ -404,11 +399,13 @@ class Engine:
             record = self.record
             claims = tuple(holder for holder in record.claims if holder.name != name)
             if len(claims) < len(record.claims):
-                await self._interruptible(self.registry.peers.forget_claim(name, self.config.deadlines.activate))
+                await self._interruptible(
+                    self.registry.peers.forget_claim(name, self.settings.current.deadlines.activate)
+                )
                 await self._transaction.note_claims(claims)
                 self._transaction.emit_event(f"what {name} left is freed")
             elif name in self.queries.unknown_sessions:
-                await self._interruptible(self._sessions.drop_session(name, self.config.deadlines.activate))
+                await self._interruptible(self._sessions.drop_session(name, self.settings.current.deadlines.activate))
                 self._transaction.emit_event(f"the LUO session {name} is freed")
             elif self.registry.peers.give_up(name):
                 self._transaction.emit_event(f"{name} is not expected to come back any more")
@@ -474,7 +471,7 @@ class Engine:
         await self._known.wait()
         if self._transaction.phase is Phase.executing and not self.registry.peers.is_awaiting(name):
             raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
-        return self.registry.register_peer(name, owner, process, terms, self.config.producers.max_per_user)
+        return self.registry.register_peer(name, owner, process, terms, self.settings.current.producers.max_per_user)
 
     def _peer_came(self, peer: Peer) -> None:
         where = peer.owner.unit or "no unit"
@@ -569,7 +566,7 @@ class Engine:
 
     def _watch_devices(self, attempt: Attempt) -> None:
         """Watch for devices that come and go, while this attempt lasts; Failed where that is not possible."""
-        settings = self.config.guard
+        settings = self.settings.current.guard
         devices = {member.producer.name: member.producer.devices for member in attempt.barrier.members}
         self._guard.start(settings.abort, settings.record, devices)
 
@@ -591,7 +588,7 @@ class Engine:
             producers = self.registry.all_producers()
         except KhoError:
             producers = [*self.registry.peers.all_peers()]
-        deadlines = self.config.deadlines
+        deadlines = self.settings.current.deadlines
         return deadlines.activate + bound_seconds(deadlines, ()) + sum(2 * producer.timeout for producer in producers)
 
     def _stop_watching(self) -> None:
@@ -672,8 +669,8 @@ class Engine:
 
         Without a request there is neither a load nor a jump.
         """
-        if self.config_error is not None:
-            raise self.config_error
+        if self.settings.error is not None:
+            raise self.settings.error
         observed = await self._interruptible(self._observe_kernel())
         phase = self._transaction.phase
         if phase not in RESTING | HELD:
@@ -712,9 +709,9 @@ class Engine:
             about = record.run, record.boot_id, record.release, record.generation
             await self._interruptible(
                 self._workers.disk.call_within(
-                    lambda: self._store.snapshots.prepare_snapshot(*about, self.config.snapshots),
+                    lambda: self._store.snapshots.prepare_snapshot(*about, self.settings.current.snapshots),
                     "making room for the snapshot",
-                    self.config.deadlines.prepare,
+                    self.settings.current.deadlines.prepare,
                 )
             )
             self._transaction.begin_run(record)
@@ -755,10 +752,7 @@ class Engine:
         return remaining_steps(self.machine, self._observer.require_kernel.order, last)
 
     async def _observe_kernel(self) -> Observed:
-        return await self._observer.observe_kernel(self.config.deadlines.activate)
-
-    def _current_config(self) -> Config:
-        return self.config
+        return await self._observer.observe_kernel(self.settings.current.deadlines.activate)
 
     def _current_attempt(self) -> Attempt:
         """The attempt under way; made where there is none yet (a start, a first step)."""
@@ -785,7 +779,7 @@ class Engine:
             self._kexec,
             self._workers,
             self._store,
-            self._current_config,
+            self.settings,
             barrier,
             everyone=everyone,
             joined=self._watch_devices,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from khod import model, preflight
-from khod.config import Config
+from khod.config import Settings
 from khod.engine import status
 from khod.engine.observer import Observer
 from khod.engine.plan import plan_steps
@@ -56,7 +56,7 @@ def new_run() -> str:
 class Queries:
     """The read-only side of khod. `busy` tells whether an operation is under way; `started` when the start is over.
 
-    `config` and `inhibitors` give what counts now.
+    `inhibitors` gives what counts now.
 
     One class of this size: one method for each question of the interface, and what several of them look at.
     """
@@ -72,7 +72,7 @@ class Queries:
         kexec: Kexec,
         workers: Workers,
         *,
-        config: Callable[[], Config],
+        settings: Settings,
         inhibitors: Callable[[], Inhibitors | None],
         busy: asyncio.Lock,
         known: asyncio.Event,
@@ -86,7 +86,7 @@ class Queries:
         self._store = store
         self._kexec = kexec
         self._workers = workers
-        self._config = config
+        self._settings = settings
         self._inhibitors = inhibitors
         self._busy = busy
         self._known = known
@@ -102,7 +102,7 @@ class Queries:
         deadlines.observe: reading `active` blocks while the kernel serializes. While the host is on its way
         into the next kernel nobody is asked: systemd stops khod then, and whoever asked would get no answer.
         """
-        deadline = self._config().deadlines.observe
+        deadline = self._settings.current.deadlines.observe
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline):
                 await self._known.wait()
@@ -163,7 +163,7 @@ class Queries:
     async def plan(self, request: Request) -> Plan:
         """Tell what a handover would do, and what its checks say, without touching anything."""
         async with self._inspect_target(request) as (target, checks):
-            everyone, deadlines = self._registry.all_producers(), self._config().deadlines
+            everyone, deadlines = self._registry.all_producers(), self._settings.current.deadlines
             machine = self._transaction.machine if self._transaction.phase in HELD else Machine()
             steps = plan_steps(machine, self._observer.require_kernel, everyone, deadlines, request, target)
             words = target.words if target else []
@@ -211,7 +211,7 @@ class Queries:
                 else lambda: kernel.outgoing_tree() if kernel.is_active() is not False else None
             )
             try:
-                deadline = self._config().deadlines.activate
+                deadline = self._settings.current.deadlines.activate
                 found = await self._workers.kernel.call_within(read, "reading the tree", deadline)
             except OSError as error:
                 raise Failed(f"The tree cannot be read: {error}", where=str(error.filename)) from error
@@ -240,7 +240,7 @@ class Queries:
 
         `now` is for a jump that stops nothing.
         """
-        deadline = self._config().deadlines.activate
+        deadline = self._settings.current.deadlines.activate
         if target is None:
             await self._find_sessions()
         current = self._transaction.current_record()
@@ -252,13 +252,15 @@ class Queries:
             self._kexec,
             observed,
             self._store,
-            self._config(),
+            self._settings.current,
             self._transaction.record,
             foreign,
             self._registry.all_producers,
             None if target or ask is None else await ask(),
             target,
-            outgoing=await self._outgoing_tree(observed) if target or self._config().producers.require_kernel else None,
+            outgoing=await self._outgoing_tree(observed)
+            if target or self._settings.current.producers.require_kernel
+            else None,
             unknown_sessions=self.unknown_sessions,
             absent=self.absent_producers,
             sighted=self.sighted,
@@ -268,7 +270,7 @@ class Queries:
 
     async def build_target(self, request: Request, observed: Observed, run: str) -> Target:
         """Take the images into memory and look at them: slow, so long before anyone is frozen. It may be called off."""
-        bounds = self._config().images
+        bounds = self._settings.current.images
         return await self._workers.files.call_within(
             lambda: build_target(request, observed.cmdline, run, bounds), "reading the image", None, late=Target.close
         )
@@ -278,7 +280,7 @@ class Queries:
         calls, own, deadline = (
             self._kexec.calls,
             lambda: self._sessions.session_names,
-            self._config().deadlines.activate,
+            self._settings.current.deadlines.activate,
         )
         try:
             found = await self._workers.queries.call_within(
@@ -304,19 +306,19 @@ class Queries:
         if kernel is None or observed.active is False:
             return None
         try:
-            deadline = self._config().deadlines.observe
+            deadline = self._settings.current.deadlines.observe
             return await self._workers.kernel.call_within(kernel.outgoing_tree, "reading the tree", deadline)
         except (KhoError, OSError):
             return None
 
     async def _ask_kernel(self, function: Callable[[], T], what: str) -> T:
-        return await self._workers.queries.call_within(function, what, self._config().deadlines.activate)
+        return await self._workers.queries.call_within(function, what, self._settings.current.deadlines.activate)
 
     @asynccontextmanager
     async def _inspect_target(self, request: Request) -> AsyncIterator[tuple[Target | None, list[Check]]]:
         """The next kernel that is asked about, for as long as it is looked at, and every check there is."""
         await self._started.wait()
-        observed = await self._observer.observe_kernel(self._config().deadlines.activate)
+        observed = await self._observer.observe_kernel(self._settings.current.deadlines.activate)
         run = self._transaction.record.run or new_run()
         target, unusable = None, []
         if request.kernel:

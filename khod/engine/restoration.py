@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 
-from khod.config import Config
+from khod.config import Settings
 from khod.engine.transaction import Transaction
 from khod.errors import Failed, KhoError, Refused
 from khod.handover import verify
@@ -37,7 +37,7 @@ class Restoration:
         store: Store,
         kexec: Kexec,
         workers: Workers,
-        config: Callable[[], Config],
+        settings: Settings,
         *,
         busy: asyncio.Lock,
         spawn: Callable[[Coroutine[None, None, None]], None],
@@ -47,7 +47,7 @@ class Restoration:
         self._store = store
         self._kexec = kexec
         self._workers = workers
-        self._config = config
+        self._settings = settings
         self._busy = busy
         self._spawn = spawn
         self._barrier: Barrier | None = None
@@ -106,7 +106,7 @@ class Restoration:
 
     async def _compare_trees(self, kernel: KhoKernel | None) -> Verdict:
         """Compare the tree that arrived with the one that left; what cannot be read is a finding."""
-        record, deadline = self._transaction.record, self._config().deadlines.activate
+        record, deadline = self._transaction.record, self._settings.current.deadlines.activate
         try:
             snapshot = await self._workers.disk.call_within(
                 lambda: self._store.snapshots.read_tree(record.arrived_run), "reading the snapshot", deadline
@@ -128,7 +128,7 @@ class Restoration:
         held: list[session_holders.HeldSession] = []
         if record.sessions:
             with suppress(KhoError, OSError):
-                deadline = self._config().deadlines.activate
+                deadline = self._settings.current.deadlines.activate
                 held, _ = await self._workers.queries.call_within(
                     lambda: session_holders.scan_processes(calls), "looking for LUO sessions", deadline
                 )
@@ -140,7 +140,7 @@ class Restoration:
         async with self._busy:
             began = time.monotonic()
             try:
-                verdict = await self._bring_back(barrier, verdict, self._config().deadlines.restore)
+                verdict = await self._bring_back(barrier, verdict, self._settings.current.deadlines.restore)
                 self._transaction.note_timing("restore", began)
                 verdict = await self._count_sessions(verdict)
             except Exception as error:  # noqa: BLE001 - or this boot would be verified for ever
@@ -172,7 +172,7 @@ class Restoration:
         """Tell a producer again to take back what it left, at rest and with nothing else under way."""
         changed, run = self._transaction.on_member_changed, self._transaction.record.arrived_run
         barrier = self._registry.resume_barrier(run, changed, [holder], None, restoring=True)
-        await self._bring_back_later(barrier, self._config().deadlines.restore)
+        await self._bring_back_later(barrier, self._settings.current.deadlines.restore)
         if any(claim.name == holder.name for claim in self._transaction.record.claims):
             (member,) = [member for member in barrier.members if member.producer.name == holder.name]
             raise Refused(
@@ -219,7 +219,7 @@ class Restoration:
         """Count the blackout up to now; without the kernel's uptime the wall clock is taken for right."""
         uptime: float | None = None
         with suppress(KhoError, OSError):
-            deadline = self._config().deadlines.observe
+            deadline = self._settings.current.deadlines.observe
             uptime = await self._workers.queries.call_within(
                 self._kexec.uptime, "asking how long the host is up", deadline
             )

@@ -2,10 +2,9 @@
 """The first thing a khod does: compare its record with the kernel, and know who may come back."""
 
 import asyncio
-from collections.abc import Callable
 from contextlib import suppress
 
-from khod.config import Config
+from khod.config import Settings
 from khod.engine.observer import Observer
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError, RecordError
@@ -33,7 +32,7 @@ class Startup:
         store: Store,
         kexec: Kexec,
         workers: Workers,
-        config: Callable[[], Config],
+        settings: Settings,
     ) -> None:
         self._transaction = transaction
         self._observer = observer
@@ -41,7 +40,7 @@ class Startup:
         self._store = store
         self._kexec = kexec
         self._workers = workers
-        self._config = config
+        self._settings = settings
 
     async def find_out(self) -> tuple[Found, Observed, str]:
         """Put the transaction where the host stands; what was found, what the kernel says, and what to tell of it."""
@@ -50,7 +49,7 @@ class Startup:
             reconcile.provisional_state(record), record if isinstance(record, Record) else Record()
         )
         observed = await self._observe_kernel(record)
-        found = reconcile.reconcile_record(record, observed, self._config().policy.after_daemon_died)
+        found = reconcile.reconcile_record(record, observed, self._settings.current.policy.after_daemon_died)
         note = ""
         if (departed := await self._read_departure(record, observed)) is not None:
             note = f"The copy that left with the jump stands in for the record: {found.reason}"
@@ -68,7 +67,7 @@ class Startup:
 
     async def _read_record(self) -> Record | RecordError | None:
         try:
-            deadline = self._config().deadlines.activate
+            deadline = self._settings.current.deadlines.activate
             return await self._workers.disk.call_within(self._store.read, "reading the record", deadline)
         except RecordError as error:
             return error
@@ -77,7 +76,7 @@ class Startup:
 
     async def _observe_kernel(self, record: Record | RecordError | None) -> Observed:
         """Ask the kernel; where it does not answer, take it to be where the record has it: then an undo may begin."""
-        while (observed := await self._observer.try_observe(self._config().deadlines.activate)) is None:
+        while (observed := await self._observer.try_observe(self._settings.current.deadlines.activate)) is None:
             if isinstance(record, Record) and record.done and await self._boot_id() in ("", record.boot_id):
                 self._transaction.emit_event("the kernel does not say how it stands: the record is taken for it")
                 loaded = Step.load in record.done
@@ -90,7 +89,7 @@ class Startup:
     async def _boot_id(self) -> str:
         """This boot's id, "" where it cannot be read."""
         with suppress(KhoError, OSError):
-            deadline = self._config().deadlines.observe
+            deadline = self._settings.current.deadlines.observe
             return await self._workers.files.call_within(self._kexec.boot_id, "reading the boot id", deadline)
         return ""
 
@@ -98,7 +97,7 @@ class Startup:
         """The copy that left with the jump into this boot, where the record itself cannot be read or is gone."""
         if isinstance(record, Record):
             return None
-        deadline = self._config().deadlines.activate
+        deadline = self._settings.current.deadlines.activate
         with suppress(KhoError):
             departed = await self._workers.disk.call_within(self._store.read_departure, "reading the record", deadline)
             if departed is None or departed.boot_id == observed.boot_id:

@@ -176,7 +176,7 @@ def observe_kernel(kexec: Kexec, kernel: KhoKernel | None) -> Observed:
         cmdline=kexec.cmdline(),
         active=None if kernel is None else kernel.is_active(),
         loaded=kexec.is_loaded(),
-        arrived=kernel is not None and kernel.arrived_tree() is not None,
+        arrived=kernel is not None and kernel.has_arrived(),
     )
 
 

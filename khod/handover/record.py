@@ -184,7 +184,8 @@ def decode_record(raw: bytes, where: str = "") -> Record:
             )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")
-        return _add_findings(wire.decode_value(Record, values, may_lack=ADDED_FIELDS))
+        record = wire.decode_value(Record, values, may_lack=ADDED_FIELDS)
+        return _add_findings(record) if "findings" not in (values["verdict"] or ["findings"]) else record
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error}", where=where, remedy=remedy) from None
 
@@ -196,7 +197,7 @@ def _add_findings(record: Record) -> Record:
     them takes its own finding away when it has its state again.
     """
     verdict = record.verdict
-    if verdict is None or not verdict.reason or verdict.findings:
+    if verdict is None or not verdict.reason:
         return record
     waiting = {holder.name for holder in record.claims or record.producers}
     if verdict.missing and not verdict.changed and waiting.issuperset(verdict.missing):

@@ -62,7 +62,7 @@ class Blocks:
     """An lz4 frame's blocks, of which all but the last stand for 8 MiB and each for itself; best read front to back."""
 
     def __init__(self, data: memoryview, spans: list[tuple[int, int]], where: str) -> None:
-        """`spans` as `compressed.lz4_blocks` finds them, at least one; Refused where the last is damaged."""
+        """`spans` as `compressed.find_lz4_blocks` finds them, at least one; Refused where the last is damaged."""
         self._data, self._spans, self._where = data, spans, where
         self._room = bytearray(compressed.LZ4_BLOCK_BYTES)
         self._last = bytes(self._unpack_block(len(spans) - 1))  # kept: a vmlinux ends in the table of its sections

@@ -43,8 +43,11 @@ class Stateless:
         # and what is compared after the jump are the blobs.
         return self._read_tree("out")
 
+    def has_arrived(self) -> bool:
+        return self._calls.path_exists(f"{KHO}/in/fdt")
+
     def arrived_tree(self) -> Tree | None:
-        return self._read_tree("in") if self._calls.path_exists(f"{KHO}/in/fdt") else None
+        return self._read_tree("in") if self.has_arrived() else None
 
     def scratch_regions(self) -> list[Region]:
         name = scratch_name(self._calls)

@@ -63,7 +63,7 @@ def parse_record(raw: bytes) -> LogRecord | None:
 
 
 def records_since(log: Log) -> list[LogRecord]:
-    """Read what was logged since `log` was opened, at most MOST_RECORDS; raises OSError where it cannot be read.
+    """Read what was logged since `log` was opened, at most MAX_RECORDS; raises OSError where it cannot be read.
 
     A line that the kernel wrote without a newline shows only when another follows it, and v3's one line about a
     failed activation is such a line: write something to the log first.

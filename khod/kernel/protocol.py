@@ -58,6 +58,9 @@ class KhoKernel(Protocol):
         Never while another thread leaves the active phase: v3 deadlocks.
         """
 
+    def has_arrived(self) -> bool:
+        """Tell whether the previous kernel handed anything over, without reading it."""
+
     def arrived_tree(self) -> Tree | None:
         """Read the state the previous kernel handed over; None where nothing came."""
 

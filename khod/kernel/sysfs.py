@@ -42,8 +42,11 @@ class SysfsKho:
         fdt.check_fdt(root, f"{KHO}/dt")
         return Tree(root)
 
+    def has_arrived(self) -> bool:
+        return self._calls.path_exists(IN_DT)
+
     def arrived_tree(self) -> Tree | None:
-        return Tree(self._calls.read_file(IN_DT)) if self._calls.path_exists(IN_DT) else None
+        return Tree(self._calls.read_file(IN_DT)) if self.has_arrived() else None
 
     def scratch_regions(self) -> list[Region]:
         return pair_regions(self._calls.read_file(f"{KHO}/scratch_phys"), self._calls.read_file(f"{KHO}/scratch_len"))

@@ -99,16 +99,16 @@ class Participant(Ordered, Protocol):
         """Whether it can be told something now; one that must first come back holds up nobody else's undo."""
 
     async def make_way(self, note: str) -> None:
-        """Make way: the host goes down into the next kernel, and nothing is undone any more. `note` as in Telling."""
+        """Make way: the host goes into the next kernel, and nothing is undone any more. `note` as in ProducerCall."""
 
     async def wait_returned(self) -> None:
-        """Return when it can be told more, after a restart of khod; Veto where it cannot any more."""
+        """Return when it can be told more, after a restart of khod; ParticipantVeto where it cannot any more."""
 
     def to_record(self) -> ProducerRecord:
         """What the record says of it, besides what it was told."""
 
     async def carry_out(self, telling: ProducerCall) -> str | None:
-        """Carry a verb out; returns when it is done, raises Veto with the reason otherwise.
+        """Carry a verb out; returns when it is done, raises ParticipantVeto with the reason otherwise.
 
         Returns GONE where an undo has found nobody to tell.
 

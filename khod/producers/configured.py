@@ -56,15 +56,15 @@ class Configured:
         return True
 
     async def carry_out(self, telling: ProducerCall) -> str | None:
-        """Carry a verb out: it ends in success or in Veto, and within CUT_SECONDS once it is cancelled."""
+        """Carry a verb out: it ends in success or in ParticipantVeto, and within CUT_SECONDS once it is cancelled."""
         return await _veto_on_failure(self._carry_out(telling))
 
     async def make_way(self, note: str) -> None:
-        """Make way, or raise Veto."""
+        """Make way, or raise ParticipantVeto."""
         await _veto_on_failure(self._make_way(note))
 
     async def _carry_out(self, telling: ProducerCall) -> str | None:
-        """What `carry_out` does for this kind; whatever it raises is a Veto. What it returns is shown as the answer."""
+        """Do what `carry_out` promises, and return what is shown as the answer; whatever it raises is a veto."""
         raise NotImplementedError
 
     async def _make_way(self, note: str) -> None:
@@ -115,7 +115,7 @@ def describe_error(error: Exception) -> str:
 
 
 async def _veto_on_failure(work: Awaitable[T]) -> T:
-    """Wait for `work`; whatever it fails with becomes a Veto."""
+    """Wait for `work`; whatever it fails with becomes a ParticipantVeto."""
     try:
         return await work
     except (ParticipantVeto, KhoError):

@@ -45,7 +45,7 @@ class Hook(Configured):
         ]
 
     async def _carry_out(self, telling: ProducerCall) -> None:
-        """Run the verb's command; Veto where it does not start or does not exit with 0."""
+        """Run the verb's command; ParticipantVeto where it does not start or does not exit with 0."""
         argv = self.commands.get(telling.verb.value)
         if argv is None:
             return

@@ -92,7 +92,7 @@ class _Note:
 
     @classmethod
     def parse_note(cls, text: str) -> "_Note":
-        """Read what `str` made; Veto where it is anything else."""
+        """Read what `str` made; ParticipantVeto where it is anything else."""
         try:
             reached, state, pid, started, *path = text.split(" ", 4)
             return cls(_Reached(reached), state, Process(int(pid), int(started)), *path)
@@ -149,7 +149,7 @@ class Qemu(Configured):
     async def _continue_guest(self, telling: ProducerCall) -> str | None:
         """Continue what was going.
 
-        Where QEMU cannot be asked: success if its process is gone or was never asked to pause, Veto
+        Where QEMU cannot be asked: success if its process is gone or was never asked to pause, ParticipantVeto
         otherwise. QMP is the only one to know whether a VM is paused: its threads sleep in either case. Without a
         record a VM that is paused is continued, and GONE where nobody listens at its socket.
         """
@@ -176,7 +176,7 @@ class Qemu(Configured):
 
 @dataclass(frozen=True)
 class _Monitor:
-    """A QMP session, and whose it is. Whatever is wrong with an answer is a Veto."""
+    """A QMP session, and whose it is. Whatever is wrong with an answer is a ParticipantVeto."""
 
     client: "QMPClient"
     connection: socket.socket
@@ -198,7 +198,7 @@ class _Monitor:
         return one_line(state)
 
     async def go_on(self) -> None:
-        """Continue it where it is paused; Veto where it does not run then."""
+        """Continue it where it is paused; ParticipantVeto where it does not run then."""
         if (state := await self.run_state()) == PAUSED_STATE:
             await self.execute_command("cont")
             state = await self.run_state()

@@ -112,7 +112,7 @@ class Unit(Configured):
         return f"{OURS} {self.how} {self.unit} {self.group}"
 
     def _as_prepared(self, note: str) -> "Unit | None":
-        """Give the unit of a note; None where it is not ours and is left alone, Veto where that cannot be told.
+        """Give the unit of a note; None where it is not ours and is left alone, ParticipantVeto where that is unknown.
 
         Where nothing is recorded it may be ours: whether it is frozen is systemd's to say.
         """
@@ -290,7 +290,7 @@ def check_unit(unit: str) -> None:
 
 
 def require_state(state: UnitState, unit: str) -> str:
-    """OURS for a unit that runs, a word for one to be left as it is; Veto for what is neither."""
+    """OURS for a unit that runs, a word for one to be left as it is; ParticipantVeto for what is neither."""
     if state.load in ("not-found", "bad-setting", "error"):
         raise ParticipantVeto(f"{unit} cannot be loaded: systemd says {state.load}")
     if state.active in INACTIVE:

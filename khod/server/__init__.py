@@ -18,7 +18,7 @@ from khod.server.handover import Service
 from khod.server.listener import Listener
 from khod.server.producers import Producers
 
-__all__ = ["Listener", "Producers", "Service", "connections", "registry"]
+__all__ = ["Listener", "Producers", "Service", "build_clients", "build_registry"]
 
 
 def build_registry(service: Service, producers: Producers) -> VarlinkInterfaceRegistry:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Trees as files: a blob, or a directory of them as khod keeps it or as debugfs has it. Bounded, whatever is there."""
 
+import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +17,9 @@ MAX_BLOBS = 1000
 """Blobs of a directory."""
 LAYOUTS = (("root", "blobs"), ("fdt", "sub_fdts"))
 """A directory's root blob and the directory of the others: khod's snapshots, copies of /sys/kernel/debug/kho/out."""
+
+NAMES = "names.json"
+"""Of a snapshot, see `khod.handover.snapshot_directory`."""
 
 
 class SupportsRead(Protocol):
@@ -50,8 +55,18 @@ def _load_directory(path: Path) -> dict[str, bytes]:
             names = sorted((path / blobs).iterdir()) if (path / blobs).is_dir() else []
             if len(names) > MAX_BLOBS:
                 raise UsageError(f"There are more than {MAX_BLOBS} blobs", where=str(path / blobs))
-            return {"": _load_file(path / root)} | {name.name: _load_file(name) for name in names}
+            shown = _read_names(path)
+            return {"": _load_file(path / root)} | {shown.get(file.name, file.name): _load_file(file) for file in names}
     raise UsageError("This directory is not a tree: it has neither `root` nor `fdt`", where=str(path))
+
+
+def _read_names(path: Path) -> dict[str, str]:
+    """The names of the blobs that no file can have, by the file that a snapshot has for each."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(_load_file(path / NAMES))
+        if isinstance(found, dict):
+            return {file: name for file, name in found.items() if isinstance(name, str)}
+    return {}
 
 
 def _load_file(path: Path) -> bytes:

@@ -99,7 +99,7 @@ def _write_value(raw: memoryview) -> str:
 def dtc_options(tree: Fdt, where: str = "") -> tuple[str, ...]:
     """Give the options dtc needs besides -I and -O: what stands in no source, and checks to be overruled.
 
-    Raises UsageError, whose `where` is the given one, where there are more than MOST_NAMES names of properties.
+    Raises UsageError, whose `where` is the given one, where there are more than MAX_NAMES names of properties.
     """
     nodes = [node for _path, node in tree.root.walk()]
     keys = {key for node in nodes for key in node.properties}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from khod.abi.calls import KMSG
-from khod.config import Config
+from khod.config import Settings
 from khod.engine import Engine
 from khod.engine.guard import Guard
 from khod.handover.record import Store
@@ -90,7 +90,7 @@ async def _one() -> float:
             kexec,
             lambda: probe_kho(kernel),
             store,
-            Config(),
+            Settings(),
             producers=list,
             sessions=Sessions(Luo(kernel), thread, ServiceManager()),
             guard=Guard,

@@ -23,7 +23,7 @@ import khod.producers.sessions
 import khod.systemd.shutdown
 import khod.wire
 from khod.abi.statx import Statx
-from khod.config import Config, Images
+from khod.config import Config, Images, Settings
 from khod.engine import Engine
 from khod.engine.guard import Seen
 from khod.errors import KhoError
@@ -238,7 +238,7 @@ class Khod:
             passed=scene.systemd.pass_to(self.process),
             memory=lambda: MemoryBounds(1 << 40, 1 << 40),
         )
-        jump = shutdown.make_immediate(kexec, workers.kernel, lambda: self.engine.config.deadlines.execute)
+        jump = shutdown.make_immediate(kexec, workers.kernel, lambda: self.engine.settings.current.deadlines.execute)
 
         async def orderly() -> None:
             await shutdown.start_orderly(sessions=sessions.holds_any)
@@ -251,7 +251,7 @@ class Khod:
             kexec,
             prober,
             Store(scene.disk.directory),
-            scene.config,
+            Settings(scene.config),
             producers=self._producers,
             sessions=sessions,
             guard=self._made_guard,
@@ -380,7 +380,7 @@ class Khod:
 
     def reload(self, config: Config) -> None:
         """systemctl reload."""
-        self.engine.config = config
+        self.engine.settings.current = config
 
     def release_hung(self) -> None:
         """Let whatever hangs for ever come back."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from khod.config import Config
+from khod.config import Config, Settings
 from khod.engine import Engine
 from khod.engine.guard import Seen, Uevent, Watch
 from khod.errors import ConfigError
@@ -234,7 +234,7 @@ class Host:
             kexec,
             self.prober,
             self.store,
-            self.config,
+            Settings(self.config),
             producers=self.producers,
             sessions=Sessions(Luo(self.kernel), thread, self.fdstore, passed=self.fdstore.passed()),
             guard=self.guard.made,

@@ -117,7 +117,7 @@ async def served(host: Host) -> AsyncIterator[tuple[Engine, Callable[[], socket.
     path, sock = str(host.directory / "socket"), socket.socket(socket.AF_UNIX)
     sock.bind(path)
     made = server.build_registry(server.Service(engine), server.Producers(engine))
-    listening = server.Listener(sock, server.build_clients(made, lambda: engine.config.access))
+    listening = server.Listener(sock, server.build_clients(made, lambda: engine.settings.current.access))
     await engine.start()
     clients: list[socket.socket] = []
 
@@ -182,10 +182,10 @@ async def test_a_reload_takes_rights_from_the_connections_that_are_there(
         assert "error" not in await ask(operator, f"{INTERFACE}.Abort")
         if name_service == "hangs":
             nss.answers.clear()
-            engine.config = replace(engine.config, access=Access("kho", ""))
+            engine.settings.current = replace(engine.settings.current, access=Access("kho", ""))
             assert "error" not in await ask(operator, f"{INTERFACE}.Activate")
             assert "error" not in await ask(operator, f"{INTERFACE}.Abort")
-        engine.config = replace(engine.config, access=Access("", ""))
+        engine.settings.current = replace(engine.settings.current, access=Access("", ""))
         refused = await ask(operator, f"{INTERFACE}.Activate")
         nss.answers.set()
         assert refused["error"] == f"{INTERFACE}.Refused"

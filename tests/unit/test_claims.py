@@ -88,13 +88,13 @@ async def force_abort(host: LuoHost, engine: Engine) -> None:
 
 async def roll_another_back(host: LuoHost, engine: Engine) -> None:
     """A new handover that the configuration lets begin, to the end that it is called off."""
-    engine.config = replace(engine.config, checks=Checks(claims="warn"))
+    engine.settings.current = replace(engine.settings.current, checks=Checks(claims="warn"))
     await host.kexec(engine, load_only=True)
     await engine.abort()
 
 
 async def fail_another(host: LuoHost, engine: Engine) -> None:
-    engine.config = replace(engine.config, checks=Checks(claims="warn"))
+    engine.settings.current = replace(engine.settings.current, checks=Checks(claims="warn"))
     Scripted(host, "no", prepare=raises(OSError(errno.EIO, "Input/output error", "disk")))
     with pytest.raises(Refused):
         await engine.activate()
@@ -103,7 +103,7 @@ async def fail_another(host: LuoHost, engine: Engine) -> None:
 
 async def die_in_another(host: LuoHost, engine: Engine) -> None:
     """khod is killed in the middle of it."""
-    engine.config = replace(engine.config, checks=Checks(claims="warn"))
+    engine.settings.current = replace(engine.settings.current, checks=Checks(claims="warn"))
     await engine.activate()
     with pytest.raises(Failed):
         await host.engine().start()
@@ -117,7 +117,7 @@ async def rehearse(host: LuoHost, engine: Engine) -> None:
 
 
 async def reload(_host: LuoHost, engine: Engine) -> None:
-    engine.config = Config(deadlines=Deadlines(restore=1.0), checks=Checks(claims="off"))
+    engine.settings.current = Config(deadlines=Deadlines(restore=1.0), checks=Checks(claims="off"))
 
 
 async def forget_another(_host: LuoHost, engine: Engine) -> None:
@@ -162,7 +162,7 @@ async def test_what_waits_is_still_its_producer_s_whatever_is_done_meanwhile(
 
 async def test_who_comes_while_a_handover_is_under_way_is_given_its_own_when_that_is_over(host: LuoHost) -> None:
     engine = await degraded(host)
-    engine.config = replace(engine.config, checks=Checks(claims="warn"))
+    engine.settings.current = replace(engine.settings.current, checks=Checks(claims="warn"))
     await engine.activate()
     async with holding(engine) as holder:
         await host.kexec(engine, load_only=True)

@@ -90,7 +90,7 @@ async def test_one_that_lives_and_does_not_come_back_is_not_undone(
 ) -> None:
     process = start()
     engine = await frozen(host, process.identity)
-    began, bound = now(), bound_seconds(engine.config.deadlines, engine.registry.all_producers())
+    began, bound = now(), bound_seconds(engine.settings.current.deadlines, engine.registry.all_producers())
     await rests(host, engine, Phase.failed, Phase.idle)
     assert engine.machine.phase is Phase.failed
     assert now() - began <= bound
@@ -172,7 +172,7 @@ async def test_one_that_hangs_up_at_its_thaw_is_waited_for_until_it_has_ended(
         return
     with pytest.raises(NotRolledBack, match=f"process {process.identity.pid} is frozen, alive and not connected"):
         await aborting
-    assert now() - began <= bound_seconds(engine.config.deadlines, engine.registry.all_producers())
+    assert now() - began <= bound_seconds(engine.settings.current.deadlines, engine.registry.all_producers())
     assert host.verbs[-2:] == ["a thaw", "a cancel"]
 
 

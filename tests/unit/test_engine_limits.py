@@ -300,7 +300,7 @@ async def test_a_kernel_that_outlasts_the_deadline_is_put_back_when_it_comes_bac
     finally:
         host.kernel.gate.set()
     host.config = Config()
-    engine.config = host.config
+    engine.settings.current = host.config
     await engine.abort()
     status = await engine.queries.status()
     assert (status.phase, status.kernel_active) == (Phase.idle, False)

@@ -82,7 +82,7 @@ async def test_the_producers_that_were_frozen_are_thawed_whatever_the_configurat
     engine = await host.started()
     await engine.activate()
     host.hooks = [Hook("b", commands={"thaw": ["/bin/false"], "cancel": ["/bin/false"]})]
-    engine.config = Config(policy=Policy(after_daemon_died="resume"))
+    engine.settings.current = Config(policy=Policy(after_daemon_died="resume"))
     await engine.abort()
     assert host.verbs == UNDONE
 

@@ -97,7 +97,7 @@ async def test_status_does_not_wait_for_a_systemd_that_is_slow(host: Site, monke
     engine = await host.started()
     assert await result(engine, now=False)
     host.config = Config(deadlines=Deadlines(observe=0.05))
-    engine.config = host.config
+    engine.settings.current = host.config
     answers = threading.Event()
 
     def slow(*arguments: object) -> SightedSessions:
