@@ -57,15 +57,19 @@ class Bus:
         """Results that JobRemoved has told, by the job's path."""
 
     async def authenticate(self) -> None:
-        """Authenticate as this process's user."""
+        """Authenticate as this process's user.
+
+        BEGIN goes with the request, as sd-bus does it. Seen with systemd 262 under load: where it comes together
+        with the first call, PID 1 reads both at once and takes the call up when more arrives, which is never.
+        """
         authenticator = Authenticator()
         try:
             for line in authenticator:
-                await self._write_bytes(line)
+                if line:
+                    await self._write_bytes(line + BEGIN)
                 authenticator.feed(await self._read_bytes())
         except AuthenticationError as error:
             raise BusError(f"{self._peer} does not let khod in: {one_line(str(error))}") from None
-        await self._write_bytes(BEGIN)
 
     async def call_method(self, whom: tuple[str, str, str], method: str, signature: str = "", *body: object) -> Message:
         """Call a method and wait for its answer; BusError where that is an error."""

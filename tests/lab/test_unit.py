@@ -147,6 +147,13 @@ def test_a_service_is_stopped_and_started(host: Host) -> None:
     assert shown(host, "rest.service", "MainPID") != before
 
 
+def test_a_busy_systemd_answers_everybody(host: Host) -> None:
+    """It takes up each call of a connection, however late it comes to it."""
+    busy = "end=$(($(date +%s) + 20)); while [ $(date +%s) -lt $end ]; do systemctl daemon-reload; done"
+    host.shell(f"systemd-run --unit=busy sh -c '{busy}'")
+    assert told(host, "idle.service", *(["prepare"] * 150)) == [["ready", "inactive"]] * 150
+
+
 @pytest.mark.parametrize("how", ["freeze", "stop"])
 def test_what_is_at_rest_is_left_as_it_is(host: Host, how: str) -> None:
     verbs = ("prepare", "freeze", "thaw")
