@@ -48,8 +48,8 @@ class NextKernelOptions:
     ] = None
 
     def select_given(self, names: Iterable[str]) -> dict[str, Any]:
-        """Those of these options that are given, with their values; one that is empty or off is not."""
-        return {name: value for name in names if (value := getattr(self, name))}
+        """Those of these options that are given, with their values: an empty text is one, a flag that is off is not."""
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, False, [])}
 
 
 NAMES = tuple(field.name for field in fields(NextKernelOptions))

@@ -90,10 +90,11 @@ def _resolve_source(options: NextKernelOptions) -> tuple[str, list[str], str | N
     given = options.initrd or []
     from khoctl.boot import sources  # noqa: PLC0415 - only a kernel's name needs it
 
-    if options.image:
+    if options.image is not None:
         _print_note(sources.image_note(options.image))
         return options.image, given, None
-    found = sources.source_of_version(options.kernel) if options.kernel else sources.source_of_entry(options.entry)
+    version, entry = options.kernel, options.entry
+    found = sources.source_of_entry(entry) if version is None else sources.source_of_version(version)
     _print_note(found.note)
     return str(found.kernel), [*map(str, found.initrds), *given], found.cmdline
 

@@ -47,7 +47,7 @@ from khod.producers.registrations import Registrations
 from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions, session_of
 from khod.systemd.shutdown import Executor, Shutdown
-from khod.target.target import Request, Target
+from khod.target.target import Request, Target, take_target
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
@@ -737,7 +737,9 @@ class Engine:
             )
         observed = self._observer.last
         assert observed is not None, "the kernel was asked before"
-        return await self._interruptible(self.queries.build_target(request, observed, run))
+        return await self._interruptible(
+            take_target(self._workers.files, request, observed.cmdline, run, self.settings.current.images)
+        )
 
     async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
         return await self._transaction.wait_interruptibly(work)

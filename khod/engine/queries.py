@@ -34,7 +34,7 @@ from khod.producers.session_holders import SightedSessions, find_sessions
 from khod.producers.sessions import Sessions, session_of
 from khod.region import Region
 from khod.systemd.logind import Inhibitor
-from khod.target.target import Request, Target, build_target
+from khod.target.target import Request, Target, take_target
 
 T = TypeVar("T")
 NAMED = {"out": "outgoing tree", "in": "incoming tree", "snapshot": "snapshot"}
@@ -268,13 +268,6 @@ class Queries:
         )
         return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
 
-    async def build_target(self, request: Request, observed: Observed, run: str) -> Target:
-        """Take the images into memory and look at them: slow, so long before anyone is frozen. It may be called off."""
-        bounds = self._settings.current.images
-        return await self._workers.files.call_within(
-            lambda: build_target(request, observed.cmdline, run, bounds), "reading the image", None, late=Target.close
-        )
-
     async def _find_sessions(self) -> SightedSessions:
         """Look for LUO sessions of other processes."""
         calls, own, deadline = (
@@ -323,7 +316,8 @@ class Queries:
         target, unusable = None, []
         if request.kernel:
             try:
-                target = await self.build_target(request, observed, run)
+                bounds = self._settings.current.images
+                target = await take_target(self._workers.files, request, observed.cmdline, run, bounds)
             except Refused as error:  # an empty file, one too large: no reason to be silent about all the rest
                 unusable = [
                     preflight.unusable_check("image" if error.where == request.kernel.name else "initrd", error)

@@ -4,6 +4,7 @@
 import platform
 from dataclasses import dataclass, field
 
+from khod.concurrency.worker import Worker
 from khod.config import Images
 from khod.errors import KhoError
 from khod.images import initrd, sealed
@@ -76,6 +77,13 @@ class Target:
             self.kernel.close()
         if self.initrd is not None and (self.apart is None or self.initrd is not self.apart.initrd):
             self.initrd.close()
+
+
+async def take_target(worker: Worker, request: Request, running: str, run: str, bounds: Images) -> Target:
+    """Have a worker build the target: slow, so long before anyone is frozen. It may be called off."""
+    return await worker.call_within(
+        lambda: build_target(request, running, run, bounds), "reading the image", None, late=Target.close
+    )
 
 
 def build_target(request: Request, running: str, run: str, bounds: Images, machine: str = platform.machine()) -> Target:

@@ -21,6 +21,7 @@ import khod.preflight.holders
 import khod.producers.peers
 import khod.producers.sessions
 import khod.systemd.shutdown
+import khod.target.target
 import khod.wire
 from khod.abi.statx import Statx
 from khod.config import Config, Images, Settings
@@ -80,7 +81,7 @@ def about(kind: str) -> KernelImageInfo:
 def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
     """What khod's modules find instead of what needs a real host; `khod_of` gives the one that runs."""
     return [
-        (khod.engine.queries, "build_target", lambda *arguments: khod_of()._take(*arguments)),
+        (khod.target.target, "build_target", lambda *arguments: khod_of()._take(*arguments)),
         (khod.systemd.shutdown, "run_command", lambda *argv: khod_of()._systemctl(*argv)),
         (khod.systemd.shutdown, "ask_systemd", lambda question, _seconds: khod_of()._ask_systemd(question)),
         (khod.wire, "get_type_hints", get_type_hints),

@@ -10,7 +10,7 @@ import pytest
 
 from khoctl import profile, request
 from khoctl.next_kernel import NextKernelOptions
-from khod.errors import ConfigError
+from khod.errors import ConfigError, Refused, UsageError
 from tests.unit.khods import REPOSITORY
 
 
@@ -94,3 +94,21 @@ def test_a_command_takes_of_a_profile_what_it_has_options_for(
     monkeypatch.setattr(profile, "load_profile", lambda _name: found)
     with request.open_request(NextKernelOptions(), "next", **dict.fromkeys(options, False)) as made:
         assert made == (flags, ())
+
+
+def test_an_empty_value_on_the_command_line_wins_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / "vmlinuz"
+    image.write_bytes(b"x")
+    (tmp_path / "next.toml").write_text(f'image = "{image}"\ncmdline = "root=/dev/vda"\nappend = "quiet"\n')
+    found = profile.load_profile("next", tmp_path)
+    monkeypatch.setattr(profile, "load_profile", lambda _name: found)
+    with request.open_request(NextKernelOptions(cmdline="", append=""), "next") as (parameters, _):
+        assert (parameters["kernel"]["cmdline"], parameters["kernel"]["append"]) == ("", "")
+
+
+@pytest.mark.parametrize("way", ["image", "entry", "kernel"])
+def test_an_empty_name_of_a_kernel_is_no_other_kernel(way: str) -> None:
+    """Not the default entry, which is what a variable that is not set would come to."""
+    options = NextKernelOptions(**{way: ""})  # type: ignore[arg-type]
+    with pytest.raises((UsageError, Refused)), request.open_request(options, None):
+        pass
