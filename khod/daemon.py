@@ -28,7 +28,7 @@ from khod.kernel.luo import Luo
 from khod.kernel.probe import probe_kho
 from khod.kernel.thread import KernelThread
 from khod.model import Event, Phase
-from khod.producers import hooks
+from khod.producers import children, output
 from khod.producers.directory import Directory
 from khod.producers.registrations import Registrations
 from khod.producers.sessions import Sessions
@@ -113,7 +113,8 @@ class Daemon:
         """Serve until SIGTERM or SIGINT, then put back what is held."""
         loop = asyncio.get_running_loop()
         self._lock_record()
-        hooks.adopt_orphans()
+        children.adopt_orphans()
+        output.start_outlets()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_config)

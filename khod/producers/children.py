@@ -4,7 +4,7 @@
 khod is a child subreaper: whatever a command of its leaves behind becomes khod's child when its parent ends, in
 whatever session and environment it runs. Such an orphan is reaped when it ends. What khod itself waits for is not:
 
-- A command started by `start_command` is known here by its number, and so is a child of asyncio's.
+- A command started by `Children` is known here by its number, and so is a child of asyncio's.
 - Any other child in khod's own session was started by khod. Commands, and all they start, have sessions of their own:
   setsid(2) cannot be undone.
 
@@ -17,25 +17,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from khod.producers.commands import KILL_WAIT_SECONDS, Command
 from khod.producers.identity import process_of, wait_ended
 
-LAUNCHER = "/usr/bin/env"
-"""What khod executes; it executes the command in turn.
-
-A vfork(2) stops the whole of khod until the child has executed something, which takes for ever where the command lies
-on a file system that does not answer. env(1) is in memory; it may then wait as long as it likes.
-"""
-CANNOT_START = (126, 127)
-"""Exit codes of env(1) where the command is there and cannot be executed, and where it is not there."""
-
-KILL_WAIT_SECONDS = 1.0
-"""How long the end of what was sent SIGKILL is waited for: it comes at once, or when the kernel lets go of it."""
 RETRY_SECONDS = 0.1
 """When to look again at a child that has ended and cannot be waited for yet: a debugger has it."""
 
@@ -54,7 +44,8 @@ _adopts = False
 class Child:
     """A command that runs, in a session of its own. Its exit status is taken whenever it ends, waited for or not."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", environment: Mapping[str, str]) -> None:
+        self._marks = {f"{name}={value}".encode() for name, value in environment.items()}
         self.pid = process.pid
         self._process = process
         self._loop = asyncio.get_running_loop()
@@ -76,10 +67,28 @@ class Child:
         """Wait for its end: its exit code, -N where signal N killed it, None where somebody else took its status."""
         return await asyncio.shield(self._end)
 
-    def kill_group(self) -> None:
-        """Send SIGKILL to its process group."""
+    async def end(self) -> list[str]:
+        """Kill it with all it started, and say what is still there KILL_WAIT_SECONDS later.
+
+        What has left its process group is known by the environment it was started with, and is a child of ours once
+        its own parent has ended. What does not die sleeps in the kernel: it is left to itself, and reaped when it ends.
+        """
+        deadline = self._loop.time() + KILL_WAIT_SECONDS
+        killed: set[int] = set()
         if self.is_running:
             _kill_group(self.pid)
+        while self._loop.time() < deadline:
+            strays = [pid for pid in set(_own_children()) - _awaited - killed if self._marks <= _read_environment(pid)]
+            for pid in strays:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)  # its number is its own until we have waited for it
+            killed.update(strays)
+            if not strays and not self.is_running:
+                break
+            await _wait_all([*map(_wait_gone, strays), self.wait_end()], deadline)
+        reap_orphans()
+        left = [self.pid] if self.is_running else []
+        return [text for pid in (*left, *sorted(killed)) if (text := describe_undead(pid))]
 
     def _on_end(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -101,50 +110,25 @@ class Child:
             self._end.set_result(code)
 
 
-def start_command(argv: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int) -> Child:
-    """Start a command in a session of its own, without standard input; OSError or ValueError where that fails.
+class Children:
+    """Runs commands as children of khod; see `khod.producers.commands.CommandRunner`."""
 
-    Where the command itself cannot be executed, that is its end, with one of CANNOT_START.
-    """
-    plain = "=" not in argv[0] and not argv[0].startswith("-")  # or env(1) takes it for something else
-    process = subprocess.Popen(  # noqa: S603 - the administrator's own words
-        [LAUNCHER, *argv] if plain else argv,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
-        start_new_session=True,
-    )
-    try:
-        return Child(process)
-    except OSError:
-        _kill_group(process.pid)
-        _unwatched.append(process)
-        raise
-
-
-async def end_command(child: Child, environment: Mapping[str, str]) -> list[str]:
-    """Kill a command with all it started, and say what is still there KILL_WAIT_SECONDS later.
-
-    What has left its process group is known by the environment it was started with, and is a child of ours once its
-    own parent has ended. What does not die sleeps in the kernel: it is left to itself, and reaped when it ends.
-    """
-    deadline = asyncio.get_running_loop().time() + KILL_WAIT_SECONDS
-    mine = {f"{name}={value}".encode() for name, value in environment.items()}
-    killed: set[int] = set()
-    child.kill_group()
-    while asyncio.get_running_loop().time() < deadline:
-        strays = [pid for pid in set(_own_children()) - _awaited - killed if mine <= _read_environment(pid)]
-        for pid in strays:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)  # its number is its own until we have waited for it
-        killed.update(strays)
-        if not strays and not child.is_running:
-            break
-        await _wait_all([*map(_wait_gone, strays), child.wait_end()], deadline)
-    reap_orphans()
-    left = [child.pid] if child.is_running else []
-    return [text for pid in (*left, *sorted(killed)) if (text := _describe_undead(pid))]
+    async def start_command(self, command: Command, stdout: int, stderr: int) -> Child:
+        """Start a command in a session of its own."""
+        process = subprocess.Popen(  # noqa: ASYNC220, S603 - env(1) is in memory; the words are the administrator's
+            command.launch_argv,
+            env=command.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        try:
+            return Child(process, command.environment)
+        except OSError:
+            _kill_group(process.pid)
+            _unwatched.append(process)
+            raise
 
 
 def adopt_orphans() -> None:
@@ -240,7 +224,7 @@ def _look_up(pid: int) -> _Stat | None:
     return _Stat(name, fields[0], int(fields[3]))
 
 
-def _describe_undead(pid: int) -> str:
+def describe_undead(pid: int) -> str:
     """Say that a process is still there after SIGKILL; "" where it has ended."""
     found = _look_up(pid)
     if found is None or found.state in "ZX":

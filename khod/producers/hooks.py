@@ -14,13 +14,13 @@ import signal
 from dataclasses import dataclass, field
 
 from khod.concurrency.bounded import CUT_SECONDS, settle_task
-from khod.producers import children, output
 from khod.producers.barrier import ParticipantVeto, ProducerCall
-from khod.producers.children import CANNOT_START
+from khod.producers.children import Children
+from khod.producers.commands import CANNOT_START, Command, CommandRunner, RunningCommand
 from khod.producers.configured import Configured, describe_error, one_line
 from khod.producers.output import PASSED_ON, STDERR, STDOUT, Output
 
-__all__ = ["PASSED_ON", "Hook", "adopt_orphans"]
+__all__ = ["PASSED_ON", "Hook"]
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -30,6 +30,7 @@ class Hook(Configured):
     """One hook file; a verb without a command is a yes."""
 
     commands: dict[str, list[str]] = field(default_factory=dict)
+    runner: CommandRunner = field(default_factory=Children, compare=False, repr=False)
     kind: str = "hook"
 
     @property
@@ -58,7 +59,8 @@ class Hook(Configured):
         # Pipes of our own: asyncio's would hold the end back for as long as a child of the hook has them open.
         label = f"{self.name}: {telling.verb.value}"
         with Output(STDOUT, label) as out, Output(STDERR, label) as errors:
-            code, undead = await _run_command(argv, environment, telling, out, errors)
+            command = Command(self.name, argv, environment)
+            code, undead = await _run_command(self.runner, command, telling, out, errors)
             out.read_rest()
             reason = one_line(errors.read_rest())
         if code == 0:
@@ -68,41 +70,33 @@ class Hook(Configured):
         raise ParticipantVeto("; ".join([reason or _describe_end(code), *undead]))
 
 
-def adopt_orphans() -> None:
-    """Be the one to whom the orphans of hooks go, and have the threads that pass their output on: see `children`."""
-    children.adopt_orphans()
-    output.start_outlets()
-
-
 async def _run_command(
-    argv: list[str], environment: dict[str, str], telling: ProducerCall, out: Output, errors: Output
+    runner: CommandRunner, command: Command, telling: ProducerCall, out: Output, errors: Output
 ) -> tuple[int | None, list[str]]:
     """Run a command to its end: its exit code, and what of it does not die. Cut short it is killed."""
     try:
-        child = children.start_command(argv, environment, out.writer, errors.writer)
+        running = await runner.start_command(command, out.writer, errors.writer)
     except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
-        raise ParticipantVeto(f"{one_line(argv[0])} cannot be started: {describe_error(error)}") from None
+        raise ParticipantVeto(f"{one_line(command.argv[0])} cannot be started: {describe_error(error)}") from None
     undead: list[str] = []
     try:
         for one in (out, errors):
             one.close_writer()
             one.start_reading()
-        code = await child.wait_end()
+        code = await running.wait_end()
     finally:
         # In a task of its own: the deadline may pass in the middle of it, and must not leave half of them alive.
-        ending = asyncio.ensure_future(_end_command(child, environment, telling, undead))
+        ending = asyncio.ensure_future(_end_command(running, command, telling, undead))
         await settle_task(ending, CUT_SECONDS)
     return code, undead
 
 
-async def _end_command(
-    child: children.Child, environment: dict[str, str], telling: ProducerCall, undead: list[str]
-) -> None:
+async def _end_command(running: RunningCommand, command: Command, telling: ProducerCall, undead: list[str]) -> None:
     """End a command with all it started; add to `undead` what does not die, and say so."""
-    undead += await children.end_command(child, environment)
+    undead += await running.end()
     if undead:
         telling.not_yet("; ".join(undead), None)
-        told = f"{environment['KHO_NAME']} {telling.verb.value}"
+        told = f"{command.name} {telling.verb.value}"
         STDERR.queue_bytes("".join(f"{told}: {text}\n" for text in undead).encode())
 
 

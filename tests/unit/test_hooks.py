@@ -288,7 +288,8 @@ async def test_a_hook_cancelled_while_it_is_spawned_leaves_no_child_behind(tmp_p
 ORPHANS = """
 import asyncio, sys
 from khod.producers.barrier import ProducerCall, Verb
-from khod.producers.hooks import Hook, adopt_orphans
+from khod.producers.children import adopt_orphans
+from khod.producers.hooks import Hook
 adopt_orphans()
 child = "setsid sleep 600 & echo $$ $! > {pids}; mv {pids} {done}; wait"
 script = f"setsid sh -c '{{child}}' & until [ -e {done} ]; do :; done"
@@ -393,7 +394,8 @@ async def test_a_surprise_is_a_veto_and_no_end_of_the_rollback(monkeypatch: pyte
 SCARCE = """
 import asyncio, os, resource
 from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
-from khod.producers.hooks import Hook, adopt_orphans
+from khod.producers.children import adopt_orphans
+from khod.producers.hooks import Hook
 async def tell():
     try:
         await Hook("a", commands={"thaw": ["/bin/true"]}).carry_out(ProducerCall(Verb.thaw, "r"))
@@ -474,7 +476,8 @@ async def test_a_hook_that_sleeps_in_the_kernel_is_left_to_itself_and_named(tmp_
 UNDEAD = """
 import asyncio
 from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
-from khod.producers.hooks import Hook, adopt_orphans
+from khod.producers.children import adopt_orphans
+from khod.producers.hooks import Hook
 async def main():
     adopt_orphans()
     # Its own exit code says what became of it; what it leaves behind is said too.
@@ -653,7 +656,8 @@ def test_whatever_a_hook_leaves_behind_is_reaped_when_it_ends(tmp_path: Path, ki
 OTHERS = """
 import asyncio, subprocess, threading
 from khod.producers.barrier import ProducerCall, Verb
-from khod.producers.hooks import Hook, adopt_orphans
+from khod.producers.children import adopt_orphans
+from khod.producers.hooks import Hook
 def refuse(thread):
     raise RuntimeError("can't start new thread")
 async def main():

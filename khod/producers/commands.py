@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How the commands of producers are run: started, waited for, and ended with all they started."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+LAUNCHER = "/usr/bin/env"
+"""What is executed; it executes the command in turn, found by PATH, and says in the C locale why it cannot.
+
+khod itself starts nothing else: a vfork(2) stops the whole of khod until the child has executed something, which takes
+for ever where the command lies on a file system that does not answer. env(1) is in memory, and may wait.
+"""
+CANNOT_START = (126, 127)
+"""Exit codes of env(1) where the command is there and cannot be executed, and where it is not there."""
+KILL_WAIT_SECONDS = 1.0
+"""How long the end of what was sent SIGKILL is waited for: it comes at once, or when the kernel lets go of it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is run for the producer `name`. `settings` are those of its file for the unit it runs in."""
+
+    name: str
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def launch_argv(self) -> list[str]:
+        """The words to execute, the launcher first where it does not take the command for something else."""
+        plain = "=" not in self.argv[0] and not self.argv[0].startswith("-")
+        return [LAUNCHER, *self.argv] if plain else [*self.argv]
+
+
+class RunningCommand(Protocol):
+    """A command that was started."""
+
+    async def wait_end(self) -> int | None:
+        """Wait for its end: its exit code, -N where signal N killed it, None where that is not known."""
+
+    async def end(self) -> list[str]:
+        """Kill it with all it started; say what does not die within KILL_WAIT_SECONDS."""
+
+
+class CommandRunner(Protocol):
+    """Starts commands: as children of khod, or as units of systemd."""
+
+    async def start_command(self, command: Command, stdout: int, stderr: int) -> RunningCommand:
+        """Start a command without standard input, its output to these descriptors; OSError or ValueError.
+
+        Where it cannot be executed, that is its end, with one of CANNOT_START.
+        """
