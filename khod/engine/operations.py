@@ -42,7 +42,8 @@ from khod.kernel.thread import Workers
 from khod.model import Check, Event, EventKind, Observed, Phase, Step
 from khod.preflight.handover import JUMP_OR_BEGIN_AGAIN, WAIT
 from khod.producers.barrier import Barrier, Member, Participant, Verb
-from khod.producers.peers import Peer, Peers, Registration
+from khod.producers.peer import Peer, Registration
+from khod.producers.peers import Peers
 from khod.producers.registrations import Registrations
 from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions, session_of
@@ -114,7 +115,14 @@ class Engine:
         self._started = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._transaction = Transaction(store, self._workers.disk, tell, self._guard.process_pending, goes_down)
-        peers = Peers(sessions, self._peer_left, self._peer_came, registrations, self._on_unkept_registration)
+        peers = Peers(
+            sessions,
+            self._peer_left,
+            self._peer_came,
+            registrations,
+            self._on_unkept_registration,
+            self._peer_answered_late,
+        )
         self.registry = ProducerRegistry(producers, peers)
         self._observer = Observer(kexec, prober, self._workers)
         self._restoration = Restoration(
@@ -480,24 +488,27 @@ class Engine:
             EventKind.producer_waits,
             producer=Member(peer).to_model(),
         )
-        peer.late = lambda: self._restoration.restore_late(peer)
-        if peer.restoring and self._transaction.phase is not Phase.verifying:
-            peer.late()
+        if peer.claim.is_restoring and self._transaction.phase is not Phase.verifying:
+            self._peer_answered_late(peer)
+
+    def _peer_answered_late(self, peer: Peer) -> None:
+        self._restoration.restore_late(peer)
 
     def _peer_left(self, peer: Peer) -> None:
         gone = Member(peer).to_model()
         self._transaction.emit_event(f"producer {peer.name} disconnected", EventKind.producer_waits, producer=gone)
-        if not peer.told or peer.restoring:
+        told = peer.claim.told
+        if not told or peer.claim.is_restoring:
             return
         cause = ProducerGone(
-            f"Producer {peer.name} went away after it was told to {peer.told}: its connection ended",
+            f"Producer {peer.name} went away after it was told to {told}: its connection ended",
             kind=peer.kind,
             producer=peer.name,
-            verb=peer.told,
+            verb=told,
             remedy="Look why it ended, then begin again.",
         )
         attempt = self._transaction.attempt
-        if attempt is not None and peer.told == Verb.freeze.value and Step.load in self.machine.done:
+        if attempt is not None and told == Verb.freeze.value and Step.load in self.machine.done:
             judgement = asyncio.ensure_future(self._judge_departure(attempt, cause))
             self._transaction.wait_for_judgement(judgement)
         else:

@@ -53,6 +53,8 @@ LEAVING = 5.0
 """Seconds a producer has to make way; the shutdown goes on meanwhile."""
 
 UNDO = {Verb.prepare: Verb.cancel, Verb.freeze: Verb.thaw}
+UNDONE_BY = {undo: verb for verb, undo in UNDO.items()}
+"""What each undo takes back."""
 AFTER = {Verb.thaw: Verb.prepare.value, Verb.cancel: Verb.cancel.value, Verb.finish: Verb.finish.value}
 """What counts as told once these were answered with a yes, and not before: whoever was thawed is still to be told
 `cancel`, and whoever could not be is told `thaw` again."""

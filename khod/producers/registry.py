@@ -11,7 +11,8 @@ from khod.handover.record import Owner, Process, ProducerRecord
 from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Participant, PriorCall, Verb
 from khod.producers.lost import MissingProducer
 from khod.producers.order import check_newcomer, order_in_ranks
-from khod.producers.peers import Peer, Peers, Registration
+from khod.producers.peer import Peer, Registration
+from khod.producers.peers import Peers
 from khod.producers.qemu import Qemu
 from khod.producers.unit import Unit
 

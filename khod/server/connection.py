@@ -14,7 +14,7 @@ from asyncvarlink.serviceerrors import InvalidParameter, MethodNotFound
 
 from khod.concurrency.bounded import ANYTHING, raise_if_cancelling
 from khod.errors import KhoError, Refused, UsageError
-from khod.producers.peers import Peer
+from khod.producers.peer import Peer
 from khod.server import messages
 from khod.server.access import CALLER, Caller, Standing
 from khod.server.events import Stream

@@ -10,8 +10,9 @@ from khod.engine import Engine
 from khod.errors import Refused, UsageError
 from khod.handover.record import Owner
 from khod.producers.configured import one_line
+from khod.producers.conversation import Answer, AnswerWord
 from khod.producers.identity import process_of, unit_of
-from khod.producers.peers import Answer, AnswerWord, Peer, Registration
+from khod.producers.peer import Peer, Registration
 from khod.server.connection import CONNECTION
 from khod.server.interface import Command, Producer, Registered, Word
 
@@ -67,7 +68,7 @@ class Producers(Producer):
         connection.on_end.append(partial(self._engine.registry.peers.remove_peer, producer))
         if not connection.is_open:  # it went while khod looked
             self._engine.registry.peers.remove_peer(producer)
-        return {"version": wire.PRODUCER_VERSION, "run": producer.run, "told": producer.told}
+        return {"version": wire.PRODUCER_VERSION, "run": producer.claim.run, "told": producer.claim.told}
 
     @varlinkmethod
     async def Next(
@@ -86,7 +87,7 @@ class Producers(Producer):
         assert peer is not None, "the rules say so"
         try:
             said = None if answer is None else _build_answer(serial, answer, reason, progress, names, tokens, fds)
-            command = await peer.exchange_answer(said)
+            command = await peer.conversation.exchange_answer(said)
         except UsageError:
             connection.end_after_reply()
             raise

@@ -13,7 +13,7 @@ from khod.engine.guard import Seen, Severity, Uevent, Watch
 from khod.errors import KhoError, Refused, UsageError
 from khod.handover.record import Owner
 from khod.handover.record import Process as Identity
-from khod.producers.peers import Peer, Registration
+from khod.producers.peer import Peer, Registration
 from khod.producers.registrations import Registrations
 from khod.server.interface import Word
 from khod.server.producers import _build_answer
@@ -153,7 +153,7 @@ class Connection(Line):
         self._peer = made
         if not self._open:
             self._left()
-        return made.told
+        return made.claim.told
 
     async def _next(self, parameters: dict[str, Any]) -> Told:
         if self._peer is None:
@@ -170,7 +170,7 @@ class Connection(Line):
                 said = _build_answer(
                     parameters["serial"], Word[word], reason, progress, names, tokens, cast("Any", fds)
                 )
-            command = await self._peer.exchange_answer(said)
+            command = await self._peer.conversation.exchange_answer(said)
         except UsageError:
             self._khod.loop.call_soon(self._hang_up)
             raise

@@ -18,6 +18,8 @@ import khod.engine.queries
 import khod.kernel.account
 import khod.kernel.luo
 import khod.preflight.holders
+import khod.producers.claim
+import khod.producers.peer
 import khod.producers.peers
 import khod.producers.sessions
 import khod.systemd.shutdown
@@ -85,12 +87,12 @@ def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
         (khod.systemd.shutdown, "run_command", lambda *argv: khod_of()._systemctl(*argv)),
         (khod.systemd.shutdown, "ask_systemd", lambda question, _seconds: khod_of()._ask_systemd(question)),
         (khod.wire, "get_type_hints", get_type_hints),
-        (khod.producers.peers, "wait_ended", lambda process: khod_of()._ended(process)),
+        (khod.producers.peer, "wait_ended", lambda process: khod_of()._ended(process)),
         (khod.producers.peers, "is_alive", lambda process: khod_of()._lives(process)),
         (khod.preflight.holders, "is_alive", lambda process: khod_of()._lives(process)),
         *(
             (module, "statx", statx)
-            for module in (khod.kernel.account, khod.kernel.luo, khod.producers.peers, khod.producers.sessions)
+            for module in (khod.kernel.account, khod.kernel.luo, khod.producers.claim, khod.producers.sessions)
         ),
     ]
 

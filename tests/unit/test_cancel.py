@@ -17,7 +17,8 @@ from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.handover import reconcile
 from khod.handover.record import Owner
 from khod.model import Phase
-from khod.producers.peers import Answer, AnswerWord, Peer, Registration
+from khod.producers.conversation import Answer, AnswerWord
+from khod.producers.peer import Peer, Registration
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host, Living
 
@@ -210,8 +211,8 @@ async def peer(engine: Engine, living: Living, verbs: int) -> Peer:
     async def answer() -> None:
         said = None
         for _verb in range(verbs):
-            said = Answer((await made.exchange_answer(said)).serial, AnswerWord.ready)
-        await made.exchange_answer(said)
+            said = Answer((await made.conversation.exchange_answer(said)).serial, AnswerWord.ready)
+        await made.conversation.exchange_answer(said)
 
     answering = asyncio.ensure_future(answer())
     answering.add_done_callback(lambda task: task.cancelled() or task.exception())

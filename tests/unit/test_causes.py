@@ -10,7 +10,8 @@ from khod.engine import Engine
 from khod.errors import Failed, NotRolledBack
 from khod.handover.record import FILE_NAME, Owner
 from khod.model import Phase
-from khod.producers.peers import Answer, AnswerWord, Peer, Registration
+from khod.producers.conversation import Answer, AnswerWord
+from khod.producers.peer import Peer, Registration
 from tests.unit.harness import ACTIVE, Host, Living
 from tests.unit.scripted import Scripted, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time
@@ -39,7 +40,7 @@ async def answers(peer: Peer) -> None:
     """Say yes to everything."""
     answer = None
     while True:
-        command = await peer.exchange_answer(answer)
+        command = await peer.conversation.exchange_answer(answer)
         answer = Answer(command.serial, AnswerWord.ready)
 
 

@@ -15,8 +15,9 @@ from khod.engine import Engine
 from khod.errors import Exit, Failed, NotRolledBack, Refused, Unreachable
 from khod.model import Phase
 from khod.producers.barrier import Participant, Verb
+from khod.producers.conversation import Answer, AnswerWord, PeerCommand
 from khod.producers.identity import process_of
-from khod.producers.peers import Answer, AnswerWord, Peer, PeerCommand, Registration
+from khod.producers.peer import Peer, Registration
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import ACTIVE
 from tests.unit.luo import LuoHost
@@ -178,7 +179,7 @@ async def test_an_abort_beside_a_late_restore_does_not_reach_the_next_handover(h
     process = process_of(os.getpid())
     assert process is not None
     peer = await engine.register_producer("kv", OWNER, process, Registration(10.0))
-    restore = await peer.exchange_answer(None)
+    restore = await peer.conversation.exchange_answer(None)
     abort = asyncio.ensure_future(engine.abort())
     await asyncio.sleep(0)
     answering = asyncio.ensure_future(says_yes(peer, restore))
@@ -197,7 +198,7 @@ async def says_yes(peer: Peer, command: PeerCommand) -> None:
     while True:
         for fd in command.fds:
             os.close(fd)
-        command = await peer.exchange_answer(Answer(command.serial, AnswerWord.ready))
+        command = await peer.conversation.exchange_answer(Answer(command.serial, AnswerWord.ready))
 
 
 WANTED: dict[str, Callable[[Engine], Awaitable[None]]] = {
@@ -214,7 +215,7 @@ async def test_a_producer_that_comes_late_and_says_nothing_holds_nobody_up(host:
     process = process_of(os.getpid())
     assert process is not None
     peer = await engine.register_producer("kv", OWNER, process, Registration(600.0))
-    command = await peer.exchange_answer(None)
+    command = await peer.conversation.exchange_answer(None)
     assert command.verb is Verb.restore
     await WANTED[what](engine)
     os.close(command.fds[0])

@@ -15,8 +15,9 @@ from khod.engine.rollback import bound_seconds
 from khod.errors import Failed, NotRolledBack, Refused, Unreachable
 from khod.handover.record import Owner, Process
 from khod.model import Phase
+from khod.producers.conversation import Answer, AnswerWord
 from khod.producers.identity import is_alive, process_of
-from khod.producers.peers import Answer, AnswerWord, Peer, Registration
+from khod.producers.peer import Peer, Registration
 from tests.unit.harness import Living
 from tests.unit.scripted import Scripted
 from tests.unit.virtual import VirtualHost, in_virtual_time, now
@@ -53,13 +54,13 @@ async def register(engine: Engine, process: Process, owner: Owner = OWNER) -> Pe
 async def serving(engine: Engine, process: Process, owner: Owner = OWNER) -> AsyncIterator[list[str]]:
     """A peer that says yes to everything, and what it has heard; at the end it loses its connection and lives on."""
     peer = await register(engine, process, owner)
-    heard = [f"registered: {peer.told}"]
+    heard = [f"registered: {peer.claim.told}"]
 
     async def serve() -> None:
         answer = None
         with suppress(Unreachable):
             while True:
-                command = await peer.exchange_answer(answer)
+                command = await peer.conversation.exchange_answer(answer)
                 heard.append(command.verb.value)
                 answer = Answer(command.serial, AnswerWord.ready)
 
@@ -124,7 +125,7 @@ async def test_one_that_comes_back_in_time_is_told(host: VirtualHost, start: Cal
 async def hung_up_at(engine: Engine, process: Process, verb: str) -> None:
     """Have a peer serve, and lose its connection where it is told this verb, which it does not answer."""
     peer, answer = await register(engine, process), None
-    while (command := await peer.exchange_answer(answer)).verb.value != verb:
+    while (command := await peer.conversation.exchange_answer(answer)).verb.value != verb:
         answer = Answer(command.serial, AnswerWord.ready)
     engine.registry.peers.remove_peer(peer)
 

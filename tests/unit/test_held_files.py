@@ -18,8 +18,9 @@ from khod.handover.record import Owner
 from khod.kernel.probe import Probed
 from khod.model import Kept, Phase
 from khod.producers.barrier import ProducerCall, Verb
+from khod.producers.conversation import Answer, AnswerWord
 from khod.producers.identity import process_of
-from khod.producers.peers import Answer, AnswerWord, Peer, Registration
+from khod.producers.peer import Peer, Registration
 from khod.simulated.kernel import Rebooted
 from khod.target.target import Request
 from tests.unit.images import bzimage, code
@@ -57,7 +58,7 @@ class Giver:
         async def serve() -> None:
             answer = None
             while True:
-                command = await peer.exchange_answer(answer)
+                command = await peer.conversation.exchange_answer(answer)
                 for kept, fd in zip(command.kept, command.fds, strict=True):
                     self.came[kept.name] = os.pread(fd, 100, 0)
                     os.close(fd)
@@ -154,15 +155,17 @@ async def test_a_freeze_that_took_too_long_costs_nothing_that_came_with_prepare(
         return asyncio.ensure_future(peer.carry_out(ProducerCall(verb, "run")))
 
     prepared = tell(Verb.prepare)
-    command = await peer.exchange_answer(None)
+    command = await peer.conversation.exchange_answer(None)
     listening = asyncio.ensure_future(
-        peer.exchange_answer(Answer(command.serial, AnswerWord.ready, files=[(Kept("table", 1), fds[0])]))
+        peer.conversation.exchange_answer(Answer(command.serial, AnswerWord.ready, files=[(Kept("table", 1), fds[0])]))
     )
     await prepared
     missed = tell(Verb.freeze)
     command = await listening
     tail = [(Kept("tail", 2), fds[1])]
-    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, AnswerWord.ready, files=tail)))
+    listening = asyncio.ensure_future(
+        peer.conversation.exchange_answer(Answer(command.serial, AnswerWord.ready, files=tail))
+    )
     await at_it.wait()
     missed.cancel()  # as at its deadline
     thawed = tell(Verb.thaw)
@@ -170,16 +173,18 @@ async def test_a_freeze_that_took_too_long_costs_nothing_that_came_with_prepare(
     go_on.set()
     command = await listening
     assert command.verb is Verb.thaw
-    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, AnswerWord.ready)))
+    listening = asyncio.ensure_future(peer.conversation.exchange_answer(Answer(command.serial, AnswerWord.ready)))
     await thawed
-    assert [kept.name for kept in peer.kept] == ["table"]
+    assert [kept.name for kept in peer.claim.kept] == ["table"]
     frozen = tell(Verb.freeze)
     command = await listening
-    listening = asyncio.ensure_future(peer.exchange_answer(Answer(command.serial, AnswerWord.ready, files=tail)))
+    listening = asyncio.ensure_future(
+        peer.conversation.exchange_answer(Answer(command.serial, AnswerWord.ready, files=tail))
+    )
     await frozen
     listening.cancel()
-    assert [kept.name for kept in peer.kept] == ["table", "tail"]
-    assert host.luo.outgoing == {peer.session_name: [1, 2]}
+    assert [kept.name for kept in peer.claim.kept] == ["table", "tail"]
+    assert host.luo.outgoing == {peer.claim.session_name: [1, 2]}
 
 
 async def test_a_session_that_was_closed_is_no_yes(host: LuoHost, fds: list[int]) -> None:

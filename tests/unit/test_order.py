@@ -10,9 +10,11 @@ import pytest
 
 from khod.errors import ConfigError, UsageError
 from khod.handover.record import Owner, Process
+from khod.producers.barrier import Verb
 from khod.producers.identity import process_of
 from khod.producers.order import check_newcomer, order_in_ranks
-from khod.producers.peers import Peer, Peers, Registration
+from khod.producers.peer import Peer, Registration
+from khod.producers.peers import Peers
 from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions
 
@@ -106,7 +108,7 @@ def test_one_that_comes_back_with_another_order_is_held_to_that(registry: Produc
     process = process_of(1)
     assert process is not None
     first = register(registry, "first", ("second",))
-    first.told = "freeze"
+    first.claim.begin_verb(Verb.freeze)
     registry.peers.remove_peer(first)
     assert [peer.name for peer in registry.peers.peers_naming("second")] == ["first"], (
         "it is waited for, and will be told"

@@ -14,7 +14,8 @@ from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.handover.record import Owner, Process
 from khod.model import CheckResult, Phase
 from khod.producers.identity import process_of
-from khod.producers.peers import RETURN_SECONDS, Peer, Registration
+from khod.producers.peer import Peer, Registration
+from khod.producers.peers import RETURN_SECONDS
 from khod.producers.registrations import MAX_LINES, RegisteredProducer, Registrations
 from tests.unit.harness import ACTIVE
 from tests.unit.khods import Khod

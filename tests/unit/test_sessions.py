@@ -23,7 +23,8 @@ from khod.kernel.memory import MemoryBounds, read_memory
 from khod.kernel.thread import KernelThread
 from khod.model import CheckResult, Event, Kept, Phase
 from khod.producers.barrier import Verb
-from khod.producers.peers import Answer, AnswerWord, Registration
+from khod.producers.conversation import Answer, AnswerWord
+from khod.producers.peer import Registration
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import KeptFds, Living
@@ -61,7 +62,7 @@ class Holder:
         try:
             answer = None
             while True:
-                command = await peer.exchange_answer(answer)
+                command = await peer.conversation.exchange_answer(answer)
                 self.told.append(command.verb.value)
                 for kept, fd in zip(command.kept, command.fds, strict=True):
                     self.came[kept.name] = os.pread(fd, 100, 0)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a producer that connects was told and has handed over: as long as that stands, its name is nobody else's."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from khod.abi.statx import statx
+from khod.errors import UsageError
+from khod.handover.record import Process, ProducerRecord
+from khod.model import Kept
+from khod.producers.barrier import UNDO, UNDONE_BY, ParticipantVeto, ProducerCall, Verb
+from khod.producers.sessions import Sessions, session_of
+
+Inode = tuple[tuple[int, int], int]
+MAX_FILES = 1024
+
+
+class Claim:
+    """What stands of one producer in a handover, of this boot or (`is_restoring`) of the one before.
+
+    Its files are in a LUO session of its own. Methods with a `deadline`, in seconds, raise what `Sessions` raises.
+    """
+
+    def __init__(self, producer: str, sessions: Sessions) -> None:
+        self._producer = producer
+        self._sessions = sessions
+        self._run = ""
+        self._told = ""
+        self._kept: tuple[Kept, ...] = ()
+        self._with_freeze: dict[Kept, tuple[Inode, ProducerCall]] = {}
+        """What freeze has added to its session: which file that is, and the freeze it was given with last."""
+        self._is_restoring = False
+        self._taker: Process | None = None
+        """The process that was given what the producer left: for that one only `finish` is due."""
+
+    @classmethod
+    def from_record(cls, holder: ProducerRecord, run: str, sessions: Sessions, *, restoring: bool) -> "Claim":
+        """Make the claim of a producer that an earlier khod knew."""
+        made = cls(holder.name, sessions)
+        # The record is written before anyone is told: whoever stands in it may have been told to prepare.
+        told = {"": Verb.prepare.value, Verb.cancel.value: ""}.get(holder.told, holder.told)
+        if restoring and told == Verb.finish.value:
+            made._taker = holder.process
+        elif restoring:
+            told = Verb.restore.value
+        made._told, made._run, made._kept, made._is_restoring = told, run, holder.kept, restoring
+        return made
+
+    @property
+    def told(self) -> str:
+        """The last verb it was told and not told the undo of: what it is reminded of when it comes back."""
+        return self._told
+
+    @property
+    def run(self) -> str:
+        """The handover it was told something in last."""
+        return self._run
+
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """The files it has handed over."""
+        return self._kept
+
+    @property
+    def is_restoring(self) -> bool:
+        """Whether the previous kernel's khod left this: whoever claims it comes from another boot."""
+        return self._is_restoring
+
+    @property
+    def stands(self) -> bool:
+        """Whether the producer is of this handover or has something to take back."""
+        return bool(self._told) or self._is_restoring
+
+    @property
+    def session_name(self) -> str:
+        """The name of its LUO session in this handover."""
+        return session_of(self._run, self._producer)
+
+    # What it is told
+
+    def enter_run(self, run: str) -> None:
+        """Go on in this handover."""
+        self._run = run
+
+    def begin_verb(self, verb: Verb) -> None:
+        """Count on a verb from the moment it is told."""
+        self._told = verb.value
+
+    def note_unanswered(self, verb: Verb | None) -> None:
+        """Take note that the connection ended before `verb` was answered: an undo is still to be told."""
+        if verb in UNDONE_BY:
+            self._told = UNDONE_BY[verb].value
+
+    def note_connected(self, process: Process) -> None:
+        """Take note of who has connected: what another process was given before has to be given again."""
+        if self._taker not in (None, process):
+            self._told = Verb.restore.value
+
+    def was_given_to(self, process: Process | None) -> bool:
+        """Whether this process has what the producer left: what was given died with the one that took it."""
+        return self._taker == process
+
+    async def settle_verb(self, telling: ProducerCall, process: Process | None, deadline: float) -> None:
+        """Take note that a verb was carried out, by `process`, and free what is over with it."""
+        verb = telling.verb
+        if verb is Verb.freeze:
+            stale = {*self._earlier_files(telling).values()}
+            self._kept = tuple(kept for kept in self._kept if kept not in stale)
+        self._taker = process if verb is Verb.restore else None
+        if verb is Verb.cancel:
+            self._sessions.close_session(self.session_name)
+            self._kept, self._with_freeze = (), {}
+        elif verb is Verb.finish:
+            await self._sessions.finish_session(self.session_name, deadline)
+            self._kept, self._is_restoring = (), False
+        self._told = {Verb.thaw: Verb.prepare.value, Verb.cancel: "", Verb.finish: ""}.get(verb, verb.value)
+
+    async def drop_arrived(self, deadline: float) -> None:
+        """Free what the producer left before the jump; nothing where it left nothing."""
+        if self._is_restoring:
+            await self._sessions.drop_session(self.session_name, deadline)
+            self._is_restoring, self._told, self._kept = False, "", ()
+
+    # Its files
+
+    def require_preserved(self) -> None:
+        """Raise ParticipantVeto where the files it has handed over are preserved no more."""
+        if self._kept and self.session_name not in self._sessions.session_names:
+            raise ParticipantVeto("what it handed over before is preserved no more: it must be told to prepare again")
+
+    async def preserve_files(
+        self,
+        telling: ProducerCall,
+        files: Sequence[tuple[Kept, int]],
+        deadline: float,
+        is_called_off: Callable[[], bool],
+    ) -> None:
+        """Preserve what is handed over with a verb, unless that is called off; UsageError where it cannot be."""
+        if telling.verb not in UNDO:
+            raise UsageError(f"Files are handed over with prepare and freeze, not with {telling.verb.value}")
+        inodes = {kept: _inode_of(file) for kept, file in files} if telling.verb is Verb.freeze else {}
+        earlier = self._earlier_files(telling)
+        again = {kept: earlier[kept.name, inode] for kept, inode in inodes.items() if (kept.name, inode) in earlier}
+        new = [(kept, file) for kept, file in files if kept not in again]
+        there = {*self._kept, *self._with_freeze}
+        if len(there) + len(new) > MAX_FILES:
+            raise UsageError(f"More than {MAX_FILES} files", remedy="Put more into one memfd.")
+        given = [kept for kept, _ in files]
+        names = [kept.name for kept in (*there.difference(earlier.values()), *given)]
+        tokens = [kept.token for kept in (*there, *(kept for kept, _ in new))]
+        for what, values in (("name", names), ("token", tokens)):
+            if twice := sorted(str(value) for value, count in Counter(values).items() if count > 1):
+                raise UsageError(f"The {what} {twice[0]!r} is given to two files", remedy="Give each its own.")
+        session = self.session_name
+        if new:
+            await self._sessions.preserve_files(session, new, deadline)
+        called_off = is_called_off()  # it took long
+        if called_off and (telling.verb is Verb.prepare or not self._told or session != self.session_name):
+            self._sessions.close_session(session)
+            return
+        result = [again.get(kept, kept) for kept in given]
+        self._with_freeze |= {again.get(kept, kept): (inode, telling) for kept, inode in inodes.items()}
+        if not called_off:
+            self._kept = (*(kept for kept in self._kept if kept.name not in {one.name for one in given}), *result)
+
+    def _earlier_files(self, telling: ProducerCall) -> dict[tuple[str, Inode], Kept]:
+        """What its session has from a freeze before this one, by the name and the file.
+
+        The kernel lets go of a session only as a whole, and khod has no descriptors with which to preserve again what
+        came with prepare. So thaw leaves in it what freeze has added, and the next freeze (after --hold) may give it
+        once more: the same file is not preserved twice and keeps its token, another one takes the place of its name.
+        What is not given once more arrives with the session and is given to nobody.
+        """
+        return {(kept.name, inode): kept for kept, (inode, by) in self._with_freeze.items() if by is not telling}
+
+    async def retrieve_files(self, deadline: float) -> list[int]:
+        """Give the files it has left in the previous kernel: descriptors that are the caller's."""
+        return await self._sessions.retrieve_files(self.session_name, self._kept, deadline)
+
+
+def _inode_of(file: int) -> Inode:
+    found = statx(file)
+    return found.dev, found.ino

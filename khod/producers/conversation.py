@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is said over a producer's connection: a command is the reply to the call that answers the one before it."""
+
+import asyncio
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from khod.errors import KhoError, Unreachable, Unsupported
+from khod.model import Kept
+from khod.producers.barrier import UNDONE_BY, ParticipantVeto, ProducerCall, Verb
+from khod.producers.claim import Claim
+
+
+class HungUp(ParticipantVeto):
+    """The connection ended before the answer came."""
+
+
+class AnswerWord(enum.Enum):
+    """What a producer answers a verb with."""
+
+    ready = "ready"
+    not_yet = "not_yet"
+    veto = "veto"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a producer answers to the command `serial`."""
+
+    serial: int
+    word: AnswerWord
+    reason: str = ""
+    progress: float | None = None
+    files: Sequence[tuple[Kept, int]] = ()
+    """Files to preserve, with prepare and freeze; the descriptors stay the caller's."""
+
+
+@dataclass(frozen=True)
+class PeerCommand:
+    """What a producer is told. `fds` are those of `kept`, with restore; whoever gets the command closes them."""
+
+    serial: int
+    verb: Verb
+    run: str
+    timeout: float
+    kept: tuple[Kept, ...] = ()
+    fds: tuple[int, ...] = ()
+
+
+class Conversation:
+    """Commands and answers of one producer, over its connections: no serial is used twice.
+
+    `late` is called when it answers, in the next kernel, what nobody waited for any more.
+    """
+
+    def __init__(self, claim: Claim, late: Callable[[], None]) -> None:
+        self._claim = claim
+        self._late = late
+        self._is_open = False
+        self._timeout = 0.0
+        self._serial = 0
+        self._telling: ProducerCall | None = None
+        self._delivered = 0
+        self._answer: asyncio.Future[None] | None = None
+        self._news = asyncio.Event()
+
+    def open_connection(self, timeout: float) -> None:
+        """Begin over a new connection; `timeout` is the seconds the producer has for each verb."""
+        self._is_open, self._timeout = True, timeout
+        self._telling, self._delivered = None, 0
+
+    def hang_up(self) -> Verb | None:
+        """End with the connection: what was told fails with HungUp. The verb that was not answered."""
+        unanswered = self._telling.verb if self._answer is not None and self._telling is not None else None
+        self._is_open = False
+        self._news.set()
+        if self._answer is not None:
+            _fail_future(self._answer, HungUp("its connection ended"))
+        return unanswered
+
+    async def give_command(self, telling: ProducerCall) -> None:
+        """Give a command and wait for the answer; ParticipantVeto where that is a no."""
+        self._serial += 1
+        self._telling, self._answer = telling, asyncio.get_running_loop().create_future()
+        self._claim.begin_verb(telling.verb)
+        self._news.set()
+        try:
+            await self._answer
+        finally:
+            self._answer = None
+            if telling.verb not in UNDONE_BY:
+                # An undo that was not answered in time stays: whoever comes late hears it, whatever it says.
+                self._telling = None
+
+    async def exchange_answer(self, answer: Answer | None) -> PeerCommand:
+        """Take an answer, then wait for the next command; Unreachable where the connection ends meanwhile."""
+        if answer is not None:
+            repeat = await self._take_answer(answer)
+            if repeat is not None:
+                return repeat
+        while self._is_open:
+            self._news.clear()
+            if self._telling is not None and self._delivered != self._serial:
+                self._delivered = self._serial
+                return await self._make_command(self._telling)
+            await self._news.wait()
+        raise Unreachable("The connection has ended")
+
+    async def _take_answer(self, answer: Answer) -> PeerCommand | None:
+        """Pass an answer on; the same command again where it was `not_yet`. A late one counts for nothing."""
+        future, telling = self._answer, self._telling
+        if future is None or future.done() or telling is None or answer.serial != self._serial:
+            if self._claim.is_restoring and future is None:
+                if answer.word is AnswerWord.not_yet:  # nobody waits, and nobody undoes it either: let it go on
+                    return PeerCommand(answer.serial, Verb.restore, self._claim.run, self._timeout)
+                self._late()  # it is told again: it has no cause to connect again
+            return None
+        if answer.word is AnswerWord.not_yet:
+            telling.not_yet(answer.reason, answer.progress)
+        if answer.files:
+            try:
+                await self._claim.preserve_files(
+                    telling, answer.files, self._timeout, lambda: self._telling is not telling
+                )
+            except Unsupported as error:
+                _fail_future(future, error)
+            except KhoError as error:
+                _fail_future(future, ParticipantVeto(str(error)))
+        if answer.word is AnswerWord.not_yet:
+            return PeerCommand(self._serial, telling.verb, telling.run, self._timeout)
+        if not future.done():
+            if answer.word is AnswerWord.ready:
+                future.set_result(None)
+            else:
+                future.set_exception(ParticipantVeto(answer.reason or "no reason given"))
+        return None
+
+    async def _make_command(self, telling: ProducerCall) -> PeerCommand:
+        command = PeerCommand(self._serial, telling.verb, telling.run, self._timeout)
+        if telling.verb is not Verb.restore or not self._claim.kept:
+            return command
+        try:
+            fds = await self._claim.retrieve_files(self._timeout)
+        except KhoError as error:
+            if self._answer is not None:
+                _fail_future(self._answer, ParticipantVeto(str(error)))
+            raise
+        return replace(command, kept=self._claim.kept, fds=tuple(fds))
+
+
+def _fail_future(future: "asyncio.Future[None]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
