@@ -196,6 +196,7 @@ class Peer:
         """A connection has come for this entry."""
         self.claim.note_connected(process)
         self.process, self.left, self.terms, self.connected = process, None, terms, True
+        self.given_up = False
         self.conversation.open_connection(terms.timeout)
         self._back.set()
 

@@ -291,6 +291,20 @@ async def test_the_name_of_one_that_an_operator_gives_up_is_free(
     assert engine.machine.phase is Phase.idle
 
 
+@in_virtual_time
+async def test_one_that_was_given_up_and_came_back_has_its_name_again(
+    host: VirtualHost, start: Callable[[], Living]
+) -> None:
+    """It is counted on as before: another owner would be thawed in its stead."""
+    engine = await frozen(host, start().identity)
+    await rests(host, engine, Phase.failed)
+    await engine.forget_producer("kv")
+    async with serving(engine, start().identity) as heard:
+        assert heard == ["registered: freeze"]
+    with pytest.raises(Refused, match=r"kv\.service"):
+        await register(engine, start().identity, Owner(0, "other.service"))
+
+
 def test_a_zombie_has_ended(start: Callable[[], Living]) -> None:
     """Its parent may be slow to wait for it; its successor must not be refused for that."""
     living = start()
