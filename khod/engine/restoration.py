@@ -147,7 +147,7 @@ class Restoration:
                 verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(f"khod itself failed: {error!r}")])
             await self._conclude_verification(verdict)
         for peer in self._registry.peers.all_peers():
-            if peer.connected and peer.claim.is_restoring:  # it came when nobody waited for it any more
+            if peer.is_reachable and peer.claim.is_restoring:  # it came when nobody waited for it any more
                 self.restore_late(peer)
 
     async def _restore_late(self, peer: Peer) -> None:
@@ -156,7 +156,7 @@ class Restoration:
             if self._transaction.phase not in RESTING:
                 self._late.add(peer)
                 return
-            if not peer.connected or not peer.claim.is_restoring:
+            if not peer.is_reachable or not peer.claim.is_restoring:
                 return
             barrier = Barrier.from_producers([peer], record.arrived_run, self._transaction.on_member_changed)
             self._gives_back_late = True

@@ -67,11 +67,6 @@ class Claim:
         return self._is_restoring
 
     @property
-    def stands(self) -> bool:
-        """Whether the producer is of this handover or has something to take back."""
-        return bool(self._told) or self._is_restoring
-
-    @property
     def session_name(self) -> str:
         """The name of its LUO session in this handover."""
         return session_of(self._run, self._producer)

@@ -8,6 +8,7 @@ and what it held with it. Until then its name is nobody else's.
 """
 
 import asyncio
+import enum
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -64,6 +65,26 @@ def _check_count(what: str, names: Sequence[str]) -> None:
         raise UsageError(f"{len(names)} names in `{what}`", where=what, remedy=f"Give at most {MAX_NAMES}.")
 
 
+class PeerState(enum.Enum):
+    """Where a peer is. Whoever is not connected may connect again, also when nobody waits for that."""
+
+    connected = "connected"
+    expected = "expected"
+    """An earlier khod told it something: every verb waits for its connection until its process has ended."""
+    left = "left"
+    """Its connection has ended after it was told something: only an undo waits for another."""
+    given_up = "given_up"
+    """The operator expects it back no more: nothing waits for it, and its name is free for another owner."""
+    claiming = "claiming"
+    """It has not come yet for what it left in the previous kernel: that waits for it, whatever process it has."""
+    gone = "gone"
+    """Nothing of it stands: where it connects again, it is a new one."""
+
+
+AWAITED = frozenset({PeerState.expected, PeerState.left, PeerState.given_up})
+"""States of a peer that was told something in this boot, and is not connected."""
+
+
 class Peer:
     """One producer by its name, connected or expected to come back.
 
@@ -83,15 +104,11 @@ class Peer:
     ) -> None:
         self.name = name
         self.owner = owner
-        self.process = process
         self.terms = terms
         self.claim = claim
         self.conversation = Conversation(claim, lambda: late(self))
-        self.left: Process | None = None
-        """The process whose connection ended after it was told something: what it did stands as long as it lives."""
-        self.connected = False
-        self.given_up = False
-        """Whether the operator gave it up while it was waited for: its name is free for another."""
+        self._state = PeerState.expected
+        self._process = process
         self._back = asyncio.Event()
 
     def to_record(self) -> ProducerRecord:
@@ -103,7 +120,16 @@ class Peer:
     @property
     def bearer_process(self) -> Process | None:
         """The process that did what it was told, be it connected or not; None where none is known."""
-        return self.process or self.left
+        return self._process
+
+    @property
+    def state(self) -> PeerState:
+        """Where it is; gone where it is not connected and its claim has ended."""
+        if self._state is PeerState.connected:
+            return PeerState.connected
+        if self.claim.is_restoring:
+            return PeerState.claiming
+        return self._state if self.claim.told else PeerState.gone
 
     @property
     def timeout(self) -> float:
@@ -127,20 +153,15 @@ class Peer:
 
     @property
     def is_reachable(self) -> bool:
-        return self.connected
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether it was told something in this boot, and is not connected."""
-        return bool(self.claim.told) and not self.claim.is_restoring and not self.connected
+        return self._state is PeerState.connected
 
     # What the barrier does
 
     async def carry_out(self, telling: ProducerCall) -> str | None:
         verb = telling.verb
         self.claim.enter_run(telling.run)
-        while here := self.connected or await self._comes_back(telling):
-            if verb is Verb.finish and not self.claim.was_given_to(self.process):
+        while here := self.is_reachable or await self._comes_back(telling):
+            if verb is Verb.finish and not self.claim.was_given_to(self._process):
                 await self.conversation.give_command(replace(telling, verb=Verb.restore))
             if verb is Verb.freeze:
                 self.claim.require_preserved()
@@ -150,21 +171,22 @@ class Peer:
             except HungUp:
                 if verb not in UNDONE_BY:
                     raise
-        await self.claim.settle_verb(telling, self.process, self.timeout)
+        await self.claim.settle_verb(telling, self._process if self.is_reachable else None, self.timeout)
         return None if here else GONE
 
     async def make_way(self, note: str) -> None:
         """Nothing: its process gets the shutdown's signals."""
 
     async def wait_returned(self) -> None:
-        if not self.connected and (self.process is None or not await self._back_or_gone()):
+        expected = self._state is PeerState.expected and self._process is not None
+        if not self.is_reachable and not (expected and await self._back_or_gone()):
             raise ParticipantVeto("it is gone")
 
     async def _comes_back(self, telling: ProducerCall) -> bool:
         """Wait for a connection; False where there is nobody to tell and nothing to undo."""
         undo = telling.verb in UNDONE_BY
-        bearer = self.bearer_process if undo else self.process
-        if bearer is None and not self.claim.is_restoring:
+        bearer = self._process if undo or self._state is PeerState.expected else None
+        if bearer is None and self.state is not PeerState.claiming:
             if undo:
                 return False
             raise ParticipantVeto("its connection ended")
@@ -182,35 +204,34 @@ class Peer:
     async def _back_or_gone(self) -> bool:
         """Wait for its connection or the end of its process; whether it is connected."""
         back = asyncio.ensure_future(self._back.wait())
-        gone = asyncio.ensure_future(wait_ended(None if self.claim.is_restoring else self.bearer_process))
+        gone = asyncio.ensure_future(wait_ended(None if self.claim.is_restoring else self._process))
         try:
             await asyncio.wait({back, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (back, gone):
                 task.cancel()
-        return self.connected
+        return self.is_reachable
 
-    # What becomes of its connection
+    # What changes its state, besides the end of its claim
 
     def attach_connection(self, process: Process, terms: Registration) -> None:
         """A connection has come for this entry."""
         self.claim.note_connected(process)
-        self.process, self.left, self.terms, self.connected = process, None, terms, True
-        self.given_up = False
+        self._state, self._process, self.terms = PeerState.connected, process, terms
         self.conversation.open_connection(terms.timeout)
         self._back.set()
 
     def detach_connection(self) -> None:
         """The connection has ended: whatever it was told is answered with a veto, an undo is still to be told."""
         self.claim.note_unanswered(self.conversation.hang_up())
-        self.left = self.process if self.claim.told and not self.claim.is_restoring else None
-        self.connected, self.process = False, None
+        self._state = PeerState.left
+        if self.state is not PeerState.left:  # its process has nothing that an undo is for
+            self._process = None
         self._back.clear()
 
     def give_up(self) -> bool:
-        """Expect it back no more; whether it was expected with a process that has what it was told."""
-        if not self.is_awaited or self.bearer_process is None:
+        """Expect it back no more; whether it was waited for."""
+        if self.state not in AWAITED or self._process is None:
             return False
-        self.process = self.left = None
-        self.given_up = True
+        self._state, self._process = PeerState.given_up, None
         return True

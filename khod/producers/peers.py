@@ -11,7 +11,7 @@ from khod.producers.barrier import Verb
 from khod.producers.claim import Claim
 from khod.producers.configured import check_name
 from khod.producers.identity import is_alive
-from khod.producers.peer import KIND, Peer, Registration
+from khod.producers.peer import AWAITED, KIND, Peer, PeerState, Registration
 from khod.producers.registrations import RegisteredProducer, Registrations
 from khod.producers.sessions import Sessions
 
@@ -78,7 +78,7 @@ class Peers:
             return
 
     def _connected_names(self) -> set[str]:
-        return {name for name, peer in self._peers.items() if peer.connected}
+        return {name for name, peer in self._peers.items() if peer.is_reachable}
 
     def stop_remembering(self) -> None:
         """Keep the registrations as they are: khod ends, and every connection with it."""
@@ -103,12 +103,12 @@ class Peers:
     def is_awaiting(self, name: str) -> bool:
         """Whether this handover counts on a producer of this name that is not connected."""
         peer = self._peers.get(name)
-        return peer is not None and peer.is_awaited
+        return peer is not None and peer.state in AWAITED
 
     def find_peer(self, name: str) -> Peer | None:
         """One that is connected or waited for, by its name."""
         peer = self._peers.get(name)
-        return peer if peer is not None and (peer.connected or peer.claim.stands) else None
+        return peer if peer is not None and peer.state is not PeerState.gone else None
 
     def peers_naming(self, name: str) -> list[Peer]:
         """Those that are connected or waited for and want to be told before or after this producer."""
@@ -154,13 +154,13 @@ class Peers:
         """Take a connection in as the producer `name`, at `most` so many of one user's. UsageError or Refused."""
         check_name(name)
         terms.check_values()
-        peer = self._peers.get(name)
-        if peer is not None and peer.connected:
+        peer = self.find_peer(name)
+        if peer is not None and peer.is_reachable:
             raise Refused(f"There is a producer {name} already", where=name, remedy="Choose another name.")
-        if peer is not None and peer.given_up and peer.owner != owner:  # what its process did is nobody's any more
-            self._delete_peer(peer)
+        if peer is not None and peer.state is PeerState.given_up and peer.owner != owner:
+            self._delete_peer(peer)  # what its process did is nobody's any more
             peer = None
-        if peer is not None and peer.claim.stands and peer.owner != owner:
+        if peer is not None and peer.owner != owner:
             raise Refused(
                 f"Producer {name} is user {peer.owner.uid}'s in {peer.owner.unit or 'no unit'}, "
                 f"and this is user {owner.uid} in {owner.unit or 'no unit'}",
@@ -174,7 +174,7 @@ class Peers:
                 where=name,
                 remedy="Run it in the same unit as before, or: khoctl producers forget NAME",
             )
-        awaited = peer.bearer_process if peer is not None and peer.is_awaited else None
+        awaited = peer.bearer_process if peer is not None and peer.state in AWAITED else None
         for before in (awaited, absent.process if absent is not None else None):
             if before not in (None, process) and is_alive(before):
                 # It may be stopped, and frozen: another that came in its stead would be thawed for it.
@@ -187,13 +187,12 @@ class Peers:
             raise Refused(
                 f"User {owner.uid} has {most} producers already", where=name, remedy="producers.max_per_user bounds it."
             )
-        earlier = peer
-        if peer is None or not peer.claim.stands:
+        if peer is None:
             peer = Peer(name, owner, process, terms, Claim(name, self._sessions), self._late)
-        elif peer.is_awaited and peer.process not in (None, process):
+        elif peer.state is PeerState.expected and peer.bearer_process not in (None, process):
             self._gone(peer)  # the process that was told is dead, and what it held with it
         self._per_user[owner.uid] += 1
-        if earlier is not None:
+        if (earlier := self._peers.get(name)) is not None:
             self._delete_peer(earlier)
         peer.attach_connection(process, terms)
         self._add_peer(peer)
@@ -207,12 +206,12 @@ class Peers:
 
     def remove_peer(self, peer: Peer) -> None:
         """Its connection has ended."""
-        if not peer.connected:
+        if not peer.is_reachable:
             return
         self._per_user[peer.owner.uid] -= 1
         peer.detach_connection()
         self._keep_registration(lambda registrations: registrations.remove_name(peer.name))
-        if not peer.claim.stands:
+        if peer.state is PeerState.gone:
             self._delete_peer(peer)
         self._gone(peer)
 

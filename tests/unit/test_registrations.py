@@ -85,7 +85,7 @@ async def test_a_producer_that_returns_takes_part_again(host: VirtualHost) -> No
     peer = await register(engine)
     assert (await engine.queries.status()).waiting_for == []
     assert [found.name for found in await engine.queries.producers()] == ["kv"]
-    assert peer.connected
+    assert peer.is_reachable
 
 
 @in_virtual_time
