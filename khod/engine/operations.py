@@ -498,17 +498,17 @@ class Engine:
         gone = Member(peer).to_model()
         self._transaction.emit_event(f"producer {peer.name} disconnected", EventKind.producer_waits, producer=gone)
         told = peer.claim.told
-        if not told or peer.claim.is_restoring:
+        if told is None or peer.claim.is_restoring:
             return
         cause = ProducerGone(
-            f"Producer {peer.name} went away after it was told to {told}: its connection ended",
+            f"Producer {peer.name} went away after it was told to {told.value}: its connection ended",
             kind=peer.kind,
             producer=peer.name,
-            verb=told,
+            verb=told.value,
             remedy="Look why it ended, then begin again.",
         )
         attempt = self._transaction.attempt
-        if attempt is not None and told == Verb.freeze.value and Step.load in self.machine.done:
+        if attempt is not None and told is Verb.freeze and Step.load in self.machine.done:
             judgement = asyncio.ensure_future(self._judge_departure(attempt, cause))
             self._transaction.wait_for_judgement(judgement)
         else:
@@ -657,7 +657,7 @@ class Engine:
         """Add to a refusal in the middle of a handover where that stands: the blackout may go on."""
         phase = self._transaction.phase
         if phase in HELD and not isinstance(error, NotRolledBack):
-            frozen = sum(member.told == Verb.freeze.value for member in self.queries.members)
+            frozen = sum(member.told is Verb.freeze for member in self.queries.members)
             held = f", {frozen} producer{'' if frozen == 1 else 's'} frozen" if frozen else ""
             stays = f"The handover stays as it was: {phase.value}{held}. Try again, or: khoctl abort"
             error.remedy = f"{error.remedy} {stays}".strip()

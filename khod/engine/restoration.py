@@ -196,12 +196,12 @@ class Restoration:
         else. A khod that dies in between leaves in the record to whom it is said again.
         """
         members = [member for member in barrier.members if member.producer.restores_state]
-        empty = [member for member in members if member.told != Verb.finish.value]
+        empty = [member for member in members if member.told is not Verb.finish]
         failed = await barrier.bring_back(Verb.restore, empty, deadline)
         restored = [member for member in members if member not in failed]
         for member in restored:
             # Recorded before anyone's session is let go: whoever has what is theirs is not told to restore it again.
-            member.told = Verb.finish.value
+            member.told = Verb.finish
         await self._transaction.note_claims(self._remaining_claims(barrier, set()))
         failed += await barrier.bring_back(Verb.finish, restored, deadline)
         if any(member not in failed for member in members):

@@ -26,7 +26,7 @@ from khod.handover.reconcile import Found
 from khod.handover.record import ProducerRecord, Record, Store
 from khod.kernel.explain import FORGOT
 from khod.model import Event, EventKind, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
-from khod.producers.barrier import Member
+from khod.producers.barrier import Member, write_verb
 from khod.producers.session_holders import SightedSessions
 from khod.text import join_names
 
@@ -654,7 +654,7 @@ class Transaction:
             kind, duration = EventKind.producer_answered, member.seconds
         else:
             kind, duration = EventKind.producer_waits if member.answer else EventKind.producer_called, None
-        message = f"{member.producer.name}: {member.about}: {member.answer or 'told'}"
+        message = f"{member.producer.name}: {write_verb(member.about)}: {member.answer or 'told'}"
         self.emit_event(message, kind, duration=duration, producer=member.to_model())
 
     def _require_attempt(self) -> Attempt:

@@ -43,6 +43,19 @@ class Verb(enum.Enum):
     finish = "finish"
 
 
+VERBS = {verb.value: verb for verb in Verb}
+
+
+def read_verb(word: str) -> Verb | None:
+    """Read the word a record has for a verb, "" for none; freeze for one unknown here: whoever did less undoes that."""
+    return VERBS.get(word, Verb.freeze) if word else None
+
+
+def write_verb(verb: Verb | None) -> str:
+    """Give the word that the record and the interface have for a verb, "" for none."""
+    return verb.value if verb else ""
+
+
 NO_ANSWER = "no answer"
 READY = "ready"
 GONE = "gone, and not told"
@@ -55,7 +68,7 @@ LEAVING = 5.0
 UNDO = {Verb.prepare: Verb.cancel, Verb.freeze: Verb.thaw}
 UNDONE_BY = {undo: verb for verb, undo in UNDO.items()}
 """What each undo takes back."""
-AFTER = {Verb.thaw: Verb.prepare.value, Verb.cancel: Verb.cancel.value, Verb.finish: Verb.finish.value}
+AFTER = {Verb.thaw: Verb.prepare, Verb.cancel: Verb.cancel, Verb.finish: Verb.finish}
 """What counts as told once these were answered with a yes, and not before: whoever was thawed is still to be told
 `cancel`, and whoever could not be is told `thaw` again."""
 
@@ -123,7 +136,7 @@ class Participant(Ordered, Protocol):
 class PriorCall:
     """What a producer was told in an attempt that a khod before this one began, and its note."""
 
-    verb: str
+    verb: Verb | None
     note: str = ""
 
 
@@ -133,9 +146,9 @@ class Member:
 
     producer: Participant
     rank: int = 0
-    told: str = ""
+    told: Verb | None = None
     """The verb whose undo is due: it changes when a verb is told, and for an undo when the answer to it is there."""
-    about: str = ""
+    about: Verb | None = None
     """The verb `answer` is the answer to: after a thaw that failed it still counts as told to freeze."""
     answer: str = ""
     seconds: float = 0.0
@@ -167,7 +180,7 @@ class Member:
             self.producer.name,
             self.producer.kind,
             self.rank,
-            self.about or self.told,
+            write_verb(self.about or self.told),
             self.answer,
             self.seconds if self.began is None else time.monotonic() - self.began,
             self.is_waiting,
@@ -221,7 +234,7 @@ class Barrier:
     def to_records(self) -> tuple[ProducerRecord, ...]:
         """Every producer as the record has it."""
         return tuple(
-            replace(m.producer.to_record(), told=m.told, note=m.note, restores=m.producer.restores_state)
+            replace(m.producer.to_record(), told=write_verb(m.told), note=m.note, restores=m.producer.restores_state)
             for m in self.members
         )
 
@@ -285,7 +298,7 @@ class Barrier:
 
     async def make_way(self) -> None:
         """Let everyone make way for the shutdown; nobody can stop it any more, so a failure is only noted."""
-        frozen = [member for member in self.members if member.told == Verb.freeze.value]
+        frozen = [member for member in self.members if member.told is Verb.freeze]
         leaving = [asyncio.ensure_future(self._make_way(member)) for member in frozen]
         if leaving:
             await asyncio.wait(leaving, timeout=LEAVING + CUT_SECONDS)
@@ -309,7 +322,7 @@ class Barrier:
         failed: list[tuple[str, KhoError]] = []
         absent: list[tuple[Member, asyncio.Future[KhoError | None]]] = []
         for rank in reversed(self._ranks):
-            told = [(member, self._start_call(member, UNDO[verb])) for member in rank if member.told == verb.value]
+            told = [(member, self._start_call(member, UNDO[verb])) for member in rank if member.told is verb]
             absent += [(member, task) for member, task in told if not member.producer.is_reachable]
             failed += await self._gather_failures([pair for pair in told if pair[0].producer.is_reachable], UNDO[verb])
         return [*failed, *await self._gather_failures(absent, UNDO[verb])]
@@ -355,12 +368,12 @@ class Barrier:
     async def _call_one(self, member: Member, verb: Verb, deadline: float) -> KhoError | None:
         """Tell one producer; what its no amounts to, None for a yes."""
         producer, began = member.producer, time.monotonic()
-        member.about, member.answer, member.began, member.progress = verb.value, "", began, None
+        member.about, member.answer, member.began, member.progress = verb, "", began, None
         member.limit = deadline
         member.calls += 1
         call = member.calls
         if verb not in AFTER:
-            member.told = verb.value
+            member.told = verb
         self.changed(member)
 
         def not_yet(reason: str, progress: float | None) -> None:
@@ -395,7 +408,7 @@ class Barrier:
             if member.calls == call:
                 member.answer, member.began, member.seconds = answer, None, time.monotonic() - began
                 if done:
-                    member.told = AFTER.get(verb, verb.value)
+                    member.told = AFTER.get(verb, verb)
                     member.gone |= answer == GONE
                 self.changed(member)
         if done:
@@ -409,7 +422,7 @@ def _producer_error(cls: type[ProducerRefused], member: Member, verb: Verb | Non
         f"Producer {name} {how}",
         kind=member.producer.kind,
         producer=name,
-        verb=verb.value if verb else member.told,
+        verb=write_verb(verb or member.told),
         remedy=f"Once that is repaired, test it with: khoctl producers test {name}",
     )
 

@@ -8,7 +8,7 @@ from khod.abi.statx import statx
 from khod.errors import UsageError
 from khod.handover.record import Process, ProducerRecord
 from khod.model import Kept
-from khod.producers.barrier import UNDO, UNDONE_BY, ParticipantVeto, ProducerCall, Verb
+from khod.producers.barrier import UNDO, UNDONE_BY, ParticipantVeto, ProducerCall, Verb, read_verb
 from khod.producers.sessions import Sessions, session_of
 
 Inode = tuple[tuple[int, int], int]
@@ -25,7 +25,7 @@ class Claim:
         self._producer = producer
         self._sessions = sessions
         self._run = ""
-        self._told = ""
+        self._told: Verb | None = None
         self._kept: tuple[Kept, ...] = ()
         self._with_freeze: dict[Kept, tuple[Inode, ProducerCall]] = {}
         """What freeze has added to its session: which file that is, and the freeze it was given with last."""
@@ -38,16 +38,17 @@ class Claim:
         """Make the claim of a producer that an earlier khod knew."""
         made = cls(holder.name, sessions)
         # The record is written before anyone is told: whoever stands in it may have been told to prepare.
-        told = {"": Verb.prepare.value, Verb.cancel.value: ""}.get(holder.told, holder.told)
-        if restoring and told == Verb.finish.value:
+        told = read_verb(holder.told) or Verb.prepare
+        if restoring and told is Verb.finish:
             made._taker = holder.process
         elif restoring:
-            told = Verb.restore.value
-        made._told, made._run, made._kept, made._is_restoring = told, run, holder.kept, restoring
+            told = Verb.restore
+        made._told = None if told is Verb.cancel else told
+        made._run, made._kept, made._is_restoring = run, holder.kept, restoring
         return made
 
     @property
-    def told(self) -> str:
+    def told(self) -> Verb | None:
         """The last verb it was told and not told the undo of: what it is reminded of when it comes back."""
         return self._told
 
@@ -79,17 +80,17 @@ class Claim:
 
     def begin_verb(self, verb: Verb) -> None:
         """Count on a verb from the moment it is told."""
-        self._told = verb.value
+        self._told = verb
 
     def note_unanswered(self, verb: Verb | None) -> None:
         """Take note that the connection ended before `verb` was answered: an undo is still to be told."""
         if verb in UNDONE_BY:
-            self._told = UNDONE_BY[verb].value
+            self._told = UNDONE_BY[verb]
 
     def note_connected(self, process: Process) -> None:
         """Take note of who has connected: what another process was given before has to be given again."""
         if self._taker not in (None, process):
-            self._told = Verb.restore.value
+            self._told = Verb.restore
 
     def was_given_to(self, process: Process | None) -> bool:
         """Whether this process has what the producer left: what was given died with the one that took it."""
@@ -108,13 +109,13 @@ class Claim:
         elif verb is Verb.finish:
             await self._sessions.finish_session(self.session_name, deadline)
             self._kept, self._is_restoring = (), False
-        self._told = {Verb.thaw: Verb.prepare.value, Verb.cancel: "", Verb.finish: ""}.get(verb, verb.value)
+        self._told = {Verb.thaw: Verb.prepare, Verb.cancel: None, Verb.finish: None}.get(verb, verb)
 
     async def drop_arrived(self, deadline: float) -> None:
         """Free what the producer left before the jump; nothing where it left nothing."""
         if self._is_restoring:
             await self._sessions.drop_session(self.session_name, deadline)
-            self._is_restoring, self._told, self._kept = False, "", ()
+            self._is_restoring, self._told, self._kept = False, None, ()
 
     # Its files
 

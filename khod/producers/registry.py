@@ -8,7 +8,7 @@ from dataclasses import replace
 from khod import model
 from khod.errors import ConfigError, Refused, UsageError
 from khod.handover.record import Owner, Process, ProducerRecord
-from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Participant, PriorCall, Verb
+from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Participant, PriorCall, Verb, read_verb
 from khod.producers.lost import MissingProducer
 from khod.producers.order import check_newcomer, order_in_ranks
 from khod.producers.peer import Peer, Registration
@@ -117,7 +117,7 @@ class ProducerRegistry:
             holders = [producer.to_record() for producer in (*files, *self.peers.taking_part())]
         lost = nobody_knows and not run  # as opposed to a record in which nobody stands
         told = {
-            holder.name: PriorCall(verb.value if verb else holder.told, NOT_RECORDED if lost else holder.note)
+            holder.name: PriorCall(verb or read_verb(holder.told), NOT_RECORDED if lost else holder.note)
             for holder in holders
         }
         producers: list[Participant] = []

@@ -9,6 +9,7 @@ from khod import model, wire
 from khod.engine import Engine
 from khod.errors import Refused, UsageError
 from khod.handover.record import Owner
+from khod.producers.barrier import write_verb
 from khod.producers.configured import one_line
 from khod.producers.conversation import Answer, AnswerWord
 from khod.producers.identity import process_of, unit_of
@@ -68,7 +69,7 @@ class Producers(Producer):
         connection.on_end.append(partial(self._engine.registry.peers.remove_peer, producer))
         if not connection.is_open:  # it went while khod looked
             self._engine.registry.peers.remove_peer(producer)
-        return {"version": wire.PRODUCER_VERSION, "run": producer.claim.run, "told": producer.claim.told}
+        return {"version": wire.PRODUCER_VERSION, "run": producer.claim.run, "told": write_verb(producer.claim.told)}
 
     @varlinkmethod
     async def Next(

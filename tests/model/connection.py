@@ -13,6 +13,7 @@ from khod.engine.guard import Seen, Severity, Uevent, Watch
 from khod.errors import KhoError, Refused, UsageError
 from khod.handover.record import Owner
 from khod.handover.record import Process as Identity
+from khod.producers.barrier import write_verb
 from khod.producers.peer import Peer, Registration
 from khod.producers.registrations import Registrations
 from khod.server.interface import Word
@@ -153,7 +154,7 @@ class Connection(Line):
         self._peer = made
         if not self._open:
             self._left()
-        return made.claim.told
+        return write_verb(made.claim.told)
 
     async def _next(self, parameters: dict[str, Any]) -> Told:
         if self._peer is None:

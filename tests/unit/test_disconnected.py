@@ -15,6 +15,7 @@ from khod.engine.rollback import bound_seconds
 from khod.errors import Failed, NotRolledBack, Refused, Unreachable
 from khod.handover.record import Owner, Process
 from khod.model import Phase
+from khod.producers.barrier import write_verb
 from khod.producers.conversation import Answer, AnswerWord
 from khod.producers.identity import is_alive, process_of
 from khod.producers.peer import Peer, Registration
@@ -54,7 +55,7 @@ async def register(engine: Engine, process: Process, owner: Owner = OWNER) -> Pe
 async def serving(engine: Engine, process: Process, owner: Owner = OWNER) -> AsyncIterator[list[str]]:
     """A peer that says yes to everything, and what it has heard; at the end it loses its connection and lives on."""
     peer = await register(engine, process, owner)
-    heard = [f"registered: {peer.claim.told}"]
+    heard = [f"registered: {write_verb(peer.claim.told)}"]
 
     async def serve() -> None:
         answer = None
@@ -214,6 +215,25 @@ async def test_after_a_restart_of_khod_nobody_takes_the_place_of_one_that_lives(
         await host.seen(lambda event: event.phase is Phase.rolling_back)
         with pytest.raises(Refused, match=f"Process {process.pid}"):
             await register(engine, start().identity)
+        async with serving(engine, process) as heard:
+            with pytest.raises(Failed, match="khod stopped unexpectedly"):
+                await starting
+            assert heard == ["registered: freeze", "thaw", "cancel"]
+
+
+@in_virtual_time
+async def test_a_verb_of_the_record_that_khod_does_not_know_counts_as_a_freeze(
+    host: VirtualHost, start: Callable[[], Living]
+) -> None:
+    process = start().identity
+    engine = await host.started()
+    async with serving(engine, process):
+        await engine.activate()
+        record = host.store.record_path.read_text()
+        host.store.record_path.write_text(record.replace('"told": "freeze"', '"told": "later"'))
+        engine = host.engine()
+        starting = asyncio.ensure_future(engine.start())
+        await host.seen(lambda event: event.phase is Phase.rolling_back)
         async with serving(engine, process) as heard:
             with pytest.raises(Failed, match="khod stopped unexpectedly"):
                 await starting

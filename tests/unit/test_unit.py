@@ -673,7 +673,7 @@ async def test_a_verb_that_cannot_be_cut_short_is_left_to_itself(place: Path, mo
 
     monkeypatch.setattr(Bus, "call_method", stubborn)
     async with serving(place, a=unit()):
-        told = {"a": PriorCall("freeze", OURS)}
+        told = {"a": PriorCall(Verb.freeze, OURS)}
         barrier = Barrier.from_producers([Unit("a", 0.1, unit="a.service")], "run-1", lambda _member: None, told)
         ((name, error),) = await barrier.undo_verb(Verb.freeze)
         assert (name, cancelled) == ("a", [Verb.thaw]), "it is cancelled once, and left to clean up"
