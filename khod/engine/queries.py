@@ -2,6 +2,7 @@
 """What anyone may ask of khod: nothing here changes the host, and nothing here waits for an operation."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -37,6 +38,7 @@ from khod.systemd.logind import Inhibitor
 from khod.target.target import Request, Target, take_target
 
 T = TypeVar("T")
+LOG = logging.getLogger(__name__)
 NAMED = {"out": "outgoing tree", "in": "incoming tree", "snapshot": "snapshot"}
 NO_TREE = {
     "out": "The kernel has one only in the active phase: khoctl activate",
@@ -281,6 +283,9 @@ class Queries:
             )
         except (KhoError, OSError) as error:
             found = SightedSessions(unseen=str(error))
+        except Exception as error:
+            LOG.exception("LUO sessions could not be looked for")
+            found = SightedSessions(unseen=f"khod itself failed: {error!r}")
         self.sighted = found
         return found
 

@@ -6,13 +6,15 @@ No second task can die unseen while an answer is waited for, and a call that is 
 
 import asyncio
 import os
+import re
 import socket
 import struct
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from jeepney import DBusAddress, HeaderFields, Message, MessageType, Parser, new_method_call
-from jeepney.auth import BEGIN, AuthenticationError, Authenticator
+from jeepney.auth import BEGIN, NEGOTIATE_UNIX_FD, make_auth_external
 from jeepney.bus import get_bus
 
 from khod.concurrency.sockets import connect_unix
@@ -27,6 +29,8 @@ NOBODY = tuple(
     for name in ("NoReply", "NameHasNoOwner", "ServiceUnknown", "Disconnected", "TimedOut", "Spawn.ChildExited")
 )
 """What a message bus answers in the place of a service that is not there, or went away before it answered."""
+WELCOME = re.compile(rb"OK [0-9a-f]*\r\nAGREE_UNIX_FD\r\n")
+MAX_WELCOME_BYTES = 1024
 CHUNK_BYTES = 1 << 16
 MAX_MESSAGE_BYTES = 128 << 20
 """Bytes of a message, as the D-Bus specification bounds it."""
@@ -57,26 +61,25 @@ class Bus:
         """Results that JobRemoved has told, by the job's path."""
 
     async def authenticate(self) -> None:
-        """Authenticate as this process's user.
+        """Authenticate as this process's user, with the right to pass file descriptors.
 
         BEGIN goes with the request, as sd-bus does it. Seen with systemd 262 under load: where it comes together
         with the first call, PID 1 reads both at once and takes the call up when more arrives, which is never.
         """
-        authenticator = Authenticator()
-        try:
-            for line in authenticator:
-                if line:
-                    await self._write_bytes(line + BEGIN)
-                authenticator.feed(await self._read_bytes())
-        except AuthenticationError as error:
-            raise BusError(f"{self._peer} does not let khod in: {one_line(str(error))}") from None
+        await self._write_bytes(b"\0" + make_auth_external() + NEGOTIATE_UNIX_FD + BEGIN)
+        answer = b""
+        while WELCOME.fullmatch(answer) is None:
+            if len(answer) > MAX_WELCOME_BYTES or (b"\r\n" in answer and not answer.startswith(b"OK ")):
+                raise BusError(f"{self._peer} does not let khod in: {one_line(answer.decode(errors='replace'))}")
+            answer += await self._read_bytes()
 
     async def call_method(self, whom: tuple[str, str, str], method: str, signature: str = "", *body: object) -> Message:
         """Call a method and wait for its answer; BusError where that is an error."""
         name, path, interface = whom
         self._serial += 1
         message = new_method_call(DBusAddress(path, name, interface), method, signature or None, body)
-        await self._write_bytes(message.serialise(self._serial))
+        fds = array("i")
+        await self._write_bytes(message.serialise(self._serial, fds), fds)
         while True:
             answer = await self.receive_message()
             if answer.header.fields.get(HeaderFields.reply_serial) == self._serial:
@@ -112,9 +115,13 @@ class Bus:
             raise Disconnected(f"{self._peer} hung up")
         return data
 
-    async def _write_bytes(self, data: bytes) -> None:
+    async def _write_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Write all of it; descriptors go with the first byte, and stay the caller's."""
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.get_running_loop().sock_sendall(self._connection, data)
+            if fds:
+                data = data[socket.send_fds(self._connection, [data], fds) :]
+            await loop.sock_sendall(self._connection, data)
         except OSError as error:
             raise Disconnected(f"{self._peer} has gone: {error.strerror}") from None
 

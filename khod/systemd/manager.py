@@ -109,7 +109,7 @@ class Systemd:
     async def list_stored_files(self, unit: str) -> list[str]:
         """The paths of the files in a unit's file descriptor store."""
         answer = await self._bus.call_method(MANAGER, "DumpUnitFileDescriptorStore", "s", unit)
-        return [path for _, _, _, _, _, path, _, _ in self._only_value("a(suuutuusu)", answer)]
+        return [path for *_, path, _flags in self._only_value("a(suuutuusu)", answer)]
 
     async def read_state(self, unit: str = "") -> UnitState:
         """Read the state of this unit, or of another; systemd loads it for that where it has to."""

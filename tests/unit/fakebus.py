@@ -48,9 +48,11 @@ class FakeBus:
     processes: list[int] = field(default_factory=list)
     manager: dict[str, str] = field(default_factory=dict)
     """Properties of systemd itself."""
+    stored: dict[str, list[str]] = field(default_factory=dict)
+    """Paths of the files in each unit's store."""
     inhibitors: list[tuple[Any, ...]] = field(default_factory=list)
     """What systemd-logind lists."""
-    welcome: bytes = b"OK 0123456789abcdef0123456789abcdef\r\n"
+    welcome: bytes = b"OK 0123456789abcdef0123456789abcdef\r\nAGREE_UNIX_FD\r\n"
     said: list[str] = field(default_factory=list)
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by a call that is answered otherwise than usual, or whose job does not end."""
@@ -122,6 +124,8 @@ class FakeBus:
                 return "a(sus)", ([("/", 400, "dbus-daemon")],)
             case "GetUnitProcesses":
                 return "a(sus)", ([("/", pid, "?") for pid in self.processes],)
+            case "ListUnitsByPatterns" | "DumpUnitFileDescriptorStore":
+                return self._list(method, name)
             case "Get" if message.body[0] == MANAGER.interface:
                 return "v", (("s", self.manager[message.body[1]]),)
             case "LoadUnit":
@@ -144,6 +148,12 @@ class FakeBus:
             case "StopUnit" | "StartUnit":
                 return "o", (self._job(method, name, writer),)
         raise Refusal("org.freedesktop.DBus.Error.UnknownMethod", method)
+
+    def _list(self, method: str, name: str) -> Reply:
+        if method == "ListUnitsByPatterns":
+            listed = ("", "loaded", "active", "running", "", "/", 0, "", "/")
+            return "a(ssssssouso)", ([(unit, *listed) for unit in self.units],)
+        return "a(suuutuusu)", ([("name", 0, 0, 0, 7, 0, 0, path, 0) for path in self.stored[name]],)
 
     def _become(self, name: str, key: str, method: str, usual: str) -> None:
         self.units[name][key] = ("s", self.becomes.get(method, usual))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """LUO sessions that nobody told khod of, in a /proc laid out for it, and what systemd does to each on its way down."""
 
+import asyncio
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +21,10 @@ from khod.producers.session_holders import (
     count_arrivals,
     find_sessions,
 )
+from khod.systemd import dbus
 from khod.systemd.facts import BOOTED, SystemdFacts
 from khod.systemd.manager import Manager
+from tests.unit.fakebus import fake_bus, unit
 
 KEPT, LOST, UNKNOWN = SessionFate.kept, SessionFate.lost, SessionFate.unknown
 STORE: dict[str, Any] = {"FileDescriptorStoreMax": 16, "NFileDescriptorStore": 1}
@@ -364,3 +367,22 @@ def test_what_was_not_seen_before_the_jump_is_not_known_after_it() -> None:
     verdict = count_arrivals(Verdict(["LUO"]), (), "khod was not let", [], at_once=True)
     assert verdict.reason == ""
     assert "khod was not let" in verdict.unknown[0]
+
+
+def test_systemd_is_asked_for_its_stores_and_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As data, over its private socket: the types are those of org.freedesktop.systemd1(5)."""
+    monkeypatch.setattr(dbus, "PRIVATE_SOCKET", str(tmp_path / "private"))
+    stored, plain = unit(NFileDescriptorStore=2, SurviveFinalKillSignal=True), unit(NFileDescriptorStore=0)
+
+    async def ask() -> tuple[object, object]:
+        async with fake_bus(tmp_path / "private", db=stored, web=plain) as bus:
+            bus.stored = {"db.service": [f"{LINK} db", "/memfd:x"]}
+            systemd = SystemdFacts()
+            return await asyncio.to_thread(systemd.list_stored_files), await asyncio.to_thread(
+                systemd.read_units, ["db.service"]
+            )
+
+    files, units = asyncio.run(ask())
+    assert files == {"db.service": [f"{LINK} db", "/memfd:x"]}
+    assert isinstance(units, dict)
+    assert units["db.service"]["SurviveFinalKillSignal"] is True

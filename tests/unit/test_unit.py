@@ -614,7 +614,7 @@ async def test_a_message_cut_off_within_is_a_veto(place: Path) -> None:
         assert "not a D-Bus message" in (await vetoed(Verb.prepare))[0]
 
 
-@pytest.mark.parametrize("welcome", [b"REJECTED EXTERNAL\r\n", b"\r\n", b"x" * 9000, b"OK 1\r\nOK 2\r\n"])
+@pytest.mark.parametrize("welcome", [b"REJECTED EXTERNAL\r\n", b"\r\n", b"x" * 9000, b"OK 1\r\nOK 2\r\n" + b"x" * 1024])
 async def test_a_bus_that_does_not_let_us_in_is_a_veto(place: Path, welcome: bytes) -> None:
     async with serving(place, a=unit()) as bus:
         bus.welcome = welcome
