@@ -3,4 +3,4 @@
 
 import gc
 
-gc.set_threshold(200_000)  # a command's imports are no garbage, and to look through them is a tenth of its time
+gc.set_threshold(200_000)  # the imports of a command are not garbage, and scanning them takes a tenth of its time

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""khoctl: the root of its commands, each imported from its module when it is asked for.
+"""khoctl: the root of its commands; the module of a command is imported when the command is used.
 
-To import all of them for one would take a third of the time that `khoctl status` takes.
+Importing all of them would take a third of the time of `khoctl status`.
 """
 
 import importlib
@@ -30,7 +30,7 @@ MODULES = {
     "dt": "dt",
     "producers": "producers",
 }
-"""Where each command is; a module's name is its group's, or stands for the commands in it."""
+"""The module of each command; a command with the name of its module is that module's group."""
 
 JOURNAL = "The log: journalctl -u kho-handover. Where the handover stands: khoctl status."
 ELSEWHERE = {
@@ -42,15 +42,15 @@ ELSEWHERE = {
     "log": JOURNAL,
     "logs": JOURNAL,
 }
-"""What does the work of commands that there are not, but that operators look for."""
+"""What to use instead of commands that do not exist, but that operators look for."""
 
 
 class Commands(Root):
-    """The commands by name."""
+    """The commands of khoctl; each is imported on first use."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        self.commands = dict.fromkeys(MODULES, click.Command(None))  # what a typing error is compared with
+        self.commands = dict.fromkeys(MODULES, click.Command(None))  # the names a typing error is compared with
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in MODULES and self.commands[cmd_name].name is None:
@@ -72,7 +72,7 @@ class Commands(Root):
         return super().resolve_command(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The options, less those that few need to see: the package has the completions they install."""
+        """Return the options, with typer's for completions hidden: the package installs the completions."""
         options = super().get_params(ctx)
         for option in options:
             if isinstance(option, click.Option) and option.name in ("install_completion", "show_completion"):
@@ -108,16 +108,16 @@ def _set_options(
 
 
 def _character_locale() -> str:
-    """The locale of characters, as setlocale(3) finds it; "" where none is set."""
+    """Return the locale of characters, as setlocale(3) finds it, or "" if none is set."""
     return next((found for name in ("LC_ALL", "LC_CTYPE", "LANG") if (found := os.environ.get(name))), "")
 
 
 def main() -> NoReturn:
-    """Run khoctl, and leave at once: to take the interpreter apart would take a tenth of the time."""
+    """Run khoctl and exit at once: shutting down the interpreter would take a tenth of the time."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # it was closed: the next file that is opened would take its place
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
-    if _character_locale() in ("C", "POSIX"):  # Python takes UTF-8 for it; a serial console shows that as garbage
+        if getattr(sys, name) is None:  # it was closed: the next opened file would get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
+    if _character_locale() in ("C", "POSIX"):  # Python would write UTF-8, which a serial console shows as garbage
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="ascii", errors="backslashreplace")

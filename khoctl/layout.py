@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a page fits a terminal: no word is broken, and a line that goes on does so below its own text."""
+"""Fit a page to a terminal: no word is broken, and a wrapped line continues below its own text."""
 
 import os
 import re
@@ -10,14 +10,17 @@ import click
 import typer
 
 MIN_WIDTH = 24
-"""Columns that a text has at least, below a head however long."""
+"""The minimum width of a text in columns, however long the head before it is."""
 
 COLUMN_PATTERN = re.compile(r"(?:\S+(?: \S+)*? {2,}|-?> | +)*")
-"""What stands before a line's own text: words that are columns, each with two blanks after it, and an arrow."""
+"""What precedes a line's own text: columns, each followed by two or more blanks, and arrows."""
 
 
 def page_width(*, err: bool = False) -> int | None:
-    """How wide to write: as COLUMNS says, or the terminal; None where it is none, and a line is a record."""
+    """Return the width to write, from COLUMNS or the terminal; None if the stream is not a terminal.
+
+    Without a width, each line is a record and is not wrapped.
+    """
     stream = sys.stderr if err else sys.stdout
     given = os.environ.get("COLUMNS", "")
     if given.isascii() and given.isdigit() and int(given):
@@ -25,23 +28,23 @@ def page_width(*, err: bool = False) -> int | None:
     if not stream.isatty():
         return None
     try:
-        return os.get_terminal_size(stream.fileno()).columns or 80  # a serial line does not know
+        return os.get_terminal_size(stream.fileno()).columns or 80  # a serial line reports 0
     except OSError:
         return None
 
 
 def show_page(page: str, *, err: bool = False) -> None:
-    """Write a page, fitted to where it goes."""
+    """Write a page, wrapped to the width of its stream."""
     write_text(fit_page(page, page_width(err=err)), err=err)
 
 
 def write_text(text: str, *, err: bool = False, color: bool | None = None, end: str = "\n") -> None:
-    """Write lines as they are, in the encoding of the stream: click by itself takes UTF-8 for ASCII."""
+    """Write text unwrapped, in the encoding of the stream; click by itself would write UTF-8 to an ASCII stream."""
     typer.echo(text + end, nl=False, file=sys.stderr if err else sys.stdout, color=color)
 
 
 def fit_page(page: str, width: int | None) -> str:
-    """Wrap the lines that are longer than `width`."""
+    """Wrap the lines that are longer than `width`; None wraps nothing."""
     return page if width is None else "\n".join(line for text in page.split("\n") for line in _wrap_line(text, width))
 
 
@@ -67,7 +70,7 @@ def _wrap_line(text: str, width: int) -> list[str]:
 
 
 def align_table(rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
-    """Align columns; those that do not fit stand on a line below, in each row the same."""
+    """Align rows in columns; columns that do not fit move to a further line, the same columns in each row."""
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     groups: list[list[int]] = [[]]
     for at, size in enumerate(sizes):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The options that say which kernel comes next and with which command line: one set for check, plan and kexec."""
+"""The options that choose the next kernel and its command line: one set for check, plan and kexec."""
 
 import functools
 import inspect
@@ -10,14 +10,14 @@ from typing import Annotated, Any, Concatenate
 import typer
 
 WAYS = ("image", "entry", "default", "kernel")
-"""The ways to say which kernel: one of them."""
+"""The options that choose a kernel; at most one of them is given."""
 LINES = ("cmdline", "reuse_cmdline", "append", "remove")
-"""What its command line is made of."""
+"""The options that make up its command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NextKernelOptions:
-    """The next kernel as the operator asks for it, in the order of the help; a field's name is its option's."""
+    """The operator's choice of the next kernel, in the order of the help; a field has the name of its option."""
 
     image: Annotated[
         str | None,
@@ -48,7 +48,10 @@ class NextKernelOptions:
     ] = None
 
     def select_given(self, names: Iterable[str]) -> dict[str, Any]:
-        """Those of these options that are given, with their values: an empty text is one, a flag that is off is not."""
+        """Return the given options among `names`, with their values.
+
+        An empty string counts as given; a flag that is off and an empty list do not.
+        """
         return {name: value for name in names if (value := getattr(self, name)) not in (None, False, [])}
 
 
@@ -56,9 +59,9 @@ NAMES = tuple(field.name for field in fields(NextKernelOptions))
 
 
 def spread_options(command: Callable[Concatenate[NextKernelOptions, ...], None]) -> Callable[..., None]:
-    """Give a command for typer that has the options of the next kernel in the place of its first parameter.
+    """Return a command for typer in which the options of the next kernel replace the first parameter.
 
-    `command` gets them there as one object, and its other parameters by their names.
+    `command` receives these options as one object, and its other parameters by name.
     """
 
     @functools.wraps(command)

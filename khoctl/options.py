@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Options of khoctl for the parameters of khod's interface, which khod's messages name in backticks."""
+"""khoctl's options for the parameters of khod's interface; khod's messages name these parameters in backticks."""
 
 import re
 
@@ -25,7 +25,7 @@ _NAMED = re.compile(rf"`({'|'.join(map(re.escape, CALLS))}|{'|'.join(map(re.esca
 
 
 def name_options(text: str) -> str:
-    """Put khoctl's options in the place of the parameters, in backticks, that a message of khod's names."""
+    """Replace the interface's parameters, in backticks in a message from khod, with khoctl's options."""
     return _NAMED.sub(_option, text) if "`" in text else text
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Handover profiles: /etc/kho/handover.d/NAME.toml holds what `khoctl kexec` would be given."""
+"""Handover profiles: /etc/kho/handover.d/NAME.toml holds options of `khoctl kexec`."""
 
 import re
 from dataclasses import dataclass
@@ -13,32 +13,32 @@ from khod.files import read_toml, require_type
 DIRECTORY = Path("/etc/kho/handover.d")
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 FLAGS = ("now", "load_only", "hold")
-"""What a profile may say beside the next kernel."""
+"""The keys of a profile that do not describe the next kernel."""
 
 
 def _key_type(hint: Any) -> type:
-    """The type of an option that may be left out: str of `str | None`, list of `list[str] | None`."""
+    """Return the type of an option that may be left out: str for `str | None`, list for `list[str] | None`."""
     first = next(iter(get_args(hint)), hint)
     found: type = get_origin(first) or first
     return found
 
 
 KEYS = {name: _key_type(hint) for name, hint in get_type_hints(NextKernelOptions).items()} | dict.fromkeys(FLAGS, bool)
-"""What a profile may say, and of which type; a list of strings may be one string, too."""
+"""The keys of a profile and their types; a list of strings may also be one string."""
 ONE_OF = (WAYS, ("cmdline", "reuse_cmdline"))
 """Keys that contradict each other."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a profile says: the next kernel, and those of FLAGS that are on."""
+    """The contents of a profile: the next kernel, and the members of FLAGS that are on."""
 
     options: NextKernelOptions
     flags: frozenset[str]
 
 
 def load_profile(name: str, directory: Path = DIRECTORY) -> Profile:
-    """Read a profile; ConfigError names the file and the key."""
+    """Read a profile; raise ConfigError, with the file and the key, if it is not valid."""
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} is not a valid name of a profile",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is seen while an operation runs: a live line on a terminal, plain lines elsewhere."""
+"""What is shown while an operation runs: live lines on a terminal, plain lines elsewhere."""
 
 import selectors
 import sys
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FRAMES = 10
-"""Times a second the producers' lines are drawn."""
+"""How many times a second the producers' lines are drawn."""
 
 FEW_PRODUCERS = 10
-"""Producers whose lines stay on the terminal at the end."""
+"""The number of producers whose lines stay on the terminal at the end."""
 
 RESERVED_LINES = 6
-"""Lines of a terminal left for what is printed above the producers'."""
+"""Lines of a terminal that stay free for what is printed above the producers' lines."""
 
 COMEBACK_SECONDS = 10.0
-"""Seconds khod has to come back after it ended on the way into the next kernel."""
+"""How long khod may take to answer again after it ended on the way into the next kernel."""
 
 LAST_WORDS_SECONDS = 1.0
-"""Seconds the last events have to come in on their own connection, after the answer came on the other."""
+"""How long to wait for the last events on their own connection, after the answer came on the other one."""
 
 
 class ProgressView:
-    """Prints the events of one operation to standard error, so that standard output stays the answer.
+    """Prints the events of one operation to standard error; standard output is for the answer.
 
-    On a terminal each producer has one line of its own below, which changes until the operation ends;
-    elsewhere each of its answers is a line.
+    On a terminal each producer has a line of its own below, which changes until the operation ends; elsewhere each of
+    its answers is a line.
     """
 
     _console: "Console | None" = None
@@ -54,15 +54,15 @@ class ProgressView:
         self._quiet = quiet
         self._named: set[tuple[str, str]] = set()
         self.expected = 0
-        """How many producers there are: those of a later rank are not heard of before they are told."""
+        """The number of producers; one of a later rank sends no event before its rank is called."""
         self._verb, self._since = "", 0.0
         self._producers: dict[str, Producer] = {}
         self._heard: dict[str, float] = {}
         self._refused: dict[str, Producer] = {}
-        """What ended the handover: the first no of each, which the answer to its undo must not hide."""
+        """Each producer's first refusal, which ended the handover; the answer to its undo must not hide it."""
         self._ended = False
         if can_repaint(sys.stderr) and not quiet:
-            from rich.console import Console  # noqa: PLC0415 - dear to import, and only a terminal needs it
+            from rich.console import Console  # noqa: PLC0415 - slow to import, and only a terminal needs it
             from rich.live import Live  # noqa: PLC0415 - as above
 
             self._console = Console(stderr=True, highlight=False, markup=False)
@@ -79,7 +79,7 @@ class ProgressView:
             self._live.stop()
 
     def show_event(self, event: Event) -> None:
-        """Show one event; the first only tells where it began."""
+        """Show one event, except the first, which only gives the phase at the start."""
         first, self.last = self.last is None, event.phase
         if first or self._quiet:
             return
@@ -102,7 +102,7 @@ class ProgressView:
             show_page(render.render_event(event), err=True)
 
     def show_waiting(self) -> None:
-        """Say, where no line shows it anyhow, whom khod waits for by now: each producer once for each verb."""
+        """Print whom khod is waiting for, each producer once for each verb, where no live line shows it."""
         waiting = [found for found in self._producers.values() if found.waiting]
         new = [found for found in waiting if (found.name, found.phase) not in self._named]
         if self._live or self._quiet or not new:
@@ -112,12 +112,10 @@ class ProgressView:
         show_page(f"{render.EVENT_INDENT}waiting for {names}", err=True)
 
     def _producer_lines(self) -> "Text":
-        """One line a producer: those that are waited for first, as many as there is room for."""
+        """Return one line for each producer, as many as fit; those that are waited for come first."""
         from rich.text import Text  # noqa: PLC0415 - as above
 
-        if (
-            self._ended and len(self._producers) > FEW_PRODUCERS
-        ):  # what stays on the screen is what the operator must read
+        if self._ended and len(self._producers) > FEW_PRODUCERS:  # only what the operator must read stays on the screen
             odd = [found for found in self._producers.values() if render.is_notable(found)][:FEW_PRODUCERS]
             summary = f"    {render.count_producers(list(self._producers.values()))}"
             page = [*self._refusal_lines(), *(f"    {render.producer_text(found)}" for found in odd), summary]
@@ -137,13 +135,13 @@ class ProgressView:
         return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
 
     def _refusal_lines(self) -> list[str]:
-        """A line for each that said no, before what its undo came to."""
+        """Return a line for each producer that refused, with its refusal instead of the answer to its undo."""
         width = self._console.width if self._console else None
         noes = [f"  ! {render.producer_text(found)}" for found in self._refused.values()][:FEW_PRODUCERS]
         return [line for no in noes for line in fit_page(no, width).split("\n")]
 
     def summary(self) -> str:
-        """How many are ready with what they are told, since when, and how long they have."""
+        """Return how many producers have done the current verb, since when, and the longest time limit."""
         told = [found for found in self._producers.values() if found.phase == self._verb]
         ready = sum(not found.waiting and not render.is_notable(found) for found in told)
         waiting = [found.limit for found in told if found.waiting]
@@ -151,16 +149,16 @@ class ProgressView:
         return f"    {self._verb}: {ready} of {max(self.expected, len(told))} ready{clock}"
 
     def _as_of_now(self, found: Producer) -> Producer:
-        """A producer as it is by now: what it is waited for goes on."""
+        """Return a producer with its waiting time up to now."""
         since = time.monotonic() - self._heard[found.name] if found.waiting else 0.0
         return replace(found, seconds=found.seconds + since)
 
 
 def run_with_progress(begin: Callable[[Client], None], answer: Callable[[Client], T], *, quiet: bool) -> T | None:
-    """Run the operation that `begin` calls, and show its events; None where the host jumped before the answer.
+    """Run the operation that `begin` calls, and show its events; return None if the host jumped before the answer.
 
-    It may take as long as it needs while khod still says how it stands, unless the operator gave a time. Unreachable
-    where khod does not, Detached, at once, where the operator interrupts.
+    The operation may take as long as it needs while khod still answers Status, unless the operator gave a time limit.
+    Raises Unreachable if khod does not answer, and Detached, at once, if the operator interrupts.
     """
     with connect_client() as calling, connect_client() as watcher, ProgressView(quiet=quiet) as shown:
         before = calling.status()
@@ -172,9 +170,9 @@ def run_with_progress(begin: Callable[[Client], None], answer: Callable[[Client]
             _show_until(calling, watcher, shown)
             found = answer(calling)
         except KeyboardInterrupt:
-            raise Detached(shown.last) from None  # at once: nobody is asked anything more
+            raise Detached(shown.last) from None  # at once: khod is not asked again
         except Unreachable:
-            _drain_events(watcher, shown)  # where khod has gone, its last event says why
+            _drain_events(watcher, shown)  # if khod ended, its last event says why
             if shown.last is not Phase.executing:
                 raise
             require_jump(before.boot_id)
@@ -187,7 +185,7 @@ def run_with_progress(begin: Callable[[Client], None], answer: Callable[[Client]
 
 
 def begin_operation(begin: Callable[[Client], None]) -> Status:
-    """Call an operation and return as soon as it changes something, or is over; khod goes on with it."""
+    """Call an operation and return the status as soon as something changes or it is over; khod continues it."""
     with connect_client() as calling, connect_client() as watcher, selectors.DefaultSelector() as selector:
         watcher.call_method("Monitor", more=True)
         watcher.receive_event()
@@ -204,10 +202,10 @@ def begin_operation(begin: Callable[[Client], None]) -> Status:
 
 
 def require_jump(boot: str) -> None:
-    """Raise Unreachable where khod ended on the way into the next kernel and is back in the same boot.
+    """Raise Unreachable if khod ended on the way into the next kernel and is back in the same boot.
 
-    systemd holds khod's socket and starts it again: who is not answered is on a host that goes down, or on the embedded
-    kernel of the tests and of the demonstration, where khod goes away with its kernel and comes back in another boot.
+    systemd holds khod's socket and starts khod again. Without an answer, the host is going down. On the simulated
+    kernel of the tests and of the demonstration, khod ends with its kernel and comes back in another boot.
     """
     found = None
     with suppress(Unreachable), Client(socket_path(), patience=COMEBACK_SECONDS, on_slow=say_slow) as asking:
@@ -228,7 +226,7 @@ def _too_long() -> Unreachable:
 
 
 def _show_until(calling: Client, watcher: Client, shown: ProgressView) -> None:
-    """Show events until the operation is answered. Where there are none, ask meanwhile whether khod still answers."""
+    """Show events until the operation is answered; while there are none, check that khod still answers."""
     limit = call_timeout()
     ends = None if limit is None else time.monotonic() + limit
     with selectors.DefaultSelector() as selector, ExitStack() as stack:
@@ -261,7 +259,7 @@ def _show_until(calling: Client, watcher: Client, shown: ProgressView) -> None:
 
 
 def _show_pending(watcher: Client, shown: ProgressView) -> bool:
-    """Show what has come; whether more may come."""
+    """Show the events that have come; return whether more may come."""
     try:
         watcher.receive()
         while watcher.reply_waiting:
@@ -272,7 +270,7 @@ def _show_pending(watcher: Client, shown: ProgressView) -> bool:
 
 
 def _drain_events(watcher: Client, shown: ProgressView, final: Phase | None = None) -> None:
-    """Show what comes until this phase, or until khod closes the connection, for at most LAST_WORDS_SECONDS."""
+    """Show events until this phase, or until khod closes the connection, for at most LAST_WORDS_SECONDS."""
     deadline = time.monotonic() + LAST_WORDS_SECONDS
     while (
         shown.last is not final and watcher.wait_readable(deadline - time.monotonic()) and _show_pending(watcher, shown)
@@ -281,6 +279,6 @@ def _drain_events(watcher: Client, shown: ProgressView, final: Phase | None = No
 
 
 def _last_words(calling: Client, watcher: Client, shown: ProgressView) -> None:
-    """Let what is already on its way be seen."""
+    """Show the events that are already on their way."""
     with suppress(KhoError):
         _drain_events(watcher, shown, calling.status().phase)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What khoctl prints: the same dataclasses as a page for people or as JSON.
+"""What khoctl prints: the same dataclasses as a page for people, or as JSON.
 
-A page is of lines that are ours: whatever khod passes on of others (producers, other users, files, images) is escaped
-first, every field of it, so that no text moves the cursor or looks like a line of the page. JSON escapes by itself.
+Every field that khod passes on from others (producers, other users, files, images) is escaped before it is put on a
+page, so that no text moves the cursor or looks like a line of the page. The JSON encoder escapes by itself.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from khod.wire import encode_value
 
 T = TypeVar("T")
 EVENT_INDENT = " " * 28
-"""What stands before the message of an event, in a line that goes on with it."""
+"""The indentation of a line that continues the message of an event."""
 
 COLOURS = {
     Phase.verified: typer.colors.GREEN,
@@ -53,14 +53,14 @@ DOING_WORDS = {
     "finish": "finishing",
 }
 IN_BLACKOUT = ("freeze", "activate", "load", "restore")
-"""Steps whose time is known; what is left of the blackout is the jump and the boot."""
+"""The steps of the blackout whose time is known; the rest of the blackout is the jump and the boot."""
 SECONDS_SHOWN = 120
-"""From here on a time ago is in minutes."""
+"""From this many seconds on, an age is shown in minutes."""
 OF_A_RUN = re.compile(r"(?<![^ ])khod\.run=[0-9a-f]+(?![^ ])")
 EXAMPLE = "khod.run=RUN"
-"""A plan is of no run: what khod adds to the command line has its name only once a handover begins."""
+"""Stands in a plan for the run's name, which khod adds to the command line only when a handover begins."""
 MAX_SHOWN = 10
-"""Producers a page shows by name; `khoctl producers` shows all."""
+"""The number of producers that a page shows by name; `khoctl producers` shows all."""
 
 MARKS = {
     CheckResult.passed: ("pass", typer.colors.GREEN),
@@ -80,7 +80,7 @@ GENERATIONS = {
 
 
 def prepare_texts(value: T) -> T:
-    """Make every string in a value of the model's fit for a terminal, with khoctl's options named in it."""
+    """Return a value of the model with every string escaped for a terminal, and with khoctl's options named in it."""
     made: T = _prepare_texts(value)
     return made
 
@@ -99,7 +99,7 @@ def _prepare_texts(value: Any) -> Any:
 
 
 def as_json(value: Any) -> str:
-    """One line of JSON; enums by their names, as on the wire."""
+    """Return a value as one line of JSON; enums by name, as on the wire."""
     return json.dumps(value, default=encode_value)
 
 
@@ -118,12 +118,12 @@ def error_json(error: KhoError) -> str:
 
 
 def phase_name(phase: Phase) -> str:
-    """A phase as people read it."""
+    """Return the name of a phase for people."""
     return phase.value.replace("_", " ")
 
 
 def format_since(at: float) -> str:
-    """A time of the wall clock's, and how long ago that was where the clock was not set back since."""
+    """Format a wall-clock time and its age; the age is left out if the clock has been set back since."""
     seconds = round(time.time() - at)
     ago = f"{seconds} s" if seconds < SECONDS_SHOWN else f"{seconds // 60} min"
     clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
@@ -131,7 +131,7 @@ def format_since(at: float) -> str:
 
 
 def render_status(status: Status) -> str:
-    """A page for the operator: where it stands, what to do, then the evidence."""
+    """Return the status page: the phase with its summary, the evidence, then what to do next."""
     status = prepare_texts(status)
     rows = [
         ("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_kernel_text(status)}")
@@ -160,7 +160,7 @@ def render_status(status: Status) -> str:
 
 
 def _under_way(status: Status) -> list[tuple[str, str]]:
-    """Who began what is under way, what of it is done, and what runs now."""
+    """Return rows for who began the current handover, the steps done, and the step that runs now."""
     rows = []
     if status.begun is not None:
         image = f" to {status.begun.image}" if status.begun.image else ""
@@ -173,7 +173,7 @@ def _under_way(status: Status) -> list[tuple[str, str]]:
 
 
 def _waiting_rows(status: Status) -> list[tuple[str, str]]:
-    """Whose answer is waited for."""
+    """Return rows for the producers whose answer is awaited."""
     waiting = [f"for {producer_text(found)}" for found in status.producers if found.waiting][:MAX_SHOWN]
     rows = [("" if number else "waiting", text) for number, text in enumerate(waiting)]
     if (more := len(status.waiting_for) - len(waiting)) > 0:
@@ -184,7 +184,7 @@ def _waiting_rows(status: Status) -> list[tuple[str, str]]:
 
 
 def _arrival_rows(status: Status) -> list[tuple[str, str]]:
-    """What came with the handover into this boot, from where, and for how long everyone stood still."""
+    """Return rows for what arrived in this boot, from which kernel, and how long the blackout was."""
     rows = []
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         verdict = status.verdict
@@ -206,7 +206,7 @@ def _arrival_rows(status: Status) -> list[tuple[str, str]]:
 
 
 def _session_rows(status: Status) -> list[tuple[str, str]]:
-    """LUO sessions that no producer registered."""
+    """Return rows for the LUO sessions that no producer registered."""
     rows = [_session_text(found) for found in status.sessions[:MAX_SHOWN]]
     if (more := len(status.sessions) - MAX_SHOWN) > 0:
         rows.append(f"and {more} more: khoctl status --json")
@@ -216,7 +216,7 @@ def _session_rows(status: Status) -> list[tuple[str, str]]:
 
 
 def _session_text(found: LuoSession) -> str:
-    """A LUO session that no producer registered, and what an orderly jump does to it."""
+    """Describe a LUO session that no producer registered, and what an orderly jump does to it."""
     fate = {"kept": "an orderly jump keeps it", "lost": "an orderly jump ends it, --now keeps it"}
     does = fate.get(found.fate.value, "an orderly jump may end it, --now keeps it")
     if found.incoming:
@@ -225,7 +225,7 @@ def _session_text(found: LuoSession) -> str:
 
 
 def _blackout_text(status: Status) -> str:
-    """How long the producers stood still, and what that is worth."""
+    """Format how long the producers were stopped, and how precise that is."""
     seconds = status.blackout_seconds
     if seconds is None:
         return "unknown: nobody has taken its state back, or the wall clock was set back"
@@ -235,7 +235,7 @@ def _blackout_text(status: Status) -> str:
 
 
 def _blackout_parts(status: Status) -> str:
-    """What the blackout was made of; "" where a handover that was begun since has the timings."""
+    """Format the parts of the blackout; "" if the timings are those of a handover begun since."""
     took = {timing.step: timing.seconds for timing in status.timings if timing.step in IN_BLACKOUT}
     if "restore" not in took or status.blackout_seconds is None:
         return ""
@@ -245,7 +245,7 @@ def _blackout_parts(status: Status) -> str:
 
 
 def _not_undone(status: Status) -> list[tuple[str, str]]:
-    """What a rollback could not put back, whose it is, why, and what to do."""
+    """Return rows for each step that was not rolled back: its producer, why, and what to do."""
     rows = [
         f"{item.step}{f' of {item.producer}' if item.producer else ''}: {item.why}. {item.remedy}".rstrip()
         for item in status.not_undone[:MAX_SHOWN]
@@ -258,7 +258,7 @@ def _not_undone(status: Status) -> list[tuple[str, str]]:
 
 
 def producer_text(found: Producer) -> str:
-    """What one producer was told last, and what it answered."""
+    """Describe the verb that was last sent to a producer, and its answer."""
     found = prepare_texts(found)
     if not found.phase:
         return f"{found.name} ({found.kind}): {found.answer or 'idle'}"
@@ -268,7 +268,7 @@ def producer_text(found: Producer) -> str:
 
 
 def _progress_text(found: Producer) -> str:
-    """What a producer does or has done of the verb it was told last."""
+    """Describe what a producer is doing, or has done, for the verb that was last sent to it."""
     verb = printable(found.phase)
     if found.waiting:
         return f"{DOING_WORDS.get(verb, verb)}{f', {found.answer}' if found.answer else ''}"
@@ -284,17 +284,17 @@ def _progress_text(found: Producer) -> str:
 
 
 def is_notable(found: Producer) -> bool:
-    """Whether a producer's last word is one the operator should read."""
+    """Whether the operator should read a producer's last answer."""
     return not found.waiting and found.answer not in ("", "ready")
 
 
 def has_refused(found: Producer) -> bool:
-    """Whether a producer has said no to what was asked of it: an interrupted one, or one that is gone, has not."""
+    """Whether a producer refused what it was asked; one that was interrupted, or is gone, did not refuse."""
     return is_notable(found) and found.answer != "no answer" and found.phase not in ("thaw", "cancel")
 
 
 def count_producers(found: list[Producer]) -> str:
-    """How many producers there are, and how far they have come."""
+    """Return the number of producers, in total and by how far they have come."""
     told = Counter(_reached_verb(item) for item in found)
     return f"{len(found)}: {', '.join(f'{count} {what}' for what, count in told.items())}"
 
@@ -308,12 +308,12 @@ def _reached_verb(found: Producer) -> str:
 
 
 def _done_word(found: Producer) -> str:
-    """The verb it was told last, when it is done; the verb itself where this khoctl does not know it."""
+    """Return the verb that was last sent, as done ("frozen"), or the verb itself if this khoctl does not know it."""
     return DONE_WORDS.get(found.phase, printable(found.phase))
 
 
 def render_producers(found: list[Producer], width: int | None = None) -> str:
-    """A row a producer, in the order they are told."""
+    """Return a table with one row for each producer, in the order of `found`."""
     found = prepare_texts(found)
     if not found:
         return "No producers: none is configured in /etc/kho/producers.d, and none has registered."
@@ -336,7 +336,10 @@ FAILED_RESULTS = (CheckResult.fail, CheckResult.unsupported)
 
 
 def render_checks(found: list[Check], *, quiet: bool = False) -> str:
-    """A line a check, its remedy below it, and what they come to; with `quiet` only those that found something."""
+    """Return a line for each check, its remedy below it, and a conclusion.
+
+    With `quiet` only the checks that found something are listed.
+    """
     found = prepare_texts(found)
     shown = [
         check for check in found if not quiet or check.result in (*FAILED_RESULTS, CheckResult.warn, CheckResult.off)
@@ -352,7 +355,7 @@ def render_checks(found: list[Check], *, quiet: bool = False) -> str:
 
 
 def checks_conclusion(found: list[Check]) -> str:
-    """What the checks come to, in one line: how many, which, and what a handover would make of it."""
+    """Return one line: how many checks failed or warned, which ones, and whether a handover can begin."""
     failed = [check.name for check in found if check.result in FAILED_RESULTS]
     warned = [check.name for check in found if check.result is CheckResult.warn]
     counts = Counter(check.result for check in found)
@@ -372,7 +375,7 @@ FATE_WORDS = {Fate.kept: (" ", None), Fate.added: ("+", typer.colors.GREEN), Fat
 
 
 def render_words(found: Sequence[Word]) -> list[str]:
-    """What becomes of the command line, a line each for what changes, and what is lost with it."""
+    """Return a line for each word of the command line that changes, and a line for what is lost with it."""
     changed = [prepare_texts(word) for word in found if word.fate is not Fate.kept]
     lines = []
     for word in changed:
@@ -384,7 +387,7 @@ def render_words(found: Sequence[Word]) -> list[str]:
 
 
 def render_plan(found: Plan) -> str:
-    """The steps with their undo, then what becomes of the command line, then what would be in the way."""
+    """Return the page of a plan: steps with their undo, changes of the command line, checks that found something."""
     found = prepare_texts(found)
     lines = []
     width = max((len(step.step) for step in found.steps), default=0)
@@ -401,7 +404,7 @@ def render_plan(found: Plan) -> str:
 
 
 def short_plan(found: Plan) -> str:
-    """What an operator is to agree to: who is told, what is booted, how, and what speaks against it."""
+    """Return what an operator must confirm: who is called, what is booted and how, and what the checks found."""
     found = prepare_texts(found)
     brief = [step for step in found.steps if step.step not in ("freeze", "activate", "verify")]
     lines = [f"  {step.step:<8}  {step.does}" for step in brief]
@@ -410,7 +413,7 @@ def short_plan(found: Plan) -> str:
 
 
 def render_event(event: Event) -> str:
-    """One change as one plain line: the time of day, phase, what happened."""
+    """Return an event as a line (time of day, phase, message), and a line for each changed word of the command line."""
     about = event.producer
     said = event.message if about is None or not about.phase else f"{about.name}: {_progress_text(about)}"
     line = f"{_time_of_day(event.at)}  {phase_name(event.phase):<12}  {printable(name_options(said))}".rstrip()
@@ -418,5 +421,5 @@ def render_event(event: Event) -> str:
 
 
 def _time_of_day(at: float) -> str:
-    """An instant of the wall clock's, to the millisecond."""
+    """Format a wall-clock time to the millisecond."""
     return f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03}"

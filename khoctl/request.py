@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The next kernel as it is asked for on the command line, made into a call's parameters and open files."""
+"""Turn the next kernel of the command line into the parameters and open files of a call."""
 
 import os
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ def open_request(
     load_only: bool | None = None,
     hold: bool | None = None,
 ) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
-    """The parameters of Check, Plan or Kexec, and the descriptors they name, open for as long as the call takes.
+    """Yield the parameters of Check, Plan or Kexec and the descriptors they name, which stay open during the call.
 
-    A flag is None where the command has no such option; what a profile says of it is then left out. Raises UsageError
-    where what was asked contradicts itself or a file cannot be opened, Refused where an entry cannot be booted.
+    A flag is None if the command has no such option; the profile's value is then left out. Raises UsageError if the
+    options contradict each other or a file cannot be opened, Refused if an entry cannot be booted.
     """
     flags = {"now": now, "load_only": load_only, "hold": hold}
     kept: frozenset[str] = frozenset()
@@ -46,7 +46,7 @@ def open_request(
 
 
 def _open_kernel(options: NextKernelOptions, files: ExitStack) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """The parameter `kernel` and the descriptors it names; `files` closes these."""
+    """Return the parameter `kernel` and the descriptors it names; `files` closes them."""
     kernel, initrds, cmdline = _resolve_source(options)
     fds: list[int] = []
 
@@ -61,12 +61,12 @@ def _open_kernel(options: NextKernelOptions, files: ExitStack) -> tuple[dict[str
     about |= options.select_given(LINES)
     line = options.cmdline if options.cmdline is not None or options.reuse_cmdline else cmdline
     if line is not None:
-        about["cmdline"] = line  # an empty one is one
+        about["cmdline"] = line  # an empty one counts as given
     return about, tuple(fds)
 
 
 def _merge_options(said: NextKernelOptions, kept: NextKernelOptions) -> NextKernelOptions:
-    """What the command line says, over what the profile says; a kernel named here replaces the profile's."""
+    """Merge the command line over the profile; a kernel on the command line replaces the profile's."""
     if said.select_given(WAYS):
         kept = replace(kept, image=None, initrd=None, entry=None, default=False, kernel=None)
     return replace(kept, **said.select_given(NAMES))
@@ -86,7 +86,7 @@ def _check_conflicts(options: NextKernelOptions) -> None:
 
 
 def _resolve_source(options: NextKernelOptions) -> tuple[str, list[str], str | None]:
-    """Kernel, initrds and the command line an entry brings; initrds given besides come after the entry's own."""
+    """Return the kernel, the initrds and the entry's command line; `--initrd` comes after the entry's own initrds."""
     given = options.initrd or []
     from khoctl.boot import sources  # noqa: PLC0415 - only a kernel's name needs it
 

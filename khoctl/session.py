@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What every command does: it asks khod at one socket, and ends with a sentence and an exit code."""
+"""What all commands share: the connection to khod's socket, and the end with a sentence and an exit code."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 SOCKET_KEY, TIMEOUT_KEY = "khoctl.socket", "khoctl.timeout"
 INTERRUPTED = 130
-"""As a shell has it: 128 and SIGINT."""
+"""The exit code of a shell for SIGINT: 128 plus its number."""
 WRITTEN = "What was asked for may be done: khoctl status"
 
 
@@ -33,7 +33,7 @@ TO_SEE = "To see: khoctl status. To stop it: khoctl abort"
 
 
 class Detached(KeyboardInterrupt):
-    """An interrupt while khod goes on with what it was asked for; `phase` is the last that was heard of."""
+    """An interrupt of khoctl while khod continues the operation; `phase` is the last one that was received."""
 
     def __init__(self, phase: "Phase | None") -> None:
         super().__init__()
@@ -41,49 +41,49 @@ class Detached(KeyboardInterrupt):
 
 
 def socket_path() -> Path:
-    """Give khod's socket, an option of every command."""
+    """Return the path of khod's socket; every command has an option for it."""
     return Path(click.get_current_context().meta.get(SOCKET_KEY) or os.environ.get("KHOD_SOCKET") or SOCKET)
 
 
 def call_timeout() -> float | None:
-    """Give the seconds the operator wants to wait; None where that was not said."""
+    """Return how many seconds the operator wants to wait, or None without a limit."""
     seconds: float | None = click.get_current_context().meta.get(TIMEOUT_KEY)
     return seconds
 
 
 def connect_client() -> "Client":
-    """Connect to khod; Unreachable where it does not answer."""
+    """Connect to khod; raise Unreachable if it does not answer."""
     from khod.client.handover import Client  # noqa: PLC0415 - trees in files need no khod
 
     return Client(socket_path(), patience=call_timeout(), on_slow=say_slow)
 
 
 def say_slow(connection: "Client") -> None:
-    """Say what is waited for."""
+    """Print that khoctl is still waiting for khod."""
     process = (
         f" (process {connection.listener_pid})" if connection.listener_pid > 1 else ""
-    )  # 1 is systemd, which listens for it
+    )  # 1 is systemd, which listens for khod
     show_page(f"khoctl: Still waiting for khod{process}. To end this: Ctrl-C, or --timeout", err=True)
 
 
 def on_terminal() -> bool:
-    """Whether there is somebody to ask."""
+    """Whether a person at a terminal can be asked."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def ask_confirmation(question: str) -> bool:
-    """Ask somebody at the terminal; the end of the input is a no. Standard output stays the answer's."""
+    """Ask a question on standard error and read the answer from standard input; end of file means no."""
     write_text(f"{question} [y/N] ", err=True, end="")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def is_colourless() -> bool:
-    """Whether the terminal must not be sent colours: no-color.org, and a terminal that says it knows no sequences."""
+    """Whether no colours may be sent: NO_COLOR (no-color.org), or a terminal without escape sequences."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
 def can_repaint(stream: TextIO) -> bool:
-    """Whether it is a terminal on which a line can be written over."""
+    """Whether `stream` is a terminal on which lines can be overwritten."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
@@ -93,7 +93,7 @@ def _keep_option(key: str, context: click.Context, _parameter: click.Parameter, 
 
 
 def _common_options() -> list[click.Parameter]:
-    """The options of every command, before its name or after it; the context's `meta` has their values."""
+    """Return the options of every command, valid before or after its name; `meta` of the context has their values."""
     return [
         click.Option(
             ["--socket"],
@@ -114,9 +114,9 @@ def _common_options() -> list[click.Parameter]:
 
 
 def _explain_arguments(command: click.Command) -> None:
-    """Give the arguments the help they were declared with: typer 0.25 loses it with click 8.5.
+    """Restore the help of a command's arguments, which typer 0.25 loses with click 8.5.
 
-    Their attribute `help` stays as it is: with one click adds a section of its own beside typer's.
+    Their attribute `help` stays unset: if it is set, click adds a section of its own beside typer's.
     """
     function = getattr(command.callback, "__wrapped__", None)
     declared = get_params_from_function(function) if function is not None else {}
@@ -131,14 +131,14 @@ def _argument_help(param: TyperArgument, text: str, ctx: click.Context) -> tuple
 
 
 class Group(TyperGroup):
-    """Commands that share the options of all commands and the way to say that there is no such command."""
+    """Commands with the options of every command, and with an error of our own for an unknown command."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self.params += _common_options()
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, with the options of every command."""
+        """Return the command, with the options of every command added."""
         command = super().get_command(ctx, cmd_name)
         if command is not None and not any(option.name == "socket" for option in command.params):
             command.params += _common_options()
@@ -148,13 +148,13 @@ class Group(TyperGroup):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that the words name; UsageError with those that are near."""
+        """Find the command that `args` names; raise UsageError with similar names if there is none."""
         name = args[0]
         if (command := self.get_command(ctx, name)) is not None:
             return name, command, args[1:]
-        if name.startswith("-"):  # an option that this group has not
+        if name.startswith("-"):  # an option that this group does not have
             ctx.fail(f"No such option {name!r}.")
-        import difflib  # noqa: PLC0415 - only who mistyped needs it
+        import difflib  # noqa: PLC0415 - needed only after a typing error
 
         near = difflib.get_close_matches(name, self.commands) or list(self.commands)
         remedy = (
@@ -164,16 +164,16 @@ class Group(TyperGroup):
 
 
 class Root(Group):
-    """khoctl itself: whatever its commands raise ends here in a sentence, JSON where that was asked for, and a code."""
+    """khoctl itself: every error of its commands becomes a sentence, or JSON if requested, and an exit code."""
 
     def main(self, args: Sequence[str] | None = None, *given: Any, **options: Any) -> NoReturn:
-        """Run a command to its end, an exit code."""
+        """Run a command and exit with its code."""
         words = list(sys.argv[1:] if args is None else args)
         run = partial(super().main, words, *given, **{**options, "standalone_mode": False})
         raise SystemExit(_run_to_exit(run, as_json="--json" in words))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; click would give an interrupt and a full disk meanings of its own."""
+        """Run a command, with our own exit codes for an interrupt and a full disk instead of click's."""
         if is_colourless():
             ctx.color = False
         try:
@@ -182,7 +182,7 @@ class Root(Group):
             if isinstance(interrupt, Detached):
                 show_page(f"khoctl: The handover continues in the background. {TO_SEE}", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except OSError as error:  # a command says what it cannot read; this is what it could not say
+        except OSError as error:  # a command reports what it cannot read itself; here standard output failed
             if not isinstance(error, BrokenPipeError):
                 show_page(f"khoctl: Standard output cannot be written: {errno_text(error)}. {WRITTEN}", err=True)
             raise typer.Exit(Exit.unwritten) from None
@@ -207,10 +207,10 @@ def _print_error(error: KhoError, *, as_json: bool) -> int:
     error.what, error.where, error.remedy = map(name_options, (error.what, error.where, error.remedy))
     try:
         if as_json:
-            from khoctl import render  # noqa: PLC0415 - an error is not what a command starts with
+            from khoctl import render  # noqa: PLC0415 - needed only for an error
 
             typer.echo(render.error_json(error))
         show_page(f"khoctl: {error}", err=True)
     except OSError:
-        pass  # the code still says it
+        pass  # the exit code still reports the error
     return error.exit

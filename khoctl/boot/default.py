@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The entry that the boot loader would boot by itself: systemd-boot's rules, then GRUB's."""
+"""The entry that the boot loader boots by default: systemd-boot's rules, then GRUB's."""
 
 import fnmatch
 import re
@@ -16,21 +16,20 @@ ONCE = "{id} was chosen only for the next boot, and stays chosen for it: kexec p
 SET_DEFAULT = re.compile(r"""^[ \t]*set[ \t]+default=(?:"([^"\n]*)"|'([^'\n]*)'|([^\s"']*))""", re.MULTILINE)
 NEXT_ENTRY = ("$next_entry", "${next_entry}")
 DIGITS = 9
-"""The most of a place in the menu; int() refuses a number of thousands."""
+"""The maximum number of digits of a position in the menu; int() refuses a number with thousands of digits."""
 
 
 def default_entry(found: Sequence[BootEntry], root: Path) -> tuple[BootEntry, str]:
-    """The default of `found`, which is in the specification's order and not empty; and a note for people, or "".
+    """Return the default entry among `found`, and a note for people, or "".
 
-    The first of these that names an entry: LoaderEntryOneShot, which is for the next boot alone; LoaderEntryPreferred
-    and loader.conf's `preferred` (not one that failed to boot), LoaderEntryDefault, loader.conf's `default`. Where
-    systemd-boot is not the loader GRUB's next_entry, else what grub.cfg has for its default. Else the first entry.
-    Raises Refused where the loader was told to boot something that is no entry, such as auto-windows.
+    `found` is in the specification's order and not empty. The first of these that names an entry decides:
+    LoaderEntryOneShot, which is for the next boot only; LoaderEntryPreferred and `preferred` in loader.conf, unless
+    that entry failed to boot; LoaderEntryDefault; `default` in loader.conf. If none does and systemd-boot is not the
+    loader, GRUB's next_entry decides, then the default in grub.cfg. Otherwise it is the first entry. Raises Refused if
+    the loader's default is not an entry of a Linux kernel, such as auto-windows, or lies in a GRUB submenu.
     """
     conf, good = read_settings(root) or {}, [one for one in found if not one.has_failed]
-    once = read_variable(
-        "LoaderEntryOneShot", root
-    )  # a kernel's own note of its reboot stands there, too, and names none
+    once = read_variable("LoaderEntryOneShot", root)  # a kernel may note its own reboot there; that names no entry
     if once and (chosen := _first_matching(once, found)):
         return chosen, ONCE.format(id=chosen.id)
     for pattern in (read_variable("LoaderEntryPreferred", root), conf.get("preferred")):
@@ -49,7 +48,7 @@ def default_entry(found: Sequence[BootEntry], root: Path) -> tuple[BootEntry, st
 
 
 def _of_grub(found: Sequence[BootEntry], root: Path) -> tuple[BootEntry, str]:
-    """As grub.cfg has it: `default` is next_entry where that is set, else GRUB_DEFAULT; what is none is the first."""
+    """Return the default of grub.cfg: next_entry if set, else GRUB_DEFAULT; the first entry if that names none."""
     variables = grubenv.read_variables(root)
     once = variables.get("next_entry")
     wanted = once or _grub_default(root, variables)
@@ -66,7 +65,10 @@ def _of_grub(found: Sequence[BootEntry], root: Path) -> tuple[BootEntry, str]:
 
 
 def _grub_default(root: Path, variables: Mapping[str, str]) -> str:
-    """What grub-mkconfig made of GRUB_DEFAULT: a place, a name, or ${saved_entry}, as where it made none."""
+    """Return what grub-mkconfig wrote for GRUB_DEFAULT: a position, a name, or the value of ${saved_entry}.
+
+    Without a grub.cfg that sets it, saved_entry is returned.
+    """
     for path in (found for place in GRUB for found in sorted(root.glob(f"{place}/grub.cfg"))):
         try:
             values = ["".join(found) for found in SET_DEFAULT.findall(read_text(path))]
@@ -85,13 +87,13 @@ def _default_patterns(conf: dict[str, str], root: Path) -> Iterator[str]:
 
 
 def _first_matching(pattern: str, found: Sequence[BootEntry]) -> BootEntry | None:
-    """The first entry whose id, with its suffix, is the pattern's; case does not matter (config_find_entry())."""
+    """Return the first entry whose id, with its suffix, matches the pattern; case is ignored (config_find_entry())."""
     pattern = pattern.casefold()
     return next((one for one in found if fnmatch.fnmatchcase(one.id.casefold(), pattern)), None)
 
 
 def _in_menu(saved: str, found: Sequence[BootEntry]) -> BootEntry | None:
-    """The entry that GRUB's `default` means: an id, a title, or a place in the menu, counted from 0."""
+    """Return the entry that GRUB's `default` names: by id, by title, or by position in the menu, from 0."""
     named = next((one for one in found if saved in (one.id, one.stem, one.field_text("title"))), None)
     if named is None and saved.isdecimal() and len(saved) <= DIGITS and int(saved) < len(found):
         return found[int(saved)]

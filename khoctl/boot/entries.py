@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The boot loader entries of this host: the Boot Loader Specification (UAPI.1, uapi-group.org), both its types.
+"""The boot loader entries of this host: both types of the Boot Loader Specification (UAPI.1, uapi-group.org).
 
-Type #1 is a text file in loader/entries of the EFI system partition or of the extended boot loader partition, type #2 a
-unified kernel image (UKI) in their EFI/Linux.
+Type #1 is a text file in loader/entries of the EFI system partition or of the extended boot loader partition. Type #2
+is a unified kernel image (UKI) in EFI/Linux of one of them.
 """
 
 import functools
@@ -20,21 +20,21 @@ from khod.errors import Refused, errno_text
 from khod.text import ASCII_SPACE
 
 PARTITIONS = ("boot", "efi", "boot/efi")
-"""Where $BOOT and the EFI system partition are mounted; of two entries of one name the first one's counts."""
+"""Where $BOOT and the EFI system partition are mounted; of two entries with one name, the first one's is used."""
 TYPE_1, TYPE_2 = "loader/entries", "EFI/Linux"
 COUNTED = re.compile(r"(?P<stem>.+?)(?:\+(?P<left>[0-9]+)(?:-(?P<done>[0-9]+))?)?(?P<suffix>\.(?:conf|efi))", re.I)
 """A file name with its boot counter: STEM+LEFT-DONE.conf."""
 VALUE = 4096
-"""The most of a value in an os-release, in characters: shlex copies what it has at each of them."""
+"""The maximum length of a value in an os-release, in characters; shlex copies what it has at each of them."""
 
 
 @dataclass(frozen=True)
 class BootEntry:
     """One boot loader entry.
 
-    `name` is the file's without a boot counter; `left` and `done` are that counter, None and 0 where there is none.
-    A UKI's fields are what its os-release says. Each profile of it but the first is an entry of its own: `number` says
-    which, `profile` is its ID, or the number where it has none.
+    `name` is the file name without its boot counter; `left` and `done` are that counter, None and 0 without one. The
+    fields of a UKI are those of its os-release. Each profile of a UKI except the first is an entry of its own: `number`
+    is its position, `profile` its ID, or its number as text if it has no ID.
     """
 
     name: str
@@ -48,7 +48,7 @@ class BootEntry:
 
     @property
     def id(self) -> str:
-        """What the loader calls it: FILE, or FILE@PROFILE."""
+        """The loader's name for it: FILE, or FILE@PROFILE."""
         return f"{self.name}@{self.profile}" if self.number else self.name
 
     @property
@@ -67,33 +67,33 @@ class BootEntry:
         return self.left == 0
 
     def last_field(self, key: str) -> Field | None:
-        """The line that counts where a key stands for one thing."""
+        """Return the last line with this key, which is the valid one for a key with a single value."""
         return next((field for field in reversed(self.fields) if field.key == key), None)
 
     def field_text(self, key: str) -> str:
-        """The value of a key that stands for one thing, "" where it is not there."""
+        """Return the value of a key with a single value, or "" if the key is absent."""
         return field.value if (field := self.last_field(key)) else ""
 
     def locate_field(self, field: Field | None = None) -> str:
-        """The file, and the line."""
+        """Return the path of the entry, with the line of `field` if that stands on one."""
         return f"{self.path}:{field.line}" if field and field.line else str(self.path)
 
 
 def list_entries(root: Path = Path("/")) -> list[BootEntry]:
-    """Every entry, in the specification's order: those that failed to boot last, newer versions first.
+    """Return every entry in the specification's order: newer versions first, entries that failed to boot last.
 
-    Raises Refused where a directory of theirs may not be read.
+    Raises Refused if one of their directories or files cannot be read.
     """
     return sorted(_find_entries(root), key=_sort_key)
 
 
 def searched_places(root: Path) -> str:
-    """Where `list_entries` looks, for a message."""
+    """Return the places that `list_entries` searches, for a message."""
     return ", ".join(f"{root / partition}/{{{TYPE_1},{TYPE_2}}}" for partition in PARTITIONS)
 
 
 def boot_partitions(root: Path) -> list[Path]:
-    """The mounted partitions, each once: /efi may be a link to /boot/efi."""
+    """Return the mounted partitions, each once: /efi may be a link to /boot/efi."""
     found: dict[str, Path] = {}
     for path in (root / partition for partition in PARTITIONS):
         if path.is_dir():
@@ -102,7 +102,7 @@ def boot_partitions(root: Path) -> list[Path]:
 
 
 def os_release(text: str) -> dict[str, str]:
-    """The settings of an os-release(5); a line that is none is left out."""
+    """Return the settings in the text of an os-release(5); a line that is not a setting is left out."""
     found = {}
     for line in text.split("\n"):
         name, _, value = line.strip(ASCII_SPACE).partition("=")
@@ -121,7 +121,7 @@ _NEWEST_FIRST = functools.cmp_to_key(_compare_entries)
 
 
 def _sort_key(entry: BootEntry) -> tuple[object, ...]:
-    """Where an entry sorts: UAPI.1, "Sorting", and boot_entry_compare(), which takes names with their suffix."""
+    """Return the sort key of an entry: UAPI.1, "Sorting", and boot_entry_compare(), which compares suffixes too."""
     key = entry.field_text("sort-key")
     grouped = (
         key.encode("utf-8", "surrogateescape"),
@@ -175,7 +175,7 @@ def _unreadable_error(error: OSError, path: Path) -> Refused:
 
 
 def _uki_entries(one: BootEntry) -> Iterator[BootEntry]:
-    """A UKI's entries: what each profile says of itself, in the words of a type #1 entry."""
+    """Yield an entry for each profile of a UKI, with the profile's description as fields of type #1."""
     image = read_unified(one.path)
     for number in range(len(image.profiles)):
         said, profile = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""GRUB's environment block, and the variables that GRUB's own boot loader entries (Fedora's and its kin's) refer to."""
+"""GRUB's environment block, and the variables in GRUB's own boot loader entries (Fedora and its derivatives)."""
 
 import re
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from khod.errors import Refused
 from khod.text import ASCII_SPACE, split_words
 
 SIZE = 64 * 1024
-"""The most that is read, in bytes: GRUB's own block is 1 KiB."""
+"""The maximum number of bytes read; GRUB's own block is 1 KiB."""
 OPTIONAL = frozenset({"tuned_params", "tuned_initrd", "early_initrd", "extra_cmdline"})
-"""What an entry may name though nobody set it: empty then, as GRUB has it."""
-# A value is never given back once it is read, and a backslash at the very end ends it: else a block of lines that go
-# on would be tried from each of them.
+"""Variables that an entry may name although they are not set: they are empty then, as in GRUB."""
+# The quantifiers are possessive, and a backslash at the very end of the text ends a value. Otherwise a block of
+# continued lines would be scanned again from each of them.
 _SETTING = re.compile(r"^([^#=\n]+)=((?:\\.|[^\\\n])*+)\\?$", re.MULTILINE | re.DOTALL)
 _WORD = re.compile(
     r"""(?:\\.|'[^']*+'|"(?:\\.|[^"\\])*+"|\$\{[\w?#*@]+\}|[^ \t\n\v\f\r'"\\{}|&;<>]|\\\Z)++""", re.DOTALL | re.ASCII
@@ -22,17 +22,17 @@ _WORD = re.compile(
 _PIECE = re.compile(r"""\\(.)|'([^']*+)'|"((?:\\.|[^"\\])*+)"|([^'"\\]++|\\)""", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+|[?#*@])\}|(\w+|[?#*@]))", re.ASCII)
 SEPARATORS = frozenset("{}|&;<>")
-"""What is no part of a word unless it is quoted (grub-core/script/yylex.l)."""
+"""The characters that are not part of a word unless quoted (grub-core/script/yylex.l)."""
 _ESCAPED = re.compile(r"""\\([$"\\])""")
-"""What a backslash takes the meaning of, between double quotes."""
+"""The characters that a backslash makes literal between double quotes."""
 IGNITION, STAMP = "ignition_firstboot", "boot/ignition.firstboot"
-"""Fedora CoreOS: grub.cfg sets the variable to nothing, and fills it in where the stamp is there."""
+"""Fedora CoreOS: grub.cfg sets the variable to "", and gives it a value if the stamp file exists."""
 
 
 def read_variables(root: Path) -> dict[str, str]:
-    """The variables of the first environment block below `root`, none where there is no block that can be read.
+    """Return the variables of the first environment block below `root`, or none if no block can be read.
 
-    $ignition_firstboot is among them where it is empty, and never where the first boot is still to come.
+    They include $ignition_firstboot, empty, only if the first boot is over.
     """
     found = _read_block(root)
     found.pop(IGNITION, None)
@@ -51,17 +51,18 @@ def _read_block(root: Path) -> dict[str, str]:
 
 
 def expand_cmdline(text: str, variables: Mapping[str, str], where: str) -> str:
-    """What GRUB's `linux` command hands to the kernel of `text`: in quotes what holds a space, else none.
+    """Return what GRUB's `linux` command passes to the kernel for `text`.
 
-    Variables are put in, quotes and backslashes are GRUB's own (its manual, "Quoting"), and a word that begins with `#`
-    begins a comment; what separates words stays. Refused names a variable that nobody sets, a quote without its end or
-    a character that would end the command, `where` says of what.
+    A word is put in double quotes only if it holds a quoted space. Variables are expanded, quotes and backslashes are
+    read as in GRUB (its manual, "Quoting"), a word that begins with `#` begins a comment, and the space between words
+    stays. Raises Refused, with `where`, for a variable that is not set, a quote without an end, or a character that
+    would end the command.
     """
     return _WORD.sub(lambda word: _for_kernel(word[0], variables, where), _command_words(text, where))
 
 
 def expand_paths(text: str, variables: Mapping[str, str], where: str) -> list[str]:
-    """The files that GRUB reads for `text`; else as `expand_cmdline`."""
+    """Return the files that GRUB reads for `text`; the rules and errors are those of `expand_cmdline`."""
     found = []
     for word in _WORD.findall(_command_words(text, where)):
         value, quoted = _taken_apart(word, variables, where)
@@ -70,9 +71,9 @@ def expand_paths(text: str, variables: Mapping[str, str], where: str) -> list[st
 
 
 def expand_variables(text: str, variables: Mapping[str, str], where: str) -> str:
-    """Put in what `$name` and `${name}` stand for; Refused names one that stands for nothing, `where` says of what.
+    """Replace `$name` and `${name}` with their values; raise Refused, with `where`, for a variable without one.
 
-    GRUB would leave it out without a word; but it may be set in grub.cfg, as `kernelopts` with root= in it is.
+    GRUB would silently leave such a variable out, but grub.cfg may set it, as it does `kernelopts`, which holds root=.
     """
 
     def value(found: re.Match[str]) -> str:
@@ -96,7 +97,7 @@ def expand_variables(text: str, variables: Mapping[str, str], where: str) -> str
 
 
 def _command_words(text: str, where: str) -> str:
-    """The text up to a comment; Refused where GRUB's script would not take it for one command's words."""
+    """Return the text up to a comment; raise Refused if GRUB's script would not read it as the words of one command."""
     comment = next((word.start() for word in _WORD.finditer(text) if word[0].startswith("#")), len(text))
     text = text[:comment]
     rest = _WORD.sub("", text).strip(ASCII_SPACE)
@@ -121,7 +122,10 @@ def _for_kernel(word: str, variables: Mapping[str, str], where: str) -> str:
 
 
 def _taken_apart(word: str, variables: Mapping[str, str], where: str) -> tuple[str, bool]:
-    """A word as GRUB's script reads it, and whether a space is part of it: those of a variable separate."""
+    """Return a word as GRUB's script reads it, and whether it holds a quoted space.
+
+    A space in the value of a variable separates words.
+    """
     pieces, quoted = "", False
     for escaped, single, double, bare in _PIECE.findall(word):
         quoted |= " " in escaped + single + double
@@ -133,5 +137,5 @@ def _taken_apart(word: str, variables: Mapping[str, str], where: str) -> tuple[s
 
 def _between_quotes(text: str, variables: Mapping[str, str], where: str) -> str:
     parts = _ESCAPED.split(text)
-    parts[::2] = [expand_variables(part, variables, where) for part in parts[::2]]  # between these is what was escaped
+    parts[::2] = [expand_variables(part, variables, where) for part in parts[::2]]  # the others were escaped
     return "".join(parts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The boot loader of this host: which one it is, what it was told, and how a line of its files reads."""
+"""The boot loader of this host: which one it is, its settings, and the syntax of its files."""
 
 import enum
 from collections.abc import Iterable
@@ -14,16 +14,16 @@ VENDOR = "4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 GLOBAL = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
 """EFI_GLOBAL_VARIABLE of the UEFI specification."""
 SETTINGS = ("efi/loader/loader.conf", "boot/efi/loader/loader.conf", "boot/loader/loader.conf")
-"""systemd-boot reads the one on the EFI system partition; /boot may be that."""
+"""systemd-boot reads the file on the EFI system partition, which may be mounted at /boot."""
 PROGRAMS = tuple(f"{place}/EFI/systemd/systemd-boot*.efi" for place in ("efi", "boot/efi", "boot"))
 GRUB = ("boot/grub2", "boot/grub", "efi/EFI/*", "boot/efi/EFI/*")
 """Where GRUB's grub.cfg and its environment block, grubenv, are."""
 SIZE = 256 * 1024
-"""The most that is read of a text file, in bytes."""
+"""The maximum number of bytes read from a text file."""
 
 
 class Loader(enum.Enum):
-    """Whose language the entries are in."""
+    """The boot loader whose syntax the entries use."""
 
     systemd_boot = "systemd-boot"
     grub = "GRUB"
@@ -32,7 +32,7 @@ class Loader(enum.Enum):
 
 @dataclass(frozen=True)
 class Field:
-    """One line of an entry: its number, its key, and what follows the key; 0 where it stands on no line."""
+    """One line of an entry: its number (0 if it stands on no line), its key, and what follows the key."""
 
     line: int
     key: str
@@ -40,7 +40,7 @@ class Field:
 
 
 def detect_loader(root: Path) -> Loader:
-    """Tell by what the loader that booted says of itself (LoaderInfo), else by what is installed."""
+    """Return the loader that booted this system (LoaderInfo), else the one that is installed."""
     said = read_variable("LoaderInfo", root) or ""
     for one in (Loader.systemd_boot, Loader.grub):
         if said.startswith(one.value):
@@ -56,7 +56,7 @@ def _any_exists(root: Path, places: Iterable[str]) -> bool:
 
 
 def read_settings(root: Path) -> dict[str, str] | None:
-    """loader.conf's settings; None where there is no file that can be read."""
+    """Return the settings in loader.conf, or None if no such file can be read."""
     for path in (root / place for place in SETTINGS):
         try:
             return {field.key: field.value for field in parse_fields(read_text(path), Loader.systemd_boot)}
@@ -66,7 +66,10 @@ def read_settings(root: Path) -> dict[str, str] | None:
 
 
 def read_variable(name: str, root: Path) -> str | None:
-    """A variable of the Boot Loader Interface: 4 bytes of attributes, then UTF-16LE with a NUL; None where not set."""
+    """Return a variable of the Boot Loader Interface, or None if it is not set.
+
+    The file holds 4 bytes of attributes, then UTF-16LE text with a NUL.
+    """
     try:
         raw = (root / VARIABLES / f"{name}-{VENDOR}").read_bytes()
         return raw[4:].decode("utf-16-le").partition("\0")[0] or None
@@ -75,7 +78,7 @@ def read_variable(name: str, root: Path) -> str | None:
 
 
 def secure_boot(root: Path) -> bool:
-    """Tell whether the firmware started this system with Secure Boot: 4 bytes of attributes, then 1."""
+    """Whether the firmware started this system with Secure Boot: 4 bytes of attributes, then 1."""
     try:
         return (root / VARIABLES / f"SecureBoot-{GLOBAL}").read_bytes()[4:] == b"\1"
     except OSError:
@@ -83,10 +86,10 @@ def secure_boot(root: Path) -> bool:
 
 
 def parse_fields(text: str, language: Loader) -> tuple[Field, ...]:
-    """The lines of an entry, or of loader.conf; comments and empty ones are left out.
+    """Return the lines of an entry or of loader.conf, without comments and empty lines.
 
-    systemd-boot takes a pair of quotes off a value: line_get_key_value() in src/boot/efi-string.c. To others a value
-    is what stands there (UAPI.1), and GRUB takes quotes apart with all else of its script's.
+    systemd-boot removes a pair of quotes around a value: line_get_key_value() in src/boot/efi-string.c. For other
+    loaders a value is the text itself (UAPI.1); GRUB reads quotes as part of its script.
     """
     found = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -102,6 +105,6 @@ def _unquote(value: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The beginning of a text file; what is no UTF-8 is kept as surrogates."""
+    """Return the beginning of a text file; bytes that are not UTF-8 become surrogates."""
     with path.open("rb") as file:
         return file.read(SIZE).decode("utf-8", "surrogateescape")

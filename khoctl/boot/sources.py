@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which kernel to boot, as the host's boot loader or its kernel packages have it."""
+"""Find the kernel to boot, from the host's boot loader entries or its kernel packages."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ ARCHITECTURES = {
     "riscv64": "riscv64",
     "loongarch64": "loongarch64",
 }
-"""uname(2)'s names of machines, and UEFI's, which entries use."""
+"""Machine names of uname(2), and those of UEFI, which entries use."""
 KERNELS = (
     *(f"usr/lib/modules/{{}}/{name}" for name in ("vmlinuz", "vmlinux", "Image", "vmlinuz.efi", "Image.gz")),
     *(f"lib/modules/{{}}/{name}" for name in ("vmlinuz", "vmlinux", "Image", "vmlinuz.efi", "Image.gz")),
@@ -43,17 +43,17 @@ INITRDS = (
     "usr/lib/modules/{}/initramfs.img",  # ostree
 )
 PKGBASE, OF_PKGBASE = "usr/lib/modules/{}/pkgbase", "boot/initramfs-{}.img"
-"""Arch: an initrd is named for the package, of which each version replaces the one before."""
+"""Arch: an initrd is named after the package, and each version of the package replaces the one before."""
 ADDRESS = "\\"
-"""What separates the parts of a path in UEFI's own way of writing it."""
+"""The separator in UEFI paths."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to boot: files by path, and the command line it brings along.
+    """What to boot: files by path, and the command line that comes with them.
 
-    `initrds` are in order. `cmdline` is None where it brings none: a UKI carries its own inside, an installed kernel
-    has none. `name` is for people; `note` is what the operator should be told before the jump, "" mostly.
+    `initrds` are in order. `cmdline` is None if the source brings none: a UKI carries its own inside, an installed
+    kernel has none. `name` is for people; `note` is what the operator should know before the jump, mostly "".
     """
 
     kernel: Path
@@ -64,9 +64,9 @@ class Source:
 
 
 def source_of_entry(wanted: str | None, root: Path = Path("/")) -> Source:
-    """A boot loader entry by its id, with or without the suffix; None: the one that the loader would boot by itself.
+    """Return the source for a boot loader entry, by its id with or without suffix; None: the loader's default.
 
-    Raises UsageError where there is none of this id, Refused where it cannot be booted by kexec, or there are none.
+    Raises UsageError if no entry has this id, Refused if kexec cannot boot the entry or there are no entries.
     """
     found = list_entries(root)
     if not found:
@@ -82,11 +82,11 @@ def source_of_entry(wanted: str | None, root: Path = Path("/")) -> Source:
 
 
 def source_of_version(version: str, root: Path = Path("/")) -> Source:
-    """An installed kernel by its version, with the initrd that was made for it.
+    """Return the source for an installed kernel, by its version, with the initrd made for it.
 
-    These are looked for in turn: a kernel and an initrd that packages put there under that version, a boot loader
-    entry of that version, what kernel-install(8) laid out for it. Raises UsageError where the kernel is nowhere,
-    Refused where it has no initrd that can be known for its own, or only an entry has it and kexec cannot boot that.
+    The search order is: a kernel and an initrd that packages installed for that version, a boot loader entry of that
+    version, the layout of kernel-install(8). Raises UsageError if there is no such kernel, Refused if no initrd is
+    known to be its own, or if only an entry has it and kexec cannot boot that entry.
     """
     if version in ("", ".", "..") or "/" in version or "\0" in version:
         raise UsageError(
@@ -125,10 +125,10 @@ def source_of_version(version: str, root: Path = Path("/")) -> Source:
 
 
 def image_note(path: str, root: Path = Path("/")) -> str:
-    """What the operator should be told of an image that is given as a file, "" mostly."""
+    """Return what the operator should know about an image given as a file, mostly ""."""
     real = Path(os.path.realpath(path))
     try:
-        found = read_unified(real) if real.is_file() else None  # else whoever opens it for khod says what is the matter
+        found = read_unified(real) if real.is_file() else None  # an error is reported when the file is opened for khod
     except OSError:
         found = None
     if found is None:
@@ -142,7 +142,7 @@ def _first_existing(paths: Iterable[Path]) -> Path | None:
 
 
 def _of_package(version: str, root: Path) -> Path | None:
-    """The initrd named for the package of this version, where no other version is of the same package."""
+    """Return the initrd named after the package of this version, if no other version belongs to the same package."""
     bases = {path.parent.name: read_text(path).strip(ASCII_SPACE) for path in root.glob(PKGBASE.format("*"))}
     base = bases.pop(version, "")
     if not base or "/" in base or base in bases.values():
@@ -151,19 +151,19 @@ def _of_package(version: str, root: Path) -> Path | None:
 
 
 def _is_of(one: BootEntry, version: str) -> bool:
-    """Whether an entry is of this kernel version, as far as it says: its UKI's uname, its version, the paths in it."""
+    """Whether an entry is for this kernel version, judged by its UKI's uname, its name, its version and its paths."""
     if uname := one.field_text("uname"):
         return uname == version
     if one.stem == version or one.stem.endswith(f"-{version}"):
         return True
-    said = one.field_text("version")  # a UKI's is its system's; of SUSE's snapshots it is SNAPSHOT@VERSION
+    said = one.field_text("version")  # a UKI gives the system's version; SUSE's snapshots give SNAPSHOT@VERSION
     kernel = PurePosixPath((one.field_text("linux") or one.field_text("uki")).replace(ADDRESS, "/"))
     named = (said, said.partition("@")[2], kernel.parent.name, kernel.name.partition("-")[2])
     return version in named and not one.is_unified
 
 
 def _refuse_several(version: str, beside: tuple[Path, ...]) -> None:
-    """Raise Refused where a kernel that is elsewhere would get several initrds: each may be whole, for a snapshot."""
+    """Raise Refused if several initrds lie beside each other: each may be complete, for a snapshot of its own."""
     whole = [path for path in beside if not path.name.startswith("microcode")]
     if len(whole) > 1:
         raise Refused(
@@ -178,7 +178,7 @@ def _with_note(source: Source, note: str) -> Source:
 
 
 def _token_directories(root: Path) -> list[Path]:
-    """$BOOT/TOKEN, kernel-install's directories, for every token that may be this system's."""
+    """Return $BOOT/TOKEN, kernel-install's directory, for every token that may be this system's."""
     tokens = []
     for path in (root / "etc/kernel/entry-token", root / "etc/machine-id"):
         if path.is_file():
@@ -193,12 +193,12 @@ def _token_directories(root: Path) -> list[Path]:
 
 
 def _initrds_beside(directory: Path) -> tuple[Path, ...]:
-    """The initrds that kernel-install put beside a kernel, in the order it writes into an entry: microcode first."""
+    """Return the initrds that kernel-install put beside a kernel, in their order in an entry: microcode first."""
     return tuple(path for name in ("microcode*", "initrd*") for path in sorted(directory.glob(name)) if path.is_file())
 
 
 def _list_versions(root: Path) -> list[str]:
-    """Every version there is a kernel of, the newest first."""
+    """Return every version with an installed kernel, newest first."""
     found = set(_matching_parts(root, KERNELS))
     found |= {path.parent.name for directory in _token_directories(root) for path in directory.glob("*/linux")}
     found |= {
@@ -209,21 +209,21 @@ def _list_versions(root: Path) -> list[str]:
 
 
 def _matching_parts(root: Path, places: tuple[str, ...]) -> Iterator[str]:
-    """What stands for {} in those of `places` that are files."""
+    """Yield what stands for {} in the paths of `places` that exist."""
     for before, after in (place.split("{}") for place in places):
         for path in root.glob(f"{before}*{after}"):
             yield str(path.relative_to(root)).removeprefix(before).removesuffix(after)
 
 
 def _fits_machine(one: BootEntry) -> bool:
-    """Whether an entry is for this machine's architecture; a loader hides those that are not."""
+    """Whether an entry is for this machine's architecture; a loader hides the others."""
     machine = os.uname().machine
     wanted = one.field_text("architecture").lower()
     return wanted in ("", ARCHITECTURES.get(machine, machine))
 
 
 def _source_of(one: BootEntry, root: Path) -> Source:
-    """What an entry boots. Raises Refused, with file and line, where kexec cannot boot it as the loader would."""
+    """Return what an entry boots; raise Refused, with file and line, if kexec cannot boot it as the loader would."""
     title = one.field_text("title")
     name = f"entry {one.id}" + (f" ({title})" if title else "")
     _refuse_foreign(one)
@@ -256,9 +256,10 @@ def _source_of(one: BootEntry, root: Path) -> Source:
 
 
 def _of_stub(one: BootEntry, image: Unified, options: str | None, root: Path) -> tuple[str | None, str]:
-    """Which command line systemd-stub takes, None its image's own, and a note: use_load_options() in src/boot/stub.c.
+    """Return the command line that systemd-stub uses, None for the image's own, and a note.
 
-    Options count where there are any, but with Secure Boot only in an image that has no command line.
+    The rules are those of use_load_options() in src/boot/stub.c: given options are used, but with Secure Boot only if
+    the image has no command line.
     """
     if ".cmdline" not in image.profiles[0]:
         return options or "", ""
@@ -270,7 +271,7 @@ def _of_stub(one: BootEntry, image: Unified, options: str | None, root: Path) ->
 
 
 def _unified_source(one: BootEntry, path: Path, name: str) -> Source:
-    """A UKI; of a thin one (lanzaboote's) the files it names, held against the hashes in it."""
+    """Return the source for a UKI; for a thin one (lanzaboote) the files it names, verified with the hashes in it."""
     image = read_unified(path)
     note = left_behind(image, one.name, one.partition)
     if THIN not in image.profiles[0]:
@@ -300,11 +301,11 @@ def _of_thin(one: BootEntry, image: Unified, section: str) -> Path:
 
 
 class _Language:
-    """How the boot loader of this host reads an entry's values.
+    """How the boot loader of this host reads the values of an entry.
 
-    GRUB runs them as a part of its script, variables, quotes and backslashes and all; systemd-boot takes them as they
-    stand, each `initrd` as one path. Where the loader cannot be told a variable is one all the same: nothing that GRUB
-    would have put in gets lost.
+    GRUB reads them as part of its script, with variables, quotes and backslashes. systemd-boot uses them literally, and
+    each `initrd` as one path. If the loader is unknown, variables are still expanded, so that nothing that GRUB would
+    insert is lost.
     """
 
     def __init__(self, root: Path) -> None:
@@ -312,7 +313,7 @@ class _Language:
         self.variables = grubenv.read_variables(root)
 
     def expand_options(self, value: str, where: str) -> str:
-        """What the kernel is given of an entry's `options`."""
+        """Return what the kernel gets for an entry's `options`."""
         match self.loader:
             case Loader.systemd_boot:
                 return value
@@ -322,7 +323,7 @@ class _Language:
                 return grubenv.expand_variables(value, self.variables, where)
 
     def expand_paths(self, value: str, where: str) -> list[str]:
-        """The files that a value names."""
+        """Return the files that a value names."""
         match self.loader:
             case Loader.systemd_boot:
                 return [value.replace(ADDRESS, "/")]
@@ -333,7 +334,10 @@ class _Language:
 
 
 def _entry_named(wanted: str, found: list[BootEntry], root: Path) -> BootEntry:
-    """The entry of this id. A part of an id is none: the next kernel update would change what it means."""
+    """Return the entry with this id.
+
+    A part of an id is not accepted: the next kernel update could change what it means.
+    """
     mains = [one for one in found if not one.number]
     chosen = [one for one in found if wanted == one.id] or [one for one in mains if wanted == one.path.name]
     chosen = chosen or [one for one in mains if wanted == one.stem]
@@ -344,7 +348,7 @@ def _entry_named(wanted: str, found: list[BootEntry], root: Path) -> BootEntry:
         )
     if chosen:
         return chosen[0]
-    import difflib  # noqa: PLC0415 - only who mistyped needs it
+    import difflib  # noqa: PLC0415 - needed only after a typing error
 
     known = list(dict.fromkeys(one.id for one in found))
     near = [known_id for known_id in known if known_id.startswith(wanted)] or difflib.get_close_matches(wanted, known)
@@ -357,7 +361,7 @@ def _entry_named(wanted: str, found: list[BootEntry], root: Path) -> BootEntry:
 
 
 def _refuse_foreign(one: BootEntry) -> None:
-    """Raise Refused for what an entry asks of its loader and kexec cannot give."""
+    """Raise Refused if an entry asks its loader for something that kexec cannot do."""
     if not _fits_machine(one):
         raise Refused(
             f"The entry {one.id} is for {one.field_text('architecture')}, and this machine is {os.uname().machine}",
@@ -382,7 +386,10 @@ def _refuse_foreign(one: BootEntry) -> None:
 
 
 def _entry_cmdline(one: BootEntry, read_as: _Language) -> str | None:
-    """The entry's options, joined by a space; None where it has none, and GRUB has no `default_kernelopts` either."""
+    """Return the entry's options, joined by a space.
+
+    Without options it is `default_kernelopts` of GRUB, or None if that is not set.
+    """
     options = [field for field in one.fields if field.key == "options"]
     if not options and read_as.loader is not Loader.systemd_boot:
         fallback = read_as.variables.get("default_kernelopts")
@@ -392,7 +399,7 @@ def _entry_cmdline(one: BootEntry, read_as: _Language) -> str | None:
 
 
 def _entry_note(one: BootEntry) -> str:
-    """What of the entry gets lost on the way."""
+    """Return a note on what of the entry kexec does not use."""
     notes = []
     if tree := one.last_field("devicetree") or one.last_field("devicetree-overlay"):
         notes.append(f"{one.id} names a device tree ({tree.value}): it is not used, kexec hands on the running one.")
@@ -402,10 +409,10 @@ def _entry_note(one: BootEntry) -> str:
 
 
 def _entry_file(one: BootEntry, field: Field, value: str, root: Path) -> Path:
-    """A file that an entry names; Refused where it is not there, or not on the entry's own file system.
+    """Return a file that an entry names; raise Refused if it is missing or outside the entry's file system.
 
-    A path is relative to that file system. It stands on the partition; where that is none of its own, as with Fedora's
-    /boot without a partition, paths begin at the root.
+    A path is relative to the partition. If the partition is not a file system of its own, as with Fedora's /boot
+    without a partition, paths may also begin at the root.
     """
     bases = [one.partition]
     if one.partition.stat().st_dev == root.stat().st_dev:

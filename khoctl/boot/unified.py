@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unified kernel images (UKIs, UAPI.5) by their sections, as systemd-boot lists them and systemd-stub starts them."""
+"""The sections of unified kernel images (UKIs, UAPI.5), as systemd-boot lists them and systemd-stub starts them."""
 
 import os
 from dataclasses import dataclass
@@ -10,26 +10,29 @@ from khod.images.pe import Section, read_pe
 from khod.text import join_names, split_words
 
 SIZE = 256 * 1024
-"""The most that is read of the headers, and of a section, in bytes."""
+"""The maximum number of bytes read of the headers, and of each section."""
 MAX_SHOWN = 4
 MAX_PROFILES = 256
 """UNIFIED_PROFILES_MAX of systemd's src/fundamental/uki.h."""
 THIN = ".linuxh"
-"""Of lanzaboote's thin images, where .linux and .initrd are paths: the SHA-256 of the file that .linux names."""
+"""The section of lanzaboote's thin images with the SHA-256 of the file that .linux names.
+
+In these images .linux and .initrd are paths.
+"""
 TREES = (".dtb", ".dtbauto")
 POLICY = (".pcrsig", ".pcrpkey")
-"""Sections of a signed PCR policy, which systemd-stub lays into the initrd as files below /.extra."""
+"""The sections of a signed PCR policy, which systemd-stub puts into the initrd as files below /.extra."""
 
 
 @dataclass(frozen=True)
 class Unified:
-    """An image's sections by name, a mapping for each profile: its own, else the common ones."""
+    """An image's sections by name: one mapping for each profile, with the common sections it does not replace."""
 
     path: Path
     profiles: tuple[dict[str, Section], ...]
 
     def section_bytes(self, name: str, profile: int = 0) -> bytes:
-        """A section's contents, none where the profile has no such section."""
+        """Return the contents of a section, at most SIZE bytes; b"" if the profile has no such section."""
         section = self.profiles[profile].get(name)
         if section is None:
             return b""
@@ -38,14 +41,14 @@ class Unified:
             return file.read(min(section.size, SIZE))
 
     def section_text(self, name: str, profile: int = 0) -> str:
-        """A section as text, "" where the profile has none."""
+        """Return a section as text, or "" if the profile has none."""
         return self.section_bytes(name, profile).decode("utf-8", "replace").rstrip("\0")
 
 
 def read_unified(path: Path) -> Unified:
-    """Read a file's sections: a single profile without any where it is not a PE file, or ends before its headers do.
+    """Read the sections of a file; one profile without sections if it is not a PE file or its headers are cut off.
 
-    Each section `.profile` begins a profile; what stands before the first is common to all.
+    Each section `.profile` begins a profile; the sections before the first are common to all.
     """
     common, profiles = dict[str, Section](), list[dict[str, Section]]()
     for section in _read_sections(path):
@@ -56,7 +59,7 @@ def read_unified(path: Path) -> Unified:
 
 
 def _read_sections(path: Path) -> tuple[Section, ...]:
-    """The sections of a PE file; none of a file that is none or is cut, and khod will say so where it is asked for."""
+    """Return the sections of a PE file, or none if it is not one or is cut off; khod reports that when it is used."""
     with path.open("rb") as file:
         head = memoryview(file.read(SIZE))
         try:
@@ -67,9 +70,9 @@ def _read_sections(path: Path) -> tuple[Section, ...]:
 
 
 def left_behind(image: Unified, name: str, partition: Path | None) -> str:
-    """What systemd-stub would add to the image and kexec does not, in a sentence; "" where there is nothing.
+    """Return a sentence on what systemd-stub would add to the image and kexec does not; "" if there is nothing.
 
-    `name` is the file's without a boot counter; `partition` is the file system it lies on, None where nobody knows.
+    `name` is the file name without its boot counter; `partition` is the file system it lies on, None if unknown.
     """
     if ".linux" not in image.profiles[0]:
         return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Versions in order, as the Version Format Specification has it (UAPI.10, uapi-group.org)."""
+"""Compare versions by the Version Format Specification (UAPI.10, uapi-group.org)."""
 
 import re
 
@@ -7,15 +7,15 @@ _SKIPPED = re.compile(r"[^a-zA-Z0-9.~^-]*")
 _DIGITS = re.compile(r"[0-9]*")
 _LETTERS = re.compile(r"[a-zA-Z]*")
 _LONGEST = 1 << 14
-"""Characters that are looked at: every step copies what is left."""
+"""The number of characters compared; every step copies the rest."""
 _MARKS = ("~", "", "-", "^", ".")
-"""What sorts before anything else at a place, lowest first; "" is the end of the string."""
+"""Characters that sort before all others, lowest first; "" is the end of the string."""
 
 
 def compare_versions(left: str, right: str) -> int:
-    """-1 where `left` is the older version, 1 where it is the newer, 0 where the two sort alike.
+    """Return -1 if `left` is the older version, 1 if it is the newer, 0 if they are equal.
 
-    The specification's steps in its order: `123~rc1` < `123` < `123-1` < `123.1`, and 9 < 10.
+    The steps are in the specification's order: `123~rc1` < `123` < `123-1` < `123.1`, and 9 < 10.
     """
     left, right = left[:_LONGEST], right[:_LONGEST]
     while True:
@@ -29,7 +29,8 @@ def compare_versions(left: str, right: str) -> int:
             if ours:
                 left, right = left[1:], right[1:]
         digits = _matching_head(_DIGITS, left), _matching_head(_DIGITS, right)
-        # No number is older than any. As text, shorter first: a number may be longer than int() takes.
+        # A missing number is older than any number. Numbers are compared as text, the shorter first: a number may be
+        # too long for int().
         numbers = [(bool(one), len(text), text) for one in digits for text in [one.lstrip("0")]]
         if numbers[0] != numbers[1]:
             return -1 if numbers[0] < numbers[1] else 1
@@ -40,6 +41,6 @@ def compare_versions(left: str, right: str) -> int:
 
 
 def _matching_head(pattern: re.Pattern[str], text: str) -> str:
-    """What the pattern takes of the text's beginning; every pattern here takes nothing, too."""
+    """Return the beginning of the text that the pattern matches; every pattern here also matches ""."""
     found = pattern.match(text)
     return found.group() if found else ""

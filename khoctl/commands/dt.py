@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""khoctl dt: state trees, khod's and those in files, listed, shown, exported, compared, held against schemas."""
+"""khoctl dt: list, show, export, compare and validate state trees, from khod or from files."""
 
 import os
 import re
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 SIDES = ("out", "in", "snapshot")
 ROOT = "root"
-"""How the root's blob is asked for by name; its own name is "" as on the wire."""
+"""The name for the root's blob on the command line; on the wire its name is ""."""
 NUMBER = r"(0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19})"
 REGION = re.compile(rf"{NUMBER}\+{NUMBER}([KMGT]?)")
 SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-COLUMNS = ("ID", "TAKEN (UTC)", "KERNEL", "OUTCOME", "BYTES")  # what few ask for is in JSON alone
-DIFFERENT = 1  # as diff(1) ends
+COLUMNS = ("ID", "TAKEN (UTC)", "KERNEL", "OUTCOME", "BYTES")  # the other fields are in the JSON only
+DIFFERENT = 1  # the exit code of diff(1)
 AT_ONCE = 1000  # lines written together
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ Blob = Annotated[str | None, typer.Option(metavar="NAME", help="One blob of the 
 
 
 class Form(StrEnum):
-    """How a tree is written."""
+    """The format in which a tree is written."""
 
     dtb = "dtb"
     dts = "dts"
@@ -58,7 +58,7 @@ class Form(StrEnum):
 def dt_list(as_json: Json = False) -> None:
     """List the snapshots khod keeps, the newest first.
 
-    Each was taken when its handover was activated; OUTCOME says what that came to, - where khod does not know.
+    Each was taken when its handover was activated; OUTCOME is how that handover ended, - where khod does not know.
     """
     with connect_client() as khod:
         found = khod.snapshots()
@@ -101,7 +101,7 @@ def _show_tree(blobs: Mapping[str, bytes], regions: Sequence[Region], *, summary
         return
     from khod.trees import draw
 
-    width = shutil.get_terminal_size().columns - 2  # its bars
+    width = shutil.get_terminal_size().columns - 2  # for the borders
     pen = draw.BLOCKS if _can_write("".join(vars(draw.BLOCKS).values())) else draw.ASCII
     if summary:
         from khod.trees.summary import summarise_tree as summed
@@ -216,7 +216,7 @@ def _export_bytes(name: str, data: bytes, form: Form) -> bytes:
 
 
 def _find_tree(name: str, *, scratch: bool = False) -> tuple[Mapping[str, bytes], Sequence[Region]]:
-    """Find a tree by what the operator calls it; with `scratch` the regions of this host, where khod knows any."""
+    """Find a tree by its name on the command line; with `scratch` also this host's regions, if khod has any."""
     if name not in SIDES and (name == "-" or "/" in name or os.path.lexists(name)):
         return load_blobs(name), ()
     with connect_client() as khod:
@@ -226,11 +226,11 @@ def _find_tree(name: str, *, scratch: bool = False) -> tuple[Mapping[str, bytes]
         try:
             return blobs, khod.scratch()
         except KhoError:
-            return blobs, ()  # a tree can be shown without
+            return blobs, ()  # a tree can be shown without them
 
 
 def _may_be_shortened(name: str) -> bool:
-    """Whether a tree may be debugfs's, of a running kernel, which does not show all of it."""
+    """Whether a tree may come from debugfs of a running kernel, which does not show all of it."""
     return not Path(name).is_file() and name != "-"
 
 
@@ -276,7 +276,7 @@ def _snapshot_row(item: "Snapshot") -> tuple[str, ...]:
 
 
 def _format_date(seconds: float) -> str:
-    """A time since the epoch; a clock that was wrong may have left one that no calendar has."""
+    """Format seconds since the epoch; "?" for a time that no calendar has, from a clock that was wrong."""
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):
@@ -284,7 +284,7 @@ def _format_date(seconds: float) -> str:
 
 
 def _style_blob(line: str) -> str:
-    """A blob's own line stands out, and what is marked as wrong."""
+    """Make the line of a blob bold, and a line marked as wrong red."""
     if line.endswith("(!)") or " (!) " in line:
         return typer.style(line, fg=typer.colors.RED)
     return line if line.startswith((" ", "|", "0x")) else typer.style(line, bold=True)
@@ -305,7 +305,7 @@ def _can_write(characters: str) -> bool:
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    """Write lines, many at once."""
+    """Write lines, AT_ONCE together."""
     held: list[str] = []
     for line in lines:
         held.append(line)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The commands of a handover, from check to verify. Each asks khod; exit codes are `khod.errors.Exit`."""
+"""The commands of a handover, from check to verify; each calls khod, and its exit codes are `khod.errors.Exit`."""
 
 import sys
 from collections.abc import Callable
@@ -24,15 +24,15 @@ CLEAR, ERASE, CLEAR_REST = (
     "\x1b[H",
     "\x1b[K\n",
     "\x1b[J",
-)  # to the screen's top; clear a line's rest; clear the screen's rest
+)  # cursor to the top; clear the rest of a line; clear the rest of the screen
 KERNEL_FILES = {
     "sys/kernel/kho/active": ("not in the active phase", "in the active phase, the producers may be frozen"),
     "sys/kernel/kexec_loaded": ("no image is loaded", "an image is loaded"),
 }
-"""What anyone may read, and what 0 and 1 in it mean; the first one is v3's."""
+"""Files that every user may read, and the meaning of 0 and 1 in them; the first exists on KHO v3 only."""
 
 TICK_SECONDS = 1.0
-"""Seconds between two paintings of a page that is watched."""
+"""Seconds between two updates of a watched page."""
 LoadOnly = Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")]
 Now = Annotated[
     bool,
@@ -70,7 +70,7 @@ def status(
 
 
 def kernel_says(root: Path = Path("/")) -> str:
-    """What can be read of a handover without khod, a sentence; "" where the kernel says nothing."""
+    """Return what can be read of a handover without khod, as a sentence; "" if the kernel shows nothing."""
     said = []
     for path, texts in KERNEL_FILES.items():
         with suppress(OSError, ValueError):
@@ -79,7 +79,7 @@ def kernel_says(root: Path = Path("/")) -> str:
 
 
 def _watch_status(*, as_json: bool) -> NoReturn:
-    """Show every change until interrupted; a terminal is painted anew each second, so that its clocks go on."""
+    """Show every change until interrupted; on a terminal, redraw each second so that the times advance."""
     live = can_repaint(sys.stdout) and not as_json
     with connect_client() as asking, connect_client() as following:
         found, events = asking.status(), following.monitor()
@@ -101,13 +101,13 @@ def _watch_status(*, as_json: bool) -> NoReturn:
 
 
 def _repaint(page: str) -> str:
-    """A page over the one before it. Where colours are not wanted the cursor still moves."""
+    """Return a page that overwrites the one before it; the cursor moves also if colours are off."""
     lines = layout.fit_page(click.unstyle(page) if is_colourless() else page, layout.page_width()).split("\n")
     return f"{CLEAR}{''.join(line + ERASE for line in lines)}{CLEAR_REST}"
 
 
 def _print_answer(found: object, page: Callable[[], str], *, as_json: bool) -> None:
-    """Print an answer: JSON is one line, a page is fitted to the terminal."""
+    """Print an answer: one line of JSON, or a page fitted to the terminal."""
     if as_json:
         typer.echo(render.as_json(found))
     else:
@@ -126,7 +126,7 @@ def check(
 ) -> None:
     """Run the preflight checks and touch nothing.
 
-    With a kernel those of the next one too. Exits with 3 where one fails, with 4 where KHO is not there.
+    With a kernel given, those of the next kernel run too. Exits with 3 where one fails, with 4 where KHO is not there.
     """
     with open_request(options, from_profile, now=now) as (request, fds), connect_client() as khod:
         found = khod.check(request, fds)
@@ -160,7 +160,7 @@ def _show_plan(request: dict[str, Any], fds: tuple[int, ...], *, as_json: bool) 
 
 
 def _plan_parameters(request: dict[str, Any]) -> dict[str, Any]:
-    """What Plan takes of a request of Kexec's."""
+    """Return the parameters of a Kexec request that Plan accepts."""
     return {name: value for name, value in request.items() if name != "hold"}
 
 
@@ -175,7 +175,7 @@ def _exit_code(found: list[Check]) -> Exit:
 def activate(no_block: NoBlock = False, as_json: Json = False) -> None:
     """Freeze the producers and serialize the kernel's state.
 
-    What is left to do is `khoctl kexec`, or `khoctl abort`.
+    The next command is `khoctl kexec`, or `khoctl abort`.
     """
     _run_operation(lambda khod: khod.call_method("Activate"), as_json=as_json, block=not no_block)
 
@@ -188,7 +188,7 @@ def abort(
 ) -> None:
     """Put everything back and thaw the producers.
 
-    The image is unloaded, the active phase left, every producer thawed and cancelled.
+    It unloads the image, leaves the active phase, and thaws and cancels every producer.
     """
     _run_operation(
         lambda khod: khod.call_method("Abort", {"force": force}), as_json=as_json, block=not no_block, may_stop=False
@@ -210,8 +210,8 @@ def kexec(
 ) -> None:
     """Do what is left of the handover and jump.
 
-    It goes on from wherever the handover stands. Whatever fails before systemd takes the host down is rolled back.
-    After that nothing is: where reboot(2) fails, systemd goes on to an ordinary reboot, and nothing arrives.
+    It continues from the phase the handover is in. A failure before systemd takes the host down is rolled back. After
+    that nothing is rolled back: where reboot(2) fails, systemd continues with an ordinary reboot, and no state arrives.
     """
     with open_request(options, from_profile, now=now, load_only=load_only, hold=hold) as (request, fds):
         if dry_run:
@@ -222,15 +222,18 @@ def kexec(
 
 
 def _ask_before_jump(request: dict[str, Any], fds: tuple[int, ...]) -> None:
-    """Ask somebody at the terminal before anything begins; never where it has begun: they may be frozen by now."""
-    if "kernel" not in request:  # what is loaded was agreed to, and without anything loaded it is refused
+    """Ask for confirmation before anything begins.
+
+    There is no question if the handover has begun: the producers may be frozen by now.
+    """
+    if "kernel" not in request:  # a loaded image was confirmed before; without one, khod refuses the call
         return
     with connect_client() as khod:
         found = khod.plan(_plan_parameters(request), fds)
     if not found.steps or found.steps[0].step != Step.prepare.value:
         return
     for item in found.checks:
-        if item.result in render.FAILED_RESULTS:  # as khod would say it: nobody is asked about what cannot begin
+        if item.result in render.FAILED_RESULTS:  # with khod's words: what cannot begin needs no confirmation
             error = Unsupported if item.result is CheckResult.unsupported else Refused
             raise error(item.evidence, where=f"check {item.name}", remedy=item.remedy)
     layout.show_page(render.short_plan(found), err=True)
@@ -254,7 +257,7 @@ def wait(
 ) -> None:
     """Wait until the handover is in a phase.
 
-    PHASE is one as status names it, such as idle or loaded. With --timeout it exits with 5 where that does not come.
+    PHASE is one as status names it, such as idle or loaded. Exits with 5 where it is not reached within --timeout.
     """
     wanted = next((known for known in Phase if phase in (known.value, render.phase_name(known))), None)
     if wanted is None:
@@ -275,18 +278,18 @@ def verify(as_json: Json = False) -> None:
     """
     with connect_client() as following, connect_client() as asking:
         for event in following.monitor():
-            if event.phase not in (Phase.verifying, Phase.rolling_back):  # of a start that is not over yet
+            if event.phase not in (Phase.verifying, Phase.rolling_back):  # khod's start is not over yet
                 break
         found = asking.status()
     _print_answer(found, partial(render.render_status, found), as_json=as_json)
-    others = found.exit_code == Exit.refused  # what somebody else does now is no matter of this boot's verification
+    others = found.exit_code == Exit.refused  # another program's use of KHO does not concern this verification
     raise typer.Exit(Exit.done if others else found.exit_code)
 
 
 def _run_operation(
     begin: Callable[[Client], None], *, as_json: bool, block: bool = True, may_stop: bool = True
 ) -> None:
-    """Begin what changes something, and show what happens until it is over."""
+    """Begin an operation, and show its progress until it is over."""
     try:
         found = (
             progress.run_with_progress(begin, Client.receive_status, quiet=as_json)
@@ -316,7 +319,7 @@ def _abort_handover(khod: Client) -> None:
 
 
 def _ask_to_stop(phase: Phase | None) -> bool:
-    """Ask whether khod is to stop what it goes on with; no where there is nobody to ask."""
+    """Ask whether khod should stop the operation it continues; False if no person can be asked."""
     goes_on = f"Detached: the handover goes on{f' ({render.phase_name(phase)})' if phase else ''}. Abort it?"
     with suppress(KeyboardInterrupt):
         return on_terminal() and ask_confirmation(goes_on)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""khoctl producers: the holders of state outside the kernel, listed, tried out, given up."""
+"""khoctl producers: list the holders of state outside the kernel, test them, retry them, or forget their state."""
 
 from typing import Annotated
 
@@ -59,7 +59,7 @@ def test(name: Name, as_json: Json = False) -> None:
 def retry(name: Name, as_json: Json = False) -> None:
     """Tell a producer to take its state back again.
 
-    Once what kept it from that after the last jump is repaired.
+    Use it when the cause of its failure after the last jump is repaired.
     """
     with connect_client() as khod:
         khod.retry(name)
@@ -70,7 +70,7 @@ def retry(name: Name, as_json: Json = False) -> None:
 def forget(name: Name, as_json: Json = False) -> None:
     """Free what a producer will not take back.
 
-    It left it before the last jump, and a new handover would lose it.
+    The producer left this state before the last jump, and a new handover would lose it.
     """
     with connect_client() as khod:
         khod.forget(name)
