@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a process can ask of the kernel, as one seam: files below a root, and the calls that are no files.
+"""The kernel as a process sees it, in one interface: files below a root, and the calls that are not files.
 
-`HostCalls` asks the running kernel. The simulated kernel (`khod.simulated.kernel`) answers the same
-calls, so everything above this line runs on it unchanged.
+`HostCalls` asks the running kernel. The simulated kernel (`khod.simulated.kernel`) implements the same calls, so
+everything above this module runs on it unchanged.
 """
 
 import errno
@@ -23,13 +23,13 @@ KMSG = "/dev/kmsg"
 
 
 class Log(Protocol):
-    """The kernel log from some moment on; /dev/kmsg, opened unbuffered and O_NONBLOCK, is one."""
+    """The kernel log from some moment on, such as /dev/kmsg opened unbuffered and O_NONBLOCK."""
 
     def read(self, size: int, /) -> bytes | None:
-        """Give the next record, None or b"" where there is no more; EPIPE where records were overwritten before it."""
+        """Return the next record, None or b"" at the end; OSError EPIPE if records before it were overwritten."""
 
     def close(self) -> None:
-        """Read no more."""
+        """Close the log."""
 
 
 class Calls(Protocol):
@@ -39,64 +39,64 @@ class Calls(Protocol):
         """Read to end of file: debugfs files report size 0 to stat(2)."""
 
     def write_file(self, path: str, data: bytes) -> None:
-        """Hand `data` over in one system call, as sysfs wants it."""
+        """Write `data` in one system call, as sysfs requires."""
 
     def path_exists(self, path: str) -> bool:
-        """Tell whether the path is there and may be looked at."""
+        """Whether the path exists and may be looked up."""
 
     def is_file(self, path: str) -> bool:
-        """Tell whether the path is a regular file, or a link to one: what can be read without waiting for anybody."""
+        """Whether the path is a regular file, or a link to one, which can be read without blocking."""
 
     def read_link(self, path: str) -> str:
-        """Give what a symbolic link names; those of /proc/PID/ns name the namespace itself."""
+        """Return the target of a symbolic link; a link in /proc/PID/ns names the namespace itself."""
 
     def list_directory(self, path: str) -> list[str]:
-        """Names in a directory, sorted; empty where there is none."""
+        """Return the names in a directory, sorted; an empty list if there is no such directory."""
 
     def open_log(self) -> Log:
-        """Open the kernel log behind its last record: what is read from there was logged since."""
+        """Open the kernel log after its last record, so that only later records are read."""
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
-        """Load an image: `cmdline` ends in NUL, `initrd_fd` is -1 with KEXEC_FILE_NO_INITRAMFS."""
+        """Load an image: `cmdline` ends in NUL; `initrd_fd` is -1 with KEXEC_FILE_NO_INITRAMFS."""
 
     def reboot_kexec(self) -> None:
-        """Jump into the loaded image: it comes back only with an OSError."""
+        """Jump into the loaded image; returns only by raising OSError."""
 
     def sync_disks(self) -> None:
         """Write back all dirty pages of all file systems."""
 
     def create_session(self, name: str) -> int:
-        """Make an outgoing LUO session; its descriptor is the caller's, and closing the last one is its undo."""
+        """Create an outgoing LUO session and return its descriptor; closing the last copy of it undoes the call."""
 
     def retrieve_session(self, name: str) -> int:
-        """Take a session the previous kernel handed over, once in a boot; its file descriptor."""
+        """Return the descriptor of a session that the previous kernel handed over; possible once in a boot."""
 
     def preserve_fd(self, session: int, fd: int, token: int) -> None:
         """Preserve what `fd` refers to, under a token the session does not have yet."""
 
     def retrieve_fd(self, session: int, token: int) -> int:
-        """Give a file of a retrieved session, a new descriptor each time."""
+        """Return a new descriptor for a file of a retrieved session."""
 
     def finish_session(self, session: int) -> None:
-        """Let go of a retrieved session: what was not retrieved is freed."""
+        """End a retrieved session; files that were not retrieved are freed."""
 
     def describe_session(self, pid: int, fd: int) -> liveupdate.Session | None:
-        """Describe the LUO session that a process has open; None where that is another kind of file."""
+        """Describe the LUO session that a process has open; None if the descriptor is another kind of file."""
 
 
 class HostCalls:
-    """The running kernel, with its files below `root` (a test's directory, `/` otherwise)."""
+    """The running kernel, with its files below `root` (`/`, or a directory in tests)."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
 
     def host_path(self, path: str) -> Path:
-        """Place an absolute kernel path below the root."""
+        """Return the path below the root for an absolute kernel path."""
         return self.root / path.lstrip("/")
 
     def read_file(self, path: str) -> bytes:
         with os_error_context(f"read {path}"), open(self.host_path(path), "rb", buffering=0) as file:
-            return file.readall()  # v3's dt, a page each call, into one buffer of the size that sysfs reports
+            return file.readall()  # v3's dt comes one page a call, into one buffer of the size that sysfs reports
 
     def write_file(self, path: str, data: bytes) -> None:
         with os_error_context(f"write {data.decode(errors='replace').strip()!r} to {path}"):
@@ -157,7 +157,7 @@ class HostCalls:
     def describe_session(self, pid: int, fd: int) -> liveupdate.Session | None:
         copy = pidfd_getfd(pid, fd)
         try:
-            if stat.S_IFMT(statx(copy).mode):  # an anonymous inode has no type; a real file's ioctl might hang
+            if stat.S_IFMT(statx(copy).mode):  # an anonymous inode has no type; an ioctl on a real file might hang
                 return None
             return liveupdate.Session(liveupdate.get_name(copy), liveupdate.is_incoming(copy))
         except OSError as error:
@@ -167,11 +167,11 @@ class HostCalls:
                 return liveupdate.Session("", None)
             raise
         finally:
-            os.close(copy)  # at once: the last one to close a session ends it
+            os.close(copy)  # at once: closing the last copy ends the session
 
     @contextmanager
     def _open_liveupdate(self) -> Iterator[int]:
-        """Open the device and close it again: one process may have it at a time, and PID 1 wants it too."""
+        """Open the device and close it again: only one process may have it open, and PID 1 needs it too."""
         device = liveupdate.open_device(self.host_path(LIVEUPDATE))
         try:
             yield device

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Flattened device trees as KHO writes them: the devicetree specification's chapter 5, read strictly.
+"""Flattened device trees as KHO writes them: chapter 5 of the devicetree specification, read strictly.
 
-Not by pylibfdt (which tests hold this against): it copies each value, 10 MiB of them in a v3 tree, takes a name that is
-no ASCII for an error of its own (SystemError), and reads past a property that is there twice.
+The reader does not use pylibfdt, which the tests compare it with. pylibfdt copies each value (10 MiB in a v3 tree),
+raises SystemError for a name that is not ASCII, and accepts a property that is there twice.
 
-Header, tokens and lengths are big-endian as in any FDT. KHO's own numbers inside properties are
-native-endian: `mem` is an array of struct kho_mem { u64 addr; u64 len; }.
+Header, tokens and lengths are big-endian as in any FDT. KHO's own numbers inside properties are native-endian: `mem` is
+an array of struct kho_mem { u64 addr; u64 len; }.
 """
 
 import struct
@@ -18,28 +18,28 @@ from khod.region import Region
 KHO_MEM = struct.Struct("=QQ")  # struct kho_mem of the v3 series
 HEADER = struct.Struct(">10I")  # struct fdt_header
 RESERVATION = struct.Struct(">QQ")  # struct fdt_reserve_entry
-PROP = struct.Struct(">II")  # struct fdt_property behind its token: len, nameoff
+PROP = struct.Struct(">II")  # struct fdt_property after its token: len, nameoff
 U32 = struct.Struct(">I")
 MAGIC = 0xD00DFEED  # libfdt.FDT_MAGIC is the same number, signed
 FDT_BEGIN_NODE, FDT_END_NODE, FDT_PROP, FDT_NOP, FDT_END = 1, 2, 3, 4, 9
 VERSIONS = (16, 17)
-"""The versions read: libfdt in the kernel writes 17 (readable as 16), older ones were gone before kexec handed over."""
+"""The versions that are read: libfdt in the kernel writes 17 (readable as 16); older ones predate kexec handover."""
 V16_SIZE = 36
-"""Bytes of a version 16 header, which ends before size_dt_struct."""
+"""The size of a version 16 header in bytes; it ends before size_dt_struct."""
 MAX_DEPTH = 64  # the kernel's own unflattening stops here (FDT_MAX_DEPTH in drivers/of/fdt.c)
 MAX_ITEMS = 200_000
-"""Nodes and properties of a tree together: what bounds the memory that reading takes. v3's has four for each CPU."""
+"""The number of nodes and properties in a tree, which bounds the memory for reading; v3 has four for each CPU."""
 MAX_PATHS = 64 << 20
-"""Bytes of names, and of the paths of all nodes and properties: each path has every name above it in it once more."""
+"""Bytes of names, and of the paths of all nodes and properties; each path repeats every name above it."""
 MAX_NAME = 1024
-"""Bytes of a name. The specification knows 31; reserve_mem= takes what the command line holds."""
+"""Bytes of a name: the specification allows 31, but reserve_mem= takes any that fits on the command line."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node: its properties' raw bytes by name (views of the tree's own), its children in order.
+    """One node: its properties' raw bytes by name (views of the tree's own), and its children in order.
 
-    A name's bytes that are no UTF-8 stand as surrogates, as in a file name.
+    Bytes of a name that are not UTF-8 become surrogates, as in a file name.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Node:
 
     @property
     def compatible(self) -> str:
-        """The first compatible string, "" where there is none."""
+        """The first compatible string, "" if there is none."""
         return bytes(self.properties.get("compatible", b"")[:MAX_NAME]).split(b"\0")[0].decode(errors="replace")
 
     def walk(self, path: str = "") -> "Iterator[tuple[str, Node]]":
@@ -60,7 +60,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Fdt:
-    """A whole blob: the root, and what of the header and the memory reservation block is no layout."""
+    """A whole blob: the root, and the header's and the memory reservation block's values that are not layout."""
 
     root: Node
     reservations: tuple[Region, ...]
@@ -70,7 +70,7 @@ class Fdt:
 
 
 def missing_size(blob: bytes) -> int:
-    """Give the size the header promises where there are fewer bytes, else 0."""
+    """Return the size that the header gives if the blob has fewer bytes, else 0."""
     if len(blob) < 2 * U32.size:
         return 0
     magic, total = PROP.unpack_from(blob)
@@ -78,26 +78,26 @@ def missing_size(blob: bytes) -> int:
 
 
 def check_fdt(blob: bytes, where: str = "") -> None:
-    """Hold a blob against the format; MalformedTree with `where`."""
+    """Check the format of a blob; raise MalformedTree with `where`."""
     read_fdt(blob, where)
 
 
 def parse_tree(blob: bytes, where: str = "") -> Node:
-    """Read a whole tree; raises MalformedTree, whose `where` is the given one."""
+    """Read a whole tree and return its root; raise MalformedTree with `where`."""
     return read_fdt(blob, where).root
 
 
 def read_fdt(blob: bytes, where: str = "") -> Fdt:
-    """Read a blob with its header and reservations; raises MalformedTree, whose `where` is the given one.
+    """Read a blob with its header and reservations; raise MalformedTree with `where`.
 
-    What libfdt reads past without a word is refused: a property or a child of the same name twice, a property
-    behind a child, anything behind the root. Bytes behind the header's totalsize do not count.
+    Some faults that libfdt silently accepts are refused: a property or a child of the same name twice, a property after
+    a child, anything after the root. Bytes after the header's totalsize are ignored.
     """
     return _Reader(blob, where).read_fdt()
 
 
 class _Reader:
-    """The walk over one blob: every offset is held against the block it must lie in before it is used."""
+    """Reads one blob; every offset is checked against its block before it is used."""
 
     def __init__(self, blob: bytes, where: str) -> None:
         self.where = where
@@ -145,14 +145,14 @@ class _Reader:
             if not self.header_size <= at <= self.total - RESERVATION.size:
                 raise self.malformed("The tree is damaged: its memory reservation block does not end within it")
             addr, size = RESERVATION.unpack_from(self.blob, at)
-            if not size:  # libfdt and dtc do not ask whether the address is 0, too
+            if not size:  # libfdt and dtc do not require that the address is 0, too
                 return
             self.count_node()
             yield Region(addr, size)
             at += RESERVATION.size
 
     def read_tree(self) -> Node:
-        """Read a node behind its token, with all below it: a loop with its own stack."""
+        """Read a node after its token, with everything below it, in a loop with its own stack."""
         open_nodes: list[tuple[str, dict[str, memoryview], dict[str, Node]]] = []
         open_nodes.append((self.node_name(), {}, {}))
         while True:
@@ -225,9 +225,9 @@ class _Reader:
 
 
 def decode_mem(node: Node) -> list[Region]:
-    """Decode the v3 `mem` property; MalformedTree where its length is no multiple of 16.
+    """Decode the v3 `mem` property; raise MalformedTree if its length is not a multiple of 16.
 
-    The kernel ignores such a property without a word, so the state in it would be lost.
+    The kernel silently ignores such a property, so the state in it would be lost.
     """
     raw = node.properties.get("mem", b"")
     if len(raw) % KHO_MEM.size:

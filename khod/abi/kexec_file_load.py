@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""kexec_file_load(2), the loader inside the kernel: the only one that hands KHO state over."""
+"""kexec_file_load(2), the loader inside the kernel: only this one hands KHO state over."""
 
 import ctypes
 import os
@@ -29,7 +29,7 @@ _syscall.argtypes = [
 
 
 def syscall_number(machine: str) -> int:
-    """Return the call's number on `machine` (as uname -m says it); OSError ENOSYS where there is none."""
+    """Return the number of the call on `machine` (as in uname -m); OSError ENOSYS if none is known."""
     try:
         return NR[machine]
     except KeyError:

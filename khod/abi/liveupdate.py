@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """/dev/liveupdate, the Live Update Orchestrator (LUO): sessions of file descriptors that outlive a kexec.
 
-The device lets one process in at a time, and the service manager wants it at boot and at shutdown:
-open it, make one call, close it. A session lives by its own descriptor, not by the device's.
+Only one process may have the device open, and the service manager needs it at boot and at shutdown: open it, make one
+call, close it. A session belongs to its own descriptor, not to the device's.
 """
 
 import errno
@@ -25,7 +25,7 @@ LIVEUPDATE_SESSION_RETRIEVE_FD = LIVEUPDATE_IOCTL_TYPE << 8 | 0x41
 LIVEUPDATE_SESSION_FINISH = LIVEUPDATE_IOCTL_TYPE << 8 | 0x42
 LIVEUPDATE_SESSION_GET_NAME = LIVEUPDATE_IOCTL_TYPE << 8 | 0x43
 
-# Each begins with its own size. `fd` goes either way, `token` is __aligned_u64.
+# Each structure begins with its own size. `fd` is input or output, `token` is __aligned_u64.
 NAMED = struct.Struct(f"=Ii{LIVEUPDATE_SESSION_NAME_LENGTH}s")  # struct liveupdate_ioctl_{create,retrieve}_session
 TOKEN = struct.Struct("=IiQ")  # struct liveupdate_session_{preserve,retrieve}_fd
 FINISH = struct.Struct("=II")  # struct liveupdate_session_finish: size, reserved
@@ -36,40 +36,40 @@ NO_TOKEN = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Session:
-    """A session as its descriptor shows it: `name` is "" and `incoming` None where this kernel does not tell (6.19)."""
+    """A session as its descriptor shows it: `name` is "" and `incoming` None if this kernel does not tell (6.19)."""
 
     name: str
     incoming: bool | None
 
 
 def open_device(path: Path) -> int:
-    """Open the device. OSError: ENOENT without LUO, EBUSY while another has it open, EIO for good after a failure."""
+    """Open the device. OSError: ENOENT without LUO, EBUSY if it is open elsewhere, EIO for good after a failure."""
     with os_error_context(f"open {path}"):
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
 
 def create_session(device: int, name: str) -> int:
-    """Make an outgoing session; its descriptor. When the last copy of it is closed, all that it preserves is let go.
+    """Create an outgoing session and return its descriptor; closing the last copy releases all that it preserves.
 
-    OSError: ENAMETOOLONG above 63 bytes, EEXIST where there is an outgoing session of that name. EINVAL for an empty
-    name, but 6.19 takes one. No kernel keeps the name `systemd` for the service manager: the caller must.
+    OSError: ENAMETOOLONG above 63 bytes, EEXIST for the name of another outgoing session, EINVAL for an empty name
+    (6.19 accepts that). No kernel reserves the name `systemd` for the service manager; the caller must.
     """
     return _named_session(device, LIVEUPDATE_IOCTL_CREATE_SESSION, "CREATE_SESSION", name)
 
 
 def retrieve_session(device: int, name: str) -> int:
-    """Take a session that came from the kernel before; its descriptor. Closing the last copy finishes it.
+    """Return the descriptor of a session from the previous kernel; closing the last copy finishes the session.
 
-    OSError: ENOENT where none of that name came or it was closed since, EINVAL while somebody has it.
+    OSError: ENOENT if no session of that name came or it was closed since, EINVAL while a process has it.
     """
     return _named_session(device, LIVEUPDATE_IOCTL_RETRIEVE_SESSION, "RETRIEVE_SESSION", name)
 
 
 def preserve_fd(session: int, fd: int, token: int) -> None:
-    """Hand the file of `fd` to an outgoing session, under a `token` of 64 bits that is its own in this session.
+    """Preserve the file of `fd` in an outgoing session, under a 64-bit `token` that is unique in this session.
 
-    A memfd is pinned with every hole allocated, and keeps its size; its bytes go over as they are at the jump.
-    OSError: ENOENT for a kind of file that no handler takes, EEXIST for the token, EBUSY for a file that is preserved
+    A memfd is pinned with every hole allocated, and keeps its size; its bytes are handed over as they are at the jump.
+    OSError: ENOENT for a kind of file without a handler, EEXIST for a token in use, EBUSY for a file that is preserved
     already (6.19 does not notice), EINVAL on a retrieved session, ENOSPC for a full one (6.19: 128 files).
     """
     with os_error_context(f"SESSION_PRESERVE_FD(session={session}, fd={fd}, token={token:#x})"):
@@ -78,10 +78,10 @@ def preserve_fd(session: int, fd: int, token: int) -> None:
 
 
 def retrieve_fd(session: int, token: int) -> int:
-    """Take a file out of a retrieved session; a descriptor of it, each time of the same open file.
+    """Return a descriptor of a file in a retrieved session; every call gives the same open file.
 
-    OSError: ENOENT for an unknown token and after finish, EINVAL on an outgoing session. What failed once fails the
-    same way each time.
+    OSError: ENOENT for an unknown token and after finish, EINVAL on an outgoing session. A retrieval that failed once
+    fails the same way each time.
     """
     with os_error_context(f"SESSION_RETRIEVE_FD(session={session}, token={token:#x})"):
         _check_token(token)
@@ -91,16 +91,16 @@ def retrieve_fd(session: int, token: int) -> int:
 
 
 def finish_session(session: int) -> None:
-    """End a retrieved session: files taken out of it live on and may be preserved anew, the others are freed.
+    """End a retrieved session: files taken out of it live on and may be preserved again, the others are freed.
 
-    It may be repeated. OSError: EINVAL on an outgoing session (6.19 says yes to that).
+    The call may be repeated. OSError: EINVAL on an outgoing session (6.19 accepts that).
     """
     with os_error_context(f"SESSION_FINISH(session={session})"):
         fcntl.ioctl(session, LIVEUPDATE_SESSION_FINISH, FINISH.pack(FINISH.size, 0))
 
 
 def get_name(session: int) -> str:
-    """Name of a session. OSError: ENOTTY where `session` is something else, EINVAL where the kernel (6.19) cannot."""
+    """Return the name of a session. OSError: ENOTTY if it is not one, EINVAL if the kernel cannot tell (6.19)."""
     with os_error_context(f"SESSION_GET_NAME(session={session})"):
         argument = bytearray(GET_NAME.pack(GET_NAME.size, 0, b""))
         fcntl.ioctl(session, LIVEUPDATE_SESSION_GET_NAME, argument)
@@ -109,9 +109,10 @@ def get_name(session: int) -> str:
 
 
 def is_incoming(session: int) -> bool:
-    """Whether a session came from the kernel before, by what it says to a file that is none: nothing is preserved.
+    """Whether a session came from the previous kernel; found by a call that preserves nothing.
 
-    EINVAL there, EBADF in an outgoing session (seen on 7.3.4). 6.19 does not look, and says EBADF to both.
+    The call is given an invalid descriptor: EINVAL in a session from the previous kernel, EBADF in an outgoing one
+    (seen on 7.3.4). 6.19 does not distinguish them and returns EBADF for both.
     """
     try:
         preserve_fd(session, -1, NO_TOKEN)
@@ -134,7 +135,7 @@ def _named_session(device: int, request: int, call: str, name: str) -> int:
 
 
 def _check_name(raw: bytes) -> None:
-    """Refuse what would come out as another name: struct cuts one that is too long, the kernel one with a NUL."""
+    """Refuse a name that would be changed: struct cuts one that is too long, the kernel cuts one at a NUL."""
     if len(raw) >= LIVEUPDATE_SESSION_NAME_LENGTH:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     if b"\0" in raw:
@@ -147,6 +148,6 @@ def _check_token(token: int) -> None:
 
 
 def _close_on_exec(fd: int) -> int:
-    """The kernels seen give close-on-exec descriptors; the header promises none."""
+    """Set close-on-exec on a descriptor: the kernels seen do so, but the header does not promise it."""
     os.set_inheritable(fd, False)
     return fd

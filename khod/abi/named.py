@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An OSError tells which call it ended."""
+"""Name the failed call in an OSError."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def os_error_context(call: str) -> Iterator[None]:
-    """Give an OSError raised inside the call's name and arguments as its filename."""
+    """Set the filename of an OSError raised inside to the call's name and arguments."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A descriptor of another process's open file: pidfd_getfd(2)."""
+"""Copy a descriptor of another process: pidfd_getfd(2)."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ _syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_uint]
 
 
 def pidfd_getfd(pid: int, fd: int) -> int:
-    """Copy a descriptor of a process; close-on-exec. OSError: EBADF where it has none such, EPERM, ESRCH."""
+    """Copy a descriptor of a process, close-on-exec. OSError: EBADF if it has no such descriptor, EPERM, ESRCH."""
     with os_error_context(f"pidfd_getfd({pid}, {fd})"):
         pidfd = os.pidfd_open(pid)
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""reboot(2) with the one command khod needs."""
+"""reboot(2) with the only command that khod needs."""
 
 import ctypes
 import os
@@ -13,10 +13,10 @@ _reboot.argtypes = [ctypes.c_int]
 
 
 def reboot(cmd: int) -> None:
-    """Jump into the loaded image; comes back only with an OSError, the system then goes on running.
+    """Jump into the loaded image; returns only by raising OSError, and the system then continues to run.
 
-    EINVAL: nothing is loaded. EPERM: no CAP_SYS_BOOT. Any other errno is a refusal on the way,
-    for instance LUO's freeze (kernel_kexec() runs it before device shutdown).
+    EINVAL: nothing is loaded. EPERM: no CAP_SYS_BOOT. Any other errno is a refusal on the way, for instance of LUO's
+    freeze (kernel_kexec() runs it before device shutdown).
     """
     ctypes.set_errno(0)
     if _reboot(ctypes.c_int(cmd).value) != 0:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""statx(2) of an open file, by what the kernel knows of it.
+"""statx(2) of an open file, from what the kernel has cached.
 
-fstat(2) asks the file system, and one that does not answer (FUSE, NFS) holds the caller for ever: it must not be
-called for a descriptor that somebody else has sent.
+fstat(2) asks the file system, and one that does not answer (FUSE, NFS) blocks the caller for ever. It must not be
+called for a descriptor that another process has sent.
 """
 
 import ctypes

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The client's side of khod's socket: what khoctl and the producers' library speak with."""
+"""The client's side of khod's socket, for khoctl and for the producers' library."""

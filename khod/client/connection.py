@@ -21,21 +21,21 @@ START_REMEDY = "Start it with: systemctl start kho-handover"
 JOURNAL = "Look at: journalctl -u kho-handover"
 CHUNK_BYTES = 1 << 16
 UCRED = "3i"  # struct ucred of unix(7): process, user, group
-MAX_FDS = 253  # SCM_MAX_FD, the most one message carries
+MAX_FDS = 253  # SCM_MAX_FD, the maximum that one message carries
 
 
 class Connection:
-    """A connection to khod's socket. Every method raises KhoError; Unreachable where the connection ends."""
+    """A connection to khod's socket. Every method raises KhoError; Unreachable if the connection ends."""
 
     def __init__(self, path: Path = Path(wire.SOCKET)) -> None:
-        """Connect; Unreachable names the socket and the likely cause."""
+        """Connect; raise Unreachable with the socket and the likely cause."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._path = str(path)
         self._text = b""
         self._messages: deque[bytes] = deque()
         self.fds: list[int] = []
         self.more = False
-        """Whether the last reply is to be followed by another to the same call."""
+        """Whether another reply to the same call follows the last one."""
         try:
             self._socket.connect(str(path))
         except OSError as error:
@@ -55,29 +55,29 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """End the connection, and what came over it and was not taken."""
+        """Close the socket, and every received descriptor that was not taken."""
         for fd in self.take_fds():
             os.close(fd)
         self._socket.close()
 
     def shutdown(self) -> None:
-        """End the connection from another thread than the one that waits on it."""
+        """End the connection from a thread other than the one that waits on it."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def take_fds(self) -> list[int]:
-        """Give the descriptors that came since the last time; they are the caller's."""
+        """Return the descriptors received since the last call; the caller owns them."""
         taken, self.fds = self.fds, []
         return taken
 
     def fileno(self) -> int:
-        """The connection, for select(2)."""
+        """Return the descriptor of the connection, for select(2)."""
         return self._socket.fileno()
 
     def send_call(
         self, method: str, parameters: Mapping[str, Any] | None = None, *, fds: tuple[int, ...] = (), more: bool = False
     ) -> None:
-        """Send a call by its full name; descriptors stay the caller's, parameters name them by their index."""
+        """Send a call by its full name; descriptors stay the caller's, and parameters name them by index."""
         call = {
             "method": method,
             "parameters": parameters or {},
@@ -92,10 +92,11 @@ class Connection:
             raise Unreachable("khod closed the connection", remedy=JOURNAL) from None
 
     def _send_files(self, data: bytes, fds: tuple[int, ...]) -> int:
-        """Send with descriptors; without them where khod lets this user send none, and it says why in its answer.
+        """Send with descriptors, and return the number of bytes sent; 0 if khod does not let this user send any.
 
-        The kernel refuses them (EPERM, Linux 6.16) for khod. Khod may need to accept the connection first, and has
-        when it answers.
+        The kernel refuses the descriptors (EPERM, Linux 6.16) on khod's behalf. That may also be because khod has not
+        accepted the connection yet; after it has answered a call, it has. If they are refused again, the call is sent
+        without them, and khod's answer says why.
         """
         for _ in range(2):
             try:
@@ -106,13 +107,13 @@ class Connection:
         return 0
 
     def _raise_refusal(self) -> None:
-        """Raise what khod said before it closed the connection, if it said anything."""
+        """Raise the error that khod sent before it closed the connection, if it sent one."""
         with suppress(Unreachable):
             self._socket.setblocking(False)
             self.receive_reply()
 
     def receive_reply(self) -> Mapping[str, Any]:
-        """Wait for the next reply and give its parameters; one of our errors is raised."""
+        """Wait for the next reply and return its parameters; raise the error if it is one."""
         while not self._messages:
             self.receive()
         try:
@@ -127,17 +128,17 @@ class Connection:
         return found
 
     def version_mismatch_error(self) -> Unreachable:
-        """The error for an answer that this version of khod does not give."""
+        """Return the error for an answer that this version of khod does not give."""
         what = "What answers on the socket is not this version's khod"
         return Unreachable(what, where=self._path, remedy="systemctl status kho-handover tells what runs.")
 
     @property
     def reply_waiting(self) -> bool:
-        """Whether a reply is here that was not yet asked for."""
+        """Whether a reply was received that has not been read yet."""
         return bool(self._messages)
 
     def receive(self) -> None:
-        """Take in what has come, at least one byte."""
+        """Receive what has come, and wait for at least one byte."""
         try:
             data, fds, _flags, _address = socket.recv_fds(self._socket, CHUNK_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
         except OSError:
@@ -149,14 +150,14 @@ class Connection:
         self._messages += complete
 
     def wait_readable(self, seconds: float | None) -> bool:
-        """Wait for something to take in, for at most so long; None for ever."""
-        waiting = select.poll()  # takes any descriptor, where select(2) takes those below 1024
+        """Wait until something can be received, for at most `seconds` (None: no limit); return whether it can."""
+        waiting = select.poll()  # takes any descriptor; select(2) only those below 1024
         waiting.register(self._socket, select.POLLIN)
         return bool(waiting.poll(None if seconds is None else max(0, math.ceil(seconds * 1000))))
 
     @property
     def listener_pid(self) -> int:
-        """The process that listens on the socket: khod's, or 1 where systemd holds it for khod."""
+        """The process that listens on the socket: khod, or 1 if systemd holds it for khod."""
         size = struct.calcsize(UCRED)
         pid: int = struct.unpack(UCRED, self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0]
         return pid

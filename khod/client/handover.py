@@ -16,20 +16,20 @@ from khod.region import Region
 
 T = TypeVar("T")
 ANSWER_SECONDS = 60.0
-"""Seconds khod has for an answer; its start, a rollback included, comes before."""
+"""How long khod may take to answer; this includes its start with a possible rollback."""
 
 INSPECTION_SECONDS = 600.0
-"""Seconds it has where it reads and unpacks images for it."""
+"""How long khod may take to answer a call for which it reads and unpacks images."""
 
 SLOW_SECONDS = 2.0
-"""Seconds after which an operator is told what is waited for."""
+"""After this time the operator is told what is waited for."""
 
 
 class Client(Connection):
-    """What khoctl asks of khod. Each answer has a deadline: Unreachable where khod takes the call and is silent.
+    """khoctl's calls to khod. Each has a deadline: Unreachable if khod accepts the call and does not answer.
 
-    `patience` is that deadline in seconds, where the caller has one of its own. `on_slow` is called once for a call
-    that is not answered within SLOW_SECONDS.
+    `patience` is the caller's own deadline in seconds. `on_slow` is called once for a call that is not answered within
+    SLOW_SECONDS.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Client(Connection):
         return math.inf if self._limit is None else self._began + self._limit
 
     def check_overdue(self) -> None:
-        """Call `on_slow`, once, where the last call has taken so long; Unreachable where its deadline is over."""
+        """Call `on_slow` once if the last call is slow; raise Unreachable if its deadline is over."""
         now = time.monotonic()
         if now >= self._deadline:
             raise Unreachable(f"khod has not answered within {self._limit:g} s", where=self._path, remedy=JOURNAL)
@@ -70,43 +70,43 @@ class Client(Connection):
             self._on_slow(self)
 
     def status(self) -> Status:
-        """How it stands."""
+        """Return the status of the handover."""
         self.call_method("Status")
         return self.receive_status()
 
     def receive_status(self) -> Status:
-        """Wait for the status that a call of Status, Activate, Abort or Kexec is answered with."""
+        """Wait for the status that answers a call of Status, Activate, Abort or Kexec."""
         return self._decode_reply(Status, self.receive_reply(), "status")
 
     def check(self, parameters: Mapping[str, Any] | None = None, fds: tuple[int, ...] = ()) -> list[Check]:
-        """The preflight checks; `parameters` and `fds` as of Kexec."""
+        """Run the preflight checks and return them; `parameters` and `fds` are those of Kexec."""
         self.call_method("Check", parameters, fds=fds, limit=INSPECTION_SECONDS)
         return self._decode_reply(list[Check], self.receive_reply(), "checks")
 
     def plan(self, parameters: Mapping[str, Any] | None = None, fds: tuple[int, ...] = ()) -> Plan:
-        """What Kexec with these parameters would do."""
+        """Return what Kexec with these parameters would do."""
         self.call_method("Plan", parameters, fds=fds, limit=INSPECTION_SECONDS)
         return self._decode_reply(Plan, self.receive_reply(), "plan")
 
     def snapshots(self) -> list[Snapshot]:
-        """The state trees that were kept when they left, the newest first."""
+        """Return the state trees kept at earlier handovers, newest first."""
         self.call_method("Snapshots")
         return self._decode_reply(list[Snapshot], self.receive_reply(), "snapshots")
 
     def scratch(self) -> list[Region]:
-        """The scratch regions; Unsupported where there are none."""
+        """Return the scratch regions; raise Unsupported if there are none."""
         self.call_method("Scratch")
         return self._decode_reply(list[Region], self.receive_reply(), "regions")
 
     def tree(self, side: str) -> dict[str, bytes]:
-        """A state tree's blobs by name, the root's is ""; `side` is out, in, snapshot, or a snapshot's id."""
+        """Return a state tree's blobs by name; the root's is "". `side` is out, in, snapshot, or a snapshot's id."""
         self.call_method("Tree", {"side": side})
         parameters = self.receive_reply()
         names, indexes = parameters["names"], parameters["blobs"]
         return {name: _read_fd(self.fds[index]) for name, index in zip(names, indexes, strict=True)}
 
     def monitor(self) -> Iterator[Event]:
-        """Every change from now on, beginning with how it stands; Unreachable when khod ends it."""
+        """Yield every change from now on, beginning with the current state; Unreachable if khod ends the stream."""
         self.call_method("Monitor", more=True)
         yield self.receive_event()
         self._limit = self._patience  # a change may come in a month
@@ -115,11 +115,11 @@ class Client(Connection):
         raise Unreachable("khod ended the stream", remedy="It was stopped, or this was not read in time.")
 
     def receive_event(self) -> Event:
-        """The next change, after a call of Monitor."""
+        """Wait for the next change after a call of Monitor."""
         return self._decode_reply(Event, self.receive_reply(), "event")
 
     def producers(self) -> list[Producer]:
-        """Every producer, in the order they are told."""
+        """Return every producer, in the order in which they are called."""
         self.call_method("Producers")
         return self._decode_reply(list[Producer], self.receive_reply(), "producers")
 
@@ -146,7 +146,7 @@ class Client(Connection):
         more: bool = False,
         limit: float | None = None,
     ) -> None:
-        """Send a call of the interface by its short name; its answer has `limit` seconds (None: ANSWER_SECONDS)."""
+        """Send a call of the interface by its short name; the answer has `limit` seconds (None: ANSWER_SECONDS)."""
         self._began, self._limit = time.monotonic(), self._patience or limit or ANSWER_SECONDS
         self._slow = self._began + SLOW_SECONDS
         self.send_call(f"{wire.INTERFACE}.{method}", parameters, fds=fds, more=more)

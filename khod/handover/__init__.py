@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a handover is: its machine, its record, what the kernel shows of it, what it left and what arrived."""
+"""A handover: its phases, its record, the kernel's state beside it, its snapshot, and what arrived."""

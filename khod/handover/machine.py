@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The handover machine: pure, and its tables are the documentation.
+"""The handover machine: without side effects, and documented by its tables.
 
-`STEPS` says which phase a step passes through, where it ends and what its undo is; `ORDERS` in which
-order the kernel wants them; `TRANSITIONS` what may follow what. The table in khod(8) is held to
-`draw_machine()` by a test. The point of no return is execute: every other step has
-its undo beside it, and even execute may come back with an errno.
+`STEPS` has the phase during a step, the phase after it, and its undo; `ORDERS` has the order of steps that the kernel
+requires; `TRANSITIONS` has the phases that may follow each phase. A test compares the table in khod(8) with
+`draw_machine()`. The point of no return is execute: every other step has its undo beside it, and even execute may fail
+with an errno.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from khod.model import Order, Phase, Step
 
 @dataclass(frozen=True)
 class Row:
-    """One step: the phase while it runs, the phase after it, and what its undo does."""
+    """One step: the phase during it, the phase after it, and what its undo does."""
 
     doing: Phase
     done: Phase
@@ -29,8 +29,8 @@ STEPS = {
     Step.execute: Row(Phase.executing, Phase.executing, "nothing of its own: the jump came back with an errno"),
 }
 
-# A rollback takes the steps done in reverse. Where the image copies the tree at load (v3, 6.18), that
-# unloads before it leaves the active phase: an image left loaded would hand a stale tree over.
+# A rollback undoes the steps in reverse. If loading copies the tree into the image (v3, 6.18), the image is therefore
+# unloaded before the active phase is left: an image left loaded would hand over a stale tree.
 ORDERS = {
     Order.activate_first: (Step.prepare, Step.freeze, Step.activate, Step.load, Step.execute),
     Order.load_first: (Step.prepare, Step.load, Step.freeze, Step.activate, Step.execute),
@@ -59,49 +59,49 @@ TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
 }
 
 STARTS = (P.idle, P.foreign, P.inconsistent)
-"""What a start of khod may find where no handover of its own was under way."""
+"""The phases in which khod may start if no handover of its own was under way."""
 
 RESTING = frozenset({P.idle, P.verified, P.degraded, P.cold_boot})
-"""Phases a new handover may begin in: nothing of khod's is held anywhere."""
+"""Phases in which a new handover may begin: khod holds nothing."""
 
 HELD = frozenset({P.prepared, P.frozen, P.active, P.loaded})
-"""Phases a handover may wait in, for an operator or after a restart of khod."""
+"""Phases in which a handover may wait, for an operator or after a restart of khod."""
 
 
 class IllegalTransition(AssertionError):
-    """The program asked for a transition the table does not have: a bug, never a state of the host."""
+    """A transition that the table does not have was requested: a bug, never a state of the host."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a handover stands, and the steps whose undo is due, in the order they were done."""
+    """The phase of a handover, and the steps whose undo is due, in the order in which they were done."""
 
     phase: Phase = Phase.idle
     done: tuple[Step, ...] = ()
 
     def enter_phase(self, phase: Phase) -> "Machine":
-        """Go to `phase`; IllegalTransition where the table has no such arrow."""
+        """Enter `phase`; raise IllegalTransition if the table has no such transition."""
         if phase not in TRANSITIONS[self.phase]:
             raise IllegalTransition(f"{self.phase.value} -> {phase.value}")
         return replace(self, phase=phase)
 
     def begin_step(self, step: Step) -> "Machine":
-        """Enter a step. Its undo is due from here on: it may have had half of its effect."""
+        """Enter the phase of a step; its undo is due from then on, because the step may have half of its effect."""
         return replace(self.enter_phase(STEPS[step].doing), done=(*self.done, step))
 
     def finish_step(self, step: Step) -> "Machine":
-        """Leave a step behind, done."""
+        """Enter the phase after a step that is done."""
         return self if STEPS[step].doing is STEPS[step].done else self.enter_phase(STEPS[step].done)
 
     def strike_step(self, step: Step) -> "Machine":
-        """Strike a step from what is still to be put back."""
+        """Remove a step from those whose undo is due."""
         return replace(self, done=tuple(kept for kept in self.done if kept is not step))
 
 
 def remaining_steps(machine: Machine, order: Order, last: Step) -> tuple[Step, ...]:
-    """The steps still to be done, up to `last`.
+    """Return the steps still to be done, up to `last`.
 
-    Up to activate, load is left out even where it would come first: `khoctl activate` names no image.
+    If `last` is activate, load is left out even if it would come first: `khoctl activate` names no image.
     """
     steps = ORDERS[order][: ORDERS[order].index(last) + 1]
     return tuple(
@@ -110,7 +110,7 @@ def remaining_steps(machine: Machine, order: Order, last: Step) -> tuple[Step, .
 
 
 def draw_machine() -> str:
-    """Draw the table, an arrow a line, in Mermaid's notation."""
+    """Return the table as a Mermaid diagram, one transition on each line."""
     arrows = (f"    {here.value} --> {there.value}" for here, row in TRANSITIONS.items() for there in row)
     starts = (f"    [*] --> {phase.value}" for phase in STARTS)
     return "\n".join(["stateDiagram-v2", *starts, *arrows])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""At start: what the record says against what the kernel says. Where they disagree, that has a name."""
+"""At start, compare the record with the kernel; each disagreement has a phase of its own."""
 
 import enum
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from khod.text import join_names
 
 
 class Action(enum.Enum):
-    """What khod does next, without being asked."""
+    """What khod does next on its own."""
 
     none = "none"
     roll_back = "roll back"
@@ -25,9 +25,9 @@ class Action(enum.Enum):
 
 @dataclass(frozen=True)
 class Found:
-    """The phase khod starts in, why, and what it does about it.
+    """The phase in which khod starts, why, and what it does next.
 
-    `doubt` is why what arrived cannot be all of what the producers had, "" where nothing speaks against it.
+    `doubt` is why what arrived cannot be all of the producers' state, "" without such a reason.
     """
 
     phase: Phase
@@ -37,15 +37,15 @@ class Found:
 
 
 JUMPABLE = frozenset(Step) - {Step.execute}
-"""The steps after which everybody is frozen and the image has the state."""
+"""The steps after which every producer is frozen and the image has the state."""
 
 
 def reconcile_record(
     record: Record | RecordError | None, kernel: Observed, after_daemon_died: str = "roll-back"
 ) -> Found:
-    """Decide by the table of the design: every pair of record and kernel has one answer.
+    """Decide what to do for a pair of record and kernel; every pair has exactly one answer.
 
-    What somebody else made of the kernel is no part of it: that is asked anew each time (`foreign`).
+    Changes that other programs made to the kernel do not matter here: `is_foreign` checks them anew each time.
     """
     if isinstance(record, RecordError):
         return Found(Phase.inconsistent, record.what)
@@ -61,7 +61,7 @@ def _phase_words(phase: Phase) -> str:
 
 
 def provisional_state(record: Record | RecordError | None) -> Found:
-    """Where the host stands by the record alone, until the kernel has answered."""
+    """Return the state according to the record, until the kernel has answered."""
     if isinstance(record, RecordError):
         return Found(Phase.inconsistent, record.what)
     return Found(record.phase if record else Phase.idle, "khod starts: the kernel was not asked yet")
@@ -87,7 +87,7 @@ def _same_boot(record: Record, kernel: Observed, after_daemon_died: str) -> Foun
     if exceeds_record(record, kernel):
         return Found(Phase.inconsistent, f"the record says {record.phase.value}, and {describe_kernel(kernel)}")
     if not record_agrees(record, kernel):
-        # Part of it was put back, by khod or by hand, and could not be recorded. Who is frozen is frozen all the same.
+        # Part of it was undone, by khod or by hand, and that could not be recorded. Frozen producers are still frozen.
         return Found(
             record.phase,
             f"khod stopped unexpectedly after {_phase_words(record.phase)}, and {describe_kernel(kernel)}",
@@ -111,7 +111,7 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
             Phase.idle, f"the host booted again before the last handover was verified{f'; {lost}' if lost else ''}"
         )
     by_our_kexec = is_marked(kernel.cmdline, record.run)
-    if by_our_kexec or kernel.arrived:  # whoever's image it was: what the producers had left came with it
+    if by_our_kexec or kernel.arrived:  # whichever image it was, the producers' state came with it
         return Found(Phase.verifying, "first start after the jump", Action.verify, _record_doubt(record))
     if record.phase is Phase.executing:
         return Found(
@@ -120,7 +120,7 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
             f"neither this handover's mark on the command line nor state from {record.release} is here",
         )
     if record.phase in (Phase.failed, Phase.rolling_back):
-        return Found(Phase.idle, "")  # whatever could not be put back went with its kernel
+        return Found(Phase.idle, "")  # what was not undone ended with its kernel
     return Found(
         Phase.idle,
         f"the host went down while a handover was at {record.phase.value}, before the jump: nothing was handed over",
@@ -128,7 +128,7 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
 
 
 def _lost_claims(record: Record) -> str:
-    """What went with the boot of the record, "" where nothing waited to be taken back."""
+    """Describe what was lost with the boot of the record; "" if nothing waited to be taken back."""
     names = join_names(holder.name for holder in record.claims)
     return f"the host booted again before {names} had taken back what waited: it is lost" if names else ""
 
@@ -144,7 +144,7 @@ def _record_doubt(record: Record) -> str:
 
 
 def record_agrees(record: Record, kernel: Observed) -> bool:
-    """Tell whether the kernel is where the record puts it.
+    """Whether the kernel is in the state that the record says.
 
     A step under way, and those recorded together with it, may have had their effect or not.
     """
@@ -155,13 +155,13 @@ def record_agrees(record: Record, kernel: Observed) -> bool:
 
 
 def exceeds_record(record: Record, kernel: Observed) -> bool:
-    """Tell whether the kernel shows what no recorded step of khod's did."""
+    """Whether the kernel shows an effect that no recorded step of khod has."""
     facts = ((Step.activate, kernel.active), (Step.load, kernel.loaded))
     return any(fact and step not in record.done for step, fact in facts)
 
 
 def describe_kernel(kernel: Observed) -> str:
-    """Put what the kernel says in words."""
+    """Describe the state of the kernel in words."""
     image = f"with {'an' if kernel.loaded else 'no'} image loaded"
     if kernel.active is None:
         return f"this kernel has no active phase; {'an' if kernel.loaded else 'no'} image is loaded"
@@ -169,7 +169,7 @@ def describe_kernel(kernel: Observed) -> str:
 
 
 def observe_kernel(kexec: Kexec, kernel: KhoKernel | None) -> Observed:
-    """Ask the kernel how it stands; call it in the kernel's thread. Raises OSError."""
+    """Read the state of the kernel, in the kernel's thread. Raises OSError."""
     return Observed(
         boot_id=kexec.boot_id(),
         release=kexec.kernel_release(),
@@ -181,14 +181,14 @@ def observe_kernel(kexec: Kexec, kernel: KhoKernel | None) -> Observed:
 
 
 def is_foreign(record: Record, kernel: Observed) -> bool:
-    """Tell whether somebody else has entered the active phase or loaded an image: khod has nothing under way."""
+    """Whether another program has entered the active phase or loaded an image, while khod has nothing under way."""
     return record.phase in RESTING and bool(kernel.active or kernel.loaded)
 
 
 def effective_phase(record: Record, kernel: Observed) -> Phase:
-    """The phase an operator is told, while khod runs: the record's, unless the kernel contradicts it.
+    """Return the phase shown to operators: the record's, unless the kernel contradicts it.
 
-    What this boot's handover came to is hidden by nothing that was done since.
+    The outcome of this boot's handover is always shown, whatever was done since.
     """
     if is_foreign(record, kernel) and record.phase is Phase.idle:
         return Phase.foreign
@@ -198,10 +198,10 @@ def effective_phase(record: Record, kernel: Observed) -> Phase:
 
 
 def steps_to_undo(done: tuple[Step, ...], kernel: Observed, *, told: bool) -> tuple[Step, ...]:
-    """The steps to put back by force: those of the record, and what the kernel shows beyond them.
+    """Return the steps to undo by force: the recorded ones, and those whose effect only the kernel shows.
 
-    With `told` also those of the producers: what no record says may have been done, and an undo of what was
-    never done is harmless.
+    With `told` the producers' steps are included. They may have been done without a record, and an undo is harmless if
+    nothing was done.
     """
     steps = (*((Step.prepare, Step.freeze) if told else ()), *done)
     facts = ((Step.activate, kernel.active), (Step.load, kernel.loaded))
@@ -209,12 +209,12 @@ def steps_to_undo(done: tuple[Step, ...], kernel: Observed, *, told: bool) -> tu
 
 
 def reset_record(record: Record, found: Found, kernel: Observed) -> Record:
-    """The record of a host at rest: what was under way is over; what it was about another boot does not stay.
+    """Return the record of a host at rest: nothing is under way, and facts about another boot are removed.
 
-    In this boot its outcome stays, whatever was tried since.
+    The outcome of this boot stays, whatever was tried since.
     """
     if record.boot_id == kernel.boot_id:
-        # An earlier khod kept what waits in `producers` of a record at rest, which are nobody's now.
+        # An earlier khod kept what waits to be taken back in `producers` of a record at rest, which is empty now.
         earlier = record.producers if record.phase in RESTING else ()
         claims, run = record.claims or earlier, record.arrived_run or (record.run if earlier else "")
         return replace(
@@ -240,9 +240,10 @@ def reset_record(record: Record, found: Found, kernel: Observed) -> Record:
         last_error=found.reason,
         suspect="",
         failed_activations=0,
-        producers=(),  # nothing arrived: nobody has anything to take back
+        producers=(),  # nothing arrived, so no producer has anything to take back
         claims=(),
-        # A session of it that came all the same is the previous kernel's, and no stray one of this boot's to be closed.
+        # If a session of it arrived all the same, it is the previous kernel's, and must not be closed as a stray of
+        # this boot.
         arrived_run=kept.run,
         doubt="",
         not_undone=(),

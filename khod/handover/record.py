@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The durable record of one handover: written before each step it describes, read at every start.
 
-A write is atomic: a new file, fsync, rename, fsync of the directory. The snapshots of state trees
-lie beside it; they are made durable by the sync before the jump, and worthless without one.
+A write is atomic: a new file, fsync, rename, fsync of the directory. The snapshots of state trees lie beside the
+record. They become durable only with the sync before the jump: without a jump they are not needed.
 """
 
 import errno
@@ -34,18 +34,18 @@ ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity"}
 )
-"""Fields a record of this version may lack: an earlier khod wrote it."""
+"""Fields that a record of this version may lack, because an earlier khod wrote it."""
 
 FILE_NAME = "handover.json"
 DEPARTURE = "departure.json"
 UNREADABLE = "handover.json.unreadable"
 RESERVED_BYTES = 16 << 20
-"""Bytes that must be free before the kernel is touched: the record, and a tree of v3's default dt_max."""
+"""Bytes that must be free before the kernel is touched: for the record, and for a tree of v3's default dt_max."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a producer is: what it left is given back to nobody else. `unit` is systemd's, "" where it has none."""
+    """The owner of a producer; what it left is returned only to the same owner. `unit` is its systemd unit, or ""."""
 
     uid: int
     unit: str
@@ -53,7 +53,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Process:
-    """One process for good: `started` is field 22 of /proc/PID/stat, so that a number used again is another."""
+    """One process, also after its number is reused: `started` is field 22 of /proc/PID/stat."""
 
     pid: int
     started: int
@@ -61,11 +61,11 @@ class Process:
 
 @dataclass(frozen=True)
 class ProducerRecord:
-    """A producer of this handover: what it was told last, and what is needed to tell it more.
+    """A producer of this handover: the last verb sent to it, and what is needed to send it more.
 
-    `restores` says whether it has anything to do in the next kernel: there it counts as missing until it has. None
-    where an earlier khod did not record that.
-    `timeout`, `after`, `before` and `devices` stand here for peers alone, of which no file tells.
+    `restores` says whether it has something to restore in the next kernel, where it counts as missing until it has done
+    so; None if an earlier khod did not record that. `timeout`, `after`, `before` and `devices` are set only for peers,
+    which have no file.
     """
 
     name: str
@@ -84,10 +84,10 @@ class ProducerRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """What khod must know after it died, or after the jump. Times as in `khod.model`.
+    """What khod must know after it died, or after the jump. Times are as in `khod.model`.
 
-    What is under way (`phase` to `producers`) and what this boot came to (`outcome` to `claims`) are two subjects:
-    a handover that begins, ends or is rolled back changes nothing of the second.
+    The current handover (`phase` to `producers`) and the outcome of this boot (`outcome` to `claims`) are separate: a
+    handover that begins, ends or is rolled back does not change the outcome.
     """
 
     version: int = VERSION
@@ -100,41 +100,43 @@ class Record:
     handovers: int = 0
     previous_release: str = ""
     window_began_at: float = 0.0
-    """When the first producer was told `freeze`; 0 before."""
+    """When `freeze` was sent to the first producer; 0 before."""
     blackout_seconds: float | None = None
-    """From there to the last that answered `finish` in this boot; None while nobody has, or where it is not known."""
+    """From then to the last answer to `finish` in this boot; None before an answer, or if it is not known."""
     timings: tuple[StepTiming, ...] = ()
     last_error: str = ""
     verdict: Verdict | None = None
     suspect: str = ""
-    """Why the state of the boot `boot_id` may not be whole: an abort that made the kernel forget."""
+    """Why the state in the boot `boot_id` may be incomplete: an abort made the kernel forget."""
     producers: tuple[ProducerRecord, ...] = ()
-    """Who takes part in the handover `run`."""
+    """The producers that take part in the handover `run`."""
     failed_activations: int = 0
     """Failed activations in the boot `boot_id`: each may leak up to dt_max of kernel memory."""
     not_undone: tuple[NotUndone, ...] = ()
-    """What the last rollback could not put back."""
+    """What the last rollback could not undo."""
     interrupted: str = ""
-    """Why a handover was rolled back when khod was stopped: if the next khod starts in another boot, the host went
-    down in the middle of it."""
+    """Why a handover was rolled back when khod was stopped.
+
+    If the next khod starts in another boot, the host went down during that handover.
+    """
     outcome: Phase = Phase.idle
-    """What the handover into the boot `boot_id` came to: verified, degraded, cold_boot; idle where there was none."""
+    """The result of the handover into the boot `boot_id`: verified, degraded, cold_boot; idle without one."""
     arrived_run: str = ""
-    """The handover this boot was reached by: its sessions are the previous kernel's, and freed by no rollback."""
+    """The handover that reached this boot; its sessions are the previous kernel's, and no rollback frees them."""
     sessions: tuple[LuoSession, ...] = ()
-    """LUO sessions of other processes as they were before the jump of the handover `run`."""
+    """LUO sessions of other processes, as they were before the jump of the handover `run`."""
     sessions_unseen: str = ""
-    """Why there may have been more, "" where there were not."""
+    """Why there may have been more, "" if there were no more."""
     at_once: bool = False
-    """Whether the handover `run` jumps at once: with nothing stopped before, so that no session is lost."""
+    """Whether the handover `run` jumps at once: nothing is stopped before, so no session is lost."""
     doubt: str = ""
-    """Why what arrived in this boot cannot be all that the producers had, "" where nothing speaks against it."""
+    """Why what arrived in this boot cannot be all of the producers' state, "" without such a reason."""
     claims: tuple[ProducerRecord, ...] = ()
-    """What was left by the previous kernel's producers and not taken back yet."""
+    """What producers left in the previous kernel and have not taken back yet."""
     begun: Begun = field(default_factory=Begun)
 
     def begin_run(self, run: str, observed: Observed, generation: Generation, by: str = "") -> "Record":
-        """Give the record of a new handover in this boot; what this boot came to stays."""
+        """Return the record of a new handover in this boot; the outcome of this boot stays."""
         return replace(
             self,
             phase=self.outcome,
@@ -157,7 +159,7 @@ class Record:
 
 
 def encode_record(record: Record) -> bytes:
-    """Render the record as JSON, a field or a producer on each line: an operator reads it too."""
+    """Return the record as JSON, one line for each field or producer, because operators read it too."""
     fields = [f'"{name}": {_encode_line(value)}' for name, value in wire.encode_value(record).items()]
     return ("{\n" + ",\n".join(fields) + "\n}\n").encode()
 
@@ -169,7 +171,7 @@ def _encode_line(value: object) -> str:
 
 
 def decode_record(raw: bytes, where: str = "") -> Record:
-    """Read a record; RecordError that says what is wrong with it."""
+    """Decode a record; raise RecordError that says what is wrong with it."""
     remedy = "Look at it, then run: `Abort(force)`"
     try:
         values = json.loads(raw)
@@ -191,10 +193,10 @@ def decode_record(raw: bytes, where: str = "") -> Record:
 
 
 def _add_findings(record: Record) -> Record:
-    """The record with the findings that an earlier khod left out: it recorded names and one sentence.
+    """Return the record with findings, which an earlier khod did not record: it had names and one sentence.
 
-    The sentence is lost with the next finding, so it stays one itself, but where producers alone are missing: each of
-    them takes its own finding away when it has its state again.
+    The sentence becomes one finding. But if only producers are missing, each becomes a finding of its own, which is
+    removed when that producer has its state again.
     """
     verdict = record.verdict
     if verdict is None or not verdict.reason:
@@ -209,17 +211,17 @@ def _add_findings(record: Record) -> Record:
 
 @dataclass(frozen=True)
 class Store:
-    """The directory the record lives in. Every method raises RecordError with path and cause."""
+    """The directory of the record. Every method raises RecordError with path and cause."""
 
     directory: Path
 
     @property
     def record_path(self) -> Path:
-        """The record itself."""
+        """The path of the record."""
         return self.directory / FILE_NAME
 
     def read(self) -> Record | None:
-        """The record, None where there was never one."""
+        """Read the record; return None if there is none."""
         try:
             return decode_record(self.record_path.read_bytes(), str(self.record_path))
         except FileNotFoundError:
@@ -228,15 +230,15 @@ class Store:
             raise RecordError(f"The record cannot be read: {errno_text(error)}", where=str(self.record_path)) from error
 
     def write(self, record: Record, *, durable: bool = True) -> None:
-        """Replace the record; without `durable` it survives khod, and not a loss of power."""
+        """Replace the record; without `durable` it survives the end of khod, but not a power failure."""
         self._replace_file(FILE_NAME, record, durable=durable)
 
     def write_departure(self, record: Record) -> None:
-        """Leave a copy of the record with the jump; both executors sync it to the disk."""
+        """Write a copy of the record for the next kernel; both executors sync it to the disk."""
         self._replace_file(DEPARTURE, record, durable=False)
 
     def _replace_file(self, name: str, record: Record, *, durable: bool) -> None:
-        """Write a file anew: all of it or nothing."""
+        """Replace a file atomically."""
         try:
             new = self.directory / f"{name}.new"
             with open(new, "wb") as file:
@@ -256,21 +258,21 @@ class Store:
             raise _unwritable_error(error, self.directory / name) from error
 
     def read_departure(self) -> Record | None:
-        """The copy that was left with the last jump; None where there is none that can be read."""
+        """Return the copy written at the last jump, or None if there is none that can be read."""
         try:
             return decode_record((self.directory / DEPARTURE).read_bytes(), DEPARTURE)
         except (OSError, RecordError):
             return None
 
     def remove_departure(self) -> None:
-        """Remove the copy that was left with the last jump, where there is one."""
+        """Remove the copy written at the last jump, if there is one."""
         try:
             (self.directory / DEPARTURE).unlink(missing_ok=True)
         except OSError as error:
             raise _unwritable_error(error, self.directory / DEPARTURE) from error
 
     def set_aside(self) -> Path | None:
-        """Keep a record that cannot be read under another name: another is written in its place. Where it is then."""
+        """Rename a record that cannot be read, because a new one replaces it; return its new path, or None."""
         try:
             self.read()
         except RecordError:
@@ -286,11 +288,11 @@ class Store:
 
     @property
     def snapshots(self) -> Snapshots:
-        """The state trees that left."""
+        """The snapshots of state trees."""
         return Snapshots(self.directory / "snapshots")
 
     def free_bytes(self) -> int:
-        """Bytes that may still be written here; RecordError where the file system is mounted read-only."""
+        """Return the free bytes of the directory; raise RecordError if its file system is read-only."""
         try:
             stat = os.statvfs(self.directory)
             if not os.access(self.directory, os.W_OK):

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One snapshot's directory: its files, what of them is khod's, and what is wrong with the rest.
+"""The directory of one snapshot: khod's files in it, and what is wrong with other entries.
 
     about.json  boot id, release, generation, the run, and the sequence number
-    sequence    the same number once more: either is enough, whichever a loss of power or a bad block took
-    blobs/NAME  a producer's blob each; %0, %1, ... for a name that no file can have, which names.json then has
-    root        the root blob; a directory without it is no snapshot (yet, or any more)
-    sha256      the digest of root and blobs, made by whoever asks first
+    sequence    the sequence number again: a power failure or a bad block may destroy one of the two
+    blobs/NAME  each producer's blob; %0, %1, ... for a name that is not valid for a file, which names.json has
+    root        the root blob; a directory without it is not a snapshot (yet, or any more)
+    sha256      the digest of root and blobs, made when it is first requested
 
-Nothing in here follows a symbolic link, opens what is no regular file, or removes what khod did not write.
+This code never follows a symbolic link, never opens a file that is not regular, and never removes what khod did not
+write.
 """
 
 import errno
@@ -31,16 +32,16 @@ ABOUT, SEQUENCE, ROOT, ROOT_NEW, BLOBS, NAMES, DIGEST = (
     "sha256",
 )
 OWN_FILES = (ROOT, ROOT_NEW, DIGEST, NAMES, SEQUENCE, ABOUT)
-"""In the order in which they are removed: without its root a half-removed snapshot is none."""
+"""In the order of their removal: without its root, a half-removed snapshot no longer counts as one."""
 
 RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
-"""A snapshot is named as the run that took it."""
+"""The name of a snapshot is its run."""
 NEW_RUN = re.compile(r"[0-9a-f]{12}")
-"""What khod.engine names a run: an empty directory of that name is the rest of a removal that was cut short."""
+"""The name khod.engine gives a run; an empty directory with such a name remains from an interrupted removal."""
 UNFINISHED = re.compile(rf"{RUN.pattern}\.[A-Za-z0-9_]+\.new")
-"""A snapshot's directory until it has all that is known before the tree is."""
+"""A snapshot's directory until it holds all that is known before the tree."""
 ASIDE = re.compile(rf"{RUN.pattern}\.[A-Za-z0-9_]+\.aside")
-"""What stood where a snapshot had to go, and was none."""
+"""What stood in the place of a snapshot and was not one."""
 
 MAX_SEQUENCE_DIGITS = 18
 MAX_NAME_BYTES = 255  # NAME_MAX
@@ -58,15 +59,16 @@ KINDS = {
 
 
 class DamagedError(Exception):
-    """A snapshot that cannot be read whole; the text says what is the matter."""
+    """A snapshot cannot be read completely; the text says what is wrong."""
 
 
 @dataclass(frozen=True)
 class SnapshotEntry:
-    """One directory of khod's: what is known of it without reading its tree.
+    """One directory of khod's, with what is known without reading its tree.
 
-    `sequence` orders snapshots, 0 where it is lost or was never written (by an earlier khod). `written_ns` is when the
-    tree was written, by the wall clock, None where there is none: for people, and to order those without a number.
+    `sequence` orders snapshots; it is 0 if it is lost or was never written (by an earlier khod). `written_ns` is the
+    wall-clock time at which the tree was written, None without a tree: for people, and to order entries without a
+    number.
     """
 
     path: Path
@@ -78,17 +80,17 @@ class SnapshotEntry:
 
     @property
     def sort_key(self) -> tuple[int, int, str]:
-        """What to sort by, the oldest first: those without a number before all others."""
+        """The sort key, oldest first; entries without a number come before all others."""
         return self.sequence, self.written_ns or 0, self.path.name
 
 
 def describe_kind(mode: int) -> str:
-    """Put the kind of a file in words."""
+    """Return the kind of a file in words."""
     return KINDS.get(stat.S_IFMT(mode), "of an unknown kind")
 
 
 def examine_entry(path: Path) -> SnapshotEntry | str:
-    """Look at one entry of the snapshots' directory: what is khod's, or why it is not; FileNotFoundError if gone."""
+    """Return an entry of the snapshots' directory, or why it is not khod's; raise FileNotFoundError if it is gone."""
     status = path.lstat()
     if ASIDE.fullmatch(path.name):
         return f"{describe_kind(status.st_mode)}, put aside by khod: it stood in the place of a snapshot"
@@ -131,7 +133,7 @@ def _read_entry(path: Path, about: dict[str, Any], names: list[str]) -> Snapshot
 
 
 def make_snapshot(path: Path, about: Mapping[str, Any], sequence: int) -> None:
-    """Lay out an empty snapshot in the new directory `path`, durably: the tree follows in the blackout."""
+    """Write a snapshot without a tree into the new directory `path`, durably; the tree follows in the blackout."""
     (path / BLOBS).mkdir(mode=0o700)
     _write_file(path / ABOUT, f"{json.dumps({**about, 'sequence': sequence})}\n".encode(), durable=True)
     _write_file(path / SEQUENCE, f"{sequence}\n".encode(), durable=True)
@@ -139,7 +141,7 @@ def make_snapshot(path: Path, about: Mapping[str, Any], sequence: int) -> None:
 
 
 def write_tree(path: Path, tree: Tree) -> None:
-    """Write the blobs and then, in one step, the root; not durable: that is left to the sync before the jump."""
+    """Write the blobs, and then the root by a rename; not durable, which is left to the sync before the jump."""
     (path / BLOBS).mkdir(parents=True, exist_ok=True, mode=0o700)
     names = _file_names(tree.blobs)
     for stale in set(os.listdir(path / BLOBS)) - set(names.values()):
@@ -154,23 +156,23 @@ def write_tree(path: Path, tree: Tree) -> None:
 
 
 def read_tree(path: Path) -> Tree:
-    """Read a tree; FileNotFoundError where none was written, DamagedError where it is not there as it was written."""
+    """Read a tree; FileNotFoundError if none was written, DamagedError if it is not as it was written."""
     if not stat.S_ISDIR(mode := path.lstat().st_mode):
         raise DamagedError(f"it is {describe_kind(mode)}")
-    (path / ROOT).lstat()  # without a root there is no snapshot, whatever else there is
+    (path / ROOT).lstat()  # without a root there is no snapshot, whatever else exists
     names = _odd_names(path)
     blobs = {names.get(file, file): _read_file(path / BLOBS / file) for file, _status in _list_blobs(path)}
     return Tree(_read_file(path / ROOT), dict(sorted(blobs.items())))
 
 
 def blob_names(path: Path) -> list[str]:
-    """The names of the blobs besides the root."""
+    """Return the names of the blobs, without the root."""
     names = _odd_names(path)
     return sorted(names.get(file, file) for file, _status in _list_blobs(path))
 
 
 def read_digest(path: Path) -> str:
-    """Give the digest as it was made first, so that bytes that have changed since show in it; else make it."""
+    """Return the digest made first, which differs from bytes that changed since; make it if there is none."""
     with suppress(OSError, DamagedError):
         kept = _read_file(path / DIGEST).decode("ascii", "replace").strip()
         if SHA256.fullmatch(kept):
@@ -182,13 +184,13 @@ def read_digest(path: Path) -> str:
         with open(_open_file(file), "rb", buffering=0) as opened:
             while chunk := opened.read(CHUNK_BYTES):
                 made.update(chunk)
-    with suppress(OSError):  # to list them must do on a read-only file system, too
+    with suppress(OSError):  # listing must also work on a read-only file system
         _write_file(path / DIGEST, f"{made.hexdigest()}\n".encode())
     return made.hexdigest()
 
 
 def remove_snapshot(path: Path) -> None:
-    """Remove what khod wrote; the directory stays where anything else is in it, or something cannot be removed."""
+    """Remove what khod wrote; the directory stays if it has other files, or something cannot be removed."""
     for name in OWN_FILES[:2]:
         _unlink_file(path / name)
     with suppress(OSError, DamagedError):
@@ -211,7 +213,7 @@ def sync_directory(path: Path) -> None:
 
 
 def _unlink_file(path: Path) -> None:
-    """Remove a regular file; anything else under its name is not khod's."""
+    """Remove a regular file; a file of another kind with this name is not khod's."""
     with suppress(OSError):
         if stat.S_ISREG(path.lstat().st_mode):
             path.unlink()
@@ -225,7 +227,7 @@ def _lstat(path: Path) -> os.stat_result | None:
 
 
 def _list_blobs(path: Path, *, strict: bool = True) -> Iterator[tuple[str, os.stat_result]]:
-    """Each blob's file with its status; DamagedError where blobs/ or one of them is not what khod wrote."""
+    """Yield each blob's file with its status; DamagedError if blobs/ or one of them is not what khod wrote."""
     status = _lstat(path / BLOBS)
     if status is None or not stat.S_ISDIR(status.st_mode):
         raise DamagedError(f"{BLOBS}/ is {'missing' if status is None else describe_kind(status.st_mode)}")
@@ -238,26 +240,26 @@ def _list_blobs(path: Path, *, strict: bool = True) -> Iterator[tuple[str, os.st
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError, RecursionError, DamagedError):  # the tree counts all the same
+    with suppress(OSError, ValueError, RecursionError, DamagedError):  # the tree is used all the same
         found = json.loads(_read_file(path / ABOUT))
         return found if isinstance(found, dict) else {}
     return {}
 
 
 def _read_sequence(path: Path, about: Mapping[str, Any]) -> int:
-    """The number by either of the places it is written to; 0 where there is none."""
+    """Return the sequence number from either of its two places; 0 if there is none."""
     number = about.get("sequence")
     if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 10**MAX_SEQUENCE_DIGITS:
         return number
     with suppress(OSError, DamagedError):
         text = _read_file(path / SEQUENCE).strip()
-        if text.isdigit() and len(text) <= MAX_SEQUENCE_DIGITS:  # of bytes: ASCII digits alone
+        if text.isdigit() and len(text) <= MAX_SEQUENCE_DIGITS:  # of bytes: only ASCII digits
             return int(text)
     return 0
 
 
 def _file_names(names: Mapping[str, object]) -> dict[str, str]:
-    """A file name for each blob: its own, or a number where no file can have that, or it would be taken for one."""
+    """Return a file name for each blob: its own, or `%` and a number if its own is not valid or begins with `%`."""
     return {name: name if _is_file_name(name) else f"%{number}" for number, name in enumerate(names)}
 
 
@@ -270,7 +272,7 @@ def _is_file_name(name: str) -> bool:
 
 
 def _odd_names(path: Path) -> dict[str, str]:
-    """The names of the blobs whose files are numbered, by file."""
+    """Return the names of the blobs with numbered files, by file."""
     with suppress(OSError, ValueError, RecursionError, DamagedError):
         found = json.loads(_read_file(path / NAMES))
         if isinstance(found, dict):
@@ -279,7 +281,7 @@ def _odd_names(path: Path) -> dict[str, str]:
 
 
 def _open_file(path: Path) -> int:
-    """Open a regular file, never what a link names or what would wait for another end."""
+    """Open a regular file; never follow a link, never block on a FIFO."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:

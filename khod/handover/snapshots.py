@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The state trees that left, kept beside the record: raw bytes, whose they were, and their digest.
+"""Snapshots of state trees, kept beside the record: raw bytes, their origin, and their digest.
 
-Inside the blackout a snapshot costs its write and no more: what is known of it before stands in its directory
-before, and the digest is made by whoever asks first.
+In the blackout a snapshot costs only the write of the tree. What is known before is written before, and the digest is
+made when it is first requested.
 
-Which one is newer is told by a number that each gets when it is prepared; the wall clock may be set back in between
-(a board without a battery), and is shown to people alone. Whatever else lies in the directory is left as it is and
-listed with what is wrong with it: only a lack of room, or a disk that fails, may refuse a handover.
+Each snapshot gets a sequence number when it is prepared, which tells the newer one. The wall clock may be set back in
+between (a board without a battery), and is only shown to people. Other entries of the directory are left as they are
+and listed with what is wrong with them; only lack of space, or a failing disk, may refuse a handover.
 """
 
 import errno
@@ -31,21 +31,21 @@ REMEDIES = {
     errno.EROFS: "Mount that file system writable, and look in the kernel log for why it is not.",
     errno.EIO: "The disk fails: look at the kernel log.",
 }
-"""What to do where a snapshot cannot be written."""
+"""What to do if a snapshot cannot be written."""
 
 
 @dataclass(frozen=True)
 class Snapshots:
-    """The directory they are kept in, one each. Every method raises RecordError with path and cause."""
+    """The directory of the snapshots, one directory each. Every method raises RecordError with path and cause."""
 
     directory: Path
 
     def prepare_snapshot(
         self, run: str, boot_id: str, release: str, generation: Generation, bounds: config.SnapshotsSettings
     ) -> None:
-        """Make room for the snapshot of this run, before the blackout; the oldest ones go beyond `bounds`.
+        """Create the directory of this run's snapshot before the blackout, and remove the oldest ones beyond `bounds`.
 
-        What is made is durable, so that no loss of power later leaves a tree of which nothing is known.
+        The directory is durable, so that no later power failure leaves a tree of unknown origin.
         """
         place = self._snapshot_path(run)
         about = {"run": run, "boot_id": boot_id, "release": release, "generation": generation.name}
@@ -59,7 +59,7 @@ class Snapshots:
             raise _unwritable_error(error, place) from error
 
     def write_tree(self, run: str, tree: Tree) -> None:
-        """Keep the outgoing tree: `blobs/NAME` and then `root`, as the kernel showed them."""
+        """Write the outgoing tree: `blobs/NAME` and then `root`, as the kernel showed them."""
         place = self._snapshot_path(run)
         try:
             files.write_tree(place, tree)
@@ -67,7 +67,7 @@ class Snapshots:
             raise _unwritable_error(error, place) from error
 
     def read_tree(self, run: str) -> Tree | None:
-        """The tree of this run, None where none was kept."""
+        """Return the tree of this run, or None if none was kept."""
         place = self._snapshot_path(run)
         try:
             return files.read_tree(place)
@@ -80,14 +80,14 @@ class Snapshots:
             ) from error
 
     def last_tree(self, boot_id: str = "") -> Tree | None:
-        """The tree that left last: none that was taken in the boot `boot_id`, unless there are no others."""
+        """Return the newest tree that was not taken in the boot `boot_id`; if there is no such tree, the newest."""
         taken = self._taken_entries()
         left = (entry for entry in taken if not boot_id or entry.about.get("boot_id") != boot_id)
         newest = next(left, next(iter(taken), None))
         return None if newest is None else self.read_tree(newest.path.name)
 
     def list_snapshots(self) -> list[Snapshot]:
-        """Describe each, the newest first; then, with `run` empty, what else is there and is no snapshot."""
+        """Describe each snapshot, newest first, then, with `run` empty, the entries that are not snapshots."""
         entries, strangers = self._examine_or_raise()
         rests = [entry for entry in entries if entry.written_ns is None and entry.wrong]
         strangers += [(entry.path.name, f"the rest of a snapshot: {'; '.join(entry.wrong)}") for entry in rests]
@@ -98,7 +98,7 @@ class Snapshots:
         return found
 
     def _taken_entries(self) -> list[SnapshotEntry]:
-        """The entries that have a tree, the newest first."""
+        """Return the entries that have a tree, newest first."""
         return _newest_first(self._examine_or_raise()[0])
 
     def _examine_or_raise(self) -> tuple[list[SnapshotEntry], list[tuple[str, str]]]:
@@ -110,7 +110,10 @@ class Snapshots:
             ) from error
 
     def _examine_entries(self) -> tuple[list[SnapshotEntry], list[tuple[str, str]]]:
-        """Every entry that is khod's, and by name the others with what they are; OSError for the directory alone."""
+        """Return the entries that are khod's, and the names of the others with what they are.
+
+        Raises OSError only for the directory itself.
+        """
         entries, strangers = list[SnapshotEntry](), list[tuple[str, str]]()
         try:
             names = sorted(os.listdir(self.directory))
@@ -130,7 +133,7 @@ class Snapshots:
         return entries, strangers
 
     def _prune_entries(self, entries: list[SnapshotEntry], bounds: config.SnapshotsSettings) -> None:
-        """Leave room for one more within the bounds; what was never written goes, too."""
+        """Remove snapshots until one more fits in the bounds; those without a tree are removed too."""
         room, size, kept = bounds.keep - 1, 0, set[Path]()
         for entry in _newest_first(entries):
             size += entry.size
@@ -141,7 +144,7 @@ class Snapshots:
                 files.remove_snapshot(entry.path)
 
     def _vacate_place(self, place: Path) -> None:
-        """Clear the name of this run: an earlier snapshot of it goes, anything else there is put aside."""
+        """Free the name of this run: remove an earlier snapshot of it, rename anything else."""
         with suppress(FileNotFoundError):
             if isinstance(files.examine_entry(place), SnapshotEntry):
                 files.remove_snapshot(place)
@@ -149,7 +152,7 @@ class Snapshots:
                 place.rename(self.directory / f"{place.name}.{uuid.uuid4().hex}.aside")
 
     def _make_directory(self, place: Path, about: dict[str, str], sequence: int) -> None:
-        """Make the directory under a name of its own and give it its name in one step, durably."""
+        """Create the directory under a temporary name and rename it, durably."""
         new = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".new", dir=self.directory))
         try:
             files.make_snapshot(new, about, sequence)
@@ -170,12 +173,12 @@ class Snapshots:
 
 
 def _newest_first(entries: list[SnapshotEntry]) -> list[SnapshotEntry]:
-    """Those that have a tree: by their number, those without one (of an earlier khod) last."""
+    """Return the entries with a tree, by sequence number; those without one (from an earlier khod) come last."""
     return sorted((e for e in entries if e.written_ns is not None), key=lambda entry: entry.sort_key, reverse=True)
 
 
 def _describe_entry(entry: SnapshotEntry) -> Snapshot | None:
-    """Put a snapshot in the model's words; None where it was removed meanwhile."""
+    """Describe a snapshot as in the model; None if it was removed meanwhile."""
     about, blobs, digest, wrong = entry.about, list[str](), "", list(entry.wrong)
     try:
         blobs, digest = files.blob_names(entry.path), files.read_digest(entry.path)
@@ -204,7 +207,7 @@ def _describe_entry(entry: SnapshotEntry) -> Snapshot | None:
 
 
 def _describe_stranger(path: Path, what: str) -> Snapshot:
-    """What lies in the directory and is no snapshot: it has no run, and is left as it is."""
+    """Describe an entry of the directory that is not a snapshot: it has no run, and is left as it is."""
     return Snapshot(
         id=path.name,
         run="",

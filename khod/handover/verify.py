@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""After the jump: what arrived, held against the snapshot taken before it.
+"""After the jump: compare what arrived with the snapshot taken before it.
 
-Only what the kernel handed over through KHO counts. Memory that merely still holds its old bytes does
-not: 6.19.11 to 7.3.4 keeps a trace buffer's text by luck while KHO was refused outright.
+Only what the kernel handed over through KHO counts. Memory that merely still holds its old bytes does not: from 6.19.11
+to 7.3.4 the text of a trace buffer stayed by chance while KHO was refused.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from khod.model import Finding, FindingSeverity, Generation, Verdict
 VOLATILE = frozenset({"kexec-metadata", "LUO"})
 
 WALL_CLOCK_SECONDS = 1.0
-"""What the wall clock is good for over a kexec: the next kernel sets it by the hardware clock, which has seconds."""
+"""The precision of the wall clock over a kexec: the next kernel sets it from the hardware clock, in whole seconds."""
 
 
 def compare_trees(before: Tree | None, arrived: Tree | None, was: Generation, now: Generation) -> Verdict:
-    """Name each producer of the snapshot as arrived, missing or changed; `reason` is "" where all is well."""
+    """Compare each producer of the snapshot: arrived, missing or changed. `reason` is "" if nothing is wrong."""
     if arrived is None:
         missing = sorted(kernel_producers(before, was)) if before else []
         nothing = (
@@ -38,7 +38,8 @@ def compare_trees(before: Tree | None, arrived: Tree | None, was: Generation, no
         changed = ["/"]
     findings = [Finding("", "did not arrive", subject=name) for name in missing]
     findings += [Finding("", "arrived changed", subject=name, severity=FindingSeverity.changed) for name in changed]
-    # What they write counts, not how userspace drives it: 6.18.15 and 6.19.11 hand over to each other, both ways.
+    # The formats they write count, not how userspace drives them: 6.18.15 and 6.19.11 hand over to each other, both
+    # ways.
     if traits_of(was).one_tree is not traits_of(now).one_tree:
         how = f"the kernel before offered KHO as {was.value}, this one as {now.value}"
         findings.append(Finding("", how, severity=FindingSeverity.changed))
@@ -47,10 +48,10 @@ def compare_trees(before: Tree | None, arrived: Tree | None, was: Generation, no
 
 
 def blackout_seconds(began: float, ended: float, uptime: float | None) -> float | None:
-    """Seconds from the first `freeze` to the last `finish` by the wall clock; None where that cannot be trusted.
+    """Return the seconds from the first `freeze` to the last `finish` by the wall clock; None if that is not reliable.
 
-    `began` is 0 where no khod recorded it. This kernel was booted within the blackout, so one that is shorter than
-    its `uptime` (CLOCK_BOOTTIME, which nobody sets) was told by a clock that was set back.
+    `began` is 0 if no khod recorded it. This kernel was booted within the blackout. If the blackout seems shorter than
+    its `uptime` (CLOCK_BOOTTIME, which cannot be set), the wall clock was set back.
     """
     seconds = ended - began
     if not began or seconds < 0 or (uptime is not None and seconds + WALL_CLOCK_SECONDS < uptime):
@@ -59,7 +60,7 @@ def blackout_seconds(began: float, ended: float, uptime: float | None) -> float 
 
 
 def missing_state_error(missing: Sequence[str]) -> Refused:
-    """The refusal of a handover that a required producer of the kernel's would not be part of."""
+    """Return the refusal of a handover that would not include these required kernel producers."""
     return Refused(
         f"Required state would not be handed over: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
         "not in the kernel's tree",

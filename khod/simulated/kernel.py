@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A kernel of our own, embedded: v3's KHO to the letter, in a directory, with faults to switch on.
+"""A simulated kernel: v3's KHO, exactly, in a directory, with faults to switch on.
 
-It answers the same calls as the running kernel (`khod.abi.calls.Calls`), so the v3 code and all
-above it run on it unchanged. Its files stand below a root and its state survives the process, as a
-kernel outlives a daemon: khod can be killed and started again, and an operator's `echo 1` behind its
-back is a second `SimulatedKernel` on the same root. After its kexec the root shows the second kernel.
+It implements the calls of the running kernel (`khod.abi.calls.Calls`), so the v3 code and all above it run on it
+unchanged. Its files are below a root, and its state survives the process, as a kernel outlives a daemon: khod can be
+killed and started again, and a second `SimulatedKernel` on the same root acts as an operator's `echo 1` behind khod's
+back. After its kexec the root shows the second kernel.
 """
 
 import errno
@@ -37,15 +37,15 @@ DT_MAX = 0xA0_0000
 
 
 class Rebooted(BaseException):
-    """The simulated reboot(2) did not come back: this process ended with its kernel.
+    """The simulated reboot(2) did not return: this process ended with its kernel.
 
-    No Exception, so that nothing meant for a failed call catches it.
+    It is not an Exception, so that handlers for a failed call do not catch it.
     """
 
 
 @dataclass
 class KernelState:
-    """What a kernel knows and no file shows."""
+    """The state of a kernel that no file shows."""
 
     image: dict[str, Any] | None = None
     faults: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class KernelState:
 
 
 class SimulatedKernel(HostCalls):
-    """The kernel in directory `root`; made there, freshly booted, where the directory is new.
+    """The kernel in the directory `root`, which is created with a fresh boot if it is new.
 
     Faults (`set_fault(name, value)`, kept until set to None): `veto`, `serialize_errno` (the kernel's own
     reason, a positive errno), `slow_serialize` and `slow_abort` (seconds), `abort_errno`, `load_errno`,
@@ -82,7 +82,7 @@ class SimulatedKernel(HostCalls):
         self._save_state()
 
     def echo_to(self, path: str, text: str) -> None:
-        """Do what an operator's `echo` does, behind khod's back."""
+        """Write to a file as an operator's `echo` does, without khod."""
         self.write_file(path, text.encode() + b"\n")
 
     @property
@@ -92,7 +92,7 @@ class SimulatedKernel(HostCalls):
 
     @property
     def leaked_bytes(self) -> int:
-        """Bytes of kernel memory lost to failed activations (each leaks up to dt_max)."""
+        """Bytes of kernel memory lost to failed activations (each leaks dt_max bytes)."""
         return self._state.leaked
 
     # The calls
@@ -139,7 +139,7 @@ class SimulatedKernel(HostCalls):
         return self.create_session(name)
 
     def sync_disks(self) -> None:
-        """Nothing: the simulated kernel's disks are the host's own."""
+        """Do nothing: the simulated kernel's disks are the host's own."""
 
     # v3's active phase, in the kernel's order of errnos
 
@@ -194,7 +194,7 @@ class SimulatedKernel(HostCalls):
 
     def _load_image(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> int:
         if self.read_file(LOAD_DISABLED).strip() != b"0" or not self._is_permitted():
-            return errno.EPERM  # before the flags are looked at: an unload is refused too
+            return errno.EPERM  # before the flags are checked, so an unload is refused too
         if flags & KEXEC_FILE_UNLOAD:
             if number := self._state.faults.get("unload_errno", 0):
                 return int(number)
@@ -269,12 +269,12 @@ class SimulatedKernel(HostCalls):
         new.rename(self.root / STATE)
 
     def _refresh_state(self) -> None:
-        """See what another process did to this kernel."""
+        """Read the state again, which another process may have changed."""
         self._state = KernelState(**json.loads((self.root / STATE).read_text()))
 
 
 class _Log:
-    """The log from its end on, in records as /dev/kmsg gives them: the kernel's own, at level err."""
+    """The log from its end on, in the record format of /dev/kmsg, as the kernel's own at level err."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
@@ -289,7 +289,7 @@ class _Log:
 
 
 def _kstrtobool(data: bytes) -> bool | None:
-    """lib/kstrtox.c: the first character decides, of `on` and `off` the second."""
+    """Parse as lib/kstrtox.c does: the first character decides, or the second of `on` and `off`."""
     first = data[:1].lower()
     if first == b"o":
         return {b"n": True, b"f": False}.get(data[1:2].lower())
@@ -301,7 +301,7 @@ def _read_fd(fd: int) -> bytes:
 
 
 def build_tree(ranges: int) -> bytes:
-    """Build a v3 tree as its ftrace producer would: one trace array, one CPU, `ranges` kho_mem entries."""
+    """Build a v3 tree as its ftrace producer does: one trace array, one CPU, `ranges` kho_mem entries."""
     fdt = libfdt.FdtSw()
     fdt.finish_reservemap()
     fdt.begin_node("")
@@ -323,7 +323,7 @@ def build_tree(ranges: int) -> bytes:
 
 
 def build_image() -> bytes:
-    """Make a small file this kernel's loader takes: a bzImage of strings, which says it is v3's KHO too."""
+    """Build a small file that this kernel's loader accepts: a bzImage of strings, which says it has v3's KHO too."""
     words = ("Linux version 6.8.0-kho-v3-simulated (sim) #1", "dt_max", "kho-v1", "ftrace-v1", "ftrace,array-v1")
     payload = gzip.compress(b"\0".join(word.encode() for word in ("", *words, "ftrace,cpu-v1", "")), mtime=0)
     made = bytearray(0x400 + -(-len(payload) // 16) * 16)
@@ -343,7 +343,7 @@ def build_image() -> bytes:
 
 
 def build_initrd() -> bytes:
-    """Make the smallest initramfs with something to start: an empty /init."""
+    """Build the smallest initramfs with something to start: an empty /init."""
     made = b""
     for name, mode in (("init", 0o100755), ("TRAILER!!!", 0)):
         fields = (0, mode, 0, 0, 1, 0, 0, 0, 0, 0, 0, len(name) + 1, 0)
