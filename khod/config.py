@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Configuration in three named stages: fragments are read, merged, and validated into a frozen `Config`.
+"""Configuration in three stages: files are read, merged, and validated into a frozen `Config`.
 
-/etc/kho/khod.toml first, then /etc/kho/khod.toml.d/*.toml by name; a later value wins. An unknown key
-is an error that names file and line: a misspelled policy must not be silently the default one.
+/etc/kho/khod.toml is read first, then /etc/kho/khod.toml.d/*.toml in order of name; a later value wins. An unknown key
+is an error with file and line, because a misspelled policy must not silently become the default.
 """
 
 import dataclasses
@@ -20,7 +20,10 @@ JUDGEMENTS = ("default", "warn", "fail", "off")
 
 @dataclass(frozen=True)
 class Access:
-    """Who may change anything: root, and the members of `group` ("" for root alone); `producers` may register."""
+    """Who may change the handover: root, and the members of `group` ("" for root only).
+
+    Members of `producers` may register as producers.
+    """
 
     group: str = "kho"
     producers: str = "kho-producers"
@@ -29,7 +32,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Policy:
-    """What to do where the kernel leaves the choice. See etc/kho/khod.toml for each key."""
+    """What to do where the kernel leaves a choice; etc/kho/khod.toml describes each key."""
 
     after_daemon_died: str = "roll-back"  # or "resume"
     after_forgetful_abort: str = "refuse"  # or "warn"
@@ -40,7 +43,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class ProducersSettings:
-    """Who must take part, and how many may."""
+    """Which producers must take part, how many may register, and how many bytes they may hand over together."""
 
     require: tuple[str, ...] = ()
     require_kernel: tuple[str, ...] = ()
@@ -50,7 +53,7 @@ class ProducersSettings:
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """Subsystems whose devices may not come or go while a handover is under way."""
+    """Subsystems whose device events abort a handover, or are recorded in it."""
 
     abort: tuple[str, ...] = ("memory", "cpu", "vfio", "vfio-dev", "iommu", "pci")
     record: tuple[str, ...] = ("net",)
@@ -72,7 +75,7 @@ class Deadlines:
 
 @dataclass(frozen=True)
 class Images:
-    """Bounds on what a client may hand over."""
+    """Size limits for a client's images, in bytes."""
 
     max_size: int = 2 << 30
     max_unpacked: int = 1 << 30
@@ -80,7 +83,7 @@ class Images:
 
 @dataclass(frozen=True)
 class SnapshotsSettings:
-    """How many state trees are kept, and how many bytes of them; the last one is kept in any case."""
+    """How many state trees are kept, and how many bytes of them; the last one is always kept."""
 
     keep: int = 16
     max_bytes: int = 256 << 20
@@ -88,7 +91,7 @@ class SnapshotsSettings:
 
 @dataclass(frozen=True)
 class Checks:
-    """What a finding of each check amounts to: "default" is its own judgement, see `khod.preflight`."""
+    """The result of each check that finds something; "default" is the check's own, see `khod.preflight`."""
 
     kho: str = "default"
     scratch: str = "default"
@@ -137,9 +140,9 @@ class Config:
 
 
 class Settings:
-    """The configuration in force, by reference: whoever acts by it reads `current` each time, and so hears of a reload.
+    """The current configuration, by reference: users read `current` each time, and so see a reload.
 
-    `error` says why `current` are the defaults: no handover begins with them.
+    `error` says why `current` holds the defaults; no handover begins then.
     """
 
     def __init__(self, current: Config | None = None, error: ConfigError | None = None) -> None:
@@ -148,14 +151,14 @@ class Settings:
 
     @classmethod
     def load(cls, root: Path) -> "Settings":
-        """Read the configuration below `root`; the defaults, and the error, where it is wrong."""
+        """Read the configuration below `root`; if it is not valid, return the defaults and the error."""
         try:
             return cls(load_config(root))
         except ConfigError as error:
             return cls(error=error)
 
     def reload(self, root: Path) -> None:
-        """Read it anew; ConfigError where it is wrong, and stays as it was."""
+        """Read the configuration again; raise ConfigError, and keep the old one, if it is not valid."""
         self.current, self.error = load_config(root), None
 
 
@@ -169,14 +172,14 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Fragment:
-    """One file's text and its values."""
+    """The text and the values of one file."""
 
     path: Path
     text: str
     values: dict[str, Any]
 
     def locate_key(self, key: str) -> str:
-        """FILE:LINE of a dotted key, as near as the text tells."""
+        """Return FILE:LINE of a dotted key, or FILE if the line is not found in the text."""
         table, _, name = key.rpartition(".")
         current = ""
         for number, line in enumerate(self.text.splitlines(), 1):
@@ -190,18 +193,18 @@ class Fragment:
 
 
 def load_config(root: Path = Path("/")) -> Config:
-    """Read, merge and validate; the defaults where there is no file. Raises ConfigError."""
+    """Read, merge and validate the configuration; return the defaults if there is no file. Raises ConfigError."""
     paths = [root / MAIN, *sorted((root / f"{MAIN}.d").glob("*.toml"))]
     return merge_fragments([read_fragment(path) for path in paths if path.exists()])
 
 
 def read_fragment(path: Path) -> Fragment:
-    """Read one file; ConfigError with file and line where it is not TOML."""
+    """Read one file; raise ConfigError with file and line if it is not TOML."""
     return Fragment(path, *read_toml(path, "configuration"))
 
 
 def merge_fragments(fragments: list[Fragment]) -> Config:
-    """Merge fragments over the defaults, the last one wins; every key and type is checked."""
+    """Merge fragments over the defaults; the last one wins. Every key and type is checked."""
     config = Config()
     sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     for source in fragments:

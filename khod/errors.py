@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can go wrong, as types that carry fields; `error_sentence` is the one place that words them.
+"""khod's errors, as types with fields; only `error_sentence` puts them in words.
 
-Each class has the exit code of khoctl it ends in. An error that crosses the wire keeps the name of the nearest class in
-BY_NAME, its fields, its exit code, and its cause: which of the classes below that it was.
+Each class has an exit code of khoctl. An error that crosses the wire keeps its fields, its exit code, its `cause`
+(which says which class it was), and the name of the nearest class in BY_NAME.
 """
 
 import enum
@@ -15,7 +15,7 @@ from khod.text import printable
 
 
 class Exit(enum.IntEnum):
-    """khoctl's exit codes, a promise to scripts."""
+    """khoctl's exit codes, which do not change: scripts rely on them."""
 
     done = 0
     failed = 1
@@ -29,15 +29,15 @@ class Exit(enum.IntEnum):
 
 
 class KhoError(Exception):
-    """Something that ends a request.
+    """An error that ends a request.
 
-    `what` is a clause in plain words, `where` the path, call or key it is about ("" where there is
-    none), `remedy` what to do next ("" where nothing can be done).
+    `what` is a clause in plain words; `where` is the path, call or key it concerns ("" if there is none); `remedy` is
+    what to do next ("" if nothing can be done).
     """
 
     exit: ClassVar[Exit] = Exit.failed
     cause: str = ""
-    """What a program may look at; "" where there is no class of its own for it."""
+    """The cause, for programs; "" for a class without one of its own."""
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(what, where, remedy)
@@ -50,11 +50,11 @@ class KhoError(Exception):
 
 
 class Failed(KhoError):
-    """A step failed and everything before it was put back."""
+    """A step failed, and everything before it was rolled back."""
 
 
 class UsageError(KhoError):
-    """The request itself is wrong: an unusable file, a command line no kernel takes."""
+    """The request itself is wrong: for example an unusable file, or a command line that no kernel accepts."""
 
     exit = Exit.usage
 
@@ -62,7 +62,7 @@ class UsageError(KhoError):
 class ConfigError(KhoError):
     """A configuration file cannot be used; `where` is FILE:LINE.
 
-    `readable` is what the other files of the same directory describe: an undo goes on with those.
+    `readable` is what the other files of the same directory describe; an undo continues with those.
     """
 
     exit = Exit.usage
@@ -70,13 +70,13 @@ class ConfigError(KhoError):
 
 
 class Refused(KhoError):
-    """A check, a veto or a missing permission; nothing is left changed."""
+    """A check, a veto or a missing permission stopped the request; nothing is left changed."""
 
     exit = Exit.refused
 
 
 class Unsupported(KhoError):
-    """This kernel, as it was booted, cannot do it."""
+    """This kernel, as it was booted, does not support the request."""
 
     exit = Exit.unsupported
 
@@ -88,7 +88,7 @@ class Unreachable(KhoError):
 
 
 class NotRolledBack(KhoError):
-    """A step failed and something could not be put back, or was held on request."""
+    """A step failed, and something was not rolled back or was held on request."""
 
     exit = Exit.not_rolled_back
 
@@ -100,7 +100,7 @@ class Degraded(KhoError):
 
 
 class MalformedTree(KhoError):
-    """A state tree that is no flattened device tree, or breaks the KHO layout."""
+    """A state tree is not a flattened device tree, or does not follow the KHO layout."""
 
 
 class RecordError(KhoError):
@@ -108,7 +108,7 @@ class RecordError(KhoError):
 
 
 class Aborted(Failed):
-    """Somebody ended the handover."""
+    """The handover was aborted."""
 
     cause = "aborted"
 
@@ -120,19 +120,19 @@ class Busy(Refused):
 
 
 class Denied(Refused):
-    """The caller has not the right to do that."""
+    """The caller does not have the permission."""
 
     cause = "denied"
 
 
 class NoKernelGiven(UsageError):
-    """A jump without an image: none is loaded and none was given."""
+    """A jump was requested without an image: none is loaded and none was given."""
 
     cause = "no_kernel"
 
 
 class AlreadyLoaded(Refused):
-    """An image was given, and one is loaded."""
+    """An image was given, although one is loaded already."""
 
     cause = "already_loaded"
 
@@ -148,7 +148,7 @@ class CheckFailed(Refused):
 
 
 class ProducerRefused(Refused):
-    """A producer said no to a verb; `kind` as in its file."""
+    """A producer refused a verb; `kind` is the one in its file."""
 
     cause = "veto"
 
@@ -164,13 +164,13 @@ class ProducerTimedOut(ProducerRefused):
 
 
 class ProducerGone(ProducerRefused):
-    """A producer went away after it was sent a verb."""
+    """A producer disconnected or ended after it was sent a verb."""
 
     cause = "producer_gone"
 
 
 class DeviceChanged(Refused):
-    """A device came or went on which the handover depends."""
+    """A device that the handover depends on was added or removed."""
 
     cause = "device"
 
@@ -193,18 +193,18 @@ BY_NAME: dict[str, type[KhoError]] = {
 
 
 def error_name(error: KhoError) -> str:
-    """Give the name an error has on the wire: its class's, or the nearest one's that has a name there."""
+    """Return the name of an error on the wire: that of its class, or of the nearest base class with a name there."""
     return next((cls.__name__ for cls in type(error).__mro__ if cls.__name__ in BY_NAME), Failed.__name__)
 
 
 def error_sentence(error: KhoError) -> str:
-    """Say what failed, on which path, what to do next; fit for a terminal, whatever was read from a file."""
+    """Return a sentence, safe for a terminal: what failed, on which path, and what to do next."""
     where = f" ({error.where})" if error.where else ""
     remedy = f" {error.remedy}" if error.remedy else ""
     return printable(f"{error.what}{where}.{remedy}")
 
 
 def errno_text(error: OSError) -> str:
-    """Name an errno by its uapi spelling and its meaning: `EINVAL (Invalid argument)`."""
+    """Return an errno with its uapi name and its meaning: `EINVAL (Invalid argument)`."""
     number = error.errno or 0
     return f"{errno_names.errorcode.get(number, number)} ({os.strerror(number)})"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files that are asked for by name, and what people write into them: read so that nothing strange can hurt."""
+"""Open files named by a user and read TOML files, with checks against unusual files and values."""
 
 import os
 import re
@@ -20,7 +20,7 @@ _KINDS: list[tuple[Callable[[int], bool], str]] = [
 
 MAX_TOML_BYTES = 1 << 20
 MAX_NUMBER = 1 << 64
-"""What is larger is no number of seconds, bytes or anything else that is set here."""
+"""The bound for numbers: no number of seconds, bytes or anything else that is set here is as large."""
 TYPES = {
     str: 'a text in quotes, for example "kho"',
     int: "a whole number, for example 16",
@@ -28,13 +28,13 @@ TYPES = {
     bool: "true or false",
     tuple: 'a list of texts without a NUL, for example ["one", "two"]',
 }
-"""What a key may hold, for people."""
+"""The types of a key's value, in words for people."""
 
 
 def open_regular(path: str, role: str) -> int:
-    """Open a file for a request, close-on-exec; UsageError with a remedy where it is none we can take.
+    """Open a regular file for a request, close-on-exec; raise UsageError with a remedy if that is not possible.
 
-    O_NONBLOCK keeps a FIFO without a writer from holding the caller for ever.
+    O_NONBLOCK prevents a FIFO without a writer from blocking the caller for ever.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -53,7 +53,7 @@ def open_regular(path: str, role: str) -> int:
 
 
 def check_regular(fd: int, role: str, name: str) -> None:
-    """Raise UsageError where `fd` is no regular file: the kernel's loader reads no other kind."""
+    """Raise UsageError if `fd` is not a regular file: the kernel's loader reads no other kind."""
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         kind = next((text for is_kind, text in _KINDS if is_kind(mode)), "no regular file")
@@ -61,11 +61,12 @@ def check_regular(fd: int, role: str, name: str) -> None:
 
 
 def read_toml(path: Path, subject: str) -> tuple[str, dict[str, Any]]:
-    """Read a TOML file: its text, and its values by key. ConfigError names the `subject`, and the line where TOML does.
+    """Read a TOML file; return its text, and its values by key.
 
-    What is not a regular file is refused: a FIFO would never end.
+    Raises ConfigError with the `subject`, and with the line if the TOML parser gives one. Only regular files are read:
+    a FIFO would never end.
     """
-    import tomllib  # noqa: PLC0415 - of khoctl's commands only a profile needs it
+    import tomllib  # noqa: PLC0415 - in khoctl only a profile needs it
 
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
@@ -80,7 +81,7 @@ def read_toml(path: Path, subject: str) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"The {subject} cannot be read: {_explain(error)}", where=str(path)) from None
     try:
         return text, tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: not TOML, a number without end
+    except (ValueError, RecursionError) as error:  # ValueError: not TOML, or a number with too many digits
         line = re.search(r"line (\d+)", str(error))
         where = f"{path}:{line[1]}" if line else str(path)
         raise ConfigError(f"The {subject} is not valid TOML: {error}", where=where) from None
@@ -91,9 +92,10 @@ def _explain(error: OSError | ValueError) -> str:
 
 
 def require_type(value: Any, wanted: Any, key: str, where: str) -> Any:
-    """Give a value of a file as its key has it: a str, int, float, bool or tuple[str, ...]; ConfigError for another.
+    """Return a value from a file in the type of its key, or raise ConfigError.
 
-    A number may be written without a point where a float is wanted, and a boolean is not a number.
+    The types are str, int, float, bool and tuple[str, ...]. A float may be written without a point, and a boolean is
+    not a number.
     """
     kind = get_origin(wanted) or wanted
     if kind is tuple:

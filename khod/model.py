@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The words everything else is said in: enums and frozen dataclasses, standard library only.
+"""The vocabulary that all of khod shares: enums and frozen dataclasses, standard library only.
 
-Times are seconds. `*_monotonic` values are CLOCK_MONOTONIC of the boot they were taken in; `*_at`
-values are seconds since the epoch.
+Times are in seconds. `*_monotonic` values are CLOCK_MONOTONIC of the boot in which they were taken; `*_at` values are
+seconds since the epoch.
 """
 
 import enum
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 
 class Phase(enum.Enum):
-    """Where one handover stands; `khod.handover.machine` says what leads where."""
+    """The phase of a handover; `khod.handover.machine` has the transitions."""
 
     idle = "idle"
     preparing = "preparing"
@@ -34,7 +34,7 @@ class Phase(enum.Enum):
 
 
 class Step(enum.Enum):
-    """One action of a handover that has an undo (all but execute)."""
+    """One action of a handover; each has an undo, except execute."""
 
     prepare = "prepare"
     freeze = "freeze"
@@ -44,7 +44,7 @@ class Step(enum.Enum):
 
 
 class Generation(enum.Enum):
-    """How the running kernel lets userspace drive KHO."""
+    """The interface through which userspace drives KHO on the running kernel."""
 
     none = "none"
     sysfs = "sysfs"
@@ -54,7 +54,7 @@ class Generation(enum.Enum):
 
 
 class Order(enum.Enum):
-    """Whether the state must be in the tree before an image is loaded (it is copied at load)."""
+    """Whether the state must be in the tree before an image is loaded, because loading copies the tree."""
 
     activate_first = "activate_first"
     load_first = "load_first"
@@ -62,7 +62,7 @@ class Order(enum.Enum):
 
 @dataclass(frozen=True)
 class Observed:
-    """What the kernel itself says, now."""
+    """What the kernel itself shows at this moment."""
 
     boot_id: str
     release: str
@@ -74,7 +74,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class StepTiming:
-    """How long one step took, in seconds, and when it began (CLOCK_MONOTONIC)."""
+    """The duration of one step in seconds, and when it began (CLOCK_MONOTONIC)."""
 
     step: str
     began_monotonic: float
@@ -85,9 +85,9 @@ class StepTiming:
 class Producer:
     """One holder of state as status shows it.
 
-    `rank` counts from 0 in the order they are told; `phase` is the last verb it was told, `answer` its
-    last word to that, `seconds` how long it took or takes, `progress` what it said is done of it (0 to 1), `limit` how
-    many seconds it has for it, 0 where it was told nothing.
+    `rank` counts from 0 in the order in which producers are called. `phase` is the last verb sent, `answer` the last
+    answer to it, `seconds` how long it took or has taken so far, `progress` how much the producer says is done (0 to
+    1), and `limit` its time limit in seconds, 0 if no verb was sent.
     """
 
     name: str
@@ -110,15 +110,15 @@ class Kept:
 
 
 class FindingSource(enum.Enum):
-    """Whose a finding is."""
+    """What a finding is about."""
 
     kernel = "kernel"
-    """A blob of the state tree, or the tree."""
+    """A blob of the state tree, or the whole tree."""
     producer = "producer"
     session = "session"
     """A LUO session that no producer registered."""
     khod = "khod"
-    """What khod could not look at."""
+    """Something that khod could not examine."""
 
 
 class FindingSeverity(enum.Enum):
@@ -131,9 +131,9 @@ class FindingSeverity(enum.Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that speaks against a handover: `text` says what, of the `subject` of its source ("" for all of it).
+    """One problem of a handover: `text` says what, `subject` is the item of its source ("" for all of it).
 
-    `producer` is the subject where that is a producer, else "".
+    `producer` is the subject if that is a producer, else "".
     """
 
     producer: str
@@ -144,17 +144,17 @@ class Finding:
 
     @classmethod
     def of_producer(cls, name: str, text: str) -> "Finding":
-        """A producer did not take its state back, and says why."""
+        """Return the finding that a producer did not take its state back, with its reason."""
         return cls(name, text, FindingSource.producer, name)
 
     @classmethod
     def of_khod(cls, text: str) -> "Finding":
-        """What khod could not look at, or find out."""
+        """Return the finding that khod could not examine or find out something."""
         return cls("", text, FindingSource.khod, severity=FindingSeverity.unknown)
 
 
 def render_findings(findings: Sequence[Finding]) -> str:
-    """Say findings in one line; those of several blobs that say the same are one."""
+    """Join findings in one line; blobs with the same text are listed together."""
     blobs: dict[str, list[str]] = {}
     for finding in findings:
         if finding.source is FindingSource.kernel and finding.subject:
@@ -170,10 +170,10 @@ def render_findings(findings: Sequence[Finding]) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the kernel after the jump had of the state before it; names are those of the tree's blobs.
+    """How much of the state before the jump the next kernel has; names are those of the tree's blobs.
 
-    `reason` says all `findings` in one line; "" where there is nothing against it. Of what is `unknown` nobody can
-    tell whether it arrived.
+    `reason` is all `findings` in one line, "" without any. For the blobs in `unknown` it cannot be known whether they
+    arrived.
     """
 
     arrived: list[str] = field(default_factory=list)
@@ -184,14 +184,14 @@ class Verdict:
     unknown: list[str] = field(default_factory=list)
 
     def with_findings(self, findings: Iterable[Finding]) -> "Verdict":
-        """The same verdict with these findings, and what they come to in one line."""
+        """Return the same verdict with these findings, and with the reason rendered from them."""
         kept = list(findings)
         return replace(self, findings=kept, reason=render_findings(kept))
 
 
 @dataclass(frozen=True)
 class NotUndone:
-    """One thing a rollback could not put back: of which step, whose ("" for the kernel's), why, and what to do."""
+    """One item that was not rolled back: its step, its producer ("" for the kernel), why, and what to do."""
 
     step: str
     producer: str
@@ -211,8 +211,8 @@ class SessionFate(enum.Enum):
 class LuoSession:
     """A LUO session that no producer registered with khod.
 
-    `name` is "" where the kernel does not show it. `holder` says who has it open, `why` why an orderly shutdown does
-    to it what `fate` says. An immediate jump keeps it, unless it is `incoming`: then it came from the previous kernel.
+    `name` is "" if the kernel does not show it. `holder` says who has it open, and `why` gives the reason for `fate`.
+    An immediate jump keeps the session unless it is `incoming`, which means that it came from the previous kernel.
     """
 
     name: str
@@ -224,9 +224,9 @@ class LuoSession:
 
 @dataclass(frozen=True)
 class Begun:
-    """Who began the handover `run` and when (seconds since the epoch, 0 where nobody did), and the image it took.
+    """Who began the handover `run`, when (seconds since the epoch, 0 if unknown), and the image it loads.
 
-    With `luo_off` the image's kernel comes up with LUO off, and no file may be handed over to it.
+    With `luo_off` the kernel of the image starts with LUO off, and no file may be handed over to it.
     """
 
     at: float = 0.0
@@ -237,7 +237,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class UnderWay:
-    """The step under way, and for how many seconds."""
+    """The step that runs now, and how many seconds it has taken."""
 
     step: str
     seconds: float
@@ -245,14 +245,14 @@ class UnderWay:
 
 @dataclass(frozen=True)
 class Status:
-    """What the operator is told.
+    """The state of the host, for the operator.
 
-    `outcome` is what the handover into this boot came to (verified, degraded, cold_boot; idle where there was none)
-    and does not change with what is done since; `claims` are those who have not taken back what they left before the
-    jump. `phase` is the machine's, unless the kernel contradicts it: where this boot had no handover, an active phase
-    or an image that is not khod's shows as `foreign`; `foreign` says so in any case. `done` are the steps that are
-    finished, `under_way` is the one that is not. `left` are the steps that a rollback could not undo, `not_undone` the
-    same item by item. `sessions` are LUO sessions of other processes, and `sessions_unseen` why there may be more.
+    `outcome` is the result of the handover into this boot (verified, degraded, cold_boot; idle without one); later
+    handovers do not change it. `claims` are the producers that have not taken back what they left before the jump.
+    `phase` is the machine's phase unless the kernel contradicts it: if this boot had no handover, an active phase or an
+    image that is not khod's shows as `foreign`. The field `foreign` reports that in every case. `done` are the finished
+    steps, `under_way` is the one that runs. `left` are the steps that a rollback could not undo, `not_undone` are the
+    same item by item. `sessions` are LUO sessions of other processes, and `sessions_unseen` says why there may be more.
     """
 
     phase: Phase
@@ -287,9 +287,9 @@ class Status:
 
 
 class CheckResult(enum.Enum):
-    """The outcome of one check; `passed` because `pass` is a Python keyword.
+    """The outcome of one check; it is `passed` because `pass` is a Python keyword.
 
-    `off` is a failure that the operator has switched off: it was found, and refuses nothing.
+    `off` is a failure that the operator has switched off: it was found, but refuses nothing.
     """
 
     passed = "passed"
@@ -302,7 +302,7 @@ class CheckResult(enum.Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One named preflight check with its evidence and what to do."""
+    """The outcome of one preflight check: its name, its evidence, and what to do."""
 
     name: str
     result: CheckResult
@@ -311,7 +311,7 @@ class Check:
 
 
 class Fate(enum.Enum):
-    """What becomes of a word of the command line."""
+    """What happens to a word of the command line."""
 
     kept = "kept"
     added = "added"
@@ -320,9 +320,9 @@ class Fate(enum.Enum):
 
 @dataclass(frozen=True)
 class Word:
-    """One word of the running kernel's command line or the next one's.
+    """One word of the command line of the running kernel or of the next one.
 
-    `lost` says what a handover loses by what becomes of it, "" nothing.
+    `lost` says what a handover loses by this change, "" for nothing.
     """
 
     text: str
@@ -332,7 +332,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Planned:
-    """One step a handover would take, what it would do, and what would put it back."""
+    """One step of a planned handover: what it would do, and what its undo would do."""
 
     step: str
     does: str
@@ -341,24 +341,24 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a handover would do: its steps in order, the checks before it, and what becomes of the command line."""
+    """What a handover would do: its steps in order, the checks before it, and the changes of the command line."""
 
     steps: list[Planned]
     checks: list[Check]
     cmdline: str
     words: list[Word]
     rollback_seconds: float = 0.0
-    """The most that putting everything back may take, from `khoctl abort` to its answer."""
+    """The maximum time of a rollback in seconds, from `khoctl abort` to its answer."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state tree that was kept when it left; or, with `run` empty, what lies among them and is none.
+    """A state tree kept at its handover; with `run` empty, another entry of the directory that is not a snapshot.
 
-    `taken_at` is in seconds since the epoch, for people: what orders them is the order they were taken in. `bytes` is
-    the size of all blobs, `digest` the SHA-256 of the root and then each blob in order of name. `wrong` says what is
-    the matter with it, "" nothing. `outcome` is what its handover came to: what this boot came to, where it led here;
-    the phase, where it is under way; `rolled_back`, where it was begun in this boot; "" where khod does not know.
+    `taken_at` is in seconds since the epoch, for people; snapshots are ordered by a sequence number instead. `bytes` is
+    the size of all blobs, `digest` the SHA-256 of the root and then of each blob in order of name. `wrong` says what is
+    wrong with it, "" for nothing. `outcome` is the result of its handover: this boot's outcome if it led here, the
+    phase if it is under way, `rolled_back` if it began in this boot, "" if khod does not know.
     """
 
     id: str
@@ -375,19 +375,19 @@ class Snapshot:
 
 
 class EventKind(enum.Enum):
-    """What an event is about; whoever keeps or counts events reads this, never the message."""
+    """The kind of an event; programs that keep or count events use this, never the message."""
 
     phase = "phase"
-    """The handover is in another phase, and no step says so."""
+    """The handover entered another phase, and no step event says so."""
     step_began = "step_began"
     step_ended = "step_ended"
     """With its duration."""
     producer_called = "producer_called"
     """A verb was sent to a producer."""
     producer_answered = "producer_answered"
-    """Its answer came, or its end: with the duration."""
+    """Its answer came, or it ended; with the duration."""
     producer_waits = "producer_waits"
-    """It needs more time, or it came or went."""
+    """It needs more time, or it connected or disconnected."""
     device = "device"
     note = "note"
 
@@ -396,8 +396,8 @@ class EventKind(enum.Enum):
 class Event:
     """One change as the monitor sees it: `seconds` is CLOCK_MONOTONIC, `at` the same instant by the wall clock.
 
-    `producer` is who it is about if one, `step` the step that began or ended, and `duration` its seconds, or those of
-    an answer. `words` stand with the event that tells the next kernel's command line.
+    `producer` is the producer it is about, if any; `step` is the step that began or ended, and `duration` its seconds,
+    or those of an answer. `words` is set in the event that reports the next kernel's command line.
     """
 
     seconds: float

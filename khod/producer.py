@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Take part in a handover: a library for whatever holds state that is to outlive the kernel.
+"""Take part in a handover: a library for programs that hold state which must outlive the kernel.
 
     import os
     from khod.producer import Producer
@@ -12,12 +12,19 @@
 
     Producer("cache", prepare=lambda step: {"table": table}, restore=restore).run()
 
-A handler is called for each verb. prepare: work goes on, but what is handed over may not grow any more.
-freeze: stop working until thaw. thaw and cancel: it is off. restore, in the next kernel: here are your
-files. finish: everyone has what is theirs. A handler returns nothing, or, from prepare and freeze, files
-to preserve by name (memfds; the kernel must have LUO). Raising `Veto` is a no; so is any other exception.
+A handler is called for each verb:
 
-Standard library only, and khod's own words; the protocol is the Varlink interface io.kho.Producer.
+    prepare  work continues, but the state to hand over may not grow any more
+    freeze   stop working until thaw
+    thaw     continue working: the freeze is undone
+    cancel   the handover is aborted: the prepare is undone
+    restore  in the next kernel: take back the files in `step.files`
+    finish   every producer has its state again
+
+A handler returns nothing, or, from prepare and freeze, files to preserve by name (memfds; the kernel must
+have LUO). Raising `Veto` refuses the verb, and so does any other exception.
+
+Uses only the standard library and khod's own modules; the protocol is the Varlink interface io.kho.Producer.
 """
 
 import logging
@@ -34,33 +41,33 @@ from khod.errors import KhoError, Unreachable
 
 LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
-"""Seconds between attempts to reach a khod that is gone: systemd starts it again."""
+"""How long to wait between attempts to reach khod after it ended; systemd starts it again."""
 
 UNDO = {"freeze": ("thaw", "prepare"), "prepare": ("cancel", "")}
-"""What takes back each verb, and what still counts after it."""
+"""The undo of each verb, and the verb that still holds after that undo."""
 
 
 class Veto(Exception):
-    """Raised by a handler: no, and why."""
+    """Raised by a handler to refuse a verb, with the reason."""
 
 
 class CalledOff(Exception):
-    """Raised out of `Step.not_yet`: khod does not wait for this any more. Leave the handler; the undo follows."""
+    """Raised by `Step.not_yet` when khod no longer waits for this verb: leave the handler; the undo follows."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One verb of one handover (`run`). `timeout` is in seconds; khod gives up then."""
+    """One verb of one handover (`run`); `timeout` is in seconds, after which khod gives up."""
 
     verb: str
     run: str
     timeout: float
     files: dict[str, int] = field(default_factory=dict)
-    """With restore, what was preserved: descriptors that are yours from here on."""
+    """With restore, the preserved files by name: open descriptors that the handler now owns."""
     _say: Callable[[str, float | None], None] = field(default=lambda _reason, _progress: None, repr=False)
 
     def not_yet(self, reason: str, progress: float | None = None) -> None:
-        """Tell the operator what takes so long, and how much is done (0 to 1); CalledOff where it is off."""
+        """Tell the operator why it takes long, and how much is done (0 to 1); raise CalledOff if it was aborted."""
         self._say(reason, progress)
 
 
@@ -68,9 +75,9 @@ Handler = Callable[[Step], Mapping[str, int] | None]
 
 
 class Producer:
-    """One producer. `after` and `before` name others; `devices` are paths it cannot do without.
+    """One producer. `after` and `before` name other producers; `devices` are paths of devices it needs.
 
-    `socket` is khod's, where it is not the usual one (or KHOD_SOCKET).
+    `socket` is khod's socket; the default is KHOD_SOCKET, or else the usual path.
     """
 
     def __init__(
@@ -106,26 +113,27 @@ class Producer:
         self._counts = ""
         self._tokens = 0
         self._ahead: Mapping[str, Any] | None = None
-        """A command that came as the answer to `not_yet`."""
+        """The command that came as the answer to `not_yet`, to be done next."""
 
     def start(self) -> None:
-        """Register, take back what was left before the jump, and serve in a thread of its own.
+        """Register, restore what was left before the jump, and serve in a thread of its own.
 
-        Returns when `restore` has been called, if there was anything to restore: then only decide
-        whether to begin empty. Raises KhoError: khod is not there, or refuses.
+        Returns after `restore` was called, if there was anything to restore; only then decide whether to begin empty.
+        Raises KhoError if khod cannot be reached or refuses.
         """
         answer = self._begin_service()
         self._thread = threading.Thread(target=self._serve_commands, args=(answer,), name="khod-producer", daemon=True)
         self._thread.start()
 
     def run(self) -> None:
-        """Register and serve until `stop`. Raises KhoError as `start` does, not later: khod is waited for."""
+        """Register and serve until `stop`; KhoError is raised as by `start`, but not later: khod is waited for."""
         self._serve_commands(self._begin_service())
 
     def stop(self) -> None:
-        """Leave. While a handover is under way this is a veto.
+        """Disconnect; while a handover is under way, this is a veto.
 
-        What it did for it stands: khod waits until the process has ended, or starts again and is told the undo.
+        What the producer did for the handover is not undone: khod waits until the process has ended, or has registered
+        again and is sent the undo.
         """
         self._stopping.set()
         if self._connection is not None:
@@ -138,7 +146,7 @@ class Producer:
         return self._take_turn({}) if self._call_register() == "restore" else {}
 
     def _call_register(self) -> str:
-        """Connect and register; what khod counts on. What was done beyond that is taken back."""
+        """Connect and register; return the verb that khod assumes to hold, after undoing what was done beyond it."""
         self._drop_connection()
         self._ahead = None
         self._connection = Connection(self._socket)
@@ -157,7 +165,7 @@ class Producer:
             self._connection = None
 
     def _serve_commands(self, answer: dict[str, Any]) -> None:
-        """Answer and be told, over and over; where khod goes, connect again."""
+        """Answer and receive commands in a loop; reconnect when the connection to khod ends."""
         try:
             while not self._stopping.is_set():
                 try:
@@ -166,7 +174,8 @@ class Producer:
                         answer = {}
                     answer = self._take_turn(answer)
                 except KhoError as error:
-                    # Whoever is frozen stays so: khod may be gone because the host is on its way to the next kernel.
+                    # A frozen producer stays frozen: khod may have ended because the host is on its way to the next
+                    # kernel.
                     LOG.warning("%s", error)
                     self._drop_connection()
                     self._stopping.wait(RETRY_SECONDS)
@@ -174,7 +183,7 @@ class Producer:
             self._drop_connection()
 
     def _take_turn(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Give an answer, be told the next verb, and do it; the answer to that."""
+        """Send an answer, receive the next verb and do it; return the answer to that verb."""
         (command, fds), self._ahead = ((self._ahead, []) if self._ahead else self._call_next(answer)), None
         if command is None:
             return {}
@@ -194,7 +203,7 @@ class Producer:
         return said
 
     def _call_next(self, answer: dict[str, Any]) -> tuple[Mapping[str, Any] | None, list[int]]:
-        """Call Next; None where khod cannot give what it should, and says why."""
+        """Call Next; return None for a command that khod could not send, after logging its error."""
         connection = self._connection
         if connection is None:
             raise Unreachable("not connected")
@@ -223,17 +232,17 @@ class Producer:
             raise CalledOff(reason)
 
     def _call_handler(self, step: Step) -> dict[str, Any]:
-        """Call the handler; what it comes to as an answer."""
+        """Call the handler and return its result as an answer."""
         handler = self._handlers[step.verb]
         try:
             files = dict((handler(step) if handler is not None else None) or {})
             for fd in files.values():
-                os.fstat(fd)  # what cannot be sent is the handler's error too
+                os.fstat(fd)  # a file that cannot be sent is the handler's error too
         except Veto as error:
             return {"answer": "veto", "reason": str(error)}
         except CalledOff:
             return {"answer": "veto", "reason": "aborted"}
-        except BaseException as error:  # whatever goes wrong in a handler, the answer is no
+        except BaseException as error:  # every error of a handler is a veto
             if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
                 raise  # the process ends, and its connection with it
             LOG.exception("%s failed", step.verb)

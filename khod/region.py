@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A range of physical memory; apart from `khod.model`, whose import costs more than to read a tree."""
+"""A range of physical memory, outside `khod.model` because importing that costs more than reading a tree."""
 
 from dataclasses import dataclass
 

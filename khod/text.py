@@ -1,32 +1,33 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Text of others, made fit for a terminal, a journal record and one line of a page; standard library only.
+"""Make text from others safe for a terminal, a journal record and one line of a page; standard library only.
 
-Names, reasons, command lines and versions come from producers, files, images and other users. What is shown of them
-goes through here: no control character moves a cursor, no newline forges a line, no bidirectional control reorders one.
+Names, reasons, command lines and versions come from producers, files, images and other users. They are escaped here
+before they are shown: no control character moves a cursor, no newline forges a line, no bidirectional control reorders
+one.
 """
 
 from collections.abc import Iterable
 
 ASCII_SPACE = " \t\n\v\f\r"
-"""What separates words in what an operator writes; str.split() and \\s take 23 more characters than these."""
+"""The separators of words that an operator writes; str.split() and \\s accept 23 more characters."""
 
 MAX_REASON = 300
-"""Characters of somebody else's reason that are kept: it stands in status and record."""
+"""The number of characters kept of a reason given by others; status and record show it."""
 
 MAX_NAMES = 10
-"""Names in one sentence; whatever has a list of them shows all."""
+"""The number of names in one sentence; other commands show the complete list."""
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 BYTES = 0xDC00
-"""From here on Python's `surrogateescape` has the bytes that are no UTF-8."""
+"""The start of the range in which Python's `surrogateescape` stores bytes that are not UTF-8."""
 _TO_SPACE = str.maketrans(dict.fromkeys(ASCII_SPACE, " "))
 
 
 def printable(text: str) -> str:
-    r"""Escape what is not printable as Python writes it: `\x1b`, `\n`, `\u202e`; a byte that was no UTF-8 as `\xff`.
+    r"""Escape what is not printable, as Python does: `\x1b`, `\n`, `\u202e`; a byte that was not UTF-8 as `\xff`.
 
-    str.isprintable() is the measure: controls (C0, DEL, C1), formats (the bidirectional controls among them), line and
-    paragraph separators, surrogates, and every space but the plain one.
+    The test is str.isprintable(). It rejects controls (C0, DEL, C1), formats (which include the bidirectional
+    controls), line and paragraph separators, surrogates, and every space except the plain one.
     """
     if text.isprintable():
         return text
@@ -39,27 +40,28 @@ def _escape_char(char: str) -> str:
 
 
 def one_line(text: str, limit: int = MAX_REASON) -> str:
-    """Give one short line: white space is one blank, `?` what is not printable, so that it cannot grow.
+    """Return one short line: white space becomes one blank, a character that is not printable becomes `?`.
 
-    For status texts, reasons and records, whose room is bounded; where the reader must see what was there: `printable`.
+    The text cannot grow, which suits status texts, reasons and records of limited size. Use `printable` where the
+    reader must see the original characters.
     """
     return shorten("".join(char if char.isprintable() else "?" for char in " ".join(text.split())), limit)
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cut a text to `limit` characters, the last of which then is `…`."""
+    """Cut a text to `limit` characters; the last one of a cut text is `…`."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def join_names(names: Iterable[str], limit: int = MAX_NAMES) -> str:
-    """Name all in one line, or the first `limit` and how many more there are."""
+    """Join all names in one line, or the first `limit` and the number of the others."""
     found = list(names)
     more = f" and {len(found) - limit} more" if len(found) > limit else ""
     return ", ".join(map(printable, found[:limit])) + more
 
 
 def format_size(size: int) -> str:
-    """Give bytes in the largest unit they reach, with at most one decimal."""
+    """Format bytes in the largest unit they reach, with at most one decimal."""
     if size < 1 << 10:
         return f"{size} {'byte' if size == 1 else 'bytes'}"
     unit = min((size.bit_length() - 1) // 10, len(UNITS) - 1)
@@ -68,12 +70,12 @@ def format_size(size: int) -> str:
 
 
 def split_first(text: str) -> tuple[str, str]:
-    """The first word, and the rest without the white space around it, ASCII white space alone."""
+    """Return the first word, and the rest without surrounding space; only ASCII white space counts."""
     text = text.strip(ASCII_SPACE)
     end = next((at for at, char in enumerate(text) if char in ASCII_SPACE), len(text))
     return text[:end], text[end:].lstrip(ASCII_SPACE)
 
 
 def split_words(text: str) -> list[str]:
-    """Split at ASCII white space alone, as an operator separates words."""
+    """Split a text at ASCII white space only, as an operator separates words."""
     return [word for word in text.translate(_TO_SPACE).split(" ") if word]

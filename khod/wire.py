@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The wire's names and its JSON, for both ends; standard library only.
+"""The names and the JSON of the Varlink interface, for both ends; standard library only.
 
-khoctl speaks Varlink through `khod.client.handover` and this module alone: importing asyncio and a Varlink
-library would cost `khoctl status` more than typer itself does (`make bench` holds it to 1.5 times).
+khoctl speaks Varlink through `khod.client.handover` and this module only: importing asyncio and a Varlink library would
+cost `khoctl status` more time than typer does (`make bench` limits it to 1.5 times).
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ PRODUCER_VERSION = 1
 
 
 def decode_value(wanted: type[T], value: Any, *, may_lack: Set[str] = frozenset()) -> T:
-    """Make a dataclass, enum, list, tuple or plain value of the model from JSON.
+    """Convert JSON into a dataclass, enum, list, tuple or plain value of the model.
 
-    Enums go by their names. Fields named in `may_lack` have their default where they are left out. Raises TypeError
-    or KeyError where the JSON is of another shape.
+    Enums are given by name. Fields in `may_lack` get their default if they are missing. Raises TypeError or KeyError if
+    the JSON has another shape.
     """
     made: T = _decode_value(wanted, value, may_lack)
     return made
@@ -65,7 +65,7 @@ def _field_names(kind: type) -> tuple[str, ...]:
 
 
 def encode_value(value: Any) -> Any:
-    """What json.dumps is to make of the model's own types: `default=encode_value`."""
+    """Convert a value of the model for json.dumps, as `default=encode_value`."""
     if isinstance(value, enum.Enum):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -74,7 +74,7 @@ def encode_value(value: Any) -> Any:
 
 
 def error_by_name(name: str, parameters: dict[str, Any]) -> KhoError:
-    """One of our errors by its name on the wire; a KhoError that quotes it where it is none of ours."""
+    """Return the error with this name on the wire, or a KhoError that quotes the name if it is not one of ours."""
     prefix, _, short = name.rpartition(".")
     if prefix != INTERFACE or short not in BY_NAME:
         return KhoError(f"khod answered {name} {parameters or ''}".strip())
