@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How much memory the files take that producers hand over, and how much they may."""
+"""Count the memory of the files that producers hand over, and limit it."""
 
 import json
 import os
@@ -15,17 +15,17 @@ from khod.kernel.memory import MemoryBounds
 from khod.model import Kept
 
 SPARE_SHARE = 16
-"""Of the host's memory, one part in so many stays free of what the kernel allocates for files."""
+"""One part in this many of the host's memory stays free when the kernel allocates memory for files."""
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Account:
-    """What outgoing sessions hold, in bytes, and whether more may be preserved. For the kernel's thread alone.
+    """The bytes that outgoing sessions hold, and whether more may be preserved. Use it only in the kernel's thread.
 
-    The kernel fills a file's holes and pins all of it, in khod's name: nobody else is asked whether there is memory
-    for that. The whole of a file counts against a bound on all that is handed over, its holes against the memory that
-    is available then. What is counted is kept in a file, which a khod that takes up these sessions goes on from; it is
-    to lie in /run, which ends with the boot as outgoing sessions do.
+    The kernel fills the holes of a file and pins all of it, in khod's name, so only khod can check that there is
+    memory. The whole file counts towards a bound on all that is handed over; its holes must fit in the memory available
+    then. The count is kept in a file, from which another khod that takes up these sessions continues. The file belongs
+    in /run, which ends with the boot, as outgoing sessions do.
     """
 
     def __init__(self, bound: Callable[[], int], memory: Callable[[], MemoryBounds], path: Path | None) -> None:
@@ -33,14 +33,14 @@ class Account:
         self._held: dict[str, int] = {}
 
     def take_up(self, sessions: Iterable[str]) -> None:
-        """Go on from what an earlier khod counted for these sessions."""
+        """Continue from what an earlier khod counted for these sessions."""
         if self._path is not None:
             with suppress(OSError, ValueError, TypeError, AttributeError):  # there was none
                 counted = json.loads(self._path.read_text())
                 self._held = {name: int(counted[name]) for name in sessions if name in counted}
 
     def require_room(self, files: Sequence["Measured"]) -> None:
-        """Raise Refused, naming the file, where these together would take more than there may be."""
+        """Raise Refused, with the name of the file, if these files together would exceed the limits."""
         try:
             memory = self._memory()
         except (OSError, ValueError) as error:
@@ -67,17 +67,17 @@ class Account:
                 )
 
     def count_session(self, session: str, size: int) -> None:
-        """Count what a session holds from now on, or no more where `size` is negative."""
+        """Add `size` to the bytes of a session; a negative `size` is subtracted."""
         self._held[session] = self._held.get(session, 0) + size
 
     def release_session(self, session: str) -> None:
-        """Count nothing of a session any more."""
+        """Remove a session from the count."""
         if self._held.pop(session, None) is not None:
-            with suppress(Refused):  # what is counted too much is of a session that no later khod has
+            with suppress(Refused):  # what is counted too much belongs to a session that no later khod has
                 self.write_account()
 
     def write_account(self) -> None:
-        """Keep what is counted for the next khod; Refused where that fails."""
+        """Write the count for the next khod; raise Refused if that fails."""
         if self._path is None:
             return
         try:
@@ -94,7 +94,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Measured:
-    """A file that is handed over: its size in whole pages, and how much of that has no memory yet, in bytes."""
+    """A file that is handed over: its size in whole pages, and how much of that has no memory yet (bytes)."""
 
     name: str
     kind: str
@@ -106,7 +106,7 @@ class Measured:
 
     @classmethod
     def measure_file(cls, kept: Kept, fd: int) -> "Measured":
-        """Measure a file as it is now; Refused where it is none."""
+        """Measure a file as it is now; raise Refused if it is not an open file."""
         try:
             found = statx(fd)
         except OSError as error:
@@ -116,11 +116,11 @@ class Measured:
 
 
 class Grown(Refused):
-    """A file became larger while it was preserved: the kernel took more than was asked for."""
+    """A file grew while it was preserved: the kernel took more memory than was allowed."""
 
 
 def format_bytes(count: int) -> str:
-    """Say a size in the largest unit of which there is one."""
+    """Format a size in the largest unit it reaches, with one decimal."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
     power = max(0, min(len(units) - 1, (count.bit_length() - 1) // 10))
     return f"{count / (1 << 10 * power):.1f} {units[power]}" if power else f"{count} bytes"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The next kernel's command line: what is kept of the running one, what is added, what no kernel takes."""
+"""The next kernel's command line: what is kept of the running one, what is added, and what no kernel accepts."""
 
 import re
 from collections import Counter
@@ -11,39 +11,39 @@ from khod.model import Fate, Word
 from khod.text import printable, shorten
 
 MAX_SHOWN = 80
-"""Characters of a word that a message shows."""
+"""The number of characters of a word that a message shows."""
 
 NOT_REUSED = (
     "BOOT_IMAGE=",  # the boot loader's note of what it booted
     "initrd=",  # the EFI stub would load that file again
-    "elfcorehdr=",  # where a crashed kernel's memory is described: for its crash kernel alone
-    "disable_cpu_apicid=",  # kdump's, of the processor that crashed
-    "kexec_jump_back_entry=",  # kexec's own, of the kernel before
-    "khod.run=",  # this handover's mark, of the run before
+    "elfcorehdr=",  # where the memory of a crashed kernel is described, only for its crash kernel
+    "disable_cpu_apicid=",  # kdump's: the processor that crashed
+    "kexec_jump_back_entry=",  # kexec's own: the kernel before
+    "khod.run=",  # the mark of the handover before
 )
-"""Words of the running kernel's command line that do not travel, by how they begin."""
+"""Words of the running kernel's command line that must not be reused, by their beginning."""
 
 MARKER = "khod.run="
 
 WORD = re.compile(r'(?:[^\t-\r "]|"[^"]*(?:"|\Z))+')
-"""An operator's word: as the kernel's (`khod.kernel.next_arg`), but that ASCII white space alone ends it.
+"""An operator's word: like the kernel's (`khod.kernel.next_arg`), but only ASCII white space ends it.
 
-Where the kernel ends one in the middle of a character, `torn_words` says so; the line that is given stays as it is.
+If the kernel ends one in the middle of a character, `torn_words` reports it; the given line is not changed.
 """
 
 DEVICE = re.compile(r"/dev/(dm-[0-9]+|(?:(?:cciss|ida|rd|etherd)/)?(?!root$)[a-z][a-z0-9._]*)")
 """A block device by the kernel's own name (also /dev/nfs, /dev/cifs and /dev/ram); few have a slash in it."""
 MAX_DEVICE = 31
-"""Characters of such a name that devt_from_devname() takes."""
+"""The number of characters of such a name that devt_from_devname() accepts."""
 NUMBERED = re.compile(r"[0-9]+:[0-9]+(?::[0-9]+:)?|[0-9a-fA-F]+")
-"""A device number as devt_from_devnum() takes it: MAJOR:MINOR, or both in one hexadecimal number."""
+"""A device number as devt_from_devnum() accepts it: MAJOR:MINOR, or both in one hexadecimal number."""
 NODEV = frozenset({"virtiofs", "9p"})
-"""File systems of `rootfstype=` whose `root=` is a tag and no device (mount_nodev_root())."""
+"""File systems of `rootfstype=` whose `root=` is a tag instead of a device (mount_nodev_root())."""
 
 SHELLS = frozenset({"sh", "bash", "dash", "ash", "busybox", "zsh"})
-"""What `init=` may name in place of an init, by its last part."""
+"""Shells that `init=` may name instead of an init, by the last part of the path."""
 REPAIR = frozenset({"emergency", "rescue", "single", "s", "S", "1", "-b", "-s"})
-"""Words that have systemd start a shell and few units (kernel-command-line(7)), and no khod."""
+"""Words with which systemd starts a shell and few units (kernel-command-line(7)), and not khod."""
 REPAIR_UNITS = frozenset({"emergency.target", "rescue.target"})
 
 OPTIONS = "`kernel.cmdline`, `kernel.append`, `kernel.remove`"
@@ -59,12 +59,12 @@ def compose_cmdline(
     remove: Sequence[str] = (),
     where: str = OPTIONS,
 ) -> str:
-    """Make the command line: `given`, or what is worth keeping of `running`; less `remove`; then `append`; the marker.
+    """Compose the command line: `given`, or what is reused of `running`; less `remove`; then `append`; then the mark.
 
-    `remove` names parameters (`console` takes away each `console=...`) or whole words (`console=ttyS0`). The
-    marker `khod.run=ID` is how the kernel after the jump is told from one booted cold. `limit` is the longest
-    the image takes, in bytes without the NUL. Raises UsageError; also where `remove` names what is not there, which
-    may be a mistyped word that would be booted with. `where` says whose line `given` is.
+    `remove` names parameters (`console` removes each `console=...`) or whole words (`console=ttyS0`). The mark
+    `khod.run=ID` tells a kernel reached by the jump from one that booted cold. `limit` is the longest line that the
+    image accepts, in bytes without the NUL. `where` says whose line `given` is. Raises UsageError; also if `remove`
+    names a word that is not there, because a mistyped word would otherwise stay on the line.
     """
     for text in (append or "", *remove):
         _check_text(text, OPTIONS)
@@ -88,13 +88,13 @@ def compose_cmdline(
 
 
 def _names_word(name: str, word: str) -> bool:
-    """Whether a name for --remove means this word; the kernel reads dashes in a parameter's name as underscores."""
+    """Whether a name in `remove` means this word; the kernel reads dashes in a parameter's name as underscores."""
     wanted, arg = parse_word(name), parse_word(word)
     return arg.is_parameter(wanted.param) and (wanted.value is None or wanted.value == arg.value)
 
 
 def _check_removed(names: Sequence[str], words: list[str]) -> None:
-    """Raise UsageError for a name that means none of the kernel's words."""
+    """Raise UsageError for a name that matches none of the kernel's words."""
     kernels, init = _split_init(words)
     for name in names:
         if any(_names_word(name, word) for word in kernels):
@@ -109,7 +109,7 @@ def _check_removed(names: Sequence[str], words: list[str]) -> None:
 
 
 def _check_text(text: str, where: str) -> None:
-    """Raise UsageError where a kernel would cut the text off, or cannot be given it."""
+    """Raise UsageError if a kernel would cut the text off, or cannot be given it."""
     for name, char in (("NUL", "\0"), ("newline", "\n")):
         if char in text:
             raise UsageError(
@@ -128,7 +128,7 @@ def _check_text(text: str, where: str) -> None:
 
 
 def _check_quotes(word: str, where: str) -> None:
-    """Raise UsageError for a quote that is not closed: the kernel takes all that follows into that word."""
+    """Raise UsageError for a quote that is not closed: the kernel reads all that follows as part of that word."""
     if word.count(QUOTE) % 2:
         raise UsageError(
             f"The command line has a double quote without its end, in: {shorten(printable(word), MAX_SHOWN)}",
@@ -140,13 +140,13 @@ def _check_quotes(word: str, where: str) -> None:
 
 
 def _split_init(words: list[str]) -> tuple[list[str], list[str]]:
-    """The kernel's words, and init's."""
+    """Return the kernel's words, and those of init."""
     at = next((at for at, word in enumerate(words) if parse_word(word) == Arg(INIT, None)), len(words))
     return words[:at], words[at + 1 :]
 
 
 def reusable_words(running: str) -> list[str]:
-    """The words of the running command line that may travel."""
+    """Return the words of the running command line that may be reused."""
     return [word for word in WORD.findall(running) if not _may_stay(parse_word(word))]
 
 
@@ -155,40 +155,41 @@ def _may_stay(arg: Arg) -> bool:
 
 
 def is_marked(running: str, run: str) -> bool:
-    """Tell whether the running kernel was started by the kexec of this run."""
+    """Whether the running kernel was started by the kexec of this run."""
     return f"{MARKER}{run}" in kernel_words(running)
 
 
 def torn_words(line: str) -> list[str]:
-    """The operator's words that are more than one word to the kernel: it takes the byte 0xA0 for white space."""
+    """Return the operator's words that are several words to the kernel, which reads the byte 0xA0 as white space."""
     return [word for word in WORD.findall(line) if kernel_words(word) != [word]]
 
 
 def run_mark(running: str) -> str:
-    """Name the run whose kexec started the running kernel; "" where none says so."""
+    """Return the run whose kexec started the running kernel, or "" without a mark."""
     return next((word.removeprefix(MARKER) for word in kernel_words(running) if word.startswith(MARKER)), "")
 
 
 def init_path(line: str) -> str:
-    """What the kernel runs first from its initrd, as a path in there: `rdinit=`, else `init`."""
+    """Return the path in the initrd of what the kernel runs first: `rdinit=`, else `init`."""
     values = [arg.value for arg in kernel_args(line) if arg.param == "rdinit" and arg.value is not None]
     return values[-1].lstrip("/") if values else "init"
 
 
 def root_value(line: str) -> str:
-    """Where the root is, as `root=` has it: the last one counts, "" where there is none."""
+    """Return the last value of `root=`, or "" if there is none."""
     return _last_value(line, "root")
 
 
 def mounts_root(line: str) -> bool:
-    """Tell whether the kernel can mount its root without an initrd's programs.
+    """Whether the kernel can mount its root without programs of an initrd.
 
-    What parse_root_device(), mount_root() (init/do_mounts.c) and early_lookup_bdev() (block/early-lookup.c) resolve.
-    UUID=, LABEL= and what lies below /dev/mapper or /dev/disk are names of udev's and of an initrd's.
+    The rules are those of parse_root_device(), mount_root() (init/do_mounts.c) and early_lookup_bdev()
+    (block/early-lookup.c). UUID=, LABEL= and paths below /dev/mapper or /dev/disk are names that udev and an initrd
+    resolve.
     """
     name = root_value(line)
     if found := DEVICE.fullmatch(name):
-        # A device mapper's device is there only where the kernel itself has set it up (drivers/md/dm-init.c).
+        # A device of the device mapper exists only if the kernel itself has set it up (drivers/md/dm-init.c).
         return len(found[1]) <= MAX_DEVICE and (
             not found[1].startswith("dm-") or bool(_last_value(line, "dm-mod.create"))
         )
@@ -198,15 +199,15 @@ def mounts_root(line: str) -> bool:
 
 
 def _last_value(line: str, name: str) -> str:
-    """The last value of a parameter, "" where it has none."""
+    """Return the last value of a parameter, or "" if it has none."""
     return next((arg.value for arg in reversed(list(kernel_args(line))) if arg.is_parameter(name) and arg.value), "")
 
 
 def compare_cmdlines(running: str, new: str) -> list[Word]:
-    """Put both lines side by side, word by word: the new one's in their order, then what is no longer there.
+    """Compare both lines word by word: the new line's words in their order, then the removed ones.
 
-    What must not travel and the marker are no difference. `lost` says what a handover loses by what becomes of a word
-    of the kernel's; init's words are nothing to it.
+    Words that must not be reused, and the mark, are not compared. `lost` says what a handover loses by the change of
+    one of the kernel's words; words of init do not matter to it.
     """
     old, now = Counter(_placed_words(running)), Counter(_placed_words(new))
     left = Counter(old)
@@ -223,24 +224,24 @@ def compare_cmdlines(running: str, new: str) -> list[Word]:
 
 
 def _placed_words(line: str) -> list[tuple[str, bool]]:
-    """The words that may travel, each with whether it is init's: the same word means another thing there."""
+    """Return the words that may be reused, each with whether it is init's: the same word has another meaning there."""
     words = reusable_words(line)
     kernels = len(_split_init(words)[0])
     return [(word, at >= kernels) for at, word in enumerate(words)]
 
 
 def describe_losses(words: Sequence[Word]) -> Iterator[str]:
-    """What would be lost, a clause each."""
+    """Yield what would be lost, one clause for each word."""
     return (word.lost for word in words if word.lost)
 
 
 def turns_kho_off(words: Sequence[Word]) -> bool:
-    """Tell whether the next kernel would come up with Kexec HandOver off, while the running one has it on."""
+    """Whether the next kernel would start with Kexec HandOver off, while the running one has it on."""
     return any(parse_word(word.text).is_parameter("kho") and word.lost for word in words)
 
 
 def _describe_change(word: str, new: str) -> str:
-    """What a word that is added changes for a handover; "" nothing."""
+    """Describe what an added word changes for a handover; "" for nothing."""
     arg = parse_word(word)
     value = arg.value or ""
     roots = [other.value or "" for other in kernel_args(new) if other.is_parameter("root")]
@@ -253,7 +254,7 @@ def _describe_change(word: str, new: str) -> str:
 
 
 def _describe_loss(word: str, new: str) -> str:
-    """What a handover loses when this word is gone, in view of the new line; "" nothing."""
+    """Describe what a handover loses without this word, given the new line; "" for nothing."""
     arg = parse_word(word)
     value = arg.value or ""
     others = [other.value or "" for other in kernel_args(new) if other.is_parameter(arg.param)]
@@ -265,12 +266,12 @@ def _describe_loss(word: str, new: str) -> str:
         case "liveupdate" if is_switched_on(word, "liveupdate") and not is_switched_on(new, "liveupdate"):
             return f"without {word} no producer gets its files back"
         case "reserve_mem":
-            # SIZE:ALIGN:NAME; the next kernel looks for the name, and takes it only with the same size and alignment.
+            # SIZE:ALIGN:NAME; the next kernel looks for the name, and accepts it only with the same size and alignment.
             name = value.rpartition(":")[2]
             changed = any(text.rpartition(":")[2] == name for text in others)
             return f"the memory reserved as {name} is lost: {word} is {'changed' if changed else 'gone'}"
         case "kho_scratch" | "kho_bootmem":
-            return ""  # one name before Linux 7.4 and one since; a kernel reached by a handover gets its scratch by it
+            return ""  # the name before Linux 7.4, and since; a kernel reached by a handover gets its scratch from that
         case "trace_instance":
             name = re.split(r"[@^,]", value)[0]
             changed = any(re.split(r"[@^,]", text)[0] == name for text in others)

@@ -8,15 +8,15 @@ from khod.region import Region
 
 KHO = "/sys/kernel/debug/kho"
 SCRATCH_NAMES = ("bootmem", "scratch")
-"""What KHO's scratch memory is called in debugfs (NAME_phys, NAME_len) and on the command line (kho_NAME=).
+"""The names of KHO's scratch memory in debugfs (NAME_phys, NAME_len) and on the command line (kho_NAME=).
 
-Linux 7.4 renamed it (85d3615cea17, 8fe64603a475); which name a kernel has, its files say. Before that a node without
-memory had an area of 0x0, which is none.
+Linux 7.4 renamed it (85d3615cea17, 8fe64603a475); the kernel's files tell which name it has. Before that, a node
+without memory had a region of 0x0, which is not counted.
 """
 
 
 class Stateless:
-    """7.1 and later: nothing to write, the outgoing tree is always current."""
+    """KHO of 7.1 and later: nothing is written, the outgoing tree is always current."""
 
     generation = Generation.stateless
     order = Order.load_first
@@ -31,16 +31,15 @@ class Stateless:
         return None
 
     def activate(self) -> None:
-        """Nothing: KHO is stateless since Linux 7.1."""
+        """Do nothing: KHO is stateless since Linux 7.1."""
 
     def deactivate(self) -> None:
-        """Nothing to leave."""
+        """Do nothing: there is no phase to leave."""
 
     def outgoing_tree(self) -> Tree:
-        # `out/fdt` may be cut off, and that is no damage: seen on 7.3.4, debugfs shows as many bytes as the
-        # tree had when the file was made at boot (233), while subtrees made it grow (345). In a kernel that
-        # was reached by a handover it may not be there at all. The kernel hands over all of it both times,
-        # and what is compared after the jump are the blobs.
+        # `out/fdt` may be cut off without damage: on 7.3.4, debugfs shows as many bytes as the tree had when the file
+        # was made at boot (233), while subtrees made it grow (345). In a kernel that was reached by a handover it may
+        # be missing. The kernel hands over all of it in both cases, and the comparison after the jump uses the blobs.
         return self._read_tree("out")
 
     def has_arrived(self) -> bool:
@@ -66,7 +65,7 @@ class Stateless:
 
 
 class FinalizeNoAbort(Stateless):
-    """6.19-7.0: `finalize` takes 1 any number of times and answers 0 with EINVAL."""
+    """KHO of 6.19-7.0: `finalize` accepts 1 any number of times, and returns EINVAL for 0."""
 
     generation = Generation.finalize_no_abort
     entering = f"write 1 to {KHO}/out/finalize"
@@ -76,7 +75,7 @@ class FinalizeNoAbort(Stateless):
 
 
 class Finalize(FinalizeNoAbort):
-    """6.16-6.18: a load before finalize carries nothing, and an abort forgets (see AbortKind)."""
+    """KHO of 6.16-6.18: a load before finalize carries nothing, and an abort forgets (see AbortKind)."""
 
     generation = Generation.finalize
     order = Order.activate_first
@@ -91,5 +90,5 @@ class Finalize(FinalizeNoAbort):
 
 
 def scratch_name(calls: Calls) -> str:
-    """What this kernel calls its scratch memory; the older name where it shows neither."""
+    """Return this kernel's name for its scratch memory, or the older name if it shows neither."""
     return next((name for name in SCRATCH_NAMES if calls.path_exists(f"{KHO}/out/{name}_phys")), SCRATCH_NAMES[-1])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What each errno means at each kernel call, and what to do next: data, read off the kernel's sources.
+"""What each errno means at each kernel call, and what to do next: data, read from the kernel's sources.
 
-6.18.15, 6.19.11, 7.3.4 and the v3 series; tests/unit/test_explain.py names the function behind each. Where an errno has
-several causes, they stand from the most to the least likely. The tables of LUO's calls are in `khod.kernel.luo`.
+The sources are 6.18.15, 6.19.11, 7.3.4 and the v3 series; tests/unit/test_explain.py names the function behind each.
+Several causes of an errno are listed from the most to the least likely. The tables of LUO's calls are in
+`khod.kernel.luo`.
 """
 
 import errno
@@ -11,11 +12,11 @@ from collections.abc import Mapping
 from khod.model import Generation
 
 Errnos = Mapping[int, tuple[str, str]]
-"""What an errno means at a call, and what to do next."""
+"""By errno, what it means at a call, and what to do next."""
 
-ENOTSUPP = 524  # include/linux/errno.h: the kernel's own, which no process should see, and the signature check returns
+ENOTSUPP = 524  # include/linux/errno.h: internal to the kernel, but the signature check returns it to processes
 SCRATCH_PARAMETERS = "kho_scratch= (kho_bootmem= where the kernel calls it that, as Linux 7.4 does)"
-"""For where it cannot be told which name the kernel has; where it can: KhoKernel.scratch_parameter."""
+"""Both names, if it is unknown which one the kernel has; otherwise use KhoKernel.scratch_parameter."""
 LARGER_SCRATCH = (
     f"khoctl check shows what is needed by region; boot with a larger {SCRATCH_PARAMETERS}, or use a smaller initrd."
 )
@@ -102,7 +103,7 @@ LOAD_ON: Mapping[str, Errnos] = {
         ),
     },
     "aarch64": {
-        # Its one loader says EINVAL where others say ENOEXEC.
+        # Its only loader returns EINVAL where others return ENOEXEC.
         errno.EINVAL: (
             "it is not an arm64 Image (an Image.gz, zboot or UKI must be unpacked), or one for another page size or "
             "byte order than this processor has, or the device tree with the new command line cannot be made",
@@ -119,7 +120,7 @@ LOAD_ON: Mapping[str, Errnos] = {
         ),
     },
     "riscv64": {
-        # The loader for Image files is asked last, and says EINVAL.
+        # The loader for Image files is tried last, and returns EINVAL.
         errno.EINVAL: (
             "it is not a riscv Image or ELF file, it is for another byte order, or the device tree cannot be made",
             f"file IMAGE must say `Linux kernel RISC-V boot executable Image`. {LOG}",
@@ -131,7 +132,7 @@ LOAD_ON: Mapping[str, Errnos] = {
         errno.EKEYREJECTED: NO_SIGNATURES,
     },
     "s390x": {
-        # Its last loader takes any file, so a wrong one shows by its size alone.
+        # Its last loader accepts any file, so only the size shows a wrong one.
         errno.EINVAL: (
             "the command line is too long for this image (896 bytes for an old one), or it is not an s390 kernel",
             f"Shorten the command line, or give the `image` file of a kernel package. {LOG}",
@@ -199,7 +200,7 @@ DEBUGFS: Errnos = {
 }
 SYSFS_ON: Errnos = {
     **FILES,
-    # v3 gives EINVAL whatever the cause; the cause is in the log alone.
+    # v3 returns EINVAL for every cause; only the log has the cause.
     errno.EINVAL: (
         "the kernel could not serialize its state",
         "The kernel log has the cause in `kho failed to serialize state: N`: -1 a producer vetoed, -12 no memory (free "
@@ -219,14 +220,14 @@ SERIALIZE: Mapping[int, tuple[str, str]] = {
         "Free some (free -m), or write a smaller number to /sys/kernel/kho/dt_max.",
     ),
 }
-"""What v3's own line about a failed activation says, `kho failed to serialize state: -N`."""
+"""The meaning of N in v3's own line about a failed activation, `kho failed to serialize state: -N`."""
 FINALIZE_ON: Errnos = {
     **DEBUGFS,
     errno.EEXIST: (
         "it is finalized already: something else did it",
         "Find out who, or: `Abort(force)`",
     ),
-    # libfdt's numbers come through as if they were errnos: FDT_ERR_NOSPACE is 3.
+    # libfdt's error numbers are passed through as if they were errnos: FDT_ERR_NOSPACE is 3.
     errno.ESRCH: (
         "libfdt's NOSPACE: the producers' entries do not fit into the one page the tree has",
         "Let fewer producers take part: ls /sys/kernel/debug/kho/out/sub_fdts, and unload their modules.",
@@ -253,7 +254,7 @@ ACTIVATE: Mapping[Generation, Errnos] = {
     Generation.finalize_no_abort: REFRESH_ON,
     Generation.stateless: DEBUGFS,
 }
-"""Entering the active phase, and reading the tree then; `none` is for who does not know which it was."""
+"""Entering the active phase, and reading the tree then; `none` is for an unknown generation."""
 
 GONE_ALREADY = (
     "a producer in the kernel did not let go; its list of preserved pages is gone already, and it still says finalized",
@@ -285,7 +286,7 @@ DEACTIVATE: Mapping[Generation, Errnos] = {
     Generation.sysfs: SYSFS_OFF,
     Generation.finalize: FINALIZE_OFF,
 }
-"""Leaving the active phase, for the generations that have one to leave."""
+"""Leaving the active phase, for generations that have one."""
 
 FROZEN_BACK = (
     "Every file was thawed again. `Freeze failed for token` in the kernel log names the token and its handler."
@@ -311,4 +312,4 @@ EXECUTE: Errnos = {
         f"Free memory: free -m. {FROZEN_BACK} Load the image without kexec --load-preserve-context.",
     ),
 }
-"""reboot(2) with LINUX_REBOOT_CMD_KEXEC; what a file's own driver says at its freeze comes through as it is."""
+"""reboot(2) with LINUX_REBOOT_CMD_KEXEC; errnos of a file's own driver at its freeze are passed through."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An errno of the kernel's in words: what it means at this call, on this machine, and what to do next."""
+"""Describe an errno of the kernel: what it means at this call, on this machine, and what to do next."""
 
 import platform
 import re
@@ -19,7 +19,7 @@ UNDO_CALLS = {Step.activate: "Leaving the active phase failed", Step.load: "Unlo
 
 
 class Words(TypedDict):
-    """What an error of ours is made of."""
+    """The parts of one of khod's errors."""
 
     what: str
     where: str
@@ -27,10 +27,10 @@ class Words(TypedDict):
 
 
 def put_errno(what: str, table: Errnos, error: OSError, otherwise: str = LOG, quoted: str = "") -> Words:
-    """Put an errno in words: `what` failed, what the errno means there, and what to do next.
+    """Describe an errno: `what` failed, what the errno means there, and what to do next.
 
-    `quoted` is the kernel log's own line about it (`khod.kernel.log.relevant_lines`), "" where there is none. An errno
-    that `table` does not have keeps its name and meaning, and `otherwise` is what to do.
+    `quoted` is the kernel log's own line about it (`khod.kernel.log.relevant_lines`), "" without one. An errno that is
+    not in `table` is shown by name and meaning only, with the remedy `otherwise`.
     """
     meaning, remedy = table.get(error.errno or 0, ("", otherwise))
     because = f", {meaning}" if meaning else ""
@@ -41,9 +41,10 @@ def put_errno(what: str, table: Errnos, error: OSError, otherwise: str = LOG, qu
 def explain_errno(
     step: Step, error: OSError, quoted: str = "", *, generation: Generation = Generation.none, machine: str = ""
 ) -> Failed:
-    """Make a sentence of the errno that the kernel call of `step` ended in; `machine` as uname -m says it, "" for this.
+    """Return the error for the failed kernel call of `step`.
 
-    `generation` is the one whose active phase was to be entered; `none` where that is not known.
+    `machine` is as in uname -m, "" for this one. `generation` is the one whose active phase was to be entered, `none`
+    if it is not known.
     """
     if step is Step.activate and (cause := _explain_serialization(quoted)):
         return Failed(**put_errno(STEP_CALLS[step], {error.errno or 0: cause}, error, quoted=quoted))
@@ -53,13 +54,13 @@ def explain_errno(
 
 
 def _explain_serialization(quoted: str) -> tuple[str, str] | None:
-    """What v3 itself says of a failed activation, and what to do; its errno is always the same."""
+    """Return what v3 itself logs about a failed activation, and what to do; its errno is always the same."""
     found = re.search(r"kho failed to serialize state: -(\d+)", quoted)
     return SERIALIZE.get(int(found[1])) if found else None
 
 
 def explain_undo(step: Step, error: OSError, quoted: str = "", *, generation: Generation = Generation.none) -> KhoError:
-    """Make a sentence of the errno that the rollback of `step` (activate or load) ended in."""
+    """Return the error for the failed kernel call of the rollback of `step` (activate or load)."""
     table = UNLOAD if step is Step.load else DEACTIVATE.get(generation, {})
     return KhoError(**put_errno(UNDO_CALLS[step], table, error, quoted=quoted))
 

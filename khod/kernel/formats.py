@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which formats the running kernel writes its state in: a kernel that reads others takes nothing over.
+"""The formats in which the running kernel writes its state; a kernel that reads others takes nothing over.
 
-The old kernel does not warn: 6.19.11 (`kho-v1`) to 7.3.4 (`kho-v4`) loads, boots, and hands over nothing.
+The old kernel does not warn: from 6.19.11 (`kho-v1`) to 7.3.4 (`kho-v4`) the image loads and boots, and nothing is
+handed over.
 """
 
 import platform
@@ -18,18 +19,18 @@ from khod.kernel import debugfs
 from khod.model import Generation
 
 COMPATIBLE = re.compile(rb"(?<![A-Za-z0-9,_.-])[a-z][a-z0-9]*(?:[,_-][a-z0-9]+)*-v[0-9]+(?=\0)")
-"""A `compatible` of KHO's, as it stands in a tree: NAME-vN, ended by NUL."""
+"""A `compatible` of KHO in a tree: NAME-vN, ended by NUL."""
 
 ROOT = re.compile(rb"kho-v[0-9]+(?=\0)")
 
 ALWAYS = {Generation.sysfs: "kho-v1", Generation.finalize: "kho-v1"}
-"""What the root is written in where no tree shows it before the active phase: v3 and Linux 6.16 to 6.18."""
+"""The format of the root where no tree shows it before the active phase: v3 and Linux 6.16 to 6.18."""
 
 LUO = "LUO"
-"""The blob of the Live Update Orchestrator's, there from boot where it is on (Linux 6.19 and later)."""
+"""The blob of the Live Update Orchestrator, present from boot if that is on (Linux 6.19 and later)."""
 
 METADATA = "kexec-metadata"
-"""The blob that says who handed over and how often (7.0 and later): nothing depends on it."""
+"""The blob with the previous kernel and the number of handovers (7.0 and later); nothing depends on it."""
 
 VERSION = "/proc/version"
 IMAGES = ("/boot/vmlinuz-{release}", "/usr/lib/modules/{release}/vmlinuz", "/boot/vmlinux-{release}")
@@ -40,11 +41,11 @@ MAX_UNPACKED = 1 << 30  # bytes
 
 @dataclass(frozen=True)
 class OutgoingFormats:
-    """The root tree's `compatible`, "" where nothing shows it, and those of each producer's tree by its name.
+    """The root tree's `compatible`, "" if nothing shows it, and those of each producer's tree by name.
 
-    `v3` is whether it is the layout of the v3 series, which calls itself kho-v1 as 6.16 does and is another one; `luo`
-    whether LUO is on. `own` is all that the running kernel's own image knows, None where that was not looked at, or not
-    found: `not_inspected` says why then. `unjudged` are blobs that do not say their format.
+    `v3` tells whether it is the layout of the v3 series, which is named kho-v1 as in 6.16 but differs. `luo` tells
+    whether LUO is on. `own` are all formats that the running kernel's own image knows, None if it was not examined or
+    not found: then `not_inspected` says why. `unjudged` are blobs that do not show their format.
     """
 
     root: str
@@ -57,16 +58,16 @@ class OutgoingFormats:
 
 
 def read_formats(calls: Calls, generation: Generation, following: KernelImageInfo | None = None) -> OutgoingFormats:
-    """Read it off the trees, and what these do not show off the running kernel's own image; raises OSError.
+    """Read the formats from the trees, and what they do not show from the running kernel's own image; raise OSError.
 
-    `following` is the next kernel, which may be this one again. Where v3's files stand on top of mainline KHO, mainline
-    carries the state, and its trees count.
+    `following` is the next kernel, which may be the same build again. If v3's files exist on top of mainline KHO,
+    mainline carries the state, and its trees are read.
     """
     out = f"{debugfs.KHO}/out"
     mainline = calls.path_exists(out)
     root = ""
-    # In a kernel that was reached by a handover `out/fdt` may be absent (7.3.4): what it was handed and took,
-    # it also writes. A tree that is cut off (the same kernel) still begins with its compatible.
+    # In a kernel that was reached by a handover `out/fdt` may be absent (7.3.4). Such a kernel writes the format that
+    # it was handed and accepted. A tree that is cut off (the same kernel) still begins with its compatible.
     for path in (f"{out}/fdt", f"{debugfs.KHO}/in/fdt") if mainline else ():
         if not root and calls.path_exists(path) and (found := ROOT.search(calls.read_file(path))):
             root = found[0].decode()
@@ -77,7 +78,7 @@ def read_formats(calls: Calls, generation: Generation, following: KernelImageInf
     shown = {name: formats for name, formats in blobs.items() if formats}
     unjudged = tuple(name for name, formats in blobs.items() if not formats and name not in (LUO, METADATA))
     luo = mainline and (LUO in names or calls.path_exists(LIVEUPDATE))
-    if not mainline or (root and not luo):  # nothing that only the image could say
+    if not mainline or (root and not luo):  # nothing is left that only the image could show
         return OutgoingFormats(root, shown, v3, luo, unjudged=unjudged)
     try:
         image = _own_image(calls, {root, *shown.get(LUO, ())} - {""}, following)
@@ -92,9 +93,9 @@ def read_formats(calls: Calls, generation: Generation, following: KernelImageInf
 
 
 def _blob_formats(blob: bytes) -> frozenset[str]:
-    """The compatibles of a producer's tree, or the one that a packed struct begins with, as LUO's does since Linux 7.1.
+    """Return the compatibles of a producer's tree, or the one at the start of a packed struct.
 
-    None of a blob that is neither.
+    LUO's blob is such a struct since Linux 7.1. The result is empty for any other blob.
     """
     if blob.startswith(MAGIC.to_bytes(4, "big")):
         return frozenset(found.decode() for found in COMPATIBLE.findall(blob))
@@ -107,10 +108,10 @@ def _formats_named(formats: frozenset[str], name: str) -> frozenset[str]:
 
 
 def _own_image(calls: Calls, shown: set[str], following: KernelImageInfo | None) -> KernelImageInfo:
-    """Give the running kernel's own image, proven by its banner; KhoError or OSError where there is none.
+    """Return the running kernel's own image, identified by its banner; raise KhoError or OSError if there is none.
 
-    A banner may be made the same on purpose (KBUILD_BUILD_TIMESTAMP): an image that does not know what the trees show
-    is another kernel's all the same.
+    A banner may be made the same on purpose (KBUILD_BUILD_TIMESTAMP), so an image that does not know the formats in the
+    trees is treated as another kernel's.
     """
     banner = calls.read_file(VERSION).decode(errors="replace").strip()
     if following is not None and following.banner == banner and shown <= following.compatible:
@@ -135,7 +136,7 @@ def _own_image(calls: Calls, shown: set[str], following: KernelImageInfo | None)
 
 
 def _prove_image(calls: Calls, path: str, banner: str) -> KernelImageInfo:
-    """Take an image apart; KhoError where it is another kernel's. Once in a boot: the banner is that of one build."""
+    """Unpack an image; raise KhoError if it is another kernel's. It is done once in a boot: a banner is one build's."""
     if (known := _PROVEN.get(calls)) is not None and known.banner == banner:
         return known
     image = sealed.seal_pieces([calls.read_file(path)], path)
@@ -154,4 +155,4 @@ def _prove_image(calls: Calls, path: str, banner: str) -> KernelImageInfo:
 
 
 _PROVEN: WeakKeyDictionary[Calls, KernelImageInfo] = WeakKeyDictionary()
-"""The running kernel's own image, by whom it was read from: unpacking one takes a second."""
+"""The running kernel's own image, by the calls it was read with: unpacking one takes a second."""

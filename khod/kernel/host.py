@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What stands around KHO on this host and may be in the way: lockdown, watchdogs, memory, the crash kernel, rights.
+"""The host around KHO: lockdown, watchdogs, memory, the crash kernel, rights.
 
-Each function answers None where the kernel does not say.
+Each function that returns an optional value returns None if the kernel does not say.
 """
 
 from contextlib import suppress
@@ -13,9 +13,10 @@ LOCKDOWN = "/sys/kernel/security/lockdown"
 SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 STATUS = "/proc/self/status"
 WATCHDOGS = "/sys/class/watchdog"
-CRASH = ("/sys/kernel/kexec/crash_loaded", "/sys/kernel/kexec_crash_loaded")  # the first from 6.19
+CRASH = ("/sys/kernel/kexec/crash_loaded", "/sys/kernel/kexec_crash_loaded")  # the first since 6.19
 CAP_SYS_BOOT = 22  # include/uapi/linux/capability.h
-# The first namespaces' inodes: PROC_PID_INIT_INO, PROC_USER_INIT_INO (include/linux/proc_ns.h; in the uapi since 6.18)
+# The inodes of the initial namespaces: PROC_PID_INIT_INO, PROC_USER_INIT_INO (include/linux/proc_ns.h; in the uapi
+# since 6.18)
 INITIAL_NAMESPACES = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 PROCESSORS = "/sys/devices/system/cpu"
 KIB = 1024
@@ -23,7 +24,7 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Watchdog:
-    """A hardware watchdog; `timeout` in seconds, None where the driver does not say."""
+    """A hardware watchdog; `timeout` is in seconds, None if the driver does not say."""
 
     name: str
     identity: str
@@ -32,27 +33,27 @@ class Watchdog:
 
 
 def lockdown_level(calls: Calls) -> str | None:
-    """The level: none, integrity or confidentiality."""
+    """Return the lockdown level: none, integrity or confidentiality."""
     if (text := _read_text(calls, LOCKDOWN)) is None:
         return None
     return text.partition("[")[2].partition("]")[0]
 
 
 def secure_boot(calls: Calls) -> bool | None:
-    """Whether the firmware booted with Secure Boot on: an EFI variable is four bytes of attributes, then its value."""
+    """Whether the firmware booted with Secure Boot on: the EFI variable is four bytes of attributes, then its value."""
     if not calls.path_exists(SECURE_BOOT):
         return None
     return calls.read_file(SECURE_BOOT)[4:5] == b"\x01"
 
 
 def may_boot(calls: Calls) -> bool | None:
-    """Whether this process has CAP_SYS_BOOT in effect, which kexec_file_load(2) and reboot(2) ask for."""
+    """Whether this process has CAP_SYS_BOOT in effect, which kexec_file_load(2) and reboot(2) require."""
     found = _read_field(calls, STATUS, "CapEff")
     return None if found is None else bool(int(found, 16) >> CAP_SYS_BOOT & 1)
 
 
 def own_namespaces(calls: Calls) -> dict[str, bool]:
-    """Whether this process is in the host's own namespace, by kind; without those of which the kernel says nothing."""
+    """Return by kind whether this process is in the host's own namespace, without kinds the kernel does not show."""
     found = {}
     for kind, inode in INITIAL_NAMESPACES.items():
         with suppress(OSError):
@@ -61,7 +62,7 @@ def own_namespaces(calls: Calls) -> dict[str, bool]:
 
 
 def possible_processors(calls: Calls) -> int | None:
-    """How many processors this host may ever have, num_possible_cpus()."""
+    """Return how many processors this host may ever have: num_possible_cpus()."""
     if not (text := _read_text(calls, f"{PROCESSORS}/possible")):
         return None
     ranges = (part.partition("-") for part in text.split(","))
@@ -69,37 +70,37 @@ def possible_processors(calls: Calls) -> int | None:
 
 
 def has_cpu_hotplug(calls: Calls) -> bool:
-    """Whether this kernel was built to switch processors off (CONFIG_HOTPLUG_CPU): kernel/cpu.c shows its states."""
+    """Whether this kernel can switch processors off (CONFIG_HOTPLUG_CPU): kernel/cpu.c then shows their states."""
     return calls.path_exists(f"{PROCESSORS}/hotplug")
 
 
 def spinning_processors(calls: Calls) -> list[str]:
-    """The processors that the firmware lets spin in memory, which nothing can switch off (arm64's `spin-table`)."""
+    """Return the processors that spin in memory by the firmware (arm64's `spin-table`): nothing can switch them off."""
     tree = "/proc/device-tree/cpus"
     methods = {name: _read_text(calls, f"{tree}/{name}/enable-method") for name in calls.list_directory(tree)}
     return [name for name, method in methods.items() if method and method.rstrip("\0") == "spin-table"]
 
 
 def processor_bugs(calls: Calls) -> list[str]:
-    """What the kernel works around in these x86 processors, as /proc/cpuinfo names it."""
+    """Return the bugs of these x86 processors that the kernel works around, by their names in /proc/cpuinfo."""
     return (_read_field(calls, "/proc/cpuinfo", "bugs") or "").split(" ")
 
 
 def five_level_paging(calls: Calls) -> bool | None:
-    """Whether this x86 kernel runs with five levels of page tables: where it does not it clears the flag."""
+    """Whether this x86 kernel runs with five levels of page tables; without them it clears the flag."""
     if (found := _read_field(calls, "/proc/cpuinfo", "flags")) is None:
         return None
     return "la57" in found.split(" ")
 
 
 def available_memory(calls: Calls) -> int | None:
-    """Bytes of memory that can be had without swapping."""
+    """Return the bytes of memory available without swapping."""
     found = _read_field(calls, "/proc/meminfo", "MemAvailable")
     return None if found is None else int(found.split()[0]) * KIB
 
 
 def crash_loaded(calls: Calls) -> bool | None:
-    """Whether a crash kernel waits in its own slot."""
+    """Whether a crash kernel is loaded in its own slot."""
     for path in CRASH:
         if (text := _read_text(calls, path)) is not None:
             return text == "1"
@@ -107,7 +108,7 @@ def crash_loaded(calls: Calls) -> bool | None:
 
 
 def list_watchdogs(calls: Calls) -> list[Watchdog]:
-    """Every watchdog device there is; without CONFIG_WATCHDOG_SYSFS none says whether it is armed."""
+    """Return every watchdog device; without CONFIG_WATCHDOG_SYSFS none is shown as armed."""
     found = []
     for name in calls.list_directory(WATCHDOGS):
         state, timeout = (_read_text(calls, f"{WATCHDOGS}/{name}/{what}") for what in ("state", "timeout"))
@@ -122,7 +123,7 @@ def _read_text(calls: Calls, path: str) -> str | None:
 
 
 def _read_field(calls: Calls, path: str, name: str) -> str | None:
-    """A `Name: value` line of a file in /proc."""
+    """Return the value of a `Name: value` line of a file in /proc."""
     for line in (_read_text(calls, path) or "").splitlines():
         key, _, value = line.partition(":")
         if key.rstrip("\t ") == name:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What no generation changes: the image slot, the jump, and who this boot is."""
+"""What all generations have in common: the image slot, the jump, and the identity of this boot."""
 
 import contextlib
 import re
@@ -9,7 +9,7 @@ from khod.abi.calls import KMSG, Calls
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
 from khod.kernel.log import records_since, relevant_lines
 
-# The first from 6.19, the second before and after it.
+# The first path since 6.19, the second before and since.
 LOADED = ("/sys/kernel/kexec/loaded", "/sys/kernel/kexec_loaded")
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 UPTIME = "/proc/uptime"
@@ -24,40 +24,40 @@ class Kexec:
         self.calls = calls
 
     def boot_id(self) -> str:
-        """This boot's UUID: another one after every boot, a kexec included."""
+        """Return the UUID of this boot, which changes with every boot, also by kexec."""
         return self._read_text(BOOT_ID)
 
     def kernel_release(self) -> str:
-        """The running kernel's version as uname -r says it."""
+        """Return the running kernel's version as in uname -r."""
         return self._read_text("/proc/sys/kernel/osrelease")
 
     def uptime(self) -> float | None:
-        """Seconds since boot by CLOCK_BOOTTIME; None where the kernel does not say."""
+        """Return the seconds since boot (CLOCK_BOOTTIME); None if the kernel does not say."""
         if self.calls.path_exists(UPTIME):
             with contextlib.suppress(ValueError, IndexError):
                 return float(self.calls.read_file(UPTIME).split()[0])
         return None
 
     def cmdline(self) -> str:
-        """The running kernel's command line; bytes that are no UTF-8 stand as surrogates."""
+        """Return the running kernel's command line; bytes that are not UTF-8 become surrogates."""
         return self.calls.read_file("/proc/cmdline").removesuffix(b"\n").decode(errors="surrogateescape")
 
     def is_loaded(self) -> bool:
-        """Tell whether an image waits for the next kexec; the crash slot is another matter and left alone."""
+        """Whether an image is loaded for the next kexec; the crash kernel's slot is not considered."""
         for path in LOADED:
             if self.calls.path_exists(path):
                 return self._read_text(path) == "1"
         return False
 
     def load_disabled(self) -> bool:
-        """Tell whether the sysctl kexec_load_disabled is set: it stays so until a reboot."""
+        """Whether the sysctl kexec_load_disabled is set; it stays set until a reboot."""
         return self.calls.path_exists(LOAD_DISABLED) and self._read_text(LOAD_DISABLED) != "0"
 
     def load_limit(self) -> int | None:
-        """How many more calls kexec_load_limit_reboot allows, None for no limit.
+        """Return how many more calls kexec_load_limit_reboot allows, None for no limit.
 
-        An unload counts as a call (kexec_load_permitted() runs before the flags are looked at), so
-        a load that can be undone needs two.
+        An unload counts as a call (kexec_load_permitted() runs before the flags are checked), so a load that can be
+        undone needs two.
         """
         if not self.calls.path_exists(LOAD_LIMIT):
             return None
@@ -65,23 +65,23 @@ class Kexec:
         return None if left < 0 else left
 
     def load_image(self, kernel_fd: int, initrd_fd: int | None, cmdline: str) -> None:
-        """Load an image; what is in the state tree at this moment goes with it."""
+        """Load an image; the state tree of this moment goes with it."""
         flags = KEXEC_FILE_NO_INITRAMFS if initrd_fd is None else 0
         fd = -1 if initrd_fd is None else initrd_fd
         self.calls.kexec_file_load(kernel_fd, fd, cmdline.encode() + b"\0", flags)
 
     def unload_image(self) -> None:
-        """Drop the loaded image; nothing happens where there is none."""
+        """Unload the image; does nothing if none is loaded."""
         self.calls.kexec_file_load(-1, -1, b"", KEXEC_FILE_UNLOAD)
 
     def write_kmsg(self, text: str) -> None:
-        """Leave a line in the kernel log: on a console it outlives this kernel, when the journal may not."""
-        with contextlib.suppress(OSError):  # a container without /dev/kmsg goes on all the same
+        """Write a line to the kernel log; on a console it outlives this kernel, and the journal may not."""
+        with contextlib.suppress(OSError):  # a container without /dev/kmsg works all the same
             self.calls.write_file(KMSG, f"<5>khod: {text}\n".encode())
 
     @contextlib.contextmanager
     def listen_to_log(self) -> Iterator[Callable[[re.Pattern[str]], str]]:
-        """Listen to the kernel log; what is given quotes the kernel's own lines since, those that are about a call."""
+        """Open the kernel log, and yield a function that returns the kernel's own lines since then about a call."""
         try:
             log = self.calls.open_log()
         except OSError:  # a container without /dev/kmsg
@@ -89,7 +89,7 @@ class Kexec:
             return
 
         def said(about: re.Pattern[str]) -> str:
-            # v3's line on a failed activation ends without a newline, and shows only when another follows it.
+            # v3's line about a failed activation has no newline, and is shown only when another record follows.
             self.write_kmsg("a call to the kernel failed")
             with contextlib.suppress(OSError):
                 return relevant_lines(records_since(log), about)
@@ -99,11 +99,11 @@ class Kexec:
             yield said
 
     def sync_disks(self) -> None:
-        """Write back every file system's dirty pages."""
+        """Write back the dirty pages of every file system."""
         self.calls.sync_disks()
 
     def jump(self) -> None:
-        """Go: the point of no return, unless the kernel comes back with an OSError, which a rollback follows."""
+        """Jump: the point of no return, unless the kernel returns an OSError, after which a rollback follows."""
         self.calls.reboot_kexec()
 
     def _read_text(self, path: str) -> str:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The kernel log's own line about a call that failed, where there is one: often it alone has the cause.
+"""Find the kernel log's own lines about a failed call: often they are the only place with the cause.
 
-Records are read as Documentation/ABI/testing/dev-kmsg has them. Whoever makes the call opens the log before it and
-places it behind its last record, which is all that a call that succeeds costs; the records are read after a failure.
+Records are read as in Documentation/ABI/testing/dev-kmsg. The caller opens the log before the call, which positions it
+behind the last record; a call that succeeds costs no more than that. The records are read after a failure.
 """
 
 import re
@@ -14,10 +14,10 @@ from khod.model import Step
 from khod.text import printable, shorten
 
 RECORD_BYTES = 8192  # bytes; CONSOLE_EXT_LOG_MAX, since 6.3 PRINTK_MESSAGE_MAX (2048); EINVAL for a smaller buffer
-MAX_RECORDS = 1000  # a call that fails logs a few; whatever else floods the log is not followed for ever
+MAX_RECORDS = 1000  # a failed call logs a few; a flood of other records is not followed for ever
 MAX_LINES = 2
 MAX_CHARACTERS = 200
-LOG_KERN = 0  # the facility that only the kernel itself has; a process that writes to /dev/kmsg has another
+LOG_KERN = 0  # the facility of the kernel itself; a process that writes to /dev/kmsg has another one
 LOGLEVEL_NOTICE = 5  # include/linux/kern_levels.h; KHO, kexec and LUO log their failures there or above
 
 SIGNATURES = r"PEFILE|MSCODE|PKCS#?7|X\.?509|[Ss]ignature|[Bb]lacklist|Sig \d+: |Message signed|Unsupported Signe"
@@ -29,7 +29,7 @@ ABOUT: Mapping[Step, re.Pattern[str]] = {
     ),
     Step.execute: re.compile(r"\b(kexec\w*|kho|KHO|kho_finalize|luo\w*|memfd_luo|liveupdate|PM)\b|Freezing"),
 }
-"""What a line must speak of, to be about the step's call."""
+"""What a line must mention to be about the step's call."""
 LUO = re.compile(r"\b(luo\w*|kho\w*|KHO|memfd_luo|liveupdate)\b")
 """The same for the calls of /dev/liveupdate."""
 
@@ -37,7 +37,7 @@ OUTCOMES = re.compile(
     r"signature verification failed|Loading purgatory failed|Error loading purgatory|Error add kernel image"
     r"|Could not find any suitable kernel location"
 )
-"""Lines that say no more than the errno does: the cause stands in another, before them."""
+"""Lines that say no more than the errno; an earlier line has the cause."""
 
 HEADER = re.compile(rb"(?P<priority>\d+),\d+,\d+,(?P<flags>[^,;]*)[^;]*;(?P<text>[^\n]*)")
 ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
@@ -45,7 +45,7 @@ ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
 @dataclass(frozen=True)
 class LogRecord:
-    """One record: its level (0 to 7), who wrote it (0: the kernel), its text, and whether it goes on with the last."""
+    """One record: its level (0 to 7), its facility (0: the kernel), its text, and whether it continues the last one."""
 
     level: int
     facility: int
@@ -54,7 +54,7 @@ class LogRecord:
 
 
 def parse_record(raw: bytes) -> LogRecord | None:
-    """Read a record as /dev/kmsg gives it, without its dictionary; None where it is none."""
+    """Parse a record of /dev/kmsg, without its dictionary; None if it is not a record."""
     if (found := HEADER.match(raw)) is None:
         return None
     priority = int(found["priority"])
@@ -63,10 +63,10 @@ def parse_record(raw: bytes) -> LogRecord | None:
 
 
 def records_since(log: Log) -> list[LogRecord]:
-    """Read what was logged since `log` was opened, at most MAX_RECORDS; raises OSError where it cannot be read.
+    """Read the records since `log` was opened, at most MAX_RECORDS; raise OSError if it cannot be read.
 
-    A line that the kernel wrote without a newline shows only when another follows it, and v3's one line about a
-    failed activation is such a line: write something to the log first.
+    A line that the kernel wrote without a newline is shown only when another record follows. v3's only line about a
+    failed activation is such a line, so write something to the log first.
     """
     found: list[LogRecord] = []
     for _ in range(MAX_RECORDS):
@@ -86,9 +86,10 @@ def records_since(log: Log) -> list[LogRecord]:
 
 
 def relevant_lines(records: Sequence[LogRecord], about: re.Pattern[str]) -> str:
-    """Choose the kernel's own lines about a call, the last and most telling ones; "" where there is none.
+    """Return the last of the kernel's own lines about a call, joined; "" if there is none.
 
-    Where one names the cause, those that only say that it failed are left out; so is what is merely informative.
+    If one of them names the cause, those that only report the failure are left out. Lines below level notice are always
+    left out.
     """
     said = (record for record in records if record.facility == LOG_KERN and record.level <= LOGLEVEL_NOTICE)
     lines = list(dict.fromkeys(record.text.strip() for record in said if about.search(record.text)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""LUO, the Live Update Orchestrator (Linux 6.19 and later): files that live through a kexec, and why one does not."""
+"""LUO, the Live Update Orchestrator (Linux 6.19 and later): files that outlive a kexec, and what its errnos mean."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ from khod.kernel.sysfs import KHO
 from khod.model import Kept
 
 F_SEAL_EXEC = 0x0020  # include/uapi/linux/fcntl.h
-HUGE_PAGE_BYTES = 1 << 16  # bytes; the smallest huge page is larger on every architecture but 64K-page arm64
+HUGE_PAGE_BYTES = 1 << 16  # bytes; the smallest huge page is larger on every architecture except 64K-page arm64
 ABSENT = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 LOG = "Look at the kernel log: journalctl -kb -g 'luo|memfd'"
 NEWER = "Boot a kernel (6.19 or later) with CONFIG_LIVEUPDATE=y."
@@ -66,7 +66,7 @@ PRESERVE: Errnos = {
     errno.ENODEV: ("the module that preserves such files is being unloaded", "Load it again: modprobe"),
     errno.ENOTTY: NO_SESSION,
 }
-"""SESSION_PRESERVE_FD; what a file's own driver says comes through as it is."""
+"""SESSION_PRESERVE_FD; errnos of a file's own driver are passed through."""
 RETRIEVE: Errnos = {
     errno.ENOENT: ("the session holds no such token, or was finished", "Take it by the token it left under."),
     errno.EINVAL: ("the session is an outgoing one, or what the file was kept in is damaged", BROKEN),
@@ -79,7 +79,7 @@ RETRIEVE: Errnos = {
     errno.ENFILE: SESSION[errno.ENFILE],
     errno.ENOTTY: NO_SESSION,
 }
-"""SESSION_RETRIEVE_FD: what failed once fails the same way each time after."""
+"""SESSION_RETRIEVE_FD: a call that failed once fails the same way each time."""
 FINISH: Errnos = {
     errno.EBUSY: ("a file in it is not ready to be let go", "Take all of its files first: khoctl check names them."),
     errno.EINVAL: ("it is an outgoing session", "khoctl abort closes it."),
@@ -89,20 +89,20 @@ FINISH: Errnos = {
 
 
 class Luo:
-    """The calls of /dev/liveupdate with their errnos in words; to be made in the kernel's thread."""
+    """The calls of /dev/liveupdate with their errnos described; use it in the kernel's thread."""
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
     def create_session(self, name: str) -> int:
-        """Make an outgoing session."""
+        """Create an outgoing session and return its descriptor."""
         try:
             return self._calls.create_session(name)
         except OSError as error:
             raise self._no_session(error, "The kernel makes no LUO session", absent=ABSENT) from error
 
     def retrieve_session(self, name: str) -> int:
-        """Take a session of the previous kernel's."""
+        """Return the descriptor of a session from the previous kernel."""
         try:
             return self._calls.retrieve_session(name)
         except OSError as error:
@@ -110,7 +110,7 @@ class Luo:
             raise self._no_session(error, f"The LUO session {name} cannot be taken", absent=absent) from error
 
     def preserve_file(self, session: int, fd: int, kept: Kept) -> None:
-        """Preserve one file."""
+        """Preserve one file in an outgoing session."""
         if sealed_for_good(fd):
             raise Refused(
                 f"{kept.name} ({describe_fd(fd)}) would come back read-only: it has F_SEAL_EXEC",
@@ -125,7 +125,7 @@ class Luo:
             ) from error
 
     def retrieve_files(self, session: int, kept: Sequence[Kept]) -> list[int]:
-        """Give every file, or raise Refused: the kernel says the same about it each time after."""
+        """Return a descriptor for every file, or raise Refused: the kernel gives the same errno each time."""
         taken: list[int] = []
         for file in kept:
             try:
@@ -139,7 +139,7 @@ class Luo:
         return taken
 
     def finish_session(self, session: int) -> None:
-        """Let go of a retrieved session."""
+        """End a retrieved session."""
         try:
             self._calls.finish_session(session)
         except OSError as error:
@@ -151,7 +151,7 @@ class Luo:
         return Refused(**put_errno(what, SESSION, error, LOG))
 
     def why_not(self) -> Unsupported:
-        """Say why this kernel has no LUO, and what to add."""
+        """Return the error that says why this kernel has no LUO, and what to add."""
         try:
             built, on = built_in(self._calls, "CONFIG_LIVEUPDATE", "luo_"), booted_with(self._calls, "liveupdate")
         except OSError:
@@ -175,22 +175,22 @@ class Luo:
 
 
 def sealed_for_good(fd: int) -> bool:
-    """Whether a memfd has the seal that costs it all others: 7.3.4 gives 0x20 back as 0x3e, not writable any more."""
+    """Whether a memfd has F_SEAL_EXEC, with which it loses write access: 7.3.4 returns the seals 0x20 as 0x3e."""
     try:
         return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & F_SEAL_EXEC)
     except OSError:
-        return False  # no memfd
+        return False  # not a memfd
 
 
 def describe_fd(fd: int) -> str:
-    """Say what a descriptor refers to, for people: `a pipe`, `a hugetlb memfd`, `a regular file`."""
+    """Describe what a descriptor refers to, for people: `a pipe`, `a hugetlb memfd`, `a regular file`."""
     try:
         found, target = statx(fd), os.readlink(f"/proc/self/fd/{fd}")
     except OSError:
         return "no open file"
     mode = found.mode
     if target.startswith("/memfd:"):
-        # Both kinds say /memfd:, and hugetlbfs has pages of its own size as blocks.
+        # Both kinds have /memfd: in their name; hugetlbfs has its page size as block size.
         return "a hugetlb memfd" if found.blksize > HUGE_PAGE_BYTES else "a memfd"
     if target.startswith("anon_inode:"):
         return target.removeprefix("anon_inode:").strip("[]").split()[0]

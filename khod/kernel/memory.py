@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How much memory there is for what the kernel allocates in khod's name.
+"""How much memory the kernel can allocate in khod's name.
 
-It is asked of the host khod runs on, whatever kernel it drives: files that producers hand over are this host's memory.
+It is that of the host khod runs on, also with a simulated kernel: the files that producers hand over use this host's
+memory.
 """
 
 from contextlib import suppress
@@ -15,28 +16,28 @@ HIERARCHY = "sys/fs/cgroup"
 
 @dataclass(frozen=True)
 class MemoryBounds:
-    """Bytes: what the host has, and what can be had of that without swapping, within khod's control groups."""
+    """Memory in bytes: the host's total, and what is available without swapping within khod's control groups."""
 
     total: int
     available: int
 
 
 def read_memory(root: Path = Path("/")) -> MemoryBounds:
-    """Read it; OSError or ValueError where /proc does not say."""
+    """Read the bounds; raise OSError or ValueError if /proc does not have them."""
     fields = dict(line.partition(":")[::2] for line in (root / MEMINFO).read_text().splitlines())
     total, available = (int(fields.get(name, "").removesuffix("kB")) << 10 for name in ("MemTotal", "MemAvailable"))
     return MemoryBounds(total, min([available, *_cgroup_limits(root)]))
 
 
 def _cgroup_limits(root: Path) -> list[int]:
-    """Bytes that are left in khod's control group and in those above it, where they have a limit (cgroup v2)."""
+    """Return the bytes left in khod's control group and in those above it that have a limit (cgroup v2)."""
     found: list[int] = []
     with suppress(OSError, ValueError):
         lines = (root / CGROUP).read_text().splitlines()
         group = "".join(line.removeprefix("0::") for line in lines if line.startswith("0::"))
         at = root / HIERARCHY / group.strip("/")
         while at != root / HIERARCHY and ".." not in at.parts:
-            with suppress(OSError, ValueError):  # "max" is no limit
+            with suppress(OSError, ValueError):  # "max" means no limit
                 found.append(max(0, int((at / "memory.max").read_text()) - int((at / "memory.current").read_text())))
             at = at.parent
     return found

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A kernel command line in words, as the kernel reads it: next_arg() and parse_args() (lib/cmdline.c, kernel/params.c).
+"""Split a kernel command line as the kernel does: next_arg() and parse_args() (lib/cmdline.c, kernel/params.c).
 
-The kernel reads bytes, and what separates words is what its isspace() says: _ctype in lib/ctype.c marks as `_S` the
-bytes 9 to 13, 32 and 160. That table is Latin-1's, where 160 is the no-break space. In UTF-8 0xA0 is the last byte of
-U+00A0 and of every character whose code ends in 0x20 (à is C3 A0, † is E2 80 A0): the kernel ends a word in the middle
-of these, unless they stand between double quotes. 0x85 is no space to it, and no other byte from 0x80 on is.
+The kernel reads bytes, and its isspace() decides what separates words: _ctype in lib/ctype.c marks the bytes 9 to 13,
+32 and 160 as `_S`. The table is Latin-1's, where 160 is the no-break space. In UTF-8, 0xA0 is the last byte of U+00A0
+and of every character whose code ends in 0x20 (à is C3 A0, † is E2 80 A0). The kernel ends a word in the middle of
+these, unless they are between double quotes. 0x85 is not a space to it, nor is any other byte from 0x80 on.
 """
 
 import re
@@ -12,38 +12,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 WORD = re.compile(rb'(?:[^\t-\r \xa0"]|"[^"]*(?:"|\Z))+')
-"""What one call of next_arg() takes: double quotes keep white space together, an open one goes to the end."""
+"""What one call of next_arg() reads: double quotes keep white space together, an open one extends to the end."""
 
 INIT = "--"
-"""Words after this one are init's (Documentation/admin-guide/kernel-parameters.rst)."""
+"""Words after this one belong to init (Documentation/admin-guide/kernel-parameters.rst)."""
 
 QUOTE = '"'
 
 
 @dataclass(frozen=True)
 class Arg:
-    """One parameter; `value` is None where there is no `=`. Bytes that are no UTF-8 stand as surrogates."""
+    """One parameter; `value` is None without a `=`. Bytes that are not UTF-8 become surrogates."""
 
     param: str
     value: str | None
 
     def is_parameter(self, name: str) -> bool:
-        """Whether it is this parameter: parameq() takes a dash in a name for an underscore."""
+        """Whether this is the parameter `name`: parameq() treats dashes in a name as underscores."""
         return same_name(self.param, name)
 
 
 def same_name(one: str, other: str) -> bool:
-    """Tell whether two names mean one parameter."""
+    """Whether two names mean the same parameter."""
     return one.replace("-", "_") == other.replace("-", "_")
 
 
 def kernel_words(line: str) -> list[str]:
-    """Split a line where the kernel does, quotes and all; init's words among them."""
+    """Split a line into words as the kernel does, with their quotes; init's words are included."""
     return [word.decode(errors="surrogateescape") for word in WORD.findall(line_bytes(line))]
 
 
 def kernel_args(line: str) -> Iterator[Arg]:
-    """Give the parameters of the kernel's own, up to `--`."""
+    """Yield the kernel's own parameters, up to `--`."""
     for word in kernel_words(line):
         arg = parse_word(word)
         if arg == Arg(INIT, None):
@@ -52,7 +52,7 @@ def kernel_args(line: str) -> Iterator[Arg]:
 
 
 def parse_word(word: str) -> Arg:
-    """Take one word apart as next_arg() does: at the first `=` that does not begin it, less quotes around a value."""
+    """Split one word as next_arg() does: at the first `=` after its first character, without quotes around a value."""
     quoted = word.startswith(QUOTE)
     text = word[1:] if quoted else word
     if quoted and text.endswith(QUOTE):
@@ -69,7 +69,7 @@ def parse_word(word: str) -> Arg:
 
 
 def kstrtobool(value: str | None) -> bool | None:
-    """Read a boolean as the kernel does (lib/kstrtox.c), by its first letters; None where it does not take it."""
+    """Parse a boolean by its first letters, as the kernel does (lib/kstrtox.c); None if the kernel rejects it."""
     if value is None:
         return None
     if value[:1] in tuple("yYtT1eE") or value[:2] in ("on", "oN", "On", "ON"):
@@ -80,19 +80,19 @@ def kstrtobool(value: str | None) -> bool | None:
 
 
 def boolean_value(line: str, parameter: str) -> bool | None:
-    """Tell what a command line sets a boolean parameter to, None nothing: the last value the kernel takes counts."""
+    """Return the value that a command line gives a boolean parameter: the last one the kernel accepts, or None."""
     values = [kstrtobool(arg.value) for arg in kernel_args(line) if arg.is_parameter(parameter)]
     return next((value for value in reversed(values) if value is not None), None)
 
 
 def is_switched_on(line: str, parameter: str) -> bool:
-    """Tell whether a command line switches a boolean parameter on."""
+    """Whether a command line switches a boolean parameter on."""
     return boolean_value(line, parameter) is True
 
 
 def line_bytes(line: str) -> bytes:
-    """The bytes of a line, those that were no UTF-8 too."""
+    """Return the bytes of a line, including those that were not UTF-8."""
     try:
         return line.encode(errors="surrogateescape")
-    except UnicodeEncodeError:  # a surrogate that stands for no byte
+    except UnicodeEncodeError:  # a surrogate that represents no byte
         return line.encode(errors="replace")

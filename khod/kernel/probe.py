@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Find out which KHO this kernel has, by what it shows: never by its version.
 
-Distributions turn options off, Kconfig help texts lie, vendors carry v3 on other version numbers.
+Distributions turn options off, Kconfig help texts are wrong, and vendors ship v3 with other version numbers.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from khod.kernel.sysfs import SysfsKho
 
 @dataclass(frozen=True)
 class Probed:
-    """The kernel's generation, or why there is none and what to add."""
+    """The kernel's generation, or why it has none and what to add."""
 
     kernel: KhoKernel | None
     what: str
@@ -25,7 +25,7 @@ class Probed:
 
 
 def probe_kho(calls: Calls) -> Probed:
-    """Choose the generation; raises nothing, an unreadable file is evidence too."""
+    """Choose the generation; raises nothing, because a file that cannot be read is evidence too."""
     try:
         return _probe_generation(calls)
     except OSError as error:
@@ -49,11 +49,11 @@ def _probe_generation(calls: Calls) -> Probed:
 
 
 def _may_abort(calls: Calls) -> bool:
-    """Tell 6.16-6.18 from 6.19-7.0.
+    """Whether `finalize` can be undone: tell 6.16-6.18 from 6.19-7.0.
 
-    Where nothing is finalized, an `out/fdt` says it: it stands from boot on 6.19, and appears only with
-    finalize before. Otherwise /sys/kernel/kexec/ decides, which came with 6.19: `finalize` may read 1 (by
-    hand, or by a khod that died), and a kernel reached by a handover may show no `out/fdt` (see Stateless).
+    If nothing is finalized, `out/fdt` decides: on 6.19 it exists from boot on, before that only after finalize.
+    Otherwise /sys/kernel/kexec/ decides, which came with 6.19: `finalize` may already read 1 (set by hand, or by a khod
+    that died), and a kernel reached by a handover may show no `out/fdt` (see Stateless).
     """
     finalized = calls.read_file(f"{debugfs.KHO}/out/finalize").strip() not in (b"0", b"N")
     if not finalized and calls.path_exists(f"{debugfs.KHO}/out/fdt"):

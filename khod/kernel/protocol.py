@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What every KHO generation offers, and the state tree it speaks of."""
+"""What every KHO generation offers, and the state tree."""
 
 import enum
 from dataclasses import dataclass, field
@@ -19,9 +19,9 @@ class AbortKind(enum.Enum):
 
 @dataclass(frozen=True)
 class Tree:
-    """The state as the kernel shows it: the root FDT's bytes and each producer's blob by name.
+    """The state as the kernel shows it: the bytes of the root FDT, and each producer's blob by name.
 
-    On v3 everything is in the root and `blobs` is empty. From 7.1 a blob need not be an FDT.
+    On v3 everything is in the root and `blobs` is empty. From 7.1 on, a blob need not be an FDT.
     """
 
     root: bytes
@@ -35,16 +35,16 @@ class KhoKernel(Protocol):
     order: Order
     abort: AbortKind
     entering: str
-    """What enters the active phase, for people."""
+    """The action that enters the active phase, for people."""
     leaving: str
-    """What leaves it."""
+    """The action that leaves the active phase, for people."""
 
     @property
     def scratch_parameter(self) -> str:
-        """The parameter by which this kernel is told how much scratch memory to reserve, with its `=`."""
+        """The kernel parameter for the size of the scratch memory, with its `=`."""
 
     def is_active(self) -> bool | None:
-        """Tell whether the kernel is in the active phase; None where it has none to leave."""
+        """Whether the kernel is in the active phase; None if it has no such phase."""
 
     def activate(self) -> None:
         """Enter the active phase: every kernel producer serializes its state."""
@@ -53,22 +53,22 @@ class KhoKernel(Protocol):
         """Leave the active phase, from the thread that entered it."""
 
     def outgoing_tree(self) -> Tree:
-        """Read the outgoing state; MalformedTree where it is damaged.
+        """Read the outgoing state; raise MalformedTree if it is damaged.
 
-        Never while another thread leaves the active phase: v3 deadlocks.
+        Do not call it while another thread leaves the active phase: v3 deadlocks.
         """
 
     def has_arrived(self) -> bool:
-        """Tell whether the previous kernel handed anything over, without reading it."""
+        """Whether the previous kernel handed anything over; the state is not read."""
 
     def arrived_tree(self) -> Tree | None:
-        """Read the state the previous kernel handed over; None where nothing came."""
+        """Read the state that the previous kernel handed over; return None if there is none."""
 
     def scratch_regions(self) -> list[Region]:
-        """The regions kernel and initrd must fit into."""
+        """Return the regions that the next kernel and its initrd must fit into."""
 
 
 def pair_regions(phys: bytes, length: bytes) -> list[Region]:
-    """Pair scratch_phys with scratch_len (or bootmem_*), a line each; a line may be 0x0, which is not a region."""
+    """Pair scratch_phys with scratch_len (or bootmem_*), line by line; a line may be 0x0, which is not a region."""
     pairs = zip(phys.split(), length.split(), strict=True)
     return [Region(int(addr, 16), int(size, 16)) for addr, size in pairs if int(size, 16)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""KHO v3 (patch series of January 2024): /sys/kernel/kho, the mission's own generation."""
+"""KHO v3 (patch series of January 2024): /sys/kernel/kho, the generation khod was made for."""
 
 from khod.abi import fdt
 from khod.abi.calls import Calls
@@ -12,10 +12,10 @@ IN_DT = "/sys/firmware/kho/dt"
 
 
 class SysfsKho:
-    """Write 1 to `active` to enter, 0 to leave.
+    """KHO v3, driven by `active`: 1 enters the active phase, 0 leaves it.
 
-    The kernel's document says `echo 1` for the abort too. That is its mistake: a write of the value
-    `active` already has succeeds and does nothing.
+    The kernel's document says `echo 1` for the abort too. That is a mistake: writing the value that `active` already
+    has succeeds and does nothing.
     """
 
     generation = Generation.sysfs

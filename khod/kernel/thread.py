@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one thread every call that changes the kernel is made in.
+"""The one thread for every call that changes the kernel.
 
-v3's ftrace producer takes a lock at activation and drops it at abort, so both writes must come from
-one long-lived thread; and a sysfs write that blocks (the kernel serializes under a mutex, without a
-time limit) must never block the daemon. What only asks the kernel has a thread of its own
-(`Workers.observer`), so that a question that hangs keeps no undo from its work. The outgoing tree is read
-in this one: a read while another thread leaves the active phase is v3's deadlock.
+v3's ftrace producer takes a lock at activation and releases it at abort, so both writes must come from one long-lived
+thread. A sysfs write that blocks (the kernel serializes under a mutex, without a time limit) must never block the
+daemon. Calls that only ask the kernel have a thread of their own (`Workers.observer`), so that a hanging question does
+not delay an undo. The outgoing tree is read in this thread, because v3 deadlocks if it is read while another thread
+leaves the active phase.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from khod.concurrency.worker import Worker
 
 
 class KernelThread(Worker):
-    """The kernel's thread."""
+    """The thread for calls that change the kernel."""
 
     def __init__(self) -> None:
         super().__init__("kernel", "The kernel")
@@ -26,20 +26,20 @@ def _disk_worker() -> Worker:
 
 @dataclass(frozen=True)
 class Workers:
-    """Whose threads which calls are made in: what hangs in one holds up nothing in another."""
+    """The threads for each kind of call: a call that hangs in one of them does not delay the others."""
 
     kernel: Worker = field(default_factory=KernelThread)
     """Calls that change the kernel, and reads of its outgoing tree."""
     observer: Worker = field(default_factory=lambda: Worker("observer", "The kernel", max_waiting=64))
-    """How the kernel stands."""
+    """Reads of the kernel's state."""
     disk: Worker = field(default_factory=_disk_worker)
-    """The record and the snapshot, in the order they were written."""
+    """Writes of the record and the snapshot, in order."""
     files: Worker = field(default_factory=lambda: Worker("files", "A file system", threads=2))
-    """Images that are read, and sync(2) before anyone is frozen."""
+    """Reads of images, and sync(2) before any producer is frozen."""
     queries: Worker = field(default_factory=lambda: Worker("queries", "A check", threads=2, max_waiting=256))
-    """Checks, and whatever else is asked without being part of a handover."""
+    """Checks, and other questions that are not part of a handover."""
 
     def close_workers(self) -> None:
-        """Let every thread end after its last call."""
+        """End every thread after its last call."""
         for worker in (self.kernel, self.observer, self.disk, self.files, self.queries):
             worker.close()

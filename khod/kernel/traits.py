@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""In what the generations differ for those above the kernel: they ask for a trait, never which generation it is."""
+"""The differences between generations, as traits: code above `khod.kernel` asks for these, never for the generation."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from khod.model import Generation
 
 @dataclass(frozen=True)
 class Traits:
-    """What is true of a generation, also of one that an earlier kernel of this host had.
+    """The traits of a generation, which may also be that of an earlier kernel of this host.
 
     `one_tree`: producers are nodes of the root, which names each page (v3); later each has a blob of its own.
     `copies_tree`: kexec_file_load(2) copies the tree into the image, after the kernel has allocated it in one piece
-    (v3); later ones pass on an address. `has_parameter`: `kho=` switches it on (mainline). `debugfs_writes`: it is
-    driven by a debugfs file that is written (6.16 to 7.0), which lockdown closes: debugfs_locked_down() in
+    (v3); later generations pass on an address. `has_parameter`: `kho=` switches it on (mainline). `debugfs_writes`: it
+    is driven by writing a debugfs file (6.16 to 7.0), which lockdown forbids: debugfs_locked_down() in
     fs/debugfs/file.c.
     """
 
@@ -35,12 +35,12 @@ _TRAITS = {
 
 
 def traits_of(generation: Generation) -> Traits:
-    """The traits of a generation; those of a kernel without KHO are the later ones'."""
+    """Return the traits of a generation; without KHO, those of the later ones."""
     return _TRAITS.get(generation, _OTHERS)
 
 
 def kernel_producers(tree: Tree, generation: Generation) -> dict[str, object]:
-    """Each kernel producer's state by name, as two trees of one generation can be compared."""
+    """Return each kernel producer's state by name, in a form that compares with another tree of that generation."""
     if not traits_of(generation).one_tree:
         return dict(tree.blobs)
     try:
