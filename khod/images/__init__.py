@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Kernel and initrd images: taken into memory once, looked at there, loaded from there."""
+"""Kernel and initrd images: read into memory once, examined there, and loaded from there."""

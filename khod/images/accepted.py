@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the kernel's own decompressors take of an initrd's part, where they take less than the tools make.
+"""What the kernel's own decompressors accept of an initrd's part, which is less than the tools can make.
 
-lib/decompress_*.c, lib/xz and usr/Kconfig: the same in every kernel from 6.16 to 7.3.
+The sources are lib/decompress_*.c, lib/xz and usr/Kconfig, the same in every kernel from 6.16 to 7.3.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ OPTIONS = {
     "lz4": "CONFIG_RD_LZ4",
     "zstd": "CONFIG_RD_ZSTD",
 }
-"""What a kernel must be built with to unpack a part: decompress_method() says `not configured` otherwise."""
+"""The option that a kernel needs to unpack a part; decompress_method() says `not configured` without it."""
 
 INITRD = "CONFIG_BLK_DEV_INITRD"
-"""What it must be built with to take an initrd at all."""
+"""The option that a kernel needs to accept an initrd at all."""
 
 # __gunzip() skips ten bytes and a name; whatever else a header may have it would unpack as data.
 GZIP_FLAGS, GZIP_FTEXT, GZIP_FNAME = 3, 0x01, 0x08
@@ -44,9 +44,9 @@ XZ_REMEDY = "Pack it with: xz --check=crc32"
 
 
 def required_options(method: str, data: memoryview, where: str) -> set[str]:
-    """Name the options a kernel must be built with to unpack the part `data` begins with.
+    """Return the options that a kernel needs to unpack the part at the start of `data`.
 
-    Refused where no kernel does, whatever it was built with.
+    Raises Refused if no kernel unpacks it, with any options.
     """
     if check := _CHECKS.get(method):
         return {OPTIONS[method], *check(data, where)}

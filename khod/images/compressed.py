@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The compressions a kernel build and an initrd may use, unpacked in bounded pieces.
+"""The compression methods of kernel builds and initrds, unpacked in bounded pieces.
 
-scripts/Makefile.lib makes them, lib/decompress_*.c and this module take them apart. No piece is larger
-than an lz4 block, and nothing goes on past `limit`: a decompression bomb costs no more than that.
+scripts/Makefile.lib packs with them; lib/decompress_*.c and this module unpack them. No piece is larger than an lz4
+block, and unpacking stops at `limit`, which bounds the cost of a decompression bomb.
 """
 
 import bz2
@@ -32,19 +32,19 @@ MAGIC = {
     b"\x89LZO": "lzo",  # named only: no maintained library unpacks it
 }
 HEAD_BYTES = max(map(len, MAGIC))
-"""Bytes `recognise_method` needs."""
+"""The number of bytes that `recognise_method` needs."""
 
 
 def recognise_method(head: bytes) -> str:
-    """Name the compression by its first bytes; "" where it is none."""
+    """Return the compression method by the first bytes; "" if it is none."""
     return next((name for magic, name in MAGIC.items() if head.startswith(magic)), "")
 
 
 def unpack_stream(method: str, data: memoryview, limit: int, where: str) -> Pieces:
-    """Unpack the one stream `data` begins with, piece by piece; what it returns is its length in `data`.
+    """Unpack the stream at the start of `data` in pieces; the return value is its length in `data`.
 
-    `limit` bounds the sum of the pieces, in bytes. Refused where the stream is damaged or truncated, where
-    it holds more than `limit`, or where nothing here unpacks it.
+    `limit` bounds the sum of the pieces, in bytes. Raises Refused if the stream is damaged or truncated, unpacks to
+    more than `limit`, or uses a method that khod does not unpack.
     """
     if method not in METHODS:
         how = f"with {method}" if method else "in a way no kernel build uses"
@@ -64,7 +64,7 @@ def unpack_stream(method: str, data: memoryview, limit: int, where: str) -> Piec
 
 
 def damaged_error(method: str, error: Exception, where: str) -> Refused:
-    """Say that what was packed cannot be unpacked."""
+    """Return the refusal of packed data that is damaged."""
     reason = str(error) or type(error).__name__
     return Refused(
         f"What {method} packed in it is damaged: {reason}", where=where, remedy="Copy the file again, or make it again."
@@ -72,7 +72,7 @@ def damaged_error(method: str, error: Exception, where: str) -> Refused:
 
 
 def too_large_error(limit: int, where: str) -> Refused:
-    """Say that it unpacks to more than `limit` bytes."""
+    """Return the refusal of data that unpacks to more than `limit` bytes."""
     return Refused(
         f"It unpacks to more than the {limit} bytes allowed",
         where=where,
@@ -140,7 +140,7 @@ def _unpack_zstd(data: memoryview) -> Pieces:
 
 
 def _zstd_frame(data: memoryview) -> int:
-    """Measure a frame by its blocks (RFC 8878, 3.1.1): the library does not say where one ended."""
+    """Return the length of a frame by its blocks (RFC 8878, 3.1.1): the library does not report it."""
     import zstandard  # noqa: PLC0415 - khod at rest does without
 
     parameters = zstandard.get_frame_parameters(data[:FEED_BYTES])
@@ -148,7 +148,7 @@ def _zstd_frame(data: memoryview) -> int:
     while not last:
         header = int.from_bytes(data[at : at + 3], "little")
         last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
-        at += 3 + (1 if kind == 1 else size)  # of a run, one byte stands there
+        at += 3 + (1 if kind == 1 else size)  # a run is one byte long
         if at > len(data):
             raise ValueError(_TRUNCATED)
     at += 4 * parameters.has_checksum
@@ -159,7 +159,7 @@ def _zstd_frame(data: memoryview) -> int:
 
 def _unpack_lz4(data: memoryview) -> Pieces:
     room = bytearray(LZ4_BLOCK_BYTES)
-    gathered = bytearray()  # a file may have millions of blocks of a byte, and a piece costs more than that
+    gathered = bytearray()  # a file may have millions of one-byte blocks, and a piece costs more than that
     walk = find_lz4_blocks(data)
     while True:
         try:
@@ -176,10 +176,10 @@ def _unpack_lz4(data: memoryview) -> Pieces:
 
 
 def find_lz4_blocks(data: memoryview) -> Generator[tuple[int, int], None, int]:
-    """Find the blocks of the legacy frames `data` begins with, their places and sizes; ValueError where they are cut.
+    """Yield offset and size of each block of the legacy frames at the start of `data`; ValueError if one is cut off.
 
-    There is no end mark, so it goes on to a zero, or to the four bytes a kernel build appends; what it returns is the
-    place behind the last block.
+    There is no end mark, so the frames end at a zero, or at the four bytes that a kernel build appends. The return
+    value is the offset after the last block.
     """
     at = LZ4_LENGTH_BYTES  # the magic, which may be all there is
     while len(data) - at > LZ4_LENGTH_BYTES:
@@ -199,7 +199,7 @@ def find_lz4_blocks(data: memoryview) -> Generator[tuple[int, int], None, int]:
 
 
 def unpack_lz4_block(packed: memoryview, room: bytearray) -> int:
-    """Unpack one block into `room`, the bytes of it; ValueError where it is damaged, or stands for more than that."""
+    """Unpack one block into `room` and return its length; ValueError if it is damaged or too large."""
     import cramjam  # noqa: PLC0415 - khod at rest does without
 
     try:

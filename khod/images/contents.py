@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What stands in a kernel's code and data: its release, its configuration, the KHO formats it knows."""
+"""Search a kernel's code and data for its release, its configuration and the KHO formats it knows."""
 
 import re
 import zlib
@@ -12,7 +12,7 @@ from khod.images import elf
 from khod.images.elf import Read
 
 MARKS = ("dt_max",)
-"""Words that tell v3's KHO from mainline's: names of files only v3 has."""
+"""Words that distinguish v3's KHO from mainline's: names of files that only v3 has."""
 
 WINDOW_BYTES = 64 << 10  # bytes that stay in the processor's cache while they are searched three times
 OVERLAP_BYTES = 256  # bytes looked at twice: more than the longest string of interest
@@ -20,15 +20,15 @@ MAX_NAME_BYTES = 64
 MAX_CONFIG_BYTES = 4 << 20  # bytes; an allyesconfig is 300 kB
 
 VERSION = re.compile(rb"-v[0-9]{1,4}\0")
-# A string of its own (in a struct, a pointer's bytes may come before it), or the end of one that a linker has merged
-# it into: names we know are cut out of that.
+# A format name is a string of its own (in a struct, the bytes of a pointer may precede it), or the end of a string that
+# a linker has merged it into; known names are cut out of such a string.
 WHOLE = re.compile(rb"(?:^|[^ -~])([a-z][a-z0-9,_-]*)$")
 TAIL = re.compile(rb"(kho|kho-test|luo|luo-session|memfd|memblock|reserve-mem|ftrace(?:,array|,cpu)?)$")
 MAX_VERSIONS = 100_000  # versions: a kernel has hundreds
 LINUX = b"Linux version "  # init/version-timestamp.c: linux_banner
 BANNER = re.compile(LINUX + rb"([0-9][^ \0]{0,63}) ")
 BUILD = re.compile(r"\) #[0-9]")
-"""What the banner in use has, and the weak one before it, which init/version.c is built with, has not (7.3.4)."""
+"""What the banner in use contains, and not the weak one before it, with which init/version.c is built (7.3.4)."""
 MAX_BANNERS = 16
 MAX_BANNER_BYTES = 512  # bytes: the release, who built it where, the compiler and linker, and UTS_VERSION
 IKCFG_ST = b"IKCFG_ST"  # kernel/configs.c
@@ -37,7 +37,7 @@ IKCONFIG = IKCFG_ST + b"\x1f\x8b\x08"
 
 @dataclass(frozen=True)
 class Contents:
-    """What was found; the fields are `khod.images.kernel.KernelImageInfo`'s."""
+    """What was found; the fields are those of `khod.images.kernel.KernelImageInfo`."""
 
     version: str
     config: str | None
@@ -47,9 +47,9 @@ class Contents:
 
 
 def scan_image(read: Read, size: int, where: str) -> Contents:
-    """Search a kernel of `size` bytes, uncompressed; in a vmlinux only where its constants lie.
+    """Search an uncompressed kernel of `size` bytes; in a vmlinux only the sections with its constants.
 
-    Refused where it is made of more versions than can be looked at.
+    Raises Refused if it has more version strings than MAX_VERSIONS.
     """
     version, banner, config, marks = "", "", None, set[str]()
     names, count = set[str](), 0
@@ -77,15 +77,15 @@ def scan_image(read: Read, size: int, where: str) -> Contents:
 
 
 def _banner_line(text: bytes) -> str:
-    """The banner as /proc/version gives it, less its line's end."""
+    """Return the banner as in /proc/version, without its line end."""
     return re.split(rb"[\0\n]", text)[0].decode(errors="replace").rstrip()
 
 
 def _constant_windows(read: Read, size: int) -> Iterator[tuple[int, int, bytes, bool]]:
-    """What is not code, in pieces that overlap.
+    """Yield what is not code, in overlapping windows.
 
-    Where each begins, how many of its bytes were seen before, its bytes, and whether they are constants, among which
-    all is but the names in structs.
+    A window is: its offset, how many of its bytes were seen before, its bytes, and whether they are constants.
+    Constants contain everything except the names in structs.
     """
     found = elf.read_elf(read)
     sections = [
@@ -103,13 +103,13 @@ def _constant_windows(read: Read, size: int) -> Iterator[tuple[int, int, bytes, 
 
 
 def _format_names(text: bytes, start: int, end: int) -> set[str]:
-    """The names that end in the version `text[start:end]`."""
+    """Return the format names that end in the version `text[start:end]`."""
     before, version = text[max(start - MAX_NAME_BYTES, 0) : start], text[start:end]
     return {(found[1] + version).decode() for pattern in (WHOLE, TAIL) if (found := pattern.search(before))}
 
 
 def _drop_foreign(names: set[str]) -> set[str]:
-    """Leave out device tree names (`arm,gic-v3`): with a comma, only the parts of a format that is there too."""
+    """Remove device tree names (`arm,gic-v3`): a name with a comma stays only if its first part is also a format."""
     families = {name.rpartition("-v")[0] for name in names}
     return {name for name in names if "," not in name or name.partition(",")[0] in families}
 

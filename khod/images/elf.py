@@ -28,7 +28,7 @@ Read = Callable[[int, int], bytes | memoryview]  # offset, length: what is there
 
 @dataclass(frozen=True)
 class ElfSection:
-    """Where a section's contents lie in the file, in bytes."""
+    """The place of a section's contents in the file, in bytes."""
 
     name: str
     offset: int
@@ -37,7 +37,7 @@ class ElfSection:
 
 @dataclass(frozen=True)
 class Elf:
-    """A vmlinux: its processor ("" if unknown), bytes it spans in physical memory, its alignment, and where it ends."""
+    """A vmlinux: processor ("" if unknown), bytes it spans in physical memory, alignment, and its end in the file."""
 
     arch: str
     memory: int
@@ -47,7 +47,7 @@ class Elf:
 
 
 def read_elf(at: Read) -> Elf | None:
-    """Read the headers; None where it is no ELF64 file or loads nothing. A stripped one may have no sections."""
+    """Read the headers; None if it is not an ELF64 file or loads nothing. A stripped one may have no sections."""
     head = bytes(at(0, EHDR_SIZE))
     if len(head) < EHDR_SIZE or not head.startswith(MAGIC) or head[5] not in ORDER:
         return None
@@ -83,5 +83,5 @@ def _read_sections(at: Read, order: str, shoff: int, shnum: int, shstrndx: int) 
 
 
 def _whole_entries(table: bytes | memoryview, entry: int) -> bytes | memoryview:
-    """Drop an entry that the file's end cuts."""
+    """Drop an entry that is cut off by the end of the file."""
     return table[: len(table) // entry * entry]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What each architecture's kernel image says in its header, and what its kexec_file_load(2) takes.
+"""The headers of each architecture's kernel image, and what its kexec_file_load(2) accepts.
 
-The formats are in Documentation/arch/{x86/boot,arm64/booting,riscv/boot-image-header}.rst, and for loongarch
-and s390 in arch/loongarch/include/asm/image.h and arch/s390/include/asm/setup.h.
+The formats are in Documentation/arch/{x86/boot,arm64/booting,riscv/boot-image-header}.rst, and for loongarch and s390
+in arch/loongarch/include/asm/image.h and arch/s390/include/asm/setup.h.
 """
 
 import struct
@@ -24,7 +24,7 @@ LOADS: dict[str, tuple[str, ...]] = {
 # COMMAND_LINE_SIZE less the NUL; x86 and s390 name their own in the header. loongarch's loader puts `kexec_file` and
 # `initrd=START,SIZE` in front.
 CMDLINE = {"aarch64": 2047, "riscv64": 1023, "loongarch64": 4095 - 64, "ppc64le": 2047, "s390x": 894}
-ELFCOREHDR = 30  # MAX_ELFCOREHDR_STR_LEN, which x86's loader wants free whether it loads for a crash or not
+ELFCOREHDR = 30  # MAX_ELFCOREHDR_STR_LEN, which x86's loader keeps free, also for a load that is not for a crash
 SECTOR, PARAGRAPH, MIB2 = 512, 16, 2 << 20
 
 # The setup header, struct setup_header
@@ -35,7 +35,7 @@ SETUP_END = 0x268
 LOADED_HIGH, XLF_KERNEL_64, XLF_CAN_BE_LOADED_ABOVE_4G, XLF_5LEVEL = 1, 1 << 0, 1 << 1, 1 << 5
 PROTOCOL = 0x020C
 
-# The 64 bytes arm64, riscv and loongarch agree on: text_offset, image_size or their like, and a magic at 56
+# The 64 bytes that arm64, riscv and loongarch share: text_offset, image_size or similar, and a magic at 56
 FLAT, FLAT_MAGIC, FLAGS = 64, slice(56, 60), 24
 BIG_ENDIAN = 1  # bit 0 of arm64's flags, and of riscv's
 ARM64_PAGE_SIZES = (0, 4096, 16384, 65536)  # bits 1 and 2; 0 for a kernel that does not say it
@@ -48,9 +48,9 @@ RELEASE = 64  # bytes: __NEW_UTS_LEN
 
 @dataclass(frozen=True)
 class Header:
-    """A kernel image by its header; the fields are `khod.images.kernel.KernelImageInfo`'s.
+    """A kernel image by its header; the fields are those of `khod.images.kernel.KernelImageInfo`.
 
-    `payload` is where a compressed kernel lies in it (offset and length in bytes), None where it is not compressed.
+    `payload` is the place of the compressed kernel (offset and length in bytes), None if it is not compressed.
     """
 
     format: str
@@ -70,7 +70,7 @@ class Header:
 
 
 def read_header(view: memoryview, machine: str, where: str) -> Header | None:
-    """Recognise a kernel image, `machine`'s own formats first; None where it is none, Refused where it is cut off."""
+    """Recognise a kernel image, `machine`'s own formats first; None if it is not one, Refused if it is cut off."""
     for reader in sorted(_READERS, key=lambda reader: _READERS[reader] != machine):
         if header := reader(view, where):
             return header
@@ -78,7 +78,7 @@ def read_header(view: memoryview, machine: str, where: str) -> Header | None:
 
 
 def check_machine(header: Header, machine: str, where: str) -> None:
-    """Raise Refused where `machine`'s kexec_file_load(2) does not take the image."""
+    """Raise Refused if `machine`'s kexec_file_load(2) does not accept the image."""
     takes = LOADS.get(machine, ())
     if header.arch != machine:
         raise Refused(
@@ -108,7 +108,7 @@ def _read_bzimage(view: memoryview, where: str) -> Header | None:
     offset, length = struct.unpack_from("<II", view, PAYLOAD)
     if setup_size + offset + length > len(view):
         raise pe.truncated_error("its compressed kernel", setup_size + offset + length, len(view), where)
-    if alignment & (alignment - 1):  # <asm/boot.h> lets no other be built, and the loader's ALIGN_DOWN() wants it
+    if alignment & (alignment - 1):  # <asm/boot.h> allows no other, and the loader's ALIGN_DOWN() needs it
         raise Refused(
             f"The image is damaged: its header names an alignment of {alignment:#x}, which is not a power of two",
             where=where,
@@ -131,7 +131,7 @@ def _read_bzimage(view: memoryview, where: str) -> Header | None:
 
 
 def _check_bzimage(view: memoryview, where: str) -> None:
-    """Raise Refused where one of bzImage64_probe()'s conditions does not hold."""
+    """Raise Refused if one of bzImage64_probe()'s conditions is not met."""
     (protocol,) = struct.unpack_from("<H", view, VERSION)
     (xload,) = struct.unpack_from("<H", view, XLOADFLAGS)
     wrong = [
@@ -220,7 +220,7 @@ _READERS: dict[Callable[[memoryview, str], Header | None], str] = {
 
 
 def _require_size(size: int, where: str) -> None:
-    """The loaders refuse an Image of before Linux 3.17, which does not name its size."""
+    """Raise Refused for an Image from before Linux 3.17, which has no size in its header: the loaders refuse it."""
     if size == 0:
         raise Refused(
             "The image's header names no size, and kexec_file_load(2) does not take that",
@@ -230,7 +230,7 @@ def _require_size(size: int, where: str) -> None:
 
 
 def _read_flags(view: memoryview, where: str) -> int:
-    """Give the header's flags; Refused for a kernel of the other byte order, which reads KHO's numbers as others."""
+    """Return the header's flags; raise Refused for a kernel of the other byte order, which misreads KHO's numbers."""
     (flags,) = struct.unpack_from("<Q", view, FLAGS)
     if flags & BIG_ENDIAN:
         raise Refused(

@@ -15,12 +15,12 @@ from khod.images.sealed import ALIGNMENT, Sealed
 MAGIC, MAGIC_CRC = b"070701", b"070702"
 DIGIT = ord("0")  # an archive's first byte
 HEADER = 110  # bytes: the magic, and thirteen hexadecimal numbers of eight digits
-MODE, FILESIZE, NAMESIZE, CHECK = 1, 6, 11, 12  # their places among the numbers
+MODE, FILESIZE, NAMESIZE, CHECK = 1, 6, 11, 12  # their positions among the numbers
 TRAILER = b"TRAILER!!!"
 PATH_MAX = 4096
 PIECE_BYTES = 1 << 20
 MAX_PARTS = 1000
-"""Parts, each compressed by itself: one that packs nothing is 20 bytes long, and takes as long to begin as any."""
+"""The number of parts; an empty compressed part is 20 bytes long, and takes as long to start as any other."""
 NOT_ZERO = re.compile(rb"[^\0]")
 BOOTCONFIG, BOOTCONFIG_NUMBERS = b"#BOOTCONFIG\n", struct.Struct("<II")  # include/linux/bootconfig.h: size, checksum
 BOOTCONFIG_PADDING = 3
@@ -31,13 +31,13 @@ LZ4_FRAME = b"\x04\x22\x4d\x18"  # what `lz4` makes without -l
 
 @dataclass(frozen=True)
 class Initrd:
-    """What an initrd holds.
+    """The contents of an initrd.
 
-    `formats` are those of its parts in order, for instance ("cpio", "zstd"); `files` counts its entries, `unpacked`
-    the bytes of its archives. `init` tells whether the program to start is among them, and `opaque`, where not "",
-    why a part could not be looked into: then `files` and `init` say nothing of that part. `needs` names the options a
-    kernel must be built with to unpack it, `modules` the kernels whose modules are in it, by lib/modules, and
-    `bootconfig` is the length in bytes of the boot configuration at its end, which the kernel cuts off first.
+    `formats` are those of its parts in order, for instance ("cpio", "zstd"). `files` is the number of entries,
+    `unpacked` the bytes of its archives. `init` tells whether the program to start is among them. `opaque`, if not "",
+    says why a part could not be examined; `files` and `init` then do not cover that part. `needs` names the options
+    that a kernel needs to unpack it, `modules` the kernels whose modules are in it, by lib/modules. `bootconfig` is the
+    length in bytes of the boot configuration at its end, which the kernel cuts off first.
     """
 
     formats: tuple[str, ...]
@@ -51,10 +51,10 @@ class Initrd:
 
 
 def inspect_initrd(image: Sealed, limit: int, init: str = "init", *, last: bool = True) -> Initrd:
-    """Walk every archive of an initrd to its end; Refused, with where, where the kernel could not unpack all of it.
+    """Walk every archive of an initrd to its end; raise Refused, with the place, if the kernel could not unpack it all.
 
-    `limit` is the most bytes it may unpack to, `init` the path in it that will be started. A boot configuration is
-    looked for where the initrd is the `last` of those that are joined, and there alone, as the kernel does.
+    `limit` is the maximum of unpacked bytes, `init` the path of the program to start. A boot configuration is looked
+    for only in the `last` of the joined initrds, as the kernel does.
     """
     view = image.view()
     bootconfig = _bootconfig_size(view, image.name) if last else 0
@@ -103,9 +103,9 @@ def inspect_initrd(image: Sealed, limit: int, init: str = "init", *, last: bool 
 
 
 def _bootconfig_size(view: memoryview, where: str) -> int:
-    """Measure what get_boot_config_from_initrd() cuts off (init/main.c); 0 bytes where nothing is there.
+    """Return the bytes that get_boot_config_from_initrd() cuts off (init/main.c), or 0 without a boot configuration.
 
-    It does so with and without CONFIG_BOOT_CONFIG. A boot loader may have padded it by up to three bytes.
+    The kernel does so with and without CONFIG_BOOT_CONFIG. A boot loader may have padded it by up to three bytes.
     """
     tail = bytes(view[-len(BOOTCONFIG) - BOOTCONFIG_PADDING :])
     found = tail.rfind(BOOTCONFIG)
@@ -124,7 +124,7 @@ def _bootconfig_size(view: memoryview, where: str) -> int:
 
 
 def _walk_compressed(walk: "_Walk", method: str, view: memoryview, at: int, limit: int) -> int:
-    """Walk one compressed part; its bytes in the file."""
+    """Walk one compressed part and return its bytes in the file."""
     lengths: list[int] = []
 
     def pieces() -> Iterator[bytes]:
@@ -144,7 +144,7 @@ def _walk_compressed(walk: "_Walk", method: str, view: memoryview, at: int, limi
 
 
 class _Stream:
-    """Bytes that come in pieces; `at` is the offset of the next one."""
+    """A stream of bytes in pieces; `at` is the offset of the next byte."""
 
     def __init__(self, pieces: Iterator[bytes] | Iterator[memoryview], at: int) -> None:
         self._pieces = pieces
@@ -153,7 +153,7 @@ class _Stream:
         self.at = at
 
     def peek_byte(self) -> int | None:
-        """The next byte, None at the end."""
+        """Return the next byte, or None at the end."""
         while self._used == len(self._piece):
             piece = next(self._pieces, None)
             if piece is None:
@@ -162,7 +162,7 @@ class _Stream:
         return self._piece[self._used]
 
     def read_chunks(self, length: int) -> Iterator[bytes | memoryview]:
-        """The next `length` bytes in pieces, fewer at the end."""
+        """Yield the next `length` bytes in pieces, fewer at the end."""
         while length and self.peek_byte() is not None:
             chunk = self._piece[self._used : self._used + length]
             self._used += len(chunk)
@@ -171,11 +171,11 @@ class _Stream:
             yield chunk
 
     def read_bytes(self, length: int) -> bytes:
-        """The next `length` bytes, fewer at the end."""
+        """Return the next `length` bytes, fewer at the end."""
         return b"".join(self.read_chunks(length))
 
     def skip_zeros(self) -> None:
-        """Go on to the next byte that is none."""
+        """Skip to the next byte that is not zero."""
         while self.peek_byte() is not None:
             found = NOT_ZERO.search(self._piece, self._used)
             end = found.start() if found else len(self._piece)
@@ -186,7 +186,7 @@ class _Stream:
 
 
 class _Walk:
-    """What was seen so far; it raises Refused where the kernel would stop."""
+    """The state of the walk; its methods raise Refused where the kernel would stop."""
 
     def __init__(self, where: str, init: str) -> None:
         self.where = where
@@ -196,10 +196,10 @@ class _Walk:
         self.init_seen = False
         self.modules = set[str]()
         self.is_located = False
-        """Whether the refusal names the place."""
+        """Whether the refusal already names the place."""
 
     def walk_archive(self, stream: _Stream, within: str) -> None:
-        """Walk entries, trailers and zeros up to something else; `within` says what the offsets count in."""
+        """Walk entries, trailers and zeros until other data; `within` says what the offsets are relative to."""
         while (byte := stream.peek_byte()) in (0, DIGIT):
             if byte == 0:
                 stream.skip_zeros()
@@ -209,7 +209,7 @@ class _Walk:
                 self._walk_entry(stream, within)
 
     def damaged_error(self, what: str, at: int, within: str) -> Refused:
-        """Word the refusal."""
+        """Return the refusal of a damaged initrd."""
         self.is_located = True
         return Refused(
             f"The initrd is damaged: {what} at byte {at}{within}",
@@ -246,7 +246,7 @@ class _Walk:
                 self.modules.add(tree[1].decode(errors="replace"))
 
     def _read_name(self, stream: _Stream, size: int, start: int, within: str) -> bytes:
-        """Read an entry's name; "" where the kernel skips the entry."""
+        """Read an entry's name; b"" if the kernel skips the entry."""
         padded = size + -(HEADER + size) % ALIGNMENT
         if not 0 < size <= PATH_MAX:
             skipped = sum(len(chunk) for chunk in stream.read_chunks(padded))

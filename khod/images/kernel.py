@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A kernel image taken apart: down to what the running kernel's loader takes, and what that says of itself."""
+"""Unpack a kernel image down to what the running kernel's loader accepts, and describe it."""
 
 import enum
 import re
@@ -28,7 +28,7 @@ NO_CONTENTS = Contents("", None, frozenset(), frozenset())
 
 
 class Signature(enum.Enum):
-    """How an image is signed: in its PE certificate table, or as a module is, after its end."""
+    """How an image is signed: in its PE certificate table, or appended after its end, like a module."""
 
     none = "none"
     pe = "pe"
@@ -37,19 +37,19 @@ class Signature(enum.Enum):
 
 @dataclass(frozen=True)
 class KernelImageInfo:
-    """What a kernel image says of itself, as the running kernel's loader will be given it.
+    """What a kernel image says about itself, in the form that the running kernel's loader will be given.
 
-    `format` is bzImage, Image (arm64, riscv, s390), vmlinux.efi (loongarch) or vmlinux; `arch` is uname -m's word,
-    `version` uname -r's ("" where it has none). In bytes: `cmdline_limit` without the NUL, what this architecture's
-    loader leaves of it; `size` of the file; `setup_size` of x86's real-mode part, which is not in the kernel's
-    segment; `memory` it needs to start (x86 init_size, image_size, the span of an ELF's PT_LOADs); `alignment`;
-    `text_offset` (arm64, riscv, loongarch). `config` is the embedded configuration (IKCONFIG), `compatible` the KHO
-    formats it knows, `marks` which of MARKS it has; where `opaque` is not "", it says why none of these is known.
+    `format` is bzImage, Image (arm64, riscv, s390), vmlinux.efi (loongarch) or vmlinux; `arch` is as in uname -m,
+    `version` as in uname -r ("" if it has none). In bytes: `cmdline_limit`, what this architecture's loader allows,
+    without the NUL; `size` of the file; `setup_size` of x86's real-mode part, which is not in the kernel's segment;
+    `memory` it needs to start (x86 init_size, image_size, the span of an ELF's PT_LOADs); `alignment`; `text_offset`
+    (arm64, riscv, loongarch). `config` is the embedded configuration (IKCONFIG), `compatible` the KHO formats it knows,
+    `marks` which of MARKS it has; if `opaque` is not "", it says why none of these three is known.
 
-    Of x86's header: `pref_address`, below which it is not placed; `relocatable`, whether it may run elsewhere;
-    `five_level`, whether it can be started with five levels of page tables. `page_size` in bytes is what arm64's header
-    or the configuration says, 0 where neither does. `banner` is what /proc/version says in that kernel ("" where it was
-    not found): two builds of one version differ in it.
+    From x86's header: `pref_address`, below which it is not placed; `relocatable`, whether it may run elsewhere;
+    `five_level`, whether it can be started with five levels of page tables. `page_size` in bytes is that of arm64's
+    header or of the configuration, 0 if neither has it. `banner` is the content of /proc/version in that kernel ("" if
+    it was not found); it differs between two builds of one version.
     """
 
     format: str
@@ -75,10 +75,10 @@ class KernelImageInfo:
 
 @dataclass(frozen=True)
 class UnpackedImage:
-    """One file taken apart: what the loader is given, and what came with it. Owns its descriptors.
+    """One unpacked file: what the loader is given, and what came with it. It owns its descriptors.
 
-    `formats` from the outside in, for instance ("UKI", "bzImage"), ("zboot zstd", "Image"). `initrd`, `cmdline`,
-    `osrel` and `uname` are a unified kernel image's, None and "" where it has none.
+    `formats` are from the outside in, for instance ("UKI", "bzImage"), ("zboot zstd", "Image"). `initrd`, `cmdline`,
+    `osrel` and `uname` are those of a unified kernel image, None and "" without one.
     """
 
     formats: tuple[str, ...]
@@ -90,17 +90,17 @@ class UnpackedImage:
     about: KernelImageInfo
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.kernel.close()
         if self.initrd is not None:
             self.initrd.close()
 
 
 def unpack_image(image: Sealed, machine: str, limit: int) -> UnpackedImage:
-    """Unpack an image as far as `machine`'s (uname -m) kexec_file_load(2) needs, and look at what is in there.
+    """Unpack an image as far as kexec_file_load(2) of `machine` (uname -m) needs, and examine the kernel in it.
 
-    `limit` is the most bytes anything may unpack to. The bundle owns `image` then; where Refused is raised, because
-    this machine's loader cannot be given it or it is damaged, `image` stays the caller's.
+    `limit` is the maximum number of unpacked bytes. The result then owns `image`. Refused is raised if this machine's
+    loader does not accept the image or it is damaged; `image` then stays the caller's.
     """
     formats: list[str] = []
     kernel, parts, initrd = image, dict[str, memoryview](), None
@@ -144,7 +144,7 @@ _ANOTHER = "Give `kernel.image` a kernel image, for instance /boot/vmlinuz-VERSI
 def _outer_layer(
     view: memoryview, portable: Portable | None, where: str, limit: int
 ) -> tuple[str, Iterable[bytes | memoryview]] | None:
-    """Find what is around another file: its name, and what is in it, in pieces. None where nothing is."""
+    """Return the name of the outer format and the contents in pieces; None if no other file is inside."""
     parts = _uki_sections(view, portable)
     if (linux := parts.get(".linux")) is not None:
         if THIN_SECTION in parts:
@@ -163,9 +163,10 @@ def _outer_layer(
 
 
 def _uki_sections(view: memoryview, portable: Portable | None) -> dict[str, memoryview]:
-    """Give a unified kernel image's sections by name, as systemd-stub starts it; none where it is no such image.
+    """Return a unified kernel image's sections by name, as systemd-stub uses them; none if it is not such an image.
 
-    Where it has several profiles (.profile begins each), the first is started: its sections, before the common ones.
+    If it has several profiles (.profile begins each), the first is started: its own sections take precedence over the
+    common ones.
     """
     common, first = dict[str, Section](), dict[str, Section]()
     if portable is not None:
@@ -185,16 +186,17 @@ def _section_text(parts: dict[str, memoryview], name: str) -> str:
 
 
 def _command_line(section: memoryview) -> str:
-    """A unified kernel image's command line, which may be a file of several lines, as systemd-stub passes it on.
+    """Return a unified kernel image's command line as systemd-stub passes it on; it may be a file of several lines.
 
-    Up to a NUL; each control character is a space, those at the ends go: mangle_stub_cmdline() in src/boot/util.c.
+    It ends at a NUL; each control character becomes a space, and those at the ends are removed: mangle_stub_cmdline()
+    in src/boot/util.c.
     """
     text = bytes(section).decode(errors="replace").partition("\0")[0]
     return "".join(" " if char <= " " or char == "\x7f" else char for char in text).strip(" ")
 
 
 def _thin_error(parts: dict[str, memoryview], where: str) -> Refused:
-    """Word the refusal of an image whose sections are paths on its own file system (lanzaboote's stub, thin.rs)."""
+    """Return the refusal of an image whose sections are paths on its own file system (lanzaboote's stub, thin.rs)."""
     kernel, initrd = (_section_text(parts, name).replace("\\", "/") for name in (".linux", ".initrd"))
     return Refused(
         f"The image is a thin one, which holds no kernel and names {kernel} on its file system",
@@ -249,7 +251,7 @@ def _describe_kernel(
 
 
 def _page_size(config: str) -> int:
-    """The page size a configuration names (CONFIG_PAGE_SHIFT, every architecture's since 6.9), 0 where it does not."""
+    """Return the page size in a configuration (CONFIG_PAGE_SHIFT, on every architecture since 6.9), or 0."""
     found = re.search(r"^CONFIG_PAGE_SHIFT=([0-9]{1,2})$", config, re.MULTILINE)
     return 1 << int(found[1]) if found else 0
 
@@ -261,7 +263,7 @@ def _signature_kind(view: memoryview, portable: Portable | None) -> Signature:
 
 
 def _scan_contents(view: memoryview, head: Header, where: str, limit: int) -> Contents:
-    """Look at the kernel's code and data, unpacked in memory where they are compressed; Refused where that fails."""
+    """Examine the kernel's code and data, unpacked in memory if they are compressed; raise Refused if that fails."""
     if head.payload is None:
         return contents.scan_image(lambda offset, length: view[offset : offset + length], len(view), where)
     offset, length = head.payload

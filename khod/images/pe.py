@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The PE headers of EFI kernels and unified kernel images (PE Format, Microsoft), as far as they matter here."""
+"""The PE headers of EFI kernels and unified kernel images (PE Format, Microsoft), as far as khod needs them."""
 
 import struct
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from khod.errors import Refused
 DOS_HEADER, E_LFANEW = 0x40, 0x3C
 COFF = struct.Struct("<4sHHIIIHH")  # with the signature before it
 SECTION = struct.Struct("<8sIIII16x")
-OPTIONAL = {0x10B: 92, 0x20B: 108}  # PE32, PE32+: where NumberOfRvaAndSizes stands
+OPTIONAL = {0x10B: 92, 0x20B: 108}  # PE32, PE32+: the offset of NumberOfRvaAndSizes
 CERTIFICATE_TABLE = 4  # the data directory's index; its address is an offset in the file
 
 
 @dataclass(frozen=True)
 class Section:
-    """One section: where its contents lie in the file, in bytes."""
+    """One section, and the place of its contents in the file, in bytes."""
 
     name: str
     offset: int
@@ -24,7 +24,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Portable:
-    """A PE file: the processor it names, its sections in order, and the bytes of its certificate table."""
+    """A PE file: its processor, its sections in order, and the size of its certificate table in bytes."""
 
     machine: int
     sections: tuple[Section, ...]
@@ -32,9 +32,9 @@ class Portable:
 
 
 def read_pe(view: memoryview, where: str, file_size: int | None = None) -> Portable | None:
-    """Read a PE file's headers; None where it has none, Refused where it ends before what they name.
+    """Read a PE file's headers; None if it has none, Refused if the file ends before what they name.
 
-    `file_size` in bytes is given where `view` is only the file's beginning.
+    `file_size` in bytes is needed if `view` is only the beginning of the file.
     """
     size = len(view) if file_size is None else file_size
     if len(view) < DOS_HEADER or bytes(view[:2]) != b"MZ":
@@ -62,7 +62,7 @@ def _read_section(view: memoryview, at: int, file_size: int, where: str) -> Sect
 
 
 def _certificates_size(view: memoryview, at: int, size: int, file_size: int, where: str) -> int:
-    """Bytes of the certificate table, which a signature is in; 0 where there is none."""
+    """Return the size of the certificate table, which holds signatures, in bytes; 0 without one."""
     counts = OPTIONAL.get(int.from_bytes(view[at : at + min(size, 2)], "little"))
     if counts is None:
         return 0
@@ -76,7 +76,7 @@ def _certificates_size(view: memoryview, at: int, size: int, file_size: int, whe
 
 
 def truncated_error(what: str, promised: int, size: int, where: str) -> Refused:
-    """Word the refusal of a file that ends before what its headers name."""
+    """Return the refusal of a file that ends before what its headers name."""
     return Refused(
         f"The image is truncated: {what} ends at byte {promised}, the file at byte {size}",
         where=where,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files taken into a sealed memfd, before the blackout: what was checked is what gets loaded."""
+"""Files copied into a sealed memfd before the blackout, so that the bytes that were checked are loaded."""
 
 import fcntl
 import functools
@@ -21,7 +21,7 @@ ALIGNMENT = 4  # init/initramfs.c: where an archive may begin
 
 @dataclass(frozen=True)
 class Sealed:
-    """A file's contents, read-only for good: `fd` belongs to this object, `size` is in bytes."""
+    """The contents of a file, permanently read-only; the object owns `fd`, and `size` is in bytes."""
 
     fd: int
     size: int
@@ -29,16 +29,16 @@ class Sealed:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The contents' digest in hex, computed when it is first asked for."""
+        """The SHA-256 of the contents in hex, computed on first use."""
         return hashlib.sha256(self.view()).hexdigest()
 
     def view(self) -> memoryview:
-        """The contents, mapped for as long as the view or a slice of it is held."""
-        # Private: before 6.7 a write-sealed memfd could not be mapped shared, not even to be read.
+        """Map the contents, for as long as the view or a slice of it is held."""
+        # Private: before 6.7 a write-sealed memfd could not be mapped shared, not even for reading.
         return memoryview(mmap.mmap(self.fd, self.size, mmap.MAP_PRIVATE, mmap.PROT_READ))
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         os.close(self.fd)
 
     def __enter__(self) -> Self:
@@ -51,7 +51,7 @@ class Sealed:
 
 
 def seal_file(fd: int, role: str, name: str, limit: int) -> Sealed:
-    """Copy a regular file into a sealed memfd; UsageError or Refused where it cannot serve as `role`.
+    """Copy a regular file into a sealed memfd; raise UsageError or Refused if it cannot be used as `role`.
 
     `limit` in bytes bounds what a client can make khod hold. The given fd stays the caller's.
     """
@@ -69,7 +69,7 @@ def seal_file(fd: int, role: str, name: str, limit: int) -> Sealed:
 
 
 def seal_pieces(pieces: Iterable[bytes | memoryview], name: str) -> Sealed:
-    """Make a sealed memfd of pieces, one after the other; Refused where there are none, or no memory for them."""
+    """Write pieces into a sealed memfd, in order; raise Refused if they are empty or there is no memory for them."""
     memfd = os.memfd_create("khod-image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         size = 0
@@ -85,9 +85,9 @@ def seal_pieces(pieces: Iterable[bytes | memoryview], name: str) -> Sealed:
 
 
 def join_initrds(parts: Sequence[Sealed], name: str) -> Sealed:
-    """Put initrds one after the other, in order, each padded with zeros to 4 bytes, as the kernel unpacks them.
+    """Join initrds in order, each padded with zeros to 4 bytes, as the kernel unpacks them.
 
-    The parts stay the caller's. Refused where there is no memory for it.
+    The parts stay the caller's. Raises Refused if there is no memory for it.
     """
     return seal_pieces((piece for part in parts for piece in (part.view(), bytes(-part.size % ALIGNMENT))), name)
 
@@ -113,7 +113,7 @@ def _read_pieces(fd: int, role: str, name: str, limit: int) -> Iterator[memoryvi
 
 
 def _write_piece(memfd: int, piece: bytes | memoryview, at: int, name: str) -> int:
-    """Write all of a piece; the bytes written."""
+    """Write all of a piece and return its length in bytes."""
     length = len(piece)
     try:
         while piece:

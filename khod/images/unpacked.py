@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a kernel's payload unpacks to, as far as it is looked at: all of it kept, or of lz4's blocks one at a time.
+"""A kernel's unpacked payload, as far as it is read: all of it kept, or one lz4 block at a time.
 
-Memory that is touched for the first time costs more than lz4 does, so its blocks share one room: what nobody reads is
-unpacked, which proves that it is whole, and gone. Both are read at places, as a file is.
+Memory touched for the first time costs more than lz4 itself, so the blocks share one buffer. Blocks that nothing reads
+are unpacked, which proves that they are complete, and dropped. Both classes are read by offset, as a file is.
 """
 
 from bisect import bisect_right
@@ -13,10 +13,10 @@ from khod.images import compressed
 
 
 def unpack_payload(data: memoryview, said: int, limit: int, where: str) -> "Pieces | Blocks":
-    """Unpack what `data` begins with, to `limit` bytes at most.
+    """Unpack the start of `data`, to at most `limit` bytes.
 
-    `said` is the size, modulo 2^32, that a build noted: where one lz4 frame has it, it is taken by its blocks. Refused
-    where it is damaged, too large, or packed in a way that nothing here unpacks.
+    `said` is the size, modulo 2^32, that the build recorded; a single lz4 frame of that size is read by blocks. Raises
+    Refused if the payload is damaged, too large, or packed with a method that khod does not unpack.
     """
     method = compressed.recognise_method(bytes(data[: compressed.HEAD_BYTES]))
     if method == "lz4" and (spans := _single_frame(data, limit // compressed.LZ4_BLOCK_BYTES + 1)):
@@ -27,7 +27,10 @@ def unpack_payload(data: memoryview, said: int, limit: int, where: str) -> "Piec
 
 
 def _single_frame(data: memoryview, most: int) -> list[tuple[int, int]]:
-    """The blocks of a single frame, where there are no more than `most`; none where it is cut, or several frames."""
+    """Return the blocks of a single frame, at most `most`; none if there are more, or the frame is cut off.
+
+    The result is also empty for several frames.
+    """
     try:
         spans = list(islice(compressed.find_lz4_blocks(data), most + 1))
     except ValueError:
@@ -37,7 +40,7 @@ def _single_frame(data: memoryview, most: int) -> list[tuple[int, int]]:
 
 
 class Pieces:
-    """All of it: `size` in bytes, and what lies where."""
+    """A payload that is kept completely; `size` is in bytes."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = list(pieces)
@@ -45,7 +48,7 @@ class Pieces:
         self.size = self._ends[-1] if self._ends else 0
 
     def read_at(self, at: int, length: int) -> bytes:
-        """Give what is there, less at the end."""
+        """Return the bytes at an offset, fewer at the end."""
         first = bisect_right(self._ends, at)
         last = bisect_right(self._ends, at + length - 1)
         wanted, parts = at - (self._ends[first - 1] if first else 0), []
@@ -55,22 +58,22 @@ class Pieces:
         return b"".join(parts)
 
     def check_rest(self) -> None:
-        """All of it has been unpacked."""
+        """Do nothing: everything has been unpacked."""
 
 
 class Blocks:
-    """An lz4 frame's blocks, of which all but the last stand for 8 MiB and each for itself; best read front to back."""
+    """The blocks of an lz4 frame; each except the last is 8 MiB and independent. Reading front to back is fastest."""
 
     def __init__(self, data: memoryview, spans: list[tuple[int, int]], where: str) -> None:
-        """`spans` as `compressed.find_lz4_blocks` finds them, at least one; Refused where the last is damaged."""
+        """Take `spans` from `compressed.find_lz4_blocks`, at least one; raise Refused if the last block is damaged."""
         self._data, self._spans, self._where = data, spans, where
         self._room = bytearray(compressed.LZ4_BLOCK_BYTES)
-        self._last = bytes(self._unpack_block(len(spans) - 1))  # kept: a vmlinux ends in the table of its sections
-        self._held = self._done = -1  # the block in `_room`; all up to `_done` were there
+        self._last = bytes(self._unpack_block(len(spans) - 1))  # kept: a vmlinux has its section table at the end
+        self._held = self._done = -1  # the block in `_room`; the last block unpacked in order
         self.size = (len(spans) - 1) * compressed.LZ4_BLOCK_BYTES + len(self._last)
 
     def read_at(self, at: int, length: int) -> bytes:
-        """Give what is there, less at the end; Refused where it is damaged."""
+        """Return the bytes at an offset, fewer at the end; raise Refused if they are damaged."""
         parts = bytearray()
         end = min(at + length, self.size)
         while at < end:
@@ -83,7 +86,7 @@ class Blocks:
         return bytes(parts)
 
     def check_rest(self) -> None:
-        """Unpack what nobody has read; Refused where it is damaged."""
+        """Unpack what was not read; raise Refused if it is damaged."""
         while self._done < len(self._spans) - 2:
             self._unpack_next()
 
