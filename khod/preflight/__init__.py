@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What must hold before the kernel is touched: named checks, each with its evidence and a remedy.
+"""The checks before the kernel is touched: each has a name, evidence and a remedy.
 
-`khoctl check` shows them all; a handover is refused by the first that fails. `[checks]` of the configuration
-says what a finding of each amounts to.
+`khoctl check` shows them all; a handover is refused by the first that fails. `[checks]` of the configuration decides
+the weight of each check's findings.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
     "claims": holders.check_claims,
     "sessions": holders.check_sessions,
 }
-"""Those that need no image; one that has nothing to say is left out."""
+"""The checks that need no image; a check that returns None is left out."""
 
 IMAGE_CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
     "image": image.check_image,
@@ -48,13 +48,13 @@ IMAGE_CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
     "fit": image.check_fit,
     "signature": image.check_signature,
 }
-"""Those of the next kernel."""
+"""The checks of the next kernel."""
 
 
 def run_checks(facts: Facts) -> list[Check]:
-    """Run the checks of this host, or with a target those of the next kernel; what cannot be read is a finding.
+    """Run the checks of this host, or with a target those of the next kernel; an error in a check becomes a finding.
 
-    What they found of others' text (names, reasons, versions, command lines) is escaped: each is one line.
+    Text from others in the findings (names, reasons, versions, command lines) is escaped, so that each is one line.
     """
     checks = CHECKS if facts.target is None else IMAGE_CHECKS
     found = [(name, _run_check(name, function, facts)) for name, function in checks.items()]
@@ -66,13 +66,13 @@ def run_checks(facts: Facts) -> list[Check]:
 
 
 def unusable_check(name: str, error: Refused) -> Check:
-    """The check `name` of an image that could not even be taken into memory."""
+    """Return the failed check `name` for an image that could not be read into memory."""
     found = CheckFinding.from_error(error)
     return Check(name, found.result, printable(found.evidence), printable(found.remedy))
 
 
 def require_passed(checks: list[Check]) -> None:
-    """Raise what the first failed check amounts to: Unsupported or Refused."""
+    """Raise Unsupported or CheckFailed for the first failed check."""
     for check in checks:
         if check.result is CheckResult.unsupported:
             raise Unsupported(check.evidence, where=check.name, remedy=check.remedy)
@@ -81,7 +81,7 @@ def require_passed(checks: list[Check]) -> None:
 
 
 def overridden_findings(checks: list[Check]) -> list[str]:
-    """Say what was found by those that are switched off and would have refused the handover, a line each."""
+    """Return a line for each failure that is switched off and would have refused the handover."""
     return [f"going on all the same: {check.evidence}" for check in checks if check.result is CheckResult.off]
 
 
@@ -92,7 +92,7 @@ def _run_check(name: str, function: Callable[[Facts], CheckFinding | None], fact
         found = CheckFinding.from_error(error)
     except OSError as error:
         found = CheckFinding.fail_with(f"{error.filename}: {errno_text(error)}", "Run khod as root.")
-    except Exception as error:  # noqa: BLE001 - a kernel that says what nobody expects must not end the other checks
+    except Exception as error:  # noqa: BLE001 - unexpected output of a kernel must not end the other checks
         found = CheckFinding.fail_with(
             f"khod itself failed: {error!r}", f'Report it. To go on all the same: checks.{name} = "warn" in khod.toml'
         )
@@ -106,6 +106,6 @@ def _run_check(name: str, function: Callable[[Facts], CheckFinding | None], fact
 
 
 def configured_judgement(config: Config, name: str) -> str:
-    """What the configuration makes of a check: default, warn, fail or off."""
+    """Return how the configuration treats a check: default, warn, fail or off."""
     judgement: str = getattr(config.checks, name)
     return judgement

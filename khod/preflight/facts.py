@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the checks look at, and what each of them says."""
+"""The input of the checks, and the result of each."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +22,12 @@ from khod.target.target import Target
 
 @dataclass(frozen=True)
 class Facts:
-    """What the checks look at, in a thread of their own.
+    """The input of the checks, which run in a thread of their own.
 
-    `inhibitors` is None where nobody could be asked, `outgoing` where the kernel has no outgoing tree now or could not
-    be asked for it. `absent` are producers that were registered before khod was restarted and have not come back,
-    `unknown_sessions` LUO sessions of which no record says whose they are, `sighted` those of other processes. `now`
-    is for a jump that stops nothing.
+    `inhibitors` is None if logind could not be asked, `outgoing` if the kernel has no outgoing tree now or could not be
+    asked. `absent` are producers that were registered before khod was restarted and have not come back.
+    `unknown_sessions` are LUO sessions without an owner in any record, `sighted` those of other processes. `now` is for
+    a jump that stops nothing.
     """
 
     probed: Probed
@@ -49,9 +49,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class CheckFinding:
-    """What one check says: the outcome, the evidence for it, and what to do.
+    """The result of one check: the outcome, the evidence for it, and what to do.
 
-    `panic` is whether the next kernel would not come up: that is refused where the operator softens the check, too.
+    `panic` tells whether the next kernel would fail to boot. Such a finding refuses the handover even if the operator
+    softens the check to a warning.
     """
 
     result: CheckResult
@@ -61,33 +62,33 @@ class CheckFinding:
 
     @classmethod
     def pass_with(cls, evidence: str) -> Self:
-        """Nothing is in the way."""
+        """Return a finding that nothing is in the way."""
         return cls(CheckResult.passed, evidence)
 
     @classmethod
     def warn_with(cls, evidence: str, remedy: str) -> Self:
-        """It may go wrong."""
+        """Return a finding that the handover may go wrong."""
         return cls(CheckResult.warn, evidence, remedy)
 
     @classmethod
     def fail_with(cls, evidence: str, remedy: str) -> Self:
-        """It would go wrong."""
+        """Return a finding that the handover would go wrong."""
         return cls(CheckResult.fail, evidence, remedy)
 
     @classmethod
     def skip_with(cls, why: str) -> Self:
-        """It could not be looked at, or need not be."""
+        """Return a finding that the check was not possible, or not needed."""
         return cls(CheckResult.skipped, why)
 
     @classmethod
     def from_error(cls, error: KhoError) -> Self:
-        """One of our errors as a finding."""
+        """Return the finding for one of khod's errors."""
         return cls(CheckResult.fail, f"{error.what} ({error.where})" if error.where else error.what, error.remedy)
 
     def with_judgement(self, judgement: str) -> Self:
-        """The finding as the operator wants it taken.
+        """Return the finding as the operator wants it treated.
 
-        `warn` softens a failure that is no panic, `fail` hardens a warning; `off` refuses nothing.
+        `warn` softens a failure that is not a panic, `fail` hardens a warning; with `off` nothing is refused.
         """
         failed = self.result in (CheckResult.fail, CheckResult.unsupported)
         match judgement:
@@ -104,5 +105,5 @@ class CheckFinding:
 
 
 def format_regions(regions: Sequence[Region]) -> str:
-    """Put regions in words, sizes in MiB."""
+    """Format regions, with sizes in MiB."""
     return ", ".join(f"{region.size >> 20} MiB at {region.addr:#x}" for region in regions)

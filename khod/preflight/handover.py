@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""May a handover begin, or go on, as things stand with khod itself? Asked by an operator, never by a handover."""
+"""Whether a handover may begin or continue in khod's current state; only for operators, never for a handover."""
 
 from khod.handover.machine import HELD, RESTING
 from khod.handover.record import Record
@@ -8,16 +8,16 @@ from khod.text import printable
 
 WAIT = "Wait for it: khoctl status. To call it off, if it is yours: khoctl abort"
 JUMP_OR_BEGIN_AGAIN = "Jump into it with: khoctl kexec. Or begin again with: khoctl abort"
-"""What to do where an operation is under way, and where a handover has its image: a refusal says it, too."""
+"""The remedies if an operation is under way, and if a handover has its image; refusals use them too."""
 
 
 def check_handover(phase: Phase, record: Record, *, busy: bool, takes_image: bool) -> Check:
-    """Say what `khoctl kexec` or `khoctl activate` would be answered now. `phase` is what the kernel leaves of it."""
+    """Check what the answer to `khoctl kexec` or `khoctl activate` would be now; `phase` is the effective phase."""
     by = f", begun by {record.begun.by}" if record.begun.by and phase not in RESTING else ""
     if busy:
         evidence = f"An operation is under way ({phase.value}{by}): another one would be refused"
         remedy = WAIT
-    elif phase in RESTING or phase is Phase.foreign:  # what somebody else does has a check of its own
+    elif phase in RESTING or phase is Phase.foreign:  # another user of KHO has a check of its own
         return Check("handover", CheckResult.passed, "No handover is under way", "")
     elif phase not in HELD:
         evidence = f"The last handover stands at {phase.value}{by}: a new one would be refused"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Checks of those who hold state: they are here, and none has something left from the last time."""
+"""Checks of the holders of state: they are present, and none has state left from the last handover."""
 
 from collections.abc import Iterable
 
@@ -17,7 +17,7 @@ from khod.text import join_names
 
 
 def check_producers(facts: Facts) -> CheckFinding:
-    """Every producer that must take part is here, and their order can be told."""
+    """Every required producer is present, and the producers can be ordered."""
     everyone = [producer for rank in order_in_ranks(facts.producers()) for producer in rank]
     names = [producer.name for producer in everyone]
     if missing := sorted(set(facts.config.producers.require) - set(names)):
@@ -50,7 +50,7 @@ def _absence_reason(registered: RegisteredProducer) -> str:
 
 
 def kernel_producers(facts: Facts) -> CheckFinding | None:
-    """The required producers in the kernel, where the tree can be read without entering the active phase."""
+    """Check the required producers in the kernel, if the tree can be read without entering the active phase."""
     kernel, required = facts.probed.kernel, set(facts.config.producers.require_kernel)
     if not required or kernel is None or kernel.order is not Order.load_first:
         return None
@@ -63,7 +63,7 @@ def kernel_producers(facts: Facts) -> CheckFinding | None:
 
 
 def check_claims(facts: Facts) -> CheckFinding | None:
-    """Nothing that was left before the last jump waits to be taken back."""
+    """No producer has state from before the last jump that it has not taken back."""
     if facts.record.claims:
         names = join_names(holder.name for holder in facts.record.claims)
         return CheckFinding.fail_with(
@@ -114,5 +114,5 @@ def check_sessions(facts: Facts) -> CheckFinding | None:
 
 
 def _list_sessions(sessions: Iterable[LuoSession], *, why: bool = True) -> str:
-    """Sessions with who holds them, and why a shutdown does to each what it does."""
+    """List sessions with their holders, and why a shutdown keeps or ends each."""
     return join_names(f"{session_title(one)}, held by {one.holder}{f': {one.why}' if why else ''}" for one in sessions)

@@ -13,7 +13,7 @@ from khod.text import format_size, join_names, one_line
 
 
 def check_watchdog(facts: Facts) -> CheckFinding:
-    """No hardware watchdog bites while the next kernel starts."""
+    """No hardware watchdog resets the host while the next kernel starts."""
     found = host.list_watchdogs(facts.kexec.calls)
     armed = [one for one in found if one.armed]
     if not found:
@@ -33,7 +33,7 @@ def check_watchdog(facts: Facts) -> CheckFinding:
 
 
 def check_uptime(facts: Facts) -> CheckFinding:
-    """An orderly jump does not sleep in the blackout because the host has not been up for long enough."""
+    """An orderly jump does not wait in the blackout until the host has been up for MinimumUptimeSec=."""
     calls = facts.kexec.calls
     up, found = facts.kexec.uptime(), minimum_uptime.read_setting(calls)
     if up is None or not calls.path_exists(systemd.BOOTED):
@@ -54,7 +54,7 @@ def check_uptime(facts: Facts) -> CheckFinding:
 
 
 def _too_early(up: float, wanted: float, where: str, *, certain: bool) -> CheckFinding:
-    """What is left to wait; `where` it is set, "" for systemd's default."""
+    """Return the warning with the time left to wait; `where` is the place of the setting, "" for systemd's default."""
     left = "for ever" if math.isinf(wanted) else f"for {math.ceil(wanted - up)} s"
     source = f"set in {where}" if where else "its default on bare metal"
     wait = "" if math.isinf(wanted) else f"Wait {math.ceil(wanted - up)} s, or j"
@@ -68,7 +68,7 @@ def _too_early(up: float, wanted: float, where: str, *, certain: bool) -> CheckF
 
 
 def check_inhibitors(facts: Facts) -> CheckFinding:
-    """Nobody blocks a shutdown: systemctl kexec would refuse."""
+    """No inhibitor blocks a shutdown, for which systemctl kexec would wait or refuse."""
     if facts.inhibitors is None:
         return CheckFinding.skip_with("systemd-logind cannot be asked who blocks a shutdown")
     if facts.inhibitors:
@@ -81,7 +81,7 @@ def check_inhibitors(facts: Facts) -> CheckFinding:
 
 
 def check_disk(facts: Facts) -> CheckFinding:
-    """The record and the snapshot can be written, and have room."""
+    """The record and the snapshot can be written, and have enough space."""
     free = facts.store.free_bytes()
     if free < RESERVED_BYTES:
         return CheckFinding.fail_with(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Checks of the next kernel: whether this host can load it, and whether it would take over what is left to it."""
+"""Checks of the next kernel: whether this host can load it, and whether it would take over the state."""
 
 import mmap
 import re
@@ -23,14 +23,14 @@ from khod.text import join_names, printable, shorten
 
 MAX_SHOWN = 3
 MAX_LINE_SHOWN = 200
-"""Characters of a command line that is another's."""
+"""The number of characters shown of the next kernel's own command line."""
 UNREADABLE = "The image could not be looked at: see the check `image`"
 
 
 def _of_target(
     judge: Callable[[Facts, Target, KernelImageInfo], CheckFinding],
 ) -> Callable[[Facts], CheckFinding | None]:
-    """A check of an image that was understood; without one there is nothing to say, or no way to."""
+    """Make a check of an image that could be read; without one, the check is left out or skipped."""
 
     def check(facts: Facts) -> CheckFinding | None:
         if facts.target is None:
@@ -43,7 +43,7 @@ def _of_target(
 
 
 def check_image(facts: Facts) -> CheckFinding | None:
-    """It is a kernel this machine's loader takes, whole."""
+    """The image is complete, and a kernel that this machine's loader accepts."""
     target = facts.target
     if target is None:
         return None
@@ -64,7 +64,7 @@ def check_image(facts: Facts) -> CheckFinding | None:
 
 
 def check_initrd(facts: Facts) -> CheckFinding | None:
-    """It is an archive the kernel unpacks, with something to start in it."""
+    """The initrd is an archive that the kernel unpacks, with a program to start in it."""
     target = facts.target
     if target is None:
         return None
@@ -79,7 +79,7 @@ def check_initrd(facts: Facts) -> CheckFinding | None:
 
 
 def _no_initrd(target: Target, about: KernelImageInfo | None) -> CheckFinding:
-    """Judge a next kernel that is given no archive, or nothing but a boot configuration."""
+    """Check a next kernel without an archive, or with nothing but a boot configuration."""
     what = "No initrd" if target.initrd is None else f"{target.initrd.name} holds a boot configuration and no archive"
     if _built_in_initramfs(about):
         return CheckFinding.pass_with(f"{what}; the image has an initramfs built in (CONFIG_INITRAMFS_SOURCE)")
@@ -96,7 +96,7 @@ def _no_initrd(target: Target, about: KernelImageInfo | None) -> CheckFinding:
 
 
 def _not_built_for(target: Target, about: KernelImageInfo | None) -> CheckFinding | None:
-    """Find what the initrd needs and the next kernel was built without, where the image shows its configuration."""
+    """Check that the next kernel has the options that the initrd needs, if the image shows its configuration."""
     if about is None or about.config is None:
         return None
     wanted = {INITRD, *(option for one in target.initrds for option in one.needs)}
@@ -112,7 +112,7 @@ def _not_built_for(target: Target, about: KernelImageInfo | None) -> CheckFindin
 
 
 def _judge_archives(target: Target, about: KernelImageInfo | None) -> CheckFinding:
-    """Judge what is in the archives: something to start, and modules of the kernel that they are given to."""
+    """Check the contents of the archives: a program to start, and modules for this kernel."""
     assert target.initrd is not None, "asked before"
     files, unpacked = sum(one.files for one in target.initrds), sum(one.unpacked for one in target.initrds)
     what = f"{target.initrd.name}: {files} {'file' if files == 1 else 'files'}, {unpacked / 2**20:.1f} MiB unpacked"
@@ -153,7 +153,7 @@ def _judge_archives(target: Target, about: KernelImageInfo | None) -> CheckFindi
 
 
 def _no_root(target: Target) -> str:
-    """Why the kernel would find no root by itself, "" where it would."""
+    """Return why the kernel cannot find its root itself, or "" if it can."""
     if lines.mounts_root(target.booted_line):
         return ""
     root = lines.root_value(target.booted_line)
@@ -161,7 +161,10 @@ def _no_root(target: Target) -> str:
 
 
 def _without_root(target: Target, about: KernelImageInfo | None, what: str, remedy: str) -> CheckFinding:
-    """Judge a kernel that finds no root by its command line: certain, unless a boot configuration adds words to it."""
+    """Return the finding for a kernel whose command line gives no root.
+
+    It fails, unless a boot configuration may add words to the command line.
+    """
     if any(one.bootconfig for one in target.initrds) and _reads_bootconfig(target, about):
         return CheckFinding.warn_with(
             f"{what}; not inspected: the boot configuration, whose `kernel` keys the next kernel adds to its command "
@@ -172,20 +175,20 @@ def _without_root(target: Target, about: KernelImageInfo | None, what: str, reme
 
 
 def _reads_bootconfig(target: Target, about: KernelImageInfo | None) -> bool:
-    """Whether the next kernel uses the boot configuration of its initrd: setup_boot_config() in init/main.c."""
+    """Whether the next kernel uses the boot configuration in its initrd: setup_boot_config() in init/main.c."""
     config = about.config if about and about.config else ""
     asked = any(arg.param == "bootconfig" for arg in kernel_args(target.booted_line))
     return (asked or is_set(config, "CONFIG_BOOT_CONFIG_FORCE")) and not is_not_set(config, "CONFIG_BOOT_CONFIG")
 
 
 def _built_in_initramfs(about: KernelImageInfo | None) -> bool:
-    """Whether the image's configuration says that a whole initramfs is in it, not just the default's /dev and /root."""
+    """Whether the image's configuration names a built-in initramfs, beyond the default one with /dev and /root."""
     config = about.config if about else None
     return config is not None and re.search(r'^CONFIG_INITRAMFS_SOURCE="[^"]+"$', config, re.MULTILINE) is not None
 
 
 def check_cmdline(facts: Facts) -> CheckFinding | None:
-    """Nothing that KHO needs is missing from it."""
+    """The command line has everything that KHO and the producers need."""
     if (target := facts.target) is None:
         return None
     about, kernel = target.apart.about if target.apart else None, facts.probed.kernel
@@ -224,7 +227,7 @@ def check_cmdline(facts: Facts) -> CheckFinding | None:
 
 
 def _find_torn(target: Target) -> CheckFinding | None:
-    """Words that the running kernel does not have and the next one would not read as they were written."""
+    """Warn about new words that the next kernel would not read as they were written."""
     torn = [word.text for word in target.words if word.fate is Fate.added and lines.torn_words(word.text)]
     if not torn:
         return None
@@ -241,12 +244,12 @@ RESULTS = {
     Effect.empty: CheckResult.warn,
     Effect.shown: CheckResult.passed,
 }
-"""How much each effect of a mismatch weighs."""
+"""The result for each effect of a mismatch."""
 
 
 @_of_target
 def check_formats(facts: Facts, target: Target, about: KernelImageInfo) -> CheckFinding:
-    """It reads what this kernel writes."""
+    """The next kernel reads the formats that this kernel writes."""
     if (kernel := facts.probed.kernel) is None:
         return CheckFinding.skip_with("The running kernel has no KHO")
     writes = read_formats(facts.kexec.calls, kernel.generation, about)
@@ -279,7 +282,7 @@ def check_formats(facts: Facts, target: Target, about: KernelImageInfo) -> Check
 
 
 def _weigh_mismatch(found: Compatibility, evidence: str, *, held: bool) -> CheckFinding:
-    """Weigh it; `held` is whether a LUO session is there now whose files would be lost."""
+    """Return the finding for a mismatch; `held` tells whether a LUO session exists whose files would be lost."""
     assert found.effect is not None, "asked before"
     if found.luo_off:
         judge = CheckFinding.fail_with if held else CheckFinding.warn_with
@@ -296,7 +299,7 @@ def _weigh_mismatch(found: Compatibility, evidence: str, *, held: bool) -> Check
 
 @_of_target
 def check_signature(facts: Facts, target: Target, about: KernelImageInfo) -> CheckFinding:
-    """It is signed where the loader asks for that; whether the signature is good only the loader finds out."""
+    """The image is signed if the loader requires it; only the loader checks whether the signature is valid."""
     assert target.apart is not None, "what _of_target() has looked at"
     enforced, formats = signatures_enforced(facts), target.apart.formats
     subject = target.kernel.name if len(formats) == 1 else f"The kernel in {target.kernel.name}"
@@ -320,7 +323,7 @@ def check_signature(facts: Facts, target: Target, about: KernelImageInfo) -> Che
 
 @_of_target
 def check_fit(facts: Facts, target: Target, about: KernelImageInfo) -> CheckFinding:
-    """Kernel, initrd and the loader's own segments find room in scratch, region by region."""
+    """The kernel, the initrd and the loader's own segments fit into scratch, region by region."""
     kernel = facts.probed.kernel
     if kernel is None:
         return CheckFinding.skip_with("The running kernel has no KHO, and no scratch")
@@ -367,7 +370,7 @@ def _find_contradiction(about: KernelImageInfo) -> CheckFinding | None:
 
 
 def _tree_size(facts: Facts) -> int:
-    """Bytes of the tree that v3 copies into the image: what it is where it can be told, else 0."""
+    """Return the bytes of the tree that v3 copies into the image, 0 if that is not known."""
     kernel = facts.probed.kernel
     if kernel is None or not traits_of(kernel.generation).copies_tree:
         return 0
@@ -375,5 +378,5 @@ def _tree_size(facts: Facts) -> int:
 
 
 def format_mib(size: int) -> str:
-    """A size in MiB, so that a difference of a page shows."""
+    """Format a size in MiB, precisely enough to show a difference of one page."""
     return f"{size / 2**20:.3f}".rstrip("0").rstrip(".") + " MiB"

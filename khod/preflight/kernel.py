@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Checks of the running kernel: whether it can hand over, and whether it would be let."""
+"""Checks of the running kernel: whether it can hand over, and whether khod is allowed to."""
 
 import platform
 
@@ -19,7 +19,7 @@ UNDOABLE_LOAD = 2  # calls: one to load, one to unload
 
 
 def check_kho(facts: Facts) -> CheckFinding:
-    """KHO is there and on, and which generation it is."""
+    """The kernel has KHO, and it is on; the evidence names the generation."""
     result = CheckResult.unsupported if facts.probed.kernel is None else CheckResult.passed
     return CheckFinding(result, facts.probed.what, facts.probed.remedy)
 
@@ -36,7 +36,7 @@ def check_scratch(facts: Facts) -> CheckFinding | None:
 
 
 def check_capability(facts: Facts) -> CheckFinding:
-    """Khod may load and jump at all."""
+    """The process has the capability to load an image and to jump."""
     allowed = host.may_boot(facts.kexec.calls)
     if allowed is None:
         return CheckFinding.skip_with("Capabilities unknown: /proc/self/status does not tell them")
@@ -48,7 +48,7 @@ def check_capability(facts: Facts) -> CheckFinding:
 
 
 def check_namespaces(facts: Facts) -> CheckFinding | None:
-    """Khod runs in the host's own namespaces: reboot(2) acts on the PID namespace of its caller."""
+    """The daemon runs in the host's own namespaces: reboot(2) acts on the PID namespace of its caller."""
     found = host.own_namespaces(facts.kexec.calls)
     if not found:
         return None
@@ -66,7 +66,7 @@ def check_namespaces(facts: Facts) -> CheckFinding | None:
 
 
 def check_processors(facts: Facts) -> CheckFinding | None:
-    """The kernel can let go of every processor; where it cannot, the load says so: on some kernels in the blackout."""
+    """The kernel can switch off all other processors; otherwise loading fails, on some kernels only in the blackout."""
     calls = facts.kexec.calls
     if platform.machine() == "x86_64":
         if "tdx_pw_mce" not in host.processor_bugs(calls):
@@ -96,7 +96,7 @@ def check_processors(facts: Facts) -> CheckFinding | None:
 
 
 def check_kexec(facts: Facts) -> CheckFinding:
-    """Loading is not switched off, and may be undone."""
+    """Loading is not switched off, and a load can be undone."""
     if facts.kexec.load_disabled():
         return CheckFinding.fail_with(
             f"Loading is switched off: {LOAD_DISABLED} is 1",
@@ -111,7 +111,7 @@ def check_kexec(facts: Facts) -> CheckFinding:
 
 
 def check_lockdown(facts: Facts) -> CheckFinding:
-    """What the firmware and the kernel allow of unsigned code."""
+    """Lockdown does not forbid driving KHO; the evidence says what it and Secure Boot allow of unsigned code."""
     level, secure = host.lockdown_level(facts.kexec.calls), host.secure_boot(facts.kexec.calls)
     boot = {True: "Secure Boot is on", False: "Secure Boot is off", None: "Secure Boot: not available"}[secure]
     if level in LOCKED and facts.probed.kernel and traits_of(facts.probed.kernel.generation).debugfs_writes:
@@ -129,14 +129,14 @@ def _level_words(level: str | None) -> str:
 
 
 def signatures_enforced(facts: Facts) -> bool | None:
-    """Whether the loader takes signed images alone; None where the kernel's configuration cannot be read."""
+    """Whether the loader accepts only signed images; None if the kernel's configuration cannot be read."""
     if host.lockdown_level(facts.kexec.calls) in LOCKED:
         return True
     return is_configured(facts.kexec.calls, "CONFIG_KEXEC_SIG_FORCE")
 
 
 def check_foreign(facts: Facts) -> CheckFinding:
-    """Nobody else has loaded an image or entered the active phase."""
+    """No other program has loaded an image or entered the active phase."""
     if facts.foreign:
         return CheckFinding.fail_with(
             f"Something other than khod uses KHO or kexec: {describe_kernel(facts.observed)}",
@@ -146,7 +146,7 @@ def check_foreign(facts: Facts) -> CheckFinding:
 
 
 def check_state(facts: Facts) -> CheckFinding | None:
-    """No abort has made this kernel forget what it was to keep."""
+    """No abort has made this kernel forget preserved state."""
     if not facts.record.suspect or facts.record.boot_id != facts.observed.boot_id:
         return None
     refuse = facts.config.policy.after_forgetful_abort == "refuse"
@@ -158,7 +158,7 @@ def check_state(facts: Facts) -> CheckFinding | None:
 
 
 def check_activations(facts: Facts) -> CheckFinding | None:
-    """Failed activations of this boot are few: each may have leaked memory."""
+    """Few activations have failed in this boot: each may have leaked memory."""
     failed, most = facts.record.failed_activations, facts.config.policy.max_failed_activations
     if not failed or facts.record.boot_id != facts.observed.boot_id:
         return None
@@ -170,7 +170,10 @@ def check_activations(facts: Facts) -> CheckFinding | None:
 
 
 def check_crash(facts: Facts) -> CheckFinding:
-    """The crash kernel's slot is left as it is; one loaded while active carries KHO's data along, which is harmless."""
+    """Report the crash kernel, which is left as it is.
+
+    One that is loaded in the active phase carries KHO's data along, which is harmless.
+    """
     loaded = host.crash_loaded(facts.kexec.calls)
     if loaded is None:
         return CheckFinding.skip_with("This kernel has no slot for a crash kernel")
@@ -178,7 +181,7 @@ def check_crash(facts: Facts) -> CheckFinding:
 
 
 def check_memory(facts: Facts) -> CheckFinding | None:
-    """V3 allocates dt_max bytes in one piece when it serializes."""
+    """There is memory for dt_max bytes, which v3 allocates in one piece when it serializes."""
     kernel, calls = facts.probed.kernel, facts.kexec.calls
     if kernel is None or not traits_of(kernel.generation).copies_tree:
         return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long systemd makes a host be up before it lets it go: MinimumUptimeSec= (since 261), read as systemd reads it.
+"""The minimum uptime before a shutdown: MinimumUptimeSec= (since systemd 261), read as systemd reads it.
 
-systemd-shutdown sleeps right before reboot(2) where CLOCK_BOOTTIME has not come that far, which is within the blackout
+systemd-shutdown sleeps right before reboot(2) until CLOCK_BOOTTIME has reached that time, which is within the blackout
 of an orderly jump. No property on the bus has the setting, so its files are read.
 """
 
@@ -20,7 +20,7 @@ DEFAULT_SECONDS = 15.0
 """On bare metal; none in a virtual machine."""
 
 DIRECTORIES = ("/etc/systemd", "/run/systemd", "/usr/local/lib/systemd", "/usr/lib/systemd")
-"""The first one that has a file of a name wins (systemd-system.conf(5))."""
+"""The first directory with a file of a name is used for that name (systemd-system.conf(5))."""
 SECTION, KEY, PARAMETER = "Manager", "MinimumUptimeSec", "systemd.minimum_uptime_sec"
 MICROSECONDS = {
     **dict.fromkeys(("seconds", "second", "sec", "s"), 10**6),
@@ -41,14 +41,14 @@ USEC_INFINITY = 2**64 - 1
 
 @dataclass(frozen=True)
 class Setting:
-    """A minimum in seconds, infinity for ever, and where it is set."""
+    """A minimum in seconds (infinity for no end), and where it is set."""
 
     seconds: float
     where: str
 
 
 def read_setting(calls: Calls) -> Setting | None:
-    """What is set, None for nothing: by the kernel command line, else by the last file that does."""
+    """Return the setting from the kernel command line, else from the last file that has it; None if it is not set."""
     found: Setting | None = None
     for path in (*_first_file(calls, "system.conf"), *_drop_ins(calls)):
         for value in _read_values(calls, path):
@@ -65,7 +65,7 @@ def read_setting(calls: Calls) -> Setting | None:
 
 
 def parse_span(text: str) -> float | None:
-    """Seconds of a time span as systemd's parse_sec() reads it: `15`, `1min 30s`, `infinity`; None if it is none."""
+    """Return the seconds of a time span, as systemd's parse_sec() does: `15`, `1min 30s`, `infinity`; else None."""
     text = text.strip(ASCII_SPACE)
     if text == "infinity":
         return math.inf
@@ -77,7 +77,7 @@ def parse_span(text: str) -> float | None:
         rest = left[number.end() :]
         left = rest.lstrip(ASCII_SPACE)
         unit = next((unit for unit in MICROSECONDS if left.startswith(unit)), "")
-        if not unit and rest and left == rest:  # something else stands right behind the number
+        if not unit and rest and left == rest:  # something else directly after the number
             return None
         left = left[len(unit) :].lstrip(ASCII_SPACE)
         scale = MICROSECONDS[unit] if unit else 10**6
@@ -92,12 +92,12 @@ def parse_span(text: str) -> float | None:
 
 
 def _first_file(calls: Calls, name: str) -> list[str]:
-    """The one file of this name that counts."""
+    """Return the only file of this name that systemd reads, if there is one."""
     return [path for path in (f"{directory}/{name}" for directory in DIRECTORIES) if calls.path_exists(path)][:1]
 
 
 def _drop_ins(calls: Calls) -> list[str]:
-    """Every drop-in that counts, in order of their names; one that is a link to /dev/null hides those of its name."""
+    """Return every drop-in that systemd reads, in order of name; a link to /dev/null hides others of its name."""
     names = set[str]()
     for directory in DIRECTORIES:
         with suppress(OSError):
@@ -107,7 +107,7 @@ def _drop_ins(calls: Calls) -> list[str]:
 
 
 def _read_values(calls: Calls, path: str) -> list[str]:
-    """What a file sets it to; nothing where it cannot be read, as for systemd."""
+    """Return the values in a file; none if it cannot be read, as in systemd."""
     with suppress(OSError):
         if calls.is_file(path):
             return list(_setting_values(calls.read_file(path).decode(errors="replace")))
@@ -115,7 +115,7 @@ def _read_values(calls: Calls, path: str) -> list[str]:
 
 
 def _setting_values(text: str) -> Iterator[str]:
-    """The setting's values, line by line (systemd.syntax(7))."""
+    """Yield the setting's values, line by line (systemd.syntax(7))."""
     section = ""
     for line in _join_lines(text):
         if line.startswith("[") and line.endswith("]"):
@@ -127,7 +127,7 @@ def _setting_values(text: str) -> Iterator[str]:
 
 
 def _join_lines(text: str) -> Iterator[str]:
-    """The lines without comments; one that ends in a backslash goes on in the next that is no comment."""
+    """Yield the lines without comments; a line that ends in a backslash continues in the next that is not a comment."""
     held = ""
     for raw in text.split("\n"):
         line = raw.strip(ASCII_SPACE)
