@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The next kernel: what is asked for, whether this host can load it, what it would take over."""
+"""The next kernel: the request, whether this host can load it, and what it would take over."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether the next kernel understands what this one writes, read off its image before it is loaded."""
+"""Whether the next kernel understands what this one writes, read from its image before it is loaded."""
 
 import enum
 import mmap
@@ -13,10 +13,10 @@ from khod.kernel.kconfig import KHO_BY_DEFAULT, is_set
 from khod.kernel.next_arg import boolean_value, is_switched_on
 
 V3_MARK = "dt_max"
-"""A file of v3's: mainline 6.16 calls its root kho-v1 too, and means another layout."""
+"""A file name that only v3 has: mainline 6.16 also names its root kho-v1, with another layout."""
 
 PAGE_SIZES_DIFFER = ("aarch64", "ppc64le", "loongarch64")
-"""Processors whose kernels are built for one of several page sizes."""
+"""Architectures whose kernels are built for one of several page sizes."""
 
 
 class FormatMatch(enum.Enum):
@@ -28,7 +28,7 @@ class FormatMatch(enum.Enum):
 
 
 class Effect(enum.Enum):
-    """What becomes of a handover where two kernels differ in a format, the worst first; the value says it."""
+    """The effect of a format mismatch on a handover, the worst first; the value describes it."""
 
     panic = "would panic at boot"
     nothing = "would not take over any state"
@@ -40,7 +40,7 @@ class Effect(enum.Enum):
 SEVERITY = list(Effect)
 
 ROOT = Effect.nothing
-"""Of the root, `kho-vN`: kho_populate() says `disabling KHO revival` (6.19.11 to 7.3.4, seen)."""
+"""The effect for the root, `kho-vN`: kho_populate() logs `disabling KHO revival` (6.19.11 to 7.3.4, seen)."""
 
 EFFECTS = {
     "luo": Effect.panic,  # luo_early_startup(), luo_restore_fail() (7.3.4 to 7.2.12 with luo-v6, seen)
@@ -51,21 +51,24 @@ EFFECTS = {
     "reserve-mem": Effect.empty,
     "kho-test": Effect.shown,  # lib/test_kho.c, which tests and holds nothing
 }
-"""What a mismatch in a blob or a file handler does, by family."""
+"""The effect of a mismatch in a blob or a file handler, by family."""
 
 OTHERWISE = Effect.empty
-"""Of a family that is not known here, and that the image has in another version: whoever reads it begins anew."""
+"""The effect for a family that is not in EFFECTS and has another version in the image: its reader begins anew."""
 
 PAGE_SIZE = Effect.panic
-"""The map of preserved pages is keyed by PAGE_SHIFT, and `compatible` alone is compared: it is read as another map."""
+"""The effect of another page size: the map of preserved pages would be misread.
+
+Its keys depend on PAGE_SHIFT, and the next kernel compares only `compatible`.
+"""
 
 NO_LUO = Effect.files
-"""Of LUO's state in a kernel that has no LUO, or that has it switched off: nobody looks at it."""
+"""The effect for LUO's state in a kernel that has no LUO, or has it switched off: nothing reads it."""
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One thing in which the kernels differ: what it does, and what differs."""
+    """One difference between the kernels: its effect, and what differs."""
 
     effect: Effect
     what: str
@@ -73,11 +76,11 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Compatibility:
-    """The answer, and why.
+    """Whether the next kernel reads the state, and why.
 
-    `effect` is the worst that would happen, None where nothing does; `unread` names formats that only a module may
-    read, which no image shows, `not_inspected` says what could not be looked at on either side. `luo_off` is whether
-    all that is wrong is that the next kernel's command line leaves LUO switched off.
+    `effect` is the worst effect, None without one. `unread` names formats that only a module may read, which no image
+    shows. `not_inspected` says what could not be examined in either kernel. `luo_off` tells whether the only problem is
+    that the next kernel's command line leaves LUO switched off.
     """
 
     answer: FormatMatch
@@ -89,9 +92,9 @@ class Compatibility:
 
 
 def check_compatibility(written: OutgoingFormats, kernel: KernelImageInfo, line: str | None = None) -> Compatibility:
-    """Hold each format of the running kernel against those the image knows.
+    """Compare each format of the running kernel with those the image knows.
 
-    `line` is the next kernel's command line; None stands for one that switches everything on.
+    `line` is the next kernel's command line; None means one that switches everything on.
     """
     if (lost := _nothing_arrives(written, kernel, line)) is not None:
         return Compatibility(FormatMatch.different, lost, effect=ROOT)
@@ -116,9 +119,9 @@ def check_compatibility(written: OutgoingFormats, kernel: KernelImageInfo, line:
 
 
 def next_kho(kernel: KernelImageInfo, line: str) -> bool | None:
-    """Tell whether the next kernel comes up with KHO on: `kho=`, else what it was built with; None is not known.
+    """Whether the next kernel starts with KHO on: by `kho=`, else by its build; None if it is not known.
 
-    V3 has no such parameter: it is on where it has scratch memory.
+    v3 has no such parameter: it is on if it has scratch memory.
     """
     if V3_MARK in kernel.marks:
         return True
@@ -129,7 +132,7 @@ def next_kho(kernel: KernelImageInfo, line: str) -> bool | None:
 
 
 def _nothing_arrives(written: OutgoingFormats, kernel: KernelImageInfo, line: str | None) -> str | None:
-    """Say why the next kernel looks at nothing it is handed; None where it does, or where that cannot be told."""
+    """Return why the next kernel ignores all state; None if it does not, or if that is not known."""
     if line is not None and not written.v3 and next_kho(kernel, line) is False:
         return "Kexec HandOver is off in it: kho=on is not on its command line"
     if kernel.opaque:
@@ -146,7 +149,7 @@ def _nothing_arrives(written: OutgoingFormats, kernel: KernelImageInfo, line: st
 
 
 def _judge_blobs(written: OutgoingFormats, kernel: KernelImageInfo, line: str | None) -> Compatibility:
-    """Judge what hangs below a root that both kernels know."""
+    """Compare the blobs below a root that both kernels know."""
     unread = [
         one
         for formats in written.blobs.values()
@@ -190,9 +193,9 @@ def _blob_mismatches(name: str, formats: frozenset[str], kernel: KernelImageInfo
 
 
 def _file_mismatches(written: OutgoingFormats, kernel: KernelImageInfo) -> Iterator[Mismatch]:
-    """Judge the file handlers, which are in no tree before a file is handed over; each kernel's image shows them."""
+    """Compare the file handlers; no tree shows them before a file is handed over, but each kernel's image does."""
     if not _known_formats(kernel, "luo"):
-        return  # said of LUO's own blob
+        return  # reported with LUO's own blob
     for one in sorted(_file_formats(written.own or frozenset()) - kernel.compatible):
         known = ", ".join(_known_formats(kernel, format_family(one))) or "none of the kind"
         yield Mismatch(
@@ -216,5 +219,5 @@ def _known_formats(kernel: KernelImageInfo, kind: str) -> list[str]:
 
 
 def format_family(compatible: str) -> str:
-    """The name without its version: `kho` of kho-v4."""
+    """Return the name without its version: `kho` for kho-v4."""
     return re.sub(r"-v[0-9]+$", "", compatible)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where kexec_file_load(2) will put an image's segments: with KHO on, in scratch memory alone, or nowhere.
+"""Where kexec_file_load(2) will put an image's segments: with KHO on, only in scratch memory.
 
-What the kernel does (kernel/kexec_file.c, kexec_add_buffer() and locate_mem_hole_callback(); kho_fill_kimage() and
-kho_locate_mem_hole() in kernel/liveupdate/kexec_handover.c): each segment in turn, in whole pages, goes into the first
-scratch region that has a hole for it, in the order in which the kernel lists them: as high up in there as its alignment
-and what was placed before it allow, or as low where the loader asks for that. EADDRNOTAVAIL where no region has one.
+What the kernel does is in kexec_add_buffer() and locate_mem_hole_callback() (kernel/kexec_file.c) and in
+kho_fill_kimage() and kho_locate_mem_hole() (kernel/liveupdate/kexec_handover.c). Each segment in turn, in whole pages,
+goes into the first scratch region with a hole for it, in the kernel's order of regions. Within the region it goes as
+high as its alignment and the segments before it allow, or as low if the loader asks for that. Without such a region,
+the call fails with EADDRNOTAVAIL.
 
-What cannot be seen from outside is taken at its largest: PURGATORY, EFI_MAP, DEVICE_TREE, v3's memory cache. A kernel
-with CONFIG_IMA_KEXEC places its measurement list before all others; that is not counted here.
+Sizes that cannot be seen from outside are assumed at their largest: PURGATORY, EFI_MAP, DEVICE_TREE, v3's memory cache.
+A kernel with CONFIG_IMA_KEXEC places its measurement list before all others; that is not counted here.
 """
 
 import mmap
@@ -26,11 +27,11 @@ KHO_ALIGNMENT = 64 * KIB  # kho_fill_kimage(): SZ_64K
 # higher (43b1d3e68ee7, Linux 6.8): CONFIG_PHYSICAL_START, 16 MiB unless it was changed.
 MIN_PURGATORY, MIN_BOOTPARAM, MIN_KERNEL, MIN_INITRD = 0x3000, 0x3000, 1 * MIB, 16 * MIB
 PURGATORY = 24 * KIB
-"""A page more than the five it takes in 6.18.15, 6.19.11, 7.3.4 and Debian's 7.2.12."""
+"""One page more than the five in 6.18.15, 6.19.11, 7.3.4 and Debian's 7.2.12."""
 EFI_MAP = 64 * 48
-"""EFI's runtime memory map: 64 descriptors of 48 bytes, more than firmware usually has."""
+"""The size of EFI's runtime memory map: 64 descriptors of 48 bytes, more than firmware usually has."""
 BOOT_PARAMS = 4096 + 30 + EFI_MAP + (16 + 96) + (16 + 32) + (16 + 16) + (16 + 32)
-"""struct boot_params, MAX_ELFCOREHDR_STR_LEN, and behind a struct setup_data each: EFI, random seed, IMA and KHO."""
+"""struct boot_params, MAX_ELFCOREHDR_STR_LEN, and a struct setup_data each for EFI, random seed, IMA and KHO."""
 # arch/arm64/kernel/kexec_image.c and machine_kexec_file.c
 MIN_KIMG_ALIGN = 2 * MIB
 INITRD_WINDOW = 32 * GIB
@@ -40,10 +41,10 @@ NO_END = 1 << 64
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment to be placed, in bytes, not below the address `lowest`; `top_down` as high up as it may be.
+    """One segment to place; sizes are in bytes, `lowest` is its lowest address, `top_down` means as high as possible.
 
-    What comes after a `base` lies above it, with a `window` within so many bytes from the start of the GiB that the
-    base begins in; where there is no room for that, the base moves up to the next hole.
+    Segments after a `base` are placed above it; those with a `window` end within that many bytes of the start of the
+    GiB in which the base begins. If there is no room for them, the base moves up to the next hole.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class NoRoom:
-    """The first segment that no region has a hole for, and how large it could have been, in bytes."""
+    """The first segment for which no region has a hole, and the largest hole for it in bytes."""
 
     segment: Segment
     hole: int
@@ -74,10 +75,10 @@ class NoRoom:
 def list_segments(
     kernel: KernelImageInfo, initrd: int, cmdline: int, generation: Generation, regions: int, tree: int = 0
 ) -> list[Segment] | None:
-    """What the loader places, in its order; None for an architecture whose loader is not known here.
+    """Return the segments that the loader places, in its order; None if the architecture's loader is not known here.
 
-    `initrd`, `cmdline` (with its NUL) and `tree` (of v3, which copies it into the image; 0 where it is not known yet)
-    are in bytes.
+    `initrd`, `cmdline` (with its NUL) and `tree` (v3 copies it into the image; 0 if its size is not known yet) are in
+    bytes.
     """
     if kernel.arch == "x86_64":
         return [*_kho_segments(generation, regions, tree), *_bzimage_segments(kernel, initrd, cmdline)]
@@ -89,7 +90,7 @@ def list_segments(
 def place_segments(
     wanted: Sequence[Segment], scratch: Sequence[Region], page: int = mmap.PAGESIZE
 ) -> list[Placed] | NoRoom:
-    """Place every segment as the kernel would; `page` is the running kernel's, in bytes."""
+    """Place every segment as the kernel would; `page` is the running kernel's page size in bytes."""
     whole = [replace(one, size=_round_up(one.size, page), alignment=max(one.alignment, page)) for one in wanted]
     missing: list[NoRoom] = []
     floor = 0
@@ -106,7 +107,11 @@ def place_segments(
 
 
 def _kho_segments(generation: Generation, regions: int, tree: int) -> Iterator[Segment]:
-    """V3 copies its tree, and all `mem` in it as one array, which is no larger; what came later lists the scratch."""
+    """Yield KHO's own segments.
+
+    v3 copies its tree, and all its `mem` as one array, which is not larger than the tree; later generations pass a list
+    of the scratch regions.
+    """
     if traits_of(generation).copies_tree:
         yield Segment("KHO's memory cache", max(tree, 1), KHO_ALIGNMENT)
         yield Segment("KHO's tree", max(tree, 1), KHO_ALIGNMENT)
@@ -115,7 +120,7 @@ def _kho_segments(generation: Generation, regions: int, tree: int) -> Iterator[S
 
 
 def _bzimage_segments(kernel: KernelImageInfo, initrd: int, cmdline: int) -> Iterator[Segment]:
-    """What bzImage64_load() adds."""
+    """Yield the segments that bzImage64_load() adds."""
     yield Segment("purgatory", PURGATORY, lowest=MIN_PURGATORY)
     yield Segment("boot parameters", BOOT_PARAMS + cmdline, lowest=MIN_BOOTPARAM)
     yield Segment("kernel", kernel.memory, kernel.alignment, max(kernel.pref_address, MIN_KERNEL))
@@ -124,7 +129,7 @@ def _bzimage_segments(kernel: KernelImageInfo, initrd: int, cmdline: int) -> Ite
 
 
 def _arm64_segments(kernel: KernelImageInfo, initrd: int) -> Iterator[Segment]:
-    """What image_load() and load_other_segments() add."""
+    """Yield the segments that image_load() and load_other_segments() add."""
     yield Segment("kernel", kernel.text_offset + kernel.memory, MIN_KIMG_ALIGN, top_down=False, base=True)
     if initrd:
         yield Segment("initrd", initrd, top_down=False, window=INITRD_WINDOW)
@@ -132,7 +137,7 @@ def _arm64_segments(kernel: KernelImageInfo, initrd: int) -> Iterator[Segment]:
 
 
 def _place_from(wanted: Iterable[Segment], scratch: Sequence[Region], floor: int) -> tuple[list[Placed], NoRoom | None]:
-    """Place as many as have room, the base not below `floor`, and give the first that has none."""
+    """Place as many segments as fit, the base not below `floor`; also return the first that does not fit."""
     placed: list[Placed] = []
     base: Placed | None = None
     for segment in wanted:
@@ -153,7 +158,7 @@ def _place_from(wanted: Iterable[Segment], scratch: Sequence[Region], floor: int
 
 
 def _free_holes(segment: Segment, highest: int, region: Region, placed: Iterable[Placed]) -> list[Region]:
-    """What is left of a region, from the first address that the segment may have, in the order it would be taken."""
+    """Return the free holes of a region for a segment, in the order in which the kernel tries them."""
     end = region.addr + region.size
     taken = sorted((one.at, one.at + one.segment.size) for one in placed if region.addr <= one.at < end)
     starts, ends = [region.addr, *(after for _, after in taken)], [*(at for at, _ in taken), end]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The next kernel: what was asked for, and what was made of it in memory."""
+"""The next kernel: the request for it, and what khod made of that in memory."""
 
 import platform
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ from khod.kernel import cmdline, kconfig
 from khod.model import Word
 
 COMMAND_LINE_SIZE = 2048
-"""Bytes, the NUL included, where the image itself could not be looked at: what most architectures take."""
+"""The limit in bytes, with the NUL, if the image could not be examined; most architectures have this one."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """A file that was passed in: its descriptor stays the caller's, the name is for people."""
+    """A file that was passed in: its descriptor stays the caller's, its name is for people."""
 
     fd: int
     name: str
@@ -28,7 +28,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Request:
-    """What `khoctl kexec` asks for; `cmdline` None is not given, `reuse` insists on the running kernel's."""
+    """A request of `khoctl kexec`; `cmdline` is None if not given, `reuse` requires the running kernel's."""
 
     kernel: Given | None = None
     initrds: tuple[Given, ...] = ()
@@ -43,10 +43,10 @@ class Request:
 
 @dataclass
 class Target:
-    """The next kernel, in memory and looked at: owned by the attempt that loads it.
+    """The next kernel, in memory and examined; the attempt that loads it owns it.
 
-    `kernel` and `initrd` are what the loader is given. `wrong` has, by the check that judges it, what is the
-    matter with a part that was read: an operator may have set that check to warn.
+    `kernel` and `initrd` are what the loader is given. `wrong` has the error of each unusable part, by the check that
+    reports it: an operator may have set that check to warn.
     """
 
     kernel: Sealed
@@ -58,19 +58,19 @@ class Target:
     wrong: dict[str, KhoError] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """Name the image, the release it says it is, and the initrd."""
+        """Return the name of the image, its release, and the name of the initrd."""
         version = self.apart.about.version if self.apart else ""
         image = f"{self.kernel.name} ({version})" if version else self.kernel.name
         return f"{image} with {self.initrd.name}" if self.initrd else f"{image} without an initrd"
 
     @property
     def booted_line(self) -> str:
-        """The command line it boots with: `cmdline` and, where the image shows its configuration, the built-in one."""
+        """The command line it boots with: `cmdline`, and the built-in one if the image shows its configuration."""
         config = self.apart.about.config if self.apart else None
         return self.cmdline if config is None else kconfig.booted_line(config, self.cmdline)
 
     def close(self) -> None:
-        """Give all images' memory back."""
+        """Free the memory of all images."""
         if self.apart is not None:
             self.apart.close()
         else:
@@ -80,17 +80,17 @@ class Target:
 
 
 async def take_target(worker: Worker, request: Request, running: str, run: str, bounds: Images) -> Target:
-    """Have a worker build the target: slow, so long before anyone is frozen. It may be called off."""
+    """Build the target in a worker, long before any producer is frozen, because it is slow. It may be cancelled."""
     return await worker.call_within(
         lambda: build_target(request, running, run, bounds), "reading the image", None, late=Target.close
     )
 
 
 def build_target(request: Request, running: str, run: str, bounds: Images, machine: str = platform.machine()) -> Target:
-    """Seal and take apart what was given, and compose the command line.
+    """Copy and unpack the given files, and compose the command line.
 
-    Raises UsageError or Refused where a file cannot be read or the command line cannot be, nothing is kept then.
-    `running` is the command line that may be reused, `run` what marks the next one.
+    Raises UsageError or Refused, and keeps nothing, if a file cannot be read or the command line is not valid.
+    `running` is the command line that may be reused, `run` the mark for the next one.
     """
     assert request.kernel is not None, "a request with an image"
     target = Target(sealed.seal_file(request.kernel.fd, "image", request.kernel.name, bounds.max_size))
@@ -109,13 +109,13 @@ def build_target(request: Request, running: str, run: str, bounds: Images, machi
 
 
 def _without_frames(error: KhoError) -> KhoError:
-    """Give an error to be kept: its traceback's frames would keep what they had mapped, and the target itself."""
+    """Return an error without its traceback, whose frames would keep their mappings and the target itself in memory."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
 
 
 def _compose_cmdline(target: Target, request: Request, running: str, run: str) -> None:
-    """What was given comes first, then what the image brings along (a UKI), then the running kernel's."""
+    """Set the command line: the given one, else the image's own (a UKI), else the running kernel's."""
     apart, given, where = target.apart, request.cmdline, cmdline.OPTIONS
     if given is None and not request.reuse and apart is not None:
         given, where = apart.cmdline, f"{target.kernel.name}: .cmdline"
@@ -125,7 +125,7 @@ def _compose_cmdline(target: Target, request: Request, running: str, run: str) -
 
 
 def _join_initrds(target: Target, given: tuple[Given, ...], bounds: Images) -> None:
-    """An image's own initrd comes first, as with systemd-stub; then those that were given, in order."""
+    """Set the initrd: the image's own first, as in systemd-stub, then the given ones in order."""
     own = [target.apart.initrd] if target.apart and target.apart.initrd else []
     taken: list[Sealed] = []
     try:
