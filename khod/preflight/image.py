@@ -358,7 +358,7 @@ def check_fit(facts: Facts, target: Target, about: KernelImageInfo) -> CheckFind
 
 
 def _find_contradiction(about: KernelImageInfo) -> CheckFinding | None:
-    """What no header can say of itself: sanity_check_segment_list() in kernel/kexec_core.c says EINVAL."""
+    """Check the header's sizes as sanity_check_segment_list() in kernel/kexec_core.c does, which returns EINVAL."""
     loaded, room = about.size - about.setup_size, -(-about.memory // mmap.PAGESIZE) * mmap.PAGESIZE
     if about.format != "bzImage" or loaded <= room:
         return None

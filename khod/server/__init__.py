@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The Varlink server: what the socket serves, and to whom.
 
-Everyone may connect and ask. Who it is comes from the kernel, and until that is known nobody costs more than a
-connection: `limits` says how many there may be and what each may hold, `load` how much of the time they get, `rules`
-who may call what.
+Every user may connect and ask. The kernel identifies the user; before that, a client costs no more than a connection.
+`limits` says how many connections there may be and what each may hold, `load` how the time is divided, `rules` who may
+call what.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ __all__ = ["Listener", "Producers", "Service", "build_clients", "build_registry"
 
 
 def build_registry(service: Service, producers: Producers) -> VarlinkInterfaceRegistry:
-    """What the socket serves: the interfaces and their introspection."""
+    """Return what the socket serves: the interfaces and their introspection."""
     made = VarlinkInterfaceRegistry()
     made.register_interface(service)
     made.register_interface(producers)
@@ -31,5 +31,5 @@ def build_registry(service: Service, producers: Producers) -> VarlinkInterfaceRe
 
 
 def build_clients(made: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> Clients:
-    """All clients of what is served, for a Listener; `access` is asked anew, for a reload."""
+    """Return the clients of these interfaces, for a Listener; `access` is called each time, because of reloads."""
     return Clients(made, access)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is asking and what it may do: root, the operators' group, the producers' group, everyone else."""
+"""The caller and its rights: root, the operators' group, the producers' group, everyone else."""
 
 import asyncio
 import contextvars
@@ -17,18 +17,18 @@ from khod.config import Access
 from khod.errors import Denied
 
 CALLER: "contextvars.ContextVar[Caller]" = contextvars.ContextVar("CALLER")
-"""Who makes the call that is being served."""
+"""The caller of the call that is being served."""
 LOG = logging.getLogger(__name__)
 DEFAULTS = (Access.group, Access.producers)
-"""Groups that the package makes: where khod runs without it, root is enough."""
+"""Groups that the package creates; if khod runs without the package, root is enough."""
 LOOKUP_WAIT_SECONDS = 2.0
-"""How long a call waits for a lookup of the groups that is under way."""
+"""How long a call waits for a running lookup of the groups."""
 RETRY_SECONDS = 30.0
-"""A group that was not found is looked up again after so long, when somebody asks for it."""
+"""How long after a failed lookup a group is looked up again, when a caller needs it."""
 
 
 class Standing(enum.Enum):
-    """What a caller is by the kernel's word and [access] of the configuration."""
+    """The rights of a caller, by the kernel's credentials and [access] of the configuration."""
 
     other = "other"
     producer = "producer"
@@ -37,7 +37,7 @@ class Standing(enum.Enum):
 
 
 class Caller:
-    """Who is at the other end, as the kernel noted at connect(2)."""
+    """The process at the other end, as the kernel recorded it at connect(2)."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.pid, self.uid, self._gid = peer_credentials(sock)
@@ -45,10 +45,10 @@ class Caller:
         self._known: dict[int, bool] = {}
 
     def is_in(self, gid: int | None) -> bool:
-        """Tell whether it has a group: its primary one, or any of however many supplementary ones."""
+        """Whether it is in a group, by its primary or any of its supplementary groups."""
         if gid is None or gid == self._gid:
             return gid is not None
-        if gid not in self._known:  # not all of them are kept: there may be 65536
+        if gid not in self._known:  # only the answers are kept: there may be 65536 groups
             try:
                 self._known[gid] = gid in peer_groups(self._socket)
             except OSError:  # the connection has ended
@@ -59,12 +59,12 @@ class Caller:
 class Groups:
     """The groups that [access] names, by number.
 
-    The lookup may hang (LDAP), so it has a thread of its own, at the start and after each reload. Until it has
-    ended a group counts as before, and one that is new counts for nobody.
+    A lookup may hang (LDAP), so it has a thread of its own, at the start and after each reload. Until it ends, known
+    groups keep their numbers, and a new group has no members.
     """
 
     def __init__(self, access: Callable[[], Access]) -> None:
-        """Look up the groups of `access`, which is asked for anew each time."""
+        """Look up the groups of `access`, which is called each time."""
         self._access = access
         self._seen: Access | None = None
         self._looked_up_for: Access | None = None
@@ -78,12 +78,12 @@ class Groups:
 
     @property
     def count_changes(self) -> int:
-        """How often somebody's standing may have changed, a reload that nobody has asked after yet included."""
+        """How often the standing of callers may have changed, including by a reload that was not noticed yet."""
         self._check_config()
         return self._changes
 
     def _check_config(self) -> None:
-        """Note a configuration that is another one, and begin a lookup; one that hangs is not begun twice."""
+        """Notice a changed configuration and start a lookup, unless one is running."""
         access = self._access()
         if access is not self._seen:
             self._seen = access
@@ -93,7 +93,7 @@ class Groups:
             self._look_up([name for name in (access.group, access.producers) if name])
 
     def standing_of(self, caller: Caller) -> Standing:
-        """Tell what a caller is now."""
+        """Return the current standing of a caller."""
         self._check_config()
         if caller.uid == 0:
             return Standing.root
@@ -106,17 +106,17 @@ class Groups:
 
     @property
     def is_pending(self) -> bool:
-        """Whether somebody's standing may change soon."""
+        """Whether the standing of callers may change soon."""
         return not self._looked_up.is_set()
 
     async def wait_lookup(self) -> None:
-        """Wait for the lookup under way, not for ever."""
+        """Wait for the running lookup, for at most LOOKUP_WAIT_SECONDS."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOKUP_WAIT_SECONDS):
                 await self._looked_up.wait()
 
     def refusal_error(self, caller: Caller, what: str, *, producers: bool = False) -> Denied:
-        """Make the error for a caller that has not the right to do something."""
+        """Return the error for a caller without the right to do `what`."""
         access = self._access()
         named = [group for group in (access.group, access.producers if producers else "") if group]
         unknown = [group for group in named if self._gids.get(group) is None]
@@ -151,7 +151,7 @@ class Groups:
 
 
 def gid_of(name: str) -> int | None:
-    """Look a group up, which may take for ever; None where it is not known."""
+    """Look up a group, which may block for ever; return None if it is not known."""
     try:
         return grp.getgrnam(name).gr_gid
     except (KeyError, OSError):

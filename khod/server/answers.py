@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Answers to questions that many ask: computed and encoded once for everyone who asks the same thing at a time."""
+"""Answers to questions of many clients: computed and encoded once for all clients with the same question."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from khod.server.load import Allowance
 
 MAX_COST_SECONDS = 0.25
-"""What one answer may cost of the allowance: most of a long time is waiting, for the kernel."""
+"""The maximum that one answer is charged to the allowance: a longer time is mostly waiting for the kernel."""
 
 Produce = Callable[[], Awaitable[bytes]]
 Deliver = Callable[[bytes], None]
@@ -17,7 +17,7 @@ Deliver = Callable[[bytes], None]
 
 @dataclass
 class _Question:
-    """One thing that is asked. Whoever comes while an answer is being computed gets the next one: this is old."""
+    """One question. Clients that ask while an answer is being computed get the next one, because this one is older."""
 
     produce: Produce
     waiting: list[Deliver] = field(default_factory=list)
@@ -25,7 +25,7 @@ class _Question:
 
 
 class Answers:
-    """Answers by question; there is never more than one computation of a question, and one batch that waits for it."""
+    """Answers by question; each question has at most one computation, and one batch that waits for the next."""
 
     def __init__(self, allowance: Allowance | None = None) -> None:
         """Compute at once, or as the allowance permits."""
@@ -35,7 +35,7 @@ class Answers:
         self._timer: asyncio.TimerHandle | None = None
 
     def queue_question(self, question: Hashable, produce: Produce, deliver: Deliver) -> None:
-        """Have `deliver` called with the answer, which is not older than this call; `produce` raises nothing."""
+        """Call `deliver` with an answer that is not older than this call; `produce` must not raise."""
         waiting = self._questions.get(question)
         if waiting is None:
             waiting = self._questions[question] = _Question(produce)
@@ -43,13 +43,13 @@ class Answers:
         self._start_questions()
 
     def go_on(self) -> None:
-        """Look again how long to wait: the share has become another."""
+        """Compute the waiting time again, because the share has changed."""
         if self._timer is not None:
             self._timer.cancel()
             self._try_again()
 
     def _start_questions(self) -> None:
-        """Compute what is waited for and not under way."""
+        """Start the computation of every waiting question that has none."""
         if self._timer is not None:
             return
         wait_seconds = 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All clients: whoever connects is let in, or not."""
+"""All clients: each new connection is admitted or refused."""
 
 import asyncio
 import socket
@@ -13,22 +13,22 @@ from khod.server.connection import ClientConnection
 from khod.server.shared import Shared
 
 OTHERS_SEND_BYTES = 32 << 10
-"""Of an answer, what the kernel keeps for a client without rights; it doubles this (socket(7))."""
+"""The send buffer of a client without rights, for answers; the kernel doubles this (socket(7))."""
 
 
 class Clients:
-    """Every connection."""
+    """All connections of the server."""
 
     def __init__(self, registry: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> None:
-        """Serve what is in the registry; `access` is asked anew, for a reload."""
+        """Serve the interfaces of the registry; `access` is called each time, because of reloads."""
         self.shared = Shared(registry, access)
         self._everyone: set[ClientConnection] = set()
         self._emptied = asyncio.Event()
 
     def admit_client(self, sock: socket.socket) -> bool:
-        """Serve a client that has connected, or hang up where it has enough; whether it is one with rights."""
+        """Serve a new client, or hang up if its user has too many; return whether it was admitted with rights."""
         caller = Caller(sock)
-        if self.shared.places.has_enough(caller.uid):  # a crowd of one user's is sent away as fast as it comes
+        if self.shared.places.has_enough(caller.uid):  # many connections of one user are refused as fast as they come
             self.shared.dispose_socket(sock, caller.uid)
             return False
         standing = self.shared.groups.standing_of(caller)
@@ -58,7 +58,7 @@ class Clients:
             await self._emptied.wait()
 
     def hang_up_all(self) -> None:
-        """Hang up on everyone who is left, whatever was still to be said."""
+        """End all remaining connections; unsent data is dropped."""
         for connection in list(self._everyone):
             connection.transport.end()
         self.shared.close()

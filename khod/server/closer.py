@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Closes what may take long to close.
+"""Close descriptors that may take long to close.
 
-The last reference to somebody else's file may block whoever drops it: a TCP socket lingers as long as its owner
-chose, a file of a FUSE or NFS server asks that server. systemd closes such files in a thread too (asynchronous_close).
+Closing the last reference to another process's file may block: a TCP socket lingers as long as its owner chose, and a
+file of a FUSE or NFS server asks that server. systemd closes such files in a thread too (asynchronous_close).
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from queue import SimpleQueue
 
 
 class Closer:
-    """Closes descriptors in a thread of its own, one after the other. Khod's end waits for none of them."""
+    """Closes descriptors in a thread of its own, one after the other; khod does not wait for them when it ends."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -25,11 +25,11 @@ class Closer:
 
     @property
     def count_waiting(self) -> int:
-        """How many descriptors are not closed yet."""
+        """The number of descriptors that are not closed yet."""
         return self._waiting
 
     def close_later(self, fd: int, closed: Callable[[], None] = lambda: None) -> None:
-        """Close a descriptor by and by; `closed` is called in the event loop afterwards."""
+        """Close a descriptor later; `closed` is called in the event loop afterwards."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._close_queue, name=self._name, daemon=True)
             self._thread.start()
@@ -39,7 +39,7 @@ class Closer:
     def _close_queue(self) -> None:
         while True:
             fd, closed = self._queue.get()
-            with suppress(OSError):  # the descriptor is gone all the same: close(2)
+            with suppress(OSError):  # the descriptor is closed all the same: close(2)
                 os.close(fd)
             try:
                 self._loop.call_soon_threadsafe(self._note_closed, closed)

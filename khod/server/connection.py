@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One client: its calls, one after the other. Who asks comes from the kernel, what it may from the rules."""
+"""One client and its calls, one after the other, by the kernel's credentials and the rules."""
 
 import contextvars
 import logging
@@ -49,7 +49,7 @@ class ClientConnection:
         place: Place,
         gone: Callable[["ClientConnection"], None],
     ) -> None:
-        """Begin to serve it; `gone` is called when the connection has ended."""
+        """Begin to serve the client; `gone` is called when the connection has ended."""
         self._shared = shared
         self.caller = caller
         self._standing = standing
@@ -59,7 +59,7 @@ class ClientConnection:
         self.producer: Peer | None = None
         self.is_open = True
         self.on_end: list[Callable[[], None]] = []
-        """Called when the client has said its last; a monitor would wait for the next event otherwise."""
+        """Called when the client has sent its last message; otherwise a monitor would wait for the next event."""
         self._stream: Stream | None = None
         self._answered = False
         self._ends_after_reply = False
@@ -79,7 +79,7 @@ class ClientConnection:
 
     @property
     def caller_standing(self) -> Standing:
-        """What the client is now."""
+        """The current standing of the client."""
         groups = self._shared.groups
         if self._known_at != groups.count_changes:
             self._known_at = groups.count_changes
@@ -90,7 +90,7 @@ class ClientConnection:
 
     @property
     def has_rights(self) -> bool:
-        """Whether it is more than somebody who asks."""
+        """Whether the client has more rights than to ask."""
         return self.producer is not None or self.caller_standing is not Standing.other
 
     @property
@@ -102,17 +102,17 @@ class ClientConnection:
         return self.producer is not None or self.caller_standing in OPERATORS
 
     def _serve_as_due(self) -> None:
-        """Take the turns that are due to it now, and the descriptors."""
+        """Move to the lane, and accept descriptors, as the client's current rights require."""
         if self.is_open:
             self.transport.move_to_lane(self._shared.lane_for(rights=self.has_rights))
             self.transport.let_send_files(allowed=self.may_send_files)
 
     def reserve_producers_place(self) -> bool:
-        """Keep room for this connection as a producer's; `bind_producer` is due then."""
+        """Reserve a place for this connection as a producer's; call `bind_producer` afterwards."""
         return self._place.reserve_producers()
 
     def bind_producer(self, producer: Peer | None) -> None:
-        """Be this producer's connection from here on; None where it could not be registered."""
+        """Become the connection of this producer; None if the registration failed."""
         registered = producer is not None and self.is_open
         self._place.settle_place(registered=registered)
         if registered:
@@ -149,12 +149,12 @@ class ClientConnection:
         self._shared.dispose_socket(sock, self.caller.uid, self._place.give_back)
 
     def hang_up(self) -> None:
-        """End the connection after what was said; for its producer it ends at once."""
+        """End the connection after what was sent; for its producer it ends at once."""
         self.hung_up()
         self.transport.close()
 
     def end_after_reply(self) -> None:
-        """Hang up when the call under way is answered."""
+        """Hang up after the answer to the current call."""
         self._ends_after_reply = True
 
     # Calls
@@ -179,7 +179,7 @@ class ClientConnection:
             self._send_reply(messages.encode_error(error))
 
     def _serve_call(self, call: VarlinkMethodCall, files: PassedFiles, again: Message | None) -> None:
-        """Begin to serve a call. `again` is its message, where it may be tried once more when the groups are known."""
+        """Begin to serve a call; `again` is its message if it may be tried again when the groups are known."""
         try:
             method, signature = self._shared.registry.lookup_method(call)
         except MethodNotFound:  # the library names it without its interface
@@ -227,21 +227,21 @@ class ClientConnection:
             files.close_all()
 
     def _spawn_call(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a call in a task of its own. Nobody cancels it: half an operation would be left, or half a file's."""
+        """Run a call in a task of its own, which is never cancelled: that would leave half of an operation."""
         context = contextvars.copy_context()
         context.run(CONNECTION.set, self)
         context.run(CALLER.set, self.caller)
         context.run(self._shared.spawn_task, work)
 
     async def _run_call(self, serve: Serve, files: PassedFiles) -> None:
-        """Serve a call whose answer is this client's alone."""
+        """Serve a call whose answer is only for this client."""
         passed: Sequence[FileDescriptor] = ()
         try:
             result = await serve()
             data, passed = messages.encode_with_files(result.parameters)
         except (VarlinkErrorReply, KhoError) as error:
             data = messages.encode_error(error)
-        except ANYTHING as error:  # the client must hear that it failed, and a producer's connection ends
+        except ANYTHING as error:  # the client must be told that it failed, and a producer's connection ends
             raise_if_cancelling(error)
             _LOG.exception("a call failed")
             data = messages.encode_error(messages.INTERNAL)
@@ -254,7 +254,7 @@ class ClientConnection:
         self.transport.submit_work(partial(self._send_reply, answer))
 
     def _send_reply(self, data: bytes, passed: Sequence[FileDescriptor] = ()) -> None:
-        """Answer the call; the next one is read when the client has read this."""
+        """Answer the call; the next one is read when the client has read the answer."""
         if self._urgent:
             self._urgent = False
             self._shared.load.end_call()
@@ -275,7 +275,7 @@ class ClientConnection:
             self.transport.resume_reading()
 
     def _drop_after_bad_answer(self, error: Exception) -> None:
-        """Hang up on a producer that said what is no answer: whatever it was asked, it did not say yes."""
+        """Hang up on a producer that sent an invalid answer: it has not agreed to what it was asked."""
         if self.producer is not None and isinstance(error, VarlinkErrorReply):
             self.end_after_reply()
 
@@ -291,7 +291,7 @@ class ClientConnection:
         self.transport.submit_work(lambda: self._stream.begin_stream(first) if self._stream is not None else None)
 
     def _stop_stream(self) -> None:
-        """The client has gone, or will say nothing more."""
+        """End the stream, because the client has gone or will send nothing more."""
         if self._stream is not None:
             self._stream.stop_stream()
             self._stream = None
@@ -304,7 +304,7 @@ class ClientConnection:
 
 
 async def _compute_answer(serve: Serve) -> bytes:
-    """Compute what everyone who asks the same is answered."""
+    """Compute the answer for all clients with the same question."""
     try:
         result = await serve()
         return messages.encode_reply(result.parameters)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The changes that monitors are told: one log for all of them, each event encoded once.
+"""The events for monitors: one log for all of them, each event encoded once.
 
-A monitor is a place in the log, so a thousand that do not read cost no more than one. What the slowest has not read
-is kept up to a bound; a monitor that is further behind is told the last event, as the end of its stream.
+A monitor is a position in the log, so a thousand that do not read cost no more than one. What the slowest has not read
+is kept up to a limit; a monitor that is further behind gets the last event, which ends its stream.
 """
 
 from collections import deque
@@ -10,34 +10,37 @@ from collections.abc import Callable
 from typing import Protocol
 
 MAX_EVENTS = 1 << 15
-"""Events kept for the slowest monitor: two a verb for as many producers as one user may have, there and back."""
+"""The number of events kept for the slowest monitor.
+
+It is two for each verb, and for its undo, of as many producers as one user may have.
+"""
 MAX_EVENT_BYTES = 16 << 20
-"""Bytes of these, over all monitors."""
+"""The maximum size of these events in bytes, for all monitors."""
 BATCH_EVENTS = 64
-"""Events that are sent to a monitor in one piece."""
+"""The number of events sent to a monitor at once."""
 
 
 class Line(Protocol):
-    """Where a monitor is."""
+    """The connection of a monitor."""
 
     @property
     def is_drained(self) -> bool:
-        """Whether it has read all that was sent."""
+        """Whether the client has read all that was sent."""
 
     def submit_work(self, work: Callable[[], None]) -> None:
-        """Do something for it in its turn."""
+        """Run work for the client in its turn."""
 
     def send_data(self, data: bytes) -> None:
-        """Send something."""
+        """Send data to the client."""
 
 
 class EventLog:
-    """What has happened and some monitor was not told yet."""
+    """The events that some monitor has not got yet."""
 
     def __init__(
         self, last: Callable[[], bytes], max_events: int = MAX_EVENTS, max_bytes: int = MAX_EVENT_BYTES
     ) -> None:
-        """Begin without any; `last` gives what ends a stream."""
+        """Begin with no events; `last` returns the event that ends a stream."""
         self.last = last
         self._max_events = max_events
         self._max_bytes = max_bytes
@@ -50,21 +53,21 @@ class EventLog:
 
     @property
     def end(self) -> int:
-        """The place after the last event."""
+        """The position after the last event."""
         return self._begin + len(self._events)
 
     @property
     def has_streams(self) -> bool:
-        """Whether anyone listens: otherwise nothing needs to be encoded."""
+        """Whether there is a monitor; without one, nothing needs to be encoded."""
         return bool(self._streams)
 
     @property
     def kept_bytes(self) -> int:
-        """How much is kept."""
+        """The size of the kept events in bytes."""
         return self._kept_bytes
 
     def append_event(self, event: bytes) -> None:
-        """Tell every monitor of an event, as it goes over the wire."""
+        """Append an event, as encoded for the wire, for every monitor."""
         if len(self._caught_up) == len(self._streams):
             self._begin += len(self._events)
             self._events.clear()
@@ -77,28 +80,28 @@ class EventLog:
         self._wake_streams()
 
     def end_streams(self) -> None:
-        """End every stream, after what it was not told yet."""
+        """End every stream, after the events it has not got yet."""
         self.is_closed = True
         self._wake_streams()
 
     def events_after(self, place: int) -> list[bytes] | None:
-        """Give the next events from a place on; None where they are kept no more."""
+        """Return the next events from a position on; None if they are no longer kept."""
         if place < self._begin:
             return None
         first = place - self._begin
         return [self._events[at] for at in range(first, min(first + BATCH_EVENTS, len(self._events)))]
 
     def add_stream(self, stream: "Stream") -> None:
-        """Keep what this monitor was not told."""
+        """Keep events for this stream."""
         self._streams.add(stream)
 
     def remove_stream(self, stream: "Stream") -> None:
-        """Keep nothing for it any more."""
+        """Stop keeping events for this stream."""
         self._streams.discard(stream)
         self._caught_up.discard(stream)
 
     def note_waiting(self, stream: "Stream") -> None:
-        """Note that a monitor was told everything."""
+        """Note that a stream has got all events."""
         self._caught_up.add(stream)
 
     def _wake_streams(self) -> None:
@@ -108,10 +111,10 @@ class EventLog:
 
 
 class Stream:
-    """One monitor."""
+    """The stream of one monitor."""
 
     def __init__(self, log: EventLog, line: Line, ended: Callable[[], None]) -> None:
-        """Tell `line` all that happens from now on; `ended` is called after the last event."""
+        """Send to `line` all events from now on; `ended` is called after the last one."""
         self._log = log
         self._line = line
         self._ended = ended
@@ -121,17 +124,17 @@ class Stream:
         log.add_stream(self)
 
     def begin_stream(self, first: bytes) -> None:
-        """Send what the stream begins with, and then the changes."""
+        """Send the first event, and then the changes."""
         self._line.send_data(first)
         self._begun = True
         self.go_on()
 
     def submit_turn(self) -> None:
-        """Go on in the client's turn."""
+        """Continue in the client's turn."""
         self._line.submit_work(self.go_on)
 
     def go_on(self) -> None:
-        """Send what is next, unless the client has not read what came before."""
+        """Send the next events, unless the client has not read the ones before."""
         if not self._is_open or not self._begun or not self._line.is_drained:
             return
         events = self._log.events_after(self._place)
@@ -150,6 +153,6 @@ class Stream:
             self._log.note_waiting(self)
 
     def stop_stream(self) -> None:
-        """Tell nothing more."""
+        """Send nothing more."""
         self._is_open = False
         self._log.remove_stream(self)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Descriptors of clients: how many khod holds of them, who waits for room, and how they are let go."""
+"""The descriptors of clients: how many khod holds, which clients wait for room, and how they are closed."""
 
 import fcntl
 import os
@@ -15,12 +15,12 @@ from khod.server.closer import Closer
 from khod.server.limits import MAX_FDS, Quota
 
 MAX_PEEKS = 8
-"""Reads in which a socket that is dropped is emptied: a sender's buffer is 208 KiB, net.core.wmem_max."""
+"""The number of reads to empty a dropped socket: a sender's buffer is 208 KiB, net.core.wmem_max."""
 PEEK_BYTES = 64 << 10
 
 
 class Waiting(Protocol):
-    """A client whose next message brings descriptors, for which there was no room."""
+    """A client whose next message has descriptors, for which there was no room."""
 
     uid: int
 
@@ -29,10 +29,10 @@ class Waiting(Protocol):
 
 
 class Room:
-    """Room for the descriptors that clients pass along, for as long as their calls are served."""
+    """Room for the descriptors that clients pass, for as long as their calls are served."""
 
     def __init__(self, total: int, per_user: int, closer: Closer | None = None) -> None:
-        """Let a user have so many. They are closed by `closer`, or at once where it is None: root's are trusted."""
+        """Allow `per_user` for each user; `closer` closes them, or None closes them at once: root's are trusted."""
         self._quota = Quota(total, per_user)
         self._closer = closer
         self._waiting: list[Waiting] = []
@@ -42,16 +42,16 @@ class Room:
         return self._quota.has_room(uid, MAX_FDS)
 
     def wait_room(self, client: Waiting) -> None:
-        """Let a client go on when there is room again."""
+        """Continue a client when there is room again."""
         self._waiting.append(client)
 
     def take_fds(self, uid: int, fds: Sequence[int]) -> None:
-        """Count descriptors that have come; there was room for them."""
+        """Count received descriptors, after `has_room`."""
         taken = self._quota.take_amount(uid, len(fds))
         assert taken, "room was asked for before"
 
     def close_fds(self, uid: int, fds: Sequence[int]) -> None:
-        """Close descriptors that came."""
+        """Close received descriptors."""
         for fd in fds:
             if self._closer is None:
                 os.close(fd)
@@ -69,10 +69,10 @@ class Room:
 
 
 class PassedFiles(FileDescriptorArray):
-    """The descriptors of one call, each by its index: -1 is none, and neither is `true`."""
+    """The descriptors of one call, by index; -1 and `true` are not valid indexes."""
 
     def __init__(self, fds: Sequence[int], close: Callable[[Sequence[int]], None]) -> None:
-        """Have `close` close them when nobody needs them any more."""
+        """Use `close` to close them when they are no longer needed."""
         super().__init__(self)
         for fd in fds:
             self.add(FileDescriptor(fd))
@@ -88,7 +88,7 @@ class PassedFiles(FileDescriptorArray):
         return file
 
     def close_unnamed(self) -> None:
-        """Close what no parameter of the call names."""
+        """Close the descriptors that no parameter of the call names."""
         self._close([self._open.pop(index) for index in self._open.keys() - self._named])
 
     def close_all(self) -> None:
@@ -98,10 +98,10 @@ class PassedFiles(FileDescriptorArray):
 
 
 def dispose_socket(sock: socket.socket, closer: Closer, closed: Callable[[], None]) -> None:
-    """Close the socket of a client without rights; by `closer` where descriptors of its are still in it.
+    """Close the socket of a client without rights, in `closer` if unread descriptors are in it.
 
-    To drop a descriptor may take for ever, and who drops the last reference waits. MSG_PEEK without room for
-    descriptors tells that there are some (MSG_CTRUNC), and neither takes them in nor drops them.
+    Closing the last reference to a descriptor may block for ever. MSG_PEEK without space for descriptors shows that
+    there are some (MSG_CTRUNC), and neither receives nor drops them.
     """
     try:
         harmless = _is_emptied(sock)
@@ -115,7 +115,7 @@ def dispose_socket(sock: socket.socket, closer: Closer, closed: Callable[[], Non
 
 
 def _is_emptied(sock: socket.socket) -> bool:
-    """Read away what is in a socket, up to a descriptor; whether nothing is left."""
+    """Read and drop what is in a socket, up to a descriptor; return whether it is empty."""
     for _ in range(MAX_PEEKS):
         if not unread_bytes(sock):
             return True
@@ -127,6 +127,6 @@ def _is_emptied(sock: socket.socket) -> bool:
 
 
 def unread_bytes(sock: socket.socket) -> int:
-    """Give how many bytes a socket holds that were not read."""
+    """Return the number of unread bytes in a socket."""
     (count,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))
     return int(count)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""io.kho.Handover over one engine. Who may call what stands in `khod.server.rules`."""
+"""io.kho.Handover for one engine; `khod.server.rules` says who may call what."""
 
 import os
 from contextlib import suppress
@@ -21,28 +21,28 @@ from khod.target.target import Given, Request
 
 
 class Service(Handover):
-    """The interface over one engine. Monitor is served from `events`."""
+    """The interface for one engine; Monitor is served from `events`."""
 
     render_interface_description = Handover.render_interface_description  # with the words it was described in
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        """What needs a right."""
+        """For calls that need a right."""
         self._queries = engine.queries
-        """What everyone may ask."""
+        """For calls that every user may make."""
         self._last = model.Event(0.0, model.Phase.idle, "", "")
         self.load = Load()
         self.events = EventLog(lambda: messages.encode_reply({"event": self._last}))
 
     def publish_event(self, event: model.Event) -> None:
-        """Give an event to every monitor."""
+        """Send an event to every monitor."""
         self._last = event
         self.load.note_event(event)
         if self.events.has_streams:
             self.events.append_event(messages.encode_reply({"event": event}, continues=True))
 
     async def first_event(self) -> bytes:
-        """Give the event that every monitor begins with."""
+        """Return the event with which every monitor begins."""
         return messages.encode_reply({"event": await self._queries.current_event()}, continues=True)
 
     def end_monitors(self) -> None:
@@ -116,7 +116,7 @@ class Service(Handover):
 
 
 def _describe_caller() -> str:
-    """Who makes the call under way, for people: no name of the name service's, which may hang."""
+    """Describe the caller for people, without a user name: the name service may hang."""
     caller = CALLER.get()
     with suppress(OSError):
         command = Path(f"/proc/{caller.pid}/comm").read_text(errors="replace").strip()
@@ -127,7 +127,7 @@ def _describe_caller() -> str:
 def _build_request(
     kernel: NextKernel | None, *, now: bool | None = None, load_only: bool | None = None, hold: bool | None = None
 ) -> Request:
-    """What the engine is asked, with the descriptors of this call; UsageError where it makes no sense."""
+    """Build the engine's request, with the descriptors of this call; raise UsageError if it is not valid."""
     asked, flags = kernel or NextKernel(), {"now": bool(now), "load_only": bool(load_only), "hold": bool(hold)}
     files, names = asked.initrds or [], asked.initrd_names or []
     if names and len(names) != len(files):
@@ -138,7 +138,7 @@ def _build_request(
         raise UsageError(
             "An initrd or a command line without an image", where="kernel.image", remedy="Add `kernel.image`."
         )
-    # The names stand in checks and events, on the terminals of others.
+    # The names are shown in checks and events, on the terminals of others.
     labels = [one_line(name) for name in names] or [f"initrd {at + 1}" for at in range(len(files))]
     initrds = [Given(file.fileno(), label) for file, label in zip(files, labels, strict=True)]
     return Request(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The wire: the Varlink interfaces io.kho.Handover and io.kho.Producer, described by the model's own dataclasses."""
+"""The Varlink interfaces io.kho.Handover and io.kho.Producer, described by the model's own dataclasses."""
 
 import enum
 import types
@@ -16,7 +16,7 @@ from khod.wire import INTERFACE, PRODUCER
 
 
 class _Fields:
-    """What every error carries; see khod.errors."""
+    """The fields of every error; see khod.errors."""
 
     what: str
     where: str
@@ -25,7 +25,7 @@ class _Fields:
 
 
 def _error_reply(cls: type[KhoError]) -> type[TypedVarlinkErrorReply]:
-    """Make the Varlink error of one class of ours, which the library wants as a class of its own."""
+    """Make the Varlink error for one of khod's classes; the library requires a class for each."""
     namespace: dict[str, Any] = {"Parameters": _Fields, "__doc__": cls.__doc__, "__annotations__": {}}
     options = {"name": f"{INTERFACE}.{cls.__name__}", "paramprefix": ""}
     return types.new_class(cls.__name__, (TypedVarlinkErrorReply,), options, lambda body: body.update(namespace))
@@ -35,7 +35,7 @@ ERRORS = {name: _error_reply(cls) for name, cls in BY_NAME.items()}
 
 
 def to_wire(error: KhoError) -> TypedVarlinkErrorReply:
-    """The Varlink error of one of ours."""
+    """Return the Varlink error for one of khod's errors."""
     reply = ERRORS[error_name(error)]
     return reply(what=error.what, where=error.where, remedy=error.remedy, cause=error.cause or None)
 
@@ -49,11 +49,12 @@ class TreeReply(TypedDict):
 
 @dataclass(frozen=True)
 class NextKernel:
-    """The next kernel: descriptors as indexes of those passed along, names for people.
+    """The next kernel: descriptors as indexes of those passed along, and names for people.
 
-    Several `initrds` follow one another in memory, in this order. Without `cmdline` an image's own counts (a
-    unified kernel image has one), then the running kernel's, less what must not travel; `reuse_cmdline` insists on
-    that. `remove` takes words away by parameter (`console`) or whole (`console=ttyS0`), `append` adds some.
+    Several `initrds` follow one another in memory, in this order. Without `cmdline` the image's own is used (a unified
+    kernel image has one), else the running kernel's, without the words that must not be reused; `reuse_cmdline`
+    requires the running kernel's. `remove` removes words by parameter (`console`) or whole (`console=ttyS0`), `append`
+    adds words.
     """
 
     image: FileDescriptor | None = None
@@ -67,22 +68,22 @@ class NextKernel:
 
 
 class Handover(VarlinkInterface, name=INTERFACE):
-    """Takes this host from one kernel to the next. Reading is for everyone, changing for root and one group.
+    """Takes this host from one kernel to the next. Every user may read; root and one group may change.
 
-    Every error carries a sentence on what failed (`what`), the path, call or key it is about (`where`)
-    and what to do next (`remedy`).
+    Every error has a sentence on what failed (`what`), the path, call or key it concerns (`where`) and what to do next
+    (`remedy`).
     """
 
     errors = tuple(ERRORS.values())
 
     @varlinkmethod(return_parameter="status")
     async def Status(self) -> model.Status:
-        """Tell how it stands; never waits for the kernel longer than a second."""
+        """Return the current state; never waits for the kernel longer than a second."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="event", delay_generator=False)
     async def Monitor(self) -> AsyncIterator[model.Event]:
-        """Stream every change, beginning with how it stands; call it with `more`."""
+        """Stream every change, beginning with the current state; call it with `more`."""
         raise NotImplementedError
         yield
 
@@ -90,7 +91,7 @@ class Handover(VarlinkInterface, name=INTERFACE):
     async def Check(self, *, kernel: NextKernel | None = None, now: bool | None = None) -> list[model.Check]:
         """Run the preflight checks and touch nothing; with an image also those of the next kernel.
 
-        With `now` for a jump at once, which stops nothing before; else for an orderly one.
+        With `now` they are for a jump at once, before which nothing is stopped; otherwise for an orderly one.
         """
         raise NotImplementedError
 
@@ -102,17 +103,17 @@ class Handover(VarlinkInterface, name=INTERFACE):
         now: bool | None = None,
         load_only: bool | None = None,
     ) -> model.Plan:
-        """Tell what Kexec with these parameters would do, step by step, and touch nothing."""
+        """Return what Kexec with these parameters would do, step by step, and touch nothing."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="status")
     async def Activate(self) -> model.Status:
-        """Bring producers and kernel to `active`; on failure everything is put back."""
+        """Bring producers and kernel to the phase `active`; a failure is rolled back."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="status")
     async def Abort(self, *, force: bool | None = None) -> model.Status:
-        """Put everything back; with `force` also what khod did not do."""
+        """Roll everything back; with `force` also what khod did not do."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="status")
@@ -124,47 +125,47 @@ class Handover(VarlinkInterface, name=INTERFACE):
         load_only: bool | None = None,
         hold: bool | None = None,
     ) -> model.Status:
-        """Do what is left of the handover. The reply says that the jump is under way; with `now` none comes."""
+        """Do the remaining steps of the handover. The reply says that the jump is under way; with `now` none comes."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="producers")
     async def Producers(self) -> list[model.Producer]:
-        """List every producer that is configured, connected or waited for, in the order they are told."""
+        """List every producer that is configured, connected or awaited, in the order in which they are called."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="producers")
     async def Rehearse(self, *, name: str) -> list[model.Producer]:
-        """Drive one producer through prepare, freeze, thaw and cancel, and leave the kernel alone."""
+        """Send prepare, freeze, thaw and cancel to one producer; the kernel is not touched."""
         raise NotImplementedError
 
     @varlinkmethod
     async def Retry(self, *, name: str) -> None:
-        """Tell a producer again to take back what it left before the jump; Refused where it does not."""
+        """Tell a producer again to take back what it left before the jump; Refused if it does not."""
         raise NotImplementedError
 
     @varlinkmethod
     async def Forget(self, *, name: str) -> None:
-        """Free what a producer left before the jump and will not claim."""
+        """Free what a producer left before the jump and will not take back."""
         raise NotImplementedError
 
     @varlinkmethod
     async def Tree(self, *, side: str) -> TreeReply:
-        """Give a state tree: `out` (would leave), `in` (arrived), `snapshot` (left last), or a snapshot by its id."""
+        """Return a state tree: `out` (would leave), `in` (arrived), `snapshot` (left last), or a snapshot by its id."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="snapshots")
     async def Snapshots(self) -> list[model.Snapshot]:
-        """List the state trees that were kept when they left, the newest first; then, `run` empty, what is none."""
+        """List the snapshots, newest first, and then, with an empty `run`, entries that are not snapshots."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="regions")
     async def Scratch(self) -> list[Region]:
-        """Give the scratch regions, which the next kernel starts in and no state may lie in."""
+        """Return the scratch regions, in which the next kernel starts and which may hold no state."""
         raise NotImplementedError
 
 
 class Word(enum.Enum):
-    """What a producer says to a command. not_yet: it takes longer, within the same deadline."""
+    """A producer's answer to a command; not_yet means that it takes longer, within the same deadline."""
 
     ready = "ready"
     not_yet = "not_yet"
@@ -172,7 +173,11 @@ class Word(enum.Enum):
 
 
 class Registered(TypedDict):
-    """`told` is the last verb khod counts on ("" for none): whoever did more undoes the rest by itself."""
+    """The result of a registration.
+
+    `told` is the last verb that khod assumes to hold ("" for none); a producer that has done more undoes the rest
+    itself.
+    """
 
     version: int
     run: str
@@ -182,7 +187,7 @@ class Registered(TypedDict):
 class Command(TypedDict):
     """One verb: prepare, freeze, thaw, cancel, restore or finish. `timeout` is in seconds.
 
-    With restore come the files that were preserved, `names`, `tokens` and `fds` side by side.
+    With restore come the preserved files: `names`, `tokens` and `fds` in the same order.
     """
 
     serial: int
@@ -197,9 +202,9 @@ class Command(TypedDict):
 class Producer(VarlinkInterface, name=PRODUCER):
     """How a holder of state takes part. One connection is one producer, for as long as it lives.
 
-    Register, then call Next for ever: each call says how the command before went, and is answered with the
-    next one, which may be hours later. The end of the connection is a veto. Whoever loses khod connects again
-    and does what `told` says; undo may come for what was never done, and must be harmless then.
+    Register, then call Next in a loop: each call has the result of the command before, and is answered with the next
+    command, which may be hours later. The end of the connection is a veto. A producer that loses khod connects again
+    and does what `told` says. An undo may be sent for something that was never done, and must be harmless then.
     """
 
     errors = tuple(ERRORS.values())
@@ -230,9 +235,9 @@ class Producer(VarlinkInterface, name=PRODUCER):
         tokens: list[int] | None = None,
         fds: list[FileDescriptor] | None = None,
     ) -> Command:
-        """Answer the command `serial` and wait for the next; not_yet is answered at once with what counts now.
+        """Answer the command `serial` and wait for the next; not_yet is answered at once with the command in force.
 
-        `progress` goes from 0 to 1. With prepare and freeze, `fds` are preserved under `names` and `tokens` in
-        this producer's own LUO session.
+        `progress` is from 0 to 1. With prepare and freeze, `fds` are preserved under `names` and `tokens` in this
+        producer's own LUO session.
         """
         raise NotImplementedError

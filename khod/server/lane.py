@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The turns of clients: users take them one after the other, and all together have no more than their share of time."""
+"""The turns of clients: users take turns, and together have no more than their share of time."""
 
 import asyncio
 import select
@@ -11,7 +11,7 @@ from typing import Protocol
 from khod.server.load import Allowance
 
 MAX_EVENTS = 64
-"""Clients that are looked at in one turn of the event loop."""
+"""The number of clients that are checked in one turn of the event loop."""
 
 
 class LaneMember(Protocol):
@@ -19,10 +19,10 @@ class LaneMember(Protocol):
 
     uid: int
     events: int
-    """What epoll said of it and it has not heard yet; 0 where it waits for no turn."""
+    """The events of epoll that it has not handled yet; 0 if it waits for no turn."""
 
     def handle_ready(self) -> None:
-        """Read or write, one message at the most."""
+        """Read or write, at most one message."""
 
     def abort_connection(self) -> None:
         """End the connection."""
@@ -31,12 +31,12 @@ class LaneMember(Protocol):
 class Lane:
     """Clients that are watched and served together.
 
-    They are in an epoll of their own, which is one descriptor to the event loop: a lane whose allowance is used up
-    is not looked at, however many of its clients have something to say.
+    They are in an epoll of their own, which is one descriptor for the event loop. A lane that has used its allowance is
+    not polled, however many of its clients are ready.
     """
 
     def __init__(self, turn_seconds: float, allowance: Allowance | None = None) -> None:
-        """Serve for `turn_seconds` at a time; without an allowance for as long as there is something to do."""
+        """Serve for `turn_seconds` at a time; without an allowance, as long as there is work."""
         self._turn_seconds = turn_seconds
         self._allowance = allowance
         self._loop = asyncio.get_running_loop()
@@ -50,7 +50,7 @@ class Lane:
         self._loop.add_reader(self._epoll.fileno(), self._on_ready)
 
     def close(self) -> None:
-        """Serve nobody any more."""
+        """Stop serving."""
         if self._next is not None:
             self._next.cancel()
         self._loop.remove_reader(self._epoll.fileno())
@@ -66,12 +66,12 @@ class Lane:
         self._epoll.modify(fd, events)
 
     def remove_member(self, fd: int) -> None:
-        """Watch a client no more; work it was given is still done."""
+        """Stop watching a client; work submitted for it is still done."""
         if self._members.pop(fd, None) is not None and not self._epoll.closed:
             self._epoll.unregister(fd)
 
     def submit_work(self, member: LaneMember, work: Callable[[], None]) -> None:
-        """Do something for a client when it is its user's turn."""
+        """Run work for a client when it is its user's turn."""
         queue = self._work.get(member.uid)
         if queue is None:
             queue = self._work[member.uid] = deque()
@@ -124,18 +124,18 @@ class Lane:
             del self._work[uid]
         try:
             work()
-        except Exception as error:  # noqa: BLE001  # whatever one client brings about must not end the others' turns
+        except Exception as error:  # noqa: BLE001  # one client's error must not end the turns of others
             self._loop.call_exception_handler({"message": "Serving a client failed", "exception": error})
             member.abort_connection()
 
     def go_on(self) -> None:
-        """Look again how long to wait: the share has become another."""
+        """Compute the waiting time again, because the share has changed."""
         if self._paused and self._next is not None:
             self._next.cancel()
             self._next = self._loop.call_soon(self._go_on)
 
     def _plan_turn(self, spent_seconds: float) -> None:
-        """Go on with what is left, at once or when the allowance has been filled up."""
+        """Schedule the next turn: at once, or when the allowance has filled up."""
         wait_seconds = 0.0
         if self._allowance is not None:
             self._allowance.spend_time(spent_seconds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The listening socket: accepts clients, some at a time, so that whoever is served goes on being served."""
+"""The listening socket: it accepts a few clients at a time, so that admitted clients continue to be served."""
 
 import asyncio
 import socket
@@ -11,18 +11,18 @@ from khod.server.clients import Clients
 from khod.server.load import ACCEPT_SHARE, ACCEPT_SHARE_BUSY, Allowance
 
 BACKLOG = 64
-"""Connections that wait to be accepted. Root's is behind so many of anyone's, and behind whoever waits for a place."""
+"""Connections that wait to be accepted: those of root are queued behind this many others."""
 TURN_SECONDS = 0.001
 """How long connections are accepted in one turn of the event loop."""
 RETRY_SECONDS = 0.1
-"""Until the next try where this process can hold no more descriptors."""
+"""The time until the next attempt if this process has no free descriptors."""
 
 
 class Listener:
-    """Accepts on a socket from the start on."""
+    """Accepts clients on a socket."""
 
     def __init__(self, sock: socket.socket, clients: Clients) -> None:
-        """Hand each client over to `clients`."""
+        """Pass each client to `clients`."""
         self._socket = sock
         self._clients = clients
         self._loop = asyncio.get_running_loop()
@@ -40,7 +40,7 @@ class Listener:
         self._loop.add_reader(self._socket, self._accept_clients)
 
     def close(self) -> None:
-        """Accept nobody any more."""
+        """Stop accepting."""
         self._begin.cancel()
         if self._timer is not None:
             self._timer.cancel()
@@ -52,7 +52,7 @@ class Listener:
         await self._clients.wait_closed()
 
     def abort_clients(self) -> None:
-        """Hang up on everyone who is left, whatever was still to be said."""
+        """End all remaining connections; unsent data is dropped."""
         self._clients.hang_up_all()
 
     def _accept_clients(self) -> None:
@@ -63,10 +63,10 @@ class Listener:
             while time.monotonic() < until:
                 sock, _ = self._socket.accept()
                 if self._clients.admit_client(sock):
-                    break  # whoever has rights is served before the next ones are accepted
+                    break  # a client with rights is served before the next ones are accepted
         except BlockingIOError:
             pass
-        except OSError:  # no descriptor or no memory left, or the client has gone: whoever waits goes on waiting
+        except OSError:  # no free descriptor or memory, or the client has gone: the others continue to wait
             wait_seconds = RETRY_SECONDS
         self._trust_senders()
         self._allowance.spend_time(time.monotonic() - began)
@@ -76,14 +76,14 @@ class Listener:
             self._wait_before(wait_seconds)
 
     def _trust_senders(self) -> None:
-        """Let descriptors be sent before accept(2), as an operator's client may do, or let nobody do it."""
+        """Allow descriptors to be sent before accept(2), as an operator's client may do, or forbid it."""
         if self._clients.shared.trusts_senders is not self._trusts:
             self._trusts = self._clients.shared.trusts_senders
             with suppress(OSError):  # before Linux 6.16 it cannot be forbidden
                 pass_rights(self._socket, allowed=self._trusts)
 
     def _look_again(self) -> None:
-        """Look again how long to wait: the share has become another."""
+        """Compute the waiting time again, because the share has changed."""
         if self._timer is not None:
             self._timer.cancel()
             self._wait_before(self._allowance.wait_seconds())

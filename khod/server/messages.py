@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Varlink's messages: calls as they are parsed, replies as they are encoded."""
+"""Varlink messages: parse calls, encode replies."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,17 +14,17 @@ from khod.errors import KhoError
 from khod.server.interface import to_wire
 
 FIELDS: Mapping[str, type] = {"method": str, "parameters": dict, "oneway": bool, "more": bool, "upgrade": bool}
-"""What a call may have, and of which type."""
+"""The fields of a call, and their types."""
 INTERNAL = GenericVarlinkErrorReply("invalid.asyncvarlink.InternalServerError")
 _ENCODER = json.JSONEncoder(separators=(",", ":"), default=wire.encode_value)
 
 
 class NotJson(Exception):
-    """What came is no JSON object: what follows it cannot be trusted to be a message."""
+    """The input is not a JSON object: what follows it cannot be trusted to be a message."""
 
 
 def parse_message(text: bytes) -> dict[str, Any]:
-    """Parse a message; NotJson says why it is none."""
+    """Parse a message; raise NotJson, with the reason, if it is not one."""
     try:
         message = json.loads(text.decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested beyond reason
@@ -35,7 +35,7 @@ def parse_message(text: bytes) -> dict[str, Any]:
 
 
 def call_of(message: dict[str, Any]) -> VarlinkMethodCall:
-    """Make a call of a message; InvalidParameter names what is wrong with one that is none."""
+    """Return the call in a message; raise InvalidParameter, with the wrong field, if it is not a call."""
     try:
         return VarlinkMethodCall.fromjson(message)
     except (TypeError, ValueError):
@@ -46,13 +46,13 @@ def call_of(message: dict[str, Any]) -> VarlinkMethodCall:
 
 
 def encode_reply(parameters: Mapping[str, Any], *, continues: bool = False) -> bytes:
-    """Encode a reply whose parameters are the model's own types: a fifth of the time that the library takes."""
+    """Encode a reply whose parameters are types of the model, in a fifth of the library's time."""
     reply = {"parameters": parameters, "continues": True} if continues else {"parameters": parameters}
     return _ENCODER.encode(reply).encode() + b"\0"
 
 
 def encode_with_files(parameters: Mapping[str, Any]) -> tuple[bytes, Sequence[FileDescriptor]]:
-    """Encode a reply that may pass descriptors: each stands in the message as the index of its place."""
+    """Encode a reply that may pass descriptors: each is replaced by its index."""
     files: list[FileDescriptor] = []
 
     def plain(value: object) -> Any:
@@ -66,6 +66,6 @@ def encode_with_files(parameters: Mapping[str, Any]) -> tuple[bytes, Sequence[Fi
 
 
 def encode_error(error: VarlinkErrorReply | KhoError) -> bytes:
-    """Encode an error, ours or the library's."""
+    """Encode an error, one of khod's or of the library."""
     reply = to_wire(error) if isinstance(error, KhoError) else error
     return _ENCODER.encode(reply.tojson()).encode() + b"\0"

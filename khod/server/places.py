@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Places for connections: how many there may be of each kind, and of each user."""
+"""Places for connections: how many there are of each kind, and for each user."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from khod.server.limits import Limits, Quota
 
 
 class Places:
-    """Every place there is."""
+    """All places of the server."""
 
     def __init__(self, limits: Limits, max_per_user: Callable[[], int]) -> None:
-        """Let a user who is not root have `max_per_user` connections, those of producers not counted."""
+        """Allow `max_per_user` connections for each user except root; those of producers are not counted."""
         self.max_per_user = max_per_user
         self.connections = 0
         self.max_connections = limits.everyone
@@ -25,18 +25,18 @@ class Places:
         }
 
     def has_enough(self, uid: int) -> bool:
-        """Whether a user has as many connections as one may, those of producers not counted."""
+        """Whether a user has the maximum of connections; those of producers are not counted."""
         return self.askers[uid] >= self.max_per_user()
 
     def take_place(self, uid: int, standing: Standing) -> "Place | None":
-        """Take a place for a connection; None where the user, or everyone like him, has enough."""
+        """Take a place for a connection; return None if the user, or all users of this standing, have the maximum."""
         quota = self.by_standing[standing]
         if standing is Standing.root:
             if self.connections >= self.max_connections:
                 return None
         elif self.has_enough(uid):
             return None
-        # The fewer places are left the fewer one user may have, so there is one for whoever comes next.
+        # The fewer places are left, the fewer one user may have, so that the next user finds one.
         if standing is Standing.other and quota.amount_of(uid) > 0 and quota.amount_of(uid) >= quota.unused_amount // 2:
             return None
         return Place(self, uid, standing) if quota.take_amount(uid) else None
@@ -56,14 +56,14 @@ class Place:
             places.askers[uid] += 1
 
     def reserve_producers(self) -> bool:
-        """Keep room for a producer that registers; False where there is none. `settle_place` says how it went."""
+        """Reserve a place for a producer that registers; False if there is none. Call `settle_place` afterwards."""
         if self._standing in (Standing.other, Standing.operator):
             self._is_reserved = self._places.by_standing[Standing.producer].take_amount(self._uid)
             return self._is_reserved
         return True
 
     def settle_place(self, *, registered: bool) -> None:
-        """Be a producer's place from here on, or give back what was reserved."""
+        """Become a producer's place, or give the reservation back."""
         if registered:
             self._give_asker()
             if self._is_reserved:
@@ -74,7 +74,7 @@ class Place:
         self._is_reserved = False
 
     def give_back(self) -> None:
-        """Leave the place to others: the connection has ended, and its descriptor is closed."""
+        """Give the place back, because the connection has ended and its descriptor is closed."""
         self._give_asker()
         self._places.by_standing[self._standing].give_back(self._uid)
         self._places.connections -= 1

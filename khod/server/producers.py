@@ -18,7 +18,7 @@ from khod.server.connection import CONNECTION
 from khod.server.interface import Command, Producer, Registered, Word
 
 MAX_FILE_NAME = 255
-"""Characters of the name a producer gives a file: it stands in the record."""
+"""The maximum length of a file's name from a producer, in characters; the record stores it."""
 
 
 class Producers(Producer):
@@ -61,13 +61,14 @@ class Producers(Producer):
         try:
             producer = await self._engine.register_producer(name, owner, process, terms)
         except Refused:
-            # A connection is one producer; kept open, thousands of them would leave no room for anyone else.
+            # A connection is for one producer; if they were kept open, thousands of them would take the places of
+            # others.
             connection.end_after_reply()
             raise
         finally:
             connection.bind_producer(producer)
         connection.on_end.append(partial(self._engine.registry.peers.remove_peer, producer))
-        if not connection.is_open:  # it went while khod looked
+        if not connection.is_open:  # it ended during the registration
             self._engine.registry.peers.remove_peer(producer)
         return {"version": wire.PRODUCER_VERSION, "run": producer.claim.run, "told": write_verb(producer.claim.told)}
 
@@ -112,7 +113,7 @@ def _build_answer(
     tokens: list[int] | None,
     fds: list[FileDescriptor] | None,
 ) -> Answer:
-    """Check what a producer said; UsageError where it makes no sense."""
+    """Check a producer's answer; raise UsageError if it is not valid."""
     if serial is None:
         raise UsageError("An answer to no command", where="serial", remedy="Give the command's serial.")
     names, tokens, fds = names or [], tokens or [], fds or []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may call what, and how it is served. A method that is not in here is not served."""
+"""Who may call which method, and how it is served; other methods are not served."""
 
 import enum
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ class CallKind(enum.Enum):
     fixed = "fixed"
     """The answer is always the same."""
     question = "question"
-    """The engine is asked, once for everyone who asks the same thing at a time."""
+    """The engine is asked, once for all clients with the same question at that time."""
     operation = "operation"
-    """A task of its own, which goes on to its end whether or not the client stays."""
+    """A task of its own, which runs to its end even if the client goes."""
     conversation = "conversation"
-    """As an operation; it may wait for hours, so it is nothing that others must make way for."""
+    """As an operation, but it may wait for hours, so it does not count as work that others must not slow down."""
     stream = "stream"
-    """Every change, until the client goes."""
+    """Sends every change, until the client goes."""
 
 
 EVERYONE = frozenset(Standing)
@@ -30,15 +30,15 @@ PRODUCERS = frozenset({Standing.producer, Standing.operator, Standing.root})
 
 @dataclass(frozen=True)
 class Rule:
-    """One method. `what` stands in the sentence "User 1000 may not ..."."""
+    """One method; `what` completes the sentence "User 1000 may not ..."."""
 
     kind: CallKind
     callers: frozenset[Standing] = EVERYONE
     what: str = ""
     image: bool = False
-    """Whether it takes an image: then it is an operator's, and the answer is the caller's alone."""
+    """Whether it accepts an image; with one it is for operators only, and the answer is only for the caller."""
     registered: bool = False
-    """Whether it is for a connection that is a producer's."""
+    """Whether it is only for the connection of a producer."""
 
 
 def _operators_rule(what: str) -> Rule:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What all connections have in common: the engine's interfaces, the rights, the turns, the room, the answers."""
+"""What all connections share: the engine's interfaces, rights, turns, room, answers."""
 
 import asyncio
 import socket
@@ -29,13 +29,13 @@ from khod.server.rules import OPERATORS
 from khod.wire import INTERFACE
 
 TURN_SECONDS = 0.005
-"""How long clients with rights are served before the event loop looks after its other work."""
+"""How long clients with rights are served before the event loop does other work."""
 OTHERS_TURN_SECONDS = 0.001
-"""How long the others are."""
+"""The same for clients without rights."""
 
 
 class Shared:
-    """One server's."""
+    """The shared state of one server."""
 
     def __init__(self, registry: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> None:
         service = registry[INTERFACE]
@@ -60,40 +60,40 @@ class Shared:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def lane_for(self, *, rights: bool) -> Lane:
-        """Give the lane to serve a client in."""
+        """Return the lane in which a client is served."""
         return self._lane if rights else self._others_lane
 
     def answers_for(self, standing: Standing) -> Answers:
-        """Give what computes the answers to a client's questions."""
+        """Return the object that computes the answers to a client's questions."""
         return self._answers if standing in OPERATORS else self._others_answers
 
     def room_of(self, uid: int) -> Room:
-        """Give the room for a user's descriptors."""
+        """Return the room for a user's descriptors."""
         return self._roots_room if uid == 0 else self._room
 
     def buffer_quota(self, uid: int) -> Quota | None:
-        """Give what bounds a user's unfinished messages and unread answers."""
+        """Return the limit of a user's unfinished messages and unread answers; None for root."""
         return None if uid == 0 else self._buffered
 
     def fixed_answer(self, question: Hashable, serve: Callable[[], Any]) -> bytes:
-        """Compute an answer that is always the same, once."""
+        """Return an answer that is always the same; it is computed once."""
         if question not in self._fixed:
             self._fixed[question] = messages.encode_reply(serve().parameters)
         return self._fixed[question]
 
     def spawn_task(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something to its end, whoever is still there then."""
+        """Run a task to its end, even if its client has gone."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     @property
     def trusts_senders(self) -> bool:
-        """Whether descriptors may come before accept(2): not while too many sockets with some wait to be closed."""
+        """Whether descriptors may be sent before accept(2): not while too many sockets with some wait to be closed."""
         return self._sockets.count_waiting <= self._max_unclosed // 2
 
     def dispose_socket(self, sock: socket.socket, uid: int, closed: Callable[[], None] = lambda: None) -> None:
-        """Close a client's socket, whatever of it was not read; `closed` is called afterwards."""
+        """Close a client's socket, with any unread data; `closed` is called afterwards."""
         if uid == 0 or self._sockets.count_waiting > self._max_unclosed:
             sock.close()
             closed()
@@ -101,6 +101,6 @@ class Shared:
             dispose_socket(sock, self._sockets, closed)
 
     def close(self) -> None:
-        """Serve nobody any more."""
+        """Stop serving."""
         self._lane.close()
         self._others_lane.close()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One client's socket: complete messages come in one at a time, and what the socket takes goes out at once.
+"""The socket of one client: complete messages are received one at a time, and answers are sent at once.
 
-While a call is served nothing more is read: what a client sends meanwhile stays in the kernel, at its own expense,
-and so do the calls of a client that does not read its answers. That it hangs up is seen all the same.
+While a call is served nothing more is read: what a client sends meanwhile stays in the kernel, on the client's account,
+and so do the calls of a client that does not read its answers. A hangup is noticed all the same.
 """
 
 import array
@@ -21,7 +21,7 @@ from khod.server.limits import FREE_BYTES, MAX_FDS, Quota
 CHUNK_BYTES = 16 << 10
 OTHERS_CHUNK_BYTES = 4 << 10
 MAX_IDLE_READS = 16
-"""How often a socket may say that there is something to read when there is nothing: out-of-band data does that."""
+"""How often epoll may report a socket as readable without data in it: out-of-band data causes that."""
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
@@ -30,33 +30,33 @@ GONE = select.EPOLLHUP | select.EPOLLERR
 
 
 class MessageHandler(Protocol):
-    """Whose socket it is, and what it is told."""
+    """The owner of the socket, and what it is told."""
 
     @property
     def max_bytes(self) -> int:
-        """The longest message it may send now."""
+        """The maximum size of a message that the client may send now."""
 
     @property
     def may_send_files(self) -> bool:
-        """Whether it may send descriptors now."""
+        """Whether the client may send descriptors now."""
 
     def on_message(self, text: bytes, fds: list[int]) -> None:
-        """Take in a message and the descriptors that came with it; `resume_reading` lets the next one come."""
+        """Receive a message and its descriptors; `resume_reading` lets the next one come."""
 
     def refuse_input(self, what: str) -> None:
-        """Say why what came in is no message, and hang up."""
+        """Answer that the input is not a message, and hang up."""
 
     def refuse_files(self) -> None:
-        """Say that it may not send descriptors, and hang up."""
+        """Answer that the client may not send descriptors, and hang up."""
 
     def on_drained(self) -> None:
-        """Learn that the client has read all that was sent."""
+        """Called when the client has read all that was sent."""
 
     def hung_up(self) -> None:
-        """Learn that the client will say nothing more; it may still read."""
+        """Called when the client will send nothing more; it may still read."""
 
     def on_lost(self, sock: socket.socket) -> None:
-        """Close the socket: the connection has ended."""
+        """Close the socket, because the connection has ended."""
 
 
 class Transport:
@@ -68,7 +68,7 @@ class Transport:
     def __init__(
         self, sock: socket.socket, uid: int, owner: MessageHandler, lane: Lane, *, buffered: Quota | None, room: Room
     ) -> None:
-        """Begin to read. `buffered` bounds what is held in both directions, None for root's; `room` descriptors."""
+        """Begin to read; `buffered` limits the bytes held in both directions (None for root), `room` descriptors."""
         self.uid = uid
         self.events = 0
         self.is_open = True
@@ -84,7 +84,7 @@ class Transport:
         self._output: deque[tuple[memoryview, tuple[int, ...], Callable[[], None]]] = deque()
         self._output_bytes = 0
         self._held = False
-        """Whether nothing is read for now: a call is served, or there is no room for descriptors."""
+        """Whether reading is stopped, because a call is served or there is no room for descriptors."""
         self._closing = False
         self._broken = False
         self._idle_reads = 0
@@ -97,27 +97,27 @@ class Transport:
         return not self._output
 
     def move_to_lane(self, lane: Lane) -> None:
-        """Be served in another lane's turns from here on."""
+        """Move to another lane, for all further turns."""
         self._lane.remove_member(self._socket.fileno())
         self._lane = lane
         lane.add_member(self._socket.fileno(), self, self._watched)
 
     def let_send_files(self, *, allowed: bool) -> None:
-        """Have the kernel refuse descriptors before they are on their way, where it can."""
-        with suppress(OSError):  # it cannot before Linux 6.16: they are noticed in here
+        """Let the kernel accept or refuse descriptors before they are sent, if it can."""
+        with suppress(OSError):  # it cannot before Linux 6.16: then khod notices them itself
             pass_rights(self._socket, allowed=allowed)
 
     def submit_work(self, work: Callable[[], None]) -> None:
-        """Do something for this client in its turn."""
+        """Run work for this client in its turn."""
         self._lane.submit_work(self, work)
 
     def begin_reading(self) -> None:
-        """Read what the client has sent already, without waiting for a turn."""
+        """Read what the client has already sent, without waiting for a turn."""
         self.events |= READ
         self.handle_ready()
 
     def handle_ready(self) -> None:
-        """Do what the last events of epoll(7) call for; at most one message is read."""
+        """Handle the last events of epoll(7); read at most one message."""
         events, self.events = self.events, 0
         if self.is_open and events & WRITE:
             self._flush_data()
@@ -126,7 +126,7 @@ class Transport:
         if events & GONE and (self._held or self._closing or not self._owner.may_send_files):
             self.end()
         elif self._held:
-            # What comes now waits in the kernel. Whoever has hung up has nothing more to say: a monitor ends.
+            # New input waits in the kernel. A client that has hung up will send nothing more, so a monitor ends.
             self._watch(drop=events & (READ | HALF_CLOSED))
             if events & HALF_CLOSED:
                 self._owner.hung_up()
@@ -157,9 +157,9 @@ class Transport:
         self._next_message()
 
     def _read_socket(self) -> bytes | None:
-        """Read what is there; None where descriptors are in the way. No more than one message with them.
+        """Read available data, with descriptors at most one message; return None if descriptors prevent it.
 
-        The descriptors of whoever may not send any never become this process's.
+        Descriptors from a client that may not send any are never received by this process.
         """
         may_send_files = self._owner.may_send_files
         size = CHUNK_BYTES if may_send_files else OTHERS_CHUNK_BYTES
@@ -177,7 +177,7 @@ class Transport:
         return self._read_with_files(data.find(0) + 1 or len(data))
 
     def _read_with_files(self, size: int) -> bytes | None:
-        # To the end of the message and no further: descriptors come with the bytes they were sent with.
+        # Read to the end of the message and no further: descriptors are received with the bytes they were sent with.
         space = socket.CMSG_SPACE((MAX_FDS - len(self._fds)) * array.array("i").itemsize)
         data, messages, flags, _ = self._socket.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
         fds = array.array("i")
@@ -194,13 +194,13 @@ class Transport:
         return data
 
     def go_on(self) -> None:
-        """Read on: there is room for descriptors again."""
+        """Continue reading, because there is room for descriptors again."""
         if self.is_open:
             self._held = False
             self._watch(add=READ)
 
     def _next_message(self) -> None:
-        """Hand the next message over, where one is complete."""
+        """Pass on the next message if it is complete."""
         end = self._input.find(0, self._searched)
         length = len(self._input) if end < 0 else end
         if length > self._owner.max_bytes:
@@ -219,7 +219,7 @@ class Transport:
             self._owner.on_message(text, fds)
 
     def resume_reading(self) -> None:
-        """Let the next message come: the one before is answered."""
+        """Receive the next message, because the one before is answered."""
         if not self.is_open or self._closing:
             return
         if b"\0" in self._input:
@@ -235,7 +235,7 @@ class Transport:
     # Writing
 
     def send_data(self, data: bytes, fds: tuple[int, ...] = (), sent: Callable[[], None] = lambda: None) -> None:
-        """Send, and keep what the socket does not take; `sent` is called when nothing of it is needed any more."""
+        """Send data, and keep what the socket does not accept; `sent` is called when it is no longer needed."""
         count = 0
         if not data or not self.is_open or self._closing or self._broken:
             sent()
@@ -261,7 +261,7 @@ class Transport:
             return 0
 
     def _break_soon(self) -> None:
-        """End the connection soon: nothing can be sent any more."""
+        """End the connection in its turn, because nothing can be sent any more."""
         self._broken = True
         self.submit_work(self.end)
 
@@ -286,7 +286,7 @@ class Transport:
     # The end
 
     def close(self) -> None:
-        """End the connection after what was sent; read nothing more."""
+        """End the connection after all data is sent; read nothing more."""
         if self.is_open and not self._closing:
             self._closing = True
             self._watch(drop=READ | HALF_CLOSED)
@@ -294,11 +294,11 @@ class Transport:
                 self.submit_work(self.end)
 
     def abort_connection(self) -> None:
-        """End the connection, whatever was still to be sent."""
+        """End the connection at once; unsent data is dropped."""
         self.end()
 
     def end(self) -> None:
-        """End the connection."""
+        """End the connection at once and release all that it held."""
         if not self.is_open:
             return
         self.is_open = False
@@ -315,7 +315,7 @@ class Transport:
     # What it costs
 
     def _count_buffered(self) -> bool:
-        """Count what is held beyond a small part that is free; False where it is too much."""
+        """Count the bytes held beyond the free part; return False if they are too many."""
         if self._buffered is None:
             return True
         held = max(0, len(self._input) + self._output_bytes - FREE_BYTES)
