@@ -5,10 +5,10 @@
     NODE = {"compatible": TEXT, "properties": {NAME: VALUE}, "children": {NAME: NODE}}
     VALUE = {"raw": HEX, "length": N, "kind": KIND, "value": ANY, "wrong": TEXT}
 
-`raw` is all the bytes; `value` what they mean in the `kind` they were decoded as (`khod.trees.kinds`), null for bytes
-of no known meaning; `wrong` stands only where the bytes are not what the name promises. The root of a blob that is an
-FDT has "fdt" besides: {"version", "boot_cpuid_phys", "reservations": [{"addr", "size"}]}. So everything in the
-blob can be made again from this, but for the order in which libfdt happened to lay it out.
+`raw` has all bytes; `value` is their meaning in the `kind` they were decoded as (`khod.trees.kinds`), null for bytes of
+unknown meaning; `wrong` is only there if the bytes do not match the property's name. The root of a blob that is an FDT
+also has "fdt": {"version", "boot_cpuid_phys", "reservations": [{"addr", "size"}]}. Everything in the blob can be made
+again from this, except the order in which libfdt laid it out.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from khod.trees.kinds import decode_property
 
 
 def tree_as_json(blobs: Mapping[str, bytes]) -> dict[str, Any]:
-    """Give a tree's blobs as JSON would have them, the root under "root"; what is no tree comes as hex, with why."""
+    """Return a tree's blobs for JSON, the root under "root"; what is not a tree is given in hex, with the reason."""
     made: dict[str, Any] = {}
     for name, blob in blobs.items():
         try:
@@ -33,7 +33,7 @@ def tree_as_json(blobs: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def node_as_json(found: Node, parent: Node | None = None) -> dict[str, Any]:
-    """One node with all below it."""
+    """Return one node, with everything below it, for JSON."""
     return {
         "compatible": found.compatible,
         "properties": {key: property_as_json(key, found, parent) for key in found.properties},
@@ -42,7 +42,7 @@ def node_as_json(found: Node, parent: Node | None = None) -> dict[str, Any]:
 
 
 def property_as_json(key: str, found: Node, parent: Node | None) -> dict[str, Any]:
-    """One property."""
+    """Return one property for JSON."""
     raw, meaning = found.properties[key], decode_property(key, found, parent)
     known = None if meaning.kind == "bytes" else meaning.value
     wrong = {"wrong": meaning.wrong} if meaning.wrong else {}

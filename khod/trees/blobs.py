@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A producer's blob as a node: most are an FDT, since Linux 7.0 some are a C structure, any may be anything."""
+"""A producer's blob as a node: most are an FDT, since Linux 7.0 some are a C structure, others are unknown."""
 
 import struct
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ HIDDEN = (
 
 
 def open_blob(name: str, blob: bytes) -> Node:
-    """Read a blob, "" names the root, which is always an FDT; MalformedTree where it is nothing we know.
+    """Read a blob as a node; "" names the root, which is always an FDT. MalformedTree if its format is not known.
 
-    The error has a remedy where a healthy kernel may show such a thing.
-    A structure comes as one node whose properties are its members.
+    The error has a remedy if a healthy kernel may show such a blob. A structure is returned as one node whose
+    properties are its members.
     """
     if name and blob[: fdt.U32.size] != fdt.U32.pack(fdt.MAGIC):
         view = memoryview(blob)
@@ -57,14 +57,14 @@ def open_blob(name: str, blob: bytes) -> Node:
 
 
 def is_broken(name: str, blob: bytes) -> bool:
-    """Whether what cannot be read should be an FDT; any other producer's blob may be anything."""
+    """Whether a blob that cannot be read should be an FDT; any other producer's blob may have any format."""
     return not name or blob.startswith(fdt.U32.pack(fdt.MAGIC))
 
 
 def is_damaged(blobs: Mapping[str, bytes], *, shortened: bool = False) -> bool:
     """Whether a blob that should be an FDT cannot be read.
 
-    With `shortened` what a healthy kernel may show in debugfs is let pass.
+    With `shortened`, what a healthy kernel may show in debugfs is accepted.
     """
     for name, blob in blobs.items():
         try:
@@ -76,5 +76,5 @@ def is_damaged(blobs: Mapping[str, bytes], *, shortened: bool = False) -> bool:
 
 
 def _text_of(member: memoryview) -> memoryview:
-    """A char array up to its first NUL, which is left on as in a property."""
+    """Return a char array up to its first NUL, which is included as in a property."""
     return member[: bytes(member).find(b"\0") + 1] or member

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What differs between two trees: by path and property, `mem` by ranges, a blob of no known kind by offsets."""
+"""The differences of two trees: by path and property, `mem` by ranges, a blob of unknown kind by offsets."""
 
 import enum
 import struct
@@ -15,24 +15,24 @@ from khod.trees.kinds import decode_property
 from khod.trees.show import value_text
 from khod.trees.text import format_count
 
-MAX_SPANS = 4  # differing spans of a blob that are named
-BLOCK_BYTES = 4096  # bytes compared at once while looking for them
+MAX_SPANS = 4  # differing spans of a blob that are shown
+BLOCK_BYTES = 4096  # bytes compared at once to find them
 
 
 class Change(enum.Enum):
-    """What happened to it between the left and the right."""
+    """The kind of a difference, from left to right."""
 
     added = "+"
     removed = "-"
     changed = "!"
-    unknown = "?"  # one of the two is not shown as it is, so nobody can tell
+    unknown = "?"  # a kernel does not show one side completely, so it is not known
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One of them: `prop` is "" where it is a whole node or blob, `left` and `right` are in words.
+    """One difference: `prop` is "" for a whole node or blob, `left` and `right` are in words.
 
-    Where it is unknown, `right` says why.
+    For an unknown one, `right` says why.
     """
 
     change: Change
@@ -46,9 +46,9 @@ class Difference:
 def compare_blobs(
     left: Mapping[str, bytes], right: Mapping[str, bytes], *, kernels: bool = False
 ) -> Iterator[Difference]:
-    """Compare two trees' blobs by name, the root's is "", which is named "root".
+    """Compare two trees' blobs by name; the root's name is "", shown as "root".
 
-    With `kernels` they are as a kernel shows them: what it may hide or cut off is unknown, and no difference.
+    With `kernels` the trees are as a kernel shows them: what it may hide or cut off is unknown, not a difference.
     """
     for name in sorted(left.keys() | right.keys()):
         shown = printable(name) or "root"
@@ -61,7 +61,7 @@ def compare_blobs(
 
 
 def format_difference(found: Difference) -> Iterator[str]:
-    """One difference as diff has it: `-` and `+` lines under the place."""
+    """Yield one difference as diff writes it: `-` and `+` lines with the place."""
     place = ":".join(filter(None, (found.blob, found.path)))
     if found.change is Change.unknown:
         yield f"?{place} {found.right}"
@@ -95,7 +95,7 @@ def _compare_blob(name: str, shown: str, left: bytes, right: bytes, *, kernels: 
 
 
 def _differing_spans(left: bytes, right: bytes) -> Iterator[tuple[int, int]]:
-    """The spans of offsets that differ; what one of the two is longer by is one, too."""
+    """Yield the spans of offsets that differ; the extra bytes of the longer one are a span too."""
     short = min(len(left), len(right))
     for start in range(0, short, BLOCK_BYTES):
         a, b = left[start : min(start + BLOCK_BYTES, short)], right[start : min(start + BLOCK_BYTES, short)]
@@ -112,7 +112,7 @@ def _differing_spans(left: bytes, right: bytes) -> Iterator[tuple[int, int]]:
 def _compare_nodes(
     blob: str, path: str, left: tuple[Node, Node | None], right: tuple[Node, Node | None]
 ) -> Iterator[Difference]:
-    """Compare two nodes, each with its parent, and all below them."""
+    """Compare two nodes, each given with its parent, and everything below them."""
     (before, _), (after, _) = left, right
     here = printable(path) or "/"
     for key in dict.fromkeys((*before.properties, *after.properties)):
@@ -151,7 +151,7 @@ def _property_text(key: str, node: Node, parent: Node | None) -> str:
 
 
 def _compare_mem(old: memoryview, new: memoryview, left: str, right: str) -> tuple[str, str]:
-    """Say how many ranges and bytes only one of the two has."""
+    """Describe how many ranges and bytes only one of the two has."""
     if len(old) % KHO_MEM.size or len(new) % KHO_MEM.size:
         return left, right
     befores, afters = ({entry for (entry,) in struct.iter_unpack(f"{KHO_MEM.size}s", raw)} for raw in (old, new))

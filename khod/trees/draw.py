@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A tree in short as text, with a strip that draws where in physical memory what it hands over lies."""
+"""Draw the summary of a tree as text, with a strip that shows where in physical memory its state lies."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ CLASH = {
 
 @dataclass(frozen=True)
 class Pen:
-    """The characters a strip is drawn with: `levels` from empty to full, scratch, and memory over scratch."""
+    """The characters of a strip: `levels` from empty to full, scratch, and memory that overlaps scratch."""
 
     levels: str
     scratch: str
@@ -31,7 +31,7 @@ ASCII = Pen(" .:-=+*#@", "s", "X")
 
 
 def draw_summary(found: Summary, blobs: Mapping[str, bytes], pen: Pen = BLOCKS) -> Iterator[str]:
-    """Describe a tree's blobs, a line at a time."""
+    """Yield a description of a tree's blobs and its memory, line by line."""
     for blob in found.blobs:
         yield blob_heading(blob)
         if blob.wrong:
@@ -46,27 +46,27 @@ def draw_summary(found: Summary, blobs: Mapping[str, bytes], pen: Pen = BLOCKS) 
 
 
 def blob_heading(blob: Blob) -> str:
-    """The line a blob begins with."""
+    """Return the first line of a blob."""
     exact = f" ({blob.bytes} bytes)" if blob.bytes >> 10 else ""
     return f"{printable(blob.name) or 'root'}: {format_size(blob.bytes)}{exact}"
 
 
 def describe_damage(blob: Blob, data: bytes) -> Iterator[str]:
-    """Why a blob cannot be shown, and how it begins."""
+    """Yield why a blob cannot be shown, and its first bytes."""
     remedy = f". {blob.remedy}" if blob.remedy else ""
     yield f"  {blob.wrong}{remedy} {MARK if blob.damaged else ''}".rstrip()
     yield f"  {format_hex(data)}"
 
 
 def count_ranges(length: int) -> str:
-    """How many ranges a `mem` of `length` bytes has."""
+    """Format how many ranges a `mem` of `length` bytes has."""
     if length % KHO_MEM.size:
         return f"{length} bytes, no multiple of {KHO_MEM.size}: the kernel ignores it {MARK}"
     return format_count(length // KHO_MEM.size, "range")
 
 
 def draw_memory(of: Summary, pen: Pen) -> Iterator[str]:
-    """The sum of all ranges, and the strip; nothing where there are none."""
+    """Yield the sum of all ranges, and the strip; nothing without ranges."""
     if (found := of.memory) is None:
         return
     yield f"memory: {format_count(found.ranges, 'range')}, {format_size(found.bytes)}"
@@ -84,7 +84,7 @@ def draw_memory(of: Summary, pen: Pen) -> Iterator[str]:
 
 
 def draw_strip(found: MemoryMap, pen: Pen, *, scratch: bool) -> Iterator[str]:
-    """Draw the memory from the lowest address to the highest; the fullest column is full where it has PERCENT."""
+    """Draw the memory from the lowest address to the highest, scaled to the fullest column if that has PERCENT."""
     fullest = max(found.density)
     top = len(pen.levels) - 1 if fullest >= PERCENT else 1
     drawn = [
@@ -102,5 +102,5 @@ def draw_strip(found: MemoryMap, pen: Pen, *, scratch: bool) -> Iterator[str]:
     legend += f", {pen.scratch} scratch" if scratch else ""
     legend += f", {pen.clash} both" if any(found.clash) else ""
     first, last = f"{found.start:#x}", f"{found.end - 1:#x}"
-    room = len(found.density) + 2 - len(first) - len(last)  # the bars stand before the first column and after the last
+    room = len(found.density) + 2 - len(first) - len(last)  # with the bars before the first and after the last column
     yield f"{first}{legend:^{max(len(legend) + 2, room)}}{last}"

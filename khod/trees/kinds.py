@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the bytes of a property mean, by the `compatible` of its node: the kernels' own producers, one small table.
+"""Decode the bytes of a property by the `compatible` of its node: one small table for the kernels' own producers.
 
-Sources: include/linux/kho/abi/{kexec_handover,memblock,luo,memfd}.h and lib/test_kho.c of Linux 6.16 to 7.3, the v3
-series of January 2024 for ftrace and `mem`. Numbers are native-endian. A version says nothing here: names have kept
-their meaning from one to the next, and a value that has not the size its name promises is shown raw and marked.
+The sources are include/linux/kho/abi/{kexec_handover,memblock,luo,memfd}.h and lib/test_kho.c of Linux 6.16 to 7.3, and
+the v3 series of January 2024 for ftrace and `mem`. Numbers are native-endian. Versions do not matter here: names have
+kept their meaning, and a value whose size does not match its name is shown raw and marked.
 """
 
 import struct
@@ -16,14 +16,14 @@ from khod.text import format_size
 from khod.trees.text import format_count, format_family, format_hex
 
 MAX_VALUES = 1 << 16
-"""Bytes of strings, and pairs, that are taken apart: each of them becomes an object many times its size."""
+"""The number of bytes of strings, or of pairs, that are decoded: each becomes an object many times its size."""
 KHO_VMALLOC = struct.Struct("=QIHH")  # struct kho_vmalloc: first, total_pages, flags, order
 U32_PAIR = struct.Struct("=II")
 
 
 @dataclass(frozen=True)
 class PropertyKind:
-    """One meaning: `value` makes of the bytes what JSON holds (ValueError where they cannot), `text` words."""
+    """One kind of property: `value` decodes the bytes for JSON (or raises ValueError), `text` formats it for people."""
 
     name: str
     value: Callable[[memoryview], Any]
@@ -32,7 +32,7 @@ class PropertyKind:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A property's value: its kind, as JSON and in words; `wrong` says why it is not what its name promises."""
+    """A property's value: its kind, for JSON and in words; `wrong` says why it does not match its name."""
 
     kind: str
     value: Any
@@ -41,7 +41,7 @@ class Decoded:
 
 
 def decode_strings(raw: memoryview) -> list[str]:
-    """Decode NUL-terminated strings; ValueError where one is empty, has no end or is not printable."""
+    """Decode NUL-terminated strings; ValueError if one is empty, has no end or is not printable."""
     if len(raw) > MAX_VALUES:
         raise ValueError(f"strings of at most {MAX_VALUES} bytes")
     *parts, rest = bytes(raw).decode("latin-1").split("\0")
@@ -124,16 +124,16 @@ FAMILIES: Mapping[str, Mapping[str, PropertyKind]] = {
     "kho-test": {"magic": FLAGS},
     "kexec-metadata": {"version": U32, "previous_release": STRINGS, "kexec_count": U32},
 }
-"""The properties of a node, by its compatible without the version, or by its name where it has none."""
+"""The properties of a node, by its compatible without the version, or by its name if it has none."""
 CHILDREN: Mapping[str, Mapping[str, PropertyKind]] = {
     "kho": {"fdt": ADDRESS, "preserved-data": ADDRESS, "blob-size": SIZE},
     "kho-test": {"nr_folios": U32, "folios_info": VMALLOC, "csum": FLAGS},
 }
-"""The properties of a child that has no compatible, by its parent's."""
+"""The properties of a child without a compatible, by its parent's compatible."""
 
 
 def promised_kind(key: str, node: Node, parent: Node | None) -> PropertyKind | None:
-    """Give the kind a property's name and place promise; None where no kernel we know promises anything."""
+    """Return the kind that a property's name and place define; None if no known kernel defines one."""
     if key in ANYWHERE:
         return ANYWHERE[key]
     own = FAMILIES.get(format_family(node.compatible or node.name), {}).get(key)
@@ -143,7 +143,7 @@ def promised_kind(key: str, node: Node, parent: Node | None) -> PropertyKind | N
 
 
 def decode_property(key: str, node: Node, parent: Node | None = None) -> Decoded:
-    """Decode a property of `node` as promised, else by its looks: strings, a native u32 or u64, hex."""
+    """Decode a property of `node` by its kind, else by its content: strings, a native u32 or u64, hex."""
     raw = node.properties[key]
     wrong = ""
     if kind := promised_kind(key, node, parent):

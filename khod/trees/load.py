@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Trees as files: a blob, or a directory of them as khod keeps it or as debugfs has it. Bounded, whatever is there."""
+"""Load trees from files, with limits: a blob, or a directory of blobs as written by khod or as in debugfs."""
 
 import json
 import os
@@ -11,26 +11,26 @@ from typing import Protocol
 from khod.errors import UsageError, errno_text
 
 MAX_BYTES = 128 << 20
-"""Bytes of one blob: far above v3's dt_max (10 MiB by default), far below what hurts."""
+"""The maximum size of one blob in bytes: far above v3's dt_max (10 MiB by default)."""
 CHUNK_BYTES = 1 << 20
 MAX_BLOBS = 1000
-"""Blobs of a directory."""
+"""The maximum number of blobs in a directory."""
 LAYOUTS = (("root", "blobs"), ("fdt", "sub_fdts"))
-"""A directory's root blob and the directory of the others: khod's snapshots, copies of /sys/kernel/debug/kho/out."""
+"""The names of the root blob and of the directory of the others: khod's snapshots, /sys/kernel/debug/kho/out."""
 
 NAMES = "names.json"
-"""Of a snapshot, see `khod.handover.snapshot_directory`."""
+"""A file of a snapshot, see `khod.handover.snapshot_directory`."""
 
 
 class SupportsRead(Protocol):
-    """A file of bytes."""
+    """A file that can be read in bytes."""
 
     def read(self, size: int, /) -> bytes | None:
         """Read at most `size` bytes."""
 
 
 def load_blobs(path: str) -> dict[str, bytes]:
-    """Read a tree's blobs by name, the root's is ""; `-` is standard input. UsageError where that cannot be."""
+    """Read a tree's blobs by name (the root's is ""); `-` is standard input. Raises UsageError if that fails."""
     try:
         if path == "-":
             return {"": _read_bounded(sys.stdin.buffer, "standard input")}
@@ -61,7 +61,7 @@ def _load_directory(path: Path) -> dict[str, bytes]:
 
 
 def _read_names(path: Path) -> dict[str, str]:
-    """The names of the blobs that no file can have, by the file that a snapshot has for each."""
+    """Return the names of blobs that are not valid for a file, by the file that a snapshot uses for each."""
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads(_load_file(path / NAMES))
         if isinstance(found, dict):
@@ -77,7 +77,7 @@ def _load_file(path: Path) -> bytes:
 
 
 def _read_bounded(file: SupportsRead, where: str) -> bytes:
-    """Read what has no size, such as a pipe, to its end."""
+    """Read a file without a size, such as a pipe, to its end."""
     data = bytearray()
     while chunk := file.read(CHUNK_BYTES):
         data += chunk

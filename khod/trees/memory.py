@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where in physical memory a v3 tree's `mem` lies, merged as the kernel's mem cache would merge it on load.
+"""Where a v3 tree's `mem` lies in physical memory, merged as in the kernel's mem cache on load.
 
-kho_alloc_mem_cache() of the v3 series: each range grows to whole pages, and ranges that overlap or touch become one;
-a property whose length is no multiple of 16 is passed over. A range over scratch fails the load with EINVAL.
+The rules are those of kho_alloc_mem_cache() of the v3 series: each range is extended to whole pages, and ranges that
+overlap or touch become one; a property whose length is not a multiple of 16 is ignored. If a range overlaps scratch,
+the load fails with EINVAL.
 """
 
 from array import array
@@ -17,22 +18,22 @@ from typing import Any
 from khod.abi.fdt import KHO_MEM
 from khod.region import Region
 
-PAGE_SHIFT = 12  # x86-64, and arm64 as most build it; with larger pages more would merge
+PAGE_SHIFT = 12  # x86-64, and most builds of arm64; with larger pages more ranges would merge
 TOP = 1 << (64 - PAGE_SHIFT)
 FAST_FROM = 50_000
-"""Ranges from which importing numpy (0.1 s) costs less than it saves."""
+"""The number of ranges from which importing numpy (0.1 s) costs less than it saves."""
 SPARSE = 16
-"""Pages for each range up to which a map of pages is faster than sorting."""
+"""Up to this many pages for each range, a map of pages is faster than sorting."""
 LONG = 16
-"""Pages of a range from which marking it page by page is no gain."""
+"""From this many pages in a range on, marking it page by page is not faster."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """Ranges after the merge: page numbers [firsts[i], lasts[i]) in order, `below[i]` pages before the i-th.
+    """Ranges after the merge: page numbers [firsts[i], lasts[i]) in order; `below[i]` is the pages before the i-th.
 
-    `hole` is the index of the range behind the largest hole (0: none), `size` the bytes asked for, `beyond` how
-    many ranges run past the end of the address space. The sequences may be numpy's.
+    `hole` is the index of the range after the largest hole (0: none), `size` the bytes requested, `beyond` the number
+    of ranges that exceed the address space. The sequences may be numpy's.
     """
 
     firsts: Sequence[int] | Any
@@ -47,7 +48,8 @@ class Merged:
 class MemoryMap:
     """The sum of a tree's ranges; sizes and addresses in bytes.
 
-    By column of [start, end): `density` from 0 to 1, whether there is `scratch`, whether a range lies over it.
+    For each column of [start, end): `density` is from 0 to 1, `scratch` tells whether it has scratch, `clash` whether a
+    range overlaps that.
     """
 
     ranges: int
@@ -65,9 +67,9 @@ class MemoryMap:
 
 
 def summarise_ranges(mems: Sequence[memoryview], scratch: Sequence[Region] = (), width: int = 80) -> MemoryMap | None:
-    """Add up ranges as `mem` has them, over `width` columns from the lowest address (of scratch, too) to the highest.
+    """Sum up the ranges of `mem`, over `width` columns from the lowest address (also of scratch) to the highest.
 
-    None where there is no range. Lengths that are no multiple of 16 are left out, as the kernel does.
+    Returns None if there is no range. Lengths that are not a multiple of 16 are ignored, as in the kernel.
     """
     whole = [raw for raw in mems if raw and len(raw) % KHO_MEM.size == 0]
     count = sum(len(raw) for raw in whole) // KHO_MEM.size
@@ -104,13 +106,13 @@ def _region_of(first: int, last: int) -> Region:
 
 
 def _pages_below(merged: Merged, page: int) -> int:
-    """How many pages below `page` are in a range."""
+    """Return how many pages below `page` are in a range."""
     at = bisect_right(merged.firsts, page)
     return int(merged.below[at]) - max(0, int(merged.lasts[at - 1]) - page) if at else 0
 
 
 def _pages_between(merged: Merged, first: int, last: int) -> int:
-    """How many pages of [first, last) are in a range."""
+    """Return how many pages of [first, last) are in a range."""
     return _pages_below(merged, last) - _pages_below(merged, first) if first < last else 0
 
 
@@ -118,7 +120,7 @@ def _merge_numpy(whole: Sequence[memoryview], count: int) -> Merged | None:
     if count < FAST_FROM:
         return None
     try:
-        from khod.trees import merge_numpy  # noqa: PLC0415 - numpy is optional, and dear to import
+        from khod.trees import merge_numpy  # noqa: PLC0415 - numpy is optional, and slow to import
     except ImportError:
         return None
     if (found := merge_numpy.merge_ranges(whole, PAGE_SHIFT, LONG)) is None:
@@ -128,7 +130,7 @@ def _merge_numpy(whole: Sequence[memoryview], count: int) -> Merged | None:
 
 
 def _merge_python(whole: Sequence[memoryview]) -> Merged:
-    """The same without numpy: a pass of C code over half a million numbers each, and lists dropped when read."""
+    """Merge without numpy: C code passes over half a million numbers at a time, and lists are dropped when read."""
     numbers = [raw.cast("Q") for raw in whole]
     sizes = list(chain.from_iterable(raw[1::2].tolist() for raw in numbers))
     size = sum(sizes)
@@ -147,12 +149,12 @@ def _merge_python(whole: Sequence[memoryview]) -> Merged:
 
 
 def _merge_runs(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array[int]]":
-    """The merged ranges: those that overlap or touch are one."""
+    """Merge ranges that overlap or touch."""
     low, span = min(firsts), max(lasts) - min(firsts)
     pages = list(map(sub, lasts, firsts))
     if span > SPARSE * len(firsts) or max(pages) > LONG or not all(pages):
         return _merge_sorted(firsts, lasts)
-    used = bytearray(span + 2)  # an unused page in front, and one behind
+    used = bytearray(span + 2)  # an unused page before and after
     before = low - 1
     for page in range(max(pages)):
         if page:
@@ -165,7 +167,7 @@ def _merge_runs(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array
 
 
 def _merge_sorted(firsts: list[int], lasts: list[int]) -> "tuple[array[int], array[int]]":
-    """The same by sorting starts and ends apart: a range begins anew where all that began before it have ended."""
+    """Merge by sorting starts and ends separately: a new range begins where all earlier ones have ended."""
     firsts.sort()
     lasts.sort()
     apart = list(map(gt, islice(firsts, 1, None), lasts))

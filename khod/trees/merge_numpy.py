@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The merge of `khod.trees.memory` by numpy, for the hundreds of thousands of ranges of a large trace buffer."""
+"""The merge of `khod.trees.memory` with numpy, for the hundreds of thousands of ranges of a large trace buffer."""
 
 import os
 from collections.abc import Sequence
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads would cost more to start than all of this takes
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads would take longer than all of this
 
 import numpy as np
 
 MAP = 1 << 24
-"""Pages a map of one byte each may span (64 GiB of memory, 16 MiB here): marking is ten times as fast as sorting."""
+"""The maximum span of a map with a byte for each page (64 GiB of memory, 16 MiB here).
+
+Marking pages is ten times as fast as sorting.
+"""
 Array = Any
 
 
 def merge_ranges(whole: Sequence[memoryview], shift: int, long: int) -> tuple[Array, Array, Array, int, int] | None:
-    """Merge `mem` properties in pages of 1 << shift bytes; None where a range may run past 64 bits.
+    """Merge `mem` properties in pages of 1 << shift bytes; return None if a range may exceed 64 bits.
 
-    With a range of more than `long` pages marking each is no gain.
-
-    Gives the first and the last page (exclusive) of each merged range, how many pages are merged before each and in
-    all, the index of the range behind the largest hole (0: there is none), and the bytes asked for.
+    If a range has more than `long` pages, the ranges are sorted instead of marked. The result is: the first and the
+    last page (exclusive) of each merged range, the number of merged pages before each and in total, the index of the
+    range after the largest hole (0: none), and the bytes requested.
     """
     count = sum(len(raw) for raw in whole) >> 4
     firsts, lasts = np.empty(count, np.uint64), np.empty(count, np.uint64)
@@ -45,13 +47,13 @@ def merge_ranges(whole: Sequence[memoryview], shift: int, long: int) -> tuple[Ar
 
 
 def _merge_runs(firsts: Array, lasts: Array, long: int) -> tuple[Array, Array]:
-    """The merged ranges: those that overlap or touch are one."""
+    """Merge ranges that overlap or touch."""
     low, high = firsts.min(), lasts.max()
     pages = lasts - firsts
     longest = int(pages.max())
     if int(high - low) > MAP or longest > long or not pages.all():
         return _merge_sorted(firsts, lasts)
-    used = np.zeros(int(high - low) + 2, np.bool_)  # an unused page in front, and one behind
+    used = np.zeros(int(high - low) + 2, np.bool_)  # an unused page before and after
     firsts -= low
     for page in range(longest):
         if page:
@@ -65,7 +67,7 @@ def _merge_runs(firsts: Array, lasts: Array, long: int) -> tuple[Array, Array]:
 
 
 def _merge_sorted(firsts: Array, lasts: Array) -> tuple[Array, Array]:
-    """The same by sorting starts and ends apart: a range begins anew where all that began before it have ended."""
+    """Merge by sorting starts and ends separately: a new range begins where all earlier ones have ended."""
     if int(lasts.max()) >> 32 == 0:
         firsts, lasts = firsts.astype(np.uint32), lasts.astype(np.uint32)  # half the time to sort
     firsts.sort()

@@ -16,7 +16,7 @@ from khod.trees.text import MARK, format_count
 def show_blobs(
     blobs: Mapping[str, bytes], *, scratch: Sequence[Region] = (), width: int = 80, pen: Pen = BLOCKS
 ) -> Iterator[str]:
-    """Describe a tree's blobs, the root's name is "", a line at a time."""
+    """Yield a tree's blobs as indented text, line by line; the root's name is ""."""
     found = summarise_tree(blobs, scratch, width)
     for blob in found.blobs:
         yield blob_heading(blob)
@@ -37,14 +37,14 @@ def _show_node(node: Node, parent: Node | None, depth: int) -> Iterator[str]:
 
 
 def show_property(key: str, node: Node, parent: Node | None) -> str:
-    """One property: its name, its value in words, its length where nothing promises one, and what is wrong with it."""
+    """Format a property: its name, its value in words, its length if its kind is not known, and what is wrong."""
     found = decode_property(key, node, parent)
     text = value_text(found, len(node.properties[key]), known=promised_kind(key, node, parent) is not None)
     return f"{printable(key)}{f' = {text}' if text else ''}"
 
 
 def value_text(found: Decoded, length: int, *, known: bool) -> str:
-    """A decoded value in words."""
+    """Format a decoded value in words."""
     if found.wrong:
         return f"{found.text} {MARK} {found.wrong}"
     return found.text if known or not found.text else f"{found.text} [{format_count(length, 'byte')}]"

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Device tree source, and what dtc makes of it to the byte.
+"""Device tree source, and the exact bytes that dtc makes of it.
 
-dtc lays a blob out in one way: header, reservations at the next multiple of 8, nodes, then the names in order of
-their first use, a name that ends another one shared. libfdt's sequential writer, which the kernel's producers use,
-lays out the same tree otherwise (reservations at a multiple of 16, so at 48 and not at 40, and the names from last to
-first), and no option of dtc's changes that. So `dtc` turns the source into the blob's own bytes where dtc (or something
-that lays out as it does) made the blob, and into the same tree in dtc's layout otherwise: the bytes of
+dtc lays a blob out in one way: the header, the reservations at the next multiple of 8, the nodes, then the names in
+order of their first use; a name that is the end of another one shares its bytes. libfdt's sequential writer, which the
+kernel's producers use, lays out the same tree differently: reservations at a multiple of 16, so at 48 and not at 40,
+and the names from last to first. No option of dtc changes that. So `dtc` turns the source into the blob's own bytes if
+dtc (or a program with the same layout) made the blob. Otherwise it makes the same tree in dtc's layout: the bytes of
 `dtc -I dtb -O dtb BLOB`.
-`compile_tree` knows these bytes without dtc, and the second line of the source says which of the two it is.
+
+`compile_tree` computes these bytes without dtc, and the second line of the source says which of the two cases it is.
 """
 
 import re
@@ -33,22 +34,22 @@ from khod.errors import UsageError
 from khod.trees.kinds import decode_strings
 
 WRITABLE = re.compile(r"[0-9A-Za-z,._+*#?@-]+")  # PROPNODECHAR of dtc's lexer
-NODE = re.compile(r"[0-9A-Za-z,._+-]+(@[0-9A-Za-z,._+-]*)?")  # what dtc's checks want, else they have to be overruled
+NODE = re.compile(r"[0-9A-Za-z,._+-]+(@[0-9A-Za-z,._+-]*)?")  # accepted by dtc's checks without an option
 PROPERTY = re.compile(r"[0-9A-Za-z,._+*#?-]+")
 CHECKED = ("phandle", "linux,phandle")
-"""Properties whose values dtc's checks look into."""
+"""Properties whose values dtc checks."""
 ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"'})
 MAX_NAMES = 1000
-"""Names of properties, of which producers have a dozen: each new one is looked for in all before it, as dtc does."""
+"""The number of property names: producers have a dozen; each new one is searched for in all before it, as in dtc."""
 OTHER_FORMS = "Use `format=dtb` or `format=json`."
-NO_NAME_CHECK = ("-E", "no-name_is_string")  # and with it name_properties, which rests on it
+NO_NAME_CHECK = ("-E", "no-name_is_string")  # this also switches off name_properties, which depends on it
 
 
 def write_dts(blob: bytes, name: str = "") -> tuple[str, str]:
-    """Write a blob as source for dtc, and say what dtc will not give back ("" where it gives back the same bytes).
+    """Write a blob as source for dtc; return it, and how dtc's result would differ from the blob ("" if it does not).
 
-    The second line is a comment with the command. Raises MalformedTree, and UsageError where a name has characters
-    that the source language has no way to write, or there are too many names.
+    The second line is a comment with the command. Raises MalformedTree, and UsageError if a name has characters that
+    the source language cannot write, or there are too many names.
     """
     tree = read_fdt(blob, name)
     asked = dtc_options(tree, name)
@@ -87,7 +88,7 @@ def _require_writable(name: str, where: str) -> str:
 
 
 def _write_value(raw: memoryview) -> str:
-    """Strings as strings, all else as bytes, which dtc takes as they are."""
+    """Write strings as strings and all else as bytes, which dtc copies."""
     if not raw:
         return ""
     try:
@@ -97,9 +98,9 @@ def _write_value(raw: memoryview) -> str:
 
 
 def dtc_options(tree: Fdt, where: str = "") -> tuple[str, ...]:
-    """Give the options dtc needs besides -I and -O: what stands in no source, and checks to be overruled.
+    """Return the options that dtc needs with -I and -O: for values that are not in the source, and checks to overrule.
 
-    Raises UsageError, whose `where` is the given one, where there are more than MAX_NAMES names of properties.
+    Raises UsageError with `where` if there are more than MAX_NAMES names of properties.
     """
     nodes = [node for _path, node in tree.root.walk()]
     keys = {key for node in nodes for key in node.properties}
@@ -112,29 +113,29 @@ def dtc_options(tree: Fdt, where: str = "") -> tuple[str, ...]:
     odd = any(not NODE.fullmatch(node.name) for node in nodes[1:]) or any(not PROPERTY.fullmatch(key) for key in keys)
     asked: tuple[str, ...] = ("-f",) if odd or keys & set(CHECKED) else ()
     if "name" in keys:
-        asked += NO_NAME_CHECK  # where it is what it should be, dtc takes it away as redundant
+        asked += NO_NAME_CHECK  # if its value is the node's name, dtc removes it as redundant
     if tree.boot_cpuid_phys or any(child.name == "cpus" for child in tree.root.children):
-        asked += ("-b", str(tree.boot_cpuid_phys))  # otherwise it is 0, or /cpus' first reg
-    if tree.version < VERSIONS[-1]:  # dtc writes none that is later
+        asked += ("-b", str(tree.boot_cpuid_phys))  # otherwise it is 0, or the first reg of /cpus
+    if tree.version < VERSIONS[-1]:  # dtc writes no later version
         asked += ("-V", str(tree.version))
     return asked
 
 
 def pad_blob(made: bytes, size: int) -> bytes:
-    """Give a blob padded with zeros to `size` bytes, as dtc's -S would; as it is where it has as many."""
+    """Return a blob padded with zeros to `size` bytes, as by dtc's -S; unchanged if it is already that long."""
     if size <= len(made):
         return made
     return made[:4] + U32.pack(size) + made[8:].ljust(size - 8, b"\0")
 
 
 def compile_tree(tree: Fdt) -> bytes:
-    """Give the bytes dtc makes of `write_dts` with `dtc_options`."""
+    """Return the bytes that dtc makes of `write_dts` with `dtc_options`."""
     names = bytearray()
     nodes = bytearray()
     _write_node(tree.root, nodes, names, {})
     nodes += U32.pack(FDT_END)
     reservations = b"".join(RESERVATION.pack(region.addr, region.size) for region in tree.reservations)
-    reserve_at = 40  # of either header the next multiple of 8
+    reserve_at = 40  # the next multiple of 8 after either header
     nodes_at = reserve_at + len(reservations) + RESERVATION.size
     names_at = nodes_at + len(nodes)
     total = names_at + len(names)

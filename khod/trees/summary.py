@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a tree is in short: what each blob has in it, and where in physical memory what they name lies."""
+"""The summary of a tree: what each blob contains, and where in physical memory the state lies."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +12,18 @@ from khod.trees.memory import MemoryMap, summarise_ranges
 from khod.trees.text import format_family
 
 PAIRS = {"reserve-mem": ("start", "size"), "kho": ("preserved-data", "blob-size")}
-"""What names a range besides v3's `mem`: a reserve_mem= region by its own compatible, a blob by its root's."""
+"""The properties that name a range, other than v3's `mem`.
+
+They are found by a node's own compatible in a reserve_mem= region, and by the root's compatible for a blob.
+"""
 U64 = 8
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One blob: `bytes` of it, `mem` the lengths in bytes of these properties by path; `wrong` where it is none.
+    """One blob: `bytes` is its size, `mem` the lengths of these properties by path, `wrong` why it cannot be read.
 
-    `damaged` tells an FDT that cannot be read from what never was one.
+    `damaged` distinguishes an FDT that cannot be read from a blob that never was one.
     """
 
     name: str
@@ -36,7 +39,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Summary:
-    """All of it; `cached` tells whether the memory is v3's, which its kernel merges when an image is loaded."""
+    """The summary; `cached` tells whether the memory is v3's, whose kernel merges it when an image is loaded."""
 
     blobs: Sequence[Blob]
     memory: MemoryMap | None
@@ -45,7 +48,7 @@ class Summary:
 
 
 def summarise_tree(blobs: Mapping[str, bytes], scratch: Sequence[Region] = (), width: int = 80) -> Summary:
-    """Sum a tree's blobs up, the root's name is ""; the memory over `width` columns."""
+    """Summarise a tree's blobs, with the memory over `width` columns; the root's name is ""."""
     found, mems, cached = [], [], False
     for name, blob in blobs.items():
         try:
@@ -64,7 +67,7 @@ def summarise_tree(blobs: Mapping[str, bytes], scratch: Sequence[Region] = (), w
 
 
 def named_ranges(root: Node) -> Iterator[memoryview]:
-    """Yield the ranges a tree names, as `mem` has them: struct kho_mem after struct kho_mem."""
+    """Yield the ranges in a tree, in the form of `mem`: an array of struct kho_mem."""
     for _path, node in root.walk():
         if "mem" in node.properties:
             yield node.properties["mem"]

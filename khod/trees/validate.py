@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Trees held against JSON Schema (draft 2020-12): one file for each compatible, ours and the operator's own.
+"""Validate trees with JSON Schemas (draft 2020-12): one file for each compatible, khod's and the operator's own.
 
-A node is held against the schema of its compatible as
-{"name": TEXT, "properties": {NAME: VALUE}, "children": {NAME: {"name": .., "properties": .., "children": {}}}}: its
-children's properties, not its grandchildren. Values are decoded as in `khod.trees.as_json` (numbers, strings as lists,
-mem as {"ranges", "bytes"}); bytes that are not what their name promises come as {"raw": HEX}.
-A C structure is held against the schema of its compatible, or of its blob's name where it has none.
+A node is validated with the schema of its compatible, in the form {"name": TEXT, "properties": {NAME: VALUE},
+"children": {NAME: {"name": .., "properties": .., "children": {}}}}: with its children's properties, but not its
+grandchildren. Values are decoded as in `khod.trees.as_json` (numbers, strings as lists, mem as {"ranges", "bytes"});
+bytes that do not match their name are given as {"raw": HEX}.
+
+A C structure is validated with the schema of its compatible, or of its blob's name if it has none.
 """
 
 import json
@@ -25,9 +26,9 @@ from khod.trees.text import format_hex
 
 PACKAGED_SCHEMAS = Path(__file__).parent / "schemas"
 OPERATOR_SCHEMAS = Path("/etc/kho/schemas")
-MAX_VALUE_CHARACTERS = 200  # characters of a finding
+MAX_VALUE_CHARACTERS = 200  # maximum length of a finding in characters
 PARTS = {"properties": "property", "children": "child node"}
-"""What a node's instance is made of, and what each item in it is."""
+"""The parts of a node's instance, and the name of an item in each."""
 COUNTED = ("Items", "Length", "Properties")
 TYPES = {
     "integer": "a whole number",
@@ -49,13 +50,13 @@ RULES = {
     "multipleOf": "a multiple of ",
     "pattern": "a text like ",
 }
-"""How a JSON Schema's rules are said."""
+"""The rules of JSON Schema, in words."""
 Schemas = Mapping[str, tuple[Path, Any]]
 
 
 @dataclass(frozen=True)
 class SchemaFinding:
-    """One thing that was found; `fits` where it is only reported, as for a compatible no schema is for."""
+    """One finding; `fits` is True if it is only reported, such as a compatible without a schema."""
 
     path: str
     prop: str
@@ -67,9 +68,9 @@ class SchemaFinding:
 
 
 def load_schemas(own: Sequence[Path] = (OPERATOR_SCHEMAS,)) -> Schemas:
-    """Read the schemas by the compatible they are for, their files' names: ours, then each directory's over them.
+    """Read the schemas by their file's name, which is the compatible; a later directory replaces khod's own.
 
-    A directory that is not there has none. ConfigError names the file and the place of what is no schema.
+    A directory may be missing. Raises ConfigError, with the file and the place, for a schema that is not valid.
     """
     found: dict[str, tuple[Path, Any]] = {}
     for directory in (PACKAGED_SCHEMAS, *own):
@@ -79,9 +80,9 @@ def load_schemas(own: Sequence[Path] = (OPERATOR_SCHEMAS,)) -> Schemas:
 
 
 def validate_blobs(blobs: Mapping[str, bytes], known: Schemas, *, shortened: bool = False) -> Iterator[SchemaFinding]:
-    """Hold each node of each blob, the root's name is "", against the schema of its compatible.
+    """Validate each node of each blob with the schema of its compatible; the root's name is "".
 
-    With `shortened` a root that is cut off is let pass, as debugfs may show it.
+    With `shortened` a root that is cut off is accepted, as debugfs may show it.
     """
     for name, blob in blobs.items():
         place = f"{printable(name) or 'root'}:"
@@ -101,14 +102,14 @@ def _validate_nodes(node: Node, parent: Node | None, path: str, place: str, know
         yield from _validate_held(node_instance(node, parent), where, *known[kind])
     elif kind:
         yield SchemaFinding(where, "compatible", f"there is no schema for {printable(kind)}", fits=True)
-    elif parent is None:  # the root's says what all of it is; another producer's blob may do without
+    elif parent is None:  # the root's compatible says what the tree is; another producer's blob may lack one
         yield SchemaFinding(where, "compatible", "missing: nothing says what this is", fits=place != "root:")
     for child in node.children:
         yield from _validate_nodes(child, node, f"{path}/{child.name}", place, known)
 
 
 def node_instance(node: Node, parent: Node | None = None, *, deep: bool = True) -> dict[str, Any]:
-    """Give a node as schemas see it."""
+    """Return a node in the form that schemas validate."""
     children = {child.name: node_instance(child, node, deep=False) for child in node.children} if deep else {}
     properties = {key: _property_instance(key, node, parent) for key in node.properties}
     return {"name": node.name, "properties": properties, "children": children}
@@ -120,12 +121,12 @@ def _property_instance(key: str, node: Node, parent: Node | None) -> Any:
 
 
 def _validate_held(held: dict[str, Any], where: str, path: Path, schema: Any) -> Iterator[SchemaFinding]:
-    import jsonschema  # noqa: PLC0415 - dear to import, and only this needs it
+    import jsonschema  # noqa: PLC0415 - slow to import, and only used here
     import referencing  # noqa: PLC0415 - comes with it
 
-    # An empty registry: a reference out of the file is an error, and never fetched from the network.
+    # An empty registry: a reference out of the file is an error, and is never fetched from the network.
     checker = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
-    found = dict[SchemaFinding, None]()  # each once: bytes that are malformed may break several rules
+    found = dict[SchemaFinding, None]()  # each once: malformed bytes may break several rules
     try:
         for error in checker.iter_errors(held):
             place = [str(part) for part in error.absolute_path if part not in PARTS]
@@ -144,7 +145,7 @@ def _validate_held(held: dict[str, Any], where: str, path: Path, schema: Any) ->
 
 
 def _schema_error_text(error: Any) -> str:
-    """Say in our words what a value is and what the schema has of it."""
+    """Describe what a value is and what the schema requires."""
     value, wanted, rule = error.instance, error.validator_value, error.validator
     path = list(error.absolute_path)
     part = PARTS.get(path[-1], "value") if path else "value"
