@@ -27,7 +27,8 @@ def open_request(
     """Yield the parameters of Check, Plan or Kexec and the descriptors they name, which stay open during the call.
 
     A flag is None if the command has no such option; the profile's value is then left out. Raises UsageError if the
-    options contradict each other or a file cannot be opened, Refused if an entry cannot be booted.
+    options contradict each other or a file cannot be opened, ConfigError if the profile is not valid, Refused if an
+    entry cannot be booted.
     """
     flags = {"now": now, "load_only": load_only, "hold": hold}
     kept: frozenset[str] = frozenset()

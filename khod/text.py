@@ -15,7 +15,7 @@ MAX_REASON = 300
 """The number of characters kept of a reason given by others; status and record show it."""
 
 MAX_NAMES = 10
-"""The number of names in one sentence; other commands show the complete list."""
+"""The number of names in one sentence; tables and lists show all."""
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 BYTES = 0xDC00

@@ -124,8 +124,8 @@ def dt_diff(
 ) -> None:
     """Compare two trees.
 
-    A is the last that left where it is not given, B what arrived. Exits with 1 where they differ, as diff does; what a
-    kernel does not show is only reported.
+    By default A is the tree that left last, and B the tree that arrived. Exits with 1 where they differ, as diff does;
+    what a kernel does not show is only reported.
     """
     from khod.trees.difference import Change, compare_blobs, format_difference
 

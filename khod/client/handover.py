@@ -109,7 +109,7 @@ class Client(Connection):
         """Yield every change from now on, beginning with the current state; Unreachable if khod ends the stream."""
         self.call_method("Monitor", more=True)
         yield self.receive_event()
-        self._limit = self._patience  # a change may come in a month
+        self._limit = self._patience  # the next change may come in a month
         while self.more:
             yield self.receive_event()
         raise Unreachable("khod ended the stream", remedy="It was stopped, or this was not read in time.")

@@ -86,8 +86,9 @@ class ProducerRecord:
 class Record:
     """What khod must know after it died, or after the jump. Times are as in `khod.model`.
 
-    The current handover (`phase` to `producers`) and the outcome of this boot (`outcome` to `claims`) are separate: a
-    handover that begins, ends or is rolled back does not change the outcome.
+    The handover `run` and the outcome of this boot are two subjects. A handover that begins, ends or is rolled back
+    does not change `verdict`, `outcome`, `arrived_run`, `doubt` and `claims`; `begin_run` resets what is about the
+    handover.
     """
 
     version: int = VERSION

@@ -23,7 +23,7 @@ OPTIONS = {
 INITRD = "CONFIG_BLK_DEV_INITRD"
 """The option that a kernel needs to accept an initrd at all."""
 
-# __gunzip() skips ten bytes and a name; whatever else a header may have it would unpack as data.
+# __gunzip() skips ten bytes and a name; it would unpack all other parts of a header as data.
 GZIP_FLAGS, GZIP_FTEXT, GZIP_FNAME = 3, 0x01, 0x08
 GZIP_FIELDS = {0x02: "a checksum of its header", 0x04: "an extra field", 0x10: "a comment"}
 # dec_stream_header(), dec_block_header()
@@ -82,7 +82,7 @@ def _xz_options(data: memoryview, where: str) -> set[str]:
 
 
 def _zstd_options(data: memoryview, where: str) -> set[str]:
-    import zstandard  # noqa: PLC0415 - khod at rest does without
+    import zstandard  # noqa: PLC0415 - not needed while khod is idle
 
     try:
         window = zstandard.get_frame_parameters(data[:18]).window_size

@@ -126,7 +126,7 @@ def _unpack_lzma(data: memoryview) -> Pieces:
 
 
 def _unpack_zstd(data: memoryview) -> Pieces:
-    import zstandard  # noqa: PLC0415 - khod at rest does without
+    import zstandard  # noqa: PLC0415 - not needed while khod is idle
 
     try:
         length = _zstd_frame(data)
@@ -141,7 +141,7 @@ def _unpack_zstd(data: memoryview) -> Pieces:
 
 def _zstd_frame(data: memoryview) -> int:
     """Return the length of a frame by its blocks (RFC 8878, 3.1.1): the library does not report it."""
-    import zstandard  # noqa: PLC0415 - khod at rest does without
+    import zstandard  # noqa: PLC0415 - not needed while khod is idle
 
     parameters = zstandard.get_frame_parameters(data[:FEED_BYTES])
     at, last = zstandard.frame_header_size(data[:FEED_BYTES]), False
@@ -200,7 +200,7 @@ def find_lz4_blocks(data: memoryview) -> Generator[tuple[int, int], None, int]:
 
 def unpack_lz4_block(packed: memoryview, room: bytearray) -> int:
     """Unpack one block into `room` and return its length; ValueError if it is damaged or too large."""
-    import cramjam  # noqa: PLC0415 - khod at rest does without
+    import cramjam  # noqa: PLC0415 - not needed while khod is idle
 
     try:
         return int(cramjam.lz4.decompress_block_into(packed, room, output_len=len(room)))

@@ -15,7 +15,7 @@ MARKS = ("dt_max",)
 """Words that distinguish v3's KHO from mainline's: names of files that only v3 has."""
 
 WINDOW_BYTES = 64 << 10  # bytes that stay in the processor's cache while they are searched three times
-OVERLAP_BYTES = 256  # bytes looked at twice: more than the longest string of interest
+OVERLAP_BYTES = 256  # bytes searched twice: more than the longest string of interest
 MAX_NAME_BYTES = 64
 MAX_CONFIG_BYTES = 4 << 20  # bytes; an allyesconfig is 300 kB
 

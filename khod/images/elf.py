@@ -21,9 +21,9 @@ PHDR = "IIQQQQQQ"
 SHDR = "IIQQQQIIQQ"
 EHDR_SIZE, PHDR_SIZE, SHDR_SIZE = 64, 56, 64  # bytes
 PT_LOAD, SHT_NOBITS = 1, 8
-MAX_NAME_BYTES = 64  # bytes of a section's name that are looked at
+MAX_NAME_BYTES = 64  # bytes of a section's name that are read
 
-Read = Callable[[int, int], bytes | memoryview]  # offset, length: what is there, less at the end
+Read = Callable[[int, int], bytes | memoryview]  # offset, length: the bytes there, fewer at the end
 
 
 @dataclass(frozen=True)

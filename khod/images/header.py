@@ -38,7 +38,7 @@ PROTOCOL = 0x020C
 # The 64 bytes that arm64, riscv and loongarch share: text_offset, image_size or similar, and a magic at 56
 FLAT, FLAT_MAGIC, FLAGS = 64, slice(56, 60), 24
 BIG_ENDIAN = 1  # bit 0 of arm64's flags, and of riscv's
-ARM64_PAGE_SIZES = (0, 4096, 16384, 65536)  # bits 1 and 2; 0 for a kernel that does not say it
+ARM64_PAGE_SIZES = (0, 4096, 16384, 65536)  # bits 1 and 2; 0 if the kernel does not say
 ARM64_MAGIC, RISCV_MAGIC, EFI_MAGIC = b"ARM\x64", b"RSC\x05", b"\xcd\x23\x82\x81"
 PE_LOONGARCH = 0x6264  # IMAGE_FILE_MACHINE_LOONGARCH64
 # s390: the entry's mark, and struct parmarea's kernel_version and max_command_line_size

@@ -55,7 +55,7 @@ def read_pe(view: memoryview, where: str, file_size: int | None = None) -> Porta
 def _read_section(view: memoryview, at: int, file_size: int, where: str) -> Section:
     raw_name, virtual, _, raw, offset = SECTION.unpack_from(view, at)
     name = raw_name.rstrip(b"\0").decode(errors="replace")
-    size = min(virtual, raw)  # a file's section is padded; a section may be larger in memory
+    size = min(virtual, raw)  # in the file a section is padded; in memory it may be larger
     if size and offset + size > file_size:
         raise truncated_error(f"section {name!r}", offset + size, file_size, where)
     return Section(name, offset, size)

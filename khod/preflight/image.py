@@ -308,7 +308,7 @@ def check_signature(facts: Facts, target: Target, about: KernelImageInfo) -> Che
     if enforced:
         return CheckFinding.fail_with(
             f"{subject} is not signed, and this kernel loads only signed images: it would say ENODATA, or "
-            "ELIBBAD of an image that is not a PE file",  # seen on 7.3.4, of one built without CONFIG_EFI_STUB
+            "ELIBBAD of an image that is not a PE file",  # seen on 7.3.4, for an image built without CONFIG_EFI_STUB
             "Use a signed image (Debian: linux-image-VERSION-amd64, not -unsigned), or sign it with a key this kernel "
             "trusts (sbsign), for which it must be built with CONFIG_EFI_STUB."
             + (" The unified image's own signature is nothing to kexec." if "UKI" in formats else ""),

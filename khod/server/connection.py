@@ -75,7 +75,7 @@ class ClientConnection:
         )
         self.transport.let_send_files(allowed=self.may_send_files)
 
-    # What the client may: a reload changes it, or the end of a lookup
+    # The client's rights, which change with a reload or the end of a lookup
 
     @property
     def caller_standing(self) -> Standing:
@@ -119,7 +119,7 @@ class ClientConnection:
             self.producer = producer
             self._serve_as_due()
 
-    # What the transport tells
+    # Calls from the transport
 
     def refuse_input(self, what: str) -> None:
         self._end_with(UsageError(what, remedy="Send one JSON object, ended by a NUL byte."))
@@ -310,6 +310,6 @@ async def _compute_answer(serve: Serve) -> bytes:
         return messages.encode_reply(result.parameters)
     except (VarlinkErrorReply, KhoError) as error:
         return messages.encode_error(error)
-    except Exception:  # noqa: BLE001  # whoever asked must hear that it failed
+    except Exception:  # noqa: BLE001  # the clients must be told that it failed
         _LOG.exception("a question failed")
         return messages.encode_error(messages.INTERNAL)

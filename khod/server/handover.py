@@ -23,7 +23,7 @@ from khod.target.target import Given, Request
 class Service(Handover):
     """The interface for one engine; Monitor is served from `events`."""
 
-    render_interface_description = Handover.render_interface_description  # with the words it was described in
+    render_interface_description = Handover.render_interface_description  # with the docstrings of the interface
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

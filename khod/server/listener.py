@@ -35,7 +35,7 @@ class Listener:
         self._begin = asyncio.ensure_future(self._accept_when_groups_are_known())
 
     async def _accept_when_groups_are_known(self) -> None:
-        """Wait for them, not for long: an operator's descriptors may have come before khod was started."""
+        """Start when the groups are known, or after a time: descriptors of operators may have come before the start."""
         await self._clients.shared.groups.wait_lookup()
         self._loop.add_reader(self._socket, self._accept_clients)
 

@@ -312,7 +312,7 @@ class Transport:
         self._count_buffered()
         self._owner.on_lost(self._socket)
 
-    # What it costs
+    # The bytes it holds
 
     def _count_buffered(self) -> bool:
         """Count the bytes held beyond the free part; return False if they are too many."""

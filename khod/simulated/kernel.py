@@ -148,7 +148,7 @@ class SimulatedKernel(HostCalls):
         if wanted is None:
             return errno.EINVAL
         if not SCRATCH[1] or int(self.read_file(f"{KHO}/scratch_len"), 16) == 0:
-            return errno.ENOMEM  # even for a 0
+            return errno.ENOMEM  # also for a 0
         if wanted == (self.read_file(f"{KHO}/active").strip() == b"1"):
             return 0
         return self._serialize_tree() if wanted else self._abort_active()

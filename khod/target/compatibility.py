@@ -47,7 +47,7 @@ EFFECTS = {
     "luo-session": Effect.panic,  # luo_session_setup_incoming(), which luo_early_startup() calls (6.19)
     "luo-flb": Effect.panic,  # luo_flb_setup_incoming(), the same way
     "memfd": Effect.files,  # `No registered handler`, and each open of /dev/liveupdate is EIO (seen)
-    "memblock": Effect.empty,  # reserve_mem_kho_revive(): the memory is reserved anew
+    "memblock": Effect.empty,  # reserve_mem_kho_revive(): the memory is reserved again
     "reserve-mem": Effect.empty,
     "kho-test": Effect.shown,  # lib/test_kho.c, which tests and holds nothing
 }
@@ -100,7 +100,7 @@ def check_compatibility(written: OutgoingFormats, kernel: KernelImageInfo, line:
         return Compatibility(FormatMatch.different, lost, effect=ROOT)
     if kernel.page_size not in (0, mmap.PAGESIZE):
         # kho_radix_encode_key() keys the preserved pages by PAGE_SHIFT (include/linux/kho/abi/kexec_handover.h, 7.3),
-        # memfd and LUO count in pages, and kho_populate() compares `compatible` alone.
+        # memfd and LUO count in pages, and kho_populate() compares only `compatible`.
         ours, its = (f"{size >> 10} KiB" for size in (mmap.PAGESIZE, kernel.page_size))
         what = f"its pages have {its}, this kernel's {ours}, and KHO counts in pages: it would take memory for another"
         return Compatibility(FormatMatch.different, what, effect=PAGE_SIZE)
