@@ -29,11 +29,15 @@ from khod.kernel.probe import probe_kho
 from khod.kernel.thread import KernelThread
 from khod.model import Event, Phase
 from khod.producers import children, output
+from khod.producers.children import Children
+from khod.producers.commands import CommandRunner
 from khod.producers.directory import Directory
 from khod.producers.registrations import Registrations
 from khod.producers.sessions import Sessions
+from khod.producers.transient import TransientUnits
 from khod.simulated.kernel import Rebooted, SimulatedKernel
 from khod.systemd import fdstore, logind, shutdown
+from khod.systemd.facts import BOOTED
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.text import join_names, one_line
 from khod.wire import SOCKET
@@ -95,7 +99,7 @@ class Daemon:
             lambda: probe_kho(calls),
             Store(opts.state),
             self._settings,
-            producers=Directory(opts.root).load_producers,
+            producers=Directory(opts.root, self._host.runner).load_producers,
             sessions=sessions,
             guard=Guard,
             orderly=self._host.orderly,
@@ -243,6 +247,8 @@ class _Host:
     is_jumping_at_stop: Shutdown
     """The same with more time for the answer: khod is stopped, and has nothing else to do."""
     goes_down: Callable[[], Awaitable[bool]]
+    runner: CommandRunner
+    """Runs the commands of hooks."""
 
 
 def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
@@ -253,6 +259,7 @@ def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
         lambda: shutdown.kexec_job_pending(shutdown.ASK_UNDO_SECONDS),
         shutdown.kexec_job_pending,
         shutdown.goes_down,
+        TransientUnits() if os.path.exists(BOOTED) else Children(),
     )
 
 
@@ -263,7 +270,7 @@ def _simulated_host(jump: shutdown.Immediate) -> _Host:
         return False
 
     again = _StartAgain(jump)
-    return _Host(again, again, None, never, never, never)
+    return _Host(again, again, None, never, never, never, Children())
 
 
 @contextmanager

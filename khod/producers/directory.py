@@ -8,6 +8,7 @@ from typing import Any
 from khod.errors import ConfigError, UsageError
 from khod.files import read_toml, require_type
 from khod.producers.barrier import Participant, Verb
+from khod.producers.commands import CommandRunner
 from khod.producers.configured import check_name, require_string, require_strings
 from khod.producers.hooks import Hook
 from khod.producers.qemu import Qemu
@@ -20,13 +21,16 @@ MAX_TIMEOUT_SECONDS = 86400
 """For one verb; a hook without an end would hold every rollback."""
 
 
-def load_directory(root: Path = Path("/")) -> list[Participant]:
-    """Read every producer's file, by name; ConfigError that names the first that is wrong, and has all the others."""
+def load_directory(root: Path, runner: CommandRunner) -> list[Participant]:
+    """Read every producer's file, by name; ConfigError that names the first that is wrong, and has all the others.
+
+    `runner` is for the commands of those that are hooks.
+    """
     found: list[Participant] = []
     wrong: ConfigError | None = None
     for path in sorted((root / DIRECTORY).glob("*.toml")):
         try:
-            found.append(_read_producer(path))
+            found.append(_read_producer(path, runner))
         except ConfigError as error:
             wrong = wrong or error
     if wrong is not None:
@@ -38,8 +42,9 @@ def load_directory(root: Path = Path("/")) -> list[Participant]:
 class Directory:
     """The directory below `root`, asked before every step, registration and status: parsed when a file has changed."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, runner: CommandRunner) -> None:
         self._root = root
+        self._runner = runner
         self._seen: list[tuple[str, int, int, int]] | None = None
         self._found: list[Participant] = []
 
@@ -47,7 +52,7 @@ class Directory:
         """Give every producer with a file, as `load_directory` does."""
         seen = self._directory_state()
         if seen is None or seen != self._seen:
-            self._found, self._seen = load_directory(self._root), seen
+            self._found, self._seen = load_directory(self._root, self._runner), seen
         return list(self._found)
 
     def _directory_state(self) -> list[tuple[str, int, int, int]] | None:
@@ -59,7 +64,7 @@ class Directory:
         return [(name, found.st_ino, found.st_size, found.st_mtime_ns) for name, found in stats]
 
 
-def _read_producer(path: Path) -> Participant:
+def _read_producer(path: Path, runner: CommandRunner) -> Participant:
     _, values = read_toml(path, "producer")
     try:
         check_name(path.stem)
@@ -69,7 +74,10 @@ def _read_producer(path: Path) -> Participant:
             raise ConfigError(
                 f"`{chosen[0]}` stands beside another kind of producer", where=str(path), remedy="One file is one."
             )
-        made = (KINDS[chosen[0]] if chosen else _make_hook)(path, values, common)
+        if chosen:
+            made = KINDS[chosen[0]](path, values, common)
+        else:
+            made = Hook(**common, commands=_take_commands(path, values), runner=runner)
     except UsageError as error:
         raise ConfigError(error.what, where=str(path), remedy=error.remedy) from None
     if values:
@@ -95,9 +103,8 @@ def _take_common(values: Values, path: Path) -> Values:
     return {"name": path.stem, "timeout": timeout, **lists}
 
 
-def _make_hook(path: Path, values: Values, common: Values) -> Participant:
-    commands = {verb: require_strings(values.pop(verb), path, verb, some=True) for verb in VERBS if verb in values}
-    return Hook(**common, commands=commands)
+def _take_commands(path: Path, values: Values) -> dict[str, list[str]]:
+    return {verb: require_strings(values.pop(verb), path, verb, some=True) for verb in VERBS if verb in values}
 
 
 def _make_unit(path: Path, values: Values, common: Values) -> Participant:

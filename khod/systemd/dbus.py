@@ -12,6 +12,7 @@ import struct
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from jeepney import DBusAddress, HeaderFields, Message, MessageType, Parser, new_method_call
 from jeepney.auth import BEGIN, NEGOTIATE_UNIX_FD, make_auth_external
@@ -43,7 +44,11 @@ class BusError(Exception):
 
 
 class ErrorAnswer(BusError):
-    """What was called says no."""
+    """What was called says no. `name` is the error's name, as org.freedesktop.systemd1.UnitExists."""
+
+    def __init__(self, text: str, name: str = "") -> None:
+        super().__init__(text)
+        self.name = name
 
 
 class Disconnected(BusError):
@@ -59,6 +64,8 @@ class Bus:
         self._serial = 0
         self.ended_jobs: dict[str, str] = {}
         """Results that JobRemoved has told, by the job's path."""
+        self.properties: dict[str, dict[str, Any]] = {}
+        """What PropertiesChanged has told, by the property's name, of each object that is a key here."""
 
     async def authenticate(self) -> None:
         """Authenticate as this process's user, with the right to pass file descriptors.
@@ -87,8 +94,8 @@ class Bus:
         if answer.header.message_type is MessageType.error:
             error = answer.header.fields.get(HeaderFields.error_name)
             text = answer.body[0] if answer.body and isinstance(answer.body[0], str) else ""
-            kind = Disconnected if error in NOBODY else ErrorAnswer
-            raise kind(f"{method}: {one_line(text or 'no reason given')} ({one_line(str(error))})")
+            said = f"{method}: {one_line(text or 'no reason given')} ({one_line(str(error))})"
+            raise Disconnected(said) if error in NOBODY else ErrorAnswer(said, str(error))
         return answer
 
     async def receive_message(self) -> Message:
@@ -101,9 +108,12 @@ class Bus:
         except GARBLED:
             raise BusError(f"{self._peer} sent what is not a D-Bus message") from None
         if message.header.message_type is MessageType.signal:
+            path = message.header.fields.get(HeaderFields.path)
             match (message.header.fields.get(HeaderFields.member), *message.body):
                 case ("JobRemoved", _, str(job), _, str(result)):
                     self.ended_jobs[job] = result
+                case ("PropertiesChanged", _, dict(changed), _) if path in self.properties:
+                    self.properties[path] |= {name: value for name, (_, value) in changed.items()}
         return message
 
     async def _read_bytes(self) -> bytes:

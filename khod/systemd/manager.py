@@ -139,6 +139,10 @@ class Systemd:
                 return path
         raise BusError(f"systemd says ControlGroup of {self._unit} with another type than it is documented to")
 
+    async def list_processes(self) -> set[int]:
+        """The processes in the unit's control group, those of units below it included."""
+        return await self._processes(self._unit)
+
     async def kill_processes(self) -> None:
         """Send SIGKILL to the unit's processes, which reaches frozen ones too."""
         await self._bus.call_method(MANAGER, "KillUnit", "ssi", self._unit, "all", signal.SIGKILL)

@@ -16,6 +16,7 @@ from khod import config
 from khod.config import Config
 from khod.errors import ConfigError, Exit
 from khod.producers import directory
+from khod.producers.children import Children
 from khod.producers.directory import Directory
 from khod.producers.hooks import Hook
 from tests.unit.khods import REPOSITORY
@@ -126,14 +127,14 @@ def test_a_producer_is_read_with_all_its_keys(root: Path) -> None:
     (root / "etc/kho/producers.d/vm.toml").write_text(
         'prepare = ["/bin/a", "b c"]\nthaw = ["/bin/t"]\ntimeout = 3\nafter = ["net"]\nbefore = ["disk"]\n'
     )
-    (hook,) = directory.load_directory(root)
+    (hook,) = directory.load_directory(root, Children())
     assert (hook.name, hook.timeout, hook.after, hook.before) == ("vm", 3.0, ("net",), ("disk",))
     assert isinstance(hook, Hook)
     assert hook.commands == {"prepare": ["/bin/a", "b c"], "thaw": ["/bin/t"]}
 
 
 def test_a_producer_s_file_is_read_again_when_it_has_changed(root: Path) -> None:
-    found, path = Directory(root), root / "etc/kho/producers.d/vm.toml"
+    found, path = Directory(root, Children()), root / "etc/kho/producers.d/vm.toml"
     assert found.load_producers() == []
     path.write_text("timeout = 3\n")
     assert [producer.timeout for producer in found.load_producers()] == [3.0]
@@ -175,7 +176,7 @@ def test_a_wrong_producer_names_its_file(root: Path, text: str) -> None:
     path = root / "etc/kho/producers.d/vm.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as raised:
-        directory.load_directory(root)
+        directory.load_directory(root, Children())
     assert raised.value.where.startswith(str(path))
 
 
@@ -186,7 +187,7 @@ def test_a_producer_s_file_that_is_none_names_itself(root: Path) -> None:
     for make in (os.mkfifo, Path.mkdir):
         make(path)
         with pytest.raises(ConfigError) as raised:
-            directory.load_directory(root)
+            directory.load_directory(root, Children())
         assert raised.value.where == str(path)
         path.rmdir() if path.is_dir() else path.unlink()
 
@@ -195,7 +196,7 @@ def test_a_producer_s_file_that_is_none_names_itself(root: Path) -> None:
 def test_a_producer_s_name_is_plain(root: Path, name: str) -> None:
     (root / f"etc/kho/producers.d/{name}.toml").write_text("")
     with pytest.raises(ConfigError):
-        directory.load_directory(root)
+        directory.load_directory(root, Children())
 
 
 def test_a_profile_is_what_kexec_would_be_given(tmp_path: Path) -> None:

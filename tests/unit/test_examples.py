@@ -20,6 +20,7 @@ import pytest
 
 from khod.producer import Producer, Step
 from khod.producers import directory
+from khod.producers.children import Children
 from khod.producers.hooks import Hook
 from khod.producers.qemu import Qemu
 from khod.producers.unit import Unit
@@ -57,14 +58,14 @@ def test_every_sample_is_a_producer_of_its_kind(tmp_path: Path, everything: bool
         for key in (*directory.VERBS, "how", "timeout", "after", "before", "devices") if everything else ():
             text = text.replace(f"\n#{key} = ", f"\n{key} = ")
         (installed / sample.name.removesuffix(".sample")).write_text(text)
-    kinds = {producer.name: type(producer) for producer in directory.load_directory(tmp_path)}
+    kinds = {producer.name: type(producer) for producer in directory.load_directory(tmp_path, Children())}
     assert kinds == {"example": Hook, "unit": Unit, "vm": Qemu}
 
 
 def test_a_sample_is_no_producer_before_it_is_copied(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/kho").symlink_to(REPOSITORY / "etc/kho")
-    assert directory.load_directory(tmp_path) == []
+    assert directory.load_directory(tmp_path, Children()) == []
 
 
 # The pool: a hook

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands of producers as transient units of systemd, each with a control group of its own and none of khod's limits.
+
+What systemd promises here (org.freedesktop.systemd1(5), looked at on 262): StartTransientUnit of a service of
+Type=exec ends its job once the command was executed; the exit status comes with PropertiesChanged, before the unit
+is let go of; a unit that stops is sent KillSignal=, all of its control group, and SIGKILL after TimeoutStopSec=. All
+of it goes over PID 1's private socket: without a message bus hooks thaw all the same.
+
+A unit is named after its producer. So what outlived a khod that was killed is found, and ended before the next verb.
+"""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+
+from khod.producers.children import describe_undead
+from khod.producers.commands import KILL_WAIT_SECONDS, Command
+from khod.systemd.dbus import Bus, BusError, Disconnected, ErrorAnswer, systemd_bus
+from khod.systemd.manager import MANAGER, SYSTEMD, Systemd
+
+PREFIX = "kho-hook-"
+MAX_UNITS = 9
+"""Units that one producer may have: what does not die keeps the name of its unit."""
+UNIT_EXISTS = f"{SYSTEMD}.UnitExists"
+ENDED = ("inactive", "failed")
+CLD_EXITED = 1  # siginfo_t's si_code, as ExecMainCode has it
+STOP_STAGE_SECONDS = 0.25
+"""TimeoutStopSec=: systemd goes through up to four stages of a stop with what does not die."""
+SETTLE_SECONDS = 1.0
+"""Seconds PID 1 has to take up the end of what was called off while it was to start."""
+RECONNECT_SECONDS = 0.2
+Property = tuple[str, tuple[str, Any]]
+
+
+class TransientUnits:
+    """Runs commands as units; see `khod.producers.commands.CommandRunner`."""
+
+    async def start_command(self, command: Command, stdout: int, stderr: int) -> "TransientUnit":
+        """Start a command once nothing of an earlier one runs under its name, or under the next free name."""
+        for number in range(MAX_UNITS):
+            unit = TransientUnit(unit_name(command.name, number))
+            try:
+                if await unit.start(command, stdout, stderr):
+                    return unit
+            except BusError as error:
+                raise ValueError(str(error)) from None
+        raise ValueError(f"{MAX_UNITS} units of earlier commands do not end, {unit_name(command.name)} the first")
+
+
+class TransientUnit:
+    """One unit, with a connection to systemd for as long as it runs."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._path = f"/org/freedesktop/systemd1/unit/{_escape_label(name)}"
+        self._stack = AsyncExitStack()
+        self._bus: Bus | None = None
+
+    async def start(self, command: Command, stdout: int, stderr: int) -> bool:
+        """Start it; False where another unit has the name and does not end. BusError, ValueError."""
+        properties, started = list(_properties(command, stdout, stderr)), False
+        try:
+            bus = await self._connect()
+            started = await self._start_unit(bus, properties)
+            if not started and await self._end_former(bus):
+                started = await self._start_unit(bus, properties)
+        finally:
+            if not started:
+                await self._close()
+        return started
+
+    async def wait_end(self) -> int | None:
+        """Wait for the end of the unit: its command's exit code, -N where signal N killed it, None if not known."""
+        while True:
+            try:
+                bus = self._bus or await self._connect(look=True)
+                while self._told(bus).get("ActiveState") not in ENDED:
+                    await bus.receive_message()
+            except Disconnected:  # it starts anew: daemon-reexec
+                await self._close()
+                await asyncio.sleep(RECONNECT_SECONDS)
+                continue
+            told = self._told(bus)
+            code, status = told.get("ExecMainCode", 0), int(told.get("ExecMainStatus", 0))
+            if code == 0:
+                return None
+            return status if code == CLD_EXITED else -status
+
+    async def end(self) -> list[str]:
+        """Kill all of it, and say what is still there KILL_WAIT_SECONDS later."""
+        left: set[int] = set()
+        try:
+            bus = self._bus or await self._connect(look=True)
+            systemd = Systemd(bus, self._name)
+            try:
+                async with asyncio.timeout(KILL_WAIT_SECONDS):
+                    if self._told(bus).get("ActiveState") not in ENDED:
+                        await systemd.kill_processes()
+                    while self._told(bus).get("ActiveState") not in ENDED:
+                        await bus.receive_message()
+            except (TimeoutError, ErrorAnswer):
+                pass
+            with suppress(ErrorAnswer):  # the unit is gone, with all it had
+                left = await systemd.list_processes()
+        except BusError as error:
+            return [f"{self._name} may still run: {error}"]
+        finally:
+            await self._close()
+        return [text for pid in sorted(left) if (text := describe_undead(pid))]
+
+    async def _start_unit(self, bus: Bus, properties: list[Property]) -> bool:
+        """Have systemd start it, and wait until that is done; False where the name is taken."""
+        call: tuple[Any, ...] = (MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", self._name, "fail", properties, [])
+        try:
+            (job,) = (await bus.call_method(*call)).body
+            while job not in bus.ended_jobs:
+                await bus.receive_message()
+        except ErrorAnswer as error:
+            if error.name == UNIT_EXISTS:
+                return False
+            raise
+        except asyncio.CancelledError:
+            await self._call_off(bus)
+            raise
+        # What fails has an exit code too, as 203 of what cannot be executed; see systemd.exec(5).
+        if (result := bus.ended_jobs[job]) not in ("done", "failed"):
+            raise ValueError(f"its unit {self._name} could not be started: {result}")
+        return True
+
+    async def _end_former(self, bus: Bus) -> bool:
+        """End the unit that has the name; whether it did. ValueError where it is none of khod's."""
+        systemd = Systemd(bus, self._name)
+        state = await systemd.read_state()
+        if not state.transient:
+            raise ValueError(f"the name {self._name} is taken by a unit that is not khod's")
+        with suppress(ErrorAnswer):
+            await systemd.kill_processes()
+        try:
+            async with asyncio.timeout(KILL_WAIT_SECONDS):
+                with suppress(ErrorAnswer):
+                    await systemd.run_job("StopUnit", "replace")
+                    await bus.call_method(MANAGER, "ResetFailedUnit", "s", self._name)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _call_off(self, bus: Bus) -> None:
+        """Have systemd stop what it may only now begin to start: it takes up a connection's calls in their order."""
+        with suppress(BusError, TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await bus.call_method(MANAGER, "StopUnit", "ss", self._name, "replace")
+
+    async def _connect(self, *, look: bool = False) -> Bus:
+        """Connect to systemd; with `look` what the unit says of itself now is read."""
+        self._bus = bus = await self._stack.enter_async_context(systemd_bus())
+        bus.properties[self._path] = {}
+        if look:
+            systemd = Systemd(bus, self._name)
+            now = await systemd.read_properties(self._name, "Unit")
+            if now.get("LoadState") == "loaded":
+                now |= await systemd.read_properties(self._name, "Service")
+            bus.properties[self._path] = now | bus.properties[self._path]
+        return bus
+
+    def _told(self, bus: Bus) -> dict[str, Any]:
+        return bus.properties[self._path]
+
+    async def _close(self) -> None:
+        self._bus = None
+        await self._stack.aclose()
+
+
+def unit_name(producer: str, number: int = 0) -> str:
+    """Name the unit of a producer's commands; a producer's name has no character but @ that a unit's may not."""
+    return f"{PREFIX}{producer.replace('@', chr(92) + 'x40')}{f'.{number}' if number else ''}.service"
+
+
+def _escape_label(name: str) -> str:
+    """Escape a unit's name for its object's path, as bus_label_escape() in systemd does."""
+    return "".join(char if char.isascii() and char.isalnum() else f"_{ord(char):02x}" for char in name)
+
+
+def _properties(command: Command, stdout: int, stderr: int) -> Iterator[Property]:
+    """The unit's settings: an end by its control group, at once, and a start that a shutdown does not refuse."""
+    argv = command.launch_argv
+    yield "Description", ("s", f"Kernel handover: {command.name}")
+    yield "Type", ("s", "exec")
+    yield "ExecStartEx", ("a(sasas)", [(argv[0], argv, ["no-env-expand"])])  # a `$` is the command's own
+    yield "Environment", ("as", [f"{name}={value}" for name, value in command.environment.items()])
+    yield "StandardInput", ("s", "null")
+    yield "StandardOutputFileDescriptor", ("h", stdout)
+    yield "StandardErrorFileDescriptor", ("h", stderr)
+    yield "IgnoreSIGPIPE", ("b", False)
+    # With its default dependencies it would conflict with shutdown.target, and be refused there as destructive.
+    yield "DefaultDependencies", ("b", False)
+    yield "CollectMode", ("s", "inactive-or-failed")
+    yield "KillMode", ("s", "control-group")
+    yield "KillSignal", ("i", int(signal.SIGKILL))
+    yield "TimeoutStopUSec", ("t", int(STOP_STAGE_SECONDS * 1_000_000))
+    yield "OOMPolicy", ("s", "continue")
+    yield from command.settings.items()
