@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Producers that are commands: /etc/kho/producers.d/NAME.toml names one for each verb.
 
-A hook runs with a clean environment (PATH, KHO_NAME, KHO_VERB, KHO_RUN), in a session of its own, its
-output in khod's journal. Exit code 0 is a yes; any other is a veto, the last line on standard error the
-reason. At its deadline it is killed with everything it started: a child left behind must not thaw later.
-One that left the session for its own is found as an orphan: khod is the one orphans below it go to.
-What does not even die then sleeps in the kernel: it is named, and waited for no longer.
+A command has PATH, KHO_NAME, KHO_VERB and KHO_RUN in its environment, and its output goes to khod's journal. Exit code
+0 is a yes; any other is a veto, with the last line on standard error as the reason. At its end, and at its deadline,
+everything it started is killed: a child left behind must not thaw later. A process that does not die sleeps in the
+kernel: it is named, and no longer waited for. How commands are run: `khod.producers.commands`.
 """
 
 import asyncio
