@@ -7,9 +7,11 @@ block, and unpacking stops at `limit`, which bounds the cost of a decompression 
 
 import bz2
 import lzma
+import mmap
 import struct
 import zlib
 from collections.abc import Callable, Generator
+from contextlib import suppress
 
 from khod.errors import Refused
 
@@ -158,7 +160,7 @@ def _zstd_frame(data: memoryview) -> int:
 
 
 def _unpack_lz4(data: memoryview) -> Pieces:
-    room = bytearray(LZ4_BLOCK_BYTES)
+    room = make_lz4_room()
     gathered = bytearray()  # a file may have millions of one-byte blocks, and a piece costs more than that
     walk = find_lz4_blocks(data)
     while True:
@@ -169,7 +171,7 @@ def _unpack_lz4(data: memoryview) -> Pieces:
                 yield bytes(gathered)
             return int(end.value)
         length = unpack_lz4_block(data[at : at + size], room)
-        gathered += memoryview(room)[:length]
+        gathered += room[:length]
         if len(gathered) >= PIECE_BYTES:
             yield bytes(gathered)
             gathered.clear()
@@ -198,7 +200,18 @@ def find_lz4_blocks(data: memoryview) -> Generator[tuple[int, int], None, int]:
     return at
 
 
-def unpack_lz4_block(packed: memoryview, room: bytearray) -> int:
+def make_lz4_room() -> memoryview:
+    """Return memory for one unpacked block, in huge pages if the kernel has some.
+
+    Page by page, its first use takes as long as unpacking into it.
+    """
+    memory = mmap.mmap(-1, LZ4_BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # EINVAL: a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
+def unpack_lz4_block(packed: memoryview, room: memoryview) -> int:
     """Unpack one block into `room` and return its length; ValueError if it is damaged or too large."""
     import cramjam  # noqa: PLC0415 - not needed while khod is idle
 

@@ -67,7 +67,7 @@ class Blocks:
     def __init__(self, data: memoryview, spans: list[tuple[int, int]], where: str) -> None:
         """Take `spans` from `compressed.find_lz4_blocks`, at least one; raise Refused if the last block is damaged."""
         self._data, self._spans, self._where = data, spans, where
-        self._room = bytearray(compressed.LZ4_BLOCK_BYTES)
+        self._room = compressed.make_lz4_room()
         self._last = bytes(self._unpack_block(len(spans) - 1))  # kept: a vmlinux has its section table at the end
         self._held = self._done = -1  # the block in `_room`; the last block unpacked in order
         self.size = (len(spans) - 1) * compressed.LZ4_BLOCK_BYTES + len(self._last)
@@ -98,7 +98,7 @@ class Blocks:
         if self._held != number:
             self._unpack_block(number)
             self._held = number
-        return memoryview(self._room)
+        return self._room
 
     def _unpack_next(self) -> None:
         self._unpack_block(self._done + 1)
@@ -112,4 +112,4 @@ class Blocks:
                 raise ValueError(f"block {number} has {length} bytes")
         except ValueError as error:
             raise compressed.damaged_error("lz4", error, self._where) from None
-        return memoryview(self._room)[:length]
+        return self._room[:length]
