@@ -5,14 +5,13 @@ systemd-shutdown sleeps right before reboot(2) until CLOCK_BOOTTIME has reached 
 of an orderly jump. No property on the bus has the setting, so its files are read.
 """
 
-import math
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from khod.abi.calls import Calls
 from khod.kernel.next_arg import kernel_words, parse_word
+from khod.systemd.time_span import parse_span
 from khod.text import ASCII_SPACE
 
 SINCE_VERSION = 261
@@ -22,21 +21,6 @@ DEFAULT_SECONDS = 15.0
 DIRECTORIES = ("/etc/systemd", "/run/systemd", "/usr/local/lib/systemd", "/usr/lib/systemd")
 """The first directory with a file of a name is used for that name (systemd-system.conf(5))."""
 SECTION, KEY, PARAMETER = "Manager", "MinimumUptimeSec", "systemd.minimum_uptime_sec"
-MICROSECONDS = {
-    **dict.fromkeys(("seconds", "second", "sec", "s"), 10**6),
-    **dict.fromkeys(("minutes", "minute", "min"), 60 * 10**6),
-    **dict.fromkeys(("months", "month", "M"), 2629800 * 10**6),
-    **dict.fromkeys(("msec", "ms"), 1000),
-    "m": 60 * 10**6,
-    **dict.fromkeys(("hours", "hour", "hr", "h"), 3600 * 10**6),
-    **dict.fromkeys(("days", "day", "d"), 86400 * 10**6),
-    **dict.fromkeys(("weeks", "week", "w"), 7 * 86400 * 10**6),
-    **dict.fromkeys(("years", "year", "y"), 31557600 * 10**6),
-    **dict.fromkeys(("usec", "us", "\u03bcs", "\u00b5s"), 1),
-}
-"""systemd.time(7), in the order in which systemd tries them (extract_multiplier() in src/basic/time-util.c)."""
-NUMBER = re.compile(r"\+?([0-9]+)(?:\.([0-9]+))?")
-USEC_INFINITY = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -62,33 +46,6 @@ def read_setting(calls: Calls) -> Setting | None:
             if arg.is_parameter(PARAMETER) and (seconds := parse_span(arg.value or "")) is not None:
                 found = Setting(seconds, "the kernel command line")
     return found
-
-
-def parse_span(text: str) -> float | None:
-    """Return the seconds of a time span, as systemd's parse_sec() does: `15`, `1min 30s`, `infinity`; else None."""
-    text = text.strip(ASCII_SPACE)
-    if text == "infinity":
-        return math.inf
-    total, left = 0, text
-    while left:
-        number = NUMBER.match(left)
-        if number is None:
-            return None
-        rest = left[number.end() :]
-        left = rest.lstrip(ASCII_SPACE)
-        unit = next((unit for unit in MICROSECONDS if left.startswith(unit)), "")
-        if not unit and rest and left == rest:  # something else directly after the number
-            return None
-        left = left[len(unit) :].lstrip(ASCII_SPACE)
-        scale = MICROSECONDS[unit] if unit else 10**6
-        whole, fraction = number[1], number[2] or ""
-        if len(whole) > len(str(USEC_INFINITY)):
-            return None
-        total += int(whole) * scale
-        for digit in fraction:
-            scale //= 10
-            total += int(digit) * scale
-    return total / 10**6 if text and total < USEC_INFINITY else None
 
 
 def _first_file(calls: Calls, name: str) -> list[str]:

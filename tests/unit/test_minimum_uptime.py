@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from khod.model import CheckResult
-from khod.preflight.minimum_uptime import parse_span, read_setting
+from khod.preflight.minimum_uptime import read_setting
 from khod.systemd import dbus, facts
 from khod.systemd.facts import SystemdFacts
 from khod.systemd.manager import Manager
+from khod.systemd.time_span import parse_span
 from tests.unit.fakebus import fake_bus
 from tests.unit.test_preflight import Site
 
