@@ -113,6 +113,8 @@ class Child:
 class Children:
     """Runs commands as children of khod; see `khod.producers.commands.CommandRunner`."""
 
+    has_units = False
+
     async def start_command(self, command: Command, stdout: int, stderr: int) -> Child:
         """Start a command in a session of its own."""
         process = subprocess.Popen(  # noqa: ASYNC220, S603 - env(1) is in memory; the words are the administrator's

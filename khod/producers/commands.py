@@ -3,7 +3,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
+
+from khod.systemd.setting_values import Property
 
 LAUNCHER = "/usr/bin/env"
 """What is executed; it executes the command in turn, found by PATH, and says in the C locale why it cannot.
@@ -24,7 +26,7 @@ class Command:
     name: str
     argv: Sequence[str]
     environment: Mapping[str, str]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Property] = field(default_factory=dict)
 
     @property
     def launch_argv(self) -> list[str]:
@@ -44,7 +46,9 @@ class RunningCommand(Protocol):
 
 
 class CommandRunner(Protocol):
-    """Starts commands: as children of khod, or as units of systemd."""
+    """Starts commands: as children of khod, or as units of systemd, which may have settings (`has_units`)."""
+
+    has_units: bool
 
     async def start_command(self, command: Command, stdout: int, stderr: int) -> RunningCommand:
         """Start a command without standard input, its output to these descriptors; OSError or ValueError.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from khod.config import Fragment
 from khod.errors import ConfigError, UsageError
 from khod.files import read_toml, require_type
 from khod.producers.barrier import Participant, Verb
@@ -12,10 +13,13 @@ from khod.producers.commands import CommandRunner
 from khod.producers.configured import check_name, require_string, require_strings
 from khod.producers.hooks import Hook
 from khod.producers.qemu import Qemu
+from khod.producers.service_settings import TABLE, read_settings
 from khod.producers.unit import Unit, check_unit
+from khod.systemd.setting_values import Property
 
 DIRECTORY = "etc/kho/producers.d"
 VERBS = tuple(verb.value for verb in Verb)
+KEYS = (*VERBS, "unit", "how", "qmp", "timeout", "after", "before", "devices", TABLE)
 Values = dict[str, Any]
 MAX_TIMEOUT_SECONDS = 86400
 """For one verb; a hook without an end would hold every rollback."""
@@ -65,7 +69,8 @@ class Directory:
 
 
 def _read_producer(path: Path, runner: CommandRunner) -> Participant:
-    _, values = read_toml(path, "producer")
+    text, values = read_toml(path, "producer")
+    fragment = Fragment(path, text, dict(values))
     try:
         check_name(path.stem)
         common = _take_common(values, path)
@@ -74,18 +79,24 @@ def _read_producer(path: Path, runner: CommandRunner) -> Participant:
             raise ConfigError(
                 f"`{chosen[0]}` stands beside another kind of producer", where=str(path), remedy="One file is one."
             )
+        if chosen and TABLE in values:
+            raise ConfigError(
+                f"`{TABLE}` stands beside `{chosen[0]}`",
+                where=fragment.locate_key(TABLE),
+                remedy="Only a hook has a unit of khod's own. Remove the table.",
+            )
         if chosen:
             made = KINDS[chosen[0]](path, values, common)
         else:
-            made = Hook(**common, commands=_take_commands(path, values), runner=runner)
+            commands, settings = _take_commands(path, values), _take_settings(fragment, values, runner)
+            made = Hook(**common, commands=commands, settings=settings, runner=runner)
     except UsageError as error:
         raise ConfigError(error.what, where=str(path), remedy=error.remedy) from None
     if values:
-        known = (*VERBS, "unit", "how", "qmp", "timeout", "after", "before", "devices")
         raise ConfigError(
             f"`{min(values)}` is an unknown key of a producer",
             where=str(path),
-            remedy=f"Known here: {', '.join(known)}.",
+            remedy=f"Known here: {', '.join(KEYS)}.",
         )
     return made
 
@@ -105,6 +116,28 @@ def _take_common(values: Values, path: Path) -> Values:
 
 def _take_commands(path: Path, values: Values) -> dict[str, list[str]]:
     return {verb: require_strings(values.pop(verb), path, verb, some=True) for verb in VERBS if verb in values}
+
+
+def _take_settings(fragment: Fragment, values: Values, runner: CommandRunner) -> dict[str, Property]:
+    """Take the settings of a hook's unit; ConfigError where the runner has no units."""
+    if TABLE not in values:
+        return {}
+    table = values.pop(TABLE)
+    misplaced = [key for key in KEYS if key in table] if isinstance(table, dict) else []
+    if misplaced:
+        raise ConfigError(
+            f"`{misplaced[0]}` stands in the table [{TABLE}]",
+            where=fragment.locate_key(f"{TABLE}.{misplaced[0]}"),
+            remedy=f"It is a key of the producer: write it above the line [{TABLE}].",
+        )
+    settings = read_settings(table, fragment)
+    if settings and not runner.has_units:
+        raise ConfigError(
+            f"`{TABLE}` requires systemd, and this khod runs hooks without it",
+            where=fragment.locate_key(TABLE),
+            remedy="Remove the table, or run khod on a host that systemd booted.",
+        )
+    return settings
 
 
 def _make_unit(path: Path, values: Values, common: Values) -> Participant:

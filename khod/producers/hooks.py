@@ -18,6 +18,7 @@ from khod.producers.children import Children
 from khod.producers.commands import CANNOT_START, Command, CommandRunner, RunningCommand
 from khod.producers.configured import Configured, describe_error, one_line
 from khod.producers.output import PASSED_ON, STDERR, STDOUT, Output
+from khod.systemd.setting_values import Property
 
 __all__ = ["PASSED_ON", "Hook"]
 
@@ -26,9 +27,10 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 @dataclass(frozen=True)
 class Hook(Configured):
-    """One hook file; a verb without a command is a yes."""
+    """One hook file; a verb without a command is a yes. `settings` are properties of the units its commands run in."""
 
     commands: dict[str, list[str]] = field(default_factory=dict)
+    settings: dict[str, Property] = field(default_factory=dict)
     runner: CommandRunner = field(default_factory=Children, compare=False, repr=False)
     kind: str = "hook"
 
@@ -58,7 +60,7 @@ class Hook(Configured):
         # Pipes of our own: asyncio's would hold the end back for as long as a child of the hook has them open.
         label = f"{self.name}: {telling.verb.value}"
         with Output(STDOUT, label) as out, Output(STDERR, label) as errors:
-            command = Command(self.name, argv, environment)
+            command = Command(self.name, argv, environment, self.settings)
             code, undead = await _run_command(self.runner, command, telling, out, errors)
             out.read_rest()
             reason = one_line(errors.read_rest())

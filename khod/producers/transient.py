@@ -37,6 +37,8 @@ Property = tuple[str, tuple[str, Any]]
 class TransientUnits:
     """Runs commands as units; see `khod.producers.commands.CommandRunner`."""
 
+    has_units = True
+
     async def start_command(self, command: Command, stdout: int, stderr: int) -> "TransientUnit":
         """Start a command once nothing of an earlier one runs under its name, or under the next free name."""
         for number in range(MAX_UNITS):
