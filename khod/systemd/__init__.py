@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the service manager is asked and told."""
+"""Questions and messages to the service manager and to logind."""

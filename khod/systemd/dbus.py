@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of D-Bus, read by the task that calls: of systemd at its private socket, of all others at the system bus.
+"""A D-Bus client in the caller's task: for systemd at its private socket, for other services on the system bus.
 
-No second task can die unseen while an answer is waited for, and a call that is cut short leaves nothing behind.
+There is no second task that could die unnoticed while an answer is awaited, and a cancelled call leaves nothing behind.
 """
 
 import asyncio
@@ -23,28 +23,28 @@ from khod.text import one_line
 
 ADDRESS = "unix:path=/run/dbus/system_bus_socket"
 PRIVATE_SOCKET = "/run/systemd/private"
-"""Where PID 1 itself answers, for root alone; it is there without a message bus, and systemctl(1) asks there too."""
+"""The socket of PID 1 itself, for root only. It exists without a message bus; systemctl(1) uses it too."""
 BUS = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")
 NOBODY = tuple(
     f"org.freedesktop.DBus.Error.{name}"
     for name in ("NoReply", "NameHasNoOwner", "ServiceUnknown", "Disconnected", "TimedOut", "Spawn.ChildExited")
 )
-"""What a message bus answers in the place of a service that is not there, or went away before it answered."""
+"""Errors that the message bus returns for a service that is not there, or that went away before it answered."""
 WELCOME = re.compile(rb"OK [0-9a-f]*\r\nAGREE_UNIX_FD\r\n")
 MAX_WELCOME_BYTES = 1024
 CHUNK_BYTES = 1 << 16
 MAX_MESSAGE_BYTES = 128 << 20
-"""Bytes of a message, as the D-Bus specification bounds it."""
+"""Maximum size of a message in bytes, by the D-Bus specification."""
 GARBLED = (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error, RecursionError)
-"""What jeepney raises on bytes that are no D-Bus message."""
+"""What jeepney raises on bytes that are not a D-Bus message."""
 
 
 class BusError(Exception):
-    """A call over the bus that failed, in one line fit for a terminal."""
+    """A call over the bus failed; the message is one line that is safe for a terminal."""
 
 
 class ErrorAnswer(BusError):
-    """What was called says no. `name` is the error's name, as org.freedesktop.systemd1.UnitExists."""
+    """The called service answered with an error; `name` is its name, such as org.freedesktop.systemd1.UnitExists."""
 
     def __init__(self, text: str, name: str = "") -> None:
         super().__init__(text)
@@ -52,26 +52,27 @@ class ErrorAnswer(BusError):
 
 
 class Disconnected(BusError):
-    """The bus, or systemd, is not there or went away before it answered; what was called may be done or not."""
+    """The bus or systemd is not there, or went away before it answered: the call may have had its effect."""
 
 
 class Bus:
-    """A connection to the message bus, or to systemd; every failure of it is a BusError. `peer` is who answers."""
+    """A connection to the message bus or to systemd; `peer` is its name in messages. Every failure is a BusError."""
 
     def __init__(self, connection: socket.socket, peer: str) -> None:
         self._connection, self._peer = connection, peer
         self._parser = Parser()
         self._serial = 0
         self.ended_jobs: dict[str, str] = {}
-        """Results that JobRemoved has told, by the job's path."""
+        """Results of jobs that JobRemoved has reported, by the job's path."""
         self.properties: dict[str, dict[str, Any]] = {}
-        """What PropertiesChanged has told, by the property's name, of each object that is a key here."""
+        """Values that PropertiesChanged has reported, by the property's name, for each object path that is a key."""
 
     async def authenticate(self) -> None:
         """Authenticate as this process's user, with the right to pass file descriptors.
 
-        BEGIN goes with the request, as sd-bus does it. Seen with systemd 262 under load: where it comes together
-        with the first call, PID 1 reads both at once and takes the call up when more arrives, which is never.
+        BEGIN is sent together with the request, as sd-bus does. Seen with systemd 262 under load: if BEGIN arrives
+        together with the first call, PID 1 reads both at once and handles the call only when more bytes arrive, which
+        never happens.
         """
         await self._write_bytes(b"\0" + make_auth_external() + NEGOTIATE_UNIX_FD + BEGIN)
         answer = b""
@@ -81,7 +82,10 @@ class Bus:
             answer += await self._read_bytes()
 
     async def call_method(self, whom: tuple[str, str, str], method: str, signature: str = "", *body: object) -> Message:
-        """Call a method and wait for its answer; BusError where that is an error."""
+        """Call a method and return its answer; ErrorAnswer if that is an error, Disconnected if nobody answers.
+
+        `whom` is the bus name, the object path and the interface.
+        """
         name, path, interface = whom
         self._serial += 1
         message = new_method_call(DBusAddress(path, name, interface), method, signature or None, body)
@@ -99,7 +103,7 @@ class Bus:
         return answer
 
     async def receive_message(self) -> Message:
-        """Wait for the next message."""
+        """Wait for the next message and return it; signals also update `ended_jobs` and `properties`."""
         try:
             while (message := self._parser.get_next_message()) is None:
                 if self._parser.bytes_desired() > MAX_MESSAGE_BYTES:
@@ -126,7 +130,7 @@ class Bus:
         return data
 
     async def _write_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Write all of it; descriptors go with the first byte, and stay the caller's."""
+        """Write all bytes. The descriptors are sent with the first byte, and stay the caller's."""
         loop = asyncio.get_running_loop()
         try:
             if fds:
@@ -138,7 +142,7 @@ class Bus:
 
 @asynccontextmanager
 async def system_bus() -> AsyncIterator[Bus]:
-    """Connect to the system bus (`$DBUS_SYSTEM_BUS_ADDRESS`), and hang up whatever happens; BusError where it fails."""
+    """Connect to the system bus (`$DBUS_SYSTEM_BUS_ADDRESS`), and disconnect at the end; BusError if that fails."""
     address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or ADDRESS
     try:
         path = get_bus(address)
@@ -151,10 +155,10 @@ async def system_bus() -> AsyncIterator[Bus]:
 
 @asynccontextmanager
 async def systemd_bus() -> AsyncIterator[Bus]:
-    """Connect to systemd, and hang up whatever happens; BusError where it fails.
+    """Connect to systemd, and disconnect at the end; BusError if that fails.
 
-    It sends the signals of all units here, whether somebody subscribes or not (bus_foreach_bus() in
-    src/core/dbus.c), and hangs up when it starts anew.
+    On this connection systemd sends the signals of all units without a subscription (bus_foreach_bus() in
+    src/core/dbus.c). It closes the connection when it re-executes itself.
     """
     async with _connected(PRIVATE_SOCKET, "systemd") as bus:
         yield bus

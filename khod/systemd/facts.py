@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What systemd says of itself and its units, for callers in a thread of their own: each call waits for its answer."""
+"""What systemd reports about itself and its units, for callers in a thread of their own: each call blocks."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
@@ -13,14 +13,14 @@ BOOTED = "/run/systemd/system"  # sd_booted(3)
 
 
 class SystemdFacts:
-    """systemd, asked within ASK_SECONDS; each answer is None where it does not give one."""
+    """Questions to systemd; each returns None if systemd does not answer within ASK_SECONDS."""
 
     def describe_manager(self) -> Manager | None:
-        """Say which systemd runs this host, and in what kind of virtual machine."""
+        """Return which systemd runs this host, and in what kind of virtual machine."""
         return _ask_systemd(lambda systemd: systemd.describe_manager())
 
     def read_units(self, names: Iterable[str]) -> dict[str, dict[str, Any]] | None:
-        """Give the properties of services and scopes, by the names of the unit and of the property."""
+        """Return the properties of services and scopes, by the names of the unit and of the property."""
 
         async def read(systemd: Systemd) -> dict[str, dict[str, Any]]:
             found: dict[str, dict[str, Any]] = {}
@@ -33,7 +33,7 @@ class SystemdFacts:
         return _ask_systemd(read)
 
     def list_stored_files(self) -> dict[str, list[str]] | None:
-        """Give the paths of the files in each service's file descriptor store, by the service, where it has any."""
+        """Return the paths of the files in file descriptor stores, by service; empty stores are left out."""
 
         async def read(systemd: Systemd) -> dict[str, list[str]]:
             found: dict[str, list[str]] = {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The service manager's file descriptor store: what is in it outlives khod, and with LUO the kernel too.
+"""The service manager's file descriptor store: descriptors in it outlive khod and, with LUO, the kernel too.
 
-systemd keeps what `FDSTORE=1` sends until `FDSTOREREMOVE=1` names it, passes it to the next khod
-(LISTEN_FDNAMES), and from 261 on carries the LUO sessions in it across `systemctl kexec`.
+systemd keeps each descriptor sent with `FDSTORE=1` until `FDSTOREREMOVE=1` names it, and passes it to the next khod
+(LISTEN_FDNAMES). From 261 on it carries the LUO sessions in the store across `systemctl kexec`.
 """
 
 import os
@@ -15,26 +15,26 @@ from khod.concurrency.worker import Worker
 from khod.errors import Failed
 
 SETTLE_SECONDS = 10.0
-"""Seconds the service manager has to have read what it was sent."""
+"""Seconds the service manager has to read what it was sent."""
 
 
 class FdStore(Protocol):
-    """Where descriptors are kept beside khod."""
+    """A store for descriptors outside khod's process."""
 
     def store_fd(self, name: str, fd: int) -> None:
-        """Keep a descriptor under a name; the given one stays the caller's. Any thread may ask for it."""
+        """Store a descriptor under a name; the given one stays the caller's. May be called from any thread."""
 
     def remove_fd(self, name: str) -> None:
-        """Close what is kept under a name."""
+        """Remove the descriptor of this name from the store, which closes it."""
 
     async def wait_settled(self) -> None:
-        """Wait until everything sent so far was taken in; TimeoutError."""
+        """Wait until the store has everything sent so far; OSError, or TimeoutError, if it does not take it."""
 
 
 class ServiceManager:
-    """systemd's; without one (NOTIFY_SOCKET is not set) nothing is kept, and khod's own descriptors must do.
+    """systemd's store; without a service manager (NOTIFY_SOCKET is not set) only khod's own descriptors keep the files.
 
-    It is told by a thread of its own, in order: where PID 1 does not read, khod goes on.
+    A thread of its own sends the messages, in order: khod continues if PID 1 does not read.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,10 @@ class ServiceManager:
             raise TimeoutError(error.what) from error
 
     def _send_barrier(self) -> None:
-        """Send BARRIER=1, and return when its descriptor was closed at the other end (sd_notify_barrier(3))."""
+        """Send BARRIER=1, and return when the service manager has closed its descriptor (sd_notify_barrier(3)).
+
+        Raises the OSError of a descriptor that could not be sent before, and TimeoutError after SETTLE_SECONDS.
+        """
         failed, self._failed = self._failed, None
         if failed is not None:
             raise failed
@@ -86,7 +89,7 @@ class ServiceManager:
 
 
 def listen_fds_by_name() -> dict[str, int]:
-    """What the service manager passed at start, by name; close-on-exec from here on."""
+    """Return the descriptors that the service manager passed at the start, by name; they are now close-on-exec."""
     found: dict[int, str] = systemd.daemon.listen_fds_with_names()
     for fd in found:
         os.set_inheritable(fd, False)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who blocks a shutdown, by systemd-logind's word: `systemctl kexec` asks the same.
+"""The inhibitors that block a shutdown, as systemd-logind lists them; `systemctl kexec` asks for the same list.
 
-Every check asks, and everyone may have checks made, while the bus bounds root's connections: so there is one at a time
-for everybody, and what was answered counts for a moment.
+Every check asks logind, every user may run checks, and the bus limits root's connections. So there is one question at a
+time for all callers, and its answer is used again for CACHE_SECONDS.
 """
 
 import asyncio
@@ -19,18 +19,18 @@ from khod.text import one_line
 
 LOGIND = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
 KEPT = "/run/systemd/inhibit"
-"""Where logind keeps them; where it is not there logind does not run, and a call would start it."""
+"""Where logind keeps the inhibitors. If this is missing, logind does not run, and a call would start it."""
 ASKING = 2.0
 """Seconds logind has to answer."""
 MAX_INHIBITORS = 64
-"""How many are told: any user may have more, and each is a part of every check's answer."""
+"""Maximum number of inhibitors returned: any user may have more, and each is part of every check's answer."""
 CACHE_SECONDS = 1.0
-"""How long an answer counts, from when it was asked for."""
+"""Seconds that an answer is valid, from the time of the question."""
 
 
 @dataclass(frozen=True)
 class Inhibitor:
-    """Somebody who blocks a shutdown, and why, in its own words: one line each, fit for a terminal."""
+    """A program that blocks a shutdown, and its reason, in its own words: one line each, safe for a terminal."""
 
     who: str
     why: str
@@ -44,7 +44,7 @@ Answer = Sequence[Inhibitor] | None
 
 
 class _Asked:
-    """The last question: its answer, or that it is under way."""
+    """The last question to logind, with its answer or the task that waits for it."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -53,7 +53,7 @@ class _Asked:
 
     @property
     def is_current(self) -> bool:
-        """Whether another question would be answered no better, or is not allowed yet."""
+        """Whether callers share this question: it is not answered yet, or was asked less than CACHE_SECONDS ago."""
         if self.loop is not asyncio.get_running_loop() or self.answer.cancelled():
             return False
         return not self.answer.done() or time.monotonic() - self.asked_at < CACHE_SECONDS
@@ -63,8 +63,8 @@ _last: _Asked | None = None
 
 
 async def shutdown_inhibitors() -> Answer:
-    """Everyone who blocks a shutdown, the first MAX_INHIBITORS; None where logind cannot be asked."""
-    global _last  # noqa: PLW0603  # there is one logind, and one bus that bounds this process's connections
+    """Return the inhibitors that block a shutdown, the first MAX_INHIBITORS; None if logind cannot be asked."""
+    global _last  # noqa: PLW0603  # there is one logind, and one bus that limits this process's connections
     if not os.access(KEPT, os.F_OK):
         return None
     if _last is None or not _last.is_current:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""systemd, asked about itself and its units: org.freedesktop.systemd1 at its private socket.
+"""Questions and calls to systemd, about itself and its units: org.freedesktop.systemd1 at its private socket.
 
-What systemd promises here (org.freedesktop.systemd1(5), looked at on 262): FreezeUnit and ThawUnit answer once
-the kernel has said it in cgroup.events; a job of StartUnit or StopUnit ends with the signal JobRemoved; the calls of
-one connection are taken up in their order.
+What systemd promises (org.freedesktop.systemd1(5), checked with 262): FreezeUnit and ThawUnit return once the kernel
+has reported the state in cgroup.events; a job of StartUnit or StopUnit ends with the signal JobRemoved; the calls of
+one connection are handled in order.
 """
 
 import asyncio
@@ -25,20 +25,21 @@ SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = (SYSTEMD, "/org/freedesktop/systemd1", f"{SYSTEMD}.Manager")
 PEER = (SYSTEMD, "/org/freedesktop/systemd1", "org.freedesktop.DBus.Peer")
 MESSAGE_BUS = "dbus.service"
-"""The unit of the message bus, an alias of it where that is dbus-broker."""
+"""The unit of the message bus; with dbus-broker this name is an alias."""
 SETTLE_SECONDS = 1.0
-"""Seconds given to systemd to take up what was called before a verb is cut short."""
+"""Seconds systemd has to handle a call that was sent, before a cancelled verb ends."""
 STOPPED_TOO = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
-"""Properties that name the units which a stop reaches: UNIT_ATOM_PROPAGATE_STOP in src/core/unit-dependency-atom.c."""
+"""Properties with the names of units that stop together with a unit: UNIT_ATOM_PROPAGATE_STOP in
+src/core/unit-dependency-atom.c."""
 
 
 ASK_SECONDS = 15.0
-"""Seconds systemd has to answer what nobody is frozen for; on a host that has just booted more than 5 were seen."""
+"""Seconds systemd has to answer a question for which no producer is frozen; more than 5 were seen just after a boot."""
 CONTAINERS = frozenset(
     {"systemd-nspawn", "lxc-libvirt", "lxc", "openvz", "docker", "podman", "rkt", "wsl", "proot", "pouch"}
     | {"container-other"}
 )
-"""What Virtualization of the manager has that is no virtual machine (systemd-detect-virt(1))."""
+"""Values of the manager's property Virtualization that are not virtual machines (systemd-detect-virt(1))."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Manager:
 
     @classmethod
     def from_properties(cls, version: str, virtualization: str) -> "Manager | None":
-        """Read what the manager says of itself; None where that is no version."""
+        """Parse the manager's properties Version and Virtualization; None if there is no version number."""
         found = re.match(r"v?([0-9]{1,9})", version)
         if found is None:
             return None
@@ -60,7 +61,7 @@ class Manager:
 
 @dataclass(frozen=True)
 class UnitState:
-    """What systemd says of a unit, each field a property of org.freedesktop.systemd1.Unit."""
+    """The state of a unit; each field is from a property of org.freedesktop.systemd1.Unit."""
 
     load: str
     active: str
@@ -72,54 +73,54 @@ class UnitState:
     job: int
     names: list[str]
     required_by: list[str]
-    """Units that a stop of this one stops too, by STOPPED_TOO."""
+    """Units that stop together with this one, by STOPPED_TOO."""
 
     @property
     def is_thawed(self) -> bool:
-        """Whether nothing of ours freezes it; a slice above it may."""
+        """Whether the unit itself is not frozen; a slice above it may be."""
         return self.freezer in ("running", "frozen-by-parent")
 
 
 class Systemd:
-    """The service manager, asked about one unit, or about itself."""
+    """Calls to the service manager, about itself or about `unit`. Methods raise BusError."""
 
     def __init__(self, bus: Bus, unit: str = "") -> None:
         self._bus, self._unit = bus, unit
 
     async def describe_manager(self) -> Manager | None:
-        """Read what systemd is; None where it names no version."""
+        """Return systemd's version and its virtual machine; None if it reports no version."""
         version, machine = [await self._manager_property(name) for name in ("Version", "Virtualization")]
         return Manager.from_properties(version, machine)
 
     async def system_state(self) -> str:
-        """Read the state of the host as `systemctl is-system-running` prints it: running, degraded, stopping, ..."""
+        """Return the state of the host as `systemctl is-system-running` prints it: running, degraded, stopping, ..."""
         return await self._manager_property("SystemState")
 
     async def list_units(self, pattern: str) -> list[str]:
-        """The names of all units that are loaded and match the pattern, of shell wildcards."""
+        """Return the names of all loaded units that match the pattern (shell wildcards)."""
         answer = await self._bus.call_method(MANAGER, "ListUnitsByPatterns", "asas", [], [pattern])
         return [name for name, *_ in self._only_value("a(ssssssouso)", answer)]
 
     async def read_properties(self, unit: str, interface: str) -> dict[str, Any]:
-        """All properties of a unit that one of its interfaces has (Unit, Service, ...), by name."""
+        """Return all properties that a unit has in one of its interfaces (Unit, Service, ...), by name."""
         address = await self._property_address(unit)
         answer = await self._bus.call_method(address, "GetAll", "s", f"{SYSTEMD}.{interface}")
         return {name: value for name, (_, value) in self._only_value("a{sv}", answer).items()}
 
     async def list_stored_files(self, unit: str) -> list[str]:
-        """The paths of the files in a unit's file descriptor store."""
+        """Return the paths of the files in a unit's file descriptor store."""
         answer = await self._bus.call_method(MANAGER, "DumpUnitFileDescriptorStore", "s", unit)
         return [path for *_, path, _flags in self._only_value("a(suuutuusu)", answer)]
 
     async def read_state(self, unit: str = "") -> UnitState:
-        """Read the state of this unit, or of another; systemd loads it for that where it has to."""
+        """Return the state of this unit, or of another one; systemd loads the unit if needed."""
         answer = await self._bus.call_method(
             await self._property_address(unit or self._unit), "GetAll", "s", f"{SYSTEMD}.Unit"
         )
         return _parse_state(self._only_value("a{sv}", answer))
 
     async def holds_us(self) -> bool:
-        """Whether khod itself or the message bus is among the unit's processes, those of units below it included."""
+        """Whether khod or the message bus is among the unit's processes, including those of units below it."""
         vital = {os.getpid()}
         with suppress(ErrorAnswer):  # there may be no message bus
             vital |= await self._processes(MESSAGE_BUS)
@@ -130,7 +131,7 @@ class Systemd:
         return {pid for _, pid, _ in self._only_value("a(sus)", answer)}
 
     async def control_group(self) -> str:
-        """The path of the unit's control group below CGROUPS, "" where it has none."""
+        """Return the path of the unit's control group below /sys/fs/cgroup, "" if it has none."""
         kind = self._unit.rpartition(".")[2].capitalize()
         properties = await self._property_address(self._unit)
         answer = await self._bus.call_method(properties, "Get", "ss", f"{SYSTEMD}.{kind}", "ControlGroup")
@@ -140,17 +141,17 @@ class Systemd:
         raise BusError(f"systemd says ControlGroup of {self._unit} with another type than it is documented to")
 
     async def list_processes(self) -> set[int]:
-        """The processes in the unit's control group, those of units below it included."""
+        """Return the process ids in the unit's control group, including those of units below it."""
         return await self._processes(self._unit)
 
     async def kill_processes(self) -> None:
-        """Send SIGKILL to the unit's processes, which reaches frozen ones too."""
+        """Send SIGKILL to all processes of the unit; it reaches frozen ones too."""
         await self._bus.call_method(MANAGER, "KillUnit", "ssi", self._unit, "all", signal.SIGKILL)
 
     async def run_job(self, method: str, mode: str) -> str:
-        """Queue a job and wait for its end: done, failed, canceled, timeout, dependency, ...
+        """Queue a job, wait for its end and return its result: done, failed, canceled, timeout, dependency, ...
 
-        A systemd that starts anew (daemon-reexec) hangs up: Disconnected.
+        Disconnected if systemd re-executes itself (daemon-reexec), because that closes the connection.
         """
         job = self._only_value("o", await self.call_action(method, "ss", self._unit, mode))
         while job not in self._bus.ended_jobs:
@@ -158,9 +159,9 @@ class Systemd:
         return self._bus.ended_jobs[job]
 
     async def call_action(self, method: str, signature: str, *body: str) -> Message:
-        """Call what changes something; cut short, it waits until systemd has taken it up.
+        """Call a method that changes something; if cancelled, first wait until systemd has handled it.
 
-        Otherwise the undo, on another connection, could overtake it on the bus.
+        Otherwise the undo, which uses another connection, could overtake it. The wait ends after SETTLE_SECONDS.
         """
         try:
             return await self._bus.call_method(MANAGER, method, signature, *body)
@@ -179,19 +180,19 @@ class Systemd:
         raise BusError(f"systemd says {name} with another type than it is documented to")
 
     async def _property_address(self, unit: str) -> tuple[str, str, str]:
-        """Whom to ask for the properties of a unit."""
+        """Return the destination for calls about the properties of a unit."""
         path = self._only_value("o", await self._bus.call_method(MANAGER, "LoadUnit", "s", unit))
         return SYSTEMD, path, "org.freedesktop.DBus.Properties"
 
     def _only_value(self, signature: str, answer: Message) -> Any:
-        """Give the only value of an answer, whose type must be this one."""
+        """Return the only value of an answer; BusError if its type is not `signature`."""
         if answer.header.fields.get(HeaderFields.signature) != signature:
             raise BusError("systemd answered with another type than it is documented to")
         return answer.body[0]
 
 
 async def ask_systemd(question: Callable[[Systemd], Awaitable[T]], seconds: float) -> T | None:
-    """Ask systemd something; None where it does not answer within these seconds."""
+    """Return systemd's answer to a question; None if it does not answer within `seconds`."""
     try:
         async with asyncio.timeout(seconds), systemd_bus() as bus:
             return await question(Systemd(bus))
@@ -200,7 +201,7 @@ async def ask_systemd(question: Callable[[Systemd], Awaitable[T]], seconds: floa
 
 
 def _parse_state(properties: dict[str, tuple[str, Any]]) -> UnitState:
-    """Pick what matters here out of a unit's properties; BusError where one is missing or of another type."""
+    """Return the state from a unit's properties; BusError if one is missing or has another type."""
 
     def value(name: str, signature: str) -> Any:
         if name not in properties:

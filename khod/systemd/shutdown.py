@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How the jump is made: orderly through systemd, or at once."""
+"""How the jump is made: an orderly one through systemd, or an immediate one."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -13,21 +13,21 @@ from khod.kernel.kexec import Kexec
 from khod.systemd.manager import ask_systemd
 
 ASK_SECONDS = 10.0
-"""Seconds systemd has to say what it is about when khod is stopped."""
+"""Seconds systemd has to answer when khod is stopped, and before an orderly jump."""
 ASK_UNDO_SECONDS = 2.0
-"""Seconds it has before an abort."""
+"""Seconds systemd has to answer before an undo."""
 
 CARRIES_SESSIONS = 261
-"""The version of systemd that began to."""
+"""The first version of systemd that keeps LUO sessions across its own shutdown."""
 
 KEXEC_TARGET = "kexec.target"
 Executor = Callable[[], Awaitable[None]]
 Shutdown = Callable[[], Awaitable[bool | None]]
-"""Asks whether the host is on its way into the kexec; None where nobody can tell."""
+"""Returns whether the host is on its way into the kexec; None if that is not known."""
 
 
 async def run_command(*argv: str) -> tuple[int, str]:
-    """Run a command; its exit code and standard output and error together. Cut short, it leaves nothing running."""
+    """Run a command; return its exit code and its output, standard error included. A cancelled command is killed."""
     process = await asyncio.create_subprocess_exec(
         *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
@@ -43,17 +43,18 @@ async def run_command(*argv: str) -> tuple[int, str]:
 
 
 async def carries_sessions() -> bool:
-    """Tell whether this systemd brings LUO sessions over its own shutdown: from 261 on, and it says so nowhere else."""
+    """Whether this systemd keeps LUO sessions across its own shutdown, which only its version shows."""
     manager = await ask_systemd(lambda systemd: systemd.describe_manager(), ASK_SECONDS)
     return manager is not None and manager.version >= CARRIES_SESSIONS
 
 
 async def start_orderly(*, sessions: bool) -> None:
-    """Have systemd stop everything and jump; returns when that is under way.
+    """Have systemd stop everything and jump; return when that is under way.
 
-    By systemctl(1): it goes ahead with an image that is already loaded, and knows of its own systemd whether logind or
-    the manager is to be asked for it, in which words, and who inhibits it. `sessions` is whether producers have
-    handed over files, which an older systemd would close on its way.
+    This uses systemctl(1), which accepts an image that is already loaded, and which knows for its own systemd whether
+    logind or the manager must be asked, with which call, and which inhibitors apply. `sessions` says whether producers
+    have handed over files: a systemd before 261 would close them on its way down, so that is Unsupported. Failed if
+    systemctl fails.
     """
     if sessions and not await carries_sessions():
         raise Unsupported(
@@ -78,7 +79,7 @@ async def start_orderly(*, sessions: bool) -> None:
 
 
 async def kexec_job_pending(seconds: float = ASK_SECONDS) -> bool | None:
-    """Tell whether systemd is taking the host into a kexec, whoever asked for it; None where it does not say."""
+    """Whether systemd is taking the host into a kexec, whoever requested it; None if systemd does not answer."""
     target = await ask_systemd(lambda systemd: systemd.read_properties(KEXEC_TARGET, "Unit"), seconds)
     if target is None:
         return None
@@ -87,20 +88,20 @@ async def kexec_job_pending(seconds: float = ASK_SECONDS) -> bool | None:
 
 
 async def goes_down() -> bool:
-    """Tell whether the host is being shut down, in whatever way: systemd's own word, False where it says none."""
+    """Whether the host is being shut down in any way, as systemd says; False if it does not answer."""
     return await ask_systemd(lambda systemd: systemd.system_state(), ASK_SECONDS) == "stopping"
 
 
 @dataclass
 class Immediate:
-    """Sync the disks and call reboot(2), with nothing stopped in between."""
+    """Sync the disks and call reboot(2); nothing is stopped before."""
 
     kexec: Kexec
     thread: Worker
     sync_seconds: Callable[[], float]
-    """What sync(2) may take; reboot(2) is waited for without a bound, because what comes after it is not ours."""
+    """Time limit of sync(2) in seconds. reboot(2) has no limit, because khod does not control what follows it."""
     in_kernel: bool = False
-    """Whether reboot(2) was called and has not come back: it may jump at any moment."""
+    """Whether reboot(2) was called and has not returned: it may jump at any moment."""
 
     async def __call__(self) -> None:
         await self.thread.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
@@ -114,5 +115,5 @@ class Immediate:
 
 
 def make_immediate(kexec: Kexec, thread: Worker, deadline: float | Callable[[], float]) -> Immediate:
-    """Make the jump without systemd; `deadline` is for sync(2), in seconds."""
+    """Return the executor that jumps without systemd; `deadline` is the time limit of sync(2) in seconds."""
     return Immediate(kexec, thread, deadline if callable(deadline) else lambda: deadline)
