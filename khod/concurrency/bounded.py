@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Waiting with a bound that holds whatever is waited for does, even about being cancelled."""
+"""Waiting with a time limit that holds whatever the awaited task does, even if it ignores its cancellation."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -9,23 +9,23 @@ T = TypeVar("T")
 ANYTHING = (Exception, asyncio.CancelledError)
 """What a collaborator may raise, whatever it promises."""
 CUT_SECONDS = 2.0
-"""Seconds that something called off has to end; then it is left to itself. Whatever is called off waits for less by
-then, all in all: this is for what nobody expects."""
+"""Seconds a cancelled task has to end; then it is left running. All waits of a task after its cancellation add up to
+less: this limit is for unexpected cases."""
 
 _left_alone: "set[asyncio.Future[Any]]" = set()
-"""What was called off and has not ended: referred to from here, or it could be collected half-way."""
+"""Cancelled tasks that have not ended: without this reference they could be garbage-collected before their end."""
 
 
 class StillRuns(TimeoutError):
-    """It did not end in time, and goes on."""
+    """The task did not end in time and still runs."""
 
 
 async def run_within(seconds: float, work: Awaitable[T]) -> T:
-    """Return or raise what `work` does; TimeoutError after `seconds`, and CUT_SECONDS more at the most.
+    """Return or raise what `work` does; TimeoutError after `seconds`, and at most CUT_SECONDS later.
 
-    `work` runs in a task of its own. It is cancelled once, at its deadline, or when the caller is; where it does not
-    end then, it goes on alone: StillRuns. A cancellation that neither of them asked for becomes a RuntimeError, so
-    that the caller does not take it for its own.
+    `work` runs in a task of its own. It is cancelled once, at its deadline or when the caller is cancelled. If it does
+    not end then, it is left running, and StillRuns is raised. A cancellation that came from neither becomes a
+    RuntimeError, so that the caller does not take it for its own.
     """
     task = asyncio.ensure_future(work)
     overdue = False
@@ -48,7 +48,10 @@ async def run_within(seconds: float, work: Awaitable[T]) -> T:
 
 
 async def settle_task(task: "asyncio.Future[Any]", seconds: float) -> bool:
-    """Wait at most so long for the end of a task; whether it has ended. A cancellation meanwhile counts afterwards."""
+    """Wait at most `seconds` for the end of a task, and return whether it has ended.
+
+    A cancellation of the caller is raised after the wait.
+    """
     loop = asyncio.get_running_loop()
     deadline, cancelled = loop.time() + seconds, None
     while not task.done() and (left := deadline - loop.time()) > 0:
@@ -57,7 +60,7 @@ async def settle_task(task: "asyncio.Future[Any]", seconds: float) -> bool:
         except asyncio.CancelledError as error:
             cancelled = error
     if task.done() and not task.cancelled():
-        task.exception()  # it is looked at, whoever else looks
+        task.exception()  # marks the exception as retrieved
     if cancelled is not None:
         raise cancelled
     return task.done()
@@ -66,11 +69,11 @@ async def settle_task(task: "asyncio.Future[Any]", seconds: float) -> bool:
 def _let_go(task: "asyncio.Future[Any]") -> None:
     _left_alone.discard(task)
     if not task.cancelled():
-        task.exception()  # seen: or the event loop complains of it
+        task.exception()  # marks it as retrieved; otherwise the event loop logs it
 
 
 def raise_if_cancelling(error: BaseException) -> None:
-    """Raise it where this task is being ended from outside: khod's event loop ends, and nothing may be undone."""
+    """Raise `error` if this task is cancelled from outside: khod's event loop ends, and nothing may be undone."""
     task = asyncio.current_task()
     if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
         raise error

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Connections to sockets of others, which may have more waiting than they let wait."""
+"""Connections to sockets of other programs, whose queue of waiting clients may be full."""
 
 import asyncio
 import socket
 
 RETRY_SECONDS = 0.05
-"""Between two tries to connect while too many clients wait."""
+"""Seconds between two attempts to connect while the queue is full."""
 
 
 async def connect_unix(path: str) -> socket.socket:
-    """Connect to a Unix stream socket, and wait where too many others do; OSError where nobody serves it.
+    """Connect to a Unix stream socket, and wait while its queue is full; OSError if nothing listens there.
 
-    connect(2) says EAGAIN there, and unix(7) has no event for the end of that. To poll(2) the socket is writable,
-    which asyncio's own connect takes for connected.
+    With a full queue connect(2) returns EAGAIN, and unix(7) has no event for the end of that. poll(2) reports the
+    socket as writable, which asyncio's own connect takes for connected.
     """
     connection = socket.socket(socket.AF_UNIX)
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Threads for calls that may hang: each kind of call has its own, so that what hangs holds up nothing of another kind.
+"""Threads for calls that may hang; each kind of call has its own, so that a hanging call delays no other kind.
 
-The threads are started with the worker, because a rollback must not depend on whether a new thread can be had
-(TasksMax=), and they are daemon threads, because a call that never comes back must not keep khod from ending.
+The threads are started with the worker, because a rollback must not depend on whether a new thread is available
+(TasksMax=). They are daemon threads, because a call that never returns must not keep khod from ending.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ Job = Callable[[], None]
 
 
 class Worker:
-    """Runs calls in the order they come, `threads` at a time; a caller's deadline ends its waiting, never the call.
+    """Runs calls in order, `threads` at a time; a deadline ends the caller's wait, never the call.
 
-    `subject` names what is waited for in the sentence that a missed deadline becomes. With `max_waiting` calls
-    not yet begun the next one is refused at once.
+    `subject` is the subject of the sentence that a missed deadline becomes. While `max_waiting` calls wait to begin,
+    the next one is refused at once.
     """
 
     def __init__(self, name: str, subject: str, *, threads: int = 1, max_waiting: int = 1 << 16) -> None:
@@ -43,10 +43,10 @@ class Worker:
         deadline: float | None,
         late: Callable[[T], object] | None = None,
     ) -> T:
-        """Return what `function` returns or raises; Failed after `deadline` seconds, while the call goes on.
+        """Return or raise what `function` does; Failed after `deadline` seconds, while the call continues.
 
-        With None it is waited for without a bound: the caller must be one that can be called off. What comes when
-        the caller no longer waits is given to `late`, in the event loop: a descriptor must be closed, or kept.
+        With None the wait has no limit: the caller must be one that can be cancelled. A result that comes when the
+        caller no longer waits is given to `late`, in the event loop: a descriptor must be closed, or kept.
         """
         if self._jobs.qsize() >= self._max_waiting:
             raise Failed(f"{self._subject} does not keep up: {self._jobs.qsize()} calls wait", where=what)
@@ -66,10 +66,7 @@ class Worker:
         )
 
     def call_later(self, function: Callable[[], object]) -> None:
-        """Run a call after those under way, and wait for nothing; what it raises is lost.
-
-        Where `max_waiting` calls wait it is dropped.
-        """
+        """Queue a call and return at once; what it raises is lost. While `max_waiting` calls wait, it is dropped."""
         if self._jobs.qsize() >= self._max_waiting:
             return
 
@@ -80,7 +77,7 @@ class Worker:
         self._jobs.put(run)
 
     def close(self) -> None:
-        """Let the threads end after their last call."""
+        """End the threads after their last call."""
         self._end()
 
     def _submit(self, function: Callable[[], T]) -> "asyncio.Future[T]":
@@ -92,7 +89,7 @@ class Worker:
             result, error = None, None
             try:
                 result = function()
-            except BaseException as raised:  # noqa: BLE001 - it belongs to the caller, whatever it is
+            except BaseException as raised:  # noqa: BLE001 - every exception is passed to the caller
                 error = raised
             try:
                 loop.call_soon_threadsafe(_set_outcome, future, result, error)
@@ -106,7 +103,7 @@ class Worker:
 def _run_jobs(jobs: "queue.SimpleQueue[Job | None]") -> None:
     while (job := jobs.get()) is not None:
         job()
-        del job  # or it keeps what it was about until the next one comes
+        del job  # otherwise its objects are kept until the next job
 
 
 def _end_threads(jobs: "queue.SimpleQueue[Job | None]", threads: int) -> None:
@@ -119,7 +116,7 @@ def _set_outcome(future: "asyncio.Future[Any]", result: object, error: BaseExcep
         return
     if error is None:
         future.set_result(result)
-    elif isinstance(error, (StopIteration, asyncio.CancelledError)):  # they would mean something else to who waits
+    elif isinstance(error, (StopIteration, asyncio.CancelledError)):  # a waiting task would misread them
         future.set_exception(RuntimeError(repr(error)))
     else:
         future.set_exception(error)
@@ -131,6 +128,6 @@ def _hand_over(late: Callable[[T], object], future: "asyncio.Future[T]") -> None
 
 
 def _retrieve_exception(future: "asyncio.Future[Any]") -> None:
-    """Mark an error as seen: whoever waited may have given up long ago."""
+    """Mark an error as retrieved: the caller may have stopped waiting."""
     if not future.cancelled():
         future.exception()
