@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What runs a handover: operations, the transaction they move, the attempt that acts, the restoration afterwards."""
+"""The engine that runs a handover: its operations, transaction and attempt, and the restoration after the jump."""
 
 from khod.engine.operations import Engine
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One attempt at a handover: whom it tells, what it loads, how it jumps, and next to each step its undo."""
+"""One attempt at a handover: calls to producers and to the kernel, the jump, and the undo next to each step."""
 
 import asyncio
 import logging
@@ -29,16 +29,16 @@ VERBS = {Step.prepare: Verb.prepare, Step.freeze: Verb.freeze}
 
 
 class JumpUnderWay(KhoError):
-    """The jump was asked for and has not come back: it may still happen, so nothing may be undone."""
+    """The jump was requested and may still happen, so nothing may be undone."""
 
     exit = Exit.not_rolled_back
 
 
 class Attempt:
-    """The steps of one attempt. Every method raises KhoError; kernel calls have the deadlines of the config.
+    """The steps of one attempt. Every method raises KhoError; kernel calls have the deadlines of the configuration.
 
-    `everyone` gives the producers that are there by now, `joined` is called when somebody has joined since it began,
-    `shutdown` asks systemd whether the host is on its way into the kexec.
+    `everyone` returns the producers that are present now. `joined` is called when a producer has joined since the
+    attempt began. `shutdown` asks systemd whether the host is on its way into the kexec.
 
     One class of this size: each step stands next to its undo.
     """
@@ -59,11 +59,12 @@ class Attempt:
         self.kernel = kernel
         self.barrier = barrier
         self.resumed = False
-        """Whether an earlier khod began it: whoever it told something must come back before there is more."""
+        """Whether an earlier khod began the attempt: the producers it told something must return before the next
+        step."""
         self.past: list[Verb] = []
-        """The verbs that are behind everyone; whoever comes late is brought up to them."""
+        """The verbs that every producer has carried out; a producer that joins late is told them first."""
         self.going_down = False
-        """Whether somebody else has sent the host into the kexec: then nobody need be asked for the jump."""
+        """Whether another program has sent the host into the kexec: khod then need not request the jump."""
         self._kexec = kexec
         self._workers = workers
         self._store = store
@@ -83,16 +84,16 @@ class Attempt:
         }
 
     def adopt_steps(self, machine: Machine) -> None:
-        """Take up an attempt that an earlier khod began: these verbs are behind everyone."""
+        """Resume an attempt of an earlier khod: the verbs of the recorded steps count as carried out."""
         self.past = [VERBS[step] for step in machine.done if step in VERBS]
         self.resumed = bool(machine.done)
 
     def set_target(self, target: Target | None, executor: Executor) -> None:
-        """Set what is loaded, None where that is done, and how the jump is made."""
+        """Set the image to load, None if one is loaded already, and the executor that makes the jump."""
         self._target, self._executor = target, executor
 
     def drop_target(self) -> None:
-        """Give the images' memory back, once the kernel's thread is done with them."""
+        """Free the images' memory once the kernel's thread no longer uses them."""
         if self._target is not None:
             self._workers.kernel.call_later(self._target.close)
             self._target = None
@@ -105,23 +106,29 @@ class Attempt:
 
     @property
     def preserving_producers(self) -> list[str]:
-        """The producers that have handed over files."""
+        """The names of the producers that have handed over files."""
         return [member.producer.name for member in self.barrier.members if member.producer.to_record().kept]
 
     async def wait_reconnected(self) -> None:
-        """After a restart of khod: wait for everyone who was told something; Refused where one does not come."""
+        """After a restart of khod, wait for every producer that was told something; Refused if one does not return."""
         await self.barrier.gather_in()
         self.resumed = False
 
     def admit_late(self) -> list[Member]:
-        """Take in whoever came since; those that are to be brought up to the others. ConfigError."""
+        """Add the producers that have joined since, and return those that must be told the verbs in `past`.
+
+        ConfigError if a producer's file is wrong, or if the order is a cycle.
+        """
         new = self.barrier.add_producers(self._everyone())
         if new:
             self._joined(self)
         return new if self.past else []
 
     async def tell_producers(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
-        """Tell everyone, or those `among` them, within the deadline that all of them have together."""
+        """Tell all producers, or those in `among`, within one deadline for all of them together.
+
+        Refused with a producer's veto; Failed if the deadline passes.
+        """
         deadlines = self._settings.current.deadlines
         deadline = deadlines.prepare if verb is Verb.prepare else deadlines.freeze
         try:
@@ -131,7 +138,10 @@ class Attempt:
             raise step_timeout_error(self.barrier.members, verb, deadline) from None
 
     async def undo_verb(self, verb: Verb) -> list[tuple[str, KhoError]]:
-        """Tell everyone that `verb` is off; those that failed by name ("" for all of them), and how."""
+        """Tell every producer that was told `verb` its undo; return the names and errors of those that failed.
+
+        The name is "" if none of them could be told.
+        """
         self.past = [past for past in self.past if past is not verb]
         return await self.barrier.undo_verb(verb)
 
@@ -146,8 +156,8 @@ class Attempt:
             Step.activate, self._activate_and_read, self._settings.current.deadlines.activate
         )
         self._require_state(snapshot)
-        # Not synced here: within the blackout that is too dear, and a lost file matters only without a
-        # jump. Both executors sync before it.
+        # Not synced here: during the blackout a sync takes too long. The file must be on the disk only for a jump, and
+        # both executors sync before it.
         await self._workers.disk.call_within(
             lambda: self._store.snapshots.write_tree(self.barrier.run, snapshot),
             "writing the snapshot",
@@ -155,7 +165,7 @@ class Attempt:
         )
 
     def _require_state(self, snapshot: Tree) -> None:
-        """Refuse a tree without the state that the configuration wants; it is looked into for nothing else here."""
+        """Refuse a tree without the state that the configuration requires; nothing else in it is examined here."""
         config = self._settings.current
         if not config.policy.require_state and not config.producers.require_kernel:
             return
@@ -187,11 +197,11 @@ class Attempt:
 
     @property
     def undo_seconds(self) -> float:
-        """What the undo of one kernel call may take, after which the call itself was given up."""
+        """Maximum seconds of the undo of one kernel call; the deadline of the call itself passes CUT_SECONDS before."""
         return self._settings.current.deadlines.rollback + CUT_SECONDS
 
     async def undo_activate(self) -> None:
-        """Leave the active phase, where the kernel is in it."""
+        """Leave the active phase if the kernel is in it; Failed if the kernel could not be probed."""
         kernel = self.kernel
         if kernel is None:
             raise Failed(
@@ -206,7 +216,7 @@ class Attempt:
         await self._undo_call(Step.activate, "leaving the active phase", leave_active)
 
     async def undo_load(self) -> None:
-        """Unload the image, where there is one."""
+        """Unload the image, if one is loaded."""
 
         def unload_image() -> None:
             if self._kexec.is_loaded():
@@ -238,26 +248,26 @@ class Attempt:
 
     @property
     def immediate(self) -> bool:
-        """Whether it calls reboot(2) itself, and systemd knows nothing of it."""
+        """Whether the executor calls reboot(2) itself, without systemd."""
         return hasattr(self._executor, "in_kernel")
 
     @property
     def in_kernel(self) -> bool:
-        """Whether reboot(2) was called and has not come back: it may jump at any moment."""
+        """Whether reboot(2) was called and has not returned: it may jump at any moment."""
         return getattr(self._executor, "in_kernel", False)
 
     async def goes_down(self) -> bool | None:
-        """Whether the host is on its way into the kexec; None where nobody can tell."""
+        """Return whether the host is on its way into the kexec; None if that is not known."""
         try:
             return None if self._shutdown is None else await self._shutdown()
-        except Exception:  # whoever is asked: then nobody can tell
+        except Exception:  # after any error it is not known
             LOG.exception("systemd could not be asked whether the host goes down")
             return None
 
     async def wait_executor(self) -> None:
-        """Wait until the executor that JumpUnderWay was raised for comes back; raises what it failed with.
+        """After JumpUnderWay, wait until the executor returns; raise what it failed with.
 
-        One that was cut short has not failed: whether the jump comes is systemd's to say.
+        A cancelled executor has not failed: then only systemd knows whether the jump comes.
         """
         if self._execution is None:
             return
@@ -266,7 +276,7 @@ class Attempt:
             await self._execution_failed(self._execution)
 
     async def _execute_jump(self) -> None:
-        """Jump, or have systemd do it; JumpUnderWay where that was asked for and has not come back."""
+        """Jump, or have systemd do it; JumpUnderWay if the jump was requested and may still happen."""
         if self.going_down:
             return
         assert self._executor is not None, "a request that jumps"
@@ -300,13 +310,13 @@ class Attempt:
         try:
             await self._execution_failed(execution)
         except Exception:
-            # systemctl may fail once systemd has taken its request. An immediate jump asks nobody.
+            # systemctl may fail after systemd has accepted its request. An immediate jump does not involve systemd.
             if not self.immediate:
                 await self._refuse_under_shutdown()
             raise
 
     async def _refuse_under_shutdown(self) -> None:
-        """Raise JumpUnderWay where the host goes down."""
+        """Raise JumpUnderWay if the host is on its way into the kexec."""
         if await self.goes_down():
             raise JumpUnderWay(
                 "The host is on its way into the next kernel: nothing was undone",
@@ -315,7 +325,7 @@ class Attempt:
             )
 
     async def _stop_executor(self, execution: "asyncio.Future[None]") -> None:
-        """Call off what only asks for the jump; JumpUnderWay where it cannot be, or where the host goes down."""
+        """Cancel an executor that only requests the jump; JumpUnderWay if it cannot be, or if the host goes down."""
         if self.in_kernel:
             raise JumpUnderWay(
                 "The kernel has not come back from reboot(2) and may still jump: nothing was undone",

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The guard: while a handover is under way, a device that comes or goes ends it or is noted.
+"""The guard: during a handover, a device that appears or disappears ends the handover or is noted.
 
-It hears the kernel's own uevents. Those that count are add and remove, and online and offline, which is what
-processors and blocks of memory send when they are switched. The others (change, bind, unbind, move) say
-something of a device that stays. An event that somebody wrote into a `uevent` file (`udevadm trigger`) is
-none either: the kernel marks it with SYNTH_UUID, and no device came or went.
+The guard receives the kernel's own uevents. Only add, remove, online and offline count; the last two are sent when
+processors or blocks of memory are switched. The other actions (change, bind, unbind, move) report on a device that
+stays. An event that was requested by a write to a `uevent` file (`udevadm trigger`) does not count either: the kernel
+marks it with SYNTH_UUID, and no device has appeared or disappeared.
 
-Uevents of network interfaces reach only the network namespace the interface is in, all others every
+Uevents of a network interface are sent only to the network namespace of that interface, all others to every network
 namespace that belongs to the initial user namespace (lib/kobject_uevent.c).
 """
 
@@ -25,10 +25,11 @@ from khod.errors import Failed, errno_text
 SO_RCVBUFFORCE = 33
 """include/uapi/asm-generic/socket.h. Python's socket module lacks it."""
 QUEUE_BYTES = 8 << 20
-"""Bytes of events that may wait to be read. The kernel doubles it and counts 0.8 KiB for the shortest event, 1.3 for
-most: room for 13,000, more than the 8,192 that a terabyte of memory sends as it is added in blocks of 128 MiB."""
+"""Maximum bytes of events that wait to be read. The kernel doubles it, and counts 0.8 KiB for the shortest event, 1.3
+KiB for most. So 13,000 events fit: more than the 8,192 that are sent when a terabyte of memory is added in blocks of
+128 MiB."""
 BATCH_EVENTS = 256
-"""Events read before anyone else in the loop has a turn."""
+"""Events that are read before other tasks of the event loop have a turn."""
 
 ACTION_TEXT = {"add": "was added", "remove": "was removed", "online": "came online", "offline": "went offline"}
 GONE = ("remove", "offline")
@@ -41,7 +42,7 @@ NO_DEVICE = {
 
 
 class Severity(enum.Enum):
-    """What an event means for the handover: abort ends it, record only notes it."""
+    """What an event means for the handover: `abort` ends it, `record` only notes it."""
 
     abort = "abort"
     record = "record"
@@ -49,9 +50,9 @@ class Severity(enum.Enum):
 
 @dataclass(frozen=True)
 class Uevent:
-    """One message of the kernel's.
+    """One message from the kernel.
 
-    `device` is a path below /sys, `node` the one below /dev ("" where it has none). A `synthetic` one was asked for
+    `device` is a path below /sys, `node` one below /dev ("" if the device has none). A `synthetic` event was requested
     by a write to the device's `uevent` file.
     """
 
@@ -64,9 +65,9 @@ class Uevent:
 
 @dataclass(frozen=True)
 class Seen:
-    """An event that counts. `producers` are those whose device went away, by name.
+    """An event that counts. `producers` are the names of those whose device disappeared.
 
-    The action is the kernel's, or LOST or UNREADABLE; these two have neither subsystem nor device.
+    The action is the kernel's, or LOST or UNREADABLE, which have neither a subsystem nor a device.
     """
 
     severity: Severity
@@ -74,7 +75,7 @@ class Seen:
     producers: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Say it, without a full stop: `pci device 0000:00:05.0 was added`."""
+        """Return it in words, without a full stop: `pci device 0000:00:05.0 was added`."""
         event = self.event
         if event.action in NO_DEVICE:
             return NO_DEVICE[event.action]
@@ -86,7 +87,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Watch:
-    """What counts: events of a subsystem in `abort` or `record` (abort wins), and the producers' devices when they go.
+    """What counts: events of subsystems in `abort` or `record` (abort wins), and the removal of producers' devices.
 
     `devices` are pairs of a producer's name and a path below /dev or /sys without symbolic links.
     """
@@ -100,7 +101,7 @@ class Watch:
         return bool(self.abort or self.record or self.devices)
 
     def judge_event(self, event: Uevent) -> Seen | None:
-        """What an event means, None where it does not count."""
+        """Return what an event means, None if it does not count."""
         if event.synthetic or event.action not in ACTION_TEXT:
             return None
         owners = self._owners_of(event) if event.action in GONE else ()
@@ -109,28 +110,31 @@ class Watch:
         return Seen(Severity.record, event) if event.subsystem in self.record else None
 
     def missed_events(self, action: str) -> Seen:
-        """What events amount to that nobody could read: any of those that count may have been among them."""
+        """Return what events mean that could not be read: any of those that count may have been among them.
+
+        `action` is LOST or UNREADABLE.
+        """
         severity = Severity.abort if self.abort or self.devices else Severity.record
         return Seen(severity, Uevent(action, "", ""))
 
     def _owners_of(self, event: Uevent) -> tuple[str, ...]:
-        """Producers that name this device, or one below it, which goes with it."""
+        """Return the producers that name this device, or one below it, which disappears with it."""
         below = f"{event.device}/"
         paths = (event.device, event.node)
         return tuple(sorted({name for name, path in self.devices if path in paths or path.startswith(below)}))
 
 
 class Netlink:
-    """The kernel's uevents from now on; OSError where there is no such socket to be had (a sandbox, a limit)."""
+    """The kernel's uevents from now on; OSError if the socket is not available (a sandbox, a limit)."""
 
     def __init__(self, context: pyudev.Context) -> None:
-        # The kernel's messages, not udev's: udevd sends its own after the rules have run, which takes as long as they
-        # take, and it may be the one that is stopped. Nothing that udev adds to an event is needed here. A filter
-        # would save nothing: libudev's runs in the kernel for udev's messages alone.
+        # The kernel's messages, not udev's: udevd sends its own only after its rules have run, however long they take,
+        # and udevd itself may be stopped. Nothing that udev adds to an event is needed here. A filter would save
+        # nothing: libudev's filter runs in the kernel only for udev's messages.
         try:
             self._monitor = pyudev.Monitor.from_netlink(context, source="kernel")
         except OSError as error:
-            number = ctypes.get_errno()  # libudev's, which pyudev leaves out
+            number = ctypes.get_errno()  # libudev's errno, which pyudev does not report
             raise OSError(number, os.strerror(number)) from error
         self._socket = socket.fromfd(self._monitor.fileno(), socket.AF_NETLINK, socket.SOCK_RAW)
         try:
@@ -141,7 +145,7 @@ class Netlink:
             raise
 
     def _resize_buffer(self, size: int) -> None:
-        # Not by pyudev, which up to 0.24.4 takes libudev's 1 for an error. Without CAP_NET_ADMIN the limit is
+        # Not with pyudev, which up to 0.24.4 takes libudev's result 1 for an error. Without CAP_NET_ADMIN the limit is
         # net.core.rmem_max; a queue that is too short is noticed (LOST).
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
@@ -149,17 +153,17 @@ class Netlink:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     def fileno(self) -> int:
-        """The descriptor that is readable when something is there, an overflow included."""
+        """Return the descriptor that becomes readable when there is an event, or after an overflow."""
         return self._socket.fileno()
 
     def receive_event(self) -> Uevent | None:
-        """Next message, None where there is none yet.
+        """Return the next message, None if there is none yet.
 
-        OSError (ENOBUFS) after an overflow, once; MemoryError likewise loses a message. ValueError for one that
-        libudev does not understand or that is no UTF-8.
+        Raises OSError (ENOBUFS) once after an overflow. A MemoryError also means that a message was lost. ValueError
+        for a message that libudev does not understand, or that is not UTF-8.
         """
-        # An overflow leaves an error at the socket, and pyudev's poll() raises for it without taking it away: it would
-        # raise for ever, and the loop spin. To read SO_ERROR takes it away.
+        # An overflow leaves an error at the socket. pyudev's poll() raises it without clearing it, so it would raise
+        # forever, and the event loop would spin. Reading SO_ERROR clears it.
         if error := self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(error, os.strerror(error))
         device = self._monitor.poll(timeout=0)
@@ -174,36 +178,36 @@ class Netlink:
         )
 
     def close(self) -> None:
-        """Hear nothing any more."""
+        """Stop receiving events."""
         self._socket.close()
         del self._monitor  # pyudev's way to close its descriptor
 
 
 class Guard:
-    """Watches between start() and stop(), from the event loop; `happened` is called in it with each event that counts.
+    """Watches between start() and stop(), in the event loop; `happened` is called there with each event that counts.
 
-    `happened` may stop the guard: nothing is told after that.
+    `happened` may stop the guard; it is not called after that.
     """
 
     def __init__(self, happened: Callable[[Seen], None]) -> None:
         self._happened = happened
         self._watch = Watch(frozenset(), frozenset())
-        self._context = pyudev.Context()  # looks for libudev with a child process: once, not in start()
+        self._context = pyudev.Context()  # searches libudev with a child process: once, not in start()
         self._netlink: Netlink | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def watching(self) -> bool:
-        """Whether it listens now."""
+        """Whether it watches now."""
         return self._netlink is not None
 
     def start(self, abort: Iterable[str], record: Iterable[str], devices: Mapping[str, Iterable[str]]) -> None:
-        """Listen from now on; where it does already, only what counts is new.
+        """Watch from now on; if it watches already, only what counts is replaced.
 
-        `abort` and `record` are names of kernel subsystems (pci, cpu, memory, block, net, ...). `devices` are
-        the producers' by their names, as paths below /dev or /sys; symbolic links are followed now, as they
-        go with the device. Where nothing could count, nothing is opened. Takes 0.2 to 0.4 ms.
-        Failed where the kernel's events cannot be had.
+        `abort` and `record` are names of kernel subsystems (pci, cpu, memory, block, net, ...). `devices` are the
+        producers' devices, by the producer's name, as paths below /dev or /sys; symbolic links are resolved now,
+        because they disappear with the device. If no event could count, nothing is opened. Takes 0.2 to 0.4 ms. Failed
+        if the kernel's events cannot be received.
         """
         found = tuple((name, os.path.realpath(path)) for name, paths in devices.items() for path in paths)
         self._watch = Watch(frozenset(abort), frozenset(record), found)
@@ -222,7 +226,7 @@ class Guard:
         self._loop.add_reader(self._netlink.fileno(), self.process_pending)
 
     def stop(self) -> None:
-        """Listen no more; what was not read yet is forgotten."""
+        """Stop watching; events that were not read yet are dropped."""
         if self._netlink is None or self._loop is None:
             return
         self._loop.remove_reader(self._netlink.fileno())
@@ -230,7 +234,7 @@ class Guard:
         self._netlink = self._loop = None
 
     def process_pending(self) -> None:
-        """Tell of what has come, BATCH events at most: called by the loop, and before a step that has no undo."""
+        """Report up to BATCH_EVENTS events that wait; called by the event loop, and before each step of a handover."""
         for _ in range(BATCH_EVENTS):
             if self._netlink is None:
                 return

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What systemd hears: readiness, status text, the watchdog, and journal records with fields.
+"""What khod sends to systemd: readiness, status text, watchdog messages, and journal records with fields.
 
-Both are told by threads of their own: a journald or a PID 1 that does not read blocks whoever writes to it, and what
-tells how a handover goes must not decide how it goes. What cannot be told is dropped.
+Threads of their own send it: a journald or a PID 1 that does not read blocks the sender, and reports about a handover
+must not decide how it goes. What cannot be sent is dropped.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from khod.handover.record import Record
 from khod.model import Event, EventKind, Phase
 from khod.text import one_line
 
-# One MESSAGE_ID for each phase, so that `journalctl MESSAGE_ID=...` finds every time it was entered. They stand in the
-# catalogue (systemd/catalog), too: `journalctl -x` says what each means and what to do.
+# One MESSAGE_ID for each phase: `journalctl MESSAGE_ID=...` finds every time it was entered. The catalogue
+# (systemd/catalog) has them too: `journalctl -x` shows what each means and what to do.
 MESSAGE_ID: dict[Phase, str] = {
     Phase.idle: "f959b6f37f394c8f9cc571383da7a9f0",
     Phase.preparing: "1772bfd698e5465aa40855894a615dc8",
@@ -47,11 +47,11 @@ MESSAGE_ID: dict[Phase, str] = {
     Phase.inconsistent: "9de339c0b2424de088a7c783673d2460",
 }
 REFUSAL_ID = "09339c4f209b425199c51ad7a46893be"
-"""The MESSAGE_ID of a producer's no."""
+"""The MESSAGE_ID of a producer's answer that is not a yes."""
 STATUS_REST_SECONDS = 0.1
-"""Seconds between two status texts."""
+"""Minimum seconds between two status texts."""
 SLOW_SECONDS = 1.0
-"""Seconds after which an answer is worth a record."""
+"""Seconds after which a yes gets a record too."""
 READY = "ready"
 ERR, WARNING, INFO = 3, 4, 6  # syslog priorities
 PRIORITY = {
@@ -65,25 +65,25 @@ PRIORITY = {
 
 
 STEP_OF_PHASE = {row.doing: step.value for step, row in STEPS.items()}
-"""The step that each phase passes through."""
+"""The step that is under way in each phase."""
 MAX_WAITING = 1024
-"""Records, and notifications, that may wait to be written: then the next ones are dropped."""
+"""Maximum number of records, and of notifications, that wait to be sent; further ones are dropped."""
 FLUSH_SECONDS = 1.0
-"""Seconds khod's end waits for them."""
+"""Seconds that khod waits at its end for the records, and for the notifications."""
 EXTEND_SECONDS = 30.0
-"""Seconds more that are asked for, over and over, while a start or a stop goes on."""
+"""Seconds by which a timeout is extended, again and again, during a start or a stop."""
 
 MAX_STATUS_CHARACTERS = 500
-"""Characters of the status text."""
+"""Maximum characters of the status text."""
 
 _journald = Worker("journal", "The journal", max_waiting=MAX_WAITING)
 _manager = Worker("notify", "The service manager", max_waiting=MAX_WAITING)
 
 
 def write_event(event: Event, *, entered: bool, record: Record) -> None:
-    """Write a record of an event; none of a producer that does as it is told at once.
+    """Write a journal record of an event; a producer that does at once what it is told gets none.
 
-    `entered` is whether the phase is another than the event before had: then the record has the phase's MESSAGE_ID.
+    `entered` says whether the phase differs from that of the event before: the record then has the phase's MESSAGE_ID.
     `record` is the handover's.
     """
     if _is_routine(event):
@@ -93,14 +93,14 @@ def write_event(event: Event, *, entered: bool, record: Record) -> None:
 
 
 def record_fields(event: Event, *, entered: bool, record: Record) -> tuple[str, dict[str, Any]]:
-    """Give a record's text and its fields."""
+    """Return the text and the fields of a journal record."""
     found: dict[str, Any] = {
         "PRIORITY": PRIORITY.get(event.phase, INFO),
         "KHO_PHASE": event.phase.value,
         "KHO_EVENT": event.kind.value,
         "KHO_RUN": event.run,
         "SYSLOG_IDENTIFIER": "khod",
-        "CODE_FUNC": "",  # where in khod says nothing, and systemd would look for it in the stack
+        "CODE_FUNC": "",  # the place in khod is of no use, and systemd would search the stack for it
     }
     if entered:
         found["MESSAGE_ID"] = MESSAGE_ID[event.phase]
@@ -120,7 +120,7 @@ def record_fields(event: Event, *, entered: bool, record: Record) -> tuple[str, 
 
 
 def write_stderr(what: str) -> None:
-    """Write a line to standard error, where somebody reads it."""
+    """Queue a line for standard error; it is dropped if nothing reads there."""
 
     def send() -> None:
         with suppress(OSError, ValueError):
@@ -131,14 +131,14 @@ def write_stderr(what: str) -> None:
 
 
 class Handler(logging.Handler):
-    """Log records go the same way."""
+    """Sends log records to standard error through the same thread."""
 
     def emit(self, record: logging.LogRecord) -> None:
         write_stderr(self.format(record))
 
 
 def _is_routine(event: Event) -> bool:
-    """Tell whether a thousand producers would say the same within a second: journald drops records then."""
+    """Whether a thousand producers would cause the same event within a second: journald would then drop records."""
     if event.kind is EventKind.producer_called:
         return True
     ready = event.producer is not None and event.producer.answer == READY
@@ -146,12 +146,12 @@ def _is_routine(event: Event) -> bool:
 
 
 def notify_manager(state: str) -> None:
-    """Tell the service manager; nothing happens where there is none, or where it does not listen."""
+    """Queue a message to the service manager; without effect if there is none, or if it does not read."""
     _manager.call_later(lambda: systemd.daemon.notify(state))
 
 
 def flush_workers() -> None:
-    """Wait until what was said so far is out, and no longer than FLUSH_SECONDS: khod ends."""
+    """Wait until everything queued so far is sent, at most FLUSH_SECONDS for each thread: khod ends."""
     for worker in (_manager, _journald):
         said = threading.Event()
         worker.call_later(said.set)
@@ -159,26 +159,29 @@ def flush_workers() -> None:
 
 
 async def extend_timeout() -> None:
-    """Ask for more time, over and over: a rollback has its own bound, and to be killed on the way would end it."""
+    """Ask the service manager for more time, again and again.
+
+    A rollback has its own time limit, and must not be killed before it ends.
+    """
     while True:
         notify_manager(f"EXTEND_TIMEOUT_USEC={int(EXTEND_SECONDS * 1e6)}")
         await asyncio.sleep(EXTEND_SECONDS / 3)
 
 
 class StatusText:
-    """The unit's status text: the first change at once, then how it stands a few times a second.
+    """The unit's status text: the first change is sent at once, the next ones every STATUS_REST_SECONDS.
 
-    A thousand producers answer within one second, and PID 1 reads each message.
+    A thousand producers may answer within one second, and PID 1 reads each message.
     """
 
     def __init__(self, text: Callable[[], str]) -> None:
-        """Take the function that says how it stands."""
+        """Take the function that returns the current text."""
         self._text = text
         self._changed = False
         self._resting = False
 
     def mark_changed(self) -> None:
-        """Something has changed."""
+        """Note that the text has changed."""
         self._changed = True
         if not self._resting:
             self._send_text()
@@ -192,12 +195,12 @@ class StatusText:
 
 
 def notify_reloading() -> None:
-    """Begin a reload as Type=notify-reload wants it: with the time it began, in microseconds."""
+    """Announce a reload as Type=notify-reload requires, with the time it began (CLOCK_MONOTONIC, in microseconds)."""
     notify_manager(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 async def feed_watchdog() -> None:
-    """Say that the event loop turns, twice in the interval the unit asks for; returns where it asks for none."""
+    """Report twice in each interval of the unit's watchdog that the event loop runs; return if the unit has none."""
     usec = os.environ.get("WATCHDOG_USEC", "")
     if not usec.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The jump that was asked for: whether it may still be called back, and what happens where it does not come."""
+"""The jump after it was requested: whether it may still be aborted, and what happens if it does not come."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,11 +11,11 @@ from khod.errors import Failed, KhoError, Refused
 from khod.model import Phase
 
 WATCH_SECONDS = 10.0
-"""Seconds between two questions to systemd whether the host still goes down."""
+"""Minimum seconds between two questions to systemd whether the host still goes down."""
 
 
 class Jump:
-    """Watches `executing`. `give_up` rolls it back for a cause, where the host is still there by then."""
+    """Watches the phase `executing`; `give_up` rolls the handover back with a cause, if the host is still up then."""
 
     def __init__(
         self, transaction: Transaction, settings: Settings, give_up: Callable[[KhoError], Awaitable[None]]
@@ -24,22 +24,22 @@ class Jump:
         self._settings = settings
         self._give_up = give_up
         self.going_down = False
-        """Whether somebody else has sent the host into the kexec, and khod makes way for it."""
+        """Whether another program has sent the host into the kexec, and khod lets it happen."""
 
     @property
     def in_kernel(self) -> bool:
-        """Whether reboot(2) was called and has not come back."""
+        """Whether reboot(2) was called and has not returned."""
         attempt = self._transaction.attempt
         return self._transaction.phase is Phase.executing and attempt is not None and attempt.in_kernel
 
     def go_along(self) -> None:
-        """Ask nobody for the jump any more: the host is on its way."""
+        """Do not request the jump any more: the host is on its way."""
         self.going_down = True
         if (attempt := self._transaction.attempt) is not None:
             attempt.going_down = True
 
     def refuse_in_kernel(self) -> None:
-        """Raise Refused where reboot(2) may jump at any moment: nothing is undone before it has come back."""
+        """Raise Refused while reboot(2) may jump at any moment: nothing is undone before it has returned."""
         if self.in_kernel:
             raise Refused(
                 "reboot(2) is in the kernel and cannot be called back",
@@ -48,7 +48,10 @@ class Jump:
             )
 
     async def refuse_on_the_way(self, attempt: Attempt) -> bool | None:
-        """Refuse where the host goes into the image that is loaded, whoever asked for it; else what systemd says."""
+        """Refuse if the host is on its way into the loaded image, whoever requested it; else return what systemd says.
+
+        That is False, or None if systemd does not say.
+        """
         down = await attempt.goes_down()
         if down:
             raise Refused(
@@ -59,7 +62,7 @@ class Jump:
         return down
 
     async def check_may_be_called_back(self, attempt: Attempt, *, force: bool) -> None:
-        """Refuse to undo anything under a jump that may still happen."""
+        """Raise Refused if the jump may still happen; with `force` it may be undone if systemd does not say."""
         self.refuse_in_kernel()
         if await self.refuse_on_the_way(attempt) is None and not force:
             raise Refused(
@@ -74,7 +77,7 @@ class Jump:
             await asyncio.sleep(WATCH_SECONDS)
 
     async def watch_attempt(self, attempt: Attempt) -> None:
-        """Notice a jump that does not happen: it came back, or systemd has given it up."""
+        """Notice that the jump does not happen, and call `give_up`: the request failed, or systemd has given it up."""
         cause: KhoError = Failed(
             "systemd took the request and does not take the host down",
             where="kexec.target",
@@ -82,9 +85,9 @@ class Jump:
         )
         try:
             await attempt.wait_executor()
-        except Exception as error:  # noqa: BLE001 - whatever it is: what asked for the jump has failed
+        except Exception as error:  # noqa: BLE001 - any error means that the request has failed
             cause = told_error(error)
-            # systemctl may fail once systemd has taken its request; of reboot(2) there is nothing to ask.
+            # systemctl may fail after systemd has accepted its request; about reboot(2) systemd knows nothing.
             if attempt.immediate or not await attempt.goes_down():
                 await self._give_up(cause)
                 return

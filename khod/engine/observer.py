@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the kernel says of itself: asked in a thread of its own, for a question that hangs must keep no undo waiting."""
+"""The kernel's state, read in a thread of its own: a question that hangs must not delay an undo."""
 
 from collections.abc import Callable
 
@@ -13,25 +13,25 @@ from khod.model import Observed
 
 
 class Observer:
-    """The kernel's generation, found out once, and how it stands, asked anew each time."""
+    """The kernel's generation, probed until it is known, and the kernel's state, read anew each time."""
 
     def __init__(self, kexec: Kexec, prober: Callable[[], Probed], workers: Workers) -> None:
         self.probed = Probed(None, "not yet probed", "")
         self.last: Observed | None = None
-        """What the kernel said when it was asked last."""
+        """The kernel's state when it was last read."""
         self._kexec = kexec
         self._prober = prober
         self._workers = workers
 
     @property
     def require_kernel(self) -> KhoKernel:
-        """The kernel's KHO; Unsupported where it has none."""
+        """The kernel's KHO; raises Unsupported if it has none."""
         if self.probed.kernel is None:
             raise Unsupported(self.probed.what, remedy=self.probed.remedy)
         return self.probed.kernel
 
     async def observe_kernel(self, deadline: float) -> Observed:
-        """Ask the kernel how it stands; Failed where it cannot be asked within `deadline` seconds."""
+        """Return the kernel's state; Failed if it cannot be read within `deadline` seconds."""
 
         def ask() -> tuple[Probed, Observed]:
             probed = self.probed if self.probed.kernel is not None else self._prober()
@@ -45,10 +45,10 @@ class Observer:
         return observed
 
     async def try_observe(self, deadline: float) -> Observed | None:
-        """Ask it, and do without an answer where none comes: what follows is an undo, which does not wait for it."""
+        """Return the kernel's state, or None if it cannot be read: an undo continues without it."""
         try:
             return await self.observe_kernel(deadline)
         except KhoError:
             return None
-        except Exception:  # noqa: BLE001 - whatever the kernel's files say, an undo goes on
+        except Exception:  # noqa: BLE001 - whatever is in the kernel's files, an undo continues
             return None

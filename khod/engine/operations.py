@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What others may have khod do, one operation at a time: each moves the handover, or puts it back."""
+"""The operations on a handover, one at a time: each moves the handover forward, or rolls it back."""
 
 import asyncio
 import logging
@@ -53,30 +53,30 @@ from khod.target.target import Request, Target, take_target
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
 SHUTDOWN_QUESTIONS = 3
-"""Times systemd is asked whether the host goes down, where it does not answer: busy with a shutdown, it may not."""
+"""How often systemd is asked whether the host goes down if it does not answer: during a shutdown it may be busy."""
 
 
 class Watcher(Protocol):
     """What watches the host's devices: `khod.engine.guard.Guard`."""
 
     def start(self, abort: Iterable[str], record: Iterable[str], devices: Mapping[str, Iterable[str]]) -> None:
-        """Watch from now on, for devices of these subsystems and of the producers."""
+        """Watch from now on for devices of these subsystems, and for those of the producers."""
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
 
     def process_pending(self) -> None:
-        """Tell at once of what has come."""
+        """Report the events that wait, at once."""
 
 
 class Engine:
-    """One host's handover. `tell` is called with every change, from the event loop.
+    """The handover of one host. `tell` is called with every change, in the event loop.
 
-    `shutdown` asks systemd whether the host is on its way into the kexec; without one nobody can tell. `goes_down` asks
-    whether it is shut down in whatever way.
+    `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
+    asks whether the host is shut down in any way.
 
     One class of this size: every operation takes the same lock and drives the same transaction, and what ends a
-    handover from outside must see which of them is under way.
+    handover from outside must know which operation is under way.
     """
 
     def __init__(
@@ -111,7 +111,8 @@ class Engine:
         self._workers = workers or Workers(kernel=thread)
         self._busy = asyncio.Lock()
         self._known = asyncio.Event()
-        """Set when it is known where the host stands and who may come back: a rollback at the start waits for them."""
+        """Set when the state of the host is known, and which producers may return. From then on producers register: a
+        rollback at the start waits for them."""
         self._started = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
         self._transaction = Transaction(store, self._workers.disk, tell, self._guard.process_pending, goes_down)
@@ -155,31 +156,31 @@ class Engine:
 
     @property
     def machine(self) -> Machine:
-        """Where the handover stands."""
+        """The machine of the handover."""
         return self._transaction.machine
 
     @property
     def record(self) -> Record:
-        """What is known of it."""
+        """The record of the handover."""
         return self._transaction.record
 
     @property
     def waiting_producers(self) -> list[str]:
-        """The producers whose answer is waited for."""
+        """The names of the producers whose answers are awaited."""
         return [member.producer.name for member in self.queries.members if member.is_waiting]
 
     @property
     def at_rest(self) -> bool:
-        """Whether nothing is held anywhere, and nobody has anything to take back."""
+        """Whether khod holds nothing, and no producer has anything to take back."""
         waiting = self.record.claims or self.queries.unknown_sessions
         return self._transaction.phase in RESTING and not waiting
 
     # Start and stop
 
     async def start(self) -> None:
-        """Compare the record with the kernel and do what that calls for; operations wait, questions do not.
+        """Compare the record with the kernel and act on the result; operations wait for that, questions do not.
 
-        Raises what a rollback ended in. The host is served all the same.
+        Raises the error of a rollback that failed. The host is served all the same.
         """
         try:
             async with self._busy:
@@ -208,7 +209,7 @@ class Engine:
             self._close_stray_sessions(observed)
 
     async def _still_jumps(self, phase: Phase, observed: Observed) -> bool:
-        """Whether the jump that an earlier khod asked for is still to come; then it is watched."""
+        """Return whether the jump that an earlier khod requested may still come; if so, it is watched."""
         if phase is not Phase.executing or not observed.loaded or self._shutdown is None:
             return False
         if (down := await self._current_attempt().goes_down()) is False:
@@ -223,10 +224,10 @@ class Engine:
         return True
 
     def _close_stray_sessions(self, observed: Observed) -> None:
-        """Close outgoing sessions that this boot's own handover left behind: of a producer that was never told.
+        """Close outgoing sessions that a handover of this boot left behind, of a producer that was never told anything.
 
-        Only on knowledge: what came from the previous kernel ends by `finish` and by `forget`, and a session of
-        which no record says whose it is stays and is listed.
+        Other sessions are kept. A session from the previous kernel ends by `finish` or `forget`. A session whose owner
+        is in no record stays, and is listed.
         """
         record = self.record
         ours = record.run not in ("", record.arrived_run) and record.boot_id == observed.boot_id
@@ -239,17 +240,17 @@ class Engine:
             self._transaction.emit_event(f"closed {len(stray)} LUO sessions that no producer was told of")
 
     async def stop(self, *, jumping: bool | None, going_down: bool = False) -> None:
-        """End: roll back what is held, unless the host is on its way into the kexec (`jumping`).
+        """Stop: roll back what is held, unless the host is on its way into the kexec (`jumping`).
 
-        Somebody else may have pulled the trigger: with an image loaded systemd 262 makes a kexec even of
-        a plain `systemctl reboot`. Then the state goes along in good order, or, where that fails, the image
-        is unloaded and the host boots cold. Where systemd does not say (None), what khod asked for itself
-        counts: to roll back under a jump would lose the state for good. With `going_down` the host is shut down in
-        any case: then the record says what it was shut down in the middle of.
+        Another program may have requested the jump: with an image loaded, systemd 262 makes a kexec even of a plain
+        `systemctl reboot`. Then the handover is completed up to the jump; if that fails, the image is unloaded and the
+        host boots cold. If systemd does not say (None), the question is whether khod itself requested the jump: a
+        rollback during a jump would lose the state for good. With `going_down` the host is shut down in any case: the
+        record then says in which phase.
         """
         self.registry.peers.stop_remembering()
         if self._transaction.phase is Phase.verifying:
-            for task in self._background:  # the next khod says it again to whoever did not finish
+            for task in self._background:  # the next khod tells it again to those that did not finish
                 task.cancel()
             return
         if jumping is None:
@@ -258,7 +259,7 @@ class Engine:
             await self._go_along()
             return
         if self._jump.in_kernel:
-            return  # reboot(2) has not come back: nothing may be undone, and nobody can wait for it
+            return  # reboot(2) has not returned: nothing may be undone, and it cannot be waited for
         if self._busy.locked() or self._transaction.phase in HELD | {Phase.executing}:
             stopped = Failed("khod was stopped in the middle of a handover", where="abort")
             await self._end_and_undo(stopped, stopping=True, down=going_down)
@@ -266,10 +267,10 @@ class Engine:
         await self._transaction.settle_record()
 
     async def _go_along(self) -> None:
-        """The host goes into the kexec: bring the handover to where the jump may find it, or unload the image."""
+        """The host goes into the kexec: bring the handover to where it may jump, or unload the image."""
         under_way = self._transaction.phase
         self._jump.go_along()
-        async with self._busy:  # what is under way ends first: at the jump, which is asked for already, or rolled back
+        async with self._busy:  # the operation under way ends first: at the jump it has requested, or rolled back
             with suppress(KhoError):
                 if self._transaction.phase in HELD:
                     steps = remaining_steps(self.machine, self._observer.require_kernel.order, Step.execute)[:-1]
@@ -284,13 +285,16 @@ class Engine:
     # Operations
 
     async def activate(self, *, by: str = "") -> None:
-        """Bring producers and kernel to `active`. On failure everything is put back. `by` is who asks, for people."""
+        """Bring producers and kernel to `active`; a failure rolls back everything. `by` is the caller, for people."""
         async with self._one_operation():
             await self._open_attempt(await self._check_may_start(None, by=by))
             await self._transaction.run_steps(self._remaining_steps(Step.activate), hold=False)
 
     async def kexec(self, request: Request, *, by: str = "") -> None:
-        """Do what is left, up to the jump or, with `load_only`, the loaded image. `by` is who asks, for people."""
+        """Take the remaining steps up to the jump or, with `load_only`, up to the loaded image.
+
+        `by` names the caller, for people. NotRolledBack if the jump may still happen, so that nothing was undone.
+        """
         async with self._one_operation():
             record = await self._check_may_start(request, by=by)
             target = await self._build_target(request, record.run)
@@ -301,14 +305,14 @@ class Engine:
                 attempt = await self._open_attempt(record, at_once=request.now and not request.load_only)
                 if target is not None:
                     how = ", to jump at once (`now`)" if request.now and not request.load_only else ""
-                    # Where the operator has softened the check, files may be lost.
+                    # If the operator has relaxed the check, files may be lost.
                     strict = self.settings.current.checks.formats not in ("warn", "off")
                     luo_off = strict and not is_switched_on(target.booted_line, "liveupdate")
                     self._transaction.note_target(f"{target.describe()}{how}", luo_off=luo_off)
                 attempt.set_target(target, self._executors[request.now])
                 if request.now:
-                    # The bulk of the dirty pages goes out before anyone is frozen; the executor's own
-                    # sync then has little left.
+                    # Most dirty pages are written before any producer is frozen; the executor's own sync then has
+                    # little left.
                     await self._interruptible(
                         self._workers.files.call_within(
                             self._kexec.sync_disks, "sync(2)", self.settings.current.deadlines.execute
@@ -327,7 +331,7 @@ class Engine:
                     self._spawn_task(self._jump.watch_attempt(self._current_attempt()))
 
     async def abort(self, *, force: bool = False, by: str = "") -> None:
-        """Put everything back. With `force` also what khod did not do, or what it cannot know. `by` is who asks."""
+        """Roll everything back; with `force` also what khod did not do, or cannot know. `by` names the caller."""
         await self._wait_started()
         if self._transaction.phase is Phase.verifying:
             raise Refused("Producers are taking back what they left, which has no undo", remedy="khoctl verify")
@@ -340,27 +344,27 @@ class Engine:
     async def _end_and_undo(
         self, cause: KhoError, *, force: bool = False, stopping: bool = False, down: bool = False
     ) -> None:
-        """End what is under way and put it back; the undo comes before any question to the kernel that may hang."""
+        """End and roll back the operation under way; only then ask the kernel, which may hang, and undo the rest."""
         under_way, ended = self._transaction.phase, self._transaction.rollbacks
         if self._busy.locked():
             self._transaction.cancel(cause)
         async with self._at_work():
             if under_way is Phase.rolling_back and self._transaction.rollbacks > ended and not down:
-                if self._transaction.rollback_error is not None:  # what was asked for is what was under way
+                if self._transaction.rollback_error is not None:  # the requested rollback was already under way
                     raise self._transaction.rollback_error
                 return
             try:
                 await self._put_back(cause, under_way, force=force, stopping=stopping, down=down)
-            finally:  # where this was refused, what has happened meanwhile may end the handover all the same
+            finally:  # even if this was refused, another cause may have come to end the handover
                 await self._act_on_cause(quiet=True)
 
     async def _put_back(self, cause: KhoError, under_way: Phase, *, force: bool, stopping: bool, down: bool) -> None:
         if down and self._transaction.phase in RESTING and under_way not in RESTING:
             await self._transaction.note_interrupted(under_way)
         if failure := self._transaction.failure_after(cause):
-            raise failure  # whoever was under way has rolled back for this, and could not put everything back
+            raise failure  # the operation under way has rolled back for this cause, but not everything
         if self._transaction.cause is cause:
-            self._transaction.settle_cancel()  # it found nothing to end; any other is still to be acted on
+            self._transaction.settle_cancel()  # it found nothing to end; any other cause must still be acted on
         observed = await self._observer.try_observe(self.settings.current.deadlines.observe)
         phase = self.queries.effective_phase(observed)
         foreign = observed is not None and reconcile.is_foreign(self._transaction.current_record(), observed)
@@ -371,15 +375,15 @@ class Engine:
             self._transaction.settle_cancel()
             return
         elif phase is Phase.failed:
-            self._transaction.attach_attempt(None)  # what failed may have been mended in a file since
+            self._transaction.attach_attempt(None)  # a producer's file may have been repaired since
         elif phase in HELD and Step.load in self.machine.done and not stopping:
             await self._jump.refuse_on_the_way(self._current_attempt())
-        elif phase is Phase.executing:  # what only asks for the jump may have come through meanwhile
+        elif phase is Phase.executing:  # the request for the jump may have succeeded meanwhile
             await self._jump.check_may_be_called_back(self._current_attempt(), force=force or stopping)
         await self._roll_back(None, interrupted=phase if down else None, because=cause if stopping else None)
 
     async def _take_over(self, phase: Phase, observed: Observed | None, *, force: bool) -> None:
-        """Take over what is not khod's, or of which its record does not say everything; Refused without `force`."""
+        """Take over what khod did not do, or what its record does not fully describe; Refused without `force`."""
         kernel = "the kernel was not asked" if observed is None else reconcile.describe_kernel(observed)
         if not force:
             raise Refused(
@@ -392,7 +396,7 @@ class Engine:
         steps = reconcile.steps_to_undo(self.machine.done, shown, told=unknown)
         note = ""
         if self._transaction.phase is Phase.inconsistent:
-            with suppress(KhoError):  # another record is written in its place
+            with suppress(KhoError):  # if this fails, a new record replaces it
                 kept = await self._workers.disk.call_within(
                     self._store.set_aside, "keeping the record", self.settings.current.deadlines.observe
                 )
@@ -402,7 +406,10 @@ class Engine:
         self._transaction.attach_attempt(None)
 
     async def forget_producer(self, name: str) -> None:
-        """Give up what a producer left before the jump, or that it comes back after a restart of khod."""
+        """Free what a producer left before the jump, or stop expecting it back after a restart of khod.
+
+        `name` may also be a LUO session of unknown owner. Refused if there is nothing of this name.
+        """
         async with self._one_operation():
             record = self.record
             claims = tuple(holder for holder in record.claims if holder.name != name)
@@ -425,7 +432,7 @@ class Engine:
                 )
 
     async def retry_producer(self, name: str) -> None:
-        """Tell a producer of any kind again to take back what it left before the jump; Refused where it does not."""
+        """Tell a producer of any kind again to take back what it left before the jump; Refused if it does not."""
         async with self._one_operation():
             claim = next((holder for holder in self.record.claims if holder.name == name), None)
             if claim is None or self._transaction.phase not in RESTING:
@@ -439,7 +446,7 @@ class Engine:
             await self._restoration.retry_restore(claim)
 
     async def rehearse_producer(self, name: str) -> list[model.Producer]:
-        """Drive one producer through prepare, freeze, thaw and cancel, with the kernel left alone; its answers."""
+        """Take one producer through prepare, freeze, thaw and cancel, without the kernel; return its answers."""
         async with self._one_operation():
             observed = await self._interruptible(self._observe_kernel())
             if self._transaction.phase not in RESTING:
@@ -475,7 +482,7 @@ class Engine:
     # Producers that connect
 
     async def register_producer(self, name: str, owner: Owner, process: Process, terms: Registration) -> Peer:
-        """Take a producer in that has connected; it takes part from the next step on."""
+        """Register a producer that has connected; it takes part from the next step on."""
         await self._known.wait()
         if self._transaction.phase is Phase.executing and not self.registry.peers.is_awaiting(name):
             raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
@@ -515,23 +522,23 @@ class Engine:
             self.cancel(cause)
 
     async def _judge_departure(self, attempt: Attempt, cause: KhoError) -> None:
-        """End the handover for a frozen producer that has left, unless the host is on its way into the kexec.
+        """End the handover because a frozen producer disconnected, unless the host is on its way into the kexec.
 
-        Then systemd has stopped it: what is ordered after khod is stopped before it. A frozen producer has handed over
-        all it has, and with the host going down nobody will thaw it.
+        In that case systemd has stopped the producer: what is ordered after khod is stopped before it. A frozen
+        producer has handed over all it has, and when the host goes down nothing will thaw it.
         """
         excused: bool | None = None
         for _question in range(SHUTDOWN_QUESTIONS):
             if (excused := await attempt.goes_down()) is not None:
                 break
-        if not excused:  # without an answer it counts as having died
+        if not excused:  # without an answer the producer counts as dead
             self._cancel_attempt(attempt, cause)
             return
         attempt.going_down = True
         self._spawn_task(self._end_without_shutdown(attempt, cause))
 
     async def _end_without_shutdown(self, attempt: Attempt, cause: KhoError) -> None:
-        """End the handover after all, where the shutdown that excuses a producer's leaving is called off."""
+        """End the handover after all if the shutdown that excuses a producer's disconnection is cancelled."""
         await self._jump.until_called_off(attempt)
         attempt.going_down = False
         self._cancel_attempt(attempt, cause)
@@ -544,7 +551,7 @@ class Engine:
     # What ends a handover
 
     def cancel(self, cause: KhoError) -> None:
-        """End the handover under way for `cause`, if there is one that still can be ended."""
+        """End the handover under way for `cause`, if there is one that can still be ended."""
         if self._jump.going_down or not self._transaction.can_be_cancelled:
             return
         self._transaction.cancel(cause)
@@ -552,17 +559,17 @@ class Engine:
             self._spawn_task(self._end_held())
 
     def _cancel_attempt(self, attempt: Attempt, cause: KhoError) -> None:
-        """End this attempt, and none that was begun since."""
+        """End this attempt, but not one that has begun since."""
         if self._transaction.attempt is attempt:
             self.cancel(cause)
 
     async def _end_held(self) -> None:
-        """Roll a handover back that waited for orders; whoever has the lock before does it as well."""
+        """Roll back a handover that waits for an operation; an operation that takes the lock before does the same."""
         async with self._at_work():
             await self._act_on_cause(quiet=True)
 
     async def _act_on_cause(self, *, quiet: bool = False) -> None:
-        """Roll back for what has ended the handover and was not acted on; raises it, unless `quiet`."""
+        """Roll back for a cause that has ended the handover and was not acted on; raise the cause, unless `quiet`."""
         cause = self._transaction.cause
         if cause is None:
             return
@@ -572,17 +579,17 @@ class Engine:
         try:
             await self._roll_back(cause)
         except KhoError:
-            if not quiet:  # it stands in the record, and everyone was told
+            if not quiet:  # it is in the record, and every listener was told
                 raise
 
     def _watch_devices(self, attempt: Attempt) -> None:
-        """Watch for devices that come and go, while this attempt lasts; Failed where that is not possible."""
+        """Watch for devices that appear or disappear during this attempt; Failed if that is not possible."""
         settings = self.settings.current.guard
         devices = {member.producer.name: member.producer.devices for member in attempt.barrier.members}
         self._guard.start(settings.abort, settings.record, devices)
 
     async def _wait_started(self) -> None:
-        """Wait until khod's start is over; Failed where the kernel keeps it from that."""
+        """Wait until khod's start is complete; Failed if it takes too long, because the kernel does not answer."""
         try:
             async with asyncio.timeout(self._start_seconds()):
                 await self._started.wait()
@@ -594,7 +601,7 @@ class Engine:
             ) from None
 
     def _start_seconds(self) -> float:
-        """More than a start may take that asks the kernel once and rolls back, whatever order the producers have."""
+        """Return the maximum seconds of a start that asks the kernel once and rolls back, in any order of producers."""
         try:
             producers = self.registry.all_producers()
         except KhoError:
@@ -605,7 +612,7 @@ class Engine:
     def _stop_watching(self) -> None:
         try:
             self._guard.stop()
-        except Exception:  # what it watched for is over
+        except Exception:  # the handover it watched is over
             LOG.exception("The guard could not be stopped")
 
     def _on_device_event(self, seen: Seen) -> None:
@@ -624,14 +631,14 @@ class Engine:
         """Roll back a jump that does not happen."""
         async with self._at_work():
             if self._transaction.phase is Phase.executing:
-                with suppress(KhoError):  # it stands in the record, and everyone was told
+                with suppress(KhoError):  # it is in the record, and every listener was told
                     await self._roll_back(cause)
 
-    # How an operation goes
+    # The frame of an operation
 
     @asynccontextmanager
     async def _one_operation(self) -> AsyncIterator[None]:
-        """One at a time; whoever comes second is refused, not queued: the first may change what it meant."""
+        """Run one operation at a time; a second one is refused, not queued: the first may change what it would do."""
         await self._started.wait()
         if self._busy.locked() and not self._restoration.make_way():
             begun = self.record.begun if self._transaction.phase not in RESTING else model.Begun()
@@ -648,13 +655,13 @@ class Engine:
             except KhoError as error:
                 self._say_what_stays(error)
                 raise
-            except Exception as error:  # whatever it is, it reaches the operator as a sentence
+            except Exception as error:  # every error reaches the operator as a sentence
                 raise told_error(error) from error
             finally:
                 await self._act_on_cause()
 
     def _say_what_stays(self, error: KhoError) -> None:
-        """Add to a refusal in the middle of a handover where that stands: the blackout may go on."""
+        """Add to an error's remedy that the handover stays as it was, and in which state: the blackout may continue."""
         phase = self._transaction.phase
         if phase in HELD and not isinstance(error, NotRolledBack):
             frozen = sum(member.told is Verb.freeze for member in self.queries.members)
@@ -664,7 +671,7 @@ class Engine:
 
     @asynccontextmanager
     async def _at_work(self) -> AsyncIterator[None]:
-        """Hold the handover; afterwards the guard watches on only where it waits half-way."""
+        """Hold the lock of the handover; afterwards the guard watches on only if the handover waits half-way."""
         try:
             async with self._busy:
                 try:
@@ -676,7 +683,7 @@ class Engine:
             self._restoration.resume_claims()
 
     async def _check_may_start(self, request: Request | None, *, by: str) -> Record:
-        """Refuse before anything is touched; else give the record to go on with, a fresh one from rest.
+        """Refuse before anything is changed; else return the record to continue with, a new one if at rest.
 
         Without a request there is neither a load nor a jump.
         """
@@ -697,7 +704,7 @@ class Engine:
         now = request is not None and request.now
         checks = await self._interruptible(self.queries.run_checks(observed, now=now))
         to_come = {"kexec": request is not None and Step.load not in self.machine.done}
-        to_come["sessions"] = request is not None and not request.load_only  # it is the jump that ends them
+        to_come["sessions"] = request is not None and not request.load_only  # only the jump ends them
         self._require_checks([check for check in checks if to_come.get(check.name, True)])
         if phase in HELD:
             return self.record
@@ -715,7 +722,7 @@ class Engine:
             self._transaction.emit_event(line)
 
     async def _open_attempt(self, record: Record, *, at_once: bool = False) -> Attempt:
-        """Go on with the attempt of this record, or begin it."""
+        """Continue the attempt of this record, or begin it."""
         if record.run != self.record.run:
             about = record.run, record.boot_id, record.release, record.generation
             await self._interruptible(
@@ -732,7 +739,7 @@ class Engine:
         return attempt
 
     async def _build_target(self, request: Request, run: str) -> Target | None:
-        """The next kernel in memory, None where it is loaded already."""
+        """Return the next kernel in memory, None if it is loaded already."""
         if request.kernel is None:
             if Step.load not in self.machine.done:
                 raise NoKernelGiven(
@@ -768,13 +775,13 @@ class Engine:
         return await self._observer.observe_kernel(self.settings.current.deadlines.activate)
 
     def _current_attempt(self) -> Attempt:
-        """The attempt under way; made where there is none yet (a start, a first step)."""
+        """Return the attempt under way; make one if there is none yet (at a start, or before a first step)."""
         found = self._transaction.attempt
         if found is not None and not found.barrier.broken:
             return found
         changed, record = self._transaction.on_member_changed, self.record
         if self.machine.done:
-            told = {Step.freeze: Verb.freeze, Step.prepare: Verb.prepare}  # neither: an image that is not khod's
+            told = {Step.freeze: Verb.freeze, Step.prepare: Verb.prepare}  # neither: another program's image
             last = next((verb for step, verb in told.items() if step in self.machine.done), None)
             if self._transaction.phase is Phase.failed and record.producers:
                 last = None
@@ -800,7 +807,7 @@ class Engine:
         )
 
     def _spawn_task(self, work: Coroutine[None, None, None]) -> None:
-        """Run something nobody waits for; it is ended with khod."""
+        """Run a task that nobody waits for; it ends with khod."""
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._on_background_end)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a handover would do, step by step, with what puts each step back. Nothing is touched to tell."""
+"""What a handover would do, step by step, each with its undo. Nothing is changed to find out."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ UNDO_ORDERLY = (
     "everything above, as long as systemd has not begun; then none: where reboot(2) fails, systemd goes on to an "
     "ordinary reboot, a cold boot in which nothing arrives"
 )
-"""systemd-shutdown ends in reboot(RB_AUTOBOOT) whatever the kexec said (src/shutdown/shutdown.c, seen in 262)."""
+"""systemd-shutdown ends in reboot(RB_AUTOBOOT) even if the kexec failed (src/shutdown/shutdown.c, seen in 262)."""
 
 
 def plan_steps(
@@ -29,7 +29,7 @@ def plan_steps(
     request: Request,
     target: Target | None,
 ) -> list[Planned]:
-    """The steps left from where the machine stands, in this kernel's order; ConfigError for a cycle of producers."""
+    """Return the steps that are left, in this kernel's order; ConfigError if the producers' order is a cycle."""
     last = Step.load if request.load_only else Step.execute
     told = _describe_producers(producers)
     does = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What anyone may ask of khod: nothing here changes the host, and nothing here waits for an operation."""
+"""What a client may ask khod: nothing here changes the host, and nothing here waits for an operation."""
 
 import asyncio
 import logging
@@ -51,16 +51,16 @@ Inhibitors = Callable[[], Awaitable[Sequence[Inhibitor] | None]]
 
 
 def new_run() -> str:
-    """Name a handover: twelve hex digits, which mark the next kernel's command line too."""
+    """Return a new id of a handover: twelve hex digits, which also mark the next kernel's command line."""
     return uuid.uuid4().hex[:12]
 
 
 class Queries:
-    """The read-only side of khod. `busy` tells whether an operation is under way; `started` when the start is over.
+    """The read-only side of khod. `busy` is locked during an operation; `started` is set when the start is complete.
 
-    `inhibitors` gives what counts now.
+    `inhibitors` returns the function that lists the inhibitors at this time, or None.
 
-    One class of this size: one method for each question of the interface, and what several of them look at.
+    One class of this size: one method for each question of the interface, and what several of them share.
     """
 
     def __init__(
@@ -94,15 +94,15 @@ class Queries:
         self._known = known
         self._started = started
         self.sighted = SightedSessions()
-        """LUO sessions of other processes, as they were found last."""
+        """LUO sessions of other processes, as they were last found."""
         self._looking: asyncio.Future[SightedSessions] | None = None
 
     async def status(self) -> Status:
-        """Tell how it stands, also while khod starts.
+        """Return the state of the host, also while khod starts.
 
-        Asks the kernel only while no operation does, and waits for it no longer than
-        deadlines.observe: reading `active` blocks while the kernel serializes. While the host is on its way
-        into the next kernel nobody is asked: systemd stops khod then, and whoever asked would get no answer.
+        The kernel is asked only while no operation is under way, and for at most deadlines.observe seconds, because
+        reading `active` blocks while the kernel serializes. While the host is on its way into the next kernel nothing
+        is asked: systemd stops khod then, and the caller would get no answer.
         """
         deadline = self._settings.current.deadlines.observe
         with suppress(TimeoutError):
@@ -128,42 +128,45 @@ class Queries:
         )
 
     async def current_event(self) -> Event:
-        """How it stands, as an event; once that is known."""
+        """Return the state as an event, once it is known."""
         await self._known.wait()
         phase, record = self.effective_phase(self._observer.last), self._transaction.record
         return Event(time.monotonic(), phase, self._transaction.reason, record.run, at=time.time())
 
     async def producers(self) -> list[model.Producer]:
-        """Every producer, in the order they are told, with its last answer."""
+        """Return every producer with its last answer, in the order in which they are told."""
         return self._registry.status_rows(self.members)
 
     @property
     def members(self) -> list[Member]:
-        """Whoever was told something in the attempt under way, or takes back what it left."""
+        """The producers that were told something in the attempt under way, or that take back what they left."""
         attempt = self._transaction.attempt
         return attempt.barrier.members if attempt else self._restoration.members
 
     @property
     def absent_producers(self) -> list[RegisteredProducer]:
-        """Producers of before khod was restarted that have not come back; those of the attempt are waited for by it."""
+        """Producers registered before khod was restarted that have not returned.
+
+        Those of the attempt are left out: the attempt waits for them.
+        """
         counted_on = {holder.name for holder in self._transaction.record.producers}
         return [registered for registered in self._registry.peers.absent_producers if registered.name not in counted_on]
 
     @property
     def unknown_sessions(self) -> list[str]:
-        """LUO sessions that khod was given and of which no record says whose they are: they are kept."""
+        """The LUO sessions that khod was given and whose owner is in no record: they are kept."""
         record = self._transaction.record
         claimed = {session_of(record.arrived_run, holder.name) for holder in record.claims}
         own = set(self._sessions.of_run(record.run)) if record.run and record.run != record.arrived_run else set()
         return [name for name in self._sessions.session_names if name not in claimed | own]
 
     async def check(self, request: Request = NOTHING) -> list[Check]:
-        """Run the preflight checks without touching anything; those of an image where one is given."""
+        """Run the preflight checks, with those of an image if one is given; nothing is changed."""
         async with self._inspect_target(request) as (_, checks):
             return checks
 
     async def plan(self, request: Request) -> Plan:
-        """Tell what a handover would do, and what its checks say, without touching anything."""
+        """Return what a handover would do, and the results of its checks; nothing is changed."""
         async with self._inspect_target(request) as (target, checks):
             everyone, deadlines = self._registry.all_producers(), self._settings.current.deadlines
             machine = self._transaction.machine if self._transaction.phase in HELD else Machine()
@@ -172,12 +175,12 @@ class Queries:
             return Plan(steps, checks, target.cmdline if target else "", words, bound_seconds(deadlines, everyone))
 
     async def snapshots(self) -> list[model.Snapshot]:
-        """List the trees that were kept when they left, the newest first."""
+        """Return the trees that were kept when they left, the newest first."""
         found = await self._ask_kernel(self._store.snapshots.list_snapshots, "listing the snapshots")
         return [replace(snapshot, outcome=self._came_to(snapshot)) for snapshot in found]
 
     def _came_to(self, snapshot: model.Snapshot) -> str:
-        """What the handover of a snapshot came to, as far as the record of this boot tells."""
+        """Return the outcome of a snapshot's handover, as far as the record of this boot has it."""
         record, phase = self._transaction.record, self._transaction.phase
         if not snapshot.run:
             return ""
@@ -189,16 +192,16 @@ class Queries:
         return "rolled_back" if here else ""
 
     async def scratch(self) -> list[Region]:
-        """Give the regions the next kernel must fit into."""
+        """Return the memory regions into which the next kernel must fit."""
         await self._started.wait()
         return await self._ask_kernel(self._observer.require_kernel.scratch_regions, "reading scratch")
 
     async def tree(self, side: str) -> Tree:
-        """Read a state tree: `out`, `in`, `snapshot` for the last that left, or one that was kept by its id.
+        """Return a state tree: `out`, `in`, `snapshot` for the last one that left, or the id of one that was kept.
 
-        Before any has left, `snapshot` is the last that was taken.
-        v3 has no outgoing tree unless active. The kernel's thread reads it: a read while another
-        thread leaves the active phase is v3's deadlock.
+        If none has left yet, `snapshot` is the last one taken. v3 has an outgoing tree only while active. The kernel's
+        thread reads it, because v3 deadlocks if it is read while another thread leaves the active phase. Refused if
+        there is no such tree now, UsageError if the id is not known.
         """
         found: Tree | None = None
         if side == "snapshot":
@@ -230,7 +233,7 @@ class Queries:
         return found
 
     def effective_phase(self, observed: Observed | None) -> Phase:
-        """The machine's phase, unless what the kernel says contradicts it."""
+        """Return the machine's phase, unless the kernel contradicts it."""
         phase = self._transaction.phase
         under_way = self._busy.locked() and phase not in RESTING | HELD
         if observed is None or under_way:
@@ -238,9 +241,9 @@ class Queries:
         return reconcile.effective_phase(self._transaction.current_record(), observed)
 
     async def run_checks(self, observed: Observed, target: Target | None = None, *, now: bool = False) -> list[Check]:
-        """Run the checks of this host, or those of the next kernel, after the kernel was asked how it stands.
+        """Run the checks of this host, or those of the next kernel if `target` is given.
 
-        `now` is for a jump that stops nothing.
+        `observed` is the kernel's state, read before. `now` is for a jump that stops nothing.
         """
         deadline = self._settings.current.deadlines.activate
         if target is None:
@@ -271,7 +274,7 @@ class Queries:
         return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
 
     async def _find_sessions(self) -> SightedSessions:
-        """Look for LUO sessions of other processes."""
+        """Find the LUO sessions of other processes, and keep them in `sighted`."""
         calls, own, deadline = (
             self._kexec.calls,
             lambda: self._sessions.session_names,
@@ -290,7 +293,10 @@ class Queries:
         return found
 
     async def _sighted_within(self, seconds: float) -> SightedSessions:
-        """Those found in this time, else those found last: systemd may be slow to answer, and the look goes on."""
+        """Return the sessions found within `seconds`, else those that were last found.
+
+        systemd may be slow to answer; the search then continues.
+        """
         if self._looking is None or self._looking.done():
             self._looking = asyncio.ensure_future(self._find_sessions())
         await asyncio.wait({self._looking}, timeout=seconds)
@@ -299,7 +305,7 @@ class Queries:
         return replace(self.sighted, unseen=f"to look for them takes longer than {seconds:g} s; ask again")
 
     async def _outgoing_tree(self, observed: Observed) -> Tree | None:
-        """The outgoing tree, where the kernel has one now: read in the kernel's thread, as v3 wants it."""
+        """Return the outgoing tree, if the kernel has one now; the kernel's thread reads it, as v3 requires."""
         kernel = self._observer.probed.kernel
         if kernel is None or observed.active is False:
             return None
@@ -314,7 +320,7 @@ class Queries:
 
     @asynccontextmanager
     async def _inspect_target(self, request: Request) -> AsyncIterator[tuple[Target | None, list[Check]]]:
-        """The next kernel that is asked about, for as long as it is looked at, and every check there is."""
+        """Yield the next kernel of a request, which is closed afterwards, and the results of all checks."""
         await self._started.wait()
         observed = await self._observer.observe_kernel(self._settings.current.deadlines.activate)
         run = self._transaction.record.run or new_run()
@@ -323,7 +329,7 @@ class Queries:
             try:
                 bounds = self._settings.current.images
                 target = await take_target(self._workers.files, request, observed.cmdline, run, bounds)
-            except Refused as error:  # an empty file, one too large: no reason to be silent about all the rest
+            except Refused as error:  # an empty file, one too large: the other checks are reported all the same
                 unusable = [
                     preflight.unusable_check("image" if error.where == request.kernel.name else "initrd", error)
                 ]

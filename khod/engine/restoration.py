@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""After the jump: what arrived is held against the snapshot, and the producers take back what they left."""
+"""After the jump: what arrived is compared with the snapshot, and the producers take back what they left."""
 
 import asyncio
 import time
@@ -25,9 +25,9 @@ from khod.text import join_names
 
 
 class Restoration:
-    """What the handover into this boot came to, and who has not taken back what it left.
+    """The outcome of the handover into this boot, and the producers that have not taken back what they left.
 
-    `busy` is held while producers are told, `spawn` starts what nobody waits for.
+    `busy` is held while producers are told; `spawn` starts a task that nobody waits for.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class Restoration:
 
     @property
     def members(self) -> list[Member]:
-        """Whoever was told to take something back."""
+        """The producers that were told to take something back."""
         members = self._barrier.members if self._barrier else []
         return [self._told_later.get(member.producer.name, member) for member in members]
 
     async def begin_restoration(self, observed: Observed, kernel: KhoKernel | None, doubt: str, note: str) -> None:
         """Verify this boot, and have the producers take back what they left.
 
-        They are not waited for here: a producer may start only after khod is ready. `doubt` speaks against all of it
-        having arrived ("" where nothing does), `note` is as in Transaction.enter_verifying.
+        This does not wait for them: a producer may start only after khod is ready. `doubt` is the reason why not all of
+        it can have arrived ("" for none); `note` is as in Transaction.enter_verifying.
         """
         await self._transaction.enter_verifying(observed, note, doubt)
         verdict = await self._compare_trees(kernel)
@@ -77,7 +77,7 @@ class Restoration:
             record.arrived_run, changed, record.claims, None, restoring=True
         )
         idle = {member.producer.name for member in barrier.members if not member.producer.restores_state}
-        if any(holder.name in idle for holder in record.claims):  # an earlier khod did not record who restores
+        if any(holder.name in idle for holder in record.claims):  # an earlier khod did not record `restores`
             await self._transaction.note_claims(tuple(held for held in record.claims if held.name not in idle))
         if self._transaction.record.claims:
             self._spawn(self._bring_all_back(barrier, verdict))
@@ -88,24 +88,24 @@ class Restoration:
     def restore_late(self, peer: Peer) -> None:
         """Give a producer that comes after the verification what it left, and correct the verdict.
 
-        While a handover is under way it waits for the end of that.
+        During a handover, this waits until the handover has ended.
         """
         self._late.add(peer)
         self.resume_claims()
 
     def make_way(self) -> bool:
-        """Cut a late producer short for what an operator wants, where that is what goes on; whether it was."""
+        """Cut short the restore of a late producer for an operator's request; return whether one was under way."""
         if self._gives_back_late:
             self._transaction.cancel(Failed("Somebody wants something else done first"))
         return self._gives_back_late
 
     def resume_claims(self) -> None:
-        """Give those what they left who came while a handover was under way."""
+        """Give the producers that came during a handover what they left."""
         while self._late and self._transaction.phase in RESTING:
             self._spawn(self._restore_late(self._late.pop()))
 
     async def _compare_trees(self, kernel: KhoKernel | None) -> Verdict:
-        """Compare the tree that arrived with the one that left; what cannot be read is a finding."""
+        """Compare the tree that arrived with the one that left; a tree that cannot be read is a finding."""
         record, deadline = self._transaction.record, self._settings.current.deadlines.activate
         try:
             snapshot = await self._workers.disk.call_within(
@@ -118,12 +118,12 @@ class Restoration:
                 )
             now = kernel.generation if kernel else Generation.none
             return verify.compare_trees(snapshot, arrived, record.generation, now)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the producers still have to be given what is theirs
+        except Exception as error:  # noqa: BLE001 - after any error, the producers must still get back what they left
             text = str(error) if isinstance(error, (KhoError, OSError)) else f"khod itself failed: {error!r}"
             return Verdict().with_findings([Finding.of_khod(text)])
 
     async def _count_sessions(self, verdict: Verdict) -> Verdict:
-        """Add which of the sessions arrived that other processes had before the jump, by who has them now."""
+        """Add to the verdict which sessions of other processes arrived, by the processes that have them now."""
         record, calls = self._transaction.record, self._kexec.calls
         held: list[session_holders.HeldSession] = []
         if record.sessions:
@@ -143,11 +143,11 @@ class Restoration:
                 verdict = await self._bring_back(barrier, verdict, self._settings.current.deadlines.restore)
                 self._transaction.note_timing("restore", began)
                 verdict = await self._count_sessions(verdict)
-            except Exception as error:  # noqa: BLE001 - or this boot would be verified for ever
+            except Exception as error:  # noqa: BLE001 - otherwise the verification would never end
                 verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(f"khod itself failed: {error!r}")])
             await self._conclude_verification(verdict)
         for peer in self._registry.peers.all_peers():
-            if peer.is_reachable and peer.claim.is_restoring:  # it came when nobody waited for it any more
+            if peer.is_reachable and peer.claim.is_restoring:  # it came after the wait for it had ended
                 self.restore_late(peer)
 
     async def _restore_late(self, peer: Peer) -> None:
@@ -162,14 +162,17 @@ class Restoration:
             self._gives_back_late = True
             try:
                 await self._transaction.wait_interruptibly(self._bring_back_later(barrier, peer.timeout))
-            except KhoError:  # cut short: what waits for the peer stays, and it is told again afterwards
+            except KhoError:  # cut short: what the peer left stays, and it is told again afterwards
                 self._transaction.settle_cancel()
                 self._late.add(peer)
             finally:
                 self._gives_back_late = False
 
     async def retry_restore(self, holder: ProducerRecord) -> None:
-        """Tell a producer again to take back what it left, at rest and with nothing else under way."""
+        """Tell a producer again to take back what it left; Refused if it does not.
+
+        Called at rest, with no other operation under way.
+        """
         changed, run = self._transaction.on_member_changed, self._transaction.record.arrived_run
         barrier = self._registry.resume_barrier(run, changed, [holder], None, restoring=True)
         await self._bring_back_later(barrier, self._settings.current.deadlines.restore)
@@ -182,7 +185,7 @@ class Restoration:
             )
 
     async def _bring_back_later(self, barrier: Barrier, deadline: float) -> None:
-        """Give somebody what is theirs after the verification, and correct the verdict where there was one."""
+        """Give producers what they left after the verification, and correct the verdict if there is one."""
         record = self._transaction.record
         self._told_later |= {member.producer.name: member for member in barrier.members}
         verdict = await self._bring_back(barrier, record.verdict or Verdict(), deadline)
@@ -190,17 +193,18 @@ class Restoration:
             await self._conclude_verification(verdict)
 
     async def _bring_back(self, barrier: Barrier, verdict: Verdict, deadline: float) -> Verdict:
-        """Tell `restore` and then `finish`, rank by rank, and add to the verdict who has its state again.
+        """Tell `restore` and then `finish`, rank by rank; return the verdict with who has its state again.
 
-        Whoever is done leaves the claims; the others stay in them, so that what they left is given to nobody
-        else. A khod that dies in between leaves in the record to whom it is said again.
+        A producer that is done leaves the claims. The others stay in them, so that what they left is given to nobody
+        else. If khod dies meanwhile, the record says which producers must be told again.
         """
         members = [member for member in barrier.members if member.producer.restores_state]
         empty = [member for member in members if member.told is not Verb.finish]
         failed = await barrier.bring_back(Verb.restore, empty, deadline)
         restored = [member for member in members if member not in failed]
         for member in restored:
-            # Recorded before anyone's session is let go: whoever has what is theirs is not told to restore it again.
+            # Recorded before any session is finished: a producer that has its state again is not told to restore it
+            # once more.
             member.told = Verb.finish
         await self._transaction.note_claims(self._remaining_claims(barrier, set()))
         failed += await barrier.bring_back(Verb.finish, restored, deadline)
@@ -216,7 +220,7 @@ class Restoration:
         return replace(verdict, arrived=arrived, missing=missing).with_findings(findings)
 
     async def _note_blackout(self) -> None:
-        """Count the blackout up to now; without the kernel's uptime the wall clock is taken for right."""
+        """Record the blackout up to now; without the kernel's uptime the wall clock is trusted."""
         uptime: float | None = None
         with suppress(KhoError, OSError):
             deadline = self._settings.current.deadlines.observe
@@ -226,7 +230,7 @@ class Restoration:
         self._transaction.note_blackout(uptime)
 
     def _remaining_claims(self, barrier: Barrier, done: set[str]) -> tuple[ProducerRecord, ...]:
-        """The record's claims without those of whoever is done, as the barrier has them by now."""
+        """Return the record's claims without those of the producers in `done`, as the barrier has them by now."""
         now = {holder.name: holder for holder in barrier.to_records()}
         claims = self._transaction.record.claims
         return tuple(now.get(old.name, old) for old in claims if old.name not in done)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The undo of an attempt, total and bounded: what one step or one producer does ends no other's undo.
+"""The undo of an attempt, complete and bounded: a failure of one step or producer ends no other's undo.
 
-The kernel's part comes first: the image is unloaded and the active phase left. It is not waited for any longer than
-PATIENCE_SECONDS before the producers are thawed: a kernel call that hangs must keep nobody frozen.
+The kernel's part comes first: the image is unloaded and the active phase left. After PATIENCE_SECONDS the producers are
+thawed even if that has not ended: a kernel call that hangs must keep no producer frozen.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from khod.producers.barrier import UNDO, Participant, Verb
 from khod.producers.order import order_in_ranks
 
 PATIENCE_SECONDS = 2.0
-"""Seconds the kernel's undo goes ahead of the producers'."""
+"""Maximum seconds that the producers' undo waits for the kernel's."""
 OVERHEAD_SECONDS = 10.0
 """Seconds for the record, the bus and the journal together."""
 KERNEL = (Step.activate, Step.load)
@@ -27,24 +27,24 @@ PRODUCERS = {Step.freeze: Verb.freeze, Step.prepare: Verb.prepare}
 
 @dataclass(frozen=True)
 class Failure:
-    """A step that could not be undone, or not for everyone."""
+    """A step that could not be undone, or not for every producer."""
 
     step: Step
     items: tuple[NotUndone, ...]
 
     def describe(self) -> str:
-        """What is not undone, and why."""
+        """Return why it is not undone, each reason once."""
         return "; ".join(dict.fromkeys(item.why for item in self.items))
 
 
 def bound_seconds(deadlines: Deadlines, producers: Iterable[Participant]) -> float:
-    """The most that a rollback may take: the kernel's calls, two verbs of every rank, and the overhead."""
+    """Return the maximum seconds of a rollback: the kernel's calls, two verbs of every rank, and the overhead."""
     slowest = sum(max(producer.timeout + CUT_SECONDS for producer in rank) for rank in order_in_ranks(producers))
     return len(KERNEL) * deadlines.rollback + len(UNDO) * slowest + OVERHEAD_SECONDS
 
 
 async def undo_all(attempt: Attempt, done: Sequence[Step], emit: Callable[[str], None]) -> list[Failure]:
-    """Undo these steps, the last first; those that could not be undone. Raises nothing but a cancellation."""
+    """Undo these steps, the last first; return those that could not be undone. Raises nothing except a cancellation."""
     kernel = asyncio.ensure_future(_undo_kernel(attempt, [step for step in reversed(done) if step in KERNEL], emit))
     await asyncio.wait({kernel}, timeout=PATIENCE_SECONDS)
     producers = await _undo_producers(attempt, [step for step in reversed(done) if step in PRODUCERS], emit)
@@ -56,8 +56,8 @@ async def _undo_kernel(attempt: Attempt, steps: Sequence[Step], emit: Callable[[
     failures: list[Failure] = []
     for step in steps:
         if failures:
-            # The image has the state of the active phase. Left loaded without that phase it would hand stale state
-            # over with the next reboot, of which systemd 262 makes a kexec.
+            # The image contains the state of the active phase. If it stayed loaded without that phase, it would hand
+            # over stale state at the next reboot, because systemd 262 makes a kexec of that.
             why, remedy = "the active phase is kept: the image that has its state is still loaded", ""
         else:
             try:
@@ -65,7 +65,7 @@ async def _undo_kernel(attempt: Attempt, steps: Sequence[Step], emit: Callable[[
                 continue
             except KhoError as error:
                 why, remedy = _describe_error(error), error.remedy
-            except Exception as error:  # noqa: BLE001 - one step's, whatever it is: the others go on
+            except Exception as error:  # noqa: BLE001 - any error of one step: the others continue
                 why, remedy = f"khod itself failed: {error!r}", "This is a bug; the journal has more."
         if step is Step.load:
             remedy = f"{remedy} Do not reboot before: it would jump into this image with stale state.".strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The first thing a khod does: compare its record with the kernel, and know who may come back."""
+"""What khod does first: compare its record with the kernel, and find out which producers may return."""
 
 import asyncio
 from contextlib import suppress
@@ -18,11 +18,11 @@ from khod.model import Observed, Step
 from khod.producers.peers import Peers
 
 ASK_AGAIN_SECONDS = 5.0
-"""Between a question to the kernel that came to nothing and the next one."""
+"""Seconds between a question that the kernel did not answer and the next one."""
 
 
 class Startup:
-    """Finds out where the host stands; nothing of it waits for a kernel or a file system without being asked again."""
+    """Finds out the state of the host; every question to the kernel or to a file system has a deadline."""
 
     def __init__(
         self,
@@ -43,7 +43,10 @@ class Startup:
         self._settings = settings
 
     async def find_out(self) -> tuple[Found, Observed, str]:
-        """Put the transaction where the host stands; what was found, what the kernel says, and what to tell of it."""
+        """Set the transaction to the state of the host.
+
+        Returns what was found, the kernel's state, and a note for the operator.
+        """
         record = await self._read_record()
         self._transaction.adopt_found(
             reconcile.provisional_state(record), record if isinstance(record, Record) else Record()
@@ -61,7 +64,7 @@ class Startup:
         self._peers.expect_registered(observed.boot_id)
         self._expect_producers(found, current, observed)
         if isinstance(record, RecordError):
-            # Told that nothing is counted on they would thaw, and the host may be about to jump.
+            # If they were told that nothing waits for them, they would thaw, and the host may be about to jump.
             self._peers.expect_absent(current.run)
         return found, observed, note
 
@@ -71,30 +74,33 @@ class Startup:
             return await self._workers.disk.call_within(self._store.read, "reading the record", deadline)
         except RecordError as error:
             return error
-        except Exception as error:  # noqa: BLE001 - a record that cannot be had is one that cannot be read
+        except Exception as error:  # noqa: BLE001 - after any error the record counts as unreadable
             return RecordError(f"The record cannot be read: {error}", where=str(self._store.record_path))
 
     async def _observe_kernel(self, record: Record | RecordError | None) -> Observed:
-        """Ask the kernel; where it does not answer, take it to be where the record has it: then an undo may begin."""
+        """Return the kernel's state or, if the kernel does not answer, the state in the record: then an undo may begin.
+
+        Without such a record, the kernel is asked until it answers.
+        """
         while (observed := await self._observer.try_observe(self._settings.current.deadlines.activate)) is None:
             if isinstance(record, Record) and record.done and await self._boot_id() in ("", record.boot_id):
                 self._transaction.emit_event("the kernel does not say how it stands: the record is taken for it")
                 loaded = Step.load in record.done
                 return Observed(record.boot_id, record.release, active=None, loaded=loaded, arrived=False, cmdline="")
-            # Whether state came in is no guess: what is taken for a cold boot gives up what arrived.
+            # Whether state arrived must not be guessed: a boot that is taken for a cold boot gives up what arrived.
             self._transaction.emit_event("the kernel does not say how it stands: it is asked again")
-            await asyncio.sleep(ASK_AGAIN_SECONDS)  # it may have failed at once
+            await asyncio.sleep(ASK_AGAIN_SECONDS)  # the question may have failed at once
         return observed
 
     async def _boot_id(self) -> str:
-        """This boot's id, "" where it cannot be read."""
+        """Return this boot's id, "" if it cannot be read."""
         with suppress(KhoError, OSError):
             deadline = self._settings.current.deadlines.observe
             return await self._workers.files.call_within(self._kexec.boot_id, "reading the boot id", deadline)
         return ""
 
     async def _read_departure(self, record: Record | RecordError | None, observed: Observed) -> Record | None:
-        """The copy that left with the jump into this boot, where the record itself cannot be read or is gone."""
+        """Return the copy of the record that left with the jump into this boot, if the record is unreadable or gone."""
         if isinstance(record, Record):
             return None
         deadline = self._settings.current.deadlines.activate
@@ -110,9 +116,9 @@ class Startup:
         return None
 
     def _expect_producers(self, found: Found, record: Record, observed: Observed) -> None:
-        """Say who may come back: those of the handover under way, and those with something to claim.
+        """Tell the peers who may return: the producers of the handover under way, and those with something to claim.
 
-        At the first start after a jump the claims are those of the boot before, and were lost in it.
+        At the first start after a jump, the recorded claims are those of the boot before, and were lost in it.
         """
         if found.action is Action.verify and (record.boot_id != observed.boot_id or not record.claims):
             self._peers.expect_holders(record.producers, record.run, restoring=True)

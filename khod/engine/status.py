@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the operator is told at three in the morning: one sentence on where it stands, one on what to do."""
+"""The status for an operator in an emergency: one sentence on the state of the host, one on what to do."""
 
 from khod.engine.transaction import Transaction
 from khod.errors import Exit
@@ -56,7 +56,7 @@ PHASE_EXITS = {
     Phase.inconsistent: Exit.not_rolled_back,
     Phase.foreign: Exit.refused,
 }
-"""Of what is under way; whatever this boot's handover came to counts beside it."""
+"""Exit codes by phase; for any other phase, the outcome of this boot's handover counts."""
 OUTCOME_EXITS = {Phase.degraded: Exit.degraded, Phase.cold_boot: Exit.degraded}
 FOREIGN = "Another program is using KHO or kexec as well; khod will not touch it."
 HELD_THERE = "The next step has failed, and the handover was held there as asked."
@@ -76,7 +76,7 @@ def build_status(
     sighted: SightedSessions,
     stale: bool,
 ) -> Status:
-    """Put together what is known; `phase` is what the kernel leaves of the machine's."""
+    """Return the status from what is known; `phase` is the machine's, unless the kernel contradicts it."""
     record, under_way = transaction.record, transaction.under_way
     due = [step.value for step in transaction.machine.done]
     foreign = kernel is not None and not stale and reconcile.is_foreign(transaction.current_record(), kernel)
@@ -86,7 +86,7 @@ def build_status(
     contradicted = phase in (Phase.foreign, Phase.inconsistent)
     unfinished = phase in (Phase.failed, Phase.inconsistent)
     outcome = phase if phase in OUTCOME_EXITS else record.outcome
-    held = phase in HELD and bool(record.last_error)  # a step that succeeds takes the error of the one before away
+    held = phase in HELD and bool(record.last_error)  # a step that succeeds clears the error of an earlier one
     if held:
         summary, remedy = f"{summary} {HELD_THERE}", "To try again: khoctl kexec. To go back: khoctl abort"
     code = Exit.not_rolled_back if held else PHASE_EXITS.get(phase, OUTCOME_EXITS.get(outcome, Exit.done))
@@ -124,7 +124,7 @@ def build_status(
 
 
 def _summarise(phase: Phase, record: Record, probed: Probed, *, foreign: bool, absent: list[str]) -> tuple[str, str]:
-    """What the operator reads first: where it stands, and what to do."""
+    """Return what the operator reads first: the state of the host, and what to do."""
     summary, remedy = PHASE_TEXT[phase]
     if phase is Phase.degraded and record.verdict is not None:
         summary, remedy = _describe_degraded(record.verdict)
@@ -146,7 +146,7 @@ def _summarise(phase: Phase, record: Record, probed: Probed, *, foreign: bool, a
 def _describe_contradiction(
     transaction: Transaction, kernel: Observed | None, producers: list[Producer]
 ) -> tuple[str, str]:
-    """Name the two facts that contradict each other, or what is the matter with the record."""
+    """Name the two facts that contradict each other, or what is wrong with the record."""
     held = [found.name for found in producers if found.phase == "freeze" and found.answer == READY]
     frozen = f" Still frozen: {join_names(held)}." if held else ""
     if transaction.phase is Phase.inconsistent and transaction.reason:
@@ -158,7 +158,7 @@ def _describe_contradiction(
 
 
 def _describe_degraded(verdict: Verdict) -> tuple[str, str]:
-    """Say of a handover that did not bring everything whose state is missing: that decides what is to be done."""
+    """After a handover that did not bring everything, name the producers whose state is missing, and what to do."""
     summary, remedy = PHASE_TEXT[Phase.degraded]
     names = sorted({finding.producer for finding in verdict.findings if finding.producer})
     if not names:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One handover under way: the only writer of the machine and of its record.
 
-Every step is recorded before it is taken; a failed step leads to the undo of all that was done. What ends a
-handover stays a fact until somebody has acted on it: it is looked at before each step, after the last one, and
-again before the handover is let go.
+Every step is recorded before it is taken; a failed step leads to the undo of all steps done. A cause that ends a
+handover is kept until it was acted on: it is checked before each step, after the last one, and once more at the end of
+an operation.
 """
 
 import asyncio
@@ -33,7 +33,8 @@ from khod.text import join_names
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
 COALESCED = (Step.activate, Step.load)
-"""One durable record names both where they follow each other: an fsync between them would lengthen the blackout."""
+"""Two steps that one durable record names if they follow each other: an fsync between them would lengthen the
+blackout."""
 
 BEGINS = {
     Step.prepare: "{who} is told to prepare",
@@ -42,38 +43,40 @@ BEGINS = {
     Step.load: "the kernel takes the image",
     Step.execute: "the jump is asked for",
 }
-"""What is said when a step begins."""
+"""The message when a step begins."""
 
 RECORD_SECONDS = 60.0
-"""Seconds one write of the record may take on the way forward: a step that is not recorded is not taken."""
+"""Maximum seconds for one write of the record on the way forward: a step that is not recorded is not taken."""
 RECORD_UNDO_SECONDS = 2.0
-"""Seconds it may take on the way back, at its beginning and at its end: a file system that hangs thaws nobody."""
+"""Maximum seconds for a write at the begin and at the end of a rollback: a file system that hangs must not delay a
+thaw."""
 
 CATCH_UP_SECONDS = (2.0, 5.0, 15.0, 60.0, 300.0)
-"""Between two tries to write a record that could not be written."""
+"""Seconds before each new try to write a record that could not be written."""
 
 INTERRUPT_SECONDS = 5.0
-"""Seconds that what is cancelled in the middle of a step has to end; then the undo begins all the same."""
+"""Seconds that work has to end if it is cancelled in the middle of a step; then the undo begins all the same."""
 
 NOT_UNDONE = "Not everything could be put back"
-"""What follows the first cause where a rollback fails, too: a later one must not hide it."""
+"""Follows the first cause in a message if the rollback fails too: a later error must not hide the cause."""
 ROLLED_BACK = "Everything was rolled back."
-"""What follows it where none fails."""
+"""Begins the remedy if the rollback does not fail."""
 
 SHUTDOWN_SECONDS = 2.0
-"""Seconds an undo that is over waits for systemd to say whether the host is shut down; the record may have it later."""
+"""Seconds that an undo waits at its end for systemd to say whether the host is shut down; a later answer is recorded
+too."""
 
 CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
-"""Phases that a veto may still end: before the jump is asked for."""
+"""Phases that a veto may still end: those before the jump is requested."""
 
 
 def recorded_ahead(steps: Sequence[Step]) -> Sequence[Step]:
-    """The steps after the first that its record names too."""
+    """Return the steps after the first that the first one's record names too."""
     return steps[1:2] if tuple(steps[:2]) == COALESCED else ()
 
 
 def told_error(error: BaseException) -> KhoError:
-    """Return the error an operator is told."""
+    """Return the error that is reported to an operator."""
     if isinstance(error, KhoError):
         return error
     if isinstance(error, OSError):
@@ -82,13 +85,13 @@ def told_error(error: BaseException) -> KhoError:
 
 
 class Transaction:
-    """Where this host's handover stands. `tell` is called with every change, from the event loop.
+    """The state of this host's handover. `tell` is called with every change, in the event loop.
 
-    `before_step` is called before each step, and cancels what must not go on. `goes_down` asks whether the host is
-    being shut down.
+    `before_step` is called before each step, and cancels the handover if it must not continue. `goes_down` asks whether
+    the host is being shut down.
 
-    One class of this size: it is the only writer of the machine and the record, and every way around the table of the
-    machine (a hold, a take-over, a cancelled step) has to stand where those are private.
+    One class of this size: it is the only writer of the machine and the record, and every exception to the table of the
+    machine (a hold, a take-over, a cancelled step) has to be where those are private.
     """
 
     def __init__(
@@ -107,9 +110,9 @@ class Transaction:
         self._cancelled = asyncio.Event()
         self._acted_on: tuple[KhoError, KhoError] | None = None
         self.rollbacks = 0
-        """How many have ended."""
+        """The number of rollbacks that have ended."""
         self.rollback_error: KhoError | None = None
-        """What the last of them could not put back."""
+        """The error of the last rollback if it could not undo everything."""
         self._step_began = 0.0
         self._is_behind = False
         """Whether the record on the disk is an older one, because this one could not be written."""
@@ -138,22 +141,22 @@ class Transaction:
 
     @property
     def record(self) -> Record:
-        """The record as it was written last."""
+        """The record, with changes that the next write saves."""
         return self._record
 
     @property
     def reason(self) -> str:
-        """Why it stands where it stands, "" where there is nothing to say."""
+        """Why the handover is in its phase, "" if there is nothing to say."""
         return self._reason
 
     @property
     def attempt(self) -> Attempt | None:
-        """What acts for the handover under way."""
+        """The attempt of the handover under way."""
         return self._attempt
 
     @property
     def under_way(self) -> UnderWay | None:
-        """The step that has begun and is not finished."""
+        """The step that has begun and has not ended."""
         done = self._machine.done
         if not done or self.phase is not STEPS[done[-1]].doing:
             return None
@@ -161,31 +164,31 @@ class Transaction:
 
     @property
     def cause(self) -> KhoError | None:
-        """What has ended the handover and was not acted on yet."""
+        """The cause that has ended the handover and was not acted on yet."""
         return self._cause
 
     # Beginnings
 
     def adopt_found(self, found: Found, record: Record) -> None:
-        """Stand where a start of khod has found the host."""
+        """Take over the state that a start of khod has found."""
         self._record, self._reason = record, found.reason
         self._machine = Machine(found.phase, () if found.phase in RESTING else record.done)
 
     def begin_run(self, record: Record) -> None:
         """Begin the run of this record, from rest."""
-        # What this boot came to stays where nothing comes of it before its first step.
+        # The outcome of this boot stays if the handover ends before its first step.
         self._machine, self._attempt, self._record, self._reason = Machine(record.outcome), None, record, ""
 
     def note_target(self, image: str, *, luo_off: bool = False) -> None:
-        """Note what the handover takes the host to; its next record says so. `luo_off` as of Begun."""
+        """Note the image of the handover, for its next record. `luo_off` is as in Begun."""
         self._record = replace(self._record, begun=replace(self._record.begun, image=image, luo_off=luo_off))
 
     def attach_attempt(self, attempt: Attempt | None) -> None:
-        """Act by this attempt from here on; None where another is to be made of the record."""
+        """Use this attempt from here on; None if a new one is to be made from the record."""
         self._attempt = attempt
 
     def adopt_steps(self, phase: Phase, steps: tuple[Step, ...], observed: Observed, note: str = "") -> None:
-        """Take over what khod has no record of (`foreign`) or none that agrees (`inconsistent`), to put it back.
+        """Take over steps that khod has no record of (`foreign`), or no consistent one (`inconsistent`), to undo them.
 
         `note` is what an operator should know of it afterwards.
         """
@@ -196,7 +199,7 @@ class Transaction:
 
     @contextmanager
     def drive_aside(self, record: Record) -> Iterator[None]:
-        """Drive something else than a handover, at rest; where that ends at rest, all is as it was before."""
+        """Drive something other than a handover, from rest; if that ends at rest, restore the state from before."""
         machine, before, reason = self._machine, self._record, self._reason
         self.begin_run(record)
         try:
@@ -205,11 +208,11 @@ class Transaction:
             if self.phase in RESTING:
                 self._machine, self._attempt, self._record, self._reason = machine, None, before, reason
 
-    # What ends it
+    # Cancellation
 
     @property
     def can_be_cancelled(self) -> bool:
-        """Whether there is something that can still be ended: before the jump is asked for."""
+        """Whether something is under way that can still be ended: before the jump is requested."""
         return self.phase in CAN_END or (self.phase is Phase.executing and not self._jump_asked)
 
     def cancel(self, cause: KhoError) -> None:
@@ -219,17 +222,17 @@ class Transaction:
             self._cancelled.set()
 
     def settle_cancel(self) -> None:
-        """Forget a cause that found nothing to end."""
+        """Clear the cause: it was acted on, or found nothing to end."""
         self._cause = None
         self._cancelled.clear()
 
     def wait_for_judgement(self, judgement: "asyncio.Future[None]") -> None:
-        """Take no further step before it is known whether something ends the handover: `judgement` cancels it if so."""
+        """Take no further step before `judgement` is done; it calls `cancel` if something ends the handover."""
         self._doubts.add(judgement)
         judgement.add_done_callback(self._doubts.discard)
 
     async def raise_if_cancelled(self) -> None:
-        """Raise what has ended the handover, once what waits to be heard or judged was."""
+        """Raise the cause that has ended the handover, after all waiting events and judgements."""
         self._before_step()
         while self._doubts and self._cause is None:
             await self.wait_interruptibly(asyncio.wait(set(self._doubts)))
@@ -237,16 +240,15 @@ class Transaction:
             raise self._cause
 
     def failure_after(self, cause: KhoError) -> KhoError | None:
-        """What the rollback that acted on `cause` could not put back; None where it put everything back."""
+        """Return what the rollback for `cause` could not undo; None if it undid everything."""
         if self._acted_on is not None and self._acted_on[0] is cause and self._acted_on[1] is not cause:
             return self._acted_on[1]
         return None
 
     async def wait_interruptibly(self, work: Awaitable[T]) -> T:
-        """Wait for `work`, and no longer than until the handover is cancelled; raises the cause then.
+        """Return what `work` returns; if the handover is cancelled first, cancel `work` and raise the cause.
 
-        `work` is cancelled in its turn. What it asked of the kernel goes on there: every undo is made by the
-        same thread, behind it.
+        What `work` requested of the kernel continues there: every undo is made by the same thread, after it.
         """
         task = asyncio.ensure_future(work)
         cancelled = asyncio.ensure_future(self._cancelled.wait())
@@ -269,7 +271,10 @@ class Transaction:
     # The way forward
 
     async def run_steps(self, steps: Sequence[Step], *, hold: bool) -> None:
-        """Take the steps in order; on failure everything is put back and the cause raised."""
+        """Take the steps in order; a failure undoes everything and raises the cause.
+
+        With `hold` only the failed step is undone, and the handover waits where it was before that step.
+        """
         recorded: Sequence[Step] = ()
         for number, step in enumerate(steps):
             before, caught_up = self._machine, False
@@ -283,9 +288,10 @@ class Transaction:
             except JumpUnderWay:
                 self.settle_cancel()
                 raise
-            except ANYTHING as error:  # a bug of ours, too: it must be undone
+            except ANYTHING as error:  # also a bug in khod: it must be undone
                 raise_if_cancelling(error)
-                # Whoever came late and could not be brought up to the others is not left half-way by --hold.
+                # --hold does not apply if a late producer could not catch up with the others: it must not stay
+                # half-way.
                 await self._on_failure(error, step, before, hold=hold and caught_up)
         if self.phase is Phase.executing:
             return
@@ -302,7 +308,7 @@ class Transaction:
         if not self._machine.done:
             self.settle_cancel()
             raise cause from error
-        if step is Step.activate and isinstance(error.__cause__, OSError):  # the kernel's own no
+        if step is Step.activate and isinstance(error.__cause__, OSError):  # the kernel itself refused
             self._record = replace(self._record, failed_activations=self._record.failed_activations + 1)
         if hold and step is not None and before.phase in HELD and not called_off:
             await self._hold_before(step, before, cause)
@@ -310,7 +316,7 @@ class Transaction:
         raise AssertionError("a rollback with a cause raises")
 
     async def _catch_up(self, step: Step) -> None:
-        """Bring whoever came since to where the others are: each verb is recorded before it is told."""
+        """Bring late producers to the state of the others: each verb is recorded before it is told."""
         attempt = self._require_attempt()
         if attempt.resumed:
             await self.wait_interruptibly(attempt.wait_reconnected())
@@ -323,10 +329,11 @@ class Transaction:
         self._require_luo()
 
     def _require_luo(self) -> None:
-        """Refuse an image that comes up with LUO off where files were handed over: nobody would look at them.
+        """Refuse an image that starts with LUO off if files were handed over: the next kernel would lose them.
 
-        The check `formats` warns of it before anyone is told, when it is not known yet whether there will be any.
-        Asked before each step, where --hold holds nothing: no other image can take the place of one that is loaded.
+        The check `formats` warns of it before any producer is told, when it is not known yet whether there will be
+        files. This is checked again before each step, and --hold does not apply to it: no other image can replace one
+        that is loaded.
         """
         if self._record.begun.luo_off and (names := self._require_attempt().preserving_producers):
             raise Refused(
@@ -336,7 +343,7 @@ class Transaction:
             )
 
     async def _take_step(self, step: Step, ahead: Sequence[Step] | None) -> None:
-        """Take one step, recorded with those `ahead`; None where a durable record names it already."""
+        """Take one step, recorded together with those in `ahead`; None if a durable record names it already."""
         attempt = self._require_attempt()
         self._machine = self._machine.begin_step(step)
         done = (*self._machine.done, *(ahead or ()))
@@ -356,13 +363,13 @@ class Transaction:
             self._jump_asked = True
         await self.wait_interruptibly(attempt.do_step(step))
         self.note_timing(step.value, began)
-        self._record = replace(self._record, last_error="")  # of a try before this one, which was held
+        self._record = replace(self._record, last_error="")  # of an earlier try, which was held
         self._machine = self._machine.finish_step(step)
         took = self._record.timings[-1].seconds
         self.emit_event(f"{step.value} took {took:.3f} s", EventKind.step_ended, step=step, duration=took)
 
     async def _hold_before(self, step: Step, before: Machine, cause: KhoError) -> NoReturn:
-        """Put only the failed step back and stay where it began, as --hold asks."""
+        """Undo only the failed step and stay where it began, as --hold requests."""
         if await undo_all(self._require_attempt(), (step,), self.emit_event):
             await self.roll_back(cause)
         self._machine, self._reason, self._jump_asked = before, cause.what, False
@@ -379,7 +386,7 @@ class Transaction:
         )
 
     async def record_departure(self) -> None:
-        """Record that the host goes down into the next kernel, whoever asked for it: nothing is undone from here on."""
+        """Record that the host goes down into the next kernel, whoever requested it: from here on nothing is undone."""
         if self.phase is not Phase.executing:
             self._machine = self._machine.begin_step(Step.execute)
         self._jump_asked = True
@@ -396,12 +403,12 @@ class Transaction:
         interrupted: Phase | None = None,
         because: KhoError | None = None,
     ) -> None:
-        """Undo every step done; one that cannot be undone does not stop the others, and nothing is waited for forever.
+        """Undo every step done; one that cannot be undone does not stop the others, and every wait has a limit.
 
-        Raises `cause`, or NotRolledBack where something is left; returns where there is no cause: the operator
-        asked for it, or it is `because` of what nobody is answered with. `interrupted` is where the handover was when
-        khod was stopped by a shutdown of the host. A shutdown may also be the cause, where it has stopped a producer
-        before khod: systemd is asked, and the record says so.
+        Raises `cause`, or NotRolledBack if something could not be undone. Without a cause it returns: the operator
+        requested it, or `because` is the reason and no caller waits for an answer. `interrupted` is the phase of the
+        handover when a shutdown of the host stopped khod. A shutdown may also be behind `cause`, if it stopped a
+        producer before khod: systemd is asked, and the record says so.
         """
         if cause is not None:
             self._shutdown_note = asyncio.ensure_future(self._note_shutdown(self._record.run, self.phase))
@@ -419,7 +426,7 @@ class Transaction:
             self._record = replace(self._record, suspect=forgot)
         failures = await undo_all(attempt, self._machine.done, self.emit_event)
         left = {failure.step for failure in failures}
-        if Step.freeze in left:  # whoever could not be thawed was not told `cancel` either
+        if Step.freeze in left:  # a producer that could not be thawed was not told `cancel` either
             left.add(Step.prepare)
         for step in set(self._machine.done) - left:
             self._machine = self._machine.strike_step(step)
@@ -468,10 +475,11 @@ class Transaction:
     # After the jump
 
     async def enter_verifying(self, observed: Observed, note: str = "", doubt: str = "") -> None:
-        """Record that this boot is the one after the jump; a khod that dies while it verifies is not counted again.
+        """Record that this boot is the one after the jump; if khod dies while verifying, the jump is not counted again.
 
-        What the producers left waits for them from here on, whatever else becomes of the record. `note` is what an
-        operator should know also where all state arrived, `doubt` why it cannot all have: whoever verifies says so.
+        What the producers left waits for them from here on, whatever happens to the record. `note` is what an operator
+        should know even if all state arrived. `doubt` is the reason why not all of it can have arrived, for every khod
+        that verifies.
         """
         self._note = note
         record = self._record
@@ -490,7 +498,7 @@ class Transaction:
                 arrived_run=record.run,
                 claims=tuple(replace(holder, told="") for holder in record.producers if holder.restores is not False),
             )
-        elif not record.claims and record.producers:  # an earlier khod's, which kept them there
+        elif not record.claims and record.producers:  # of an earlier khod, which kept them in `producers`
             record = replace(record, arrived_run=record.run, claims=record.producers)
         self._record = replace(record, producers=(), done=(), not_undone=(), interrupted="")
         self._machine = Machine(Phase.verifying)
@@ -498,56 +506,56 @@ class Transaction:
         self.emit_event("this kernel was reached by a handover; what arrived is being checked")
 
     async def _note_shutdown(self, run: str, under_way: Phase) -> None:
-        """Record that the host is shut down in the middle of this rollback, where systemd says so."""
+        """Record that the host is shut down during this rollback, if systemd says so."""
         try:
             down = self._goes_down is not None and await self._goes_down()
-        except Exception:  # without an answer nothing is known of a shutdown
+        except Exception:  # without an answer it is not known whether there is a shutdown
             LOG.exception("systemd could not be asked whether the host is shut down")
             return
         if down and self._record.run == run and self.phase in RESTING | {Phase.rolling_back, Phase.failed}:
             await self.note_interrupted(under_way)
 
     async def settle_shutdown_note(self) -> None:
-        """Wait until systemd has answered what the last rollback asked, and the record has it."""
+        """Wait until systemd has answered the last rollback's question, and the answer is in the record."""
         if self._shutdown_note is not None:
             await asyncio.wait({self._shutdown_note})
 
     async def note_interrupted(self, under_way: Phase) -> None:
-        """Record what the host was shut down in the middle of, where the rollback is over already."""
+        """Record the phase in which the host was shut down, if the rollback is over already."""
         self._set_interrupted(under_way)
         await self.try_write_record(RECORD_UNDO_SECONDS)
 
     def _set_interrupted(self, under_way: Phase) -> None:
-        if under_way is Phase.rolling_back:  # which the shutdown itself may have brought about
+        if under_way is Phase.rolling_back:  # the shutdown itself may have caused it
             under_way = self._rolled_back_from
         what = "being rolled back" if under_way is Phase.rolling_back else f"at {under_way.value}, and was rolled back"
         self._record = replace(self._record, interrupted=f"a handover was {what}")
 
     def note_timing(self, step: str, began: float) -> None:
-        """Have the next write record what took from `began` (CLOCK_MONOTONIC) to now."""
+        """Add to the next record how long a step took, from `began` (CLOCK_MONOTONIC) to now."""
         timing = StepTiming(step, began, time.monotonic() - began)
         self._record = replace(self._record, timings=(*self._record.timings, timing))
 
     def note_sessions(self, sighted: SightedSessions, *, at_once: bool) -> None:
-        """Have the next write record whose LUO sessions leave with the jump, and how it is made."""
+        """Add to the next record whose LUO sessions leave with the jump, and whether the jump is immediate."""
         self._record = replace(self._record, sessions=sighted.sessions, sessions_unseen=sighted.unseen, at_once=at_once)
 
     async def note_claims(self, claims: tuple[ProducerRecord, ...]) -> None:
-        """Record who has not taken back what it left."""
+        """Record the producers that have not taken back what they left."""
         self._record = replace(self._record, claims=claims)
         await self.try_write_record()
 
     def note_blackout(self, uptime: float | None) -> None:
-        """Count the blackout up to now, unless another handover has begun since: the record has that one's window."""
+        """Set the blackout up to now, unless another handover has begun since: the record has the begin of that one."""
         record = self._record
         if record.run == record.arrived_run:
             blackout = verify.blackout_seconds(record.window_began_at, time.time(), uptime)
             self._record = replace(record, blackout_seconds=blackout)
 
     async def conclude_verification(self, verdict: Verdict, message: str) -> None:
-        """Record what the handover into this boot came to: verified, or degraded with the reason.
+        """Record the outcome of the handover into this boot: verified, or degraded with the reason.
 
-        It may be corrected when somebody comes late, also while another handover is under way.
+        It may be corrected when a producer comes late, also during another handover.
         """
         outcome = Phase.degraded if verdict.reason else Phase.verified
         at_rest = self.phase in RESTING or self.phase is Phase.verifying
@@ -563,20 +571,21 @@ class Transaction:
     # The record and its listeners
 
     def current_record(self) -> Record:
-        """The record as it would be written now."""
+        """Return the record as it would be written now."""
         attempt, done = self._attempt, self._machine.done
         known = attempt is not None and done and not attempt.barrier.broken
         producers = attempt.barrier.to_records() if attempt is not None and known else self._record.producers
         return replace(self._record, phase=self.phase, done=done, producers=producers)
 
     async def write_record(self) -> None:
-        """Write the record, durably; RecordError."""
+        """Write the record durably; RecordError if that fails."""
         await self._write_record(self.current_record())
 
     async def try_write_record(self, seconds: float = RECORD_SECONDS, *, departure_served: bool = False) -> None:
-        """Write the record where a failure must stop nothing: a full disk keeps nobody from being thawed.
+        """Write the record if possible; a failure stops nothing, because a full disk must keep no producer frozen.
 
-        With `departure_served` the copy for the jump goes: it came to nothing, or says nothing of what this boot does.
+        With `departure_served` the copy for the jump is removed: the jump did not come, or the copy is not about this
+        boot.
         """
 
         def write() -> None:
@@ -589,14 +598,14 @@ class Transaction:
         try:
             await self._disk.call_within(write, "writing the record", seconds)
             self._is_behind = False
-        except Exception as error:  # noqa: BLE001 - whatever it is, the way back goes on
+        except Exception as error:  # noqa: BLE001 - after any error, the rollback continues
             self.emit_event(str(error))
             self._is_behind = True
             if self._catching_up is None or self._catching_up.done():
                 self._catching_up = asyncio.ensure_future(self._catch_record_up())
 
     async def _catch_record_up(self) -> None:
-        """Write the record once that can be done again: left as it is, it would tell the next khod what is not so."""
+        """Write the record once that is possible again: an outdated one would mislead the next khod."""
         for pause in chain(CATCH_UP_SECONDS, repeat(CATCH_UP_SECONDS[-1])):
             await asyncio.sleep(pause)
             if not self._is_behind:
@@ -605,14 +614,14 @@ class Transaction:
                 await self.try_write_record(RECORD_UNDO_SECONDS)
 
     async def settle_record(self) -> None:
-        """Write the record a last time where it is behind: khod ends."""
+        """Write the record a last time if the one on the disk is outdated: khod ends."""
         if self._is_behind:
             await self.try_write_record(RECORD_UNDO_SECONDS)
 
     async def _write_record(self, record: Record, *, departs: bool = False) -> None:
-        """Write it on the way forward: to be cut short, as a file system that hangs must not hold what can be undone.
+        """Write the record on the way forward; interruptible, because a hanging file system must not delay an undo.
 
-        With `departs` a copy is left beside it: after the jump it stands in for a record that cannot be read.
+        With `departs` a copy is left beside it: after the jump it replaces a record that cannot be read.
         """
 
         def write() -> None:
@@ -634,9 +643,9 @@ class Transaction:
         producer: Producer | None = None,
         words: list[Word] | None = None,
     ) -> None:
-        """Emit an Event with the current phase to every listener; a listener that fails is not heard of.
+        """Emit an Event with the current phase to every listener; the error of a listener is only logged.
 
-        Without a kind it is a change of the phase, where the event before had another one, else a note.
+        Without a kind it is a change of the phase if the event before had another phase, else a note.
         """
         kind = kind or (EventKind.note if self.phase is self._emitted else EventKind.phase)
         self._emitted, run = self.phase, self._record.run
@@ -645,11 +654,11 @@ class Transaction:
             self._tell(
                 Event(time.monotonic(), self.phase, message, run, producer, words, kind, name, duration, time.time())
             )
-        except (Exception, asyncio.CancelledError):  # what tells how it stands must not decide how it goes
+        except (Exception, asyncio.CancelledError):  # a listener must not decide how the handover goes
             LOG.exception("An event could not be passed on: %s", message)
 
     def on_member_changed(self, member: Member) -> None:
-        """Emit what a producer was told or said."""
+        """Emit what a producer was told, or has answered."""
         if not member.is_waiting:
             kind, duration = EventKind.producer_answered, member.seconds
         else:
