@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The barrier: every producer answers before anyone goes on, and whoever was told is told when it is off.
+"""The barrier: every producer answers before any goes on, and each one that was told a verb is told its undo.
 
-Producers have ranks from `after` and `before`. Within one rank they run side by side; the undo goes
-through the ranks in reverse. A producer that vetoes, dies or misses its deadline ends the attempt at
-once; it may have had half of the step done, so it too is told the undo.
+`after` and `before` of the producers determine their ranks. Within one rank they run side by side; the undo goes
+through the ranks in reverse. A producer that vetoes, dies or misses its deadline ends the attempt at once. It may have
+done half of the step, so it is told the undo too.
 """
 
 import asyncio
@@ -30,9 +30,9 @@ from khod.producers.order import Ordered, order_in_ranks
 
 
 class Verb(enum.Enum):
-    """What a producer is told. prepare: work goes on. freeze: its blackout starts.
+    """What a producer is told. prepare: its work goes on. freeze: its blackout begins.
 
-    Then either thaw and cancel, or, in the next kernel, restore and finish.
+    Then follow either thaw and cancel or, in the next kernel, restore and finish.
     """
 
     prepare = "prepare"
@@ -47,47 +47,50 @@ VERBS = {verb.value: verb for verb in Verb}
 
 
 def read_verb(word: str) -> Verb | None:
-    """Read the word a record has for a verb, "" for none; freeze for one unknown here: whoever did less undoes that."""
+    """Return the verb for a word of the record, None for "".
+
+    An unknown word is read as freeze, whose undo is harmless for a producer that has done less.
+    """
     return VERBS.get(word, Verb.freeze) if word else None
 
 
 def write_verb(verb: Verb | None) -> str:
-    """Give the word that the record and the interface have for a verb, "" for none."""
+    """Return the word for a verb in the record and in the interface, "" for None."""
     return verb.value if verb else ""
 
 
 NO_ANSWER = "no answer"
 READY = "ready"
 GONE = "gone, and not told"
-"""The answer of an undo that there is nobody left to tell of."""
+"""The answer to an undo if nothing is left that could be told."""
 NOT_RECORDED = "not recorded"
-"""The note with an undo where the record of what was done is lost: whoever is told looks for himself."""
+"""The note of an undo if the record of what was done is lost: the producer must find out for itself."""
 LEAVING = 5.0
-"""Seconds a producer has to make way; the shutdown goes on meanwhile."""
+"""Seconds a producer has to make way; the shutdown continues meanwhile."""
 
 UNDO = {Verb.prepare: Verb.cancel, Verb.freeze: Verb.thaw}
 UNDONE_BY = {undo: verb for verb, undo in UNDO.items()}
-"""What each undo takes back."""
+"""The verb that each undo takes back."""
 AFTER = {Verb.thaw: Verb.prepare, Verb.cancel: Verb.cancel, Verb.finish: Verb.finish}
-"""What counts as told once these were answered with a yes, and not before: whoever was thawed is still to be told
-`cancel`, and whoever could not be is told `thaw` again."""
+"""What counts as told once these verbs were answered with a yes, and not before: a thawed producer must still be told
+`cancel`, and one that could not be thawed is told `thaw` again."""
 
 
 class ParticipantVeto(Exception):
-    """A producer says no, or cannot be understood as saying yes; the message is its reason."""
+    """A producer refuses, or its answer cannot be understood as a yes; the message is the reason."""
 
 
 @dataclass
 class ProducerCall:
-    """One verb on its way to a producer, and what the producer may say before it is done."""
+    """One verb for a producer, and what the producer may report before it is done."""
 
     verb: Verb
     run: str
     note: str = ""
-    """What the producer must still know after a restart of khod. What `prepare` leaves here is recorded
-    before anyone is told `freeze`; every later verb finds it."""
+    """What the producer must still know after a restart of khod. What `prepare` leaves here is recorded before any
+    producer is told `freeze`; every later verb gets it."""
     not_yet: Callable[[str, float | None], None] = lambda _reason, _progress: None
-    """Say that it takes longer: a reason, and how much is done (0 to 1, None where that is not known)."""
+    """Reports that the verb takes longer: a reason, and how much is done (0 to 1, None if that is not known)."""
 
 
 class Participant(Ordered, Protocol):
@@ -95,46 +98,46 @@ class Participant(Ordered, Protocol):
 
     @property
     def kind(self) -> str:
-        """What sort of producer: hook, unit, qemu, varlink."""
+        """The kind of producer: hook, unit, qemu, varlink."""
 
     @property
     def timeout(self) -> float:
-        """Seconds it may take for one verb."""
+        """Seconds that it may take for one verb."""
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Devices it cannot do without, as paths below /sys or /dev: one that goes away ends the attempt."""
+        """Devices that it needs, as paths below /sys or /dev: if one disappears, the attempt ends."""
 
     @property
     def restores_state(self) -> bool:
-        """Whether it has anything to do in the next kernel: then its state counts among what arrived."""
+        """Whether it has anything to do in the next kernel: its state then counts among what arrived."""
 
     @property
     def is_reachable(self) -> bool:
-        """Whether it can be told something now; one that must first come back holds up nobody else's undo."""
+        """Whether it can be told something now; one that must first return does not delay the undo of the others."""
 
     async def make_way(self, note: str) -> None:
-        """Make way: the host goes into the next kernel, and nothing is undone any more. `note` as in ProducerCall."""
+        """Make way: the host goes into the next kernel, nothing is undone any more. `note` is as in ProducerCall."""
 
     async def wait_returned(self) -> None:
-        """Return when it can be told more, after a restart of khod; ParticipantVeto where it cannot any more."""
+        """After a restart of khod, return when it can be told something; ParticipantVeto if it never can."""
 
     def to_record(self) -> ProducerRecord:
-        """What the record says of it, besides what it was told."""
+        """Return its record, without what it was told."""
 
     async def carry_out(self, telling: ProducerCall) -> str | None:
-        """Carry a verb out; returns when it is done, raises ParticipantVeto with the reason otherwise.
+        """Carry a verb out and return when it is done; ParticipantVeto with the reason if it is not.
 
-        Returns GONE where an undo has found nobody to tell.
+        Returns GONE if an undo has found nobody to tell, else None or the answer to show.
 
-        It may be cancelled at any time: a deadline, or an abort. The undo follows, and must find it
-        with nothing under way that could still freeze something.
+        The call may be cancelled at any time, by a deadline or an abort. The undo follows, and nothing may be under way
+        then that could still freeze something.
         """
 
 
 @dataclass(frozen=True)
 class PriorCall:
-    """What a producer was told in an attempt that a khod before this one began, and its note."""
+    """What an earlier khod told a producer in this attempt, and the producer's note."""
 
     verb: Verb | None
     note: str = ""
@@ -142,31 +145,32 @@ class PriorCall:
 
 @dataclass(eq=False)
 class Member:
-    """A producer in this attempt: the last verb it was told, its answer, and how long that took (seconds)."""
+    """A producer in this attempt: the last verb it was told, its answer, and how long that took, in seconds."""
 
     producer: Participant
     rank: int = 0
     told: Verb | None = None
-    """The verb whose undo is due: it changes when a verb is told, and for an undo when the answer to it is there."""
+    """The verb whose undo is due. It changes when a verb is told; for an undo, when the answer to it has come."""
     about: Verb | None = None
-    """The verb `answer` is the answer to: after a thaw that failed it still counts as told to freeze."""
+    """The verb that `answer` belongs to: after a failed thaw, `told` is still freeze."""
     answer: str = ""
     seconds: float = 0.0
     limit: float = 0.0
-    """The seconds it had or has for that."""
+    """The time limit of that verb, in seconds."""
     progress: float | None = None
     began: float | None = None
-    """When what it is told now began (CLOCK_MONOTONIC), None while it is told nothing."""
+    """When the verb that it is told now began (CLOCK_MONOTONIC), None while it is told nothing."""
     telling: ProducerCall | None = None
-    """The last of `prepare` and `freeze`, which its note is read from: it may still be at it."""
+    """The last call of `prepare` or `freeze`, from which its note is read: the call may still be under way."""
     gone: bool = False
     """Whether an undo has found nobody to tell."""
     calls: int = 0
-    """How often it was told anything: what comes of a call that nobody waits for any more changes nothing here."""
+    """How often it was told anything: the result of an earlier call, which nobody waits for any more, changes nothing
+    here."""
 
     @property
     def is_waiting(self) -> bool:
-        """Whether its answer is waited for."""
+        """Whether its answer is awaited."""
         return self.began is not None
 
     @property
@@ -175,7 +179,7 @@ class Member:
         return self.telling.note if self.telling else ""
 
     def to_model(self) -> model.Producer:
-        """What status says of it."""
+        """Return it as status shows it."""
         return model.Producer(
             self.producer.name,
             self.producer.kind,
@@ -191,12 +195,12 @@ class Member:
 
 @dataclass
 class Barrier:
-    """All producers of one attempt. `changed` is called with the member whenever something is heard of it."""
+    """All producers of one attempt. `changed` is called with the member at every change."""
 
     run: str
     changed: Callable[[Member], None]
     broken: KhoError | None = None
-    """Why the producers are not known: then nobody can be told of the undo, and that is said."""
+    """Why the producers are not known: then nobody can be told an undo, and `undo_verb` returns this error."""
     _ranks: list[list[Member]] = field(default_factory=list)
 
     @classmethod
@@ -209,9 +213,9 @@ class Barrier:
         *,
         any_order: bool = False,
     ) -> "Barrier":
-        """Gather producers; `told` is what a khod that died had told them, so that they hear of the undo.
+        """Make a barrier of producers; `told` is what a khod that died had told them, so that they are told the undo.
 
-        ConfigError names a cycle in their order; with `any_order` they are of one rank then.
+        ConfigError names a cycle in their order; with `any_order` they are in one rank then.
         """
         here, producers = cls(run, changed), list(producers)
         try:
@@ -228,18 +232,18 @@ class Barrier:
 
     @property
     def members(self) -> list[Member]:
-        """Every producer, in rank order."""
+        """All producers, in rank order."""
         return [member for rank in self._ranks for member in rank]
 
     def to_records(self) -> tuple[ProducerRecord, ...]:
-        """Every producer as the record has it."""
+        """Return the records of all producers, with what they were told."""
         return tuple(
             replace(m.producer.to_record(), told=write_verb(m.told), note=m.note, restores=m.producer.restores_state)
             for m in self.members
         )
 
     def add_producers(self, producers: Iterable[Participant]) -> list[Member]:
-        """Take in producers that came since, in their ranks; the new members. ConfigError names a cycle."""
+        """Add producers that have come since, in their ranks, and return the new members. ConfigError names a cycle."""
         known, producers = {member.producer.name: member for member in self.members}, list(producers)
         if all(producer.name in known for producer in producers):
             return []
@@ -254,10 +258,10 @@ class Barrier:
         return [member for member in self.members if member.producer.name not in known]
 
     async def broadcast(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
-        """Tell everyone, or those `among` them, rank by rank.
+        """Tell all producers, or those in `among`, rank by rank, and wait for their answers.
 
-        The first no of a rank ends it there: whoever is still at it is cut short. Raises Refused with
-        the veto; Unsupported where the kernel cannot keep what a producer hands over.
+        The first refusal ends this: calls of the same rank that are under way are cut short, and later ranks are not
+        told. Raises Refused with the veto; Unsupported if the kernel cannot keep what a producer hands over.
         """
         wanted = None if among is None else frozenset(among)
         for rank in self._ranks:
@@ -274,7 +278,7 @@ class Barrier:
                     await asyncio.wait(tasks, timeout=CUT_SECONDS)
 
     async def gather_in(self) -> None:
-        """After a restart of khod: wait until everyone who was told something is there again; Refused if not."""
+        """After a restart of khod, wait for every producer that was told something; Refused if one does not return."""
         told = [member for member in self.members if member.told]
         for refusal in await asyncio.gather(*map(self._wait_returned, told)):
             if refusal is not None:
@@ -297,7 +301,7 @@ class Barrier:
             member.began = None
 
     async def make_way(self) -> None:
-        """Let everyone make way for the shutdown; nobody can stop it any more, so a failure is only noted."""
+        """Have every frozen producer make way for the shutdown, which cannot be stopped: a failure is only noted."""
         frozen = [member for member in self.members if member.told is Verb.freeze]
         leaving = [asyncio.ensure_future(self._make_way(member)) for member in frozen]
         if leaving:
@@ -306,16 +310,15 @@ class Barrier:
     async def _make_way(self, member: Member) -> None:
         try:
             await run_within(LEAVING, member.producer.make_way(member.note))
-        except Exception as error:  # noqa: BLE001 - the host goes down, whatever goes wrong here
+        except Exception as error:  # noqa: BLE001 - the host goes down in any case
             member.answer = str(error)
             self.changed(member)
 
     async def undo_verb(self, verb: Verb) -> list[tuple[str, KhoError]]:
-        """Tell everyone who was told `verb` that it is off, in reverse order; those that failed by name, and how.
+        """Tell every producer that was told `verb` its undo, in reverse order; return the names and errors of failures.
 
-        Everyone is told, and each rank is waited for as long as its slowest member may take and no longer. One
-        that cannot be told anything before it has come back (khod was restarted) holds up no rank: it is waited
-        for at the end.
+        All of them are told, and each rank is waited for as long as its slowest member may take. A producer that must
+        first return (khod was restarted) does not delay its rank: it is waited for at the end.
         """
         if self.broken is not None:
             return [("", self.broken)]
@@ -328,7 +331,10 @@ class Barrier:
         return [*failed, *await self._gather_failures(absent, UNDO[verb])]
 
     async def bring_back(self, verb: Verb, among: Sequence[Member], deadline: float) -> list[Member]:
-        """Tell `restore` or `finish` in rank order, whoever fails; those that did. Each has `deadline` seconds."""
+        """Tell `restore` or `finish` in rank order, also after a failure; return the members that failed.
+
+        Each has `deadline` seconds, or its own timeout if that is longer.
+        """
         failed: list[str] = []
         for rank in self._ranks:
             calls = [(member, self._start_call(member, verb, deadline)) for member in rank if member in among]
@@ -341,7 +347,10 @@ class Barrier:
     async def _gather_failures(
         self, calls: "Sequence[tuple[Member, asyncio.Future[KhoError | None]]]", verb: Verb, deadline: float = 0.0
     ) -> list[tuple[str, KhoError]]:
-        """Wait for calls side by side, each with its own deadline; who said no, and who is still at it."""
+        """Wait for calls side by side, each with its own deadline; return the names and errors of those that failed.
+
+        A call that is still under way then has failed.
+        """
         if not calls:
             return []
         longest = max(max(deadline, member.producer.timeout) for member, _ in calls)
@@ -353,7 +362,7 @@ class Barrier:
         failed = []
         for member, task in calls:
             if not task.done() or task.cancelled():
-                member.calls += 1  # what comes of it later is not asked for
+                member.calls += 1  # a later result is ignored
                 longest = max(deadline, member.producer.timeout)
                 member.answer, member.began = f"no answer within {longest:g} s, and it cannot be cut short", None
                 how = f"did not answer {verb.value} within {longest:g} s"
@@ -366,7 +375,7 @@ class Barrier:
         return failed
 
     async def _call_one(self, member: Member, verb: Verb, deadline: float) -> KhoError | None:
-        """Tell one producer; what its no amounts to, None for a yes."""
+        """Tell one producer a verb; return the error that its refusal means, None for a yes."""
         producer, began = member.producer, time.monotonic()
         member.about, member.answer, member.began, member.progress = verb, "", began, None
         member.limit = deadline
@@ -402,7 +411,7 @@ class Barrier:
                 refusal = Unsupported(what, where=error.where, remedy=error.remedy)
             except (ParticipantVeto, OSError, KhoError) as error:
                 answer = str(error)
-            except Exception as error:  # noqa: BLE001 - one producer's, whatever it is: the others go on
+            except Exception as error:  # noqa: BLE001 - any error of one producer: the others continue
                 answer = f"khod itself failed: {error!r}"
         finally:
             if member.calls == call:
@@ -428,7 +437,7 @@ def _producer_error(cls: type[ProducerRefused], member: Member, verb: Verb | Non
 
 
 def step_timeout_error(members: Sequence[Member], verb: Verb, deadline: float) -> Failed:
-    """The error for a step whose producers did not answer in time, with the names of those that did not."""
+    """Return the error for a step whose producers did not all answer in time; it names those that did not."""
     waiting = ", ".join(member.producer.name for member in members if member.answer == NO_ANSWER)
     return Failed(
         f"Not every producer could {verb.value} within {deadline:g} s",

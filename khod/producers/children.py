@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Processes that khod starts, and those it inherits: each exit status is taken once, by whom it is for.
+"""Processes that khod starts or inherits: each exit status is taken once, by the code that waits for it.
 
-khod is a child subreaper: whatever a command of its leaves behind becomes khod's child when its parent ends, in
-whatever session and environment it runs. Such an orphan is reaped when it ends. What khod itself waits for is not:
+khod is a child subreaper: what a command leaves behind becomes khod's child when its parent ends, in any session and
+with any environment. Such an orphan is reaped when it ends. These children are not, because other code waits for them:
 
-- A command started by `Children` is known here by its number, and so is a child of asyncio's.
-- Any other child in khod's own session was started by khod. Commands, and all they start, have sessions of their own:
-  setsid(2) cannot be undone.
+- A command started by `Children`, and a child of asyncio, which are known here by their PIDs.
+- Any other child in khod's own session, which khod has started. Commands, and all they start, have sessions of their
+  own: setsid(2) cannot be undone.
 
 The end of a child is an event of its pidfd in the event loop: no thread waits for it, so a rollback needs no new one.
 """
@@ -27,7 +27,7 @@ from khod.producers.commands import KILL_WAIT_SECONDS, Command
 from khod.producers.identity import process_of, wait_ended
 
 RETRY_SECONDS = 0.1
-"""When to look again at a child that has ended and cannot be waited for yet: a debugger has it."""
+"""Seconds until a child that has ended, but cannot be waited for yet, is tried again: a debugger holds it."""
 
 PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -35,14 +35,14 @@ _prctl.restype = ctypes.c_int
 _prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 
 _awaited: set[int] = set()
-"""Children whose exit status somebody takes."""
+"""PIDs of children whose exit status is taken by the code that waits for them."""
 _unwatched: list["subprocess.Popen[bytes]"] = []
-"""Commands that were killed at once, for lack of a descriptor to watch them by."""
+"""Commands that were killed at once, because there was no descriptor to watch them."""
 _adopts = False
 
 
 class Child:
-    """A command that runs, in a session of its own. Its exit status is taken whenever it ends, waited for or not."""
+    """A command that runs in a session of its own. Its exit status is taken when it ends, awaited or not."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", environment: Mapping[str, str]) -> None:
         self._marks = {f"{name}={value}".encode() for name, value in environment.items()}
@@ -64,14 +64,15 @@ class Child:
         return not self._end.done()
 
     async def wait_end(self) -> int | None:
-        """Wait for its end: its exit code, -N where signal N killed it, None where somebody else took its status."""
+        """Wait for its end; return its exit code, -N if signal N killed it, None if other code took its status."""
         return await asyncio.shield(self._end)
 
     async def end(self) -> list[str]:
-        """Kill it with all it started, and say what is still there KILL_WAIT_SECONDS later.
+        """Kill it and everything it started; describe the processes that still exist KILL_WAIT_SECONDS later.
 
-        What has left its process group is known by the environment it was started with, and is a child of ours once
-        its own parent has ended. What does not die sleeps in the kernel: it is left to itself, and reaped when it ends.
+        A process that left its process group is recognized by the environment it was started with, and is khod's child
+        once its own parent has ended. A process that does not die sleeps in the kernel: it is left alone, and reaped
+        when it ends.
         """
         deadline = self._loop.time() + KILL_WAIT_SECONDS
         killed: set[int] = set()
@@ -81,7 +82,7 @@ class Child:
             strays = [pid for pid in set(_own_children()) - _awaited - killed if self._marks <= _read_environment(pid)]
             for pid in strays:
                 with suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)  # its number is its own until we have waited for it
+                    os.kill(pid, signal.SIGKILL)  # its PID is not reused before it was waited for
             killed.update(strays)
             if not strays and not self.is_running:
                 break
@@ -92,7 +93,7 @@ class Child:
 
     def _on_end(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        # What it leaves in its group, before it is waited for: afterwards the number may be another group's.
+        # Kill what is left in its group before it is waited for: afterwards the number may be another group's.
         _kill_group(self.pid)
         try:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -105,7 +106,7 @@ class Child:
             code = os.waitstatus_to_exitcode(status)
         os.close(self._pidfd)
         _awaited.discard(self.pid)
-        self._process.returncode = -1 if code is None else code  # or subprocess would wait for this number once more
+        self._process.returncode = -1 if code is None else code  # otherwise subprocess would wait for this PID again
         if not self._end.done():
             self._end.set_result(code)
 
@@ -134,12 +135,12 @@ class Children:
 
 
 def adopt_orphans() -> None:
-    """Have the kernel give this process the orphans below it, PR_SET_CHILD_SUBREAPER of prctl(2), and reap them.
+    """Make this process the reaper of the orphans below it (PR_SET_CHILD_SUBREAPER of prctl(2)); OSError if that fails.
 
-    Called in an event loop it reaps an orphan when that ends, and has asyncio wait for its own children without a
-    thread for each; without one, orphans are reaped at the end of the next command.
+    If this is called in an event loop, an orphan is reaped when it ends, and asyncio waits for its own children without
+    a thread for each. Otherwise orphans are reaped at the end of the next command.
     """
-    global _adopts  # noqa: PLW0603 - what prctl sets is the process's, too
+    global _adopts  # noqa: PLW0603 - prctl's setting is also for the whole process
     if _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error), "prctl(PR_SET_CHILD_SUBREAPER)")
@@ -149,14 +150,14 @@ def adopt_orphans() -> None:
     except RuntimeError:
         return
     loop.add_signal_handler(signal.SIGCHLD, reap_orphans)
-    if sys.version_info < (3, 12):  # later ones do it by themselves
+    if sys.version_info < (3, 12):  # later versions do so by themselves
         watcher = _Watcher()
         watcher.attach_loop(loop)
         asyncio.set_child_watcher(watcher)
 
 
 def reap_orphans() -> None:
-    """Take the exit status of every orphan that has ended, and nobody else's."""
+    """Take the exit status of every orphan that has ended, and of no other child."""
     for process in [process for process in _unwatched if process.poll() is not None]:
         _unwatched.remove(process)
     if not _adopts:
@@ -173,7 +174,7 @@ def reap_orphans() -> None:
 if sys.version_info < (3, 12):
 
     class _Watcher(asyncio.PidfdChildWatcher):
-        """Waits for asyncio's children as Python 3.12 does, and says which ones they are."""
+        """Waits for asyncio's children as Python 3.12 does, and enters them in `_awaited`."""
 
         def add_child_handler(self, pid: int, callback: Callable[..., object], *args: object) -> None:
             super().add_child_handler(pid, self._on_end, callback, *args)
@@ -190,13 +191,13 @@ def _kill_group(pid: int) -> None:
 
 
 async def _wait_gone(pid: int) -> None:
-    """Wait for the end of a process; for nothing where there is no descriptor left to do that with."""
+    """Wait for the end of a process; return at once if there is no descriptor left for that."""
     with suppress(OSError):
         await wait_ended(process_of(pid))
 
 
 async def _wait_all(ends: Iterable[Coroutine[Any, Any, object]], deadline: float) -> None:
-    """Wait for all of these, until the deadline (a time of the event loop)."""
+    """Wait for all of these, at most until `deadline` (a time of the event loop)."""
     waiting = [asyncio.ensure_future(end) for end in ends]
     try:
         await asyncio.wait(waiting, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
@@ -208,7 +209,7 @@ async def _wait_all(ends: Iterable[Coroutine[Any, Any, object]], deadline: float
 
 @dataclass(frozen=True)
 class _Stat:
-    """What /proc/PID/stat says: name, state and session, see proc_pid_stat(5)."""
+    """The name, the state and the session of /proc/PID/stat, see proc_pid_stat(5)."""
 
     name: str
     state: str
@@ -216,7 +217,7 @@ class _Stat:
 
 
 def _look_up(pid: int) -> _Stat | None:
-    """Describe a process; None where there is none."""
+    """Return a description of a process; None if it does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -227,7 +228,7 @@ def _look_up(pid: int) -> _Stat | None:
 
 
 def describe_undead(pid: int) -> str:
-    """Say that a process is still there after SIGKILL; "" where it has ended."""
+    """Describe a process that still exists after SIGKILL; "" if it has ended."""
     found = _look_up(pid)
     if found is None or found.state in "ZX":
         return ""
@@ -236,7 +237,7 @@ def describe_undead(pid: int) -> str:
 
 
 def _own_children() -> list[int]:
-    """This process's children; none where the kernel does not list them (CONFIG_PROC_CHILDREN)."""
+    """Return the PIDs of this process's children; none if the kernel does not list them (CONFIG_PROC_CHILDREN)."""
     found: list[int] = []
     with suppress(OSError):  # a thread that ends just now, or no descriptor left
         for task in os.listdir("/proc/self/task"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a producer that connects was told and has handed over: as long as that stands, its name is nobody else's."""
+"""What a connected producer was told and has handed over; while that stands, its name is not given to another."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ MAX_FILES = 1024
 
 
 class Claim:
-    """What stands of one producer in a handover, of this boot or (`is_restoring`) of the one before.
+    """The state of one producer in a handover, of this boot or (`is_restoring`) of the boot before.
 
     Its files are in a LUO session of its own. Methods with a `deadline`, in seconds, raise what `Sessions` raises.
     """
@@ -28,16 +28,17 @@ class Claim:
         self._told: Verb | None = None
         self._kept: tuple[Kept, ...] = ()
         self._with_freeze: dict[Kept, tuple[Inode, ProducerCall]] = {}
-        """What freeze has added to its session: which file that is, and the freeze it was given with last."""
+        """What freeze has added to its session: the inode of each file, and the freeze that gave it last."""
         self._is_restoring = False
         self._taker: Process | None = None
-        """The process that was given what the producer left: for that one only `finish` is due."""
+        """The process that was given what the producer left: only this one may be told `finish` without another
+        `restore`."""
 
     @classmethod
     def from_record(cls, holder: ProducerRecord, run: str, sessions: Sessions, *, restoring: bool) -> "Claim":
-        """Make the claim of a producer that an earlier khod knew."""
+        """Return the claim of a producer that an earlier khod knew."""
         made = cls(holder.name, sessions)
-        # The record is written before anyone is told: whoever stands in it may have been told to prepare.
+        # The record is written before any producer is told: a producer in it may have been told to prepare.
         told = read_verb(holder.told) or Verb.prepare
         if restoring and told is Verb.finish:
             made._taker = holder.process
@@ -49,12 +50,12 @@ class Claim:
 
     @property
     def told(self) -> Verb | None:
-        """The last verb it was told and not told the undo of: what it is reminded of when it comes back."""
+        """The last verb that it was told, and not told the undo of: it is reminded of that when it returns."""
         return self._told
 
     @property
     def run(self) -> str:
-        """The handover it was told something in last."""
+        """The handover in which it was last told something."""
         return self._run
 
     @property
@@ -64,7 +65,7 @@ class Claim:
 
     @property
     def is_restoring(self) -> bool:
-        """Whether the previous kernel's khod left this: whoever claims it comes from another boot."""
+        """Whether the khod of the previous kernel left this: the process that claims it is from another boot."""
         return self._is_restoring
 
     @property
@@ -75,29 +76,29 @@ class Claim:
     # What it is told
 
     def enter_run(self, run: str) -> None:
-        """Go on in this handover."""
+        """Continue in this handover."""
         self._run = run
 
     def begin_verb(self, verb: Verb) -> None:
-        """Count on a verb from the moment it is told."""
+        """Note a verb from the moment it is told."""
         self._told = verb
 
     def note_unanswered(self, verb: Verb | None) -> None:
-        """Take note that the connection ended before `verb` was answered: an undo is still to be told."""
+        """Note that the connection ended before `verb` was answered: an undo must be told again."""
         if verb in UNDONE_BY:
             self._told = UNDONE_BY[verb]
 
     def note_connected(self, process: Process) -> None:
-        """Take note of who has connected: what another process was given before has to be given again."""
+        """Note which process has connected: what was given to another process must be given again."""
         if self._taker not in (None, process):
             self._told = Verb.restore
 
     def was_given_to(self, process: Process | None) -> bool:
-        """Whether this process has what the producer left: what was given died with the one that took it."""
+        """Whether this process has what the producer left; what a process was given is lost when it dies."""
         return self._taker == process
 
     async def settle_verb(self, telling: ProducerCall, process: Process | None, deadline: float) -> None:
-        """Take note that a verb was carried out, by `process`, and free what is over with it."""
+        """Note that `process` has carried a verb out, and free what is no longer needed."""
         verb = telling.verb
         if verb is Verb.freeze:
             stale = {*self._earlier_files(telling).values()}
@@ -112,7 +113,7 @@ class Claim:
         self._told = {Verb.thaw: Verb.prepare, Verb.cancel: None, Verb.finish: None}.get(verb, verb)
 
     async def drop_arrived(self, deadline: float) -> None:
-        """Free what the producer left before the jump; nothing where it left nothing."""
+        """Free what the producer left before the jump; without effect if it left nothing."""
         if self._is_restoring:
             await self._sessions.drop_session(self.session_name, deadline)
             self._is_restoring, self._told, self._kept = False, None, ()
@@ -120,7 +121,7 @@ class Claim:
     # Its files
 
     def require_preserved(self) -> None:
-        """Raise ParticipantVeto where the files it has handed over are preserved no more."""
+        """Raise ParticipantVeto if the files it has handed over are no longer preserved."""
         if self._kept and self.session_name not in self._sessions.session_names:
             raise ParticipantVeto("what it handed over before is preserved no more: it must be told to prepare again")
 
@@ -131,7 +132,10 @@ class Claim:
         deadline: float,
         is_called_off: Callable[[], bool],
     ) -> None:
-        """Preserve what is handed over with a verb, unless that is called off; UsageError where it cannot be."""
+        """Preserve the files handed over with a verb, unless the verb is cancelled; UsageError if they are not valid.
+
+        `is_called_off` returns whether the verb was cancelled.
+        """
         if telling.verb not in UNDO:
             raise UsageError(f"Files are handed over with prepare and freeze, not with {telling.verb.value}")
         inodes = {kept: _inode_of(file) for kept, file in files} if telling.verb is Verb.freeze else {}
@@ -150,7 +154,7 @@ class Claim:
         session = self.session_name
         if new:
             await self._sessions.preserve_files(session, new, deadline)
-        called_off = is_called_off()  # it took long
+        called_off = is_called_off()  # preserving them may take long
         if called_off and (telling.verb is Verb.prepare or not self._told or session != self.session_name):
             self._sessions.close_session(session)
             return
@@ -160,17 +164,17 @@ class Claim:
             self._kept = (*(kept for kept in self._kept if kept.name not in {one.name for one in given}), *result)
 
     def _earlier_files(self, telling: ProducerCall) -> dict[tuple[str, Inode], Kept]:
-        """What its session has from a freeze before this one, by the name and the file.
+        """Return what its session has from an earlier freeze, by the name and the inode.
 
-        The kernel lets go of a session only as a whole, and khod has no descriptors with which to preserve again what
-        came with prepare. So thaw leaves in it what freeze has added, and the next freeze (after --hold) may give it
-        once more: the same file is not preserved twice and keeps its token, another one takes the place of its name.
-        What is not given once more arrives with the session and is given to nobody.
+        The kernel releases a session only as a whole, and khod has no descriptors with which to preserve again what
+        came with prepare. So thaw leaves in the session what freeze has added, and the next freeze (after --hold) may
+        give it again: the same file is not preserved twice and keeps its token, another file takes the place of its
+        name. A file that is not given again arrives with the session, and is given to nobody.
         """
         return {(kept.name, inode): kept for kept, (inode, by) in self._with_freeze.items() if by is not telling}
 
     async def retrieve_files(self, deadline: float) -> list[int]:
-        """Give the files it has left in the previous kernel: descriptors that are the caller's."""
+        """Return descriptors of the files that it left in the previous kernel; they are the caller's."""
         return await self._sessions.retrieve_files(self.session_name, self._kept, deadline)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What every producer has that a file in /etc/kho/producers.d describes."""
+"""The common part of the producers that a file in /etc/kho/producers.d describes."""
 
 import asyncio
 import errno
@@ -23,7 +23,7 @@ __all__ = ["Configured", "check_name", "one_line", "require_string", "require_st
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 
 RESERVED = ("systemd",)
-"""Names no producer may have: LUO's session of that name is the service manager's."""
+"""Names that no producer may have: LUO's session of that name is the service manager's."""
 
 SHORTAGE_ERRNOS = {
     errno.EAGAIN: "khod may start no more processes (TasksMax= of kho-handover.service, kernel.pid_max)",
@@ -31,14 +31,14 @@ SHORTAGE_ERRNOS = {
     errno.ENFILE: "the host has too many files open (sysctl fs.file-max)",
     errno.ENOMEM: "there is no memory left for it",
 }
-"""What the host or khod lacks where the kernel says so."""
+"""What the host or khod lacks if the kernel returns one of these errnos."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Configured:
-    """The keys all kinds share; see `khod.producers.barrier.Participant`. `timeout` is in seconds, for each verb."""
+    """The keys that all kinds share, see `khod.producers.barrier.Participant`. `timeout` is in seconds per verb."""
 
     name: str
     timeout: float = 30.0
@@ -56,30 +56,30 @@ class Configured:
         return True
 
     async def carry_out(self, telling: ProducerCall) -> str | None:
-        """Carry a verb out: it ends in success or in ParticipantVeto, and within CUT_SECONDS once it is cancelled."""
+        """Carry a verb out; ParticipantVeto or KhoError if that fails. Ends within CUT_SECONDS after a cancellation."""
         return await _veto_on_failure(self._carry_out(telling))
 
     async def make_way(self, note: str) -> None:
-        """Make way, or raise ParticipantVeto."""
+        """Make way for the shutdown; ParticipantVeto if that fails."""
         await _veto_on_failure(self._make_way(note))
 
     async def _carry_out(self, telling: ProducerCall) -> str | None:
-        """Do what `carry_out` promises, and return what is shown as the answer; whatever it raises is a veto."""
+        """Do what `carry_out` promises, and return the answer to show; any error except a KhoError becomes a veto."""
         raise NotImplementedError
 
     async def _make_way(self, note: str) -> None:
-        """Nothing: it does not stand in the way."""
+        """Do nothing: by default a producer does not delay the shutdown."""
 
     async def wait_returned(self) -> None:
-        """Return at once: it was never here, it is told where it is."""
+        """Return at once: it has no connection, khod tells it where it is."""
 
     def to_record(self) -> ProducerRecord:
-        """What the record says of it; all else stands in its file."""
+        """Return its record; everything else is in its file."""
         return ProducerRecord(self.name, self.kind)
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError where no producer can have this name."""
+    """Raise UsageError if no producer can have this name."""
     if not NAME.fullmatch(name):
         raise UsageError(
             f"{name[:80]!r} is not a valid name of a producer",
@@ -91,7 +91,7 @@ def check_name(name: str) -> None:
 
 
 def require_strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str]:
-    """Check a list of strings, with `some` at least one; ConfigError names the file."""
+    """Return a list of strings, with `some` a list that is not empty; ConfigError names the file otherwise."""
     words = require_type(value, tuple[str, ...], key, str(path))
     if some and not words:
         raise ConfigError(f"`{key}` is an empty list", where=str(path), remedy="Name the command and its arguments.")
@@ -99,7 +99,7 @@ def require_strings(value: Any, path: Path, key: str, *, some: bool = False) -> 
 
 
 def require_string(value: Any, path: Path, key: str) -> str:
-    """Check a string that is not empty; ConfigError names the file."""
+    """Return a string that is not empty; ConfigError names the file if it is anything else."""
     text: str = require_type(value, str, key, str(path))
     if not text or "\0" in text:
         raise ConfigError(f"`{key}` is {text!r}", where=str(path), remedy="It must be a text of one character or more.")
@@ -107,7 +107,7 @@ def require_string(value: Any, path: Path, key: str) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Say in plain words what an exception means that is not ours."""
+    """Return in plain words what an exception means that is not khod's own."""
     if isinstance(error, OSError):
         said = SHORTAGE_ERRNOS.get(error.errno or 0) or error.strerror or str(error)
         return one_line(f"{said} ({error.filename})" if error.filename else said)
@@ -115,7 +115,7 @@ def describe_error(error: Exception) -> str:
 
 
 async def _veto_on_failure(work: Awaitable[T]) -> T:
-    """Wait for `work`; whatever it fails with becomes a ParticipantVeto."""
+    """Return what `work` returns; an error that is not a KhoError becomes a ParticipantVeto."""
     try:
         return await work
     except (ParticipantVeto, KhoError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is said over a producer's connection: a command is the reply to the call that answers the one before it."""
+"""Commands and answers on a producer's connection: a command is the reply to the call that answers the last one."""
 
 import asyncio
 import enum
@@ -17,7 +17,7 @@ class HungUp(ParticipantVeto):
 
 
 class AnswerWord(enum.Enum):
-    """What a producer answers a verb with."""
+    """The word with which a producer answers a verb."""
 
     ready = "ready"
     not_yet = "not_yet"
@@ -26,7 +26,7 @@ class AnswerWord(enum.Enum):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a producer answers to the command `serial`."""
+    """The answer of a producer to the command `serial`."""
 
     serial: int
     word: AnswerWord
@@ -38,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class PeerCommand:
-    """What a producer is told. `fds` are those of `kept`, with restore; whoever gets the command closes them."""
+    """A command for a producer. With restore, `fds` are the descriptors of `kept`; the receiver closes them."""
 
     serial: int
     verb: Verb
@@ -49,9 +49,9 @@ class PeerCommand:
 
 
 class Conversation:
-    """Commands and answers of one producer, over its connections: no serial is used twice.
+    """The commands and answers of one producer, over all its connections: no serial is used twice.
 
-    `late` is called when it answers, in the next kernel, what nobody waited for any more.
+    `late` is called when, in the next kernel, it answers a command that nobody waits for any more.
     """
 
     def __init__(self, claim: Claim, late: Callable[[], None]) -> None:
@@ -66,12 +66,12 @@ class Conversation:
         self._news = asyncio.Event()
 
     def open_connection(self, timeout: float) -> None:
-        """Begin over a new connection; `timeout` is the seconds the producer has for each verb."""
+        """Begin a new connection; `timeout` is the seconds that the producer has for each verb."""
         self._is_open, self._timeout = True, timeout
         self._telling, self._delivered = None, 0
 
     def hang_up(self) -> Verb | None:
-        """End with the connection: what was told fails with HungUp. The verb that was not answered."""
+        """End the connection: the command under way fails with HungUp. Return the verb that was not answered."""
         unanswered = self._telling.verb if self._answer is not None and self._telling is not None else None
         self._is_open = False
         self._news.set()
@@ -80,7 +80,7 @@ class Conversation:
         return unanswered
 
     async def give_command(self, telling: ProducerCall) -> None:
-        """Give a command and wait for the answer; ParticipantVeto where that is a no."""
+        """Give a command and wait for the answer; ParticipantVeto if it is a refusal."""
         self._serial += 1
         self._telling, self._answer = telling, asyncio.get_running_loop().create_future()
         self._claim.begin_verb(telling.verb)
@@ -90,11 +90,12 @@ class Conversation:
         finally:
             self._answer = None
             if telling.verb not in UNDONE_BY:
-                # An undo that was not answered in time stays: whoever comes late hears it, whatever it says.
+                # An undo that was not answered in time stays: a producer that comes late is told it, whatever it has to
+                # say.
                 self._telling = None
 
     async def exchange_answer(self, answer: Answer | None) -> PeerCommand:
-        """Take an answer, then wait for the next command; Unreachable where the connection ends meanwhile."""
+        """Take an answer, then wait for the next command and return it; Unreachable if the connection ends before."""
         if answer is not None:
             repeat = await self._take_answer(answer)
             if repeat is not None:
@@ -108,13 +109,13 @@ class Conversation:
         raise Unreachable("The connection has ended")
 
     async def _take_answer(self, answer: Answer) -> PeerCommand | None:
-        """Pass an answer on; the same command again where it was `not_yet`. A late one counts for nothing."""
+        """Pass an answer on; return the same command again if it was `not_yet`. A late answer is ignored."""
         future, telling = self._answer, self._telling
         if future is None or future.done() or telling is None or answer.serial != self._serial:
             if self._claim.is_restoring and future is None:
-                if answer.word is AnswerWord.not_yet:  # nobody waits, and nobody undoes it either: let it go on
+                if answer.word is AnswerWord.not_yet:  # nobody waits for it, and nobody undoes it: it may continue
                     return PeerCommand(answer.serial, Verb.restore, self._claim.run, self._timeout)
-                self._late()  # it is told again: it has no cause to connect again
+                self._late()  # it is told again, because it has no reason to reconnect
             return None
         if answer.word is AnswerWord.not_yet:
             telling.not_yet(answer.reason, answer.progress)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who a connected producer is: its process for good, and the systemd unit it runs in, both by the kernel's word."""
+"""Who a connected producer is, as the kernel knows it: its process, with a start time, and its systemd unit."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ from khod.handover.record import Process
 
 
 async def wait_ended(process: Process | None) -> None:
-    """Wait until a process has ended; for ever where none is known."""
+    """Wait until a process has ended; forever if `process` is None."""
     if process is None:
         await asyncio.get_running_loop().create_future()
         return
@@ -24,7 +24,7 @@ async def wait_ended(process: Process | None) -> None:
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(pidfd, ended.set)
     try:
-        if process_of(process.pid) == process:  # it may have ended, and its number gone to another, before the open
+        if process_of(process.pid) == process:  # it may have ended, and its PID been reused, before the open
             await ended.wait()
     finally:
         loop.remove_reader(pidfd)
@@ -32,7 +32,7 @@ async def wait_ended(process: Process | None) -> None:
 
 
 def is_alive(process: Process) -> bool:
-    """Whether a process has not ended, as `ended` sees it: one whose parent has not waited for it has."""
+    """Whether a process has not ended. As in `wait_ended`, one whose parent has not waited for it has ended."""
     try:
         pidfd = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -46,9 +46,9 @@ def is_alive(process: Process) -> bool:
 
 
 def process_of(pid: int) -> Process | None:
-    """Identify a running process; None where it has ended, OSError where that cannot be told.
+    """Identify a running process; None if it has ended, OSError if that cannot be found out.
 
-    proc_pid_stat(5): field 22 is when it started.
+    Field 22 of proc_pid_stat(5) is when it started.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
@@ -59,10 +59,10 @@ def process_of(pid: int) -> Process | None:
 
 
 def unit_of(pid: int) -> str:
-    """The systemd unit a process runs in, "" where it is in none.
+    """Return the systemd unit of a process, "" if it is in none.
 
-    From its cgroup, which it cannot choose. A login session's number is another after each boot, so its
-    slice counts.
+    The unit is read from the process's cgroup, which the process cannot choose. A login session has another number
+    after each boot, so its slice counts.
     """
     with suppress(OSError):
         units = units_in(Path(f"/proc/{pid}/cgroup").read_text())

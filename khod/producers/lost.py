@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A producer that was told something, and whose file is gone since."""
+"""A producer that was told something, and whose file no longer exists."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from khod.producers.configured import Configured
 
 @dataclass(frozen=True)
 class MissingProducer(Configured):
-    """Stands in the place of a producer that nobody can reach any more, so that this is said.
+    """Takes the place of a producer that can no longer be reached, so that this is reported: it vetoes every verb.
 
-    `had_to_restore` is what the record says of it: its state counts as missing in the next kernel. `unreadable` is
-    why its file, or another one, could not be read.
+    `had_to_restore` is from the record: its state counts as missing in the next kernel. `unreadable` is the reason why
+    its file, or another one, could not be read.
     """
 
     had_to_restore: bool = False

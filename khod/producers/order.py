@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The order producers are told in, by what each says of the others: `after` and `before`."""
+"""The order in which producers are told, by the `after` and `before` of each."""
 
 from collections.abc import Callable, Iterable
 from graphlib import CycleError, TopologicalSorter
@@ -9,11 +9,11 @@ from khod.errors import ConfigError
 
 
 class Ordered(Protocol):
-    """Whoever has a place in the order."""
+    """A member of the order."""
 
     @property
     def name(self) -> str:
-        """Unique among them."""
+        """Its name, unique in the order."""
 
     @property
     def after(self) -> tuple[str, ...]:
@@ -28,7 +28,10 @@ T = TypeVar("T", bound=Ordered)
 
 
 def order_in_ranks(producers: Iterable[T]) -> list[list[T]]:
-    """Order producers; names that are not here are no constraint. ConfigError names a cycle."""
+    """Return the producers in ranks, in the order in which they are told; ConfigError names a cycle.
+
+    A name in `after` or `before` that is not among the producers is ignored.
+    """
     known = {producer.name: producer for producer in producers}
     sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(known, ()))
     for producer in known.values():
@@ -51,11 +54,11 @@ def order_in_ranks(producers: Iterable[T]) -> list[list[T]]:
 def check_newcomer(
     newcomer: Ordered, find: Callable[[str], Ordered | None], naming: Callable[[str], Iterable[Ordered]]
 ) -> None:
-    """Raise ConfigError where a newcomer makes a cycle of the others' order, in which there is none.
+    """Raise ConfigError if a newcomer closes a cycle in the order of the others, which has none.
 
-    Thousands may come one by one, so only the producers told after it are visited, and none where nobody is told
-    before it: such a newcomer cannot close a cycle. `find` gives one of the others by its name, `naming` those that
-    name somebody in `after` or `before`.
+    Thousands may come one by one, so only the producers that are told after it are visited, and none if no producer is
+    told before it: such a newcomer cannot close a cycle. `find` returns one of the others by its name, `naming` returns
+    those that have a name in `after` or `before`.
     """
 
     def others_naming(name: str) -> list[Ordered]:

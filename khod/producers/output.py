@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What commands write, passed on to khod's own output, which must never hold a command up, nor khod.
+"""The output of commands, passed on to khod's own output without ever blocking a command, or khod.
 
-khod's output may have gone (EPIPE: journald lost the stream), be full (ENOSPC), or not be read for any length of time.
-A thread of its own writes to each stream; what it does not take is dropped, and counted.
+khod's output may be gone (EPIPE: journald lost the stream), full (ENOSPC), or not read for any length of time. A thread
+of its own writes to each stream; what the stream does not take is dropped, and counted.
 """
 
 import asyncio
@@ -18,19 +18,19 @@ from types import TracebackType
 from typing import Any
 
 READ_BYTES = 1 << 18
-"""Bytes a pipe holds and a read takes: what writes much is read quickly."""
+"""Bytes that a pipe holds and that one read takes: a large amount of output is read quickly."""
 TAIL_BYTES = 4096
-"""Bytes at the end of an output among which its last line is."""
+"""Bytes at the end of an output in which its last line is searched."""
 REST_BYTES = 4 * READ_BYTES
-"""Bytes that are still read once the command has ended; a child that holds the pipe may go on for ever."""
+"""Maximum bytes that are read after the command has ended: a child that still has the pipe may write forever."""
 LINE_BYTES = 48 << 10
-"""Bytes of one line that go to the journal together; what is longer is cut there, as journald does (LineMax=)."""
+"""Maximum bytes of one line in the journal; a longer line is cut there, as journald does (LineMax=)."""
 PASSED_ON = 1 << 20
-"""Bytes of each output of a command that reach the journal; one that never ends must not fill it."""
+"""Maximum bytes of each output of a command that reach the journal: output that never ends must not fill it."""
 BUFFER_BYTES = 4 << 20
-"""Bytes that wait for a stream which is not read."""
+"""Maximum bytes that wait for a stream that is not read."""
 STALL_SECONDS = 1.0
-"""How long khod's end waits for a stream that takes nothing more."""
+"""Seconds that khod waits at its end for a stream that takes nothing more."""
 
 
 class Outlet:
@@ -45,7 +45,7 @@ class Outlet:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread, so that none is needed later; where that fails it is tried again with the next bytes."""
+        """Start the thread, so that none is needed later; if that fails, it is tried again with the next bytes."""
         if self._thread is None:
             thread = threading.Thread(target=self._write_queue, name=f"khod-{self._name}", daemon=True)
             with suppress(RuntimeError):  # can't start new thread
@@ -53,7 +53,7 @@ class Outlet:
                 self._thread = thread
 
     def queue_bytes(self, data: bytes) -> None:
-        """Have bytes written in their turn, or drop them where too many wait."""
+        """Queue bytes to be written; they are dropped if too many wait."""
         with self._changed:
             self.start()
             if self._thread is None or self._bytes + len(data) > BUFFER_BYTES:
@@ -64,7 +64,7 @@ class Outlet:
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Wait until all is written or dropped, or nothing was for STALL_SECONDS."""
+        """Wait until everything is written or dropped, or until nothing was for STALL_SECONDS."""
         with self._changed:
             while self._bytes and self._changed.wait(STALL_SECONDS):
                 pass
@@ -88,9 +88,9 @@ class Outlet:
 
 
 def _write_all(stream: Any, data: bytes) -> int:
-    """Write to a stream as long as it takes; how many bytes it took."""
+    """Write to a stream for as long as it takes bytes; return how many it took."""
     written = 0
-    # EPIPE, ENOSPC, EIO, EBADF; a stream that was closed, or is none (it was closed at the start), has no number.
+    # EPIPE, ENOSPC, EIO, EBADF. A stream that was closed later, or was None from the start, has no descriptor.
     with suppress(OSError, ValueError, AttributeError):
         while written < len(data):
             try:
@@ -114,15 +114,15 @@ def start_outlets() -> None:
 
 @atexit.register
 def flush_outlets() -> None:
-    """At khod's end, wait for what was not written yet."""
+    """At khod's end, wait for what is not written yet."""
     STDOUT.flush()
     STDERR.flush()
 
 
 class Output:
-    """One output of a command: a pipe, read in the event loop and passed on. `writer` is the command's end of it.
+    """One output of a command: a pipe that is read in the event loop. `writer` is the command's end of it.
 
-    Each line is passed on with `label` before it: whose output it is.
+    Each line is passed on after `label`, which says whose output it is.
     """
 
     def __init__(self, outlet: Outlet, label: str) -> None:
@@ -135,7 +135,7 @@ class Output:
         self._read_bytes = 0
 
     def __enter__(self) -> "Output":
-        with suppress(OSError):  # without CAP_SYS_RESOURCE there is a bound on the pipes of a user together
+        with suppress(OSError):  # without CAP_SYS_RESOURCE a user's pipes have a limit in total
             fcntl.fcntl(self._reader, fcntl.F_SETPIPE_SZ, READ_BYTES)
         os.set_blocking(self._reader, False)
         return self
@@ -148,18 +148,21 @@ class Output:
         os.close(self._reader)
 
     def close_writer(self) -> None:
-        """Close the command's end: it has its own by now."""
+        """Close the command's end: the command has its own by now."""
         if self.writer >= 0:
             os.close(self.writer)
             self.writer = -1
 
     def start_reading(self) -> None:
-        """Read from now on, whenever there is something."""
+        """Read from now on, whenever there is data."""
         asyncio.get_running_loop().add_reader(self._reader, self._read_once)
         self._listening = True
 
     def read_rest(self) -> str:
-        """Read what is there, at most REST_BYTES, and give the last line; whoever still has the pipe is not heard."""
+        """Read what is there, at most REST_BYTES, and return the last line of the output.
+
+        What other processes write to the pipe after that is ignored.
+        """
         self._stop_reading()
         before = self._read_bytes
         while self._read_once() and self._read_bytes - before < REST_BYTES:
@@ -179,7 +182,7 @@ class Output:
             self._listening = False
 
     def _pass_on(self, data: bytes) -> None:
-        """Pass on the lines that are whole by now."""
+        """Pass on the lines that are complete."""
         *lines, self._line = (self._line + data).split(b"\n")
         while len(self._line) >= LINE_BYTES:
             lines.append(self._line[:LINE_BYTES])
@@ -188,7 +191,7 @@ class Output:
             self._outlet.queue_bytes(b"".join(self._label + line + b"\n" for line in lines))
 
     def _read_once(self) -> bool:
-        """Read once and pass it on; whether there was anything."""
+        """Read once and pass the bytes on; return whether there were any."""
         try:
             chunk = os.read(self._reader, READ_BYTES)
         except BlockingIOError:

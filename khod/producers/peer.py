@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A producer that connects, registered for as long as its connection lives.
+"""A producer that connects; it is registered for as long as its connection lives.
 
-A peer is told what to do as the reply to its own call (`Next`), so one connection carries everything,
-and who answers is who registered. The end of the connection is a veto. A peer that loses its connection
-stays as it is, frozen or not, and connects again: so an undo waits for it, until its process has ended
-and what it held with it. Until then its name is nobody else's.
+A peer gets its commands as replies to its own call (`Next`). So one connection carries everything, and the peer that
+answers is the one that registered. The end of the connection is a veto. A peer that loses its connection stays as it
+is, frozen or not, and connects again. So an undo waits for it until its process has ended, and with the process what it
+held. Until then its name is not given to another.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ from khod.producers.identity import wait_ended
 
 KIND = "varlink"
 MAX_TIMEOUT_SECONDS = 600.0
-"""Seconds a peer may ask for: an undo waits as long for one that hangs."""
+"""Maximum seconds that a peer may request: an undo waits as long for one that hangs."""
 
 MAX_PATH = 255
 DEVICE = re.compile(r"/(sys|dev)/[^\0]+")
 MAX_NAMES = 32
-"""Names of other producers, or devices, one registration may have: each stands in the record."""
+"""Maximum number of names of other producers, or of devices, in one registration: each is in the record."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Registration:
     devices: tuple[str, ...] = ()
 
     def check_values(self) -> None:
-        """Raise UsageError where one of the values cannot be."""
-        if not 0 < self.timeout <= MAX_TIMEOUT_SECONDS:  # a NaN is neither
+        """Raise UsageError if one of the values is not valid."""
+        if not 0 < self.timeout <= MAX_TIMEOUT_SECONDS:  # a NaN is refused too
             raise UsageError(
                 f"The timeout is {self.timeout}",
                 where="timeout",
@@ -66,19 +66,20 @@ def _check_count(what: str, names: Sequence[str]) -> None:
 
 
 class PeerState(enum.Enum):
-    """Where a peer is. Whoever is not connected may connect again, also when nobody waits for that."""
+    """The state of a peer. A peer that is not connected may connect again, even if nothing waits for it."""
 
     connected = "connected"
     expected = "expected"
     """An earlier khod told it something: every verb waits for its connection until its process has ended."""
     left = "left"
-    """Its connection has ended after it was told something: only an undo waits for another."""
+    """Its connection has ended after it was told something: only an undo waits for a new one."""
     given_up = "given_up"
-    """The operator expects it back no more: nothing waits for it, and its name is free for another owner."""
+    """The operator does not expect it back: nothing waits for it, and its name is free for another owner."""
     claiming = "claiming"
-    """It has not come yet for what it left in the previous kernel: that waits for it, whatever process it has."""
+    """It has not come yet for what it left in the previous kernel, which waits for it; any process of its owner may
+    come."""
     gone = "gone"
-    """Nothing of it stands: where it connects again, it is a new one."""
+    """Nothing of it is left: if it connects again, it is a new peer."""
 
 
 AWAITED = frozenset({PeerState.expected, PeerState.left, PeerState.given_up})
@@ -86,9 +87,9 @@ AWAITED = frozenset({PeerState.expected, PeerState.left, PeerState.given_up})
 
 
 class Peer:
-    """One producer by its name, connected or expected to come back.
+    """One producer by its name, connected or expected to return.
 
-    `late` is called when it answers, in the next kernel, what nobody waited for any more.
+    `late` is called when, in the next kernel, it answers a command that nobody waits for any more.
     """
 
     kind = KIND
@@ -112,19 +113,19 @@ class Peer:
         self._back = asyncio.Event()
 
     def to_record(self) -> ProducerRecord:
-        """What the record says of it; the barrier adds what it was told."""
+        """Return its record; the barrier adds what it was told."""
         return ProducerRecord(
             self.name, KIND, owner=self.owner, process=self.bearer_process, kept=self.claim.kept, **vars(self.terms)
         )
 
     @property
     def bearer_process(self) -> Process | None:
-        """The process that did what it was told, be it connected or not; None where none is known."""
+        """The process that carried out what it was told, connected or not; None if none is known."""
         return self._process
 
     @property
     def state(self) -> PeerState:
-        """Where it is; gone where it is not connected and its claim has ended."""
+        """Its state; `gone` if it is not connected and its claim has ended."""
         if self._state is PeerState.connected:
             return PeerState.connected
         if self.claim.is_restoring:
@@ -175,7 +176,7 @@ class Peer:
         return None if here else GONE
 
     async def make_way(self, note: str) -> None:
-        """Nothing: its process gets the shutdown's signals."""
+        """Do nothing: its process gets the shutdown's signals."""
 
     async def wait_returned(self) -> None:
         expected = self._state is PeerState.expected and self._process is not None
@@ -183,7 +184,7 @@ class Peer:
             raise ParticipantVeto("it is gone")
 
     async def _comes_back(self, telling: ProducerCall) -> bool:
-        """Wait for a connection; False where there is nobody to tell and nothing to undo."""
+        """Wait for a connection; return False if there is nobody to tell, and nothing to undo."""
         undo = telling.verb in UNDONE_BY
         bearer = self._process if undo or self._state is PeerState.expected else None
         if bearer is None and self.state is not PeerState.claiming:
@@ -191,7 +192,7 @@ class Peer:
                 return False
             raise ParticipantVeto("its connection ended")
         reason = "it has not connected yet"
-        if bearer is not None and undo:  # it stands in the error where neither comes to pass in time
+        if bearer is not None and undo:  # shown in the error if neither happens in time
             state = "frozen" if telling.verb is Verb.thaw else "prepared"
             reason = f"process {bearer.pid} is {state}, alive and not connected"
         telling.not_yet(reason, None)
@@ -202,7 +203,7 @@ class Peer:
         raise ParticipantVeto("its process ended")
 
     async def _back_or_gone(self) -> bool:
-        """Wait for its connection or the end of its process; whether it is connected."""
+        """Wait for its connection or the end of its process; return whether it is connected."""
         back = asyncio.ensure_future(self._back.wait())
         gone = asyncio.ensure_future(wait_ended(None if self.claim.is_restoring else self._process))
         try:
@@ -212,25 +213,25 @@ class Peer:
                 task.cancel()
         return self.is_reachable
 
-    # What changes its state, besides the end of its claim
+    # Changes of its state; the end of its claim is another one
 
     def attach_connection(self, process: Process, terms: Registration) -> None:
-        """A connection has come for this entry."""
+        """Begin a new connection of this peer."""
         self.claim.note_connected(process)
         self._state, self._process, self.terms = PeerState.connected, process, terms
         self.conversation.open_connection(terms.timeout)
         self._back.set()
 
     def detach_connection(self) -> None:
-        """The connection has ended: whatever it was told is answered with a veto, an undo is still to be told."""
+        """End the connection: the verb under way is answered with a veto, an undo must still be told."""
         self.claim.note_unanswered(self.conversation.hang_up())
         self._state = PeerState.left
-        if self.state is not PeerState.left:  # its process has nothing that an undo is for
+        if self.state is not PeerState.left:  # its process has nothing to undo
             self._process = None
         self._back.clear()
 
     def give_up(self) -> bool:
-        """Expect it back no more; whether it was waited for."""
+        """Stop expecting it back; return whether it was waited for."""
         if self.state not in AWAITED or self._process is None:
             return False
         self._state, self._process = PeerState.given_up, None

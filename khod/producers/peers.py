@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The producers that connect, by name: who may register, who is counted on, who is expected back."""
+"""The producers that connect, by name: who may register, who is part of a handover, who is expected back."""
 
 import asyncio
 from collections import Counter
@@ -16,15 +16,16 @@ from khod.producers.registrations import RegisteredProducer, Registrations
 from khod.producers.sessions import Sessions
 
 RETURN_SECONDS = 10.0
-"""Seconds a producer whose process lives has to connect again after khod was restarted; the library tries each one."""
+"""Seconds that a producer whose process lives has to reconnect after a restart of khod; the library tries every
+second."""
 
 
 class Peers:
     """All peers of this host, by name.
 
-    `gone` is called with one that leaves, `came` with one that registers, `late` with one that answers, in the next
-    kernel, what nobody waited for any more. `registrations` outlives a restart of khod; `unkept` is called where it
-    could not be written.
+    `gone` is called with a peer that disconnects, `came` with one that registers, `late` with one that, in the next
+    kernel, answers a command that nobody waits for any more. `registrations` outlives a restart of khod; `unkept` is
+    called with the error if it could not be written.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Peers:
         self._peers: dict[str, Peer] = {}
         self._per_user: Counter[int] = Counter()
         self._naming: dict[str, set[str]] = {}
-        """Who names somebody in `after` or `before`, by the name that is named."""
+        """The names of the peers that have a name in `after` or `before`, by that name."""
         self._gone = gone
         self._came = came
         self._registrations = registrations
@@ -50,12 +51,12 @@ class Peers:
         self._returned = asyncio.Event()
 
     def expect_registered(self, boot_id: str) -> None:
-        """Expect those that an earlier khod of this boot had, until each has come back or is given up."""
+        """Expect the producers that an earlier khod of this boot had, until each has returned or is given up."""
         if self._registrations is None:
             return
         try:
             found = self._registrations.load_registered(boot_id)
-        except Exception as error:  # noqa: BLE001 - whatever it is: nobody is kept from registering by it
+        except Exception as error:  # noqa: BLE001 - no error here may keep a producer from registering
             self._unkept(error)
             return
         self._absent = {
@@ -64,11 +65,11 @@ class Peers:
 
     @property
     def absent_producers(self) -> list[RegisteredProducer]:
-        """Those that were registered before khod was restarted, and have not come back."""
+        """The producers that were registered before khod was restarted, and have not returned."""
         return list(self._absent.values())
 
     async def wait_returned(self, names: Collection[str], seconds: float = RETURN_SECONDS) -> None:
-        """Wait until those absent of these names whose process lives have come back, and no longer than `seconds`."""
+        """Wait until the absent producers of these names whose process lives have returned, at most `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 while any(name in names and is_alive(found.process) for name, found in self._absent.items()):
@@ -81,7 +82,7 @@ class Peers:
         return {name for name, peer in self._peers.items() if peer.is_reachable}
 
     def stop_remembering(self) -> None:
-        """Keep the registrations as they are: khod ends, and every connection with it."""
+        """Keep the stored registrations as they are: khod ends, and every connection with it."""
         if self._registrations is not None:
             self._registrations.close_file()
 
@@ -93,11 +94,11 @@ class Peers:
                 self._unkept(error)
 
     def all_peers(self) -> list[Peer]:
-        """Those connected, and those that are waited for."""
+        """Return the peers that are connected or waited for."""
         return [*filter(None, map(self.find_peer, self._peers))]
 
     def taking_part(self) -> list[Peer]:
-        """Those of a handover: not whoever has not taken back yet what the previous kernel's khod left here."""
+        """Return the peers of a handover: those that have nothing to take back from the previous kernel."""
         return [peer for peer in self.all_peers() if not peer.claim.is_restoring]
 
     def is_awaiting(self, name: str) -> bool:
@@ -106,16 +107,19 @@ class Peers:
         return peer is not None and peer.state in AWAITED
 
     def find_peer(self, name: str) -> Peer | None:
-        """One that is connected or waited for, by its name."""
+        """Return the peer of this name if it is connected or waited for."""
         peer = self._peers.get(name)
         return peer if peer is not None and peer.state is not PeerState.gone else None
 
     def peers_naming(self, name: str) -> list[Peer]:
-        """Those that are connected or waited for and want to be told before or after this producer."""
+        """Return the connected or awaited peers that must be told before or after this producer."""
         return [*filter(None, map(self.find_peer, self._naming.get(name, ())))]
 
     def expect_absent(self, run: str) -> None:
-        """Count on those that have not come back since khod was restarted: any of them may be frozen, and stays so."""
+        """Count on the producers that have not returned since khod was restarted: any of them may be frozen.
+
+        They stay frozen until they are told an undo.
+        """
         about = {"told": Verb.freeze.value, **vars(Registration())}
         holders = [
             ProducerRecord(one.name, KIND, owner=one.owner, process=one.process, **about)
@@ -133,9 +137,9 @@ class Peers:
                 self._add_peer(Peer(holder.name, owner, holder.process, terms, claim, self._late))
 
     def give_up(self, name: str) -> bool:
-        """Expect a producer back no more that has lost its connection, or had it before khod was restarted.
+        """Stop expecting a producer that has lost its connection, or had it before khod was restarted.
 
-        Whether it was expected. What it was told is not undone then where it does not come back by itself.
+        Returns whether it was expected. What it was told is then not undone, unless it returns by itself.
         """
         peer = self._peers.get(name)
         awaited = peer is not None and peer.give_up()
@@ -146,19 +150,19 @@ class Peers:
         return True
 
     async def forget_claim(self, name: str, deadline: float) -> None:
-        """Free what a producer left before the jump; nothing where it left nothing."""
+        """Free what a producer left before the jump; without effect if it left nothing."""
         if (peer := self._peers.get(name)) is not None:
             await peer.claim.drop_arrived(deadline)
 
     def register_peer(self, name: str, owner: Owner, process: Process, terms: Registration, most: int) -> Peer:
-        """Take a connection in as the producer `name`, at `most` so many of one user's. UsageError or Refused."""
+        """Register a connection as the producer `name`, at most `most` of them for each user. UsageError or Refused."""
         check_name(name)
         terms.check_values()
         peer = self.find_peer(name)
         if peer is not None and peer.is_reachable:
             raise Refused(f"There is a producer {name} already", where=name, remedy="Choose another name.")
         if peer is not None and peer.state is PeerState.given_up and peer.owner != owner:
-            self._delete_peer(peer)  # what its process did is nobody's any more
+            self._delete_peer(peer)  # what its process did belongs to nobody now
             peer = None
         if peer is not None and peer.owner != owner:
             raise Refused(
@@ -177,7 +181,7 @@ class Peers:
         awaited = peer.bearer_process if peer is not None and peer.state in AWAITED else None
         for before in (awaited, absent.process if absent is not None else None):
             if before not in (None, process) and is_alive(before):
-                # It may be stopped, and frozen: another that came in its stead would be thawed for it.
+                # It may be stopped, and frozen: a process that came in its place would be thawed instead.
                 raise Refused(
                     f"Process {before.pid} holds the name {name} and has not come back",
                     where=f"process {before.pid}",
@@ -190,7 +194,7 @@ class Peers:
         if peer is None:
             peer = Peer(name, owner, process, terms, Claim(name, self._sessions), self._late)
         elif peer.state is PeerState.expected and peer.bearer_process not in (None, process):
-            self._gone(peer)  # the process that was told is dead, and what it held with it
+            self._gone(peer)  # the process that was told is dead, and what it held is gone
         self._per_user[owner.uid] += 1
         if (earlier := self._peers.get(name)) is not None:
             self._delete_peer(earlier)
@@ -205,7 +209,7 @@ class Peers:
         return peer
 
     def remove_peer(self, peer: Peer) -> None:
-        """Its connection has ended."""
+        """End the connection of a peer."""
         if not peer.is_reachable:
             return
         self._per_user[peer.owner.uid] -= 1

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""VMs by their QMP sockets: paused with `freeze`, continued with `thaw`. The next kernel has nothing to restore.
+"""VMs by their QMP sockets: paused at `freeze`, continued at `thaw`. There is nothing to restore in the next kernel.
 
-What of QEMU this rests on, all of it seen with 7.2, and the second in its monitor/qmp.c:
+This relies on the following behaviour of QEMU, all seen with 7.2, the second also read in its monitor/qmp.c:
 
-- A QMP socket serves one client. The next one connects, and is greeted when the one before has left; a few
-  may wait, for the rest connect(2) says EAGAIN.
-- When a client leaves, its commands that wait are dropped; the one being carried out is finished before
-  anything a later client asks. So whoever connects after a cancelled `stop` is answered when it has had its
-  effect, or never will.
-- The answer to such a command goes to the later client, ahead of the answer to its qmp_capabilities.
-- SO_PEERCRED names QEMU itself: it calls listen(2) on its socket even where somebody else had bound it.
+- A QMP socket serves one client. The next one connects, and gets its greeting when the one before has left. A few
+  clients may wait; for all others connect(2) returns EAGAIN.
+- When a client leaves, its waiting commands are dropped. A command that is being carried out is finished before any
+  request of a later client. So a client that connects after a cancelled `stop` gets its answer when that `stop` has had
+  its effect, or never will have it.
+- The answer to such a command is sent to the later client, before the answer to that client's qmp_capabilities.
+- SO_PEERCRED names QEMU itself: QEMU calls listen(2) on its socket even if another process had bound it.
 """
 
 import asyncio
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
 GRACE_SECONDS = 1.0
-"""Seconds a process may take to end after its socket was closed."""
+"""Seconds a process has to end after its socket was closed."""
 HANG_UP_SECONDS = 0.5
-"""How long QEMU may hold up the end of a session; then the connection is cut, which it cannot hold up."""
+"""Seconds that QEMU may delay the end of a session; then the connection is shut down, which QEMU cannot delay."""
 
 PAUSED_STATE = "paused"
 RUNNING_STATES = frozenset({"running", "suspended"})
-"""States `stop` takes to `paused`, and `cont` back. Before QEMU 9.0 `stop` does not act on a suspended VM."""
+"""States that `stop` changes to `paused`, and `cont` changes back. Before QEMU 9.0 `stop` does not act on a suspended
+VM."""
 
 UNFIT_STATES = {
     "debug": "a debugger holds it and may let it go at any time",
@@ -55,44 +56,44 @@ UNFIT_STATES = {
     "guest-panicked": "the guest has panicked",
     "colo": "it is one half of a pair that COLO keeps in step",
 }
-"""The other values of QEMU's RunState (qapi/run-state.json), and why there is no handover with one."""
+"""The other values of QEMU's RunState (qapi/run-state.json), and why there is no handover in that state."""
 
 
 class QmpUnavailable(ParticipantVeto):
-    """QEMU cannot be spoken to."""
+    """QEMU cannot be reached over QMP."""
 
 
 class _Absent(QmpUnavailable):
-    """Nobody listens at its socket."""
+    """Nothing listens at its socket."""
 
 
 class _Reached(enum.Enum):
-    """How far it has come: what a `thaw` that cannot ask must assume."""
+    """How far a freeze has come: what a `thaw` must assume if it cannot ask QEMU."""
 
     prepared = "prepared"
     """What is recorded before `freeze`: a khod that has only this may have sent `stop`."""
     untouched = "untouched"
-    """`freeze` was told and did not get as far as `stop`."""
+    """`freeze` was told, and ended before `stop` was sent."""
     asked = "asked"
     """`stop` was sent, or was about to be."""
 
 
 @dataclass(frozen=True)
 class _Note:
-    """What later verbs must know: the state at `prepare`, which process it was, and at which socket."""
+    """What later verbs must know: the state at `prepare`, the process, and its socket."""
 
     reached: _Reached
     state: str
     process: Process
     socket: str = ""
-    """"" in the note of an earlier khod: then the file counts."""
+    """"" in the note of an earlier khod: then the socket in the file counts."""
 
     def __str__(self) -> str:
         return f"{self.reached.value} {self.state} {self.process.pid} {self.process.started} {self.socket}"
 
     @classmethod
     def parse_note(cls, text: str) -> "_Note":
-        """Read what `str` made; ParticipantVeto where it is anything else."""
+        """Parse what `str` made; ParticipantVeto if it is anything else."""
         try:
             reached, state, pid, started, *path = text.split(" ", 4)
             return cls(_Reached(reached), state, Process(int(pid), int(started)), *path)
@@ -102,14 +103,14 @@ class _Note:
 
 @dataclass(frozen=True)
 class Qemu(Configured):
-    """A VM whose QMP listens at the path `socket`. One that nobody paused is paused from `freeze` to `thaw`."""
+    """A VM whose QMP socket is at the path `socket`. A VM that is not paused is paused from `freeze` to `thaw`."""
 
     socket: str = ""
     kind: str = "qemu"
 
     @classmethod
     def by_note(cls, name: str, note: str) -> "Qemu | None":
-        """Make the producer that left this note; None where it does not name the socket."""
+        """Return the producer that left this note; None if the note does not name the socket."""
         with suppress(ParticipantVeto):
             if path := _Note.parse_note(note).socket:
                 return cls(name, socket=path)
@@ -137,7 +138,7 @@ class Qemu(Configured):
         async with _open_monitor(note.socket or self.socket, telling) as vm:
             vm.require_process(note.process)
             if (state := await vm.run_state()) != note.state:
-                # Whoever changed it is at work on this VM; and thaw must give back the state of `prepare`.
+                # Another program is changing this VM; and thaw must restore the state it had at `prepare`.
                 raise ParticipantVeto(f"it was `{note.state}` when it prepared and is `{state}` now")
             if state == PAUSED_STATE:
                 return
@@ -147,11 +148,11 @@ class Qemu(Configured):
                 raise ParticipantVeto(f"asked to pause, it is `{state}`")
 
     async def _continue_guest(self, telling: ProducerCall) -> str | None:
-        """Continue what was going.
+        """Continue the VM if it was running.
 
-        Where QEMU cannot be asked: success if its process is gone or was never asked to pause, ParticipantVeto
-        otherwise. QMP is the only one to know whether a VM is paused: its threads sleep in either case. Without a
-        record a VM that is paused is continued, and GONE where nobody listens at its socket.
+        If QEMU cannot be asked: success if its process is gone or was never asked to pause, else ParticipantVeto. Only
+        QMP shows whether a VM is paused: its threads sleep in either case. Without a record a VM that is paused is
+        continued, and GONE is returned if nothing listens at its socket.
         """
         if telling.note == NOT_RECORDED:
             try:
@@ -176,7 +177,7 @@ class Qemu(Configured):
 
 @dataclass(frozen=True)
 class _Monitor:
-    """A QMP session, and whose it is. Whatever is wrong with an answer is a ParticipantVeto."""
+    """A QMP session, and the process at its other end. Any problem with an answer is a ParticipantVeto."""
 
     client: "QMPClient"
     connection: socket.socket
@@ -190,7 +191,7 @@ class _Monitor:
             )
 
     async def run_state(self) -> str:
-        """Give the RunState in QEMU's spelling."""
+        """Return the RunState in QEMU's spelling."""
         answer = await self.execute_command("query-status")
         state = answer.get("status") if isinstance(answer, dict) else None
         if not isinstance(state, str):
@@ -198,7 +199,7 @@ class _Monitor:
         return one_line(state)
 
     async def go_on(self) -> None:
-        """Continue it where it is paused; ParticipantVeto where it does not run then."""
+        """Continue the VM if it is paused; ParticipantVeto if it does not run then."""
         if (state := await self.run_state()) == PAUSED_STATE:
             await self.execute_command("cont")
             state = await self.run_state()
@@ -206,7 +207,7 @@ class _Monitor:
             raise ParticipantVeto(f"it does not run again: it is `{state}`")
 
     async def execute_command(self, command: str) -> Any:
-        """Carry a command out and give its answer."""
+        """Carry a command out and return its answer."""
         from qemu.qmp import ExecInterruptedError, ExecuteError, QMPError, StateError  # noqa: PLC0415
 
         self.telling.not_yet(f"waiting for its answer to `{command}`", None)
@@ -223,7 +224,7 @@ class _Monitor:
 
 @asynccontextmanager
 async def _open_monitor(path: str, telling: ProducerCall) -> AsyncIterator[_Monitor]:
-    """Connect and negotiate; hangs up at the end, whatever it is. Waits for as long as another client is served."""
+    """Connect and negotiate; disconnect at the end, also after an error. Waits while another client is served."""
     telling.not_yet("waiting for the QMP greeting: another client may hold it, or QEMU is busy", None)
     client, connection = await _open_session(path)
     try:
@@ -233,13 +234,14 @@ async def _open_monitor(path: str, telling: ProducerCall) -> AsyncIterator[_Moni
 
 
 async def _open_session(path: str) -> "tuple[QMPClient, socket.socket]":
-    """Give a client that QEMU has greeted, and the connection it has."""
+    """Return a client that QEMU has greeted, and its connection."""
     try:
-        # Here: it takes 70 ms, and only hosts with VMs need it.
+        # Imported here, because that takes 70 ms and only hosts with VMs need it.
         from qemu.qmp import ConnectError, QMPClient, QMPError, Runstate  # noqa: PLC0415
     except ImportError:
         raise ParticipantVeto("the Python package qemu.qmp is missing: install python3-qemu-qmp") from None
-    # A second time for one case: what came first was the answer to a command of an earlier client, and an error.
+    # The second round is for one case: the first message was the answer to a command of an earlier client, and an
+    # error.
     for last in (False, True):
         try:
             connection = await connect_unix(path)
@@ -247,7 +249,7 @@ async def _open_session(path: str) -> "tuple[QMPClient, socket.socket]":
             lost = _Absent if isinstance(error, (FileNotFoundError, ConnectionRefusedError)) else QmpUnavailable
             raise lost(f"its QMP socket {path} cannot be connected to: {error.strerror or error}") from None
         client = QMPClient()
-        client.events.event_filter = lambda _event: False  # it would keep them all, and nobody reads them
+        client.events.event_filter = lambda _event: False  # otherwise it keeps all events, which nobody reads
         try:
             await _negotiate_qmp(client, connection)
             return client, connection
@@ -263,20 +265,20 @@ async def _open_session(path: str) -> "tuple[QMPClient, socket.socket]":
 
 
 async def _negotiate_qmp(client: "QMPClient", connection: socket.socket) -> None:
-    """Wait for the greeting and negotiate; cut short, the library has HANG_UP_SECONDS to clean up."""
+    """Wait for the greeting and negotiate; if cancelled, the library has HANG_UP_SECONDS to clean up."""
     connecting = asyncio.ensure_future(client.connect(connection))
     try:
         await asyncio.wait({connecting})
     except asyncio.CancelledError:
         connecting.cancel()
         await _finish_session(connecting, connection)
-        await _hang_up(client, connection)  # it may have come about just now
+        await _hang_up(client, connection)  # the session may just have been established
         raise
     await connecting
 
 
 async def _hang_up(client: "QMPClient", connection: socket.socket) -> BaseException | None:
-    """End the session, once; what had ended it before, if anything had."""
+    """End the session, once; return what had ended it before, if anything had."""
     if client.runstate.name == "IDLE":
         return None
     ending = asyncio.ensure_future(client.disconnect())
@@ -285,7 +287,7 @@ async def _hang_up(client: "QMPClient", connection: socket.socket) -> BaseExcept
 
 
 async def _finish_session(ending: "asyncio.Future[Any]", connection: socket.socket) -> None:
-    """Wait for the end of a session, and make it end where it does not: QEMU serves nobody else before."""
+    """Wait for the end of a session, and force it if it does not come: QEMU serves no other client before."""
     try:
         if await settle_task(ending, HANG_UP_SECONDS):
             return
@@ -299,7 +301,10 @@ async def _finish_session(ending: "asyncio.Future[Any]", connection: socket.sock
 
 
 def _listening_process(connection: socket.socket) -> Process:
-    """Name the process that called listen(2) on the other side (SO_PEERCRED, see unix(7)); _Lost where it is hidden."""
+    """Return the process that called listen(2) on the other side (SO_PEERCRED, see unix(7)).
+
+    QmpUnavailable if that process cannot be seen from here.
+    """
     credentials = struct.Struct("3i")  # struct ucred: pid, uid, gid
     pid, _, _ = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
     if (process := process_of(pid)) is None:
@@ -308,7 +313,7 @@ def _listening_process(connection: socket.socket) -> Process:
 
 
 async def _has_ended(process: Process) -> bool:
-    """Tell whether a process has ended; one that is about to has GRACE seconds."""
+    """Return whether a process has ended, at the latest after GRACE_SECONDS."""
     try:
         async with asyncio.timeout(GRACE_SECONDS):
             await wait_ended(process)
@@ -318,7 +323,7 @@ async def _has_ended(process: Process) -> bool:
 
 
 def _end_reason(cause: BaseException | None) -> str:
-    """Say what ended a session, without what was said: that is QEMU's, and of any length."""
+    """Return what ended a session, without QEMU's own words, which may have any length."""
     if cause is None or isinstance(cause, EOFError | ConnectionError):
         return "it closed the QMP connection"
     if isinstance(cause, OSError):

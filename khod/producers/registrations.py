@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is registered, kept over a restart of khod: a handover must not go without somebody who has not come back yet.
+"""The registered producers, kept across a restart of khod: a handover must not begin without one that is not back yet.
 
-A file of lines, one for each registration and each leave, in this boot: an append is whole or not there, and costs a
-producer that registers some ten microseconds. It outlives khod, not the boot, so nothing of it is synced.
+A file with one line for each registration and each departure in this boot. Appending a line adds about ten microseconds
+to a registration; a line that is cut off, for lack of space, is ignored. The file outlives khod, not the boot, so
+nothing of it is synced.
 """
 
 import errno
@@ -15,7 +16,7 @@ from khod import wire
 from khod.handover.record import Owner, Process
 
 MAX_LINES = 1 << 14
-"""Lines that are appended before the file is written anew."""
+"""Lines that are appended before the file is rewritten."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class RegisteredProducer:
 
 
 class Registrations:
-    """The file. Methods raise OSError; a line that cannot be read counts as nothing."""
+    """The file of registrations. Methods raise OSError; a line that cannot be read is ignored."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,7 +39,7 @@ class Registrations:
         self._lines = 0
 
     def load_registered(self, boot_id: str) -> list[RegisteredProducer]:
-        """Give those that were registered in this boot and had not left, and begin the file anew with them."""
+        """Return the producers that were registered in this boot and had not left, and rewrite the file with them."""
         for line in self._read_lines():
             try:
                 values = json.loads(line)
@@ -50,23 +51,23 @@ class Registrations:
                     found = wire.decode_value(RegisteredProducer, values["registered"])
                     self._known[found.name] = found
             except (ValueError, TypeError, KeyError, RecursionError):
-                continue  # where there was no room for all of it
+                continue  # the line was cut off, for lack of space
         self._boot_id = boot_id
         self._rewrite_file()
         return list(self._known.values())
 
     def add_registered(self, registered: RegisteredProducer) -> None:
-        """Keep a registration."""
+        """Store a registration."""
         self._known[registered.name] = registered
         self._append_line({"registered": wire.encode_value(registered)})
 
     def remove_name(self, name: str) -> None:
-        """Forget a producer that left, or that an operator gave up."""
+        """Remove a producer that has left, or that an operator has given up."""
         if self._known.pop(name, None) is not None:
             self._append_line({"left": name})
 
     def close_file(self) -> None:
-        """Keep what stands there: khod ends, and its producers' connections with it."""
+        """Close the file and keep its contents: khod ends, and its producers' connections with it."""
         if self._fd is not None:
             os.close(self._fd)
         self._fd = None
@@ -78,7 +79,7 @@ class Registrations:
             return []
 
     def _rewrite_file(self) -> None:
-        """Write the file anew, with those that are registered now."""
+        """Write the file anew, with the producers that are registered now."""
         new = self._path.with_name(f"{self._path.name}.new")
         with open(new, "wb") as file:
             file.writelines(
@@ -90,7 +91,7 @@ class Registrations:
         self._lines = 0
 
     def _encode_line(self, values: dict[str, object]) -> bytes:
-        """One line, begun anew: the one before it may have been cut off."""
+        """Return one line, after a line break: the line before may have been cut off."""
         return f"\n{json.dumps({'boot_id': self._boot_id, **values}, default=wire.encode_value)}\n".encode()
 
     def _append_line(self, values: dict[str, object]) -> None:

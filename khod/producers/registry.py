@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Everyone who takes part: the producers with a file, and those that connect."""
+"""All producers that take part: those with a file, and those that connect."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,17 +20,17 @@ LOG = logging.getLogger(__name__)
 
 
 class ProducerRegistry:
-    """The producers of this host. `configured` reads the files anew each time; ConfigError where one is wrong."""
+    """The producers of this host. `configured` reads the files each time; ConfigError if one is wrong."""
 
     def __init__(self, configured: Callable[[], list[Participant]], peers: Peers) -> None:
         self.peers = peers
         self._configured = configured
 
     def all_producers(self) -> list[Participant]:
-        """Every producer that is configured, connected or waited for; whoever has something to claim takes no part.
+        """Return every producer that is configured, connected or waited for, except those with something to claim.
 
-        ConfigError where a file is wrong, or where somebody is registered under a name that has a file: a handover
-        that went without either of them would lose its state.
+        ConfigError if a file is wrong, or if a producer is registered under a name that has a file: a handover without
+        either of the two would lose its state.
         """
         files = self._configured()
         for peer in self._shadowed_peers(files):
@@ -43,19 +43,19 @@ class ProducerRegistry:
         return [*files, *self.peers.taking_part()]
 
     def _shadowed_peers(self, files: Sequence[Participant]) -> list[Peer]:
-        """Those registered under a name that has a file."""
+        """Return the peers that are registered under a name that has a file."""
         named = {file.name for file in files}
         return [peer for peer in self.peers.all_peers() if peer.name in named]
 
     def find_producer(self, name: str) -> Participant:
-        """Give a producer by its name; UsageError where there is none."""
+        """Return a producer by its name; UsageError if there is none."""
         found = next((producer for producer in self.all_producers() if producer.name == name), None)
         if found is None:
             raise UsageError(f"There is no producer {name!r}", where=name, remedy="khoctl producers lists them.")
         return found
 
     def status_rows(self, told: Sequence[Member]) -> list[model.Producer]:
-        """What status says of everyone, in rank order; `told` are those of the last attempt."""
+        """Return every producer as status shows it, in rank order; `told` are those of the last attempt."""
         known = {member.producer.name: member for member in told}
         files, shown = self._configured(), []
         shadowed = self._shadowed_peers(files)
@@ -66,7 +66,7 @@ class ProducerRegistry:
         return shown + [replace(Member(peer).to_model(), answer="there is a file of this name") for peer in shadowed]
 
     def register_peer(self, name: str, owner: Owner, process: Process, terms: Registration, most: int) -> Peer:
-        """Take in a producer that has connected; Refused where its name has a file, ConfigError where it is a cycle."""
+        """Register a producer that has connected; Refused if its name has a file, ConfigError if it closes a cycle."""
         files = self._configured()
         if any(producer.name == name for producer in files):
             raise Refused(f"There is a producer {name} already: it has a file", where=name, remedy="Choose another.")
@@ -83,7 +83,7 @@ class ProducerRegistry:
         return self.peers.register_peer(name, owner, process, terms, most)
 
     def make_barrier(self, run: str, changed: Callable[[Member], None]) -> Barrier:
-        """A barrier for everyone, with nothing told yet."""
+        """Return a barrier of all producers, with nothing told yet."""
         return Barrier.from_producers(self.all_producers(), run, changed)
 
     def resume_barrier(
@@ -95,11 +95,14 @@ class ProducerRegistry:
         *,
         restoring: bool = False,
     ) -> Barrier:
-        """The barrier of an attempt that was begun before, with the producers of its record alone.
+        """Return the barrier of an attempt that was begun before, with the producers of its record.
 
-        Any of them may have been told `verb`; None where the record has it of each, or nobody was told anything.
-        One that is gone, or whose file cannot be read, is said to be: all the others are told. With `restoring` so
-        is one that has nothing to restore with any more.
+        Any of them may have been told `verb`; None if the record has the verb of each, or if nobody was told anything.
+        With `verb` and without holders no record says who was told, so every producer is included.
+
+        A MissingProducer takes the place of one that is gone, or whose file cannot be read, so that all others are
+        told. With `restoring` it also takes the place of one that can no longer restore anything, and producers with
+        files that restore nothing are included for the order of the others.
         """
         unreadable: ConfigError | None = None
         try:
@@ -109,13 +112,13 @@ class ProducerRegistry:
         except Exception as error:
             LOG.exception("the producers' files cannot be read")
             files, unreadable = [], ConfigError(f"The producers' files cannot be read: {error!r}", where="producers.d")
-        nobody_knows = not holders and verb is not None  # no record says who: then it may be anyone
+        nobody_knows = not holders and verb is not None  # no record says who was told: it may be any of them
         if nobody_knows:
             self.peers.expect_absent(run)
         known = {(producer.name, producer.kind): producer for producer in [*files, *self.peers.all_peers()]}
         if nobody_knows:
             holders = [producer.to_record() for producer in (*files, *self.peers.taking_part())]
-        lost = nobody_knows and not run  # as opposed to a record in which nobody stands
+        lost = nobody_knows and not run  # as opposed to a record without producers
         told = {
             holder.name: PriorCall(verb or read_verb(holder.told), NOT_RECORDED if lost else holder.note)
             for holder in holders
@@ -129,17 +132,17 @@ class ProducerRegistry:
                     holder.name, kind=holder.kind, had_to_restore=bool(holder.restores), unreadable=unreadable
                 )
             producers.append(found)
-        if restoring:  # whoever has nothing to restore may stand between two that have
+        if restoring:  # one with nothing to restore may be between two that restore
             named = {holder.name for holder in holders}
             producers += [file for file in files if not file.restores_state and file.name not in named]
         barrier = Barrier.from_producers(producers, run, changed, told, any_order=True)
         if not producers and unreadable is not None:
-            barrier.broken = unreadable  # then there may be somebody in it
+            barrier.broken = unreadable  # a file that cannot be read may have a producer
         return barrier
 
 
 def by_note(holder: ProducerRecord) -> Participant | None:
-    """Make the producer of a note that says what was done, and to whom: its file need not be there any more."""
+    """Return the producer of a note that says what was done, and to what: its file may be gone by now."""
     if holder.kind == Unit.kind:
         return Unit.by_note(holder.name, holder.note)
     return Qemu.by_note(holder.name, holder.note) if holder.kind == Qemu.kind else None

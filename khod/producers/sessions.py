@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""LUO sessions: one for each producer that hands descriptors over, kept where khod's death does not reach them.
+"""LUO sessions: one for each producer that hands over descriptors, kept where khod's death does not end them.
 
-The kernel drops a session when its last descriptor is closed. That is the undo, and the danger: so a
-session goes into the service manager's store before anything is preserved in it. `/dev/liveupdate` is
-open for the time of one call only.
+The kernel drops a session when its last descriptor is closed. That is the undo, and also the danger: so a session goes
+into the service manager's store before anything is preserved in it. `/dev/liveupdate` is open only during one call.
 """
 
 import asyncio
@@ -30,21 +29,26 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 PREFIX = "khod-"
 MAX_SESSIONS = 700
-"""Sessions at a time: below what kernels take (819 were seen on 6.19.11) and FileDescriptorStoreMax= of the unit."""
+"""Maximum number of sessions: below what kernels take (819 were seen on 6.19.11) and FileDescriptorStoreMax= of the
+unit."""
 DEVICE_IS_HELD = 5.0
-"""Seconds another process (PID 1 at boot) may have the device."""
+"""Seconds that another process (PID 1 at boot) may have the device open."""
 RETRY_SECONDS = 0.1
 GONE = (errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.EINVAL)
-"""What RETRIEVE_SESSION says of a session that did not arrive, that somebody else took, or on a kernel without LUO."""
+"""Errnos of RETRIEVE_SESSION for a session that did not arrive, that another process took, or on a kernel without
+LUO."""
 
 
 def session_of(run: str, producer: str) -> str:
-    """The name of a producer's session in a handover: the kernel takes 63 bytes, a producer's name may have more."""
+    """Return the name of a producer's session in a handover.
+
+    The name has a hash, because the kernel takes 63 bytes and a producer's name may have more.
+    """
     return f"{PREFIX}{run}-{hashlib.sha256(producer.encode()).hexdigest()[:16]}"
 
 
 class Sessions:
-    """The sessions of this host, by name. Methods raise KhoError, Unsupported where the kernel has no LUO."""
+    """The LUO sessions of this host, by name. Methods raise KhoError, Unsupported if the kernel has no LUO."""
 
     def __init__(
         self,
@@ -57,10 +61,10 @@ class Sessions:
         memory: Callable[[], MemoryBounds] = read_memory,
         account: Path | None = None,
     ) -> None:
-        """Begin with those the service manager kept.
+        """Begin with the sessions in `passed`, which the service manager kept.
 
-        All outgoing files together have at most `max_bytes()`, or the host's memory; `account` is where their size is
-        kept for the next khod.
+        All outgoing files together may have at most `max_bytes()`, or what the host's memory allows. `account` is the
+        file that keeps their size for the next khod.
         """
         self._luo = luo
         self._thread = thread
@@ -72,17 +76,17 @@ class Sessions:
 
     @property
     def holds_any(self) -> bool:
-        """Whether there are any."""
+        """Whether there are any sessions."""
         return bool(self._fds)
 
     async def preserve_files(self, session: str, files: Sequence[tuple[Kept, int]], deadline: float) -> None:
-        """Preserve files in an outgoing session, which is made and put into the store at first."""
+        """Preserve files in an outgoing session; if there is none yet, create it and put it into the store before."""
         given = [(found.dev, found.ino) for found in (statx(file) for _, file in files)]
         known = self._inodes.setdefault(session, set())
         if len({*given}) < len(given) or not all(map(frozenset(given).isdisjoint, self._inodes.values())):
-            # 7.3.4 says EBUSY, of another session too; 6.19.11 takes it, and gives one memory to two.
+            # 7.3.4 returns EBUSY, also across sessions; 6.19.11 takes the file, and gives the same memory to two.
             raise Refused("The same file is handed over twice", remedy="Hand each file over once.")
-        known.update(given)  # at once: another call may bring the same one while this one waits
+        known.update(given)  # at once: another call may bring the same file while this one waits
         try:
             fd = await self._outgoing_session(session, deadline)
         except BaseException:
@@ -94,16 +98,16 @@ class Sessions:
             try:
                 self._preserve_within(session, fd, files, kept)
             finally:
-                known.difference_update(given[len(kept) :])  # here: the call may end when nobody waits for it any more
+                known.difference_update(given[len(kept) :])  # here: the call may end after its caller stopped waiting
 
         try:
             await self._call_kernel(preserve_files, deadline)
         except Grown:
-            self.close_session(session)  # it holds more than it may: at once, not when its producer is told of the veto
+            self.close_session(session)  # it exceeds the limit: at once, not when its producer is told of the veto
             raise
 
     async def _outgoing_session(self, session: str, deadline: float) -> int:
-        """Give the descriptor of an outgoing session, which is made and put into the store at first."""
+        """Return the descriptor of an outgoing session; if there is none yet, create it and put it into the store."""
         if session not in self._fds:
             if len(self._fds) >= MAX_SESSIONS:
                 raise Refused(
@@ -126,15 +130,15 @@ class Sessions:
         return fd
 
     def _preserve_within(self, session: str, fd: int, files: Sequence[tuple[Kept, int]], done: list[Kept]) -> None:
-        """Preserve files, where there may be so many bytes more; nothing else is preserved meanwhile.
+        """Preserve files if the limit allows their sizes; nothing else is preserved meanwhile.
 
-        Whatever the kernel keeps is added to `done`, also where another one fails.
+        Every file that the kernel keeps is added to `done`, also if another one fails.
         """
-        if len(files) > 1:  # before the first of them is filled
+        if len(files) > 1:  # all of them, before the first one is filled
             self._account.require_room([Measured.measure_file(kept, file) for kept, file in files])
         try:
             for kept, file in files:
-                before = Measured.measure_file(kept, file)  # as it is just before the call: its owner may write to it
+                before = Measured.measure_file(kept, file)  # the size just before the call: its owner may write to it
                 self._account.require_room([before])
                 self._account.count_session(session, before.size)
                 try:
@@ -143,7 +147,7 @@ class Sessions:
                     self._account.count_session(session, -before.size)
                     raise
                 done.append(kept)
-                # From here on the kernel keeps its size.
+                # From here on the kernel does not let the size change.
                 if (after := Measured.measure_file(kept, file)).size > before.size:
                     self._account.count_session(session, after.size - before.size)
                     raise Grown(
@@ -155,28 +159,29 @@ class Sessions:
             self._account.write_account()
 
     async def retrieve_files(self, session: str, kept: Sequence[Kept], deadline: float) -> list[int]:
-        """Give the files of a session that came from the previous kernel: descriptors that are the caller's."""
+        """Return descriptors of the files of a session from the previous kernel; they are the caller's."""
         if session not in self._fds:
-            # systemd brings them over a `systemctl kexec`; after an immediate jump nobody has asked the kernel yet.
+            # systemd carries sessions across `systemctl kexec`; after an immediate jump nobody has asked the kernel for
+            # them yet.
             await self._retrieve_session(session, deadline)
         fd = self._fds[session]
 
         def files() -> list[int]:
-            self._account.release_session(session)  # nothing of it goes out
+            self._account.release_session(session)  # it has no outgoing files
             return self._luo.retrieve_files(fd, kept)
 
         return await self._call_kernel(files, deadline, lambda fds: self._close_late(*fds))
 
     async def finish_session(self, session: str, deadline: float) -> None:
-        """Let go of a session whose files were all given back."""
+        """Release a session whose files were all given back."""
         if (fd := self._fds.get(session)) is not None:
             await self._call_kernel(lambda: self._luo.finish_session(fd), deadline)
             self.close_session(session)
 
     async def drop_session(self, session: str, deadline: float) -> None:
-        """Free what a session of the previous kernel holds; nothing where it did not arrive.
+        """Free what a session of the previous kernel holds; without effect if it did not arrive.
 
-        Beside `finish` the only way it ends: whoever calls this was told to.
+        Except for `finish`, nothing else ends such a session: the caller must have been told to.
         """
         if session not in self._fds:
             try:
@@ -188,16 +193,16 @@ class Sessions:
         try:
             await self.finish_session(session, deadline)
         except KhoError as error:
-            if getattr(error.__cause__, "errno", None) != errno.EINVAL:  # an outgoing one: to close it is its end
+            if getattr(error.__cause__, "errno", None) != errno.EINVAL:  # an outgoing session ends when it is closed
                 raise
         self.close_session(session)
 
     def close_session(self, session: str) -> None:
-        """Close a session, in the store too: of an outgoing one nothing is preserved any more."""
+        """Close a session, also in the store; an outgoing one then no longer preserves anything."""
         self._inodes.pop(session, None)
         if (fd := self._fds.pop(session, None)) is not None:
             self._store.remove_fd(session)
-            # Not before a call with this descriptor is over: its number may be another session's by then.
+            # Not before a call with this descriptor is over: otherwise its number could be another session's by then.
             self._thread.call_later(lambda: self._let_go(session, fd))
 
     def _let_go(self, session: str, fd: int) -> None:
@@ -205,36 +210,36 @@ class Sessions:
         self._account.release_session(session)
 
     def of_run(self, run: str) -> list[str]:
-        """The sessions of one handover that are held, by name."""
+        """Return the names of the sessions that are held for one handover."""
         return sorted(name for name in self._fds if name.startswith(f"{PREFIX}{run}-"))
 
     @property
     def session_names(self) -> list[str]:
-        """All sessions that are held, by name."""
+        """The names of all sessions that are held."""
         return sorted(self._fds)
 
     async def _retrieve_session(self, session: str, deadline: float) -> None:
         def retrieve() -> int:
             fd = self._luo.retrieve_session(session)
             try:
-                self._store.store_fd(session, fd)  # at once: a khod that dies before has freed what it holds
-            except Exception:  # what cannot be kept twice is kept once
+                self._store.store_fd(session, fd)  # at once: if khod died before this, what it holds would be freed
+            except Exception:  # khod's own descriptor keeps it
                 LOG.exception("a LUO session cannot be kept by the service manager")
             return fd
 
         def keep(fd: int) -> None:
-            """Keep it, also where it came when nobody waited for it any more."""
+            """Keep the session, also if it came after the caller stopped waiting."""
             self._fds[session] = fd
 
         keep(await self._on_device(retrieve, deadline, keep))
 
     def _close_late(self, *fds: int) -> None:
-        """Close what came when nobody waited for it any more."""
+        """Close descriptors that came after the caller stopped waiting."""
         for fd in fds:
             self._thread.call_later(partial(os.close, fd))
 
     async def _on_device(self, function: Callable[[], T], deadline: float, late: Callable[[T], object]) -> T:
-        """Make a call that opens /dev/liveupdate; wait while another process has it."""
+        """Make a call that opens /dev/liveupdate; wait while another process has it. Refused after DEVICE_IS_HELD."""
         loop = asyncio.get_running_loop()
         until = loop.time() + DEVICE_IS_HELD
         while True:

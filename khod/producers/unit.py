@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Producers that are units of the service manager: frozen in their cgroup, or stopped, while the blackout lasts.
+"""Producers that are units of the service manager: frozen by their cgroup, or stopped, during the blackout.
 
 They are told through org.freedesktop.systemd1 at its private socket, with one connection for each verb.
 
-Seen on systemd 262: systemd stops no frozen unit: on the way into the kexec it goes past it, and
-systemd-shutdown's SIGTERM kills what is frozen, but what catches SIGTERM is waited for as long as
-DefaultTimeoutStopSec= says, inside the blackout. A unit that dies while it is frozen counts as frozen until a
-reboot, or until nothing refers to it.
+Seen on systemd 262: systemd does not stop a frozen unit. On the way into the kexec it skips the unit. Then
+systemd-shutdown's SIGTERM kills what is frozen, but a process that catches SIGTERM is waited for as long as
+DefaultTimeoutStopSec= says, inside the blackout. A unit that dies while it is frozen counts as frozen until a reboot,
+or until nothing refers to it.
 
-What is stopped is started again by its name alone: what systemd stops with it is not, so an active unit that
-requires it is a veto. A socket, timer or path that triggers it may start it in the blackout.
+A stopped unit is started again by its name only. What systemd stops together with it is not started again, so an active
+unit that requires it is a veto. A socket, timer or path that triggers it may start it during the blackout.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from khod.systemd.manager import Systemd, UnitState
 FREEZE_METHODS = ("freeze", "stop")
 NAME = re.compile(r"[A-Za-z0-9:_.\\@-]+\.(service|scope|slice|socket|mount|swap|target|timer|path|automount|device)")
 MAX_UNIT_NAME_BYTES = 255
-"""Bytes in the name of a unit (systemd's UNIT_NAME_MAX is 256 and counts the NUL)."""
+"""Maximum bytes of a unit's name (systemd's UNIT_NAME_MAX is 256 and counts the NUL)."""
 VITAL = (
     "-.slice",
     "system.slice",
@@ -44,38 +44,39 @@ VITAL = (
     "systemd-udevd*",
     "systemd-userdbd*",
 )
-"""khod, what it needs to undo anything, and what every login and device of the host waits for."""
+"""khod, what khod needs for an undo, and what every login and device of the host waits for."""
 
 RETRY_SECONDS = 0.5
-"""When a thaw connects again."""
+"""Seconds before a thaw connects again."""
 CGROUPS = Path("/sys/fs/cgroup")
 
 OURS = "running"
-"""How the note of a unit begins that is ours to freeze or stop, and so to thaw or start; with any other it is left
-alone. What follows is the unit as it was prepared. A khod before this one wrote nothing more: then the file counts."""
+"""The first word in the note of a unit that khod may freeze or stop, and so must thaw or start; with any other note the
+unit is left alone. The unit as it was prepared follows. An earlier khod wrote only this word: then the file counts."""
 UNTOUCHED = "left alone"
-"""The note from a freeze that ended before systemd was told anything."""
+"""The note of a freeze that ended before systemd was told anything."""
 INACTIVE = ("inactive", "failed")
 SLICE = ".slice"
 
 
 @dataclass(frozen=True)
 class Unit(Configured):
-    """A unit, `how` = "freeze" for its cgroup's freezer, "stop" for a stop and a start."""
+    """A unit; `how` is "freeze" for its cgroup's freezer, "stop" for a stop and a start."""
 
     unit: str = ""
     how: str = "freeze"
     group: str = ""
-    """The path of its control group below CGROUPS at `prepare`; "" where there was none, or no note says so."""
+    """The path of its control group below CGROUPS at `prepare`; "" if there was none, or if the note does not have
+    it."""
     kind: str = "unit"
 
     @classmethod
     def by_note(cls, name: str, note: str) -> "Unit | None":
-        """Make the producer that left this note; None where it does not name the unit."""
+        """Return the producer that left this note; None if the note does not name the unit."""
         return None if note in (OURS, NOT_RECORDED) else cls(name)
 
     async def _carry_out(self, telling: ProducerCall) -> str | None:
-        """Freeze or stop the unit at `freeze` and undo that at `thaw`; the next kernel starts units by itself."""
+        """Freeze or stop the unit at `freeze`, and undo that at `thaw`; the next kernel starts units by itself."""
         ours = None if telling.verb is Verb.prepare else self._as_prepared(telling.note)
         it = ours or self
         verbs: dict[Verb, Step] = {Verb.prepare: it._check_unit, Verb.freeze: it._freeze_unit, Verb.thaw: it._thaw_unit}
@@ -88,17 +89,17 @@ class Unit(Configured):
                     async with systemd_bus() as bus:
                         return await step(Systemd(bus, it.unit), telling)
                 except Disconnected as error:
-                    # It may start anew in the middle of it; an undo is told again for as long as it has time.
+                    # systemd may be re-executing itself; an undo is told again until its time is over.
                     if telling.verb is not Verb.thaw or self.timeout <= RETRY_SECONDS:
                         raise
                     telling.not_yet(f"{error}; khod connects again", None)
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _make_way(self, note: str) -> None:
-        """Kill what is frozen.
+        """Kill the processes of the unit if it is frozen.
 
-        A process that catches SIGTERM does not get it while it is frozen, and systemd-shutdown waits for it as
-        long as DefaultTimeoutStopSec= says (90 s), in the middle of the blackout.
+        A process that catches SIGTERM does not get it while it is frozen, and systemd-shutdown waits for it as long as
+        DefaultTimeoutStopSec= says (90 s), in the middle of the blackout.
         """
         ours = self._as_prepared(note)
         if ours is not None and ours.how == "freeze":
@@ -108,13 +109,13 @@ class Unit(Configured):
 
     @property
     def _record_note(self) -> str:
-        """What is noted of a unit that is ours: its file may name another by the time it is thawed."""
+        """The note of a unit that khod may freeze or stop: its file may name another unit by the time of the thaw."""
         return f"{OURS} {self.how} {self.unit} {self.group}"
 
     def _as_prepared(self, note: str) -> "Unit | None":
-        """Give the unit of a note; None where it is not ours and is left alone, ParticipantVeto where that is unknown.
+        """Return the unit of a note; None if it is to be left alone, ParticipantVeto if that is not known.
 
-        Where nothing is recorded it may be ours: whether it is frozen is systemd's to say.
+        If nothing is recorded, khod may have frozen the unit: systemd says whether it is frozen.
         """
         if note in (OURS, NOT_RECORDED):
             return self
@@ -131,7 +132,7 @@ class Unit(Configured):
         telling.note = found = require_state(state, self.unit)
         if found != OURS:
             return
-        for name in state.names:  # an alias may hide what it is
+        for name in state.names:  # an alias may hide a vital unit
             try:
                 check_unit(name)
             except UsageError as error:
@@ -173,7 +174,7 @@ class Unit(Configured):
 
     async def _stop_unit(self, systemd: Systemd, telling: ProducerCall) -> None:
         telling.not_yet("systemd stops it", None)
-        # "fail": a job that somebody else queued meanwhile is theirs, and is not replaced.
+        # "fail": a job that another program has queued meanwhile is not replaced.
         result = await systemd.run_job("StopUnit", "fail")
         state = await systemd.read_state()
         if result != "done" or state.active not in INACTIVE:
@@ -206,9 +207,9 @@ class Unit(Configured):
                 raise ParticipantVeto(f"{self.unit} is {state.freezer} after ThawUnit")
 
     def _may_hold_frozen(self, state: UnitState) -> bool:
-        """Whether units in it may be frozen although it is not itself.
+        """Whether units in this slice may be frozen although the slice itself is not.
 
-        systemd freezes the units of a slice one after the other, and the slice last; at the first error it returns
+        systemd freezes the units of a slice one after the other, and the slice last. At the first error it returns
         (slice_freezer_action() in src/core/slice.c), and the slice's FreezerState has not changed.
         """
         return self.unit.endswith(SLICE) and state.freezer == "running" and state.active not in INACTIVE
@@ -217,7 +218,7 @@ class Unit(Configured):
         if state.active == "active" and not state.job:
             return
         telling.not_yet("systemd starts it", None)
-        # "replace": our own stop may still be under way.
+        # "replace": khod's own stop may still be under way.
         result = await systemd.run_job("StartUnit", "replace")
         state = await systemd.read_state()
         if state.active != "active":
@@ -236,10 +237,11 @@ Step = Callable[[Systemd, ProducerCall], Awaitable[str | None]]
 
 
 def _thaw_group(path: str) -> bool:
-    """Have the kernel thaw the control group at this path below CGROUPS; whether it was there and has taken that.
+    """Have the kernel thaw the control group at this path below CGROUPS; return whether it exists and was thawed.
 
-    systemd refuses it for a unit whose file is gone or masked since, and the kernel knows of no files. systemd goes on
-    to call the unit frozen, until it can be told `systemctl thaw`. In a slice each unit was frozen by itself.
+    systemd does not thaw a unit whose file was removed or masked since; the kernel does not know of files. systemd
+    still reports the unit as frozen, until `systemctl thaw` is possible again. In a slice, each unit was frozen by
+    itself.
     """
     with suppress(OSError):
         group = (CGROUPS / path.lstrip("/")).resolve(strict=True)
@@ -258,7 +260,7 @@ def _unfreeze_group(group: Path) -> None:
 
 
 def _member_groups(group: Path) -> Iterator[Path]:
-    """Find the control groups of the units in a slice, and in slices below it; not those that a unit made itself."""
+    """Yield the control groups of the units in a slice and in slices below it, but not those that a unit has made."""
     with os.scandir(group) as entries:
         names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and NAME.fullmatch(entry.name)]
     for name in names:
@@ -269,7 +271,7 @@ def _member_groups(group: Path) -> Iterator[Path]:
 
 
 def check_unit(unit: str) -> None:
-    """Raise UsageError for what is no name of a unit, and for units without which the host or khod stands still."""
+    """Raise UsageError for an invalid name of a unit, and for units that the host or khod cannot do without."""
     if (
         not NAME.fullmatch(unit)
         or len(unit) > MAX_UNIT_NAME_BYTES
@@ -290,7 +292,7 @@ def check_unit(unit: str) -> None:
 
 
 def require_state(state: UnitState, unit: str) -> str:
-    """OURS for a unit that runs, a word for one to be left as it is; ParticipantVeto for what is neither."""
+    """Return OURS for a unit that runs, a word for one to be left alone; ParticipantVeto for any other state."""
     if state.load in ("not-found", "bad-setting", "error"):
         raise ParticipantVeto(f"{unit} cannot be loaded: systemd says {state.load}")
     if state.active in INACTIVE:
