@@ -55,7 +55,7 @@ async def _undo_kernel(attempt: Attempt, steps: Sequence[Step], emit: Callable[[
     undo = {Step.activate: attempt.undo_activate, Step.load: attempt.undo_load}
     failures: list[Failure] = []
     for step in steps:
-        if failures:
+        if failures and step is Step.activate:
             # The image contains the state of the active phase. If it stayed loaded without that phase, it would hand
             # over stale state at the next reboot, because systemd 262 makes a kexec of that.
             why, remedy = "the active phase is kept: the image that has its state is still loaded", ""

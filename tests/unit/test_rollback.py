@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from khod.engine import Engine
+from khod.engine import Engine, rollback
 from khod.errors import Exit, KhoError, NotRolledBack
-from khod.model import Phase
+from khod.model import Phase, Step
 from tests.unit.harness import ACTIVE, Host
 from tests.unit.scripted import Scripted, raises
 
@@ -243,3 +243,23 @@ async def test_a_listener_that_fails_ends_no_rollback(
     await engine.abort()
     assert host.verbs == [*PREPARED, *FROZEN, *UNDONE]
     await put_back(host, engine)
+
+
+@pytest.mark.parametrize("order", [[Step.activate, Step.load], [Step.load, Step.activate]])
+async def test_an_image_is_unloaded_although_the_active_phase_cannot_be_left(order: list[Step]) -> None:
+    """Where the image was loaded first (6.19 and later) its undo is the last, and depends on nothing before it."""
+
+    class Kernel:
+        undo_seconds = 5.0
+        is_unloaded = False
+
+        async def undo_activate(self) -> None:
+            raise KhoError("it is kept")
+
+        async def undo_load(self) -> None:
+            self.is_unloaded = True
+
+    kernel = Kernel()
+    failures = await rollback._undo_kernel(kernel, order, lambda _text: None)  # type: ignore[arg-type]
+    assert kernel.is_unloaded
+    assert [failure.step for failure in failures] == [Step.activate]
