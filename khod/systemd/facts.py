@@ -37,9 +37,8 @@ class SystemdFacts:
 
         async def read(systemd: Systemd) -> dict[str, list[str]]:
             found: dict[str, list[str]] = {}
-            for name in await systemd.list_units("*.service"):
-                properties = await systemd.read_properties(name, "Service")
-                if properties.get("NFileDescriptorStore"):
+            for name, path in (await systemd.list_units("*.service")).items():
+                if await systemd.count_stored_files(path):
                     found[name] = await systemd.list_stored_files(name)
             return found
 

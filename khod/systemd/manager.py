@@ -96,10 +96,19 @@ class Systemd:
         """Return the state of the host as `systemctl is-system-running` prints it: running, degraded, stopping, ..."""
         return await self._manager_property("SystemState")
 
-    async def list_units(self, pattern: str) -> list[str]:
-        """Return the names of all loaded units that match the pattern (shell wildcards)."""
+    async def list_units(self, pattern: str) -> dict[str, str]:
+        """Return the loaded units whose names match the pattern (shell wildcards), with their objects' paths."""
         answer = await self._bus.call_method(MANAGER, "ListUnitsByPatterns", "asas", [], [pattern])
-        return [name for name, *_ in self._only_value("a(ssssssouso)", answer)]
+        return {name: path for name, _, _, _, _, _, path, *_ in self._only_value("a(ssssssouso)", answer)}
+
+    async def count_stored_files(self, path: str) -> int:
+        """Return how many files the file descriptor store of the service with this object path contains."""
+        address = (SYSTEMD, path, "org.freedesktop.DBus.Properties")
+        answer = await self._bus.call_method(address, "Get", "ss", f"{SYSTEMD}.Service", "NFileDescriptorStore")
+        match self._only_value("v", answer):
+            case ("u", int(count)):
+                return count
+        raise BusError("systemd reports NFileDescriptorStore with another type than it is documented to")
 
     async def read_properties(self, unit: str, interface: str) -> dict[str, Any]:
         """Return all properties that a unit has in one of its interfaces (Unit, Service, ...), by name."""

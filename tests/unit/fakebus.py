@@ -126,8 +126,8 @@ class FakeBus:
                 return "a(sus)", ([("/", pid, "?") for pid in self.processes],)
             case "ListUnitsByPatterns" | "DumpUnitFileDescriptorStore":
                 return self._list(method, name)
-            case "Get" if message.body[0] == MANAGER.interface:
-                return "v", (("s", self.manager[message.body[1]]),)
+            case "Get" if message.body[1] in ("NFileDescriptorStore", *self.manager):
+                return self._get(message)
             case "LoadUnit":
                 return "o", (f"/unit/{name.encode().hex()}",)
             case "GetAll":
@@ -149,10 +149,17 @@ class FakeBus:
                 return "o", (self._job(method, name, writer),)
         raise Refusal("org.freedesktop.DBus.Error.UnknownMethod", method)
 
+    def _get(self, message: Message) -> Reply:
+        if message.body[0] == MANAGER.interface:
+            return "v", (("s", self.manager[message.body[1]]),)
+        path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
+        return "v", (("u", len(self.stored.get(bytes.fromhex(path).decode(), ()))),)
+
     def _list(self, method: str, name: str) -> Reply:
         if method == "ListUnitsByPatterns":
-            listed = ("", "loaded", "active", "running", "", "/", 0, "", "/")
-            return "a(ssssssouso)", ([(unit, *listed) for unit in self.units],)
+            paths = {name: f"/unit/{name.encode().hex()}" for name in self.units}
+            listed = [(name, "", "loaded", "active", "running", "", path, 0, "", "/") for name, path in paths.items()]
+            return "a(ssssssouso)", (listed,)
         return "a(suuutuusu)", ([("name", 0, 0, 0, 7, 0, 0, path, 0) for path in self.stored[name]],)
 
     def _become(self, name: str, key: str, method: str, usual: str) -> None:
