@@ -25,8 +25,9 @@ TOLD = {
     "prepare": ["prepare begins", "cancel begins", "cancel ends"],
     "freeze": ["prepare", "freeze begins", "thaw", "cancel"],
     "thaw": ["prepare", "freeze", "thaw begins", "thaw", "cancel"],
-    "cancel": ["prepare", "freeze", "thaw", "cancel begins", "cancel"],
+    "cancel": ["prepare", "freeze", "thaw", "cancel begins", "thaw", "cancel"],
 }
+"""What it is told; an undo that was under way is told again from its beginning."""
 
 
 @pytest.fixture(scope="module")
