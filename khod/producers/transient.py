@@ -175,8 +175,11 @@ class TransientUnit:
 
 
 def unit_name(producer: str, number: int = 0) -> str:
-    """Name the unit of a producer's commands; a producer's name has no character but @ that a unit's may not."""
-    return f"{PREFIX}{producer.replace('@', chr(92) + 'x40')}{f'.{number}' if number else ''}.service"
+    """Return the name of the unit for a producer's commands; a further one has a colon, which no producer's name has.
+
+    The only character of a producer's name that has a meaning in a unit's is @, which is escaped as systemd does it.
+    """
+    return f"{PREFIX}{producer.replace('@', chr(92) + 'x40')}{f':{number}' if number else ''}.service"
 
 
 def _escape_label(name: str) -> str:

@@ -37,6 +37,7 @@ VITAL = (
     "init.scope",
     "-.mount",
     "kho-handover*",
+    "kho-hook-*",
     "kho-verify*",
     "dbus*",
     "systemd-journald*",

@@ -114,3 +114,46 @@ def test_a_systemd_that_is_busy_is_waited_for(host: Host) -> None:
         assert told(host)[-4:] == whole("thaw", "cancel")
     finally:
         host.shell("rm /run/systemd/system-generators/slow")
+
+
+# What systemd 262 made of the settings, as the command itself sees it.
+SEEN = """\
+#!/bin/sh
+exec > /run/seen
+cat "/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max"
+nice
+sed -n 's/^ *\\(.*\\):.*/\\1/p' /proc/net/dev | tr '\\n' ' '
+echo
+echo "$WORD"
+id -un
+touch /var/lib/written 2>/dev/null && echo written || echo kept out
+"""
+SETTINGS = """\
+freeze = ["/run/seen-by"]
+[service]
+MemoryMax = "64M"
+Nice = 5
+PrivateNetwork = true
+Environment = ["WORD=one two"]
+User = "daemon"
+ProtectSystem = "strict"
+ReadWritePaths = ["/run"]
+CapabilityBoundingSet = ["CAP_KILL"]
+SystemCallFilter = ["@system-service"]
+RuntimeMaxSec = "1min"
+TasksMax = 20
+"""
+
+
+def test_a_hook_has_the_settings_of_its_file(host: Host) -> None:
+    host.guest.put("/run/seen-by", SEEN, mode=0o755)
+    host.shell("chmod 777 /run; touch /run/seen; chmod 666 /run/seen")
+    host.guest.put("/etc/kho/producers.d/set.toml", SETTINGS)
+    try:
+        host.khoctl("activate")
+        host.khoctl("abort")
+        memory, nice, links, word, user, wrote = host.shell("cat /run/seen").splitlines()
+        assert (memory, nice, links.split(), word) == (str(64 << 20), "5", ["lo"], "one two")
+        assert (user, wrote) == ("daemon", "kept out")
+    finally:
+        host.shell("chmod 755 /run; rm -f /etc/kho/producers.d/set.toml /run/seen")
