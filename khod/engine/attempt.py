@@ -133,7 +133,7 @@ class Attempt:
         deadline = deadlines.prepare if verb is Verb.prepare else deadlines.freeze
         try:
             async with asyncio.timeout(deadline):
-                await self.barrier.broadcast(verb, among)
+                await self.barrier.broadcast(verb, among, seconds=deadline)
         except TimeoutError:
             raise step_timeout_error(self.barrier.members, verb, deadline) from None
 

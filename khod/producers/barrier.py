@@ -8,6 +8,7 @@ done half of the step, so it is told the undo too.
 
 import asyncio
 import enum
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -257,16 +258,20 @@ class Barrier:
                 member.rank = number
         return [member for member in self.members if member.producer.name not in known]
 
-    async def broadcast(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
+    async def broadcast(self, verb: Verb, among: Sequence[Member] | None = None, *, seconds: float = math.inf) -> None:
         """Tell all producers, or those in `among`, rank by rank, and wait for their answers.
 
+        The caller ends it after `seconds`, which is shown as a producer's limit where it comes before its timeout.
         The first refusal ends this: calls of the same rank that are under way are cut short, and later ranks are not
         told. Raises Refused with the veto; Unsupported if the kernel cannot keep what a producer hands over.
         """
-        wanted = None if among is None else frozenset(among)
+        wanted, began = None if among is None else frozenset(among), time.monotonic()
         for rank in self._ranks:
             chosen = [member for member in rank if wanted is None or member in wanted]
-            tasks = [asyncio.ensure_future(self._call_one(member, verb, member.producer.timeout)) for member in chosen]
+            left = began + seconds - time.monotonic()
+            tasks = [
+                asyncio.ensure_future(self._call_one(member, verb, member.producer.timeout, left)) for member in chosen
+            ]
             try:
                 for first in asyncio.as_completed(tasks):
                     if (refusal := await first) is not None:
@@ -374,11 +379,11 @@ class Barrier:
                 failed.append((member.producer.name, refusal))
         return failed
 
-    async def _call_one(self, member: Member, verb: Verb, deadline: float) -> KhoError | None:
+    async def _call_one(self, member: Member, verb: Verb, deadline: float, left: float = math.inf) -> KhoError | None:
         """Tell one producer a verb; return the error that its refusal means, None for a yes."""
         producer, began = member.producer, time.monotonic()
         member.about, member.answer, member.began, member.progress = verb, "", began, None
-        member.limit = deadline
+        member.limit = min(deadline, round(left, 1))
         member.calls += 1
         call = member.calls
         if verb not in AFTER:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The order of producers: a newcomer is held against those it names and those told after it, and nobody else."""
 
+import math
 import random
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +11,8 @@ import pytest
 
 from khod.errors import ConfigError, UsageError
 from khod.handover.record import Owner, Process
-from khod.producers.barrier import Verb
+from khod.producers.barrier import Barrier, Verb
+from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.order import check_newcomer, order_in_ranks
 from khod.producers.peer import Peer, Registration
@@ -124,3 +126,12 @@ def test_a_name_that_is_none_is_not_looked_for(registry: ProducerRegistry) -> No
     with pytest.raises(UsageError):
         register(registry, "first", ("not/a/name",))
     assert registry.peers.peers_naming("not/a/name") == []
+
+
+async def test_the_limit_that_is_shown_is_the_one_that_comes_first() -> None:
+    """A step ends for everybody after deadlines.freeze, whatever timeout a producer has."""
+    short, long = Hook("short", 2, commands={}), Hook("long", 30, commands={})
+    for seconds, expected in ((10, [10, 2]), (60, [30, 2])):
+        here = Barrier.from_producers([short, long], "run-1", lambda _member: None)
+        await here.broadcast(Verb.freeze, seconds=seconds)
+        assert [math.ceil(member.limit) for member in here.members] == expected
