@@ -378,10 +378,10 @@ def test_progress_says_how_many_are_ready_and_how_long_the_others_have(monkeypat
 
 def test_a_producer_s_deadline_is_known_while_it_is_told(blocked: Khod) -> None:
     hooks = blocked.directory / "root/etc/kho/producers.d/db.toml"
-    hooks.write_text(f"{hooks.read_text()}timeout = 77\n")
+    hooks.write_text(f"{hooks.read_text()}timeout = 17\n")
     assert blocked.khoctl("activate", "--no-block").code == Exit.done
     (found,) = blocked.ask("Status")["status"]["producers"]
-    assert (found["waiting"], found["limit"]) == (True, 77.0)
+    assert (found["waiting"], found["limit"]) == (True, 17.0), "it comes before deadlines.prepare"
     assert blocked.khoctl("abort").code == Exit.done
 
 
