@@ -18,7 +18,8 @@ from typing import Any
 from khod.producers.children import describe_undead
 from khod.producers.commands import KILL_WAIT_SECONDS, Command
 from khod.systemd.dbus import Bus, BusError, Disconnected, ErrorAnswer, systemd_bus
-from khod.systemd.manager import MANAGER, SYSTEMD, Systemd
+from khod.systemd.manager import MANAGER, SETTLE_SECONDS, SYSTEMD, Systemd
+from khod.systemd.setting_values import Property
 
 PREFIX = "kho-hook-"
 MAX_UNITS = 9
@@ -28,10 +29,7 @@ ENDED = ("inactive", "failed")
 CLD_EXITED = 1  # siginfo_t's si_code, as ExecMainCode has it
 STOP_STAGE_SECONDS = 0.25
 """TimeoutStopSec=: systemd goes through up to four stages of a stop with what does not die."""
-SETTLE_SECONDS = 1.0
-"""Seconds PID 1 has to take up the end of what was called off while it was to start."""
 RECONNECT_SECONDS = 0.2
-Property = tuple[str, tuple[str, Any]]
 
 
 class TransientUnits:
@@ -112,13 +110,12 @@ class TransientUnit:
             await self._close()
         return [text for pid in sorted(left) if (text := describe_undead(pid))]
 
-    async def _start_unit(self, bus: Bus, properties: list[Property]) -> bool:
+    async def _start_unit(self, bus: Bus, properties: list[tuple[str, Property]]) -> bool:
         """Have systemd start it, and wait until that is done; False where the name is taken."""
         call: tuple[Any, ...] = (MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", self._name, "fail", properties, [])
         try:
             (job,) = (await bus.call_method(*call)).body
-            while job not in bus.ended_jobs:
-                await bus.receive_message()
+            result = await bus.wait_job(job)
         except ErrorAnswer as error:
             if error.name == UNIT_EXISTS:
                 return False
@@ -127,7 +124,7 @@ class TransientUnit:
             await self._call_off(bus)
             raise
         # What fails has an exit code too, as 203 of what cannot be executed; see systemd.exec(5).
-        if (result := bus.ended_jobs[job]) not in ("done", "failed"):
+        if result not in ("done", "failed"):
             raise ValueError(f"its unit {self._name} could not be started: {result}")
         return True
 
@@ -187,7 +184,7 @@ def _escape_label(name: str) -> str:
     return "".join(char if char.isascii() and char.isalnum() else f"_{ord(char):02x}" for char in name)
 
 
-def _properties(command: Command, stdout: int, stderr: int) -> Iterator[Property]:
+def _properties(command: Command, stdout: int, stderr: int) -> Iterator[tuple[str, Property]]:
     """The unit's settings: an end by its control group, at once, and a start that a shutdown does not refuse."""
     argv = command.launch_argv
     yield "Description", ("s", f"Kernel handover: {command.name}")

@@ -102,6 +102,12 @@ class Bus:
             raise Disconnected(said) if error in NOBODY else ErrorAnswer(said, str(error))
         return answer
 
+    async def wait_job(self, job: str) -> str:
+        """Wait until systemd has reported the end of the job with this path, and return its result."""
+        while job not in self.ended_jobs:
+            await self.receive_message()
+        return self.ended_jobs[job]
+
     async def receive_message(self) -> Message:
         """Wait for the next message and return it; signals also update `ended_jobs` and `properties`."""
         try:

@@ -23,6 +23,7 @@ from khod.text import ASCII_SPACE, one_line
 T = TypeVar("T")
 SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = (SYSTEMD, "/org/freedesktop/systemd1", f"{SYSTEMD}.Manager")
+PROPERTIES = "org.freedesktop.DBus.Properties"
 PEER = (SYSTEMD, "/org/freedesktop/systemd1", "org.freedesktop.DBus.Peer")
 MESSAGE_BUS = "dbus.service"
 """The unit of the message bus; with dbus-broker this name is an alias."""
@@ -103,18 +104,13 @@ class Systemd:
 
     async def count_stored_files(self, path: str) -> int:
         """Return how many files the file descriptor store of the service with this object path contains."""
-        address = (SYSTEMD, path, "org.freedesktop.DBus.Properties")
-        answer = await self._bus.call_method(address, "Get", "ss", f"{SYSTEMD}.Service", "NFileDescriptorStore")
-        match self._only_value("v", answer):
-            case ("u", int(count)):
-                return count
-        raise BusError("systemd reports NFileDescriptorStore with another type than it is documented to")
+        count: int = await self._read_property(path, f"{SYSTEMD}.Service", "NFileDescriptorStore", "u")
+        return count
 
     async def read_properties(self, unit: str, interface: str) -> dict[str, Any]:
         """Return all properties that a unit has in one of its interfaces (Unit, Service, ...), by name."""
-        address = await self._property_address(unit)
-        answer = await self._bus.call_method(address, "GetAll", "s", f"{SYSTEMD}.{interface}")
-        return {name: value for name, (_, value) in self._only_value("a{sv}", answer).items()}
+        answer = await self._read_all(unit, interface)
+        return {name: value for name, (_, value) in answer.items()}
 
     async def list_stored_files(self, unit: str) -> list[str]:
         """Return the paths of the files in a unit's file descriptor store."""
@@ -123,35 +119,27 @@ class Systemd:
 
     async def read_state(self, unit: str = "") -> UnitState:
         """Return the state of this unit, or of another one; systemd loads the unit if needed."""
-        answer = await self._bus.call_method(
-            await self._property_address(unit or self._unit), "GetAll", "s", f"{SYSTEMD}.Unit"
-        )
-        return _parse_state(self._only_value("a{sv}", answer))
+        return _parse_state(await self._read_all(unit or self._unit, "Unit"))
 
     async def holds_us(self) -> bool:
         """Whether khod or the message bus is among the unit's processes, including those of units below it."""
         vital = {os.getpid()}
         with suppress(ErrorAnswer):  # there may be no message bus
-            vital |= await self._processes(MESSAGE_BUS)
-        return not vital.isdisjoint(await self._processes(self._unit))
-
-    async def _processes(self, unit: str) -> set[int]:
-        answer = await self._bus.call_method(MANAGER, "GetUnitProcesses", "s", unit)
-        return {pid for _, pid, _ in self._only_value("a(sus)", answer)}
+            vital |= await self.list_processes(MESSAGE_BUS)
+        return not vital.isdisjoint(await self.list_processes())
 
     async def control_group(self) -> str:
         """Return the path of the unit's control group below /sys/fs/cgroup, "" if it has none."""
         kind = self._unit.rpartition(".")[2].capitalize()
-        properties = await self._property_address(self._unit)
-        answer = await self._bus.call_method(properties, "Get", "ss", f"{SYSTEMD}.{kind}", "ControlGroup")
-        match self._only_value("v", answer):
-            case ("s", str(path)):
-                return path
-        raise BusError(f"systemd says ControlGroup of {self._unit} with another type than it is documented to")
+        path: str = await self._read_property(
+            await self._load_unit(self._unit), f"{SYSTEMD}.{kind}", "ControlGroup", "s"
+        )
+        return path
 
-    async def list_processes(self) -> set[int]:
-        """Return the process ids in the unit's control group, including those of units below it."""
-        return await self._processes(self._unit)
+    async def list_processes(self, unit: str = "") -> set[int]:
+        """Return the process ids in the control group of this unit, or of another one, and in those of units below."""
+        answer = await self._bus.call_method(MANAGER, "GetUnitProcesses", "s", unit or self._unit)
+        return {pid for _, pid, _ in self._only_value("a(sus)", answer)}
 
     async def kill_processes(self) -> None:
         """Send SIGKILL to all processes of the unit; it reaches frozen ones too."""
@@ -162,10 +150,7 @@ class Systemd:
 
         Disconnected if systemd re-executes itself (daemon-reexec), because that closes the connection.
         """
-        job = self._only_value("o", await self.call_action(method, "ss", self._unit, mode))
-        while job not in self._bus.ended_jobs:
-            await self._bus.receive_message()
-        return self._bus.ended_jobs[job]
+        return await self._bus.wait_job(self._only_value("o", await self.call_action(method, "ss", self._unit, mode)))
 
     async def call_action(self, method: str, signature: str, *body: str) -> Message:
         """Call a method that changes something; if cancelled, first wait until systemd has handled it.
@@ -181,17 +166,28 @@ class Systemd:
             raise
 
     async def _manager_property(self, name: str) -> str:
-        properties = (SYSTEMD, MANAGER[1], "org.freedesktop.DBus.Properties")
-        answer = await self._bus.call_method(properties, "Get", "ss", MANAGER[2], name)
-        match self._only_value("v", answer):
-            case ("s", str(value)):
-                return value
-        raise BusError(f"systemd says {name} with another type than it is documented to")
+        value: str = await self._read_property(MANAGER[1], MANAGER[2], name, "s")
+        return value
 
-    async def _property_address(self, unit: str) -> tuple[str, str, str]:
-        """Return the destination for calls about the properties of a unit."""
-        path = self._only_value("o", await self._bus.call_method(MANAGER, "LoadUnit", "s", unit))
-        return SYSTEMD, path, "org.freedesktop.DBus.Properties"
+    async def _read_property(self, path: str, interface: str, name: str, signature: str) -> Any:
+        """Return one property of an object; BusError if its type is not `signature`."""
+        answer = await self._bus.call_method((SYSTEMD, path, PROPERTIES), "Get", "ss", interface, name)
+        found, value = self._only_value("v", answer)
+        if found != signature:
+            raise BusError(f"systemd says {name} with another type than it is documented to")
+        return value
+
+    async def _read_all(self, unit: str, interface: str) -> dict[str, tuple[str, Any]]:
+        """Return all properties of a unit in one of its interfaces, with their types."""
+        address = (SYSTEMD, await self._load_unit(unit), PROPERTIES)
+        answer = await self._bus.call_method(address, "GetAll", "s", f"{SYSTEMD}.{interface}")
+        found: dict[str, tuple[str, Any]] = self._only_value("a{sv}", answer)
+        return found
+
+    async def _load_unit(self, unit: str) -> str:
+        """Have systemd load a unit, and return its object's path."""
+        path: str = self._only_value("o", await self._bus.call_method(MANAGER, "LoadUnit", "s", unit))
+        return path
 
     def _only_value(self, signature: str, answer: Message) -> Any:
         """Return the only value of an answer; BusError if its type is not `signature`."""

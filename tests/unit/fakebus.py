@@ -16,7 +16,6 @@ from jeepney import DBusAddress, HeaderFields, Message, Parser, new_error, new_m
 from khod.systemd.manager import STOPPED_TOO
 
 SYSTEMD = "org.freedesktop.systemd1"
-DAEMON = DBusAddress("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")
 MANAGER = DBusAddress("/org/freedesktop/systemd1", SYSTEMD, f"{SYSTEMD}.Manager")
 Reply = tuple[str | None, tuple[Any, ...]]
 
