@@ -201,6 +201,22 @@ async def test_one_that_an_operator_gives_up_is_not_waited_for(host: VirtualHost
     assert engine.machine.phase is Phase.idle
 
 
+async def restarted(host: VirtualHost) -> tuple[Engine, "asyncio.Future[None]"]:
+    """A khod that was killed, started again as far as its rollback; and its start, which goes on."""
+    engine = host.engine()
+    starting = asyncio.ensure_future(engine.start())
+    await host.seen(lambda event: event.phase is Phase.rolling_back)
+    return engine, starting
+
+
+async def is_rolled_back(engine: Engine, process: Process, starting: "asyncio.Future[None]") -> None:
+    """The frozen producer connects again, and is told both undos."""
+    async with serving(engine, process) as heard:
+        with pytest.raises(Failed, match="khod stopped unexpectedly"):
+            await starting
+        assert heard == ["registered: freeze", "thaw", "cancel"]
+
+
 @in_virtual_time
 async def test_after_a_restart_of_khod_nobody_takes_the_place_of_one_that_lives(
     host: VirtualHost, start: Callable[[], Living]
@@ -210,15 +226,10 @@ async def test_after_a_restart_of_khod_nobody_takes_the_place_of_one_that_lives(
     engine = await host.started()
     async with serving(engine, process):
         await engine.activate()
-        engine = host.engine()
-        starting = asyncio.ensure_future(engine.start())
-        await host.seen(lambda event: event.phase is Phase.rolling_back)
+        engine, starting = await restarted(host)
         with pytest.raises(Refused, match=f"Process {process.pid}"):
             await register(engine, start().identity)
-        async with serving(engine, process) as heard:
-            with pytest.raises(Failed, match="khod stopped unexpectedly"):
-                await starting
-            assert heard == ["registered: freeze", "thaw", "cancel"]
+        await is_rolled_back(engine, process, starting)
 
 
 @in_virtual_time
@@ -231,13 +242,8 @@ async def test_a_verb_of_the_record_that_khod_does_not_know_counts_as_a_freeze(
         await engine.activate()
         record = host.store.record_path.read_text()
         host.store.record_path.write_text(record.replace('"told": "freeze"', '"told": "later"'))
-        engine = host.engine()
-        starting = asyncio.ensure_future(engine.start())
-        await host.seen(lambda event: event.phase is Phase.rolling_back)
-        async with serving(engine, process) as heard:
-            with pytest.raises(Failed, match="khod stopped unexpectedly"):
-                await starting
-            assert heard == ["registered: freeze", "thaw", "cancel"]
+        engine, starting = await restarted(host)
+        await is_rolled_back(engine, process, starting)
 
 
 @in_virtual_time
