@@ -2,12 +2,16 @@
 """A guest as its operator knows it: khoctl, the kernel's own word, and nothing else."""
 
 import hashlib
+import io
 import json
 import shlex
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import khod
 from khod.kernel.protocol import pair_regions
 from khod.region import Region
 from tests.lab.errors import Result
@@ -90,6 +94,14 @@ class Host:
         """Hold that the v3 kernel is inactive with nothing loaded, by the kernel's own word."""
         assert self.word("/sys/kernel/kho/active") == "0"
         assert self.word("/sys/kernel/kexec_loaded") == "0"
+
+    def put_sources(self, folder: str) -> None:
+        """Put khod's sources into a folder of the guest."""
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            tar.add(Path(khod.__file__).parent, "khod", filter=lambda one: None if "__pycache__" in one.name else one)
+        self.guest.put(f"{folder}/khod.tar", packed.getvalue())
+        self.shell(f"tar -C {folder} -xf {folder}/khod.tar")
 
     def sha256(self, path: str) -> str:
         """Hash a file of the guest."""

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Hooks as transient units of systemd 262, in a guest: every ending a command may have, and what is left of it."""
 
-import io
 import json
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import kernels as lab_kernels
-from tests.lab.conftest import REPOSITORY, usual
+from tests.lab.conftest import usual
 from tests.lab.host import Host
 from tests.lab.process import call
 
@@ -63,11 +61,7 @@ def host(plain_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         guest.qmp("device_add", driver="virtio-blk-pci", id="mnt", drive="mnt0", bus="hot")
         here = Host(guest)
         here.shell("echo 1 > /sys/bus/pci/rescan; mount /dev/vdb /mnt")
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w") as tar:
-            tar.add(REPOSITORY / "khod", "khod", filter=lambda one: None if "__pycache__" in one.name else one)
-        guest.put(f"{KHOD}/khod.tar", packed.getvalue())
-        here.shell(f"tar -C {KHOD} -xf {KHOD}/khod.tar")
+        here.put_sources(KHOD)
         guest.put(f"{KHOD}/driver.py", DRIVER)
         yield here
 

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The unit producer with the systemd it is written for (262, Debian forky), in a guest: what it says, what it does."""
 
-import io
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.lab import kernels as lab_kernels
-from tests.lab.conftest import REPOSITORY, Online, usual
+from tests.lab.conftest import Online, usual
 from tests.lab.host import IMAGES, INITRD, Host
 from tests.lab.process import call
 
@@ -87,11 +85,7 @@ def host(plain_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def install(host: Host, where: str = "/run/systemd/system") -> None:
     """Put khod's sources, the driver and the units into the guest."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as tar:
-        tar.add(REPOSITORY / "khod", "khod", filter=lambda entry: None if "__pycache__" in entry.name else entry)
-    host.guest.put(f"{KHOD}/khod.tar", packed.getvalue())
-    host.shell(f"tar -C {KHOD} -xf {KHOD}/khod.tar")
+    host.put_sources(KHOD)
     for name, text in {"driver": DRIVER, "count": COUNT, "write": WRITE}.items():
         host.guest.put(f"{KHOD}/{name}.py", text)
     for name, text in UNITS.items():
