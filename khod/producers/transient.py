@@ -102,6 +102,8 @@ class TransientUnit:
                         await bus.receive_message()
             except (TimeoutError, ErrorAnswer):
                 pass
+            if self._told(bus).get("ActiveState") == "inactive":
+                return []  # its control group is empty: asking for its processes would only lengthen a freeze
             with suppress(ErrorAnswer):  # the unit is gone, with all it had
                 left = await systemd.list_processes()
         except BusError as error:
