@@ -57,7 +57,8 @@ class Khod:
         address.unlink(missing_ok=True)
         self._notify.bind(str(address))
         self._words: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._hear, daemon=True).start()
+        self._hearing = threading.Thread(target=self._hear, daemon=True)
+        self._hearing.start()
         with self.errors.open("ab") as errors:
             self.process = subprocess.Popen(
                 self.command(),
@@ -156,10 +157,17 @@ class Khod:
         self.process.send_signal(number)
         return self.process.wait(DEADLINE)
 
+    def hear_out(self) -> None:
+        """Wait for its end, and hear what it sent before that, as systemd does before it starts the next one."""
+        self.process.wait(DEADLINE)
+        self._notify.shutdown(socket.SHUT_RDWR)  # what is in its queue is still received
+        self._hearing.join(DEADLINE)
+        assert not self._hearing.is_alive()
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.end(signal.SIGKILL)
-        self._notify.shutdown(socket.SHUT_RDWR)
+        self.hear_out()
 
 
 class Terminal:

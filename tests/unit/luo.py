@@ -349,6 +349,9 @@ class System:
         self.mortal: list[Callable[[], None]] = []
         """What ends with the kernel besides khod: called once in the jump."""
         self._khods: list[Khod] = []
+        self._running = threading.Event()
+        """Cleared while a jump is under way: khod has been killed, and the next kernel is not there yet."""
+        self._running.set()
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listening.bind(str(directory / "luo"))
         self._listening.listen()
@@ -360,6 +363,9 @@ class System:
 
     def khod(self, *, dies_at: str = "", ready: bool = True) -> "LuoKhod":
         """Start a khod; it is passed what the store has. With `dies_at` see `settle_in`."""
+        assert self._running.wait(DEADLINE)
+        if self._khods:
+            self._khods[-1].hear_out()
         made = LuoKhod(self, dies_at, ready=ready)
         self._khods.append(made)
         return made
@@ -369,6 +375,7 @@ class System:
         ended = khod.khoctl("kexec", *(options or self.images))
         assert ended.code == Exit.done, ended
         assert khod.process.wait(DEADLINE) == -signal.SIGKILL
+        assert self._running.wait(DEADLINE)
 
     def emptied(self) -> bool:
         """Whether no session is left anywhere; khod tells its service manager, and does not wait for it."""
@@ -437,14 +444,17 @@ class System:
                 os.close(fd)
 
     def _jump(self, *, cold: bool) -> None:
-        names = list(self.kept)
         while self.mortal:
             self.mortal.pop()()
+        self._running.clear()
         self._khods[-1].process.kill()
+        self._khods[-1].hear_out()
+        names = list(self.kept)
         self.luo.jump(cold=cold)
         self._forget()
         if self.carries and not cold:
             self.kept = {name: self.luo.retrieve_session(name) for name in names}
+        self._running.set()
 
     def hear(self, text: str, fds: list[int]) -> None:
         """Do what systemd does with a notification of the unit's main process."""
