@@ -5,10 +5,12 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_origin
 
 from khod.errors import ConfigError, UsageError, errno_text
+from khod.wire import DecodeError, decode_value
 
 _KINDS: list[tuple[Callable[[int], bool], str]] = [
     (stat.S_ISDIR, "a directory"),
@@ -94,20 +96,15 @@ def _explain(error: OSError | ValueError) -> str:
 def require_type(value: Any, wanted: Any, key: str, where: str) -> Any:
     """Return a value from a file in the type of its key, or raise ConfigError.
 
-    The types are str, int, float, bool and tuple[str, ...]. A float may be written without a point, and a boolean is
-    not a number.
+    The types are str, int, float, bool and tuple[str, ...]. A text in a tuple has one character or more and no NUL.
     """
     kind = get_origin(wanted) or wanted
-    if kind is tuple:
-        words = value if isinstance(value, list) else [None]
-        if all(isinstance(word, str) and word and "\0" not in word for word in words):
-            return tuple(words)
-    elif isinstance(value, bool):
-        if kind is bool:
-            return value
-    elif kind is float:
-        if isinstance(value, int | float) and abs(value) < MAX_NUMBER:  # an integer may have a thousand digits
-            return float(value)
-    elif isinstance(value, kind):
-        return value
+    with suppress(DecodeError):
+        found = decode_value(wanted, value, key)
+        if kind is float and abs(found) < MAX_NUMBER:  # an integer may have a thousand digits
+            return float(found)
+        if kind is tuple and all(word and "\0" not in word for word in found):
+            return found
+        if kind not in (float, tuple):
+            return found
     raise ConfigError(f"`{key}` is {value!r}", where=where, remedy=f"It must be {TYPES.get(kind, kind)}.")

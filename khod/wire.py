@@ -22,36 +22,54 @@ SERVICE = "org.varlink.service"
 PRODUCER_VERSION = 1
 
 
-def decode_value(wanted: type[T], value: Any, *, may_lack: Set[str] = frozenset()) -> T:
-    """Convert JSON into a dataclass, enum, list, tuple or plain value of the model.
+class DecodeError(ValueError):
+    """A value has not the shape that the model has at this key, for example `producers[1].timeout`."""
 
-    Enums are given by name. Fields in `may_lack` get their default if they are missing. Raises TypeError or KeyError if
-    the JSON has another shape.
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"`{key}` {problem}" if key else f"it {problem}")
+
+
+def decode_value(wanted: type[T], value: Any, key: str = "", *, may_lack: Set[str] = frozenset()) -> T:
+    """Convert what a JSON or TOML parser returned into a dataclass, enum, list, tuple or plain value of the model.
+
+    Enums are given by name, a float may be given without a point, and a boolean is not a number. Fields in `may_lack`
+    get their default if they are missing. Raises DecodeError, which names the key below `key`, if the value has another
+    shape.
     """
-    made: T = _decode_value(wanted, value, may_lack)
+    made: T = _decode_value(wanted, value, key, may_lack)
     return made
 
 
-def _decode_value(wanted: Any, value: Any, may_lack: Set[str]) -> Any:
-    inner = get_args(wanted)
-    if get_origin(wanted) in (types.UnionType, Union):
-        return None if value is None else _decode_value(inner[0], value, may_lack)
-    if get_origin(wanted) in (list, tuple):
+def _decode_value(wanted: Any, value: Any, key: str, may_lack: Set[str]) -> Any:
+    inner, origin = get_args(wanted), get_origin(wanted)
+    if origin in (types.UnionType, Union):
+        return None if value is None else _decode_value(inner[0], value, key, may_lack)
+    if origin in (list, tuple):
         if not isinstance(value, list):
-            raise TypeError(f"{value!r} is not a list")
-        return get_origin(wanted)(_decode_value(inner[0], item, may_lack) for item in value)
+            raise DecodeError(key, f"is {value!r}, not a list")
+        return origin(_decode_value(inner[0], item, f"{key}[{index}]", may_lack) for index, item in enumerate(value))
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
         if not isinstance(value, dict):
-            raise TypeError(f"{value!r} is not an object")
-        absent = may_lack - value.keys()
-        hints = ((name, hint) for name, hint in _field_types(wanted) if name not in absent)
-        return wanted(**{name: _decode_value(hint, value[name], may_lack) for name, hint in hints})
+            raise DecodeError(key, f"is {value!r}, not an object")
+        return wanted(**_decode_fields(wanted, value, f"{key}." if key else "", may_lack))
     if issubclass(wanted, enum.Enum):
+        if not isinstance(value, str) or value not in wanted.__members__:
+            raise DecodeError(key, f"is {value!r}, which {wanted.__name__} does not have")
         return wanted[value]
     allowed = (float, int) if wanted is float else wanted
     if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
-        raise TypeError(f"{value!r} is not of type {wanted.__name__}")
+        raise DecodeError(key, f"is {value!r}, not of type {wanted.__name__}")
     return value
+
+
+def _decode_fields(kind: Any, values: dict[str, Any], prefix: str, may_lack: Set[str]) -> dict[str, Any]:
+    fields = {}
+    for name, hint in _field_types(kind):
+        if name in values:
+            fields[name] = _decode_value(hint, values[name], prefix + name, may_lack)
+        elif name not in may_lack:
+            raise DecodeError(prefix + name, "is missing")
+    return fields
 
 
 @functools.cache

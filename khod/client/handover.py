@@ -154,7 +154,7 @@ class Client(Connection):
     def _decode_reply(self, wanted: type[T], reply: Mapping[str, Any], name: str) -> T:
         try:
             return wire.decode_value(wanted, reply[name])
-        except (TypeError, KeyError, AttributeError):
+        except (wire.DecodeError, KeyError, TypeError):
             raise self.version_mismatch_error() from None
 
 

@@ -189,7 +189,7 @@ def decode_record(raw: bytes, where: str = "") -> Record:
             raise ValueError(f"its version is {version!r}")
         record = wire.decode_value(Record, values, may_lack=ADDED_FIELDS)
         return _add_findings(record) if "findings" not in (values["verdict"] or ["findings"]) else record
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error}", where=where, remedy=remedy) from None
 
 
