@@ -13,17 +13,18 @@ unit that requires it is a veto. A socket, timer or path that triggers it may st
 """
 
 import asyncio
-import os
 import re
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from khod.errors import UsageError
 from khod.producers.barrier import GONE, NOT_RECORDED, ParticipantVeto, ProducerCall, Verb
+from khod.producers.commands import CommandRunner
 from khod.producers.configured import Configured, one_line
+from khod.producers.freezer import SLICE, thaw_group
+from khod.producers.transient import TransientUnits
 from khod.systemd.dbus import BusError, Disconnected, ErrorAnswer, systemd_bus
 from khod.systemd.manager import Systemd, UnitState
 
@@ -38,6 +39,7 @@ VITAL = (
     "-.mount",
     "kho-handover*",
     "kho-hook-*",
+    "kho-sessions*",
     "kho-verify*",
     "dbus*",
     "systemd-journald*",
@@ -49,7 +51,6 @@ VITAL = (
 
 RETRY_SECONDS = 0.5
 """Seconds before a thaw connects again."""
-CGROUPS = Path("/sys/fs/cgroup")
 
 OURS = "running"
 """The first word in the note of a unit that khod may freeze or stop, and so must thaw or start; with any other note the
@@ -57,7 +58,6 @@ unit is left alone. The unit as it was prepared follows. An earlier khod wrote o
 UNTOUCHED = "left alone"
 """The note of a freeze that ended before systemd was told anything."""
 INACTIVE = ("inactive", "failed")
-SLICE = ".slice"
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,10 @@ class Unit(Configured):
     unit: str = ""
     how: str = "freeze"
     group: str = ""
-    """The path of its control group below CGROUPS at `prepare`; "" if there was none, or if the note does not have
+    """The path of its control group at `prepare`, as in /proc/PID/cgroup; "" if there was none, or if the note lacks
     it."""
+    runner: CommandRunner = field(default_factory=TransientUnits, compare=False, repr=False)
+    """Runs the command that thaws a control group; systemd is there, as it has the unit."""
     kind: str = "unit"
 
     @classmethod
@@ -201,7 +203,7 @@ class Unit(Configured):
             await systemd.call_action("ThawUnit", "s", self.unit)
         except ErrorAnswer:
             group = await systemd.control_group() if telling.note == NOT_RECORDED else self.group
-            if not _thaw_group(group):
+            if not await thaw_group(group, self.name, self.runner):
                 raise
         else:
             if not (state := await systemd.read_state()).is_thawed:
@@ -235,40 +237,6 @@ def _bus_errors_as_vetoes() -> Iterator[None]:
 
 
 Step = Callable[[Systemd, ProducerCall], Awaitable[str | None]]
-
-
-def _thaw_group(path: str) -> bool:
-    """Have the kernel thaw the control group at this path below CGROUPS; return whether it exists and was thawed.
-
-    systemd does not thaw a unit whose file was removed or masked since; the kernel does not know of files. systemd
-    still reports the unit as frozen, until `systemctl thaw` is possible again. In a slice, each unit was frozen by
-    itself.
-    """
-    with suppress(OSError):
-        group = (CGROUPS / path.lstrip("/")).resolve(strict=True)
-        if CGROUPS in group.parents:
-            _unfreeze_group(group)
-            for member in _member_groups(group) if path.endswith(SLICE) else ():
-                with suppress(FileNotFoundError):  # it has ended meanwhile
-                    _unfreeze_group(member)
-            return True
-    return False
-
-
-def _unfreeze_group(group: Path) -> None:
-    with open(os.open(group / "cgroup.freeze", os.O_WRONLY | os.O_NOFOLLOW), "wb", buffering=0) as file:
-        file.write(b"0")
-
-
-def _member_groups(group: Path) -> Iterator[Path]:
-    """Yield the control groups of the units in a slice and in slices below it, but not those that a unit has made."""
-    with os.scandir(group) as entries:
-        names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) and NAME.fullmatch(entry.name)]
-    for name in names:
-        yield group / name
-        if name.endswith(SLICE):
-            with suppress(FileNotFoundError):
-                yield from _member_groups(group / name)
 
 
 def check_unit(unit: str) -> None:

@@ -24,6 +24,7 @@ from khod.producers.barrier import (
     ProducerCall,
     Verb,
 )
+from khod.producers.children import Children
 from khod.producers.hooks import Hook
 from khod.producers.peers import Peers
 from khod.producers.registry import ProducerRegistry
@@ -66,7 +67,7 @@ async def serving(place: Path, **units: Props) -> AsyncIterator[FakeBus]:
 async def tell(verb: Verb, note: str = "", how: str = "freeze") -> str:
     """Tell a.service a verb; its note after that."""
     telling = ProducerCall(verb, "run-1", note)
-    await Unit("a", unit="a.service", how=how).carry_out(telling)
+    await Unit("a", unit="a.service", how=how, runner=Children()).carry_out(telling)
     return telling.note
 
 
@@ -74,7 +75,7 @@ async def vetoed(verb: Verb, note: str = "", how: str = "freeze") -> tuple[str, 
     """Tell a.service a verb that it refuses: the reason, one line, and the note it leaves. No thaw is tried again."""
     telling = ProducerCall(verb, "run-1", note)
     with pytest.raises(ParticipantVeto) as veto:
-        await Unit("a", 0, unit="a.service", how=how).carry_out(telling)
+        await Unit("a", 0, unit="a.service", how=how, runner=Children()).carry_out(telling)
     reason = str(veto.value)
     assert reason
     assert reason.isprintable()
@@ -243,7 +244,7 @@ async def test_a_unit_that_goes_while_it_is_frozen_is_thawed(place: Path) -> Non
 
 def control_group(monkeypatch: pytest.MonkeyPatch, root: Path, below: str = "system.slice/a.service") -> Path:
     """Make a frozen control group below this root, which stands for the cgroup file system: its cgroup.freeze."""
-    monkeypatch.setattr("khod.producers.unit.CGROUPS", root)
+    monkeypatch.setattr("khod.producers.freezer.CGROUPS", root)
     (root / below).mkdir(parents=True)
     freezer = root / below / "cgroup.freeze"
     freezer.write_text("1")
@@ -275,7 +276,7 @@ async def tell_slice(verb: Verb, note: str = "") -> str:
     """Tell my.slice a verb; its note after that, also where it refuses to be frozen."""
     telling = ProducerCall(verb, "run-1", note)
     with suppress(ParticipantVeto) if verb is Verb.freeze else nullcontext():
-        await Unit("mine", 0, unit="my.slice").carry_out(telling)
+        await Unit("mine", 0, unit="my.slice", runner=Children()).carry_out(telling)
     return telling.note
 
 
@@ -314,7 +315,7 @@ async def test_a_half_frozen_slice_that_systemd_does_not_thaw_is_thawed_unit_by_
 async def test_a_half_frozen_slice_that_nothing_thaws_is_a_veto(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("khod.producers.unit.CGROUPS", tmp_path / "none")
+    monkeypatch.setattr("khod.producers.freezer.CGROUPS", tmp_path / "none")
     async with serving(place) as bus:
         bus.units["my.slice"] = unit(Names=["my.slice"])
         bus.instead["FreezeUnit"] = bus.instead["ThawUnit"] = BUSY
@@ -777,8 +778,13 @@ def test_what_is_no_name_of_a_unit(name: str) -> None:
     "name",
     [
         *("init.scope", "-.slice", "system.slice", "-.mount", "dbus.service", "dbus.socket", "dbus-broker.service"),
-        *("kho-handover.service", "kho-handover@x.service", "kho-verify.service", "systemd-journald.service"),
-        *("systemd-journald-dev-log.socket", "systemd-logind.service", "systemd-udevd.service"),
+        *("kho-handover.service", "kho-handover@x.service", "kho-verify.service", "kho-sessions.socket"),
+        *(
+            "systemd-journald.service",
+            "systemd-journald-dev-log.socket",
+            "systemd-logind.service",
+            "systemd-udevd.service",
+        ),
     ],
 )
 def test_units_without_which_the_host_stands_still(name: str) -> None:
