@@ -33,6 +33,8 @@ from khod.producers.children import Children
 from khod.producers.commands import CommandRunner
 from khod.producers.directory import Directory
 from khod.producers.registrations import Registrations
+from khod.producers.session_scan import Scanner, scan_processes
+from khod.producers.session_scanner import ask_scanner
 from khod.producers.sessions import Sessions
 from khod.producers.transient import TransientUnits
 from khod.simulated.kernel import Rebooted, SimulatedKernel
@@ -110,6 +112,7 @@ class Daemon:
             shutdown=self._host.is_jumping,
             goes_down=self._host.goes_down,
             registrations=Registrations(runtime / "registrations"),
+            scanner=self._host.scanner,
         )
         self._service = server.Service(self.engine)
 
@@ -249,9 +252,12 @@ class _Host:
     goes_down: Callable[[], Awaitable[bool]]
     runner: CommandRunner
     """Runs the commands of hooks."""
+    scanner: Scanner
+    """Finds the LUO sessions of every process."""
 
 
 def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
+    booted = os.path.exists(BOOTED)
     return _Host(
         lambda: shutdown.start_orderly(sessions=sessions.holds_any),
         jump,
@@ -259,7 +265,8 @@ def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
         lambda: shutdown.kexec_job_pending(shutdown.ASK_UNDO_SECONDS),
         shutdown.kexec_job_pending,
         shutdown.goes_down,
-        TransientUnits() if os.path.exists(BOOTED) else Children(),
+        TransientUnits() if booted else Children(),
+        ask_scanner if booted else scan_processes,
     )
 
 
@@ -270,7 +277,7 @@ def _simulated_host(jump: shutdown.Immediate) -> _Host:
         return False
 
     again = _StartAgain(jump)
-    return _Host(again, again, None, never, never, never, Children())
+    return _Host(again, again, None, never, never, never, Children(), scan_processes)
 
 
 @contextmanager

@@ -46,6 +46,7 @@ from khod.producers.peer import Peer, Registration
 from khod.producers.peers import Peers
 from khod.producers.registrations import Registrations
 from khod.producers.registry import ProducerRegistry
+from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions, session_of
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.target.target import Request, Target, take_target
@@ -98,6 +99,7 @@ class Engine:
         goes_down: Callable[[], Awaitable[bool]] | None = None,
         workers: Workers | None = None,
         registrations: Registrations | None = None,
+        scanner: Scanner = scan_processes,
     ) -> None:
         self.settings = settings
         self._guard = guard(self._on_device_event)
@@ -133,6 +135,7 @@ class Engine:
             kexec,
             self._workers,
             settings,
+            scanner=scanner,
             busy=self._busy,
             spawn=self._spawn_task,
         )
@@ -148,6 +151,7 @@ class Engine:
             kexec,
             self._workers,
             settings=settings,
+            scanner=scanner,
             inhibitors=lambda: self._inhibitors,
             busy=self._busy,
             known=self._known,

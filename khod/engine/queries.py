@@ -32,6 +32,7 @@ from khod.producers.barrier import Member
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_holders import SightedSessions, find_sessions
+from khod.producers.session_scan import Scanner
 from khod.producers.sessions import Sessions, session_of
 from khod.region import Region
 from khod.systemd.logind import Inhibitor
@@ -75,6 +76,7 @@ class Queries:
         workers: Workers,
         *,
         settings: Settings,
+        scanner: Scanner,
         inhibitors: Callable[[], Inhibitors | None],
         busy: asyncio.Lock,
         known: asyncio.Event,
@@ -89,6 +91,7 @@ class Queries:
         self._kexec = kexec
         self._workers = workers
         self._settings = settings
+        self._scanner = scanner
         self._inhibitors = inhibitors
         self._busy = busy
         self._known = known
@@ -282,7 +285,7 @@ class Queries:
         )
         try:
             found = await self._workers.queries.call_within(
-                lambda: find_sessions(calls, own), "looking for LUO sessions", deadline
+                lambda: find_sessions(calls, own, scanner=self._scanner), "looking for LUO sessions", deadline
             )
         except (KhoError, OSError) as error:
             found = SightedSessions(unseen=str(error))

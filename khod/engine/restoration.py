@@ -21,6 +21,7 @@ from khod.producers import session_holders
 from khod.producers.barrier import Barrier, Member, Verb
 from khod.producers.peer import Peer
 from khod.producers.registry import ProducerRegistry
+from khod.producers.session_scan import Scanner, SessionScan
 from khod.text import join_names
 
 
@@ -39,6 +40,7 @@ class Restoration:
         workers: Workers,
         settings: Settings,
         *,
+        scanner: Scanner,
         busy: asyncio.Lock,
         spawn: Callable[[Coroutine[None, None, None]], None],
     ) -> None:
@@ -48,6 +50,7 @@ class Restoration:
         self._kexec = kexec
         self._workers = workers
         self._settings = settings
+        self._scanner = scanner
         self._busy = busy
         self._spawn = spawn
         self._barrier: Barrier | None = None
@@ -125,15 +128,15 @@ class Restoration:
     async def _count_sessions(self, verdict: Verdict) -> Verdict:
         """Add to the verdict which sessions of other processes arrived, by the processes that have them now."""
         record, calls = self._transaction.record, self._kexec.calls
-        held: list[session_holders.HeldSession] = []
+        scan = SessionScan()
         if record.sessions:
             with suppress(KhoError, OSError):
                 deadline = self._settings.current.deadlines.activate
-                held, _ = await self._workers.queries.call_within(
-                    lambda: session_holders.scan_processes(calls), "looking for LUO sessions", deadline
+                scan = await self._workers.queries.call_within(
+                    lambda: session_holders.scan_others(calls, self._scanner), "looking for LUO sessions", deadline
                 )
         return session_holders.count_arrivals(
-            verdict, record.sessions, record.sessions_unseen, held, at_once=record.at_once
+            verdict, record.sessions, record.sessions_unseen, scan.sessions, at_once=record.at_once
         )
 
     async def _bring_all_back(self, barrier: Barrier, verdict: Verdict) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from khod.handover.record import Process
+from khod.producers.cgroup import units_in
 
 
 async def wait_ended(process: Process | None) -> None:
@@ -71,12 +72,3 @@ def unit_of(pid: int) -> str:
         services = [part for part in units if part.endswith((".service", ".scope"))]
         return services[0] if services else (units[-1] if units else "")
     return ""
-
-
-def units_in(cgroup: str) -> list[str]:
-    """The systemd units on the path in a /proc/PID/cgroup, the outermost first; none where there is no cgroup v2."""
-    for line in cgroup.splitlines():
-        hierarchy, _, path = line.partition("::")
-        if hierarchy == "0":
-            return [part for part in path.split("/") if part.endswith((".service", ".scope", ".slice"))]
-    return []

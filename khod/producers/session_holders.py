@@ -2,29 +2,21 @@
 """LUO sessions that no producer registered with khod: who holds them, and what an orderly shutdown does to each.
 
 The last close of an outgoing session ends it. systemd kills every process before an orderly jump, and carries over
-what lies in a file descriptor store that outlives its unit (since 261). An immediate jump closes nothing. The kernel
-names a session in the links below /proc/PID/fd: `anon_inode:[luo_session] NAME`.
+what lies in a file descriptor store that outlives its unit (since 261). An immediate jump closes nothing.
 """
 
-import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from khod.abi.calls import LIVEUPDATE, Calls
-from khod.abi.liveupdate import Session
+from khod.abi.calls import Calls
 from khod.model import Finding, FindingSource, LuoSession, SessionFate, Verdict
-from khod.producers.identity import units_in
+from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, Scanner, SessionScan, scan_processes
 from khod.systemd.facts import BOOTED, SystemdFacts
 from khod.systemd.shutdown import CARRIES_SESSIONS
 from khod.text import join_names, printable
 
-COMM_LENGTH = 15
-"""Characters that the kernel keeps of a command's name (TASK_COMM_LEN less one)."""
-
-LINK = "anon_inode:[luo_session]"
 OF_SYSTEMD = "systemd"
 """The session that systemd itself makes for its stores on the way down (since 261)."""
 
@@ -37,30 +29,6 @@ ASKED = SystemdFacts()
 
 
 @dataclass(frozen=True)
-class HoldingProcess:
-    """A process that has a session open. `units` are those on its cgroup's path, the outermost first."""
-
-    pid: int
-    command: str
-    units: tuple[str, ...]
-
-    @property
-    def system_unit(self) -> str:
-        """The system manager's unit: for all that a user's manager runs it is user@UID.service."""
-        return next((unit for unit in self.units if unit.endswith((".service", ".scope"))), "")
-
-    @property
-    def is_user_manager(self) -> bool:
-        """Whether it is a user's service manager: what it holds lies in one of its stores."""
-        return self.system_unit.startswith("user@") and self.units[-1] == "init.scope"
-
-    def __str__(self) -> str:
-        return (
-            f"{self.command or 'a process'} (process {self.pid}{f', {self.system_unit}' if self.system_unit else ''})"
-        )
-
-
-@dataclass(frozen=True)
 class SightedSessions:
     """What was found; `unseen` says why there may be more, "" where there is not."""
 
@@ -68,98 +36,35 @@ class SightedSessions:
     unseen: str = ""
 
 
-@dataclass
-class HeldSession:
-    """A session that is open, by whom, and whether it came from the previous kernel: None where that cannot be told."""
-
-    name: str
-    processes: list[HoldingProcess]
-    incoming: bool | None
-
-
 def find_sessions(
-    calls: Calls, own: Callable[[], Iterable[str]] = tuple, systemd: SystemdFacts = ASKED
+    calls: Calls,
+    own: Callable[[], Iterable[str]] = tuple,
+    systemd: SystemdFacts = ASKED,
+    scanner: Scanner = scan_processes,
 ) -> SightedSessions:
     """Find the sessions of other processes. `own` gives khod's, which systemd has too; it is asked where any are left.
 
     What khod makes or closes meanwhile is its own as well.
     """
     known = set(own())
-    held, unseen = scan_processes(calls, known)
+    scan = scan_others(calls, scanner)
     known |= set(own())
-    found = [one for one in held if one.name not in known and not _is_systemds(one)]
+    found = [one for one in scan.sessions if one.name not in known and not _is_systemds(one)]
     if not found:
-        return SightedSessions(unseen=unseen)
+        return SightedSessions(unseen=scan.unseen)
     manager = _Manager.ask_systemd(calls, systemd, [process for one in found for process in one.processes])
     found.sort(key=lambda one: (one.name, one.processes[0].pid))
-    return SightedSessions(tuple(_judge_session(one, manager) for one in found), unseen)
+    return SightedSessions(tuple(_judge_session(one, manager) for one in found), scan.unseen)
 
 
-def scan_processes(calls: Calls, own: Iterable[str] = ()) -> tuple[list[HeldSession], str]:
-    """Every session that another process has open, but for khod's `own`; and why there may be more."""
-    held: list[HeldSession] = []
-    refused, own = 0, set(own)
-    if not calls.path_exists(LIVEUPDATE):
-        return held, ""
-    for pid in (int(name) for name in calls.list_directory("/proc") if name.isdecimal()):
-        if pid == os.getpid():
-            continue
-        try:
-            found = [session for session in _open_sessions(calls, pid) if session.name not in own]
-        except PermissionError:
-            refused += 1
-            continue
-        if not found:
-            continue
-        process = _describe_process(calls, pid)
-        for session in found:
-            same = [
-                one for one in held if session.name and (one.name, one.incoming) == (session.name, session.incoming)
-            ]
-            if not same:
-                held.append(HeldSession(session.name, [process], session.incoming))
-            elif process not in same[0].processes:
-                same[0].processes.append(process)
-    return held, f"khod may not look at the open files of {refused} processes" if refused else ""
-
-
-def _open_sessions(calls: Calls, pid: int) -> Iterator[Session]:
-    """The sessions that a process has open; it may end meanwhile."""
-    directory = f"/proc/{pid}/fd"
-    try:
-        fds = calls.list_directory(directory)
-    except PermissionError:
-        raise
-    except OSError:
-        return
-    for fd in fds:
-        link: str | None = None
-        try:
-            link = calls.read_link(f"{directory}/{fd}")
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:  # seen on 6.19.11 with names of 39 bytes and more
-                continue
-        if link is not None and not link.startswith(LINK):
-            continue
-        named = Session("" if link is None else link.removeprefix(LINK).removeprefix(" "), None)
-        try:
-            session = calls.describe_session(pid, int(fd))
-        except OSError:
-            session = named if link is not None else None
-        if session is not None:
-            yield Session(session.name or named.name, session.incoming)
-
-
-def _describe_process(calls: Calls, pid: int) -> HoldingProcess:
-    command, cgroup = "", ""
-    with suppress(OSError):
-        command = calls.read_file(f"/proc/{pid}/comm").decode(errors="replace").removesuffix("\n")
-        cgroup = calls.read_file(f"/proc/{pid}/cgroup").decode(errors="replace")
-        if len(command) == COMM_LENGTH:
-            first = calls.read_file(f"/proc/{pid}/cmdline").split(b"\0")[0].decode(errors="replace")
-            whole = first.rpartition("/")[2]
-            command = whole if whole.startswith(command) else command
-    return HoldingProcess(pid, command, tuple(units_in(cgroup)))
+def scan_others(calls: Calls, scanner: Scanner) -> SessionScan:
+    """What a scanner finds, without what this process has open: a scanner that is another process does not know it."""
+    scan = scanner(calls)
+    others = [
+        replace(one, processes=[process for process in one.processes if process.pid != os.getpid()])
+        for one in scan.sessions
+    ]
+    return SessionScan([one for one in others if one.processes], scan.unseen)
 
 
 def _is_systemds(held: HeldSession) -> bool:

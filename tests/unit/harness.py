@@ -28,6 +28,7 @@ from khod.producers.barrier import Participant
 from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.registrations import Registrations
+from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import SimulatedKernel
 from khod.systemd import shutdown
@@ -212,6 +213,8 @@ class Host:
         """Where registrations outlive a khod; None where they do not."""
         self.goes_down: Callable[[], Awaitable[bool]] | None = None
         """What says whether the host is shut down, in whatever way; None where nobody can tell."""
+        self.scanner: Scanner = scan_processes
+        """What finds the LUO sessions of every process."""
         self.told = directory / "told"
         (directory / "state").mkdir()
         self.store = Store(directory / "state")
@@ -246,6 +249,7 @@ class Host:
             goes_down=self.goes_down,
             workers=workers,
             registrations=Registrations(self.registrations) if self.registrations else None,
+            scanner=self.scanner,
         )
 
     async def started(self, **executors: shutdown.Executor) -> Engine:

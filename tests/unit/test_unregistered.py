@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A LUO session that no producer registered: what khod says of it before the jump, and counts after it."""
 
+import os
 import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,9 @@ from khod.config import Checks, Config, Deadlines
 from khod.engine import Engine, queries
 from khod.errors import Exit, Refused
 from khod.model import CheckResult, Phase, SessionFate, Status
-from khod.producers.session_holders import LINK, SightedSessions, find_sessions
+from khod.producers.session_holders import SightedSessions, find_sessions
+from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, SessionScan
+from khod.producers.session_scanner import ask_scanner
 from khod.simulated.kernel import Rebooted
 from khod.systemd.facts import BOOTED, SystemdFacts
 from khod.systemd.manager import Manager
@@ -100,9 +104,9 @@ async def test_status_does_not_wait_for_a_systemd_that_is_slow(host: Site, monke
     engine.settings.current = host.config
     answers = threading.Event()
 
-    def slow(*arguments: object) -> SightedSessions:
+    def slow(*arguments: Any, **options: Any) -> SightedSessions:
         answers.wait()
-        return find_sessions(*arguments)  # type: ignore[arg-type]
+        return find_sessions(*arguments, **options)
 
     monkeypatch.setattr(queries, "find_sessions", slow)
     host.ends()
@@ -221,3 +225,41 @@ async def test_the_next_handover_looks_anew(host: Site) -> None:
     status = await host.judged()
     assert status.verdict is not None
     assert (status.phase, status.verdict.unknown) == (Phase.verified, [])
+
+
+async def test_all_go_by_the_scanner(host: Site) -> None:
+    """The check and the status before the jump, the verification after it. It has what khod holds in it as well."""
+    host.ends()
+    khod = HoldingProcess(os.getpid(), "khod", ("system.slice", "kho-handover.service"))
+    owner = HoldingProcess(5, "db", ("system.slice", "db.service"))
+
+    def scan(incoming: bool) -> SessionScan:
+        return SessionScan([HeldSession("own", [khod], incoming), HeldSession(NAME, [khod, owner], incoming)])
+
+    host.scanner = lambda _calls: scan(incoming=False)
+    engine = await host.started()
+    assert "db (process 5, db.service)" in (await result(engine, now=False))[1]
+    assert [(found.name, found.holder) for found in (await engine.queries.status()).sessions] == [
+        (NAME, "db (process 5, db.service)")
+    ]
+    with pytest.raises(Rebooted):
+        await host.jump(engine, now=True)
+    host.scanner = lambda _calls: scan(incoming=True)
+    status = await host.judged()
+    assert status.verdict is not None
+    assert f"session {NAME}" in status.verdict.arrived
+
+
+async def test_without_a_scanner_nothing_is_known_and_the_jump_goes_on(host: Site, tmp_path: Path) -> None:
+    host.scanner = lambda calls: ask_scanner(calls, str(tmp_path / "nobody"))
+    engine = await host.started()
+    found, evidence = await result(engine, now=False)
+    assert found is CheckResult.warn
+    assert "kho-sessions.socket" in evidence
+    assert "kho-sessions.socket" in render.render_status(await engine.queries.status())
+    with pytest.raises(Rebooted):
+        await host.jump(engine)
+    status = await host.judged()
+    assert status.verdict is not None
+    assert (status.phase, status.verdict.missing) == (Phase.verified, [])
+    assert "kho-sessions.socket" in status.verdict.unknown[0]
