@@ -70,7 +70,7 @@ def told(host: Host, *argv: str, name: str = "one", deadline: float = 30) -> Tol
     """Tell one hook to freeze, its output to files: 1 GiB of it would be much for the line to the guest."""
     calls = json.dumps([[name, argv, deadline]])
     script = 'python3 "$0" "$1" > /run/out 2> /run/err'
-    host.guest.run(["sh", "-c", script, f"{KHOD}/driver.py", calls])
+    host.guest.run(["sh", "-c", script, f"{KHOD}/driver.py", calls], timeout=deadline + 90)
     return Told(json.loads(host.shell("cat /run/answer")), host.shell("tail -qc 20000 /run/out /run/err"))
 
 
@@ -108,6 +108,13 @@ def test_every_ending(host: Host, script: str, deadline: float, answer: str) -> 
     nothing_is_left(host)
 
 
+def test_what_would_answer_after_its_deadline_is_ended_before(host: Host) -> None:
+    host.shell("rm -f /run/answered")
+    assert shell(host, "sleep 6; echo late > /run/answered; exit 0", deadline=2).answer == "no answer"
+    nothing_is_left(host)
+    host.shell("sleep 8; test ! -e /run/answered")
+
+
 def test_what_it_writes_is_passed_on_with_its_name(host: Host) -> None:
     found = shell(host, 'echo "$KHO_NAME $KHO_VERB $KHO_RUN"; echo bad >&2')
     assert found.answer == "ready"
@@ -115,8 +122,9 @@ def test_what_it_writes_is_passed_on_with_its_name(host: Host) -> None:
     assert "one: freeze: bad" in found.passed_on
 
 
-def test_a_flood_is_cut_and_holds_nobody_up(host: Host) -> None:
-    found = shell(host, "head -c 300M /dev/zero | tr '\\\\0' x; echo >&2 done; exit 1", deadline=200)
+@pytest.mark.parametrize("size", ["300M", pytest.param("1G", marks=pytest.mark.proof)])
+def test_a_flood_is_cut_and_holds_nobody_up(host: Host, size: str) -> None:
+    found = shell(host, f"head -c {size} /dev/zero | tr '\\\\0' x; echo >&2 done; exit 1", deadline=500)
     assert found.answer == "done"
     assert int(host.shell("stat -c %s /run/out")) < 2 << 20
     nothing_is_left(host)
