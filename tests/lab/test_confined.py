@@ -92,15 +92,20 @@ def told(host: Host, version: str) -> tuple[dict[str, tuple[str, str]], list[str
 
 @pytest.mark.parametrize("kernel", ["v3", "6.18.15", "7.3.4"])
 def test_nothing_is_lost_by_it(online: Callable[[str], Guest], kernel: str) -> None:
-    """Each check, and each line of an activation, is the same without any confinement."""
+    """Each check, and each line of an activation, is the same in a guest without any confinement.
+
+    It is another guest: after an abort some kernels are not as they were before.
+    """
     version = "7.3.4" if kernel == "v3" else kernel
-    host = Host(online(version))
-    if kernel == "v3":
-        host.with_module()
-    host.settled()
-    confined = told(host, version)
-    host.guest.put(DROPIN, UNCONFINED)
-    host.shell("systemctl daemon-reload; systemctl restart kho-handover")
-    assert unit_states(host, "Seccomp") == "0", "this one is not confined"
-    host.settled()
-    assert told(host, version) == confined
+    found = []
+    for confined in (True, False):
+        host = Host(online(version))
+        if not confined:
+            host.guest.put(DROPIN, UNCONFINED)
+            host.shell("systemctl daemon-reload; systemctl restart kho-handover")
+        if kernel == "v3":
+            host.with_module()
+        host.settled()
+        assert unit_states(host, "Seccomp") == ("2" if confined else "0")
+        found.append(told(host, version))
+    assert found[0] == found[1]
