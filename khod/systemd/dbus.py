@@ -72,14 +72,15 @@ class Bus:
 
         BEGIN is sent together with the request, as sd-bus does. Seen with systemd 262 under load: if BEGIN arrives
         together with the first call, PID 1 reads both at once and handles the call only when more bytes arrive, which
-        never happens.
+        never happens. What systemd sends of its own accord follows its answer at once, often in the same bytes.
         """
         await self._write_bytes(b"\0" + make_auth_external() + NEGOTIATE_UNIX_FD + BEGIN)
         answer = b""
-        while WELCOME.fullmatch(answer) is None:
+        while (welcome := WELCOME.match(answer)) is None:
             if len(answer) > MAX_WELCOME_BYTES or (b"\r\n" in answer and not answer.startswith(b"OK ")):
                 raise BusError(f"{self._peer} does not let khod in: {one_line(answer.decode(errors='replace'))}")
             answer += await self._read_bytes()
+        self._parser.add_data(answer[welcome.end() :])
 
     async def call_method(self, whom: tuple[str, str, str], method: str, signature: str = "", *body: object) -> Message:
         """Call a method and return its answer; ErrorAnswer if that is an error, Disconnected if nobody answers.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from jeepney import new_signal
 
 from khod.errors import ConfigError, UsageError
 from khod.handover.record import ProducerRecord
@@ -33,7 +34,7 @@ from khod.producers.unit import OURS, UNTOUCHED, Unit, check_unit
 from khod.systemd import dbus
 from khod.systemd.dbus import Bus, BusError
 from khod.systemd.manager import STOPPED_TOO
-from tests.unit.fakebus import FakeBus, Refusal, fake_bus, unit
+from tests.unit.fakebus import MANAGER, FakeBus, Refusal, fake_bus, unit
 
 Props = dict[str, tuple[str, Any]]
 
@@ -620,6 +621,12 @@ async def test_a_bus_that_does_not_let_us_in_is_a_veto(place: Path, welcome: byt
     async with serving(place, a=unit()) as bus:
         bus.welcome = welcome
         assert "let khod in" in (await vetoed(Verb.prepare))[0]
+
+
+async def test_what_systemd_says_at_once_is_no_part_of_its_welcome(place: Path) -> None:
+    async with serving(place, a=unit()) as bus:
+        bus.welcome += new_signal(MANAGER, "UnitNew", "so", ("b.service", "/unit/b")).serialise(serial=1)
+        await tell(Verb.prepare)
 
 
 async def test_a_bus_that_is_not_there_is_a_veto(place: Path) -> None:
