@@ -17,7 +17,7 @@ from typing import Any
 
 from khod.producers.children import describe_undead
 from khod.producers.commands import KILL_WAIT_SECONDS, Command
-from khod.systemd.dbus import Bus, BusError, Disconnected, ErrorAnswer, systemd_bus
+from khod.systemd.dbus import Bus, BusError, Disconnected, ErrorAnswer, SharedBus
 from khod.systemd.manager import MANAGER, SETTLE_SECONDS, SYSTEMD, Systemd
 from khod.systemd.setting_values import Property
 
@@ -37,10 +37,13 @@ class TransientUnits:
 
     has_units = True
 
+    def __init__(self) -> None:
+        self._shared = SharedBus()
+
     async def start_command(self, command: Command, stdout: int, stderr: int) -> "TransientUnit":
         """Start a command once nothing of an earlier one runs under its name, or under the next free name."""
         for number in range(MAX_UNITS):
-            unit = TransientUnit(unit_name(command.name, number))
+            unit = TransientUnit(unit_name(command.name, number), self._shared)
             try:
                 if await unit.start(command, stdout, stderr):
                     return unit
@@ -50,13 +53,15 @@ class TransientUnits:
 
 
 class TransientUnit:
-    """One unit, with a connection to systemd for as long as it runs."""
+    """One unit, which uses a connection to systemd for as long as it runs."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, shared: SharedBus) -> None:
+        self._name, self._shared = name, shared
         self._path = f"/org/freedesktop/systemd1/unit/{_escape_label(name)}"
         self._stack = AsyncExitStack()
         self._bus: Bus | None = None
+        self._told: dict[str, Any] = {}
+        """What systemd has said of it on this connection."""
 
     async def start(self, command: Command, stdout: int, stderr: int) -> bool:
         """Start it; False where another unit has the name and does not end. BusError, ValueError."""
@@ -76,14 +81,13 @@ class TransientUnit:
         while True:
             try:
                 bus = self._bus or await self._connect(look=True)
-                while self._told(bus).get("ActiveState") not in ENDED:
-                    await bus.receive_message()
+                while self._told.get("ActiveState") not in ENDED:
+                    await bus.wait_news(self._path)
             except Disconnected:  # it starts anew: daemon-reexec
                 await self._close()
                 await asyncio.sleep(RECONNECT_SECONDS)
                 continue
-            told = self._told(bus)
-            code, status = told.get("ExecMainCode", 0), int(told.get("ExecMainStatus", 0))
+            code, status = self._told.get("ExecMainCode", 0), int(self._told.get("ExecMainStatus", 0))
             if code == 0:
                 return None
             return status if code == CLD_EXITED else -status
@@ -96,13 +100,13 @@ class TransientUnit:
             systemd = Systemd(bus, self._name)
             try:
                 async with asyncio.timeout(KILL_WAIT_SECONDS):
-                    if self._told(bus).get("ActiveState") not in ENDED:
+                    if self._told.get("ActiveState") not in ENDED:
                         await systemd.kill_processes()
-                    while self._told(bus).get("ActiveState") not in ENDED:
-                        await bus.receive_message()
+                    while self._told.get("ActiveState") not in ENDED:
+                        await bus.wait_news(self._path)
             except (TimeoutError, ErrorAnswer):
                 pass
-            if self._told(bus).get("ActiveState") == "inactive":
+            if self._told.get("ActiveState") == "inactive":
                 return []  # its control group is empty: asking for its processes would only lengthen a freeze
             with suppress(ErrorAnswer):  # the unit is gone, with all it had
                 left = await systemd.list_processes()
@@ -155,18 +159,16 @@ class TransientUnit:
 
     async def _connect(self, *, look: bool = False) -> Bus:
         """Connect to systemd; with `look` what the unit says of itself now is read."""
-        self._bus = bus = await self._stack.enter_async_context(systemd_bus())
-        bus.properties[self._path] = {}
+        self._bus = bus = await self._stack.enter_async_context(self._shared.use())
+        self._told = self._stack.enter_context(bus.watch_object(self._path))
         if look:
             systemd = Systemd(bus, self._name)
             now = await systemd.read_properties(self._name, "Unit")
             if now.get("LoadState") == "loaded":
                 now |= await systemd.read_properties(self._name, "Service")
-            bus.properties[self._path] = now | bus.properties[self._path]
+            for name, value in now.items():
+                self._told.setdefault(name, value)
         return bus
-
-    def _told(self, bus: Bus) -> dict[str, Any]:
-        return bus.properties[self._path]
 
     async def _close(self) -> None:
         self._bus = None
