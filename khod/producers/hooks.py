@@ -8,7 +8,7 @@ kernel: it is named, and no longer waited for. How commands are run: `khod.produ
 """
 
 import asyncio
-import shutil
+import os
 import signal
 from dataclasses import dataclass, field
 
@@ -41,9 +41,7 @@ class Hook(Configured):
     def unstartable_commands(self) -> list[str]:
         """Each command that is not there or is no program, in words."""
         return [
-            f"{argv[0]} ({verb} of {self.name})"
-            for verb, argv in self.commands.items()
-            if shutil.which(argv[0], path=PATH) is None
+            f"{argv[0]} ({verb} of {self.name})" for verb, argv in self.commands.items() if not _is_startable(argv[0])
         ]
 
     async def _carry_out(self, telling: ProducerCall) -> None:
@@ -69,6 +67,16 @@ class Hook(Configured):
         if code in CANNOT_START and reason.startswith("env: "):
             reason = f"{argv[0]} cannot be started: {reason.rpartition(': ')[2]}"
         raise ParticipantVeto("; ".join([reason or _describe_end(code), *undead]))
+
+
+def _is_startable(command: str) -> bool:
+    """Whether a command is there, as env(1) looks for it.
+
+    access(2) tells, and stat(2) is not asked: AppArmor grants it only with the right to read, which khod does not have
+    wherever a command may lie.
+    """
+    places = [command] if "/" in command else [f"{directory}/{command}" for directory in PATH.split(":")]
+    return any(os.access(place, os.X_OK) and not os.access(f"{place}/.", os.F_OK) for place in places)
 
 
 async def _run_command(

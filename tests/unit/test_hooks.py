@@ -216,6 +216,14 @@ async def test_a_hook_that_cannot_be_started_is_a_veto(tmp_path: Path) -> None:
             await Hook("a", commands={"prepare": [str(program)]}).carry_out(ProducerCall(Verb.prepare, "run-1"))
 
 
+def test_what_no_command_can_be_is_named_before_anyone_is_told(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.write_text("no program")
+    named = ["sh", "/bin/sh", "no-such-command", "/no/such/command", str(tmp_path), str(data)]
+    found = Hook("a", 20.0, commands={str(verb): [command] for verb, command in enumerate(named)})
+    assert [text.split()[0] for text in found.unstartable_commands()] == named[2:]
+
+
 async def test_a_child_that_holds_standard_error_does_not_hold_the_barrier() -> None:
     here = barrier(hook("sleep 600 & exit 0", timeout=5))
     await here.broadcast(Verb.prepare)
