@@ -188,7 +188,8 @@ class Transport:
         self._fds += fds
         if flags & socket.MSG_CTRUNC:
             self._owner.refuse_input(
-                f"More than {MAX_FDS} descriptors came with one message, or khod has no room for them"
+                f"More than {MAX_FDS} descriptors came with one message, khod has no room for them, or its AppArmor "
+                "profile forbids one"
             )
             return None
         return data
