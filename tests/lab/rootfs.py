@@ -18,6 +18,7 @@ PACKAGES = (
     "kmod",
     "procps",
     "kexec-tools",
+    "apparmor",
     "python3",
     "python3-typer",
     "python3-rich",
@@ -32,6 +33,7 @@ PACKAGES = (
     "python3-qemu-qmp",
 )
 EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
+PROFILES = ("khod", "kho-sessions")  # of AppArmor; Debian's own are a hundred, which each boot would load
 AGENT = "/usr/lib/khod-lab/agent.py"
 MACHINE_ID = "0123456789abcdef0123456789abcdef"  # fixed: an empty one would make each boot a first boot
 
@@ -115,11 +117,18 @@ COLDPLUG = """\
 ExecStart=
 ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=virtio-ports
 """
+# Debian's script looks at much before it does the same, which takes as long as a start of Python.
+APPARMOR = """\
+[Service]
+ExecStart=
+ExecStart=apparmor_parser --replace --write-cache /etc/apparmor.d
+"""
 FILES = {
     "/etc/hostname": "khod-lab\n",
     "/etc/machine-id": f"{MACHINE_ID}\n",
     "/etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
     "/etc/systemd/system.conf.d/lab.conf": "[Manager]\nDefaultTimeoutStopSec=20s\n",
+    "/etc/systemd/system/apparmor.service.d/lab.conf": APPARMOR,
     "/etc/systemd/system/systemd-udev-trigger.service.d/lab.conf": COLDPLUG,
     "/usr/lib/systemd/system/khod-lab-agent.service": AGENT_UNIT,
     AGENT: (Path(__file__).parent / "agent.py").read_text(),
@@ -150,6 +159,9 @@ def settle(root: Path) -> None:
         link = below(root, path)
         link.unlink(missing_ok=True)
         link.symlink_to(target)
+    for profile in (root / "etc/apparmor.d").iterdir():
+        if profile.is_file() and profile.name not in PROFILES:
+            profile.unlink()
     for stamp in ("etc/.updated", "var/.updated"):  # newer than /usr, or systemd rebuilds its caches in each boot
         (root / stamp).touch()
         os.utime(root / stamp, (2**32 - 1, 2**32 - 1))
