@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A kernel's unpacked payload, as far as it is read: all of it kept, or one lz4 block at a time.
 
-Memory touched for the first time costs more than lz4 itself, so the blocks share one buffer. Blocks that nothing reads
-are unpacked, which proves that they are complete, and dropped. Both classes are read by offset, as a file is.
+Memory touched for the first time costs more than lz4 itself, so the blocks share two buffers. Blocks that nothing reads
+are unpacked, which proves that they are complete, and dropped. While one block is searched, a thread unpacks the next:
+lz4 does not hold the interpreter's lock. Both classes are read by offset, as a file is.
 """
 
+import threading
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate, islice, pairwise
 
 from khod.images import compressed
@@ -67,8 +69,11 @@ class Blocks:
     def __init__(self, data: memoryview, spans: list[tuple[int, int]], where: str) -> None:
         """Take `spans` from `compressed.find_lz4_blocks`, at least one; raise Refused if the last block is damaged."""
         self._data, self._spans, self._where = data, spans, where
-        self._room = compressed.make_lz4_room()
-        self._last = bytes(self._unpack_block(len(spans) - 1))  # kept: a vmlinux has its section table at the end
+        self._room, self._spare = compressed.make_lz4_room(), compressed.make_lz4_room()
+        last = len(spans) - 1
+        self._coming = _Unpacking(self._unpack_block, 0, self._spare) if last else None
+        """The block after `_done`, which is unpacked into `_spare`."""
+        self._last = bytes(self._room[: self._unpack_block(last, self._room)])  # a vmlinux has its section table there
         self._held = self._done = -1  # the block in `_room`; the last block unpacked in order
         self.size = (len(spans) - 1) * compressed.LZ4_BLOCK_BYTES + len(self._last)
 
@@ -96,20 +101,53 @@ class Blocks:
         while self._done < number:
             self._unpack_next()
         if self._held != number:
-            self._unpack_block(number)
+            self._unpack_block(number, self._room)
             self._held = number
         return self._room
 
     def _unpack_next(self) -> None:
-        self._unpack_block(self._done + 1)
-        self._held = self._done = self._done + 1
+        """Wait for the block after `_done`, and have the one after that unpacked meanwhile."""
+        number = self._done + 1
+        coming = self._coming or _Unpacking(self._unpack_block, number, self._spare)
+        self._coming = None
+        coming.wait()
+        self._room, self._spare = self._spare, self._room
+        self._held = self._done = number
+        if number + 1 < len(self._spans) - 1:
+            self._coming = _Unpacking(self._unpack_block, number + 1, self._spare)
 
-    def _unpack_block(self, number: int) -> memoryview:
+    def _unpack_block(self, number: int, room: memoryview) -> int:
+        """Unpack a block into `room` and return its length; raise Refused if it is damaged."""
         at, size = self._spans[number]
         try:
-            length = compressed.unpack_lz4_block(self._data[at : at + size], self._room)
+            length = compressed.unpack_lz4_block(self._data[at : at + size], room)
             if length != compressed.LZ4_BLOCK_BYTES and number < len(self._spans) - 1:
                 raise ValueError(f"block {number} has {length} bytes")
         except ValueError as error:
             raise compressed.damaged_error("lz4", error, self._where) from None
-        return self._room[:length]
+        return length
+
+
+class _Unpacking:
+    """A block that a thread of its own unpacks."""
+
+    def __init__(self, unpack: Callable[[int, memoryview], int], number: int, room: memoryview) -> None:
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(unpack, number, room), daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no thread is left (TasksMax=)
+            self._run(unpack, number, room)
+
+    def _run(self, unpack: Callable[[int, memoryview], int], number: int, room: memoryview) -> None:
+        try:
+            unpack(number, room)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the block is waited for
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait for its end; raise what it raised."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
