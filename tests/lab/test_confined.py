@@ -38,6 +38,7 @@ IPAddressDeny=
 RestrictSUIDSGID=no
 RestrictRealtime=no
 LockPersonality=no
+AppArmorProfile=
 """
 CAPABILITIES = {"cap_dac_override": 1, "cap_sys_admin": 21, "cap_sys_boot": 22, "cap_syslog": 34}
 EXPOSURE_TENTHS = {"kho-handover.service": 30, "kho-sessions.service": 15}
