@@ -38,6 +38,9 @@ SHARED = Path("/run/shared")
 NOTIFY = "/run/systemd/notify"
 CLAIMS = ("READY=1", "STOPPING=1", "STATUS=hostile", "WATCHDOG=trigger", "MAINPID={pid}", "FDSTORE=1\nFDNAME=hostile")
 PTRACE_ATTACH = 16
+HUNG_UP = "Transport endpoint is not connected"
+"""Of a message bus that waited 5 s for the authentication: the machine is emulated, and may be slow."""
+TRIES = 10
 Outcomes = dict[str, str]
 
 
@@ -158,8 +161,11 @@ def try_commands(commands: list[list[str]]) -> Outcomes:
     """Run programs."""
     found = {}
     for command in commands:
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-        said = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
+        for _ in range(TRIES):
+            ended = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+            said = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
+            if not any(HUNG_UP in line for line in said):
+                break
         found[" ".join(command)] = f"{ended.returncode} {said[0] if said else ''}".strip()
     return found
 

@@ -62,7 +62,7 @@ COMMANDS = {
     f"systemd-run {ASKS_NOBODY} --unit=kho-hook-normal /bin/true": f"1 Failed to start transient service.*{DENIED}",
     "systemd-run --user --unit=kho-hook-normal /bin/true": "1 Failed to connect to user scope bus .*",
     "khoctl abort --force": "3 khoctl: User [0-9]+ may not abort .*",
-    "setpriv --reuid=0 /bin/true": "1 setpriv: .* Operation not permitted",
+    "setpriv --reuid=0 /bin/true": "127 setpriv: .* Operation not permitted",
     "mkdir /etc/hostile": "1 mkdir: .*(Permission denied|Read-only file system)",
 }
 """What each prints, with its exit code before it."""
