@@ -33,6 +33,7 @@ BATCH_EVENTS = 256
 
 ACTION_TEXT = {"add": "was added", "remove": "was removed", "online": "came online", "offline": "went offline"}
 GONE = ("remove", "offline")
+MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
 LOST = "lost"
 UNREADABLE = "unreadable"
 NO_DEVICE = {
@@ -209,7 +210,7 @@ class Guard:
         because they disappear with the device. If no event could count, nothing is opened. Takes 0.2 to 0.4 ms. Failed
         if the kernel's events cannot be received.
         """
-        found = tuple((name, os.path.realpath(path)) for name, paths in devices.items() for path in paths)
+        found = tuple((name, _resolve_device(path)) for name, paths in devices.items() for path in paths)
         self._watch = Watch(frozenset(abort), frozenset(record), found)
         if self._netlink is not None or not self._watch:
             return
@@ -250,3 +251,18 @@ class Guard:
                 seen = self._watch.judge_event(event)
             if seen is not None:
                 self._happened(seen)
+
+
+def _resolve_device(path: str) -> str:
+    """Return the path without symbolic links.
+
+    realpath(3) asks lstat(2), which AppArmor grants only with the right to read, and leaves the rest of a path as it is
+    where that is refused. readlink(2) is not refused, and the links below /dev are each of one step.
+    """
+    path = os.path.realpath(path)
+    for _ in range(MAX_LINKS):
+        try:
+            path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        except OSError:
+            break
+    return path

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pyudev
@@ -235,10 +236,22 @@ async def test_events_come_as_the_kernel_sent_them() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-async def test_a_link_is_followed_at_the_start(tmp_path: Path) -> None:
-    """It is gone when the device is, as those of udev in /dev/disk and the kernel's in /sys/class are."""
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_link_is_followed_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    """It is gone when the device is, as those of udev in /dev/disk and the kernel's in /sys/class are.
+
+    AppArmor refuses lstat(2) where khod has no right to read.
+    """
     link = tmp_path / "by-id"
     link.symlink_to("/dev/vdz")
+    lstat = os.lstat
+
+    def refuse(path: str, **options: Any) -> os.stat_result:
+        if refused and path == str(link):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", refuse)
     witness = Witness()
     with watching(witness, vm1=(str(link),)):
         link.unlink()
