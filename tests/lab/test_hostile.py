@@ -76,6 +76,8 @@ def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         made = Host(guest)
         guest.put("/lab/attempts.py", Path(attempts.__file__).read_bytes())
         guest.put(f"{PRODUCERS}/normal.toml", NORMAL)
+        # The message bus hangs up on a user that has no name.
+        made.shell("echo 'u hostile 4001' | systemd-sysusers -")
         made.shell(f"mkdir {AWAY}; install -m 4755 /usr/bin/id /var/as-root; mkdir /run/own /var/own")
         made.configure("slow", SLOW)
         yield made
