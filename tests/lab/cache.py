@@ -64,9 +64,17 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
 
 def prune(folder: Path, pattern: str, keep: int) -> None:
     """Remove all but the `keep` newest entries of `folder` that match; a guest that has one open does not notice."""
-    entries = sorted(folder.glob(pattern), key=lambda entry: entry.stat().st_mtime, reverse=True)
+    entries = sorted(folder.glob(pattern), key=_modified_at, reverse=True)
     for entry in entries[keep:]:
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
+
+
+def _modified_at(entry: Path) -> float:
+    """When an entry was modified, 0.0 if another process has removed it meanwhile."""
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

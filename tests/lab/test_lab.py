@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import disk
+from tests.lab import cache, disk
 from tests.lab.accel import machine_arguments
 from tests.lab.agent import Agent
 from tests.lab.conftest import Boot, Find, usual
@@ -147,3 +148,12 @@ def test_a_kernel_without_its_config_is_an_error(tmp_path: Path, monkeypatch: py
     (tmp_path / "1.2.3/bzImage").write_bytes(b"")
     with pytest.raises(LabError, match="has no config next to it"):
         look("1.2.3")
+
+
+def test_what_another_process_removes_meanwhile_is_no_concern_of_a_prune(tmp_path: Path) -> None:
+    for number, name in enumerate(["disk-old", "disk-new"]):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (number + 1, number + 1))
+    (tmp_path / "disk-gone").symlink_to("nowhere")  # in the listing, and not there when it is looked at
+    cache.prune(tmp_path, "disk-*", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"disk-new"}
