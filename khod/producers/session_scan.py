@@ -7,7 +7,6 @@ runs the host: `khod.producers.session_scanner` looks there, in a unit of its ow
 """
 
 import errno
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -68,7 +67,7 @@ Scanner = Callable[[Calls], SessionScan]
 
 
 def scan_processes(calls: Calls) -> SessionScan:
-    """Find every session that another process has open, with the capabilities of this one."""
+    """Find every session that a process has open, this one included, with the capabilities of this one."""
     return look_into_processes(calls) if calls.path_exists(LIVEUPDATE) else SessionScan()
 
 
@@ -77,8 +76,6 @@ def look_into_processes(calls: Calls) -> SessionScan:
     held: list[HeldSession] = []
     refused = 0
     for pid in (int(name) for name in calls.list_directory("/proc") if name.isdecimal()):
-        if pid == os.getpid():
-            continue
         try:
             found = list(_open_sessions(calls, pid))
         except PermissionError:
