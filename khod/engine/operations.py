@@ -665,7 +665,7 @@ class Engine:
                 await self._act_on_cause()
 
     def _say_what_stays(self, error: KhoError) -> None:
-        """Add to an error's remedy that the handover stays as it was, and in which state: the blackout may continue."""
+        """Add the handover's phase to an error's remedy: it did not change, and producers may still be frozen."""
         phase = self._transaction.phase
         if phase in HELD and not isinstance(error, NotRolledBack):
             frozen = sum(member.told is Verb.freeze for member in self.queries.members)

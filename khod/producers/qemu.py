@@ -56,7 +56,7 @@ UNFIT_STATES = {
     "guest-panicked": "the guest has panicked",
     "colo": "it is one half of a pair that COLO keeps in step",
 }
-"""The other values of QEMU's RunState (qapi/run-state.json), and why there is no handover in that state."""
+"""The other values of QEMU's RunState (qapi/run-state.json), each with the reason why it refuses a handover."""
 
 
 class QmpUnavailable(ParticipantVeto):

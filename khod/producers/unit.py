@@ -54,7 +54,8 @@ RETRY_SECONDS = 0.5
 
 OURS = "running"
 """The first word in the note of a unit that khod may freeze or stop, and so must thaw or start; with any other note the
-unit is left alone. The unit as it was prepared follows. An earlier khod wrote only this word: then the file counts."""
+unit is left alone. The method, the unit and its control group follow. If they are missing, an earlier khod wrote the
+note, and the unit is that of the producer's file."""
 UNTOUCHED = "left alone"
 """The note of a freeze that ended before systemd was told anything."""
 INACTIVE = ("inactive", "failed")
