@@ -16,6 +16,7 @@ import enum
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyudev
@@ -34,6 +35,9 @@ BATCH_EVENTS = 256
 ACTION_TEXT = {"add": "was added", "remove": "was removed", "online": "came online", "offline": "went offline"}
 GONE = ("remove", "offline")
 MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
+DEVICES = "/dev"
+BOUND_DEVICES = "/run/kho-devices"
+"""Where khod's unit shows it the host's /dev: its own has no links, as the unit says PrivateDevices=."""
 LOST = "lost"
 UNREADABLE = "unreadable"
 NO_DEVICE = {
@@ -254,15 +258,23 @@ class Guard:
 
 
 def _resolve_device(path: str) -> str:
-    """Return the path without symbolic links.
+    """Return the path without symbolic links, as they are on the host.
 
     realpath(3) asks lstat(2), which AppArmor grants only with the right to read, and leaves the rest of a path as it is
     where that is refused. readlink(2) is not refused, and the links below /dev are each of one step.
     """
-    path = os.path.realpath(path)
+    # An empty directory at the place is what a unit without the mount leaves of one that had it.
+    bound = BOUND_DEVICES if os.access(f"{BOUND_DEVICES}/null", os.F_OK) else DEVICES
     for _ in range(MAX_LINKS):
-        try:
+        before, path = path, os.path.realpath(_move_path(path, DEVICES, bound))
+        with suppress(OSError):
             path = os.path.normpath(os.path.join(os.path.dirname(path), os.readlink(path)))
-        except OSError:
+        path = _move_path(path, bound, DEVICES)
+        if path == before:
             break
     return path
+
+
+def _move_path(path: str, old: str, new: str) -> str:
+    """Return a path below the directory `old` as one below `new`; any other as it is."""
+    return new + path[len(old) :] if path.startswith(f"{old}/") else path

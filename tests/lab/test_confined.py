@@ -24,6 +24,9 @@ ProtectHostname=no
 ProtectClock=no
 ProtectControlGroups=no
 PrivateMounts=no
+PrivateDevices=no
+BindPaths=
+BindReadOnlyPaths=
 DevicePolicy=auto
 DeviceAllow=
 CapabilityBoundingSet=~
@@ -40,7 +43,7 @@ LockPersonality=no
 AppArmorProfile=
 """
 CAPABILITIES = {"cap_dac_override": 1, "cap_sys_admin": 21, "cap_sys_boot": 22, "cap_syslog": 34}
-EXPOSURE_TENTHS = {"kho-handover.service": 32, "kho-sessions.service": 15}
+EXPOSURE_TENTHS = {"kho-handover.service": 30, "kho-sessions.service": 15}
 """The highest exposure that `systemd-analyze security` may find, in tenths."""
 
 

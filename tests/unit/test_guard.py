@@ -260,6 +260,27 @@ async def test_a_link_is_followed_at_the_start(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("target", ["../../vdz", "/dev/vdz", "../by-path/0", "/dev/disk/by-path/0"])
+@pytest.mark.parametrize("bound", [True, False])
+async def test_a_link_is_followed_where_the_unit_shows_the_host_s_dev(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, bound: bool
+) -> None:
+    """Links of the host's /dev mean the host's; an empty directory at the place is no /dev."""
+    devices, bound_devices = tmp_path / "dev", tmp_path / "bound"
+    shown = bound_devices if bound else devices
+    for name in ("dev", "bound", f"{shown.name}/disk/by-id", f"{shown.name}/disk/by-path"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    if bound:
+        (bound_devices / "null").touch()
+    (shown / "disk/by-id/x").symlink_to(target.replace("/dev", str(devices)))
+    (shown / "disk/by-path/0").symlink_to("../../vdz")
+    monkeypatch.setattr(guard, "DEVICES", str(devices))
+    monkeypatch.setattr(guard, "BOUND_DEVICES", str(bound_devices))
+    assert guard._resolve_device(f"{devices}/disk/by-id/x") == f"{devices}/vdz"
+    assert guard._resolve_device("/sys/class/none") == "/sys/class/none"
+
+
+@pytest.mark.usefixtures("alone")
 async def test_another_start_brings_new_devices_and_forgets_no_event() -> None:
     witness = Witness()
     with watching(witness, "pci", vm1=("/dev/vdz",)) as watch:
