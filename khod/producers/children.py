@@ -133,6 +133,9 @@ class Children:
             _unwatched.append(process)
             raise
 
+    async def prepare_command(self, _command: Command, _stdout: int, _stderr: int) -> None:
+        """Prepare nothing: a child takes little more than its command."""
+
 
 def adopt_orphans() -> None:
     """Make this process the reaper of the orphans below it (PR_SET_CHILD_SUBREAPER of prctl(2)); OSError if that fails.

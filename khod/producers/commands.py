@@ -13,8 +13,10 @@ LAUNCHER = "/usr/bin/env"
 khod itself starts nothing else: a vfork(2) stops the whole of khod until the child has executed something, which takes
 for ever where the command lies on a file system that does not answer. env(1) is in memory, and may wait.
 """
+GATEKEEPER = "kho-hook"
+"""What a shell that executes a prepared command calls itself in its messages."""
 CANNOT_START = (126, 127)
-"""Exit codes of env(1) where the command is there and cannot be executed, and where it is not there."""
+"""Exit codes of env(1), and of sh(1), where the command is there and cannot be executed, and where it is not there."""
 KILL_WAIT_SECONDS = 1.0
 """How long the end of what was sent SIGKILL is waited for: it comes at once, or when the kernel lets go of it."""
 
@@ -31,8 +33,12 @@ class Command:
     @property
     def launch_argv(self) -> list[str]:
         """The words to execute, the launcher first where it does not take the command for something else."""
-        plain = "=" not in self.argv[0] and not self.argv[0].startswith("-")
-        return [LAUNCHER, *self.argv] if plain else [*self.argv]
+        return [LAUNCHER, *self.argv] if self.is_plain else [*self.argv]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no launcher takes its first word for something else than a command."""
+        return "=" not in self.argv[0] and not self.argv[0].startswith("-")
 
 
 class RunningCommand(Protocol):
@@ -45,6 +51,16 @@ class RunningCommand(Protocol):
         """Kill it with all it started; say what does not die within KILL_WAIT_SECONDS."""
 
 
+class PreparedCommand(Protocol):
+    """A command that is to run later, and then at once."""
+
+    def start(self) -> RunningCommand | None:
+        """Run it; None where it has ended, without having run, and must be started as any other."""
+
+    async def drop(self) -> None:
+        """Call it off: it does not run, and nothing of it is left."""
+
+
 class CommandRunner(Protocol):
     """Starts commands: as children of khod, or as units of systemd, which may have settings (`has_units`)."""
 
@@ -54,4 +70,10 @@ class CommandRunner(Protocol):
         """Start a command without standard input, its output to these descriptors; OSError or ValueError.
 
         Where it cannot be executed, that is its end, with one of CANNOT_START.
+        """
+
+    async def prepare_command(self, command: Command, stdout: int, stderr: int) -> PreparedCommand | None:
+        """Prepare a command, so that it starts at once when it is told; None where there is nothing to prepare.
+
+        What goes wrong is no error: the command is then started as any other.
         """

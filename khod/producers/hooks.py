@@ -10,12 +10,14 @@ kernel: it is named, and no longer waited for. How commands are run: `khod.produ
 import asyncio
 import os
 import signal
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from khod.concurrency.bounded import CUT_SECONDS, settle_task
-from khod.producers.barrier import ParticipantVeto, ProducerCall
+from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.children import Children
-from khod.producers.commands import CANNOT_START, Command, CommandRunner, RunningCommand
+from khod.producers.commands import CANNOT_START, GATEKEEPER, Command, CommandRunner, PreparedCommand, RunningCommand
 from khod.producers.configured import Configured, describe_error, one_line
 from khod.producers.output import PASSED_ON, STDERR, STDOUT, Output
 from khod.systemd.setting_values import Property
@@ -23,6 +25,11 @@ from khod.systemd.setting_values import Property
 __all__ = ["PASSED_ON", "Hook"]
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+LAUNCHERS = ("env: ", f"{GATEKEEPER}: ")
+"""How the message of a launcher begins that cannot execute the command."""
+PREPARE_SHARE = 0.25
+"""The part of what `prepare` has left of its time in which the command of `freeze` is prepared."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Hook(Configured):
     settings: dict[str, Property] = field(default_factory=dict)
     runner: CommandRunner = field(default_factory=Children, compare=False, repr=False)
     kind: str = "hook"
+    _prepared: "list[_Execution]" = field(default_factory=list, init=False, compare=False, repr=False)
+    """What `freeze` runs, from prepare on: at most one."""
 
     @property
     def restores_state(self) -> bool:
@@ -46,27 +55,119 @@ class Hook(Configured):
 
     async def _carry_out(self, telling: ProducerCall) -> None:
         """Run the verb's command; ParticipantVeto where it does not start or does not exit with 0."""
-        argv = self.commands.get(telling.verb.value)
+        began = time.monotonic()
+        command = self._make_command(telling.verb, telling.run)
+        execution = await self._take_prepared(command)
+        if execution is None and command is not None:
+            execution = await _Execution.start(self.runner, command)
+        if execution is not None:
+            await execution.finish(telling)
+        if telling.verb is Verb.prepare and (later := self._make_command(Verb.freeze, telling.run)):
+            seconds = (self.timeout - (time.monotonic() - began)) * PREPARE_SHARE
+            if (prepared := await _Execution.prepare(self.runner, later, seconds)) is not None:
+                self._prepared.append(prepared)
+
+    def _make_command(self, verb: Verb, run: str) -> Command | None:
+        """Return the command of a verb, None if there is none."""
+        argv = self.commands.get(verb.value)
         if argv is None:
-            return
-        environment = {
-            "PATH": PATH,
-            "KHO_NAME": self.name,
-            "KHO_VERB": telling.verb.value,
-            "KHO_RUN": telling.run,
-        }
-        # Pipes of our own: asyncio's would hold the end back for as long as a child of the hook has them open.
-        label = f"{self.name}: {telling.verb.value}"
-        with Output(STDOUT, label) as out, Output(STDERR, label) as errors:
-            command = Command(self.name, argv, environment, self.settings)
-            code, undead = await _run_command(self.runner, command, telling, out, errors)
-            out.read_rest()
-            reason = one_line(errors.read_rest())
+            return None
+        environment = {"PATH": PATH, "KHO_NAME": self.name, "KHO_VERB": verb.value, "KHO_RUN": run}
+        return Command(self.name, argv, environment, self.settings)
+
+    async def _take_prepared(self, command: Command | None) -> "_Execution | None":
+        """Start what was prepared, if it is this command; otherwise it is dropped."""
+        while self._prepared:
+            prepared = self._prepared.pop()
+            if prepared.command == command and prepared.begin():
+                return prepared
+            await prepared.drop()
+        return None
+
+
+class _Execution:
+    """A command with pipes for its outputs; asyncio's would hold the end back for as long as a child has them open."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        label = f"{command.name}: {command.environment['KHO_VERB']}"
+        with ExitStack() as stack:
+            self._outputs = [stack.enter_context(Output(outlet, label)) for outlet in (STDOUT, STDERR)]
+            self._stack = stack.pop_all()
+        self._prepared: PreparedCommand | None = None
+        self._running: RunningCommand | None = None
+
+    @classmethod
+    async def start(cls, runner: CommandRunner, command: Command) -> "_Execution":
+        """Start a command; ParticipantVeto if that fails."""
+        made = cls(command)
+        try:
+            made._running = await runner.start_command(command, *made._writers)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
+            raise ParticipantVeto(f"{one_line(command.argv[0])} cannot be started: {describe_error(error)}") from None
+        finally:
+            if made._running is None:
+                made._stack.close()
+        return made
+
+    @classmethod
+    async def prepare(cls, runner: CommandRunner, command: Command, seconds: float) -> "_Execution | None":
+        """Prepare a command within `seconds`; None where it will be started as any other."""
+        try:
+            made = cls(command)
+        except OSError:
+            return None
+        try:
+            async with asyncio.timeout(seconds):
+                made._prepared = await runner.prepare_command(command, *made._writers)
+        except TimeoutError:
+            return None
+        finally:
+            if made._prepared is None:
+                made._stack.close()
+        if made._prepared is None:
+            return None
+        for output in made._outputs:
+            output.close_writer()
+        return made
+
+    def begin(self) -> bool:
+        """Start what was prepared; False where it must be started as any other."""
+        assert self._prepared is not None, "as prepare() has left it"
+        self._running = self._prepared.start()
+        return self._running is not None
+
+    async def drop(self) -> None:
+        """Drop what was prepared."""
+        assert self._prepared is not None, "as above"
+        with self._stack:
+            await self._prepared.drop()
+
+    async def finish(self, telling: ProducerCall) -> None:
+        """Wait for the end of the command; ParticipantVeto if it is no yes. Cut short the command is killed."""
+        assert self._running is not None, "it was started"
+        undead: list[str] = []
+        with self._stack:
+            try:
+                for output in self._outputs:
+                    output.close_writer()
+                    output.start_reading()
+                code = await self._running.wait_end()
+            finally:
+                # In a task of its own: the deadline may pass in the middle, and must not leave half of them alive.
+                ending = asyncio.ensure_future(_end_command(self._running, self.command, telling, undead))
+                await settle_task(ending, CUT_SECONDS)
+            _, reason = [one_line(output.read_rest()) for output in self._outputs]
         if code == 0:
             return
-        if code in CANNOT_START and reason.startswith("env: "):
-            reason = f"{argv[0]} cannot be started: {reason.rpartition(': ')[2]}"
+        if code in CANNOT_START and reason.startswith(LAUNCHERS):
+            reason = f"{self.command.argv[0]} cannot be started: {reason.rpartition(': ')[2]}"
         raise ParticipantVeto("; ".join([reason or _describe_end(code), *undead]))
+
+    @property
+    def _writers(self) -> tuple[int, int]:
+        out, errors = self._outputs
+        return out.writer, errors.writer
 
 
 def _is_startable(command: str) -> bool:
@@ -77,27 +178,6 @@ def _is_startable(command: str) -> bool:
     """
     places = [command] if "/" in command else [f"{directory}/{command}" for directory in PATH.split(":")]
     return any(os.access(place, os.X_OK) and not os.access(f"{place}/.", os.F_OK) for place in places)
-
-
-async def _run_command(
-    runner: CommandRunner, command: Command, telling: ProducerCall, out: Output, errors: Output
-) -> tuple[int | None, list[str]]:
-    """Run a command to its end: its exit code, and what of it does not die. Cut short it is killed."""
-    try:
-        running = await runner.start_command(command, out.writer, errors.writer)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
-        raise ParticipantVeto(f"{one_line(command.argv[0])} cannot be started: {describe_error(error)}") from None
-    undead: list[str] = []
-    try:
-        for one in (out, errors):
-            one.close_writer()
-            one.start_reading()
-        code = await running.wait_end()
-    finally:
-        # In a task of its own: the deadline may pass in the middle of it, and must not leave half of them alive.
-        ending = asyncio.ensure_future(_end_command(running, command, telling, undead))
-        await settle_task(ending, CUT_SECONDS)
-    return code, undead
 
 
 async def _end_command(running: RunningCommand, command: Command, telling: ProducerCall, undead: list[str]) -> None:

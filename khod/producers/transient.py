@@ -12,11 +12,13 @@ A unit is named after its producer. So what outlived a khod that was killed is f
 import asyncio
 import signal
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, closing, suppress
 from typing import Any
+from weakref import WeakSet
 
 from khod.producers.children import describe_undead
 from khod.producers.commands import KILL_WAIT_SECONDS, Command
+from khod.producers.waiting import Gate, WaitingUnit, can_wait, waiting_argv
 from khod.systemd.dbus import Bus, BusError, Disconnected, ErrorAnswer, SharedBus
 from khod.systemd.manager import MANAGER, SETTLE_SECONDS, SYSTEMD, Systemd
 from khod.systemd.setting_values import Property
@@ -24,6 +26,8 @@ from khod.systemd.setting_values import Property
 PREFIX = "kho-hook-"
 MAX_UNITS = 9
 """Units that one producer may have: what does not die keeps the name of its unit."""
+MAX_WAITING = 100
+"""Units whose commands may wait at the same time: each takes five of khod's descriptors."""
 UNIT_EXISTS = f"{SYSTEMD}.UnitExists"
 ENDED = ("inactive", "failed")
 CLD_EXITED = 1  # siginfo_t's si_code, as ExecMainCode has it
@@ -39,6 +43,7 @@ class TransientUnits:
 
     def __init__(self) -> None:
         self._shared = SharedBus()
+        self._gates: WeakSet[Gate] = WeakSet()
 
     async def start_command(self, command: Command, stdout: int, stderr: int) -> "TransientUnit":
         """Start a command once nothing of an earlier one runs under its name, or under the next free name."""
@@ -50,6 +55,25 @@ class TransientUnits:
             except BusError as error:
                 raise ValueError(str(error)) from None
         raise ValueError(f"{MAX_UNITS} units of earlier commands do not end, {unit_name(command.name)} the first")
+
+    async def prepare_command(self, command: Command, stdout: int, stderr: int) -> WaitingUnit | None:
+        """Start the unit of a command, which waits there; it has the name that the next command of its producer has.
+
+        So what is left of it is found by that. None with MAX_WAITING others.
+        """
+        if sum(not gate.is_closed for gate in self._gates) >= MAX_WAITING or not can_wait(command):
+            return None
+        name = unit_name(command.name)
+        unit = TransientUnit(name, self._shared)
+        with suppress(OSError, ValueError, BusError), ExitStack() as stack:
+            gate = stack.enter_context(closing(Gate()))
+            self._gates.add(gate)
+            pid = await unit.start_waiting(command, stdout, stderr, gate)
+            if pid is not None:
+                waiting = WaitingUnit(name, pid, gate, unit)
+                stack.pop_all()
+                return waiting
+        return None
 
 
 class TransientUnit:
@@ -65,7 +89,28 @@ class TransientUnit:
 
     async def start(self, command: Command, stdout: int, stderr: int) -> bool:
         """Start it; False where another unit has the name and does not end. BusError, ValueError."""
-        properties, started = list(_properties(command, stdout, stderr)), False
+        return await self._start(list(_properties(command, stdout, stderr)))
+
+    async def start_waiting(self, command: Command, stdout: int, stderr: int, gate: Gate) -> int | None:
+        """Start it so that its command waits at the gate; the PID of its main process, None where that is not known.
+
+        It uses no connection then. BusError, ValueError.
+        """
+        properties = dict(_properties(command, stdout, stderr))
+        properties["ExecStartEx"] = _exec_start(waiting_argv(command))
+        del properties["StandardInput"]
+        properties["StandardInputFileDescriptor"] = ("h", gate.theirs.fileno())
+        if not await self._start([*properties.items()]):
+            return None
+        try:
+            gate.close_theirs()
+            pid = self._told.get("MainPID")
+            return pid if pid and await gate.wait_ready() else None
+        finally:
+            await self._close()
+
+    async def _start(self, properties: list[tuple[str, Property]]) -> bool:
+        started = False
         try:
             bus = await self._connect()
             started = await self._start_unit(bus, properties)
@@ -96,25 +141,33 @@ class TransientUnit:
         """Kill all of it, and say what is still there KILL_WAIT_SECONDS later."""
         left: set[int] = set()
         try:
-            bus = self._bus or await self._connect(look=True)
-            systemd = Systemd(bus, self._name)
             try:
+                # All of it: to kill the unit later would be to kill that of the next command, which has its name.
                 async with asyncio.timeout(KILL_WAIT_SECONDS):
-                    if self._told.get("ActiveState") not in ENDED:
-                        await systemd.kill_processes()
-                    while self._told.get("ActiveState") not in ENDED:
-                        await bus.wait_news(self._path)
+                    await self._kill()
             except (TimeoutError, ErrorAnswer):
                 pass
             if self._told.get("ActiveState") == "inactive":
                 return []  # its control group is empty: asking for its processes would only lengthen a freeze
+            if self._bus is None:
+                return [f"{self._name} may still run: systemd does not answer"]
             with suppress(ErrorAnswer):  # the unit is gone, with all it had
-                left = await systemd.list_processes()
+                left = await Systemd(self._bus, self._name).list_processes()
         except BusError as error:
             return [f"{self._name} may still run: {error}"]
         finally:
             await self._close()
         return [text for pid in sorted(left) if (text := describe_undead(pid))]
+
+    async def _kill(self) -> None:
+        """Kill all of it, and wait until systemd has seen the end."""
+        bus = self._bus or await self._connect()
+        if self._told.get("ActiveState") not in ENDED:
+            with suppress(ErrorAnswer):
+                await Systemd(bus, self._name).kill_processes()
+            await self._look(bus)
+        while self._told.get("ActiveState") not in ENDED:
+            await bus.wait_news(self._path)
 
     async def _start_unit(self, bus: Bus, properties: list[tuple[str, Property]]) -> bool:
         """Have systemd start it, and wait until that is done; False where the name is taken."""
@@ -138,6 +191,8 @@ class TransientUnit:
         """End the unit that has the name; whether it did. ValueError where it is none of khod's."""
         systemd = Systemd(bus, self._name)
         state = await systemd.read_state()
+        if state.load == "not-found":  # it has ended meanwhile
+            return True
         if not state.transient:
             raise ValueError(f"the name {self._name} is taken by a unit that is not khod's")
         with suppress(ErrorAnswer):
@@ -162,13 +217,19 @@ class TransientUnit:
         self._bus = bus = await self._stack.enter_async_context(self._shared.use())
         self._told = self._stack.enter_context(bus.watch_object(self._path))
         if look:
-            systemd = Systemd(bus, self._name)
-            now = await systemd.read_properties(self._name, "Unit")
-            if now.get("LoadState") == "loaded":
-                now |= await systemd.read_properties(self._name, "Service")
-            for name, value in now.items():
-                self._told.setdefault(name, value)
+            await self._look(bus)
         return bus
+
+    async def _look(self, bus: Bus) -> None:
+        """Read what the unit says of itself now, unless systemd has said what state it is in."""
+        if "ActiveState" in self._told:
+            return
+        systemd = Systemd(bus, self._name)
+        now = await systemd.read_properties(self._name, "Unit")
+        if now.get("LoadState") == "loaded":
+            now |= await systemd.read_properties(self._name, "Service")
+        for name, value in now.items():
+            self._told.setdefault(name, value)
 
     async def _close(self) -> None:
         self._bus = None
@@ -188,12 +249,16 @@ def _escape_label(name: str) -> str:
     return "".join(char if char.isascii() and char.isalnum() else f"_{ord(char):02x}" for char in name)
 
 
+def _exec_start(argv: list[str]) -> Property:
+    return "a(sasas)", [(argv[0], argv, ["no-env-expand"])]  # a `$` is the command's own
+
+
 def _properties(command: Command, stdout: int, stderr: int) -> Iterator[tuple[str, Property]]:
     """The unit's settings: an end by its control group, at once, and a start that a shutdown does not refuse."""
     argv = command.launch_argv
     yield "Description", ("s", f"Kernel handover: {command.name}")
     yield "Type", ("s", "exec")
-    yield "ExecStartEx", ("a(sasas)", [(argv[0], argv, ["no-env-expand"])])  # a `$` is the command's own
+    yield "ExecStartEx", _exec_start(argv)
     yield "Environment", ("as", [f"{name}={value}" for name, value in command.environment.items()])
     yield "StandardInput", ("s", "null")
     yield "StandardOutputFileDescriptor", ("h", stdout)

@@ -2,6 +2,7 @@
 """Hooks as transient units of systemd 262, in a guest: every ending a command may have, and what is left of it."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,12 @@ from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.hooks import Hook
 from khod.producers.transient import TransientUnits
 
-async def tell(name, argv, deadline):
+async def tell(name, argv, deadline, prepared):
     hook = Hook(name, float(deadline), commands={"freeze": argv}, runner=TransientUnits())
     telling = ProducerCall(Verb.freeze, "run-1", "")
+    if prepared:
+        await hook.carry_out(ProducerCall(Verb.prepare, "run-1", ""))
+        assert len(hook._prepared) == 1, "its unit waits"
     try:
         async with asyncio.timeout(float(deadline)):
             await hook.carry_out(telling)
@@ -35,9 +39,9 @@ async def tell(name, argv, deadline):
     return "ready"
 
 async def main(calls):
-    for name, argv, deadline in calls:
+    for call in calls:
         with open("/run/answer", "w") as file:
-            json.dump(await tell(name, argv, deadline), file)
+            json.dump(await tell(*call), file)
 
 asyncio.run(main(json.loads(sys.argv[1])))
 """
@@ -66,9 +70,9 @@ def host(plain_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield here
 
 
-def told(host: Host, *argv: str, name: str = "one", deadline: float = 30) -> Told:
+def told(host: Host, *argv: str, name: str = "one", deadline: float = 30, prepared: bool = False) -> Told:
     """Tell one hook to freeze, its output to files: 1 GiB of it would be much for the line to the guest."""
-    calls = json.dumps([[name, argv, deadline]])
+    calls = json.dumps([[name, argv, deadline, prepared]])
     script = 'python3 "$0" "$1" > /run/out 2> /run/err'
     host.guest.run(["sh", "-c", script, f"{KHOD}/driver.py", calls], timeout=deadline + 90)
     return Told(json.loads(host.shell("cat /run/answer")), host.shell("tail -qc 20000 /run/out /run/err"))
@@ -79,12 +83,15 @@ def shell(host: Host, script: str, **options: float) -> Told:
 
 
 def nothing_is_left(host: Host) -> None:
-    """No unit of a hook, and no process that one started."""
+    """No unit of a hook, once systemd has accounted for its end, and no process that one started."""
+    gone = "! systemctl list-units --all --no-legend 'kho-hook-*' | grep -q ."
+    host.shell(f'timeout 20 sh -c "until {gone}; do sleep 0.1; done" || true')
     units = host.shell("systemctl list-units --all --plain --no-legend 'kho-hook-*'").strip()
     groups = host.shell("ls -d /sys/fs/cgroup/system.slice/kho-hook-* 2>/dev/null || true").strip()
     assert (units, groups, host.shell("pgrep -f '^sleep 4[0-9][0-9]' || true").strip()) == ("", "", "")
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["at once", "prepared"])
 @pytest.mark.parametrize(
     ("script", "deadline", "answer"),
     [
@@ -102,8 +109,8 @@ def nothing_is_left(host: Host) -> None:
         ("systemctl is-system-running >/dev/null; ip link >/dev/null; ls /root >/dev/null", 30, "ready"),
     ],
 )
-def test_every_ending(host: Host, script: str, deadline: float, answer: str) -> None:
-    found = shell(host, script, deadline=deadline).answer
+def test_every_ending(host: Host, script: str, deadline: float, answer: str, prepared: bool) -> None:
+    found = shell(host, script, deadline=deadline, prepared=prepared).answer
     assert answer in found or (answer == "\\xff" and found.isprintable() and found not in ("ready", "no answer")), found
     nothing_is_left(host)
 
@@ -130,16 +137,19 @@ def test_a_flood_is_cut_and_holds_nobody_up(host: Host, size: str) -> None:
     nothing_is_left(host)
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["at once", "prepared"])
 @pytest.mark.parametrize(
-    ("argv", "reason"), [(["/no/such/command"], "cannot be started: No such file"), (["/etc"], "cannot be started")]
+    ("argv", "reason"),
+    [(["/no/such/command"], "cannot be started: (No such file|not found)"), (["/etc"], "cannot be started: ")],
 )
-def test_a_command_that_cannot_be_started_says_so(host: Host, argv: list[str], reason: str) -> None:
-    assert reason in told(host, *argv).answer
+def test_a_command_that_cannot_be_started_says_so(host: Host, argv: list[str], reason: str, prepared: bool) -> None:
+    assert re.search(reason, told(host, *argv, prepared=prepared).answer)
     nothing_is_left(host)
 
 
-def test_what_outlived_a_khod_that_was_killed_is_ended_before_the_next_verb(host: Host) -> None:
-    calls = json.dumps([["one", ["/bin/sh", "-c", "sleep 410"], 60]])
+@pytest.mark.parametrize("prepared", [False, True], ids=["at once", "prepared"])
+def test_what_outlived_a_khod_that_was_killed_is_ended_before_the_next_verb(host: Host, prepared: bool) -> None:
+    calls = json.dumps([["one", ["/bin/sh", "-c", "sleep 410"], 60, prepared]])
     host.guest.run(
         ["sh", "-c", 'setsid python3 "$0" "$1" >/run/out 2>&1 & echo $! > /run/pid', f"{KHOD}/driver.py", calls]
     )
@@ -171,10 +181,11 @@ def test_without_a_message_bus_and_beside_a_systemd_that_starts_anew_hooks_run(h
     nothing_is_left(host)
 
 
-def test_what_does_not_die_is_named_and_the_next_verb_runs_all_the_same(host: Host) -> None:
+@pytest.mark.parametrize("prepared", [False, True], ids=["at once", "prepared"])
+def test_what_does_not_die_is_named_and_the_next_verb_runs_all_the_same(host: Host, prepared: bool) -> None:
     host.shell("fsfreeze --freeze /mnt")
     try:
-        found = shell(host, "touch /mnt/x", deadline=3)
+        found = shell(host, "touch /mnt/x", deadline=3, prepared=prepared)
         assert found.answer == "no answer"
         assert "it sleeps in the kernel and does not die" in found.passed_on
         assert shell(host, "exit 0").answer == "ready"

@@ -356,6 +356,9 @@ class Noting:
         self.commands.append(command)
         raise ValueError(f"not with {stdout} and {stderr}")
 
+    async def prepare_command(self, _command: Command, _stdout: int, _stderr: int) -> None:
+        raise AssertionError("no prepare here")
+
 
 async def test_each_command_of_a_hook_has_the_settings(tmp_path: Path) -> None:
     runner = Noting()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The unit of a hook's freeze waits from prepare on. The command runs in it, or it goes with the attempt."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.lab import kernels as lab_kernels
+from tests.lab.conftest import usual
+from tests.lab.guest import Pending
+from tests.lab.host import Host
+
+UNIT = "kho-hook-early.service"
+EARLY = """\
+freeze = ["/bin/sh", "-c", "exec >> /run/froze; echo $PPID; readlink /proc/$$/fd/0; ls /proc/$$/fd; exit 0"]
+thaw = ["/bin/sh", "-c", "echo thawed >> /run/froze"]
+timeout = 60
+"""
+# Its prepare lasts until it is told how to end.
+LATE = """\
+prepare = ["/bin/sh", "-c", "touch /run/asked; until [ -s /run/answer ]; do sleep 0.2; done; exit $(cat /run/answer)"]
+after = ["early"]
+timeout = 100
+"""
+# The next reload of systemd takes ten seconds, in which PID 1 does nothing else.
+SLOW = """\
+#!/usr/bin/python3
+import os, time
+if os.path.exists('/run/busy'):
+    os.unlink('/run/busy')
+    time.sleep(10)
+"""
+BUSY = """\
+touch /run/busy
+systemctl daemon-reload --no-block
+timeout 30 sh -c 'while [ -e /run/busy ]; do sleep 0.1; done'
+"""
+
+
+@pytest.fixture(scope="module")
+def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """Give one host with khod on it to the whole file."""
+    console = tmp_path_factory.mktemp("hook_waiting") / "console.log"
+    with usual(lab_kernels.find("7.3.4"), lab_disk, console) as guest:
+        made = Host(guest)
+        guest.put("/etc/kho/producers.d/early.toml", EARLY)
+        guest.put("/etc/kho/producers.d/late.toml", LATE)
+        guest.put("/run/systemd/system-generators/slow", SLOW, mode=0o755)
+        made.configure("patient", "[deadlines]\nprepare = 120.0\nfreeze = 60.0\n")
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def at_rest(host: Host) -> Iterator[None]:
+    """Hold after each case that khod is idle, and that nothing of a hook is left."""
+    host.shell("rm -f /run/froze /run/asked /run/answer")
+    yield
+    status = host.settled()
+    assert (status["phase"], status["left"], status["not_undone"]) == ("idle", [], [])
+    units = host.shell("systemctl list-units --all --plain --no-legend 'kho-hook-*'").strip()
+    groups = host.shell("ls -d /sys/fs/cgroup/system.slice/kho-hook-* 2>/dev/null || true").strip()
+    assert (units, groups) == ("", "")
+
+
+@contextmanager
+def waiting(host: Host, answer: int = 0) -> Iterator[tuple[str, Pending]]:
+    """Activate, and stay where the unit waits: its main process, and khoctl, which goes on at the end with `answer`."""
+    activating = host.guest.start(["sh", "-c", "khoctl activate; echo $?"])
+    host.shell("timeout 90 sh -c 'until [ -e /run/asked ]; do sleep 0.1; done'")
+    assert host.shell(f"systemctl is-active {UNIT}").strip() == "active"
+    pid = host.shell(f"systemctl show -P MainPID {UNIT}").strip()
+    assert host.shell(f"cat /proc/{pid}/comm").strip() == "sh"
+    yield pid, activating
+    host.shell(f"echo {answer} > /run/answer")
+
+
+def froze(host: Host) -> list[str]:
+    return host.shell("cat /run/froze 2>/dev/null || true").split()
+
+
+MEANWHILE: dict[str, Callable[[Host], object]] = {
+    "nothing": lambda _host: None,
+    "reload": lambda host: host.shell("systemctl daemon-reload"),
+    "reexec": lambda host: host.shell("systemctl daemon-reexec"),
+    "no bus": lambda host: host.shell("systemctl stop dbus.socket dbus.service"),
+    "busy": lambda host: host.shell(BUSY),
+}
+
+
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+def test_freeze_runs_below_the_process_that_waited(host: Host, meanwhile: str) -> None:
+    with waiting(host) as (pid, activating):
+        MEANWHILE[meanwhile](host)
+    assert activating.wait().stdout.split()[-1] == "0"
+    host.shell("systemctl start dbus.socket")
+    assert froze(host) == [pid, "/dev/null", "0", "1", "2"]
+    host.khoctl("abort")
+    assert froze(host)[-1] == "thawed"
+
+
+def test_where_it_was_killed_freeze_has_a_unit_of_its_own(host: Host) -> None:
+    with waiting(host) as (_, activating):
+        host.shell(f"systemctl kill --signal=SIGKILL {UNIT}")
+    assert activating.wait().stdout.split()[-1] == "0"
+    assert froze(host) == ["1", "/dev/null", "0", "1", "2"], "once"
+    host.khoctl("abort")
+
+
+def test_a_veto_leaves_nothing_that_waits(host: Host) -> None:
+    with waiting(host, 1) as (pid, activating):
+        pass
+    assert activating.wait().stdout.split()[-1] == "3"
+    assert froze(host) == []
+    assert not host.shell(f"ps -o comm= {pid} || true")
+
+
+def test_a_khod_that_is_killed_leaves_nothing_that_waits(host: Host) -> None:
+    restarts = int(host.shell("systemctl show -P NRestarts kho-handover"))
+    with waiting(host) as (pid, activating):
+        host.shell("systemctl kill --kill-whom=main --signal=SIGKILL kho-handover")
+        host.shell(f"timeout 30 sh -c 'while [ -e /proc/{pid} ]; do sleep 0.1; done'")
+        again = f'"$(systemctl show -P NRestarts kho-handover)" -gt {restarts}'
+        host.shell(f"timeout 90 sh -c 'until [ {again} ] && systemctl -q is-active kho-handover; do sleep 0.2; done'")
+    activating.wait()
+    host.shell("timeout 30 sh -c 'while systemctl -q is-active kho-hook-late; do sleep 0.1; done'")
+    assert froze(host) == []
