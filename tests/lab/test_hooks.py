@@ -24,7 +24,8 @@ from khod.producers.hooks import Hook
 from khod.producers.transient import TransientUnits
 
 async def tell(name, argv, deadline, prepared):
-    hook = Hook(name, float(deadline), commands={"freeze": argv}, runner=TransientUnits())
+    # A part of the producer's time is for preparing: the deadline is that of the freeze alone.
+    hook = Hook(name, 200.0 if prepared else float(deadline), commands={"freeze": argv}, runner=TransientUnits())
     telling = ProducerCall(Verb.freeze, "run-1", "")
     if prepared:
         await hook.carry_out(ProducerCall(Verb.prepare, "run-1", ""))
