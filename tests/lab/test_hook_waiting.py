@@ -85,7 +85,8 @@ MEANWHILE: dict[str, Callable[[Host], object]] = {
     "reload": lambda host: host.shell("systemctl daemon-reload"),
     # khod is connected again: the exit code of a command that ends before that is lost, and counts as a veto.
     "reexec": lambda host: host.shell(
-        "systemctl daemon-reexec; timeout 60 sh -c 'until ss -xH | grep -q systemd/private; do sleep 0.1; done'"
+        'systemctl daemon-reexec; timeout 60 sh -c \'until grep -q " 0001 03 .* /run/systemd/private" /proc/net/unix; '
+        "do sleep 0.1; done'"
     ),
     "no bus": lambda host: host.shell("systemctl stop dbus.socket dbus.service"),
     "busy": lambda host: host.shell(BUSY),
