@@ -98,10 +98,12 @@ if sys.argv.pop(1) == "children":
     daemon.TransientUnits = daemon.Children
 daemon.main()
 """
+# No profile: it lets khod execute nothing, as its children are.
 DROP_IN = """\
 [Service]
+AppArmorProfile=
 ExecStart=
-ExecStart=/usr/bin/python3 /run/khod-with.py {runner}
+ExecStart=/usr/bin/python3 /var/lib/khod/khod-with.py {runner}
 """
 PATIENT = f"[deadlines]\nprepare = {LIMIT}\nfreeze = {LIMIT}\n"
 HOOK = f'freeze = ["/bin/true"]\ntimeout = {LIMIT}\n'
@@ -115,7 +117,7 @@ def run() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as name, usual(kernels.find("7.3.4"), made, Path(name) / "console.log") as guest:
         host = Host(guest)
         guest.put("/run/driver.py", DRIVER)
-        guest.put("/run/khod-with.py", KHOD)
+        guest.put("/var/lib/khod/khod-with.py", KHOD)
         host.configure("patient", PATIENT)
         for count, rounds in COUNTS.items():
             hooks = "1 hook" if count == 1 else f"{count} hooks"
