@@ -11,7 +11,7 @@ A unit is named after its producer. So what outlived a khod that was killed is f
 
 import asyncio
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, closing, suppress
 from typing import Any
 from weakref import WeakSet
@@ -89,18 +89,14 @@ class TransientUnit:
 
     async def start(self, command: Command, stdout: int, stderr: int) -> bool:
         """Start it; False where another unit has the name and does not end. BusError, ValueError."""
-        return await self._start(list(_properties(command, stdout, stderr)))
+        return await self._start(_properties(command, stdout, stderr))
 
     async def start_waiting(self, command: Command, stdout: int, stderr: int, gate: Gate) -> int | None:
         """Start it so that its command waits at the gate; the PID of its main process, None where that is not known.
 
         It uses no connection then. BusError, ValueError.
         """
-        properties = dict(_properties(command, stdout, stderr))
-        properties["ExecStartEx"] = _exec_start(waiting_argv(command))
-        del properties["StandardInput"]
-        properties["StandardInputFileDescriptor"] = ("h", gate.theirs.fileno())
-        if not await self._start([*properties.items()]):
+        if not await self._start(_properties(command, stdout, stderr, gate)):
             return None
         try:
             gate.close_theirs()
@@ -109,8 +105,8 @@ class TransientUnit:
         finally:
             await self._close()
 
-    async def _start(self, properties: list[tuple[str, Property]]) -> bool:
-        started = False
+    async def _start(self, settings: Iterable[tuple[str, Property]]) -> bool:
+        properties, started = list(settings), False
         try:
             bus = await self._connect()
             started = await self._start_unit(bus, properties)
@@ -249,18 +245,20 @@ def _escape_label(name: str) -> str:
     return "".join(char if char.isascii() and char.isalnum() else f"_{ord(char):02x}" for char in name)
 
 
-def _exec_start(argv: list[str]) -> Property:
-    return "a(sasas)", [(argv[0], argv, ["no-env-expand"])]  # a `$` is the command's own
+def _properties(command: Command, stdout: int, stderr: int, gate: Gate | None = None) -> Iterator[tuple[str, Property]]:
+    """The unit's settings: an end by its control group, at once, and a start that a shutdown does not refuse.
 
-
-def _properties(command: Command, stdout: int, stderr: int) -> Iterator[tuple[str, Property]]:
-    """The unit's settings: an end by its control group, at once, and a start that a shutdown does not refuse."""
-    argv = command.launch_argv
+    With a gate the command waits there. `Environment` may come twice: systemd adds the file's to khod's.
+    """
+    argv = waiting_argv(command) if gate else command.launch_argv
     yield "Description", ("s", f"Kernel handover: {command.name}")
     yield "Type", ("s", "exec")
-    yield "ExecStartEx", _exec_start(argv)
+    yield "ExecStartEx", ("a(sasas)", [(argv[0], argv, ["no-env-expand"])])  # a `$` is the command's own
     yield "Environment", ("as", [f"{name}={value}" for name, value in command.environment.items()])
-    yield "StandardInput", ("s", "null")
+    if gate:
+        yield "StandardInputFileDescriptor", ("h", gate.theirs.fileno())
+    else:
+        yield "StandardInput", ("s", "null")
     yield "StandardOutputFileDescriptor", ("h", stdout)
     yield "StandardErrorFileDescriptor", ("h", stderr)
     yield "IgnoreSIGPIPE", ("b", False)

@@ -14,9 +14,12 @@ from tests.lab.host import Host
 
 UNIT = "kho-hook-early.service"
 EARLY = """\
-freeze = ["/bin/sh", "-c", "exec >> /run/froze; echo $PPID; readlink /proc/$$/fd/0; ls /proc/$$/fd; exit 0"]
+freeze = ["/bin/sh", "-c", "exec >> /run/froze; echo $PPID; readlink /proc/$$/fd/0; ls /proc/$$/fd; \
+echo $KHO_NAME $KHO_VERB $WORD"]
 thaw = ["/bin/sh", "-c", "echo thawed >> /run/froze"]
 timeout = 60
+[service]
+Environment = ["WORD=word"]
 """
 # Its prepare lasts until it is told how to end.
 LATE = """\
@@ -99,7 +102,7 @@ def test_freeze_runs_below_the_process_that_waited(host: Host, meanwhile: str) -
         MEANWHILE[meanwhile](host)
     assert activating.wait().stdout.split()[-1] == "0"
     host.shell("systemctl start dbus.socket")
-    assert froze(host) == [pid, "/dev/null", "0", "1", "2"]
+    assert froze(host) == [pid, "/dev/null", "0", "1", "2", "early", "freeze", "word"]
     host.khoctl("abort")
     assert froze(host)[-1] == "thawed"
 
@@ -108,7 +111,7 @@ def test_where_it_was_killed_freeze_has_a_unit_of_its_own(host: Host) -> None:
     with waiting(host) as (_, activating):
         host.shell(f"systemctl kill --signal=SIGKILL {UNIT}")
     assert activating.wait().stdout.split()[-1] == "0"
-    assert froze(host) == ["1", "/dev/null", "0", "1", "2"], "once"
+    assert froze(host) == ["1", "/dev/null", "0", "1", "2", "early", "freeze", "word"], "once"
     host.khoctl("abort")
 
 

@@ -3,6 +3,7 @@
 
 import re
 import tomllib
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from khod.producers.commands import Command, RunningCommand
 from khod.producers.hooks import Hook
 from khod.producers.service_settings import REFUSED, SETTINGS
 from khod.producers.transient import TransientUnits, _properties
+from khod.producers.waiting import Gate
 from tests.unit.khods import REPOSITORY
 
 MAX = 2**64 - 1
@@ -371,15 +373,17 @@ async def test_each_command_of_a_hook_has_the_settings(tmp_path: Path) -> None:
     assert [command.settings for command in runner.commands] == [wanted, wanted]
 
 
-def test_the_unit_has_the_settings_and_what_khod_sets_cannot_be_set() -> None:
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_unit_has_the_settings_and_what_khod_sets_cannot_be_set(waits: bool) -> None:
     command = Command("vm", ["true"], {"KHO_NAME": "vm"}, {"Nice": ("i", 5), "Environment": ("as", ["A=1"])})
-    properties = list(_properties(command, 1, 2))
+    with closing(Gate()) as gate:
+        properties = list(_properties(command, 1, 2, gate if waits else None))
     assert ("Nice", ("i", 5)) in properties
     assert [value for name, value in properties if name == "Environment"] == [
         ("as", ["KHO_NAME=vm"]),
         ("as", ["A=1"]),
     ], "systemd puts them together"
-    own = {name for name, _ in _properties(Command("vm", ["true"], {}), 1, 2)}
+    own = {name for name, _ in properties[: -len(command.settings)]}
     assert own & {setting.name for setting in SETTINGS.values()} == {"Environment"}
 
 
