@@ -46,6 +46,16 @@ with open(sys.argv[1], "wb") as file:
     file.write(end)
 """
 
+# One reload of systemd takes ten seconds, in which PID 1 does nothing else. SIGSTOP does not reach it, and its control
+# group's freezer does not either.
+SLOW_GENERATOR = """\
+#!/usr/bin/python3
+import os, time
+if os.path.exists("/run/busy"):
+    os.unlink("/run/busy")
+    time.sleep(10)
+"""
+
 
 @dataclass(frozen=True)
 class Host:
@@ -94,6 +104,19 @@ class Host:
         """Hold that the v3 kernel is inactive with nothing loaded, by the kernel's own word."""
         assert self.word("/sys/kernel/kho/active") == "0"
         assert self.word("/sys/kernel/kexec_loaded") == "0"
+
+    def hook_leftovers(self) -> tuple[str, str]:
+        """Give the units and the control groups of hooks that are there: "" where nothing is left."""
+        units = self.shell("systemctl list-units --all --plain --no-legend 'kho-hook-*'").strip()
+        return units, self.shell("ls -d /sys/fs/cgroup/system.slice/kho-hook-* 2>/dev/null || true").strip()
+
+    def occupy_systemd(self) -> None:
+        """Have systemd reload for ten seconds, in which PID 1 does nothing else; return when that has begun."""
+        self.guest.put("/run/systemd/system-generators/slow", SLOW_GENERATOR, mode=0o755)
+        self.shell(
+            "touch /run/busy; systemctl daemon-reload --no-block;"
+            "timeout 30 sh -c 'while [ -e /run/busy ]; do sleep 0.1; done'"
+        )
 
     def put_sources(self, folder: str) -> None:
         """Put khod's sources into a folder of the guest."""

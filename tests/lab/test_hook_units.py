@@ -52,9 +52,7 @@ def at_rest(host: Host) -> Iterator[None]:
 
 
 def nothing_is_left(host: Host) -> None:
-    units = host.shell("systemctl list-units --all --plain --no-legend 'kho-hook-*'").strip()
-    groups = host.shell("ls -d /sys/fs/cgroup/system.slice/kho-hook-* 2>/dev/null || true").strip()
-    assert (units, groups, host.shell("pgrep -f '^sleep 700' || true").strip()) == ("", "", "")
+    assert (*host.hook_leftovers(), host.shell("pgrep -f '^sleep 700' || true").strip()) == ("", "", "")
 
 
 def told(host: Host) -> list[str]:
@@ -97,23 +95,10 @@ def test_a_dead_message_bus_keeps_nobody_frozen(host: Host) -> None:
 
 
 def test_a_systemd_that_is_busy_is_waited_for(host: Host) -> None:
-    """PID 1 does nothing for ten seconds: SIGSTOP does not reach it, its control group's freezer does not either."""
     host.khoctl("activate")
-    host.guest.put(
-        "/run/generator.py",
-        "import os, time, sys\nif os.path.exists('/run/busy'):\n    os.unlink('/run/busy')\n    time.sleep(10)\n",
-    )
-    host.shell(
-        "mkdir -p /run/systemd/system-generators; cp /run/generator.py /run/systemd/system-generators/slow;"
-        "sed -i '1i #!/usr/bin/python3' /run/systemd/system-generators/slow;"
-        "chmod +x /run/systemd/system-generators/slow; touch /run/busy; systemctl daemon-reload --no-block"
-    )
-    try:
-        host.shell("timeout 30 sh -c 'while [ -e /run/busy ]; do sleep 0.1; done'")
-        host.khoctl("abort")
-        assert told(host)[-4:] == whole("thaw", "cancel")
-    finally:
-        host.shell("rm /run/systemd/system-generators/slow")
+    host.occupy_systemd()
+    host.khoctl("abort")
+    assert told(host)[-4:] == whole("thaw", "cancel")
 
 
 # What systemd 262 made of the settings, as the command itself sees it.

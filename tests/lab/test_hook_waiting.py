@@ -27,19 +27,6 @@ prepare = ["/bin/sh", "-c", "touch /run/asked; until [ -s /run/answer ]; do slee
 after = ["early"]
 timeout = 100
 """
-# The next reload of systemd takes ten seconds, in which PID 1 does nothing else.
-SLOW = """\
-#!/usr/bin/python3
-import os, time
-if os.path.exists('/run/busy'):
-    os.unlink('/run/busy')
-    time.sleep(10)
-"""
-BUSY = """\
-touch /run/busy
-systemctl daemon-reload --no-block
-timeout 30 sh -c 'while [ -e /run/busy ]; do sleep 0.1; done'
-"""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +37,6 @@ def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         made = Host(guest)
         guest.put("/etc/kho/producers.d/early.toml", EARLY)
         guest.put("/etc/kho/producers.d/late.toml", LATE)
-        guest.put("/run/systemd/system-generators/slow", SLOW, mode=0o755)
         made.configure("patient", "[deadlines]\nprepare = 120.0\nfreeze = 60.0\n")
         yield made
 
@@ -62,9 +48,7 @@ def at_rest(host: Host) -> Iterator[None]:
     yield
     status = host.settled()
     assert (status["phase"], status["left"], status["not_undone"]) == ("idle", [], [])
-    units = host.shell("systemctl list-units --all --plain --no-legend 'kho-hook-*'").strip()
-    groups = host.shell("ls -d /sys/fs/cgroup/system.slice/kho-hook-* 2>/dev/null || true").strip()
-    assert (units, groups) == ("", "")
+    assert host.hook_leftovers() == ("", "")
 
 
 @contextmanager
@@ -92,7 +76,7 @@ MEANWHILE: dict[str, Callable[[Host], object]] = {
         "do sleep 0.1; done'"
     ),
     "no bus": lambda host: host.shell("systemctl stop dbus.socket dbus.service"),
-    "busy": lambda host: host.shell(BUSY),
+    "busy": Host.occupy_systemd,
 }
 
 

@@ -87,9 +87,7 @@ def nothing_is_left(host: Host) -> None:
     """No unit of a hook, once systemd has accounted for its end, and no process that one started."""
     gone = "! systemctl list-units --all --no-legend 'kho-hook-*' | grep -q ."
     host.shell(f'timeout 20 sh -c "until {gone}; do sleep 0.1; done" || true')
-    units = host.shell("systemctl list-units --all --plain --no-legend 'kho-hook-*'").strip()
-    groups = host.shell("ls -d /sys/fs/cgroup/system.slice/kho-hook-* 2>/dev/null || true").strip()
-    assert (units, groups, host.shell("pgrep -f '^sleep 4[0-9][0-9]' || true").strip()) == ("", "", "")
+    assert (*host.hook_leftovers(), host.shell("pgrep -f '^sleep 4[0-9][0-9]' || true").strip()) == ("", "", "")
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["at once", "prepared"])
