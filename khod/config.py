@@ -90,6 +90,45 @@ class SnapshotsSettings:
 
 
 @dataclass(frozen=True)
+class VerifySettings:
+    """How much of each preserved file is compared after the jump: N pages at random, or all of a small file."""
+
+    pages: int = 64
+    whole_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """After how many failed handovers into it an image is barred."""
+
+    failures: int = 1
+
+
+@dataclass(frozen=True)
+class WatchdogSettings:
+    """The hardware watchdog that is armed before the jump ("" for none), and the seconds it gives the next khod."""
+
+    device: str = ""
+    seconds: int = 300
+
+
+@dataclass(frozen=True)
+class HistorySettings:
+    """How many attempts are remembered, for how long, and in how many bytes."""
+
+    keep: int = 10_000
+    days: int = 730
+    max_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True)
+class MetricsSettings:
+    """Where the metrics are written for node_exporter's textfile collector; "" for nowhere."""
+
+    directory: str = ""
+
+
+@dataclass(frozen=True)
 class Checks:
     """The result of each check that finds something; "default" is the check's own, see `khod.preflight`."""
 
@@ -136,6 +175,11 @@ class Config:
     deadlines: Deadlines = field(default_factory=Deadlines)
     images: Images = field(default_factory=Images)
     snapshots: SnapshotsSettings = field(default_factory=SnapshotsSettings)
+    verify: VerifySettings = field(default_factory=VerifySettings)
+    trial: TrialSettings = field(default_factory=TrialSettings)
+    watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
+    history: HistorySettings = field(default_factory=HistorySettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
     checks: Checks = field(default_factory=Checks)
 
 

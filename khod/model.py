@@ -119,6 +119,14 @@ class FindingSource(enum.Enum):
     """A LUO session that no producer registered."""
     khod = "khod"
     """Something that khod could not examine."""
+    boot = "boot"
+    """Which kernel was booted, and how."""
+    log = "log"
+    """A complaint in the kernel log of this boot."""
+    content = "content"
+    """The contents of a file that a producer handed over; the subject is the producer's name for it."""
+    health = "health"
+    """A health check of verify.d; the subject is its name."""
 
 
 class FindingSeverity(enum.Enum):
@@ -168,12 +176,36 @@ def render_findings(findings: Sequence[Finding]) -> str:
     return "; ".join(parts)
 
 
+class CheckResult(enum.Enum):
+    """The outcome of one check; it is `passed` because `pass` is a Python keyword.
+
+    `off` is a failure that the operator has switched off: it was found, but refuses nothing.
+    """
+
+    passed = "passed"
+    warn = "warn"
+    fail = "fail"
+    unsupported = "unsupported"
+    skipped = "skipped"
+    off = "off"
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check before the jump, or of one after it: its name, its evidence, and what to do."""
+
+    name: str
+    result: CheckResult
+    evidence: str
+    remedy: str
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How much of the state before the jump the next kernel has; names are those of the tree's blobs.
 
     `reason` is all `findings` in one line, "" without any. For the blobs in `unknown` it cannot be known whether they
-    arrived.
+    arrived. `checks` is the evidence: what was verified, with what result, also where nothing was found.
     """
 
     arrived: list[str] = field(default_factory=list)
@@ -182,6 +214,7 @@ class Verdict:
     reason: str = ""
     findings: list[Finding] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
 
     def with_findings(self, findings: Iterable[Finding]) -> "Verdict":
         """Return the same verdict with these findings, and with the reason rendered from them."""
@@ -284,30 +317,6 @@ class Status:
     under_way: UnderWay | None = None
     sessions: list[LuoSession] = field(default_factory=list)
     sessions_unseen: str = ""
-
-
-class CheckResult(enum.Enum):
-    """The outcome of one check; it is `passed` because `pass` is a Python keyword.
-
-    `off` is a failure that the operator has switched off: it was found, but refuses nothing.
-    """
-
-    passed = "passed"
-    warn = "warn"
-    fail = "fail"
-    unsupported = "unsupported"
-    skipped = "skipped"
-    off = "off"
-
-
-@dataclass(frozen=True)
-class Check:
-    """The outcome of one preflight check: its name, its evidence, and what to do."""
-
-    name: str
-    result: CheckResult
-    evidence: str
-    remedy: str
 
 
 class Fate(enum.Enum):

@@ -32,7 +32,7 @@ from khod.model import (
 VERSION = 1
 ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
-    | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity"}
+    | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 

@@ -26,14 +26,19 @@ LAYERS = [
 VOCABULARY = LAYERS[0]
 # What stands beside the layers, and what it may import.
 BESIDE = {
-    "client": VOCABULARY | {"client"},
+    "client": VOCABULARY | {"client", "history"},
     "producer": VOCABULARY | {"client"},
+    "history": VOCABULARY - {"config", "concurrency"} | {"history"},
     "trees": VOCABULARY | {"abi.fdt", "trees"},
     "simulated": VOCABULARY | {"abi", "kernel", "simulated"},
 }
-SEEN_BY = {"client": {"producer"}, "simulated": {"daemon"}}
-"""Who of khod imports what stands beside: but for the daemon's simulated kernel, khoctl and producers alone."""
-KHOCTL_MAY = VOCABULARY - {"config", "concurrency"} | {"client", "trees", "images.pe"}
+SEEN_BY = {
+    "client": {"producer"},
+    "simulated": {"daemon"},
+    "history": {"client", "kernel", "systemd", "preflight", "engine", "server", "metrics", "daemon"},
+}
+"""Who of khod imports what stands beside; khoctl and producers do besides."""
+KHOCTL_MAY = VOCABULARY - {"config", "concurrency"} | {"client", "history", "trees", "images.pe"}
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted((REPOSITORY / "khod").rglob("*.py"))
 

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The words of the history: frozen dataclasses, which are also the wire's. Times are as in `khod.model`.
+
+A run's log (`RunLog`) has what the khods of both kernels saw, in the order in which they saw it. An `AttemptRecord` is
+made of it when the run has ended. A `Timeline` is computed from a log.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from khod.model import Check, Event, Finding, Phase, Verdict
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """One kernel of a handover: its release, its build banner (/proc/version) and, where it has run, its boot id."""
+
+    release: str = ""
+    banner: str = ""
+    boot_id: str = ""
+    cmdline: str = ""
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """One file of the next kernel as it was loaded: `role` is kernel or initrd, `digest` its SHA-256 in hex."""
+
+    role: str
+    name: str
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RunBegun:
+    """How a run began: by whom (for people), when, in which kernel; `uid` is -1 if it is not known."""
+
+    run: str
+    at: float
+    by: str
+    origin: KernelFacts
+    generation: str
+
+
+@dataclass(frozen=True)
+class RunTarget:
+    """What the run leads to, if it loads an image: the next kernel, its files, and how the jump is made."""
+
+    kernel: KernelFacts
+    images: list[ImageFacts] = field(default_factory=list)
+    at_once: bool = False
+
+
+class ClockSource(enum.Enum):
+    """What bridges the clocks of two kernels; the first that both kernels have is used."""
+
+    tsc = "tsc"
+    ptp = "ptp"
+    wall = "wall"
+
+
+class Moment(enum.Enum):
+    """When the clocks were read."""
+
+    begin = "begin"
+    """The run began, before anyone was told anything."""
+    freeze = "freeze"
+    """Before the first `freeze`."""
+    departure = "departure"
+    """Before the jump was asked for."""
+    arrival = "arrival"
+    """The next khod has started."""
+    end = "end"
+    """The verification was concluded."""
+
+
+@dataclass(frozen=True)
+class ClockReading:
+    """The clocks of one kernel at one moment, in seconds but for `tsc`, which is in cycles; None for what is not there.
+
+    All of them were read within `span_seconds`. `monotonic` stops where the host sleeps, `boottime` does not.
+    """
+
+    moment: Moment
+    boot_id: str
+    monotonic: float
+    boottime: float
+    realtime: float
+    span_seconds: float
+    tsc: int | None = None
+    ptp: float | None = None
+    ptp_name: str = ""
+
+
+@dataclass(frozen=True)
+class UnitStop:
+    """How long one unit stopped, on the way down: CLOCK_MONOTONIC of the kernel before."""
+
+    unit: str
+    began_monotonic: float
+    ended_monotonic: float
+
+
+@dataclass(frozen=True)
+class Departure:
+    """How the kernel before went down, as systemd and its journal tell; None for what nobody told.
+
+    `*_monotonic` are CLOCK_MONOTONIC of the kernel before: systemd's PreviousShutdown* timestamps. `unknown` has a
+    sentence for each thing that could not be found out.
+    """
+
+    start_monotonic: float | None = None
+    finish_monotonic: float | None = None
+    late_start_monotonic: float | None = None
+    late_finish_monotonic: float | None = None
+    sleep_seconds: float | None = None
+    """What systemd-shutdown slept for MinimumUptimeSec=."""
+    stops: list[UnitStop] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """How the kernel after the jump came up, CLOCK_MONOTONIC of that kernel; None for what nobody told.
+
+    The kernel starts at 0. `analyze` is what `systemd-analyze time` prints of this boot.
+    """
+
+    kernel: KernelFacts
+    initrd_monotonic: float | None = None
+    userspace_monotonic: float | None = None
+    khod_monotonic: float | None = None
+    """When systemd started khod's process."""
+    ready_monotonic: float | None = None
+    """When khod looked at what had arrived."""
+    analyze: str = ""
+
+
+@dataclass(frozen=True)
+class ColdBoot:
+    """What is known of a handover that ended as a cold boot, in the order from cause to detail.
+
+    `reason` is one sentence. `last_phase` is the last one that the kernel before recorded, `journal_end` how its
+    journal ends, `last_words` the end of what pstore kept of it, `watchdog` whether a watchdog reset the host (None if
+    the kernel does not tell).
+    """
+
+    reason: str
+    last_phase: Phase = Phase.idle
+    journal_end: str = ""
+    last_words: list[str] = field(default_factory=list)
+    watchdog: bool | None = None
+
+
+@dataclass(frozen=True)
+class RunEnd:
+    """How a run ended: `outcome` is verified, degraded or cold_boot, or after a rollback idle or failed."""
+
+    outcome: Phase
+    at: float
+    reason: str = ""
+    verdict: Verdict | None = None
+    blackout_seconds: float | None = None
+    trees: list[str] = field(default_factory=list)
+    """How the tree that arrived differs from the snapshot, a line each."""
+
+
+@dataclass
+class RunLog:
+    """Everything that was logged of one run. A khod adds to the lists; of the rest the last line counts."""
+
+    run: str = ""
+    begun: RunBegun | None = None
+    target: RunTarget | None = None
+    events: list[Event] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    readings: list[ClockReading] = field(default_factory=list)
+    departure: Departure | None = None
+    arrival: Arrival | None = None
+    cold_boot: ColdBoot | None = None
+    end: RunEnd | None = None
+    damaged_lines: int = 0
+    """Lines that could not be read, as where the disk was full."""
+
+
+class RowKind(enum.Enum):
+    """What a row of the timeline is about."""
+
+    step = "step"
+    """A step of khod's, before the jump: prepare, freeze, activate, load."""
+    wait = "wait"
+    """Between two steps, or until systemd takes the host down."""
+    shutdown = "shutdown"
+    """systemd stops its units."""
+    unit = "unit"
+    """One unit's stop, within the shutdown."""
+    final = "final"
+    """systemd-shutdown."""
+    sleep = "sleep"
+    """systemd-shutdown sleeps for MinimumUptimeSec=."""
+    jump = "jump"
+    """LUO preserves, and the jump."""
+    kernel = "kernel"
+    initrd = "initrd"
+    userspace = "userspace"
+    """From the first process to khod."""
+    khod = "khod"
+    """khod starts, and looks at what arrived."""
+    restore = "restore"
+    """The producers take back what they left."""
+    producer = "producer"
+    """One producer's answer, within a step or the restore."""
+
+
+@dataclass(frozen=True)
+class TimelineRow:
+    """One row: `begin` is in seconds since the first `freeze` (negative before it), `parent` the row it lies in.
+
+    The rows without a parent from 0 on follow one another without a gap, and add up to the blackout. `error_seconds` is
+    the maximum error of `seconds`.
+    """
+
+    kind: RowKind
+    name: str
+    begin: float
+    seconds: float
+    error_seconds: float = 0.0
+    parent: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The rows of one run, in order. Without a `source` the clocks of the two kernels could not be bridged.
+
+    `blackout_seconds` is None without a recovery. `unknown` has a sentence for each thing that is not known, `analyze`
+    what `systemd-analyze time` says of the boot after the jump.
+    """
+
+    rows: list[TimelineRow] = field(default_factory=list)
+    blackout_seconds: float | None = None
+    error_seconds: float = 0.0
+    source: ClockSource | None = None
+    unknown: list[str] = field(default_factory=list)
+    analyze: str = ""
+
+
+@dataclass(frozen=True)
+class AttemptSummary:
+    """One attempt as a list shows it. `by` is "" for callers that may not know who asked."""
+
+    run: str
+    began_at: float
+    ended_at: float
+    outcome: Phase
+    reason: str
+    from_release: str
+    to_release: str
+    blackout_seconds: float | None
+    blackout_error_seconds: float
+    by: str
+    first_boot_id: str
+    """The boot in which it began."""
+    last_boot_id: str
+    """The boot that it led to, "" if it led to none."""
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """One attempt at a handover, with all that is known of it: what `khoctl history show` and the report draw."""
+
+    summary: AttemptSummary
+    origin: KernelFacts
+    target: RunTarget | None
+    arrived: KernelFacts | None
+    generation: str
+    verdict: Verdict | None
+    findings: list[Finding]
+    events: list[Event]
+    checks: list[Check]
+    timeline: Timeline
+    cold_boot: ColdBoot | None = None
+    trees: list[str] = field(default_factory=list)
+    damage: str = ""
+    """What is missing here because the log or the database was damaged, "" for nothing."""
