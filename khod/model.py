@@ -406,7 +406,8 @@ class Event:
     """One change as the monitor sees it: `seconds` is CLOCK_MONOTONIC, `at` the same instant by the wall clock.
 
     `producer` is the producer it is about, if any; `step` is the step that began or ended, and `duration` its seconds,
-    or those of an answer. `words` is set in the event that reports the next kernel's command line.
+    or those of an answer. `words` is set in the event that reports the next kernel's command line. `boot_id` is set in
+    the log of a run alone, which has the events of two boots.
     """
 
     seconds: float
@@ -419,3 +420,4 @@ class Event:
     step: str = ""
     duration: float | None = None
     at: float = 0.0
+    boot_id: str = ""

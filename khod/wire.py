@@ -22,6 +22,17 @@ SERVICE = "org.varlink.service"
 PRODUCER_VERSION = 1
 
 
+class _AnyField(frozenset[str]):
+    """Contains every name."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+ANY_FIELD: Set[str] = _AnyField()
+"""For `may_lack`: every field that has a default may be missing, as in what an earlier khod wrote."""
+
+
 class DecodeError(ValueError):
     """A value has not the shape that the model has at this key, for example `producers[1].timeout`."""
 

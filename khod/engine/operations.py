@@ -16,6 +16,7 @@ from khod.engine.guard import Seen, Severity
 from khod.engine.jump import Jump
 from khod.engine.observer import Observer
 from khod.engine.queries import Inhibitors, Queries, new_run
+from khod.engine.recorder import NO_SOURCES, Recorder, Sources
 from khod.engine.restoration import Restoration
 from khod.engine.rollback import bound_seconds
 from khod.engine.startup import Startup
@@ -35,6 +36,7 @@ from khod.errors import (
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING, Machine, remaining_steps
 from khod.handover.record import Owner, Process, Record, Store
+from khod.history.model import AttemptRecord
 from khod.kernel.kexec import Kexec
 from khod.kernel.next_arg import is_switched_on
 from khod.kernel.probe import Probed
@@ -70,11 +72,15 @@ class Watcher(Protocol):
         """Report the events that wait, at once."""
 
 
+async def _forget_attempt(_attempt: AttemptRecord) -> None:
+    """Remember nothing."""
+
+
 class Engine:
     """The handover of one host. `tell` is called with every change, in the event loop.
 
     `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
-    asks whether the host is shut down in any way.
+    asks whether the host is shut down in any way. `remember` takes each attempt at its end, with facts of `sources`.
 
     One class of this size: every operation takes the same lock and drives the same transaction, and what ends a
     handover from outside must know which operation is under way.
@@ -100,6 +106,8 @@ class Engine:
         workers: Workers | None = None,
         registrations: Registrations | None = None,
         scanner: Scanner = scan_processes,
+        remember: Callable[[AttemptRecord], Awaitable[None]] = _forget_attempt,
+        sources: Sources = NO_SOURCES,
     ) -> None:
         self.settings = settings
         self._guard = guard(self._on_device_event)
@@ -117,7 +125,29 @@ class Engine:
         rollback at the start waits for them."""
         self._started = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
-        self._transaction = Transaction(store, self._workers.disk, tell, self._guard.process_pending, goes_down)
+        self._recorder = recorder = Recorder(
+            store.directory,
+            self._workers.disk,
+            self._workers.queries,
+            kexec,
+            lambda: self.record,
+            self._spawn_task,
+            remember,
+            sources,
+        )
+
+        def record_and_tell(event: Event) -> None:
+            recorder.note_event(event)
+            tell(event)
+
+        self._transaction = Transaction(
+            store,
+            self._workers.disk,
+            record_and_tell,
+            self._guard.process_pending,
+            goes_down,
+            recorder.write_pending,
+        )
         peers = Peers(
             sessions,
             self._peer_left,
@@ -138,6 +168,7 @@ class Engine:
             scanner=scanner,
             busy=self._busy,
             spawn=self._spawn_task,
+            recorder=recorder,
         )
         self._startup = Startup(self._transaction, self._observer, peers, store, kexec, self._workers, settings)
         self._jump = Jump(self._transaction, settings, self._give_up_jump)
@@ -194,9 +225,14 @@ class Engine:
             self._started.set()
 
     async def _start_engine(self) -> None:
+        self._recorder.note_start()
         found, observed, note = await self._startup.find_out()
         self._known.set()
         lacking = "" if self._observer.probed.kernel else f"no handover is possible: {self._observer.probed.what}"
+        if found.action is reconcile.Action.verify or found.phase not in RESTING:
+            self._recorder.adopt_run(self.record, observed, arrived=found.action is reconcile.Action.verify)
+        elif found.phase is Phase.cold_boot and (left := self._startup.record_before(observed)) is not None:
+            self._recorder.conclude_cold_boot(left, observed, found.reason)
         self._transaction.emit_event(found.reason or lacking or "khod started")
         try:
             match found.action:
@@ -290,7 +326,7 @@ class Engine:
 
     async def activate(self, *, by: str = "") -> None:
         """Bring producers and kernel to `active`; a failure rolls back everything. `by` is the caller, for people."""
-        async with self._one_operation():
+        async with self._one_attempt(by):
             await self._open_attempt(await self._check_may_start(None, by=by))
             await self._transaction.run_steps(self._remaining_steps(Step.activate), hold=False)
 
@@ -299,7 +335,7 @@ class Engine:
 
         `by` names the caller, for people. NotRolledBack if the jump may still happen, so that nothing was undone.
         """
-        async with self._one_operation():
+        async with self._one_attempt(by):
             record = await self._check_may_start(request, by=by)
             target = await self._build_target(request, record.run)
             attempt: Attempt | None = None
@@ -313,6 +349,7 @@ class Engine:
                     strict = self.settings.current.checks.formats not in ("warn", "off")
                     luo_off = strict and not is_switched_on(target.booted_line, "liveupdate")
                     self._transaction.note_target(f"{target.describe()}{how}", luo_off=luo_off)
+                    await self._interruptible(self._recorder.note_target(target, at_once=request.now))
                 attempt.set_target(target, self._executors[request.now])
                 if request.now:
                     # Most dirty pages are written before any producer is frozen; the executor's own sync then has
@@ -664,6 +701,20 @@ class Engine:
             finally:
                 await self._act_on_cause()
 
+    @asynccontextmanager
+    async def _one_attempt(self, by: str) -> AsyncIterator[None]:
+        """Run one operation that goes on with a handover or begins one; a refusal before its first step is logged."""
+        async with self._one_operation():
+            ended = self._transaction.rollbacks
+            try:
+                yield
+            except KhoError as error:
+                observed = self._observer.last
+                if self._transaction.phase in RESTING and self._transaction.rollbacks == ended and observed is not None:
+                    record = self.record.begin_run(new_run(), observed, self.record.generation, by)
+                    self._spawn_task(self._recorder.refuse_run(record, observed, error))
+                raise
+
     def _say_what_stays(self, error: KhoError) -> None:
         """Add the handover's phase to an error's remedy: it did not change, and producers may still be frozen."""
         phase = self._transaction.phase
@@ -721,6 +772,7 @@ class Engine:
         self._transaction.emit_event(f"the next command line: {target.cmdline}", words=target.words)
 
     def _require_checks(self, checks: list[Check]) -> None:
+        self._recorder.note_checks(checks)
         preflight.require_passed(checks)
         for line in preflight.overridden_findings(checks):
             self._transaction.emit_event(line)
@@ -737,6 +789,8 @@ class Engine:
                 )
             )
             self._transaction.begin_run(record)
+            assert self._observer.last is not None, "the kernel was asked before"
+            await self._recorder.begin_run(record, self._observer.last)
         self._transaction.note_sessions(self.queries.sighted, at_once=at_once)
         attempt = self._current_attempt()
         self._watch_devices(attempt)

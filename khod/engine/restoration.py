@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from khod.config import Settings
+from khod.engine.recorder import Recorder
 from khod.engine.transaction import Transaction
 from khod.errors import Failed, KhoError, Refused
 from khod.handover import verify
@@ -43,6 +44,7 @@ class Restoration:
         scanner: Scanner,
         busy: asyncio.Lock,
         spawn: Callable[[Coroutine[None, None, None]], None],
+        recorder: Recorder,
     ) -> None:
         self._transaction = transaction
         self._registry = registry
@@ -53,6 +55,7 @@ class Restoration:
         self._scanner = scanner
         self._busy = busy
         self._spawn = spawn
+        self._recorder = recorder
         self._barrier: Barrier | None = None
         self._late: set[Peer] = set()
         self._told_later: dict[str, Member] = {}
@@ -245,3 +248,4 @@ class Restoration:
         if verdict.unknown:
             said = f"{said}; not known: {join_names(verdict.unknown)}"
         await self._transaction.conclude_verification(verdict, verdict.reason or said)
+        self._recorder.conclude_arrival(self._transaction.record)

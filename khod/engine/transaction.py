@@ -88,7 +88,7 @@ class Transaction:
     """The state of this host's handover. `tell` is called with every change, in the event loop.
 
     `before_step` is called before each step, and cancels the handover if it must not continue. `goes_down` asks whether
-    the host is being shut down.
+    the host is being shut down. `before_departure` is called before the record that announces the jump is written.
 
     One class of this size: it is the only writer of the machine and the record, and every exception to the table of the
     machine (a hold, a take-over, a cancelled step) has to be where those are private.
@@ -101,6 +101,7 @@ class Transaction:
         tell: Callable[[Event], None],
         before_step: Callable[[], None],
         goes_down: Callable[[], Awaitable[bool]] | None = None,
+        before_departure: Callable[[], None] = lambda: None,
     ) -> None:
         self._machine = Machine()
         self._record = Record()
@@ -126,6 +127,7 @@ class Transaction:
         self._tell = tell
         self._before_step = before_step
         self._goes_down = goes_down
+        self._before_departure = before_departure
         self._doubts: set[asyncio.Future[None]] = set()
         self._shutdown_note: asyncio.Future[None] | None = None
 
@@ -630,6 +632,8 @@ class Transaction:
                 self._store.write_departure(record)
 
         self._record = record
+        if departs:
+            self._before_departure()
         await self.wait_interruptibly(self._disk.call_within(write, "writing the record", RECORD_SECONDS))
         self._is_behind = False
 

@@ -62,12 +62,10 @@ class ClockSource(enum.Enum):
 class Moment(enum.Enum):
     """When the clocks were read."""
 
+    start = "start"
+    """khod started, in the kernel before: with it and `begin` the clocks' rates can be compared."""
     begin = "begin"
     """The run began, before anyone was told anything."""
-    freeze = "freeze"
-    """Before the first `freeze`."""
-    departure = "departure"
-    """Before the jump was asked for."""
     arrival = "arrival"
     """The next khod has started."""
     end = "end"

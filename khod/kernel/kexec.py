@@ -31,6 +31,10 @@ class Kexec:
         """Return the running kernel's version as in uname -r."""
         return self._read_text("/proc/sys/kernel/osrelease")
 
+    def banner(self) -> str:
+        """Return the running kernel's build banner, which its image has too (init/version-timestamp.c)."""
+        return self._read_text("/proc/version")
+
     def uptime(self) -> float | None:
         """Return the seconds since boot (CLOCK_BOOTTIME); None if the kernel does not say."""
         if self.calls.path_exists(UPTIME):

@@ -18,6 +18,7 @@ from khod.engine import Engine
 from khod.engine.guard import Seen, Uevent, Watch
 from khod.errors import ConfigError
 from khod.handover.record import Record, Store
+from khod.history.model import AttemptRecord
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import Probed, probe_kho
@@ -204,6 +205,8 @@ class Host:
         self.guard = Quiet()
         self.broken: ConfigError | None = None
         self.events: list[Event] = []
+        self.attempts: list[AttemptRecord] = []
+        """What was remembered, each time it was."""
         self.fdstore = KeptFds()
         self.workers: Workers | None = None
         """Whose threads make the calls of every khod; None for threads of its own."""
@@ -220,6 +223,7 @@ class Host:
         self.store = Store(directory / "state")
         self.kernel = Kernel(directory / "kernel", self.store)
         self.prober: Callable[[], Probed] = lambda: probe_kho(self.kernel)
+        self._remembering: list[asyncio.Future[AttemptRecord]] = []
         self._waiting: list[tuple[Callable[[Event], bool], asyncio.Future[Event]]] = []
         (directory / "vmlinuz").write_bytes(bzimage())
         (directory / "initrd").write_bytes(CPIO)
@@ -250,7 +254,22 @@ class Host:
             workers=workers,
             registrations=Registrations(self.registrations) if self.registrations else None,
             scanner=self.scanner,
+            remember=self._remember,
         )
+
+    async def _remember(self, attempt: AttemptRecord) -> None:
+        self.attempts.append(attempt)
+        for future in self._remembering:
+            future.set_result(attempt)
+        self._remembering.clear()
+
+    async def remembered(self, count: int = 1) -> AttemptRecord:
+        """The newest attempt, once `count` were remembered."""
+        while len(self.attempts) < count:
+            future: asyncio.Future[AttemptRecord] = asyncio.get_running_loop().create_future()
+            self._remembering.append(future)
+            await future
+        return self.attempts[-1]
 
     async def started(self, **executors: shutdown.Executor) -> Engine:
         engine = self.engine(**executors)

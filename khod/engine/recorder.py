@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Keeps the log of the run under way, and hands over the attempt that is made of it at its end.
+
+It hears every event. Nobody waits for it, no error leaves it, and between the first `freeze` and the jump it only
+collects: its lines are written in the thread of the record, before the record that announces the jump.
+"""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from khod.concurrency.worker import Worker
+from khod.errors import KhoError
+from khod.handover.machine import RESTING
+from khod.handover.record import Record
+from khod.history.assemble import assemble_attempt
+from khod.history.log import Entry, append_entries, drop_old_logs, log_path, read_log
+from khod.history.model import (
+    Arrival,
+    AttemptRecord,
+    ClockReading,
+    ColdBoot,
+    Departure,
+    ImageFacts,
+    KernelFacts,
+    Moment,
+    RunBegun,
+    RunEnd,
+    RunTarget,
+    Timeline,
+)
+from khod.kernel.kexec import Kexec
+from khod.model import Check, Event, EventKind, Observed, Phase, Step
+from khod.target.target import Target
+
+LOG = logging.getLogger(__name__)
+CLOCK_SECONDS = 1.0
+"""Maximum seconds that anyone waits for a reading of the clocks."""
+FILE_SECONDS = 60.0
+MAX_PENDING = 100_000
+"""Maximum number of entries that wait to be written; further ones are dropped."""
+ENDED = RESTING | {Phase.failed}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the facts of a run come from; each is called in a task of its own, and may fail.
+
+    `read_clocks` is called in a thread.
+    """
+
+    read_clocks: Callable[[Moment], ClockReading] | None = None
+    read_departure: Callable[[], Awaitable[Departure]] | None = None
+    read_arrival: Callable[[KernelFacts], Awaitable[Arrival]] | None = None
+    read_cold_boot: Callable[[Record], Awaitable[ColdBoot]] | None = None
+
+
+NO_SOURCES = Sources()
+
+
+class Recorder:
+    """The log of one run at a time; `remember` takes the attempt at its end.
+
+    `read_record` returns the current record, `spawn` starts a task that nobody waits for.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        disk: Worker,
+        questions: Worker,
+        kexec: Kexec,
+        read_record: Callable[[], Record],
+        spawn: Callable[[Coroutine[None, None, None]], None],
+        remember: Callable[[AttemptRecord], Awaitable[None]],
+        sources: Sources,
+    ) -> None:
+        self._state, self._disk, self._questions, self._kexec = state, disk, questions, kexec
+        self._read_record = read_record
+        self._spawn = spawn
+        self._remember = remember
+        self._sources = sources
+        self._run = ""
+        self._boot_id = ""
+        self._arrival: Observed | None = None
+        self._start: ClockReading | None = None
+        self._pending: list[Entry] = []
+        self._checks: list[Check] = []
+        self._is_held = False
+        """Whether nothing is written: producers are frozen."""
+        self._has_moved = False
+        """Whether the run has taken a step, so that the next phase at rest is its end."""
+        self._is_arrived = False
+        """Whether the run has led to this boot."""
+
+    def note_start(self) -> None:
+        """Read the clocks once for the next run of this boot: khod has started."""
+
+        async def read() -> None:
+            self._start = await self._read_clocks(Moment.start)
+
+        self._spawn(read())
+
+    # Before the jump
+
+    async def begin_run(self, record: Record, observed: Observed) -> None:
+        """Begin the log of a new run."""
+        self._run, self._boot_id = record.run, observed.boot_id
+        self._has_moved = self._is_held = self._is_arrived = False
+        origin = KernelFacts(observed.release, await self._read_banner(), observed.boot_id, observed.cmdline)
+        begun = record.begun
+        self._pending = [RunBegun(record.run, begun.at, begun.by, origin, record.generation.value)]
+        if self._start is not None and self._start.boot_id == observed.boot_id:
+            self._add(self._start)
+        self.note_checks(self._checks)
+        self._checks = []
+        await self.read_clocks(Moment.begin)
+
+    async def note_target(self, target: Target, *, at_once: bool) -> None:
+        """Log the next kernel; the digests of its files are computed here, before anyone is told anything."""
+        with suppress(KhoError, OSError):
+            images = await self._questions.call_within(
+                partial(_describe_images, target), "reading the image", FILE_SECONDS
+            )
+            about = target.apart.about if target.apart else None
+            kernel = KernelFacts(about.version if about else "", about.banner if about else "", "", target.cmdline)
+            self._add(RunTarget(kernel, images, at_once))
+
+    def note_checks(self, checks: list[Check]) -> None:
+        """Log the checks before this handover; those before its run begins are kept until then."""
+        if self._run:
+            self._pending += checks
+        else:
+            self._checks += checks
+
+    async def refuse_run(self, record: Record, observed: Observed, error: KhoError) -> None:
+        """Remember an attempt that was refused before its first step; `record` is for one that has no log yet."""
+        if not self._run:
+            await self.begin_run(record, observed)
+        run, self._run = self._run, ""
+        await self._finish(run, RunEnd(record.outcome, time.time(), str(error)))
+
+    def note_event(self, event: Event) -> None:
+        """Log an event of the run under way; one at rest ends a run that has taken a step."""
+        if not self._run or event.run != self._run:
+            return
+        self._add(replace(event, boot_id=self._boot_id))
+        if event.phase not in ENDED:
+            self._has_moved = True
+            if event.kind is EventKind.step_began and event.step == Step.freeze.value:
+                self._is_held = True
+            elif event.phase is Phase.rolling_back:
+                self._is_held = False
+            if not self._is_held:
+                self.write_pending()
+        elif self._has_moved and not self._is_arrived:
+            run, self._run, self._is_held = self._run, "", False
+            self._spawn(self._finish(run, RunEnd(event.phase, time.time(), self._read_record().last_error)))
+
+    async def read_clocks(self, moment: Moment) -> None:
+        """Log the clocks of this moment; this waits at most CLOCK_SECONDS, and never while producers are frozen."""
+        if (reading := await self._read_clocks(moment)) is not None:
+            self._add(reading)
+
+    async def _read_clocks(self, moment: Moment) -> ClockReading | None:
+        if self._sources.read_clocks is None:
+            return None
+        try:
+            read = partial(self._sources.read_clocks, moment)
+            return await self._questions.call_within(read, "reading the clocks", CLOCK_SECONDS)
+        except Exception as error:  # noqa: BLE001 - no figure is worth a handover
+            LOG.debug("The clocks could not be read: %s", error)
+            return None
+
+    # After the jump
+
+    def adopt_run(self, record: Record, observed: Observed, *, arrived: bool) -> None:
+        """Go on with the log of the run of an earlier khod; with `arrived` it has led to this boot."""
+        self._run, self._boot_id = record.run, observed.boot_id
+        self._has_moved, self._is_arrived = True, arrived
+        if arrived:
+            self._arrival = observed
+            self._spawn(self.read_clocks(Moment.arrival))
+
+    def conclude_arrival(self, record: Record) -> None:
+        """Remember the outcome of the handover into this boot, also where it is corrected later."""
+        assert record.verdict is not None, "it was concluded"
+        end = RunEnd(record.outcome, time.time(), record.verdict.reason, record.verdict, record.blackout_seconds)
+        self._spawn(self._finish_arrival(record.arrived_run, end))
+
+    async def _finish_arrival(self, run: str, end: RunEnd) -> None:
+        if run == self._run and self._arrival is not None:  # not a correction
+            now, sources = self._arrival, self._sources
+            kernel = KernelFacts(now.release, await self._read_banner(), now.boot_id, now.cmdline)
+            self._add(Arrival(kernel))
+            await self.read_clocks(Moment.end)
+            if sources.read_departure is not None:
+                await self._gather(sources.read_departure())
+            if sources.read_arrival is not None:
+                await self._gather(sources.read_arrival(kernel))
+            self.write_pending()
+            self._run = ""
+        await self._finish(run, end)
+
+    def conclude_cold_boot(self, record: Record, observed: Observed, reason: str) -> None:
+        """Remember that the run of `record` ended as a cold boot."""
+        self._run, self._boot_id = record.run, observed.boot_id
+        self._spawn(self._finish_cold_boot(record, reason))
+
+    async def _finish_cold_boot(self, record: Record, reason: str) -> None:
+        if self._sources.read_cold_boot is not None:
+            await self._gather(self._sources.read_cold_boot(record))
+        self.write_pending()
+        self._run = ""
+        await self._finish(record.run, RunEnd(Phase.cold_boot, time.time(), reason))
+
+    async def _gather(self, reading: Awaitable[Entry]) -> None:
+        """Log what a source says; without it the attempt lacks that, and nothing else."""
+        try:
+            self._add(await reading)
+        except Exception:  # no fact is worth an attempt that is not remembered
+            LOG.exception("A fact of the handover could not be found out")
+
+    # The log
+
+    def _add(self, entry: Entry) -> None:
+        if self._run and len(self._pending) < MAX_PENDING:
+            self._pending.append(entry)
+
+    def write_pending(self) -> None:
+        """Queue the write of what is pending; a disk that hangs or is full loses lines of the log, and no more."""
+        if self._pending and self._run:
+            entries, self._pending = self._pending, []
+            self._disk.call_later(partial(append_entries, log_path(self._state, self._run), entries))
+
+    async def _finish(self, run: str, end: RunEnd) -> None:
+        """Log the end of a run, and hand over the attempt made of its log."""
+        path, entries = log_path(self._state, run), [*self._pending, end]
+        self._pending = []
+
+        def make_attempt() -> AttemptRecord:
+            log = read_log(path)
+            drop_old_logs(self._state)
+            return assemble_attempt(log, Timeline())
+
+        try:
+            await self._disk.call_within(partial(append_entries, path, entries), "writing the log", FILE_SECONDS)
+            await self._remember(await self._questions.call_within(make_attempt, "reading the log", FILE_SECONDS))
+        except Exception:  # the handover is over, and its outcome in the record
+            LOG.exception("The handover %s could not be remembered", run)
+
+    async def _read_banner(self) -> str:
+        with suppress(KhoError, OSError):
+            return await self._questions.call_within(self._kexec.banner, "saying its version", CLOCK_SECONDS)
+        return ""
+
+
+def _describe_images(target: Target) -> list[ImageFacts]:
+    """Return the files of the next kernel with their digests."""
+    files = {"kernel": target.kernel, "initrd": target.initrd}
+    return [ImageFacts(role, file.name, file.sha256, file.size) for role, file in files.items() if file is not None]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The log of a run: runs/RUN.jsonl, one JSON line for each thing seen, by the khods of both kernels.
+
+A line is written whole or, where the disk is full or khod is killed, cut short: what cannot be read is counted, and the
+rest is used. Lines of a kind that a newer khod has added are left out.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from khod import wire
+from khod.history.model import Arrival, ClockReading, ColdBoot, Departure, RunBegun, RunEnd, RunLog, RunTarget
+from khod.model import Check, Event
+
+DIRECTORY = "runs"
+MAX_LOG_BYTES = 64 << 20
+"""Bytes that are read of one log: a thousand producers write two."""
+KEPT_LOGS = 16
+SINGLE = {
+    "begun": RunBegun,
+    "target": RunTarget,
+    "departure": Departure,
+    "arrival": Arrival,
+    "cold_boot": ColdBoot,
+    "end": RunEnd,
+}
+"""Kinds of which the last line counts: the key of the line and the field of RunLog."""
+LISTS = {"event": ("events", Event), "check": ("checks", Check), "reading": ("readings", ClockReading)}
+"""Kinds of which every line counts, with their field."""
+KINDS: dict[type, str] = {kind: key for key, kind in SINGLE.items()} | {kind: key for key, (_, kind) in LISTS.items()}
+Entry = RunBegun | RunTarget | Departure | Arrival | ColdBoot | RunEnd | Event | Check | ClockReading
+
+
+def log_path(state: Path, run: str) -> Path:
+    """Return the path of a run's log below khod's state directory; ValueError where `run` is not a run's id."""
+    if not run.isalnum():
+        raise ValueError(f"not the id of a run: {run!r}")
+    return state / DIRECTORY / f"{run}.jsonl"
+
+
+def append_entries(path: Path, entries: Iterable[Entry]) -> None:
+    """Append a line for each entry, in one write; OSError. It is not synced: the jump's own sync does that."""
+    lines = b"".join(encode_entry(entry) for entry in entries)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":  # the last write was cut short
+            lines = b"\n" + lines
+        os.write(fd, lines)
+    finally:
+        os.close(fd)
+
+
+def drop_old_logs(state: Path) -> None:
+    """Remove all but the KEPT_LOGS newest logs: the attempts made of them are in the database."""
+    with suppress(OSError):
+        logs = sorted((state / DIRECTORY).glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+        for path in logs[:-KEPT_LOGS]:
+            path.unlink()
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """Return the line of one entry."""
+    return json.dumps({KINDS[type(entry)]: entry}, default=wire.encode_value).encode() + b"\n"
+
+
+def read_log(path: Path) -> RunLog:
+    """Read a log; OSError where it cannot be read at all."""
+    log = RunLog(run=path.stem)
+    with open(path, "rb") as file:
+        content = file.read(MAX_LOG_BYTES)
+    for line in content.splitlines():
+        try:
+            _add_line(log, json.loads(line))
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            log.damaged_lines += bool(line)
+    return log
+
+
+def _add_line(log: RunLog, line: dict[str, Any]) -> None:
+    for key, value in line.items():
+        if key in SINGLE:
+            setattr(log, key, wire.decode_value(SINGLE[key], value, may_lack=wire.ANY_FIELD))
+        elif key in LISTS:
+            name, kind = LISTS[key]
+            getattr(log, name).append(wire.decode_value(kind, value, may_lack=wire.ANY_FIELD))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is remembered of each handover, by engines on the simulated kernel."""
+
+import hashlib
+import os
+
+import pytest
+
+from khod.errors import Failed, KhoError, Refused
+from khod.history.log import append_entries, encode_entry, log_path, read_log
+from khod.history.model import RunEnd
+from khod.model import EventKind, Phase
+from khod.simulated.kernel import Rebooted
+from tests.unit.harness import Host
+
+
+async def jumped(host: Host) -> str:
+    """Hand over to the next kernel and start its khod; the run."""
+    engine = await host.started()
+    with pytest.raises(Rebooted):
+        await host.kexec(engine)
+    run = host.record.run
+    await host.started()
+    return run
+
+
+async def test_a_handover_is_remembered_with_its_events_of_both_kernels(host: Host) -> None:
+    host.hook("a")
+    before = host.kernel.read_file("/proc/sys/kernel/random/boot_id").decode().strip()
+    run = await jumped(host)
+    attempt = await host.remembered()
+    assert (attempt.summary.run, attempt.summary.outcome) == (run, Phase.verified)
+    assert attempt.summary.first_boot_id == before != attempt.summary.last_boot_id
+    steps = [event.step for event in attempt.events if event.kind is EventKind.step_ended]
+    assert steps == ["prepare", "freeze", "activate", "load"]
+    boots = [event.boot_id for event in attempt.events]
+    assert boots == sorted(boots, key=[before, attempt.summary.last_boot_id].index)
+    assert {event.phase for event in attempt.events if event.boot_id != before} == {Phase.verifying, Phase.verified}
+    assert attempt.target is not None
+    assert [(image.role, image.digest) for image in attempt.target.images] == [
+        (role, hashlib.sha256((host.directory / name).read_bytes()).hexdigest())
+        for role, name in (("kernel", "vmlinuz"), ("initrd", "initrd"))
+    ]
+    assert "kho" in {check.name for check in attempt.checks}
+    assert attempt.damage == ""
+
+
+async def test_a_veto_is_remembered_as_rolled_back(host: Host) -> None:
+    host.hook("a", {"freeze": "echo busy >&2; exit 1"})
+    engine = await host.started()
+    with pytest.raises(Refused):
+        await host.kexec(engine)
+    attempt = await host.remembered()
+    assert attempt.summary.outcome is Phase.idle
+    assert "busy" in attempt.summary.reason
+    assert attempt.summary.blackout_seconds is None
+    assert len(host.attempts) == 1
+
+
+async def test_a_refusal_before_the_first_step_is_remembered_once(host: Host) -> None:
+    (host.directory / "vmlinuz").write_bytes(b"not an image")
+    engine = await host.started()
+    with pytest.raises(KhoError) as refused:
+        await host.kexec(engine)
+    attempt = await host.remembered()
+    assert attempt.summary.reason == str(refused.value)
+    assert {check.name for check in attempt.checks} >= {"kho", "image"}
+    (host.directory / "vmlinuz").unlink()
+    await engine.activate()
+    await engine.abort()
+    later = await host.remembered(2)
+    assert later.summary.run != attempt.summary.run
+    assert later.summary.reason != attempt.summary.reason
+
+
+async def test_a_test_of_a_producer_is_no_handover(host: Host) -> None:
+    host.hook("a")
+    engine = await host.started()
+    await engine.rehearse_producer("a")
+    await engine.activate()
+    await engine.abort()
+    attempt = await host.remembered()
+    assert len(host.attempts) == 1
+    assert attempt.summary.run == host.record.run
+
+
+async def test_a_khod_that_rolls_back_an_earlier_one_s_run_remembers_it(host: Host) -> None:
+    host.hook("a")
+    first = await host.started()
+    await first.activate()
+    run = host.record.run
+    with pytest.raises(Failed):
+        await host.started()
+    attempt = await host.remembered()
+    assert (attempt.summary.run, attempt.summary.outcome) == (run, Phase.idle)
+    assert [event.step for event in attempt.events if event.kind is EventKind.step_ended][:1] == ["prepare"]
+
+
+async def test_a_cold_boot_is_remembered_once(host: Host) -> None:
+    host.hook("a")
+    host.kernel.set_fault("cold", True)
+    await jumped(host)
+    await host.started()
+    attempt = await host.remembered()
+    assert attempt.summary.outcome is Phase.cold_boot
+    assert [event.step for event in attempt.events if event.kind is EventKind.step_began][-1] == "load"
+    assert len(host.attempts) == 1
+
+
+async def test_a_log_that_cannot_be_written_ends_no_handover(host: Host) -> None:
+    (host.directory / "state/runs").write_text("in the way")
+    host.hook("a")
+    await jumped(host)
+    assert host.record.outcome is Phase.verified
+
+
+def test_a_line_cut_short_loses_itself_alone(host: Host) -> None:
+    path, end = log_path(host.directory / "state", "abc"), RunEnd(Phase.verified, 1.0)
+    path.parent.mkdir()
+    line = encode_entry(end)
+    path.write_bytes(line[: len(line) // 2])
+    append_entries(path, [end])
+    log = read_log(path)
+    assert (log.end, log.damaged_lines) == (end, 1)
+    path.write_bytes(b'{"later_kind": {}}\n' + line.replace(b'"reason"', b'"unknown_field"') + b"[]\n\xff\n")
+    log = read_log(path)
+    assert (log.end, log.damaged_lines) == (end, 2)
+
+
+@pytest.mark.parametrize("run", ["", "../x", "a/b", "."])
+def test_a_run_s_id_is_no_path(host: Host, run: str) -> None:
+    with pytest.raises(ValueError, match="not the id of a run"):
+        log_path(host.directory, run)
+    assert not os.path.exists(host.directory / "runs")
