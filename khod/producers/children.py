@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,10 +212,11 @@ async def _wait_all(ends: Iterable[Coroutine[Any, Any, object]], deadline: float
 
 @dataclass(frozen=True)
 class _Stat:
-    """The name, the state and the session of /proc/PID/stat, see proc_pid_stat(5)."""
+    """The name, the state, the parent and the session of /proc/PID/stat, see proc_pid_stat(5)."""
 
     name: str
     state: str
+    parent: int
     session: int
 
 
@@ -227,7 +228,7 @@ def _look_up(pid: int) -> _Stat | None:
         return None
     name, _, rest = text.partition("(")[2].rpartition(")")  # the name may contain anything
     fields = rest.split()
-    return _Stat(name, fields[0], int(fields[3]))
+    return _Stat(name, fields[0], int(fields[1]), int(fields[3]))
 
 
 def describe_undead(pid: int) -> str:
@@ -237,6 +238,23 @@ def describe_undead(pid: int) -> str:
         return ""
     why = "it sleeps in the kernel and does not die" if found.state == "D" else f"it does not die (state {found.state})"
     return f"process {pid} ({found.name}) was sent SIGKILL: {why}"
+
+
+def open_children(parent: int, stack: ExitStack) -> dict[int, int]:
+    """Return a pidfd for each child of a process, by PID; `stack` closes them. OSError if there is no descriptor left.
+
+    Not every kernel lists the children of a process (CONFIG_PROC_CHILDREN).
+    """
+    found = {}
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        if (seen := _look_up(pid)) is None or seen.parent != parent:
+            continue
+        with suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            stack.callback(os.close, pidfd)
+            if (seen := _look_up(pid)) is not None and seen.parent == parent:  # its PID was not used again before
+                found[pid] = pidfd
+    return found
 
 
 def _own_children() -> list[int]:

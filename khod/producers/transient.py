@@ -13,10 +13,12 @@ import asyncio
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack, ExitStack, closing, suppress
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from khod.producers.children import describe_undead
+from khod.producers.cgroup import units_in
+from khod.producers.children import describe_undead, open_children
 from khod.producers.commands import KILL_WAIT_SECONDS, Command
 from khod.producers.waiting import Gate, WaitingUnit, can_wait, waiting_argv
 from khod.systemd.dbus import Bus, BusError, Disconnected, ErrorAnswer, SharedBus
@@ -159,11 +161,30 @@ class TransientUnit:
         """Kill all of it, and wait until systemd has seen the end."""
         bus = self._bus or await self._connect()
         if self._told.get("ActiveState") not in ENDED:
+            await self._look(bus)
+            await self._kill_moved(bus)
             with suppress(ErrorAnswer):
                 await Systemd(bus, self._name).kill_processes()
-            await self._look(bus)
         while self._told.get("ActiveState") not in ENDED:
             await bus.wait_news(self._path)
+
+    async def _kill_moved(self, bus: Bus) -> None:
+        """Kill the children of the main process that have moved to another control group.
+
+        A command that waited is one: systemd kills the main process wherever it is, and that is the shell. They are
+        moved to a scope, so that systemd kills them, whoever's they are; khod itself may not.
+        """
+        with ExitStack() as stack:
+            main = self._told.get("MainPID", 0)
+            moved = _open_moved_children(main, self._name, stack) if main else []
+            if not moved:
+                return
+            scope = f"{self._name.removesuffix('.service')}:moved.scope"
+            settings = [("PIDFDs", ("ah", moved)), ("DefaultDependencies", ("b", False))]
+            call: tuple[Any, ...] = (MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", scope, "fail", settings, [])
+            with suppress(ErrorAnswer):  # as before 255, which knows no PIDFDs
+                await bus.wait_job((await bus.call_method(*call)).body[0])
+                await Systemd(bus, scope).kill_processes()
 
     async def _start_unit(self, bus: Bus, properties: list[tuple[str, Property]]) -> bool:
         """Have systemd start it, and wait until that is done; False where the name is taken."""
@@ -243,6 +264,17 @@ def unit_name(producer: str, number: int = 0) -> str:
 def _escape_label(name: str) -> str:
     """Escape a unit's name for its object's path, as bus_label_escape() in systemd does."""
     return "".join(char if char.isascii() and char.isalnum() else f"_{ord(char):02x}" for char in name)
+
+
+def _open_moved_children(pid: int, unit: str, stack: ExitStack) -> list[int]:
+    """Return pidfds, which `stack` closes, of the children of a process that are not in its unit's control group."""
+    moved = []
+    with suppress(OSError):
+        for child, pidfd in open_children(pid, stack).items():
+            with suppress(OSError):  # it has ended
+                if unit not in units_in(Path(f"/proc/{child}/cgroup").read_text()):
+                    moved.append(pidfd)
+    return moved
 
 
 def _properties(command: Command, stdout: int, stderr: int, gate: Gate | None = None) -> Iterator[tuple[str, Property]]:
