@@ -30,6 +30,12 @@ class Observer:
             raise Unsupported(self.probed.what, remedy=self.probed.remedy)
         return self.probed.kernel
 
+    @property
+    def require_last(self) -> Observed:
+        """The kernel's state when it was last read, which it was."""
+        assert self.last is not None, "the kernel was asked before"
+        return self.last
+
     async def observe_kernel(self, deadline: float) -> Observed:
         """Return the kernel's state; Failed if it cannot be read within `deadline` seconds."""
 

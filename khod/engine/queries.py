@@ -11,20 +11,18 @@ from dataclasses import replace
 from typing import TypeVar
 
 from khod import model, preflight
-from khod.config import Settings
 from khod.engine import status
 from khod.engine.observer import Observer
 from khod.engine.plan import plan_steps
+from khod.engine.resources import Resources
 from khod.engine.restoration import Restoration
 from khod.engine.rollback import bound_seconds
+from khod.engine.signals import Signals
 from khod.engine.transaction import Transaction
 from khod.errors import ConfigError, Failed, KhoError, Refused, UsageError
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING, Machine
-from khod.handover.record import Store
-from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import Tree
-from khod.kernel.thread import Workers
 from khod.model import Check, Event, Observed, Phase, Plan, Status
 from khod.preflight.facts import Facts
 from khod.preflight.handover import check_handover
@@ -32,8 +30,7 @@ from khod.producers.barrier import Member
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_holders import SightedSessions, find_sessions
-from khod.producers.session_scan import Scanner
-from khod.producers.sessions import Sessions, session_of
+from khod.producers.sessions import session_of
 from khod.region import Region
 from khod.systemd.logind import Inhibitor
 from khod.target.target import Request, Target, take_target
@@ -57,7 +54,7 @@ def new_run() -> str:
 
 
 class Queries:
-    """The read-only side of khod. `busy` is locked during an operation; `started` is set when the start is complete.
+    """The read-only side of khod.
 
     `inhibitors` returns the function that lists the inhibitors at this time, or None.
 
@@ -70,32 +67,25 @@ class Queries:
         observer: Observer,
         registry: ProducerRegistry,
         restoration: Restoration,
-        sessions: Sessions,
-        store: Store,
-        kexec: Kexec,
-        workers: Workers,
+        resources: Resources,
         *,
-        settings: Settings,
-        scanner: Scanner,
         inhibitors: Callable[[], Inhibitors | None],
-        busy: asyncio.Lock,
-        known: asyncio.Event,
-        started: asyncio.Event,
+        signals: Signals,
     ) -> None:
         self._transaction = transaction
         self._observer = observer
         self._registry = registry
         self._restoration = restoration
-        self._sessions = sessions
-        self._store = store
-        self._kexec = kexec
-        self._workers = workers
-        self._settings = settings
-        self._scanner = scanner
+        self._sessions = resources.sessions
+        self._store = resources.store
+        self._kexec = resources.kexec
+        self._workers = resources.workers
+        self._settings = resources.settings
+        self._scanner = resources.scanner
         self._inhibitors = inhibitors
-        self._busy = busy
-        self._known = known
-        self._started = started
+        self._busy = signals.busy
+        self._known = signals.known
+        self._started = signals.started
         self.sighted = SightedSessions()
         """LUO sessions of other processes, as they were last found."""
         self._looking: asyncio.Future[SightedSessions] | None = None

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from khod.concurrency.worker import Worker
 from khod.errors import KhoError
 from khod.handover.machine import RESTING
 from khod.handover.record import Record
@@ -34,6 +33,7 @@ from khod.history.model import (
     Timeline,
 )
 from khod.kernel.kexec import Kexec
+from khod.kernel.thread import Workers
 from khod.model import Check, Event, EventKind, Observed, Phase, Step
 from khod.target.target import Target
 
@@ -71,15 +71,15 @@ class Recorder:
     def __init__(
         self,
         state: Path,
-        disk: Worker,
-        questions: Worker,
+        workers: Workers,
         kexec: Kexec,
         read_record: Callable[[], Record],
         spawn: Callable[[Coroutine[None, None, None]], None],
         remember: Callable[[AttemptRecord], Awaitable[None]],
         sources: Sources,
     ) -> None:
-        self._state, self._disk, self._questions, self._kexec = state, disk, questions, kexec
+        self._state, self._kexec = state, kexec
+        self._disk, self._questions = workers.disk, workers.queries
         self._read_record = read_record
         self._spawn = spawn
         self._remember = remember
@@ -143,6 +143,15 @@ class Recorder:
             await self.begin_run(record, observed)
         run, self._run = self._run, ""
         await self._finish(run, RunEnd(record.outcome, time.time(), str(error)))
+
+    def hear_before(self, tell: Callable[[Event], None]) -> Callable[[Event], None]:
+        """Return a listener that logs each event, and then passes it on to `tell`."""
+
+        def note_and_tell(event: Event) -> None:
+            self.note_event(event)
+            tell(event)
+
+        return note_and_tell
 
     def note_event(self, event: Event) -> None:
         """Log an event of the run under way; one at rest ends a run that has taken a step."""

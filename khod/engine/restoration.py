@@ -1,59 +1,53 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """After the jump: what arrived is compared with the snapshot, and the producers take back what they left."""
 
-import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 
-from khod.config import Settings
 from khod.engine.recorder import Recorder
+from khod.engine.resources import Resources
+from khod.engine.signals import Signals
 from khod.engine.transaction import Transaction
 from khod.errors import Failed, KhoError, Refused
 from khod.handover import verify
 from khod.handover.machine import RESTING
-from khod.handover.record import ProducerRecord, Store
-from khod.kernel.kexec import Kexec
+from khod.handover.record import ProducerRecord
 from khod.kernel.protocol import KhoKernel
-from khod.kernel.thread import Workers
 from khod.model import Finding, Generation, Observed, Phase, Verdict
 from khod.producers import session_holders
 from khod.producers.barrier import Barrier, Member, Verb
 from khod.producers.peer import Peer
 from khod.producers.registry import ProducerRegistry
-from khod.producers.session_scan import Scanner, SessionScan
+from khod.producers.session_scan import SessionScan
 from khod.text import join_names
 
 
 class Restoration:
     """The outcome of the handover into this boot, and the producers that have not taken back what they left.
 
-    `busy` is held while producers are told; `spawn` starts a task that nobody waits for.
+    `signals.busy` is held while producers are told; `spawn` starts a task that nobody waits for.
     """
 
     def __init__(
         self,
         transaction: Transaction,
         registry: ProducerRegistry,
-        store: Store,
-        kexec: Kexec,
-        workers: Workers,
-        settings: Settings,
+        resources: Resources,
         *,
-        scanner: Scanner,
-        busy: asyncio.Lock,
+        signals: Signals,
         spawn: Callable[[Coroutine[None, None, None]], None],
         recorder: Recorder,
     ) -> None:
         self._transaction = transaction
         self._registry = registry
-        self._store = store
-        self._kexec = kexec
-        self._workers = workers
-        self._settings = settings
-        self._scanner = scanner
-        self._busy = busy
+        self._store = resources.store
+        self._kexec = resources.kexec
+        self._workers = resources.workers
+        self._settings = resources.settings
+        self._scanner = resources.scanner
+        self._busy = signals.busy
         self._spawn = spawn
         self._recorder = recorder
         self._barrier: Barrier | None = None

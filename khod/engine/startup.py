@@ -4,16 +4,14 @@
 import asyncio
 from contextlib import suppress
 
-from khod.config import Settings
 from khod.engine.observer import Observer
+from khod.engine.resources import Resources
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError, RecordError
 from khod.handover import reconcile
 from khod.handover.machine import RESTING
 from khod.handover.reconcile import Action, Found
-from khod.handover.record import Record, Store
-from khod.kernel.kexec import Kexec
-from khod.kernel.thread import Workers
+from khod.handover.record import Record
 from khod.model import Observed, Step
 from khod.producers.peers import Peers
 
@@ -29,18 +27,15 @@ class Startup:
         transaction: Transaction,
         observer: Observer,
         peers: Peers,
-        store: Store,
-        kexec: Kexec,
-        workers: Workers,
-        settings: Settings,
+        resources: Resources,
     ) -> None:
         self._transaction = transaction
         self._observer = observer
         self._peers = peers
-        self._store = store
-        self._kexec = kexec
-        self._workers = workers
-        self._settings = settings
+        self._store = resources.store
+        self._kexec = resources.kexec
+        self._workers = resources.workers
+        self._settings = resources.settings
         self._found: Record | None = None
 
     def record_before(self, observed: Observed) -> Record | None:

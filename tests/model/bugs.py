@@ -16,8 +16,8 @@ from typing import Any
 import khod.handover.verify
 import khod.server.producers
 import khod.systemd.shutdown
-from khod.engine import Engine
 from khod.engine.attempt import Attempt
+from khod.engine.interruptions import Interruptions
 from khod.engine.queries import Queries
 from khod.handover.record import ProducerRecord, Record, Store
 from khod.kernel.protocol import Tree
@@ -71,8 +71,8 @@ def _undo_that_swallows(right: Any) -> Any:
 
 
 def _call_off_that_forgets(right: Any) -> Any:
-    def cancel(self: Engine, cause: Any) -> None:
-        if not self._busy.locked():
+    def cancel(self: Interruptions, cause: Any) -> None:
+        if not self._turn.is_taken:
             return
         right(self, cause)
 
@@ -164,7 +164,7 @@ BUGS = (
         "event-under-way-is-forgotten",
         "M2",
         "a device that goes while khod waits for orders ends nothing",
-        Engine,
+        Interruptions,
         "cancel",
         _call_off_that_forgets,
         ("event_lost",),

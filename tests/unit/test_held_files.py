@@ -193,8 +193,8 @@ async def test_a_session_that_was_closed_is_no_yes(host: LuoHost, fds: list[int]
     giver.add("prepare", ("table", 1, fds[0]))
     async with giver.serving(engine):
         await held(host, engine)
-        (session,) = engine._sessions.session_names
-        engine._sessions.close_session(session)
+        (session,) = engine._resources.sessions.session_names
+        engine._resources.sessions.close_session(session)
         with pytest.raises(KhoError, match="preserved no more"):
             await host.kexec(engine)
     assert "reboot" not in host.kernel.calls

@@ -249,8 +249,7 @@ async def test_a_stop_while_the_host_stays_puts_back(host: VirtualHost) -> None:
 @in_virtual_time
 async def test_a_khod_that_starts_while_the_host_goes_down_undoes_nothing(host: VirtualHost) -> None:
     """The one before it died after systemd had taken its request."""
-    for task in (await executing(host, True))._background:
-        task.cancel()
+    (await executing(host, True))._background.cancel_tasks()
     engine = host.engine()
     await engine.start()
     assert nothing_undone(host)

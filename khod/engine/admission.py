@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What must hold before a handover begins or goes on: its phase, the checks, and an image to load."""
+
+from khod import preflight
+from khod.engine import status
+from khod.engine.observer import Observer
+from khod.engine.queries import Queries, new_run
+from khod.engine.recorder import Recorder
+from khod.engine.resources import Resources
+from khod.engine.transaction import Transaction
+from khod.errors import AlreadyLoaded, NoKernelGiven, Refused
+from khod.handover.machine import HELD, RESTING
+from khod.handover.record import Record
+from khod.model import Check, Step
+from khod.preflight.handover import JUMP_OR_BEGIN_AGAIN
+from khod.producers.peers import Peers
+from khod.target.target import Request, Target, take_target
+
+
+class Admission:
+    """Refuses a handover before anything is changed; every wait ends if the handover is cancelled."""
+
+    def __init__(
+        self,
+        transaction: Transaction,
+        queries: Queries,
+        observer: Observer,
+        peers: Peers,
+        resources: Resources,
+        recorder: Recorder,
+    ) -> None:
+        self._transaction = transaction
+        self._queries = queries
+        self._observer = observer
+        self._peers = peers
+        self._resources = resources
+        self._recorder = recorder
+
+    async def check_may_start(self, request: Request | None, *, by: str) -> Record:
+        """Refuse before anything is changed; else return the record to continue with, a new one if at rest.
+
+        Without a request there is neither a load nor a jump.
+        """
+        if self._resources.settings.error is not None:
+            raise self._resources.settings.error
+        deadline = self._resources.settings.current.deadlines.activate
+        observed = await self._transaction.wait_interruptibly(self._observer.observe_kernel(deadline))
+        phase = self._transaction.phase
+        if phase not in RESTING | HELD:
+            raise Refused(
+                f"A handover cannot go on from here ({phase.value}): {self._transaction.reason}",
+                where="khod",
+                remedy=status.PHASE_TEXT[phase][1],
+            )
+        if waiting := self._queries.absent_producers:
+            names = ", ".join(found.name for found in waiting)
+            self._transaction.emit_event(f"waiting for producers to connect again: {names}")
+            await self._transaction.wait_interruptibly(self._peers.wait_returned({found.name for found in waiting}))
+        now = request is not None and request.now
+        checks = await self._transaction.wait_interruptibly(self._queries.run_checks(observed, now=now))
+        to_come = {"kexec": request is not None and Step.load not in self._transaction.machine.done}
+        to_come["sessions"] = request is not None and not request.load_only  # only the jump ends them
+        self._require_checks([check for check in checks if to_come.get(check.name, True)])
+        if phase in HELD:
+            return self._transaction.record
+        return self._transaction.record.begin_run(new_run(), observed, self._observer.require_kernel.generation, by)
+
+    async def check_target(self, target: Target) -> None:
+        """Refuse a next kernel that would not do; called after check_may_start."""
+        observed = self._observer.require_last
+        self._require_checks(await self._transaction.wait_interruptibly(self._queries.run_checks(observed, target)))
+        self._transaction.emit_event(f"the next command line: {target.cmdline}", words=target.words)
+
+    def _require_checks(self, checks: list[Check]) -> None:
+        self._recorder.note_checks(checks)
+        preflight.require_passed(checks)
+        for line in preflight.overridden_findings(checks):
+            self._transaction.emit_event(line)
+
+    async def build_target(self, request: Request, run: str) -> Target | None:
+        """Return the next kernel in memory, None if it is loaded already."""
+        if request.kernel is None:
+            if Step.load not in self._transaction.machine.done:
+                raise NoKernelGiven(
+                    "No kernel is loaded and none was given",
+                    remedy="Name one with `kernel`.",
+                )
+            return None
+        if Step.load in self._transaction.machine.done:
+            raise AlreadyLoaded(
+                "An image is already loaded: another cannot replace it",
+                where="`kernel.image`",
+                remedy=JUMP_OR_BEGIN_AGAIN,
+            )
+        observed = self._observer.require_last
+        return await self._transaction.wait_interruptibly(
+            take_target(
+                self._resources.workers.files, request, observed.cmdline, run, self._resources.settings.current.images
+            )
+        )

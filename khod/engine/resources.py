@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the parts of the engine work with on this host."""
+
+from dataclasses import dataclass
+
+from khod.config import Settings
+from khod.handover.record import Store
+from khod.kernel.kexec import Kexec
+from khod.kernel.thread import Workers
+from khod.producers.session_scan import Scanner
+from khod.producers.sessions import Sessions
+from khod.systemd.shutdown import Shutdown
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The kernel's calls, the threads that make them, the files and sessions khod keeps, and the configuration.
+
+    `scanner` finds the LUO sessions of every process. `shutdown` asks systemd whether the host is on its way into the
+    kexec; without it that is not known.
+    """
+
+    kexec: Kexec
+    store: Store
+    workers: Workers
+    settings: Settings
+    sessions: Sessions
+    scanner: Scanner
+    shutdown: Shutdown | None = None
