@@ -261,6 +261,8 @@ class AttemptSummary:
     """The boot in which it began."""
     last_boot_id: str
     """The boot that it led to, "" if it led to none."""
+    damage: str = ""
+    """Why these fields cannot be relied on, "" if they can."""
 
 
 @dataclass(frozen=True)
