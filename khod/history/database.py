@@ -5,7 +5,6 @@ Every method may raise sqlite3.Error. The rows are independent of each other: on
 others are returned.
 """
 
-import itertools
 import sqlite3
 import time
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ MAX_CHAIN = 1000
 MAX_TRIALS = 10_000
 """The maximum number of rows that speak for or against an image; the oldest are removed first."""
 MIN_PREFIX = 6
-"""The number of hex digits from which on a prefix of a digest names an image."""
+"""The number of characters from which on the beginning of a run or a digest names an image."""
 DAY_SECONDS = 86_400
 DAMAGED = "its row in the history database is damaged"
 
@@ -130,10 +129,10 @@ class Database:
     def acknowledge(self, image: str, at: float, by: str) -> list[str]:
         """Let an image be tried again, whatever the handovers into it came to; return the runs that no longer count.
 
-        `image` is a run, or begins the digest of the image or of one of its files. Raises UsageError if nothing that
-        failed has this name.
+        `image` begins a run, or the digest of the image or of one of its files; it has MIN_PREFIX characters or more.
+        Raises UsageError if nothing that failed has this name.
         """
-        named = self._trials_of(image)
+        named = self._trials_of(image) if len(image) >= MIN_PREFIX else []
         if not named:
             raise UsageError(
                 f"No failed handover bars an image {image!r}",
@@ -148,14 +147,10 @@ class Database:
         return named
 
     def _trials_of(self, name: str) -> list[str]:
-        """Return the runs that failed and count against the image of this name."""
-        rows = self._connection.execute("SELECT run, image, files, verified, acknowledged_at FROM trials").fetchall()
-        images = {
-            image
-            for run, image, files, _verified, _at in rows
-            if run == name or (len(name) >= MIN_PREFIX and any(one.startswith(name) for one in (image, *files.split())))
-        }
-        return [run for run, image, _files, verified, at in rows if image in images and not verified and at is None]
+        """Return the runs that count against the images of this name, newest first."""
+        rows = self._connection.execute("SELECT run, image, files FROM trials").fetchall()
+        images = {image: None for run, image, files in rows if _begins_any(name, run, image, *files.split())}
+        return [run for image in images for run, *_ in self._counted_failures(image)]
 
     # Reading
 
@@ -237,20 +232,31 @@ class Database:
 
     def read_trial(self, digest: str) -> ImageTrial:
         """Return what the handovers into an image came to; `digest` is that of `trial_digest`."""
-        rows = self._connection.execute(
-            "SELECT run, verified, at, reason, acknowledged_at FROM trials WHERE image = ? ORDER BY sequence DESC",
-            (digest,),
+        failed = self._counted_failures(digest)
+        if failed:
+            run, reason, at = failed[0]
+            return ImageTrial(digest, len(failed), run, reason, at)
+        last = "SELECT verified FROM trials WHERE image = ? ORDER BY sequence DESC LIMIT 1"
+        (verified,) = self._connection.execute(last, (digest,)).fetchone() or (False,)
+        return ImageTrial(digest, verified=bool(verified))
+
+    def _counted_failures(self, image: str) -> list[tuple[str, str, float]]:
+        """Return run, reason and end of the handovers that count against an image, newest first."""
+        return self._connection.execute(
+            """SELECT run, reason, at FROM trials WHERE image = :image AND sequence > coalesce((SELECT max(sequence)
+            FROM trials WHERE image = :image AND (verified OR acknowledged_at IS NOT NULL)), 0)
+            ORDER BY sequence DESC""",
+            {"image": image},
         ).fetchall()
-        failed = list(itertools.takewhile(lambda row: not row[1] and row[4] is None, rows))
-        if not failed:
-            return ImageTrial(digest, verified=bool(rows and rows[0][1]))
-        run, _verified, at, reason, _acknowledged_at = failed[0]
-        return ImageTrial(digest, len(failed), run, reason, at)
 
     def count_outcomes(self) -> dict[Phase, int]:
         """Return how often each outcome was added; these counts never fall, whatever is removed."""
         rows = self._connection.execute("SELECT outcome, count FROM outcomes").fetchall()
         return {Phase[outcome]: count for outcome, count in rows if outcome in Phase.__members__}
+
+
+def _begins_any(name: str, *texts: str) -> bool:
+    return any(text.startswith(name) for text in texts)
 
 
 def _read_summary(run: str, summary: bytes, document: bytes, digest: bytes) -> AttemptSummary:

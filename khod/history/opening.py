@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Open the history database, whatever is found in its place: one that cannot be used is set aside, and a new one made.
-
-SQLite is imported only here and by what is opened: neither `khoctl status` nor a khod at rest needs it.
-"""
+"""Open the history database; one that cannot be used is set aside, and a new one made."""
 
 import os
 import shutil
@@ -111,6 +108,11 @@ def open_for_reading(path: Path) -> tuple[Database, str]:
 def is_damage(error: sqlite3.Error) -> bool:
     """Whether the error is about the content of the database, not about the file system or another process."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE_CODES
+
+
+def was_moved(error: sqlite3.Error) -> bool:
+    """Whether the file was removed or replaced while it was open."""
+    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY_DBMOVED
 
 
 def _connect_to(path: Path, options: str, busy_seconds: float) -> sqlite3.Connection:
