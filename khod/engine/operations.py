@@ -12,6 +12,7 @@ from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.attempts import Attempts, Watcher
 from khod.engine.background import Background
 from khod.engine.guard import Seen
+from khod.engine.history import HISTORY_FILE, STOPPED, HistoryService
 from khod.engine.interruptions import Interruptions
 from khod.engine.jump import Jump
 from khod.engine.lifecycle import Start, Stop
@@ -46,15 +47,12 @@ from khod.systemd.shutdown import Executor, Shutdown
 from khod.target.target import Request
 
 
-async def _forget_attempt(_attempt: AttemptRecord) -> None:
-    """Remember nothing."""
-
-
 class Engine:
     """The handover of one host. `tell` is called with every change, in the event loop.
 
     `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
-    asks whether the host is shut down in any way. `remember` takes each attempt at its end, with facts of `sources`.
+    asks whether the host is shut down in any way. `remember` takes each attempt at its end, with facts of `sources`;
+    without it the history does.
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class Engine:
         workers: Workers | None = None,
         registrations: Registrations | None = None,
         scanner: Scanner = scan_processes,
-        remember: Callable[[AttemptRecord], Awaitable[None]] = _forget_attempt,
+        remember: Callable[[AttemptRecord], Awaitable[None]] | None = None,
         sources: Sources = NO_SOURCES,
     ) -> None:
         self.settings = settings
@@ -88,13 +86,16 @@ class Engine:
         self._resources = resources = Resources(
             kexec, store, workers or Workers(kernel=thread), settings, sessions, scanner, shutdown
         )
+        self.history = HistoryService(
+            store.directory / HISTORY_FILE, settings, is_stopped=lambda: self._transaction.phase in STOPPED
+        )
         self._recorder = recorder = Recorder(
             store.directory,
             resources.workers,
             kexec,
             lambda: self.record,
             background.spawn_task,
-            remember,
+            remember or self.history.remember,
             sources,
         )
         # The lambdas name parts that are made further down: each hears of the other.
