@@ -18,6 +18,8 @@ from khod.errors import Denied
 
 CALLER: "contextvars.ContextVar[Caller]" = contextvars.ContextVar("CALLER")
 """The caller of the call that is being served."""
+ANSWERED: "contextvars.ContextVar[Standing]" = contextvars.ContextVar("ANSWERED")
+"""The standing of those whose question is being answered: an operator's, or of one who is not an operator."""
 LOG = logging.getLogger(__name__)
 DEFAULTS = (Access.group, Access.producers)
 """Groups that the package creates; if khod runs without the package, root is enough."""

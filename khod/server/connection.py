@@ -16,7 +16,7 @@ from khod.concurrency.bounded import ANYTHING, raise_if_cancelling
 from khod.errors import KhoError, Refused, UsageError
 from khod.producers.peer import Peer
 from khod.server import messages
-from khod.server.access import CALLER, Caller, Standing
+from khod.server.access import ANSWERED, CALLER, Caller, Standing
 from khod.server.events import Stream
 from khod.server.files import PassedFiles
 from khod.server.limits import MAX_MESSAGE_BYTES, MAX_OTHERS_MESSAGE_BYTES
@@ -216,7 +216,7 @@ class ClientConnection:
             case _:
                 question = (call.method, *sorted(parameters.items()))
                 self._shared.answers_for(self.caller_standing).queue_question(
-                    question, partial(_compute_answer, serve), self._deliver_answer
+                    question, partial(_compute_answer, serve, self.caller_standing), self._deliver_answer
                 )
 
     async def _try_again(self, message: Message, files: PassedFiles) -> None:
@@ -303,8 +303,9 @@ class ClientConnection:
         self._end_call()
 
 
-async def _compute_answer(serve: Serve) -> bytes:
-    """Compute the answer for all clients with the same question."""
+async def _compute_answer(serve: Serve, standing: Standing) -> bytes:
+    """Compute the answer for all clients with the same question; either all of them are operators, or none is."""
+    ANSWERED.set(standing)  # of this task, which computes nothing else
     try:
         result = await serve()
         return messages.encode_reply(result.parameters)

@@ -15,21 +15,21 @@ from khod.region import Region
 from khod.server import messages
 from khod.server.access import CALLER
 from khod.server.events import EventLog
+from khod.server.history import HistoryCalls
 from khod.server.interface import Handover, NextKernel, TreeReply
 from khod.server.load import Load
 from khod.target.target import Given, Request
 
 
-class Service(Handover):
+class Service(HistoryCalls):
     """The interface for one engine; Monitor is served from `events`."""
 
     render_interface_description = Handover.render_interface_description  # with the docstrings of the interface
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
         self._engine = engine
         """For calls that need a right."""
-        self._queries = engine.queries
-        """For calls that every user may make."""
         self._last = model.Event(0.0, model.Phase.idle, "", "")
         self.load = Load()
         self.events = EventLog(lambda: messages.encode_reply({"event": self._last}))
@@ -100,6 +100,10 @@ class Service(Handover):
     @varlinkmethod
     async def Forget(self, *, name: str) -> None:
         await self._engine.forget_producer(name)
+
+    @varlinkmethod(return_parameter="runs")
+    async def Acknowledge(self, *, image: str) -> list[str]:
+        return await self._history.acknowledge(image, _describe_caller())
 
     @varlinkmethod
     async def Tree(self, *, side: str) -> TreeReply:

@@ -11,6 +11,7 @@ from asyncvarlink import FileDescriptor, TypedVarlinkErrorReply, VarlinkInterfac
 
 from khod import model
 from khod.errors import BY_NAME, KhoError, error_name
+from khod.history.model import AttemptRecord, AttemptSummary
 from khod.region import Region
 from khod.wire import INTERFACE, PRODUCER
 
@@ -45,6 +46,17 @@ class TreeReply(TypedDict):
 
     names: list[str]
     blobs: list[FileDescriptor]
+
+
+class HistoryReply(TypedDict):
+    """Attempts, newest first. `more` says that there are older ones, `note` what is wrong with the history, or "".
+
+    An attempt with `damage` has a damaged row.
+    """
+
+    attempts: list[AttemptSummary]
+    more: bool
+    note: str
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,33 @@ class Handover(VarlinkInterface, name=INTERFACE):
     @varlinkmethod(return_parameter="regions")
     async def Scratch(self) -> list[Region]:
         """Return the scratch regions, in which the next kernel starts and which may hold no state."""
+        raise NotImplementedError
+
+    @varlinkmethod
+    async def History(self, *, before: str | None = None, limit: int | None = None) -> HistoryReply:
+        """List past attempts at a handover, at most `limit`: the newest, or those older than the run `before`.
+
+        In what this and the next two methods return, only root and the operators' group find who asked, command lines
+        and lines of the kernel's log.
+        """
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="attempt")
+    async def Attempt(self, *, run: str | None = None) -> AttemptRecord:
+        """Return all that is known of one attempt: the last, or the one whose run begins with `run`."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="attempts")
+    async def Chain(self) -> list[AttemptSummary]:
+        """List the handovers since the last cold boot that led to this kernel, newest first."""
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="runs")
+    async def Acknowledge(self, *, image: str) -> list[str]:
+        """Let a barred image be tried again, and return the runs that no longer count against it.
+
+        `image` is such a run, or begins a digest of the image.
+        """
         raise NotImplementedError
 
 
