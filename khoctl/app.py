@@ -28,6 +28,7 @@ MODULES = {
     "verify": "handover",
     "wait": "handover",
     "dt": "dt",
+    "history": "history",
     "producers": "producers",
 }
 """The module of each command; a command with the name of its module is that module's group."""
@@ -38,7 +39,6 @@ ELSEWHERE = {
     "load": "It is: khoctl kexec --load-only",
     "exec": "It is: khoctl kexec",
     "execute": "It is: khoctl kexec",
-    "history": JOURNAL,
     "log": JOURNAL,
     "logs": JOURNAL,
 }

@@ -177,7 +177,6 @@ def test_a_word_that_is_near_is_named_once(khod: Khod) -> None:
         ("load", "khoctl kexec --load-only"),
         ("exec", "khoctl kexec"),
         ("execute", "khoctl kexec"),
-        ("history", "journalctl -u kho-handover"),
         ("log", "journalctl -u kho-handover"),
         ("logs", "journalctl -u kho-handover"),
     ],
