@@ -6,7 +6,6 @@ journal and a note for whoever asks.
 """
 
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -107,7 +106,7 @@ class HistoryService:
         try:
             found, aside = await self._ask(partial(self._read_page, before=before, limit=limit), "reading the history")
         except KhoError as error:
-            return HistoryPage(note=" ".join(filter(None, (self._problem, str(error)))))
+            return HistoryPage(note=self._problem or str(error))
         return HistoryPage(found[:limit], len(found) > limit, " ".join(filter(None, (self._problem, *aside))))
 
     def _read_page(self, database: Database, *, before: str, limit: int) -> tuple[list[AttemptSummary], list[str]]:
@@ -166,7 +165,6 @@ class HistoryService:
         if self._database is None:
             if self._is_stopped():
                 raise Failed("The history database is not opened while producers are stopped", where=str(self._path))
-            os.makedirs(self._path.parent, mode=0o700, exist_ok=True)
             self._database, aside = open_database(self._path, self._clock)
             if aside is not None:
                 LOG.warning("%s", aside.describe())
