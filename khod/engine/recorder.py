@@ -142,7 +142,7 @@ class Recorder:
         if not self._run:
             await self.begin_run(record, observed)
         run, self._run = self._run, ""
-        await self._finish(run, RunEnd(record.outcome, time.time(), str(error)))
+        await self._finish(run, RunEnd(Phase.idle, time.time(), str(error)))
 
     def hear_before(self, tell: Callable[[Event], None]) -> Callable[[Event], None]:
         """Return a listener that logs each event, and then passes it on to `tell`."""
@@ -168,7 +168,9 @@ class Recorder:
                 self.write_pending()
         elif self._has_moved and not self._is_arrived:
             run, self._run, self._is_held = self._run, "", False
-            self._spawn(self._finish(run, RunEnd(event.phase, time.time(), self._read_record().last_error)))
+            # The phase at rest is the outcome of this boot: that of another run, or idle.
+            outcome = Phase.failed if event.phase is Phase.failed else Phase.idle
+            self._spawn(self._finish(run, RunEnd(outcome, time.time(), self._read_record().last_error)))
 
     async def read_clocks(self, moment: Moment) -> None:
         """Log the clocks of this moment; this waits at most CLOCK_SECONDS, and never while producers are frozen."""

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,8 @@ from khod.errors import Exit, UsageError
 from khod.history.trial import trial_digest
 from khod.model import Event, Finding, Phase
 from tests.unit.histories import INITRD, KERNEL, SECRET, attempt, degraded, fill, opened, run_of
-from tests.unit.khods import NOBODY, Answer, Khod, call, cli, public_directory
+from tests.unit.images import CPIO, bzimage
+from tests.unit.khods import NOBODY, Answer, Khod, call, cli, public_directory, until
 
 HOSTILE = '<script>alert(1)</script>\n"\x1b[2J\x1b]0;owned\x07\u202e\r`now`'
 ATTEMPTS = [
@@ -217,3 +219,29 @@ def test_degraded_has_its_reason(tmp_path: Path) -> None:
 
     fill(tmp_path / "h.db", degraded(1, Finding.of_producer("db", "its reason")))
     assert "producer db: its reason" in cli(Path("/nowhere"), "history", "--db", tmp_path / "h.db").out
+
+
+def test_what_khod_does_is_remembered(tmp_path: Path) -> None:
+    """A rollback in a boot that a handover has reached is a rollback, whatever that handover came to."""
+    (tmp_path / "vmlinuz").write_bytes(bzimage())
+    (tmp_path / "initrd").write_bytes(CPIO)
+    khod = Khod(tmp_path)
+
+    def attempts() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = khod.khoctl("history", "--json").json["attempts"]
+        return found
+
+    def roll_back(count: int) -> None:
+        assert khod.khoctl("activate").code == khod.khoctl("abort").code == Exit.done
+        until(lambda: len(attempts()) == count, khod.process)
+
+    roll_back(1)
+    images = ("--image", tmp_path / "vmlinuz", "--initrd", tmp_path / "initrd")
+    khod.khoctl("kexec", *images, "--now", "--no-block")
+    khod.word("READY=1")  # of the next khod
+    until(lambda: len(attempts()) == 2, khod.process)
+    roll_back(3)
+    assert [found["outcome"] for found in attempts()] == ["idle", "verified", "idle"]
+    (link,) = khod.khoctl("history", "chain", "--json").json
+    assert link == attempts()[1]
+    khod.close()
