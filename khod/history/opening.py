@@ -75,7 +75,7 @@ def open_database(
 
 
 def open_for_reading(path: Path) -> tuple[Database, str]:
-    """Open a database that nobody else uses or not, and change nothing of it; also return what is wrong with it.
+    """Open a database and change nothing of it, whether or not khod uses it; also return what is wrong with it.
 
     Of a damaged one the rows that can be read are returned. Raises UsageError if it is not khod's, or a newer khod's.
     """
@@ -86,12 +86,8 @@ def open_for_reading(path: Path) -> tuple[Database, str]:
         if not path.exists():
             raise UsageError("There is no such history database", where=str(path))
         with _settled_copy(path) as settled:
-            memory = sqlite3.connect(":memory:", isolation_level=None)
             try:
-                with closing(_connect_to(settled, "mode=ro", BUSY_SECONDS)) as connection:
-                    _require_sound(connection)
-                    connection.backup(memory)
-                return Database(memory), ""
+                return Database(_connect_reader(settled, lasting=settled == path)), ""
             except sqlite3.DatabaseError as error:
                 if not is_damage(error):
                     raise
@@ -140,6 +136,22 @@ def _connect_checked(path: Path, busy_seconds: float) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _connect_reader(path: Path, *, lasting: bool) -> sqlite3.Connection:
+    """Connect for reading, and check the whole database; with one that will not last, to a copy in memory."""
+    connection = _connect_to(path, "mode=ro", BUSY_SECONDS)
+    try:
+        _require_sound(connection)
+        if lasting:
+            return connection
+        memory = sqlite3.connect(":memory:", isolation_level=None)
+        connection.backup(memory)
+    except BaseException:
+        connection.close()
+        raise
+    connection.close()
+    return memory
 
 
 def _require_sound(connection: sqlite3.Connection) -> None:

@@ -4,7 +4,7 @@
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.bench import attackers, barrier, hooks, images, overhead, processes, trees, window
+from tests.bench import attackers, barrier, history, hooks, images, overhead, processes, trees, window
 from tests.bench.figure import Figure
 
 BENCHES: list[Callable[[], Iterator[Figure]]] = [
@@ -14,6 +14,7 @@ BENCHES: list[Callable[[], Iterator[Figure]]] = [
     images.run,
     barrier.run,
     attackers.run,
+    history.run,
     hooks.run,
     window.run,
 ]

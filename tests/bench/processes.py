@@ -23,7 +23,7 @@ def run() -> Iterator[Figure]:
     with khod() as (pid, socket):
         status = [sys.executable, "-m", "khoctl", "--socket", socket, "status"]
         typer = [sys.executable, "-c", "import typer"]
-        pairs = [(_seconds(status), _seconds(typer)) for _ in range(ROUNDS)]
+        pairs = [(command_seconds(status), command_seconds(typer)) for _ in range(ROUNDS)]
         ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
         yield Figure(
             "khoctl status / python3 -c 'import typer'",
@@ -40,8 +40,8 @@ def run() -> Iterator[Figure]:
 
 
 @contextmanager
-def khod() -> Iterator[tuple[int, str]]:
-    """Run khod on a fresh simulated kernel; its process id and socket."""
+def khod(state: Path | None = None) -> Iterator[tuple[int, str]]:
+    """Run khod on a fresh simulated kernel, with its record in `state` if given; its process id and socket."""
     with tempfile.TemporaryDirectory() as name:
         socket = f"{name}/socket"
         environment = {key: value for key, value in os.environ.items() if key != "WATCHDOG_USEC"}
@@ -53,7 +53,7 @@ def khod() -> Iterator[tuple[int, str]]:
                 "--root",
                 name,
                 "--state",
-                name,
+                str(state or name),
                 "--socket",
                 socket,
                 "--simulate",
@@ -72,9 +72,10 @@ def khod() -> Iterator[tuple[int, str]]:
             process.wait()
 
 
-def _seconds(argv: list[str]) -> float:
+def command_seconds(argv: list[str]) -> float:
+    """Run a command; how long it took."""
     began = time.perf_counter()
-    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
