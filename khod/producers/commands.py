@@ -13,6 +13,7 @@ LAUNCHER = "/usr/bin/env"
 khod itself starts nothing else: a vfork(2) stops the whole of khod until the child has executed something, which takes
 for ever where the command lies on a file system that does not answer. env(1) is in memory, and may wait.
 """
+HOOK_UNIT_PREFIX = "kho-hook-"
 GATEKEEPER = "kho-hook"
 """What a shell that executes a prepared command calls itself in its messages."""
 CANNOT_START = (126, 127)
@@ -23,12 +24,21 @@ KILL_WAIT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Command:
-    """What is run for the producer `name`. `settings` are those of its file for the unit it runs in."""
+    """What is run for the producer `name`. `settings` are those of its file for the unit it runs in.
+
+    `unit_prefix` begins the name of that unit.
+    """
 
     name: str
     argv: Sequence[str]
     environment: Mapping[str, str]
     settings: Mapping[str, Property] = field(default_factory=dict)
+    unit_prefix: str = HOOK_UNIT_PREFIX
+
+    @property
+    def verb(self) -> str:
+        """What it is run for: the verb of a hook, or verify."""
+        return self.environment["KHO_VERB"]
 
     @property
     def launch_argv(self) -> list[str]:

@@ -19,13 +19,12 @@ from weakref import WeakSet
 
 from khod.producers.cgroup import units_in
 from khod.producers.children import describe_undead, open_children
-from khod.producers.commands import KILL_WAIT_SECONDS, Command
+from khod.producers.commands import HOOK_UNIT_PREFIX, KILL_WAIT_SECONDS, Command
 from khod.producers.waiting import Gate, WaitingUnit, can_wait, waiting_argv
 from khod.systemd.dbus import Bus, BusError, Disconnected, ErrorAnswer, SharedBus
 from khod.systemd.manager import MANAGER, SETTLE_SECONDS, SYSTEMD, Systemd
 from khod.systemd.setting_values import Property
 
-PREFIX = "kho-hook-"
 MAX_UNITS = 9
 """Units that one producer may have: what does not die keeps the name of its unit."""
 MAX_WAITING = 100
@@ -50,13 +49,14 @@ class TransientUnits:
     async def start_command(self, command: Command, stdout: int, stderr: int) -> "TransientUnit":
         """Start a command once nothing of an earlier one runs under its name, or under the next free name."""
         for number in range(MAX_UNITS):
-            unit = TransientUnit(unit_name(command.name, number), self._shared)
+            unit = TransientUnit(unit_name(command.name, number, command.unit_prefix), self._shared)
             try:
                 if await unit.start(command, stdout, stderr):
                     return unit
             except BusError as error:
                 raise ValueError(str(error)) from None
-        raise ValueError(f"{MAX_UNITS} units of earlier commands do not end, {unit_name(command.name)} the first")
+        first = unit_name(command.name, prefix=command.unit_prefix)
+        raise ValueError(f"{MAX_UNITS} units of earlier commands do not end, {first} the first")
 
     async def prepare_command(self, command: Command, stdout: int, stderr: int) -> WaitingUnit | None:
         """Start the unit of a command, which waits there; it has the name that the next command of its producer has.
@@ -65,7 +65,7 @@ class TransientUnits:
         """
         if sum(not gate.is_closed for gate in self._gates) >= MAX_WAITING or not can_wait(command):
             return None
-        name = unit_name(command.name)
+        name = unit_name(command.name, prefix=command.unit_prefix)
         unit = TransientUnit(name, self._shared)
         with suppress(OSError, ValueError, BusError), ExitStack() as stack:
             gate = stack.enter_context(closing(Gate()))
@@ -253,12 +253,12 @@ class TransientUnit:
         await self._stack.aclose()
 
 
-def unit_name(producer: str, number: int = 0) -> str:
+def unit_name(producer: str, number: int = 0, prefix: str = HOOK_UNIT_PREFIX) -> str:
     """Return the name of the unit for a producer's commands; a further one has a colon, which no producer's name has.
 
     The only character of a producer's name that has a meaning in a unit's is @, which is escaped as systemd does it.
     """
-    return f"{PREFIX}{producer.replace('@', chr(92) + 'x40')}{f':{number}' if number else ''}.service"
+    return f"{prefix}{producer.replace('@', chr(92) + 'x40')}{f':{number}' if number else ''}.service"
 
 
 def _escape_label(name: str) -> str:
