@@ -53,8 +53,11 @@ class Calls(Protocol):
     def list_directory(self, path: str) -> list[str]:
         """Return the names in a directory, sorted; an empty list if there is no such directory."""
 
-    def open_log(self) -> Log:
-        """Open the kernel log after its last record, so that only later records are read."""
+    def open_log(self, *, whole: bool = False) -> Log:
+        """Open the kernel log after its last record, so that only later records are read.
+
+        With `whole` it is opened at the first record that is left of this boot.
+        """
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
         """Load an image: `cmdline` ends in NUL; `initrd_fd` is -1 with KEXEC_FILE_NO_INITRAMFS."""
@@ -122,10 +125,10 @@ class HostCalls:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def open_log(self) -> Log:
+    def open_log(self, *, whole: bool = False) -> Log:
         with os_error_context(f"open {KMSG}"):
             fd = os.open(self.host_path(KMSG), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.lseek(fd, 0, os.SEEK_END)
+            os.lseek(fd, 0, os.SEEK_SET if whole else os.SEEK_END)
             return os.fdopen(fd, "rb", buffering=0)
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:

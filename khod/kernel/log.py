@@ -39,18 +39,22 @@ OUTCOMES = re.compile(
 )
 """Lines that say no more than the errno; an earlier line has the cause."""
 
-HEADER = re.compile(rb"(?P<priority>\d+),\d+,\d+,(?P<flags>[^,;]*)[^;]*;(?P<text>[^\n]*)")
+HEADER = re.compile(rb"(?P<priority>\d+),(?P<sequence>\d+),\d+,(?P<flags>[^,;]*)[^;]*;(?P<text>[^\n]*)")
 ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
 
 @dataclass(frozen=True)
 class LogRecord:
-    """One record: its level (0 to 7), its facility (0: the kernel), its text, and whether it continues the last one."""
+    """One record: its level (0 to 7), its facility (0: the kernel), its text, and whether it continues the last one.
+
+    `sequence` counts the records of a boot from 0.
+    """
 
     level: int
     facility: int
     text: str
     fragment: bool = False
+    sequence: int = 0
 
 
 def parse_record(raw: bytes) -> LogRecord | None:
@@ -59,7 +63,8 @@ def parse_record(raw: bytes) -> LogRecord | None:
         return None
     priority = int(found["priority"])
     text = ESCAPED.sub(lambda escaped: bytes.fromhex(escaped[1].decode()), found["text"])
-    return LogRecord(priority & 7, priority >> 3, text.decode(errors="replace"), found["flags"].startswith(b"c"))
+    fragment, sequence = found["flags"].startswith(b"c"), int(found["sequence"])
+    return LogRecord(priority & 7, priority >> 3, text.decode(errors="replace"), fragment, sequence)
 
 
 def records_since(log: Log) -> list[LogRecord]:

@@ -34,6 +34,7 @@ COMMAND_LINE_SIZE = 2048  # x86
 SCRATCH = (0x1_0000_0000, 0x2000_0000)
 KSTRTOULL = re.compile(r"\+?(0[xX](?P<hex>[0-9a-fA-F]+)|(?P<octal>0[0-7]*)|(?P<decimal>[1-9][0-9]*))\n?")  # base 0
 DT_MAX = 0xA0_0000
+RELEASE = "6.8.0-kho-v3-simulated"
 
 
 class Rebooted(BaseException):
@@ -51,6 +52,8 @@ class KernelState:
     faults: dict[str, Any] = field(default_factory=dict)
     ranges: int = 4
     leaked: int = 0
+    log_start: int = 0
+    """Where this boot's log begins, in bytes."""
 
 
 class SimulatedKernel(HostCalls):
@@ -109,8 +112,9 @@ class SimulatedKernel(HostCalls):
         if number := handlers[path](data):
             raise OSError(number, os.strerror(number), f"write {data.decode(errors='replace').strip()!r} to {path}")
 
-    def open_log(self) -> Log:
-        return _Log(self.host_path(LOG))
+    def open_log(self, *, whole: bool = False) -> Log:
+        self._refresh_state()
+        return _WholeLog(self.host_path(LOG), self._state.log_start) if whole else _Log(self.host_path(LOG))
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
         self._refresh_state()
@@ -129,7 +133,7 @@ class SimulatedKernel(HostCalls):
         tree = None if image["tree"] is None or faults.get("lose") else bytes.fromhex(image["tree"])
         if tree is not None and faults.get("change"):
             tree = tree.replace(b"global-trace", b"GLOBAL-TRACE")
-        self._boot_kernel(image["cmdline"], tree)
+        self._boot_kernel(image["cmdline"], tree, image["release"])
         raise Rebooted
 
     def create_session(self, name: str) -> int:
@@ -217,7 +221,8 @@ class SimulatedKernel(HostCalls):
                         return errno.EINVAL
             if len(kernel) + len(initrd) + len(tree) > scratch_size:
                 return errno.EADDRNOTAVAIL
-        self._keep_image({"cmdline": cmdline[:-1].decode(), "tree": None if tree is None else tree.hex()})
+        tree_text = None if tree is None else tree.hex()
+        self._keep_image({"cmdline": cmdline[:-1].decode(), "tree": tree_text, "release": _release_of(kernel)})
         return 0
 
     def _is_permitted(self) -> bool:
@@ -228,12 +233,14 @@ class SimulatedKernel(HostCalls):
 
     # Boot and state
 
-    def _boot_kernel(self, cmdline: str, tree: bytes | None = None) -> None:
+    def _boot_kernel(self, cmdline: str, tree: bytes | None = None, release: str = RELEASE) -> None:
+        log = self.host_path(LOG)
+        self._state.log_start = log.stat().st_size if log.exists() else 0
         self._keep_image(None)
         for path in (f"{KHO}/dt", IN_DT):
             self.host_path(path).unlink(missing_ok=True)
         self._set_file(BOOT_ID, f"{uuid.uuid4()}\n".encode())
-        self._set_file("/proc/sys/kernel/osrelease", b"6.8.0-kho-v3-simulated\n")
+        self._set_file("/proc/sys/kernel/osrelease", f"{release}\n".encode())
         self._set_file("/proc/cmdline", cmdline.encode() + b"\n")
         self._set_file(LOAD_DISABLED, b"0\n")
         self._set_file(LOAD_LIMIT, b"-1\n")
@@ -288,12 +295,45 @@ class _Log:
         self._file.close()
 
 
+class _WholeLog:
+    """This boot's log from its first record, as the kernel's own at level info.
+
+    A line that begins with `<N>` is a process's at that level, one with SOH and a digit the kernel's.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._file = path.open("rb")
+        self._file.seek(start)
+        self._sequence = 0
+
+    def read(self, _size: int, /) -> bytes:
+        if not (line := self._file.readline()):
+            return b""
+        priority = b"6"
+        if found := re.match(rb"<(\d)>", line):
+            priority, line = b"%d" % (8 + int(found[1])), line[found.end() :]
+        elif line[:1] == b"\1":
+            priority, line = line[1:2], line[2:]
+        self._sequence += 1
+        return b"%b,%d,0,-;%b" % (priority, self._sequence - 1, line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def _kstrtobool(data: bytes) -> bool | None:
     """Parse as lib/kstrtox.c does: the first character decides, or the second of `on` and `off`."""
     first = data[:1].lower()
     if first == b"o":
         return {b"n": True, b"f": False}.get(data[1:2].lower())
     return {b"1": True, b"y": True, b"t": True, b"0": False, b"n": False, b"f": False}.get(first)
+
+
+def _release_of(kernel: bytes) -> str:
+    """Return the release in the header of a bzImage, this kernel's own if it has none there."""
+    at = int.from_bytes(kernel[0x20E:0x210], "little")
+    found = kernel[0x200 + at :].split(b"\0")[0].split(b" ")[0].decode(errors="replace") if at else ""
+    return found or RELEASE
 
 
 def _read_fd(fd: int) -> bytes:
@@ -324,7 +364,7 @@ def build_tree(ranges: int) -> bytes:
 
 def build_image() -> bytes:
     """Build a small file that this kernel's loader accepts: a bzImage of strings, which says it has v3's KHO too."""
-    words = ("Linux version 6.8.0-kho-v3-simulated (sim) #1", "dt_max", "kho-v1", "ftrace-v1", "ftrace,array-v1")
+    words = (f"Linux version {RELEASE} (sim) #1", "dt_max", "kho-v1", "ftrace-v1", "ftrace,array-v1")
     payload = gzip.compress(b"\0".join(word.encode() for word in ("", *words, "ftrace,cpu-v1", "")), mtime=0)
     made = bytearray(0x400 + -(-len(payload) // 16) * 16)
     made[0x1F1] = 1  # setup_sects

@@ -71,8 +71,8 @@ class KernelCalls:
     def list_directory(self, path: str) -> list[str]:
         return self.kernel.listdir(path)
 
-    def open_log(self) -> _Log:
-        return _Log(self.kernel.log)
+    def open_log(self, *, whole: bool = False) -> _Log:
+        return _Log([] if whole else self.kernel.log)  # a log that is not complete is no evidence
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
         with self._at("kernel.unload" if flags & KEXEC_FILE_UNLOAD else "kernel.load"):
