@@ -151,6 +151,7 @@ class Checks:
     record: str = "default"
     producers: str = "default"
     kernel_producers: str = "default"
+    health: str = "default"
     claims: str = "default"
     sessions: str = "default"
     image: str = "default"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from khod import __version__, server
 from khod.abi.calls import Calls, HostCalls
+from khod.concurrency.worker import Worker
 from khod.config import Settings
 from khod.engine import Engine, journal, status
 from khod.engine.guard import Guard
@@ -31,7 +32,9 @@ from khod.model import Event, Phase
 from khod.producers import children, output
 from khod.producers.children import Children
 from khod.producers.commands import CommandRunner
+from khod.producers.contents import KeptFiles
 from khod.producers.directory import Directory
+from khod.producers.health import HealthChecks
 from khod.producers.registrations import Registrations
 from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.session_scanner import ask_scanner
@@ -92,6 +95,7 @@ class Daemon:
             passed=self._passed,
             max_bytes=lambda: self._settings.current.producers.max_bytes,
             account=runtime / "outgoing",
+            kept_files=KeptFiles(Worker("contents", "A file of a producer"), lambda: self._settings.current.verify),
         )
         kexec = Kexec(calls)
         jump = shutdown.make_immediate(kexec, self._thread, lambda: self._settings.current.deadlines.execute)
@@ -113,6 +117,7 @@ class Daemon:
             goes_down=self._host.goes_down,
             registrations=Registrations(runtime / "registrations"),
             scanner=self._host.scanner,
+            health=HealthChecks(opts.root, self._host.runner),
         )
         self._service = server.Service(self.engine)
 

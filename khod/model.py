@@ -102,11 +102,31 @@ class Producer:
 
 
 @dataclass(frozen=True)
+class Spot:
+    """What was read of a preserved file while its producer was frozen, to be compared in the next kernel.
+
+    `pages` are the numbers of the pages of 4 KiB that were read, none for all of them. `digest` is the SHA-256 of their
+    SHA-256 digests in order; `marks` has the first 8 hex digits of each, to tell which page differs. With a `gap`
+    nothing was read, for this reason.
+    """
+
+    size: int = 0
+    pages: tuple[int, ...] = ()
+    digest: str = ""
+    marks: str = ""
+    gap: str = ""
+
+
+@dataclass(frozen=True)
 class Kept:
-    """A file descriptor in a producer's LUO session: the producer's name for it, and its token."""
+    """A file descriptor in a producer's LUO session: the producer's name for it, and its token.
+
+    `spot` is what was read of it, None if no khod came to that.
+    """
 
     name: str
     token: int
+    spot: Spot | None = field(default=None, compare=False)
 
 
 class FindingSource(enum.Enum):
@@ -259,13 +279,17 @@ class LuoSession:
 class Begun:
     """Who began the handover `run`, when (seconds since the epoch, 0 if unknown), and the image it loads.
 
-    With `luo_off` the kernel of the image starts with LUO off, and no file may be handed over to it.
+    With `luo_off` the kernel of the image starts with LUO off, and no file may be handed over to it. `kernel_release`
+    and `kernel_banner` are what uname -r and /proc/version will say in the kernel of the image, "" if the image does
+    not show it.
     """
 
     at: float = 0.0
     by: str = ""
     image: str = ""
     luo_off: bool = False
+    kernel_release: str = ""
+    kernel_banner: str = ""
 
 
 @dataclass(frozen=True)

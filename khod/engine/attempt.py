@@ -38,7 +38,8 @@ class Attempt:
     """The steps of one attempt. Every method raises KhoError; kernel calls have the deadlines of the configuration.
 
     `everyone` returns the producers that are present now. `joined` is called when a producer has joined since the
-    attempt began. `shutdown` asks systemd whether the host is on its way into the kexec.
+    attempt began, `frozen` after every producer has frozen; its errors are only logged. `shutdown` asks systemd whether
+    the host is on its way into the kexec.
 
     One class of this size: each step stands next to its undo.
     """
@@ -54,6 +55,7 @@ class Attempt:
         *,
         everyone: Callable[[], Iterable[Participant]] = list,
         joined: "Callable[[Attempt], None]" = lambda _attempt: None,
+        frozen: Callable[[], Awaitable[None]] | None = None,
         shutdown: Shutdown | None = None,
     ) -> None:
         self.kernel = kernel
@@ -71,6 +73,7 @@ class Attempt:
         self._settings = settings
         self._everyone = everyone
         self._joined = joined
+        self._frozen = frozen
         self._shutdown = shutdown
         self._target: Target | None = None
         self._executor: Executor | None = None
@@ -136,6 +139,11 @@ class Attempt:
                 await self.barrier.broadcast(verb, among, seconds=deadline)
         except TimeoutError:
             raise step_timeout_error(self.barrier.members, verb, deadline) from None
+        if verb is Verb.freeze and self._frozen is not None:
+            try:
+                await self._frozen()
+            except Exception:  # what was not read is not compared after the jump
+                LOG.exception("The preserved files could not be read")
 
     async def undo_verb(self, verb: Verb) -> list[tuple[str, KhoError]]:
         """Tell every producer that was told `verb` its undo; return the names and errors of those that failed.

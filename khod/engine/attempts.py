@@ -13,6 +13,7 @@ from khod.errors import KhoError
 from khod.handover.machine import remaining_steps
 from khod.model import Phase, Step
 from khod.producers.barrier import Barrier, Participant, Verb
+from khod.producers.claim import read_frozen_files
 from khod.producers.registry import ProducerRegistry
 
 LOG = logging.getLogger(__name__)
@@ -79,8 +80,13 @@ class Attempts:
             barrier,
             everyone=everyone,
             joined=self.watch_devices,
+            frozen=self._read_frozen_files,
             shutdown=self._resources.shutdown,
         )
+
+    async def _read_frozen_files(self) -> None:
+        claims = [peer.claim for peer in self._registry.peers.taking_part()]
+        await read_frozen_files(self._resources.sessions.kept_files, claims)
 
     def remaining_steps(self, last: Step) -> tuple[Step, ...]:
         """Return the steps of the handover under way that are not done, up to `last`."""

@@ -3,6 +3,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from khod import model
 from khod.concurrency.worker import Worker
@@ -26,6 +27,7 @@ from khod.engine.signals import Signals
 from khod.engine.startup import Startup
 from khod.engine.transaction import Transaction
 from khod.engine.turn import Turn
+from khod.engine.verification import Verification
 from khod.engine.way_back import WayBack
 from khod.errors import KhoError, NotRolledBack, Refused
 from khod.handover.machine import RESTING, Machine
@@ -37,6 +39,8 @@ from khod.kernel.probe import Probed
 from khod.kernel.thread import Workers
 from khod.model import Event, Phase, Step
 from khod.producers.barrier import Participant
+from khod.producers.children import Children
+from khod.producers.health import HealthChecks
 from khod.producers.peer import Peer, Registration
 from khod.producers.peers import Peers
 from khod.producers.registrations import Registrations
@@ -46,13 +50,16 @@ from khod.producers.sessions import Sessions
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.target.target import Request
 
+NOWHERE = Path("/nonexistent")
+"""A root without files of the operator."""
+
 
 class Engine:
     """The handover of one host. `tell` is called with every change, in the event loop.
 
     `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
     asks whether the host is shut down in any way. `remember` takes each attempt at its end, with facts of `sources`;
-    without it the history does.
+    without it the history does. `health` has the operator's checks, none by default.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Engine:
         workers: Workers | None = None,
         registrations: Registrations | None = None,
         scanner: Scanner = scan_processes,
+        health: HealthChecks | None = None,
         remember: Callable[[AttemptRecord], Awaitable[None]] | None = None,
         sources: Sources = NO_SOURCES,
     ) -> None:
@@ -84,7 +92,14 @@ class Engine:
         self._background = background = Background()
         self._signals = signals = Signals()
         self._resources = resources = Resources(
-            kexec, store, workers or Workers(kernel=thread), settings, sessions, scanner, shutdown
+            kexec,
+            store,
+            workers or Workers(kernel=thread),
+            settings,
+            sessions,
+            scanner,
+            health or HealthChecks(NOWHERE, Children()),
+            shutdown,
         )
         self.history = HistoryService(
             store.directory / HISTORY_FILE, settings, is_stopped=lambda: self._transaction.phase in STOPPED
@@ -118,8 +133,15 @@ class Engine:
         )
         self.registry = registry = ProducerRegistry(producers, peers)
         self._observer = observer = Observer(kexec, prober, resources.workers)
+        verification = Verification(transaction, resources)
         restoration = Restoration(
-            transaction, registry, resources, signals=signals, spawn=background.spawn_task, recorder=recorder
+            transaction,
+            registry,
+            verification,
+            resources,
+            signals=signals,
+            spawn=background.spawn_task,
+            recorder=recorder,
         )
         self.queries = queries = Queries(
             transaction,
@@ -207,7 +229,13 @@ class Engine:
                     # If the operator has relaxed the check, files may be lost.
                     strict = self.settings.current.checks.formats not in ("warn", "off")
                     luo_off = strict and not is_switched_on(target.booted_line, "liveupdate")
-                    self._transaction.note_target(f"{target.describe()}{how}", luo_off=luo_off)
+                    about = target.apart.about if target.apart else None
+                    self._transaction.note_target(
+                        f"{target.describe()}{how}",
+                        luo_off=luo_off,
+                        release=about.version if about else "",
+                        banner=about.banner if about else "",
+                    )
                     await self._transaction.wait_interruptibly(self._recorder.note_target(target, at_once=request.now))
                 attempt.set_target(target, self._executors[request.now])
                 if request.now:

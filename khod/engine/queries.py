@@ -82,6 +82,7 @@ class Queries:
         self._workers = resources.workers
         self._settings = resources.settings
         self._scanner = resources.scanner
+        self._health = resources.health
         self._inhibitors = inhibitors
         self._busy = signals.busy
         self._known = signals.known
@@ -263,6 +264,7 @@ class Queries:
             absent=self.absent_producers,
             sighted=self.sighted,
             now=now,
+            health=self._health.load_checks,
         )
         return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
 

@@ -7,6 +7,7 @@ from khod.config import Settings
 from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
+from khod.producers.health import HealthChecks
 from khod.producers.session_scan import Scanner
 from khod.producers.sessions import Sessions
 from khod.systemd.shutdown import Shutdown
@@ -16,8 +17,8 @@ from khod.systemd.shutdown import Shutdown
 class Resources:
     """The kernel's calls, the threads that make them, the files and sessions khod keeps, and the configuration.
 
-    `scanner` finds the LUO sessions of every process. `shutdown` asks systemd whether the host is on its way into the
-    kexec; without it that is not known.
+    `health` has the operator's checks of verify.d. `scanner` finds the LUO sessions of every process. `shutdown` asks
+    systemd whether the host is on its way into the kexec; without it that is not known.
     """
 
     kexec: Kexec
@@ -26,4 +27,5 @@ class Resources:
     settings: Settings
     sessions: Sessions
     scanner: Scanner
+    health: HealthChecks
     shutdown: Shutdown | None = None

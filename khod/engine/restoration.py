@@ -10,12 +10,12 @@ from khod.engine.recorder import Recorder
 from khod.engine.resources import Resources
 from khod.engine.signals import Signals
 from khod.engine.transaction import Transaction
+from khod.engine.verification import Verification
 from khod.errors import Failed, KhoError, Refused
-from khod.handover import verify
 from khod.handover.machine import RESTING
 from khod.handover.record import ProducerRecord
 from khod.kernel.protocol import KhoKernel
-from khod.model import Finding, Generation, Observed, Phase, Verdict
+from khod.model import Finding, FindingSource, Observed, Phase, Verdict
 from khod.producers import session_holders
 from khod.producers.barrier import Barrier, Member, Verb
 from khod.producers.peer import Peer
@@ -34,6 +34,7 @@ class Restoration:
         self,
         transaction: Transaction,
         registry: ProducerRegistry,
+        verification: Verification,
         resources: Resources,
         *,
         signals: Signals,
@@ -42,7 +43,7 @@ class Restoration:
     ) -> None:
         self._transaction = transaction
         self._registry = registry
-        self._store = resources.store
+        self._verification = verification
         self._kexec = resources.kexec
         self._workers = resources.workers
         self._settings = resources.settings
@@ -67,8 +68,9 @@ class Restoration:
         This does not wait for them: a producer may start only after khod is ready. `doubt` is the reason why not all of
         it can have arrived ("" for none); `note` is as in Transaction.enter_verifying.
         """
+        self._verification.enter_boot(observed)
         await self._transaction.enter_verifying(observed, note, doubt)
-        verdict = await self._compare_trees(kernel)
+        verdict = await self._verification.examine_arrival(observed, kernel)
         if doubt:
             verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(doubt)])
         record = self._transaction.record
@@ -79,11 +81,11 @@ class Restoration:
         idle = {member.producer.name for member in barrier.members if not member.producer.restores_state}
         if any(holder.name in idle for holder in record.claims):  # an earlier khod did not record `restores`
             await self._transaction.note_claims(tuple(held for held in record.claims if held.name not in idle))
-        if self._transaction.record.claims:
+        if self._transaction.record.claims or self._verification.takes_long:
             self._spawn(self._bring_all_back(barrier, verdict))
         else:
             await self._note_blackout()
-            await self._conclude_verification(await self._count_sessions(verdict))
+            await self._conclude_verification(await self._examine_rest(verdict))
 
     def restore_late(self, peer: Peer) -> None:
         """Give a producer that comes after the verification what it left, and correct the verdict.
@@ -104,24 +106,6 @@ class Restoration:
         while self._late and self._transaction.phase in RESTING:
             self._spawn(self._restore_late(self._late.pop()))
 
-    async def _compare_trees(self, kernel: KhoKernel | None) -> Verdict:
-        """Compare the tree that arrived with the one that left; a tree that cannot be read is a finding."""
-        record, deadline = self._transaction.record, self._settings.current.deadlines.activate
-        try:
-            snapshot = await self._workers.disk.call_within(
-                lambda: self._store.snapshots.read_tree(record.arrived_run), "reading the snapshot", deadline
-            )
-            arrived = None
-            if kernel is not None:
-                arrived = await self._workers.observer.call_within(
-                    kernel.arrived_tree, "reading the state that arrived", deadline
-                )
-            now = kernel.generation if kernel else Generation.none
-            return verify.compare_trees(snapshot, arrived, record.generation, now)
-        except Exception as error:  # noqa: BLE001 - after any error, the producers must still get back what they left
-            text = str(error) if isinstance(error, (KhoError, OSError)) else f"khod itself failed: {error!r}"
-            return Verdict().with_findings([Finding.of_khod(text)])
-
     async def _count_sessions(self, verdict: Verdict) -> Verdict:
         """Add to the verdict which sessions of other processes arrived, by the processes that have them now."""
         record, calls = self._transaction.record, self._kexec.calls
@@ -136,13 +120,20 @@ class Restoration:
             verdict, record.sessions, record.sessions_unseen, scan.sessions, at_once=record.at_once
         )
 
+    async def _examine_rest(self, verdict: Verdict) -> Verdict:
+        """Add to the verdict what can be known only now that the producers have their state."""
+        return await self._verification.conclude(await self._count_sessions(verdict))
+
     async def _bring_all_back(self, barrier: Barrier, verdict: Verdict) -> None:
         async with self._busy:
             began = time.monotonic()
             try:
-                verdict = await self._bring_back(barrier, verdict, self._settings.current.deadlines.restore)
-                self._transaction.note_timing("restore", began)
-                verdict = await self._count_sessions(verdict)
+                if self._transaction.record.claims:
+                    verdict = await self._bring_back(barrier, verdict, self._settings.current.deadlines.restore)
+                    self._transaction.note_timing("restore", began)
+                else:
+                    await self._note_blackout()
+                verdict = await self._examine_rest(verdict)
             except Exception as error:  # noqa: BLE001 - otherwise the verification would never end
                 verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(f"khod itself failed: {error!r}")])
             await self._conclude_verification(verdict)
@@ -198,6 +189,7 @@ class Restoration:
         A producer that is done leaves the claims. The others stay in them, so that what they left is given to nobody
         else. If khod dies meanwhile, the record says which producers must be told again.
         """
+        told = self._transaction.record.claims
         members = [member for member in barrier.members if member.producer.restores_state]
         empty = [member for member in members if member.told is not Verb.finish]
         failed = await barrier.bring_back(Verb.restore, empty, deadline)
@@ -206,18 +198,21 @@ class Restoration:
             # Recorded before any session is finished: a producer that has its state again is not told to restore it
             # once more.
             member.told = Verb.finish
-        await self._transaction.note_claims(self._remaining_claims(barrier, set()))
+        verdict = self._verification.add_contents(verdict, told)
+        await self._transaction.note_claims(self._remaining_claims(barrier, set()), verdict)
         failed += await barrier.bring_back(Verb.finish, restored, deadline)
         if any(member not in failed for member in members):
             await self._note_blackout()
         names = {member.producer.name for member in members}
         lost = {member.producer.name for member in failed}
-        findings = [finding for finding in verdict.findings if finding.producer not in names]
+        content = FindingSource.content
+        findings = [one for one in verdict.findings if one.producer not in names or one.source is content]
         findings += [Finding.of_producer(member.producer.name, member.answer) for member in failed]
-        arrived = sorted({*verdict.arrived, *(names - lost)})
+        arrived = sorted({*verdict.arrived, *(names - lost)} - {*verdict.changed})
         missing = sorted({*verdict.missing, *lost} - set(arrived))
-        await self._transaction.note_claims(self._remaining_claims(barrier, names - lost))
-        return replace(verdict, arrived=arrived, missing=missing).with_findings(findings)
+        verdict = replace(verdict, arrived=arrived, missing=missing).with_findings(findings)
+        await self._transaction.note_claims(self._remaining_claims(barrier, names - lost), verdict)
+        return verdict
 
     async def _note_blackout(self) -> None:
         """Record the blackout up to now; without the kernel's uptime the wall clock is trusted."""
@@ -236,6 +231,7 @@ class Restoration:
         return tuple(now.get(old.name, old) for old in claims if old.name not in done)
 
     async def _conclude_verification(self, verdict: Verdict) -> None:
+        verdict = self._verification.add_producers(verdict)
         arrived = join_names(verdict.arrived)
         count = len(verdict.arrived)
         said = f"the state of {count} producer{'' if count == 1 else 's'} arrived: {arrived}"

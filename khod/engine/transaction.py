@@ -181,9 +181,10 @@ class Transaction:
         # The outcome of this boot stays if the handover ends before its first step.
         self._machine, self._attempt, self._record, self._reason = Machine(record.outcome), None, record, ""
 
-    def note_target(self, image: str, *, luo_off: bool = False) -> None:
-        """Note the image of the handover, for its next record. `luo_off` is as in Begun."""
-        self._record = replace(self._record, begun=replace(self._record.begun, image=image, luo_off=luo_off))
+    def note_target(self, image: str, *, luo_off: bool = False, release: str = "", banner: str = "") -> None:
+        """Note the image of the handover and its kernel, for its next record. The fields are those of Begun."""
+        begun = replace(self._record.begun, image=image, luo_off=luo_off, kernel_release=release, kernel_banner=banner)
+        self._record = replace(self._record, begun=begun)
 
     def attach_attempt(self, attempt: Attempt | None) -> None:
         """Use this attempt from here on; None if a new one is to be made from the record."""
@@ -496,6 +497,7 @@ class Transaction:
                 handovers=record.handovers + 1,
                 blackout_seconds=None,
                 doubt=doubt,
+                verdict=None,
                 outcome=Phase.idle,
                 arrived_run=record.run,
                 claims=tuple(replace(holder, told="") for holder in record.producers if holder.restores is not False),
@@ -542,9 +544,9 @@ class Transaction:
         """Add to the next record whose LUO sessions leave with the jump, and whether the jump is immediate."""
         self._record = replace(self._record, sessions=sighted.sessions, sessions_unseen=sighted.unseen, at_once=at_once)
 
-    async def note_claims(self, claims: tuple[ProducerRecord, ...]) -> None:
-        """Record the producers that have not taken back what they left."""
-        self._record = replace(self._record, claims=claims)
+    async def note_claims(self, claims: tuple[ProducerRecord, ...], verdict: Verdict | None = None) -> None:
+        """Record the producers that have not taken back what they left, and what was found until now."""
+        self._record = replace(self._record, claims=claims, verdict=verdict or self._record.verdict)
         await self.try_write_record()
 
     def note_blackout(self, uptime: float | None) -> None:

@@ -33,6 +33,7 @@ VERSION = 1
 ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
+    | {"kernel_release", "kernel_banner", "spot"}
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 

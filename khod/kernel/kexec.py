@@ -13,6 +13,7 @@ from khod.kernel.log import records_since, relevant_lines
 LOADED = ("/sys/kernel/kexec/loaded", "/sys/kernel/kexec_loaded")
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 UPTIME = "/proc/uptime"
+VERSION = "/proc/version"
 LOAD_DISABLED = "/proc/sys/kernel/kexec_load_disabled"
 LOAD_LIMIT = "/proc/sys/kernel/kexec_load_limit_reboot"
 
@@ -32,8 +33,8 @@ class Kexec:
         return self._read_text("/proc/sys/kernel/osrelease")
 
     def banner(self) -> str:
-        """Return the running kernel's build banner, which its image has too (init/version-timestamp.c)."""
-        return self._read_text("/proc/version")
+        """Return the running kernel's build banner, which its image has too (init/version-timestamp.c); "" without."""
+        return self._read_text(VERSION) if self.calls.path_exists(VERSION) else ""
 
     def uptime(self) -> float | None:
         """Return the seconds since boot (CLOCK_BOOTTIME); None if the kernel does not say."""

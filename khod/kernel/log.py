@@ -7,7 +7,7 @@ behind the last record; a call that succeeds costs no more than that. The record
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from khod.abi.calls import Log
 from khod.model import Step
@@ -54,7 +54,7 @@ class LogRecord:
     facility: int
     text: str
     fragment: bool = False
-    sequence: int = 0
+    sequence: int = field(default=0, compare=False)
 
 
 def parse_record(raw: bytes) -> LogRecord | None:

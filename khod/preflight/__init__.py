@@ -35,6 +35,7 @@ CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
     "record": host.check_record,
     "producers": holders.check_producers,
     "kernel_producers": holders.kernel_producers,
+    "health": holders.check_health,
     "claims": holders.check_claims,
     "sessions": holders.check_sessions,
 }

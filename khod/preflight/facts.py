@@ -13,6 +13,7 @@ from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
 from khod.model import CheckResult, Observed
 from khod.producers.barrier import Participant
+from khod.producers.health import HealthCheck
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.session_holders import SightedSessions
 from khod.region import Region
@@ -27,7 +28,7 @@ class Facts:
     `inhibitors` is None if logind could not be asked, `outgoing` if the kernel has no outgoing tree now or could not be
     asked. `absent` are producers that were registered before khod was restarted and have not come back.
     `unknown_sessions` are LUO sessions without an owner in any record, `sighted` those of other processes. `now` is for
-    a jump that stops nothing.
+    a jump that stops nothing. `health` reads the operator's health checks.
     """
 
     probed: Probed
@@ -45,6 +46,7 @@ class Facts:
     absent: Sequence[RegisteredProducer] = ()
     sighted: SightedSessions = field(default_factory=SightedSessions)
     now: bool = False
+    health: Callable[[], list[HealthCheck]] = list
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,27 @@ def kernel_producers(facts: Facts) -> CheckFinding | None:
     return CheckFinding.pass_with(f"In the tree: {', '.join(sorted(required))}")
 
 
+def check_health(facts: Facts) -> CheckFinding | None:
+    """Every health check of verify.d can be run after the jump; None without any."""
+    checks = facts.health()
+    if not checks:
+        return None
+    if wrong := [check.wrong for check in checks if check.wrong is not None]:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        where = f"{wrong[0].where}: " if wrong[0].where else ""
+        return CheckFinding.fail_with(f"{where}{wrong[0].what}{more}", wrong[0].remedy)
+    unstartable = [check for check in checks if check.unstartable]
+    text = (
+        f"Health checks that cannot be started: {join_names(f'{one.unstartable} ({one.name})' for one in unstartable)}"
+    )
+    remedy = "Correct them in /etc/kho/verify.d, or install what they name."
+    if any(check.is_required for check in unstartable):
+        return CheckFinding.fail_with(text, remedy)
+    if unstartable:
+        return CheckFinding.warn_with(text, remedy)
+    return CheckFinding.pass_with(f"{len(checks)}: {join_names(check.name for check in checks)}")
+
+
 def check_claims(facts: Facts) -> CheckFinding | None:
     """No producer has state from before the last jump that it has not taken back."""
     if facts.record.claims:

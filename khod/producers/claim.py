@@ -2,13 +2,15 @@
 """What a connected producer was told and has handed over; while that stands, its name is not given to another."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from khod.abi.statx import statx
 from khod.errors import UsageError
 from khod.handover.record import Process, ProducerRecord
 from khod.model import Kept
 from khod.producers.barrier import UNDO, UNDONE_BY, ParticipantVeto, ProducerCall, Verb, read_verb
+from khod.producers.contents import KeptFiles
 from khod.producers.sessions import Sessions, session_of
 
 Inode = tuple[tuple[int, int], int]
@@ -80,7 +82,9 @@ class Claim:
         self._run = run
 
     def begin_verb(self, verb: Verb) -> None:
-        """Note a verb from the moment it is told."""
+        """Note a verb from the moment it is told. What was read of its files is void once it may write to them."""
+        if verb is Verb.freeze:
+            self._kept = tuple(replace(kept, spot=None) for kept in self._kept)
         self._told = verb
 
     def note_unanswered(self, verb: Verb | None) -> None:
@@ -173,9 +177,32 @@ class Claim:
         """
         return {(kept.name, inode): kept for kept, (inode, by) in self._with_freeze.items() if by is not telling}
 
+    def note_spots(self, kept: tuple[Kept, ...]) -> None:
+        """Note what was read of its files, unless it has handed over others since."""
+        if kept == self._kept:
+            self._kept = kept
+
     async def retrieve_files(self, deadline: float) -> list[int]:
-        """Return descriptors of the files that it left in the previous kernel; they are the caller's."""
-        return await self._sessions.retrieve_files(self.session_name, self._kept, deadline)
+        """Return descriptors of the files that it left in the previous kernel; they are the caller's.
+
+        Their contents were compared by then.
+        """
+        kept_files = self._sessions.kept_files
+        fds = await self._sessions.retrieve_files(self.session_name, self._kept, deadline)
+        try:
+            await kept_files.compare_files(self._producer, self._kept, fds, deadline)
+        except BaseException:
+            kept_files.close_fds(fds)
+            raise
+        return fds
+
+
+async def read_frozen_files(kept_files: KeptFiles, claims: Iterable[Claim]) -> None:
+    """Read pages of the files of every producer that is frozen, for the record: the next khod compares them."""
+    frozen = {claim.session_name: claim for claim in claims if claim.told is Verb.freeze}
+    spots = await kept_files.take_spots({session: claim.kept for session, claim in frozen.items()})
+    for session, kept in spots.items():
+        frozen[session].note_spots(kept)
 
 
 def _inode_of(file: int) -> Inode:

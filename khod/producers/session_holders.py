@@ -187,10 +187,10 @@ def count_arrivals(
             findings.append(Finding("", text, FindingSource.session, session.name))
         else:
             unknown.append(shown)
-    counted = Verdict(
-        sorted({*verdict.arrived, *arrived}),
-        sorted({*verdict.missing, *missing}),
-        verdict.changed,
+    counted = replace(
+        verdict,
+        arrived=sorted({*verdict.arrived, *arrived}),
+        missing=sorted({*verdict.missing, *missing}),
         unknown=sorted({*verdict.unknown, *unknown}),
     )
     return counted.with_findings(findings)

@@ -23,6 +23,7 @@ from khod.kernel.account import Account, Grown, Measured, format_bytes
 from khod.kernel.luo import Luo
 from khod.kernel.memory import MemoryBounds, read_memory
 from khod.model import Kept
+from khod.producers.contents import KeptFiles
 from khod.systemd.fdstore import FdStore
 
 LOG = logging.getLogger(__name__)
@@ -60,12 +61,14 @@ class Sessions:
         max_bytes: Callable[[], int] = lambda: sys.maxsize,
         memory: Callable[[], MemoryBounds] = read_memory,
         account: Path | None = None,
+        kept_files: KeptFiles | None = None,
     ) -> None:
         """Begin with the sessions in `passed`, which the service manager kept.
 
         All outgoing files together may have at most `max_bytes()`, or what the host's memory allows. `account` is the
-        file that keeps their size for the next khod.
+        file that keeps their size for the next khod. `kept_files` keeps descriptors of the outgoing files.
         """
+        self.kept_files = kept_files or KeptFiles(thread)
         self._luo = luo
         self._thread = thread
         self._store = store
@@ -105,6 +108,8 @@ class Sessions:
         except Grown:
             self.close_session(session)  # it exceeds the limit: at once, not when its producer is told of the veto
             raise
+        if session in self._fds:  # it was not closed meanwhile
+            self.kept_files.keep_files(session, files)
 
     async def _outgoing_session(self, session: str, deadline: float) -> int:
         """Return the descriptor of an outgoing session; if there is none yet, create it and put it into the store."""
@@ -200,6 +205,7 @@ class Sessions:
     def close_session(self, session: str) -> None:
         """Close a session, also in the store; an outgoing one then no longer preserves anything."""
         self._inodes.pop(session, None)
+        self.kept_files.release_session(session)
         if (fd := self._fds.pop(session, None)) is not None:
             self._store.remove_fd(session)
             # Not before a call with this descriptor is over: otherwise its number could be another session's by then.

@@ -56,7 +56,7 @@ from tests.model.clock import VirtualLoop
 from tests.model.connection import Connection, KeptRegistrations, Watcher, give
 from tests.model.disk import Disk
 from tests.model.faults import EXCEPTIONS, FOREVER, Faults, Fiber, Killed
-from tests.model.kernel import STATELESS, ImageFile, MemoryKernel
+from tests.model.kernel import RELEASE, STATELESS, ImageFile, MemoryKernel
 from tests.model.patches import Replacement
 from tests.model.process import Pool, PooledWorker, Process, status_of
 from tests.model.systemd import KhodsStore, ServiceManager
@@ -77,7 +77,8 @@ def about(kind: str) -> KernelImageInfo:
         bundle = unpack_image(whole, "x86_64", 1 << 30)
     if bundle.kernel is not whole:
         bundle.close()
-    return replace(bundle.about, marks=frozenset()) if kind == STATELESS else bundle.about
+    shown = replace(bundle.about, version=RELEASE[kind], banner="")
+    return replace(shown, marks=frozenset()) if kind == STATELESS else shown
 
 
 def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:

@@ -26,6 +26,9 @@ from khod.kernel.sysfs import KHO
 from khod.kernel.thread import Workers
 from khod.model import Event
 from khod.producers.barrier import Participant
+from khod.producers.children import Children
+from khod.producers.contents import KeptFiles
+from khod.producers.health import HealthChecks
 from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.registrations import Registrations
@@ -243,7 +246,13 @@ class Host:
             self.store,
             Settings(self.config),
             producers=self.producers,
-            sessions=Sessions(Luo(self.kernel), thread, self.fdstore, passed=self.fdstore.passed()),
+            sessions=Sessions(
+                Luo(self.kernel),
+                thread,
+                self.fdstore,
+                passed=self.fdstore.passed(),
+                kept_files=KeptFiles(thread, lambda: self.config.verify),
+            ),
             guard=self.guard.made,
             orderly=executors.get("orderly", jump),
             immediate=executors.get("immediate", jump),
@@ -254,6 +263,7 @@ class Host:
             workers=workers,
             registrations=Registrations(self.registrations) if self.registrations else None,
             scanner=self.scanner,
+            health=HealthChecks(self.directory, Children()),
             remember=self._remember,
         )
 

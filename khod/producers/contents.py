@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The contents of preserved files: pages are read while the producers are frozen, and again in the next kernel.
+
+khod keeps a descriptor of its own of each file, not in the service manager's store: systemd would preserve the file a
+second time. A khod that was restarted has none, and says so. To read a hole of a memfd allocates nothing
+(shmem_file_read_iter() copies zeros); there are none left in any case, because preserving has filled them.
+"""
+
+import fcntl
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+from khod.abi.statx import statx
+from khod.concurrency.worker import Worker
+from khod.config import VerifySettings
+from khod.errors import KhoError, errno_text
+from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource, Kept, Spot
+from khod.text import join_names
+
+PAGE_BYTES = 4096
+"""Bytes of a page as this module counts them, on every architecture."""
+MARK_DIGITS = 8
+SPOT_SECONDS = 2.0
+"""Seconds of the blackout that reading all files may take; what was not read by then is not compared."""
+MAX_DESCRIPTORS = 4096
+"""Descriptors that khod keeps: half of LimitNOFILE= of its unit."""
+MAX_PAGES_NAMED = 4
+RESTARTED = "khod was restarted after the file was handed over, and has no descriptor of it"
+UNREAD = "it was not read before the jump"
+
+Read = Callable[[int, bytearray], int]
+"""Reads the page of this number into a buffer and returns the bytes read; OSError if that fails."""
+
+
+class Chooser(Protocol):
+    """Chooses pages: `random.SystemRandom`, so that no producer knows which."""
+
+    def sample(self, population: range, k: int) -> list[int]:
+        """Return `k` different members of the population."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of one file: how many of its pages were compared, and which of these differ.
+
+    With a `gap` it was not compared, for this reason; `other` is a difference that is not one of pages.
+    """
+
+    producer: str
+    name: str
+    compared: int = 0
+    pages: int = 0
+    differing: tuple[int, ...] = ()
+    other: str = ""
+    gap: str = ""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the file arrived with other contents."""
+        return bool(self.differing or self.other)
+
+    def describe(self) -> str:
+        """Return the evidence, for people."""
+        if self.gap:
+            return f"{self.name}: not compared: {self.gap}"
+        if self.other:
+            return f"{self.name}: {self.other}"
+        compared = f"{self.compared} of {self.pages} pages compared"
+        if self.differing:
+            named = join_names(map(str, self.differing), MAX_PAGES_NAMED)
+            return f"{self.name}: {compared}, {len(self.differing)} of them differ (page {named})"
+        return f"{self.name}: {compared}"
+
+
+class KeptFiles:
+    """The descriptors that khod keeps of preserved files, by session and token, and what came of each comparison.
+
+    All reading, and the closing after it, is done by `worker`. No method raises an error of a file.
+    """
+
+    def __init__(self, worker: Worker, settings: Callable[[], VerifySettings] = VerifySettings) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._fds: dict[str, dict[int, int]] = {}
+        self._compared: dict[tuple[str, str], Comparison] = {}
+
+    def keep_files(self, session: str, files: Sequence[tuple[Kept, int]]) -> None:
+        """Keep a descriptor of each file until `release_session`; without one the file is not compared."""
+        own = self._fds.setdefault(session, {})
+        for kept, fd in files:
+            if sum(map(len, self._fds.values())) >= MAX_DESCRIPTORS:
+                return
+            with suppress(OSError):
+                own[kept.token] = os.dup(fd)
+
+    def release_session(self, session: str) -> None:
+        """Close the descriptors of a session, after what is being read."""
+        for fd in self._fds.pop(session, {}).values():
+            self._close(fd)
+
+    def _close(self, fd: int) -> None:
+        self._worker.call_later(partial(os.close, fd))
+
+    async def take_spots(self, wanted: Mapping[str, Sequence[Kept]]) -> dict[str, tuple[Kept, ...]]:
+        """Read pages of the files in `wanted`, by session; return the same files with their spots.
+
+        A file that has a spot keeps it. This takes SPOT_SECONDS at most.
+        """
+        settings, until = self._settings(), time.monotonic() + SPOT_SECONDS
+        jobs = [
+            (session, kept.token, self._fds.get(session, {}).get(kept.token))
+            for session, files in wanted.items()
+            for kept in files
+            if kept.spot is None
+        ]
+        taken: dict[tuple[str, int], Spot] = {}
+
+        def take() -> None:
+            for session, token, fd in jobs:
+                if time.monotonic() > until:
+                    return
+                taken[session, token] = Spot(gap=RESTARTED) if fd is None else take_spot(fd, settings)
+
+        if jobs:
+            with suppress(KhoError):  # it hangs: what was not read has a gap
+                await self._worker.call_within(take, "reading preserved files", SPOT_SECONDS)
+        late = Spot(gap=f"{UNREAD}: reading all files took longer than {SPOT_SECONDS:g} s")
+        return {
+            session: tuple(replace(kept, spot=kept.spot or taken.get((session, kept.token), late)) for kept in files)
+            for session, files in wanted.items()
+        }
+
+    async def compare_files(self, producer: str, files: Sequence[Kept], fds: Sequence[int], deadline: float) -> None:
+        """Compare files that came from the previous kernel, before the producer has them.
+
+        Only the first time: what it was given before, it may have changed.
+        """
+        jobs = [(kept, fd) for kept, fd in zip(files, fds, strict=True) if (producer, kept.name) not in self._compared]
+
+        def compare() -> list[Comparison]:
+            return [compare_spot(producer, kept, fd) for kept, fd in jobs]
+
+        try:
+            found = await self._worker.call_within(compare, "comparing preserved files", deadline) if jobs else []
+        except KhoError as error:
+            found = [Comparison(producer, kept.name, gap=error.what) for kept, _ in jobs]
+        self._compared |= {(producer, one.name): one for one in found}
+
+    def close_fds(self, fds: Sequence[int]) -> None:
+        """Close descriptors that may still be read."""
+        for fd in fds:
+            self._close(fd)
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """What came of every comparison in this boot, as far as this khod made it."""
+        return list(self._compared.values())
+
+
+def check_contents(producer: str, found: Sequence[Comparison], *, given_before: bool) -> tuple[Check, list[Finding]]:
+    """Return the check of one producer's files, and a finding for each that differs.
+
+    With `given_before` an earlier khod of this boot may have given it the files: then a difference proves nothing.
+    """
+    differing = [] if given_before else [one for one in found if one.differs]
+    uncertain = [one for one in found if one.gap or (one.differs and given_before)]
+    shown = [
+        replace(one, gap="an earlier khod may have given it to the producer before")
+        if one in uncertain and not one.gap
+        else one
+        for one in found
+    ]
+    result = CheckResult.fail if differing else CheckResult.skipped if uncertain else CheckResult.passed
+    remedy = "Do not trust what it took back: start it anew, and test the host's memory." if differing else ""
+    check = Check(contents_check(producer), result, "; ".join(one.describe() for one in shown), remedy)
+    findings = [
+        Finding(
+            producer,
+            f"a file arrived with other contents: {one.describe()}",
+            FindingSource.content,
+            one.name,
+            FindingSeverity.changed,
+        )
+        for one in differing
+    ]
+    return check, findings
+
+
+def contents_check(producer: str) -> str:
+    """Return the name of the check of one producer's files."""
+    return f"contents {producer}"
+
+
+def count_pages(size: int) -> int:
+    """Return how many pages a file of `size` bytes has; the last one may be a part."""
+    return -(-size // PAGE_BYTES)
+
+
+def take_spot(fd: int, settings: VerifySettings) -> Spot:
+    """Read pages of a file: all of them if it has no more than `whole_bytes`, else `pages` at random."""
+    try:
+        size = _size_of_memory(fd)
+        return read_spot(partial(_read_page, fd), size, settings, random.SystemRandom())
+    except OSError as error:
+        return Spot(gap=f"{UNREAD}: {errno_text(error)}")
+    except ValueError as error:
+        return Spot(gap=f"{UNREAD}: {error}")
+
+
+def read_spot(read: Read, size: int, settings: VerifySettings, chooser: Chooser) -> Spot:
+    """Return the spot of a file of `size` bytes; OSError if it cannot be read."""
+    total = count_pages(size)
+    whole = size <= settings.whole_bytes or total <= settings.pages
+    chosen = () if whole else tuple(sorted(chooser.sample(range(total), settings.pages)))
+    digest, marks = _digest_pages(read, chosen or range(total))
+    return Spot(size, chosen, digest, marks)
+
+
+def compare_spot(producer: str, kept: Kept, fd: int) -> Comparison:
+    """Compare a file that arrived with its spot."""
+    spot = kept.spot
+    if spot is None or spot.gap:
+        return Comparison(producer, kept.name, gap=spot.gap if spot else UNREAD)
+    try:
+        size = _size_of_memory(fd)
+        if size != spot.size:
+            return Comparison(producer, kept.name, other=f"it has {size} bytes, and had {spot.size}")
+        return compare_pages(producer, kept.name, spot, partial(_read_page, fd))
+    except (OSError, ValueError) as error:
+        text = errno_text(error) if isinstance(error, OSError) else str(error)
+        return Comparison(producer, kept.name, gap=f"it could not be read: {text}")
+
+
+def compare_pages(producer: str, name: str, spot: Spot, read: Read) -> Comparison:
+    """Compare the pages of a spot with what `read` gives; OSError if that fails."""
+    total = count_pages(spot.size)
+    chosen: Sequence[int] = spot.pages or range(total)
+    digest, marks = _digest_pages(read, chosen)
+    before, now = _split_marks(spot.marks), _split_marks(marks)
+    differing = tuple(page for page, old, new in zip(chosen, before, now, strict=False) if old != new)
+    other = "its pages differ" if digest != spot.digest and not differing else ""
+    return Comparison(producer, name, len(chosen), total, differing, other)
+
+
+def _digest_pages(read: Read, pages: Sequence[int]) -> tuple[str, str]:
+    """Return the digest and the marks of pages, with one buffer for all of them."""
+    buffer, together, marks = bytearray(PAGE_BYTES), hashlib.sha256(), []
+    view = memoryview(buffer)
+    for page in pages:
+        each = hashlib.sha256(view[: read(page, buffer)])
+        together.update(each.digest())
+        marks.append(each.hexdigest()[:MARK_DIGITS])
+    return together.hexdigest(), "".join(marks)
+
+
+def _split_marks(marks: str) -> Iterator[str]:
+    return (marks[at : at + MARK_DIGITS] for at in range(0, len(marks), MARK_DIGITS))
+
+
+def _read_page(fd: int, page: int, buffer: bytearray) -> int:
+    return os.preadv(fd, [buffer], page * PAGE_BYTES)
+
+
+def _size_of_memory(fd: int) -> int:
+    """Return the size of a memfd in bytes; ValueError for another file, which a read may block."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        raise ValueError("it is not a memfd") from None
+    return statx(fd).size
