@@ -130,8 +130,11 @@ def format_since(at: float) -> str:
     return f"{clock} ({ago} ago)" if seconds >= 0 else clock
 
 
-def render_status(status: Status) -> str:
-    """Return the status page: the phase with its summary, the evidence, then what to do next."""
+def render_status(status: Status, *, verbose: bool = False) -> str:
+    """Return the status page: the phase with its summary, the evidence, then what to do next.
+
+    With `verbose` every check of this boot's verification is shown, else those that found something.
+    """
     status = prepare_texts(status)
     rows = [
         ("kernel", f"{status.kernel_release or '?'}, {GENERATIONS[status.generation.value]}; {_kernel_text(status)}")
@@ -148,6 +151,8 @@ def render_status(status: Status) -> str:
     rows += [("", producer_text(found)) for found in status.producers if is_notable(found)][:MAX_SHOWN]
     rows += _session_rows(status)
     rows += _arrival_rows(status)
+    if status.verdict and status.phase in (Phase.verified, Phase.degraded):
+        rows += _verified_rows(status.verdict.checks, verbose=verbose)
     if status.handovers:
         rows.append(("handovers", str(status.handovers)))
     if status.last_error:
@@ -202,6 +207,21 @@ def _arrival_rows(status: Status) -> list[tuple[str, str]]:
         rows.append(("from", status.previous_release))
     if status.handovers and status.phase in (Phase.verified, Phase.degraded):
         rows.append(("blackout", _blackout_text(status)))
+    return rows
+
+
+def _verified_rows(checks: Sequence[Check], *, verbose: bool) -> list[tuple[str, str]]:
+    """Return a row for how many checks of the verification had which result, and one for each that is shown."""
+    counts = Counter(check.result for check in checks)
+    words = ((CheckResult.passed, "passed"), (CheckResult.fail, "failed"), (CheckResult.warn, "with a warning"))
+    said = [
+        f"{counts[result]} {word}" for result, word in (*words, (CheckResult.skipped, "not known")) if counts[result]
+    ]
+    rows = [("checks", ", ".join(said))] if said else []
+    for check in checks:
+        if verbose or check.result is not CheckResult.passed:
+            mark, colour = MARKS[check.result]
+            rows.append(("", f"{typer.style(mark, fg=colour)}  {check.name}: {check.evidence}"))
     return rows
 
 

@@ -281,7 +281,7 @@ def verify(as_json: Json = False) -> None:
             if event.phase not in (Phase.verifying, Phase.rolling_back):  # khod's start is not over yet
                 break
         found = asking.status()
-    _print_answer(found, partial(render.render_status, found), as_json=as_json)
+    _print_answer(found, partial(render.render_status, found, verbose=True), as_json=as_json)
     others = found.exit_code == Exit.refused  # another program's use of KHO does not concern this verification
     raise typer.Exit(Exit.done if others else found.exit_code)
 

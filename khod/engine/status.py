@@ -7,7 +7,7 @@ from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING
 from khod.handover.record import Record
 from khod.kernel.probe import Probed
-from khod.model import Generation, Observed, Phase, Producer, Status, Step, Verdict
+from khod.model import FindingSource, Generation, Observed, Phase, Producer, Status, Step, Verdict
 from khod.producers.barrier import READY
 from khod.producers.session_holders import SightedSessions
 from khod.text import join_names
@@ -61,6 +61,13 @@ OUTCOME_EXITS = {Phase.degraded: Exit.degraded, Phase.cold_boot: Exit.degraded}
 FOREIGN = "Another program is using KHO or kexec as well; khod will not touch it."
 HELD_THERE = "The next step has failed, and the handover was held there as asked."
 UNKNOWN = "The handover succeeded; what no producer registered may not have arrived, and khod cannot know"
+BESIDE_ARRIVAL = {
+    FindingSource.content: "what arrived has other contents than what left",
+    FindingSource.health: "a health check failed",
+    FindingSource.log: "the kernel complains in its log",
+    FindingSource.boot: "it is another kernel than expected, or was reached from another one",
+}
+"""What a finding of these sources says, where no state is missing."""
 REBOOT = "Do not reboot before: it would jump into the image that is still loaded."
 
 
@@ -160,13 +167,20 @@ def _describe_contradiction(
 def _describe_degraded(verdict: Verdict) -> tuple[str, str]:
     """After a handover that did not bring everything, name the producers whose state is missing, and what to do."""
     summary, remedy = PHASE_TEXT[Phase.degraded]
-    names = sorted({finding.producer for finding in verdict.findings if finding.producer})
+    findings = [finding for finding in verdict.findings if finding.source not in BESIDE_ARRIVAL]
+    if verdict.findings and not findings:
+        sources = dict.fromkeys(finding.source for finding in verdict.findings)
+        said = [BESIDE_ARRIVAL[source] for source in sources]
+        others = sorted({finding.producer for finding in verdict.findings if finding.producer})
+        whose = f" ({join_names(others)})" if others else ""
+        return f"This kernel was reached by the kexec, and {'; '.join(said)}{whose}.", "khoctl verify shows all of it."
+    names = sorted({finding.producer for finding in findings if finding.producer})
     if not names:
         return summary, remedy
     shown = join_names(names)
     remedy = "khoctl producers says why. Repair it, then: khoctl producers retry NAME"
     others = sorted(set(verdict.arrived) - set(names))
     fine = f"What arrived: {join_names(others)}." if others else "Nothing else arrived either."
-    if not {*verdict.missing, *verdict.changed} <= set(names) or any(not found.producer for found in verdict.findings):
+    if not {*verdict.missing, *verdict.changed} <= set(names) or any(not found.producer for found in findings):
         remedy = f"{remedy}. What the kernel did not bring is lost: journalctl -kb -g KHO"
     return f"This kernel was reached by the kexec; not taken back: what {shown} left. {fine}", remedy

@@ -113,6 +113,8 @@ async def test_one_bit_of_a_small_file_degrades_and_is_named(host: LuoHost, fd: 
         assert (finding.source, finding.producer, finding.subject) == (FindingSource.content, "kv", "table")
         assert "page 1" in finding.text
         assert "kv" in verdict.changed
+        summary = (await engine.queries.status()).summary
+        assert ("other contents than what left (kv)" in summary, "not taken back" in summary) == (True, False)
         assert "kv" not in verdict.arrived
 
 

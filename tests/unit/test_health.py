@@ -12,6 +12,7 @@ from khod.producers.health import MAX_HEALTH_CHECKS, UNIT_PREFIX, HealthCheck, H
 from khod.producers.transient import unit_name
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
+from tests.unit.khods import REPOSITORY
 
 FINE = 'command = ["/bin/true"]\n'
 
@@ -186,3 +187,11 @@ async def test_the_check_before_a_handover_names_what_could_not_run(host: Host) 
     assert found is not None
     assert found.result is CheckResult.fail
     assert "gone.toml:1" in found.evidence
+
+
+def test_the_sample_is_a_health_check_once_it_is_copied(tmp_path: Path) -> None:
+    sample = REPOSITORY / "etc/kho/verify.d/example.toml.sample"
+    lay(tmp_path, example=sample.read_text())
+    (tmp_path / "etc/kho/verify.d/other.toml.sample").write_text("x = [")
+    (found,) = HealthChecks(tmp_path, Children()).load_checks()
+    assert (found.name, found.wrong, found.is_required, found.timeout) == ("example", None, True, 30.0)

@@ -61,9 +61,9 @@ PRODUCERS = [
     producer("c", "prepare", "", waiting=True),
     producer("d", "", ""),
 ]
-VERDICT = Verdict(["memblock"], ["db"], ["LUO"], "producer db: no answer", unknown=["session vmm"])
-SESSIONS = [LuoSession("vmm", "vmm (process 7, vmm.service)", fate, "because") for fate in SessionFate]
 CHECKS = [Check("inhibitors", CheckResult.warn, "A shutdown is blocked: mallory (why)", "End that first.")]
+VERDICT = Verdict(["memblock"], ["db"], ["LUO"], "producer db: no answer", unknown=["session vmm"], checks=CHECKS)
+SESSIONS = [LuoSession("vmm", "vmm (process 7, vmm.service)", fate, "because") for fate in SessionFate]
 WORDS = [Word("quiet", Fate.removed, "the log"), Word("kho=on", Fate.kept), Word("single", Fate.added)]
 EVENT = Event(1.0, Phase.freezing, "db: no", "run", PRODUCERS[1], WORDS)
 PLAN = Plan([Planned("prepare", "tell db to prepare", "tell it cancel")], CHECKS, "kho=on single", WORDS)
@@ -99,6 +99,7 @@ def status(phase: Phase) -> Status:
 
 PAGES: dict[str, tuple[Callable[[Any], str], Any]] = {
     **{f"status, {phase.value}": (render.render_status, status(phase)) for phase in Phase},
+    "verify": (lambda found: render.render_status(found, verbose=True), status(Phase.degraded)),
     "producers": (render.render_producers, PRODUCERS),
     "counted": (render.count_producers, PRODUCERS),
     **{f"producer {found.name}": (render.producer_text, found) for found in PRODUCERS},
@@ -122,6 +123,22 @@ def test_a_plan_is_in_columns_and_of_no_run() -> None:
         "command line: quiet khod.run=RUN -- x",
         "  the running kernel's, with khod.run=RUN",
     ]
+
+
+def test_verify_shows_every_check_and_status_those_that_found_something() -> None:
+    checks = [
+        Check("kho", CheckResult.passed, "this kernel was given a state tree", ""),
+        Check("contents db", CheckResult.passed, "table: 64 of 262144 pages compared", ""),
+        Check("log", CheckResult.skipped, "its first 7 records were overwritten", ""),
+    ]
+    found = replace(status(Phase.verified), verdict=Verdict(checks=checks))
+    brief = click.unstyle(render.render_status(found))
+    assert "2 passed, 1 not known" in brief
+    assert "skip  log: its first 7 records were overwritten" in brief
+    assert "64 of 262144 pages compared" not in brief
+    assert "pass  contents db: table: 64 of 262144 pages compared" in click.unstyle(
+        render.render_status(found, verbose=True)
+    )
 
 
 def test_an_event_has_the_time_of_day() -> None:
