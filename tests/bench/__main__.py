@@ -4,7 +4,7 @@
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.bench import attackers, barrier, history, hooks, images, overhead, processes, trees, window
+from tests.bench import attackers, barrier, contents, history, hooks, images, overhead, processes, trees, window
 from tests.bench.figure import Figure
 
 BENCHES: list[Callable[[], Iterator[Figure]]] = [
@@ -13,6 +13,7 @@ BENCHES: list[Callable[[], Iterator[Figure]]] = [
     trees.run,
     images.run,
     barrier.run,
+    contents.run,
     attackers.run,
     history.run,
     hooks.run,
