@@ -27,6 +27,9 @@ CORRUPTION = re.compile(
 )
 """What a line says where memory does not hold what it should: mm/page_alloc.c, mm/slub.c, lib/list_debug.c."""
 
+HARMLESS = re.compile(r"\btaint(s|ing) kernel\b|^Kernel command line: ")
+"""What says nothing of the handover where it names it: a module of that name was loaded (kernel/module/main.c)."""
+
 
 @dataclass(frozen=True)
 class BootLog:
@@ -72,6 +75,8 @@ def examine_log(log: Log) -> BootLog:
 def is_complaint(record: LogRecord) -> bool:
     """Whether the kernel itself complains of something that concerns a handover."""
     if record.facility != LOG_KERN or record.level > LOGLEVEL_WARNING:
+        return False
+    if HARMLESS.search(record.text):
         return False
     return bool(HANDOVER.search(record.text) or CORRUPTION.search(record.text))
 

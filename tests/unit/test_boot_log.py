@@ -61,6 +61,7 @@ def test_a_warning_about_the_handover_or_memory_is_a_complaint(text: str) -> Non
         (6, "KHO: exec from: 7.3.4-kho (count 1)"),
         (5, "Unknown kernel command line parameters kho=on"),
         (4, "ACPI: something else that the kernel warns of"),
+        (4, "kho_v3: loading out-of-tree module taints kernel."),
         (8 + 5, "khod: a call to the kernel failed, KHO"),
         (3 * 8 + 3, "systemd-shutdown[1]: Failed to preserve LUO fd 17"),
     ],
