@@ -27,12 +27,13 @@ from khod.text import join_names
 PAGE_BYTES = 4096
 """Bytes of a page as this module counts them, on every architecture."""
 MARK_DIGITS = 8
-SPOT_SECONDS = 2.0
+SPOT_SECONDS = 1.0
 """Seconds of the blackout that reading all files may take; what was not read by then is not compared."""
-MAX_DESCRIPTORS = 4096
-"""Descriptors that khod keeps: half of LimitNOFILE= of its unit."""
+MAX_DESCRIPTORS = 1024
+"""Descriptors that khod keeps: an eighth of LimitNOFILE= of its unit."""
 MAX_PAGES_NAMED = 4
 RESTARTED = "khod was restarted after the file was handed over, and has no descriptor of it"
+TOO_MANY = f"khod keeps descriptors of {MAX_DESCRIPTORS} files, and has those of others"
 UNREAD = "it was not read before the jump"
 
 Read = Callable[[int, bytearray], int]
@@ -89,21 +90,28 @@ class KeptFiles:
         self._worker = worker
         self._settings = settings
         self._fds: dict[str, dict[int, int]] = {}
+        self._gaps: dict[tuple[str, int], str] = {}
+        """Why there is no descriptor of a file, by session and token."""
         self._compared: dict[tuple[str, str], Comparison] = {}
 
     def keep_files(self, session: str, files: Sequence[tuple[Kept, int]]) -> None:
         """Keep a descriptor of each file until `release_session`; without one the file is not compared."""
         own = self._fds.setdefault(session, {})
-        for kept, fd in files:
-            if sum(map(len, self._fds.values())) >= MAX_DESCRIPTORS:
-                return
-            with suppress(OSError):
+        room = MAX_DESCRIPTORS - sum(map(len, self._fds.values()))
+        for number, (kept, fd) in enumerate(files):
+            if number >= room:
+                self._gaps[session, kept.token] = TOO_MANY
+                continue
+            try:
                 own[kept.token] = os.dup(fd)
+            except OSError as error:
+                self._gaps[session, kept.token] = f"khod could not keep a descriptor of it: {errno_text(error)}"
 
     def release_session(self, session: str) -> None:
         """Close the descriptors of a session, after what is being read."""
         for fd in self._fds.pop(session, {}).values():
             self._close(fd)
+        self._gaps = {key: why for key, why in self._gaps.items() if key[0] != session}
 
     def _close(self, fd: int) -> None:
         self._worker.call_later(partial(os.close, fd))
@@ -126,7 +134,8 @@ class KeptFiles:
             for session, token, fd in jobs:
                 if time.monotonic() > until:
                     return
-                taken[session, token] = Spot(gap=RESTARTED) if fd is None else take_spot(fd, settings)
+                why = self._gaps.get((session, token), RESTARTED)
+                taken[session, token] = Spot(gap=why) if fd is None else take_spot(fd, settings)
 
         if jobs:
             with suppress(KhoError):  # it hangs: what was not read has a gap

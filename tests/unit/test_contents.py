@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The contents of preserved files: read while everyone is frozen, compared before their producer has them."""
 
+import asyncio
 import math
 import os
 import random
@@ -17,8 +18,11 @@ from khod.errors import KhoError
 from khod.handover.record import ProducerRecord, Record, decode_record, encode_record
 from khod.model import Check, CheckResult, FindingSource, Kept, Phase, Spot, Verdict
 from khod.producers.contents import (
+    MAX_DESCRIPTORS,
     PAGE_BYTES,
+    TOO_MANY,
     Comparison,
+    KeptFiles,
     check_contents,
     compare_pages,
     compare_spot,
@@ -29,6 +33,7 @@ from khod.simulated.kernel import Rebooted
 from tests.unit.luo import LuoHost, memfd
 from tests.unit.scripted import Scripted, raises
 from tests.unit.test_held_files import Giver, held
+from tests.unit.virtual import InlineWorker
 
 SETTINGS = VerifySettings(pages=4, whole_bytes=2 * PAGE_BYTES)
 
@@ -168,15 +173,17 @@ async def test_a_freeze_that_is_tried_again_reads_again(host: LuoHost, fd: int) 
         assert contents_check(verdict).result is CheckResult.passed
 
 
-async def test_a_khod_that_was_restarted_compares_nothing_and_does_not_pass_it(host: LuoHost, fd: int) -> None:
+async def test_a_khod_that_was_restarted_compares_nothing_and_does_not_pass_it(
+    host: LuoHost, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host.config = replace(host.config, policy=Policy(after_daemon_died="resume"))
     engine, giver = await host.started(), Giver()
     giver.add("prepare", ("table", 1, fd))
     async with giver.serving(engine):
         await held(host, engine)
-        again = await host.started()  # the first one is dead to it
+        monkeypatch.setattr(engine.registry.peers, "remove_peer", lambda _peer: None)  # it is dead from here on
+        again = await host.started()
         assert again.machine.phase is Phase.prepared
-        engine.registry.peers.stop_remembering()
         async with giver.serving(again):
             with pytest.raises(Rebooted):
                 await host.kexec(again)
@@ -207,6 +214,18 @@ async def test_khod_s_descriptors_are_closed_when_the_producer_is_gone(host: Luo
             await engine.activate()
     await settled(host, engine)
     assert own_memfds() == before
+
+
+def test_files_beyond_the_limit_are_not_compared_and_say_why(fd: int) -> None:
+    kept_files = KeptFiles(InlineWorker("files", "A file"))
+    before = len(os.listdir("/proc/self/fd"))
+    files = [(Kept(f"f{number}", number), fd) for number in range(MAX_DESCRIPTORS + 2)]
+    kept_files.keep_files("session", files)
+    assert len(os.listdir("/proc/self/fd")) == before + MAX_DESCRIPTORS
+    taken = asyncio.run(kept_files.take_spots({"session": [kept for kept, _ in files]}))["session"]
+    assert [kept.spot.gap for kept in taken if kept.spot and kept.spot.gap] == [TOO_MANY, TOO_MANY]
+    kept_files.release_session("session")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # One file
