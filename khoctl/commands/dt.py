@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from khoctl import layout
+from khoctl.figures import format_date
 from khoctl.session import Group, Json, connect_client
 from khod.errors import Exit, KhoError, UsageError, errno_text
 from khod.region import Region
@@ -271,16 +271,8 @@ def _snapshot_table(found: "Sequence[Snapshot]") -> Iterator[str]:
 
 def _snapshot_row(item: "Snapshot") -> tuple[str, ...]:
     outcome = item.outcome.replace("_", " ") or "-"
-    words = item.id, _format_date(item.taken_at), item.release, outcome, str(item.bytes)
+    words = item.id, format_date(item.taken_at), item.release, outcome, str(item.bytes)
     return tuple(map(printable, words))
-
-
-def _format_date(seconds: float) -> str:
-    """Format seconds since the epoch; "?" for a time that no calendar has, from a clock that was wrong."""
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    except (ValueError, OverflowError, OSError):
-        return "?"
 
 
 def _style_blob(line: str) -> str:
