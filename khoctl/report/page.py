@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One attempt as a page (HTML): a file that needs nothing else, without scripts, for screens and for paper.
+
+Its policy (Content-Security-Policy) allows its own style sheet and nothing more, so that not even a mistake in the
+escaping could load or run anything.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterable
+
+from khoctl.figures import format_date
+from khoctl.render import GENERATIONS, phase_name
+from khoctl.report.markup import EMPTY, Markup, element, escape_lines, escape_text, join_markup, text_element
+from khoctl.report.picture import NARROW, WIDE, draw_picture
+from khoctl.report.producers import collect_answers
+from khoctl.report.style import page_style
+from khoctl.report.tables import check_table, fact_list, finding_list, image_table, kernel_table, producer_table
+from khoctl.report.verdict import describe_outcome, name_kernels, outcome_class, outcome_title
+from khod import __version__
+from khod.history.model import AttemptRecord, ColdBoot
+from khod.model import Fate, Verdict, Word
+from khod.text import split_words
+
+NOT_SHOWN = "not recorded, or not shown to this user"
+
+
+def write_page(attempt: AttemptRecord) -> str:
+    """Return the page of an attempt; the same attempt always gives the same page."""
+    style = page_style()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        text_element("title", f"Handover {attempt.summary.run}: {outcome_title(attempt)}"),
+        element("style", Markup(style)),
+    )
+    body = element("body", element("main", _write_header(attempt), *_write_sections(attempt)), _write_footer())
+    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _write_sections(attempt: AttemptRecord) -> Iterable[Markup]:
+    if attempt.cold_boot is not None:
+        yield _section(
+            "The cold boot",
+            _write_cold_boot(attempt.cold_boot, reason_shown=attempt.cold_boot.reason == attempt.summary.reason),
+        )
+    yield _section("Verdict", _write_verdict(attempt))
+    yield _section("Timeline", _write_timeline(attempt))
+    yield _section("Producers", producer_table(collect_answers(attempt.events)))
+    yield _section("Checks before the jump", check_table(attempt.checks, fold_passed=True))
+    yield _section("Command line", _write_cmdline(attempt))
+    if attempt.trees:
+        yield _section("State tree", _write_trees(attempt.trees))
+    yield _section("Kernels and images", _write_kernels(attempt))
+
+
+def _section(title: str, *children: Markup) -> Markup:
+    return element("section", text_element("h2", title), *children)
+
+
+def _write_header(attempt: AttemptRecord) -> Markup:
+    summary = attempt.summary
+    how = "" if attempt.target is None else "at once" if attempt.target.at_once else "orderly"
+    facts = [
+        ("Began (UTC)", _format_time(summary.began_at)),
+        ("Ended (UTC)", _format_time(summary.ended_at)),
+        ("Asked for by", summary.by or NOT_SHOWN),
+        ("Jump", how),
+        ("Interface", GENERATIONS.get(attempt.generation, attempt.generation)),
+    ]
+    return element(
+        "header",
+        element(
+            "p", escape_text("Kernel handover "), text_element("span", summary.run, class_="mono"), class_="eyebrow"
+        ),
+        element(
+            "h1",
+            text_element("span", outcome_title(attempt), class_=outcome_class(attempt)),
+            text_element("span", f" {name_kernels(attempt)}", class_="kernels"),
+        ),
+        *(text_element("p", sentence, class_="lede") for sentence in describe_outcome(attempt)),
+        _paragraph(f"This report is incomplete: {attempt.damage}", "warn") if attempt.damage else EMPTY,
+        fact_list([(name, value) for name, value in facts if value], name="across"),
+    )
+
+
+def _format_time(at: float) -> str:
+    return format_date(at) if at else "not known"
+
+
+def _write_verdict(attempt: AttemptRecord) -> Markup:
+    verdict = attempt.verdict
+    if verdict is None:
+        text = "Nothing was verified: no next kernel took over state in this attempt."
+        return join_markup(finding_list(attempt.findings), _paragraph(text))
+    return join_markup(
+        finding_list(attempt.findings or verdict.findings), check_table(verdict.checks), _list_blobs(verdict)
+    )
+
+
+def _list_blobs(verdict: Verdict) -> Markup:
+    """List the state tree's blobs by what became of them."""
+    named = [
+        ("Arrived", verdict.arrived),
+        ("Missing", verdict.missing),
+        ("Changed", verdict.changed),
+        ("Not known", verdict.unknown),
+    ]
+    facts = [(title, ", ".join(names)) for title, names in named if names]
+    return join_markup(text_element("h3", "Blobs of the state tree"), fact_list(facts)) if facts else EMPTY
+
+
+def _write_timeline(attempt: AttemptRecord) -> Markup:
+    timeline = attempt.timeline
+    if not timeline.rows:
+        return join_markup(*map(_paragraph, timeline.unknown or ["No timeline was recorded."]))
+    pictures = (
+        element("figure", draw_picture(timeline, width), class_=name)
+        for width, name in ((WIDE, "wide"), (NARROW, "narrow"))
+    )
+    clocks = "" if timeline.source is None else CLOCKS[timeline.source.name]
+    return join_markup(
+        *pictures,
+        _paragraph(clocks, "muted") if clocks else EMPTY,
+        *(_paragraph(sentence, "muted") for sentence in timeline.unknown),
+        join_markup(text_element("h3", "systemd-analyze time"), _preformatted(timeline.analyze))
+        if timeline.analyze
+        else EMPTY,
+    )
+
+
+CLOCKS = {
+    "tsc": "The clocks of the two kernels were bridged by the processor's time-stamp counter.",
+    "ptp": "The clocks of the two kernels were bridged by a PTP clock.",
+    "wall": "The clocks of the two kernels were bridged by the wall clock, which the next kernel may set anew.",
+}
+
+
+def _write_cold_boot(found: ColdBoot, *, reason_shown: bool) -> Markup:
+    watchdog = {True: "reset the host", False: "did not reset the host", None: "not known"}[found.watchdog]
+    parts = [
+        EMPTY if reason_shown else _paragraph(found.reason),
+        fact_list([("Last phase", phase_name(found.last_phase)), ("Watchdog", watchdog)]),
+    ]
+    if found.journal_end:
+        parts += [text_element("h3", "The journal of the kernel before ends"), _preformatted(found.journal_end)]
+    if found.last_words:
+        parts += [text_element("h3", "Last words, from pstore"), _preformatted("\n".join(found.last_words))]
+    return join_markup(*parts)
+
+
+def _write_cmdline(attempt: AttemptRecord) -> Markup:
+    target = attempt.target.kernel.cmdline if attempt.target else ""
+    words = next((event.words for event in reversed(attempt.events) if event.words), None)
+    if words is None and target and attempt.origin.cmdline:
+        words = _compare_words(attempt.origin.cmdline, target)
+    changed = [word for word in words or () if word.fate is not Fate.kept]
+    parts = [element("ul", *map(_write_word, changed), class_="plain")] if changed else []
+    if words is not None and not changed:
+        parts.append(_paragraph("Both kernels have the same command line."))
+    for title, cmdline in (("Kernel before", attempt.origin.cmdline), ("Next kernel", target)):
+        shown = _preformatted(cmdline) if cmdline else _paragraph(NOT_SHOWN, "muted")
+        parts += [text_element("h3", title), shown]
+    return join_markup(*parts)
+
+
+def _compare_words(before: str, after: str) -> list[Word]:
+    """Return the words that only one of two command lines has."""
+    left, right = split_words(before), split_words(after)
+    removed = [Word(word, Fate.removed) for word in left if word not in right]
+    return removed + [Word(word, Fate.added) for word in right if word not in left]
+
+
+def _write_word(word: Word) -> Markup:
+    sign, name = ("+", "added") if word.fate is Fate.added else ("-", "removed")
+    lost = text_element("span", word.lost, class_="problem") if word.lost else EMPTY
+    return element("li", text_element("code", f"{sign} {word.text}", class_=name), lost)
+
+
+def _write_trees(lines: list[str]) -> Markup:
+    classes = {"-": "removed", "+": "added"}
+    shown = (text_element("code", line, class_=classes.get(line[:1], "muted")) for line in lines)
+    return element("ul", *(element("li", line) for line in shown), class_="plain")
+
+
+def _write_kernels(attempt: AttemptRecord) -> Markup:
+    kernels = [("Before", attempt.origin)]
+    kernels += [("Loaded", attempt.target.kernel)] if attempt.target else []
+    kernels += [("Arrived", attempt.arrived)] if attempt.arrived else []
+    images = attempt.target.images if attempt.target else []
+    return join_markup(kernel_table(kernels), image_table(images))
+
+
+def _paragraph(text: str, name: str = "") -> Markup:
+    return text_element("p", text, **({"class_": name} if name else {}))
+
+
+def _preformatted(text: str) -> Markup:
+    return element("pre", escape_lines(text))
+
+
+def _write_footer() -> Markup:
+    return text_element("footer", f"Written by khoctl {__version__}.")
