@@ -30,8 +30,9 @@ MODULES = {
     "dt": "dt",
     "history": "history",
     "producers": "producers",
+    "report": "report",
 }
-"""The module of each command; a command with the name of its module is that module's group."""
+"""The module of each command; a command that the module's group does not have is the group itself."""
 
 JOURNAL = "The log: journalctl -u kho-handover. Where the handover stands: khoctl status."
 ELSEWHERE = {
@@ -55,7 +56,7 @@ class Commands(Root):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in MODULES and self.commands[cmd_name].name is None:
             group = typer.main.get_group(importlib.import_module(f"khoctl.commands.{MODULES[cmd_name]}").app)
-            self.commands[cmd_name] = group if cmd_name == MODULES[cmd_name] else group.commands[cmd_name]
+            self.commands[cmd_name] = group.commands.get(cmd_name, group)
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(

@@ -13,7 +13,7 @@ def format_seconds(seconds: float, error: float = 0.0) -> str:
     """Format a time with its maximum error: `15.000 s ± 0.004 s`, `15.0 s ± 1.0 s`; the error is rounded up."""
     decimals = COARSE if error >= COARSE_SECONDS else FINE
     text = f"{seconds:.{decimals}f} s"
-    if not error > 0:
+    if not 0 < error < math.inf:
         return text
     return f"{text} ± {math.ceil(round(error * 10**decimals, 6)) / 10**decimals:.{decimals}f} s"
 

@@ -14,8 +14,9 @@ import typer
 
 from khoctl import layout
 from khoctl.figures import format_date
+from khoctl.output import write_file
 from khoctl.session import Group, Json, connect_client
-from khod.errors import Exit, KhoError, UsageError, errno_text
+from khod.errors import Exit, KhoError, UsageError
 from khod.region import Region
 from khod.text import printable
 from khod.trees.load import load_blobs
@@ -157,15 +158,7 @@ def dt_export(
         raise UsageError("A blob is not written to a terminal", remedy="Give -o FILE, or --format dts or json.")
     blobs = _select_blob(_find_tree(side or tree)[0], blob or ROOT)
     for name, data in blobs.items():
-        written = _export_bytes(name, data, form)
-        if output == "-":
-            sys.stdout.buffer.write(written)
-            sys.stdout.buffer.flush()
-            continue
-        try:
-            Path(output).write_bytes(written)
-        except OSError as error:
-            raise UsageError(f"The file cannot be written: {errno_text(error)}", where=output) from None
+        write_file(output, _export_bytes(name, data, form))
 
 
 @app.command("validate")

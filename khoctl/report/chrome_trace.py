@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from khoctl.report.rows import known_rows
 from khod.history.model import AttemptRecord, RowKind, TimelineRow
 
 MICROSECONDS = 1_000_000
@@ -23,7 +24,7 @@ Track = tuple[int, str]
 
 def write_trace(attempt: AttemptRecord) -> str:
     """Return the trace; its time 0 is the begin of the first row, `otherData.first_freeze_us` that of the blackout."""
-    rows = attempt.timeline.rows
+    rows = known_rows(attempt.timeline)
     origin = min((row.begin for row in rows), default=0.0)
     tracks = dict.fromkeys([(HANDOVER, TIMELINE), *map(_find_track, rows)])
     threads = {track: number for number, track in enumerate(tracks, 1)}

@@ -84,7 +84,11 @@ def _write_header(attempt: AttemptRecord) -> Markup:
             text_element("span", f" {name_kernels(attempt)}", class_="kernels"),
         ),
         *(text_element("p", sentence, class_="lede") for sentence in describe_outcome(attempt)),
-        _paragraph(f"This report is incomplete: {attempt.damage}", "warn") if attempt.damage else EMPTY,
+        *(
+            _paragraph(f"This report is incomplete: {damage}", "warn")
+            for damage in (attempt.damage, summary.damage)
+            if damage
+        ),
         fact_list([(name, value) for name, value in facts if value], name="across"),
     )
 

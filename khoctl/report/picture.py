@@ -7,10 +7,11 @@ On a wide picture a row's name stands left of its bar and its time on the right;
 import math
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from khoctl.figures import format_seconds
 from khoctl.report.markup import EMPTY, Markup, element, join_markup, text_element
+from khoctl.report.rows import DrawnRow, known_rows, select_rows
 from khoctl.report.style import picture_style
 from khod.history.model import RowKind, Timeline, TimelineRow
 from khod.text import printable
@@ -25,8 +26,6 @@ CHAR_PIXELS = 7.0
 TICK_PIXELS = 76
 INDENT = 14
 HEAD, TICKS, LEGEND, MARGIN = 52, 24, 30, 16
-MAX_CHILDREN = 8
-"""The rows drawn below one parent: the slowest; the others share a row."""
 BEFORE_SHARE = 0.5
 """What came before the first `freeze` gets at most this share of the width of what follows; the rest is cut off."""
 HATCHED_SHARE = 0.1
@@ -50,14 +49,6 @@ FAMILY = {
     RowKind.restore: "khod",
     RowKind.producer: "khod",
 }
-
-
-@dataclass(frozen=True)
-class DrawnRow:
-    """One lane of the picture: its row, and the time that is written to it."""
-
-    row: TimelineRow
-    time: str
 
 
 @dataclass(frozen=True)
@@ -90,12 +81,12 @@ def draw_file(timeline: Timeline) -> str:
 
 def draw_picture(timeline: Timeline, width: int, *, standalone: bool = False) -> Markup:
     """Return the `svg` element; only with `standalone` it brings its namespace, its style and a background."""
-    lanes = select_lanes([row for row in timeline.rows if math.isfinite(row.begin) and math.isfinite(row.seconds)])
-    rows = [lane.row for lane in lanes]
+    shown = select_rows(known_rows(timeline))
+    rows = [item.row for item in shown]
     scale = _choose_scale(rows, timeline.blackout_seconds, width)
     drawn, bottom, hatch = [], float(HEAD), f"hatch-{width}"
-    for lane in lanes:
-        markup, taken = _draw_lane(lane, scale, width, bottom, hatch)
+    for item in shown:
+        markup, taken = _draw_row(item, scale, width, bottom, hatch)
         drawn.append(markup)
         bottom += taken
     errors = any(_error_shows(row, scale) for row in rows)
@@ -120,30 +111,6 @@ def draw_picture(timeline: Timeline, width: int, *, standalone: bool = False) ->
     )
 
 
-def select_lanes(rows: list[TimelineRow]) -> list[DrawnRow]:
-    """Return what is drawn: each parent, then its MAX_CHILDREN slowest children, then all others in one lane."""
-    lanes = []
-    names = {row.name for row in rows if not row.parent}
-    for parent in rows:
-        if parent.parent in names:
-            continue
-        lanes.append(_row_lane(parent))
-        children = [row for row in rows if row.parent == parent.name] if not parent.parent else []
-        slowest = sorted(children, key=lambda row: row.seconds, reverse=True)
-        shown, others = slowest[:MAX_CHILDREN], slowest[MAX_CHILDREN:]
-        lanes += map(_row_lane, sorted(shown, key=lambda row: row.begin))
-        if others:
-            begin = min(row.begin for row in others)
-            end = max(row.begin + row.seconds for row in others)
-            span = replace(others[0], name=f"{len(others)} more", begin=begin, seconds=end - begin, error_seconds=0.0)
-            lanes.append(DrawnRow(replace(span, detail=""), f"≤ {format_seconds(others[0].seconds)}"))
-    return lanes
-
-
-def _row_lane(row: TimelineRow) -> DrawnRow:
-    return DrawnRow(row, format_seconds(row.seconds, row.error_seconds))
-
-
 def _choose_scale(rows: list[TimelineRow], blackout: float | None, width: int) -> TimeScale:
     first = min((row.begin for row in rows), default=0.0)
     last = max((row.begin + row.seconds for row in rows), default=0.0)
@@ -155,24 +122,24 @@ def _choose_scale(rows: list[TimelineRow], blackout: float | None, width: int) -
     return TimeScale(first, last, *sides)
 
 
-def _draw_lane(lane: DrawnRow, scale: TimeScale, width: int, top: float, hatch: str) -> tuple[Markup, float]:
-    """Return a lane at this height of the picture, and the height of the lane."""
-    row = lane.row
+def _draw_row(item: DrawnRow, scale: TimeScale, width: int, top: float, hatch: str) -> tuple[Markup, float]:
+    """Return a row at this height of the picture, and the height of the row."""
+    row = item.row
     is_child, is_wide = bool(row.parent), width >= BELOW_WIDE
     thick, indent = (7, INDENT) if is_child else (13, 0)
     if is_wide:
         height, name_room = (17.0 if is_child else 24.0), NAME_PIXELS - 12.0
         base, bar = top + height / 2 + 4, top + (height - thick) / 2
     else:
-        height, name_room = (26.0 if is_child else 35.0), width - _text_pixels(lane.time) - 12
+        height, name_room = (26.0 if is_child else 35.0), width - _text_pixels(item.time) - 12
         base, bar = top + 13, top + 17
     kind = "t-text t-small" if is_child else "t-text"
     markup = element(
         "g",
-        text_element("title", _describe_lane(lane)),
+        text_element("title", _describe_row(item)),
         _draw_bar(row, scale, bar, thick, hatch),
         text_element("text", _fit_text(row.name, name_room - indent), class_=kind, x=indent, y=base),
-        text_element("text", lane.time, class_=f"{kind} t-value", x=width, y=base),
+        text_element("text", item.time, class_=f"{kind} t-value", x=width, y=base),
     )
     return markup, height
 
@@ -201,11 +168,11 @@ def _error_shows(row: TimelineRow, scale: TimeScale) -> bool:
     return scale.place(end + row.error_seconds) - scale.place(end - row.error_seconds) >= 2 * MIN_ERROR
 
 
-def _describe_lane(lane: DrawnRow) -> str:
-    row = lane.row
+def _describe_row(item: DrawnRow) -> str:
+    row = item.row
     place = f" in {row.parent}" if row.parent else ""
     detail = f": {row.detail}" if row.detail else ""
-    return f"{row.name}{place}: {lane.time}, from {row.begin:.3f} s{detail}"
+    return f"{row.name}{place}: {item.time}, from {row.begin:.3f} s{detail}"
 
 
 def _draw_tick(at: float, text: str, width: int, bottom: float) -> Markup:
