@@ -106,7 +106,8 @@ table { width: 100%; border-collapse: collapse; table-layout: fixed; margin: 0 0
 th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--rule) }
 th { font-size: .8rem; font-weight: 600; color: var(--muted) }
 th:last-child, td:last-child { padding-right: 0 }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+td.number { white-space: nowrap }
 .mark { width: 7.5rem; font-weight: 600 } .name { width: 11rem } .verb { width: 6.4rem }
 .remedy, .problem { display: block }
 .remedy { color: var(--muted) }
@@ -133,7 +134,7 @@ footer { margin-top: 3.5rem; padding-top: .7rem; border-top: 1px solid var(--rul
   td.mark, td.name, td.verb { width: auto }
   td.mark, td.mark + td.name { display: inline }
   td.mark + td.name { margin-left: .6rem }
-  td.number { display: flex; justify-content: space-between; text-align: right }
+  td.number { display: flex; justify-content: space-between; gap: 1rem; white-space: normal }
   td.number:empty { display: none }
   td[data-label]::before { content: attr(data-label); color: var(--muted); text-align: left }
 }
