@@ -131,14 +131,14 @@ def _draw_row(item: DrawnRow, scale: TimeScale, width: int, top: float, hatch: s
         height, name_room = (17.0 if is_child else 24.0), NAME_PIXELS - 12.0
         base, bar = top + height / 2 + 4, top + (height - thick) / 2
     else:
-        height, name_room = (26.0 if is_child else 35.0), width - _text_pixels(item.time) - 12
-        base, bar = top + 13, top + 17
+        height, name_room = (29.0 if is_child else 38.0), width - _text_pixels(item.time) - 12
+        base, bar = top + 13, top + 18
     kind = "t-text t-small" if is_child else "t-text"
     markup = element(
         "g",
         text_element("title", _describe_row(item)),
         _draw_bar(row, scale, bar, thick, hatch),
-        text_element("text", _fit_text(row.name, name_room - indent), class_=kind, x=indent, y=base),
+        text_element("text", _fit_text(_name_row(row), name_room - indent), class_=kind, x=indent, y=base),
         text_element("text", item.time, class_=f"{kind} t-value", x=width, y=base),
     )
     return markup, height
@@ -168,11 +168,14 @@ def _error_shows(row: TimelineRow, scale: TimeScale) -> bool:
     return scale.place(end + row.error_seconds) - scale.place(end - row.error_seconds) >= 2 * MIN_ERROR
 
 
+def _name_row(row: TimelineRow) -> str:
+    return f"{row.name}: {row.detail}" if row.detail else row.name
+
+
 def _describe_row(item: DrawnRow) -> str:
     row = item.row
     place = f" in {row.parent}" if row.parent else ""
-    detail = f": {row.detail}" if row.detail else ""
-    return f"{row.name}{place}: {item.time}, from {row.begin:.3f} s{detail}"
+    return f"{_name_row(row)}{place}: {item.time}, from {row.begin:.3f} s"
 
 
 def _draw_tick(at: float, text: str, width: int, bottom: float) -> Markup:

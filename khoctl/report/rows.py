@@ -9,6 +9,9 @@ from khod.history.model import Timeline, TimelineRow
 
 MAX_CHILDREN = 8
 """The rows drawn below one parent: the slowest; the others share a row."""
+ROUNDING_SECONDS = 1e-6
+"""A child may seem to begin so much before its parent."""
+NO_PARENT = -1
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,24 @@ def known_rows(timeline: Timeline) -> list[TimelineRow]:
 def select_rows(rows: list[TimelineRow]) -> list[DrawnRow]:
     """Return what is drawn: each parent, then its MAX_CHILDREN slowest children, then all its others in one row.
 
-    A row whose parent is missing is drawn as a parent.
+    A step that was tried twice has two rows: a child belongs to the last one that began before it. A row whose parent
+    is missing is drawn as a parent.
     """
-    parents = {row.name for row in rows if not row.parent}
-    drawn = []
+    parents = [row for row in rows if not row.parent]
+    children: dict[int, list[TimelineRow]] = {}
     for row in rows:
-        if row.parent not in parents:
-            drawn.append(_draw_own(row))
-            drawn += [] if row.parent else _select_children([child for child in rows if child.parent == row.name])
+        if row.parent:
+            children.setdefault(_find_parent(row, parents), []).append(row)
+    drawn = [_draw_own(row) for row in children.get(NO_PARENT, [])]
+    for number, parent in enumerate(parents):
+        drawn += [_draw_own(parent), *_select_children(children.get(number, []))]
     return drawn
+
+
+def _find_parent(child: TimelineRow, parents: list[TimelineRow]) -> int:
+    named = [number for number, parent in enumerate(parents) if parent.name == child.parent]
+    before = [number for number in named if parents[number].begin <= child.begin + ROUNDING_SECONDS]
+    return [NO_PARENT, *named[:1], *before][-1]
 
 
 def _select_children(children: list[TimelineRow]) -> list[DrawnRow]:

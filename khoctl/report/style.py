@@ -41,7 +41,7 @@ IN_THE_DARK = "@media screen and (prefers-color-scheme: dark)"
 
 _PICTURE = Template("""
 .t-paper { fill: $paper }
-.t-text { fill: $ink; stroke: $paper; stroke-width: 4; paint-order: stroke;
+.t-text { fill: $ink; stroke: $paper; stroke-width: 3; paint-order: stroke;
   font: 12px "Helvetica Neue", Helvetica, Arial, "DejaVu Sans", sans-serif }
 .t-small { fill: $muted; font-size: 11px }
 .t-value { font-variant-numeric: tabular-nums; text-anchor: end }

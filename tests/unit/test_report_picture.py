@@ -169,3 +169,19 @@ def test_a_blackout_that_is_not_known_is_not_drawn() -> None:
     assert [found.text for found in draw(TIMELINES["orderly"]).iter("text") if "blackout" in (found.text or "")] == [
         "blackout 15.000 s ± 0.004 s"
     ]
+
+
+def test_a_step_that_was_tried_twice_has_its_own_children() -> None:
+    rows = [
+        TimelineRow(RowKind.step, "freeze", 0.0, 1.0, detail="failed"),
+        TimelineRow(RowKind.step, "freeze", 3.0, 1.0),
+        TimelineRow(RowKind.producer, "database", 0.0, 1.0, parent="freeze", detail="busy"),
+        TimelineRow(RowKind.producer, "database", 3.0, 0.5, parent="freeze"),
+    ]
+    shown = [(group.findtext("text"), group.findall("text")[1].text) for group in draw(Timeline(rows)).iter("g")]
+    assert shown == [
+        ("freeze: failed", "1.000 s"),
+        ("database: busy", "1.000 s"),
+        ("freeze", "1.000 s"),
+        ("database", "0.500 s"),
+    ]
