@@ -30,9 +30,10 @@ def report(
     as_json: Json = False,
     db: DatabaseFile = None,
 ) -> None:
-    """Write what is known of one attempt at a handover: the verdict, the timeline, the producers, the checks.
+    """Write a report of one attempt at a handover.
 
-    FILE is replaced when all of it is written; - is standard output.
+    It has the verdict, the timeline, the producers and the checks. FILE is replaced when all of it is written; - is
+    standard output.
     """
     chosen = [
         (writer, file)
