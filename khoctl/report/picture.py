@@ -27,7 +27,9 @@ TICK_PIXELS = 76
 INDENT = 14
 HEAD, TICKS, LEGEND, MARGIN = 52, 24, 30, 16
 BEFORE_SHARE = 0.5
-"""What came before the first `freeze` gets at most this share of the width of what follows; the rest is cut off."""
+"""What came before the first `freeze` gets at most this share of the width of what follows; the rest is cut off.
+
+Without a blackout nothing is: then what came before it may be all there is."""
 HATCHED_SHARE = 0.1
 """From this share of its time on, the error of a row is large, and its bar is hatched."""
 MIN_BAR, MIN_ERROR = 1.5, 1.5
@@ -114,8 +116,8 @@ def draw_picture(timeline: Timeline, width: int, *, standalone: bool = False) ->
 def _choose_scale(rows: list[TimelineRow], blackout: float | None, width: int) -> TimeScale:
     first = min((row.begin for row in rows), default=0.0)
     last = max((row.begin + row.seconds for row in rows), default=0.0)
-    last = max(last, blackout or 0.0)
-    if last > 0:
+    if blackout is not None:
+        last = max(last, blackout)
         first = max(first, -BEFORE_SHARE * last)
     last = max(last, first + MIN_SPAN_SECONDS)
     sides = (NAME_PIXELS, width - TIME_PIXELS) if width >= BELOW_WIDE else (6, width - 6)

@@ -19,7 +19,7 @@ TITLES = {
 }
 SENTENCES = {
     Phase.verified: "The next kernel runs, and what was handed over to it has arrived.",
-    Phase.degraded: "The next kernel runs, but not all that was handed over to it has arrived as it was.",
+    Phase.degraded: "The next kernel runs, but its verification found problems.",
     Phase.cold_boot: "The host was booted without the state of the kernel before.",
     Phase.idle: "The handover was rolled back. The host stayed in the kernel it ran.",
     Phase.failed: "The handover failed, and not everything was rolled back.",
