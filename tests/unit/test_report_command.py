@@ -6,15 +6,15 @@ import os
 import stat
 import threading
 import xml.etree.ElementTree as ET
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from khod.engine.history import HISTORY_FILE
 from khod.errors import Exit
-from khod.history.opening import open_database
 from tests.unit import attempts
-from tests.unit.khods import DEADLINE, Answer, cli, khoctl
+from tests.unit.histories import fill
+from tests.unit.khods import DEADLINE, NOBODY, Answer, Khod, cli, khoctl, public_directory
 
 FORMS = ("--html", "--svg", "--chrome-trace")
 
@@ -23,9 +23,7 @@ FORMS = ("--html", "--svg", "--chrome-trace")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A history of one attempt."""
     path = tmp_path_factory.mktemp("history") / "history.db"
-    opened, _ = open_database(path)
-    with closing(opened):
-        opened.add_attempt(attempts.orderly_attempt())
+    fill(path, attempts.orderly_attempt())
     return path
 
 
@@ -143,3 +141,22 @@ def test_a_fifo_is_written_to(database: Path, tmp_path: Path) -> None:
     reader.join(DEADLINE)
     assert is_whole("--svg", read[0])
     assert (tmp_path / "fifo").is_fifo()
+
+
+def test_khod_gives_the_same_report_but_not_to_everyone(database: Path) -> None:
+    """Who asked, and the command lines, are for root and the group kho."""
+    with public_directory() as directory:
+        (directory / "state").mkdir()
+        (directory / "state" / HISTORY_FILE).write_bytes(database.read_bytes())
+        khod = Khod(directory)
+        try:
+            asked = khod.khoctl("report", "--html", "-")
+            other = khoctl(khod.socket, "report", "--html", "-", user=NOBODY)
+        finally:
+            khod.close()
+    assert asked == report(database, "--html", "-")
+    assert (other.code, other.err) == (Exit.done, "")
+    for secret in ("alice", "root=/dev/vda1"):
+        assert secret in asked.out
+        assert secret not in other.out
+    assert other.out.count("not recorded, or not shown to this user") == 3
