@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -52,6 +52,9 @@ class Calls(Protocol):
 
     def list_directory(self, path: str) -> list[str]:
         """Return the names in a directory, sorted; an empty list if there is no such directory."""
+
+    def temporary_directory(self, path: str) -> AbstractContextManager[None]:
+        """Make a directory, and remove it at the end; in tracefs it is an instance, and not empty."""
 
     def open_log(self, *, whole: bool = False) -> Log:
         """Open the kernel log after its last record, so that only later records are read.
@@ -124,6 +127,16 @@ class HostCalls:
             return sorted(os.listdir(self.host_path(path)))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    @contextmanager
+    def temporary_directory(self, path: str) -> Iterator[None]:
+        with os_error_context(f"mkdir {path}"), suppress(FileExistsError):  # of a khod that was killed meanwhile
+            os.mkdir(self.host_path(path), 0o700)
+        try:
+            yield
+        finally:
+            with os_error_context(f"rmdir {path}"):
+                os.rmdir(self.host_path(path))
 
     def open_log(self, *, whole: bool = False) -> Log:
         with os_error_context(f"open {KMSG}"):

@@ -76,7 +76,8 @@ class Moment(enum.Enum):
 class ClockReading:
     """The clocks of one kernel at one moment, in seconds but for `tsc`, which is in cycles; None for what is not there.
 
-    All of them were read within `span_seconds`. `monotonic` stops where the host sleeps, `boottime` does not.
+    All of them were read within `span_seconds`. `monotonic` stops where the host sleeps, `boottime` does not. `rtc` is
+    the hardware clock, which counts whole seconds: it was between this and 1.1 seconds more.
     """
 
     moment: Moment
@@ -88,6 +89,7 @@ class ClockReading:
     tsc: int | None = None
     ptp: float | None = None
     ptp_name: str = ""
+    rtc: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Departure:
     late_start_monotonic: float | None = None
     late_finish_monotonic: float | None = None
     sleep_seconds: float | None = None
-    """What systemd-shutdown slept for MinimumUptimeSec=."""
+    """What systemd-shutdown slept at most for MinimumUptimeSec=, before `late_finish_monotonic`."""
     stops: list[UnitStop] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 

@@ -3,7 +3,7 @@
 
 import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from khod.abi.calls import KMSG
@@ -70,6 +70,9 @@ class KernelCalls:
 
     def list_directory(self, path: str) -> list[str]:
         return self.kernel.listdir(path)
+
+    def temporary_directory(self, path: str) -> AbstractContextManager[None]:
+        raise refuse(errno.ENOENT, f"mkdir {path}")
 
     def open_log(self, *, whole: bool = False) -> _Log:
         return _Log([] if whole else self.kernel.log)  # a log that is not complete is no evidence
