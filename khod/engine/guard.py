@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import pyudev
 
 from khod.errors import Failed, errno_text
+from khod.kernel.host import BOUND_DEVICES
 
 SO_RCVBUFFORCE = 33
 """include/uapi/asm-generic/socket.h. Python's socket module lacks it."""
@@ -36,8 +37,6 @@ ACTION_TEXT = {"add": "was added", "remove": "was removed", "online": "came onli
 GONE = ("remove", "offline")
 MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
 DEVICES = "/dev"
-BOUND_DEVICES = "/run/kho-devices"
-"""Where khod's unit shows it the host's /dev: its own has no links, as the unit says PrivateDevices=."""
 LOST = "lost"
 UNREADABLE = "unreadable"
 NO_DEVICE = {

@@ -15,6 +15,7 @@ from functools import partial
 from khod.abi.calls import Calls
 from khod.abi.clock_device import read_clock_device
 from khod.history.model import ClockReading, Moment
+from khod.kernel.host import BOUND_DEVICES
 from khod.kernel.kexec import BOOT_ID
 from khod.kernel.tracing import read_tsc
 
@@ -22,8 +23,6 @@ PTP_CLASS, RTC_CLASS = "/sys/class/ptp", "/sys/class/rtc"
 HOST_CLOCK = re.compile(r"KVM virtual PTP|hyperv|ptp_vmw|vmclock\d+")
 """Names of PTP clocks that are the hypervisor's. Drivers of network cards may set theirs from the wall clock when they
 start (igb and ixgbe do): it would go on over a kexec no better than the wall clock itself."""
-BOUND_DEVICES = "/run/kho-devices"
-"""Where khod's unit shows it the host's /dev, as in `khod.engine.guard`."""
 MAX_RTC_SPAN_SECONDS = 0.1
 """A hardware clock that took longer to read is left out."""
 SYSTEM_CLOCKS = (time.CLOCK_REALTIME, time.CLOCK_BOOTTIME)

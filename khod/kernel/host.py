@@ -20,6 +20,8 @@ CAP_SYS_BOOT = 22  # include/uapi/linux/capability.h
 INITIAL_NAMESPACES = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 PROCESSORS = "/sys/devices/system/cpu"
 KIB = 1024
+BOUND_DEVICES = "/run/kho-devices"
+"""Where khod's unit shows it the host's /dev: its own has no links, as the unit says PrivateDevices=."""
 
 
 @dataclass(frozen=True)
