@@ -97,6 +97,11 @@ class Systemd:
         """Return the state of the host as `systemctl is-system-running` prints it: running, degraded, stopping, ..."""
         return await self._manager_property("SystemState")
 
+    async def read_manager(self) -> dict[str, Any]:
+        """Return all properties of the manager itself, by name."""
+        answer = await self._bus.call_method((SYSTEMD, MANAGER[1], PROPERTIES), "GetAll", "s", MANAGER[2])
+        return {name: value for name, (_, value) in self._only_value("a{sv}", answer).items()}
+
     async def list_units(self, pattern: str) -> dict[str, str]:
         """Return the loaded units whose names match the pattern (shell wildcards), with their objects' paths."""
         answer = await self._bus.call_method(MANAGER, "ListUnitsByPatterns", "asas", [], [pattern])

@@ -21,6 +21,19 @@ MICROSECONDS = {
 """systemd.time(7), in the order in which systemd tries them (extract_multiplier() in src/basic/time-util.c)."""
 NUMBER = re.compile(r"\+?([0-9]+)(?:\.([0-9]+))?")
 USEC_INFINITY = 2**64 - 1
+SHOWN = (
+    ("y", 31557600 * 10**6),
+    ("month", 2629800 * 10**6),
+    ("w", 7 * 86400 * 10**6),
+    ("d", 86400 * 10**6),
+    ("h", 3600 * 10**6),
+    ("min", 60 * 10**6),
+    ("s", 10**6),
+    ("ms", 1000),
+    ("us", 1),
+)
+"""The units in which systemd writes a time span, with their microseconds."""
+MINUTE = 60 * 10**6
 
 
 def parse_span(text: str) -> float | None:
@@ -59,3 +72,26 @@ def parse_microseconds(text: str, *, unit_microseconds: int = 10**6) -> int | No
             scale //= 10
             total += int(digit) * scale
     return total if text and total < USEC_INFINITY else None
+
+
+def format_span(microseconds: int, accuracy: int) -> str:
+    """Write a time span as systemd's format_timespan() does; `accuracy` is a power of ten, in microseconds.
+
+    Below a minute the last unit has a fraction: `1min 2.345s`, `981ms`.
+    """
+    if microseconds <= 0:
+        return "0"
+    words, left = list[str](), microseconds
+    for name, unit in SHOWN:
+        if left <= 0 or (left < accuracy and words):
+            break
+        if left < unit:
+            continue
+        whole, rest = divmod(left, unit)
+        digits = len(str(unit)) - len(str(accuracy))
+        if left < MINUTE and rest and digits > 0:
+            words.append(f"{whole}.{rest // accuracy:0{digits}}{name}")
+            break
+        words.append(f"{whole}{name}")
+        left = rest
+    return " ".join(words)

@@ -47,6 +47,8 @@ class FakeBus:
     processes: list[int] = field(default_factory=list)
     manager: dict[str, str] = field(default_factory=dict)
     """Properties of systemd itself."""
+    stamps: dict[str, int] = field(default_factory=dict)
+    """The same, of those that are numbers: systemd's time stamps, in microseconds."""
     stored: dict[str, list[str]] = field(default_factory=dict)
     """Paths of the files in each unit's store."""
     inhibitors: list[tuple[Any, ...]] = field(default_factory=list)
@@ -130,9 +132,7 @@ class FakeBus:
             case "LoadUnit":
                 return "o", (f"/unit/{name.encode().hex()}",)
             case "GetAll":
-                path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
-                gone = unit(LoadState="not-found", ActiveState="inactive")
-                return "a{sv}", (self.units.get(bytes.fromhex(path).decode(), gone),)
+                return "a{sv}", (self._describe(message),)
             case "Get" if message.body in [(f"{SYSTEMD}.{kind}", "ControlGroup") for kind in ("Service", "Slice")]:
                 path = bytes.fromhex(message.header.fields[HeaderFields.path].removeprefix("/unit/")).decode()
                 return "v", (("s", f"/{path}" if path.endswith(".slice") else f"/system.slice/{path}"),)
@@ -147,6 +147,13 @@ class FakeBus:
             case "StopUnit" | "StartUnit":
                 return "o", (self._job(method, name, writer),)
         raise Refusal("org.freedesktop.DBus.Error.UnknownMethod", method)
+
+    def _describe(self, message: Message) -> dict[str, tuple[str, Any]]:
+        if message.body[0] == MANAGER.interface:
+            return {name: ("t", value) for name, value in self.stamps.items()}
+        path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
+        gone = unit(LoadState="not-found", ActiveState="inactive")
+        return self.units.get(bytes.fromhex(path).decode(), gone)
 
     def _get(self, message: Message) -> Reply:
         if message.body[0] == MANAGER.interface:
