@@ -22,6 +22,9 @@ RTC_SECONDS = 1.1
 STEP_SECONDS = 0.2
 """A wall clock that moves by more against CLOCK_MONOTONIC, beyond MAX_SLEW, was set."""
 
+SLEEP_SECONDS = 0.1
+"""By how much CLOCK_BOOTTIME moves against CLOCK_MONOTONIC at least where the host was suspended."""
+
 
 @dataclass(frozen=True)
 class Bridge:
@@ -55,6 +58,7 @@ def bridge_clocks(before: Sequence[ClockReading], after: Sequence[ClockReading],
     if not before or not after:
         missing = "before" if not before else "after"
         return Bridge(None, notes=(f"The clocks of the kernel {missing} the jump were not read.",))
+    before, after = _without_sleep(before, before[-1]), _without_sleep(after, after[0])
     found: dict[ClockSource, _Offset] = {}
     for source, compute in _SOURCES.items():
         offset = compute(before, after)
@@ -159,6 +163,12 @@ def _rtc_bounds(readings: Sequence[ClockReading]) -> tuple[float, float] | None:
     if not bounds:
         return None
     return max(low - drift for low, drift in bounds), min(low + RTC_SECONDS + drift for low, drift in bounds)
+
+
+def _without_sleep(readings: Sequence[ClockReading], beside: ClockReading) -> list[ClockReading]:
+    """Return the readings between which and one of them the host was not suspended: CLOCK_MONOTONIC stops there."""
+    slept = beside.boottime - beside.monotonic
+    return [one for one in readings if abs(one.boottime - one.monotonic - slept) <= SLEEP_SECONDS]
 
 
 def _was_set(readings: Sequence[ClockReading]) -> bool:

@@ -132,7 +132,7 @@ class Arrival:
     khod_monotonic: float | None = None
     """When systemd started khod's process."""
     ready_monotonic: float | None = None
-    """When khod looked at what had arrived."""
+    """When khod looked at what had arrived; without it, when it said so first."""
     analyze: str = ""
 
 

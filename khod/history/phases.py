@@ -20,7 +20,7 @@ PARENTS = {"thaw": ROLLBACK, "cancel": ROLLBACK}
 def split_events(events: Sequence[Event]) -> tuple[list[Event], list[Event]]:
     """Split the events at the jump: those of the kernel before, and those of the kernel after it."""
     for number, event in enumerate(events):
-        if event.phase in ARRIVED:
+        if event.phase in ARRIVED or event.boot_id != events[0].boot_id:
             return list(events[:number]), list(events[number:])
     return list(events), []
 

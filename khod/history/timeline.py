@@ -6,7 +6,7 @@ parent follow one another without a gap: what no step and no time stamp explains
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from khod.history.bridge import Bridge, bridge_clocks
 from khod.history.model import Arrival, ClockReading, Departure, Moment, RowKind, RunLog, Timeline
@@ -52,11 +52,13 @@ def build_timeline(log: RunLog) -> Timeline:
         unknown += [UNRECOVERED] if log.cold_boot is not None else []
         return Timeline(chain.rows, unknown=unknown, analyze=arrival.analyze if arrival else "")
     left, came = _split_readings(log)
-    jump_begin = _jump_begin(departure, asked, left)
-    bridge = bridge_clocks(left, came, max([jump_begin, asked, *(one.monotonic for one in left)]))
+    jump_begin = _jump_begin(departure, asked)
+    bridge = bridge_clocks(left, came, jump_begin)
     unknown += bridge.notes
     recovery = find_recovery(after)
-    _append_boot(chain, _Boot(bridge, arrival, recovery, jump_begin, _jump_name(log, departure)))
+    ready = arrival.ready_monotonic or next((event.seconds for event in after), None)
+    boot = replace(arrival, ready_monotonic=ready)
+    _append_boot(chain, _Boot(bridge, boot, recovery, jump_begin, _jump_name(log, departure)))
     if arrival.userspace_monotonic is None and arrival.khod_monotonic is None:
         unknown.append(NO_TIMES)
     if bridge.source is None:
@@ -134,7 +136,7 @@ def _append_shutdown(chain: Chain, found: Departure) -> None:
 
 def _split_readings(log: RunLog) -> tuple[list[ClockReading], list[ClockReading]]:
     """Return the readings of both kernels, by the boot in which they were taken."""
-    moments = (Moment.begin, Moment.freeze, Moment.departure)
+    moments = (Moment.start, Moment.begin)
     origin = log.begun.origin.boot_id if log.begun else ""
     origin = origin or next((one.boot_id for one in log.readings if one.moment in moments), "")
     came = log.arrival.kernel.boot_id if log.arrival else ""
@@ -143,11 +145,11 @@ def _split_readings(log: RunLog) -> tuple[list[ClockReading], list[ClockReading]
     return [one for one in ordered if one.boot_id == origin], [one for one in ordered if one.boot_id == came]
 
 
-def _jump_begin(departure: Departure, asked: float, left: Sequence[ClockReading]) -> float:
+def _jump_begin(departure: Departure, asked: float) -> float:
     """Return the last instant before the jump that is known."""
     stamps = (departure.start_monotonic, departure.finish_monotonic, departure.late_start_monotonic)
     known = [stamp for stamp in (*stamps, departure.late_finish_monotonic) if stamp is not None]
-    return max([asked, *known, *(one.monotonic for one in left if one.moment is Moment.departure)])
+    return max([asked, *known])
 
 
 def _jump_name(log: RunLog, departure: Departure) -> str:
@@ -179,7 +181,10 @@ class _Boot:
         if arrival.khod_monotonic is not None:
             yield RowKind.userspace, "userspace before khod", arrival.khod_monotonic, ""
         if arrival.ready_monotonic is not None:
-            yield RowKind.khod, "khod", arrival.ready_monotonic, ""
+            kind, name = RowKind.khod, "khod"
+            if arrival.khod_monotonic is None:
+                kind, name = (RowKind.kernel, "boot") if first is None else (RowKind.userspace, "userspace and khod")
+            yield kind, name, arrival.ready_monotonic, ""
         if recovery is None:
             return
         if recovery.finished is None:

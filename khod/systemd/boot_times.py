@@ -34,7 +34,7 @@ def stamp_seconds(properties: Mapping[str, Any], name: str) -> float | None:
 
 
 async def read_arrival(
-    kernel: KernelFacts, ready_monotonic: float | None, *, finish_seconds: float = FINISH_SECONDS
+    kernel: KernelFacts, ready_monotonic: float | None = None, *, finish_seconds: float = FINISH_SECONDS
 ) -> Arrival:
     """Return how this boot came up; where systemd does not answer, only what was given. It raises nothing.
 

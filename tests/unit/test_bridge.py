@@ -64,7 +64,7 @@ class World:
     def readings(self) -> tuple[list[ClockReading], list[ClockReading]]:
         """Read before the jump, which is asked for 12 s before the second kernel's start, and after it."""
         asked = self.second_start - 12
-        before = [(Moment.begin, asked - 30), (Moment.freeze, asked - 2), (Moment.departure, asked)]
+        before = [(Moment.start, asked - 40), (Moment.begin, asked - 3)]
         after = [(Moment.arrival, self.second_start + 9), (Moment.end, self.second_start + 14)]
         return [self.read(*one) for one in before], [self.read(*one) for one in after]
 
@@ -161,6 +161,16 @@ def test_without_two_readings_in_one_kernel_the_tsc_has_no_rate() -> None:
     assert bridge_clocks(before[-1:], after[:1], before[-1].monotonic).source is ClockSource.ptp
     assert bridge_clocks(before, after[:1], before[-1].monotonic).source is ClockSource.tsc
     assert bridge_clocks(before[-1:], after, before[-1].monotonic).source is ClockSource.tsc
+
+
+def test_a_host_that_slept_before_the_run_is_bridged_all_the_same() -> None:
+    """CLOCK_MONOTONIC and perhaps the TSC stopped meanwhile; what was read before the sleep tells nothing."""
+    world = any_world(10)
+    before, after = world.readings()
+    slept = replace(before[0], monotonic=before[0].monotonic + 30, boottime=before[0].boottime)
+    bridge = bridge_clocks([slept, *before[1:]], after, before[-1].monotonic)
+    assert bridge.source is ClockSource.tsc
+    holds(world, bridge)
 
 
 def test_readings_at_one_instant_give_no_rate() -> None:

@@ -20,7 +20,7 @@ from khod.history.model import (
     TimelineRow,
     UnitStop,
 )
-from khod.history.timeline import CONTRADICTION, NO_FREEZE, NOT_STAMPED, UNRECOVERED, build_timeline
+from khod.history.timeline import CONTRADICTION, NO_FREEZE, NO_TIMES, NOT_STAMPED, UNRECOVERED, build_timeline
 from khod.model import Phase
 from tests.unit.timelines import (
     ARRIVAL,
@@ -181,10 +181,11 @@ def test_without_any_stamp_the_rest_is_still_drawn() -> None:
         "activate",
         "until shutdown and jump",
         "shutdown and jump",
+        "boot",
         "restore",
         "finish",
     ]
-    assert NOT_STAMPED in timeline.unknown
+    assert timeline.unknown == [NOT_STAMPED, NO_TIMES]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +309,16 @@ def test_without_a_bridge_the_boot_follows_at_once_and_there_is_no_figure() -> N
     assert "LUO and jump" not in names
     adds_up(timeline)
     assert any("placed as if" in sentence for sentence in timeline.unknown)
+
+
+def test_the_boot_of_an_event_counts_before_its_phase() -> None:
+    """The khod after the jump may say something before it verifies."""
+    log = orderly()
+    before = [replace(one, boot_id="first") for one in steps_before()]
+    after = [replace(one, boot_id="second") for one in [event(7.9, Phase.executing), *events_after()]]
+    log.events, log.arrival = [*before, *after], replace(ARRIVAL, ready_monotonic=None)
+    rows = {name: (begin, seconds) for name, begin, seconds in parts(build_timeline(log))}
+    assert rows["khod"] == (17.0, 0.9)
 
 
 def test_an_empty_log_has_an_empty_timeline() -> None:

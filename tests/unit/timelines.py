@@ -97,8 +97,8 @@ def orderly() -> RunLog:
         target=RunTarget(SECOND),
         events=[*steps_before(), *events_after()],
         readings=[
+            reading(Moment.start, ZERO - 300),
             reading(Moment.begin, ZERO - 5),
-            reading(Moment.departure, ZERO + 0.39),
             reading(Moment.arrival, 8.0),
             reading(Moment.end, 12.0),
         ],
