@@ -22,6 +22,8 @@ from khod.config import Settings
 from khod.engine import Engine, journal, status
 from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
+from khod.engine.recorder import NO_SOURCES
+from khod.engine.sources import host_sources
 from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
@@ -118,6 +120,7 @@ class Daemon:
             registrations=Registrations(runtime / "registrations"),
             scanner=self._host.scanner,
             health=HealthChecks(opts.root, self._host.runner),
+            sources=host_sources(calls) if opts.simulate is None else NO_SOURCES,
         )
         self._service = server.Service(self.engine)
 

@@ -30,8 +30,8 @@ from khod.history.model import (
     RunBegun,
     RunEnd,
     RunTarget,
-    Timeline,
 )
+from khod.history.timeline import build_timeline
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
 from khod.model import Check, Event, EventKind, Observed, Phase, Step
@@ -50,11 +50,11 @@ ENDED = RESTING | {Phase.failed}
 class Sources:
     """Where the facts of a run come from; each is called in a task of its own, and may fail.
 
-    `read_clocks` is called in a thread.
+    `read_clocks` is called in a thread, `read_departure` with the path of the run's log.
     """
 
     read_clocks: Callable[[Moment], ClockReading] | None = None
-    read_departure: Callable[[], Awaitable[Departure]] | None = None
+    read_departure: Callable[[Path], Awaitable[Departure]] | None = None
     read_arrival: Callable[[KernelFacts], Awaitable[Arrival]] | None = None
     read_cold_boot: Callable[[Record], Awaitable[ColdBoot]] | None = None
 
@@ -210,7 +210,7 @@ class Recorder:
             self._add(Arrival(kernel))
             await self.read_clocks(Moment.end)
             if sources.read_departure is not None:
-                await self._gather(sources.read_departure())
+                await self._gather(sources.read_departure(log_path(self._state, self._run)))
             if sources.read_arrival is not None:
                 await self._gather(sources.read_arrival(kernel))
             self.write_pending()
@@ -256,7 +256,7 @@ class Recorder:
         def make_attempt() -> AttemptRecord:
             log = read_log(path)
             drop_old_logs(self._state)
-            return assemble_attempt(log, Timeline())
+            return assemble_attempt(log, build_timeline(log))
 
         try:
             await self._disk.call_within(partial(append_entries, path, entries), "writing the log", FILE_SECONDS)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where the recorder has the facts of a run from, on a host that systemd runs."""
+
+from functools import partial
+from pathlib import Path
+
+from khod.abi.calls import Calls
+from khod.concurrency.worker import Worker
+from khod.engine.recorder import Sources
+from khod.history.log import read_log
+from khod.history.model import Departure
+from khod.kernel.clocks import read_clocks
+from khod.preflight import minimum_uptime
+from khod.systemd.boot_times import read_arrival
+from khod.systemd.departure import read_departure
+from khod.systemd.manager import ASK_SECONDS, ask_systemd
+
+LOG_SECONDS = 60.0
+
+
+def host_sources(calls: Calls) -> Sources:
+    """Return the sources of a real host."""
+    journal = Worker("journal", "The disk with the journal")
+    return Sources(
+        read_clocks=partial(read_clocks, calls),
+        read_departure=partial(_read_departure, calls, journal),
+        read_arrival=read_arrival,
+    )
+
+
+async def _read_departure(calls: Calls, journal: Worker, path: Path) -> Departure:
+    """Return how the kernel in which a run began went down, with what the log of the run says of that kernel.
+
+    Raises OSError or Failed where the log cannot be read.
+    """
+    log = await journal.call_within(partial(read_log, path), "reading the log", LOG_SECONDS)
+    boot_id = log.begun.origin.boot_id if log.begun else ""
+    before = [one for one in log.readings if one.boot_id == boot_id]
+    suspended = before[-1].boottime - before[-1].monotonic if before else 0.0
+    minimum = await _minimum_uptime(calls)
+    return await read_departure(boot_id, journal, minimum_uptime=minimum, suspended=suspended)
+
+
+async def _minimum_uptime(calls: Calls) -> float:
+    """Return the seconds of MinimumUptimeSec= of this boot; a file that sets it was there before the jump too."""
+    if (found := minimum_uptime.read_setting(calls)) is not None:
+        return found.seconds
+    manager = await ask_systemd(lambda systemd: systemd.describe_manager(), ASK_SECONDS)
+    bare_metal = manager is not None and not manager.machine and manager.version >= minimum_uptime.SINCE_VERSION
+    return minimum_uptime.DEFAULT_SECONDS if bare_metal else 0.0
