@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The timeline against a witness outside of the guest, which hears a producer's heartbeat on the serial line.
+
+The log of the run is fetched from the guest, and the timeline computed from it here, as khod does at the end of a run.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from khod.history.log import read_log
+from khod.history.model import ClockSource, Departure, RunLog, Timeline
+from khod.history.timeline import build_timeline
+from tests.budget import repetitions
+from tests.lab.conftest import Online
+from tests.lab.host import MARKER, Host
+
+VERSION = "7.3.4"
+RUNS = range(repetitions(10, test=1))
+BEAT = re.compile(r"~(\d+)~")
+WITNESS_SECONDS = 0.05
+"""How exact the witness is: the heart beats every 10 ms, and its line goes through two systems that share a machine."""
+SHARE = 0.01
+COVERED = 0.95
+JUMP_SECONDS = 240.0
+UNIT = """\
+[Unit]
+Wants=kho-handover.socket
+After=kho-handover.service
+
+[Service]
+Type=notify
+ExecStart=/usr/bin/python3 /usr/lib/heart/heart.py /dev/ttyS0
+
+[Install]
+WantedBy=multi-user.target
+"""
+SET_BACK = f"""\
+[Unit]
+DefaultDependencies=no
+Before=sysinit.target
+ConditionKernelCommandLine={MARKER}
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/date --set="1 hour ago"
+
+[Install]
+WantedBy=sysinit.target
+"""
+PERSISTENT = "[Journal]\nStorage=persistent\n"
+
+
+class Witness:
+    """Hears the heart from outside: when the last beat before a silence came, and the first one after it."""
+
+    def __init__(self, host: Host) -> None:
+        self._machine = host.guest.machine
+        self._beats: list[tuple[int, float]] = []
+        self._error: BaseException | None = None
+        self._frozen_after = 0
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def begin(self) -> None:
+        """Listen from the next beat on."""
+        self._since = len(self._machine.console())
+        self._thread.start()
+
+    def _listen(self) -> None:
+        try:
+            self._machine.wait("the heart in the next kernel", JUMP_SECONDS, self._hear)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the silence is asked for
+            self._error = error
+
+    def _hear(self) -> bool | None:
+        """Note the beats that are new; true when one came after a silence."""
+        now, text = time.monotonic(), self._machine.console()
+        last = 0
+        for found in BEAT.finditer(text, self._since):
+            self._beats.append((int(found[1]), now))
+            last = found.end()
+        self._since = max(self._since, last)
+        return True if self._is_over() else None
+
+    def _is_over(self) -> bool:
+        return any(later - earlier > 1 for (_, earlier), (_, later) in zip(self._beats, self._beats[1:], strict=False))
+
+    def silence(self) -> float:
+        """Wait for the end of the silence; its seconds. The beats' numbers show that none was lost."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        numbers = [number for number, _ in self._beats]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        return max(later - earlier for (_, earlier), (_, later) in zip(self._beats, self._beats[1:], strict=False))
+
+
+def with_heart(host: Host, *, set_back: bool) -> Host:
+    """Start the producer, keep the journal on the disk, and have the next kernel's clock set back an hour if asked."""
+    host.guest.put("/usr/lib/heart/heart.py", Path(__file__).with_name("heart.py").read_bytes())
+    host.guest.put("/etc/systemd/system/heart.service", UNIT)
+    host.guest.put("/etc/systemd/journald.conf.d/zz.conf", PERSISTENT)
+    enabled = "heart.service"
+    if set_back:
+        host.guest.put("/etc/systemd/system/set-back.service", SET_BACK)
+        enabled += " set-back.service"
+    host.shell(
+        "mkdir -p /var/log/journal; rm -f /etc/systemd/system/systemd-journal-flush.service; systemctl daemon-reload;"
+        f"systemctl restart systemd-journald; journalctl --flush; systemctl enable -q {enabled};"
+        "systemctl start heart; sync"
+    )
+    return host
+
+
+def fetch_log(host: Host, folder: Path) -> RunLog:
+    """Give the log of the run, once khod has added how it ended."""
+    run = host.status()["run"]
+    path = f"/var/lib/khod/runs/{run}.jsonl"
+    host.shell(f"timeout 120 sh -c 'until grep -q \"^{{.end\" {path}; do sleep 0.2; done'")
+    (folder / f"{run}.jsonl").write_bytes(host.guest.get(path))
+    return read_log(folder / f"{run}.jsonl")
+
+
+def union_seconds(departure: Departure) -> float:
+    """Give how much of the shutdown lies inside some unit's stop."""
+    assert departure.start_monotonic is not None
+    assert departure.finish_monotonic is not None
+    covered, reached = 0.0, departure.start_monotonic
+    for stop in sorted(departure.stops, key=lambda one: one.began_monotonic):
+        end = min(stop.ended_monotonic, departure.finish_monotonic)
+        covered += max(0.0, end - max(stop.began_monotonic, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def describe(timeline: Timeline) -> Iterable[str]:
+    return (f"{row.begin:9.3f} {row.seconds:9.3f} {row.parent:>16} {row.name}" for row in timeline.rows)
+
+
+@pytest.mark.parametrize("number", RUNS)
+@pytest.mark.parametrize("set_back", [False, True], ids=["clock", "an-hour-back"])
+@pytest.mark.parametrize("how", ["orderly", "now"])
+def test_the_parts_add_up_to_the_blackout_that_a_witness_sees(
+    online: Online, how: str, set_back: bool, number: int, tmp_path: Path
+) -> None:
+    host = with_heart(Host(online(VERSION)), set_back=set_back)
+    witness = Witness(host)
+    witness.begin()
+
+    host.kexec(VERSION, *(["--now"] if how == "now" else []))
+
+    silence = witness.silence()
+    host.khoctl("verify")
+    log = fetch_log(host, tmp_path)
+    timeline = build_timeline(log)
+    shown = "\n".join(describe(timeline))
+    print(f"{how} {number}: witness {silence:.3f} s, {timeline.blackout_seconds} ± {timeline.error_seconds} s\n{shown}")
+    print("\n".join(timeline.unknown))
+    assert timeline.source is ClockSource.tsc, timeline.unknown
+    assert timeline.blackout_seconds is not None
+    parts = sum(row.seconds for row in timeline.rows if not row.parent and row.begin >= 0)
+    assert abs(parts - timeline.blackout_seconds) < 1e-4
+    off = abs(timeline.blackout_seconds - silence)
+    assert off <= max(SHARE * silence, WITNESS_SECONDS), shown
+    assert off <= timeline.error_seconds + WITNESS_SECONDS, shown
+    assert any("The wall clock was set" in sentence for sentence in timeline.unknown) is set_back
+    assert lines(timeline.analyze) == lines(host.shell("systemd-analyze time"))
+    if how == "orderly":
+        departure = log.departure
+        assert departure is not None
+        assert departure.start_monotonic is not None
+        assert departure.finish_monotonic is not None
+        assert union_seconds(departure) >= COVERED * (departure.finish_monotonic - departure.start_monotonic), shown
+        assert "(stopping)" in timeline.analyze
+
+
+def test_a_volatile_journal_is_said_to_know_nothing(online: Online, tmp_path: Path) -> None:
+    """The lab's usual guest keeps its journal in /run."""
+    host = Host(online(VERSION))
+    host.kexec(VERSION)
+    host.khoctl("verify")
+    log = fetch_log(host, tmp_path)
+    assert log.departure is not None
+    assert log.departure.stops == []
+    assert any("the journal has nothing of the boot before" in sentence for sentence in log.departure.unknown)
+    assert build_timeline(log).blackout_seconds is not None
