@@ -31,6 +31,7 @@ MODULES = {
     "history": "history",
     "producers": "producers",
     "report": "report",
+    "timeline": "timeline",
 }
 """The module of each command; a command that the module's group does not have is the group itself."""
 

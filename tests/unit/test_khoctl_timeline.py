@@ -2,13 +2,21 @@
 """A timeline as the terminal shows it, at every width, with names and sentences of others in it."""
 
 import itertools
+import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from khoctl.timeline import MAX_CHILDREN, NO_ROWS, draw_timeline
+from khod.errors import Exit
 from khod.history.model import ClockSource, RowKind, Timeline, TimelineRow, UnitStop
 from khod.history.timeline import build_timeline
+from khod.model import Phase
+from khod.wire import decode_value
+from tests.unit.histories import attempt, fill, run_of
+from tests.unit.khods import Answer, cli
 from tests.unit.timelines import DEPARTURE, ZERO, at_once, orderly
 
 NASTY = "\x1b[2J\x1b]0;x\x07\r\nidle: all is well\u202e"
@@ -99,3 +107,42 @@ def test_nothing_moves_the_cursor() -> None:
     timeline = Timeline(rows, 1.0, 0.1, ClockSource.ptp, [NASTY], NASTY)
     for line in drawn(timeline, 120):
         assert line.isprintable(), line
+
+
+# The command
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    made = attempt(1)
+    fill(tmp_path / "copy.db", replace(made, timeline=build_timeline(orderly())), attempt(2, Phase.idle))
+    return tmp_path / "copy.db"
+
+
+def khoctl(*words: str | Path) -> Answer:
+    return cli(Path("/nowhere"), "timeline", *words)
+
+
+def test_a_run_is_drawn_from_a_file_without_khod(file: Path) -> None:
+    answer = khoctl(run_of(1), "--db", file)
+    assert answer.code == Exit.done
+    lines = answer.out.splitlines()
+    assert lines[0] == f"{run_of(1)}: 7.3.4 to 7.3.5, verified"
+    assert lines[1:] == drawn(build_timeline(orderly()))
+
+
+def test_without_a_run_it_is_the_last_attempt(file: Path) -> None:
+    lines = khoctl("--db", file).out.splitlines()
+    assert lines[0].startswith(run_of(2))
+    assert lines[1:] == ["Blackout: not known.", NO_ROWS]
+
+
+def test_json_is_the_timeline_itself(file: Path) -> None:
+    found = json.loads(khoctl(run_of(1), "--db", file, "--json").out)
+    assert decode_value(Timeline, found) == build_timeline(orderly())
+
+
+def test_a_run_that_is_not_there_is_a_usage_error(file: Path) -> None:
+    answer = khoctl("ffffffff", "--db", file)
+    assert answer.code == Exit.usage
+    assert "ffffffff" in answer.err
