@@ -20,11 +20,13 @@ from khod.abi.calls import Calls, HostCalls
 from khod.concurrency.worker import Worker
 from khod.config import Settings
 from khod.engine import Engine, journal, status
+from khod.engine.announcements import announce_findings
 from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
 from khod.engine.recorder import NO_SOURCES
 from khod.engine.sources import host_sources
 from khod.errors import ConfigError, Exit, KhoError, Refused
+from khod.handover.machine import RESTING
 from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
@@ -203,6 +205,8 @@ class Daemon:
     def _on_event(self, event: Event) -> None:
         self._service.publish_event(event)
         journal.write_event(event, entered=event.phase is not self._last.phase, record=self.engine.record)
+        if self._last.phase is Phase.verifying and event.phase in RESTING and self.engine.record.verdict is not None:
+            announce_findings(self.engine.record.verdict.findings, event.run)
         if event.producer is None:
             self._last = event
         elif event.phase is not self._last.phase:

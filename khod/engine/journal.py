@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What khod sends to systemd: readiness, status text, watchdog messages, and journal records with fields.
+"""What khod sends to systemd: readiness, status text, watchdog messages, and the records of `journal_fields`.
 
 Threads of their own send it: a journald or a PID 1 that does not read blocks the sender, and reports about a handover
 must not decide how it goes. What cannot be sent is dropped.
@@ -19,53 +19,16 @@ import systemd.daemon
 import systemd.journal
 
 from khod.concurrency.worker import Worker
-from khod.handover.machine import RESTING, STEPS
+from khod.engine.journal_fields import Message, event_fields, message_fields
 from khod.handover.record import Record
-from khod.model import Event, EventKind, Phase
+from khod.model import Event, EventKind
+from khod.producers.barrier import READY
 from khod.text import one_line
 
-# One MESSAGE_ID for each phase: `journalctl MESSAGE_ID=...` finds every time it was entered. The catalogue
-# (systemd/catalog) has them too: `journalctl -x` shows what each means and what to do.
-MESSAGE_ID: dict[Phase, str] = {
-    Phase.idle: "f959b6f37f394c8f9cc571383da7a9f0",
-    Phase.preparing: "1772bfd698e5465aa40855894a615dc8",
-    Phase.prepared: "059b2629a82c44078af7d73e6a50c6dd",
-    Phase.freezing: "6ed80f157a86486e86ae0f9b48f47b0c",
-    Phase.frozen: "7a1c533f926e4521baeefaf89142d89b",
-    Phase.activating: "ca49721426904c95b910458386083bbf",
-    Phase.active: "57d019edc95b4d90b3635fb6cd74d119",
-    Phase.loading: "5c28ec0c5d344f13a7112e102028d623",
-    Phase.loaded: "e6a61ab289d7493486b06151b4ea63f3",
-    Phase.executing: "38cd4e6d43a24ccdb77ff22d3ec5232c",
-    Phase.verifying: "0f0b7746f4e4408fb5178d4f839fb761",
-    Phase.verified: "03053606e86346b3969bc1092e30937a",
-    Phase.degraded: "68425e8121ed4ac2bdb7586746187593",
-    Phase.cold_boot: "d5be68c9e6fa48ae809e682a7d16d5f9",
-    Phase.rolling_back: "7bf92476698849a193a7a247d20adf9e",
-    Phase.failed: "6ffa26cb0a0b4dbb95721cfe54213321",
-    Phase.foreign: "720250eaedd047ba9461aee99e278aee",
-    Phase.inconsistent: "9de339c0b2424de088a7c783673d2460",
-}
-REFUSAL_ID = "09339c4f209b425199c51ad7a46893be"
-"""The MESSAGE_ID of a producer's answer that is not a yes."""
 STATUS_REST_SECONDS = 0.1
 """Minimum seconds between two status texts."""
 SLOW_SECONDS = 1.0
 """Seconds after which a yes gets a record too."""
-READY = "ready"
-ERR, WARNING, INFO = 3, 4, 6  # syslog priorities
-PRIORITY = {
-    Phase.failed: ERR,
-    Phase.cold_boot: ERR,
-    Phase.degraded: ERR,
-    Phase.inconsistent: ERR,
-    Phase.foreign: WARNING,
-    Phase.rolling_back: WARNING,
-}
-
-
-STEP_OF_PHASE = {row.doing: step.value for step, row in STEPS.items()}
-"""The step that is under way in each phase."""
 MAX_WAITING = 1024
 """Maximum number of records, and of notifications, that wait to be sent; further ones are dropped."""
 FLUSH_SECONDS = 1.0
@@ -86,37 +49,17 @@ def write_event(event: Event, *, entered: bool, record: Record) -> None:
     `entered` says whether the phase differs from that of the event before: the record then has the phase's MESSAGE_ID.
     `record` is the handover's.
     """
-    if _is_routine(event):
-        return
-    message, found = record_fields(event, entered=entered, record=record)
-    _journald.call_later(lambda: systemd.journal.send(message, **found))
+    if not _is_routine(event):
+        _send_record(*event_fields(event, entered=entered, record=record))
 
 
-def record_fields(event: Event, *, entered: bool, record: Record) -> tuple[str, dict[str, Any]]:
-    """Return the text and the fields of a journal record."""
-    found: dict[str, Any] = {
-        "PRIORITY": PRIORITY.get(event.phase, INFO),
-        "KHO_PHASE": event.phase.value,
-        "KHO_EVENT": event.kind.value,
-        "KHO_RUN": event.run,
-        "SYSLOG_IDENTIFIER": "khod",
-        "CODE_FUNC": "",  # the place in khod is of no use, and systemd would search the stack for it
-    }
-    if entered:
-        found["MESSAGE_ID"] = MESSAGE_ID[event.phase]
-    if record.begun.at and event.phase not in RESTING:
-        found |= {"KHO_BY": record.begun.by, "KHO_IMAGE": record.begun.image}
-    if event.step or event.phase in STEP_OF_PHASE:
-        found["KHO_STEP"] = event.step or STEP_OF_PHASE[event.phase]
-    if event.duration is not None:
-        found["KHO_SECONDS"] = f"{event.duration:.3f}"
-    if (producer := event.producer) is not None:
-        found |= {"KHO_PRODUCER": producer.name, "KHO_KIND": producer.kind}
-        if producer.phase:
-            found |= {"KHO_VERB": producer.phase, "KHO_SECONDS": f"{producer.seconds:.3f}"}
-            if event.kind is EventKind.producer_answered and producer.answer != READY:
-                found |= {"PRIORITY": min(WARNING, found["PRIORITY"]), "MESSAGE_ID": REFUSAL_ID}
-    return f"{event.phase.value.replace('_', ' ')}: {event.message}", found
+def write_message(message: Message, text: str, *, run: str = "", **fields: str) -> None:
+    """Write a record that is not an event's; `fields` without a text are left out."""
+    _send_record(text, message_fields(message, run, fields))
+
+
+def _send_record(text: str, fields: dict[str, Any]) -> None:
+    _journald.call_later(lambda: systemd.journal.send(text, **fields))
 
 
 def write_stderr(what: str) -> None:

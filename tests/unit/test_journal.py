@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a record in the journal has: text, priority, and fields to search by."""
 
+import ast
 import re
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from khod.engine import journal
+from khod.engine import announcements, journal
+from khod.engine.journal_fields import PHASE_IDS, Message, Priority, event_fields
 from khod.handover.record import Record
-from khod.model import Begun, Event, EventKind, Phase, Producer, StepTiming
+from khod.history.model import ColdBoot
+from khod.model import Begun, Event, EventKind, Finding, FindingSeverity, FindingSource, Phase, Producer, StepTiming
 from tests.unit.khods import REPOSITORY
+
+CATALOG = REPOSITORY / "systemd/catalog/khod.catalog"
+IDENTIFIER = re.compile(r"[0-9a-f]{32}")
 
 RECORD = Record(begun=Begun(1.0, "root (khoctl, process 7)", "vmlinuz"), timings=(StepTiming("freeze", 1.0, 0.25),))
 
 
 def written(event: Event, *, entered: bool = False) -> tuple[str, dict[str, Any]]:
-    return journal.record_fields(event, entered=entered, record=RECORD)
+    return event_fields(event, entered=entered, record=RECORD)
 
 
 def about(answer: str, *, waiting: bool = False) -> Event:
@@ -29,7 +38,7 @@ def about(answer: str, *, waiting: bool = False) -> Event:
 
 def test_a_phase_that_is_entered_has_its_message_id_once() -> None:
     entered = Event(1.0, Phase.frozen, "freeze took 0.250 s", "run")
-    assert written(entered, entered=True)[1]["MESSAGE_ID"] == journal.MESSAGE_ID[Phase.frozen]
+    assert written(entered, entered=True)[1]["MESSAGE_ID"] == PHASE_IDS[Phase.frozen]
     assert "MESSAGE_ID" not in written(entered)[1]
 
 
@@ -39,31 +48,139 @@ def test_a_record_says_who_began_the_handover_and_what_a_step_took() -> None:
     )
     found = written(ended, entered=True)[1]
     assert found["KHO_EVENT"] == "step_ended"
-    assert (found["KHO_STEP"], found["KHO_SECONDS"]) == ("freeze", "0.250")
-    assert (found["KHO_BY"], found["KHO_IMAGE"]) == ("root (khoctl, process 7)", "vmlinuz")
-    assert "KHO_BY" not in written(Event(1.0, Phase.idle, "khod started", ""))[1]
+    assert (found["KHO_STEP"], found["KHO_DURATION_USEC"]) == ("freeze", "250000")
+    assert (found["KHO_INITIATOR"], found["KHO_IMAGE"]) == ("root (khoctl, process 7)", "vmlinuz")
+    assert "KHO_INITIATOR" not in written(Event(1.0, Phase.idle, "khod started", ""))[1]
+
+
+def test_the_record_of_the_end_says_who_had_begun_and_how_long_the_producers_stood_still() -> None:
+    _, found = event_fields(
+        Event(1.0, Phase.verified, "all arrived", "run"), entered=True, record=replace(RECORD, blackout_seconds=1.25)
+    )
+    assert (found["KHO_RUN"], found["KHO_INITIATOR"]) == ("run", "root (khoctl, process 7)")
+    assert found["KHO_BLACKOUT_USEC"] == "1250000"
 
 
 @pytest.mark.parametrize(
-    ("event", "priority", "message_id"),
+    ("event", "priority", "message"),
     [
-        (about("ready"), journal.INFO, None),
-        (about("not yet: a checkpoint", waiting=True), journal.INFO, None),
-        (about("no luck"), journal.WARNING, journal.REFUSAL_ID),
-        (replace(about("stuck"), phase=Phase.failed), journal.ERR, journal.REFUSAL_ID),
+        (about("ready"), Priority.info, None),
+        (about("not yet: a checkpoint", waiting=True), Priority.info, None),
+        (about("no luck"), Priority.warning, Message.refusal),
+        (replace(about("stuck"), phase=Phase.rolling_back), Priority.err, Message.refusal),
+        (Event(1.0, Phase.frozen, "eth0 came", "run", kind=EventKind.device), Priority.notice, Message.device),
     ],
 )
-def test_a_no_is_a_warning_and_is_found_by_its_message_id(event: Event, priority: int, message_id: str | None) -> None:
+def test_a_no_is_a_warning_and_is_found_by_its_message_id(
+    event: Event, priority: Priority, message: Message | None
+) -> None:
     text, found = written(event)
-    assert text == f"{event.phase.value}: {event.message}"
-    assert (found["PRIORITY"], found.get("MESSAGE_ID")) == (priority, message_id)
-    assert (found["KHO_PRODUCER"], found["KHO_VERB"], found["KHO_SECONDS"]) == ("db", "freeze", "1.500")
+    assert text == f"{event.phase.value.replace('_', ' ')}: {event.message}"
+    assert (found["PRIORITY"], found.get("MESSAGE_ID")) == (priority, message and message.identifier)
+    if event.producer is not None:
+        assert (found["KHO_PRODUCER"], found["KHO_VERB"]) == ("db", "freeze")
+        assert found["KHO_DURATION_USEC"] == "1500000"
 
 
-def test_the_catalogue_has_every_message() -> None:
-    text = (REPOSITORY / "systemd/catalog/khod.catalog").read_text()
-    assert set(re.findall(r"^-- ([0-9a-f]{32})$", text, re.MULTILINE)) == {
-        *journal.MESSAGE_ID.values(),
-        journal.REFUSAL_ID,
-    }
-    assert text.count("\nSubject: ") == len(journal.MESSAGE_ID) + 1
+@pytest.mark.parametrize(
+    ("phase", "entered", "priority"),
+    [
+        (Phase.preparing, True, Priority.notice),
+        (Phase.frozen, True, Priority.info),
+        (Phase.executing, True, Priority.notice),
+        (Phase.verified, True, Priority.notice),
+        (Phase.degraded, True, Priority.err),
+        (Phase.degraded, False, Priority.info),
+        (Phase.cold_boot, True, Priority.err),
+        (Phase.rolling_back, True, Priority.warning),
+        (Phase.rolling_back, False, Priority.warning),
+        (Phase.failed, True, Priority.crit),
+    ],
+)
+def test_a_priority_says_how_bad_it_is(phase: Phase, entered: bool, priority: Priority) -> None:
+    assert written(Event(1.0, phase, "a sentence", "run"), entered=entered)[1]["PRIORITY"] == priority
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What is given to journald."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(journal, "_send_record", lambda text, fields: found.append((text, fields)))
+    return found
+
+
+def test_each_finding_has_a_record_up_to_a_number(sent: list[tuple[str, dict[str, Any]]]) -> None:
+    lost = Finding("", "page 7 differs", FindingSource.content, "pages", FindingSeverity.changed)
+    announcements.announce_findings([Finding.of_producer("db", "gone\n"), lost, *[lost] * 100], "run")
+    assert sent[0] == (
+        "Verification: producer db: gone\n",
+        {
+            "PRIORITY": 4,
+            "SYSLOG_IDENTIFIER": "khod",
+            "CODE_FUNC": "",
+            "KHO_RUN": "run",
+            "MESSAGE_ID": Message.finding.identifier,
+            "KHO_PRODUCER": "db",
+            "KHO_FINDING_SOURCE": "producer",
+            "KHO_FINDING_SUBJECT": "db",
+            "KHO_FINDING_SEVERITY": "lost",
+        },
+    )
+    assert (sent[1][1]["KHO_FINDING_SUBJECT"], sent[1][1]["KHO_FINDING_SEVERITY"]) == ("pages", "changed")
+    assert len(sent) == announcements.MAX_FINDINGS + 1
+    assert "38 more findings" in sent[-1][0]
+
+
+def test_a_cold_boot_is_explained_with_its_last_words(sent: list[tuple[str, dict[str, Any]]]) -> None:
+    cold = ColdBoot("the next kernel panicked", Phase.executing, last_words=["Kernel panic", "end"], watchdog=False)
+    announcements.announce_cold_boot(cold, "run")
+    text, found = sent[0]
+    assert text.split("\n")[1:] == ["Kernel panic", "end"]
+    assert (found["KHO_LAST_PHASE"], found["KHO_WATCHDOG"], found["PRIORITY"]) == ("executing", "0", 3)
+
+
+def test_an_image_and_a_history_are_named(sent: list[tuple[str, dict[str, Any]]]) -> None:
+    announcements.announce_image_barred("vmlinuz", "ab" * 32, "it ended as a cold boot", "run")
+    announcements.announce_history_set_aside("/var/lib/khod/history.db.1", "not a database")
+    assert [found["MESSAGE_ID"] for _, found in sent] == [
+        Message.image_barred.identifier,
+        Message.history_set_aside.identifier,
+    ]
+    assert sent[0][1]["KHO_IMAGE_DIGEST"] == "ab" * 32
+    assert sent[1][1]["KHO_PATH"] == "/var/lib/khod/history.db.1"
+
+
+# The catalogue
+
+
+def identifiers_in_code() -> Iterator[str]:
+    """Every text of khod and khoctl that can only be a MESSAGE_ID."""
+    for path in (*(REPOSITORY / "khod").rglob("*.py"), *(REPOSITORY / "khoctl").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and IDENTIFIER.fullmatch(node.value):
+                yield node.value
+
+
+def test_the_catalogue_has_every_message_and_no_other() -> None:
+    in_code = list(identifiers_in_code())
+    entries = re.findall(r"^-- (\S+)$", CATALOG.read_text(), re.MULTILINE)
+    assert len(entries) == len(set(entries)) == len(Phase) + len(Message)
+    assert set(entries) == set(in_code)
+    assert len(in_code) == len(set(in_code)), "one MESSAGE_ID stands for two things"
+
+
+def test_journalctl_takes_the_catalogue(tmp_path: Path) -> None:
+    """It compiles it, and finds the entry of each message with its substitutions."""
+    place = tmp_path / "usr/lib/systemd/catalog"
+    place.mkdir(parents=True)
+    (place / CATALOG.name).write_bytes(CATALOG.read_bytes())
+    (tmp_path / "var/lib/systemd/catalog").mkdir(parents=True)
+
+    def journalctl(*words: str) -> str:
+        command = ["journalctl", f"--root={tmp_path}", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    journalctl("--update-catalog")
+    listed = journalctl("--list-catalog")
+    assert set(IDENTIFIER.findall(listed)) == {*PHASE_IDS.values(), *(message.identifier for message in Message)}
+    assert "Producer @KHO_PRODUCER@ failed" in journalctl("--dump-catalog", Message.refusal.identifier)
