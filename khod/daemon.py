@@ -32,6 +32,8 @@ from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import probe_kho
 from khod.kernel.thread import KernelThread
+from khod.metrics.table import MetricFacts
+from khod.metrics.textfile import TextFile
 from khod.model import Event, Phase
 from khod.producers import children, output
 from khod.producers.children import Children
@@ -125,6 +127,7 @@ class Daemon:
             sources=host_sources(calls) if opts.simulate is None else NO_SOURCES,
         )
         self._service = server.Service(self.engine)
+        self._metrics = TextFile(lambda: self._settings.current.metrics.directory, self._metric_facts)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then put back what is held."""
@@ -135,22 +138,25 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_config)
-        registry = server.build_registry(self._service, server.Producers(self.engine))
+        metrics = server.SystemdMetrics(self._metric_facts)
+        registry = server.build_registry(self._service, server.Producers(self.engine), metrics)
         factory = server.build_clients(registry, lambda: self._settings.current.access)
-        serving = server.Listener(self._open_socket(), factory)
+        serving = [server.Listener(sock, factory) for sock in self._open_sockets()]
         watching = asyncio.ensure_future(journal.feed_watchdog())
         try:
             await self._start_engine()
             journal.notify_manager("READY=1")
+            self._metrics.update_soon()
             await self._stopping.wait()
             journal.notify_manager("STOPPING=1")
             await self._stop_engine()
         finally:
             watching.cancel()
             self._service.end_monitors()
-            serving.close()
-            await asyncio.wait({asyncio.ensure_future(serving.wait_closed())}, timeout=FAREWELL)
-            serving.abort_clients()
+            for listener in serving:
+                listener.close()
+            await asyncio.wait({asyncio.ensure_future(serving[0].wait_closed())}, timeout=FAREWELL)
+            serving[0].abort_clients()  # those of every socket
 
     async def _start_engine(self) -> None:
         """Find out how the host stands, and roll back what is due; it is served whatever comes of that.
@@ -186,6 +192,11 @@ class Daemon:
                 "Another khod is running", where=str(self._options.state), remedy="systemctl status kho-handover"
             ) from None
 
+    def _open_sockets(self) -> list[socket.socket]:
+        """Take the sockets systemd passed; that of the metrics (kho-metrics.socket) is one more way to the same."""
+        metrics = self._passed.get("metrics")
+        return [self._open_socket(), *([] if metrics is None else [socket.socket(fileno=metrics)])]
+
     def _open_socket(self) -> socket.socket:
         """Take the socket systemd passed, else make one.
 
@@ -207,6 +218,7 @@ class Daemon:
         journal.write_event(event, entered=event.phase is not self._last.phase, record=self.engine.record)
         if self._last.phase is Phase.verifying and event.phase in RESTING and self.engine.record.verdict is not None:
             announce_findings(self.engine.record.verdict.findings, event.run)
+        self._metrics.note_phase(event.phase)
         if event.producer is None:
             self._last = event
         elif event.phase is not self._last.phase:
@@ -217,6 +229,9 @@ class Daemon:
         """The status text: where it stands, and who is waited for or what happened last."""
         waiting = join_names(self.engine.waiting_producers)
         return f"{status.PHASE_TEXT[self._last.phase][0]} {f'Waiting for {waiting}' if waiting else self._last.message}"
+
+    async def _metric_facts(self) -> MetricFacts:
+        return MetricFacts(await self.engine.queries.status())
 
     def _reload_config(self) -> None:
         journal.notify_reloading()

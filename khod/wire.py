@@ -19,6 +19,7 @@ SOCKET = "/run/khod/io.kho.Handover"
 INTERFACE = "io.kho.Handover"
 PRODUCER = "io.kho.Producer"
 SERVICE = "org.varlink.service"
+METRICS_INTERFACE = "io.systemd.Metrics"
 PRODUCER_VERSION = 1
 
 

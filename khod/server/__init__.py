@@ -16,16 +16,21 @@ from khod.config import Access
 from khod.server.clients import Clients
 from khod.server.handover import Service
 from khod.server.listener import Listener
+from khod.server.metrics import SystemdMetrics
 from khod.server.producers import Producers
 
-__all__ = ["Listener", "Producers", "Service", "build_clients", "build_registry"]
+__all__ = ["Listener", "Producers", "Service", "SystemdMetrics", "build_clients", "build_registry"]
 
 
-def build_registry(service: Service, producers: Producers) -> VarlinkInterfaceRegistry:
-    """Return what the socket serves: the interfaces and their introspection."""
+def build_registry(
+    service: Service, producers: Producers, metrics: SystemdMetrics | None = None
+) -> VarlinkInterfaceRegistry:
+    """Return what the sockets serve: the interfaces and their introspection."""
     made = VarlinkInterfaceRegistry()
     made.register_interface(service)
     made.register_interface(producers)
+    if metrics is not None:
+        made.register_interface(metrics)
     made.register_interface(VarlinkServiceInterface("khod", "khod", __version__, "https://kho.io/", made))
     return made
 

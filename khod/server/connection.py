@@ -215,8 +215,9 @@ class ClientConnection:
                 self._begin_stream()
             case _:
                 question = (call.method, *sorted(parameters.items()))
+                compute = _compute_listing if rule.kind is CallKind.listing else _compute_answer
                 self._shared.answers_for(self.caller_standing).queue_question(
-                    question, partial(_compute_answer, serve, self.caller_standing), self._deliver_answer
+                    question, partial(compute, serve, self.caller_standing), self._deliver_answer
                 )
 
     async def _try_again(self, message: Message, files: PassedFiles) -> None:
@@ -305,10 +306,27 @@ class ClientConnection:
 
 async def _compute_answer(serve: Serve, standing: Standing) -> bytes:
     """Compute the answer for all clients with the same question; either all of them are operators, or none is."""
+
+    async def encode_answer() -> bytes:
+        return messages.encode_reply((await serve()).parameters)
+
+    return await _encode_outcome(encode_answer, standing)
+
+
+async def _compute_listing(serve: Serve, standing: Standing) -> bytes:
+    """Compute several replies as one answer; all but the last say that another one follows."""
+
+    async def encode_replies() -> bytes:
+        replies = [messages.encode_reply(reply.parameters, continues=reply.continues) async for reply in serve()]
+        return b"".join(replies)
+
+    return await _encode_outcome(encode_replies, standing)
+
+
+async def _encode_outcome(encode: Callable[[], Coroutine[Any, Any, bytes]], standing: Standing) -> bytes:
     ANSWERED.set(standing)  # of this task, which computes nothing else
     try:
-        result = await serve()
-        return messages.encode_reply(result.parameters)
+        return await encode()
     except (VarlinkErrorReply, KhoError) as error:
         return messages.encode_error(error)
     except Exception:  # noqa: BLE001  # the clients must be told that it failed

@@ -5,7 +5,7 @@ import enum
 from dataclasses import dataclass
 
 from khod.server.access import Standing
-from khod.wire import INTERFACE, PRODUCER, SERVICE
+from khod.wire import INTERFACE, METRICS_INTERFACE, PRODUCER, SERVICE
 
 
 class CallKind(enum.Enum):
@@ -19,6 +19,8 @@ class CallKind(enum.Enum):
     """A task of its own, which runs to its end even if the client goes."""
     conversation = "conversation"
     """As an operation, but it may wait for hours, so it does not count as work that others must not slow down."""
+    listing = "listing"
+    """As a question; the answer is several replies."""
     stream = "stream"
     """Sends every change, until the client goes."""
 
@@ -67,6 +69,8 @@ RULES = {
     f"{INTERFACE}.Acknowledge": _operators_rule("acknowledge a failed handover"),
     f"{INTERFACE}.Tree": _operators_rule("read the state tree"),
     f"{INTERFACE}.Snapshots": _operators_rule("list the snapshots"),
+    f"{METRICS_INTERFACE}.List": Rule(CallKind.listing),
+    f"{METRICS_INTERFACE}.Describe": Rule(CallKind.listing),
     f"{PRODUCER}.Register": Rule(CallKind.conversation, PRODUCERS, "be a producer"),
     f"{PRODUCER}.Next": Rule(CallKind.conversation, registered=True),
 }

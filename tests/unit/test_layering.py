@@ -20,6 +20,7 @@ LAYERS = [
     {"producers", "target", "handover"},
     {"preflight"},
     {"engine"},
+    {"metrics"},
     {"server"},
     {"daemon", "__main__"},  # the composition root
 ]

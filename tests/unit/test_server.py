@@ -20,9 +20,10 @@ from khod.server.interface import Handover, Producer
 from khod.server.lane import Lane
 from khod.server.limits import MAX_FDS, OWN_DESCRIPTORS, Limits, Quota
 from khod.server.load import Allowance, Load
+from khod.server.metrics import SystemdMetrics
 from khod.server.places import Place, Places
 from khod.server.rules import EVERYONE, OPERATORS, PRODUCERS, RULES, CallKind
-from khod.wire import INTERFACE, PRODUCER, SERVICE
+from khod.wire import INTERFACE, METRICS_INTERFACE, PRODUCER, SERVICE
 from tests.unit.harness import Host
 from tests.unit.turns import until
 
@@ -41,7 +42,8 @@ def methods(interface: type) -> set[str]:
 def test_every_method_has_a_rule_and_no_other_has() -> None:
     handover = {f"{INTERFACE}.{name}" for name in methods(Handover)}
     producer = {f"{PRODUCER}.{name}" for name in methods(Producer)}
-    assert handover | producer | {f"{SERVICE}.GetInfo", f"{SERVICE}.GetInterfaceDescription"} == RULES.keys()
+    metrics = {f"{METRICS_INTERFACE}.{name}" for name in methods(SystemdMetrics)}
+    assert handover | producer | metrics | {f"{SERVICE}.GetInfo", f"{SERVICE}.GetInterfaceDescription"} == RULES.keys()
 
 
 def test_who_has_no_rights_may_ask_and_nothing_else() -> None:
@@ -49,6 +51,7 @@ def test_who_has_no_rights_may_ask_and_nothing_else() -> None:
     assert {RULES[name].kind for name in open_to_all} == {
         CallKind.fixed,
         CallKind.question,
+        CallKind.listing,
         CallKind.stream,
         CallKind.conversation,
     }
