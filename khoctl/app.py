@@ -27,6 +27,7 @@ MODULES = {
     "monitor": "handover",
     "verify": "handover",
     "wait": "handover",
+    "logs": "journal",
     "dt": "dt",
     "history": "history",
     "producers": "producers",
@@ -35,14 +36,12 @@ MODULES = {
 }
 """The module of each command; a command that the module's group does not have is the group itself."""
 
-JOURNAL = "The log: journalctl -u kho-handover. Where the handover stands: khoctl status."
 ELSEWHERE = {
     "prepare": "It is the first step of: khoctl activate",
     "load": "It is: khoctl kexec --load-only",
     "exec": "It is: khoctl kexec",
     "execute": "It is: khoctl kexec",
-    "log": JOURNAL,
-    "logs": JOURNAL,
+    "log": "It is: khoctl logs",
 }
 """What to use instead of commands that do not exist, but that operators look for."""
 

@@ -177,8 +177,7 @@ def test_a_word_that_is_near_is_named_once(khod: Khod) -> None:
         ("load", "khoctl kexec --load-only"),
         ("exec", "khoctl kexec"),
         ("execute", "khoctl kexec"),
-        ("log", "journalctl -u kho-handover"),
-        ("logs", "journalctl -u kho-handover"),
+        ("log", "khoctl logs"),
     ],
 )
 def test_a_step_that_is_no_command_is_told_what_does_it(tmp_path: Path, word: str, named: str) -> None:
