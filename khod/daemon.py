@@ -20,7 +20,7 @@ from khod.abi.calls import Calls, HostCalls
 from khod.concurrency.worker import Worker
 from khod.config import Settings
 from khod.engine import Engine, journal, status
-from khod.engine.announcements import announce_findings
+from khod.engine.announcements import announce_cold_boot, announce_findings
 from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
 from khod.engine.recorder import NO_SOURCES
@@ -28,11 +28,12 @@ from khod.engine.sources import host_sources
 from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
+from khod.history.model import AttemptRecord
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import probe_kho
 from khod.kernel.thread import KernelThread
-from khod.metrics.table import MetricFacts
+from khod.metrics.source import MetricSource
 from khod.metrics.textfile import TextFile
 from khod.model import Event, Phase
 from khod.producers import children, output
@@ -125,9 +126,11 @@ class Daemon:
             scanner=self._host.scanner,
             health=HealthChecks(opts.root, self._host.runner),
             sources=host_sources(calls) if opts.simulate is None else NO_SOURCES,
+            remember=self._remember,
         )
         self._service = server.Service(self.engine)
-        self._metrics = TextFile(lambda: self._settings.current.metrics.directory, self._metric_facts)
+        self._source = MetricSource(self.engine.queries.status, self.engine.history)
+        self._metrics = TextFile(lambda: self._settings.current.metrics.directory, self._source.read)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then put back what is held."""
@@ -138,7 +141,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_config)
-        metrics = server.SystemdMetrics(self._metric_facts)
+        metrics = server.SystemdMetrics(self._source.read)
         registry = server.build_registry(self._service, server.Producers(self.engine), metrics)
         factory = server.build_clients(registry, lambda: self._settings.current.access)
         serving = [server.Listener(sock, factory) for sock in self._open_sockets()]
@@ -230,8 +233,12 @@ class Daemon:
         waiting = join_names(self.engine.waiting_producers)
         return f"{status.PHASE_TEXT[self._last.phase][0]} {f'Waiting for {waiting}' if waiting else self._last.message}"
 
-    async def _metric_facts(self) -> MetricFacts:
-        return MetricFacts(await self.engine.queries.status())
+    async def _remember(self, attempt: AttemptRecord) -> None:
+        """Keep an attempt that has ended; the metrics count it, and the journal explains a cold boot."""
+        if attempt.cold_boot is not None:
+            announce_cold_boot(attempt.cold_boot, attempt.summary.run)
+        await self.engine.history.remember(attempt)
+        self._metrics.update_soon()
 
     def _reload_config(self) -> None:
         journal.notify_reloading()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from khod.engine.journal import write_message
 from khod.engine.journal_fields import Message
 from khod.history.model import ColdBoot
+from khod.history.set_aside import SetAside
 from khod.model import Finding, render_findings
 
 MAX_FINDINGS = 64
@@ -46,6 +47,8 @@ def announce_image_barred(name: str, digest: str, reason: str, run: str) -> None
     )
 
 
-def announce_history_set_aside(path: str, why: str) -> None:
-    """Write that the history's database could not be read and was renamed to `path`; a new one was begun."""
-    write_message(Message.history_set_aside, f"The history cannot be read: {why}. It is now {path}", KHO_PATH=path)
+def announce_set_aside(aside: SetAside) -> None:
+    """Write that the history's database could not be used and was renamed; a new one was begun."""
+    write_message(
+        Message.history_set_aside, aside.describe(), KHO_PATH=str(aside.path), KHO_HISTORY_FAULT=aside.fault.value
+    )

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from khod.concurrency.worker import Worker
 from khod.config import Settings
+from khod.engine.announcements import announce_set_aside
 from khod.errors import Failed, KhoError, errno_text
 from khod.history.database import Bounds, Database
 from khod.history.model import AttemptRecord, AttemptSummary
@@ -167,7 +168,7 @@ class HistoryService:
                 raise Failed("The history database is not opened while producers are stopped", where=str(self._path))
             self._database, aside = open_database(self._path, self._clock)
             if aside is not None:
-                LOG.warning("%s", aside.describe())
+                announce_set_aside(aside)
         return self._database
 
     def _close_database(self) -> None:

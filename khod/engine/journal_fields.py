@@ -42,7 +42,7 @@ class Message(enum.Enum):
     image_barred = ("37ec30ed4dbf42588db162f0aef3d254", Priority.warning)
     """An image is refused from now on."""
     history_set_aside = ("beb02402b56542dcab7c8e1ccace7ca1", Priority.err)
-    """The history's database could not be read."""
+    """The history's database could not be used, and was renamed."""
     metrics_unwritten = ("cadde61b60654d0d910e9cd3f2b2d03e", Priority.warning)
     """The file of the metrics could not be written."""
 

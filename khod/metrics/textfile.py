@@ -42,7 +42,8 @@ class TextFile:
         self._facts = facts
         self._worker = Worker("metrics", "The directory of the metrics", max_waiting=1)
         self._phase = Phase.idle
-        self._updates: set[asyncio.Task[None]] = set()
+        self._is_due = False
+        self._writing: asyncio.Task[None] | None = None
 
     def note_phase(self, phase: Phase) -> None:
         """Begin to write the file if a handover has ended with this change of phase."""
@@ -51,10 +52,20 @@ class TextFile:
         self._phase = phase
 
     def update_soon(self) -> None:
-        """Begin to write the file, and return at once."""
-        task = asyncio.ensure_future(self.update())
-        self._updates.add(task)
-        task.add_done_callback(self._updates.discard)
+        """Begin to write the file, and return at once; while it is written, it is written once more afterwards."""
+        self._is_due = True
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.ensure_future(self._write_while_due())
+
+    async def wait_written(self) -> None:
+        """Wait until nothing is due."""
+        if self._writing is not None:
+            await self._writing
+
+    async def _write_while_due(self) -> None:
+        while self._is_due:
+            self._is_due = False
+            await self.update()
 
     async def update(self) -> None:
         """Write the file, if there is a directory for it and no handover is under way.

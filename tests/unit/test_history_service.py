@@ -18,6 +18,7 @@ from khod.config import Config, HistorySettings, Settings
 from khod.engine.history import HISTORY_FILE, HistoryService
 from khod.errors import Failed, UsageError
 from khod.history.database import Database
+from khod.history.set_aside import Fault, SetAside
 from khod.history.trial import trial_digest
 from khod.model import Phase
 from tests.unit.harness import Host
@@ -204,13 +205,15 @@ async def test_a_database_that_cannot_be_read(service: HistoryService, monkeypat
 
 
 async def test_damage_that_comes_while_khod_runs_is_set_aside(
-    service: HistoryService, path: Path, caplog: pytest.LogCaptureFixture
+    service: HistoryService, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    announced: list[SetAside] = []
+    monkeypatch.setattr("khod.engine.history.announce_set_aside", announced.append)
     for number in range(40):
         await service.remember(attempt(number, events=400))
     damage(path)
     await service.remember(attempt(40))
-    assert "set aside" in caplog.text
+    assert [aside.fault for aside in announced] == [Fault.damaged]
     page = await service.page("", 100)
     assert "set aside" in page.note
     assert page.attempts[0].run == run_of(40)

@@ -15,6 +15,7 @@ from khod.engine import announcements, journal
 from khod.engine.journal_fields import PHASE_IDS, Message, Priority, event_fields
 from khod.handover.record import Record
 from khod.history.model import ColdBoot
+from khod.history.set_aside import Fault, SetAside
 from khod.model import Begun, Event, EventKind, Finding, FindingSeverity, FindingSource, Phase, Producer, StepTiming
 from tests.unit.khods import REPOSITORY
 
@@ -141,13 +142,13 @@ def test_a_cold_boot_is_explained_with_its_last_words(sent: list[tuple[str, dict
 
 def test_an_image_and_a_history_are_named(sent: list[tuple[str, dict[str, Any]]]) -> None:
     announcements.announce_image_barred("vmlinuz", "ab" * 32, "it ended as a cold boot", "run")
-    announcements.announce_history_set_aside("/var/lib/khod/history.db.1", "not a database")
+    announcements.announce_set_aside(SetAside(Path("/var/lib/khod/history.db.1"), Fault.damaged))
     assert [found["MESSAGE_ID"] for _, found in sent] == [
         Message.image_barred.identifier,
         Message.history_set_aside.identifier,
     ]
     assert sent[0][1]["KHO_IMAGE_DIGEST"] == "ab" * 32
-    assert sent[1][1]["KHO_PATH"] == "/var/lib/khod/history.db.1"
+    assert (sent[1][1]["KHO_PATH"], sent[1][1]["KHO_HISTORY_FAULT"]) == ("/var/lib/khod/history.db.1", "damaged")
 
 
 # The catalogue

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The metrics: what they say of a host, as text that any collector reads, as a file, and over Varlink."""
 
-import asyncio
 import errno
 import json
 import os
@@ -13,18 +12,21 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from khod.engine import journal
+from khod.engine.history import HistoryPage
 from khod.engine.journal_fields import Message
 from khod.metrics import textfile
+from khod.metrics.source import MetricSource
 from khod.metrics.table import MAX_PRODUCERS, METRICS, MetricFacts, MetricType
 from khod.metrics.text import render_text
 from khod.metrics.textfile import TextFile
-from khod.model import Phase
+from khod.model import Phase, Status
 from khod.server.metrics import SystemdMetrics
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, reply, until
 from tests.unit.monitored import ARRIVED, COUNTS, LAST, STATES
@@ -152,6 +154,40 @@ def test_a_hostile_name_stays_within_its_label() -> None:
     assert {name for name, _ in parse(text)} == {name for name, _ in parse(render_text(STATES["arrived"]))}
     release = next(dict(labels)["release"] for name, labels in parse(text) if name == "kho_kernel_info")
     assert release.startswith('<script>alert("x")</script>\\n# TYPE kho_x gauge\\nkho_x{a="\\"} 1\\r\\x1b[2J')
+
+
+class OldHistory:
+    """A history that says the same each time, or nothing."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.fails = False
+
+    async def counts(self) -> dict[Phase, int] | None:
+        self.asked += 1
+        return None if self.fails else COUNTS
+
+    async def page(self, before: str, limit: int) -> HistoryPage:
+        assert (before, limit) == ("", 1)
+        return HistoryPage() if self.fails else HistoryPage([LAST])
+
+
+async def test_the_history_is_not_asked_while_producers_are_stopped() -> None:
+    history, phase = OldHistory(), Phase.frozen
+
+    async def status() -> Status:
+        return replace(ARRIVED, phase=phase)
+
+    source = MetricSource(status, history)  # type: ignore[arg-type]
+    assert (await source.read()).counts == {}
+    assert history.asked == 0
+    phase = Phase.idle
+    assert (await source.read()) == MetricFacts(await status(), COUNTS, LAST)
+    history.fails = True
+    assert (await source.read()).last == LAST, "what it said before"
+    phase = Phase.frozen
+    assert (await source.read()).counts == COUNTS
+    assert history.asked == 2
 
 
 # The file
@@ -295,7 +331,7 @@ async def test_the_file_is_written_at_the_end_of_a_handover_and_never_during_one
     path = (Phase.preparing, Phase.prepared, Phase.freezing, Phase.frozen, Phase.rolling_back, Phase.idle)
     for current in (*path, *path[:-1], Phase.failed, Phase.rolling_back, Phase.verified):
         file.note_phase(current)
-        await asyncio.gather(*file._updates)
+        await file.wait_written()
     assert written == [Phase.idle, Phase.failed, Phase.verified]
     (tmp_path / "kho.prom").unlink()
     current = Phase.frozen  # a khod that was started again, within a handover
@@ -406,6 +442,15 @@ def test_a_khod_writes_the_file_at_its_start_and_after_a_handover(tmp_path: Path
         khod.ask("Abort")
         until((place / "kho.prom").exists, khod.process)
         assert parse((place / "kho.prom").read_text())[key("kho_last_step_seconds", step="freeze")] > 0
+
+        def counted() -> bool:
+            found = parse((place / "kho.prom").read_text())
+            return found.get(key("kho_handovers_total", outcome="rolled_back")) == 1
+
+        until(counted, khod.process)
+        found = parse((place / "kho.prom").read_text())
+        assert found[key("kho_last_handover_outcome", outcome="rolled_back")] == 1
+        assert found[key("kho_last_handover_timestamp_seconds")] > 0
     finally:
         khod.close()
 
