@@ -153,6 +153,7 @@ def render_status(status: Status, *, verbose: bool = False) -> str:
     rows += _arrival_rows(status)
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         rows += _verified_rows(status.verdict.checks, verbose=verbose)
+    rows += _cold_boot_rows(status)
     if status.handovers:
         rows.append(("handovers", str(status.handovers)))
     if status.last_error:
@@ -223,6 +224,23 @@ def _verified_rows(checks: Sequence[Check], *, verbose: bool) -> list[tuple[str,
             mark, colour = MARKS[check.result]
             rows.append(("", f"{typer.style(mark, fg=colour)}  {check.name}: {check.evidence}"))
     return rows
+
+
+def _cold_boot_rows(status: Status) -> list[tuple[str, str]]:
+    """Return rows for what is known of the handover that ended as this cold boot."""
+    found = status.cold_boot
+    if found is None or status.phase is not Phase.cold_boot:
+        return []
+    watchdog = {None: "the kernel does not tell", True: "a watchdog reset the host", False: "none says that it did"}
+    rows = [
+        ("why", found.reason if found.reason != status.last_error else ""),
+        ("image", status.image),
+        ("last phase", phase_name(found.last_phase)),
+        ("journal", found.journal_end or "it is being read"),
+        ("watchdog", watchdog[found.watchdog]),
+        *(("" if number else "last words", line) for number, line in enumerate(found.last_words)),
+    ]
+    return [(key, text) for key, text in rows if text]
 
 
 def _session_rows(status: Status) -> list[tuple[str, str]]:

@@ -160,6 +160,7 @@ class Checks:
     formats: str = "default"
     fit: str = "default"
     signature: str = "default"
+    trial: str = "default"
 
 
 CHECKS = tuple(f.name for f in dataclasses.fields(Checks))

@@ -51,6 +51,7 @@ from khod.simulated.kernel import Rebooted, SimulatedKernel
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.facts import BOOTED
 from khod.systemd.shutdown import Executor, Shutdown
+from khod.systemd.watchdog import ManagerWatchdogs
 from khod.text import join_names, one_line
 from khod.wire import SOCKET
 
@@ -127,6 +128,7 @@ class Daemon:
             health=HealthChecks(opts.root, self._host.runner),
             sources=host_sources(calls) if opts.simulate is None else NO_SOURCES,
             remember=self._remember,
+            watchdogs=self._host.watchdogs,
         )
         self._service = server.Service(self.engine)
         self._source = MetricSource(self.engine.queries.status, self.engine.history)
@@ -288,6 +290,8 @@ class _Host:
     """Runs the commands of hooks."""
     scanner: Scanner
     """Finds the LUO sessions of every process."""
+    watchdogs: ManagerWatchdogs | None
+    """Arms the hardware watchdog; None where nobody does."""
 
 
 def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
@@ -301,6 +305,7 @@ def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
         shutdown.goes_down,
         TransientUnits() if booted else Children(),
         ask_scanner if booted else scan_processes,
+        ManagerWatchdogs() if booted else None,
     )
 
 
@@ -311,7 +316,7 @@ def _simulated_host(jump: shutdown.Immediate) -> _Host:
         return False
 
     again = _StartAgain(jump)
-    return _Host(again, again, None, never, never, never, Children(), scan_processes)
+    return _Host(again, again, None, never, never, never, Children(), scan_processes, None)
 
 
 @contextmanager

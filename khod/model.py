@@ -301,6 +301,23 @@ class UnderWay:
 
 
 @dataclass(frozen=True)
+class ColdBoot:
+    """What is known of a handover that ended as a cold boot, in the order from cause to detail.
+
+    `reason` is one sentence. `last_phase` is the last one that the kernel before recorded, `journal_end` how its
+    journal ends, `last_words` the end of what pstore kept of it, `watchdog` whether a watchdog reset the host (None if
+    the kernel does not tell). `boot_id` is the boot in which `last_phase` was recorded.
+    """
+
+    reason: str
+    last_phase: Phase = Phase.idle
+    journal_end: str = ""
+    last_words: list[str] = field(default_factory=list)
+    watchdog: bool | None = None
+    boot_id: str = ""
+
+
+@dataclass(frozen=True)
 class Status:
     """The state of the host, for the operator.
 
@@ -341,6 +358,9 @@ class Status:
     under_way: UnderWay | None = None
     sessions: list[LuoSession] = field(default_factory=list)
     sessions_unseen: str = ""
+    cold_boot: ColdBoot | None = None
+    image: str = ""
+    """The image of the handover that ended as this cold boot; "" otherwise, and where it is not known."""
 
 
 class Fate(enum.Enum):

@@ -12,6 +12,7 @@ LONGEST = (
     "test_many",
     "test_attackers",
     # Of the lab
+    "test_assessment",
     "test_safety",
     "test_put_back",
     "test_mainline",

@@ -56,6 +56,9 @@ class Calls(Protocol):
     def temporary_directory(self, path: str) -> AbstractContextManager[None]:
         """Make a directory, and remove it at the end; in tracefs it is an instance, and not empty."""
 
+    def modified_at(self, path: str) -> float:
+        """Return when a file was last written, in seconds since the epoch."""
+
     def open_log(self, *, whole: bool = False) -> Log:
         """Open the kernel log after its last record, so that only later records are read.
 
@@ -137,6 +140,10 @@ class HostCalls:
         finally:
             with os_error_context(f"rmdir {path}"):
                 os.rmdir(self.host_path(path))
+
+    def modified_at(self, path: str) -> float:
+        with os_error_context(f"stat {path}"):
+            return self.host_path(path).stat().st_mtime
 
     def open_log(self, *, whole: bool = False) -> Log:
         with os_error_context(f"open {KMSG}"):

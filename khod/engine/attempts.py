@@ -9,6 +9,7 @@ from khod.engine.attempt import Attempt
 from khod.engine.observer import Observer
 from khod.engine.resources import Resources
 from khod.engine.transaction import Transaction
+from khod.engine.watchdog import JumpWatchdog
 from khod.errors import KhoError
 from khod.handover.machine import remaining_steps
 from khod.model import Phase, Step
@@ -33,7 +34,7 @@ class Watcher(Protocol):
 
 
 class Attempts:
-    """Makes attempts and attaches them to the transaction; `guard` watches the devices of one."""
+    """Makes attempts and attaches them to the transaction; `guard` watches the devices of one, `watchdog` its jump."""
 
     def __init__(
         self,
@@ -41,12 +42,14 @@ class Attempts:
         observer: Observer,
         registry: ProducerRegistry,
         guard: Watcher,
+        watchdog: JumpWatchdog,
         resources: Resources,
     ) -> None:
         self._transaction = transaction
         self._observer = observer
         self._registry = registry
         self._guard = guard
+        self.watchdog = watchdog
         self._resources = resources
 
     def current_attempt(self) -> Attempt:
@@ -97,7 +100,10 @@ class Attempts:
     ) -> None:
         """Roll back the handover under way, as `Transaction.roll_back` does, also if an earlier khod began it."""
         self.current_attempt()
-        await self._transaction.roll_back(cause, interrupted=interrupted, because=because)
+        try:
+            await self._transaction.roll_back(cause, interrupted=interrupted, because=because)
+        finally:
+            await self.watchdog.disarm()
 
     def watch_devices(self, attempt: Attempt) -> None:
         """Watch for devices that appear or disappear during this attempt; Failed if that is not possible."""

@@ -15,7 +15,7 @@ class Background:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def spawn_task(self, work: Coroutine[None, None, None]) -> None:
+    def spawn_task(self, work: Coroutine[Any, Any, object]) -> None:
         """Run a task."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)

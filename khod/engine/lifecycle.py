@@ -5,6 +5,7 @@ from contextlib import suppress
 
 from khod.engine.attempts import Attempts
 from khod.engine.background import Background
+from khod.engine.cold_boot import ColdBootInquiry
 from khod.engine.jump import Jump
 from khod.engine.observer import Observer
 from khod.engine.recorder import Recorder
@@ -28,22 +29,24 @@ class Start:
     def __init__(
         self,
         transaction: Transaction,
-        startup: Startup,
         observer: Observer,
+        peers: Peers,
         attempts: Attempts,
         restoration: Restoration,
         jump: Jump,
+        inquiry: ColdBootInquiry,
         background: Background,
         resources: Resources,
         signals: Signals,
         recorder: Recorder,
     ) -> None:
         self._transaction = transaction
-        self._startup = startup
+        self._startup = Startup(transaction, observer, peers, resources)
         self._observer = observer
         self._attempts = attempts
         self._restoration = restoration
         self._jump = jump
+        self._inquiry = inquiry
         self._background = background
         self._resources = resources
         self._recorder = recorder
@@ -73,6 +76,7 @@ class Start:
         try:
             match found.action:
                 case reconcile.Action.verify:
+                    self._background.spawn_task(self._attempts.watchdog.take_back())
                     await self._restoration.begin_restoration(observed, self._observer.probed.kernel, found.doubt, note)
                 case reconcile.Action.roll_back:
                     if not await self._still_jumps(found.phase, observed):
@@ -80,6 +84,7 @@ class Start:
                 case reconcile.Action.resume:
                     self._attempts.watch_devices(self._attempts.current_attempt())
                 case reconcile.Action.none if found.phase in RESTING:
+                    self._background.spawn_task(self._attempts.watchdog.take_back())
                     await self._transaction.try_write_record(departure_served=True)
         finally:
             self._close_stray_sessions(observed)
@@ -90,7 +95,9 @@ class Start:
         if arrived or found.phase not in RESTING:
             self._recorder.adopt_run(self._transaction.record, observed, arrived=arrived)
         elif found.phase is Phase.cold_boot and (left := self._startup.record_before(observed)) is not None:
-            self._recorder.conclude_cold_boot(left, observed, found.reason)
+            self._recorder.conclude_cold_boot(left, observed, found.reason)  # this has it explained
+        elif self._inquiry.is_due:
+            self._background.spawn_task(self._inquiry.explain_boot())  # the khod that was at it has ended
 
     async def _still_jumps(self, phase: Phase, observed: Observed) -> bool:
         """Return whether the jump that an earlier khod requested may still come; if so, it is watched."""
@@ -157,6 +164,8 @@ class Stop:
         self._peers.stop_remembering()
         if self._transaction.phase is Phase.verifying:
             self._background.cancel_tasks()  # the next khod tells it again to those that did not finish
+            if going_down:
+                await self._transaction.note_cut_short()
             return
         if jumping is None:
             jumping = self._transaction.phase is Phase.executing

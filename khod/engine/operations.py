@@ -3,6 +3,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from khod import model
@@ -12,6 +13,7 @@ from khod.engine.admission import Admission
 from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.attempts import Attempts, Watcher
 from khod.engine.background import Background
+from khod.engine.cold_boot import BootEnds, ColdBootInquiry
 from khod.engine.guard import Seen
 from khod.engine.history import HISTORY_FILE, STOPPED, HistoryService
 from khod.engine.interruptions import Interruptions
@@ -19,15 +21,15 @@ from khod.engine.jump import Jump
 from khod.engine.lifecycle import Start, Stop
 from khod.engine.observer import Observer
 from khod.engine.producer_operations import ProducerOperations
-from khod.engine.queries import Inhibitors, Queries, new_run
+from khod.engine.queries import Inhibitors, Queries, Trials, new_run
 from khod.engine.recorder import NO_SOURCES, Recorder, Sources
 from khod.engine.resources import Resources
 from khod.engine.restoration import Restoration
 from khod.engine.signals import Signals
-from khod.engine.startup import Startup
 from khod.engine.transaction import Transaction
 from khod.engine.turn import Turn
 from khod.engine.verification import Verification
+from khod.engine.watchdog import JumpWatchdog
 from khod.engine.way_back import WayBack
 from khod.errors import KhoError, NotRolledBack, Refused
 from khod.handover.machine import RESTING, Machine
@@ -47,7 +49,9 @@ from khod.producers.registrations import Registrations
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions
+from khod.systemd.boots import read_boot_ends
 from khod.systemd.shutdown import Executor, Shutdown
+from khod.systemd.watchdog import ManagerWatchdogs
 from khod.target.target import Request
 
 NOWHERE = Path("/nonexistent")
@@ -58,8 +62,9 @@ class Engine:
     """The handover of one host. `tell` is called with every change, in the event loop.
 
     `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
-    asks whether the host is shut down in any way. `remember` takes each attempt at its end, with facts of `sources`;
-    without it the history does. `health` has the operator's checks, none by default.
+    asks whether the host is shut down in any way. `remember` takes each attempt at its end, with facts of `sources`,
+    and `trial` returns what handovers into an image came to; without them the history does. `health` has the operator's
+    checks, none by default.
     """
 
     def __init__(
@@ -83,6 +88,9 @@ class Engine:
         registrations: Registrations | None = None,
         scanner: Scanner = scan_processes,
         health: HealthChecks | None = None,
+        boot_ends: BootEnds = read_boot_ends,
+        trial: Trials | None = None,
+        watchdogs: ManagerWatchdogs | None = None,
         remember: Callable[[AttemptRecord], Awaitable[None]] | None = None,
         sources: Sources = NO_SOURCES,
     ) -> None:
@@ -111,7 +119,7 @@ class Engine:
             lambda: self.record,
             background.spawn_task,
             remember or self.history.remember,
-            sources,
+            replace(sources, read_cold_boot=lambda _record: inquiry.explain_boot()),
         )
         # The lambdas name parts that are made further down: each hears of the other.
         watcher = guard(lambda seen: interruptions.on_device_event(seen))
@@ -123,6 +131,7 @@ class Engine:
             goes_down,
             recorder.write_pending,
         )
+        inquiry = ColdBootInquiry(transaction, kexec.calls, boot_ends)
         peers = Peers(
             sessions,
             lambda peer: interruptions.on_peer_left(peer),
@@ -150,9 +159,12 @@ class Engine:
             restoration,
             resources,
             inhibitors=lambda: self._inhibitors,
+            trial=trial or self.history.trial,
             signals=signals,
         )
-        self._attempts = attempts = Attempts(transaction, observer, registry, watcher, resources)
+        self._attempts = attempts = Attempts(
+            transaction, observer, registry, watcher, JumpWatchdog(transaction, resources, watchdogs), resources
+        )
         self._turn = turn = Turn(transaction, attempts, restoration, queries, signals)
         self._jump = jump = Jump(transaction, settings, turn.give_up_jump)
         interruptions = Interruptions(transaction, turn, jump, restoration, background)
@@ -163,9 +175,8 @@ class Engine:
             transaction, turn, registry, queries, restoration, attempts, observer, resources
         )
         self._admission = Admission(transaction, queries, observer, peers, resources, recorder)
-        startup = Startup(transaction, observer, peers, resources)
         self._start = Start(
-            transaction, startup, observer, attempts, restoration, jump, background, resources, signals, recorder
+            transaction, observer, peers, attempts, restoration, jump, inquiry, background, resources, signals, recorder
         )
         self._stop = Stop(transaction, peers, attempts, way_back, jump, background, signals)
 
@@ -247,6 +258,8 @@ class Engine:
                         )
                     )
                 last = Step.load if request.load_only else Step.execute
+                if last is Step.execute:  # before the first step: nobody is frozen yet, unless an earlier call did that
+                    await self._attempts.watchdog.arm(at_once=request.now)
                 await self._transaction.run_steps(self._attempts.remaining_steps(last), hold=request.hold)
             except JumpUnderWay as error:
                 raise NotRolledBack(error.what, where=error.where, remedy=error.remedy) from error
@@ -257,6 +270,8 @@ class Engine:
                     target.close()
                 if self._transaction.phase is Phase.executing:
                     self._background.spawn_task(self._jump.watch_attempt(self._attempts.current_attempt()))
+                else:
+                    await self._attempts.watchdog.disarm()
 
     @asynccontextmanager
     async def _one_attempt(self, by: str) -> AsyncIterator[None]:

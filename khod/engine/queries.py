@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from khod import model, preflight
+from khod.concurrency.bounded import run_within
 from khod.engine import status
 from khod.engine.observer import Observer
 from khod.engine.plan import plan_steps
@@ -22,10 +23,12 @@ from khod.engine.transaction import Transaction
 from khod.errors import ConfigError, Failed, KhoError, Refused, UsageError
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING, Machine
+from khod.history.trial import ImageTrial, trial_digest
 from khod.kernel.protocol import Tree
 from khod.model import Check, Event, Observed, Phase, Plan, Status
-from khod.preflight.facts import Facts
+from khod.preflight.facts import Facts, TrialFact
 from khod.preflight.handover import check_handover
+from khod.preflight.trial import list_image_facts
 from khod.producers.barrier import Member
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.registry import ProducerRegistry
@@ -46,6 +49,8 @@ NO_TREE = {
 NOTHING = Request()
 """A request without an image."""
 Inhibitors = Callable[[], Awaitable[Sequence[Inhibitor] | None]]
+Trials = Callable[[str], Awaitable[ImageTrial]]
+"""Returns what handovers into an image came to, by its digest, within a deadline; Failed if that is not known."""
 
 
 def new_run() -> str:
@@ -70,6 +75,7 @@ class Queries:
         resources: Resources,
         *,
         inhibitors: Callable[[], Inhibitors | None],
+        trial: Trials,
         signals: Signals,
     ) -> None:
         self._transaction = transaction
@@ -84,6 +90,7 @@ class Queries:
         self._scanner = resources.scanner
         self._health = resources.health
         self._inhibitors = inhibitors
+        self._trial = trial
         self._busy = signals.busy
         self._known = signals.known
         self._started = signals.started
@@ -265,8 +272,25 @@ class Queries:
             sighted=self.sighted,
             now=now,
             health=self._health.load_checks,
+            trial=await self._read_trial(target),
         )
         return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
+
+    async def _read_trial(self, target: Target | None) -> TrialFact | None:
+        """Return what handovers into the next kernel came to; None without one."""
+        if target is None:
+            return None
+        deadline = self._settings.current.deadlines.activate
+        try:
+            images = await self._workers.files.call_within(
+                lambda: list_image_facts(target), "hashing the image", deadline
+            )
+            return TrialFact(await run_within(deadline, self._trial(trial_digest(images))))
+        except (KhoError, OSError, TimeoutError) as error:
+            return TrialFact(None, str(error))
+        except Exception as error:
+            LOG.exception("The history could not be asked")
+            return TrialFact(None, f"khod itself failed: {error!r}")
 
     async def _find_sessions(self) -> SightedSessions:
         """Find the LUO sessions of other processes, and keep them in `sighted`."""

@@ -24,7 +24,6 @@ from khod.history.model import (
     ClockReading,
     ColdBoot,
     Departure,
-    ImageFacts,
     KernelFacts,
     Moment,
     RunBegun,
@@ -35,6 +34,7 @@ from khod.history.timeline import build_timeline
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
 from khod.model import Check, Event, EventKind, Observed, Phase, Step
+from khod.preflight.trial import list_image_facts
 from khod.target.target import Target
 
 LOG = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Recorder:
         """Log the next kernel; the digests of its files are computed here, before anyone is told anything."""
         with suppress(KhoError, OSError):
             images = await self._questions.call_within(
-                partial(_describe_images, target), "reading the image", FILE_SECONDS
+                partial(list_image_facts, target), "reading the image", FILE_SECONDS
             )
             about = target.apart.about if target.apart else None
             kernel = KernelFacts(about.version if about else "", about.banner if about else "", "", target.cmdline)
@@ -223,11 +223,17 @@ class Recorder:
         self._spawn(self._finish_cold_boot(record, reason))
 
     async def _finish_cold_boot(self, record: Record, reason: str) -> None:
+        """Remember the cold boot once it is explained; another run may have begun by then."""
+        found: list[Entry] = []
         if self._sources.read_cold_boot is not None:
-            await self._gather(self._sources.read_cold_boot(record))
-        self.write_pending()
-        self._run = ""
-        await self._finish(record.run, RunEnd(Phase.cold_boot, time.time(), reason))
+            try:
+                cold_boot = await self._sources.read_cold_boot(record)
+                found, reason = [cold_boot], cold_boot.reason
+            except Exception:  # as in _gather
+                LOG.exception("The cold boot could not be explained")
+        if self._run == record.run:
+            found, self._pending, self._run = [*self._pending, *found], [], ""
+        await self._finish(record.run, RunEnd(Phase.cold_boot, time.time(), reason), found)
 
     async def _gather(self, reading: Awaitable[Entry]) -> None:
         """Log what a source says; without it the attempt lacks that, and nothing else."""
@@ -248,10 +254,11 @@ class Recorder:
             entries, self._pending = self._pending, []
             self._disk.call_later(partial(append_entries, log_path(self._state, self._run), entries))
 
-    async def _finish(self, run: str, end: RunEnd) -> None:
-        """Log the end of a run, and hand over the attempt made of its log."""
-        path, entries = log_path(self._state, run), [*self._pending, end]
-        self._pending = []
+    async def _finish(self, run: str, end: RunEnd, found: list[Entry] | None = None) -> None:
+        """Log the end of a run after what was `found`, or what is pending; hand over the attempt made of its log."""
+        if found is None:
+            found, self._pending = self._pending, []
+        path, entries = log_path(self._state, run), [*found, end]
 
         def make_attempt() -> AttemptRecord:
             log = read_log(path)
@@ -268,9 +275,3 @@ class Recorder:
         with suppress(KhoError, OSError):
             return await self._questions.call_within(self._kexec.banner, "saying its version", CLOCK_SECONDS)
         return ""
-
-
-def _describe_images(target: Target) -> list[ImageFacts]:
-    """Return the files of the next kernel with their digests."""
-    files = {"kernel": target.kernel, "initrd": target.initrd}
-    return [ImageFacts(role, file.name, file.sha256, file.size) for role, file in files.items() if file is not None]

@@ -68,6 +68,7 @@ BESIDE_ARRIVAL = {
     FindingSource.boot: "it is another kernel than expected, or was reached from another one",
 }
 """What a finding of these sources says, where no state is missing."""
+BARRED = "The same image may be refused now: khoctl check says so, and with which command it is tried again."
 REBOOT = "Do not reboot before: it would jump into the image that is still loaded."
 
 
@@ -127,6 +128,8 @@ def build_status(
         under_way=under_way,
         sessions=list(sighted.sessions),
         sessions_unseen=sighted.unseen,
+        cold_boot=record.cold_boot if outcome is Phase.cold_boot else None,
+        image=record.begun.image if outcome is Phase.cold_boot and record.run == record.arrived_run else "",
     )
 
 
@@ -140,6 +143,12 @@ def _summarise(phase: Phase, record: Record, probed: Probed, *, foreign: bool, a
         summary, remedy = f"{UNKNOWN}: {unknown}.", "Ask their owners; khoctl status lists the sessions that are open."
     if probed.kernel is None and phase in RESTING:
         summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
+    if (
+        phase is Phase.cold_boot
+        and record.cold_boot
+        and record.cold_boot.last_phase in (Phase.executing, Phase.verifying)
+    ):
+        remedy = f"{remedy}. {BARRED}"
     if foreign and phase is not Phase.foreign:
         summary, remedy = f"{summary} {FOREIGN}", f"{remedy} {PHASE_TEXT[Phase.foreign][1]}".strip()
     if phase is Phase.failed and any(item.step == Step.load.value for item in record.not_undone):

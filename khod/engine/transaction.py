@@ -25,7 +25,7 @@ from khod.handover.machine import HELD, RESTING, STEPS, Machine
 from khod.handover.reconcile import Found
 from khod.handover.record import ProducerRecord, Record, Store
 from khod.kernel.explain import FORGOT
-from khod.model import Event, EventKind, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
+from khod.model import ColdBoot, Event, EventKind, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
 from khod.producers.barrier import Member, write_verb
 from khod.producers.session_holders import SightedSessions
 from khod.text import join_names
@@ -529,6 +529,11 @@ class Transaction:
         self._set_interrupted(under_way)
         await self.try_write_record(RECORD_UNDO_SECONDS)
 
+    async def note_cut_short(self) -> None:
+        """Record that the host is shut down during the verification: the kernel that it verifies has not died."""
+        self._record = replace(self._record, interrupted="the host was shut down while the handover was verified")
+        await self.try_write_record(RECORD_UNDO_SECONDS)
+
     def _set_interrupted(self, under_way: Phase) -> None:
         if under_way is Phase.rolling_back:  # the shutdown itself may have caused it
             under_way = self._rolled_back_from
@@ -544,6 +549,15 @@ class Transaction:
         """Add to the next record whose LUO sessions leave with the jump, and whether the jump is immediate."""
         self._record = replace(self._record, sessions=sighted.sessions, sessions_unseen=sighted.unseen, at_once=at_once)
 
+    def note_watchdog(self, device: str) -> None:
+        """Add to the next record the watchdog that is armed for the jump."""
+        self._record = replace(self._record, watchdog=device)
+
+    async def clear_watchdog(self) -> None:
+        """Record that no watchdog is armed for a jump any more."""
+        self.note_watchdog("")
+        await self.try_write_record(RECORD_UNDO_SECONDS)
+
     async def note_claims(self, claims: tuple[ProducerRecord, ...], verdict: Verdict | None = None) -> None:
         """Record the producers that have not taken back what they left, and what was found until now."""
         self._record = replace(self._record, claims=claims, verdict=verdict or self._record.verdict)
@@ -555,6 +569,16 @@ class Transaction:
         if record.run == record.arrived_run:
             blackout = verify.blackout_seconds(record.window_began_at, time.time(), uptime)
             self._record = replace(record, blackout_seconds=blackout)
+
+    async def note_cold_boot(self, found: ColdBoot) -> None:
+        """Record what is known of the cold boot that this boot is, and tell it."""
+        known, error = self._record.cold_boot, self._record.last_error
+        if known is not None and error == known.reason:  # else it is of a later handover
+            error = found.reason
+        self._record = replace(self._record, cold_boot=found, last_error=error)
+        if self.phase in RESTING:  # else the next step's record has it
+            await self.try_write_record()
+        self.emit_event(f"the cold boot: {found.reason}")
 
     async def conclude_verification(self, verdict: Verdict, message: str) -> None:
         """Record the outcome of the handover into this boot: verified, or degraded with the reason.

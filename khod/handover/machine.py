@@ -49,7 +49,7 @@ TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
     P.loaded: (P.freezing, P.executing, P.rolling_back),
     P.executing: (P.rolling_back, P.verifying, P.cold_boot),
     P.rolling_back: (P.idle, P.verified, P.degraded, P.cold_boot, P.failed),
-    P.verifying: (P.verified, P.degraded),
+    P.verifying: (P.verified, P.degraded, P.cold_boot),
     P.verified: (P.preparing,),
     P.degraded: (P.preparing, P.verified),
     P.cold_boot: (P.preparing,),

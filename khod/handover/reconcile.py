@@ -10,7 +10,7 @@ from khod.handover.record import Record
 from khod.kernel.cmdline import is_marked, run_mark
 from khod.kernel.kexec import Kexec
 from khod.kernel.protocol import KhoKernel
-from khod.model import Observed, Phase, Step
+from khod.model import ColdBoot, Observed, Phase, Step
 from khod.text import join_names
 
 
@@ -105,12 +105,13 @@ def _other_boot(record: Record, kernel: Observed) -> Found:
         if record.interrupted:
             return Found(Phase.cold_boot, f"the host went down and booted cold: {record.interrupted}")
         return Found(Phase.idle, _lost_claims(record))
+    by_our_kexec = is_marked(kernel.cmdline, record.run)
     if record.phase is Phase.verifying:
         lost = _lost_claims(record)
-        return Found(
-            Phase.idle, f"the host booted again before the last handover was verified{f'; {lost}' if lost else ''}"
-        )
-    by_our_kexec = is_marked(kernel.cmdline, record.run)
+        again = f"the host booted again before the last handover was verified{f'; {lost}' if lost else ''}"
+        # Without a shutdown and without a jump the kernel that the handover led to has died.
+        died = not (record.interrupted or by_our_kexec or kernel.arrived)
+        return Found(Phase.cold_boot if died else Phase.idle, again)
     if by_our_kexec or kernel.arrived:  # whichever image it was, the producers' state came with it
         return Found(Phase.verifying, "first start after the jump", Action.verify, _record_doubt(record))
     if record.phase is Phase.executing:
@@ -227,6 +228,7 @@ def reset_record(record: Record, found: Found, kernel: Observed) -> Record:
             arrived_run=run,
             interrupted="",
         )
+    cold = ColdBoot(found.reason, record.phase, boot_id=record.boot_id) if found.phase is Phase.cold_boot else None
     kept = record if found.phase is Phase.cold_boot else Record(previous_release=record.previous_release)
     return replace(
         kept,
@@ -248,4 +250,6 @@ def reset_record(record: Record, found: Found, kernel: Observed) -> Record:
         doubt="",
         not_undone=(),
         interrupted="",
+        cold_boot=cold,
+        watchdog=record.watchdog,
     )

@@ -17,6 +17,7 @@ from khod.errors import RecordError, errno_text
 from khod.handover.snapshots import Snapshots
 from khod.model import (
     Begun,
+    ColdBoot,
     Finding,
     Generation,
     Kept,
@@ -34,6 +35,7 @@ ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
     | {"kernel_release", "kernel_banner", "spot"}
+    | {"cold_boot", "watchdog"}
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 
@@ -136,6 +138,10 @@ class Record:
     claims: tuple[ProducerRecord, ...] = ()
     """What producers left in the previous kernel and have not taken back yet."""
     begun: Begun = field(default_factory=Begun)
+    cold_boot: ColdBoot | None = None
+    """What is known of the cold boot that this boot is; None if it is none. A khod completes it after its start."""
+    watchdog: str = ""
+    """The watchdog that was armed for the handover `run`, and is to be disarmed; "" for none."""
 
     def begin_run(self, run: str, observed: Observed, generation: Generation, by: str = "") -> "Record":
         """Return the record of a new handover in this boot; the outcome of this boot stays."""

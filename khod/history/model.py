@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass, field
 
 from khod.model import Check, Event, Finding, Phase, Verdict
+from khod.model import ColdBoot as ColdBoot  # noqa: PLC0414 - a word of the status and of the history
 
 
 @dataclass(frozen=True)
@@ -134,22 +135,6 @@ class Arrival:
     ready_monotonic: float | None = None
     """When khod looked at what had arrived; without it, when it said so first."""
     analyze: str = ""
-
-
-@dataclass(frozen=True)
-class ColdBoot:
-    """What is known of a handover that ended as a cold boot, in the order from cause to detail.
-
-    `reason` is one sentence. `last_phase` is the last one that the kernel before recorded, `journal_end` how its
-    journal ends, `last_words` the end of what pstore kept of it, `watchdog` whether a watchdog reset the host (None if
-    the kernel does not tell).
-    """
-
-    reason: str
-    last_phase: Phase = Phase.idle
-    journal_end: str = ""
-    last_words: list[str] = field(default_factory=list)
-    watchdog: bool | None = None
 
 
 @dataclass(frozen=True)

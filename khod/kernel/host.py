@@ -19,6 +19,8 @@ CAP_SYS_BOOT = 22  # include/uapi/linux/capability.h
 # since 6.18)
 INITIAL_NAMESPACES = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 PROCESSORS = "/sys/devices/system/cpu"
+STOP_ON_REBOOT = "/sys/module/watchdog/parameters/stop_on_reboot"  # since 5.12
+WDIOF_CARDRESET = 0x20  # include/uapi/linux/watchdog.h
 KIB = 1024
 BOUND_DEVICES = "/run/kho-devices"
 """Where khod's unit shows it the host's /dev: its own has no links, as the unit says PrivateDevices=."""
@@ -26,12 +28,17 @@ BOUND_DEVICES = "/run/kho-devices"
 
 @dataclass(frozen=True)
 class Watchdog:
-    """A hardware watchdog; `timeout` is in seconds, None if the driver does not say."""
+    """A hardware watchdog; `timeout` is in seconds, None if the driver does not say.
+
+    `max_timeout` is the longest one in seconds, 0 if the driver names none. With `nowayout` nobody can disarm it.
+    """
 
     name: str
     identity: str
     armed: bool
     timeout: int | None
+    max_timeout: int = 0
+    nowayout: bool = False
 
 
 def lockdown_level(calls: Calls) -> str | None:
@@ -113,11 +120,33 @@ def list_watchdogs(calls: Calls) -> list[Watchdog]:
     """Return every watchdog device; without CONFIG_WATCHDOG_SYSFS none is shown as armed."""
     found = []
     for name in calls.list_directory(WATCHDOGS):
-        state, timeout = (_read_text(calls, f"{WATCHDOGS}/{name}/{what}") for what in ("state", "timeout"))
-        identity = _read_text(calls, f"{WATCHDOGS}/{name}/identity") or ""
-        seconds = int(timeout) if timeout and timeout.isdecimal() else None
-        found.append(Watchdog(name, identity, state == "active", seconds))
+        words = ("state", "timeout", "max_timeout", "nowayout", "identity")
+        state, timeout, longest, stays, identity = (_read_text(calls, f"{WATCHDOGS}/{name}/{what}") for what in words)
+        seconds, most = (int(text) if text and text.isdecimal() else None for text in (timeout, longest))
+        found.append(Watchdog(name, identity or "", state == "active", seconds, most or 0, stays == "1"))
     return found
+
+
+def keeps_watchdogs(calls: Calls) -> bool:
+    """Whether the kernel keeps every watchdog running through a reboot, as watchdog.stop_on_reboot=0 has it do.
+
+    Without it that is the driver's choice, and a kexec is a reboot for it: kernel_restart_prepare() calls the notifier
+    with SYS_RESTART. i6300esb and iTCO_wdt stop.
+    """
+    return _read_text(calls, STOP_ON_REBOOT) == "0"
+
+
+def reset_by_watchdog(calls: Calls) -> bool | None:
+    """Whether a watchdog reset the host before this boot, by the drivers' WDIOF_CARDRESET (i6300esb and others).
+
+    A driver that does not look says the same as one that saw nothing, so False means only that none claims it.
+    """
+    found = [
+        int(text)
+        for name in calls.list_directory(WATCHDOGS)
+        if (text := _read_text(calls, f"{WATCHDOGS}/{name}/bootstatus")) and text.isdecimal()
+    ]
+    return any(status & WDIOF_CARDRESET for status in found) if found else None
 
 
 def _read_text(calls: Calls, path: str) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from khod.config import Config
 from khod.errors import CheckFailed, KhoError, Refused, Unsupported, errno_text
 from khod.model import Check, CheckResult
-from khod.preflight import holders, host, image, kernel
+from khod.preflight import holders, host, image, kernel, trial
 from khod.preflight.facts import CheckFinding, Facts
 from khod.text import printable
 
@@ -48,6 +48,7 @@ IMAGE_CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
     "formats": image.check_formats,
     "fit": image.check_fit,
     "signature": image.check_signature,
+    "trial": trial.check_trial,
 }
 """The checks of the next kernel."""
 

@@ -8,6 +8,7 @@ from typing import Self
 from khod.config import Config
 from khod.errors import KhoError
 from khod.handover.record import Record, Store
+from khod.history.trial import ImageTrial
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
@@ -22,13 +23,21 @@ from khod.target.target import Target
 
 
 @dataclass(frozen=True)
+class TrialFact:
+    """What is remembered of the image, or why that is not known."""
+
+    trial: ImageTrial | None
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
 class Facts:
     """The input of the checks, which run in a thread of their own.
 
     `inhibitors` is None if logind could not be asked, `outgoing` if the kernel has no outgoing tree now or could not be
     asked. `absent` are producers that were registered before khod was restarted and have not come back.
     `unknown_sessions` are LUO sessions without an owner in any record, `sighted` those of other processes. `now` is for
-    a jump that stops nothing. `health` reads the operator's health checks.
+    a jump that stops nothing. `health` reads the operator's health checks. `trial` is None without a target.
     """
 
     probed: Probed
@@ -47,6 +56,7 @@ class Facts:
     sighted: SightedSessions = field(default_factory=SightedSessions)
     now: bool = False
     health: Callable[[], list[HealthCheck]] = list
+    trial: TrialFact | None = None
 
 
 @dataclass(frozen=True)

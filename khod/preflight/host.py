@@ -8,12 +8,15 @@ from khod.handover.record import RESERVED_BYTES
 from khod.kernel import host
 from khod.preflight import minimum_uptime
 from khod.preflight.facts import CheckFinding, Facts
+from khod.preflight.watchdog import check_jump_watchdog
 from khod.systemd import facts as systemd
 from khod.text import format_size, join_names, one_line
 
 
 def check_watchdog(facts: Facts) -> CheckFinding:
-    """No hardware watchdog resets the host while the next kernel starts."""
+    """No hardware watchdog resets the host while the next kernel starts, but for the one that is to watch over it."""
+    if facts.config.watchdog.device:
+        return check_jump_watchdog(facts)
     found = host.list_watchdogs(facts.kexec.calls)
     armed = [one for one in found if one.armed]
     if not found:

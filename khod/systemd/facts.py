@@ -3,9 +3,12 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
+from khod.systemd.dbus import BusError
 from khod.systemd.manager import ASK_SECONDS, Manager, Systemd, ask_systemd
+from khod.systemd.watchdog import ManagerWatchdog, ManagerWatchdogs
 
 T = TypeVar("T")
 
@@ -18,6 +21,17 @@ class SystemdFacts:
     def describe_manager(self) -> Manager | None:
         """Return which systemd runs this host, and in what kind of virtual machine."""
         return _ask_systemd(lambda systemd: systemd.describe_manager())
+
+    def describe_watchdog(self) -> ManagerWatchdog | None:
+        """Return the hardware watchdog that systemd opens."""
+
+        async def ask() -> ManagerWatchdog | None:
+            with suppress(BusError, TimeoutError):
+                async with asyncio.timeout(ASK_SECONDS):
+                    return await ManagerWatchdogs().describe_watchdog()
+            return None
+
+        return asyncio.run(ask())
 
     def read_units(self, names: Iterable[str]) -> dict[str, dict[str, Any]] | None:
         """Return the properties of services and scopes, by the names of the unit and of the property."""

@@ -74,6 +74,9 @@ class KernelCalls:
     def temporary_directory(self, path: str) -> AbstractContextManager[None]:
         raise refuse(errno.ENOENT, f"mkdir {path}")
 
+    def modified_at(self, path: str) -> float:
+        raise refuse(errno.ENOENT, f"stat {path}")
+
     def open_log(self, *, whole: bool = False) -> _Log:
         return _Log([] if whole else self.kernel.log)  # a log that is not complete is no evidence
 

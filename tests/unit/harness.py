@@ -15,7 +15,9 @@ from types import MappingProxyType
 
 from khod.config import Config, Settings
 from khod.engine import Engine
+from khod.engine.cold_boot import BootEnds
 from khod.engine.guard import Seen, Uevent, Watch
+from khod.engine.queries import Trials
 from khod.errors import ConfigError
 from khod.handover.record import Record, Store
 from khod.history.model import AttemptRecord
@@ -36,6 +38,7 @@ from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import SimulatedKernel
 from khod.systemd import shutdown
+from khod.systemd.watchdog import ManagerWatchdogs
 from khod.target.target import Given, Request
 from tests.unit.images import CPIO, bzimage
 
@@ -221,6 +224,12 @@ class Host:
         """What says whether the host is shut down, in whatever way; None where nobody can tell."""
         self.scanner: Scanner = scan_processes
         """What finds the LUO sessions of every process."""
+        self.boot_ends: BootEnds = lambda _here, _until: []
+        """What the journal has of the boots before."""
+        self.watchdogs: ManagerWatchdogs | None = None
+        """What arms the hardware watchdog; None where nobody does."""
+        self.trial: Trials | None = None
+        """What the history has of an image; None where there is no history."""
         self.told = directory / "told"
         (directory / "state").mkdir()
         self.store = Store(directory / "state")
@@ -264,6 +273,9 @@ class Host:
             registrations=Registrations(self.registrations) if self.registrations else None,
             scanner=self.scanner,
             health=HealthChecks(self.directory, Children()),
+            boot_ends=self.boot_ends,
+            trial=self.trial,
+            watchdogs=self.watchdogs,
             remember=self._remember,
         )
 

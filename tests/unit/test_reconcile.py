@@ -287,3 +287,36 @@ def test_state_that_came_with_somebody_else_s_image_is_verified_and_doubted(phas
     found = reconcile_record(record(phase, BEFORE), replace(ARRIVED, cmdline="root=/dev/sda"))
     assert (found.phase, found.action) == (P.verifying, Action.verify)
     assert found.doubt
+
+
+# verifying, other boot | no KHO state | cold boot
+
+
+def test_a_kernel_that_dies_while_it_is_verified_ends_as_a_cold_boot() -> None:
+    verifying = record(P.verifying, BEFORE, done=())
+    found = reconcile_record(verifying, IDLE)
+    assert (found.phase, found.action) == (P.cold_boot, Action.none)
+    kept = reset_record(verifying, found, IDLE)
+    assert kept.cold_boot is not None
+    assert (kept.cold_boot.last_phase, kept.cold_boot.boot_id) == (P.verifying, BEFORE)
+
+
+@pytest.mark.parametrize(
+    ("kept", "kernel"),
+    [
+        (replace(record(P.verifying, BEFORE, done=()), interrupted="shut down"), IDLE),
+        (record(P.verifying, BEFORE, done=()), ARRIVED),
+    ],
+    ids=["a shutdown", "a jump"],
+)
+def test_a_verification_that_was_left_in_order_is_no_cold_boot(kept: Record, kernel: Observed) -> None:
+    found = reconcile_record(kept, kernel)
+    assert (found.phase, found.action) == (P.idle, Action.none)
+    assert reset_record(kept, found, kernel).cold_boot is None
+
+
+def test_the_explanation_of_a_cold_boot_lasts_as_long_as_the_boot() -> None:
+    cold = reset_record(record(P.executing, BEFORE), reconcile_record(record(P.executing, BEFORE), IDLE), IDLE)
+    assert reset_record(cold, reconcile_record(cold, IDLE), IDLE).cold_boot == cold.cold_boot
+    later = replace(IDLE, boot_id="another")
+    assert reset_record(cold, reconcile_record(cold, later), later).cold_boot is None

@@ -18,6 +18,7 @@ from khod.errors import RecordError
 from khod.handover.record import VERSION, Owner, Process, ProducerRecord, Record, Store, decode_record, encode_record
 from khod.model import (
     Begun,
+    ColdBoot,
     Finding,
     Generation,
     Kept,
@@ -75,6 +76,8 @@ FULL = Record(
     claims=(ProducerRecord("kv", "varlink", owner=Owner(1000, "kv.service")),),
     doubt="the host jumped into an image that khod had not loaded",
     begun=Begun(1795661761.5, "root (khoctl, process 4711)", "Image (7.3.4)"),
+    cold_boot=ColdBoot("it panicked", Phase.executing, "cut off", ["Kernel panic"], watchdog=True, boot_id="before"),
+    watchdog="/dev/watchdog0",
 )
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -117,6 +120,8 @@ records = st.builds(
     claims=st.lists(holder, max_size=2).map(tuple),
     doubt=text,
     begun=st.builds(Begun, number, st.text(), st.text()),
+    cold_boot=st.none() | st.builds(ColdBoot, text, st.sampled_from(Phase), text, st.lists(text), st.none()),
+    watchdog=text,
 )
 
 
