@@ -395,6 +395,7 @@ class Transaction:
         self._jump_asked = True
         self._record = replace(self._record, at_once=False)
         await self._write_record(self.current_record(), departs=True)
+        self.emit_event("the host goes down into the next kernel")
 
     # The way back
 

@@ -195,6 +195,7 @@ async def test_a_jump_somebody_else_makes_with_khod_s_image_is_verified(host: Ho
     engine = await host.started()
     await host.kexec(engine, load_only=True)
     await engine.stop(jumping=True)
+    assert host.events[-1].phase is Phase.executing, "or who watches takes the end of khod for another one"
     with pytest.raises(Rebooted):
         host.kernel.reboot_kexec()
     assert (await (await host.started()).queries.status()).phase is Phase.verified
