@@ -165,6 +165,14 @@ def render_status(status: Status, *, verbose: bool = False) -> str:
     return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
 
 
+def render_outcome(status: Status, *, rolled_back: bool = False) -> str:
+    """Return how a handover ended, in one line; after a rollback the status is that of the handover into this boot."""
+    status = prepare_texts(status)
+    if rolled_back:
+        return f"rolled back  {status.last_error or 'The handover was aborted.'}"
+    return f"{phase_name(status.phase)}  {status.summary} {status.remedy}".rstrip()
+
+
 def _under_way(status: Status) -> list[tuple[str, str]]:
     """Return rows for who began the current handover, the steps done, and the step that runs now."""
     rows = []

@@ -66,6 +66,16 @@ def say_slow(connection: "Client") -> None:
     show_page(f"khoctl: Still waiting for khod{process}. To end this: Ctrl-C, or --timeout", err=True)
 
 
+def show_answer(found: object, page: Callable[[], str], *, as_json: bool) -> None:
+    """Print an answer: one line of JSON, or a page fitted to the terminal."""
+    if as_json:
+        from khoctl import render  # noqa: PLC0415 - whoever has a page to show has imported it
+
+        typer.echo(render.as_json(found))
+    else:
+        show_page(page())
+
+
 def on_terminal() -> bool:
     """Whether a person at a terminal can be asked."""
     return sys.stdin.isatty() and sys.stderr.isatty()

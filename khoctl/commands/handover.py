@@ -1,38 +1,29 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The commands of a handover, from check to verify; each calls khod, and its exit codes are `khod.errors.Exit`."""
 
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from khoctl import layout, progress, render
 from khoctl.next_kernel import NextKernelOptions, spread_options
 from khoctl.request import open_request
-from khoctl.session import Detached, Json, ask_confirmation, can_repaint, connect_client, is_colourless, on_terminal
+from khoctl.session import Detached, Json, ask_confirmation, connect_client, on_terminal, show_answer
 from khod.client.handover import Client
-from khod.errors import Exit, Refused, Unreachable, Unsupported, UsageError
+from khod.errors import Exit, Refused, Unreachable, Unsupported
 from khod.model import Check, CheckResult, Phase, Step
 
 app = typer.Typer(rich_markup_mode=None)
-CLEAR, ERASE, CLEAR_REST = (
-    "\x1b[H",
-    "\x1b[K\n",
-    "\x1b[J",
-)  # cursor to the top; clear the rest of a line; clear the rest of the screen
 KERNEL_FILES = {
     "sys/kernel/kho/active": ("not in the active phase", "in the active phase, the producers may be frozen"),
     "sys/kernel/kexec_loaded": ("no image is loaded", "an image is loaded"),
 }
 """Files that every user may read, and the meaning of 0 and 1 in them; the first exists on KHO v3 only."""
 
-TICK_SECONDS = 1.0
-"""Seconds between two updates of a watched page."""
 LoadOnly = Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")]
 Now = Annotated[
     bool,
@@ -57,7 +48,9 @@ def status(
     another program uses KHO or kexec.
     """
     if watch:
-        _watch_status(as_json=as_json)
+        from khoctl.commands.watching import watch_status  # noqa: PLC0415 - a status that is not watched needs none of it
+
+        watch_status(as_json=as_json)
     try:
         with connect_client() as khod:
             found = khod.status()
@@ -65,7 +58,7 @@ def status(
         raise Unreachable(
             error.what, where=error.where, remedy=". ".join(filter(None, (error.remedy, kernel_says())))
         ) from None
-    _print_answer(found, partial(render.render_status, found), as_json=as_json)
+    show_answer(found, partial(render.render_status, found), as_json=as_json)
     raise typer.Exit(found.exit_code)
 
 
@@ -76,42 +69,6 @@ def kernel_says(root: Path = Path("/")) -> str:
         with suppress(OSError, ValueError):
             said.append(f"{texts[int((root / path).read_text())]} (/{path})")
     return f"The kernel itself says: {', '.join(said)}." if said else ""
-
-
-def _watch_status(*, as_json: bool) -> NoReturn:
-    """Show every change until interrupted; on a terminal, redraw each second so that the times advance."""
-    live = can_repaint(sys.stdout) and not as_json
-    with connect_client() as asking, connect_client() as following:
-        found, events = asking.status(), following.monitor()
-        event = next(events)
-        try:
-            while True:
-                if live:
-                    layout.write_text(_repaint(render.render_status(found)), color=True, end="")
-                else:
-                    _print_answer(found, partial(render.render_status, found), as_json=as_json)
-                if following.reply_waiting or following.wait_readable(TICK_SECONDS if live else None):
-                    event = next(events)
-                found = asking.status()
-        except Unreachable:
-            if event.phase is not Phase.executing:
-                raise
-            progress.require_jump(found.boot_id)
-    _say_jumped(as_json=as_json)
-
-
-def _repaint(page: str) -> str:
-    """Return a page that overwrites the one before it; the cursor moves also if colours are off."""
-    lines = layout.fit_page(click.unstyle(page) if is_colourless() else page, layout.page_width()).split("\n")
-    return f"{CLEAR}{''.join(line + ERASE for line in lines)}{CLEAR_REST}"
-
-
-def _print_answer(found: object, page: Callable[[], str], *, as_json: bool) -> None:
-    """Print an answer: one line of JSON, or a page fitted to the terminal."""
-    if as_json:
-        typer.echo(render.as_json(found))
-    else:
-        layout.show_page(page())
 
 
 @app.command()
@@ -130,7 +87,7 @@ def check(
     """
     with open_request(options, from_profile, now=now) as (request, fds), connect_client() as khod:
         found = khod.check(request, fds)
-    _print_answer(found, partial(render.render_checks, found, quiet=quiet), as_json=as_json)
+    show_answer(found, partial(render.render_checks, found, quiet=quiet), as_json=as_json)
     warned = strict and any(item.result is CheckResult.warn for item in found)
     raise typer.Exit(_exit_code(found) or (Exit.refused if warned else Exit.done))
 
@@ -155,7 +112,7 @@ def plan(
 def _show_plan(request: dict[str, Any], fds: tuple[int, ...], *, as_json: bool) -> NoReturn:
     with connect_client() as khod:
         found = khod.plan(_plan_parameters(request), fds)
-    _print_answer(found, partial(render.render_plan, found), as_json=as_json)
+    show_answer(found, partial(render.render_plan, found), as_json=as_json)
     raise typer.Exit(_exit_code(found.checks))
 
 
@@ -241,51 +198,6 @@ def _ask_before_jump(request: dict[str, Any], fds: tuple[int, ...]) -> None:
         raise Refused("Not begun", remedy="Nothing was changed.")
 
 
-@app.command()
-def monitor(as_json: Json = False) -> None:
-    """Print every change, one line each, until interrupted."""
-    with connect_client() as khod:
-        for event in khod.monitor():
-            _print_answer(event, partial(render.render_event, event), as_json=as_json)
-            sys.stdout.flush()
-
-
-@app.command()
-def wait(
-    phase: Annotated[str, typer.Argument(metavar="PHASE", help="The phase to wait for, as status names it.")],
-    as_json: Json = False,
-) -> None:
-    """Wait until the handover is in a phase.
-
-    PHASE is one as status names it, such as idle or loaded. Exits with 5 where it is not reached within --timeout.
-    """
-    wanted = next((known for known in Phase if phase in (known.value, render.phase_name(known))), None)
-    if wanted is None:
-        known = ", ".join(one.value for one in Phase)
-        raise UsageError(f"There is no phase {phase!r}", where="PHASE", remedy=f"One of: {known}.")
-    with connect_client() as khod:
-        for event in khod.monitor():
-            if event.phase is wanted:
-                break
-    _print_answer(event, partial(render.render_event, event), as_json=as_json)
-
-
-@app.command()
-def verify(as_json: Json = False) -> None:
-    """Wait until this boot's verification is over.
-
-    Exits with 7 where some state did not arrive.
-    """
-    with connect_client() as following, connect_client() as asking:
-        for event in following.monitor():
-            if event.phase not in (Phase.verifying, Phase.rolling_back):  # khod's start is not over yet
-                break
-        found = asking.status()
-    _print_answer(found, partial(render.render_status, found, verbose=True), as_json=as_json)
-    others = found.exit_code == Exit.refused  # another program's use of KHO does not concern this verification
-    raise typer.Exit(Exit.done if others else found.exit_code)
-
-
 def _run_operation(
     begin: Callable[[Client], None], *, as_json: bool, block: bool = True, may_stop: bool = True
 ) -> None:
@@ -303,7 +215,7 @@ def _run_operation(
         raise typer.Exit(Exit.failed) from None
     if found is None:
         _say_jumped(as_json=as_json)
-    _print_answer(found, partial(render.render_status, found), as_json=as_json)
+    show_answer(found, partial(render.render_status, found), as_json=as_json)
 
 
 def _say_jumped(*, as_json: bool) -> NoReturn:

@@ -23,7 +23,7 @@ import pytest
 import khod.client.handover
 from khoctl import profile
 from khoctl.boot import sources
-from khoctl.commands.handover import CLEAR
+from khoctl.commands.watching import CLEAR
 from khod.simulated.kernel import build_image, build_initrd
 from tests.unit.images import CPIO, bzimage, cpio
 from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, Terminal, call, reply, until
