@@ -123,6 +123,24 @@ async def test_one_bit_of_a_small_file_degrades_and_is_named(host: LuoHost, fd: 
         assert "kv" not in verdict.arrived
 
 
+async def test_what_was_found_outlives_a_khod_that_dies_before_the_verification_is_over(host: LuoHost, fd: int) -> None:
+    """The next one cannot compare: the producer has its files."""
+    giver = Giver()
+    giver.add("prepare", ("table", 1, fd))
+    await jumped(host, giver)
+    flip(host)
+    async with concluded(host, giver) as (_, before):
+        assert before.reason
+    host.store.write(replace(host.record, phase=Phase.verifying, outcome=Phase.idle))
+    engine = await host.started()
+    verdict = host.record.verdict
+    assert verdict is not None
+    assert engine.machine.phase is Phase.degraded
+    assert verdict.findings == before.findings
+    assert contents_check(verdict) == contents_check(before)
+    assert "kv" in verdict.changed
+
+
 async def test_a_large_file_says_how_many_pages_were_compared(host: LuoHost, fd: int) -> None:
     os.ftruncate(fd, 1000 * PAGE_BYTES)
     giver = Giver()
