@@ -34,6 +34,7 @@ def test_a_handover_from_idle_arrives_byte_for_byte(online: Online, tmp_path: Pa
     assert status["phase"] == "verified"
     verdict = status["verdict"]
     assert verdict.pop("arrived") == ["ftrace"]
+    assert {check["result"] for check in verdict.pop("checks")} == {"passed"}
     assert not any(verdict.values()), verdict
     assert status["boot_id"] == host.guest.boot_id != first
     assert host.guest.get("/sys/firmware/kho/dt") == host.guest.get(f"{KHOD}/snapshots/{status['run']}/root")
