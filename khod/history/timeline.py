@@ -42,6 +42,8 @@ def build_timeline(log: RunLog) -> Timeline:
     chain = Chain(zero)
     _append_steps(chain, before)
     asked = find_execute(before)
+    if asked is None and before and (after or log.arrival or log.cold_boot):
+        asked = before[-1].seconds  # what khod said of the jump itself may not have reached the disk
     if asked is None or _is_rolled_back(log):
         return Timeline(chain.rows, unknown=unknown)
     departure, said = _plausible_departure(log, asked)

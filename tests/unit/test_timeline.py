@@ -321,6 +321,17 @@ def test_the_boot_of_an_event_counts_before_its_phase() -> None:
     assert rows["khod"] == (17.0, 0.9)
 
 
+@pytest.mark.parametrize("made", [orderly, at_once])
+def test_the_last_event_before_the_jump_may_be_lost(made: Callable[[], RunLog]) -> None:
+    """It comes after the last write to the disk."""
+    log, whole = made(), build_timeline(made())
+    log.events = [one for one in log.events if one.step != "execute"]
+    timeline = build_timeline(log)
+    adds_up(timeline)
+    assert timeline.blackout_seconds == whole.blackout_seconds
+    assert [row.name for row in timeline.rows][-6:] == [row.name for row in whole.rows][-6:]
+
+
 def test_an_empty_log_has_an_empty_timeline() -> None:
     timeline = build_timeline(RunLog())
     assert (timeline.rows, timeline.blackout_seconds) == ([], None)
