@@ -94,7 +94,10 @@ class Calls(Protocol):
 
 
 class HostCalls:
-    """The running kernel, with its files below `root` (`/`, or a directory in tests)."""
+    """The running kernel, with its files below `root` (`/`, or a directory in tests).
+
+    One class of this size: it has a method for each call of the protocol.
+    """
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root

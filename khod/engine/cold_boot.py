@@ -9,7 +9,7 @@ from khod.abi.calls import Calls
 from khod.concurrency.worker import Worker
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError
-from khod.handover.cold_boot import Evidence, explain_cold_boot
+from khod.handover.cold_boot import ColdBootEvidence, explain_cold_boot
 from khod.handover.record import Record
 from khod.kernel.host import reset_by_watchdog
 from khod.kernel.pstore import read_last_words
@@ -53,7 +53,7 @@ async def gather_cold_boot(record: Record, calls: Calls, boot_ends: BootEnds = r
         ends = await ask(lambda: boot_ends(record.boot_id, until), "reading the journal", ends)
     finally:
         worker.close()
-    evidence = Evidence(ends, words, watchdog, problems)
+    evidence = ColdBootEvidence(ends, words, watchdog, problems)
     return explain_cold_boot(record, evidence)
 
 

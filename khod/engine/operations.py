@@ -65,6 +65,8 @@ class Engine:
     asks whether the host is shut down in any way. `remember` takes each attempt at its end, with facts of `sources`,
     and `trial` returns what handovers into an image came to; without them the history does. `health` has the operator's
     checks, none by default.
+
+    One class of this size: most of it wires the parts, each of which hears of several others.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ KEXEC_TARGET = "kexec.target"
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ColdBootEvidence:
     """What was found of the boots before this one.
 
     `ends` are those boots, the last one first. `problems` has a sentence for each thing that could not be read.
@@ -35,7 +35,7 @@ class Evidence:
     problems: list[str] = field(default_factory=list)
 
 
-def explain_cold_boot(record: Record, evidence: Evidence) -> ColdBoot:
+def explain_cold_boot(record: Record, evidence: ColdBootEvidence) -> ColdBoot:
     """Return what is known of the cold boot of a record, with the evidence and the reason that it gives.
 
     A handover that did not come to the jump keeps its reason.
@@ -55,7 +55,7 @@ def explain_cold_boot(record: Record, evidence: Evidence) -> ColdBoot:
     )
 
 
-def _died_verifying(evidence: Evidence, release: str) -> str:
+def _died_verifying(evidence: ColdBootEvidence, release: str) -> str:
     kernel = f"the next kernel ({release})"
     if cause := _panic(evidence.words):
         return f"{kernel} panicked while the handover was verified: {cause}"
@@ -64,7 +64,7 @@ def _died_verifying(evidence: Evidence, release: str) -> str:
     return f"{kernel} ended without a shutdown while the handover was verified"
 
 
-def _died_jumping(record: Record, boot_id: str, evidence: Evidence) -> str:
+def _died_jumping(record: Record, boot_id: str, evidence: ColdBootEvidence) -> str:
     """Return the most certain reason; "" if nothing is known. `boot_id` is the boot before the jump."""
     before = next((end for end in evidence.ends if end.boot_id == boot_id.replace("-", "")), None)
     reached = next((end for end in evidence.ends if end.run == record.run), None)
@@ -118,7 +118,7 @@ def _rebooted_after_kexec(words: list[str]) -> bool:
     return asked is not None and any(FIRMWARE_ASKED.search(line) for line in words[asked + 1 :])
 
 
-def _describe_ends(evidence: Evidence, known: str) -> str:
+def _describe_ends(evidence: ColdBootEvidence, known: str) -> str:
     """Describe how each boot's journal ends; never empty, so that a later khod sees that it was looked at."""
     said = [_describe_end(end, known) for end in evidence.ends] or ["the journal has nothing of the boots before"]
     return "; ".join([*said, *evidence.problems])

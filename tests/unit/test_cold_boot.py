@@ -9,7 +9,7 @@ import pytest
 from khoctl.render import render_status
 from khod.abi.calls import HostCalls
 from khod.engine.cold_boot import gather_cold_boot
-from khod.handover.cold_boot import Evidence, explain_cold_boot
+from khod.handover.cold_boot import ColdBootEvidence, explain_cold_boot
 from khod.handover.record import Record
 from khod.kernel.host import reset_by_watchdog
 from khod.model import ColdBoot, Phase, StepTiming
@@ -32,7 +32,7 @@ FAILED = ["systemd-shutdown[1]: Rebooting with kexec.", "systemd-shutdown[1]: Re
 JUMPED = ["[9.1] kexec_core: Starting new kernel"]
 
 
-def explained(evidence: Evidence, phase: Phase = Phase.executing, *, at_once: bool = False) -> ColdBoot:
+def explained(evidence: ColdBootEvidence, phase: Phase = Phase.executing, *, at_once: bool = False) -> ColdBoot:
     known = ColdBoot("unexplained", phase, boot_id=BEFORE)
     timings = (StepTiming("load", 5.0, 0.1),)
     return explain_cold_boot(
@@ -43,22 +43,22 @@ def explained(evidence: Evidence, phase: Phase = Phase.executing, *, at_once: bo
 @pytest.mark.parametrize(
     ("evidence", "at_once", "words"),
     [
-        (Evidence([ORDERLY], DEAD_NEXT), False, "the next kernel (7.2.12-luo6) panicked: VFS: no root"),
-        (Evidence([ORDERLY], DEAD_SAME), False, "the next kernel (7.3.4) panicked: VFS: no root"),
-        (Evidence([ORDERLY], DEAD_LATE), False, "a kernel 7.3.4 panicked: VFS: no root"),
-        (Evidence([REACHED, ORDERLY], PANIC), False, "the next kernel (7.2.12) panicked: VFS: no root"),
-        (Evidence([ORDERLY], JUMPED, watchdog=True), False, "the next kernel did not come up in time"),
-        (Evidence([REACHED, ORDERLY]), False, "the next kernel (7.2.12) started"),
-        (Evidence([ORDERLY], FAILED), False, "reboot(2) did not jump"),
-        (Evidence([CUT_OFF], JUMPED), False, "the host was reset in the jump"),
-        (Evidence([CUT_OFF]), True, "the host was reset in the jump"),
-        (Evidence([CUT_OFF]), False, "the shutdown before the jump was cut off"),
-        (Evidence([ORDERLY]), False, "did not come up in the next kernel"),
-        (Evidence([REBOOTED]), False, "into reboot.target instead of the jump"),
-        (Evidence(watchdog=False), False, "unexplained"),
+        (ColdBootEvidence([ORDERLY], DEAD_NEXT), False, "the next kernel (7.2.12-luo6) panicked: VFS: no root"),
+        (ColdBootEvidence([ORDERLY], DEAD_SAME), False, "the next kernel (7.3.4) panicked: VFS: no root"),
+        (ColdBootEvidence([ORDERLY], DEAD_LATE), False, "a kernel 7.3.4 panicked: VFS: no root"),
+        (ColdBootEvidence([REACHED, ORDERLY], PANIC), False, "the next kernel (7.2.12) panicked: VFS: no root"),
+        (ColdBootEvidence([ORDERLY], JUMPED, watchdog=True), False, "the next kernel did not come up in time"),
+        (ColdBootEvidence([REACHED, ORDERLY]), False, "the next kernel (7.2.12) started"),
+        (ColdBootEvidence([ORDERLY], FAILED), False, "reboot(2) did not jump"),
+        (ColdBootEvidence([CUT_OFF], JUMPED), False, "the host was reset in the jump"),
+        (ColdBootEvidence([CUT_OFF]), True, "the host was reset in the jump"),
+        (ColdBootEvidence([CUT_OFF]), False, "the shutdown before the jump was cut off"),
+        (ColdBootEvidence([ORDERLY]), False, "did not come up in the next kernel"),
+        (ColdBootEvidence([REBOOTED]), False, "into reboot.target instead of the jump"),
+        (ColdBootEvidence(watchdog=False), False, "unexplained"),
     ],
 )
-def test_the_most_certain_cause_is_named(evidence: Evidence, at_once: bool, words: str) -> None:
+def test_the_most_certain_cause_is_named(evidence: ColdBootEvidence, at_once: bool, words: str) -> None:
     found = explained(evidence, at_once=at_once)
     assert words in found.reason
     assert found.reason.isprintable()
@@ -69,23 +69,23 @@ def test_the_most_certain_cause_is_named(evidence: Evidence, at_once: bool, word
 @pytest.mark.parametrize(
     ("evidence", "words"),
     [
-        (Evidence([CUT_OFF], DEAD_SAME), "panicked while the handover was verified: VFS: no root"),
-        (Evidence([CUT_OFF], watchdog=True), "hung while the handover was verified"),
-        (Evidence([CUT_OFF]), "ended without a shutdown while the handover was verified"),
+        (ColdBootEvidence([CUT_OFF], DEAD_SAME), "panicked while the handover was verified: VFS: no root"),
+        (ColdBootEvidence([CUT_OFF], watchdog=True), "hung while the handover was verified"),
+        (ColdBootEvidence([CUT_OFF]), "ended without a shutdown while the handover was verified"),
     ],
 )
-def test_the_kernel_that_was_verified_is_the_one_that_died(evidence: Evidence, words: str) -> None:
+def test_the_kernel_that_was_verified_is_the_one_that_died(evidence: ColdBootEvidence, words: str) -> None:
     found = explained(evidence, Phase.verifying)
     assert found.reason.startswith(f"the next kernel ({RELEASE})")
     assert words in found.reason
 
 
 def test_a_shutdown_before_the_jump_is_nobody_s_death() -> None:
-    assert explained(Evidence([ORDERLY], DEAD_NEXT), Phase.idle).reason == "unexplained"
+    assert explained(ColdBootEvidence([ORDERLY], DEAD_NEXT), Phase.idle).reason == "unexplained"
 
 
 def test_a_journal_that_keeps_nothing_is_said() -> None:
-    assert explained(Evidence(problems=["reading pstore failed: EIO"])).journal_end == (
+    assert explained(ColdBootEvidence(problems=["reading pstore failed: EIO"])).journal_end == (
         "the journal has nothing of the boots before; reading pstore failed: EIO"
     )
 
