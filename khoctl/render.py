@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import typer
 
+from khoctl.figures import format_seconds
 from khoctl.layout import align_table
 from khoctl.options import name_options
 from khod.errors import KhoError, error_name
@@ -276,7 +277,7 @@ def _blackout_text(status: Status) -> str:
     if seconds is None:
         return "unknown: nobody has taken its state back, or the wall clock was set back"
     over = ", and not over for those who have not taken back what they left" if status.claims else ""
-    length = f"{seconds:.1f} s by the wall clock, ± 1 s, from the first freeze to the last finish"
+    length = f"{format_seconds(seconds, status.blackout_error_seconds)}, from the first freeze to the last finish"
     return f"{length}{over}{_blackout_parts(status)}"
 
 

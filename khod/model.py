@@ -359,6 +359,7 @@ class Status:
     sessions: list[LuoSession] = field(default_factory=list)
     sessions_unseen: str = ""
     cold_boot: ColdBoot | None = None
+    blackout_error_seconds: float = 1.0
     image: str = ""
     """The image of the handover that ended as this cold boot; "" otherwise, and where it is not known."""
 

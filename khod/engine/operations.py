@@ -114,13 +114,18 @@ class Engine:
         self.history = HistoryService(
             store.directory / HISTORY_FILE, settings, is_stopped=lambda: self._transaction.phase in STOPPED
         )
+
+        async def note_and_remember(attempt: AttemptRecord) -> None:
+            await transaction.note_timeline(attempt.summary.run, attempt.timeline)
+            await (remember or self.history.remember)(attempt)
+
         self._recorder = recorder = Recorder(
             store.directory,
             resources.workers,
             kexec,
             lambda: self.record,
             background.spawn_task,
-            remember or self.history.remember,
+            note_and_remember,
             replace(sources, read_cold_boot=lambda _record: inquiry.explain_boot()),
         )
         # The lambdas name parts that are made further down: each hears of the other.

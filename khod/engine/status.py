@@ -128,6 +128,7 @@ def build_status(
         under_way=under_way,
         sessions=list(sighted.sessions),
         sessions_unseen=sighted.unseen,
+        blackout_error_seconds=record.blackout_error_seconds,
         cold_boot=record.cold_boot if outcome is Phase.cold_boot else None,
         image=record.begun.image if outcome is Phase.cold_boot and record.run == record.arrived_run else "",
     )

@@ -24,6 +24,8 @@ from khod.handover import verify
 from khod.handover.machine import HELD, RESTING, STEPS, Machine
 from khod.handover.reconcile import Found
 from khod.handover.record import ProducerRecord, Record, Store
+from khod.handover.verify import WALL_CLOCK_SECONDS
+from khod.history.model import Timeline
 from khod.kernel.explain import FORGOT
 from khod.model import ColdBoot, Event, EventKind, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
 from khod.producers.barrier import Member, write_verb
@@ -569,7 +571,16 @@ class Transaction:
         record = self._record
         if record.run == record.arrived_run:
             blackout = verify.blackout_seconds(record.window_began_at, time.time(), uptime)
-            self._record = replace(record, blackout_seconds=blackout)
+            self._record = replace(record, blackout_seconds=blackout, blackout_error_seconds=WALL_CLOCK_SECONDS)
+
+    async def note_timeline(self, run: str, timeline: Timeline) -> None:
+        """Record the blackout as the timeline of the handover into this boot has it, with its error."""
+        seconds = timeline.blackout_seconds
+        if seconds is None or run != self._record.arrived_run:
+            return
+        self._record = replace(self._record, blackout_seconds=seconds, blackout_error_seconds=timeline.error_seconds)
+        if self.phase in RESTING:  # else the next step's record has it
+            await self.try_write_record()
 
     async def note_cold_boot(self, found: ColdBoot) -> None:
         """Record what is known of the cold boot that this boot is, and tell it."""

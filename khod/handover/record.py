@@ -35,7 +35,7 @@ ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
     | {"kernel_release", "kernel_banner", "spot"}
-    | {"cold_boot", "watchdog"}
+    | {"cold_boot", "watchdog", "blackout_error_seconds"}
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 
@@ -107,6 +107,8 @@ class Record:
     """When `freeze` was sent to the first producer; 0 before."""
     blackout_seconds: float | None = None
     """From then to the last answer to `finish` in this boot; None before an answer, or if it is not known."""
+    blackout_error_seconds: float = 1.0
+    """The maximum error of that: of the wall clock, until the timeline of the run knows better."""
     timings: tuple[StepTiming, ...] = ()
     last_error: str = ""
     verdict: Verdict | None = None

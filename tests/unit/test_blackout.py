@@ -59,7 +59,7 @@ async def test_it_counts_from_the_first_freeze_to_the_last_finish(host: Host, cl
     found = await handed_over(host, clock)
     assert found.phase is Phase.verified
     assert found.blackout_seconds == FREEZE + JUMP + RESTORE + FINISH
-    assert "6.8 s by the wall clock, ± 1 s" in render.render_status(found)
+    assert "6.8 s ± 1.0 s" in render.render_status(found)
 
 
 @pytest.mark.parametrize(("jump", "uptime"), [(-3600.0, ""), (JUMP, "40.0 80.0\n")])

@@ -43,6 +43,7 @@ FULL = Record(
     previous_release="6.17.8",
     window_began_at=1763843000.25,
     blackout_seconds=1.5,
+    blackout_error_seconds=0.25,
     timings=(StepTiming("prepare", 12.0, 0.5),),
     last_error="Der Müller sagt nein",
     verdict=Verdict(
