@@ -44,8 +44,6 @@ STOPPED = frozenset(
     }
 )
 """The phases in which producers are stopped, or may be."""
-MAX_WAITING = 64
-"""The maximum number of calls that wait for the database; the next one fails at once."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,15 @@ class HistoryPage:
 class HistoryService:
     """The history in the database `path`, which is opened, and made if need be, by the first call.
 
-    `is_stopped` tells whether producers are stopped now: the database is not opened then, because that may take long.
+    All of it is done in `worker`, one call at a time. `is_stopped` tells whether producers are stopped now: then the
+    database is not opened, because that may take long.
     """
 
     def __init__(
         self,
         path: Path,
         settings: Settings,
+        worker: Worker,
         *,
         is_stopped: Callable[[], bool] = lambda: False,
         deadline: float = DEADLINE_SECONDS,
@@ -77,7 +77,7 @@ class HistoryService:
         self._is_stopped = is_stopped
         self._deadline = deadline
         self._clock = clock
-        self._worker = Worker("history", "The history database", max_waiting=MAX_WAITING)
+        self._worker = worker
         self._database: Database | None = None
         """Used by the worker's thread only."""
         self._problem = ""
@@ -86,7 +86,6 @@ class HistoryService:
     def close(self) -> None:
         """Close the database after the last call."""
         self._worker.call_later(self._close_database)
-        self._worker.close()
 
     async def remember(self, attempt: AttemptRecord) -> None:
         """Add an attempt, or replace the one of the same run. Never raises: the note says what failed."""

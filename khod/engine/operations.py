@@ -112,7 +112,10 @@ class Engine:
             shutdown,
         )
         self.history = HistoryService(
-            store.directory / HISTORY_FILE, settings, is_stopped=lambda: self._transaction.phase in STOPPED
+            store.directory / HISTORY_FILE,
+            settings,
+            resources.workers.history,
+            is_stopped=lambda: self._transaction.phase in STOPPED,
         )
 
         async def note_and_remember(attempt: AttemptRecord) -> None:

@@ -38,8 +38,10 @@ class Workers:
     """Reads of images, and sync(2) before any producer is frozen."""
     queries: Worker = field(default_factory=lambda: Worker("queries", "A check", threads=2, max_waiting=256))
     """Checks, and other questions that are not part of a handover."""
+    history: Worker = field(default_factory=lambda: Worker("history", "The history database", max_waiting=64))
+    """Calls of the history database; a file system that hangs there delays nothing else."""
 
     def close_workers(self) -> None:
         """End every thread after its last call."""
-        for worker in (self.kernel, self.observer, self.disk, self.files, self.queries):
+        for worker in (self.kernel, self.observer, self.disk, self.files, self.queries, self.history):
             worker.close()

@@ -33,6 +33,8 @@ from khod.errors import KhoError
 from khod.handover.machine import HELD, RESTING, STEPS
 from khod.handover.record import Process as Identity
 from khod.handover.record import Store
+from khod.history.model import AttemptRecord
+from khod.history.trial import ImageTrial
 from khod.images import sealed
 from khod.images.kernel import KernelImageInfo, UnpackedImage, unpack_image
 from khod.images.sealed import Sealed
@@ -102,6 +104,14 @@ def statx(fd: int) -> Statx:
     """Describe a file of the model's."""
     found = status_of(fd)
     return Statx(found.st_blksize, found.st_mode, found.st_ino, found.st_size, found.st_blocks, (0, found.st_dev))
+
+
+async def _forget_attempt(_attempt: AttemptRecord) -> None:
+    """The history is not modelled."""
+
+
+async def _know_no_trial(digest: str) -> ImageTrial:
+    return ImageTrial(digest)
 
 
 class Scene(Protocol):
@@ -233,6 +243,7 @@ class Khod:
             disk=self._worker("The file system", 1),
             files=self._worker("A file system", 2),
             queries=self._worker("A check", 2, 256),
+            history=self._worker("The history database", 1, 64),
         )
         store = KhodsStore(scene.systemd, self.point, self._settle)
         sessions = Sessions(
@@ -268,6 +279,8 @@ class Khod:
             shutdown=self._on_the_way_before_an_abort,
             goes_down=shutdown.goes_down,
             registrations=KeptRegistrations(self, scene.registrations),
+            remember=_forget_attempt,
+            trial=_know_no_trial,
         )
 
     # How it stands, by its own word

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from khod.concurrency.worker import Worker
 from khod.config import Config, HistorySettings, Settings
 from khod.engine.history import HISTORY_FILE, HistoryService
 from khod.errors import Failed, UsageError
@@ -33,6 +35,10 @@ sys.stdin.read()
 """
 
 
+def make_service(path: Path, settings: Settings, **options: Any) -> HistoryService:
+    return HistoryService(path, settings, Worker("history", "The history database"), **options)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / HISTORY_FILE
@@ -40,7 +46,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def service(path: Path) -> Iterator[HistoryService]:
-    service = HistoryService(path, Settings())
+    service = make_service(path, Settings())
     yield service
     service.close()
 
@@ -112,7 +118,7 @@ async def test_what_is_remembered_is_listed(service: HistoryService, path: Path)
 
 async def test_the_bounds_of_the_configuration_hold_from_the_next_attempt_on(path: Path) -> None:
     settings = Settings()
-    service = HistoryService(path, settings)
+    service = make_service(path, settings)
     for number in range(3):
         await service.remember(attempt(number))
     settings.current = replace(Config(), history=HistorySettings(keep=1))
@@ -125,7 +131,7 @@ async def test_the_bounds_of_the_configuration_hold_from_the_next_attempt_on(pat
 async def test_a_locked_database_costs_no_more_than_the_deadline(path: Path) -> None:
     """The other process holds the lock until each call has returned: it is the deadline that ends the wait."""
     fill(path, attempt(1))
-    service = HistoryService(path, Settings(), deadline=0.05)
+    service = make_service(path, Settings(), deadline=0.05)
     with locked(path):
         await service.remember(attempt(2))
         assert "may be missing" in (await service.page("", 10)).note
@@ -138,7 +144,7 @@ async def test_a_locked_database_costs_no_more_than_the_deadline(path: Path) -> 
 
 async def test_a_database_that_is_unlocked_again_is_used(path: Path) -> None:
     fill(path, attempt(1))
-    service = HistoryService(path, Settings())
+    service = make_service(path, Settings())
     with locked(path):
         await service.remember(attempt(2))
         assert "locked" in (await service.page("", 10)).note
@@ -151,7 +157,7 @@ async def test_a_database_that_is_unlocked_again_is_used(path: Path) -> None:
 async def test_a_full_disk_keeps_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with mounted(tmp_path / "full", "size=256k"):
         path = tmp_path / "full" / HISTORY_FILE
-        service = HistoryService(path, Settings())
+        service = make_service(path, Settings())
         await service.remember(attempt(1))
         filler = fill_disk(tmp_path / "full")
         with caplog.at_level(logging.WARNING):
@@ -168,7 +174,7 @@ async def test_a_full_disk_keeps_what_is_there(tmp_path: Path, caplog: pytest.Lo
 
 async def test_a_full_disk_without_a_database(tmp_path: Path) -> None:
     with mounted(tmp_path / "full", "size=4k"):
-        service = HistoryService(tmp_path / "full" / HISTORY_FILE, Settings())
+        service = make_service(tmp_path / "full" / HISTORY_FILE, Settings())
         await service.remember(attempt(1))
         assert (await service.page("", 10)).note
         service.close()
@@ -179,7 +185,7 @@ async def test_a_file_system_that_is_read_only_can_be_read(tmp_path: Path) -> No
         path = tmp_path / "fixed" / HISTORY_FILE
         fill(path, attempt(1))
         make_readonly(path.parent)
-        service = HistoryService(path, Settings())
+        service = make_service(path, Settings())
         await service.remember(attempt(2))
         page = await service.page("", 10)
         assert [found.run for found in page.attempts] == [run_of(1)]
@@ -189,7 +195,7 @@ async def test_a_file_system_that_is_read_only_can_be_read(tmp_path: Path) -> No
 
 async def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    service = HistoryService(tmp_path / "file" / HISTORY_FILE, Settings())
+    service = make_service(tmp_path / "file" / HISTORY_FILE, Settings())
     await service.remember(attempt(1))
     assert "ENOTDIR" in (await service.page("", 10)).note
     service.close()
@@ -229,7 +235,7 @@ async def test_a_database_that_is_removed_is_made_again(service: HistoryService,
 
 async def test_it_is_not_opened_while_producers_are_stopped(path: Path) -> None:
     stopped = True
-    service = HistoryService(path, Settings(), is_stopped=lambda: stopped)
+    service = make_service(path, Settings(), is_stopped=lambda: stopped)
     await service.remember(attempt(1))
     assert "while producers are stopped" in (await service.page("", 10)).note
     assert not exists(path)

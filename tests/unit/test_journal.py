@@ -155,8 +155,10 @@ def test_an_image_and_a_history_are_named(sent: list[tuple[str, dict[str, Any]]]
 
 
 def identifiers_in_code() -> Iterator[str]:
-    """Every text of khod and khoctl that can only be a MESSAGE_ID."""
+    """Every text of khod and khoctl that can only be a MESSAGE_ID of theirs; those of systemd stand in khod/systemd."""
     for path in (*(REPOSITORY / "khod").rglob("*.py"), *(REPOSITORY / "khoctl").rglob("*.py")):
+        if path.is_relative_to(REPOSITORY / "khod/systemd"):
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and IDENTIFIER.fullmatch(node.value):
                 yield node.value
