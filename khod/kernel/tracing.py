@@ -7,6 +7,7 @@ each processor (1.4 MB by default): khod's exists only while it is read.
 """
 
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ MARKERS = 5
 """Markers that are written; the one that was written in the shortest time counts."""
 STAMPED = re.compile(r" (\d+): [^ ]+: khod (\d+)$", re.MULTILINE)
 """A marker in the file `trace`: its time stamp in cycles, the function that wrote it, and its text."""
+
+LOCK_SECONDS = 0.5
+_INSTANCE_LOCK = threading.Lock()
+"""Held while the instance is there: khod may read its clocks twice at once, when it has started after a jump."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,13 @@ def read_tsc(calls: Calls, now: Callable[[], float] = time.monotonic) -> TscRead
             return None
         if TSC_CLOCK not in calls.read_file(f"{TRACING}/trace_clock").decode(errors="replace").split():
             return None
-        with calls.temporary_directory(INSTANCE):
-            return _stamp_markers(calls, now)
+        if not _INSTANCE_LOCK.acquire(timeout=LOCK_SECONDS):
+            return None
+        try:
+            with calls.temporary_directory(INSTANCE):
+                return _stamp_markers(calls, now)
+        finally:
+            _INSTANCE_LOCK.release()
     except (OSError, ValueError):
         return None
 

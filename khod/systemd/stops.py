@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Protocol
 
 import systemd.journal
@@ -22,6 +23,7 @@ MAX_MESSAGES = 20_000
 READ_SECONDS = 20.0
 """How long the journal may be read; a journal on a slow disk is then left where it is."""
 MAX_UNIT_CHARACTERS = 256
+MAX_DELAY_SECONDS = 5.0
 SILENT_SECONDS = 0.25
 """If the journal ends by more before the shutdown did, that is said."""
 NO_BOOT = (
@@ -97,7 +99,7 @@ def read_stops(
         return Stops(unknown=[NO_STOP if _has_boot(plain, open_journal) else NO_BOOT])
     stops, open_units = _pair_messages(messages, until)
     unknown = [] if complete else [CUT_OFF]
-    silent = until - messages[-1].monotonic
+    silent = until - max(message.monotonic for message in messages)
     if silent > SILENT_SECONDS:
         unknown.append(f"The journal of the boot before has no message of the last {silent:.1f} s of its shutdown.")
     if open_units:
@@ -135,7 +137,17 @@ def _parse_entry(entry: dict[str, Any], boot_id: str) -> _Message | None:
         return None
     if boot != boot_id or message_id.hex not in (UNIT_STOPPING, UNIT_STOPPED):
         return None
-    return _Message(message_id.hex == UNIT_STOPPED, one_line(unit, MAX_UNIT_CHARACTERS), monotonic)
+    sent = monotonic - _delay_seconds(entry)
+    return _Message(message_id.hex == UNIT_STOPPED, one_line(unit, MAX_UNIT_CHARACTERS), sent)
+
+
+def _delay_seconds(entry: dict[str, Any]) -> float:
+    """Return how long after it was sent journald took a message: the kernel stamps it when it is sent."""
+    sent, taken = entry.get("_SOURCE_REALTIME_TIMESTAMP"), entry.get("__REALTIME_TIMESTAMP")
+    if not isinstance(sent, datetime) or not isinstance(taken, datetime):
+        return 0.0
+    delay = (taken - sent).total_seconds()
+    return delay if 0 <= delay <= MAX_DELAY_SECONDS else 0.0  # else the wall clock was set meanwhile
 
 
 def _pair_messages(messages: list[_Message], until: float) -> tuple[list[UnitStop], int]:

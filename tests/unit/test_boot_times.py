@@ -4,7 +4,7 @@
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,16 @@ def test_each_unit_stops_from_its_first_message_to_its_last() -> None:
     assert found.unknown == []
     assert {"_BOOT_ID": BOOT, "_PID": "1"} in journal.matches
     assert journal.opened == journal.closed
+
+
+@pytest.mark.parametrize(("delay", "sent"), [(0.25, 100.25), (0.0, 100.5), (-3600.0, 100.5), (3600.0, 100.5)])
+def test_a_message_counts_from_when_it_was_sent(delay: float, sent: float) -> None:
+    """journald takes it later; with a wall clock that was set in between nothing is known of that."""
+    taken = datetime(2026, 11, 26, tzinfo=UTC)
+    stamps = {"__REALTIME_TIMESTAMP": taken, "_SOURCE_REALTIME_TIMESTAMP": taken - timedelta(seconds=delay)}
+    begun = entry(UNIT_STOPPING, "a.service", 100.5) | stamps
+    found = read_stops(BOOT, 100.0, 101.0, Journal([begun, entry(UNIT_STOPPED, "a.service", 100.9)]))
+    assert found.stops == [UnitStop("a.service", sent, 100.9)]
 
 
 def test_a_boot_id_with_dashes_is_the_same() -> None:

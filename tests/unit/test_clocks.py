@@ -4,8 +4,10 @@
 import errno
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +76,19 @@ def test_the_quickest_marker_counts(tmp_path: Path) -> None:
     assert (found.cycles, found.monotonic, found.span_seconds) == (102, 30.25, 0.5)
     assert kernel.touched.count(f"{INSTANCE}/trace_marker") == MARKERS
     assert not kernel.path_exists(INSTANCE)
+
+
+def test_two_readings_at_once_do_not_share_the_instance(tmp_path: Path) -> None:
+    """Each waits until the other's instance is gone: one of them would find the files removed under its hands."""
+    kernel = Traced(tmp_path)
+    start = threading.Barrier(4)
+
+    def read(_number: int) -> bool:
+        start.wait()
+        return read_tsc(kernel) is not None
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(read, range(4))) == [True] * 4
 
 
 @pytest.mark.parametrize("text", ["[local] global counter\n", ""])
