@@ -102,11 +102,14 @@ def test_the_log_has_both_kernels_lines_in_one_order(online: Online) -> None:
     until(host, f"khoctl history --json | grep -q {status['run']}")
     host.shell("journalctl --sync")
 
+    release = host.shell("uname -r").strip()
     page = host.khoctl("logs")
     found = json.loads(host.khoctl("logs", status["run"][:8], "--json").stdout)
 
     assert page.stderr == ""
-    assert page.stdout.count("--- jump: 7.3.4 -> 7.3.4 ---") == 1
+    assert [line for line in page.stdout.splitlines() if "--- jump" in line] == [
+        f"--- jump: {release} -> {release} ---"
+    ]
     assert (found["run"], found["missing"]) == (status["run"], [])
     lines = found["lines"]
     assert [line["boot"] for line in lines] == sorted(line["boot"] for line in lines)
@@ -131,6 +134,6 @@ def test_a_journal_in_memory_is_named_by_the_log(online: Online) -> None:
     host.khoctl("verify")
     until(host, f"khoctl history --json | grep -q {host.status()['run']}")
     page = host.khoctl("logs")
-    assert page.stdout.startswith("--- jump: 7.3.4 -> 7.3.4 ---")
+    assert page.stdout.startswith("--- jump: 7.3.4")
     assert f"before the jump ({before})" in page.stderr
     assert "Storage=persistent" in page.stderr
