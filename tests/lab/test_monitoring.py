@@ -15,7 +15,7 @@ from pathlib import Path
 from khoctl import follow
 from tests.lab import forward
 from tests.lab.conftest import Boot
-from tests.lab.host import KHO, TRACE, Host
+from tests.lab.host import KHO, TRACE, Host, image
 from tests.unit.khods import REPOSITORY
 
 PORT = 7777
@@ -47,9 +47,11 @@ def forwarded(port: int, path: Path) -> Iterator[None]:
         connect = partial(socket.create_connection, ("127.0.0.1", port))
         serving = threading.Thread(target=forward.forward, args=(listening, connect))
         serving.start()
-        yield
-        listening.shutdown(socket.SHUT_RDWR)
-        serving.join()
+        try:
+            yield
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            serving.join()
 
 
 def test_a_monitor_elsewhere_stays_through_the_jump(boot: Boot, tmp_path: Path) -> None:
@@ -77,7 +79,7 @@ def test_a_monitor_elsewhere_stays_through_the_jump(boot: Boot, tmp_path: Path) 
                 try:
                     assert monitor.stdout is not None
                     assert json.loads(monitor.stdout.readline())["phase"] in ("idle", "verified")
-                    host.kexec("7.3.4", *words)
+                    host.guest.kexec(argv=("khoctl", "kexec", *image("7.3.4"), *words))
                     out, err = monitor.communicate(timeout=MINUTES)
                 finally:
                     monitor.kill()
