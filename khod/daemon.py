@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from khod.abi.calls import Calls, HostCalls
 from khod.concurrency.worker import Worker
 from khod.config import Settings
 from khod.engine import Engine, journal, status
-from khod.engine.announcements import announce_cold_boot, announce_findings
+from khod.engine.announcements import announce_cold_boot, announce_findings, announce_image_barred
 from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
 from khod.engine.recorder import NO_SOURCES
@@ -29,6 +29,7 @@ from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
 from khod.history.model import AttemptRecord
+from khod.history.trial import counts_against_image, trial_digest
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import probe_kho
@@ -236,11 +237,23 @@ class Daemon:
         return f"{status.PHASE_TEXT[self._last.phase][0]} {f'Waiting for {waiting}' if waiting else self._last.message}"
 
     async def _remember(self, attempt: AttemptRecord) -> None:
-        """Keep an attempt that has ended; the metrics count it, and the journal explains a cold boot."""
+        """Keep an attempt that has ended; the metrics count it, and the journal says what follows from it."""
         if attempt.cold_boot is not None:
             announce_cold_boot(attempt.cold_boot, attempt.summary.run)
         await self.engine.history.remember(attempt)
+        await self._announce_barred(attempt)
         self._metrics.update_soon()
+
+    async def _announce_barred(self, attempt: AttemptRecord) -> None:
+        """Say that the image of an attempt is refused from now on, if it is."""
+        if attempt.target is None or not attempt.target.images or not counts_against_image(attempt):
+            return
+        with suppress(KhoError):  # the history is not to be had, and the check says so
+            digest = trial_digest(attempt.target.images)
+            trial = await self.engine.history.trial(digest)
+            if trial.failures >= self._settings.current.trial.failures:
+                name = attempt.target.images[0].name
+                announce_image_barred(name, digest, trial.reason, attempt.summary.run)
 
     def _reload_config(self) -> None:
         journal.notify_reloading()

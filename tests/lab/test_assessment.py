@@ -7,6 +7,7 @@ Each guest keeps its journal on the disk, and has ramoops in a piece of memory t
 import shlex
 from typing import Any
 
+from khod.engine.journal_fields import Message
 from khod.model import Phase
 from khod.simulated.kernel import build_initrd
 from tests.lab.conftest import Boot
@@ -58,7 +59,9 @@ def come_up_cold(host: Host, before: str, phase: Phase = Phase.executing) -> dic
 
 
 def hold_refused(host: Host, status: dict[str, Any], *words: str) -> None:
-    """Hold that the image is refused from now on, with the reason, until an acknowledgement."""
+    """Hold that the image is refused from now on, with the reason, until an acknowledgement; the journal says it."""
+    said = f"journalctl -b -o cat MESSAGE_ID={Message.image_barred.identifier} | grep -q 'is refused from now on'"
+    host.shell(f"timeout 60 sh -c {shlex.quote(f'until {said}; do sleep 0.2; done')}")
     refused = host.khoctl("kexec", *words, code=3).stderr
     assert "check trial" in refused
     assert status["cold_boot"]["reason"] in refused

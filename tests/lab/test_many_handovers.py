@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Handovers in a row in one guest: each is verified, the chain has all of them, and nothing grows beyond its bounds."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from tests.lab.conftest import Online
+from tests.lab.host import MARKER, Host, image
+
+VERSION = "7.3.4"
+MIB = 1 << 20
+KHOD_GROWTH_BYTES = 8 * MIB
+"""What khod may hold more after the last handover than after the first: its caches are full by then."""
+HOST_GROWTH_BYTES = 24 * MIB
+"""What the host may have less of: its own caches are not counted as available to the byte."""
+FILES_BYTES = 4 * MIB
+"""What a handover of this guest may leave on the disk: a tree of v3 has 30 KiB, a log and its row less."""
+HOLDER = """\
+import os
+from khod.producer import Producer
+from systemd import daemon
+
+held = {}
+producer = Producer("holder", prepare=lambda step: dict(held), restore=lambda step: held.update(step.files))
+producer.start()
+if not held:
+    held["state"] = os.memfd_create("state")
+    os.truncate(held["state"], 1 << 20)
+daemon.notify("READY=1")
+os.read(os.pipe()[0], 1)
+"""
+SERVICE = """\
+[Unit]
+Wants=kho-handover.socket
+After=kho-handover.service
+[Service]
+Type=notify
+ExecStart=/usr/bin/python3 /lab/holder.py
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a host holds and keeps after a handover, in bytes, and the words of its command line."""
+
+    khod: int
+    available: int
+    files: int
+    words: list[str]
+
+
+def measure(host: Host) -> Measured:
+    khod, available, files = host.shell(
+        "sync; echo 3 > /proc/sys/vm/drop_caches;"
+        "awk '/^Rss:/ {print $2}' /proc/$(systemctl show -P MainPID kho-handover)/smaps_rollup;"
+        "awk '/^MemAvailable:/ {print $2}' /proc/meminfo; du -sk /var/lib/khod | cut -f1"
+    ).split()
+    words = [word for word in host.word("/proc/cmdline").split() if not word.startswith("khod.")]
+    return Measured(int(khod) * 1024, int(available) * 1024, int(files) * 1024, words)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("generation", ["stateless", "v3"])
+def test_handovers_in_a_row(online: Online, generation: str, count: int) -> None:
+    host = Host(online(VERSION))
+    if generation == "v3":
+        host.with_module()
+    else:
+        host.guest.put("/lab/holder.py", HOLDER)
+        host.guest.put("/etc/systemd/system/holder.service", SERVICE)
+        host.shell("systemctl daemon-reload; systemctl enable -q --now holder; sync")
+    measured = []
+    for number in range(1, count + 1):
+        words = [] if number > 1 else ["--append", MARKER]
+        before = host.guest.boot_id
+        host.khoctl("kexec", *image(VERSION), *words)
+        assert host.guest.wait_reboot(before).how == "kexec"
+        host.khoctl("verify")
+        host.shell(
+            f"timeout 120 sh -c 'until [ $(khoctl history --json | grep -c last_boot_id) -ge {number} ];"
+            " do sleep 0.2; done'"
+        )
+        status = host.status()
+        assert (status["phase"], status["handovers"]) == ("verified", number)
+        measured.append(measure(host))
+        print(f"{generation} {number}: {status['blackout_seconds']:.2f} ± {status['blackout_error_seconds']:.2f} s")
+
+    chain = json.loads(host.khoctl("history", "chain", "--json").stdout)
+    assert [attempt["outcome"] for attempt in chain] == ["verified"] * count
+    boots = [attempt["last_boot_id"] for attempt in chain]
+    assert boots[0] == host.guest.boot_id
+    assert [attempt["first_boot_id"] for attempt in chain[:-1]] == boots[1:]
+    first, last = measured[0], measured[-1]
+    assert last.words == first.words
+    assert last.khod <= first.khod + KHOD_GROWTH_BYTES, measured
+    assert last.available >= first.available - HOST_GROWTH_BYTES, measured
+    assert last.files <= first.files + count * FILES_BYTES, measured
