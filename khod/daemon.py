@@ -23,8 +23,7 @@ from khod.engine import Engine, journal, status
 from khod.engine.announcements import announce_cold_boot, announce_findings, announce_image_barred
 from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
-from khod.engine.recorder import NO_SOURCES
-from khod.engine.sources import host_sources
+from khod.engine.sources import host_sources, simulated_sources
 from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
@@ -127,7 +126,7 @@ class Daemon:
             registrations=Registrations(runtime / "registrations"),
             scanner=self._host.scanner,
             health=HealthChecks(opts.root, self._host.runner),
-            sources=host_sources(calls) if opts.simulate is None else NO_SOURCES,
+            sources=host_sources(calls) if opts.simulate is None else simulated_sources(calls),
             remember=self._remember,
             watchdogs=self._host.watchdogs,
         )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the recorder has the facts of a run from, on a host that systemd runs."""
 
+import time
 from functools import partial
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from khod.abi.calls import Calls
 from khod.concurrency.worker import Worker
 from khod.engine.recorder import Sources
 from khod.history.log import read_log
-from khod.history.model import Departure
+from khod.history.model import Arrival, Departure, KernelFacts
 from khod.kernel.clocks import read_clocks
+from khod.kernel.kexec import BOOT_ID
 from khod.preflight import minimum_uptime
 from khod.systemd.boot_times import read_arrival
 from khod.systemd.departure import read_departure
@@ -26,6 +28,16 @@ def host_sources(calls: Calls) -> Sources:
         read_departure=partial(_read_departure, calls, journal),
         read_arrival=read_arrival,
     )
+
+
+def simulated_sources(calls: Calls) -> Sources:
+    """Return the sources of the simulated kernel: it has the clocks of the host it runs on, which its jump keeps."""
+
+    async def read_began(kernel: KernelFacts) -> Arrival:
+        uptime = time.time() - calls.modified_at(BOOT_ID)
+        return Arrival(kernel, began_monotonic=time.monotonic() - uptime)
+
+    return Sources(read_clocks=partial(read_clocks, calls), read_arrival=read_began)
 
 
 async def _read_departure(calls: Calls, journal: Worker, path: Path) -> Departure:

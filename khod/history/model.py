@@ -124,7 +124,8 @@ class Departure:
 class Arrival:
     """How the kernel after the jump came up, CLOCK_MONOTONIC of that kernel; None for what nobody told.
 
-    The kernel starts at 0. `analyze` is what `systemd-analyze time` prints of this boot.
+    The kernel starts at `began_monotonic`: 0 but for the simulated one, which has the clocks of its host. `analyze` is
+    what `systemd-analyze time` prints of this boot.
     """
 
     kernel: KernelFacts
@@ -135,6 +136,7 @@ class Arrival:
     ready_monotonic: float | None = None
     """When khod looked at what had arrived; without it, when it said so first."""
     analyze: str = ""
+    began_monotonic: float = 0.0
 
 
 @dataclass(frozen=True)

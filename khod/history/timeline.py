@@ -34,6 +34,10 @@ UNRECOVERED = "The state was not recovered: there is no blackout to state."
 def build_timeline(log: RunLog) -> Timeline:
     """Return the rows of a run, as far as its log tells; the blackout is None without a recovery or a bridge."""
     before, after = split_events(log.events)
+    left, came = _split_readings(log)
+    if log.arrival is not None and (began := log.arrival.began_monotonic):
+        after = [replace(event, seconds=event.seconds - began) for event in after]
+        came = [replace(one, monotonic=one.monotonic - began, boottime=one.boottime - began) for one in came]
     zero = find_freeze(before)
     unknown = [*(log.departure.unknown if log.departure else [])]
     if zero is None:
@@ -53,7 +57,6 @@ def build_timeline(log: RunLog) -> Timeline:
     if arrival is None or log.cold_boot is not None:
         unknown += [UNRECOVERED] if log.cold_boot is not None else []
         return Timeline(chain.rows, unknown=unknown, analyze=arrival.analyze if arrival else "")
-    left, came = _split_readings(log)
     jump_begin = _jump_begin(departure, asked)
     bridge = bridge_clocks(left, came, jump_begin)
     unknown += bridge.notes

@@ -20,6 +20,7 @@ from khod.history.model import (
     TimelineRow,
     UnitStop,
 )
+from khod.history.phases import split_events
 from khod.history.timeline import CONTRADICTION, NO_FREEZE, NO_TIMES, NOT_STAMPED, UNRECOVERED, build_timeline
 from khod.model import Phase
 from tests.unit.timelines import (
@@ -36,7 +37,7 @@ from tests.unit.timelines import (
 )
 
 MICROSECOND = 1e-6
-BOOT_STAMPS = [one.name for one in fields(Arrival) if one.name.endswith("_monotonic")]
+BOOT_STAMPS = [one.name for one in fields(Arrival) if one.name.endswith("_monotonic") and one.default is None]
 
 
 def parts(timeline: Timeline) -> list[tuple[str, float, float]]:
@@ -85,6 +86,26 @@ def test_an_orderly_handover_is_explained_from_freeze_to_finish() -> None:
     assert timeline.error_seconds < 0.02
     assert timeline.analyze == ARRIVAL.analyze
     assert timeline.unknown == []
+
+
+def test_a_kernel_whose_clock_did_not_begin_at_0_has_the_same_timeline() -> None:
+    plain, later = orderly(), orderly()
+    plain.arrival = Arrival(SECOND)
+    later.arrival = Arrival(SECOND, began_monotonic=5000.0)
+    before, after = split_events(plain.events)
+    later.events = [*before, *(replace(one, seconds=one.seconds + 5000) for one in after)]
+    later.readings = [
+        replace(one, monotonic=one.monotonic + 5000, boottime=one.boottime + 5000)
+        if one.boot_id == SECOND.boot_id
+        else one
+        for one in plain.readings
+    ]
+    rounded = [
+        [(name, round(begin, 6), round(seconds, 6)) for name, begin, seconds in parts(build_timeline(log))]
+        for log in (later, plain)
+    ]
+    assert rounded[0] == rounded[1]
+    assert build_timeline(later).blackout_seconds == 19.7
 
 
 def test_what_was_before_the_freeze_is_before_0() -> None:
