@@ -91,6 +91,8 @@ class Daemon:
         calls: Calls = HostCalls(opts.root) if opts.simulate is None else SimulatedKernel(opts.simulate)
         self._stopping = asyncio.Event()
         self._status = journal.StatusText(self._status_text)
+        self._barred_run = ""
+        """The run after which an image was last said to be refused."""
         self._last = Event(0.0, Phase.idle, "", "")
         self._settings = Settings.load(opts.root)
         self._thread = KernelThread()
@@ -245,12 +247,14 @@ class Daemon:
 
     async def _announce_barred(self, attempt: AttemptRecord) -> None:
         """Say that the image of an attempt is refused from now on, if it is."""
-        if attempt.target is None or not attempt.target.images or not counts_against_image(attempt):
+        is_known = attempt.summary.run == self._barred_run  # an attempt is remembered again with more of its facts
+        if is_known or attempt.target is None or not attempt.target.images or not counts_against_image(attempt):
             return
         with suppress(KhoError):  # the history is not to be had, and the check says so
             digest = trial_digest(attempt.target.images)
             trial = await self.engine.history.trial(digest)
             if trial.failures >= self._settings.current.trial.failures:
+                self._barred_run = attempt.summary.run
                 name = attempt.target.images[0].name
                 announce_image_barred(name, digest, trial.reason, attempt.summary.run)
 

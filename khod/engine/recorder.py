@@ -141,8 +141,8 @@ class Recorder:
         """Remember an attempt that was refused before its first step; `record` is for one that has no log yet."""
         if not self._run:
             await self.begin_run(record, observed)
-        run, self._run = self._run, ""
-        await self._finish(run, RunEnd(Phase.idle, time.time(), str(error)))
+        run, found = self._release_run()
+        await self._finish(run, RunEnd(Phase.idle, time.time(), str(error)), found)
 
     def hear_before(self, tell: Callable[[Event], None]) -> Callable[[Event], None]:
         """Return a listener that logs each event, and then passes it on to `tell`."""
@@ -167,10 +167,10 @@ class Recorder:
             if not self._is_held:
                 self.write_pending()
         elif self._has_moved and not self._is_arrived:
-            run, self._run, self._is_held = self._run, "", False
+            run, found = self._release_run()
             # The phase at rest is the outcome of this boot: that of another run, or idle.
             outcome = Phase.failed if event.phase is Phase.failed else Phase.idle
-            self._spawn(self._finish(run, RunEnd(outcome, time.time(), self._read_record().last_error)))
+            self._spawn(self._finish(run, RunEnd(outcome, time.time(), self._read_record().last_error), found))
 
     async def read_clocks(self, moment: Moment) -> None:
         """Log the clocks of this moment; this waits at most CLOCK_SECONDS, and never while producers are frozen."""
@@ -204,18 +204,23 @@ class Recorder:
         self._spawn(self._finish_arrival(record.arrived_run, end))
 
     async def _finish_arrival(self, run: str, end: RunEnd) -> None:
-        if run == self._run and self._arrival is not None:  # not a correction
-            now, sources = self._arrival, self._sources
-            kernel = KernelFacts(now.release, await self._read_banner(), now.boot_id, now.cmdline)
-            self._add(Arrival(kernel))
-            await self.read_clocks(Moment.end)
-            if sources.read_departure is not None:
-                await self._gather(sources.read_departure(log_path(self._state, self._run)))
-            if sources.read_arrival is not None:
-                await self._gather(sources.read_arrival(kernel))
-            self.write_pending()
-            self._run = ""
-        await self._finish(run, end)
+        """Remember the outcome at once, and again with what takes time to find out; another run may begin meanwhile."""
+        if run != self._run or self._arrival is None:  # a correction
+            await self._finish(run, end, [])
+            return
+        now, sources = self._arrival, self._sources
+        _, found = self._release_run()
+        kernel = KernelFacts(now.release, await self._read_banner(), now.boot_id, now.cmdline)
+        await self._finish(run, end, [*found, Arrival(kernel)])
+        facts: list[Entry] = []
+        if (reading := await self._read_clocks(Moment.end)) is not None:
+            facts.append(reading)
+        if sources.read_departure is not None:
+            facts += await _gather(sources.read_departure(log_path(self._state, run)))
+        if sources.read_arrival is not None:
+            facts += await _gather(sources.read_arrival(kernel))
+        if facts:
+            await self._finish(run, None, facts)
 
     def conclude_cold_boot(self, record: Record, observed: Observed, reason: str) -> None:
         """Remember that the run of `record` ended as a cold boot."""
@@ -226,21 +231,11 @@ class Recorder:
         """Remember the cold boot once it is explained; another run may have begun by then."""
         found: list[Entry] = []
         if self._sources.read_cold_boot is not None:
-            try:
-                cold_boot = await self._sources.read_cold_boot(record)
-                found, reason = [cold_boot], cold_boot.reason
-            except Exception:  # as in _gather
-                LOG.exception("The cold boot could not be explained")
+            found = await _gather(self._sources.read_cold_boot(record))
+            reason = next((one.reason for one in found if isinstance(one, ColdBoot)), reason)
         if self._run == record.run:
-            found, self._pending, self._run = [*self._pending, *found], [], ""
+            found = [*self._release_run()[1], *found]
         await self._finish(record.run, RunEnd(Phase.cold_boot, time.time(), reason), found)
-
-    async def _gather(self, reading: Awaitable[Entry]) -> None:
-        """Log what a source says; without it the attempt lacks that, and nothing else."""
-        try:
-            self._add(await reading)
-        except Exception:  # no fact is worth an attempt that is not remembered
-            LOG.exception("A fact of the handover could not be found out")
 
     # The log
 
@@ -254,11 +249,15 @@ class Recorder:
             entries, self._pending = self._pending, []
             self._disk.call_later(partial(append_entries, log_path(self._state, self._run), entries))
 
-    async def _finish(self, run: str, end: RunEnd, found: list[Entry] | None = None) -> None:
-        """Log the end of a run after what was `found`, or what is pending; hand over the attempt made of its log."""
-        if found is None:
-            found, self._pending = self._pending, []
-        path, entries = log_path(self._state, run), [*found, end]
+    def _release_run(self) -> tuple[str, list[Entry]]:
+        """Return the run under way and what is not written of it; the next events are those of another run."""
+        run, found = self._run, self._pending
+        self._run, self._pending, self._is_held = "", [], False
+        return run, found
+
+    async def _finish(self, run: str, end: RunEnd | None, found: list[Entry]) -> None:
+        """Log what was `found`, and the end of a run if it is not logged yet; hand over the attempt made of its log."""
+        path, entries = log_path(self._state, run), [*found, *([end] if end else [])]
 
         def make_attempt() -> AttemptRecord:
             log = read_log(path)
@@ -275,3 +274,12 @@ class Recorder:
         with suppress(KhoError, OSError):
             return await self._questions.call_within(self._kexec.banner, "saying its version", CLOCK_SECONDS)
         return ""
+
+
+async def _gather(reading: Awaitable[Entry]) -> list[Entry]:
+    """Return what a source says, nothing after an error: then the attempt lacks that, and nothing else."""
+    try:
+        return [await reading]
+    except Exception:  # no fact is worth an attempt that is not remembered
+        LOG.exception("A fact of the handover could not be found out")
+        return []

@@ -18,6 +18,7 @@ from khod.engine import Engine
 from khod.engine.cold_boot import BootEnds
 from khod.engine.guard import Seen, Uevent, Watch
 from khod.engine.queries import Trials
+from khod.engine.recorder import NO_SOURCES
 from khod.errors import ConfigError
 from khod.handover.record import Record, Store
 from khod.history.model import AttemptRecord
@@ -211,6 +212,8 @@ class Host:
         self.guard = Quiet()
         self.broken: ConfigError | None = None
         self.events: list[Event] = []
+        self.sources = NO_SOURCES
+        """Where the facts of a run come from."""
         self.attempts: list[AttemptRecord] = []
         """What was remembered, each time it was."""
         self.fdstore = KeptFds()
@@ -277,6 +280,7 @@ class Host:
             trial=self.trial,
             watchdogs=self.watchdogs,
             remember=self._remember,
+            sources=self.sources,
         )
 
     async def _remember(self, attempt: AttemptRecord) -> None:

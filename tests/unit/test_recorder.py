@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What is remembered of each handover, by engines on the simulated kernel."""
 
+import asyncio
 import hashlib
 import os
 
 import pytest
 
+from khod.engine.recorder import Sources
 from khod.errors import Failed, KhoError, Refused
 from khod.history.log import append_entries, encode_entry, log_path, read_log
-from khod.history.model import RunEnd
+from khod.history.model import Arrival, KernelFacts, RunEnd
 from khod.model import EventKind, Phase
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
@@ -43,6 +45,35 @@ async def test_a_handover_is_remembered_with_its_events_of_both_kernels(host: Ho
     ]
     assert "kho" in {check.name for check in attempt.checks}
     assert attempt.damage == ""
+
+
+async def test_a_run_that_begins_while_facts_are_gathered_has_a_log_of_its_own(host: Host) -> None:
+    asked, told = asyncio.Event(), asyncio.Event()
+
+    async def read_arrival(kernel: KernelFacts) -> Arrival:
+        asked.set()
+        await told.wait()
+        return Arrival(kernel, analyze="in the end")
+
+    host.sources = Sources(read_arrival=read_arrival)
+    host.hook("a")
+    engine = await host.started()
+    with pytest.raises(Rebooted):
+        await host.kexec(engine)
+    engine = await host.started()
+    await asked.wait()
+    assert (await host.remembered()).summary.outcome is Phase.verified, (
+        "at once: khod may be killed before more is known"
+    )
+    await engine.activate()
+    told.set()
+    known = await host.remembered(2)
+    assert (known.summary.run, known.timeline.analyze) == (engine.record.arrived_run, "in the end")
+    await engine.abort()
+    rolled_back = await host.remembered(3)
+    steps = [event.step for event in rolled_back.events if event.kind is EventKind.step_ended]
+    assert (rolled_back.summary.run, steps) == (engine.record.run, ["prepare", "freeze", "activate"])
+    assert rolled_back.damage == ""
 
 
 async def test_a_veto_is_remembered_as_rolled_back(host: Host) -> None:
