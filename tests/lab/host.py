@@ -56,6 +56,17 @@ if os.path.exists("/run/busy"):
     time.sleep(10)
 """
 
+PRODUCER_UNIT = """\
+[Unit]
+Wants=kho-handover.socket
+After=kho-handover.service
+[Service]
+Type=notify
+ExecStart=/usr/bin/python3 {path} {words}
+[Install]
+WantedBy=multi-user.target
+"""
+
 
 @dataclass(frozen=True)
 class Host:
@@ -147,6 +158,13 @@ class Host:
             "modprobe kho_v3; sync; systemctl restart kho-handover"
         )
         return self
+
+    def install_producer(self, name: str, *words: str) -> None:
+        """Put NAME.py of the lab into the guest, as a service that starts at every boot, with these arguments."""
+        path = f"/usr/lib/{name}/{name}.py"
+        self.guest.put(path, Path(__file__).with_name(f"{name}.py").read_bytes())
+        self.guest.put(f"/etc/systemd/system/{name}.service", PRODUCER_UNIT.format(path=path, words=" ".join(words)))
+        self.shell(f"systemctl daemon-reload; systemctl enable -q {name}; sync")
 
     def kexec(self, version: str, *words: str) -> None:
         """Hand over to a kernel of the lab with `khoctl kexec`, and wait for it."""

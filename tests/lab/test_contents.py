@@ -3,7 +3,6 @@
 
 import json
 import mmap
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.lab.conftest import Boot
+from tests.lab.holder import file_content
 from tests.lab.host import IMAGES, INITRD, KHO, TRACE, Host
 
 VERSION = "7.3.4"
@@ -20,39 +20,6 @@ PAGE = 4096
 PAGES = 32  # of the small file: fewer than 1 MiB, so khod compares all of them
 LARGE_MIB = 64
 FLIPPED = 17  # the page of the small file in which a bit is flipped
-SEED = 20261127
-
-HOLDER = f'''
-"""A producer with a small file and a large one; it takes back what it left, and then hands it over again."""
-import os, random
-from khod.producer import Producer
-from systemd import daemon
-
-files = {{}}
-
-def make():
-    made = random.Random({SEED})
-    for name, data in (("small", made.randbytes({PAGES * PAGE})), ("large", made.randbytes(1 << 20) * {LARGE_MIB})):
-        files[name] = os.memfd_create(name)
-        os.pwrite(files[name], data, 0)
-
-producer = Producer("holder", prepare=lambda step: dict(files), restore=lambda step: files.update(step.files))
-producer.start()
-if not files:
-    make()
-daemon.notify("READY=1")
-os.read(os.pipe()[0], 1)
-'''
-SERVICE = """\
-[Unit]
-Wants=kho-handover.socket
-After=kho-handover.service
-[Service]
-Type=notify
-ExecStart=/usr/bin/python3 /lab/holder.py
-[Install]
-WantedBy=multi-user.target
-"""
 
 
 @pytest.fixture
@@ -64,7 +31,7 @@ def ram() -> Iterator[Path]:
 
 def flip_bit(ram: Path) -> int:
     """Flip one bit of the small file's page FLIPPED wherever it lies in pages of memory; return how often that is."""
-    content = random.Random(SEED).randbytes(PAGES * PAGE)[FLIPPED * PAGE : (FLIPPED + 1) * PAGE]
+    content = file_content("small", PAGES * PAGE)[FLIPPED * PAGE : (FLIPPED + 1) * PAGE]
     flipped = 0
     with ram.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
         at = memory.find(content)
@@ -90,9 +57,8 @@ def test_a_flipped_bit_is_found_and_named(boot: Boot, ram: Path, _number: int) -
     guest = boot(VERSION, cmdline_extra=f"{KHO} {TRACE}", memory_mib=MEMORY_MIB, qemu_extra=extra)
     host = Host(guest)
     guest.wait_online()
-    guest.put("/lab/holder.py", HOLDER)
-    guest.put("/etc/systemd/system/holder.service", SERVICE)
-    host.shell("systemctl daemon-reload; systemctl enable -q --now holder; sync")
+    host.install_producer("holder", f"small={PAGES * PAGE}", f"large={LARGE_MIB << 20}")
+    host.shell("systemctl start holder")
 
     host.kexec(VERSION)
     fine = verified(host, 0)

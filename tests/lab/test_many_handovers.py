@@ -17,30 +17,6 @@ HOST_GROWTH_BYTES = 24 * MIB
 """What the host may have less of: its own caches are not counted as available to the byte."""
 FILES_BYTES = 4 * MIB
 """What a handover of this guest may leave on the disk: a tree of v3 has 30 KiB, a log and its row less."""
-HOLDER = """\
-import os
-from khod.producer import Producer
-from systemd import daemon
-
-held = {}
-producer = Producer("holder", prepare=lambda step: dict(held), restore=lambda step: held.update(step.files))
-producer.start()
-if not held:
-    held["state"] = os.memfd_create("state")
-    os.truncate(held["state"], 1 << 20)
-daemon.notify("READY=1")
-os.read(os.pipe()[0], 1)
-"""
-SERVICE = """\
-[Unit]
-Wants=kho-handover.socket
-After=kho-handover.service
-[Service]
-Type=notify
-ExecStart=/usr/bin/python3 /lab/holder.py
-[Install]
-WantedBy=multi-user.target
-"""
 
 
 @dataclass(frozen=True)
@@ -70,9 +46,8 @@ def test_handovers_in_a_row(online: Online, generation: str, count: int) -> None
     if generation == "v3":
         host.with_module()
     else:
-        host.guest.put("/lab/holder.py", HOLDER)
-        host.guest.put("/etc/systemd/system/holder.service", SERVICE)
-        host.shell("systemctl daemon-reload; systemctl enable -q --now holder; sync")
+        host.install_producer("holder", f"state={MIB}")
+        host.shell("systemctl start holder")
     measured = []
     for number in range(1, count + 1):
         words = [] if number > 1 else ["--append", MARKER]

@@ -32,18 +32,6 @@ WITNESS_SECONDS = 0.05
 SHARE = 0.01
 COVERED = 0.95
 JUMP_SECONDS = 240.0
-UNIT = """\
-[Unit]
-Wants=kho-handover.socket
-After=kho-handover.service
-
-[Service]
-Type=notify
-ExecStart=/usr/bin/python3 /usr/lib/heart/heart.py /dev/ttyS0
-
-[Install]
-WantedBy=multi-user.target
-"""
 SET_BACK = f"""\
 [Unit]
 DefaultDependencies=no
@@ -106,17 +94,14 @@ class Witness:
 
 def with_heart(host: Host, *, set_back: bool) -> Host:
     """Start the producer, keep the journal on the disk, and have the next kernel's clock set back an hour if asked."""
-    host.guest.put("/usr/lib/heart/heart.py", Path(__file__).with_name("heart.py").read_bytes())
-    host.guest.put("/etc/systemd/system/heart.service", UNIT)
+    host.install_producer("heart", "/dev/ttyS0")
     host.guest.put("/etc/systemd/journald.conf.d/zz.conf", PERSISTENT)
-    enabled = "heart.service"
     if set_back:
         host.guest.put("/etc/systemd/system/set-back.service", SET_BACK)
-        enabled += " set-back.service"
+        host.shell("systemctl daemon-reload; systemctl enable -q set-back")
     host.shell(
         "mkdir -p /var/log/journal; rm -f /etc/systemd/system/systemd-journal-flush.service; systemctl daemon-reload;"
-        f"systemctl restart systemd-journald; journalctl --flush; systemctl enable -q {enabled};"
-        "systemctl start heart; sync"
+        "systemctl restart systemd-journald; journalctl --flush; systemctl start heart; sync"
     )
     return host
 
