@@ -12,6 +12,8 @@ from khoctl.render import (
     FAILED_RESULTS,
     GENERATIONS,
     MARKS,
+    format_rows,
+    list_rows,
     phase_name,
     prepare_texts,
     render_event,
@@ -77,7 +79,7 @@ def render_attempt(found: AttemptRecord) -> str:
     summary = found.summary
     outcome = typer.style(outcome_name(summary.outcome), fg=COLOURS.get(summary.outcome), bold=True)
     lines = [f"{outcome}  {summary.run}{f': {summary.reason}' if summary.reason else ''}"]
-    lines += [f"  {key:<10}  {text}" for key, text in _attempt_rows(found)]
+    lines += format_rows(_attempt_rows(found))
     events = [event for event in found.events if event.kind in SHOWN_EVENTS and event.message]
     lines += ["", *map(render_event, events)] if events else []
     return "\n".join(lines)
@@ -103,10 +105,10 @@ def _attempt_rows(found: AttemptRecord) -> list[tuple[str, str]]:
         rows.append(("blackout", f"{text}; its parts: khoctl timeline {summary.run}"))
     if found.verdict is not None:
         rows.append(("arrived", ", ".join(found.verdict.arrived) or "nothing"))
-    rows += _list_rows("found", [render_findings([finding]) for finding in found.findings])
-    rows += _list_rows("tree", found.trees)
+    rows += list_rows("found", [render_findings([finding]) for finding in found.findings])
+    rows += list_rows("tree", found.trees)
     noted = [check for check in found.checks if check.result in (*FAILED_RESULTS, CheckResult.warn, CheckResult.off)]
-    rows += _list_rows("checks", [f"{MARKS[check.result][0]} {check.name}: {check.evidence}" for check in noted])
+    rows += list_rows("checks", [f"{MARKS[check.result][0]} {check.name}: {check.evidence}" for check in noted])
     if found.cold_boot is not None:
         rows += _cold_boot_rows(found.cold_boot)
     return rows
@@ -120,11 +122,7 @@ def _cold_boot_rows(found: ColdBoot) -> list[tuple[str, str]]:
         rows.append(("", f"a watchdog {'reset' if found.watchdog else 'did not reset'} the host"))
     if found.journal_end:
         rows.append(("", f"its journal: {found.journal_end}"))
-    return rows + _list_rows("last words", found.last_words)
-
-
-def _list_rows(key: str, texts: Sequence[str]) -> list[tuple[str, str]]:
-    return [("" if number else key, text) for number, text in enumerate(texts)]
+    return rows + list_rows("last words", found.last_words)
 
 
 def _kernel_text(kernel: KernelFacts) -> str:

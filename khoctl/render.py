@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import typer
@@ -123,6 +123,16 @@ def phase_name(phase: Phase) -> str:
     return phase.value.replace("_", " ")
 
 
+def list_rows(key: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Return a row for each text; only the first one has the key."""
+    return [("" if number else key, text) for number, text in enumerate(texts)]
+
+
+def format_rows(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield a line for each row below the head of a page, the texts in one column."""
+    return (f"  {key:<10}  {text}" for key, text in rows)
+
+
 def format_since(at: float) -> str:
     """Format a wall-clock time and its age; the age is left out if the clock has been set back since."""
     seconds = round(time.time() - at)
@@ -163,7 +173,7 @@ def render_status(status: Status, *, verbose: bool = False) -> str:
         rows.append(("next", status.remedy))
     head = typer.style(phase_name(status.phase), fg=COLOURS.get(status.phase), bold=True)
     stale = " (the kernel is busy: its state is as of before)" if status.stale else ""
-    return "\n".join([f"{head}  {status.summary}{stale}", *(f"  {key:<10}  {text}" for key, text in rows)])
+    return "\n".join([f"{head}  {status.summary}{stale}", *format_rows(rows)])
 
 
 def render_outcome(status: Status, *, rolled_back: bool = False) -> str:
@@ -190,7 +200,7 @@ def _under_way(status: Status) -> list[tuple[str, str]]:
 def _waiting_rows(status: Status) -> list[tuple[str, str]]:
     """Return rows for the producers whose answer is awaited."""
     waiting = [f"for {producer_text(found)}" for found in status.producers if found.waiting][:MAX_SHOWN]
-    rows = [("" if number else "waiting", text) for number, text in enumerate(waiting)]
+    rows = list_rows("waiting", waiting)
     if (more := len(status.waiting_for) - len(waiting)) > 0:
         unconnected = [name for name in status.waiting_for if name not in {found.name for found in status.producers}]
         text = join_names(unconnected, MAX_SHOWN) if unconnected else f"and {more} more: khoctl producers"
@@ -247,7 +257,7 @@ def _cold_boot_rows(status: Status) -> list[tuple[str, str]]:
         ("last phase", phase_name(found.last_phase)),
         ("journal", found.journal_end or "it is being read"),
         ("watchdog", watchdog[found.watchdog]),
-        *(("" if number else "last words", line) for number, line in enumerate(found.last_words)),
+        *list_rows("last words", found.last_words),
     ]
     return [(key, text) for key, text in rows if text]
 
@@ -259,7 +269,7 @@ def _session_rows(status: Status) -> list[tuple[str, str]]:
         rows.append(f"and {more} more: khoctl status --json")
     if status.sessions_unseen:
         rows.append(f"there may be more: {status.sessions_unseen}")
-    return [("" if number else "sessions", text) for number, text in enumerate(rows)]
+    return list_rows("sessions", rows)
 
 
 def _session_text(found: LuoSession) -> str:
@@ -301,7 +311,7 @@ def _not_undone(status: Status) -> list[tuple[str, str]]:
         rows = [", ".join(status.left)]
     if (more := len(status.not_undone) - MAX_SHOWN) > 0:
         rows.append(f"and {more} more: khoctl status --json")
-    return [("" if number else "not undone", text) for number, text in enumerate(rows)]
+    return list_rows("not undone", rows)
 
 
 def producer_text(found: Producer) -> str:
