@@ -9,9 +9,9 @@ import typer
 from khoctl.layout import align_table
 from khoctl.render import (
     COLOURS,
-    FAILED_RESULTS,
     GENERATIONS,
     MARKS,
+    NOTED_RESULTS,
     format_rows,
     list_rows,
     phase_name,
@@ -19,7 +19,7 @@ from khoctl.render import (
     render_event,
 )
 from khod.history.model import AttemptRecord, AttemptSummary, ColdBoot, KernelFacts
-from khod.model import CheckResult, EventKind, Phase, render_findings
+from khod.model import EventKind, Phase, render_findings
 from khod.text import format_size
 
 RUN_DIGITS = 8
@@ -107,7 +107,7 @@ def _attempt_rows(found: AttemptRecord) -> list[tuple[str, str]]:
         rows.append(("arrived", ", ".join(found.verdict.arrived) or "nothing"))
     rows += list_rows("found", [render_findings([finding]) for finding in found.findings])
     rows += list_rows("tree", found.trees)
-    noted = [check for check in found.checks if check.result in (*FAILED_RESULTS, CheckResult.warn, CheckResult.off)]
+    noted = [check for check in found.checks if check.result in NOTED_RESULTS]
     rows += list_rows("checks", [f"{MARKS[check.result][0]} {check.name}: {check.evidence}" for check in noted])
     if found.cold_boot is not None:
         rows += _cold_boot_rows(found.cold_boot)

@@ -390,6 +390,8 @@ def _kernel_text(status: Status) -> str:
 
 
 FAILED_RESULTS = (CheckResult.fail, CheckResult.unsupported)
+NOTED_RESULTS = (*FAILED_RESULTS, CheckResult.warn, CheckResult.off)
+"""The results of checks that found something."""
 
 
 def render_checks(found: list[Check], *, quiet: bool = False) -> str:
@@ -398,9 +400,7 @@ def render_checks(found: list[Check], *, quiet: bool = False) -> str:
     With `quiet` only the checks that found something are listed.
     """
     found = prepare_texts(found)
-    shown = [
-        check for check in found if not quiet or check.result in (*FAILED_RESULTS, CheckResult.warn, CheckResult.off)
-    ]
+    shown = [check for check in found if not quiet or check.result in NOTED_RESULTS]
     width = max((len(check.name) for check in shown), default=0)
     lines = []
     for check in shown:
