@@ -2,7 +2,7 @@
 """Times and dates as tables and reports write them."""
 
 import math
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 
 FINE, COARSE = 3, 1
 """Decimals of a second: of a figure that is known well, and of one whose error is COARSE_SECONDS or more."""
@@ -20,7 +20,16 @@ def format_seconds(seconds: float, error: float = 0.0) -> str:
 
 def format_date(seconds: float) -> str:
     """Format seconds since the epoch, in UTC; "?" for a time that no calendar has, from a clock that was wrong."""
+    return _format_epoch(seconds, "%Y-%m-%d %H:%M:%S", UTC)
+
+
+def format_local_time(seconds: float, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """Format seconds since the epoch, in the time zone of the reader; "?" as in `format_date`."""
+    return _format_epoch(seconds, form, None)
+
+
+def _format_epoch(seconds: float, form: str, zone: tzinfo | None) -> str:
     try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        return datetime.fromtimestamp(seconds, zone).strftime(form)
     except (ValueError, OverflowError, OSError):
         return "?"

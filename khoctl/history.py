@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Past attempts as pages for people."""
 
-import time
 from collections.abc import Sequence
 
 import typer
 
+from khoctl.figures import format_local_time
 from khoctl.layout import align_table
 from khoctl.render import (
     COLOURS,
@@ -24,6 +24,8 @@ from khod.text import format_size
 
 RUN_DIGITS = 8
 """The number of characters of a run in a list; a unique beginning names it."""
+MINUTES = "%Y-%m-%d %H:%M"
+"""How a list writes times."""
 COLUMNS: tuple[str, ...] = ("RUN", "BEGUN", "FROM -> TO", "OUTCOME", "BLACKOUT", "WHO", "REASON")
 NO_ATTEMPTS = "No attempts: no handover has ended yet."
 NO_CHAIN = "This kernel was not reached by a handover."
@@ -43,7 +45,7 @@ def _summary_row(found: AttemptSummary) -> tuple[str, ...]:
         return (found.run[:RUN_DIGITS], "?", "?", "damaged", "-", "", found.damage)
     return (
         found.run[:RUN_DIGITS],
-        format_time(found.began_at),
+        format_local_time(found.began_at, MINUTES),
         f"{found.from_release or '?'} -> {found.to_release or '?'}",
         outcome_name(found.outcome),
         blackout_text(found) or "-",
@@ -65,14 +67,6 @@ def blackout_text(found: AttemptSummary) -> str:
     return f"{found.blackout_seconds:.2f} s{error}"
 
 
-def format_time(at: float, form: str = "%Y-%m-%d %H:%M") -> str:
-    """Format a wall-clock time; "?" for a time that no calendar has, from a clock that was wrong."""
-    try:
-        return time.strftime(form, time.localtime(at))
-    except (ValueError, OverflowError, OSError):
-        return "?"
-
-
 def render_attempt(found: AttemptRecord) -> str:
     """Return the page of one attempt: how it ended and why, the kernels, what was found, and the events in order."""
     found = prepare_texts(found)
@@ -88,10 +82,9 @@ def render_attempt(found: AttemptRecord) -> str:
 def _attempt_rows(found: AttemptRecord) -> list[tuple[str, str]]:
     summary = found.summary
     by = f" by {summary.by}" if summary.by else ""
-    second = "%Y-%m-%d %H:%M:%S"
     rows = [("damaged", found.damage)] if found.damage else []
-    rows.append(("begun", f"{format_time(summary.began_at, second)}{by}"))
-    rows.append(("ended", format_time(summary.ended_at, second)))
+    rows.append(("begun", f"{format_local_time(summary.began_at)}{by}"))
+    rows.append(("ended", format_local_time(summary.ended_at)))
     rows.append(("from", f"{_kernel_text(found.origin)}, {GENERATIONS.get(found.generation, found.generation)}"))
     if found.target is not None:
         rows.append(("to", f"{_kernel_text(found.target.kernel)}{', at once' if found.target.at_once else ''}"))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from khoctl.figures import format_seconds
+from khoctl.figures import format_local_time, format_seconds
 from khoctl.layout import align_table
 from khoctl.options import name_options
 from khod.errors import KhoError, error_name
@@ -137,7 +137,7 @@ def format_since(at: float) -> str:
     """Format a wall-clock time and its age; the age is left out if the clock has been set back since."""
     seconds = round(time.time() - at)
     ago = f"{seconds} s" if seconds < SECONDS_SHOWN else f"{seconds // 60} min"
-    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    clock = format_local_time(at)
     return f"{clock} ({ago} ago)" if seconds >= 0 else clock
 
 
@@ -479,4 +479,4 @@ def render_event(event: Event) -> str:
 
 def _time_of_day(at: float) -> str:
     """Format a wall-clock time to the millisecond."""
-    return f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 1000) % 1000:03}"
+    return f"{format_local_time(at, '%H:%M:%S')}.{int(at * 1000) % 1000:03}"
