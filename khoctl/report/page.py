@@ -18,11 +18,17 @@ from khoctl.report.style import page_style
 from khoctl.report.tables import check_table, fact_list, finding_list, image_table, kernel_table, producer_table
 from khoctl.report.verdict import describe_outcome, name_kernels, outcome_class, outcome_title
 from khod import __version__
-from khod.history.model import AttemptRecord, ColdBoot
+from khod.history.model import AttemptRecord, ClockSource, ColdBoot
 from khod.model import Fate, Verdict, Word
 from khod.text import split_words
 
 NOT_SHOWN = "not recorded, or not shown to this user"
+CLOCKS = {
+    ClockSource.tsc: "the processor's time-stamp counter",
+    ClockSource.ptp: "a PTP clock",
+    ClockSource.wall: "the wall clock, which the next kernel may set anew",
+}
+"""What bridges the clocks of the two kernels."""
 
 
 def write_page(attempt: AttemptRecord) -> str:
@@ -127,7 +133,7 @@ def _write_timeline(attempt: AttemptRecord) -> Markup:
         element("figure", draw_picture(timeline, width), class_=name)
         for width, name in ((WIDE, "wide"), (NARROW, "narrow"))
     )
-    clocks = "" if timeline.source is None else CLOCKS[timeline.source.name]
+    clocks = f"The clocks of the two kernels were bridged by {CLOCKS[timeline.source]}." if timeline.source else ""
     return join_markup(
         *pictures,
         _paragraph(clocks, "muted") if clocks else EMPTY,
@@ -136,13 +142,6 @@ def _write_timeline(attempt: AttemptRecord) -> Markup:
         if timeline.analyze
         else EMPTY,
     )
-
-
-CLOCKS = {
-    "tsc": "The clocks of the two kernels were bridged by the processor's time-stamp counter.",
-    "ptp": "The clocks of the two kernels were bridged by a PTP clock.",
-    "wall": "The clocks of the two kernels were bridged by the wall clock, which the next kernel may set anew.",
-}
 
 
 def _write_cold_boot(found: ColdBoot, *, reason_shown: bool) -> Markup:
