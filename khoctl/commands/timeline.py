@@ -31,7 +31,7 @@ def timeline(run: Run = None, db: DatabaseFile = None, as_json: Json = False) ->
         return
     summary, width = found.summary, layout.page_width()
     releases = " to ".join(printable(one) or "?" for one in (summary.from_release, summary.to_release))
-    head = f"{printable(summary.run)}: {releases}, {summary.outcome.value.replace('_', ' ')}"
+    head = f"{printable(summary.run)}: {releases}, {render.phase_name(summary.outcome)}"
     lines = [*layout.fit_page(head, width).split("\n"), *draw_timeline(found.timeline, width)]
     layout.write_text(_encodable("\n".join(lines)))
 
