@@ -40,8 +40,3 @@ class Workers:
     """Checks, and other questions that are not part of a handover."""
     history: Worker = field(default_factory=lambda: Worker("history", "The history database", max_waiting=64))
     """Calls of the history database; a file system that hangs there delays nothing else."""
-
-    def close_workers(self) -> None:
-        """End every thread after its last call."""
-        for worker in (self.kernel, self.observer, self.disk, self.files, self.queries, self.history):
-            worker.close()
