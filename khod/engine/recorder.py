@@ -56,7 +56,7 @@ class Sources:
     read_clocks: Callable[[Moment], ClockReading] | None = None
     read_departure: Callable[[Path], Awaitable[Departure]] | None = None
     read_arrival: Callable[[KernelFacts], Awaitable[Arrival]] | None = None
-    read_cold_boot: Callable[[Record], Awaitable[ColdBoot]] | None = None
+    read_cold_boot: Callable[[], Awaitable[ColdBoot]] | None = None
 
 
 NO_SOURCES = Sources()
@@ -231,7 +231,7 @@ class Recorder:
         """Remember the cold boot once it is explained; another run may have begun by then."""
         found: list[Entry] = []
         if self._sources.read_cold_boot is not None:
-            found = await _gather(self._sources.read_cold_boot(record))
+            found = await _gather(self._sources.read_cold_boot())
             reason = next((one.reason for one in found if isinstance(one, ColdBoot)), reason)
         if self._run == record.run:
             found = [*self._release_run()[1], *found]
