@@ -39,6 +39,7 @@ CMDLINE = "BOOT_IMAGE=/boot/vmlinuz-7.3.4 root=/dev/vda1 ro console=ttyS0 kho=on
 BANNER = (
     "Linux version 7.3.4 (build@host) (gcc 14.2.0, GNU ld 2.43) #1 SMP PREEMPT_DYNAMIC Mon Oct 12 09:14:21 UTC 2026"
 )
+BOOT_BEFORE, BOOT_AFTER = "0f4c1a5e-3d0a-4b6f-9f7e-5a1f1c7f6a01", "b2d9c7f0-6a15-4c55-8a37-0e1d2c3b4a02"
 NAMES = ("database", "kv-store")
 HOSTILE = "<script>alert(1)</script>\"'&\n\r\x1b[2J\u202egnp.exe" + "x" * 400
 """A text that would forge markup, move a cursor, reverse its line and burst a column."""
@@ -92,20 +93,20 @@ def orderly_attempt(count: int = 2, error: float = 0.004) -> AttemptRecord:
     events.append(_event(Phase.loaded, "The next kernel's command line", -1.2, words=words))
     return AttemptRecord(
         summary=AttemptSummary(
-            RUN,
-            BEGAN_AT,
-            BEGAN_AT + 18.2,
-            Phase.verified,
-            "",
-            "7.3.4",
-            "7.3.4",
-            BLACKOUT,
-            error,
-            "alice (uid 1000) through sudo",
-            "0f4c1a5e-3d0a-4b6f-9f7e-5a1f1c7f6a01",
-            "b2d9c7f0-6a15-4c55-8a37-0e1d2c3b4a02",
+            run=RUN,
+            began_at=BEGAN_AT,
+            ended_at=BEGAN_AT + 18.2,
+            outcome=Phase.verified,
+            reason="",
+            from_release="7.3.4",
+            to_release="7.3.4",
+            blackout_seconds=BLACKOUT,
+            blackout_error_seconds=error,
+            by="alice (uid 1000) through sudo",
+            first_boot_id=BOOT_BEFORE,
+            last_boot_id=BOOT_AFTER,
         ),
-        origin=KernelFacts("7.3.4", BANNER, "0f4c1a5e-3d0a-4b6f-9f7e-5a1f1c7f6a01", CMDLINE),
+        origin=KernelFacts("7.3.4", BANNER, BOOT_BEFORE, CMDLINE),
         target=RunTarget(
             KernelFacts("7.3.4", BANNER, "", CMDLINE.replace(" quiet", f" khod.run={RUN}")),
             [
@@ -113,7 +114,7 @@ def orderly_attempt(count: int = 2, error: float = 0.004) -> AttemptRecord:
                 ImageFacts("initrd", "/boot/initrd.img-7.3.4", "60303ae22b998861" * 4, 48_234_496),
             ],
         ),
-        arrived=KernelFacts("7.3.4", BANNER, "b2d9c7f0-6a15-4c55-8a37-0e1d2c3b4a02", CMDLINE),
+        arrived=KernelFacts("7.3.4", BANNER, BOOT_AFTER, CMDLINE),
         generation="stateless",
         verdict=Verdict(
             ["LUO", "kexec-metadata", "reserve_mem"],
@@ -256,9 +257,32 @@ def hostile_attempt() -> AttemptRecord:
 
 def empty_attempt() -> AttemptRecord:
     """One of which nothing is known but that it began, as where the log was lost."""
-    summary = AttemptSummary(RUN, BEGAN_AT, 0.0, Phase.preparing, "", "", "", None, 0.0, "", "", "")
+    summary = AttemptSummary(
+        run=RUN,
+        began_at=BEGAN_AT,
+        ended_at=0.0,
+        outcome=Phase.preparing,
+        reason="",
+        from_release="",
+        to_release="",
+        blackout_seconds=None,
+        blackout_error_seconds=0.0,
+        by="",
+        first_boot_id="",
+        last_boot_id="",
+    )
     return AttemptRecord(
-        summary, KernelFacts(), None, None, "", None, [], [], [], Timeline(), damage="3 lines of the log were damaged"
+        summary=summary,
+        origin=KernelFacts(),
+        target=None,
+        arrived=None,
+        generation="",
+        verdict=None,
+        findings=[],
+        events=[],
+        checks=[],
+        timeline=Timeline(),
+        damage="3 lines of the log were damaged",
     )
 
 

@@ -28,31 +28,31 @@ def attempt(
     began_at = BEGAN_AT + number * 86_400
     led = f"boot-{number + 1}" if outcome in (Phase.verified, Phase.degraded, Phase.cold_boot) else ""
     summary = AttemptSummary(
-        run,
-        began_at,
-        began_at + 20,
-        outcome,
-        reason,
-        "7.3.4",
-        "7.3.5",
-        1.5 if led else None,
-        0.25 if led else 0.0,
-        "root (khoctl, process 1)",
-        f"boot-{number}",
-        led,
+        run=run,
+        began_at=began_at,
+        ended_at=began_at + 20,
+        outcome=outcome,
+        reason=reason,
+        from_release="7.3.4",
+        to_release="7.3.5",
+        blackout_seconds=1.5 if led else None,
+        blackout_error_seconds=0.25 if led else 0.0,
+        by="root (khoctl, process 1)",
+        first_boot_id=f"boot-{number}",
+        last_boot_id=led,
     )
     changed = Event(1.0, Phase.loading, f"the next command line: {SECRET}", run, words=[Word(SECRET, Fate.added)])
     return AttemptRecord(
-        summary,
-        KernelFacts("7.3.4", "Linux version 7.3.4", f"boot-{number}", f"{SECRET} quiet"),
-        RunTarget(KernelFacts("7.3.5", cmdline=f"{SECRET} verbose"), list(images)),
-        KernelFacts("7.3.5", "Linux version 7.3.5", led, f"{SECRET} verbose") if led else None,
-        "sysfs",
-        Verdict(["memblock"]),
-        [],
-        [changed, *(Event(float(at), Phase.frozen, f"event {at}", run) for at in range(events))],
-        [Check("cmdline", CheckResult.warn, f"{SECRET} is lost", "")],
-        Timeline(),
+        summary=summary,
+        origin=KernelFacts("7.3.4", "Linux version 7.3.4", summary.first_boot_id, f"{SECRET} quiet"),
+        target=RunTarget(KernelFacts("7.3.5", cmdline=f"{SECRET} verbose"), list(images)),
+        arrived=KernelFacts("7.3.5", "Linux version 7.3.5", led, f"{SECRET} verbose") if led else None,
+        generation="sysfs",
+        verdict=Verdict(["memblock"]),
+        findings=[],
+        events=[changed, *(Event(float(at), Phase.frozen, f"event {at}", run) for at in range(events))],
+        checks=[Check("cmdline", CheckResult.warn, f"{SECRET} is lost", "")],
+        timeline=Timeline(),
     )
 
 
