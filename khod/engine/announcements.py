@@ -41,7 +41,7 @@ def announce_cold_boot(cold: ColdBoot, run: str) -> None:
 
 
 def announce_image_barred(name: str, digest: str, reason: str, run: str) -> None:
-    """Write that an image is refused from now on; `digest` is its SHA-256 in hex."""
+    """Write that an image is refused from now on; `digest` is what `khod.history.trial.trial_digest` returns for it."""
     write_message(
         Message.image_barred, f"The image {name} is refused from now on: {reason}", run=run, KHO_IMAGE_DIGEST=digest
     )
