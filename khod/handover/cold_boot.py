@@ -10,6 +10,7 @@ from khod.handover.record import Record
 from khod.kernel.pstore import PANIC
 from khod.model import ColdBoot, Phase
 from khod.systemd.boots import BootEnd
+from khod.systemd.shutdown import KEXEC_TARGET
 from khod.text import one_line
 
 # printk of the trace: "Comm: swapper/0 Not tainted 7.2.12-luo6 #1" (dump_stack_print_info() of 7.3.4).
@@ -18,7 +19,6 @@ SECONDS = re.compile(r"\[ *(?P<seconds>\d+\.\d+)\] Kernel panic")  # printk.time
 KEXEC_ASKED = re.compile(r"Rebooting with kexec")  # systemd-shutdown of 262
 FIRMWARE_ASKED = re.compile(r"Rebooting\.|reboot: Restarting system")
 JUMPED = re.compile(r"kexec_core: Starting new kernel")
-KEXEC_TARGET = "kexec.target"
 
 
 @dataclass(frozen=True)
