@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Control groups, as systemd names them. It is apart so that the scanner needs no asyncio."""
 
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+
 
 def units_in(cgroup: str) -> list[str]:
     """The systemd units on the path in a /proc/PID/cgroup, the outermost first; none where there is no cgroup v2."""

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from khod.producers.cgroup import CGROUPS
 from khod.producers.commands import Command, CommandRunner
 
-CGROUPS = Path("/sys/fs/cgroup")
 SLICE = ".slice"
 UNIT_TYPES = tuple(f".{kind}" for kind in ("service", "scope", "slice", "socket", "mount", "swap"))
 """The types of units that have a control group."""

@@ -18,10 +18,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from khod.concurrency.bounded import CUT_SECONDS, settle_task
-from khod.producers.cgroup import units_in
+from khod.producers.cgroup import CGROUPS, units_in
 from khod.producers.commands import GATEKEEPER, KILL_WAIT_SECONDS, Command, RunningCommand
 
-CGROUPS = Path("/sys/fs/cgroup")
 SHELL = "/bin/sh"
 SCRIPT = """\
 exec 3<&0 4>&2 </dev/null 2>/dev/null
