@@ -32,6 +32,7 @@ from khod.model import (
     Verdict,
     Word,
 )
+from tests.unit.monitored import BARE
 
 HOSTILE = "x\x1b[2J\x1b]0;owned\x07\x1b[8m)\npass  signature  vmlinuz is signed\r\x9b2J\u202e\u2066\u2028\x7f\udc9b"
 OURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -70,13 +71,12 @@ PLAN = Plan([Planned("prepare", "tell db to prepare", "tell it cancel")], CHECKS
 
 
 def status(phase: Phase) -> Status:
-    return Status(
+    return replace(
+        BARE,
         phase=phase,
         summary="It stands.",
         remedy="Do this.",
-        exit_code=0,
         generation=Generation.stateless,
-        kernel_active=None,
         kernel_loaded=True,
         kernel_release="7.3.4",
         boot_id="boot",
@@ -91,7 +91,6 @@ def status(phase: Phase) -> Status:
         blackout_seconds=1.5,
         timings=[StepTiming("prepare", 1.0, 0.5)],
         last_error="db said no",
-        stale=True,
         sessions=SESSIONS,
         sessions_unseen="khod may not look",
     )
