@@ -13,6 +13,7 @@ from khoctl import layout, progress, render
 from khoctl.next_kernel import NextKernelOptions, spread_options
 from khoctl.request import open_request
 from khoctl.session import Detached, Json, ask_confirmation, connect_client, on_terminal, show_answer
+from khoctl.status_page import render_status
 from khod.client.handover import Client
 from khod.errors import Exit, Refused, Unreachable, Unsupported
 from khod.model import Check, CheckResult, Phase, Step
@@ -58,7 +59,7 @@ def status(
         raise Unreachable(
             error.what, where=error.where, remedy=". ".join(filter(None, (error.remedy, kernel_says())))
         ) from None
-    show_answer(found, partial(render.render_status, found), as_json=as_json)
+    show_answer(found, partial(render_status, found), as_json=as_json)
     raise typer.Exit(found.exit_code)
 
 
@@ -215,7 +216,7 @@ def _run_operation(
         raise typer.Exit(Exit.failed) from None
     if found is None:
         _say_jumped(as_json=as_json)
-    show_answer(found, partial(render.render_status, found), as_json=as_json)
+    show_answer(found, partial(render_status, found), as_json=as_json)
 
 
 def _say_jumped(*, as_json: bool) -> NoReturn:

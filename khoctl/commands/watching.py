@@ -14,6 +14,7 @@ import typer
 from khoctl import layout, render
 from khoctl.follow import AT_REST, ENDED, Follower
 from khoctl.session import TO_SEE, Json, call_timeout, can_repaint, is_colourless, show_answer
+from khoctl.status_page import render_outcome, render_status
 from khod.errors import Exit, Refused, Unreachable, UsageError
 from khod.model import Event, Phase, Status
 
@@ -48,14 +49,14 @@ def _show_watched(follower: Follower, *, live: bool, as_json: bool) -> None:
     """Show the status; while khod is away, that it is."""
     away = follower.away_seconds
     if live:
-        page = render.render_status(follower.status)
+        page = render_status(follower.status)
         if away is not None:
             page = f"{page}\n\n{render.render_event(follower.note)} ({away:.0f} s)"
         layout.write_text(_repaint(page), color=True, end="")
     elif away is not None:
         show_answer(follower.note, partial(render.render_event, follower.note), as_json=as_json)
     else:
-        show_answer(follower.status, partial(render.render_status, follower.status), as_json=as_json)
+        show_answer(follower.status, partial(render_status, follower.status), as_json=as_json)
     sys.stdout.flush()
 
 
@@ -134,7 +135,7 @@ def _wait_until(follower: Follower, is_over: Callable[[], bool]) -> None:
 
 def _end_with_outcome(found: Status, *, rolled_back: bool, as_json: bool) -> NoReturn:
     """Print the outcome in one line. After a rollback the status is that of the handover into this boot."""
-    show_answer(found, partial(render.render_outcome, found, rolled_back=rolled_back), as_json=as_json)
+    show_answer(found, partial(render_outcome, found, rolled_back=rolled_back), as_json=as_json)
     raise typer.Exit(Exit.failed if rolled_back else found.exit_code)
 
 
@@ -149,6 +150,6 @@ def verify(as_json: Json = False) -> None:
         _wait_until(follower, lambda: follower.event.phase not in starting)
         follower.refresh_status()
         found = follower.status
-    show_answer(found, partial(render.render_status, found, verbose=True), as_json=as_json)
+    show_answer(found, partial(render_status, found, verbose=True), as_json=as_json)
     others = found.exit_code == Exit.refused  # another program's use of KHO does not concern this verification
     raise typer.Exit(Exit.done if others else found.exit_code)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from khoctl import render
+from khoctl.status_page import render_status
 from khod.handover import verify
 from khod.model import Phase, Status
 from khod.simulated.kernel import Rebooted
@@ -59,7 +59,7 @@ async def test_it_counts_from_the_first_freeze_to_the_last_finish(host: Host, cl
     found = await handed_over(host, clock)
     assert found.phase is Phase.verified
     assert found.blackout_seconds == FREEZE + JUMP + RESTORE + FINISH
-    assert "6.8 s ± 1.0 s" in render.render_status(found)
+    assert "6.8 s ± 1.0 s" in render_status(found)
 
 
 @pytest.mark.parametrize(("jump", "uptime"), [(-3600.0, ""), (JUMP, "40.0 80.0\n")])
@@ -67,7 +67,7 @@ async def test_a_clock_that_was_set_back_tells_nothing(host: Host, clock: WallCl
     """Neither negative seconds, nor fewer than the new kernel alone has been up."""
     found = await handed_over(host, clock, jump=jump, uptime=uptime)
     assert found.blackout_seconds is None
-    assert "blackout    unknown" in render.render_status(found)
+    assert "blackout    unknown" in render_status(found)
 
 
 @pytest.mark.parametrize(
@@ -85,5 +85,5 @@ def test_what_a_clock_is_trusted_with(began: float, ended: float, uptime: float 
 
 
 def test_it_is_not_over_for_those_who_have_not_come_back() -> None:
-    assert "not over" in render.render_status(replace(status(Phase.degraded), claims=["db"]))
-    assert "not over" not in render.render_status(status(Phase.degraded))
+    assert "not over" in render_status(replace(status(Phase.degraded), claims=["db"]))
+    assert "not over" not in render_status(status(Phase.degraded))

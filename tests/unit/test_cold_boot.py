@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from khoctl.render import render_status
+from khoctl.status_page import render_status
 from khod.abi.calls import HostCalls
 from khod.engine.cold_boot import gather_cold_boot
 from khod.handover.cold_boot import ColdBootEvidence, explain_cold_boot

@@ -8,12 +8,13 @@ import pytest
 import typer
 
 from khoctl import layout, render
+from khoctl.status_page import render_status
 from khod.model import Check, CheckResult, Phase
 from tests.unit.test_render import CHECKS, EVENT, PLAN, status
 
 WIDTHS = (40, 80, 200)
 PAGES = {
-    "status": render.render_status(status(Phase.degraded)),
+    "status": render_status(status(Phase.degraded)),
     "checks": render.render_checks(CHECKS),
     "plan": render.render_plan(PLAN),
     "short plan": render.short_plan(PLAN),

@@ -14,6 +14,7 @@ import click
 import pytest
 
 from khoctl import render
+from khoctl.status_page import render_status
 from khod.errors import KhoError
 from khod.model import (
     Check,
@@ -97,8 +98,8 @@ def status(phase: Phase) -> Status:
 
 
 PAGES: dict[str, tuple[Callable[[Any], str], Any]] = {
-    **{f"status, {phase.value}": (render.render_status, status(phase)) for phase in Phase},
-    "verify": (lambda found: render.render_status(found, verbose=True), status(Phase.degraded)),
+    **{f"status, {phase.value}": (render_status, status(phase)) for phase in Phase},
+    "verify": (lambda found: render_status(found, verbose=True), status(Phase.degraded)),
     "producers": (render.render_producers, PRODUCERS),
     "counted": (render.count_producers, PRODUCERS),
     **{f"producer {found.name}": (render.producer_text, found) for found in PRODUCERS},
@@ -131,13 +132,11 @@ def test_verify_shows_every_check_and_status_those_that_found_something() -> Non
         Check("log", CheckResult.skipped, "its first 7 records were overwritten", ""),
     ]
     found = replace(status(Phase.verified), verdict=Verdict(checks=checks))
-    brief = click.unstyle(render.render_status(found))
+    brief = click.unstyle(render_status(found))
     assert "2 passed, 1 not known" in brief
     assert "skip  log: its first 7 records were overwritten" in brief
     assert "64 of 262144 pages compared" not in brief
-    assert "pass  contents db: table: 64 of 262144 pages compared" in click.unstyle(
-        render.render_status(found, verbose=True)
-    )
+    assert "pass  contents db: table: 64 of 262144 pages compared" in click.unstyle(render_status(found, verbose=True))
 
 
 def test_an_event_has_the_time_of_day() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from khoctl import render
+from khoctl.status_page import render_status
 from khod.abi.liveupdate import Session
 from khod.config import Checks, Config, Deadlines
 from khod.engine import Engine, queries
@@ -91,7 +91,7 @@ async def test_status_lists_it(host: Site) -> None:
     engine = await host.started()
     status = await engine.queries.status()
     assert [(found.name, found.fate) for found in status.sessions] == [(NAME, SessionFate.lost)]
-    assert f"{NAME}, held by luo_kexec_simpl" in render.render_status(status)
+    assert f"{NAME}, held by luo_kexec_simpl" in render_status(status)
     host.ends()
     assert (await engine.queries.status()).sessions == []
 
@@ -112,7 +112,7 @@ async def test_status_does_not_wait_for_a_systemd_that_is_slow(host: Site, monke
     host.ends()
     status = await engine.queries.status()
     assert [found.name for found in status.sessions] == [NAME]
-    assert "there may be more" in render.render_status(status)
+    assert "there may be more" in render_status(status)
     answers.set()
     while (status := await engine.queries.status()).sessions_unseen:
         pass
@@ -186,7 +186,7 @@ async def test_one_that_nobody_has_yet_is_not_claimed_to_have_arrived(host: Site
     assert status.verdict.unknown == [f"session {NAME}"]
     assert "all state" not in status.summary
     assert NAME in status.summary
-    assert f"not known   session {NAME}" in render.render_status(status)
+    assert f"not known   session {NAME}" in render_status(status)
 
 
 async def test_a_shutdown_that_somebody_else_asked_for_is_an_orderly_one(host: Site) -> None:
@@ -212,7 +212,7 @@ async def test_one_that_came_from_the_previous_kernel_is_warned_of_for_any_jump(
         found, evidence = await result(engine, now=now)
         assert found is CheckResult.warn
         assert NAME in evidence
-    assert "no jump keeps it" in render.render_status(await engine.queries.status())
+    assert "no jump keeps it" in render_status(await engine.queries.status())
 
 
 async def test_the_next_handover_looks_anew(host: Site) -> None:
@@ -256,7 +256,7 @@ async def test_without_a_scanner_nothing_is_known_and_the_jump_goes_on(host: Sit
     found, evidence = await result(engine, now=False)
     assert found is CheckResult.warn
     assert "kho-sessions.socket" in evidence
-    assert "kho-sessions.socket" in render.render_status(await engine.queries.status())
+    assert "kho-sessions.socket" in render_status(await engine.queries.status())
     with pytest.raises(Rebooted):
         await host.jump(engine)
     status = await host.judged()
