@@ -21,7 +21,7 @@ SLACK_SECONDS = 1.0
 """What the journal's times may differ from khod's: a line is stamped when journald has read it."""
 KERNEL = "kernel"
 FIELDS = ("MESSAGE", "PRIORITY", "SYSLOG_IDENTIFIER", "_COMM", "_TRANSPORT", "_SOURCE_MONOTONIC_TIMESTAMP")
-BYTES = 256
+BYTE_VALUES = range(256)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _parse_line(entry: dict[str, Any], number: int) -> LogLine:
 
 def _text_of(value: Any) -> str:
     """Return a field's text: journalctl prints what is not UTF-8 as a list of bytes, and a repeated field as a list."""
-    if isinstance(value, list) and all(isinstance(item, int) and 0 <= item < BYTES for item in value):
+    if isinstance(value, list) and all(isinstance(item, int) and item in BYTE_VALUES for item in value):
         return bytes(value).decode(errors="surrogateescape")
     if isinstance(value, list):
         return _text_of(value[0])

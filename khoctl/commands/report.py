@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """khoctl report: one attempt at a handover as a page, a picture, a trace or JSON."""
 
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -49,9 +48,6 @@ def report(
         raise UsageError("Give exactly one form of the report", where="report", remedy=f"One of: {FORMS}.")
     writer, file = chosen[0]
     write_file(file, writer(load_attempt(run, db)).encode())
-
-
-Writer = Callable[[AttemptRecord], str]
 
 
 def _write_html(attempt: AttemptRecord) -> str:
