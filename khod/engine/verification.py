@@ -8,7 +8,6 @@ shown as skipped; none of them stops another.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from khod.engine.resources import Resources
 from khod.engine.transaction import Transaction
@@ -22,7 +21,6 @@ from khod.model import Finding, FindingSource, Generation, Observed, Verdict
 from khod.producers.contents import Comparison, check_contents, contents_check
 from khod.producers.health import HealthCheck
 
-T = TypeVar("T")
 LOG_SECONDS = 10.0
 """Seconds in which the kernel log of this boot must be read."""
 NOT_TAKEN = "it was not taken back"
