@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import pyudev
 
+from khod.abi.devices import BOUND_DEVICES
 from khod.errors import Failed, errno_text
-from khod.kernel.host import BOUND_DEVICES
 
 SO_RCVBUFFORCE = 33
 """include/uapi/asm-generic/socket.h. Python's socket module lacks it."""

@@ -14,8 +14,8 @@ from functools import partial
 
 from khod.abi.calls import Calls
 from khod.abi.clock_device import read_clock_device
+from khod.abi.devices import BOUND_DEVICES
 from khod.history.model import ClockReading, Moment
-from khod.kernel.host import BOUND_DEVICES
 from khod.kernel.kexec import BOOT_ID
 from khod.kernel.tracing import read_tsc
 

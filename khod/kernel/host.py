@@ -22,8 +22,6 @@ PROCESSORS = "/sys/devices/system/cpu"
 STOP_ON_REBOOT = "/sys/module/watchdog/parameters/stop_on_reboot"  # since 5.12
 WDIOF_CARDRESET = 0x20  # include/uapi/linux/watchdog.h
 KIB = 1024
-BOUND_DEVICES = "/run/kho-devices"
-"""Where khod's unit shows it the host's /dev: its own has no links, as the unit says PrivateDevices=."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ A unit is named after its producer. So what outlived a khod that was killed is f
 
 import asyncio
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class TransientUnit:
 
     def __init__(self, name: str, shared: SharedBus) -> None:
         self._name, self._shared = name, shared
-        self._path = f"/org/freedesktop/systemd1/unit/{_escape_label(name)}"
+        self._path = _object_path(name)
         self._stack = AsyncExitStack()
         self._bus: Bus | None = None
         self._told: dict[str, Any] = {}
@@ -160,31 +160,46 @@ class TransientUnit:
     async def _kill(self) -> None:
         """Kill all of it, and wait until systemd has seen the end."""
         bus = self._bus or await self._connect()
+        moved: Mapping[str, Any] | None = None
         if self._told.get("ActiveState") not in ENDED:
             await self._look(bus)
-            await self._kill_moved(bus)
+            moved = await self._kill_moved(bus)
             with suppress(ErrorAnswer):
                 await Systemd(bus, self._name).kill_processes()
         while self._told.get("ActiveState") not in ENDED:
             await bus.wait_news(self._path)
+        while moved is not None and moved.get("ActiveState") not in ENDED:
+            await bus.wait_news(_object_path(self._scope))
 
-    async def _kill_moved(self, bus: Bus) -> None:
-        """Kill the children of the main process that have moved to another control group.
+    @property
+    def _scope(self) -> str:
+        return f"{self._name.removesuffix('.service')}:moved.scope"
 
-        A command that waited is one: systemd kills the main process wherever it is, and that is the shell. They are
-        moved to a scope, so that systemd kills them, whoever's they are; khod itself may not.
+    async def _kill_moved(self, bus: Bus) -> Mapping[str, Any] | None:
+        """Have systemd kill the children of the main process that have moved to another control group.
+
+        A command that waited is one: systemd kills the main process wherever it is, and that is the shell. They are put
+        into a scope whose time is over at once, so that systemd kills them, whoever's they are, also where nobody waits
+        for it; khod itself may not. Returns what systemd says of the scope, None if there is none.
         """
         with ExitStack() as stack:
             main = self._told.get("MainPID", 0)
             moved = _open_moved_children(main, self._name, stack) if main else []
             if not moved:
-                return
-            scope = f"{self._name.removesuffix('.service')}:moved.scope"
-            settings = [("PIDFDs", ("ah", moved)), ("DefaultDependencies", ("b", False))]
-            call: tuple[Any, ...] = (MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", scope, "fail", settings, [])
+                return None
+            settings: list[tuple[str, Property]] = [
+                ("PIDFDs", ("ah", moved)),
+                ("DefaultDependencies", ("b", False)),
+                ("CollectMode", ("s", "inactive-or-failed")),
+                ("KillSignal", ("i", int(signal.SIGKILL))),
+                ("RuntimeMaxUSec", ("t", 1)),
+            ]
+            said = self._stack.enter_context(bus.watch_object(_object_path(self._scope)))
+            call: tuple[Any, ...] = (MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", self._scope, "fail", settings)
             with suppress(ErrorAnswer):  # as before 255, which knows no PIDFDs
-                await bus.wait_job((await bus.call_method(*call)).body[0])
-                await Systemd(bus, scope).kill_processes()
+                await bus.call_method(*call, [])
+                return said
+        return None
 
     async def _start_unit(self, bus: Bus, properties: list[tuple[str, Property]]) -> bool:
         """Have systemd start it, and wait until that is done; False where the name is taken."""
@@ -259,6 +274,11 @@ def unit_name(producer: str, number: int = 0, prefix: str = HOOK_UNIT_PREFIX) ->
     The only character of a producer's name that has a meaning in a unit's is @, which is escaped as systemd does it.
     """
     return f"{prefix}{producer.replace('@', chr(92) + 'x40')}{f':{number}' if number else ''}.service"
+
+
+def _object_path(unit: str) -> str:
+    """Return the path of a unit's object."""
+    return f"/org/freedesktop/systemd1/unit/{_escape_label(unit)}"
 
 
 def _escape_label(name: str) -> str:

@@ -27,7 +27,7 @@ from khod import wire
 from khod.client.connection import Connection
 from khod.errors import KhoError
 
-READERS = {"Status", "Producers", "Scratch", "Check", "Plan"}
+READERS = {"Status", "Producers", "Scratch", "Check", "Plan", "History", "Chain"}
 """Methods that every user may call; Monitor is one too, and never ends."""
 NASTY = "\x1b[2J\x1b]0;x\x07\r\nidle: all is well\u202e" * 10_000
 ASK = b'{"method": "io.kho.Handover.Status"}\0'

@@ -76,7 +76,7 @@ def watching(guest: Guest, name: str, action: str, *devices: str) -> Iterator[li
 
 
 def install(guest: Guest) -> None:
-    for name in ("__init__.py", "errors.py", "engine/guard.py", "text.py"):
+    for name in ("__init__.py", "errors.py", "abi/__init__.py", "abi/devices.py", "engine/guard.py", "text.py"):
         guest.put(f"/lab/khod/{name}", (REPOSITORY / "khod" / name).read_bytes())
     guest.put("/lab/khod/engine/__init__.py", b"")  # without the engine: it needs what this disk has not
 
