@@ -7,6 +7,8 @@ Each guest keeps its journal on the disk, and has ramoops in a piece of memory t
 import shlex
 from typing import Any
 
+import pytest
+
 from khod.engine.journal_fields import Message
 from khod.model import Phase
 from khod.simulated.kernel import build_initrd
@@ -148,6 +150,7 @@ def test_a_next_kernel_that_hangs(boot: Boot) -> None:
     hold_refused(host, status, *hanging)
 
 
+@pytest.mark.proof
 def test_a_watchdog_is_armed_only_while_the_host_jumps(boot: Boot) -> None:
     """Immediate: armed at once, disarmed by the undo and by the next khod, which outlives its seconds."""
     host = watched(boot)
@@ -168,6 +171,7 @@ def test_a_watchdog_is_armed_only_while_the_host_jumps(boot: Boot) -> None:
         assert host.word(STATE) == "inactive"
 
 
+@pytest.mark.proof
 def test_a_next_kernel_that_dies_while_it_is_verified(boot: Boot) -> None:
     host = booted(boot)
     host.guest.put("/etc/kho/producers.d/slow.toml", 'timeout = 300\nrestore = ["sleep", "240"]\n')

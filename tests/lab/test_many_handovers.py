@@ -39,8 +39,10 @@ def measure(host: Host) -> Measured:
     return Measured(int(khod) * 1024, int(available) * 1024, int(files) * 1024, words)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.proof)])
-@pytest.mark.parametrize("generation", ["stateless", "v3"])
+@pytest.mark.parametrize(
+    ("generation", "count"),
+    [("stateless", 2), *(pytest.param(name, 10, marks=pytest.mark.proof) for name in ("stateless", "v3"))],
+)
 def test_handovers_in_a_row(online: Online, generation: str, count: int) -> None:
     host = Host(online(VERSION))
     if generation == "v3":

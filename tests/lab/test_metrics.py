@@ -126,6 +126,7 @@ def test_the_log_has_both_kernels_lines_in_one_order(online: Online) -> None:
     assert counted in listed(host, "List")
 
 
+@pytest.mark.proof
 def test_a_journal_in_memory_is_named_by_the_log(online: Online) -> None:
     host = Host(online("7.3.4"))
     host.guest.wait_online()
