@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from khoctl.figures import format_local_time
+from khoctl.figures import format_local_time, format_seconds
 from khoctl.layout import align_table
 from khoctl.render import (
     COLOURS,
@@ -63,8 +63,7 @@ def blackout_text(found: AttemptSummary) -> str:
     """Format how long the producers were stopped, with its maximum error; "" if that is not known."""
     if found.blackout_seconds is None:
         return ""
-    error = f" ± {found.blackout_error_seconds:.2g} s" if found.blackout_error_seconds else ""
-    return f"{found.blackout_seconds:.2f} s{error}"
+    return format_seconds(found.blackout_seconds, found.blackout_error_seconds)
 
 
 def render_attempt(found: AttemptRecord) -> str:

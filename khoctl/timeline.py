@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Draw a timeline in the terminal: a line for each row, with its begin, its duration and a bar."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from khoctl.figures import format_seconds
 from khoctl.layout import fit_page
+from khoctl.timeline_rows import known_rows, select_rows
 from khod.history.model import ClockSource, RowKind, Timeline, TimelineRow
 from khod.text import printable, shorten
 
@@ -15,8 +15,6 @@ MIN_BAR, MIN_NAME = 10, 20
 MAX_NAME = 44
 """Columns of a bar and of a name; what is left of a line after a name is the bar's."""
 TIME_COLUMNS = 11
-MAX_CHILDREN = 5
-"""The number of units, and of a step's producers, that are drawn: those that took longest."""
 PART, CHILD, WAIT = "#", "=", "."
 """What the bars are made of."""
 SOURCES = {ClockSource.tsc: "the TSC", ClockSource.ptp: "a PTP clock", ClockSource.wall: "the wall clock"}
@@ -31,7 +29,7 @@ def draw_timeline(timeline: Timeline, width: int | None = None) -> Iterator[str]
         yield NO_ROWS
     else:
         yield ""
-        yield from _draw_rows(timeline.rows, width)
+        yield from _draw_rows(timeline, width)
     notes = [f"systemd-analyze time: {printable(line)}" for line in timeline.analyze.splitlines()]
     notes += [f"Not known: {printable(sentence)}" for sentence in timeline.unknown]
     if notes:
@@ -47,26 +45,17 @@ def _describe_blackout(timeline: Timeline) -> str:
     return f"Blackout: {measured}, from the first `freeze` to the last `finish`{by}."
 
 
-def _draw_rows(rows: Sequence[TimelineRow], width: int) -> Iterator[str]:
-    """Yield the rows with a head; the rows within another one follow it, the longest of them alone."""
-    inside: dict[str, list[TimelineRow]] = defaultdict(list)
-    for row in rows:
-        inside[row.parent].append(row)
-    shown: list[tuple[TimelineRow | None, str]] = []
-    for row in inside[""]:
-        shown.append((row, _name_row(row)))
-        children = [one for one in inside[row.name] if row.begin <= one.begin <= row.begin + row.seconds]
-        longest = sorted(children, key=lambda one: one.seconds, reverse=True)[:MAX_CHILDREN]
-        shown += [(one, f"  {_name_row(one)}") for one in children if one in longest]
-        if more := len(children) - len(longest):
-            shown.append((None, f"  and {more} more"))
+def _draw_rows(timeline: Timeline, width: int) -> Iterator[str]:
+    """Yield the rows with a head; the rows within another one follow it, the slowest of them alone."""
+    drawn = [one.row for one in select_rows(known_rows(timeline))]
+    shown = [(row, f"{'  ' if row.parent else ''}{_name_row(row)}") for row in drawn]
     left = width - 2 * TIME_COLUMNS - 4
-    name_columns = max(MIN_NAME, min(MAX_NAME, max(len(name) for _, name in shown), left - MIN_BAR - 2))
+    name_columns = max(MIN_NAME, min(MAX_NAME, max([len(name) for _, name in shown] + [0]), left - MIN_BAR - 2))
     bar_columns = left - name_columns - 2
-    total = max([row.begin + row.seconds for row in inside[""]] + [0.0])
+    total = max([row.begin + row.seconds for row in drawn if not row.parent] + [0.0])
     yield f"{'begin':>{TIME_COLUMNS}}  {'duration':>{TIME_COLUMNS}}"
-    for one, name in shown:
-        yield _draw_row(one, shorten(name, name_columns).ljust(name_columns), bar_columns, total)
+    for row, name in shown:
+        yield _draw_row(row, shorten(name, name_columns).ljust(name_columns), bar_columns, total)
 
 
 def _name_row(row: TimelineRow) -> str:
@@ -75,9 +64,7 @@ def _name_row(row: TimelineRow) -> str:
     return name + (f": {printable(row.detail)}" if row.detail else "")
 
 
-def _draw_row(row: TimelineRow | None, name: str, columns: int, total: float) -> str:
-    if row is None:
-        return f"{'':{2 * TIME_COLUMNS + 4}}{name}".rstrip()
+def _draw_row(row: TimelineRow, name: str, columns: int, total: float) -> str:
     times = f"{row.begin:>{TIME_COLUMNS - 2}.3f} s  {row.seconds:>{TIME_COLUMNS - 2}.3f} s"
     bar = _draw_bar(row, columns, total) if columns >= MIN_BAR else ""
     return f"{times}  {name}  {bar}".rstrip()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from khoctl.report.rows import known_rows
+from khoctl.timeline_rows import known_rows
 from khod.history.model import AttemptRecord, RowKind, TimelineRow
 
 MICROSECONDS = 1_000_000

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from khoctl.figures import format_seconds
 from khoctl.report.markup import EMPTY, Markup, element, join_markup, text_element
-from khoctl.report.rows import DrawnRow, known_rows, select_rows
 from khoctl.report.style import picture_style
+from khoctl.timeline_rows import DrawnRow, known_rows, select_rows
 from khod.history.model import RowKind, Timeline, TimelineRow
 from khod.text import printable
 

@@ -55,7 +55,7 @@ def _permitted_summaries(found: list[AttemptSummary]) -> list[AttemptSummary]:
 
 
 def hide_private(attempt: AttemptRecord) -> AttemptRecord:
-    """Return an attempt without who asked, without command lines, and without the kernel log, which may have them."""
+    """Return an attempt without who asked, command lines, and the logs that a cold boot left, which may have them."""
     return replace(
         attempt,
         summary=_hide_asker(attempt.summary),

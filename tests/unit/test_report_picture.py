@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from khoctl.report.picture import CHAR_PIXELS, MIN_BAR, NARROW, WIDE, draw_file, draw_picture
-from khoctl.report.rows import MAX_CHILDREN
+from khoctl.timeline_rows import MAX_CHILDREN
 from khod.history.model import RowKind, Timeline, TimelineRow
 from tests.unit import attempts
 
