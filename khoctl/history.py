@@ -47,16 +47,17 @@ def _summary_row(found: AttemptSummary) -> tuple[str, ...]:
         found.run[:RUN_DIGITS],
         format_local_time(found.began_at, MINUTES),
         f"{found.from_release or '?'} -> {found.to_release or '?'}",
-        outcome_name(found.outcome),
+        outcome_name(found),
         blackout_text(found) or "-",
         found.by,
         "" if found.outcome is Phase.verified else found.reason,
     )
 
 
-def outcome_name(outcome: Phase) -> str:
-    """Return the outcome of an attempt for people: after a rollback its phase is idle, or failed."""
-    return {Phase.idle: "rolled back", Phase.failed: "not rolled back"}.get(outcome, phase_name(outcome))
+def outcome_name(found: AttemptSummary) -> str:
+    """Return the outcome of an attempt for people: after a rollback or a refusal its phase is idle, or failed."""
+    names = {Phase.idle: "refused" if found.refused else "rolled back", Phase.failed: "not rolled back"}
+    return names.get(found.outcome, phase_name(found.outcome))
 
 
 def blackout_text(found: AttemptSummary) -> str:
@@ -70,7 +71,7 @@ def render_attempt(found: AttemptRecord) -> str:
     """Return the page of one attempt: how it ended and why, the kernels, what was found, and the events in order."""
     found = prepare_texts(found)
     summary = found.summary
-    outcome = typer.style(outcome_name(summary.outcome), fg=COLOURS.get(summary.outcome), bold=True)
+    outcome = typer.style(outcome_name(summary), fg=COLOURS.get(summary.outcome), bold=True)
     lines = [f"{outcome}  {summary.run}{f': {summary.reason}' if summary.reason else ''}"]
     lines += format_rows(_attempt_rows(found))
     events = [event for event in found.events if event.kind in SHOWN_EVENTS and event.message]

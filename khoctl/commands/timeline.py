@@ -32,7 +32,7 @@ def timeline(run: Run = None, db: DatabaseFile = None, as_json: Json = False) ->
         return
     summary, width = found.summary, layout.page_width()
     releases = " to ".join(printable(one) or "?" for one in (summary.from_release, summary.to_release))
-    head = f"{printable(summary.run)}: {releases}, {outcome_name(summary.outcome)}"
+    head = f"{printable(summary.run)}: {releases}, {outcome_name(summary)}"
     lines = [*layout.fit_page(head, width).split("\n"), *draw_timeline(found.timeline, width)]
     layout.write_text(_encodable("\n".join(lines)))
 

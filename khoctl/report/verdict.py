@@ -32,6 +32,8 @@ CLASSES = {Phase.verified: "good", Phase.idle: "warn"}
 def outcome_title(attempt: AttemptRecord) -> str:
     """Return how the attempt ended in one or two words; the phase where no end is known."""
     outcome = attempt.summary.outcome
+    if attempt.summary.refused:
+        return "Refused"
     return TITLES.get(outcome) or phase_name(outcome).capitalize()
 
 
@@ -49,7 +51,10 @@ def outcome_class(attempt: AttemptRecord) -> str:
 def describe_outcome(attempt: AttemptRecord) -> Iterator[str]:
     """Yield what the end means for the host, the blackout, and the reason where no finding says it."""
     summary = attempt.summary
-    yield SENTENCES.get(summary.outcome, "No end of this attempt was recorded.")
+    if summary.refused:
+        yield "The handover was refused before its first step. Nothing was changed."
+    else:
+        yield SENTENCES.get(summary.outcome, "No end of this attempt was recorded.")
     if summary.blackout_seconds is not None:
         time = format_seconds(summary.blackout_seconds, summary.blackout_error_seconds)
         yield f"The blackout was {time}, from the first freeze to the last finish."

@@ -33,7 +33,7 @@ from khod.history.model import (
 from khod.history.timeline import build_timeline
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
-from khod.model import Check, Event, EventKind, Observed, Phase, Step
+from khod.model import Check, Event, EventKind, FindingSource, Observed, Phase, Step
 from khod.preflight.trial import list_image_facts
 from khod.target.target import Target
 
@@ -142,7 +142,7 @@ class Recorder:
         if not self._run:
             await self.begin_run(record, observed)
         run, found = self._release_run()
-        await self._finish(run, RunEnd(Phase.idle, time.time(), str(error)), found)
+        await self._finish(run, RunEnd(Phase.idle, time.time(), str(error), refused=True), found)
 
     def hear_before(self, tell: Callable[[Event], None]) -> Callable[[Event], None]:
         """Return a listener that logs each event, and then passes it on to `tell`."""
@@ -199,8 +199,14 @@ class Recorder:
 
     def conclude_arrival(self, record: Record) -> None:
         """Remember the outcome of the handover into this boot, also where it is corrected later."""
-        assert record.verdict is not None, "it was concluded"
-        end = RunEnd(record.outcome, time.time(), record.verdict.reason, record.verdict, record.blackout_seconds)
+        verdict = record.verdict
+        assert verdict is not None, "it was concluded"
+        trees = [
+            f"{found.subject}: {found.text}"
+            for found in verdict.findings
+            if found.source is FindingSource.kernel and found.subject
+        ]
+        end = RunEnd(record.outcome, time.time(), verdict.reason, verdict, record.blackout_seconds, trees)
         self._spawn(self._finish_arrival(record.arrived_run, end))
 
     async def _finish_arrival(self, run: str, end: RunEnd) -> None:

@@ -24,6 +24,7 @@ def assemble_attempt(log: RunLog, timeline: Timeline) -> AttemptRecord:
         by=begun.by,
         first_boot_id=begun.origin.boot_id,
         last_boot_id=arrived.boot_id if arrived else "",
+        refused=end.refused,
     )
     return AttemptRecord(
         summary=summary,

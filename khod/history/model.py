@@ -141,7 +141,10 @@ class Arrival:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """How a run ended: `outcome` is verified, degraded or cold_boot, or after a rollback idle or failed."""
+    """How a run ended: `outcome` is verified, degraded or cold_boot, or after a rollback idle or failed.
+
+    With `refused` it ended before its first step, and nothing had to be rolled back.
+    """
 
     outcome: Phase
     at: float
@@ -150,6 +153,7 @@ class RunEnd:
     blackout_seconds: float | None = None
     trees: list[str] = field(default_factory=list)
     """How the tree that arrived differs from the snapshot, a line each."""
+    refused: bool = False
 
 
 @dataclass
@@ -250,6 +254,8 @@ class AttemptSummary:
     """The boot in which it began."""
     last_boot_id: str
     """The boot that it led to, "" if it led to none."""
+    refused: bool = False
+    """Whether it was refused before its first step."""
     damage: str = ""
     """Why these fields cannot be relied on, "" if they can."""
 

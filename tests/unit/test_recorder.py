@@ -94,7 +94,7 @@ async def test_a_refusal_before_the_first_step_is_remembered_once(host: Host) ->
     with pytest.raises(KhoError) as refused:
         await host.kexec(engine)
     attempt = await host.remembered()
-    assert attempt.summary.reason == str(refused.value)
+    assert (attempt.summary.reason, attempt.summary.refused) == (str(refused.value), True)
     assert {check.name for check in attempt.checks} >= {"kho", "image"}
     (host.directory / "vmlinuz").unlink()
     await engine.activate()
