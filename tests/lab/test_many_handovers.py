@@ -58,7 +58,7 @@ def test_handovers_in_a_row(online: Online, generation: str, count: int) -> None
         assert host.guest.wait_reboot(before).how == "kexec"
         host.khoctl("verify")
         host.shell(
-            f"timeout 120 sh -c 'until [ $(khoctl history --json | grep -c last_boot_id) -ge {number} ];"
+            f"timeout 120 sh -c 'until [ $(khoctl history --json | grep -o last_boot_id | wc -l) -ge {number} ];"
             " do sleep 0.2; done'"
         )
         status = host.status()
