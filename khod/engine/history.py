@@ -120,6 +120,10 @@ class HistoryService:
         """
         return await self._ask(lambda database: database.read_attempt(database.resolve_run(name)), "reading an attempt")
 
+    async def knows(self, run: str) -> bool:
+        """Whether an attempt of this run is remembered. Raises Failed."""
+        return await self._ask(lambda database: run in database.find_runs(run), "reading the history")
+
     async def chain(self, boot_id: str) -> list[AttemptSummary]:
         """Return the handovers since the last cold boot that led to this boot, newest first. Raises Failed."""
         return await self._ask(lambda database: database.read_chain(boot_id), "reading the history")

@@ -71,7 +71,9 @@ class Start:
         found, observed, note = await self._startup.find_out()
         self._known.set()
         lacking = "" if self._observer.probed.kernel else f"no handover is possible: {self._observer.probed.what}"
-        self._adopt_log(found, observed)
+        adopted = self._adopt_log(found, observed)
+        if not adopted:
+            self._background.spawn_task(self._recorder.remember_left(self._transaction.record))
         self._transaction.emit_event(found.reason or lacking or "khod started")
         try:
             match found.action:
@@ -89,8 +91,8 @@ class Start:
         finally:
             self._close_stray_sessions(observed)
 
-    def _adopt_log(self, found: reconcile.Found, observed: Observed) -> None:
-        """Go on with the log of an earlier khod's run, if that has not ended."""
+    def _adopt_log(self, found: reconcile.Found, observed: Observed) -> bool:
+        """Go on with the log of an earlier khod's run, if that has not ended; whether there is one."""
         arrived = found.action is reconcile.Action.verify
         if arrived or found.phase not in RESTING:
             self._recorder.adopt_run(self._transaction.record, observed, arrived=arrived)
@@ -98,6 +100,10 @@ class Start:
             self._recorder.conclude_cold_boot(left, observed, found.reason)  # this has it explained
         elif self._inquiry.is_due:
             self._background.spawn_task(self._inquiry.explain_boot())  # the khod that was at it has ended
+            return False
+        else:
+            return False
+        return True
 
     async def _still_jumps(self, phase: Phase, observed: Observed) -> bool:
         """Return whether the jump that an earlier khod requested may still come; if so, it is watched."""

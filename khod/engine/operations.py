@@ -129,7 +129,11 @@ class Engine:
             lambda: self.record,
             background.spawn_task,
             note_and_remember,
-            replace(sources, read_cold_boot=lambda: inquiry.explain_boot()),
+            replace(
+                sources,
+                read_cold_boot=lambda: inquiry.explain_boot(),
+                knows=sources.knows or self.history.knows,
+            ),
         )
         # The lambdas name parts that are made further down: each hears of the other.
         watcher = guard(lambda seen: interruptions.on_device_event(seen))

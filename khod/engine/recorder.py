@@ -17,7 +17,7 @@ from khod.errors import KhoError
 from khod.handover.machine import RESTING
 from khod.handover.record import Record
 from khod.history.assemble import assemble_attempt
-from khod.history.log import Entry, append_entries, drop_old_logs, log_path, read_log
+from khod.history.log import Entry, append_entries, drop_old_logs, list_runs, log_path, read_log
 from khod.history.model import (
     Arrival,
     AttemptRecord,
@@ -44,6 +44,7 @@ FILE_SECONDS = 60.0
 MAX_PENDING = 100_000
 """Maximum number of entries that wait to be written; further ones are dropped."""
 ENDED = RESTING | {Phase.failed}
+ARRIVED = (Phase.verified, Phase.degraded)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Sources:
     read_departure: Callable[[Path], Awaitable[Departure]] | None = None
     read_arrival: Callable[[KernelFacts], Awaitable[Arrival]] | None = None
     read_cold_boot: Callable[[], Awaitable[ColdBoot]] | None = None
+    knows: Callable[[str], Awaitable[bool]] | None = None
+    """Tells whether a run is remembered."""
 
 
 NO_SOURCES = Sources()
@@ -199,15 +202,7 @@ class Recorder:
 
     def conclude_arrival(self, record: Record) -> None:
         """Remember the outcome of the handover into this boot, also where it is corrected later."""
-        verdict = record.verdict
-        assert verdict is not None, "it was concluded"
-        trees = [
-            f"{found.subject}: {found.text}"
-            for found in verdict.findings
-            if found.source is FindingSource.kernel and found.subject
-        ]
-        end = RunEnd(record.outcome, time.time(), verdict.reason, verdict, record.blackout_seconds, trees)
-        self._spawn(self._finish_arrival(record.arrived_run, end))
+        self._spawn(self._finish_arrival(record.arrived_run, _end_arrival(record)))
 
     async def _finish_arrival(self, run: str, end: RunEnd) -> None:
         """Remember the outcome at once, and again with what takes time to find out; another run may begin meanwhile."""
@@ -242,6 +237,25 @@ class Recorder:
         if self._run == record.run:
             found = [*self._release_run()[1], *found]
         await self._finish(record.run, RunEnd(Phase.cold_boot, time.time(), reason), found)
+
+    async def remember_left(self, record: Record) -> None:
+        """Remember the runs that an earlier khod has logged and not come to remember: it was killed, or a disk full.
+
+        Of the last runs `record` says how they ended; another one has no end.
+        """
+        knows = self._sources.knows
+        if knows is None:
+            return
+        try:
+            runs = await self._questions.call_within(partial(list_runs, self._state), "listing the logs", FILE_SECONDS)
+            for run in runs:
+                if run == self._run or await knows(run):
+                    continue
+                path = log_path(self._state, run)
+                log = await self._questions.call_within(partial(read_log, path), "reading the log", FILE_SECONDS)
+                await self._finish(run, None if log.end else _end_left(record, run), [])
+        except Exception:  # they are in their logs still
+            LOG.exception("What an earlier khod has logged could not be remembered")
 
     # The log
 
@@ -280,6 +294,29 @@ class Recorder:
         with suppress(KhoError, OSError):
             return await self._questions.call_within(self._kexec.banner, "saying its version", CLOCK_SECONDS)
         return ""
+
+
+def _end_arrival(record: Record) -> RunEnd:
+    """Return how the handover into this boot ended."""
+    verdict = record.verdict
+    assert verdict is not None, "it was concluded"
+    trees = [
+        f"{found.subject}: {found.text}"
+        for found in verdict.findings
+        if found.source is FindingSource.kernel and found.subject
+    ]
+    blackout = record.blackout_seconds, record.blackout_error_seconds
+    return RunEnd(record.outcome, time.time(), verdict.reason, verdict, *blackout, trees)
+
+
+def _end_left(record: Record, run: str) -> RunEnd | None:
+    """Return how a run ended that is the record's, None of another one."""
+    if run == record.arrived_run and record.outcome in ARRIVED and record.verdict is not None:
+        return _end_arrival(record)
+    if run != record.run or record.phase not in ENDED:
+        return None
+    outcome = record.phase if record.phase in (Phase.failed, Phase.cold_boot) else Phase.idle
+    return RunEnd(outcome, time.time(), record.last_error)
 
 
 async def _gather(reading: Awaitable[Entry]) -> list[Entry]:

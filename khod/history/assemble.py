@@ -20,7 +20,7 @@ def assemble_attempt(log: RunLog, timeline: Timeline) -> AttemptRecord:
         from_release=begun.origin.release,
         to_release=arrived.release if arrived else target.kernel.release if target else "",
         blackout_seconds=timeline.blackout_seconds if measured else end.blackout_seconds,
-        blackout_error_seconds=timeline.error_seconds if measured else 0.0,
+        blackout_error_seconds=timeline.error_seconds if measured else end.blackout_error_seconds,
         by=begun.by,
         first_boot_id=begun.origin.boot_id,
         last_boot_id=arrived.boot_id if arrived else "",

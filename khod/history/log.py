@@ -56,12 +56,17 @@ def append_entries(path: Path, entries: Iterable[Entry]) -> None:
         os.close(fd)
 
 
+def list_runs(state: Path) -> list[str]:
+    """Return the runs that have a log, the oldest first."""
+    logs = sorted((state / DIRECTORY).glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+    return [path.stem for path in logs]
+
+
 def drop_old_logs(state: Path) -> None:
     """Remove all but the KEPT_LOGS newest logs: the attempts made of them are in the database."""
     with suppress(OSError):
-        logs = sorted((state / DIRECTORY).glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
-        for path in logs[:-KEPT_LOGS]:
-            path.unlink()
+        for run in list_runs(state)[:-KEPT_LOGS]:
+            log_path(state, run).unlink()
 
 
 def encode_entry(entry: Entry) -> bytes:

@@ -151,6 +151,7 @@ class RunEnd:
     reason: str = ""
     verdict: Verdict | None = None
     blackout_seconds: float | None = None
+    blackout_error_seconds: float = 0.0
     trees: list[str] = field(default_factory=list)
     """How the tree that arrived differs from the snapshot, a line each."""
     refused: bool = False

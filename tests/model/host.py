@@ -29,6 +29,7 @@ from khod.abi.statx import Statx
 from khod.config import Config, Images, Settings
 from khod.engine import Engine
 from khod.engine.guard import Seen
+from khod.engine.recorder import Sources
 from khod.errors import KhoError
 from khod.handover.machine import HELD, RESTING, STEPS
 from khod.handover.record import Process as Identity
@@ -108,6 +109,10 @@ def statx(fd: int) -> Statx:
 
 async def _forget_attempt(_attempt: AttemptRecord) -> None:
     """The history is not modelled."""
+
+
+async def _know_run(_run: str) -> bool:
+    return True
 
 
 async def _know_no_trial(digest: str) -> ImageTrial:
@@ -281,6 +286,7 @@ class Khod:
             registrations=KeptRegistrations(self, scene.registrations),
             remember=_forget_attempt,
             trial=_know_no_trial,
+            sources=Sources(knows=_know_run),
         )
 
     # How it stands, by its own word

@@ -18,7 +18,7 @@ from khod.engine import Engine
 from khod.engine.cold_boot import BootEnds
 from khod.engine.guard import Seen, Uevent, Watch
 from khod.engine.queries import Trials
-from khod.engine.recorder import NO_SOURCES
+from khod.engine.recorder import Sources
 from khod.errors import ConfigError
 from khod.handover.record import Record, Store
 from khod.history.model import AttemptRecord
@@ -202,6 +202,11 @@ class KeptFds:
         return {name: os.dup(fd) for name, fd in self.kept.items()}
 
 
+async def _know_run(_run: str) -> bool:
+    """Whatever was logged is remembered."""
+    return True
+
+
 class Host:
     """Everything below one directory. `engine()` is a khod that has just been executed; it was not started."""
 
@@ -212,7 +217,7 @@ class Host:
         self.guard = Quiet()
         self.broken: ConfigError | None = None
         self.events: list[Event] = []
-        self.sources = NO_SOURCES
+        self.sources = Sources(knows=_know_run)
         """Where the facts of a run come from."""
         self.attempts: list[AttemptRecord] = []
         """What was remembered, each time it was."""

@@ -4,6 +4,7 @@
 import asyncio
 import hashlib
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -55,7 +56,7 @@ async def test_a_run_that_begins_while_facts_are_gathered_has_a_log_of_its_own(h
         await told.wait()
         return Arrival(kernel, analyze="in the end")
 
-    host.sources = Sources(read_arrival=read_arrival)
+    host.sources = replace(host.sources, read_arrival=read_arrival)
     host.hook("a")
     engine = await host.started()
     with pytest.raises(Rebooted):
@@ -136,6 +137,36 @@ async def test_a_cold_boot_is_remembered_once(host: Host) -> None:
     assert attempt.summary.outcome is Phase.cold_boot
     assert [event.step for event in attempt.events if event.kind is EventKind.step_began][-1] == "load"
     assert len(host.attempts) == 1
+
+
+async def test_what_a_khod_came_not_to_remember_the_next_one_does(host: Host) -> None:
+    """It was killed after the record said how the handovers ended, or the disk was full."""
+    unknown: list[str] = []
+
+    async def knows(run: str) -> bool:
+        return run not in unknown
+
+    host.hook("a")
+    host.sources = Sources(knows=knows)
+    engine = await host.started()
+    await engine.activate()
+    await engine.abort()
+    rolled_back = (await host.remembered()).summary
+    arrived = await jumped(host)
+    await host.remembered(2)
+    for run in (rolled_back.run, arrived):
+        path = log_path(host.directory / "state", run)
+        path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if b'{"end"' not in line))
+        unknown.append(run)
+    host.attempts.clear()
+
+    await host.started()
+    await host.remembered(2)
+
+    found = {attempt.summary.run: attempt for attempt in host.attempts}
+    assert found[arrived].summary.outcome is Phase.verified
+    assert found[arrived].damage == ""
+    assert found[rolled_back.run].damage == "missing in the log of the run: how it ended"
 
 
 async def test_a_log_that_cannot_be_written_ends_no_handover(host: Host) -> None:
