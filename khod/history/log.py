@@ -20,6 +20,8 @@ DIRECTORY = "runs"
 MAX_LOG_BYTES = 64 << 20
 """Bytes that are read of one log: a thousand producers write two."""
 KEPT_LOGS = 16
+MAX_NUMBER = 1 << 63
+"""Every number of a log is less, and finite: more is damage, with which nothing can be computed or stored."""
 SINGLE = {
     "begun": RunBegun,
     "target": RunTarget,
@@ -81,10 +83,27 @@ def read_log(path: Path) -> RunLog:
         content = file.read(MAX_LOG_BYTES)
     for line in content.splitlines():
         try:
-            _add_line(log, json.loads(line))
+            _add_line(log, LINES.decode(line.decode()))
         except (ValueError, TypeError, AttributeError, RecursionError):
             log.damaged_lines += bool(line)
     return log
+
+
+def _bounded_int(text: str) -> int:
+    number = int(text)
+    if abs(number) >= MAX_NUMBER:
+        raise ValueError("a number that is too large")
+    return number
+
+
+def _bounded_float(text: str) -> float:
+    number = float(text)
+    if not abs(number) < MAX_NUMBER:  # nor is NaN
+        raise ValueError("a number that is not finite, or too large")
+    return number
+
+
+LINES = json.JSONDecoder(parse_int=_bounded_int, parse_float=_bounded_float, parse_constant=_bounded_float)
 
 
 def _add_line(log: RunLog, line: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import hashlib
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -187,6 +188,15 @@ def test_a_line_cut_short_loses_itself_alone(host: Host) -> None:
     path.write_bytes(b'{"later_kind": {}}\n' + line.replace(b'"reason"', b'"unknown_field"') + b"[]\n\xff\n")
     log = read_log(path)
     assert (log.end, log.damaged_lines) == (end, 2)
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "1e19", "9223372036854775808", "-" + "9" * 400])
+def test_a_line_with_a_number_that_no_clock_has_is_damage(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "ab.jsonl"
+    whole, other = RunEnd(Phase.verified, 5.0), RunEnd(Phase.cold_boot, 77.5)
+    path.write_bytes(encode_entry(whole) + encode_entry(other).replace(b"77.5", number.encode()))
+    log = read_log(path)
+    assert (log.end, log.damaged_lines) == (whole, 1)
 
 
 @pytest.mark.parametrize("run", ["", "../x", "a/b", "."])
