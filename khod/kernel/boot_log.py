@@ -19,16 +19,35 @@ MAX_BOOT_RECORDS = 500_000
 """Records that are read: a log of 16 MiB has fewer, and a kernel that logs faster than khod reads must not hold it."""
 MAX_COMPLAINTS = 10
 MAX_COMPLAINT_CHARACTERS = 200
-HANDOVER = re.compile(r"\b(kho\w*|KHO|luo\w*|LUO|liveupdate|memfd_luo|reserve_mem|kexec_handover)\b")
-"""What a line mentions that is about the handover itself."""
+HANDOVER = re.compile(
+    r"(?<![\w-])(?!kho(?:d|ctl|-\w+)\b)(kho\w*|KHO|luo\w*|LUO|liveupdate|memfd_luo|reserve_mem|kexec_handover)\b"
+)
+"""What a line mentions that is about the handover itself.
+
+Not khod, khoctl and the units kho-NAME, as in `Comm: khod`, nor the release of a kernel, as in `7.3.4-kho #1`.
+"""
 CORRUPTION = re.compile(
-    r"BUG: Bad (page|rss-counter)|\bBad (page|swap file|rss)\b|corrupt|Corrupted low memory|Memory failure"
+    r"BUG: Bad (page|rss-counter)|\bBad (page|swap file|rss)\b|Corrupted (low memory|page table)|Memory failure"
+    r"|\b(memory|list|list_(add|del)|slab|stack) corrupt|\b([Ff]ree(list|chain|pointer)|[Oo]bject|[Ss]lab page) corrupt"
+    r"|Memory corruption|memory-corruption|Isolate corrupted|page dumped because: corrupt"
     r"|Poison overwritten|(Redzone|Padding) overwritten|Object already free|KASAN|KFENCE|unable to handle page fault"
 )
-"""What a line says where memory does not hold what it should: mm/page_alloc.c, mm/slub.c, lib/list_debug.c."""
+"""What a line says where memory does not hold what it should: mm/page_alloc.c, mm/slub.c, lib/list_debug.c.
 
-HARMLESS = re.compile(r"\btaint(s|ing) kernel\b|^Kernel command line: ")
-"""What says nothing of the handover where it names it: a module of that name was loaded (kernel/module/main.c)."""
+Not every `corrupt`: file systems and displays say it of a disk and of an EDID. After a jump without a shutdown
+fs/fat/inode.c says of an EFI system partition that `Some data may be corrupt`.
+"""
+
+HARMLESS = re.compile(
+    r"\btaint(s|ing) kernel\b|^Kernel command line: |^Modules linked in: "
+    r"|^(\w+-fs|XFS|BTRFS|F2FS|JBD2|bcachefs)\b"
+)
+"""What says nothing of the handover where it names it: a module of that name is loaded (kernel/module/main.c).
+
+Nor does a file system's word of its disk: after an immediate jump each FAT says `Some data may be corrupt`.
+"""
+PROCESS = re.compile(r"\bComm: \S+|\b(khod|khoctl)\b")
+"""The name of a process, which says who ran when the kernel complained, and not of what."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,7 @@ def is_complaint(record: LogRecord) -> bool:
         return False
     if HARMLESS.search(record.text):
         return False
-    return bool(HANDOVER.search(record.text) or CORRUPTION.search(record.text))
+    return bool(HANDOVER.search(PROCESS.sub("", record.text)) or CORRUPTION.search(record.text))
 
 
 def _read_records(log: Log) -> Iterator[LogRecord | None]:
