@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable
 
+from khod.errors import ConfigError
 from khod.handover.verify import missing_state_error
 from khod.kernel.traits import kernel_producers as present
 from khod.model import LuoSession, Order, SessionFate
@@ -64,7 +65,10 @@ def kernel_producers(facts: Facts) -> CheckFinding | None:
 
 def check_health(facts: Facts) -> CheckFinding | None:
     """Every health check of verify.d can be run after the jump; None without any."""
-    checks = facts.health()
+    try:
+        checks = facts.health()
+    except ConfigError as error:
+        return CheckFinding.fail_with(error.what, error.remedy)
     if not checks:
         return None
     if wrong := [check.wrong for check in checks if check.wrong is not None]:

@@ -6,6 +6,7 @@ They run after the jump, once the producers have their state: side by side, each
 """
 
 import asyncio
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from khod.concurrency.bounded import run_within
 from khod.config import Fragment
-from khod.errors import ConfigError, KhoError, UsageError
+from khod.errors import ConfigError, KhoError, UsageError, errno_text
 from khod.files import read_toml, require_type
 from khod.handover.evidence import Evidence
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource
@@ -59,16 +60,26 @@ class HealthChecks:
         self._runner = runner
 
     def load_checks(self) -> list[HealthCheck]:
-        """Read every file, by name."""
-        paths = sorted((self._root / DIRECTORY).glob("*.toml"))
+        """Read every file, by name; ConfigError if the directory is there and cannot be read, which glob() hides."""
+        try:
+            names = os.listdir(self._root / DIRECTORY)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ConfigError(
+                f"The directory of health checks cannot be read: {errno_text(error)}",
+                where=str(self._root / DIRECTORY),
+                remedy="Make it a directory that root can read, or remove it.",
+            ) from None
+        paths = [self._root / DIRECTORY / name for name in sorted(names) if name.endswith(".toml")]
         found = [read_check(path) for path in paths[:MAX_HEALTH_CHECKS]]
         if len(paths) > MAX_HEALTH_CHECKS:
-            error = ConfigError(
+            surplus = ConfigError(
                 f"There are {len(paths)} health checks, and khod runs {MAX_HEALTH_CHECKS}",
                 where=str(paths[MAX_HEALTH_CHECKS]),
                 remedy="Let one command look at more.",
             )
-            found.append(HealthCheck(paths[MAX_HEALTH_CHECKS].stem, wrong=error))
+            found.append(HealthCheck(paths[MAX_HEALTH_CHECKS].stem, wrong=surplus))
         return found
 
     async def run_checks(self, checks: Iterable[HealthCheck], run: str) -> list[Evidence]:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from khod.errors import CheckFailed
 from khod.model import Check, CheckResult, FindingSource, Phase, Verdict
 from khod.producers.children import Children
 from khod.producers.commands import Command
-from khod.producers.health import MAX_HEALTH_CHECKS, UNIT_PREFIX, HealthCheck, HealthChecks, read_check
+from khod.producers.health import DIRECTORY, MAX_HEALTH_CHECKS, UNIT_PREFIX, HealthCheck, HealthChecks, read_check
 from khod.producers.transient import unit_name
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
@@ -74,6 +75,22 @@ def test_too_many_files_are_not_run_and_said(tmp_path: Path) -> None:
     lay(tmp_path, **{f"c{number:03}": FINE for number in range(MAX_HEALTH_CHECKS + 1)})
     found = HealthChecks(tmp_path, Children()).load_checks()
     assert [check.wrong is None for check in found] == [True] * MAX_HEALTH_CHECKS + [False]
+
+
+async def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(host: Host) -> None:
+    path = host.directory / DIRECTORY
+    with pytest.raises(Rebooted):
+        await host.kexec(await host.started())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("a file")
+    engine = await host.started()
+    verdict = host.record.verdict
+    assert verdict is not None
+    check = checks(verdict)["health"]
+    assert check.result is CheckResult.skipped
+    assert "cannot be read" in check.evidence
+    with pytest.raises(CheckFailed, match="cannot be read"):
+        await host.kexec(engine)
 
 
 @pytest.mark.parametrize("name", ["a", "a@b", "khod", "verify"])
