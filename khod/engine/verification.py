@@ -73,7 +73,7 @@ class Verification:
             _make_step("tree", lambda: evidence.check_tree(verdict, snapshot)),
             *self._compare_blobs(snapshot, arrived),
         ]
-        return evidence.add_evidence(self._earlier_contents(verdict), [step for step in steps if step is not None])
+        return evidence.add_evidence(self._add_earlier(verdict), [step for step in steps if step is not None])
 
     async def conclude(self, verdict: Verdict) -> Verdict:
         """Add what can be known once the producers have their state: the kernel log, and the health checks."""
@@ -114,22 +114,27 @@ class Verification:
         """Add what became of the producers that are required, and of the files in LUO's sessions."""
         config, arrived = self._settings.current, len(self._kept_files.comparisons)
         required = evidence.check_required(
-            config.producers.require, sorted(self._left), verdict, config.deadlines.restore
+            config.producers.require, sorted({*self._left, *verdict.arrived}), verdict, config.deadlines.restore
         )
         sessions = sum(1 for count in self._left.values() if count)
         luo = evidence.check_sessions(sum(self._left.values()), arrived, sessions)
         return evidence.add_evidence(verdict, [step for step in (required, luo) if step is not None])
 
-    def _earlier_contents(self, verdict: Verdict) -> Verdict:
-        """Add what an earlier khod of this boot found in files, which it has given to their producers since."""
+    def _add_earlier(self, verdict: Verdict) -> Verdict:
+        """Add what an earlier khod of this boot found: who has its state again, and what was in the files."""
         before = None if self._is_first else self._transaction.record.verdict
         if before is None:
             return verdict
         found = [finding for finding in before.findings if finding.source is FindingSource.content]
         changed = {finding.producer for finding in found}
-        checks = [check for check in before.checks if check.name in {*map(contents_check, [*self._left, *changed])}]
+        back = {*before.arrived} - {*self._left} - {*verdict.missing} - {*verdict.changed} - changed
+        of_files = {*map(contents_check, [*self._left, *changed, *back])}
+        checks = [check for check in before.checks if check.name in of_files]
         return replace(
-            verdict, changed=sorted({*verdict.changed, *changed}), checks=[*verdict.checks, *checks]
+            verdict,
+            arrived=sorted({*verdict.arrived, *back}),
+            changed=sorted({*verdict.changed, *changed}),
+            checks=[*verdict.checks, *checks],
         ).with_findings([*verdict.findings, *found])
 
     async def _load_health_checks(self) -> list[Evidence]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from khod.config import Config, Policy, VerifySettings
+from khod.config import Config, Policy, ProducersSettings, VerifySettings
 from khod.engine import Engine
 from khod.errors import KhoError
 from khod.handover.record import ProducerRecord, Record, decode_record, encode_record
@@ -84,7 +84,11 @@ async def concluded(host: LuoHost, giver: Giver) -> AsyncIterator[tuple[Engine, 
 
 
 def contents_check(verdict: Verdict) -> Check:
-    (check,) = [check for check in verdict.checks if check.name == "contents kv"]
+    return named_check(verdict, "contents kv")
+
+
+def named_check(verdict: Verdict, name: str) -> Check:
+    (check,) = [check for check in verdict.checks if check.name == name]
     return check
 
 
@@ -139,6 +143,22 @@ async def test_what_was_found_outlives_a_khod_that_dies_before_the_verification_
     assert verdict.findings == before.findings
     assert contents_check(verdict) == contents_check(before)
     assert "kv" in verdict.changed
+
+
+async def test_a_restarted_khod_knows_who_has_its_state_again(host: LuoHost, fd: int) -> None:
+    host.config = replace(host.config, producers=ProducersSettings(require=("kv",)))
+    giver = Giver()
+    giver.add("prepare", ("table", 1, fd))
+    await jumped(host, giver)
+    async with concluded(host, giver) as (_, before):
+        assert before.reason == ""
+    host.store.write(replace(host.record, phase=Phase.verifying, outcome=Phase.idle))
+    await host.started()
+    verdict = host.record.verdict
+    assert verdict is not None
+    assert "kv" in verdict.arrived
+    assert named_check(verdict, "required").evidence == "have their state: kv"
+    assert contents_check(verdict) == contents_check(before)
 
 
 async def test_a_large_file_says_how_many_pages_were_compared(host: LuoHost, fd: int) -> None:
