@@ -93,13 +93,14 @@ class Start:
 
     def _adopt_log(self, found: reconcile.Found, observed: Observed) -> bool:
         """Go on with the log of an earlier khod's run, if that has not ended; whether there is one."""
-        arrived = found.action is reconcile.Action.verify
+        arrived, record = found.action is reconcile.Action.verify, self._transaction.record
         if arrived or found.phase not in RESTING:
-            self._recorder.adopt_run(self._transaction.record, observed, arrived=arrived)
-        elif found.phase is Phase.cold_boot and (left := self._startup.record_before(observed)) is not None:
-            self._recorder.conclude_cold_boot(left, observed, found.reason)  # this has it explained
+            self._recorder.adopt_run(record, observed, arrived=arrived)
+        elif self._inquiry.is_due and record.cold_boot is not None and record.arrived_run:
+            # This has it explained, also where the khod that was at it has ended.
+            self._recorder.conclude_cold_boot(record.arrived_run, record.cold_boot, observed)
         elif self._inquiry.is_due:
-            self._background.spawn_task(self._inquiry.explain_boot())  # the khod that was at it has ended
+            self._background.spawn_task(self._inquiry.explain_boot())
             return False
         else:
             return False

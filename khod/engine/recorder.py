@@ -223,20 +223,25 @@ class Recorder:
         if facts:
             await self._finish(run, None, facts)
 
-    def conclude_cold_boot(self, record: Record, observed: Observed, reason: str) -> None:
-        """Remember that the run of `record` ended as a cold boot."""
-        self._run, self._boot_id = record.run, observed.boot_id
-        self._spawn(self._finish_cold_boot(record, reason))
+    def conclude_cold_boot(self, run: str, known: ColdBoot, observed: Observed) -> None:
+        """Remember that the run ended as a cold boot: at once, and again when it is explained."""
+        self._run, self._boot_id = run, observed.boot_id
+        self._spawn(self._finish_cold_boot(run, known))
 
-    async def _finish_cold_boot(self, record: Record, reason: str) -> None:
-        """Remember the cold boot once it is explained; another run may have begun by then."""
+    async def _finish_cold_boot(self, run: str, known: ColdBoot) -> None:
+        """Remember the cold boot; another run may begin meanwhile.
+
+        Without the first time a khod that ends before the explanation would leave the image free to be tried again.
+        """
+        await self._finish(run, RunEnd(Phase.cold_boot, time.time(), known.reason), [known])
         found: list[Entry] = []
+        reason = known.reason
         if self._sources.read_cold_boot is not None:
             found = await _gather(self._sources.read_cold_boot())
             reason = next((one.reason for one in found if isinstance(one, ColdBoot)), reason)
-        if self._run == record.run:
+        if self._run == run:
             found = [*self._release_run()[1], *found]
-        await self._finish(record.run, RunEnd(Phase.cold_boot, time.time(), reason), found)
+        await self._finish(run, RunEnd(Phase.cold_boot, time.time(), reason), found)
 
     async def remember_left(self, record: Record) -> None:
         """Remember the runs that an earlier khod has logged and not come to remember: it was killed, or a disk full.

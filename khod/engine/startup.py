@@ -36,11 +36,6 @@ class Startup:
         self._kexec = resources.kexec
         self._workers = resources.workers
         self._settings = resources.settings
-        self._found: Record | None = None
-
-    def record_before(self, observed: Observed) -> Record | None:
-        """Return the record of the boot before, None if what was found is of this boot."""
-        return self._found if self._found is not None and self._found.boot_id != observed.boot_id else None
 
     async def find_out(self) -> tuple[Found, Observed, str]:
         """Set the transaction to the state of the host.
@@ -57,8 +52,7 @@ class Startup:
         if (departed := await self._read_departure(record, observed)) is not None:
             note = f"The copy that left with the jump stands in for the record: {found.reason}"
             record, found = departed, reconcile.reconcile_record(departed, observed)
-        self._found = record if isinstance(record, Record) else None
-        current = self._found or Record()
+        current = record if isinstance(record, Record) else Record()
         if found.phase in RESTING and found.action is Action.none:
             current = reconcile.reset_record(current, found, observed)
         self._transaction.adopt_found(found, current)

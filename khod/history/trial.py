@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from khod.history.model import AttemptRecord, ImageFacts
-from khod.model import FindingSeverity, FindingSource, Phase
+from khod.model import Finding, FindingSeverity, FindingSource, Phase, Verdict
 
 LOSSES = (FindingSeverity.lost, FindingSeverity.changed)
 
@@ -49,12 +49,8 @@ def counts_against_image(attempt: AttemptRecord) -> bool:
     contents of a file differ. A rollback, a producer's own refusal and a health check are not among them.
     """
     if attempt.summary.outcome is Phase.cold_boot:
-        # `idle` means that the last phase is not known. From any other one the image was not booted.
-        return attempt.cold_boot is None or attempt.cold_boot.last_phase in (
-            Phase.executing,
-            Phase.verifying,
-            Phase.idle,
-        )
+        # From any other phase the image was not booted: `idle` is that of a handover which a shutdown rolled back.
+        return attempt.cold_boot is None or attempt.cold_boot.last_phase in (Phase.executing, Phase.verifying)
     if attempt.summary.outcome is not Phase.degraded or attempt.verdict is None:
         return False
     verdict = attempt.verdict
@@ -62,7 +58,15 @@ def counts_against_image(attempt: AttemptRecord) -> bool:
         found.severity in LOSSES
         and (
             found.source is FindingSource.content
-            or (found.source is FindingSource.kernel and not found.subject and not verdict.arrived)
+            or (found.source is FindingSource.kernel and not found.subject and _nothing_arrived(found, verdict))
         )
         for found in (*attempt.findings, *verdict.findings)
     )
+
+
+def _nothing_arrived(found: Finding, verdict: Verdict) -> bool:
+    """Whether a finding about all of the kernel's state says that none of it came.
+
+    What is lost did not come, whatever a producer has restored from elsewhere; what has changed may have.
+    """
+    return found.severity is FindingSeverity.lost or not verdict.arrived

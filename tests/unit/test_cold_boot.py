@@ -2,6 +2,7 @@
 """A handover that ended as a cold boot, explained from every kind of evidence."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from khod.abi.calls import HostCalls
 from khod.engine.cold_boot import gather_cold_boot
 from khod.handover.cold_boot import ColdBootEvidence, explain_cold_boot
 from khod.handover.record import Record
+from khod.history.trial import counts_against_image
 from khod.kernel.host import reset_by_watchdog
 from khod.model import ColdBoot, Phase, StepTiming
 from khod.producers.hooks import Hook
@@ -199,7 +201,7 @@ async def test_the_explanation_is_remembered_with_the_attempt(host: Host) -> Non
     lay_pstore(host, "\n".join(DEAD_NEXT))
     host.boot_ends = lambda _here, _until: [ORDERLY]
     engine = await host.started()
-    attempt = await host.remembered()
+    attempt = await host.remembered(2)
     assert (attempt.summary.run, attempt.summary.outcome) == (run, Phase.cold_boot)
     assert attempt.summary.reason == "the next kernel (7.2.12-luo6) panicked: VFS: no root"
     assert attempt.cold_boot == (await engine.queries.status()).cold_boot
@@ -220,10 +222,64 @@ async def test_a_run_that_begins_meanwhile_has_a_log_of_its_own(host: Host) -> N
     engine = await host.started()
     await engine.activate()
     release.set()
-    first = await host.remembered()
+    first = await host.remembered(2)
     await engine.abort()
-    second = await host.remembered(2)
+    second = await host.remembered(3)
     assert (first.summary.run, first.summary.outcome) == (cold, Phase.cold_boot)
     assert second.summary.run not in ("", cold)
     assert {event.run for event in second.events} == {second.summary.run}
     assert any(event.step == "prepare" for event in second.events)
+
+
+async def test_a_cold_boot_counts_before_it_is_explained(host: Host) -> None:
+    engine = await host.started()
+    host.kernel.set_fault("cold", True)
+    with pytest.raises(Rebooted):
+        await host.kexec(engine)
+    run, loop, release = host.record.run, asyncio.get_running_loop(), asyncio.Event()
+
+    def hang(_here: str, _until: str) -> list[BootEnd]:
+        asyncio.run_coroutine_threadsafe(release.wait(), loop).result()
+        return [ORDERLY]
+
+    host.boot_ends = hang
+    await host.started()
+    attempt = await host.remembered()
+    assert (attempt.summary.run, counts_against_image(attempt)) == (run, True)
+    release.set()
+    await host.remembered(2)
+
+
+async def test_a_khod_that_died_before_the_explanation_is_made_up_for(host: Host) -> None:
+    engine = await host.started()
+    host.kernel.set_fault("cold", True)
+    with pytest.raises(Rebooted):
+        await host.kexec(engine)
+    run = host.record.run
+    await host.started()
+    await host.remembered(2)
+    cold = host.record.cold_boot
+    assert cold is not None
+    host.store.write(replace(host.record, cold_boot=replace(cold, journal_end="")))
+    host.attempts.clear()
+    lay_pstore(host, "\n".join(DEAD_NEXT))
+    await host.started()
+    attempt = await host.remembered(2)
+    assert (attempt.summary.run, counts_against_image(attempt)) == (run, True)
+    assert "panicked" in attempt.summary.reason
+
+
+async def test_a_handover_that_a_shutdown_rolled_back_does_not_count_against_its_image(host: Host) -> None:
+    engine = await host.started()
+    await host.kexec(engine, load_only=True)
+    run = host.record.run
+    await engine.stop(jumping=False, going_down=True)
+    assert host.record.interrupted
+    await host.remembered()
+    host.kernel._boot_kernel("root=/dev/sim rw")
+    await host.started()
+    attempt = await host.remembered(3)
+    assert (attempt.summary.run, attempt.summary.outcome) == (run, Phase.cold_boot)
+    assert attempt.target is not None
+    assert attempt.target.images
+    assert not counts_against_image(attempt)
