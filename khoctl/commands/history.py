@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from khoctl import history, layout, render
-from khoctl.runs import DatabaseFile, connect_history, load_attempt, open_database
+from khoctl.runs import DatabaseFile, Run, connect_history, load_attempt, open_database
 from khoctl.session import Group, Json
 from khod.client.history import History
 from khod.text import join_names, printable
@@ -56,7 +56,7 @@ def list_(count: Count = DEFAULT_ATTEMPTS, db: DatabaseFile = None, as_json: Jso
 
 @app.command()
 def show(
-    run: Annotated[str, typer.Argument(help="The attempt, or the beginning of its name.")],
+    run: Run = None,
     db: DatabaseFile = None,
     as_json: Json = False,
 ) -> None:

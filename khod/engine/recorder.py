@@ -63,6 +63,8 @@ class Sources:
 
 
 NO_SOURCES = Sources()
+ABORTED = "The handover was aborted."
+"""The reason of a rollback that has no other: somebody asked for it."""
 
 
 class Recorder:
@@ -173,7 +175,9 @@ class Recorder:
             run, found = self._release_run()
             # The phase at rest is the outcome of this boot: that of another run, or idle.
             outcome = Phase.failed if event.phase is Phase.failed else Phase.idle
-            self._spawn(self._finish(run, RunEnd(outcome, time.time(), self._read_record().last_error), found))
+            self._spawn(
+                self._finish(run, RunEnd(outcome, time.time(), self._read_record().last_error or ABORTED), found)
+            )
 
     async def read_clocks(self, moment: Moment) -> None:
         """Log the clocks of this moment; this waits at most CLOCK_SECONDS, and never while producers are frozen."""
