@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from khod.concurrency.worker import Worker
 from khod.errors import KhoError
 from khod.handover.machine import RESTING
 from khod.handover.record import Record
@@ -116,7 +117,9 @@ class Recorder:
         """Begin the log of a new run."""
         self._run, self._boot_id = record.run, observed.boot_id
         self._has_moved = self._is_held = self._is_arrived = False
-        origin = KernelFacts(observed.release, await self._read_banner(), observed.boot_id, observed.cmdline)
+        origin = KernelFacts(
+            observed.release, await _read_banner(self._questions, self._kexec), observed.boot_id, observed.cmdline
+        )
         begun = record.begun
         self._pending = [RunBegun(record.run, begun.at, begun.by, origin, record.generation.value)]
         if self._start is not None and self._start.boot_id == observed.boot_id:
@@ -215,7 +218,7 @@ class Recorder:
             return
         now, sources = self._arrival, self._sources
         _, found = self._release_run()
-        kernel = KernelFacts(now.release, await self._read_banner(), now.boot_id, now.cmdline)
+        kernel = KernelFacts(now.release, await _read_banner(self._questions, self._kexec), now.boot_id, now.cmdline)
         await self._finish(run, end, [*found, Arrival(kernel)])
         facts: list[Entry] = []
         if (reading := await self._read_clocks(Moment.end)) is not None:
@@ -299,10 +302,12 @@ class Recorder:
         except Exception:  # the handover is over, and its outcome in the record
             LOG.exception("The handover %s could not be remembered", run)
 
-    async def _read_banner(self) -> str:
-        with suppress(KhoError, OSError):
-            return await self._questions.call_within(self._kexec.banner, "saying its version", CLOCK_SECONDS)
-        return ""
+
+async def _read_banner(questions: Worker, kexec: Kexec) -> str:
+    """Return the build banner of the running kernel, "" if it does not say it in time."""
+    with suppress(KhoError, OSError):
+        return await questions.call_within(kexec.banner, "saying its version", CLOCK_SECONDS)
+    return ""
 
 
 def _end_arrival(record: Record) -> RunEnd:
