@@ -25,8 +25,11 @@ REST_BYTES = 4 * READ_BYTES
 """Maximum bytes that are read after the command has ended: a child that still has the pipe may write forever."""
 LINE_BYTES = 48 << 10
 """Maximum bytes of one line in the journal; a longer line is cut there, as journald does (LineMax=)."""
-PASSED_ON = 1 << 20
+PASSED_ON_BYTES = 1 << 20
 """Maximum bytes of each output of a command that reach the journal: output that never ends must not fill it."""
+PASSED_ON_LINES = 1000
+"""Maximum lines of each output, because each is an entry of the journal, which takes 10,000 of a unit within 30 seconds
+(RateLimitBurst=) and then drops khod's own messages: yes(1) sent half a million within 1 MiB."""
 BUFFER_BYTES = 4 << 20
 """Maximum bytes that wait for a stream that is not read."""
 STALL_SECONDS = 1.0
@@ -133,6 +136,8 @@ class Output:
         self._listening = False
         self._tail = b""
         self._read_bytes = 0
+        self._passed_bytes = 0
+        self._lines_left = PASSED_ON_LINES
 
     def __enter__(self) -> "Output":
         with suppress(OSError):  # without CAP_SYS_RESOURCE a user's pipes have a limit in total
@@ -169,10 +174,8 @@ class Output:
             pass
         if self._line:
             self._pass_on(b"\n")
-        if self._read_bytes > PASSED_ON:
-            self._outlet.queue_bytes(
-                self._label + f"({self._read_bytes - PASSED_ON} bytes more were left out here)\n".encode()
-            )
+        if left_out := self._read_bytes - self._passed_bytes:
+            self._outlet.queue_bytes(self._label + f"({left_out} bytes more were left out here)\n".encode())
         lines = self._tail.decode(errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "")
 
@@ -180,6 +183,16 @@ class Output:
         if self._listening:
             asyncio.get_running_loop().remove_reader(self._reader)
             self._listening = False
+
+    def _limit_output(self, chunk: bytes) -> bytes:
+        """Return what of a chunk may still be passed on, and count it."""
+        allowed = chunk[: PASSED_ON_BYTES - self._passed_bytes]
+        *lines, rest = allowed.split(b"\n", self._lines_left)
+        if len(lines) == self._lines_left:
+            allowed = allowed[: len(allowed) - len(rest)]
+        self._lines_left -= len(lines)
+        self._passed_bytes += len(allowed)
+        return allowed
 
     def _pass_on(self, data: bytes) -> None:
         """Pass on the lines that are complete."""
@@ -201,8 +214,8 @@ class Output:
         if not chunk:
             self._stop_reading()
             return False
-        if passed_on := chunk[: max(0, PASSED_ON - self._read_bytes)]:
-            self._pass_on(passed_on)
+        if allowed := self._limit_output(chunk):
+            self._pass_on(allowed)
         self._read_bytes += len(chunk)
         self._tail = (self._tail + chunk[-TAIL_BYTES:])[-TAIL_BYTES:]
         return True

@@ -19,7 +19,8 @@ import pytest
 from khod.errors import ConfigError, Exit, Refused
 from khod.handover.record import ProducerRecord
 from khod.producers.barrier import Barrier, ParticipantVeto, ProducerCall, Verb
-from khod.producers.hooks import PASSED_ON, Hook
+from khod.producers.hooks import PASSED_ON_BYTES, Hook
+from khod.producers.output import PASSED_ON_LINES
 from khod.producers.identity import process_of, wait_ended
 from khod.producers.order import order_in_ranks
 from tests.unit.hung import frozen_file_system, silent_file_system
@@ -334,9 +335,26 @@ def test_a_hook_that_prints_a_gibibyte_is_heard_to_its_end_and_not_kept() -> Non
     grown = re.search(r"^(\d+) the end$", ended.out, re.MULTILINE)  # what was left out is said by a thread, at any time
     assert grown is not None
     assert int(grown[1]) < 16 << 10, "KiB"
-    assert f"({(1 << 30) + 9 - PASSED_ON} bytes more were left out here)" in ended.err
-    assert len(ended.err) < PASSED_ON + 1000
-    assert PASSED_ON < len(ended.out) < PASSED_ON + 1000
+    assert f"({(1 << 30) + 9 - PASSED_ON_BYTES} bytes more were left out here)" in ended.err
+    assert len(ended.err) < PASSED_ON_BYTES + 1000
+    assert PASSED_ON_BYTES < len(ended.out) < PASSED_ON_BYTES + 1000
+
+
+SHORT_LINES = """
+import asyncio
+from khod.producers.barrier import ProducerCall, Verb
+from khod.producers.hooks import Hook
+script = "yes | head -c 400000"
+asyncio.run(Hook("a", commands={"prepare": ["/bin/sh", "-c", script]}).carry_out(ProducerCall(Verb.prepare, "r")))
+"""
+
+
+def test_many_short_lines_leave_the_journal_room_for_other_messages() -> None:
+    """Each line is an entry of its own, and journald counts entries."""
+    ended = run(["-c", SHORT_LINES])
+    lines = ended.out.splitlines()
+    assert lines.count("a: prepare: y") == PASSED_ON_LINES
+    assert lines[-1] == f"a: prepare: ({400_000 - 2 * PASSED_ON_LINES} bytes more were left out here)"
 
 
 # Whatever goes wrong
@@ -574,7 +592,7 @@ from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.hooks import Hook
 async def main():
     for turn in range(8):
-        hook = Hook("a", commands={"thaw": ["/bin/sh", "-c", "yes | head -c 1000000"]})
+        hook = Hook("a", commands={"thaw": ["/bin/sh", "-c", "yes %s | head -c 1000000" % ("y" * 999)]})
         await hook.carry_out(ProducerCall(Verb.thaw, "r"))
     print("told", file=sys.stderr, flush=True)
     sys.stdin.read()
@@ -602,8 +620,8 @@ def test_what_nobody_reads_for_too_long_is_dropped_and_counted() -> None:
         process.stdin.close()
         assert process.wait(DEADLINE) == 0
         read += process.stdout.read()
-    line = b"a: thaw: y\n"
-    assert read.count(line) * len(line) + int(found[1]) == 8 * 500_000 * len(line)
+    line = b"a: thaw: " + b"y" * 999 + b"\n"
+    assert read.count(line) * len(line) + int(found[1]) == 8 * 1000 * len(line)
     assert read.count(b"khod dropped") == 1
 
 
