@@ -128,6 +128,12 @@ def test_a_wall_clock_that_was_set_is_named(step: float) -> None:
     assert not any_world(1).bridge().notes
 
 
+@pytest.mark.parametrize("step", [-1.5, 1.5])
+def test_whole_seconds_of_two_kernels_are_not_taken_for_a_set_clock(step: float) -> None:
+    world = replace(any_world(1, wall_step=step), wall_seconds=0.0)
+    assert not world.bridge().notes
+
+
 def test_a_hardware_clock_that_was_set_is_not_believed() -> None:
     for step in (-3600.0, 3600.0):
         world = replace(any_world(2, {"rtc"}, step), rtc_step=step)
