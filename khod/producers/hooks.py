@@ -15,10 +15,7 @@ from khod.producers.children import Children
 from khod.producers.commands import Command, CommandRunner
 from khod.producers.configured import Configured
 from khod.producers.execution import PATH, Execution, is_startable
-from khod.producers.output import PASSED_ON_BYTES
 from khod.systemd.setting_values import Property
-
-__all__ = ["PASSED_ON_BYTES", "Hook"]
 
 PREPARE_SHARE = 0.25
 """The part of what `prepare` has left of its time in which the command of `freeze` is prepared."""

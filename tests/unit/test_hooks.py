@@ -19,10 +19,10 @@ import pytest
 from khod.errors import ConfigError, Exit, Refused
 from khod.handover.record import ProducerRecord
 from khod.producers.barrier import Barrier, ParticipantVeto, ProducerCall, Verb
-from khod.producers.hooks import PASSED_ON_BYTES, Hook
-from khod.producers.output import PASSED_ON_LINES
+from khod.producers.hooks import Hook
 from khod.producers.identity import process_of, wait_ended
 from khod.producers.order import order_in_ranks
+from khod.producers.output import PASSED_ON_BYTES, PASSED_ON_LINES
 from tests.unit.hung import frozen_file_system, silent_file_system
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, run, until
 
