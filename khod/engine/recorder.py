@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from khod.concurrency.worker import Worker
+from khod.engine.run_logs import FILE_SECONDS, RunLogs
 from khod.errors import KhoError
 from khod.handover.machine import RESTING
 from khod.handover.record import Record
-from khod.history.assemble import assemble_attempt
-from khod.history.log import Entry, append_entries, drop_old_logs, list_runs, log_path, read_log
+from khod.history.log import Entry
 from khod.history.model import (
     Arrival,
     AttemptRecord,
@@ -31,7 +31,6 @@ from khod.history.model import (
     RunEnd,
     RunTarget,
 )
-from khod.history.timeline import build_timeline
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
 from khod.model import Check, Event, EventKind, FindingSource, Observed, Phase, Step
@@ -41,7 +40,6 @@ from khod.target.target import Target
 LOG = logging.getLogger(__name__)
 CLOCK_SECONDS = 1.0
 """Maximum seconds that anyone waits for a reading of the clocks."""
-FILE_SECONDS = 60.0
 MAX_PENDING = 100_000
 """Maximum number of entries that wait to be written; further ones are dropped."""
 ENDED = RESTING | {Phase.failed}
@@ -84,8 +82,9 @@ class Recorder:
         remember: Callable[[AttemptRecord], Awaitable[None]],
         sources: Sources,
     ) -> None:
-        self._state, self._kexec = state, kexec
-        self._disk, self._questions = workers.disk, workers.queries
+        self._kexec = kexec
+        self._logs = RunLogs(state, workers)
+        self._questions = workers.queries
         self._read_record = read_record
         self._spawn = spawn
         self._remember = remember
@@ -224,7 +223,7 @@ class Recorder:
         if (reading := await self._read_clocks(Moment.end)) is not None:
             facts.append(reading)
         if sources.read_departure is not None:
-            facts += await _gather(sources.read_departure(log_path(self._state, run)))
+            facts += await _gather(sources.read_departure(self._logs.path(run)))
         if sources.read_arrival is not None:
             facts += await _gather(sources.read_arrival(kernel))
         if facts:
@@ -259,12 +258,10 @@ class Recorder:
         if knows is None:
             return
         try:
-            runs = await self._questions.call_within(partial(list_runs, self._state), "listing the logs", FILE_SECONDS)
-            for run in runs:
+            for run in await self._logs.list_runs():
                 if run == self._run or await knows(run):
                     continue
-                path = log_path(self._state, run)
-                log = await self._questions.call_within(partial(read_log, path), "reading the log", FILE_SECONDS)
+                log = await self._logs.read(run)
                 await self._finish(run, None if log.end else _end_left(record, run), [])
         except Exception:  # they are in their logs still
             LOG.exception("What an earlier khod has logged could not be remembered")
@@ -276,10 +273,10 @@ class Recorder:
             self._pending.append(entry)
 
     def write_pending(self) -> None:
-        """Queue the write of what is pending; a disk that hangs or is full loses lines of the log, and no more."""
+        """Queue the write of what is pending; what a full disk does not take is kept."""
         if self._pending and self._run:
             entries, self._pending = self._pending, []
-            self._disk.call_later(partial(append_entries, log_path(self._state, self._run), entries))
+            self._logs.append_later(self._run, entries)
 
     def _release_run(self) -> tuple[str, list[Entry]]:
         """Return the run under way and what is not written of it; the next events are those of another run."""
@@ -289,16 +286,9 @@ class Recorder:
 
     async def _finish(self, run: str, end: RunEnd | None, found: list[Entry]) -> None:
         """Log what was `found`, and the end of a run if it is not logged yet; hand over the attempt made of its log."""
-        path, entries = log_path(self._state, run), [*found, *([end] if end else [])]
-
-        def make_attempt() -> AttemptRecord:
-            log = read_log(path)
-            drop_old_logs(self._state)
-            return assemble_attempt(log, build_timeline(log))
-
+        entries = [*found, *([end] if end else [])]
         try:
-            await self._disk.call_within(partial(append_entries, path, entries), "writing the log", FILE_SECONDS)
-            await self._remember(await self._questions.call_within(make_attempt, "reading the log", FILE_SECONDS))
+            await self._remember(await self._logs.make_attempt(run, entries))
         except Exception:  # the handover is over, and its outcome in the record
             LOG.exception("The handover %s could not be remembered", run)
 

@@ -20,6 +20,7 @@ DIRECTORY = "runs"
 MAX_LOG_BYTES = 64 << 20
 """Bytes that are read of one log: a thousand producers write two."""
 KEPT_LOGS = 16
+MAX_KEPT_ENTRIES = 100_000
 MAX_NUMBER = 1 << 63
 """Every number of a log is less, and finite: more is damage, with which nothing can be computed or stored."""
 SINGLE = {
@@ -45,7 +46,10 @@ def log_path(state: Path, run: str) -> Path:
 
 
 def append_entries(path: Path, entries: Iterable[Entry]) -> None:
-    """Append a line for each entry, in one write; OSError. It is not synced: the jump's own sync does that."""
+    """Append a line for each entry: all of them, or none and OSError.
+
+    They are not synced: the jump's own sync does that.
+    """
     lines = b"".join(encode_entry(entry) for entry in entries)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -53,9 +57,38 @@ def append_entries(path: Path, entries: Iterable[Entry]) -> None:
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":  # the last write was cut short
             lines = b"\n" + lines
-        os.write(fd, lines)
+        try:
+            while lines:
+                lines = lines[os.write(fd, lines) :]
+        except OSError:  # the disk is full
+            os.ftruncate(fd, size)
+            raise
     finally:
         os.close(fd)
+
+
+class LogWriter:
+    """Writes the logs below khod's state directory. It is used by one thread.
+
+    Entries that the disk does not take are kept, MAX_KEPT_ENTRIES at most, and written with the next ones.
+    """
+
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        self._kept: dict[str, list[Entry]] = {}
+
+    def append(self, run: str, entries: Iterable[Entry]) -> None:
+        """Append to the log of a run, as far as the disk takes it."""
+        kept = [*self._kept.pop(run, []), *entries]
+        try:
+            append_entries(log_path(self._state, run), kept)
+        except OSError:
+            self._kept[run] = kept[:MAX_KEPT_ENTRIES]
+
+    def finish(self, run: str, entries: Iterable[Entry]) -> list[Entry]:
+        """Append as above; return what the log does not have after that, which is then kept no more."""
+        self.append(run, entries)
+        return self._kept.pop(run, [])
 
 
 def list_runs(state: Path) -> list[str]:
@@ -89,6 +122,26 @@ def read_log(path: Path) -> RunLog:
     return log
 
 
+def read_log_with(path: Path, unwritten: Iterable[Entry]) -> RunLog:
+    """Read a log, and add entries that the disk did not take; without the file those alone are the log."""
+    try:
+        log = read_log(path)
+    except OSError:
+        log = RunLog(run=path.stem)
+    return add_entries(log, unwritten)
+
+
+def add_entries(log: RunLog, entries: Iterable[Entry]) -> RunLog:
+    """Add entries to a log that was read, or to an empty one; return it."""
+    for entry in entries:
+        key = KINDS[type(entry)]
+        if key in SINGLE:
+            setattr(log, key, entry)
+        else:
+            getattr(log, LISTS[key][0]).append(entry)
+    return log
+
+
 def _bounded_int(text: str) -> int:
     number = int(text)
     if abs(number) >= MAX_NUMBER:
@@ -108,8 +161,6 @@ LINES = json.JSONDecoder(parse_int=_bounded_int, parse_float=_bounded_float, par
 
 def _add_line(log: RunLog, line: dict[str, Any]) -> None:
     for key, value in line.items():
-        if key in SINGLE:
-            setattr(log, key, wire.decode_value(SINGLE[key], value, may_lack=wire.ANY_FIELD))
-        elif key in LISTS:
-            name, kind = LISTS[key]
-            getattr(log, name).append(wire.decode_value(kind, value, may_lack=wire.ANY_FIELD))
+        kind = SINGLE.get(key) or LISTS.get(key, ("", None))[1]
+        if kind is not None:
+            add_entries(log, [wire.decode_value(kind, value, may_lack=wire.ANY_FIELD)])

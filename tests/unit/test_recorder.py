@@ -4,6 +4,7 @@
 import asyncio
 import hashlib
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from khod.engine.recorder import Sources
 from khod.errors import Failed, KhoError, Refused
-from khod.history.log import append_entries, encode_entry, log_path, read_log
+from khod.history.log import LogWriter, append_entries, encode_entry, log_path, read_log
 from khod.history.model import Arrival, KernelFacts, RunEnd
 from khod.model import EventKind, Phase
 from khod.simulated.kernel import Rebooted
@@ -170,11 +171,43 @@ async def test_what_a_khod_came_not_to_remember_the_next_one_does(host: Host) ->
     assert found[rolled_back.run].damage == "missing in the log of the run: how it ended"
 
 
-async def test_a_log_that_cannot_be_written_ends_no_handover(host: Host) -> None:
+async def test_an_attempt_whose_log_cannot_be_written_is_remembered_all_the_same(host: Host) -> None:
+    """What an earlier kernel's khod saw of it is lost with the jump, and that is said."""
     (host.directory / "state/runs").write_text("in the way")
     host.hook("a")
-    await jumped(host)
+    engine = await host.started()
+    await engine.activate()
+    await engine.abort()
+    rolled_back = await host.remembered()
+    assert (rolled_back.summary.outcome, rolled_back.damage) == (Phase.idle, "")
+    assert [event.step for event in rolled_back.events if event.kind is EventKind.step_ended][:2] == [
+        "prepare",
+        "freeze",
+    ]
+
+    run = await jumped(host)
+
     assert host.record.outcome is Phase.verified
+    arrived = await host.remembered(2)
+    assert (arrived.summary.run, arrived.summary.outcome) == (run, Phase.verified)
+    assert arrived.damage == "missing in the log of the run: how the run began"
+
+
+def test_entries_that_a_full_disk_does_not_take_are_written_with_the_next_ones(tmp_path: Path) -> None:
+    writer, first, end = LogWriter(tmp_path), RunEnd(Phase.idle, 1.0), RunEnd(Phase.verified, 2.0)
+    path = log_path(tmp_path, "ab")
+    append_entries(path, [first])
+    before = path.read_bytes()
+    at_most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, at_most[1]))  # the write ends after ten bytes
+    try:
+        writer.append("ab", [end])
+        assert path.read_bytes() == before
+        assert writer.finish("ab", [end]) == [end, end]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, at_most)
+    writer.append("ab", [first])
+    assert path.read_bytes() == before * 2
 
 
 def test_a_line_cut_short_loses_itself_alone(host: Host) -> None:
