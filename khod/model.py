@@ -306,7 +306,8 @@ class ColdBoot:
 
     `reason` is one sentence. `last_phase` is the last one that the kernel before recorded, `journal_end` how its
     journal ends, `last_words` the end of what pstore kept of it, `watchdog` whether a watchdog reset the host (None if
-    the kernel does not tell). `boot_id` is the boot in which `last_phase` was recorded.
+    the kernel does not tell). `boot_id` is the boot in which `last_phase` was recorded. `is_image_suspect` says whether
+    the image may be the cause: it was booted, or nobody knows that it was not.
     """
 
     reason: str
@@ -315,6 +316,7 @@ class ColdBoot:
     last_words: list[str] = field(default_factory=list)
     watchdog: bool | None = None
     boot_id: str = ""
+    is_image_suspect: bool = False
 
 
 @dataclass(frozen=True)

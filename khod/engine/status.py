@@ -144,11 +144,7 @@ def _summarise(phase: Phase, record: Record, probed: Probed, *, foreign: bool, a
         summary, remedy = f"{UNKNOWN}: {unknown}.", "Ask their owners; khoctl status lists the sessions that are open."
     if probed.kernel is None and phase in RESTING:
         summary, remedy = f"{summary} No handover is possible: {probed.what}.", remedy or probed.remedy
-    if (
-        phase is Phase.cold_boot
-        and record.cold_boot
-        and record.cold_boot.last_phase in (Phase.executing, Phase.verifying)
-    ):
+    if phase is Phase.cold_boot and record.cold_boot and record.cold_boot.is_image_suspect:
         remedy = f"{remedy}. {BARRED}"
     if foreign and phase is not Phase.foreign:
         summary, remedy = f"{summary} {FOREIGN}", f"{remedy} {PHASE_TEXT[Phase.foreign][1]}".strip()

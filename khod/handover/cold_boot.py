@@ -41,55 +41,74 @@ def explain_cold_boot(record: Record, evidence: ColdBootEvidence) -> ColdBoot:
     A handover that did not come to the jump keeps its reason.
     """
     known = record.cold_boot or ColdBoot(record.last_error)
-    reason = known.reason
+    cause = _Cause(known.reason, known.is_image_suspect)
     if known.last_phase is Phase.verifying:
-        reason = _died_verifying(evidence, record.previous_release)
+        cause = _died_verifying(evidence, known.boot_id, record.previous_release)
     elif known.last_phase is Phase.executing:
-        reason = _died_jumping(record, known.boot_id, evidence) or reason
+        cause = _died_jumping(record, known.boot_id, evidence) or cause
     return replace(
         known,
-        reason=reason,
+        reason=cause.reason,
+        is_image_suspect=cause.is_image_suspect,
         journal_end=_describe_ends(evidence, known.boot_id),
         last_words=evidence.words,
         watchdog=evidence.watchdog,
     )
 
 
-def _died_verifying(evidence: ColdBootEvidence, release: str) -> str:
+@dataclass(frozen=True)
+class _Cause:
+    """Why the host booted cold. The image is no suspect only where it is certain that it was not the cause."""
+
+    reason: str
+    is_image_suspect: bool = True
+
+
+def _died_verifying(evidence: ColdBootEvidence, boot_id: str, release: str) -> _Cause:
     kernel = f"the next kernel ({release})"
     if cause := _panic(evidence.words):
-        return f"{kernel} panicked while the handover was verified: {cause}"
+        return _Cause(f"{kernel} panicked while the handover was verified: {cause}")
     if evidence.watchdog:
-        return f"{kernel} hung while the handover was verified, and a watchdog reset the host"
-    return f"{kernel} ended without a shutdown while the handover was verified"
+        return _Cause(f"{kernel} hung while the handover was verified, and a watchdog reset the host")
+    end = _find_end(evidence, boot_id)
+    if end is not None and end.in_order:
+        target = f" into {end.target}" if end.target else ""
+        return _Cause(f"{kernel} was shut down in order{target} before the handover was verified", False)
+    return _Cause(f"{kernel} ended without a shutdown while the handover was verified")
 
 
-def _died_jumping(record: Record, boot_id: str, evidence: ColdBootEvidence) -> str:
-    """Return the most certain reason; "" if nothing is known. `boot_id` is the boot before the jump."""
-    before = next((end for end in evidence.ends if end.boot_id == boot_id.replace("-", "")), None)
+def _died_jumping(record: Record, boot_id: str, evidence: ColdBootEvidence) -> _Cause | None:
+    """Return the most certain cause; None if nothing is known. `boot_id` is the boot before the jump."""
+    before = _find_end(evidence, boot_id)
     reached = next((end for end in evidence.ends if end.run == record.run), None)
     if cause := _panic(evidence.words):
-        return f"{_name_dead(record, evidence.words, reached)} panicked: {cause}"
+        return _Cause(f"{_name_dead(record, evidence.words, reached)} panicked: {cause}")
     if evidence.watchdog:
-        return f"{_name_next(reached)} did not come up in time, or the jump hung: a watchdog reset the host"
+        return _Cause(f"{_name_next(reached)} did not come up in time, or the jump hung: a watchdog reset the host")
     if reached is not None:
-        return f"{_name_next(reached)} started, and ended without a shutdown before khod ran in it"
+        return _Cause(f"{_name_next(reached)} started, and ended without a shutdown before khod ran in it")
     if _rebooted_after_kexec(evidence.words):
-        return "reboot(2) did not jump at the end of the shutdown, and systemd rebooted through the firmware"
+        return _Cause(
+            "reboot(2) did not jump at the end of the shutdown, and systemd rebooted through the firmware", False
+        )
     if any(JUMPED.search(line) for line in evidence.words):
-        return "the host was reset in the jump, or the next kernel died before its first message"
+        return _Cause("the host was reset in the jump, or the next kernel died before its first message")
     if before is None:
-        return ""
+        return None
     if record.at_once:
-        return "the host was reset in the jump, or the next kernel died before it left a trace"
+        return _Cause("the host was reset in the jump, or the next kernel died before it left a trace")
     if not before.in_order:
-        return "the shutdown before the jump was cut off: by a reset, a loss of power or a hang"
+        return _Cause("the shutdown before the jump was cut off: by a reset, a loss of power or a hang")
     if before.target in ("", KEXEC_TARGET):
-        return (
+        return _Cause(
             "the host shut down in order and did not come up in the next kernel: the jump failed, or that kernel died "
             "before it left a trace"
         )
-    return f"the host shut down in order, but into {before.target} instead of the jump"
+    return _Cause(f"the host shut down in order, but into {before.target} instead of the jump", False)
+
+
+def _find_end(evidence: ColdBootEvidence, boot_id: str) -> BootEnd | None:
+    return next((end for end in evidence.ends if end.boot_id == boot_id.replace("-", "")), None)
 
 
 def _panic(words: list[str]) -> str:

@@ -228,7 +228,7 @@ def reset_record(record: Record, found: Found, kernel: Observed) -> Record:
             arrived_run=run,
             interrupted="",
         )
-    cold = ColdBoot(found.reason, record.phase, boot_id=record.boot_id) if found.phase is Phase.cold_boot else None
+    cold = _begin_cold_boot(record, found) if found.phase is Phase.cold_boot else None
     kept = record if found.phase is Phase.cold_boot else Record(previous_release=record.previous_release)
     return replace(
         kept,
@@ -253,3 +253,12 @@ def reset_record(record: Record, found: Found, kernel: Observed) -> Record:
         cold_boot=cold,
         watchdog=record.watchdog,
     )
+
+
+def _begin_cold_boot(record: Record, found: Found) -> ColdBoot:
+    """Return what is known before the explanation.
+
+    From another phase than these the image was not booted: `idle` is that of a handover which a shutdown rolled back.
+    """
+    is_image_suspect = record.phase in (Phase.executing, Phase.verifying)
+    return ColdBoot(found.reason, record.phase, boot_id=record.boot_id, is_image_suspect=is_image_suspect)

@@ -35,7 +35,7 @@ ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
     | {"kernel_release", "kernel_banner", "spot"}
-    | {"cold_boot", "watchdog", "blackout_error_seconds"}
+    | {"cold_boot", "watchdog", "blackout_error_seconds", "is_image_suspect"}
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 

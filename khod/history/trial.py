@@ -45,12 +45,12 @@ def counts_for_image(attempt: AttemptRecord) -> bool:
 def counts_against_image(attempt: AttemptRecord) -> bool:
     """Whether the attempt failed in a way that the image may be the cause of.
 
-    These are a cold boot after the jump was asked for, a degraded boot in which nothing arrived, and one in which the
-    contents of a file differ. A rollback, a producer's own refusal and a health check are not among them.
+    These are a cold boot unless the image is known not to have been booted, a degraded boot in which nothing arrived,
+    and one in which the contents of a file differ. A rollback, a producer's own refusal and a health check are not
+    among them.
     """
     if attempt.summary.outcome is Phase.cold_boot:
-        # From any other phase the image was not booted: `idle` is that of a handover which a shutdown rolled back.
-        return attempt.cold_boot is None or attempt.cold_boot.last_phase in (Phase.executing, Phase.verifying)
+        return attempt.cold_boot is None or attempt.cold_boot.is_image_suspect
     if attempt.summary.outcome is not Phase.degraded or attempt.verdict is None:
         return False
     verdict = attempt.verdict

@@ -35,7 +35,7 @@ JUMPED = ["[9.1] kexec_core: Starting new kernel"]
 
 
 def explained(evidence: ColdBootEvidence, phase: Phase = Phase.executing, *, at_once: bool = False) -> ColdBoot:
-    known = ColdBoot("unexplained", phase, boot_id=BEFORE)
+    known = ColdBoot("unexplained", phase, boot_id=BEFORE, is_image_suspect=phase is not Phase.idle)
     timings = (StepTiming("load", 5.0, 0.1),)
     return explain_cold_boot(
         Record(cold_boot=known, run=RUN, previous_release=RELEASE, timings=timings, at_once=at_once), evidence
@@ -74,12 +74,35 @@ def test_the_most_certain_cause_is_named(evidence: ColdBootEvidence, at_once: bo
         (ColdBootEvidence([CUT_OFF], DEAD_SAME), "panicked while the handover was verified: VFS: no root"),
         (ColdBootEvidence([CUT_OFF], watchdog=True), "hung while the handover was verified"),
         (ColdBootEvidence([CUT_OFF]), "ended without a shutdown while the handover was verified"),
+        (ColdBootEvidence([REBOOTED]), "was shut down in order into reboot.target before the handover was verified"),
     ],
 )
 def test_the_kernel_that_was_verified_is_the_one_that_died(evidence: ColdBootEvidence, words: str) -> None:
     found = explained(evidence, Phase.verifying)
     assert found.reason.startswith(f"the next kernel ({RELEASE})")
     assert words in found.reason
+
+
+@pytest.mark.parametrize(
+    ("evidence", "phase", "is_suspect"),
+    [
+        (ColdBootEvidence([ORDERLY]), Phase.executing, True),
+        (ColdBootEvidence([ORDERLY], FAILED), Phase.executing, False),
+        (ColdBootEvidence([ORDERLY], [*FAILED, *DEAD_NEXT]), Phase.executing, True),
+        (ColdBootEvidence([REBOOTED]), Phase.executing, False),
+        (ColdBootEvidence([REACHED, REBOOTED]), Phase.executing, True),
+        (ColdBootEvidence([CUT_OFF]), Phase.executing, True),
+        (ColdBootEvidence(), Phase.executing, True),
+        (ColdBootEvidence([CUT_OFF]), Phase.verifying, True),
+        (ColdBootEvidence([REBOOTED]), Phase.verifying, False),
+        (ColdBootEvidence([REBOOTED], DEAD_SAME), Phase.verifying, True),
+        (ColdBootEvidence([ORDERLY], DEAD_NEXT), Phase.idle, False),
+    ],
+)
+def test_an_image_that_was_certainly_not_the_cause_is_not_suspected(
+    evidence: ColdBootEvidence, phase: Phase, is_suspect: bool
+) -> None:
+    assert explained(evidence, phase).is_image_suspect is is_suspect
 
 
 def test_a_shutdown_before_the_jump_is_nobody_s_death() -> None:
@@ -136,6 +159,7 @@ async def test_khod_explains_a_cold_boot_and_keeps_the_explanation(host: Host) -
     assert found.cold_boot is not None
     assert found.cold_boot.last_phase is Phase.executing
     assert found.cold_boot.boot_id == before
+    assert found.cold_boot.is_image_suspect
     assert found.image
     page = render_status(found)
     for words in (found.image, "panicked: VFS: no root", "executing", "Not tainted 7.2.12-luo6"):

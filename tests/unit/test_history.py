@@ -246,10 +246,8 @@ CONTENT = Finding("", "differs", FindingSource.content, "file", FindingSeverity.
     ("made", "counts"),
     [
         (attempt(1, Phase.cold_boot), True),
-        (replace(attempt(1, Phase.cold_boot), cold_boot=ColdBoot("reset", Phase.executing)), True),
-        (replace(attempt(1, Phase.cold_boot), cold_boot=ColdBoot("died", Phase.verifying)), True),
+        (replace(attempt(1, Phase.cold_boot), cold_boot=ColdBoot("reset", is_image_suspect=True)), True),
         (replace(attempt(1, Phase.cold_boot), cold_boot=ColdBoot("power", Phase.frozen)), False),
-        (replace(attempt(1, Phase.cold_boot), cold_boot=ColdBoot("shut down, and rolled back", Phase.idle)), False),
         (degraded(1, Finding("", "KHO handed it nothing"), arrived=("restored-from-disk",)), True),
         (degraded(1, Finding("", "another way", severity=FindingSeverity.changed), arrived=("x",)), False),
         (degraded(1, Finding("", "KHO handed it nothing"), arrived=()), True),

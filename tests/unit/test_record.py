@@ -77,7 +77,15 @@ FULL = Record(
     claims=(ProducerRecord("kv", "varlink", owner=Owner(1000, "kv.service")),),
     doubt="the host jumped into an image that khod had not loaded",
     begun=Begun(1795661761.5, "root (khoctl, process 4711)", "Image (7.3.4)"),
-    cold_boot=ColdBoot("it panicked", Phase.executing, "cut off", ["Kernel panic"], watchdog=True, boot_id="before"),
+    cold_boot=ColdBoot(
+        "it panicked",
+        Phase.executing,
+        "cut off",
+        ["Kernel panic"],
+        watchdog=True,
+        boot_id="before",
+        is_image_suspect=True,
+    ),
     watchdog="/dev/watchdog0",
 )
 
