@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from khod.errors import ConfigError
-from khod.files import read_toml, require_type
+from khod.files import list_toml, read_toml, require_type
 
 MAIN = "etc/kho/khod.toml"
 JUDGEMENTS = ("default", "warn", "fail", "off")
@@ -240,7 +240,7 @@ class Fragment:
 
 def load_config(root: Path = Path("/")) -> Config:
     """Read, merge and validate the configuration; return the defaults if there is no file. Raises ConfigError."""
-    paths = [root / MAIN, *sorted((root / f"{MAIN}.d").glob("*.toml"))]
+    paths = [root / MAIN, *list_toml(root / f"{MAIN}.d", "configuration file")]
     return merge_fragments([read_fragment(path) for path in paths if path.exists()])
 
 

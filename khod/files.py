@@ -62,6 +62,25 @@ def check_regular(fd: int, role: str, name: str) -> None:
         raise UsageError(f"The {role} is {kind}", where=name, remedy="Give a regular file.")
 
 
+def list_toml(directory: Path, subject: str) -> list[Path]:
+    """Return the files NAME.toml of a directory, by name; none if it is not there.
+
+    An editor's lock (.#NAME.toml) is left out. Raises ConfigError with the `subject` if the directory cannot be
+    read, which Path.glob() would hide.
+    """
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(
+            f"The directory of {subject}s cannot be read: {errno_text(error)}",
+            where=str(directory),
+            remedy="Make it a directory that root can read, or remove it.",
+        ) from None
+    return [directory / name for name in sorted(names) if name.endswith(".toml") and not name.startswith(".#")]
+
+
 def read_toml(path: Path, subject: str) -> tuple[str, dict[str, Any]]:
     """Read a TOML file; return its text, and its values by key.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from khod.config import Fragment
 from khod.errors import ConfigError, UsageError
-from khod.files import read_toml, require_type
+from khod.files import list_toml, read_toml, require_type
 from khod.producers.barrier import Participant, Verb
 from khod.producers.commands import CommandRunner
 from khod.producers.configured import check_name, require_string, require_strings
@@ -32,7 +32,7 @@ def load_directory(root: Path, runner: CommandRunner) -> list[Participant]:
     """
     found: list[Participant] = []
     wrong: ConfigError | None = None
-    for path in sorted((root / DIRECTORY).glob("*.toml")):
+    for path in list_toml(root / DIRECTORY, "producer"):
         try:
             found.append(_read_producer(path, runner))
         except ConfigError as error:
@@ -62,8 +62,8 @@ class Directory:
     def _directory_state(self) -> list[tuple[str, int, int, int]] | None:
         """What tells one state of the files from another; None where one goes just now."""
         try:
-            stats = [(path.name, path.stat()) for path in sorted((self._root / DIRECTORY).glob("*.toml"))]
-        except OSError:
+            stats = [(path.name, path.stat()) for path in list_toml(self._root / DIRECTORY, "producer")]
+        except (OSError, ConfigError):
             return None
         return [(name, found.st_ino, found.st_size, found.st_mtime_ns) for name, found in stats]
 

@@ -6,7 +6,6 @@ They run after the jump, once the producers have their state: side by side, each
 """
 
 import asyncio
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 from khod.concurrency.bounded import run_within
 from khod.config import Fragment
-from khod.errors import ConfigError, KhoError, UsageError, errno_text
-from khod.files import read_toml, require_type
+from khod.errors import ConfigError, KhoError, UsageError
+from khod.files import list_toml, read_toml, require_type
 from khod.handover.evidence import Evidence
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource
 from khod.producers.barrier import ParticipantVeto
@@ -61,17 +60,7 @@ class HealthChecks:
 
     def load_checks(self) -> list[HealthCheck]:
         """Read every file, by name; ConfigError if the directory is there and cannot be read, which glob() hides."""
-        try:
-            names = os.listdir(self._root / DIRECTORY)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise ConfigError(
-                f"The directory of health checks cannot be read: {errno_text(error)}",
-                where=str(self._root / DIRECTORY),
-                remedy="Make it a directory that root can read, or remove it.",
-            ) from None
-        paths = [self._root / DIRECTORY / name for name in sorted(names) if name.endswith(".toml")]
+        paths = list_toml(self._root / DIRECTORY, "health check")
         found = [read_check(path) for path in paths[:MAX_HEALTH_CHECKS]]
         if len(paths) > MAX_HEALTH_CHECKS:
             surplus = ConfigError(

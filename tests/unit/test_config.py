@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -228,3 +229,22 @@ def test_a_configuration_that_would_never_end_is_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="FIFO") as raised:
         config.load_config(tmp_path)
     assert raised.value.where == str(tmp_path / "etc/kho/khod.toml")
+
+
+LOADERS = [config.load_config, lambda root: directory.load_directory(root, Children())]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_directory_of_files_that_is_none_is_named(root: Path, load: Callable[[Path], object]) -> None:
+    for name in ("khod.toml.d", "producers.d"):
+        (root / "etc/kho" / name).rmdir()
+        (root / "etc/kho" / name).write_text("a file")
+    with pytest.raises(ConfigError, match="cannot be read: ENOTDIR"):
+        load(root)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_an_editor_s_lock_is_no_file_of_a_directory(root: Path, load: Callable[[Path], object]) -> None:
+    for name in ("khod.toml.d", "producers.d"):
+        (root / "etc/kho" / name / ".#x.toml").symlink_to("user@host.4711:1700000000")
+    load(root)
