@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Protocol
 
 from khod.abi.statx import statx
@@ -119,13 +120,14 @@ class KeptFiles:
     async def take_spots(self, wanted: Mapping[str, Sequence[Kept]]) -> dict[str, tuple[Kept, ...]]:
         """Read pages of the files in `wanted`, by session; return the same files with their spots.
 
-        A file that has a spot keeps it. This takes SPOT_SECONDS at most.
+        A file that has a spot keeps it. This takes SPOT_SECONDS at most. The first file of each session is read before
+        the second one of any: a producer with many files leaves time for the others.
         """
         settings, until = self._settings(), time.monotonic() + SPOT_SECONDS
         jobs = [
             (session, kept.token, self._fds.get(session, {}).get(kept.token))
-            for session, files in wanted.items()
-            for kept in files
+            for turn in zip_longest(*([(session, kept) for kept in files] for session, files in wanted.items()))
+            for session, kept in filter(None, turn)
             if kept.spot is None
         ]
         taken: dict[tuple[str, int], Spot] = {}

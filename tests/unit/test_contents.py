@@ -17,9 +17,11 @@ from khod.engine import Engine
 from khod.errors import KhoError
 from khod.handover.record import ProducerRecord, Record, decode_record, encode_record
 from khod.model import Check, CheckResult, FindingSource, Kept, Phase, Spot, Verdict
+from khod.producers import contents
 from khod.producers.contents import (
     MAX_DESCRIPTORS,
     PAGE_BYTES,
+    SPOT_SECONDS,
     TOO_MANY,
     Comparison,
     KeptFiles,
@@ -264,6 +266,26 @@ def test_files_beyond_the_limit_are_not_compared_and_say_why(fd: int) -> None:
     assert [kept.spot.gap for kept in taken if kept.spot and kept.spot.gap] == [TOO_MANY, TOO_MANY]
     kept_files.release_session("session")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_producer_with_many_files_leaves_time_for_the_others(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes with each file that is read, and is over after four."""
+    kept_files, read = KeptFiles(InlineWorker("files", "A file")), list[Spot]()
+
+    def take(_fd: int, _settings: VerifySettings) -> Spot:
+        read.append(Spot(13))
+        return read[-1]
+
+    monkeypatch.setattr(contents, "take_spot", take)
+    monkeypatch.setattr("khod.producers.contents.time.monotonic", lambda: 0.0 if len(read) < 4 else 2 * SPOT_SECONDS)
+    wanted = {"many": [Kept(f"f{number}", number) for number in range(9)], "one": [Kept("f0", 0)]}
+    for session, files in wanted.items():
+        kept_files.keep_files(session, [(kept, fd) for kept in files])
+    taken = asyncio.run(kept_files.take_spots(wanted))
+    assert [kept.spot is not None and not kept.spot.gap for kept in taken["many"]] == [True] * 3 + [False] * 6
+    assert [kept.spot is not None and not kept.spot.gap for kept in taken["one"]] == [True]
+    for session in wanted:
+        kept_files.release_session(session)
 
 
 # One file
