@@ -10,6 +10,7 @@ import typer
 from khoctl.layout import show_page
 from khoctl.session import call_timeout, say_slow, socket_path
 from khod.client.history import HistoryClient
+from khod.errors import Unreachable
 from khod.history.model import AttemptRecord
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ DatabaseFile = Annotated[
 ]
 
 
+WITHOUT_KHOD = "To read past attempts without khod: --db /var/lib/khod/history.db"
+
+
 def load_attempt(run: str | None = None, db: Path | None = None) -> AttemptRecord:
     """Return an attempt by its run or the beginning of it; the last one without a run.
 
@@ -42,7 +46,11 @@ def load_attempt(run: str | None = None, db: Path | None = None) -> AttemptRecor
 
 def connect_history() -> HistoryClient:
     """Connect to khod, to ask about past attempts; raise Unreachable if it does not answer."""
-    return HistoryClient(socket_path(), patience=call_timeout(), on_slow=say_slow)
+    try:
+        return HistoryClient(socket_path(), patience=call_timeout(), on_slow=say_slow)
+    except Unreachable as error:
+        error.remedy = f"{error.remedy}. {WITHOUT_KHOD}"
+        raise
 
 
 def open_database(path: Path) -> "Database":

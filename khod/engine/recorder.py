@@ -164,7 +164,10 @@ class Recorder:
         """Log an event of the run under way; one at rest ends a run that has taken a step."""
         if not self._run or event.run != self._run:
             return
-        self._add(replace(event, boot_id=self._boot_id))
+        is_end = event.phase in ENDED and self._has_moved and not self._is_arrived
+        # The phase at rest is the outcome of this boot: that of another run, or idle.
+        outcome = Phase.failed if event.phase is Phase.failed else Phase.idle
+        self._add(replace(event, boot_id=self._boot_id, phase=outcome if is_end else event.phase))
         if event.phase not in ENDED:
             self._has_moved = True
             if event.kind is EventKind.step_began and event.step == Step.freeze.value:
@@ -173,10 +176,8 @@ class Recorder:
                 self._is_held = False
             if not self._is_held:
                 self.write_pending()
-        elif self._has_moved and not self._is_arrived:
+        elif is_end:
             run, found = self._release_run()
-            # The phase at rest is the outcome of this boot: that of another run, or idle.
-            outcome = Phase.failed if event.phase is Phase.failed else Phase.idle
             self._spawn(
                 self._finish(run, RunEnd(outcome, time.time(), self._read_record().last_error or ABORTED), found)
             )

@@ -244,3 +244,9 @@ def test_what_khod_does_is_remembered(tmp_path: Path) -> None:
     (link,) = khod.khoctl("history", "chain", "--json").json
     assert link == attempts()[1]
     khod.close()
+
+
+def test_without_khod_the_file_is_named() -> None:
+    answer = cli(Path("/nowhere"), "history")
+    assert answer.code == Exit.unreachable
+    assert "--db /var/lib/khod/history.db" in answer.err

@@ -76,6 +76,7 @@ async def test_a_run_that_begins_while_facts_are_gathered_has_a_log_of_its_own(h
     rolled_back = await host.remembered(3)
     steps = [event.step for event in rolled_back.events if event.kind is EventKind.step_ended]
     assert (rolled_back.summary.run, steps) == (engine.record.run, ["prepare", "freeze", "activate"])
+    assert rolled_back.events[-1].phase is Phase.idle, "verified is the outcome of the run before"
     assert rolled_back.damage == ""
 
 
