@@ -26,8 +26,9 @@ from khod.engine import Engine
 from khod.model import Event, EventKind
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
-from khod.producers.qemu import PAUSED_STATE, Qemu
+from khod.producers.qemu import Qemu
 from khod.producers.unit import Unit
+from khod.vm.monitor import PAUSED_STATE
 from tests.unit.fakebus import FakeBus, Refusal, unit
 from tests.unit.harness import Host, Kernel, connect_apart
 from tests.unit.luo import offer

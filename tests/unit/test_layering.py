@@ -32,10 +32,12 @@ BESIDE = {
     "history": VOCABULARY - {"config", "concurrency"} | {"history"},
     "trees": VOCABULARY | {"abi.fdt", "trees"},
     "simulated": VOCABULARY | {"abi", "kernel", "simulated"},
+    "vm": VOCABULARY | {"vm", "producer"},
 }
 SEEN_BY = {
     "client": {"producer"},
     "simulated": {"daemon"},
+    "vm": {"producers"},
     "history": {"client", "kernel", "systemd", "preflight", "engine", "server", "metrics", "daemon"},
 }
 """Who of khod imports what stands beside; khoctl and producers do besides."""

@@ -24,9 +24,11 @@ from khod.producers.barrier import Barrier, Participant, ParticipantVeto, Produc
 from khod.producers.hooks import Hook
 from khod.producers.identity import process_of
 from khod.producers.peers import Peers
-from khod.producers.qemu import PAUSED_STATE, RUNNING_STATES, UNFIT_STATES, Qemu
+from khod.producers.qemu import UNFIT_STATES, Qemu
 from khod.producers.registry import ProducerRegistry
 from khod.producers.sessions import Sessions
+from khod.vm import monitor
+from khod.vm.monitor import PAUSED_STATE, RUNNING_STATES
 from tests.unit.conftest import DEADLINE
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\n'
@@ -606,7 +608,7 @@ async def test_wherever_it_is_cancelled_nothing_is_left_and_thaw_puts_it_right(
 @pytest.mark.parametrize("call", ["connect", "disconnect"])
 async def test_a_session_that_does_not_end_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """QEMU serves nobody else while it lasts: the undo of this very verb would wait for it."""
-    monkeypatch.setattr(qemu, "HANG_UP_SECONDS", 0.05)
+    monkeypatch.setattr(monitor, "HANG_UP_SECONDS", 0.05)
     call_it = getattr(QMPClient, call)
 
     async def held_up(client: QMPClient, *arguments: object) -> None:
