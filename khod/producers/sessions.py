@@ -227,8 +227,9 @@ class Sessions:
     async def _retrieve_session(self, session: str, deadline: float) -> None:
         def retrieve() -> int:
             fd = self._luo.retrieve_session(session)
-            try:
-                self._store.store_fd(session, fd)  # at once: if khod died before this, what it holds would be freed
+            try:  # at once: if khod died before it is sent, what the session holds would be freed
+                self._store.store_fd(session, fd)
+                self._store.wait_sent()
             except Exception:  # khod's own descriptor keeps it
                 LOG.exception("a LUO session cannot be kept by the service manager")
             return fd

@@ -7,6 +7,7 @@ systemd keeps each descriptor sent with `FDSTORE=1` until `FDSTOREREMOVE=1` name
 
 import os
 import select
+import threading
 from typing import Protocol
 
 import systemd.daemon
@@ -16,6 +17,8 @@ from khod.errors import Failed
 
 SETTLE_SECONDS = 10.0
 """Seconds the service manager has to read what it was sent."""
+SENT_SECONDS = 1.0
+"""Seconds that a message may wait for room in the service manager's socket, as while PID 1 hangs."""
 
 
 class FdStore(Protocol):
@@ -23,6 +26,9 @@ class FdStore(Protocol):
 
     def store_fd(self, name: str, fd: int) -> None:
         """Store a descriptor under a name; the given one stays the caller's. May be called from any thread."""
+
+    def wait_sent(self) -> None:
+        """Block this thread until everything is sent, SENT_SECONDS at most: what was sent outlives khod."""
 
     def remove_fd(self, name: str) -> None:
         """Remove the descriptor of this name from the store, which closes it."""
@@ -54,6 +60,11 @@ class ServiceManager:
                 os.close(copy)
 
         self._worker.call_later(send)
+
+    def wait_sent(self) -> None:
+        sent = threading.Event()
+        self._worker.call_later(sent.set)
+        sent.wait(SENT_SECONDS)
 
     def remove_fd(self, name: str) -> None:
         self._worker.call_later(lambda: systemd.daemon.notify(f"FDSTOREREMOVE=1\nFDNAME={name}"))

@@ -74,6 +74,9 @@ class KhodsStore:
         self.manager.put(name, fd)
         self.point("fdstore.put", "after")
 
+    def wait_sent(self) -> None:
+        pass
+
     def remove_fd(self, name: str) -> None:
         self.point("fdstore.remove", "before")
         self.manager.remove(name)

@@ -190,6 +190,9 @@ class KeptFds:
     def store_fd(self, name: str, fd: int) -> None:
         self.kept[name] = os.dup(fd)
 
+    def wait_sent(self) -> None:
+        pass
+
     def remove_fd(self, name: str) -> None:
         if (fd := self.kept.pop(name, None)) is not None:
             os.close(fd)
