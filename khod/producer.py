@@ -110,6 +110,11 @@ class Producer:
         self._connection: Connection | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self.told = ""
+        """The verb that khod assumed to hold at the last registration, "" for none.
+
+        A program that was started again continues what an earlier process of it has stopped, unless this is "freeze".
+        """
         self._counts = ""
         self._tokens = 0
         self._ahead: Mapping[str, Any] | None = None
@@ -151,7 +156,7 @@ class Producer:
         self._ahead = None
         self._connection = Connection(self._socket)
         self._connection.send_call(f"{wire.PRODUCER}.Register", self._terms)
-        told = str(self._connection.receive_reply()["told"])
+        self.told = told = str(self._connection.receive_reply()["told"])
         if told == "restore":
             self._counts = ""  # what was frozen has been handed over
         while self._counts and self._counts != told:

@@ -90,6 +90,11 @@ class Monitor:
         except QMPError as error:
             raise QmpUnavailable(f"{_end_reason(error)} (at `{command}`)") from None
 
+    async def give_fd(self, fd: int, name: str) -> None:
+        """Give QEMU a copy of a descriptor under a name, for a later command; raises as `execute_command` does."""
+        self.client.send_fd_scm(fd)
+        await self.execute_command("getfd", fdname=name)
+
 
 @asynccontextmanager
 async def open_monitor(path: str, not_yet: NotYet) -> AsyncIterator[Monitor]:

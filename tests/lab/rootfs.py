@@ -31,6 +31,7 @@ PACKAGES = (
     "python3-cramjam",
     "python3-zstandard",
     "python3-qemu-qmp",
+    "qemu-system-x86",
 )
 EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 PROFILES = ("khod", "kho-sessions")  # of AppArmor; Debian's own are a hundred, which each boot would load

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The way of a VM through the host's kexec: QEMU's device state into a file, and back into another QEMU.
+
+The guest's RAM is a file that QEMU maps shared (a memfd), which the kernel carries. With the migration capability
+`x-ignore-shared` QEMU's stream has everything else: about 150 KB for a small guest. The stream goes through a pipe,
+given to QEMU by `getfd`: that works with every version (11.1 refuses a plain file at `fd:`, and 7.2 has no `file:`).
+Seen with QEMU 7.2 and 11.1: after `migrate` the VM is `postmigrate`, from which `cont` takes it back.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from khod.text import join_names, one_line
+from khod.vm.monitor import PAUSED_STATE, RUNNING_STATES, Monitor, VmError
+
+T = TypeVar("T")
+CAPABILITY = "x-ignore-shared"
+STREAM = "khod-state"
+"""The name of the pipe in QEMU."""
+CHUNK_BYTES = 1 << 18
+MAX_STATE_BYTES = 1 << 30
+"""More than any device state: the RAM is in the stream."""
+POLL_SECONDS = 0.002
+"""Between two questions whether QEMU has finished; a small guest's state takes about 10 ms."""
+ENDED_STATES = ("completed", "failed", "cancelled")
+SAVED_STATE = "postmigrate"
+INCOMING_STATE = "inmigrate"
+
+
+async def check_portable(vm: Monitor) -> None:
+    """Raise VmError with every reason why this VM cannot go through a kexec, as far as QEMU says them."""
+    problems = [
+        *await _list_private_memory(vm),
+        *await _list_block_jobs(vm),
+        *_blocked_reasons(await vm.execute_command("query-migrate")),
+    ]
+    if problems:
+        raise VmError(f"it cannot be handed over: {'; '.join(problems)}")
+    await _ignore_shared_memory(vm)
+
+
+async def list_memory(vm: Monitor) -> dict[str, int]:
+    """Return the memory backends of a VM: their size in bytes, by name."""
+    return {str(each.get("id", "")): int(each["size"]) for each in await _query_memory(vm)}
+
+
+async def sync_disks(vm: Monitor) -> None:
+    """Write what the host's page cache has of the VM's disks: the freeze then finds little to write.
+
+    A disk that this process cannot open is left out; QEMU itself flushes every disk when it stops.
+    """
+    for drive in _mappings(await vm.execute_command("query-block")):
+        inserted = drive.get("inserted")
+        path = inserted.get("file") if isinstance(inserted, dict) and not inserted.get("ro") else None
+        if isinstance(path, str) and path.startswith("/"):
+            await asyncio.to_thread(_sync_file, Path(path))
+
+
+async def save_state(vm: Monitor, file: int) -> int:
+    """Stop the VM and write its device state to `file`, an empty memfd; return the number of bytes.
+
+    The VM is `postmigrate` after that, and `continue_guest` takes it back. After a VmError it may be stopped.
+    """
+    await vm.execute_command("stop")
+    await _require_state(vm, {PAUSED_STATE, "suspended"}, "asked to pause")
+    await _ignore_shared_memory(vm)
+    reader, writer = os.pipe()
+    copying = asyncio.ensure_future(_copy_stream(reader, file))
+    try:
+        await _give_stream(vm, writer)
+        await vm.execute_command("migrate", uri=f"fd:{STREAM}")
+        await _wait_migrated(vm)
+        size = await copying
+    finally:
+        copying.cancel()
+    await _require_state(vm, {SAVED_STATE}, "asked to save its state")
+    return size
+
+
+async def load_state(vm: Monitor, file: int) -> None:
+    """Load the device state in `file` into a QEMU that was started with `-incoming defer`; it is paused after that."""
+    await _require_state(vm, {INCOMING_STATE}, "started to take a state")
+    await _ignore_shared_memory(vm)
+    reader, writer = os.pipe()
+    feeding = asyncio.ensure_future(_feed_stream(file, writer))
+    try:
+        await _give_stream(vm, reader)
+        await vm.execute_command("migrate-incoming", uri=f"fd:{STREAM}")
+        await _wait_migrated(vm)
+    finally:
+        feeding.cancel()
+    await _require_state(vm, {PAUSED_STATE, "suspended"}, "given its state")
+
+
+async def continue_guest(vm: Monitor) -> None:
+    """Let the guest run on, from a pause, a saved state or a loaded one; VmError if it does not run then."""
+    if (state := await vm.run_state()) not in RUNNING_STATES:
+        await vm.execute_command("cont")
+        state = await vm.run_state()
+    if state not in RUNNING_STATES:
+        raise VmError(f"it does not run again: it is `{state}`")
+
+
+async def announce_guest(vm: Monitor) -> None:
+    """Have the guest's network cards announce themselves, so that switches send to this host what is for them."""
+    await vm.execute_command("announce-self", initial=50, max=550, rounds=5, step=100)
+
+
+async def _query_memory(vm: Monitor) -> list[dict[str, Any]]:
+    found = _mappings(await vm.execute_command("query-memdev"))
+    if not found:
+        raise VmError("it has no memory backend: its RAM is not a file (-object memory-backend-memfd,share=on)")
+    return found
+
+
+async def _list_private_memory(vm: Monitor) -> list[str]:
+    private = [str(each.get("id", "?")) for each in await _query_memory(vm) if each.get("share") is not True]
+    return [f"the RAM in {join_names(private)} is not shared (share=on)"] if private else []
+
+
+async def _list_block_jobs(vm: Monitor) -> list[str]:
+    jobs = _mappings(await vm.execute_command("query-block-jobs"))
+    return (
+        [f"the block job {join_names([one_line(str(job.get('device'))) for job in jobs])} is under way"] if jobs else []
+    )
+
+
+def _blocked_reasons(answer: Any) -> list[str]:
+    """Return what blocks a migration (`blocked-reasons`, from QEMU 6.0 on)."""
+    reasons = answer.get("blocked-reasons", []) if isinstance(answer, dict) else []
+    return [one_line(str(reason)).removesuffix(".") for reason in reasons]
+
+
+async def _ignore_shared_memory(vm: Monitor) -> None:
+    capability = {"capability": CAPABILITY, "state": True}
+    await vm.execute_command("migrate-set-capabilities", capabilities=[capability])
+
+
+async def _require_state(vm: Monitor, wanted: set[str], what: str) -> None:
+    if (state := await vm.run_state()) not in wanted:
+        raise VmError(f"{what}, it is `{state}`")
+
+
+async def _give_stream(vm: Monitor, fd: int) -> None:
+    try:
+        await vm.give_fd(fd, STREAM)
+    finally:
+        os.close(fd)
+
+
+async def _wait_migrated(vm: Monitor) -> None:
+    while True:
+        answer = await vm.execute_command("query-migrate")
+        found = answer if isinstance(answer, dict) else {}
+        status = found.get("status")
+        if status == "completed":
+            return
+        if status in ENDED_STATES:
+            raise VmError(
+                f"QEMU's migration ended as `{status}`: {one_line(str(found.get('error-desc', 'no reason')))}"
+            )
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def _copy_stream(reader: int, file: int) -> int:
+    """Copy until every writer has closed the pipe; return the number of bytes."""
+    loop, size = asyncio.get_running_loop(), 0
+    os.set_blocking(reader, False)
+    try:
+        while chunk := await _when_ready(
+            loop.add_reader, loop.remove_reader, reader, lambda: os.read(reader, CHUNK_BYTES)
+        ):
+            size += len(chunk)
+            if size > MAX_STATE_BYTES:
+                raise VmError(f"its device state has more than {MAX_STATE_BYTES} bytes")
+            view = memoryview(chunk)
+            while view:
+                view = view[os.write(file, view) :]
+    finally:
+        os.close(reader)
+    return size
+
+
+async def _feed_stream(file: int, writer: int) -> None:
+    loop, offset = asyncio.get_running_loop(), 0
+    os.set_blocking(writer, False)
+    try:
+        while chunk := os.pread(file, CHUNK_BYTES, offset):
+            write = partial(os.write, writer, chunk)
+            offset += await _when_ready(loop.add_writer, loop.remove_writer, writer, write)
+    except BrokenPipeError:  # QEMU has read enough, or refuses: its answer says which
+        return
+    finally:
+        os.close(writer)
+
+
+async def _when_ready(
+    add: Callable[[int, Callable[[], None]], object], remove: Callable[[int], bool], fd: int, function: Callable[[], T]
+) -> T:
+    """Return what `function` does with a descriptor, once it no longer blocks."""
+    while True:
+        try:
+            return function()
+        except BlockingIOError:
+            ready = asyncio.Event()
+            add(fd, ready.set)
+            try:
+                await ready.wait()
+            finally:
+                remove(fd)
+
+
+def _sync_file(path: Path) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        os.fdatasync(fd)
+    except OSError:
+        return  # a character device
+    finally:
+        os.close(fd)
+
+
+def _mappings(answer: Any) -> list[dict[str, Any]]:
+    return [each for each in answer if isinstance(each, dict)] if isinstance(answer, list) else []

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khod-vm with a real QEMU and a real khod, on the simulated kernel: a guest counts, and its host jumps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from khod.errors import Exit
+from tests.lab.counter import read_numbers, write_image
+from tests.unit.khods import REPOSITORY, Khod, until
+from tests.unit.luo import System
+
+COMMAND = ["qemu-system-x86_64", "-machine", "q35", "-m", "64M", "-accel", "tcg", "-display", "none", "-nodefaults"]
+
+
+class Vm:
+    """A guest that counts, and the khod-vm that supervises it."""
+
+    def __init__(self, system: System, name: str = "one", command: list[str] | None = None) -> None:
+        self._system, self._name = system, name
+        directory = system.directory / f"vm-{name}"
+        directory.mkdir(exist_ok=True)
+        self.serial, self.pid_file, self._log = directory / "serial", directory / "pid", directory / "log"
+        self._boots = 0
+        image = write_image(directory / "guest")
+        words = [*(command or COMMAND), "-bios", str(image), "-pidfile", str(self.pid_file)]
+        words += ["-chardev", f"file,id=serial,path={self.serial},append=on", "-serial", "chardev:serial"]
+        at = system.directory / "root/etc/kho/vm.d"
+        at.mkdir(parents=True, exist_ok=True)
+        self.file = at / f"{name}.toml"
+        self.file.write_text(f"command = {words}\n")
+        self.process: subprocess.Popen[bytes] | None = None
+        system.mortal.append(self.die)
+
+    def start(self, *, boot: bool = False) -> Vm:
+        """Start khod-vm; with `boot` the kernel before, and all of its processes, have ended."""
+        self._boots += boot
+        runtime = self._system.directory / f"run-{self._name}-{self._boots}"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "KHOD_SOCKET": str(self._system.directory / "socket"),
+            "RUNTIME_DIRECTORY": str(runtime),
+        }
+        environment.pop("NOTIFY_SOCKET", None)
+        with open(self._log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "khod.vm", self._name, f"--root={self._system.directory / 'root'}"],
+                env=environment,
+                stderr=log,
+            )
+        return self
+
+    @property
+    def numbers(self) -> list[int]:
+        return read_numbers(self.serial)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def counts_on(self, more: int = 3) -> int:
+        """Wait until the guest has counted on; the last number. None came twice, and none is missing."""
+        before = len(self.numbers)
+        assert self.process is not None
+        until(lambda: len(self.numbers) >= before + more, self.process)
+        numbers = self.numbers
+        assert numbers == list(range(1, len(numbers) + 1)), self.log
+        return numbers[-1]
+
+    def kill_qemu(self) -> None:
+        with suppress(FileNotFoundError, ProcessLookupError, ValueError):
+            os.kill(int(self.pid_file.read_text()), signal.SIGKILL)
+
+    def kill_supervisor(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def die(self) -> None:
+        """End with the kernel."""
+        self.kill_supervisor()
+        self.kill_qemu()
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[System]:
+    made = System(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def vm(system: System) -> Iterator[Callable[..., Vm]]:
+    made: list[Vm] = []
+
+    def make(name: str = "one", command: list[str] | None = None) -> Vm:
+        made.append(Vm(system, name, command))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.die()
+
+
+def registered(khod: Khod, *names: str) -> None:
+    until(
+        lambda: {*names} <= {each["name"] for each in khod.khoctl("status", "--json").json["producers"]}, khod.process
+    )
+
+
+def test_a_guest_counts_on_after_the_jump(system: System, vm: Callable[..., Vm]) -> None:
+    first, guest = system.khod(), vm().start()
+    guest.counts_on()
+    registered(first, "one")
+    system.jump(first)
+    last = guest.numbers[-1]
+    second = system.khod(ready=False)
+    guest.start(boot=True)
+    assert guest.counts_on() > last
+    verified = second.khoctl("verify", "--json")
+    assert (verified.code, verified.json["phase"]) == (Exit.done, "verified"), verified
+    assert "one" in verified.json["verdict"]["arrived"]
+
+
+def test_an_abort_lets_the_guest_run_on(system: System, vm: Callable[..., Vm]) -> None:
+    khod, guest = system.khod(), vm().start()
+    guest.counts_on()
+    registered(khod, "one")
+    assert khod.khoctl("activate").code == Exit.done
+    before = guest.numbers[-1]
+    time.sleep(0.2)
+    assert guest.numbers[-1] == before, "it is stopped"
+    assert khod.khoctl("abort").code == Exit.done
+    guest.counts_on()
+
+
+@pytest.mark.parametrize("who", ["khod-vm", "QEMU"])
+def test_whoever_is_killed_while_the_guest_is_frozen_the_guest_runs_on(
+    system: System, vm: Callable[..., Vm], who: str
+) -> None:
+    khod, guest = system.khod(), vm().start()
+    guest.counts_on()
+    registered(khod, "one")
+    assert khod.khoctl("activate").code == Exit.done
+    if who == "QEMU":
+        guest.kill_qemu()
+    else:
+        guest.kill_supervisor()
+        guest.start()
+    assert khod.khoctl("abort").code == Exit.done, guest.log
+    guest.counts_on()

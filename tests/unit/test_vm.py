@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""khod-vm without a QEMU: the file of a virtual machine, QEMU's command line, and the guest agent."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from khod.errors import ConfigError, UsageError
+from khod.vm import agent
+from khod.vm.agent import set_guest_clock
+from khod.vm.arguments import check_command, complete_command, pin_machine
+from khod.vm.monitor import VmError
+from khod.vm.settings import load_settings
+
+QEMU = "qemu-system-x86_64"
+HELP = """\
+Supported machines are:
+pc                   Standard PC (i440FX + PIIX, 1996) (alias of pc-i440fx-7.2)
+pc-i440fx-7.2        Standard PC (i440FX + PIIX, 1996) (default)
+q35                  Standard PC (Q35 + ICH9, 2009) (alias of pc-q35-7.2)
+pc-q35-7.2           Standard PC (Q35 + ICH9, 2009)
+"""
+
+
+# QEMU's command line
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("64M", 64 << 20), ("64", 64 << 20), ("size=2G", 2 << 30), ("1g,foo=bar", 1 << 30), ("4096k", 4 << 20)],
+)
+def test_the_guest_s_memory_is_what_m_says(size: str, expected: int) -> None:
+    assert check_command([QEMU, "-M", "q35", "-m", size]) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-daemonize"],
+        ["--daemonize"],
+        ["-incoming", "defer"],
+        ["-snapshot"],
+        ["-loadvm", "before"],
+        ["-readconfig", "vm.cfg"],
+        ["-mem-path", "/dev/hugepages"],
+        ["-mem-prealloc"],
+        ["-numa", "node,memdev=ram"],
+        ["-object", "memory-backend-memfd,id=ram,size=1G,hugetlb=on"],
+        ["-object", "memory-backend-file,id=a,size=1G,mem-path=/a", "-object", "memory-backend-ram,id=b,size=1G"],
+        ["-machine", "q35,memory-backend=ram"],
+        ["-M", "memory-backend=ram"],
+        ["-m", "1G,slots=2,maxmem=2G"],
+        ["-device", "vfio-pci,host=0000:01:00.0"],
+        ["-device", "vhost-user-fs-pci,chardev=c"],
+        ["-netdev", "tap,id=n,fd=7"],
+        ["-netdev", "tap,id=n,fds=7:8,vhost=on"],
+        ["-chardev", "socket,id=c,fd=9"],
+        ["-serial", "fd:7"],
+        ["-drive", "file=/dev/fd/7"],
+        ["-drive", "file=fd:7"],
+        ["-drive", "file=a.qcow2,snapshot=on"],
+        ["-add-fd", "fd=3,set=1"],
+    ],
+)
+def test_what_cannot_go_through_a_kexec_is_refused_by_name(words: list[str]) -> None:
+    with pytest.raises(UsageError, match="cannot go through a kexec: ") as raised:
+        check_command([QEMU, "-m", "1G", *words])
+    assert words[0].lstrip("-") in str(raised.value)
+
+
+@pytest.mark.parametrize("words", [[], ["-m", "0"], ["-m", "much"], ["-m"], ["-m", "-1"]])
+def test_a_guest_without_a_size_is_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError, match="-m"):
+        check_command([QEMU, *words])
+
+
+def test_what_looks_like_a_refused_option_is_taken() -> None:
+    words = ["-name", "incoming", "-drive", "file=/vm/snapshot.qcow2", "-append", "fd=7", "-chardev", "null,id=fd"]
+    assert check_command([QEMU, "-m", "1G", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["-M", "q35"], ["-M", "pc-q35-7.2"]),
+        (["-machine", "q35,accel=kvm"], ["-machine", "pc-q35-7.2,accel=kvm"]),
+        (["-machine", "type=pc,accel=kvm"], ["-machine", "type=pc-i440fx-7.2,accel=kvm"]),
+        (["-M", "pc-q35-7.2"], ["-M", "pc-q35-7.2"]),
+        (["-machine", "accel=kvm"], ["-machine", "accel=kvm", "-machine", "pc-i440fx-7.2"]),
+        ([], ["-machine", "pc-i440fx-7.2"]),
+    ],
+)
+def test_the_machine_type_is_a_versioned_one(words: list[str], expected: list[str]) -> None:
+    assert pin_machine([QEMU, *words], HELP) == [QEMU, *expected]
+
+
+def test_a_qemu_without_a_default_machine_needs_its_name() -> None:
+    with pytest.raises(UsageError, match="no default machine"):
+        pin_machine(["qemu-system-aarch64"], "virt  QEMU 7.2 ARM Virtual Machine (alias of virt-7.2)\n")
+
+
+def test_the_memory_is_a_descriptor_and_the_guest_waits_for_its_state() -> None:
+    argv = complete_command([QEMU, "-m", "1M"], 7, 1 << 20, Path("/run/q"), incoming=True)
+    assert argv[:3] == [QEMU, "-m", "1M"]
+    assert "memory-backend-file,id=khod-ram,size=1048576,mem-path=/proc/self/fd/7,share=on" in argv
+    assert argv[-2:] == ["-incoming", "defer"]
+    assert "-incoming" not in complete_command([QEMU], 7, 1, Path("/run/q"), incoming=False)
+
+
+# Its file
+
+
+def write_file(root: Path, text: str) -> Path:
+    path = root / "etc/kho/vm.d/one.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_file_with_a_command_is_enough(tmp_path: Path) -> None:
+    write_file(tmp_path, f'command = ["{QEMU}", "-m", "1G"]\n')
+    found = load_settings("one", tmp_path)
+    assert (found.name, found.size, found.after) == ("one", 1 << 30, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "`command` is missing"),
+        ("command = []", "`command` is missing"),
+        ('command = "qemu -m 1G"', "`command` is"),
+        ('command = ["qemu", "-m", "1G"]\nmemory = 1', "one.toml:2"),
+        ('timeout = 1\ncommand = ["qemu", "-daemonize"]', "one.toml:2"),
+        ('command = ["qemu", "-m", "1G"]\ntimeout = 0', "one.toml:2"),
+        ('command = ["qemu", "-m", "1G"]\nup = "ip"', "`up` is"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+    write_file(tmp_path, text)
+    with pytest.raises(ConfigError) as raised:
+        load_settings("one", tmp_path)
+    assert words in str(raised.value)
+
+
+# The guest agent
+
+Answer = Callable[[dict[str, object]], list[object]]
+
+
+async def ask_agent(directory: Path, answer: Answer) -> list[str]:
+    """Ask an agent that answers so to set the clock; the names of the calls it had."""
+    calls: list[str] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            call = json.loads(line)
+            calls.append(call["execute"])
+            for each in answer(call):
+                writer.write(json.dumps(each).encode() + b"\n")
+            await writer.drain()
+        writer.close()
+
+    path = str(directory / "agent")
+    async with await asyncio.start_unix_server(serve, path):
+        await set_guest_clock(path)
+    return calls
+
+
+def answer_well(call: dict[str, object]) -> list[object]:
+    arguments = call.get("arguments")
+    if isinstance(arguments, dict):
+        return [{"return": "an answer to somebody else"}, {"return": arguments["id"]}]
+    return [{"return": {}}]
+
+
+async def test_the_agent_sets_the_clock(tmp_path: Path) -> None:
+    assert await ask_agent(tmp_path, answer_well) == ["guest-sync", "guest-set-time"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda call: answer_well(call) if "arguments" in call else [{"error": {"desc": "no\x1b[2J"}}], "did not set"),
+        (lambda _call: [], "did not answer"),
+    ],
+)
+async def test_an_agent_that_does_not_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer, words: str
+) -> None:
+    monkeypatch.setattr(agent, "DEADLINE_SECONDS", 0.1)
+    with pytest.raises(VmError, match=words) as raised:
+        await ask_agent(tmp_path, answer)
+    assert str(raised.value).isprintable()
+
+
+async def test_no_agent_is_named(tmp_path: Path) -> None:
+    asking: Awaitable[None] = set_guest_clock(str(tmp_path / "nowhere"))
+    with pytest.raises(VmError, match="ENOENT"):
+        await asking
