@@ -40,6 +40,7 @@ class VmProcess:
         self.memory = -1
         """The memfd with the guest's RAM."""
         self._pidfd = -1
+        self._ended = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._last_lines: deque[str] = deque(maxlen=3)
 
@@ -61,7 +62,7 @@ class VmProcess:
         try:
             async with asyncio.timeout(ADOPT_SECONDS), self.open_monitor() as vm:
                 pid = vm.pid
-                self._pidfd = os.pidfd_open(pid)
+                self._watch_process(pid)
             self.command = [str(word) for word in json.loads(self._started.read_text())]
             self.memory = _open_memory(pid)
         except QmpUnavailable:
@@ -99,7 +100,7 @@ class VmProcess:
         except OSError as error:
             raise VmError(f"{argv[0]} cannot be started: {errno_text(error)}") from None
         self.command, self.memory = [*command], memory
-        self._pidfd = os.pidfd_open(self._process.pid)
+        self._watch_process(self._process.pid)
         threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True).start()
         await self._wait_answer()
 
@@ -111,13 +112,7 @@ class VmProcess:
 
     async def wait_end(self) -> int:
         """Wait until QEMU has ended; return its exit code, 0 for one that this process did not start."""
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._pidfd, ended.set)
-        try:
-            await ended.wait()
-        finally:
-            loop.remove_reader(self._pidfd)
+        await self._ended.wait()
         return self._process.wait() if self._process is not None else 0
 
     async def power_down(self, seconds: float) -> None:
@@ -138,6 +133,14 @@ class VmProcess:
         await self.wait_end()
         os.close(self._pidfd)
         self._pidfd, self._process = -1, None
+
+    def _watch_process(self, pid: int) -> None:
+        self._pidfd, self._ended = os.pidfd_open(pid), asyncio.Event()
+        asyncio.get_running_loop().add_reader(self._pidfd, self._note_end)
+
+    def _note_end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        self._ended.set()
 
     async def _wait_answer(self) -> None:
         while True:
