@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab.conftest import Online
 from tests.lab.counter import LINE, write_image
-from tests.lab.host import Host
+from tests.lab.host import MARKER, Host, image
 
 VERSION = "7.3.4"
 DIRECTORY = "/var/lib/vm"
@@ -53,7 +53,8 @@ def counts_on(host: Host, name: str) -> list[int]:
 @pytest.mark.parametrize("how", ["orderly", "now"])
 def test_a_guest_counts_on_in_the_next_kernel(online: Online, tmp_path: Path, how: str) -> None:
     host = with_vms(Host(online(VERSION)), tmp_path, "one")
-    host.kexec(VERSION, *(["--now"] if how == "now" else []))
+    now = ["--now"] if how == "now" else []
+    assert host.guest.kexec(argv=("khoctl", "kexec", *image(VERSION), "--append", MARKER, *now)).how == "kexec"
     verdict = json.loads(host.khoctl("verify", "--json").stdout)["verdict"]
     assert "one" in verdict["arrived"]
     counts_on(host, "one")
