@@ -12,14 +12,16 @@ from khod.producers.barrier import Participant, Verb
 from khod.producers.commands import CommandRunner
 from khod.producers.configured import check_name, require_string, require_strings
 from khod.producers.hooks import Hook
+from khod.producers.kept import KeptVm
 from khod.producers.qemu import Qemu
 from khod.producers.service_settings import TABLE, read_settings
 from khod.producers.unit import Unit, check_unit
 from khod.systemd.setting_values import Property
+from khod.vm.settings import load_settings
 
 DIRECTORY = "etc/kho/producers.d"
 VERBS = tuple(verb.value for verb in Verb)
-KEYS = (*VERBS, "unit", "how", "qmp", "timeout", "after", "before", "devices", TABLE)
+KEYS = (*VERBS, "unit", "how", "qmp", "keep", "restart", "agent", "timeout", "after", "before", "devices", TABLE)
 Values = dict[str, Any]
 MAX_TIMEOUT_SECONDS = 86400
 """For one verb; a hook without an end would hold every rollback."""
@@ -149,7 +151,13 @@ def _make_unit(path: Path, values: Values, common: Values) -> Participant:
 
 
 def _make_qemu(path: Path, values: Values, common: Values) -> Participant:
-    return Qemu(**common, socket=require_string(values.pop("qmp"), path, "qmp"))
+    socket = require_string(values.pop("qmp"), path, "qmp")
+    if not require_type(values.pop("keep", False), bool, "keep", str(path)):
+        return Qemu(**common, socket=socket)
+    load_settings(path.stem, path.parents[3])
+    values.pop("restart", None)
+    values.pop("agent", None)
+    return KeptVm(**common)
 
 
 KINDS: dict[str, Callable[[Path, Values, Values], Participant]] = {"unit": _make_unit, "qmp": _make_qemu}

@@ -9,6 +9,7 @@ from khod import model
 from khod.errors import ConfigError, Refused, UsageError
 from khod.handover.record import Owner, Process, ProducerRecord
 from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Participant, PriorCall, Verb, read_verb
+from khod.producers.kept import KeptVm
 from khod.producers.lost import MissingProducer
 from khod.producers.order import check_newcomer, order_in_ranks
 from khod.producers.peer import Peer, Registration
@@ -32,7 +33,7 @@ class ProducerRegistry:
         ConfigError if a file is wrong, or if a producer is registered under a name that has a file: a handover without
         either of the two would lose its state.
         """
-        files = self._configured()
+        files = self._read_files()
         for peer in self._shadowed_peers(files):
             where = peer.owner.unit or (f"process {peer.bearer_process.pid}" if peer.bearer_process else "no process")
             raise ConfigError(
@@ -41,6 +42,11 @@ class ProducerRegistry:
                 remedy=f"Stop {where}, or rename the file in /etc/kho/producers.d.",
             )
         return [*files, *self.peers.taking_part()]
+
+    def _read_files(self) -> list[Participant]:
+        """Return the producers with a file, but for a kept VM that is registered: that one is the producer."""
+        names = {peer.name for peer in self.peers.all_peers()}
+        return [file for file in self._configured() if not (isinstance(file, KeptVm) and file.name in names)]
 
     def _shadowed_peers(self, files: Sequence[Participant]) -> list[Peer]:
         """Return the peers that are registered under a name that has a file."""
@@ -56,18 +62,25 @@ class ProducerRegistry:
 
     def status_rows(self, told: Sequence[Member]) -> list[model.Producer]:
         """Return every producer as status shows it, in rank order; `told` are those of the last attempt."""
-        known = {member.producer.name: member for member in told}
-        files, shown = self._configured(), []
+        known = {(member.producer.name, member.producer.kind): member for member in told}
+        files, shown = self._read_files(), []
         shadowed = self._shadowed_peers(files)
         peers = [peer for peer in self.peers.all_peers() if peer not in shadowed]
         for rank, producers in enumerate(order_in_ranks([*files, *peers])):
-            members = [known.get(producer.name) or Member(producer) for producer in producers]
+            members = [known.get((producer.name, producer.kind)) or Member(producer) for producer in producers]
             shown += [replace(member.to_model(), rank=rank) for member in members]
         return shown + [replace(Member(peer).to_model(), answer="there is a file of this name") for peer in shadowed]
 
     def register_peer(self, name: str, owner: Owner, process: Process, terms: Registration, most: int) -> Peer:
-        """Register a producer that has connected; Refused if its name has a file, ConfigError if it closes a cycle."""
-        files = self._configured()
+        """Register a producer that has connected; Refused if its name has a file, ConfigError if it closes a cycle.
+
+        The file of a kept VM is for the producer of its name, which root runs.
+        """
+        files = [
+            file
+            for file in self._configured()
+            if not (isinstance(file, KeptVm) and file.name == name and owner.uid == 0)
+        ]
         if any(producer.name == name for producer in files):
             raise Refused(f"There is a producer {name} already: it has a file", where=name, remedy="Choose another.")
         named = {file.name: file for file in files}

@@ -10,39 +10,37 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from khod.errors import UsageError, errno_text
-from khod.text import one_line
-from khod.vm.arguments import complete_command, pin_machine
+from khod.text import join_names, one_line
+from khod.vm.arguments import MEMORY_NAME, complete_command, pin_machine
 from khod.vm.monitor import Monitor, NotYet, QmpUnavailable, VmError, open_monitor
 from khod.vm.settings import VmSettings
 
-RAM_NAME = "khod-ram"
 ADOPT_SECONDS = 10.0
 POLL_SECONDS = 0.01
 HELP_SECONDS = 30.0
 
 
-class VmProcess:
-    """One virtual machine. Its QMP socket, and the command line it was started with, are in `directory`.
+class QemuProcess:
+    """The QEMU of one virtual machine, found by its QMP socket. All methods that fail raise VmError."""
 
-    All methods that fail raise VmError.
-    """
+    ends_with_qemu = True
+    """Whether khod-vm ends when QEMU has ended."""
 
-    def __init__(self, settings: VmSettings, directory: Path) -> None:
+    def __init__(self, settings: VmSettings, qmp: Path) -> None:
         self._settings = settings
-        self._socket, self._started = directory / "qmp", directory / "command.json"
+        self._socket = qmp
         self.command: list[str] = []
-        """The operator's command line with the machine type that this QEMU has."""
-        self.memory = -1
-        """The memfd with the guest's RAM."""
+        """What starts QEMU again; the next kernel's khod-vm is told."""
+        self.memory: dict[str, int] = {}
+        """The files with the guest's RAM, by the names of the memory backends."""
         self._pidfd = -1
         self._ended = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._last_lines: deque[str] = deque(maxlen=3)
 
     @property
     def is_up(self) -> bool:
@@ -53,56 +51,6 @@ class VmProcess:
     def has_ended(self) -> bool:
         """Whether QEMU was there and has ended."""
         return self._pidfd >= 0 and _has_ended(self._pidfd)
-
-    async def adopt(self) -> bool:
-        """Take over a QEMU that an earlier khod-vm of this boot has started; return whether there is one.
-
-        The process is the one at the other end of its QMP socket, and its RAM the memfd of khod-vm's name.
-        """
-        try:
-            async with asyncio.timeout(ADOPT_SECONDS), self.open_monitor() as vm:
-                pid = vm.pid
-                self._watch_process(pid)
-            self.command = [str(word) for word in json.loads(self._started.read_text())]
-            self.memory = _open_memory(pid)
-        except QmpUnavailable:
-            return False
-        except (OSError, ValueError, TimeoutError) as error:
-            raise VmError(f"a QEMU of an earlier khod-vm is there, and cannot be taken over: {error}") from None
-        return True
-
-    async def pin_command(self) -> list[str]:
-        """Return the operator's command line with a versioned machine type, as the QEMU of today has it."""
-        command = self._settings.command
-        try:
-            asked = await asyncio.to_thread(
-                subprocess.run, [command[0], "-machine", "help"], capture_output=True, timeout=HELP_SECONDS, check=False
-            )
-            return pin_machine(command, asked.stdout.decode(errors="replace"))
-        except OSError as error:
-            raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
-        except (UsageError, subprocess.SubprocessError) as error:
-            raise VmError(one_line(str(error))) from None
-
-    async def start(self, command: Sequence[str], memory: int, *, incoming: bool = False) -> None:
-        """Start QEMU and wait until it answers; `memory` becomes this machine's."""
-        await self._run_up()
-        with suppress(FileNotFoundError):
-            self._socket.unlink()
-        size = os.fstat(memory).st_size
-        argv = complete_command(command, memory, size, self._socket, incoming=incoming)
-        self._last_lines.clear()
-        try:
-            self._started.write_text(json.dumps([*command]))
-            self._process = subprocess.Popen(  # noqa: ASYNC220, S603 - fork and exec alone; the words are the administrator's
-                argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=[memory], process_group=0
-            )
-        except OSError as error:
-            raise VmError(f"{argv[0]} cannot be started: {errno_text(error)}") from None
-        self.command, self.memory = [*command], memory
-        self._watch_process(self._process.pid)
-        threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True).start()
-        await self._wait_answer()
 
     @asynccontextmanager
     async def open_monitor(self, not_yet: NotYet = lambda _reason, _progress: None) -> AsyncIterator[Monitor]:
@@ -115,15 +63,6 @@ class VmProcess:
         await self._ended.wait()
         return self._process.wait() if self._process is not None else 0
 
-    async def power_down(self, seconds: float) -> None:
-        """Have the guest shut down, and end QEMU at the latest after `seconds`."""
-        with suppress(VmError, TimeoutError):
-            async with asyncio.timeout(seconds):
-                async with self.open_monitor() as vm:
-                    await vm.execute_command("system_powerdown")
-                await self.wait_end()
-        await self.kill()
-
     async def kill(self) -> None:
         """End QEMU at once."""
         if self._pidfd < 0:
@@ -131,10 +70,36 @@ class VmProcess:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         await self.wait_end()
-        os.close(self._pidfd)
-        self._pidfd, self._process = -1, None
+        self._forget_process()
+        self._process = None
+
+    async def find(self) -> bool:
+        """Find the QEMU that is there already; return whether there is one."""
+        raise NotImplementedError
+
+    async def start_guest(self) -> None:
+        """Start the guest anew, at the start of its unit."""
+        raise NotImplementedError
+
+    async def start(self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False) -> None:
+        """Start QEMU and wait until it answers; `memory` becomes this machine's.
+
+        A guest that is `incoming` waits for its state.
+        """
+        raise NotImplementedError
+
+    async def end_guest(self, *, is_frozen: bool) -> None:
+        """End QEMU at the end of the unit; with `is_frozen` the guest's state is handed over."""
+        raise NotImplementedError
+
+    def close_memory(self) -> None:
+        """Close the files of the guest's RAM."""
+        for fd in self.memory.values():
+            os.close(fd)
+        self.memory = {}
 
     def _watch_process(self, pid: int) -> None:
+        self._forget_process()
         self._pidfd, self._ended = os.pidfd_open(pid), asyncio.Event()
         asyncio.get_running_loop().add_reader(self._pidfd, self._note_end)
 
@@ -142,14 +107,99 @@ class VmProcess:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         self._ended.set()
 
-    async def _wait_answer(self) -> None:
+    def _forget_process(self) -> None:
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+class VmProcess(QemuProcess):
+    """A QEMU that khod-vm starts, with the guest's RAM in a memfd.
+
+    Its QMP socket, and the command line it was started with, are in `directory`.
+    """
+
+    def __init__(self, settings: VmSettings, directory: Path) -> None:
+        super().__init__(settings, directory / "qmp")
+        self._started = directory / "command.json"
+        self._last_lines: deque[str] = deque(maxlen=3)
+
+    async def find(self) -> bool:
+        """Find a QEMU that an earlier khod-vm of this boot has started.
+
+        The process is the one at the other end of its QMP socket, and its RAM the memfd of khod-vm's name.
+        """
+        try:
+            async with asyncio.timeout(ADOPT_SECONDS), self.open_monitor() as vm:
+                pid = vm.pid
+                self._watch_process(pid)
+            self.command = [str(word) for word in json.loads(self._started.read_text())]
+            self.memory = {MEMORY_NAME: _open_memory(pid)}
+        except QmpUnavailable:
+            return False
+        except (OSError, ValueError, TimeoutError) as error:
+            raise VmError(f"a QEMU of an earlier khod-vm is there, and cannot be taken over: {error}") from None
+        return True
+
+    async def start_guest(self) -> None:
+        await self.start(await self._pin_command(), {MEMORY_NAME: create_memory(self._settings.size)})
+
+    async def start(self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False) -> None:
+        if {*memory} != {MEMORY_NAME}:
+            raise VmError(
+                f"what came is not a guest of khod-vm's: its RAM is {join_names(sorted(memory)) or 'missing'}"
+            )
+        await self._run_up()
+        with suppress(FileNotFoundError):
+            self._socket.unlink()
+        fd = memory[MEMORY_NAME]
+        argv = complete_command(command, fd, os.fstat(fd).st_size, self._socket, incoming=incoming)
+        self._last_lines.clear()
+        try:
+            self._started.write_text(json.dumps([*command]))
+            self._process = subprocess.Popen(  # noqa: ASYNC220, S603 - fork and exec alone; the words are the administrator's
+                argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=[fd], process_group=0
+            )
+        except OSError as error:
+            raise VmError(f"{argv[0]} cannot be started: {errno_text(error)}") from None
+        self.command, self.memory = [*command], {**memory}
+        self._watch_process(self._process.pid)
+        threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True).start()
+        await self._wait_answer(self._process)
+
+    async def end_guest(self, *, is_frozen: bool) -> None:
+        """Have the guest shut down, within `stop_timeout`; a frozen one needs its QEMU no longer."""
+        if not is_frozen:
+            with suppress(VmError, TimeoutError):
+                async with asyncio.timeout(self._settings.stop_timeout):
+                    async with self.open_monitor() as vm:
+                        await vm.execute_command("system_powerdown")
+                    await self.wait_end()
+        await self.kill()
+
+    async def _pin_command(self) -> list[str]:
+        """Return the operator's command line with a versioned machine type, as the QEMU of today has it."""
+        command = self._settings.command
+        try:
+            asked = await asyncio.to_thread(
+                subprocess.run, [command[0], "-machine", "help"], capture_output=True, timeout=HELP_SECONDS, check=False
+            )
+            return pin_machine(command, asked.stdout.decode(errors="replace"))
+        except OSError as error:
+            raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
+        except (UsageError, subprocess.SubprocessError) as error:
+            raise VmError(one_line(str(error))) from None
+
+    async def _wait_answer(self, process: "subprocess.Popen[bytes]") -> None:
         while True:
             if not self.is_up:
-                assert self._process is not None
-                code = await asyncio.to_thread(self._process.wait)
+                code = await asyncio.to_thread(process.wait)
                 raise VmError(f"QEMU ended with code {code}: {' / '.join(self._last_lines) or 'it gave no reason'}")
             with suppress(QmpUnavailable):
-                async with self.open_monitor():
+                async with self.open_monitor() as vm:
+                    if vm.pid != process.pid:
+                        raise VmError(f"process {vm.pid} has its QMP socket {self._socket}, and not QEMU")
                     return
             await asyncio.sleep(POLL_SECONDS)
 
@@ -178,7 +228,7 @@ class VmProcess:
 
 def create_memory(size: int) -> int:
     """Return a memfd of this size for a guest's RAM."""
-    memory = os.memfd_create(RAM_NAME, os.MFD_CLOEXEC)
+    memory = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC)
     os.ftruncate(memory, size)
     return memory
 
@@ -188,7 +238,7 @@ def _open_memory(pid: int) -> int:
     directory = Path(f"/proc/{pid}/fd")
     for link in directory.iterdir():
         with suppress(OSError):
-            if os.readlink(link).startswith(f"/memfd:{RAM_NAME} "):
+            if os.readlink(link).startswith(f"/memfd:{MEMORY_NAME} "):
                 return os.open(link, os.O_RDWR | os.O_CLOEXEC)
     raise OSError(2, "it has no RAM of khod-vm's", str(directory))
 

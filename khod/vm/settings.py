@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The file of one virtual machine: /etc/kho/vm.d/NAME.toml."""
+"""The file of one virtual machine: /etc/kho/vm.d/NAME.toml, or producers.d/NAME.toml of one that others start."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from khod.files import read_toml, require_type
 from khod.vm.arguments import check_command
 
 DIRECTORY = "etc/kho/vm.d"
+KEPT_DIRECTORY = "etc/kho/producers.d"
+KEPT_KEYS = ("qmp", "keep", "restart", "timeout", "after", "before", "devices", "agent")
 KEYS = ("command", "timeout", "stop_timeout", "after", "before", "devices", "up", "agent")
 MAX_SECONDS = 3600.0
 
@@ -18,6 +20,9 @@ MAX_SECONDS = 3600.0
 @dataclass(frozen=True)
 class VmSettings:
     """One virtual machine. `size` is the guest's RAM in bytes, as -m in `command` says.
+
+    With `qmp`, the socket of its monitor, others start it, and `restart` is what starts it again: the name of a unit
+    alone, or a command.
 
     `up` is a command that runs before each start of QEMU, as to make a tap device; `agent` is the socket of the guest
     agent, which is asked to set the guest's clock after the jump.
@@ -33,19 +38,20 @@ class VmSettings:
     devices: tuple[str, ...] = ()
     up: tuple[str, ...] = ()
     agent: str = ""
+    qmp: str = ""
+    restart: tuple[str, ...] = ()
 
 
 def load_settings(name: str, root: Path = Path("/")) -> VmSettings:
     """Read the file of a virtual machine; ConfigError with file and line for what is wrong with it."""
-    path = root / DIRECTORY / f"{name}.toml"
+    path, kept = root / DIRECTORY / f"{name}.toml", root / KEPT_DIRECTORY / f"{name}.toml"
+    if kept.exists():
+        if path.exists():
+            raise ConfigError("Two files describe one machine", where=str(kept), remedy=f"Remove it, or {path}.")
+        return _load_kept(name, kept)
     text, values = read_toml(path, "virtual machine")
     fragment = Fragment(path, text, values)
-    if unknown := sorted(values.keys() - {*KEYS}):
-        raise ConfigError(
-            f"`{unknown[0]}` is an unknown key of a virtual machine",
-            where=fragment.locate_key(unknown[0]),
-            remedy=f"Known here: {', '.join(KEYS)}.",
-        )
+    _refuse_unknown(fragment, KEYS)
     command = _take(fragment, "command", tuple[str, ...], ())
     if not command:
         raise ConfigError(
@@ -59,14 +65,50 @@ def load_settings(name: str, root: Path = Path("/")) -> VmSettings:
         name=name,
         command=command,
         size=size,
-        timeout=_take_seconds(fragment, "timeout", VmSettings.timeout),
         stop_timeout=_take_seconds(fragment, "stop_timeout", VmSettings.stop_timeout),
-        after=_take(fragment, "after", tuple[str, ...], ()),
-        before=_take(fragment, "before", tuple[str, ...], ()),
-        devices=_take(fragment, "devices", tuple[str, ...], ()),
         up=_take(fragment, "up", tuple[str, ...], ()),
-        agent=_take(fragment, "agent", str, ""),
+        **_take_common(fragment),
     )
+
+
+def _load_kept(name: str, path: Path) -> VmSettings:
+    """Read the file of a virtual machine that others start; khod reads it too, and knows it by `keep`."""
+    text, values = read_toml(path, "virtual machine")
+    fragment = Fragment(path, text, values)
+    if values.get("keep") is not True:
+        raise ConfigError(
+            "`keep` is not true", where=str(path), remedy="khod pauses this machine, and does not keep it."
+        )
+    _refuse_unknown(fragment, KEPT_KEYS)
+    restart = values.get("restart")
+    words = (restart,) if isinstance(restart, str) else _take(fragment, "restart", tuple[str, ...], ())
+    if not words or not words[0]:
+        raise ConfigError("`restart` is missing", where=str(path), remedy='Name a unit: restart = "NAME.service"')
+    if isinstance(restart, str) and not restart.endswith(".service"):
+        raise ConfigError(
+            f"`restart` is {restart!r}",
+            where=fragment.locate_key("restart"),
+            remedy='A unit: "NAME.service", or a list.',
+        )
+    qmp = _take(fragment, "qmp", str, "")
+    if not qmp.startswith("/"):
+        raise ConfigError(f"`qmp` is {qmp!r}", where=str(path), remedy="Name the path of QEMU's QMP socket.")
+    return VmSettings(name=name, command=(), size=0, qmp=qmp, restart=words, **_take_common(fragment))
+
+
+def _refuse_unknown(fragment: Fragment, known: tuple[str, ...]) -> None:
+    if unknown := sorted(fragment.values.keys() - {*known}):
+        raise ConfigError(
+            f"`{unknown[0]}` is an unknown key of a virtual machine",
+            where=fragment.locate_key(unknown[0]),
+            remedy=f"Known here: {', '.join(known)}.",
+        )
+
+
+def _take_common(fragment: Fragment) -> dict[str, Any]:
+    lists = {key: _take(fragment, key, tuple[str, ...], ()) for key in ("after", "before", "devices")}
+    timeout = _take_seconds(fragment, "timeout", VmSettings.timeout)
+    return {**lists, "timeout": timeout, "agent": _take(fragment, "agent", str, "")}
 
 
 def _take(fragment: Fragment, key: str, wanted: Any, default: Any) -> Any:

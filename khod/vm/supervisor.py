@@ -23,17 +23,19 @@ import systemd.daemon
 from khod import wire
 from khod.errors import KhoError, Unreachable
 from khod.producer import Handler, Producer, Step, Veto
+from khod.text import join_names
 from khod.vm.agent import set_guest_clock
+from khod.vm.kept import KeptProcess
 from khod.vm.migration import announce_guest, check_portable, continue_guest, load_state, save_state, sync_disks
 from khod.vm.monitor import PAUSED_STATE, RUNNING_STATES, NotYet, VmError
-from khod.vm.process import VmProcess, create_memory
+from khod.vm.process import QemuProcess, VmProcess
 from khod.vm.settings import VmSettings, load_settings
 
 LOG = logging.getLogger("khod-vm")
 RUNTIME = Path("/run/khod-vm")
 FREEZE = "freeze"
-RAM, STATE, ABOUT = "ram", "state", "about"
-"""The names of the files that are handed over."""
+STATE, ABOUT = "state", "about"
+"""Names of files that are handed over; the others are the guest's RAM, by the names of its memory backends."""
 UNDO_SECONDS = 60.0
 """The time for an undo that khod did not ask for: it was lost meanwhile."""
 RETRY_SECONDS = 1.0
@@ -58,7 +60,7 @@ class Supervisor:
         self._settings = settings
         self._frozen = directory / "frozen"
         """There while the guest is stopped for a handover; "running" in it if it ran before."""
-        self._qemu = VmProcess(settings, directory)
+        self._qemu: QemuProcess = (KeptProcess if settings.qmp else VmProcess)(settings, directory)
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
@@ -85,13 +87,19 @@ class Supervisor:
         """Serve until QEMU ends, or until SIGTERM; return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
-        adopted = await self._qemu.adopt()
+        try:
+            found = await self._qemu.find()
+        except VmError as error:
+            if self._qemu.ends_with_qemu:
+                raise
+            found = False  # `prepare` says it again, to whom it matters
+            LOG.warning("%s", error)
         if not await asyncio.to_thread(self._register):
             return 0
-        if adopted and self._producer.told != FREEZE:
+        if found and self._producer.told != FREEZE:
             await self._continue_left()
         elif not self._qemu.is_up and not self._refused:
-            await self._qemu.start(await self._qemu.pin_command(), create_memory(self._settings.size))
+            await self._qemu.start_guest()
         _notify(f"READY=1\nSTATUS={self._refused or 'The guest is there.'}")
         code = await self._watch()
         self._producer.stop()
@@ -134,14 +142,11 @@ class Supervisor:
             watching = asyncio.ensure_future(self._watch_qemu())
             await self._changed.wait()
             watching.cancel()
-            if self._qemu.has_ended and not self._frozen.exists():
+            if self._qemu.has_ended and self._qemu.ends_with_qemu and not self._frozen.exists():
                 code = await self._qemu.wait_end()
                 LOG.warning("QEMU has ended with code %d", code)
                 return code
-        if self._frozen.exists():  # the host is on its way into the next kernel, with the state
-            await self._qemu.kill()
-        else:
-            await self._qemu.power_down(self._settings.stop_timeout)
+        await self._qemu.end_guest(is_frozen=self._frozen.exists())
         return 0
 
     async def _watch_qemu(self) -> None:
@@ -154,16 +159,20 @@ class Supervisor:
     # The verbs
 
     async def _prepare(self, step: Step) -> Mapping[str, int]:
+        if not self._qemu.ends_with_qemu and not await self._qemu.find():
+            return {}  # it is switched off
         async with self._qemu.open_monitor(_report_to(step)) as vm:
             state = await vm.run_state()
             if state not in {*RUNNING_STATES, PAUSED_STATE}:
                 raise VmError(f"its guest is `{state}`")
             await check_portable(vm)
             await sync_disks(vm)
-        return {RAM: self._qemu.memory}
+        return self._qemu.memory
 
     async def _freeze(self, step: Step) -> Mapping[str, int]:
         self._drop_state()
+        if not self._qemu.memory:
+            return {}
         async with self._qemu.open_monitor(_report_to(step)) as vm:
             running = await vm.run_state() in RUNNING_STATES
             self._frozen.write_text("running" if running else "paused")
@@ -191,21 +200,22 @@ class Supervisor:
 
     async def _restore(self, step: Step) -> None:
         """Start QEMU with the guest that came from the kernel before."""
-        files = dict(step.files)
-        memory = files.pop(RAM, -1)
+        memory = dict(step.files)
+        state, about_file = memory.pop(STATE, -1), memory.pop(ABOUT, -1)
         try:
             if self._qemu.is_up and await self._is_running(step):
                 return  # an earlier khod-vm was killed after this, and before it could say so
             await self._qemu.kill()
-            if memory < 0 or {*files} != {STATE, ABOUT}:
-                raise VmError(f"what came is not a guest: {', '.join(sorted(step.files)) or 'nothing'}")
-            about = _read_about(files[ABOUT])
+            if state < 0 or about_file < 0:
+                raise VmError(f"what came is not a guest: {join_names(sorted(step.files)) or 'nothing'}")
+            about = _read_about(about_file)
             try:
-                await self._start_with(about.command, memory, files[STATE], about.running, step)
+                await self._start_with(about.command, memory, state, about.running, step)
             except BaseException:
                 await self._qemu.kill()
+                self._qemu.memory = {}
                 raise
-            memory, self._refused = -1, ""
+            memory, self._refused = {}, ""
             _notify("STATUS=The guest was taken back.")
             self._changed.set()
         except VmError as error:
@@ -214,11 +224,13 @@ class Supervisor:
             _notify(f"STATUS={self._refused}")
             raise
         finally:
-            for fd in (memory, *files.values()):
+            for fd in (state, about_file, *memory.values()):
                 if fd >= 0:
                     os.close(fd)
 
-    async def _start_with(self, command: list[str], memory: int, state: int, running: bool, step: Step) -> None:
+    async def _start_with(
+        self, command: list[str], memory: Mapping[str, int], state: int, running: bool, step: Step
+    ) -> None:
         await self._qemu.start(command, memory, incoming=True)
         async with self._qemu.open_monitor(_report_to(step)) as vm:
             await load_state(vm, state)

@@ -38,6 +38,7 @@ class Vm:
         at.mkdir(parents=True, exist_ok=True)
         self.file = at / f"{name}.toml"
         self.file.write_text(f"command = {words}\n")
+        self.words = words
         self.process: subprocess.Popen[bytes] | None = None
         system.mortal.append(self.die)
 
@@ -113,9 +114,13 @@ def vm(system: System) -> Iterator[Callable[..., Vm]]:
 
 
 def registered(khod: Khod, *names: str) -> None:
-    until(
-        lambda: {*names} <= {each["name"] for each in khod.khoctl("status", "--json").json["producers"]}, khod.process
-    )
+    """Wait until each of these is connected; the file of a VM that others start is in the list before."""
+
+    def connected() -> set[str]:
+        found = khod.khoctl("producers", "--json").json
+        return {each["name"] for each in found if each["kind"] == "varlink"}
+
+    until(lambda: {*names} <= connected(), khod.process)
 
 
 def test_a_guest_counts_on_after_the_jump(system: System, vm: Callable[..., Vm]) -> None:
@@ -159,3 +164,71 @@ def test_whoever_is_killed_while_the_guest_is_frozen_the_guest_runs_on(
         guest.start()
     assert khod.khoctl("abort").code == Exit.done, guest.log
     guest.counts_on()
+
+
+# A QEMU that somebody else starts
+
+AGAIN = """#!/bin/sh
+# The files of the guest's RAM come as descriptors from 3 on; the machine is the same otherwise.
+exec {command} -object memory-backend-file,id=$LISTEN_FDNAMES,size=64M,mem-path=/proc/self/fd/3,share=on \
+    -machine memory-backend=$LISTEN_FDNAMES -qmp unix:{socket},server=on,wait=off -incoming defer
+"""
+
+
+class OthersVm(Vm):
+    """A QEMU as libvirt starts one, whose guest khod-vm keeps."""
+
+    def __init__(self, system: System, *memory: str) -> None:
+        super().__init__(system)
+        self.file.unlink()
+        self._command = self.words
+        self._memory = memory or ("-object", "memory-backend-memfd,id=pc.ram,size=64M,share=on")
+        self._qmp = system.directory / "vm-one/others.qmp"
+        again = system.directory / "vm-one/again"
+        again.write_text(AGAIN.format(command=" ".join(self._command), socket=self._qmp))
+        again.chmod(0o755)
+        system.hook("one", f'qmp = "{self._qmp}"\nkeep = true\nrestart = ["{again}"]\ntimeout = 60\n')
+
+    def start_qemu(self) -> OthersVm:
+        words = [*self._command, *self._memory, "-machine", "memory-backend=pc.ram"]
+        words += ["-qmp", f"unix:{self._qmp},server=on,wait=off"]
+        self.qemu = subprocess.Popen(words)
+        return self
+
+
+def test_a_guest_that_others_start_is_kept(system: System) -> None:
+    first, guest = system.khod(), OthersVm(system).start_qemu()
+    try:
+        refused = first.khoctl("activate")
+        assert refused.code == Exit.refused, "khod-vm is not there, and the guest would be lost"
+        assert "systemctl enable --now khod-vm@one.service" in refused.err
+        guest.start()
+        guest.counts_on()
+        registered(first, "one")
+        system.jump(first)
+        guest.qemu.wait()
+        last = guest.numbers[-1]
+        second = system.khod(ready=False)
+        guest.start(boot=True)
+        assert guest.counts_on() > last
+        verified = second.khoctl("verify", "--json")
+        assert (verified.code, verified.json["phase"]) == (Exit.done, "verified"), verified
+        assert "one" in verified.json["verdict"]["arrived"]
+    finally:
+        guest.die()
+
+
+def test_a_guest_whose_memory_is_not_to_be_told_from_another_file_is_refused(system: System) -> None:
+    backend = "memory-backend-memfd,size=64M,share=on"
+    two = ("-object", f"{backend},id=pc.ram", "-object", f"{backend},id=other")
+    khod, guest = system.khod(), OthersVm(system, *two).start_qemu()
+    try:
+        guest.start()
+        guest.counts_on()
+        registered(khod, "one")
+        refused = khod.khoctl("activate")
+        assert refused.code == Exit.refused
+        assert "2 files of QEMU's have 67108864 bytes" in refused.err
+        guest.counts_on()
+    finally:
+        guest.die()

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from khod.errors import ConfigError, UsageError
+from khod.producers.children import Children
+from khod.producers.directory import load_directory
 from khod.vm import agent
 from khod.vm.agent import set_guest_clock
 from khod.vm.arguments import check_command, complete_command, pin_machine
@@ -143,6 +145,55 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, text: str, words: st
     with pytest.raises(ConfigError) as raised:
         load_settings("one", tmp_path)
     assert words in str(raised.value)
+
+
+# The file of one that others start
+
+KEPT = 'qmp = "/run/q"\nkeep = true\n'
+
+
+def write_kept(root: Path, text: str) -> Path:
+    path = root / "etc/kho/producers.d/one.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("restart", "expected"), [('"one.service"', ("one.service",)), ('["/sbin/one", "-x"]', ("/sbin/one", "-x"))]
+)
+def test_what_starts_it_again_is_a_unit_or_a_command(tmp_path: Path, restart: str, expected: tuple[str, ...]) -> None:
+    write_kept(tmp_path, f"{KEPT}restart = {restart}\n")
+    found = load_settings("one", tmp_path)
+    assert (found.qmp, found.restart) == ("/run/q", expected)
+    (stand_in,) = load_directory(tmp_path, Children())
+    assert (stand_in.name, stand_in.kind) == ("one", "vm")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (KEPT, "`restart` is missing"),
+        (f"{KEPT}restart = []", "`restart` is missing"),
+        (f'{KEPT}restart = "/sbin/one"', "`restart` is '/sbin/one'"),
+        (f"{KEPT}restart = 1", "`restart` is 1"),
+        ('qmp = "q"\nkeep = true\nrestart = "one.service"', "`qmp` is 'q'"),
+        (f'{KEPT}restart = "one.service"\nfreeze = ["true"]', "stands beside"),
+        (f'{KEPT}restart = "one.service"\nsize = 1', "one.toml:4"),
+    ],
+)
+def test_what_is_wrong_with_the_file_of_a_kept_one_is_named(tmp_path: Path, text: str, words: str) -> None:
+    write_kept(tmp_path, text)
+    with pytest.raises(ConfigError) as raised:
+        load_directory(tmp_path, Children())
+    assert words in str(raised.value)
+
+
+def test_one_machine_has_one_file(tmp_path: Path) -> None:
+    write_kept(tmp_path, f'{KEPT}restart = "one.service"')
+    write_file(tmp_path, f'command = ["{QEMU}", "-m", "1G"]')
+    with pytest.raises(ConfigError, match="Two files"):
+        load_settings("one", tmp_path)
 
 
 # The guest agent

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A QEMU that somebody else starts, as libvirt or a unit: its RAM is copied out of it, and it is started again by them.
+
+Its RAM must be memfds (-object memory-backend-memfd,share=on). They are had by pidfd_getfd(2), and matched to QEMU's
+memory backends by their sizes. In the next kernel the program in `restart` is given them in systemd's way
+(sd_listen_fds(3)): each under its backend's name in LISTEN_FDNAMES. It starts QEMU with these files as
+`memory-backend-file,id=NAME,mem-path=/proc/self/fd/N,share=on` and `-incoming defer`.
+"""
+
+import asyncio
+import fcntl
+import os
+import resource
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from khod.abi.pidfd import pidfd_getfd
+from khod.errors import errno_text
+from khod.text import one_line
+from khod.vm.migration import list_memory
+from khod.vm.monitor import QmpAbsent, QmpUnavailable, VmError
+from khod.vm.process import POLL_SECONDS, QemuProcess
+from khod.vm.settings import VmSettings
+
+FIRST_FD = 3
+"""SD_LISTEN_FDS_START."""
+HIGH_FD = 100
+DROP_IN = "khod-vm.conf"
+UNITS = Path("/run/systemd/system")
+LISTENING = 'LISTEN_PID=$$; export LISTEN_PID; exec "$@"'
+PAGE_BYTES = resource.getpagesize()
+
+
+class KeptProcess(QemuProcess):
+    """A QEMU whose QMP socket is `settings.qmp`, and which `settings.restart` starts again: a unit or a command."""
+
+    ends_with_qemu = False
+
+    def __init__(self, settings: VmSettings, directory: Path) -> None:
+        super().__init__(settings, Path(settings.qmp))
+        self._directory = directory
+
+    async def find(self) -> bool:
+        """Find QEMU by its socket, and the files of its RAM; VmError where they are not to be told from others."""
+        self.close_memory()
+        self.command = [*self._settings.restart]
+        try:
+            async with self.open_monitor() as vm:
+                self._watch_process(vm.pid)
+                sizes = await list_memory(vm)  # it answers: the process is the one whose pidfd this is
+                self.memory = _copy_memory(vm.pid, sizes)
+        except QmpAbsent:
+            return False
+        except OSError as error:
+            raise VmError(f"its RAM cannot be copied out of QEMU: {errno_text(error)}") from None
+        return True
+
+    async def start_guest(self) -> None:
+        """Do nothing: whoever starts this guest starts it."""
+
+    async def start(self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False) -> None:
+        """Have it started with the files of its RAM; the program in `command` must start it with -incoming defer."""
+        assert incoming, "it is never started anew"
+        if len(command) == 1 and command[0].endswith(".service"):
+            await self._start_unit(command[0], memory)
+        else:
+            self._start_command(command, memory)
+        while True:
+            with suppress(QmpUnavailable):
+                async with self.open_monitor() as vm:
+                    self._watch_process(vm.pid)
+                    break
+            await asyncio.sleep(POLL_SECONDS)
+        self.command, self.memory = [*command], {**memory}
+
+    async def end_guest(self, *, is_frozen: bool) -> None:
+        """Do nothing: whoever started it ends it."""
+
+    async def _start_unit(self, unit: str, memory: Mapping[str, int]) -> None:
+        """Start a unit with the files, by a drop-in with OpenFile= (systemd 253), which is removed after that."""
+        drop_in = UNITS / f"{unit}.d" / DROP_IN
+        lines = [f"OpenFile=/proc/{os.getpid()}/fd/{fd}:{name}\n" for name, fd in memory.items()]
+        try:
+            drop_in.parent.mkdir(parents=True, exist_ok=True)
+            drop_in.write_text(f"[Service]\n{''.join(lines)}")
+            try:
+                await _call_systemctl("daemon-reload")
+                await _call_systemctl("restart", unit)
+            finally:
+                drop_in.unlink()
+                with suppress(OSError):
+                    drop_in.parent.rmdir()
+                await _call_systemctl("daemon-reload")
+        except OSError as error:
+            raise VmError(f"{unit} cannot be given the guest's RAM: {errno_text(error)}") from None
+
+    def _start_command(self, command: Sequence[str], memory: Mapping[str, int]) -> None:
+        environment = {
+            **os.environ,
+            "KHO_NAME": self._settings.name,
+            "LISTEN_FDS": str(len(memory)),
+            "LISTEN_FDNAMES": ":".join(memory),
+        }
+        argv = ["/bin/sh", "-c", LISTENING, "sh", *command]
+        try:
+            with ExitStack() as stack:
+                high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD) for fd in memory.values()]
+                for fd in high:
+                    stack.callback(os.close, fd)
+                actions = [(os.POSIX_SPAWN_DUP2, fd, FIRST_FD + number) for number, fd in enumerate(high)]
+                pid = os.posix_spawn(argv[0], argv, environment, file_actions=actions, setpgroup=0)
+        except OSError as error:
+            raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
+        threading.Thread(target=os.waitpid, args=(pid, 0), name="restart", daemon=True).start()
+
+
+def _copy_memory(pid: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return a descriptor of the file of each memory backend; VmError where it is not certain which one it is."""
+    found: dict[int, dict[int, int]] = {}  # by size and inode
+    copied: dict[str, int] = {}
+    with ExitStack() as stack:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                if os.readlink(link).startswith("/memfd:"):
+                    fd = pidfd_getfd(pid, int(link.name))
+                    stack.callback(os.close, fd)
+                    stats = os.fstat(fd)
+                    found.setdefault(stats.st_size, {}).setdefault(stats.st_ino, fd)
+        for name, size in sizes.items():
+            fitting = [*found.get(size, {}).values()]
+            same = [other for other, its in sizes.items() if its == size]
+            if not fitting:
+                raise VmError(f"the RAM {one_line(name)} is not a memfd: have QEMU use memory-backend-memfd,share=on")
+            if len(fitting) > 1 or len(same) > 1:
+                raise VmError(
+                    f"{max(len(fitting), len(same))} files of QEMU's have {size} bytes: which of them is the RAM "
+                    f"{one_line(name)} is not known"
+                )
+            if os.fstatvfs(fitting[0]).f_bsize > PAGE_BYTES:
+                raise VmError(f"the RAM {one_line(name)} has huge pages, which the kernel does not carry")
+            copied[name] = fcntl.fcntl(fitting[0], fcntl.F_DUPFD_CLOEXEC, FIRST_FD)
+    return copied
+
+
+async def _call_systemctl(*words: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        "systemctl", *words, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await process.communicate()
+    if process.returncode:
+        raise VmError(f"systemctl {' '.join(words)} failed: {one_line(errors.decode(errors='replace'))}")
