@@ -7,11 +7,11 @@ next kernel may be a newer one, and its `q35` another machine.
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from khod.errors import UsageError
 
 MEMORY_NAME = "khod-ram"
+QMP_NAME = "khod-qmp"
 UNITS = {"": 1 << 20, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 """Of a size in -m: without a letter it is in MiB."""
 SIZE = re.compile(r"(?:size=)?(?P<number>\d+)(?P<unit>[bkmgtBKMGT]?)")
@@ -89,11 +89,12 @@ def pin_machine(command: Sequence[str], listed: str) -> list[str]:
     return pinned
 
 
-def complete_command(command: Sequence[str], memory: int, size: int, qmp: Path, *, incoming: bool) -> list[str]:
-    """Return the command line to execute: with the RAM in the descriptor `memory`, and a QMP socket of khod-vm's."""
+def complete_command(command: Sequence[str], memory: int, size: int, qmp: int, *, incoming: bool) -> list[str]:
+    """Return the command line to execute, with two descriptors of khod-vm's: the RAM, and a listening QMP socket."""
     backend = f"memory-backend-file,id={MEMORY_NAME},size={size},mem-path=/proc/self/fd/{memory},share=on"
     added = ["-object", backend, "-machine", f"memory-backend={MEMORY_NAME}"]
-    added += ["-qmp", f"unix:{qmp},server=on,wait=off"]
+    added += ["-chardev", f"socket,id={QMP_NAME},fd={qmp},server=on,wait=off"]
+    added += ["-mon", f"chardev={QMP_NAME},mode=control"]
     return [*command, *added, *(["-incoming", "defer"] if incoming else [])]
 
 

@@ -12,18 +12,19 @@ import fcntl
 import os
 import resource
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from khod.abi.pidfd import pidfd_getfd
 from khod.errors import errno_text
 from khod.text import one_line
 from khod.vm.migration import list_memory
-from khod.vm.monitor import QmpAbsent, QmpUnavailable, VmError
-from khod.vm.process import POLL_SECONDS, QemuProcess
+from khod.vm.monitor import Monitor, NotYet, QmpAbsent, QmpUnavailable, VmError
+from khod.vm.process import QUIET, QemuProcess
 from khod.vm.settings import VmSettings
 
+POLL_SECONDS = 0.01
 FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
 HIGH_FD = 100
@@ -60,20 +61,28 @@ class KeptProcess(QemuProcess):
     async def start_guest(self) -> None:
         """Do nothing: whoever starts this guest starts it."""
 
-    async def start(self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False) -> None:
+    @asynccontextmanager
+    async def start_session(
+        self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False, not_yet: NotYet = QUIET
+    ) -> AsyncIterator[Monitor]:
         """Have it started with the files of its RAM; the program in `command` must start it with -incoming defer."""
         assert incoming, "it is never started anew"
         if len(command) == 1 and command[0].endswith(".service"):
             await self._start_unit(command[0], memory)
         else:
             self._start_command(command, memory)
-        while True:
-            with suppress(QmpUnavailable):
-                async with self.open_monitor() as vm:
-                    self._watch_process(vm.pid)
-                    break
-            await asyncio.sleep(POLL_SECONDS)
-        self.command, self.memory = [*command], {**memory}
+        async with AsyncExitStack() as stack:
+            while (vm := await self._enter_session(stack, not_yet)) is None:  # noqa: ASYNC110 - another process listens
+                await asyncio.sleep(POLL_SECONDS)
+            self._watch_process(vm.pid)
+            self.command, self.memory = [*command], {**memory}
+            yield vm
+
+    async def _enter_session(self, stack: AsyncExitStack, not_yet: NotYet) -> Monitor | None:
+        """Open a session that ends with `stack`; None while QEMU is not there yet."""
+        with suppress(QmpUnavailable):
+            return await stack.enter_async_context(self.open_monitor(not_yet))
+        return None
 
     async def end_guest(self, *, is_frozen: bool) -> None:
         """Do nothing: whoever started it ends it."""

@@ -6,12 +6,14 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from khod.errors import UsageError, errno_text
@@ -21,11 +23,12 @@ from khod.vm.monitor import Monitor, NotYet, QmpUnavailable, VmError, open_monit
 from khod.vm.settings import VmSettings
 
 ADOPT_SECONDS = 10.0
-POLL_SECONDS = 0.01
 HELP_SECONDS = 30.0
+END_SECONDS = 5.0
+QUIET: NotYet = lambda _reason, _progress: None  # noqa: E731
 
 
-class QemuProcess:
+class QemuProcess(ABC):
     """The QEMU of one virtual machine, found by its QMP socket. All methods that fail raise VmError."""
 
     ends_with_qemu = True
@@ -53,7 +56,7 @@ class QemuProcess:
         return self._pidfd >= 0 and _has_ended(self._pidfd)
 
     @asynccontextmanager
-    async def open_monitor(self, not_yet: NotYet = lambda _reason, _progress: None) -> AsyncIterator[Monitor]:
+    async def open_monitor(self, not_yet: NotYet = QUIET) -> AsyncIterator[Monitor]:
         """Open a QMP session."""
         async with open_monitor(str(self._socket), not_yet) as vm:
             yield vm
@@ -73,24 +76,26 @@ class QemuProcess:
         self._forget_process()
         self._process = None
 
+    @abstractmethod
     async def find(self) -> bool:
         """Find the QEMU that is there already; return whether there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def start_guest(self) -> None:
         """Start the guest anew, at the start of its unit."""
-        raise NotImplementedError
 
-    async def start(self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False) -> None:
-        """Start QEMU and wait until it answers; `memory` becomes this machine's.
+    @abstractmethod
+    def start_session(
+        self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False, not_yet: NotYet = QUIET
+    ) -> AbstractAsyncContextManager[Monitor]:
+        """Start QEMU, and open the first QMP session with it; `memory` becomes this machine's.
 
         A guest that is `incoming` waits for its state.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def end_guest(self, *, is_frozen: bool) -> None:
         """End QEMU at the end of the unit; with `is_frozen` the guest's state is handed over."""
-        raise NotImplementedError
 
     def close_memory(self) -> None:
         """Close the files of the guest's RAM."""
@@ -130,6 +135,8 @@ class VmProcess(QemuProcess):
 
         The process is the one at the other end of its QMP socket, and its RAM the memfd of khod-vm's name.
         """
+        if not self._socket.exists():  # after a jump: the QMP library is then loaded while QEMU starts
+            return False
         try:
             async with asyncio.timeout(ADOPT_SECONDS), self.open_monitor() as vm:
                 pid = vm.pid
@@ -143,30 +150,44 @@ class VmProcess(QemuProcess):
         return True
 
     async def start_guest(self) -> None:
-        await self.start(await self._pin_command(), {MEMORY_NAME: create_memory(self._settings.size)})
+        async with self.start_session(await self._pin_command(), {MEMORY_NAME: create_memory(self._settings.size)}):
+            pass
 
-    async def start(self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False) -> None:
+    @asynccontextmanager
+    async def start_session(
+        self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False, not_yet: NotYet = QUIET
+    ) -> AsyncIterator[Monitor]:
         if {*memory} != {MEMORY_NAME}:
-            raise VmError(
-                f"what came is not a guest of khod-vm's: its RAM is {join_names(sorted(memory)) or 'missing'}"
-            )
+            names = join_names(sorted(memory)) or "missing"
+            raise VmError(f"what came is not a guest of khod-vm's: its RAM is {names}")
         await self._run_up()
-        with suppress(FileNotFoundError):
-            self._socket.unlink()
         fd = memory[MEMORY_NAME]
-        argv = complete_command(command, fd, os.fstat(fd).st_size, self._socket, incoming=incoming)
         self._last_lines.clear()
         try:
             self._started.write_text(json.dumps([*command]))
-            self._process = subprocess.Popen(  # noqa: ASYNC220, S603 - fork and exec alone; the words are the administrator's
-                argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=[fd], process_group=0
-            )
+            with _listen_unix(self._socket) as listener:
+                argv = complete_command(command, fd, os.fstat(fd).st_size, listener.fileno(), incoming=incoming)
+                self._process = subprocess.Popen(  # noqa: ASYNC220, S603 - fork and exec alone; the words are the administrator's
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    pass_fds=[fd, listener.fileno()],
+                    process_group=0,
+                )
         except OSError as error:
-            raise VmError(f"{argv[0]} cannot be started: {errno_text(error)}") from None
+            raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
         self.command, self.memory = [*command], {**memory}
         self._watch_process(self._process.pid)
         threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True).start()
-        await self._wait_answer(self._process)
+        async with AsyncExitStack() as stack:
+            try:
+                vm = await stack.enter_async_context(self.open_monitor(not_yet))
+            except QmpUnavailable:
+                with suppress(TimeoutError):  # a process that ends closes its sockets first
+                    async with asyncio.timeout(END_SECONDS):
+                        raise VmError(await self._describe_end()) from None
+                raise
+            yield vm
 
     async def end_guest(self, *, is_frozen: bool) -> None:
         """Have the guest shut down, within `stop_timeout`; a frozen one needs its QEMU no longer."""
@@ -191,17 +212,9 @@ class VmProcess(QemuProcess):
         except (UsageError, subprocess.SubprocessError) as error:
             raise VmError(one_line(str(error))) from None
 
-    async def _wait_answer(self, process: "subprocess.Popen[bytes]") -> None:
-        while True:
-            if not self.is_up:
-                code = await asyncio.to_thread(process.wait)
-                raise VmError(f"QEMU ended with code {code}: {' / '.join(self._last_lines) or 'it gave no reason'}")
-            with suppress(QmpUnavailable):
-                async with self.open_monitor() as vm:
-                    if vm.pid != process.pid:
-                        raise VmError(f"process {vm.pid} has its QMP socket {self._socket}, and not QEMU")
-                    return
-            await asyncio.sleep(POLL_SECONDS)
+    async def _describe_end(self) -> str:
+        code = await self.wait_end()
+        return f"QEMU ended with code {code}: {' / '.join(self._last_lines) or 'it gave no reason'}"
 
     async def _run_up(self) -> None:
         if not self._settings.up:
@@ -224,6 +237,19 @@ class VmProcess(QemuProcess):
                 with suppress(OSError):
                     sys.stderr.buffer.write(line)
                     sys.stderr.buffer.flush()
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """Return a listening socket for QEMU: whoever connects before QEMU is ready waits, and need not try again."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(path))
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def create_memory(size: int) -> int:

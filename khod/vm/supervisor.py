@@ -231,8 +231,7 @@ class Supervisor:
     async def _start_with(
         self, command: list[str], memory: Mapping[str, int], state: int, running: bool, step: Step
     ) -> None:
-        await self._qemu.start(command, memory, incoming=True)
-        async with self._qemu.open_monitor(_report_to(step)) as vm:
+        async with self._qemu.start_session(command, memory, incoming=True, not_yet=_report_to(step)) as vm:
             await load_state(vm, state)
             if running:
                 await continue_guest(vm)

@@ -16,7 +16,7 @@ import pytest
 
 from khod.errors import Exit
 from tests.lab.counter import read_numbers, write_image
-from tests.unit.khods import REPOSITORY, Khod, until
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, until
 from tests.unit.luo import System
 
 COMMAND = ["qemu-system-x86_64", "-machine", "q35", "-m", "64M", "-accel", "tcg", "-display", "none", "-nodefaults"]
@@ -164,6 +164,15 @@ def test_whoever_is_killed_while_the_guest_is_frozen_the_guest_runs_on(
         guest.start()
     assert khod.khoctl("abort").code == Exit.done, guest.log
     guest.counts_on()
+
+
+def test_a_qemu_that_does_not_start_is_named_with_its_reason(system: System, vm: Callable[..., Vm]) -> None:
+    system.khod()
+    guest = vm(command=[*COMMAND, "-device", "nonsense"]).start()
+    assert guest.process is not None
+    assert guest.process.wait(DEADLINE) == 1
+    assert "QEMU ended with code 1: " in guest.log
+    assert "'nonsense' is not a valid device" in guest.log
 
 
 # A QEMU that somebody else starts

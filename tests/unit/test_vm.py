@@ -105,11 +105,12 @@ def test_a_qemu_without_a_default_machine_needs_its_name() -> None:
 
 
 def test_the_memory_is_a_descriptor_and_the_guest_waits_for_its_state() -> None:
-    argv = complete_command([QEMU, "-m", "1M"], 7, 1 << 20, Path("/run/q"), incoming=True)
+    argv = complete_command([QEMU, "-m", "1M"], 7, 1 << 20, 8, incoming=True)
     assert argv[:3] == [QEMU, "-m", "1M"]
     assert "memory-backend-file,id=khod-ram,size=1048576,mem-path=/proc/self/fd/7,share=on" in argv
+    assert "socket,id=khod-qmp,fd=8,server=on,wait=off" in argv
     assert argv[-2:] == ["-incoming", "defer"]
-    assert "-incoming" not in complete_command([QEMU], 7, 1, Path("/run/q"), incoming=False)
+    assert "-incoming" not in complete_command([QEMU], 7, 1, 8, incoming=False)
 
 
 # Its file
