@@ -8,8 +8,10 @@ Seen with QEMU 7.2 and 11.1: after `migrate` the VM is `postmigrate`, from which
 """
 
 import asyncio
+import fcntl
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +26,12 @@ STREAM = "khod-state"
 CHUNK_BYTES = 1 << 18
 MAX_STATE_BYTES = 1 << 30
 """More than any device state: the RAM is in the stream."""
-POLL_SECONDS = 0.002
-"""Between two questions whether QEMU has finished; a small guest's state takes about 10 ms."""
+PIPE_BYTES = 1 << 20
+"""A small guest's state fits: QEMU need not wait for this process. Root may have a pipe of this size, see pipe(7)."""
+STREAM_SECONDS = 0.1
+"""Between two questions while the stream is under way."""
+POLL_SECONDS = 0.001
+"""Between two questions after the stream's end, which is at most a few milliseconds before that of the migration."""
 ENDED_STATES = ("completed", "failed", "cancelled")
 SAVED_STATE = "postmigrate"
 INCOMING_STATE = "inmigrate"
@@ -68,12 +74,12 @@ async def save_state(vm: Monitor, file: int) -> int:
     await vm.execute_command("stop")
     await _require_state(vm, {PAUSED_STATE, "suspended"}, "asked to pause")
     await _ignore_shared_memory(vm)
-    reader, writer = os.pipe()
+    reader, writer = _open_pipe()
     copying = asyncio.ensure_future(_copy_stream(reader, file))
     try:
         await _give_stream(vm, writer)
         await vm.execute_command("migrate", uri=f"fd:{STREAM}")
-        await _wait_migrated(vm)
+        await _wait_migrated(vm, copying)
         size = await copying
     finally:
         copying.cancel()
@@ -85,12 +91,12 @@ async def load_state(vm: Monitor, file: int) -> None:
     """Load the device state in `file` into a QEMU that was started with `-incoming defer`; it is paused after that."""
     await _require_state(vm, {INCOMING_STATE}, "started to take a state")
     await _ignore_shared_memory(vm)
-    reader, writer = os.pipe()
+    reader, writer = _open_pipe()
     feeding = asyncio.ensure_future(_feed_stream(file, writer))
     try:
         await _give_stream(vm, reader)
         await vm.execute_command("migrate-incoming", uri=f"fd:{STREAM}")
-        await _wait_migrated(vm)
+        await _wait_migrated(vm, feeding)
     finally:
         feeding.cancel()
     await _require_state(vm, {PAUSED_STATE, "suspended"}, "given its state")
@@ -152,8 +158,10 @@ async def _give_stream(vm: Monitor, fd: int) -> None:
         os.close(fd)
 
 
-async def _wait_migrated(vm: Monitor) -> None:
+async def _wait_migrated(vm: Monitor, stream: "asyncio.Future[Any]") -> None:
+    """Return when QEMU has finished; it is asked at the stream's end, which comes also when the migration fails."""
     while True:
+        await asyncio.wait({stream}, timeout=STREAM_SECONDS)
         answer = await vm.execute_command("query-migrate")
         found = answer if isinstance(answer, dict) else {}
         status = found.get("status")
@@ -163,7 +171,15 @@ async def _wait_migrated(vm: Monitor) -> None:
             raise VmError(
                 f"QEMU's migration ended as `{status}`: {one_line(str(found.get('error-desc', 'no reason')))}"
             )
-        await asyncio.sleep(POLL_SECONDS)
+        if stream.done():
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def _open_pipe() -> tuple[int, int]:
+    reader, writer = os.pipe()
+    with suppress(OSError):  # the limit of pipes is reached: a smaller one does it too
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return reader, writer
 
 
 async def _copy_stream(reader: int, file: int) -> int:
