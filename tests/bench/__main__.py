@@ -4,7 +4,7 @@
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.bench import attackers, barrier, contents, history, hooks, images, overhead, processes, trees, window
+from tests.bench import attackers, barrier, contents, history, hooks, images, overhead, processes, trees, vm, window
 from tests.bench.figure import Figure
 
 BENCHES: list[Callable[[], Iterator[Figure]]] = [
@@ -16,6 +16,7 @@ BENCHES: list[Callable[[], Iterator[Figure]]] = [
     contents.run,
     attackers.run,
     history.run,
+    vm.run,
     hooks.run,
     window.run,
 ]
