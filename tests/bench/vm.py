@@ -66,7 +66,8 @@ async def _measure(directory: Path, size: int) -> tuple[list[float], list[float]
     process = VmProcess(VmSettings("bench", command, size), directory)
     saves, by_hand, restores, bare = [], [], [], []
     try:
-        await process.start(command, memory)
+        async with process.start_session(command, {MEMORY_NAME: memory}):
+            pass
         for _ in range(ROUNDS):
             by_hand.append(await _save_by_hand(str(directory / "qmp")))
             took, state = await _save(process)
@@ -133,7 +134,7 @@ def _copy(reader: int, file: int) -> None:
 
 async def _restore(process: VmProcess, command: Sequence[str], memory: int, state: int) -> float:
     began = time.perf_counter()
-    async with process.start_session(command, memory, incoming=True) as vm:
+    async with process.start_session(command, {MEMORY_NAME: memory}, incoming=True) as vm:
         await load_state(vm, state)
         await continue_guest(vm)
         return time.perf_counter() - began
