@@ -216,7 +216,9 @@ class Supervisor:
                 self._qemu.memory = {}
                 raise
             memory, self._refused = {}, ""
-            _notify("STATUS=The guest was taken back.")
+            stopped = f"The guest was taken back; it was stopped for {time.time() - about.frozen_at:.1f} s"
+            LOG.info("%s by the wall clock", stopped)
+            _notify(f"STATUS={stopped}.")
             self._changed.set()
         except VmError as error:
             self._refused = f"The guest was not taken back, and its state is kept: {error}"
