@@ -2,6 +2,7 @@
 """The QEMU of one virtual machine: started with the guest's RAM in a memfd, or taken over from an earlier khod-vm."""
 
 import asyncio
+import errno
 import json
 import os
 import select
@@ -14,18 +15,31 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from khod import wire
 from khod.errors import UsageError, errno_text
 from khod.text import join_names, one_line
 from khod.vm.arguments import MEMORY_NAME, complete_command, pin_machine
 from khod.vm.monitor import Monitor, NotYet, QmpUnavailable, VmError, open_monitor
 from khod.vm.settings import VmSettings
+from khod.vm.slots import hold_slot
 
 ADOPT_SECONDS = 10.0
 HELP_SECONDS = 30.0
 END_SECONDS = 5.0
+SLOTS = ".slots"
+"""No machine has this name: a name does not begin with a dot."""
 QUIET: NotYet = lambda _reason, _progress: None  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Started:
+    """How QEMU was started: the command line with the machine type, and the descriptor that it has the RAM in."""
+
+    command: list[str]
+    memory: int
 
 
 class QemuProcess(ABC):
@@ -122,18 +136,19 @@ class QemuProcess(ABC):
 class VmProcess(QemuProcess):
     """A QEMU that khod-vm starts, with the guest's RAM in a memfd.
 
-    Its QMP socket, and the command line it was started with, are in `directory`.
+    Its QMP socket, and a file that says how it was started, are in `directory`. The directory above has the slots for
+    those that start at the same time.
     """
 
     def __init__(self, settings: VmSettings, directory: Path) -> None:
         super().__init__(settings, directory / "qmp")
-        self._started = directory / "command.json"
+        self._started, self._slots = directory / "started.json", directory.parent / SLOTS
         self._last_lines: deque[str] = deque(maxlen=3)
 
     async def find(self) -> bool:
         """Find a QEMU that an earlier khod-vm of this boot has started.
 
-        The process is the one at the other end of its QMP socket, and its RAM the memfd of khod-vm's name.
+        The process is the one at the other end of its QMP socket.
         """
         if not self._socket.exists():  # after a jump: the QMP library is then loaded while QEMU starts
             return False
@@ -141,8 +156,9 @@ class VmProcess(QemuProcess):
             async with asyncio.timeout(ADOPT_SECONDS), self.open_monitor() as vm:
                 pid = vm.pid
                 self._watch_process(pid)
-            self.command = [str(word) for word in json.loads(self._started.read_text())]
-            self.memory = {MEMORY_NAME: _open_memory(pid)}
+            started = wire.decode_value(Started, json.loads(self._started.read_text()), "started")
+            self.memory = {MEMORY_NAME: _open_memory(pid, started.memory)}
+            self.command = started.command
         except QmpUnavailable:
             return False
         except (OSError, ValueError, TimeoutError) as error:
@@ -161,24 +177,34 @@ class VmProcess(QemuProcess):
             names = join_names(sorted(memory)) or "missing"
             raise VmError(f"what came is not a guest of khod-vm's: its RAM is {names}")
         await self._run_up()
-        fd = memory[MEMORY_NAME]
+        async with hold_slot(self._slots, not_yet):  # until the session ends
+            self._execute_qemu(command, memory[MEMORY_NAME], incoming=incoming)
+            async with self._open_first(not_yet) as vm:
+                yield vm
+
+    def _execute_qemu(self, command: Sequence[str], memory: int, *, incoming: bool) -> None:
+        size = os.fstat(memory).st_size
         self._last_lines.clear()
         try:
-            self._started.write_text(json.dumps([*command]))
+            self._started.write_text(json.dumps(asdict(Started([*command], memory))))
             with _listen_unix(self._socket) as listener:
-                argv = complete_command(command, fd, os.fstat(fd).st_size, listener.fileno(), incoming=incoming)
-                self._process = subprocess.Popen(  # noqa: ASYNC220, S603 - fork and exec alone; the words are the administrator's
+                argv = complete_command(command, memory, size, listener.fileno(), incoming=incoming)
+                self._process = subprocess.Popen(  # noqa: S603 - fork and exec alone; the words are the administrator's
                     argv,
                     stdin=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    pass_fds=[fd, listener.fileno()],
+                    pass_fds=[memory, listener.fileno()],
                     process_group=0,
                 )
         except OSError as error:
             raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
-        self.command, self.memory = [*command], {**memory}
+        self.command, self.memory = [*command], {MEMORY_NAME: memory}
         self._watch_process(self._process.pid)
         threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True).start()
+
+    @asynccontextmanager
+    async def _open_first(self, not_yet: NotYet) -> AsyncIterator[Monitor]:
+        """Open a QMP session once QEMU is ready; VmError with its last messages if it ends before."""
         async with AsyncExitStack() as stack:
             try:
                 vm = await stack.enter_async_context(self.open_monitor(not_yet))
@@ -259,14 +285,15 @@ def create_memory(size: int) -> int:
     return memory
 
 
-def _open_memory(pid: int) -> int:
-    """Return a descriptor of the RAM that khod-vm gave to this process; OSError if it has none."""
-    directory = Path(f"/proc/{pid}/fd")
-    for link in directory.iterdir():
-        with suppress(OSError):
-            if os.readlink(link).startswith(f"/memfd:{MEMORY_NAME} "):
-                return os.open(link, os.O_RDWR | os.O_CLOEXEC)
-    raise OSError(2, "it has no RAM of khod-vm's", str(directory))
+def _open_memory(pid: int, number: int) -> int:
+    """Return a descriptor of the RAM that a process has in the descriptor `number`; OSError if that is no memfd.
+
+    A memfd that came from the kernel before has no name (seen on 7.3.4), so it is not looked for by khod-vm's.
+    """
+    link = Path(f"/proc/{pid}/fd/{number}")
+    if not os.readlink(link).startswith("/memfd:"):
+        raise OSError(errno.EBADF, "it does not have the RAM of khod-vm's there", str(link))
+    return os.open(link, os.O_RDWR | os.O_CLOEXEC)
 
 
 def _has_ended(pidfd: int) -> bool:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""khod-vm without a QEMU: the file of a virtual machine, QEMU's command line, and the guest agent."""
+"""khod-vm without a QEMU: the file of a virtual machine, QEMU's command line, the guest agent, and the slots."""
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from khod.vm.agent import set_guest_clock
 from khod.vm.arguments import check_command, complete_command, pin_machine
 from khod.vm.monitor import VmError
 from khod.vm.settings import load_settings
+from khod.vm.slots import count_slots, hold_slot
 
 QEMU = "qemu-system-x86_64"
 HELP = """\
@@ -252,3 +256,69 @@ async def test_no_agent_is_named(tmp_path: Path) -> None:
     asking: Awaitable[None] = set_guest_clock(str(tmp_path / "nowhere"))
     with pytest.raises(VmError, match="ENOENT"):
         await asking
+
+
+# The slots
+
+
+async def test_a_machine_waits_until_another_one_has_started(tmp_path: Path) -> None:
+    waits, holds = asyncio.Event(), asyncio.Event()
+
+    async def start_one_more() -> None:
+        async with hold_slot(tmp_path, lambda _reason, _progress: waits.set()):
+            holds.set()
+
+    async with AsyncExitStack() as started:
+        for _ in range(count_slots() - 1):
+            await started.enter_async_context(hold_slot(tmp_path, refuse_to_wait))
+        async with hold_slot(tmp_path, refuse_to_wait):
+            waiting = asyncio.ensure_future(start_one_more())
+            await waits.wait()
+            assert not holds.is_set()
+        await waiting
+        assert holds.is_set()
+
+
+HOLDER = """
+import asyncio, sys
+from pathlib import Path
+from khod.vm.slots import hold_slot
+async def run():
+    async with hold_slot(Path(sys.argv[1]), print):
+        print("held", flush=True)
+        await asyncio.Event().wait()
+asyncio.run(run())
+"""
+
+
+def start_holder(directory: Path) -> subprocess.Popen[bytes]:
+    """Start a process that holds a slot when this returns."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, directory], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    return holder
+
+
+async def test_the_slot_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+    holders = [start_holder(tmp_path) for _ in range(count_slots())]
+    try:
+        with pytest.raises(AssertionError, match="waiting for a slot"):
+            async with hold_slot(tmp_path, refuse_to_wait):
+                pass
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()
+    async with hold_slot(tmp_path, refuse_to_wait):
+        pass
+
+
+async def test_a_directory_without_slots_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VmError, match="file/slots cannot be used for its locks"):
+        async with hold_slot(tmp_path / "file/slots", refuse_to_wait):
+            pass
+
+
+def refuse_to_wait(reason: str, _progress: float | None) -> None:
+    raise AssertionError(reason)
