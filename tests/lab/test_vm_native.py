@@ -113,14 +113,13 @@ def vm(system: System) -> Iterator[Callable[..., Vm]]:
         each.die()
 
 
+def connected(khod: Khod) -> set[str]:
+    """The producers that are connected; the file of a VM that others start is in the list before."""
+    return {each["name"] for each in khod.khoctl("producers", "--json").json if each["kind"] == "varlink"}
+
+
 def registered(khod: Khod, *names: str) -> None:
-    """Wait until each of these is connected; the file of a VM that others start is in the list before."""
-
-    def connected() -> set[str]:
-        found = khod.khoctl("producers", "--json").json
-        return {each["name"] for each in found if each["kind"] == "varlink"}
-
-    until(lambda: {*names} <= connected(), khod.process)
+    until(lambda: {*names} <= connected(khod), khod.process)
 
 
 def test_a_guest_counts_on_after_the_jump(system: System, vm: Callable[..., Vm]) -> None:
@@ -164,6 +163,33 @@ def test_whoever_is_killed_while_the_guest_is_frozen_the_guest_runs_on(
         guest.start()
     assert khod.khoctl("abort").code == Exit.done, guest.log
     guest.counts_on()
+
+
+def test_a_khod_vm_that_is_killed_after_the_jump_takes_its_guest_over(system: System, vm: Callable[..., Vm]) -> None:
+    """The RAM that came from the kernel before has no name; another jump shows that it is the one handed over."""
+    first, guest = system.khod(), vm().start()
+    guest.counts_on()
+    registered(first, "one")
+    system.jump(first)
+    second = system.khod()
+    guest.start(boot=True)
+    guest.counts_on()
+    second.khoctl("verify")
+    qemu = guest.pid_file.read_text()
+
+    guest.kill_supervisor()
+    until(lambda: "one" not in connected(second), second.process)
+    guest.start()
+
+    registered(second, "one")
+    guest.counts_on()
+    assert guest.pid_file.read_text() == qemu, guest.log
+    system.jump(second)
+    third = system.khod(ready=False)
+    guest.start(boot=True)
+    guest.counts_on()
+    verified = third.khoctl("verify", "--json")
+    assert "one" in verified.json["verdict"]["arrived"]
 
 
 def test_a_qemu_that_does_not_start_is_named_with_its_reason(system: System, vm: Callable[..., Vm]) -> None:
