@@ -11,6 +11,7 @@ from khod.preflight.facts import CheckFinding, Facts
 from khod.producers.barrier import Participant
 from khod.producers.hooks import Hook
 from khod.producers.identity import is_alive
+from khod.producers.kept import KeptVm
 from khod.producers.order import order_in_ranks
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.session_holders import session_title
@@ -32,6 +33,11 @@ def check_producers(facts: Facts) -> CheckFinding:
         return CheckFinding.fail_with(
             f"Registered before khod was restarted and not back: {gone}; a handover now would go without their state",
             "Wait until they connect again, start them, or give them up with: khoctl producers forget NAME",
+        )
+    if unattended := [producer for producer in everyone if isinstance(producer, KeptVm)]:
+        return CheckFinding.fail_with(
+            f"VMs to be kept whose khod-vm is not there: {join_names(vm.name for vm in unattended)}",
+            f"systemctl enable --now {' '.join(vm.unit for vm in unattended)}",
         )
     if unstartable := _unstartable_commands(everyone):
         return CheckFinding.fail_with(

@@ -13,7 +13,12 @@ class KeptVm(Configured):
 
     kind: str = "vm"
 
+    @property
+    def unit(self) -> str:
+        """The unit that is to register."""
+        return f"khod-vm@{self.name}.service"
+
     async def _carry_out(self, telling: ProducerCall) -> None:
         if telling.verb in (Verb.prepare, Verb.freeze):
-            unit = f"khod-vm@{self.name}.service"
-            raise ParticipantVeto(f"its guest is to be kept, and {unit} is not there: systemctl enable --now {unit}")
+            remedy = f"systemctl enable --now {self.unit}"
+            raise ParticipantVeto(f"its guest is to be kept, and {self.unit} is not there: {remedy}")

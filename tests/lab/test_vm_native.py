@@ -234,6 +234,8 @@ class OthersVm(Vm):
 def test_a_guest_that_others_start_is_kept(system: System) -> None:
     first, guest = system.khod(), OthersVm(system).start_qemu()
     try:
+        checks = {check["name"]: check for check in first.khoctl("check", "--json").json}
+        assert (checks["producers"]["result"], "khod-vm@one.service" in checks["producers"]["remedy"]) == ("fail", True)
         refused = first.khoctl("activate")
         assert refused.code == Exit.refused, "khod-vm is not there, and the guest would be lost"
         assert "systemctl enable --now khod-vm@one.service" in refused.err
