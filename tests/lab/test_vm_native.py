@@ -3,35 +3,42 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from khod.errors import Exit
+from khod.vm.process import SLOTS
+from khod.vm.slots import count_slots
 from tests.lab.counter import read_numbers, write_image
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, until
 from tests.unit.luo import System
 
 COMMAND = ["qemu-system-x86_64", "-machine", "q35", "-m", "64M", "-accel", "tcg", "-display", "none", "-nodefaults"]
+IDLE = [*COMMAND, "-m", "16M", "-cpu", "qemu64,-apic"]
+"""For an idle guest: many guests that count without a pause would leave khod no processor."""
 
 
 class Vm:
     """A guest that counts, and the khod-vm that supervises it."""
 
-    def __init__(self, system: System, name: str = "one", command: list[str] | None = None) -> None:
+    def __init__(
+        self, system: System, name: str = "one", command: list[str] | None = None, *, idle: bool = False
+    ) -> None:
         self._system, self._name = system, name
         directory = system.directory / f"vm-{name}"
         directory.mkdir(exist_ok=True)
         self.serial, self.pid_file, self._log = directory / "serial", directory / "pid", directory / "log"
         self._boots = 0
-        image = write_image(directory / "guest")
+        image = write_image(directory / "guest", idle=idle)
         words = [*(command or COMMAND), "-bios", str(image), "-pidfile", str(self.pid_file)]
         words += ["-chardev", f"file,id=serial,path={self.serial},append=on", "-serial", "chardev:serial"]
         at = system.directory / "root/etc/kho/vm.d"
@@ -104,8 +111,8 @@ def system(tmp_path: Path) -> Iterator[System]:
 def vm(system: System) -> Iterator[Callable[..., Vm]]:
     made: list[Vm] = []
 
-    def make(name: str = "one", command: list[str] | None = None) -> Vm:
-        made.append(Vm(system, name, command))
+    def make(name: str = "one", command: list[str] | None = None, *, idle: bool = False) -> Vm:
+        made.append(Vm(system, name, command, idle=idle))
         return made[-1]
 
     yield make
@@ -199,6 +206,55 @@ def test_a_qemu_that_does_not_start_is_named_with_its_reason(system: System, vm:
     assert guest.process.wait(DEADLINE) == 1
     assert "QEMU ended with code 1: " in guest.log
     assert "'nonsense' is not a valid device" in guest.log
+
+
+def test_a_guest_comes_back_when_a_slot_is_free(system: System, vm: Callable[..., Vm]) -> None:
+    first, guest = system.khod(), vm().start()
+    guest.counts_on()
+    registered(first, "one")
+    system.jump(first)
+    second = system.khod(ready=False)
+    last = guest.numbers[-1]
+    with ExitStack() as others:
+        for number in range(count_slots()):
+            other = others.enter_context(open(system.directory / SLOTS / str(number), "w"))
+            fcntl.flock(other, fcntl.LOCK_EX)
+        guest.start(boot=True)
+        until(lambda: "waiting for a slot" in second.khoctl("status", "--json").out, second.process)
+        assert guest.numbers[-1] == last
+    assert guest.counts_on() > last
+
+
+def test_six_guests_count_on_after_one_handover(system: System, vm: Callable[..., Vm]) -> None:
+    hand_over_guests(system, vm, 6)
+
+
+@pytest.mark.proof
+def test_fifty_guests_count_on_after_one_handover(system: System, vm: Callable[..., Vm]) -> None:
+    hand_over_guests(system, vm, 50)
+
+
+def hand_over_guests(system: System, vm: Callable[..., Vm], count: int) -> None:
+    """Start so many guests, and see each count on after the jump, with a row of its own in the timeline."""
+    names = [f"vm{number}" for number in range(count)]
+    first = system.khod()
+    guests = [vm(name, IDLE, idle=True).start() for name in names]
+    for guest in guests:
+        guest.counts_on()
+    registered(first, *names)
+    system.jump(first)
+    last = [guest.numbers[-1] for guest in guests]
+    second = system.khod(ready=False)
+    for guest in guests:
+        guest.start(boot=True)
+    assert all(guest.counts_on() > number for guest, number in zip(guests, last, strict=True))
+    verified = second.khoctl("verify", "--json")
+    assert (verified.code, verified.json["phase"]) == (Exit.done, "verified"), verified
+    assert {*names} <= {*verified.json["verdict"]["arrived"]}
+    rows = second.khoctl("timeline", "--json").json["rows"]
+    restored = {row["name"]: row["seconds"] for row in rows if row["parent"] == "restore"}
+    assert {*restored} == {*names}
+    print(f"{count} guests: {sorted(restored.values())}")
 
 
 # A QEMU that somebody else starts
