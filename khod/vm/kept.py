@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
+import systemd.daemon
+
 from khod.abi.pidfd import pidfd_getfd
 from khod.errors import errno_text
 from khod.text import one_line
@@ -28,6 +30,8 @@ POLL_SECONDS = 0.01
 FIRST_FD = 3
 """SD_LISTEN_FDS_START."""
 HIGH_FD = 100
+ANSWER_SHARE = 0.8
+"""The part of the time for a verb in which QEMU must answer; the reason is told in the rest."""
 DROP_IN = "khod-vm.conf"
 UNITS = Path("/run/systemd/system")
 LISTENING = 'LISTEN_PID=$$; export LISTEN_PID; exec "$@"'
@@ -67,43 +71,52 @@ class KeptProcess(QemuProcess):
     ) -> AsyncIterator[Monitor]:
         """Have it started with the files of its RAM; the program in `command` must start it with -incoming defer."""
         assert incoming, "it is never started anew"
-        if len(command) == 1 and command[0].endswith(".service"):
-            await self._start_unit(command[0], memory)
-        else:
-            self._start_command(command, memory)
         async with AsyncExitStack() as stack:
-            while (vm := await self._enter_session(stack, not_yet)) is None:  # noqa: ASYNC110 - another process listens
-                await asyncio.sleep(POLL_SECONDS)
+            if len(command) == 1 and command[0].endswith(".service"):
+                await stack.enter_async_context(self._start_unit(command[0], memory))
+            else:
+                self._start_command(command, memory)
+            vm = await self._wait_session(stack, not_yet)
             self._watch_process(vm.pid)
             self.command, self.memory = [*command], {**memory}
             yield vm
 
-    async def _enter_session(self, stack: AsyncExitStack, not_yet: NotYet) -> Monitor | None:
-        """Open a session that ends with `stack`; None while QEMU is not there yet."""
-        with suppress(QmpUnavailable):
-            return await stack.enter_async_context(self.open_monitor(not_yet))
-        return None
+    async def _wait_session(self, stack: AsyncExitStack, not_yet: NotYet) -> Monitor:
+        """Open a session that ends with `stack`, once QEMU is there; VmError if it does not come."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ANSWER_SHARE * self._settings.timeout):
+                while True:
+                    with suppress(QmpUnavailable):
+                        return await stack.enter_async_context(self.open_monitor(not_yet))
+                    await asyncio.sleep(POLL_SECONDS)
+        raise VmError(f"{self._settings.restart[0]} has not started a QEMU that answers at {self._socket}")
 
     async def end_guest(self, *, is_frozen: bool) -> None:
         """Do nothing: whoever started it ends it."""
 
-    async def _start_unit(self, unit: str, memory: Mapping[str, int]) -> None:
-        """Start a unit with the files, by a drop-in with OpenFile= (systemd 253), which is removed after that."""
+    @asynccontextmanager
+    async def _start_unit(self, unit: str, memory: Mapping[str, int]) -> AsyncIterator[None]:
+        """Start a unit with the files, by a drop-in with OpenFile= (systemd 253), which is there meanwhile.
+
+        At boot the unit may have been ordered after khod-vm, so khod-vm is ready before the unit is.
+        """
         drop_in = UNITS / f"{unit}.d" / DROP_IN
         lines = [f"OpenFile=/proc/{os.getpid()}/fd/{fd}:{name}\n" for name, fd in memory.items()]
         try:
             drop_in.parent.mkdir(parents=True, exist_ok=True)
             drop_in.write_text(f"[Service]\n{''.join(lines)}")
-            try:
-                await _call_systemctl("daemon-reload")
-                await _call_systemctl("restart", unit)
-            finally:
-                drop_in.unlink()
-                with suppress(OSError):
-                    drop_in.parent.rmdir()
-                await _call_systemctl("daemon-reload")
         except OSError as error:
             raise VmError(f"{unit} cannot be given the guest's RAM: {errno_text(error)}") from None
+        try:
+            await _call_systemctl("daemon-reload")
+            await _call_systemctl("--no-block", "restart", unit)
+            systemd.daemon.notify("READY=1")
+            yield
+        finally:
+            drop_in.unlink()
+            with suppress(OSError):
+                drop_in.parent.rmdir()
+            await _call_systemctl("daemon-reload")
 
     def _start_command(self, command: Sequence[str], memory: Mapping[str, int]) -> None:
         environment = {

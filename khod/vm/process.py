@@ -55,6 +55,7 @@ class QemuProcess(ABC):
         """What starts QEMU again; the next kernel's khod-vm is told."""
         self.memory: dict[str, int] = {}
         """The files with the guest's RAM, by the names of the memory backends."""
+        self.pid = 0
         self._pidfd = -1
         self._ended = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -119,7 +120,7 @@ class QemuProcess(ABC):
 
     def _watch_process(self, pid: int) -> None:
         self._forget_process()
-        self._pidfd, self._ended = os.pidfd_open(pid), asyncio.Event()
+        self.pid, self._pidfd, self._ended = pid, os.pidfd_open(pid), asyncio.Event()
         asyncio.get_running_loop().add_reader(self._pidfd, self._note_end)
 
     def _note_end(self) -> None:

@@ -60,6 +60,8 @@ class Supervisor:
         self._settings = settings
         self._frozen = directory / "frozen"
         """There while the guest is stopped for a handover; "running" in it if it ran before."""
+        self._restored = directory / "restored"
+        """There once the guest that came from the kernel before is back, with the process of its QEMU."""
         self._qemu: QemuProcess = (KeptProcess if settings.qmp else VmProcess)(settings, directory)
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
@@ -204,6 +206,7 @@ class Supervisor:
         state, about_file = memory.pop(STATE, -1), memory.pop(ABOUT, -1)
         try:
             if self._qemu.is_up and await self._is_running(step):
+                self._require_restored()
                 return  # an earlier khod-vm was killed after this, and before it could say so
             await self._qemu.kill()
             if state < 0 or about_file < 0:
@@ -211,6 +214,7 @@ class Supervisor:
             about = _read_about(about_file)
             try:
                 await self._start_with(about.command, memory, state, about.running, step)
+                self._restored.write_text(str(self._qemu.pid))
             except BaseException:
                 await self._qemu.kill()
                 self._qemu.memory = {}
@@ -247,6 +251,14 @@ class Supervisor:
             await set_guest_clock(self._settings.agent)
         except VmError as error:
             LOG.warning("The guest's clock may be behind: %s", error)
+
+    def _require_restored(self) -> None:
+        """Raise VmError if the QEMU that runs is not the one with the guest that came: others have started one."""
+        if self._qemu.ends_with_qemu or (self._restored.exists() and self._restored.read_text() == str(self._qemu.pid)):
+            return
+        raise VmError(
+            f"QEMU was started anew by others (process {self._qemu.pid}): stop it before its guest comes back"
+        )
 
     async def _is_running(self, step: Step) -> bool:
         async with self._qemu.open_monitor(_report_to(step)) as vm:
