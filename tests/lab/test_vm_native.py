@@ -51,7 +51,9 @@ class Vm:
 
     def start(self, *, boot: bool = False) -> Vm:
         """Start khod-vm; with `boot` the kernel before, and all of its processes, have ended."""
-        self._boots += boot
+        if boot:
+            self.die()
+            self._boots += 1
         runtime = self._system.directory / f"run-{self._name}-{self._boots}"
         environment = {
             **os.environ,
