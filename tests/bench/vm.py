@@ -27,7 +27,7 @@ from tests.lab.counter import write_image
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
-ROUNDS = 11
+ROUNDS = 21
 SIZES = {"64 MiB": 64 << 20, "1 GiB": 1 << 30, "8 GiB": 8 << 30}
 MOST_SAVE = 1.5
 MOST_GROWTH = 1.5
@@ -75,7 +75,7 @@ async def _measure(directory: Path, size: int) -> tuple[list[float], list[float]
             saves.append(took)
             await process.kill()
             try:
-                bare.append(await asyncio.to_thread(_start_bare, command, memory, state, directory / "bare"))
+                bare.append(_start_bare(command, memory, state, directory / "bare"))
                 restores.append(await _restore(process, command, memory, state))
             finally:
                 os.close(state)
