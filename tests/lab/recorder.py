@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A Linux guest with a disk: its init (recorder.c) writes numbered records, and reports each that was confirmed."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lab.process import call
+
+SOURCE = Path(__file__).with_name("recorder.c")
+RECORD_BYTES = 512
+LINE = re.compile(r"^record (?P<number>\d+) (?P<uptime>\d+\.\d+)\r?\n", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record that the disk has confirmed; `uptime` is the guest's after that, in seconds."""
+
+    number: int
+    uptime: float
+
+
+def build_initrd(directory: Path) -> bytes:
+    """Return an initrd whose init is the recorder, compiled in an empty `directory`."""
+    tree = directory / "tree"
+    (tree / "dev").mkdir(parents=True)
+    call(["gcc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", tree / "init", SOURCE])
+    initrd = directory / "initrd"
+    call(["sh", "-ec", 'find . | cpio --quiet --create --format=newc > "$1"', "pack", initrd], cwd=tree)
+    return initrd.read_bytes()
+
+
+def parse_records(text: str) -> list[Record]:
+    """Return the records that a guest has reported on its serial line."""
+    return [Record(int(found["number"]), float(found["uptime"])) for found in LINE.finditer(text)]
+
+
+def record_content(number: int) -> bytes:
+    """Return the bytes of a record."""
+    return (b"%07d\n" % number) * (RECORD_BYTES // 8)
