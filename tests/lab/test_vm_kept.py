@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.lab.conftest import Online
 from tests.lab.counter import write_image
 from tests.lab.host import Host
-from tests.lab.test_vm import COMMAND, DIRECTORY, VERSION, counts_on
+from tests.lab.test_vm import DIRECTORY, QEMU, VERSION, counts_on
 
 NAME, SOCKET = "others", "/run/others.qmp"
 START = f"""\
@@ -36,7 +36,7 @@ def test_its_unit_is_given_the_guest_again(online: Online, tmp_path: Path) -> No
     host.guest.wait_online()
     host.guest.put(f"{DIRECTORY}/counter", write_image(tmp_path / "counter").read_bytes())
     serial = ["-chardev", f"file,id=serial,path={DIRECTORY}/{NAME},append=on", "-serial", "chardev:serial"]
-    words = " ".join([*COMMAND, "-bios", f"{DIRECTORY}/counter", *serial])
+    words = " ".join([*QEMU, "-m", "64M", "-bios", f"{DIRECTORY}/counter", *serial])
     host.guest.put(f"{DIRECTORY}/start", START.format(command=words))
     host.guest.put(f"/etc/systemd/system/{NAME}.service", UNIT)
     host.guest.put(
