@@ -2,7 +2,6 @@
 """The QEMU of one virtual machine: started with the guest's RAM in a memfd, or taken over from an earlier khod-vm."""
 
 import asyncio
-import errno
 import json
 import os
 import select
@@ -15,14 +14,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from khod import wire
 from khod.errors import UsageError, errno_text
 from khod.text import join_names, one_line
 from khod.vm.arguments import MEMORY_NAME, complete_command, pin_machine
-from khod.vm.monitor import Monitor, NotYet, QmpUnavailable, VmError, open_monitor
+from khod.vm.monitor import Monitor, NotYet, QmpAbsent, QmpUnavailable, VmError, open_monitor
 from khod.vm.settings import VmSettings
 from khod.vm.slots import hold_slot
 
@@ -32,14 +29,6 @@ END_SECONDS = 5.0
 SLOTS = ".slots"
 """No machine has this name: a name does not begin with a dot."""
 QUIET: NotYet = lambda _reason, _progress: None  # noqa: E731
-
-
-@dataclass(frozen=True)
-class Started:
-    """How QEMU was started: the command line with the machine type, and the descriptor that it has the RAM in."""
-
-    command: list[str]
-    memory: int
 
 
 class QemuProcess(ABC):
@@ -95,6 +84,9 @@ class QemuProcess(ABC):
     async def find(self) -> bool:
         """Find the QEMU that is there already; return whether there is one."""
 
+    def require_same(self, vm: Monitor) -> None:  # noqa: B027 - one that khod-vm starts is not started by others
+        """Raise VmError if this session is with another QEMU than the one whose RAM is in `memory`."""
+
     @abstractmethod
     async def start_guest(self) -> None:
         """Start the guest anew, at the start of its unit."""
@@ -143,27 +135,29 @@ class VmProcess(QemuProcess):
 
     def __init__(self, settings: VmSettings, directory: Path) -> None:
         super().__init__(settings, directory / "qmp")
-        self._started, self._slots = directory / "started.json", directory.parent / SLOTS
+        self._started, self._slots = directory / "command.json", directory.parent / SLOTS
         self._last_lines: deque[str] = deque(maxlen=3)
 
     async def find(self) -> bool:
         """Find a QEMU that an earlier khod-vm of this boot has started.
 
-        The process is the one at the other end of its QMP socket.
+        The process is the one at the other end of its QMP socket. Its RAM is the file that it was started with: a memfd
+        that came through a jump does not have khod-vm's name.
         """
+        self.close_memory()
         if not self._socket.exists():  # after a jump: the QMP library is then loaded while QEMU starts
             return False
         try:
             async with asyncio.timeout(ADOPT_SECONDS), self.open_monitor() as vm:
-                pid = vm.pid
-                self._watch_process(pid)
-            started = wire.decode_value(Started, json.loads(self._started.read_text()), "started")
-            self.memory = {MEMORY_NAME: _open_memory(pid, started.memory)}
-            self.command = started.command
-        except QmpUnavailable:
+                self._watch_process(vm.pid)
+                path = await vm.execute_command("qom-get", path=f"/objects/{MEMORY_NAME}", property="mem-path")
+            self.command = [str(word) for word in json.loads(self._started.read_text())]
+            self.memory = {MEMORY_NAME: _open_memory(vm.pid, str(path))}
+        except QmpAbsent:
             return False
-        except (OSError, ValueError, TimeoutError) as error:
-            raise VmError(f"a QEMU of an earlier khod-vm is there, and cannot be taken over: {error}") from None
+        except (VmError, OSError, ValueError, TimeoutError) as error:
+            reason = str(error) or f"it did not answer within {ADOPT_SECONDS:g} s"
+            raise VmError(f"a QEMU of an earlier khod-vm is there, and cannot be taken over: {reason}") from None
         return True
 
     async def start_guest(self) -> None:
@@ -187,7 +181,7 @@ class VmProcess(QemuProcess):
         size = os.fstat(memory).st_size
         self._last_lines.clear()
         try:
-            self._started.write_text(json.dumps(asdict(Started([*command], memory))))
+            self._started.write_text(json.dumps([*command]))
             with _listen_unix(self._socket) as listener:
                 argv = complete_command(command, memory, size, listener.fileno(), incoming=incoming)
                 self._process = subprocess.Popen(  # noqa: S603 - fork and exec alone; the words are the administrator's
@@ -286,15 +280,14 @@ def create_memory(size: int) -> int:
     return memory
 
 
-def _open_memory(pid: int, number: int) -> int:
-    """Return a descriptor of the RAM that a process has in the descriptor `number`; OSError if that is no memfd.
+def _open_memory(pid: int, path: str) -> int:
+    """Return a descriptor of the RAM that khod-vm gave to this process; `path` is QEMU's, below /proc/self."""
+    return os.open(path.replace("/proc/self/", f"/proc/{pid}/", 1), os.O_RDWR | os.O_CLOEXEC)
 
-    A memfd that came from the kernel before has no name (seen on 7.3.4), so it is not looked for by khod-vm's.
-    """
-    link = Path(f"/proc/{pid}/fd/{number}")
-    if not os.readlink(link).startswith("/memfd:"):
-        raise OSError(errno.EBADF, "it does not have the RAM of khod-vm's there", str(link))
-    return os.open(link, os.O_RDWR | os.O_CLOEXEC)
+
+def have_same_files(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Whether both have the same names, and the same file under each."""
+    return {*one} == {*other} and all(os.path.sameopenfile(fd, other[name]) for name, fd in one.items())
 
 
 def _has_ended(pidfd: int) -> bool:
