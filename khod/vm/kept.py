@@ -23,7 +23,7 @@ from khod.errors import errno_text
 from khod.text import one_line
 from khod.vm.migration import list_memory
 from khod.vm.monitor import Monitor, NotYet, QmpAbsent, QmpUnavailable, VmError
-from khod.vm.process import QUIET, QemuProcess
+from khod.vm.process import QUIET, QemuProcess, have_same_files
 from khod.vm.settings import VmSettings
 
 POLL_SECONDS = 0.01
@@ -43,9 +43,8 @@ class KeptProcess(QemuProcess):
 
     ends_with_qemu = False
 
-    def __init__(self, settings: VmSettings, directory: Path) -> None:
+    def __init__(self, settings: VmSettings) -> None:
         super().__init__(settings, Path(settings.qmp))
-        self._directory = directory
 
     async def find(self) -> bool:
         """Find QEMU by its socket, and the files of its RAM; VmError where they are not to be told from others."""
@@ -53,14 +52,23 @@ class KeptProcess(QemuProcess):
         self.command = [*self._settings.restart]
         try:
             async with self.open_monitor() as vm:
-                self._watch_process(vm.pid)
-                sizes = await list_memory(vm)  # it answers: the process is the one whose pidfd this is
-                self.memory = _copy_memory(vm.pid, sizes)
+                self.memory = await self._watch_memory(vm)
         except QmpAbsent:
             return False
+        return True
+
+    async def _watch_memory(self, vm: Monitor) -> dict[str, int]:
+        """Watch this QEMU from now on, and return the files of its RAM."""
+        try:
+            self._watch_process(vm.pid)
+            sizes = await list_memory(vm)  # it answers: the process is the one whose pidfd this is
+            return _copy_memory(vm.pid, sizes)
         except OSError as error:
             raise VmError(f"its RAM cannot be copied out of QEMU: {errno_text(error)}") from None
-        return True
+
+    def require_same(self, vm: Monitor) -> None:
+        if vm.pid != self.pid or not self.is_up:
+            raise VmError("its QEMU was started again since `prepare`, with other RAM")
 
     async def start_guest(self) -> None:
         """Do nothing: whoever starts this guest starts it."""
@@ -71,13 +79,14 @@ class KeptProcess(QemuProcess):
     ) -> AsyncIterator[Monitor]:
         """Have it started with the files of its RAM; the program in `command` must start it with -incoming defer."""
         assert incoming, "it is never started anew"
+        await self._require_absent()
         async with AsyncExitStack() as stack:
             if len(command) == 1 and command[0].endswith(".service"):
                 await stack.enter_async_context(self._start_unit(command[0], memory))
             else:
                 self._start_command(command, memory)
             vm = await self._wait_session(stack, not_yet)
-            self._watch_process(vm.pid)
+            await self._require_memory(vm, memory)
             self.command, self.memory = [*command], {**memory}
             yield vm
 
@@ -90,6 +99,26 @@ class KeptProcess(QemuProcess):
                         return await stack.enter_async_context(self.open_monitor(not_yet))
                     await asyncio.sleep(POLL_SECONDS)
         raise VmError(f"{self._settings.restart[0]} has not started a QEMU that answers at {self._socket}")
+
+    async def _require_absent(self) -> None:
+        """Raise VmError where a QEMU is at the socket already: it came without the guest, and another would take it."""
+        with suppress(QmpAbsent):
+            async with self.open_monitor():
+                raise VmError("a QEMU without the guest's RAM is in its place, and was not touched: end it first")
+
+    async def _require_memory(self, vm: Monitor, memory: Mapping[str, int]) -> None:
+        """Raise VmError if this QEMU does not have these files: it is not the one that was to be started."""
+        found: dict[str, int] = {}
+        try:
+            found = await self._watch_memory(vm)
+            if not have_same_files(found, memory):
+                raise VmError("the QEMU that was started does not have the guest's RAM; it was not touched: end it")
+        except BaseException:
+            self._forget_process()  # it is not ours to end
+            raise
+        finally:
+            for fd in found.values():
+                os.close(fd)
 
     async def end_guest(self, *, is_frozen: bool) -> None:
         """Do nothing: whoever started it ends it."""
@@ -138,6 +167,15 @@ class KeptProcess(QemuProcess):
         threading.Thread(target=os.waitpid, args=(pid, 0), name="restart", daemon=True).start()
 
 
+def is_memfd(fd: int) -> bool:
+    """Whether this is a file in memory; one that came from the kernel before is no `/memfd:` in /proc (7.3.4)."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
 def _copy_memory(pid: int, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return a descriptor of the file of each memory backend; VmError where it is not certain which one it is."""
     found: dict[int, dict[int, int]] = {}  # by size and inode
@@ -145,11 +183,12 @@ def _copy_memory(pid: int, sizes: Mapping[str, int]) -> dict[str, int]:
     with ExitStack() as stack:
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(FileNotFoundError):
-                if os.readlink(link).startswith("/memfd:"):
+                if os.stat(link).st_size in sizes.values():
                     fd = pidfd_getfd(pid, int(link.name))
                     stack.callback(os.close, fd)
-                    stats = os.fstat(fd)
-                    found.setdefault(stats.st_size, {}).setdefault(stats.st_ino, fd)
+                    if is_memfd(fd):
+                        stats = os.fstat(fd)
+                        found.setdefault(stats.st_size, {}).setdefault(stats.st_ino, fd)
         for name, size in sizes.items():
             fitting = [*found.get(size, {}).values()]
             same = [other for other, its in sizes.items() if its == size]

@@ -28,7 +28,7 @@ from khod.vm.agent import set_guest_clock
 from khod.vm.kept import KeptProcess
 from khod.vm.migration import announce_guest, check_portable, continue_guest, load_state, save_state, sync_disks
 from khod.vm.monitor import PAUSED_STATE, RUNNING_STATES, NotYet, VmError
-from khod.vm.process import QemuProcess, VmProcess
+from khod.vm.process import QemuProcess, VmProcess, have_same_files
 from khod.vm.settings import VmSettings, load_settings
 
 LOG = logging.getLogger("khod-vm")
@@ -60,9 +60,7 @@ class Supervisor:
         self._settings = settings
         self._frozen = directory / "frozen"
         """There while the guest is stopped for a handover; "running" in it if it ran before."""
-        self._restored = directory / "restored"
-        """There once the guest that came from the kernel before is back, with the process of its QEMU."""
-        self._qemu: QemuProcess = (KeptProcess if settings.qmp else VmProcess)(settings, directory)
+        self._qemu: QemuProcess = KeptProcess(settings) if settings.qmp else VmProcess(settings, directory)
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
@@ -101,7 +99,7 @@ class Supervisor:
         if found and self._producer.told != FREEZE:
             await self._continue_left()
         elif not self._qemu.is_up and not self._refused:
-            await self._qemu.start_guest()
+            await self._start_anew()
         _notify(f"READY=1\nSTATUS={self._refused or 'The guest is there.'}")
         code = await self._watch()
         self._producer.stop()
@@ -113,6 +111,12 @@ class Supervisor:
             if self._frozen.exists():
                 LOG.warning("The guest was stopped for a handover that has ended; it continues")
                 await self._thaw(Step("thaw", "", UNDO_SECONDS))
+
+    async def _start_anew(self) -> None:
+        if self._frozen.exists():
+            LOG.error("QEMU and khod-vm have ended while the guest was stopped for a handover: the guest is lost")
+            self._frozen.unlink()
+        await self._qemu.start_guest()
 
     def _stop(self) -> None:
         self._stopping.set()
@@ -161,6 +165,8 @@ class Supervisor:
     # The verbs
 
     async def _prepare(self, step: Step) -> Mapping[str, int]:
+        if self._refused:
+            raise VmError(self._refused)
         if not self._qemu.ends_with_qemu and not await self._qemu.find():
             return {}  # it is switched off
         async with self._qemu.open_monitor(_report_to(step)) as vm:
@@ -174,8 +180,11 @@ class Supervisor:
     async def _freeze(self, step: Step) -> Mapping[str, int]:
         self._drop_state()
         if not self._qemu.memory:
-            return {}
+            if await self._qemu.find():
+                raise VmError("its QEMU was started since `prepare`")
+            return {}  # it is still switched off
         async with self._qemu.open_monitor(_report_to(step)) as vm:
+            self._qemu.require_same(vm)
             running = await vm.run_state() in RUNNING_STATES
             self._frozen.write_text("running" if running else "paused")
             self._state = os.memfd_create("khod-state", os.MFD_CLOEXEC)
@@ -188,7 +197,9 @@ class Supervisor:
 
     async def _thaw(self, step: Step) -> None:
         """Continue the guest; where QEMU has ended meanwhile, start another one with the state that is here."""
-        running = self._frozen.exists() and self._frozen.read_text() == "running"
+        if not self._frozen.exists():
+            return  # freeze has refused before it stopped the guest
+        running = self._frozen.read_text() == "running"
         if not self._qemu.is_up:
             if self._state < 0:
                 raise VmError("QEMU has ended, and its state is not here; khod has what was handed over")
@@ -205,27 +216,24 @@ class Supervisor:
         memory = dict(step.files)
         state, about_file = memory.pop(STATE, -1), memory.pop(ABOUT, -1)
         try:
-            if self._qemu.is_up and await self._is_running(step):
-                self._require_restored()
-                return  # an earlier khod-vm was killed after this, and before it could say so
-            await self._qemu.kill()
-            if state < 0 or about_file < 0:
-                raise VmError(f"what came is not a guest: {join_names(sorted(step.files)) or 'nothing'}")
-            about = _read_about(about_file)
-            try:
-                await self._start_with(about.command, memory, state, about.running, step)
-                self._restored.write_text(str(self._qemu.pid))
-            except BaseException:
+            if not await self._is_taken_back(memory, step):
                 await self._qemu.kill()
-                self._qemu.memory = {}
-                raise
-            memory, self._refused = {}, ""
-            stopped = f"The guest was taken back; it was stopped for {time.time() - about.frozen_at:.1f} s"
-            LOG.info("%s by the wall clock", stopped)
-            _notify(f"STATUS={stopped}.")
+                if state < 0 or about_file < 0:
+                    raise VmError(f"what came is not a guest: {join_names(sorted(step.files)) or 'nothing'}")
+                about = _read_about(about_file)
+                try:
+                    await self._start_with(about.command, memory, state, about.running, step)
+                except BaseException:
+                    await self._qemu.kill()
+                    self._qemu.memory = {}
+                    raise
+                memory = {}
+                LOG.info("The guest was stopped for %.1f s by the wall clock", time.time() - about.frozen_at)
+            self._refused = ""
+            _notify("STATUS=The guest was taken back.")
             self._changed.set()
-        except VmError as error:
-            self._refused = f"The guest was not taken back, and its state is kept: {error}"
+        except BaseException as error:  # whatever it was: the guest must not be started anew beside its state
+            self._refused = f"The guest was not taken back, and its state is kept: {_give_reason(error, step)}"
             LOG.error("%s. Repair the cause, then: khoctl producers retry %s", self._refused, self._settings.name)
             _notify(f"STATUS={self._refused}")
             raise
@@ -252,15 +260,15 @@ class Supervisor:
         except VmError as error:
             LOG.warning("The guest's clock may be behind: %s", error)
 
-    def _require_restored(self) -> None:
-        """Raise VmError if the QEMU that runs is not the one with the guest that came: others have started one."""
-        if self._qemu.ends_with_qemu or (self._restored.exists() and self._restored.read_text() == str(self._qemu.pid)):
-            return
-        raise VmError(
-            f"QEMU was started anew by others (process {self._qemu.pid}): stop it before its guest comes back"
-        )
+    async def _is_taken_back(self, memory: Mapping[str, int], step: Step) -> bool:
+        """Whether the guest runs with this RAM: an earlier khod-vm was killed after that, before it could say so.
 
-    async def _is_running(self, step: Step) -> bool:
+        VmError where another guest is in its place: that one has written to the disks, and is not ours to end.
+        """
+        if not await self._qemu.find():
+            return False
+        if not have_same_files(self._qemu.memory, memory):
+            raise VmError("a QEMU without the guest's RAM is in its place, and was not touched: end it first")
         async with self._qemu.open_monitor(_report_to(step)) as vm:
             return await vm.run_state() in RUNNING_STATES
 
@@ -300,6 +308,14 @@ def _report_to(step: Step) -> NotYet:
             step.not_yet(reason, progress)
 
     return report
+
+
+def _give_reason(error: BaseException, step: Step) -> str:
+    if isinstance(error, VmError):
+        return str(error)
+    if isinstance(error, asyncio.CancelledError):
+        return f"not done within {step.timeout:g} s"
+    return f"{type(error).__name__}: {error}"
 
 
 def _read_about(file: int) -> About:

@@ -8,9 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from khod.errors import Exit
 from khod.vm.process import SLOTS
 from khod.vm.slots import count_slots
 from tests.lab.counter import read_numbers, write_image
-from tests.unit.khods import DEADLINE, REPOSITORY, Khod, until
+from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, khoctl, until
 from tests.unit.luo import System
 
 COMMAND = ["qemu-system-x86_64", "-machine", "q35", "-m", "64M", "-accel", "tcg", "-display", "none", "-nodefaults"]
@@ -201,6 +202,54 @@ def test_a_khod_vm_that_is_killed_after_the_jump_takes_its_guest_over(system: Sy
     assert "one" in verified.json["verdict"]["arrived"]
 
 
+HANGS = """#!/bin/sh
+case "$*" in *-incoming*) [ -e {repaired} ] || exec sleep 60;; esac
+exec qemu-system-x86_64 "$@"
+"""
+"""A QEMU that does not answer while it is to take a guest back."""
+
+
+def test_a_restore_that_is_not_done_in_time_keeps_the_guest_for_a_retry(system: System, vm: Callable[..., Vm]) -> None:
+    qemu, repaired = system.directory / "qemu", system.directory / "repaired"
+    qemu.write_text(HANGS.format(repaired=repaired))
+    qemu.chmod(0o755)
+    first, guest = system.khod(), vm(command=[str(qemu), *COMMAND[1:]])
+    guest.file.write_text(f"{guest.file.read_text()}timeout = 3\n")
+    guest.start().counts_on()
+    registered(first, "one")
+    system.jump(first)
+    second = system.khod(ready=False)
+    guest.start(boot=True)
+    assert guest.process is not None
+    for times in (1, 2):
+        until(lambda: guest.log.count("The guest was not taken back") == times, guest.process)  # noqa: B023
+        assert "its state is kept: not done within 3 s" in guest.log
+        registered(second, "one")
+        if times == 1:
+            guest.kill_supervisor()
+            guest.start()
+    repaired.touch()
+    assert second.khoctl("producers", "retry", "one").code == Exit.done
+    guest.counts_on()
+
+
+def test_a_khod_vm_whose_guest_was_lost_while_frozen_ends_with_the_next_one(
+    system: System, vm: Callable[..., Vm]
+) -> None:
+    khod, guest = system.khod(), vm().start()
+    guest.counts_on()
+    registered(khod, "one")
+    assert khod.khoctl("activate").code == Exit.done
+    guest.kill_supervisor()
+    guest.kill_qemu()
+    guest.serial.unlink()
+    guest.start().counts_on()
+    assert "the guest is lost" in guest.log
+    guest.kill_qemu()
+    assert guest.process is not None
+    guest.process.wait(DEADLINE)
+
+
 def test_a_qemu_that_does_not_start_is_named_with_its_reason(system: System, vm: Callable[..., Vm]) -> None:
     system.khod()
     guest = vm(command=[*COMMAND, "-device", "nonsense"]).start()
@@ -271,16 +320,16 @@ exec {command} -object memory-backend-file,id=$LISTEN_FDNAMES,size=64M,mem-path=
 class OthersVm(Vm):
     """A QEMU as libvirt starts one, whose guest khod-vm keeps."""
 
-    def __init__(self, system: System, *memory: str) -> None:
+    def __init__(self, system: System, *memory: str, timeout: int = 60) -> None:
         super().__init__(system)
         self.file.unlink()
         self._command = self.words
         self._memory = memory or ("-object", "memory-backend-memfd,id=pc.ram,size=64M,share=on")
         self._qmp = system.directory / "vm-one/others.qmp"
-        again = system.directory / "vm-one/again"
+        self.again = again = system.directory / "vm-one/again"
         again.write_text(AGAIN.format(command=" ".join(self._command), socket=self._qmp))
         again.chmod(0o755)
-        system.hook("one", f'qmp = "{self._qmp}"\nkeep = true\nrestart = ["{again}"]\ntimeout = 60\n')
+        system.hook("one", f'qmp = "{self._qmp}"\nkeep = true\nrestart = ["{again}"]\ntimeout = {timeout}\n')
 
     def start_qemu(self) -> OthersVm:
         words = [*self._command, *self._memory, "-machine", "memory-backend=pc.ram"]
@@ -325,5 +374,72 @@ def test_a_guest_whose_memory_is_not_to_be_told_from_another_file_is_refused(sys
         assert refused.code == Exit.refused
         assert "2 files of QEMU's have 67108864 bytes" in refused.err
         guest.counts_on()
+    finally:
+        guest.die()
+
+
+@contextmanager
+def activation_held(system: System, khod: Khod) -> Iterator[list[Answer]]:
+    """Have khod activate; the block runs after `prepare`, before any `freeze` but one. The list has the answer then."""
+    here, go = system.directory / "here", system.directory / "go"
+    answers: list[Answer] = []
+    asking = threading.Thread(target=lambda: answers.append(khoctl(khod.socket, "activate")))
+    asking.start()
+    until(here.exists, khod.process)
+    yield answers
+    go.touch()
+    asking.join()
+
+
+def hold_freeze(system: System) -> None:
+    """Add a producer for `activation_held`."""
+    here, go = system.directory / "here", system.directory / "go"
+    script = f"touch {here}; until [ -e {go} ]; do sleep 0.05; done"
+    system.hook("two", f"freeze = ['/bin/sh', '-c', '{script}']\nbefore = ['one']\ntimeout = 60\n")
+
+
+@pytest.mark.parametrize("was_up", [True, False])
+def test_a_guest_of_others_that_was_started_since_prepare_is_refused(system: System, *, was_up: bool) -> None:
+    hold_freeze(system)
+    khod, guest = system.khod(), OthersVm(system)
+    if was_up:
+        guest.start_qemu()
+    try:
+        guest.start()
+        registered(khod, "one")
+        with activation_held(system, khod) as answers:
+            if was_up:
+                guest.qemu.kill()
+                guest.qemu.wait()
+            guest.serial.unlink(missing_ok=True)
+            guest.start_qemu().counts_on()
+        assert answers[0].code == Exit.refused, answers
+        assert "since `prepare`" in answers[0].err
+        guest.counts_on()
+    finally:
+        guest.die()
+
+
+def test_a_guest_of_others_that_was_started_anew_is_not_taken_for_the_one_that_came(system: System) -> None:
+    first, guest = system.khod(), OthersVm(system).start_qemu()
+    try:
+        guest.start().counts_on()
+        registered(first, "one")
+        system.jump(first)
+        guest.qemu.wait()
+        last = guest.numbers[-1]
+        guest.start_qemu()
+        second = system.khod(ready=False)
+        guest.start(boot=True)
+        assert guest.process is not None
+        until(lambda: "a QEMU without the guest's RAM is in its place" in guest.log, guest.process)
+        registered(second, "one")
+        assert guest.qemu.poll() is None, "it is not ours to end"
+        guest.qemu.kill()
+        guest.qemu.wait()
+        guest.serial.unlink()
+        assert second.khoctl("producers", "retry", "one").code == Exit.done
+        until(lambda: bool(guest.numbers), guest.process)
+        assert guest.numbers[0] == last + 1
     finally:
         guest.die()
