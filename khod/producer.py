@@ -117,8 +117,8 @@ class Producer:
         """
         self._counts = ""
         self._tokens = 0
-        self._ahead: Mapping[str, Any] | None = None
-        """The command that came as the answer to `not_yet`, to be done next."""
+        self._ahead: tuple[Mapping[str, Any], list[int]] | None = None
+        """The command that came as the answer to `not_yet`, with its files, to be done next."""
 
     def start(self) -> None:
         """Register, restore what was left before the jump, and serve in a thread of its own.
@@ -153,7 +153,7 @@ class Producer:
     def _call_register(self) -> str:
         """Connect and register; return the verb that khod assumes to hold, after undoing what was done beyond it."""
         self._drop_connection()
-        self._ahead = None
+        self._drop_ahead()
         self._connection = Connection(self._socket)
         self._connection.send_call(f"{wire.PRODUCER}.Register", self._terms)
         self.told = told = str(self._connection.receive_reply()["told"])
@@ -163,6 +163,12 @@ class Producer:
             undo, self._counts = UNDO[self._counts]
             self._call_handler(Step(undo, "", 0.0))
         return told
+
+    def _drop_ahead(self) -> None:
+        _, fds = self._ahead or ({}, [])
+        for fd in fds:
+            os.close(fd)
+        self._ahead = None
 
     def _drop_connection(self) -> None:
         if self._connection is not None:
@@ -189,7 +195,7 @@ class Producer:
 
     def _take_turn(self, answer: dict[str, Any]) -> dict[str, Any]:
         """Send an answer, receive the next verb and do it; return the answer to that verb."""
-        (command, fds), self._ahead = ((self._ahead, []) if self._ahead else self._call_next(answer)), None
+        (command, fds), self._ahead = self._ahead or self._call_next(answer), None
         if command is None:
             return {}
         files = dict(zip(command["names"], fds, strict=True))
@@ -230,11 +236,11 @@ class Producer:
     def _not_yet(self, command: Mapping[str, Any], reason: str, progress: float | None) -> None:
         said = {"serial": command["serial"], "answer": "not_yet", "reason": reason}
         now, fds = self._call_next(said if progress is None else said | {"progress": progress})
-        for fd in fds:
-            os.close(fd)
+        self._drop_ahead()
+        self._ahead = (now, fds) if now is not None else None
         if now is None or now["serial"] != command["serial"]:
-            self._ahead = now
             raise CalledOff(reason)
+        self._drop_ahead()
 
     def _call_handler(self, step: Step) -> dict[str, Any]:
         """Call the handler and return its result as an answer."""

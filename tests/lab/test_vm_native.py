@@ -443,3 +443,24 @@ def test_a_guest_of_others_that_was_started_anew_is_not_taken_for_the_one_that_c
         assert guest.numbers[0] == last + 1
     finally:
         guest.die()
+
+
+def test_a_restart_command_that_hangs_is_repaired_and_tried_again_at_once(system: System) -> None:
+    first, guest = system.khod(), OthersVm(system, timeout=3).start_qemu()
+    try:
+        guest.start().counts_on()
+        registered(first, "one")
+        system.jump(first)
+        guest.qemu.wait()
+        last = guest.numbers[-1]
+        repaired = guest.again.read_text()
+        guest.again.write_text("#!/bin/sh\nexec sleep 60\n")
+        second = system.khod(ready=False)
+        guest.start(boot=True)
+        until(lambda: "its state is kept" in guest.log, guest.process)
+        until(lambda: "not yet" in second.khoctl("producers").out, second.process)  # khod tries again by itself
+        guest.again.write_text(repaired)
+        assert second.khoctl("producers", "retry", "one").code == Exit.done, guest.log
+        assert guest.counts_on() > last
+    finally:
+        guest.die()
