@@ -24,6 +24,8 @@ CAPABILITY = "x-ignore-shared"
 STREAM = "khod-state"
 """The name of the pipe in QEMU."""
 CHUNK_BYTES = 1 << 18
+NAMED_FILES_ONLY = (8, 1)
+"""The version of QEMU from which on CAPABILITY is about memory-backend-file alone."""
 MAX_STATE_BYTES = 1 << 30
 """More than any device state: the RAM is in the stream."""
 PIPE_BYTES = 1 << 20
@@ -66,31 +68,39 @@ async def sync_disks(vm: Monitor) -> None:
             await asyncio.to_thread(_sync_file, Path(path))
 
 
-async def save_state(vm: Monitor, file: int) -> int:
-    """Stop the VM and write its device state to `file`, an empty memfd; return the number of bytes.
+async def save_state(vm: Monitor, file: int) -> bool:
+    """Stop the VM and write its device state to `file`, an empty memfd; return whether the guest's RAM is not in it.
+
+    From 8.1 on QEMU leaves out only RAM that is in a named file (memory-backend-file): with memory-backend-memfd the
+    stream has the RAM too, and both sides take longer (seen with 11.1: "block pc.ram should not be migrated").
 
     The VM is `postmigrate` after that, and `continue_guest` takes it back. After a VmError it may be stopped.
     """
+    is_apart = await _keeps_memory_apart(vm)
+    most = MAX_STATE_BYTES + (0 if is_apart else sum((await list_memory(vm)).values()))
+    await _ignore_shared_memory(vm, is_apart)
     await vm.execute_command("stop")
     await _require_state(vm, {PAUSED_STATE, "suspended"}, "asked to pause")
-    await _ignore_shared_memory(vm)
     reader, writer = _open_pipe()
-    copying = asyncio.ensure_future(_copy_stream(reader, file))
+    copying = asyncio.ensure_future(_copy_stream(reader, file, most))
     try:
         await _give_stream(vm, writer)
         await vm.execute_command("migrate", uri=f"fd:{STREAM}")
         await _wait_migrated(vm, copying)
-        size = await copying
+        await copying
     finally:
         copying.cancel()
     await _require_state(vm, {SAVED_STATE}, "asked to save its state")
-    return size
+    return is_apart
 
 
-async def load_state(vm: Monitor, file: int) -> None:
-    """Load the device state in `file` into a QEMU that was started with `-incoming defer`; it is paused after that."""
+async def load_state(vm: Monitor, file: int, *, is_memory_apart: bool = True) -> None:
+    """Load the state in `file` into a QEMU that was started with `-incoming defer`; it is paused after that.
+
+    `is_memory_apart` is what `save_state` returned.
+    """
     await _require_state(vm, {INCOMING_STATE}, "started to take a state")
-    await _ignore_shared_memory(vm)
+    await _ignore_shared_memory(vm, is_memory_apart)
     reader, writer = _open_pipe()
     feeding = asyncio.ensure_future(_feed_stream(file, writer))
     try:
@@ -141,8 +151,20 @@ def _blocked_reasons(answer: Any) -> list[str]:
     return [one_line(str(reason)).removesuffix(".") for reason in reasons]
 
 
-async def _ignore_shared_memory(vm: Monitor) -> None:
-    capability = {"capability": CAPABILITY, "state": True}
+async def _keeps_memory_apart(vm: Monitor) -> bool:
+    """Whether QEMU leaves the guest's RAM out of the stream."""
+    answer = await vm.execute_command("query-version")
+    version = answer.get("qemu", {}) if isinstance(answer, dict) else {}
+    if (version.get("major", 0), version.get("minor", 0)) < NAMED_FILES_ONLY:
+        return True
+    kinds = [
+        await vm.execute_command("qom-get", path=f"/objects/{name}", property="type") for name in await list_memory(vm)
+    ]
+    return all(kind == "memory-backend-file" for kind in kinds)
+
+
+async def _ignore_shared_memory(vm: Monitor, wanted: bool = True) -> None:
+    capability = {"capability": CAPABILITY, "state": wanted}
     await vm.execute_command("migrate-set-capabilities", capabilities=[capability])
 
 
@@ -182,8 +204,8 @@ def _open_pipe() -> tuple[int, int]:
     return reader, writer
 
 
-async def _copy_stream(reader: int, file: int) -> int:
-    """Copy until every writer has closed the pipe; return the number of bytes."""
+async def _copy_stream(reader: int, file: int, most: int) -> None:
+    """Copy until every writer has closed the pipe, `most` bytes at most."""
     loop, size = asyncio.get_running_loop(), 0
     os.set_blocking(reader, False)
     try:
@@ -191,14 +213,13 @@ async def _copy_stream(reader: int, file: int) -> int:
             loop.add_reader, loop.remove_reader, reader, lambda: os.read(reader, CHUNK_BYTES)
         ):
             size += len(chunk)
-            if size > MAX_STATE_BYTES:
-                raise VmError(f"its device state has more than {MAX_STATE_BYTES} bytes")
+            if size > most:
+                raise VmError(f"its state has more than {most} bytes")
             view = memoryview(chunk)
             while view:
                 view = view[os.write(file, view) :]
     finally:
         os.close(reader)
-    return size
 
 
 async def _feed_stream(file: int, writer: int) -> None:

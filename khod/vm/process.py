@@ -87,6 +87,9 @@ class QemuProcess(ABC):
     def require_same(self, vm: Monitor) -> None:  # noqa: B027 - one that khod-vm starts is not started by others
         """Raise VmError if this session is with another QEMU than the one whose RAM is in `memory`."""
 
+    def note_arrived(self) -> None:  # noqa: B027 - as above
+        """Note that the guest's state is loaded: it may run from now on, and QEMU is its only home."""
+
     @abstractmethod
     async def start_guest(self) -> None:
         """Start the guest anew, at the start of its unit."""
@@ -136,6 +139,8 @@ class VmProcess(QemuProcess):
     def __init__(self, settings: VmSettings, directory: Path) -> None:
         super().__init__(settings, directory / "qmp")
         self._started, self._slots = directory / "command.json", directory.parent / SLOTS
+        self._arriving = directory / "arriving"
+        """The process of a QEMU that has not taken its guest yet: it can be killed, and need not answer."""
         self._last_lines: deque[str] = deque(maxlen=3)
 
     async def find(self) -> bool:
@@ -145,6 +150,7 @@ class VmProcess(QemuProcess):
         that came through a jump does not have khod-vm's name.
         """
         self.close_memory()
+        self._kill_arriving()
         if not self._socket.exists():  # after a jump: the QMP library is then loaded while QEMU starts
             return False
         try:
@@ -159,6 +165,23 @@ class VmProcess(QemuProcess):
             reason = str(error) or f"it did not answer within {ADOPT_SECONDS:g} s"
             raise VmError(f"a QEMU of an earlier khod-vm is there, and cannot be taken over: {reason}") from None
         return True
+
+    def note_arrived(self) -> None:
+        self._arriving.unlink(missing_ok=True)
+
+    def _kill_arriving(self) -> None:
+        """Kill a QEMU in which an earlier khod-vm was taking the guest back: its state is not in there alone."""
+        with suppress(OSError, ValueError):
+            pid, began = self._arriving.read_text().split()
+            pidfd = os.pidfd_open(int(pid))
+            try:
+                if _read_start(int(pid)) == began:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    select.select([pidfd], [], [], END_SECONDS)
+                    self._socket.unlink(missing_ok=True)
+            finally:
+                os.close(pidfd)
+        self._arriving.unlink(missing_ok=True)
 
     async def start_guest(self) -> None:
         async with self.start_session(await self._pin_command(), {MEMORY_NAME: create_memory(self._settings.size)}):
@@ -193,6 +216,8 @@ class VmProcess(QemuProcess):
                 )
         except OSError as error:
             raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
+        if incoming:
+            self._arriving.write_text(f"{self._process.pid} {_read_start(self._process.pid)}")
         self.command, self.memory = [*command], {MEMORY_NAME: memory}
         self._watch_process(self._process.pid)
         threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True).start()
@@ -283,6 +308,11 @@ def create_memory(size: int) -> int:
 def _open_memory(pid: int, path: str) -> int:
     """Return a descriptor of the RAM that khod-vm gave to this process; `path` is QEMU's, below /proc/self."""
     return os.open(path.replace("/proc/self/", f"/proc/{pid}/", 1), os.O_RDWR | os.O_CLOEXEC)
+
+
+def _read_start(pid: int) -> str:
+    """Return when a process began, in ticks since boot (field 22 of /proc/PID/stat)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def have_same_files(one: Mapping[str, int], other: Mapping[str, int]) -> bool:

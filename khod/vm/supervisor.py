@@ -51,6 +51,8 @@ class About:
     command: list[str]
     running: bool
     frozen_at: float
+    is_memory_apart: bool = True
+    """Whether the RAM is in its files alone, and not also in QEMU's state."""
 
 
 class Supervisor:
@@ -68,6 +70,8 @@ class Supervisor:
         """Held for one verb."""
         self._state = -1
         """The device state while the guest is stopped for a handover."""
+        self._about: About | None = None
+        """What belongs to that state, once it is complete."""
         self._setting_clock: asyncio.Future[None] | None = None
         self._refused = ""
         """Why the guest could not be taken back: its files are kept by khod."""
@@ -188,8 +192,8 @@ class Supervisor:
             running = await vm.run_state() in RUNNING_STATES
             self._frozen.write_text("running" if running else "paused")
             self._state = os.memfd_create("khod-state", os.MFD_CLOEXEC)
-            await save_state(vm, self._state)
-        about = About(self._qemu.command, running, time.time())
+            is_memory_apart = await save_state(vm, self._state)
+        self._about = about = About(self._qemu.command, running, time.time(), is_memory_apart)
         file = os.memfd_create("khod-about", os.MFD_CLOEXEC)
         os.write(file, json.dumps(asdict(about)).encode())
         self._loop.call_later(self._settings.timeout, os.close, file)  # it is sent by then
@@ -201,9 +205,9 @@ class Supervisor:
             return  # freeze has refused before it stopped the guest
         running = self._frozen.read_text() == "running"
         if not self._qemu.is_up:
-            if self._state < 0:
+            if self._state < 0 or self._about is None:
                 raise VmError("QEMU has ended, and its state is not here; khod has what was handed over")
-            await self._start_with(self._qemu.command, self._qemu.memory, self._state, running, step)
+            await self._start_with(self._about, self._qemu.memory, self._state, step)
         elif running:
             async with self._qemu.open_monitor(_report_to(step)) as vm:
                 await continue_guest(vm)
@@ -222,7 +226,7 @@ class Supervisor:
                     raise VmError(f"what came is not a guest: {join_names(sorted(step.files)) or 'nothing'}")
                 about = _read_about(about_file)
                 try:
-                    await self._start_with(about.command, memory, state, about.running, step)
+                    await self._start_with(about, memory, state, step)
                 except BaseException:
                     await self._qemu.kill()
                     self._qemu.memory = {}
@@ -242,16 +246,15 @@ class Supervisor:
                 if fd >= 0:
                     os.close(fd)
 
-    async def _start_with(
-        self, command: list[str], memory: Mapping[str, int], state: int, running: bool, step: Step
-    ) -> None:
-        async with self._qemu.start_session(command, memory, incoming=True, not_yet=_report_to(step)) as vm:
-            await load_state(vm, state)
-            if running:
+    async def _start_with(self, about: About, memory: Mapping[str, int], state: int, step: Step) -> None:
+        async with self._qemu.start_session(about.command, memory, incoming=True, not_yet=_report_to(step)) as vm:
+            await load_state(vm, state, is_memory_apart=about.is_memory_apart)
+            self._qemu.note_arrived()
+            if about.running:
                 await continue_guest(vm)
                 with suppress(VmError):  # a guest without a network has nothing to announce
                     await announce_guest(vm)
-        if running and self._settings.agent:
+        if about.running and self._settings.agent:
             self._setting_clock = asyncio.ensure_future(self._set_clock())  # it takes the guest's time, not ours
 
     async def _set_clock(self) -> None:
@@ -275,7 +278,7 @@ class Supervisor:
     def _drop_state(self) -> None:
         if self._state >= 0:
             os.close(self._state)
-            self._state = -1
+            self._state, self._about = -1, None
 
     def _handler(self, carry_out: Callable[[Step], Awaitable[Mapping[str, int] | None]]) -> Handler:
         """Return a handler for the producer's thread, which waits for `carry_out` in the event loop."""

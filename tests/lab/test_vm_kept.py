@@ -50,8 +50,8 @@ def test_its_unit_is_given_the_guest_again(online: Online, tmp_path: Path) -> No
 
     host.kexec(VERSION)
 
+    counts_on(host, NAME)
     verdict = json.loads(host.khoctl("verify", "--json").stdout)["verdict"]
     assert NAME in verdict["arrived"]
-    counts_on(host, NAME)
     assert host.shell(f"systemctl is-active {NAME}").strip() == "active"
     assert host.shell(f"ls /run/systemd/system/{NAME}.service.d 2>/dev/null || true").strip() == ""
