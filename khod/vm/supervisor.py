@@ -156,6 +156,10 @@ class Supervisor:
                 code = await self._qemu.wait_end()
                 LOG.warning("QEMU has ended with code %d", code)
                 return code
+        if self._frozen.exists() and not await _is_host_stopping():
+            LOG.warning("khod-vm is stopped in the middle of a handover: the guest continues, and the handover ends")
+            self._producer.stop()
+            await self._continue_left()
         await self._qemu.end_guest(is_frozen=self._frozen.exists())
         return 0
 
@@ -328,6 +332,18 @@ def _read_about(file: int) -> About:
         raise VmError(f"what came with the guest cannot be read: {error}") from None
     assert isinstance(found, About)
     return found
+
+
+async def _is_host_stopping() -> bool:
+    """Whether systemd takes the host down: into the next kernel, with what was handed over."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            "systemctl", "is-system-running", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+    except OSError:
+        return False
+    answer, _ = await process.communicate()
+    return answer.strip() == b"stopping"
 
 
 def _notify(message: str) -> None:

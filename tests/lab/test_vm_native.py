@@ -158,6 +158,23 @@ def test_an_abort_lets_the_guest_run_on(system: System, vm: Callable[..., Vm]) -
     guest.counts_on()
 
 
+def test_a_unit_that_is_stopped_while_the_guest_is_frozen_lets_it_shut_down(
+    system: System, vm: Callable[..., Vm]
+) -> None:
+    """The host is not on its way into the next kernel: the guest must not end with its state in nobody's hands."""
+    khod, guest = system.khod(), vm()
+    guest.file.write_text(f"{guest.file.read_text()}stop_timeout = 2\n")
+    guest.start().counts_on()
+    registered(khod, "one")
+    assert khod.khoctl("activate").code == Exit.done
+    frozen = guest.numbers[-1]
+    assert guest.process is not None
+    guest.process.terminate()
+    assert guest.process.wait(DEADLINE) == 0
+    assert guest.numbers[-1] > frozen, "it ran, and was asked to shut down"
+    assert "in the middle of a handover" in guest.log
+
+
 @pytest.mark.parametrize("who", ["khod-vm", "QEMU"])
 def test_whoever_is_killed_while_the_guest_is_frozen_the_guest_runs_on(
     system: System, vm: Callable[..., Vm], who: str
