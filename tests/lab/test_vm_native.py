@@ -325,6 +325,95 @@ def hand_over_guests(system: System, vm: Callable[..., Vm], count: int) -> None:
     print(f"{count} guests: {sorted(restored.values())}")
 
 
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        (["-drive", "file=fat:rw:{directory},if=none,id=fat"], "vvfat"),
+        (["-drive", "driver=null-co,if=none,id=null", "-device", "nvme,serial=1,drive=null"], "nvme"),
+    ],
+    ids=["at-prepare", "at-freeze"],
+)
+def test_what_qemu_does_not_migrate_is_refused_and_the_guest_counts_on(
+    system: System, vm: Callable[..., Vm], device: list[str], words: str
+) -> None:
+    """Of the first QEMU tells before the guest is stopped, of the second only when its state is asked for."""
+    (system.directory / "shared").mkdir()
+    command = [*COMMAND, *(word.format(directory=system.directory / "shared") for word in device)]
+    khod, guest = system.khod(), vm(command=command).start()
+    guest.counts_on()
+    registered(khod, "one")
+    refused = khod.khoctl("activate")
+    assert refused.code == Exit.refused
+    assert words in refused.err
+    guest.counts_on()
+
+
+PHASES = [
+    "preparing: one: prepare: told",
+    "preparing: one: prepare: ready",
+    "freezing: one: freeze: told",
+    "freezing: one: freeze: ready",
+    "activating: ",
+    "active: ",
+    "loading: ",
+    "loaded: ",
+]
+
+
+@pytest.mark.parametrize(
+    "dies_at",
+    [pytest.param(each, marks=pytest.mark.proof) for each in PHASES[:3]]
+    + PHASES[3:4]
+    + [pytest.param(each, marks=pytest.mark.proof) for each in PHASES[4:]],
+)
+def test_a_guest_counts_on_when_khod_is_killed(system: System, vm: Callable[..., Vm], dies_at: str) -> None:
+    first, guest = system.khod(dies_at=dies_at), vm().start()
+    guest.counts_on()
+    registered(first, "one")
+    first.khoctl("kexec", "--hold", *system.images)
+    first.died()
+    second = system.khod()
+    until(lambda: second.khoctl("status", "--json").json["phase"] == "idle", second.process)
+    guest.counts_on()
+    registered(second, "one")
+    assert second.khoctl("activate").code == Exit.done, "it takes part again"
+
+
+def test_a_command_that_is_not_installed_is_named(system: System, vm: Callable[..., Vm]) -> None:
+    system.khod()
+    guest = vm(command=["qemu-system-nowhere", *COMMAND[1:]]).start()
+    assert guest.process is not None
+    assert guest.process.wait(DEADLINE) == 1
+    assert "qemu-system-nowhere cannot be started: ENOENT" in guest.log
+
+
+def test_a_disk_that_another_machine_has_is_named(system: System, vm: Callable[..., Vm]) -> None:
+    khod, disk = system.khod(), system.directory / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    words = [*COMMAND, "-drive", f"file={disk},format=raw,if=virtio"]
+    first, second = vm(command=words).start(), vm("two", words)
+    first.counts_on()
+    registered(khod, "one")
+    second.start()
+    assert second.process is not None
+    assert second.process.wait(DEADLINE) == 1
+    assert 'Failed to get "write" lock' in second.log
+    first.counts_on()
+
+
+def test_a_guest_that_is_larger_than_the_memory_is_refused(system: System, vm: Callable[..., Vm]) -> None:
+    """To preserve it would fill it: nothing is told to freeze."""
+    words = [*COMMAND]
+    words[words.index("64M")] = "256G"
+    khod, guest = system.khod(), vm(command=words).start()
+    guest.counts_on()
+    registered(khod, "one")
+    refused = khod.khoctl("activate")
+    assert refused.code == Exit.refused
+    assert "khod-ram" in refused.err
+    guest.counts_on()
+
+
 # A QEMU that somebody else starts
 
 AGAIN = """#!/bin/sh
