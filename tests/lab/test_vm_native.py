@@ -28,6 +28,21 @@ IDLE = [*COMMAND, "-m", "16M", "-cpu", "qemu64,-apic"]
 """For an idle guest: many guests that count without a pause would leave khod no processor."""
 
 
+DYING = """
+import os, signal, sys
+from khod.vm import supervisor
+verb, _, when = os.environ["DIES_AT"].partition(" ")
+if verb:
+    carry_out = getattr(supervisor.Supervisor, f"_{verb}")
+    async def die(self, step):
+        if when == "after":
+            await carry_out(self, step)
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(supervisor.Supervisor, f"_{verb}", die)
+sys.exit(supervisor.main())
+"""
+
+
 class Vm:
     """A guest that counts, and the khod-vm that supervises it."""
 
@@ -50,8 +65,11 @@ class Vm:
         self.process: subprocess.Popen[bytes] | None = None
         system.mortal.append(self.die)
 
-    def start(self, *, boot: bool = False) -> Vm:
-        """Start khod-vm; with `boot` the kernel before, and all of its processes, have ended."""
+    def start(self, *, boot: bool = False, dies_at: str = "") -> Vm:
+        """Start khod-vm; with `boot` the kernel before, and all of its processes, have ended.
+
+        With `dies_at` it kills itself before or after a verb: "freeze before".
+        """
         if boot:
             self.die()
             self._boots += 1
@@ -65,8 +83,8 @@ class Vm:
         environment.pop("NOTIFY_SOCKET", None)
         with open(self._log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "khod.vm", self._name, f"--root={self._system.directory / 'root'}"],
-                env=environment,
+                [sys.executable, "-c", DYING, self._name, f"--root={self._system.directory / 'root'}"],
+                env=environment | {"DIES_AT": dies_at},
                 stderr=log,
             )
         return self
@@ -377,6 +395,58 @@ def test_a_guest_counts_on_when_khod_is_killed(system: System, vm: Callable[...,
     guest.counts_on()
     registered(second, "one")
     assert second.khoctl("activate").code == Exit.done, "it takes part again"
+
+
+@pytest.mark.parametrize(
+    "dies_at",
+    [*(pytest.param(at, marks=pytest.mark.proof) for at in ("prepare before", "prepare after", "freeze before"))]
+    + ["freeze after"],
+)
+def test_a_guest_counts_on_when_khod_vm_is_killed_at_a_verb(
+    system: System, vm: Callable[..., Vm], dies_at: str
+) -> None:
+    khod, guest = system.khod(), vm().start(dies_at=dies_at)
+    guest.counts_on()
+    registered(khod, "one")
+    assert khod.khoctl("activate").code == Exit.refused
+    assert guest.process is not None
+    assert guest.process.wait(DEADLINE) == -signal.SIGKILL
+    guest.start().counts_on()
+    registered(khod, "one")
+    assert khod.khoctl("activate").code == Exit.done, "it takes part again"
+
+
+@pytest.mark.parametrize("dies_at", [pytest.param("thaw before", marks=pytest.mark.proof), "thaw after"])
+def test_a_guest_counts_on_when_khod_vm_is_killed_at_the_undo(
+    system: System, vm: Callable[..., Vm], dies_at: str
+) -> None:
+    khod, guest = system.khod(), vm().start(dies_at=dies_at)
+    guest.counts_on()
+    registered(khod, "one")
+    assert khod.khoctl("activate").code == Exit.done
+    khod.khoctl("abort")
+    assert guest.process is not None
+    assert guest.process.wait(DEADLINE) == -signal.SIGKILL
+    guest.start().counts_on()
+
+
+@pytest.mark.parametrize("dies_at", [pytest.param("restore before", marks=pytest.mark.proof), "restore after"])
+def test_a_guest_comes_back_when_khod_vm_is_killed_at_its_return(
+    system: System, vm: Callable[..., Vm], dies_at: str
+) -> None:
+    first, guest = system.khod(), vm().start()
+    guest.counts_on()
+    registered(first, "one")
+    system.jump(first)
+    last = guest.numbers[-1]
+    second = system.khod(ready=False)
+    guest.start(boot=True, dies_at=dies_at)
+    assert guest.process is not None
+    assert guest.process.wait(DEADLINE) == -signal.SIGKILL
+    assert guest.start().counts_on() > last
+    until(lambda: second.khoctl("status", "--json").json["outcome"] == "verified", second.process)
+    assert "one" in second.khoctl("verify", "--json").json["verdict"]["arrived"]
+    guest.counts_on()
 
 
 def test_a_command_that_is_not_installed_is_named(system: System, vm: Callable[..., Vm]) -> None:
