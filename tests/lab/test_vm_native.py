@@ -399,8 +399,10 @@ def test_a_guest_counts_on_when_khod_is_killed(system: System, vm: Callable[...,
 
 @pytest.mark.parametrize(
     "dies_at",
-    [*(pytest.param(at, marks=pytest.mark.proof) for at in ("prepare before", "prepare after", "freeze before"))]
-    + ["freeze after"],
+    [
+        *(pytest.param(at, marks=pytest.mark.proof) for at in ("prepare before", "prepare after", "freeze before")),
+        "freeze after",
+    ],
 )
 def test_a_guest_counts_on_when_khod_vm_is_killed_at_a_verb(
     system: System, vm: Callable[..., Vm], dies_at: str
