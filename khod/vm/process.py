@@ -170,7 +170,13 @@ class VmProcess(QemuProcess):
         self._arriving.unlink(missing_ok=True)
 
     def _kill_arriving(self) -> None:
-        """Kill a QEMU in which an earlier khod-vm was taking the guest back: its state is not in there alone."""
+        """Kill a QEMU in which an earlier khod-vm was taking the guest back: its state is not in there alone.
+
+        One that was started in the very moment in which khod-vm was killed is not known; without its socket it waits
+        for a state that never comes, and runs no guest.
+        """
+        if not self._arriving.exists():
+            return
         with suppress(OSError, ValueError):
             pid, began = self._arriving.read_text().split()
             pidfd = os.pidfd_open(int(pid))
@@ -178,9 +184,9 @@ class VmProcess(QemuProcess):
                 if _read_start(int(pid)) == began:
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     select.select([pidfd], [], [], END_SECONDS)
-                    self._socket.unlink(missing_ok=True)
             finally:
                 os.close(pidfd)
+        self._socket.unlink(missing_ok=True)
         self._arriving.unlink(missing_ok=True)
 
     async def start_guest(self) -> None:
@@ -204,6 +210,8 @@ class VmProcess(QemuProcess):
         size = os.fstat(memory).st_size
         self._last_lines.clear()
         try:
+            if incoming:
+                self._arriving.write_text("")
             self._started.write_text(json.dumps([*command]))
             with _listen_unix(self._socket) as listener:
                 argv = complete_command(command, memory, size, listener.fileno(), incoming=incoming)

@@ -111,7 +111,7 @@ def fetch_log(host: Host, folder: Path) -> RunLog:
     """Give the log of the run, once khod has added how it ended."""
     run = host.status()["run"]
     path = f"/var/lib/khod/runs/{run}.jsonl"
-    host.shell(f"timeout 120 sh -c 'until grep -q \"^{{.end\" {path}; do sleep 0.2; done'")
+    host.shell(f"timeout 120 sh -c 'until grep -q \"^{{.departure\" {path}; do sleep 0.2; done'")
     (folder / f"{run}.jsonl").write_bytes(host.guest.get(path))
     return read_log(folder / f"{run}.jsonl")
 
