@@ -20,5 +20,5 @@ class KeptVm(Configured):
 
     async def _carry_out(self, telling: ProducerCall) -> None:
         if telling.verb in (Verb.prepare, Verb.freeze):
-            remedy = f"systemctl enable --now {self.unit}"
+            remedy = f"systemctl enable {self.unit} && systemctl start {self.unit}"
             raise ParticipantVeto(f"its guest is to be kept, and {self.unit} is not there: {remedy}")

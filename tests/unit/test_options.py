@@ -19,7 +19,7 @@ from tests.unit.khods import REPOSITORY
 
 OPTION = re.compile(r"(?<![\w-])--(?:[a-z][a-z-]*|\{\})")
 OF_OTHERS = {
-    *("--no-ask-password", "--property", "--json", "--list", "--user", "--system", "--machine"),
+    *("--no-ask-password", "--property", "--json", "--list", "--user", "--system", "--machine", "--no-block"),
     *("--key", "--cert", "--output", "--import", "--check", "--long", "--load-preserve-context"),
     *("--socket", "--root", "--state", "--simulate", "--version"),
 }
