@@ -14,12 +14,12 @@ This relies on the following behaviour of QEMU, all seen with 7.2, the second al
 
 import asyncio
 import socket
-import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from khod.abi.peercred import peer_credentials
 from khod.concurrency.bounded import settle_task
 from khod.concurrency.sockets import connect_unix
 from khod.text import one_line
@@ -105,7 +105,7 @@ async def open_monitor(path: str, not_yet: NotYet) -> AsyncIterator[Monitor]:
     not_yet("waiting for the QMP greeting: another client may hold it, or QEMU is busy", None)
     client, connection = await _open_session(path)
     try:
-        yield Monitor(client, connection, not_yet, _peer_pid(connection))
+        yield Monitor(client, connection, not_yet, peer_credentials(connection)[0])
     finally:
         await _hang_up(client, connection)
 
@@ -175,12 +175,6 @@ async def _finish_session(ending: "asyncio.Future[Any]", connection: socket.sock
     if not await settle_task(ending, HANG_UP_SECONDS):
         ending.cancel()
         await settle_task(ending, HANG_UP_SECONDS)
-
-
-def _peer_pid(connection: socket.socket) -> int:
-    credentials = struct.Struct("3i")  # struct ucred: pid, uid, gid
-    pid, _, _ = credentials.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
-    return int(pid)
 
 
 def _end_reason(cause: BaseException | None) -> str:

@@ -32,7 +32,7 @@ BESIDE = {
     "history": VOCABULARY - {"config", "concurrency"} | {"history"},
     "trees": VOCABULARY | {"abi.fdt", "trees"},
     "simulated": VOCABULARY | {"abi", "kernel", "simulated"},
-    "vm": VOCABULARY | {"vm", "producer", "abi.pidfd"},
+    "vm": VOCABULARY | {"vm", "producer", "abi"},
 }
 SEEN_BY = {
     "client": {"producer"},
