@@ -19,10 +19,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from khod.abi.procstat import ProcessStat, read_stat
 from khod.producers.commands import KILL_WAIT_SECONDS, Command
 from khod.producers.identity import process_of, wait_ended
 
@@ -210,25 +210,12 @@ async def _wait_all(ends: Iterable[Coroutine[Any, Any, object]], deadline: float
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-@dataclass(frozen=True)
-class _Stat:
-    """The name, the state, the parent and the session of /proc/PID/stat, see proc_pid_stat(5)."""
-
-    name: str
-    state: str
-    parent: int
-    session: int
-
-
-def _look_up(pid: int) -> _Stat | None:
+def _look_up(pid: int) -> ProcessStat | None:
     """Return a description of a process; None if it does not exist."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return read_stat(pid)
     except OSError:
         return None
-    name, _, rest = text.partition("(")[2].rpartition(")")  # the name may contain anything
-    fields = rest.split()
-    return _Stat(name, fields[0], int(fields[1]), int(fields[3]))
 
 
 def describe_undead(pid: int) -> str:

@@ -7,6 +7,7 @@ import select
 from contextlib import suppress
 from pathlib import Path
 
+from khod.abi.procstat import read_stat
 from khod.handover.record import Process
 from khod.producers.cgroup import units_in
 
@@ -47,16 +48,11 @@ def is_alive(process: Process) -> bool:
 
 
 def process_of(pid: int) -> Process | None:
-    """Identify a running process; None if it has ended, OSError if that cannot be found out.
-
-    Field 22 of proc_pid_stat(5) is when it started.
-    """
+    """Identify a running process; None if it has ended, OSError if that cannot be found out."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return Process(pid, read_stat(pid).started)
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = stat[stat.rindex(b")") + 2 :].split()  # field 2, the name, may contain anything
-    return Process(pid, int(fields[19]))
 
 
 def unit_of(pid: int) -> str:

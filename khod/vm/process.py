@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
+from khod.abi.procstat import read_stat
 from khod.errors import UsageError, errno_text
 from khod.text import join_names, one_line
 from khod.vm.arguments import MEMORY_NAME, complete_command, pin_machine
@@ -181,7 +182,7 @@ class VmProcess(QemuProcess):
             pid, began = self._arriving.read_text().split()
             pidfd = os.pidfd_open(int(pid))
             try:
-                if _read_start(int(pid)) == began:
+                if read_stat(int(pid)).started == int(began):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     select.select([pidfd], [], [], END_SECONDS)
             finally:
@@ -225,7 +226,7 @@ class VmProcess(QemuProcess):
         except OSError as error:
             raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
         if incoming:
-            self._arriving.write_text(f"{self._process.pid} {_read_start(self._process.pid)}")
+            self._arriving.write_text(f"{self._process.pid} {read_stat(self._process.pid).started}")
         self.command, self.memory = [*command], {MEMORY_NAME: memory}
         self._watch_process(self._process.pid)
         threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True).start()
@@ -316,11 +317,6 @@ def create_memory(size: int) -> int:
 def _open_memory(pid: int, path: str) -> int:
     """Return a descriptor of the RAM that khod-vm gave to this process; `path` is QEMU's, below /proc/self."""
     return os.open(path.replace("/proc/self/", f"/proc/{pid}/", 1), os.O_RDWR | os.O_CLOEXEC)
-
-
-def _read_start(pid: int) -> str:
-    """Return when a process began, in ticks since boot (field 22 of /proc/PID/stat)."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def have_same_files(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
