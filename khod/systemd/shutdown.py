@@ -3,10 +3,9 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
-from khod.concurrency.bounded import CUT_SECONDS, run_within
+from khod.concurrency.command import run_command
 from khod.concurrency.worker import Worker
 from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.kexec import Kexec
@@ -24,22 +23,6 @@ KEXEC_TARGET = "kexec.target"
 Executor = Callable[[], Awaitable[None]]
 Shutdown = Callable[[], Awaitable[bool | None]]
 """Returns whether the host is on its way into the kexec; None if that is not known."""
-
-
-async def run_command(*argv: str) -> tuple[int, str]:
-    """Run a command; return its exit code and its output, standard error included. A cancelled command is killed."""
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    try:
-        output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            with suppress(TimeoutError):
-                await run_within(CUT_SECONDS, process.wait())
-    return process.returncode or 0, output.decode(errors="replace").strip()
 
 
 async def carries_sessions() -> bool:

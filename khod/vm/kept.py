@@ -19,6 +19,7 @@ from pathlib import Path
 import systemd.daemon
 
 from khod.abi.pidfd import pidfd_getfd
+from khod.concurrency.command import run_command
 from khod.errors import errno_text
 from khod.text import one_line
 from khod.vm.migration import list_memory
@@ -206,9 +207,6 @@ def _copy_memory(pid: int, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 async def _call_systemctl(*words: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        "systemctl", *words, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-    )
-    _, errors = await process.communicate()
-    if process.returncode:
-        raise VmError(f"systemctl {' '.join(words)} failed: {one_line(errors.decode(errors='replace'))}")
+    code, output = await run_command("systemctl", *words)
+    if code:
+        raise VmError(f"systemctl {' '.join(words)} failed: {one_line(output)}")

@@ -21,6 +21,7 @@ from pathlib import Path
 import systemd.daemon
 
 from khod import wire
+from khod.concurrency.command import run_command
 from khod.errors import KhoError, Unreachable
 from khod.producer import Handler, Producer, Step, Veto
 from khod.text import join_names
@@ -104,7 +105,7 @@ class Supervisor:
             await self._continue_left()
         elif not self._qemu.is_up and not self._refused:
             await self._start_anew()
-        _notify(f"READY=1\nSTATUS={self._refused or 'The guest is there.'}")
+        systemd.daemon.notify(f"READY=1\nSTATUS={self._refused or 'The guest is there.'}")
         code = await self._watch()
         self._producer.stop()
         return code
@@ -137,7 +138,7 @@ class Supervisor:
                 self._producer.start()
             except Unreachable as error:
                 if not told:
-                    _notify(f"STATUS=Waiting for khod: {error}")
+                    systemd.daemon.notify(f"STATUS=Waiting for khod: {error}")
                     LOG.warning("Waiting for khod, which knows whether there is a guest to take back: %s", error)
                 told = True
                 time.sleep(RETRY_SECONDS)
@@ -238,12 +239,12 @@ class Supervisor:
                 memory = {}
                 LOG.info("The guest was stopped for %.1f s by the wall clock", time.time() - about.frozen_at)
             self._refused = ""
-            _notify("STATUS=The guest was taken back.")
+            systemd.daemon.notify("STATUS=The guest was taken back.")
             self._changed.set()
         except BaseException as error:  # whatever it was: the guest must not be started anew beside its state
             self._refused = f"The guest was not taken back, and its state is kept: {_give_reason(error, step)}"
             LOG.error("%s. Repair the cause, then: khoctl producers retry %s", self._refused, self._settings.name)
-            _notify(f"STATUS={self._refused}")
+            systemd.daemon.notify(f"STATUS={self._refused}")
             raise
         finally:
             for fd in (state, about_file, *memory.values()):
@@ -337,17 +338,10 @@ def _read_about(file: int) -> About:
 async def _is_host_stopping() -> bool:
     """Whether systemd takes the host down: into the next kernel, with what was handed over."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            "systemctl", "is-system-running", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-        )
+        _, state = await run_command("systemctl", "is-system-running")
     except OSError:
         return False
-    answer, _ = await process.communicate()
-    return answer.strip() == b"stopping"
-
-
-def _notify(message: str) -> None:
-    systemd.daemon.notify(message.replace("\n\n", "\n"))
+    return state == "stopping"
 
 
 def main() -> int:
