@@ -17,7 +17,7 @@ from khod.producers.qemu import Qemu
 from khod.producers.service_settings import TABLE, read_settings
 from khod.producers.unit import Unit, check_unit
 from khod.systemd.setting_values import Property
-from khod.vm.settings import load_settings
+from khod.vm.settings import parse_kept
 
 DIRECTORY = "etc/kho/producers.d"
 VERBS = tuple(verb.value for verb in Verb)
@@ -88,7 +88,7 @@ def _read_producer(path: Path, runner: CommandRunner) -> Participant:
                 remedy="Only a hook has a unit of khod's own. Remove the table.",
             )
         if chosen:
-            made = KINDS[chosen[0]](path, values, common)
+            made = KINDS[chosen[0]](fragment, values, common)
         else:
             commands, settings = _take_commands(path, values), _take_settings(fragment, values, runner)
             made = Hook(**common, commands=commands, settings=settings, runner=runner)
@@ -142,22 +142,22 @@ def _take_settings(fragment: Fragment, values: Values, runner: CommandRunner) ->
     return settings
 
 
-def _make_unit(path: Path, values: Values, common: Values) -> Participant:
-    name, how = require_string(values.pop("unit"), path, "unit"), values.pop("how", "freeze")
+def _make_unit(fragment: Fragment, values: Values, common: Values) -> Participant:
+    name, how = require_string(values.pop("unit"), fragment.path, "unit"), values.pop("how", "freeze")
     check_unit(name)
     if how not in ("freeze", "stop"):
-        raise ConfigError(f"`how` is {how!r}", where=str(path), remedy="It takes one of: freeze, stop.")
+        raise ConfigError(f"`how` is {how!r}", where=str(fragment.path), remedy="It takes one of: freeze, stop.")
     return Unit(**common, unit=name, how=how)
 
 
-def _make_qemu(path: Path, values: Values, common: Values) -> Participant:
-    socket = require_string(values.pop("qmp"), path, "qmp")
-    if not require_type(values.pop("keep", False), bool, "keep", str(path)):
+def _make_qemu(fragment: Fragment, values: Values, common: Values) -> Participant:
+    socket = require_string(values.pop("qmp"), fragment.path, "qmp")
+    if not require_type(values.pop("keep", False), bool, "keep", str(fragment.path)):
         return Qemu(**common, socket=socket)
-    load_settings(path.stem, path.parents[3])
+    parse_kept(fragment)
     values.pop("restart", None)
     values.pop("agent", None)
     return KeptVm(**common)
 
 
-KINDS: dict[str, Callable[[Path, Values, Values], Participant]] = {"unit": _make_unit, "qmp": _make_qemu}
+KINDS: dict[str, Callable[[Fragment, Values, Values], Participant]] = {"unit": _make_unit, "qmp": _make_qemu}

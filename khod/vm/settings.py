@@ -44,13 +44,11 @@ class VmSettings:
 
 def load_settings(name: str, root: Path = Path("/")) -> VmSettings:
     """Read the file of a virtual machine; ConfigError with file and line for what is wrong with it."""
-    path, kept = root / DIRECTORY / f"{name}.toml", root / KEPT_DIRECTORY / f"{name}.toml"
+    kept = root / KEPT_DIRECTORY / f"{name}.toml"
     if kept.exists():
-        if path.exists():
-            raise ConfigError("Two files describe one machine", where=str(kept), remedy=f"Remove it, or {path}.")
-        return _load_kept(name, kept)
-    text, values = read_toml(path, "virtual machine")
-    fragment = Fragment(path, text, values)
+        return parse_kept(Fragment(kept, *read_toml(kept, "virtual machine")))
+    path = root / DIRECTORY / kept.name
+    fragment = Fragment(path, *read_toml(path, "virtual machine"))
     _refuse_unknown(fragment, KEYS)
     command = _take(fragment, "command", tuple[str, ...], ())
     if not command:
@@ -71,10 +69,12 @@ def load_settings(name: str, root: Path = Path("/")) -> VmSettings:
     )
 
 
-def _load_kept(name: str, path: Path) -> VmSettings:
-    """Read the file of a virtual machine that others start; khod reads it too, and knows it by `keep`."""
-    text, values = read_toml(path, "virtual machine")
-    fragment = Fragment(path, text, values)
+def parse_kept(fragment: Fragment) -> VmSettings:
+    """Return the settings of a virtual machine that others start, from its file in producers.d; raises as above."""
+    path, values = fragment.path, fragment.values
+    own = path.parents[1] / Path(DIRECTORY).name / path.name
+    if own.exists():
+        raise ConfigError("Two files describe one machine", where=str(path), remedy=f"Remove it, or {own}.")
     if values.get("keep") is not True:
         raise ConfigError(
             "`keep` is not true", where=str(path), remedy="khod pauses this machine, and does not keep it."
@@ -93,7 +93,7 @@ def _load_kept(name: str, path: Path) -> VmSettings:
     qmp = _take(fragment, "qmp", str, "")
     if not qmp.startswith("/"):
         raise ConfigError(f"`qmp` is {qmp!r}", where=str(path), remedy="Name the path of QEMU's QMP socket.")
-    return VmSettings(name=name, command=(), size=0, qmp=qmp, restart=words, **_take_common(fragment))
+    return VmSettings(name=path.stem, command=(), size=0, qmp=qmp, restart=words, **_take_common(fragment))
 
 
 def _refuse_unknown(fragment: Fragment, known: tuple[str, ...]) -> None:
