@@ -2,7 +2,7 @@
 """All producers that take part: those with a file, and those that connect."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from khod import model
@@ -33,7 +33,7 @@ class ProducerRegistry:
         ConfigError if a file is wrong, or if a producer is registered under a name that has a file: a handover without
         either of the two would lose its state.
         """
-        files = self._read_files()
+        files = self._read_files(self._peer_names())
         for peer in self._shadowed_peers(files):
             where = peer.owner.unit or (f"process {peer.bearer_process.pid}" if peer.bearer_process else "no process")
             raise ConfigError(
@@ -43,10 +43,12 @@ class ProducerRegistry:
             )
         return [*files, *self.peers.taking_part()]
 
-    def _read_files(self) -> list[Participant]:
-        """Return the producers with a file, but for a kept VM that is registered: that one is the producer."""
-        names = {peer.name for peer in self.peers.all_peers()}
-        return [file for file in self._configured() if not (isinstance(file, KeptVm) and file.name in names)]
+    def _read_files(self, served: Collection[str]) -> list[Participant]:
+        """Return the producers with a file, except the kept VMs of these names: a peer is the producer of such a VM."""
+        return [file for file in self._configured() if not (isinstance(file, KeptVm) and file.name in served)]
+
+    def _peer_names(self) -> set[str]:
+        return {peer.name for peer in self.peers.all_peers()}
 
     def _shadowed_peers(self, files: Sequence[Participant]) -> list[Peer]:
         """Return the peers that are registered under a name that has a file."""
@@ -63,7 +65,7 @@ class ProducerRegistry:
     def status_rows(self, told: Sequence[Member]) -> list[model.Producer]:
         """Return every producer as status shows it, in rank order; `told` are those of the last attempt."""
         known = {(member.producer.name, member.producer.kind): member for member in told}
-        files, shown = self._read_files(), []
+        files, shown = self._read_files(self._peer_names()), []
         shadowed = self._shadowed_peers(files)
         peers = [peer for peer in self.peers.all_peers() if peer not in shadowed]
         for rank, producers in enumerate(order_in_ranks([*files, *peers])):
@@ -76,11 +78,7 @@ class ProducerRegistry:
 
         The file of a kept VM is for the producer of its name, which root runs.
         """
-        files = [
-            file
-            for file in self._configured()
-            if not (isinstance(file, KeptVm) and file.name == name and owner.uid == 0)
-        ]
+        files = self._read_files({name} if owner.uid == 0 else ())
         if any(producer.name == name for producer in files):
             raise Refused(f"There is a producer {name} already: it has a file", where=name, remedy="Choose another.")
         named = {file.name: file for file in files}
