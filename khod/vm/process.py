@@ -60,11 +60,9 @@ class QemuProcess(ABC):
         """Whether QEMU was there and has ended."""
         return self._pidfd >= 0 and _has_ended(self._pidfd)
 
-    @asynccontextmanager
-    async def open_monitor(self, not_yet: NotYet = QUIET) -> AsyncIterator[Monitor]:
+    def open_monitor(self, not_yet: NotYet = QUIET) -> AbstractAsyncContextManager[Monitor]:
         """Open a QMP session."""
-        async with open_monitor(str(self._socket), not_yet) as vm:
-            yield vm
+        return open_monitor(str(self._socket), not_yet)
 
     async def wait_end(self) -> int:
         """Wait until QEMU has ended; return its exit code, 0 for one that this process did not start."""
