@@ -10,14 +10,14 @@ Seen with QEMU 7.2 and 11.1: after `migrate` the VM is `postmigrate`, from which
 import asyncio
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from khod.text import join_names, one_line
-from khod.vm.monitor import PAUSED_STATE, RUNNING_STATES, Monitor, VmError
+from khod.vm.monitor import PAUSED_STATE, Monitor, VmError
 
 T = TypeVar("T")
 CAPABILITY = "x-ignore-shared"
@@ -27,7 +27,7 @@ CHUNK_BYTES = 1 << 18
 NAMED_FILES_ONLY = (8, 1)
 """The version of QEMU from which on CAPABILITY is about memory-backend-file alone."""
 MAX_STATE_BYTES = 1 << 30
-"""More than any device state: the RAM is in the stream."""
+"""More than any device state has."""
 PIPE_BYTES = 1 << 20
 """A small guest's state fits: QEMU need not wait for this process. Root may have a pipe of this size, see pipe(7)."""
 STREAM_SECONDS = 0.1
@@ -39,16 +39,24 @@ SAVED_STATE = "postmigrate"
 INCOMING_STATE = "inmigrate"
 
 
-async def check_portable(vm: Monitor) -> None:
-    """Raise VmError with every reason why this VM cannot go through a kexec, as far as QEMU says them."""
+async def check_portable(vm: Monitor) -> int:
+    """Prepare the migration; raise VmError with every reason why it cannot be, as far as QEMU says them.
+
+    Returns how many bytes of the guest's RAM will be in the stream: none where QEMU leaves it out. From 8.1 on it
+    leaves out only what is in a named file (memory-backend-file): with memory-backend-memfd the stream has the RAM too,
+    and both sides take longer (seen with 11.1: "block pc.ram should not be migrated").
+    """
+    memory = await _query_memory(vm)
     problems = [
-        *await _list_private_memory(vm),
+        *_list_private_memory(memory),
         *await _list_block_jobs(vm),
         *_blocked_reasons(await vm.execute_command("query-migrate")),
     ]
     if problems:
         raise VmError(f"it cannot be handed over: {'; '.join(problems)}")
-    await _ignore_shared_memory(vm)
+    is_apart = await _keeps_memory_apart(vm, memory)
+    await _ignore_shared_memory(vm, wanted=is_apart)
+    return 0 if is_apart else sum(int(each["size"]) for each in memory)
 
 
 async def list_memory(vm: Monitor) -> dict[str, int]:
@@ -68,21 +76,16 @@ async def sync_disks(vm: Monitor) -> None:
             await asyncio.to_thread(_sync_file, Path(path))
 
 
-async def save_state(vm: Monitor, file: int) -> bool:
-    """Stop the VM and write its device state to `file`, an empty memfd; return whether the guest's RAM is not in it.
-
-    From 8.1 on QEMU leaves out only RAM that is in a named file (memory-backend-file): with memory-backend-memfd the
-    stream has the RAM too, and both sides take longer (seen with 11.1: "block pc.ram should not be migrated").
+async def save_state(vm: Monitor, file: int, ram_bytes: int = 0) -> None:
+    """Stop the VM and write its state to `file`, an empty memfd; `ram_bytes` is what `check_portable` returned.
 
     The VM is `postmigrate` after that, and `continue_guest` takes it back. After a VmError it may be stopped.
     """
-    is_apart = await _keeps_memory_apart(vm)
-    most = MAX_STATE_BYTES + (0 if is_apart else sum((await list_memory(vm)).values()))
-    await _ignore_shared_memory(vm, is_apart)
+    await _ignore_shared_memory(vm, wanted=not ram_bytes)  # once more: QEMU may have another client
     await vm.execute_command("stop")
     await _require_state(vm, {PAUSED_STATE, "suspended"}, "asked to pause")
     reader, writer = _open_pipe()
-    copying = asyncio.ensure_future(_copy_stream(reader, file, most))
+    copying = asyncio.ensure_future(_copy_stream(reader, file, MAX_STATE_BYTES + ram_bytes))
     try:
         await _give_stream(vm, writer)
         await vm.execute_command("migrate", uri=f"fd:{STREAM}")
@@ -91,16 +94,15 @@ async def save_state(vm: Monitor, file: int) -> bool:
     finally:
         copying.cancel()
     await _require_state(vm, {SAVED_STATE}, "asked to save its state")
-    return is_apart
 
 
 async def load_state(vm: Monitor, file: int, *, is_memory_apart: bool = True) -> None:
     """Load the state in `file` into a QEMU that was started with `-incoming defer`; it is paused after that.
 
-    `is_memory_apart` is what `save_state` returned.
+    `is_memory_apart` says that the RAM is not in the stream.
     """
     await _require_state(vm, {INCOMING_STATE}, "started to take a state")
-    await _ignore_shared_memory(vm, is_memory_apart)
+    await _ignore_shared_memory(vm, wanted=is_memory_apart)
     reader, writer = _open_pipe()
     feeding = asyncio.ensure_future(_feed_stream(file, writer))
     try:
@@ -114,11 +116,7 @@ async def load_state(vm: Monitor, file: int, *, is_memory_apart: bool = True) ->
 
 async def continue_guest(vm: Monitor) -> None:
     """Let the guest run on, from a pause, a saved state or a loaded one; VmError if it does not run then."""
-    if (state := await vm.run_state()) not in RUNNING_STATES:
-        await vm.execute_command("cont")
-        state = await vm.run_state()
-    if state not in RUNNING_STATES:
-        raise VmError(f"it does not run again: it is `{state}`")
+    await vm.go_on(only_paused=False)
 
 
 async def announce_guest(vm: Monitor) -> None:
@@ -133,8 +131,8 @@ async def _query_memory(vm: Monitor) -> list[dict[str, Any]]:
     return found
 
 
-async def _list_private_memory(vm: Monitor) -> list[str]:
-    private = [str(each.get("id", "?")) for each in await _query_memory(vm) if each.get("share") is not True]
+def _list_private_memory(memory: Sequence[Mapping[str, Any]]) -> list[str]:
+    private = [str(each.get("id", "?")) for each in memory if each.get("share") is not True]
     return [f"the RAM in {join_names(private)} is not shared (share=on)"] if private else []
 
 
@@ -151,19 +149,17 @@ def _blocked_reasons(answer: Any) -> list[str]:
     return [one_line(str(reason)).removesuffix(".") for reason in reasons]
 
 
-async def _keeps_memory_apart(vm: Monitor) -> bool:
-    """Whether QEMU leaves the guest's RAM out of the stream."""
+async def _keeps_memory_apart(vm: Monitor, memory: Sequence[Mapping[str, Any]]) -> bool:
     answer = await vm.execute_command("query-version")
     version = answer.get("qemu", {}) if isinstance(answer, dict) else {}
     if (version.get("major", 0), version.get("minor", 0)) < NAMED_FILES_ONLY:
         return True
-    kinds = [
-        await vm.execute_command("qom-get", path=f"/objects/{name}", property="type") for name in await list_memory(vm)
-    ]
+    paths = [f"/objects/{each['id']}" for each in memory]
+    kinds = [await vm.execute_command("qom-get", path=path, property="type") for path in paths]
     return all(kind == "memory-backend-file" for kind in kinds)
 
 
-async def _ignore_shared_memory(vm: Monitor, wanted: bool = True) -> None:
+async def _ignore_shared_memory(vm: Monitor, *, wanted: bool) -> None:
     capability = {"capability": CAPABILITY, "state": wanted}
     await vm.execute_command("migrate-set-capabilities", capabilities=[capability])
 

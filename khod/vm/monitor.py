@@ -67,9 +67,13 @@ class Monitor:
             raise QmpUnavailable("its answer to `query-status` names no state")
         return one_line(state)
 
-    async def go_on(self) -> None:
-        """Continue the VM if it is paused; VmError if it does not run then."""
-        if (state := await self.run_state()) == PAUSED_STATE:
+    async def go_on(self, *, only_paused: bool = True) -> None:
+        """Continue the VM if it is paused; VmError if it does not run then.
+
+        Without `only_paused` it is continued from any other state too, such as one that was saved.
+        """
+        state = await self.run_state()
+        if state == PAUSED_STATE or not (only_paused or state in RUNNING_STATES):
             await self.execute_command("cont")
             state = await self.run_state()
         if state not in RUNNING_STATES:

@@ -69,6 +69,8 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._turn = asyncio.Lock()
         """Held for one verb."""
+        self._ram_bytes = 0
+        """What QEMU will save of the RAM with the device state, as of `prepare`."""
         self._state = -1
         """The device state while the guest is stopped for a handover."""
         self._about: About | None = None
@@ -182,7 +184,7 @@ class Supervisor:
             state = await vm.run_state()
             if state not in {*RUNNING_STATES, PAUSED_STATE}:
                 raise VmError(f"its guest is `{state}`")
-            await check_portable(vm)
+            self._ram_bytes = await check_portable(vm)
             await sync_disks(vm)
         return self._qemu.memory
 
@@ -197,8 +199,8 @@ class Supervisor:
             running = await vm.run_state() in RUNNING_STATES
             self._frozen.write_text("running" if running else "paused")
             self._state = os.memfd_create("khod-state", os.MFD_CLOEXEC)
-            is_memory_apart = await save_state(vm, self._state)
-        self._about = about = About(self._qemu.command, running, time.time(), is_memory_apart)
+            await save_state(vm, self._state, self._ram_bytes)
+        self._about = about = About(self._qemu.command, running, time.time(), not self._ram_bytes)
         file = os.memfd_create("khod-about", os.MFD_CLOEXEC)
         os.write(file, json.dumps(asdict(about)).encode())
         self._loop.call_later(self._settings.timeout, os.close, file)  # it is sent by then
