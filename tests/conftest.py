@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The order in which files are taken: under `--dist loadfile` a long one must not be left at the end."""
+"""The order in which files are taken: under `--dist loadfile` a long one must not be left at the end; one fixture."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.unit.luo import System
 
 LONGEST = (
     # Of the unit tests
@@ -36,3 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[System]:
+    """A machine below a directory, for khods as processes on the simulated kernel."""
+    made = System(tmp_path)
+    yield made
+    made.close()

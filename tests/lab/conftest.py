@@ -18,6 +18,8 @@ from tests.lab import kernels as lab_kernels
 from tests.lab.guest import Guest
 from tests.lab.host import HOTPLUG, KHO, TRACE
 from tests.lab.process import call
+from tests.lab.vms import Vm
+from tests.unit.luo import System
 
 REPOSITORY = Path(__file__).parents[2]
 CONSOLES = pytest.StashKey[list[Path]]()
@@ -121,6 +123,20 @@ def online(request: pytest.FixtureRequest, kernels: Find, tmp_path: Path) -> Ite
             return stack.enter_context(usual(kernels(version), image, log, kho))
 
         yield go_on
+
+
+@pytest.fixture
+def vm(system: System) -> Iterator[Callable[..., Vm]]:
+    """Give a function that makes a guest with a khod-vm; its options are Vm's. They end with the test."""
+    made: list[Vm] = []
+
+    def make(name: str = "one", command: list[str] | None = None, *, idle: bool = False) -> Vm:
+        made.append(Vm(system, name, command, idle=idle))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.die()
 
 
 def usual(kernel: lab_kernels.Kernel, disk: Path, console_log: Path, kho: str = KHO) -> Guest:

@@ -24,13 +24,6 @@ USAGE, REFUSED = "io.kho.Handover.UsageError", "io.kho.Handover.Refused"
 
 
 @pytest.fixture
-def system(tmp_path: Path) -> Iterator[System]:
-    made = System(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def khod(system: System) -> Khod:
     return system.khod()
 

@@ -123,13 +123,6 @@ class PeerProcess:
 
 
 @pytest.fixture
-def system(tmp_path: Path) -> Iterator[System]:
-    made = System(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def peer(system: System) -> Iterator[Callable[..., PeerProcess]]:
     made: list[PeerProcess] = []
 

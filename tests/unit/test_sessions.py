@@ -246,13 +246,6 @@ async def test_what_is_called_off_while_it_is_preserved_stays_in_no_session(host
 # Before the jump: what the kernel does not take
 
 
-@pytest.fixture
-def system(tmp_path: Path) -> Iterator[System]:
-    made = System(tmp_path)
-    yield made
-    made.close()
-
-
 @pytest.fixture(scope="module")
 def kept_on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, Khod]]:
     """A khod for all tests of the module, and its system."""

@@ -111,13 +111,6 @@ async def test_a_late_producer_is_recorded_before_it_is_told_anything(host: Virt
     assert host.verbs[-4:] == ["late thaw", "a thaw", "late cancel", "a cancel"]
 
 
-@pytest.fixture
-def system(tmp_path: Path) -> Iterator[System]:
-    made = System(tmp_path)
-    yield made
-    made.close()
-
-
 def hook(system: System, name: str) -> Path:
     frozen = system.directory / f"{name}-frozen"
     system.hook(name, f'freeze = ["touch", "{frozen}"]\nthaw = ["rm", "-f", "{frozen}"]\n')
