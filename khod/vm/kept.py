@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import os
 import resource
+import signal
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
@@ -82,11 +83,18 @@ class KeptProcess(QemuProcess):
         assert incoming, "it is never started anew"
         await self._require_absent()
         async with AsyncExitStack() as stack:
+            group = 0
             if len(command) == 1 and command[0].endswith(".service"):
                 await stack.enter_async_context(self._start_unit(command[0], memory))
             else:
-                self._start_command(command, memory)
-            vm = await self._wait_session(stack, not_yet)
+                group = self._start_command(command, memory)
+            try:
+                vm = await self._wait_session(stack, not_yet)
+            except BaseException:
+                if group:  # it could start a QEMU with this RAM beside the next attempt's
+                    with suppress(ProcessLookupError):
+                        os.killpg(group, signal.SIGKILL)
+                raise
             await self._require_memory(vm, memory)
             self.command, self.memory = [*command], {**memory}
             yield vm
@@ -148,7 +156,8 @@ class KeptProcess(QemuProcess):
                 drop_in.parent.rmdir()
             await _call_systemctl("daemon-reload")
 
-    def _start_command(self, command: Sequence[str], memory: Mapping[str, int]) -> None:
+    def _start_command(self, command: Sequence[str], memory: Mapping[str, int]) -> int:
+        """Start a command with the files; return its process group."""
         environment = {
             **os.environ,
             "KHO_NAME": self._settings.name,
@@ -166,6 +175,7 @@ class KeptProcess(QemuProcess):
         except OSError as error:
             raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
         threading.Thread(target=os.waitpid, args=(pid, 0), name="restart", daemon=True).start()
+        return pid
 
 
 def is_memfd(fd: int) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -127,11 +128,15 @@ def test_a_restart_command_that_hangs_is_repaired_and_tried_again_at_once(system
         guest.qemu.wait()
         last = guest.numbers[-1]
         repaired = guest.again.read_text()
-        guest.again.write_text("#!/bin/sh\nexec sleep 60\n")
+        hung = system.directory / "hung"
+        guest.again.write_text(f"#!/bin/sh\necho $$ >> {hung}\nexec sleep 60\n")
         second = system.khod(ready=False)
         guest.start(boot=True)
         until(lambda: "its state is kept" in guest.log, guest.process)
+        until(lambda: second.khoctl("status", "--json").json["outcome"] == "degraded", second.process)
         until(lambda: "not yet" in second.khoctl("producers").out, second.process)  # khod tries again by itself
+        first_try = int(hung.read_text().split()[0])
+        assert not Path(f"/proc/{first_try}").exists(), "beside the next one it could take the RAM as well"
         guest.again.write_text(repaired)
         assert second.khoctl("producers", "retry", "one").code == Exit.done, guest.log
         assert guest.counts_on() > last
