@@ -64,6 +64,7 @@ class Deadlines:
     """Seconds a step may take before it counts as failed."""
 
     prepare: float = 60.0
+    quiesce: float = 90.0
     freeze: float = 10.0
     activate: float = 60.0
     load: float = 60.0
@@ -129,6 +130,14 @@ class MetricsSettings:
 
 
 @dataclass(frozen=True)
+class QuiesceSettings:
+    """Whether the rest of the host is stopped before an orderly jump, and which units stay (names or patterns)."""
+
+    enabled: bool = True
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Checks:
     """The result of each check that finds something; "default" is the check's own, see `khod.preflight`."""
 
@@ -146,6 +155,7 @@ class Checks:
     memory: str = "default"
     watchdog: str = "default"
     inhibitors: str = "default"
+    quiesce: str = "default"
     uptime: str = "default"
     disk: str = "default"
     record: str = "default"
@@ -181,6 +191,7 @@ class Config:
     trial: TrialSettings = field(default_factory=TrialSettings)
     watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
     history: HistorySettings = field(default_factory=HistorySettings)
+    quiesce: QuiesceSettings = field(default_factory=QuiesceSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     checks: Checks = field(default_factory=Checks)
 

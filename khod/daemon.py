@@ -29,10 +29,11 @@ from khod.handover.machine import RESTING
 from khod.handover.record import Store
 from khod.history.model import AttemptRecord
 from khod.history.trial import counts_against_image, trial_digest
+from khod.kernel import filesystems
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import probe_kho
-from khod.kernel.thread import KernelThread
+from khod.kernel.thread import Workers
 from khod.metrics.source import MetricSource
 from khod.metrics.textfile import TextFile
 from khod.model import Event, Phase
@@ -47,6 +48,7 @@ from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.session_scanner import ask_scanner
 from khod.producers.sessions import Sessions
 from khod.producers.transient import TransientUnits
+from khod.quiesce.host import Host, SystemdHost
 from khod.simulated.kernel import Rebooted, SimulatedKernel
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.facts import BOOTED
@@ -95,12 +97,12 @@ class Daemon:
         """The run after which an image was last said to be refused."""
         self._last = Event(0.0, Phase.idle, "", "")
         self._settings = Settings.load(opts.root)
-        self._thread = KernelThread()
+        workers = Workers()
         self._passed = fdstore.listen_fds_by_name()
         runtime = opts.socket.parent
         sessions = Sessions(
             Luo(calls),
-            self._thread,
+            workers.kernel,
             fdstore.ServiceManager(),
             passed=self._passed,
             max_bytes=lambda: self._settings.current.producers.max_bytes,
@@ -108,7 +110,13 @@ class Daemon:
             kept_files=KeptFiles(Worker("contents", "A file of a producer"), lambda: self._settings.current.verify),
         )
         kexec = Kexec(calls)
-        jump = shutdown.make_immediate(kexec, self._thread, lambda: self._settings.current.deadlines.execute)
+        jump = shutdown.make_immediate(
+            kexec,
+            workers,
+            lambda: self._settings.current.deadlines.execute,
+            runtime / filesystems.NOTE_NAME if opts.simulate is None else None,
+        )
+        jump.filesystems.thaw_all()  # first: a khod that died at the jump may have left them frozen
         self._host = _real_host(jump, sessions) if opts.simulate is None else _simulated_host(jump)
         self.engine = Engine(
             kexec,
@@ -120,7 +128,7 @@ class Daemon:
             guard=Guard,
             orderly=self._host.orderly,
             immediate=self._host.immediate,
-            thread=self._thread,
+            workers=workers,
             tell=self._on_event,
             inhibitors=self._host.inhibitors,
             shutdown=self._host.is_jumping,
@@ -131,6 +139,7 @@ class Daemon:
             sources=host_sources(calls) if opts.simulate is None else simulated_sources(calls),
             remember=self._remember,
             watchdogs=self._host.watchdogs,
+            host=self._host.around,
         )
         self._service = server.Service(self.engine)
         self._source = MetricSource(self.engine.queries.status, self.engine.history)
@@ -308,10 +317,13 @@ class _Host:
     """Finds the LUO sessions of every process."""
     watchdogs: ManagerWatchdogs | None
     """Arms the hardware watchdog; None where nobody does."""
+    around: Host | None
+    """What quiesce stops; None where nobody can."""
 
 
 def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
     booted = os.path.exists(BOOTED)
+    runner = TransientUnits() if booted else Children()
     return _Host(
         lambda: shutdown.start_orderly(sessions=sessions.holds_any),
         jump,
@@ -319,9 +331,10 @@ def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
         lambda: shutdown.kexec_job_pending(shutdown.ASK_UNDO_SECONDS),
         shutdown.kexec_job_pending,
         shutdown.goes_down,
-        TransientUnits() if booted else Children(),
+        runner,
         ask_scanner if booted else scan_processes,
         ManagerWatchdogs() if booted else None,
+        SystemdHost(runner) if booted else None,
     )
 
 
@@ -332,7 +345,7 @@ def _simulated_host(jump: shutdown.Immediate) -> _Host:
         return False
 
     again = _StartAgain(jump)
-    return _Host(again, again, None, never, never, never, Children(), scan_processes, None)
+    return _Host(again, again, None, never, never, never, Children(), scan_processes, None, None)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ class Phase(enum.Enum):
     idle = "idle"
     preparing = "preparing"
     prepared = "prepared"
+    quiescing = "quiescing"
+    quiesced = "quiesced"
     freezing = "freezing"
     frozen = "frozen"
     activating = "activating"
@@ -37,6 +39,8 @@ class Step(enum.Enum):
     """One action of a handover; each has an undo, except execute."""
 
     prepare = "prepare"
+    quiesce = "quiesce"
+    """The rest of the host is stopped; only on the way to a jump that is orderly."""
     freeze = "freeze"
     activate = "activate"
     load = "load"

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from khod.abi import kexec_file_load, liveupdate, reboot
+from khod.abi import fsfreeze, kexec_file_load, liveupdate, reboot
 from khod.abi.named import os_error_context
 from khod.abi.pidfd import pidfd_getfd
 from khod.abi.statx import statx
@@ -73,6 +73,12 @@ class Calls(Protocol):
 
     def sync_disks(self) -> None:
         """Write back all dirty pages of all file systems."""
+
+    def freeze_filesystem(self, path: str) -> None:
+        """Freeze the file system that is mounted there (FIFREEZE); EBUSY if it is frozen already."""
+
+    def thaw_filesystem(self, path: str) -> None:
+        """Thaw it again (FITHAW); EINVAL if it is not frozen."""
 
     def create_session(self, name: str) -> int:
         """Create an outgoing LUO session and return its descriptor; closing the last copy of it undoes the call."""
@@ -163,6 +169,14 @@ class HostCalls:
     def sync_disks(self) -> None:
         os.sync()
 
+    def freeze_filesystem(self, path: str) -> None:
+        with self._open_mount(path) as mount:
+            fsfreeze.freeze_filesystem(mount)
+
+    def thaw_filesystem(self, path: str) -> None:
+        with self._open_mount(path) as mount:
+            fsfreeze.thaw_filesystem(mount)
+
     def create_session(self, name: str) -> int:
         with self._open_liveupdate() as device:
             return liveupdate.create_session(device, name)
@@ -194,6 +208,16 @@ class HostCalls:
             raise
         finally:
             os.close(copy)  # at once: closing the last copy ends the session
+
+    @contextmanager
+    def _open_mount(self, path: str) -> Iterator[int]:
+        with os_error_context(f"open {path}"):
+            mount = os.open(self.host_path(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            with os_error_context(path):
+                yield mount
+        finally:
+            os.close(mount)
 
     @contextmanager
     def _open_liveupdate(self) -> Iterator[int]:

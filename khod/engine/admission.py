@@ -56,8 +56,7 @@ class Admission:
             names = ", ".join(found.name for found in waiting)
             self._transaction.emit_event(f"waiting for producers to connect again: {names}")
             await self._transaction.wait_interruptibly(self._peers.wait_returned({found.name for found in waiting}))
-        now = request is not None and request.now
-        checks = await self._transaction.wait_interruptibly(self._queries.run_checks(observed, now=now))
+        checks = await self._transaction.wait_interruptibly(self._queries.run_checks(observed, request=request))
         to_come = {"kexec": request is not None and Step.load not in self._transaction.machine.done}
         to_come["sessions"] = request is not None and not request.load_only  # only the jump ends them
         self._require_checks([check for check in checks if to_come.get(check.name, True)])

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from khod.concurrency.bounded import CUT_SECONDS
 from khod.config import Settings
+from khod.engine.quiescence import Quiescence
 from khod.errors import Exit, Failed, KhoError, Refused
 from khod.handover.machine import Machine
 from khod.handover.record import Store
@@ -39,7 +40,7 @@ class Attempt:
 
     `everyone` returns the producers that are present now. `joined` is called when a producer has joined since the
     attempt began, `frozen` after every producer has frozen; its errors are only logged. `shutdown` asks systemd whether
-    the host is on its way into the kexec.
+    the host is on its way into the kexec. `units` returns what the step quiesce stops, as recorded.
 
     One class of this size: each step stands next to its undo.
     """
@@ -57,6 +58,8 @@ class Attempt:
         joined: "Callable[[Attempt], None]" = lambda _attempt: None,
         frozen: Callable[[], Awaitable[None]] | None = None,
         shutdown: Shutdown | None = None,
+        quiescence: Quiescence | None = None,
+        units: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
         self.kernel = kernel
         self.barrier = barrier
@@ -75,11 +78,14 @@ class Attempt:
         self._joined = joined
         self._frozen = frozen
         self._shutdown = shutdown
+        self._quiescence = quiescence
+        self._units = units
         self._target: Target | None = None
         self._executor: Executor | None = None
         self._execution: asyncio.Future[None] | None = None
         self._do: dict[Step, Callable[[], Awaitable[None]]] = {
             Step.prepare: lambda: self._tell_verb(Verb.prepare),
+            Step.quiesce: self._stop_host,
             Step.freeze: lambda: self._tell_verb(Verb.freeze),
             Step.activate: self._activate_kernel,
             Step.load: self._load_image,
@@ -156,6 +162,31 @@ class Attempt:
     async def _tell_verb(self, verb: Verb) -> None:
         await self.tell_producers(verb)
         self.past.append(verb)
+
+    # The rest of the host
+
+    async def select_units(self) -> tuple[str, ...]:
+        """Return the units that the step quiesce is to stop, in the order of their start; Refused if it cannot."""
+        assert self._quiescence is not None, "a handover that stops the host"
+        return (await self._quiescence.survey_host()).require_clear().selection.start_order
+
+    async def _stop_host(self) -> None:
+        assert self._quiescence is not None, "as above"
+        await self._quiescence.stop_host(tuple(reversed(self._units())))
+
+    async def start_host(self) -> dict[str, str]:
+        """Start again what quiesce has stopped; return the units that do not run, with the reason."""
+        names = self._units()
+        if not names:
+            return {}
+        if self._quiescence is None:
+            return dict.fromkeys(names, "systemd does not run this host")
+        return await self._quiescence.start_host(names)
+
+    @property
+    def stopped_units(self) -> tuple[str, ...]:
+        """The units that quiesce stops, as recorded."""
+        return self._units()
 
     # Kernel
 

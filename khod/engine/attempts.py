@@ -7,6 +7,7 @@ from typing import Protocol
 
 from khod.engine.attempt import Attempt
 from khod.engine.observer import Observer
+from khod.engine.quiescence import Quiescence
 from khod.engine.resources import Resources
 from khod.engine.transaction import Transaction
 from khod.engine.watchdog import JumpWatchdog
@@ -44,6 +45,7 @@ class Attempts:
         guard: Watcher,
         watchdog: JumpWatchdog,
         resources: Resources,
+        quiescence: Quiescence,
     ) -> None:
         self._transaction = transaction
         self._observer = observer
@@ -51,6 +53,7 @@ class Attempts:
         self._guard = guard
         self.watchdog = watchdog
         self._resources = resources
+        self._quiescence = quiescence
 
     def current_attempt(self) -> Attempt:
         """Return the attempt under way; make one if there is none yet (at a start, or before a first step)."""
@@ -85,15 +88,18 @@ class Attempts:
             joined=self.watch_devices,
             frozen=self._read_frozen_files,
             shutdown=self._resources.shutdown,
+            quiescence=self._quiescence,
+            units=lambda: self._transaction.record.quiesced,
         )
 
     async def _read_frozen_files(self) -> None:
         claims = [peer.claim for peer in self._registry.peers.taking_part()]
         await read_frozen_files(self._resources.sessions.kept_files, claims)
 
-    def remaining_steps(self, last: Step) -> tuple[Step, ...]:
-        """Return the steps of the handover under way that are not done, up to `last`."""
-        return remaining_steps(self._transaction.machine, self._observer.require_kernel.order, last)
+    def remaining_steps(self, last: Step, *, quiesces: bool = False) -> tuple[Step, ...]:
+        """Return the steps of the handover under way that are not done, up to `last`; quiesce only with `quiesces`."""
+        order = self._observer.require_kernel.order
+        return remaining_steps(self._transaction.machine, order, last, quiesces=quiesces)
 
     async def roll_back(
         self, cause: KhoError | None, *, interrupted: Phase | None = None, because: KhoError | None = None

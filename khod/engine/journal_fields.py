@@ -56,6 +56,8 @@ PHASE_IDS: dict[Phase, str] = {
     Phase.preparing: "1772bfd698e5465aa40855894a615dc8",
     Phase.prepared: "059b2629a82c44078af7d73e6a50c6dd",
     Phase.freezing: "6ed80f157a86486e86ae0f9b48f47b0c",
+    Phase.quiescing: "21ec3542d4104e80bd11c9494b72faa0",
+    Phase.quiesced: "3e1b7f2cb29b4d8b986d0c6175f355d9",
     Phase.frozen: "7a1c533f926e4521baeefaf89142d89b",
     Phase.activating: "ca49721426904c95b910458386083bbf",
     Phase.active: "57d019edc95b4d90b3635fb6cd74d119",

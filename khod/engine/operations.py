@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from khod import model
-from khod.concurrency.worker import Worker
 from khod.config import Settings
 from khod.engine.admission import Admission
 from khod.engine.attempt import Attempt, JumpUnderWay
@@ -22,6 +21,7 @@ from khod.engine.lifecycle import Start, Stop
 from khod.engine.observer import Observer
 from khod.engine.producer_operations import ProducerOperations
 from khod.engine.queries import Inhibitors, Queries, Trials, new_run
+from khod.engine.quiescence import Quiescence
 from khod.engine.recorder import NO_SOURCES, Recorder, Sources
 from khod.engine.resources import Resources
 from khod.engine.restoration import Restoration
@@ -49,6 +49,7 @@ from khod.producers.registrations import Registrations
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions
+from khod.quiesce.host import Host
 from khod.systemd.boots import read_boot_ends
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.systemd.watchdog import ManagerWatchdogs
@@ -62,9 +63,9 @@ class Engine:
     """The handover of one host. `tell` is called with every change, in the event loop.
 
     `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
-    asks whether the host is shut down in any way. `remember` takes each attempt at its end, with facts of `sources`,
-    and `trial` returns what handovers into an image came to; without them the history does. `health` has the operator's
-    checks, none by default.
+    asks whether the host is shut down in any way. `host` is what the step quiesce stops. `remember` takes each attempt
+    at its end, with facts of `sources`, and `trial` returns what handovers into an image came to; without them the
+    history does. `health` has the operator's checks, none by default.
 
     One class of this size: most of it wires the parts, each of which hears of several others.
     """
@@ -81,7 +82,6 @@ class Engine:
         guard: Callable[[Callable[[Seen], None]], Watcher],
         orderly: Executor,
         immediate: Executor,
-        thread: Worker,
         tell: Callable[[Event], None],
         inhibitors: Inhibitors | None = None,
         shutdown: Shutdown | None = None,
@@ -95,6 +95,7 @@ class Engine:
         watchdogs: ManagerWatchdogs | None = None,
         remember: Callable[[AttemptRecord], Awaitable[None]] | None = None,
         sources: Sources = NO_SOURCES,
+        host: Host | None = None,
     ) -> None:
         self.settings = settings
         self._executors = {False: orderly, True: immediate}
@@ -104,7 +105,7 @@ class Engine:
         self._resources = resources = Resources(
             kexec,
             store,
-            workers or Workers(kernel=thread),
+            workers or Workers(),
             settings,
             sessions,
             scanner,
@@ -157,6 +158,7 @@ class Engine:
         self.registry = registry = ProducerRegistry(producers, peers)
         self._observer = observer = Observer(kexec, prober, resources.workers)
         verification = Verification(transaction, resources)
+        self._quiescence = quiescence = Quiescence(host, settings, registry)
         restoration = Restoration(
             transaction,
             registry,
@@ -175,9 +177,16 @@ class Engine:
             inhibitors=lambda: self._inhibitors,
             trial=trial or self.history.trial,
             signals=signals,
+            quiescence=quiescence,
         )
         self._attempts = attempts = Attempts(
-            transaction, observer, registry, watcher, JumpWatchdog(transaction, resources, watchdogs), resources
+            transaction,
+            observer,
+            registry,
+            watcher,
+            JumpWatchdog(transaction, resources, watchdogs),
+            resources,
+            quiescence,
         )
         self._turn = turn = Turn(transaction, attempts, restoration, queries, signals)
         self._jump = jump = Jump(transaction, settings, turn.give_up_jump)
@@ -248,7 +257,9 @@ class Engine:
             try:
                 if target is not None:
                     await self._admission.check_target(target)
-                attempt = await self._open_attempt(record, at_once=request.now and not request.load_only)
+                quiesces = self._quiescence.is_due(request, self.machine.done)
+                at_once = not request.load_only and (request.now or (quiesces and self.queries.can_jump_itself))
+                attempt = await self._open_attempt(record, at_once=at_once)
                 if target is not None:
                     how = ", to jump at once (`now`)" if request.now and not request.load_only else ""
                     # If the operator has relaxed the check, files may be lost.
@@ -261,9 +272,9 @@ class Engine:
                         release=about.version if about else "",
                         banner=about.banner if about else "",
                     )
-                    await self._transaction.wait_interruptibly(self._recorder.note_target(target, at_once=request.now))
-                attempt.set_target(target, self._executors[request.now])
-                if request.now:
+                    await self._transaction.wait_interruptibly(self._recorder.note_target(target, at_once=at_once))
+                attempt.set_target(target, self._executors[at_once])
+                if at_once:
                     # Most dirty pages are written before any producer is frozen; the executor's own sync then has
                     # little left.
                     await self._transaction.wait_interruptibly(
@@ -273,8 +284,10 @@ class Engine:
                     )
                 last = Step.load if request.load_only else Step.execute
                 if last is Step.execute:  # before the first step: nobody is frozen yet, unless an earlier call did that
-                    await self._attempts.watchdog.arm(at_once=request.now)
-                await self._transaction.run_steps(self._attempts.remaining_steps(last), hold=request.hold)
+                    await self._attempts.watchdog.arm(at_once=at_once)
+                await self._transaction.run_steps(
+                    self._attempts.remaining_steps(last, quiesces=quiesces), hold=request.hold
+                )
             except JumpUnderWay as error:
                 raise NotRolledBack(error.what, where=error.where, remedy=error.remedy) from error
             finally:

@@ -9,6 +9,7 @@ from khod.kernel.protocol import KhoKernel
 from khod.model import Planned, Step
 from khod.producers.barrier import Participant
 from khod.producers.order import order_in_ranks
+from khod.quiesce.host import Survey
 from khod.target.target import Request, Target
 from khod.text import format_size, join_names, printable
 
@@ -28,26 +29,34 @@ def plan_steps(
     deadlines: Deadlines,
     request: Request,
     target: Target | None,
+    survey: Survey | None = None,
 ) -> list[Planned]:
-    """Return the steps that are left, in this kernel's order; ConfigError if the producers' order is a cycle."""
+    """Return the steps that are left, in this kernel's order; ConfigError if the producers' order is a cycle.
+
+    `survey` is what the step quiesce would stop, None without that step.
+    """
     last = Step.load if request.load_only else Step.execute
     told = _describe_producers(producers)
+    by_khod = request.now or (survey is not None and not survey.stores)
     does = {
         Step.prepare: f"tell {told} to prepare, {deadlines.prepare:g} s at most: work goes on" if producers else NOBODY,
+        Step.quiesce: _describe_quiesce(survey),
         Step.freeze: f"tell {told} to freeze, {deadlines.freeze:g} s at most: the blackout begins"
         if producers
         else NOBODY,
         Step.activate: f"{kernel.entering}; keep a snapshot of the state tree",
         Step.load: f"kexec_file_load: {_describe_target(target)}",
-        Step.execute: "sync all disks, then reboot(LINUX_REBOOT_CMD_KEXEC): the point of no return"
-        if request.now
+        Step.execute: "sync all disks, freeze the local file systems, then reboot(LINUX_REBOOT_CMD_KEXEC): the point "
+        "of no return"
+        if by_khod
         else "systemctl kexec: the point of no return; an orderly shutdown, then the jump",
     }
     undo = {step: row.undo for step, row in STEPS.items()} | {
         Step.activate: kernel.leaving,
-        Step.execute: UNDO_NOW if request.now else UNDO_ORDERLY,
+        Step.execute: UNDO_NOW if by_khod else UNDO_ORDERLY,
     }
-    steps = [Planned(step.value, does[step], undo[step]) for step in remaining_steps(machine, kernel.order, last)]
+    left = remaining_steps(machine, kernel.order, last, quiesces=survey is not None)
+    steps = [Planned(step.value, does[step], undo[step]) for step in left]
     if not request.load_only:
         after = (
             "in the next kernel: compare what arrived with the snapshot, give the producers back what they handed over"
@@ -61,6 +70,13 @@ def _describe_producers(producers: Sequence[Participant]) -> str:
     for rank in order_in_ranks(list(producers)):
         words.append(join_names(producer.name for producer in rank))
     return ", then ".join(words)
+
+
+def _describe_quiesce(survey: Survey | None) -> str:
+    if survey is None or not survey.selection.stopped:
+        return "no unit is to be stopped"
+    stopped = survey.selection.stopped
+    return f"stop the rest of the host, {len(stopped)} units: {join_names(stopped, len(stopped))}"
 
 
 def _describe_target(target: Target | None) -> str:

@@ -15,6 +15,7 @@ from khod.concurrency.bounded import run_within
 from khod.engine import status
 from khod.engine.observer import Observer
 from khod.engine.plan import plan_steps
+from khod.engine.quiescence import Quiescence
 from khod.engine.resources import Resources
 from khod.engine.restoration import Restoration
 from khod.engine.rollback import bound_seconds
@@ -34,6 +35,7 @@ from khod.producers.registrations import RegisteredProducer
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_holders import SightedSessions, find_sessions
 from khod.producers.sessions import session_of
+from khod.quiesce.host import Survey
 from khod.region import Region
 from khod.systemd.logind import Inhibitor
 from khod.target.target import Request, Target, take_target
@@ -77,6 +79,7 @@ class Queries:
         inhibitors: Callable[[], Inhibitors | None],
         trial: Trials,
         signals: Signals,
+        quiescence: Quiescence,
     ) -> None:
         self._transaction = transaction
         self._observer = observer
@@ -96,6 +99,8 @@ class Queries:
         self._started = signals.started
         self.sighted = SightedSessions()
         """LUO sessions of other processes, as they were last found."""
+        self._quiescence = quiescence
+        self._surveyed: Survey | None = None
         self._looking: asyncio.Future[SightedSessions] | None = None
 
     async def status(self) -> Status:
@@ -171,9 +176,11 @@ class Queries:
         async with self._inspect_target(request) as (target, checks):
             everyone, deadlines = self._registry.all_producers(), self._settings.current.deadlines
             machine = self._transaction.machine if self._transaction.phase in HELD else Machine()
-            steps = plan_steps(machine, self._observer.require_kernel, everyone, deadlines, request, target)
+            survey = self._surveyed if self._quiescence.is_due(request, machine.done) else None
+            steps = plan_steps(machine, self._observer.require_kernel, everyone, deadlines, request, target, survey)
             words = target.words if target else []
-            return Plan(steps, checks, target.cmdline if target else "", words, bound_seconds(deadlines, everyone))
+            bound = bound_seconds(deadlines, everyone, self._quiescence.undo_seconds if survey else 0.0)
+            return Plan(steps, checks, target.cmdline if target else "", words, bound)
 
     async def snapshots(self) -> list[model.Snapshot]:
         """Return the trees that were kept when they left, the newest first."""
@@ -241,14 +248,24 @@ class Queries:
             return phase
         return reconcile.effective_phase(self._transaction.current_record(), observed)
 
-    async def run_checks(self, observed: Observed, target: Target | None = None, *, now: bool = False) -> list[Check]:
+    @property
+    def can_jump_itself(self) -> bool:
+        """Whether khod may call reboot(2) after a quiesce: systemd has no files of others to hand over."""
+        return self._surveyed is not None and not self._surveyed.stores
+
+    async def run_checks(
+        self, observed: Observed, target: Target | None = None, *, request: Request | None = None
+    ) -> list[Check]:
         """Run the checks of this host, or those of the next kernel if `target` is given.
 
-        `observed` is the kernel's state, read before. `now` is for a jump that stops nothing.
+        `observed` is the kernel's state, read before. Without a request there is neither a load nor a jump.
         """
         deadline = self._settings.current.deadlines.activate
+        survey: Survey | KhoError | None = None
         if target is None:
             await self._find_sessions()
+            if self._quiescence.is_due(request, self._transaction.machine.done):
+                survey = await self._survey_host()
         current = self._transaction.current_record()
         phase = self.effective_phase(observed)
         foreign = reconcile.is_foreign(current, observed) or phase is Phase.inconsistent
@@ -270,11 +287,21 @@ class Queries:
             unknown_sessions=self.unknown_sessions,
             absent=self.absent_producers,
             sighted=self.sighted,
-            now=now,
+            now=request is not None and request.now,
+            survey=survey,
             health=self._health.load_checks,
             trial=await self._read_trial(target),
         )
         return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
+
+    async def _survey_host(self) -> Survey | KhoError:
+        """Return what a quiesce would do, or why that is not known; `can_jump_itself` is of this."""
+        self._surveyed = None
+        try:
+            self._surveyed = await self._quiescence.survey_host()
+        except KhoError as error:
+            return error
+        return self._surveyed
 
     async def _read_trial(self, target: Target | None) -> TrialFact | None:
         """Return what handovers into the next kernel came to; None without one."""
@@ -355,7 +382,7 @@ class Queries:
         try:
             phase, current = self.effective_phase(observed), self._transaction.current_record()
             first = check_handover(phase, current, busy=self._busy.locked(), takes_image=request.kernel is not None)
-            of_host = await self.run_checks(observed, now=request.now)
+            of_host = await self.run_checks(observed, request=request)
             of_target = await self.run_checks(observed, target) if target else unusable
             yield target, [first, *of_host, *of_target]
         finally:

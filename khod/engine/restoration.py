@@ -117,7 +117,11 @@ class Restoration:
                     lambda: session_holders.scan_others(calls, self._scanner), "looking for LUO sessions", deadline
                 )
         return session_holders.count_arrivals(
-            verdict, record.sessions, record.sessions_unseen, scan.sessions, at_once=record.at_once
+            verdict,
+            record.sessions,
+            record.sessions_unseen,
+            scan.sessions,
+            at_once=record.at_once and not record.quiesced,
         )
 
     async def _examine_rest(self, verdict: Verdict) -> Verdict:

@@ -16,6 +16,7 @@ from khod.errors import KhoError
 from khod.model import NotUndone, Step
 from khod.producers.barrier import UNDO, Participant, Verb
 from khod.producers.order import order_in_ranks
+from khod.text import join_names
 
 PATIENCE_SECONDS = 2.0
 """Maximum seconds that the producers' undo waits for the kernel's."""
@@ -23,6 +24,7 @@ OVERHEAD_SECONDS = 10.0
 """Seconds for the record, the bus and the journal together."""
 KERNEL = (Step.activate, Step.load)
 PRODUCERS = {Step.freeze: Verb.freeze, Step.prepare: Verb.prepare}
+RESTARTED = "started again; they have lost their connections and what they had in memory"
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,41 @@ class Failure:
         return "; ".join(dict.fromkeys(item.why for item in self.items))
 
 
-def bound_seconds(deadlines: Deadlines, producers: Iterable[Participant]) -> float:
-    """Return the maximum seconds of a rollback: the kernel's calls, two verbs of every rank, and the overhead."""
+def bound_seconds(deadlines: Deadlines, producers: Iterable[Participant], quiesce_seconds: float = 0.0) -> float:
+    """Return the maximum seconds of a rollback: the kernel's calls, two verbs of every rank, and the overhead.
+
+    `quiesce_seconds` is the maximum for starting again what was stopped, 0 where nothing is.
+    """
     slowest = sum(max(producer.timeout + CUT_SECONDS for producer in rank) for rank in order_in_ranks(producers))
-    return len(KERNEL) * deadlines.rollback + len(UNDO) * slowest + OVERHEAD_SECONDS
+    return len(KERNEL) * deadlines.rollback + len(UNDO) * slowest + quiesce_seconds + OVERHEAD_SECONDS
 
 
 async def undo_all(attempt: Attempt, done: Sequence[Step], emit: Callable[[str], None]) -> list[Failure]:
     """Undo these steps, the last first; return those that could not be undone. Raises nothing except a cancellation."""
     kernel = asyncio.ensure_future(_undo_kernel(attempt, [step for step in reversed(done) if step in KERNEL], emit))
     await asyncio.wait({kernel}, timeout=PATIENCE_SECONDS)
-    producers = await _undo_producers(attempt, [step for step in reversed(done) if step in PRODUCERS], emit)
-    return [*await kernel, *producers]
+    failures: list[Failure] = []
+    for step in reversed(done):
+        if step in PRODUCERS:
+            failures += await _undo_producers(attempt, step, emit)
+        elif step is Step.quiesce:
+            failures += await _undo_quiesce(attempt, emit)
+    return [*await kernel, *failures]
+
+
+async def _undo_quiesce(attempt: Attempt, emit: Callable[[str], None]) -> list[Failure]:
+    names = attempt.stopped_units
+    try:
+        failed = await attempt.start_host()
+    except Exception as error:  # noqa: BLE001 - any error of one step: the others continue
+        failed = dict.fromkeys(names, f"khod itself failed: {error!r}")
+    if len(failed) < len(names):
+        emit(f"{join_names(name for name in names if name not in failed)}: {RESTARTED}")
+    if not failed:
+        return []
+    items = tuple(NotUndone(Step.quiesce.value, name, why, f"systemctl start {name}") for name, why in failed.items())
+    emit(f"Not every unit could be started again: {join_names(f'{name} ({why})' for name, why in failed.items())}")
+    return [Failure(Step.quiesce, items)]
 
 
 async def _undo_kernel(attempt: Attempt, steps: Sequence[Step], emit: Callable[[str], None]) -> list[Failure]:
@@ -74,27 +99,21 @@ async def _undo_kernel(attempt: Attempt, steps: Sequence[Step], emit: Callable[[
     return failures
 
 
-async def _undo_producers(attempt: Attempt, steps: Sequence[Step], emit: Callable[[str], None]) -> list[Failure]:
-    failures: list[Failure] = []
-    for step in steps:
-        verb = PRODUCERS[step]
-        try:
-            failed = await attempt.undo_verb(verb)
-        except Exception as error:  # noqa: BLE001 - as above
-            failed = [("", KhoError(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more."))]
-        if failed:
-            items = tuple(
-                NotUndone(
-                    step.value,
-                    name,
-                    _describe_error(error),
-                    f"Help {name}, or do it by hand." if name else error.remedy,
-                )
-                for name, error in failed
-            )
-            failures.append(Failure(step, items))
-            emit(f"Not every producer could {UNDO[verb].value}: {failures[-1].describe()}")
-    return failures
+async def _undo_producers(attempt: Attempt, step: Step, emit: Callable[[str], None]) -> list[Failure]:
+    verb = PRODUCERS[step]
+    try:
+        failed = await attempt.undo_verb(verb)
+    except Exception as error:  # noqa: BLE001 - as above
+        failed = [("", KhoError(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more."))]
+    if not failed:
+        return []
+    items = tuple(
+        NotUndone(step.value, name, _describe_error(error), f"Help {name}, or do it by hand." if name else error.remedy)
+        for name, error in failed
+    )
+    failure = Failure(step, items)
+    emit(f"Not every producer could {UNDO[verb].value}: {failure.describe()}")
+    return [failure]
 
 
 def _describe_error(error: KhoError) -> str:

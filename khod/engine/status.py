@@ -15,6 +15,8 @@ from khod.text import join_names
 PHASE_TEXT: dict[Phase, tuple[str, str]] = {
     Phase.idle: ("No handover is under way.", ""),
     Phase.preparing: ("Producers are getting ready; they go on working.", "To stop: khoctl abort"),
+    Phase.quiescing: ("The rest of the host is being stopped; the producers still work.", "To stop: khoctl abort"),
+    Phase.quiesced: ("The rest of the host is stopped; the producers still work.", "To stop: khoctl abort"),
     Phase.prepared: ("Every producer is ready.", "To stop: khoctl abort"),
     Phase.freezing: ("Producers are stopping their work.", "To stop: khoctl abort"),
     Phase.frozen: ("Every producer has stopped its work.", "To go back: khoctl abort"),

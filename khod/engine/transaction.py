@@ -40,6 +40,7 @@ blackout."""
 
 BEGINS = {
     Step.prepare: "{who} is told to prepare",
+    Step.quiesce: "the rest of the host is stopped",
     Step.freeze: "{who} is told to freeze",
     Step.activate: "the kernel serializes its state",
     Step.load: "the kernel takes the image",
@@ -68,7 +69,7 @@ SHUTDOWN_SECONDS = 2.0
 """Seconds that an undo waits at its end for systemd to say whether the host is shut down; a later answer is recorded
 too."""
 
-CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
+CAN_END = HELD | {STEPS[step].doing for step in STEPS if step is not Step.execute}
 """Phases that a veto may still end: those before the jump is requested."""
 
 
@@ -350,6 +351,8 @@ class Transaction:
     async def _take_step(self, step: Step, ahead: Sequence[Step] | None) -> None:
         """Take one step, recorded together with those in `ahead`; None if a durable record names it already."""
         attempt = self._require_attempt()
+        if step is Step.quiesce:  # recorded before the first of them is stopped: the undo starts what stands there
+            self._record = replace(self._record, quiesced=await self.wait_interruptibly(attempt.select_units()))
         self._machine = self._machine.begin_step(step)
         done = (*self._machine.done, *(ahead or ()))
         if ahead is not None:
@@ -458,6 +461,7 @@ class Transaction:
             self._record,
             not_undone=tuple(item for failure in failures for item in failure.items),
             last_error=left if failures else self._record.last_error,
+            quiesced=self._record.quiesced if Step.quiesce in self._machine.done else (),
             producers=self.current_record().producers if failures else (),
         )
         self._jump_asked = False

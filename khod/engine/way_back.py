@@ -142,4 +142,6 @@ class WayBack:
         except KhoError:
             producers = [*self._registry.peers.all_peers()]
         deadlines = self._resources.settings.current.deadlines
-        return deadlines.activate + bound_seconds(deadlines, ()) + sum(2 * producer.timeout for producer in producers)
+        told = sum(2 * producer.timeout for producer in producers)
+        quiesce = 2 * deadlines.quiesce if self._transaction.record.quiesced else 0.0
+        return deadlines.activate + bound_seconds(deadlines, (), quiesce) + told

@@ -23,6 +23,7 @@ class Row:
 
 STEPS = {
     Step.prepare: Row(Phase.preparing, Phase.prepared, "tell every prepared producer `cancel`, in reverse order"),
+    Step.quiesce: Row(Phase.quiescing, Phase.quiesced, "start again what was stopped"),
     Step.freeze: Row(Phase.freezing, Phase.frozen, "tell every frozen producer `thaw`, in reverse order"),
     Step.activate: Row(Phase.activating, Phase.active, "leave the kernel's active phase"),
     Step.load: Row(Phase.loading, Phase.loaded, "KEXEC_FILE_UNLOAD"),
@@ -32,21 +33,23 @@ STEPS = {
 # A rollback undoes the steps in reverse. If loading copies the tree into the image (v3, 6.18), the image is therefore
 # unloaded before the active phase is left: an image left loaded would hand over a stale tree.
 ORDERS = {
-    Order.activate_first: (Step.prepare, Step.freeze, Step.activate, Step.load, Step.execute),
-    Order.load_first: (Step.prepare, Step.load, Step.freeze, Step.activate, Step.execute),
+    Order.activate_first: (Step.prepare, Step.quiesce, Step.freeze, Step.activate, Step.load, Step.execute),
+    Order.load_first: (Step.prepare, Step.load, Step.quiesce, Step.freeze, Step.activate, Step.execute),
 }
 
 P = Phase
 TRANSITIONS: dict[Phase, tuple[Phase, ...]] = {
     P.idle: (P.preparing,),
     P.preparing: (P.prepared, P.rolling_back),
-    P.prepared: (P.freezing, P.loading, P.rolling_back),
+    P.prepared: (P.quiescing, P.freezing, P.loading, P.rolling_back),
+    P.quiescing: (P.quiesced, P.rolling_back),
+    P.quiesced: (P.freezing, P.rolling_back),
     P.freezing: (P.frozen, P.rolling_back),
     P.frozen: (P.activating, P.rolling_back),
     P.activating: (P.active, P.rolling_back),
     P.active: (P.loading, P.executing, P.rolling_back),
     P.loading: (P.loaded, P.rolling_back),
-    P.loaded: (P.freezing, P.executing, P.rolling_back),
+    P.loaded: (P.quiescing, P.freezing, P.executing, P.rolling_back),
     P.executing: (P.rolling_back, P.verifying, P.cold_boot),
     P.rolling_back: (P.idle, P.verified, P.degraded, P.cold_boot, P.failed),
     P.verifying: (P.verified, P.degraded, P.cold_boot),
@@ -64,7 +67,7 @@ STARTS = (P.idle, P.foreign, P.inconsistent)
 RESTING = frozenset({P.idle, P.verified, P.degraded, P.cold_boot})
 """Phases in which a new handover may begin: khod holds nothing."""
 
-HELD = frozenset({P.prepared, P.frozen, P.active, P.loaded})
+HELD = frozenset({P.prepared, P.quiesced, P.frozen, P.active, P.loaded})
 """Phases in which a handover may wait, for an operator or after a restart of khod."""
 
 
@@ -98,15 +101,16 @@ class Machine:
         return replace(self, done=tuple(kept for kept in self.done if kept is not step))
 
 
-def remaining_steps(machine: Machine, order: Order, last: Step) -> tuple[Step, ...]:
-    """Return the steps still to be done, up to `last`.
+def remaining_steps(machine: Machine, order: Order, last: Step, *, quiesces: bool = False) -> tuple[Step, ...]:
+    """Return the steps still to be done, up to `last`; quiesce only with `quiesces`.
 
     If `last` is activate, load is left out even if it would come first: `khoctl activate` names no image.
     """
     steps = ORDERS[order][: ORDERS[order].index(last) + 1]
-    return tuple(
-        step for step in steps if step not in machine.done and not (last is Step.activate and step is Step.load)
-    )
+    left_out = {Step.quiesce} if not quiesces else set()
+    if last is Step.activate:
+        left_out.add(Step.load)
+    return tuple(step for step in steps if step not in machine.done and step not in left_out)
 
 
 def draw_machine() -> str:

@@ -36,7 +36,7 @@ class Found:
     doubt: str = ""
 
 
-JUMPABLE = frozenset(Step) - {Step.execute}
+JUMPABLE = frozenset(Step) - {Step.quiesce, Step.execute}
 """The steps after which every producer is frozen and the image has the state."""
 
 

@@ -35,7 +35,7 @@ ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
     | {"kernel_release", "kernel_banner", "spot"}
-    | {"cold_boot", "watchdog", "blackout_error_seconds", "is_image_suspect"}
+    | {"cold_boot", "watchdog", "blackout_error_seconds", "is_image_suspect", "quiesced"}
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 
@@ -145,6 +145,9 @@ class Record:
     watchdog: str = ""
     """The watchdog that was armed for the handover `run`, and is to be disarmed; "" for none."""
 
+    quiesced: tuple[str, ...] = ()
+    """The units that the step quiesce of the handover `run` stops, in the order in which they are started again."""
+
     def begin_run(self, run: str, observed: Observed, generation: Generation, by: str = "") -> "Record":
         """Return the record of a new handover in this boot; the outcome of this boot stays."""
         return replace(
@@ -165,6 +168,7 @@ class Record:
             sessions=(),
             sessions_unseen="",
             at_once=False,
+            quiesced=(),
         )
 
 

@@ -30,6 +30,7 @@ CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
     "memory": kernel.check_memory,
     "watchdog": host.check_watchdog,
     "inhibitors": host.check_inhibitors,
+    "quiesce": holders.check_quiesce,
     "uptime": host.check_uptime,
     "disk": host.check_disk,
     "record": host.check_record,

@@ -17,6 +17,7 @@ from khod.producers.barrier import Participant
 from khod.producers.health import HealthCheck
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.session_holders import SightedSessions
+from khod.quiesce.host import Survey
 from khod.region import Region
 from khod.systemd.logind import Inhibitor
 from khod.target.target import Target
@@ -37,7 +38,8 @@ class Facts:
     `inhibitors` is None if logind could not be asked, `outgoing` if the kernel has no outgoing tree now or could not be
     asked. `absent` are producers that were registered before khod was restarted and have not come back.
     `unknown_sessions` are LUO sessions without an owner in any record, `sighted` those of other processes. `now` is for
-    a jump that stops nothing. `health` reads the operator's health checks. `trial` is None without a target.
+    a jump that stops nothing. `survey` is what a quiesce would stop, or why that is not known; None without that step.
+    `health` reads the operator's health checks. `trial` is None without a target.
     """
 
     probed: Probed
@@ -57,6 +59,7 @@ class Facts:
     now: bool = False
     health: Callable[[], list[HealthCheck]] = list
     trial: TrialFact | None = None
+    survey: Survey | KhoError | None = None
 
 
 @dataclass(frozen=True)

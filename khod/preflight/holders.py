@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 
-from khod.errors import ConfigError
+from khod.errors import ConfigError, KhoError
 from khod.handover.verify import missing_state_error
 from khod.kernel.traits import kernel_producers as present
 from khod.model import LuoSession, Order, SessionFate
@@ -110,6 +110,29 @@ def check_claims(facts: Facts) -> CheckFinding | None:
             "Find out whose they are; to free one: khoctl producers forget SESSION",
         )
     return None
+
+
+def check_quiesce(facts: Facts) -> CheckFinding | None:
+    """The rest of the host can be stopped before the producers are frozen, and started again."""
+    survey = facts.survey
+    if survey is None:
+        return None
+    if isinstance(survey, KhoError):
+        return CheckFinding.from_error(survey)
+    try:
+        survey.require_clear()
+    except KhoError as error:
+        return CheckFinding.from_error(error)
+    selection = survey.selection
+    count = len(selection.stopped)
+    evidence = f"{count} unit{'' if count == 1 else 's'} can be stopped and started again, {len(selection.kept)} stay"
+    if survey.stores:
+        return CheckFinding.warn_with(
+            f"{evidence}; then `systemctl kexec`, without a way back: only that hands over the files that these units "
+            f"have in their descriptor stores: {join_names(survey.stores)}",
+            "Register them as producers, or stop them before.",
+        )
+    return CheckFinding.pass_with(evidence)
 
 
 def check_sessions(facts: Facts) -> CheckFinding | None:

@@ -110,6 +110,10 @@ class Participant(Ordered, Protocol):
         """Devices that it needs, as paths below /sys or /dev: if one disappears, the attempt ends."""
 
     @property
+    def units(self) -> tuple[str, ...]:
+        """Units of systemd that it needs until the jump, or patterns of their names: quiesce does not stop them."""
+
+    @property
     def restores_state(self) -> bool:
         """Whether it has anything to do in the next kernel: its state then counts among what arrived."""
 

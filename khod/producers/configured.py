@@ -45,6 +45,7 @@ class Configured:
     after: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
     kind: str = ""
 
     @property

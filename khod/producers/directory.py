@@ -113,6 +113,8 @@ def _take_common(values: Values, path: Path) -> Values:
             remedy=f"It must be a positive number of seconds, at most {MAX_TIMEOUT_SECONDS}.",
         )
     lists = {key: tuple(require_strings(values.pop(key, []), path, key)) for key in ("after", "before", "devices")}
+    if isinstance(values.get("keep"), list):  # of a virtual machine it may be true
+        lists["units"] = tuple(require_strings(values.pop("keep"), path, "keep"))
     return {"name": path.stem, "timeout": timeout, **lists}
 
 
@@ -147,7 +149,8 @@ def _make_unit(fragment: Fragment, values: Values, common: Values) -> Participan
     check_unit(name)
     if how not in ("freeze", "stop"):
         raise ConfigError(f"`how` is {how!r}", where=str(fragment.path), remedy="It takes one of: freeze, stop.")
-    return Unit(**common, unit=name, how=how)
+    units = (*common.pop("units", ()), name)
+    return Unit(**common, units=units, unit=name, how=how)
 
 
 def _make_qemu(fragment: Fragment, values: Values, common: Values) -> Participant:

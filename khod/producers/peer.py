@@ -112,6 +112,11 @@ class Peer:
         self._process = process
         self._back = asyncio.Event()
 
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Its own unit; "" is none."""
+        return (self.owner.unit,) if self.owner.unit else ()
+
     def to_record(self) -> ProducerRecord:
         """Return its record; the barrier adds what it was told."""
         return ProducerRecord(

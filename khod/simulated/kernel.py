@@ -145,6 +145,12 @@ class SimulatedKernel(HostCalls):
     def sync_disks(self) -> None:
         """Do nothing: the simulated kernel's disks are the host's own."""
 
+    def freeze_filesystem(self, path: str) -> None:
+        """Do nothing, as sync_disks does."""
+
+    def thaw_filesystem(self, path: str) -> None:
+        """Do nothing, as sync_disks does."""
+
     # v3's active phase, in the kernel's order of errnos
 
     def _write_active(self, data: bytes) -> int:

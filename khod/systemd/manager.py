@@ -100,12 +100,12 @@ class Systemd:
     async def read_manager(self) -> dict[str, Any]:
         """Return all properties of the manager itself, by name."""
         answer = await self._bus.call_method((SYSTEMD, MANAGER[1], PROPERTIES), "GetAll", "s", MANAGER[2])
-        return {name: value for name, (_, value) in self._only_value("a{sv}", answer).items()}
+        return {name: value for name, (_, value) in only_value("a{sv}", answer).items()}
 
     async def list_units(self, pattern: str) -> dict[str, str]:
         """Return the loaded units whose names match the pattern (shell wildcards), with their objects' paths."""
         answer = await self._bus.call_method(MANAGER, "ListUnitsByPatterns", "asas", [], [pattern])
-        return {name: path for name, _, _, _, _, _, path, *_ in self._only_value("a(ssssssouso)", answer)}
+        return {name: path for name, _, _, _, _, _, path, *_ in only_value("a(ssssssouso)", answer)}
 
     async def count_stored_files(self, path: str) -> int:
         """Return how many files the file descriptor store of the service with this object path contains."""
@@ -120,7 +120,7 @@ class Systemd:
     async def list_stored_files(self, unit: str) -> list[str]:
         """Return the paths of the files in a unit's file descriptor store."""
         answer = await self._bus.call_method(MANAGER, "DumpUnitFileDescriptorStore", "s", unit)
-        return [path for *_, path, _flags in self._only_value("a(suuutuusu)", answer)]
+        return [path for *_, path, _flags in only_value("a(suuutuusu)", answer)]
 
     async def read_state(self, unit: str = "") -> UnitState:
         """Return the state of this unit, or of another one; systemd loads the unit if needed."""
@@ -144,7 +144,7 @@ class Systemd:
     async def list_processes(self, unit: str = "") -> set[int]:
         """Return the process ids in the control group of this unit, or of another one, and in those of units below."""
         answer = await self._bus.call_method(MANAGER, "GetUnitProcesses", "s", unit or self._unit)
-        return {pid for _, pid, _ in self._only_value("a(sus)", answer)}
+        return {pid for _, pid, _ in only_value("a(sus)", answer)}
 
     async def kill_processes(self) -> None:
         """Send SIGKILL to all processes of the unit; it reaches frozen ones too."""
@@ -155,7 +155,7 @@ class Systemd:
 
         Disconnected if systemd re-executes itself (daemon-reexec), because that closes the connection.
         """
-        return await self._bus.wait_job(self._only_value("o", await self.call_action(method, "ss", self._unit, mode)))
+        return await self._bus.wait_job(only_value("o", await self.call_action(method, "ss", self._unit, mode)))
 
     async def call_action(self, method: str, signature: str, *body: str) -> Message:
         """Call a method that changes something; if cancelled, first wait until systemd has handled it.
@@ -177,7 +177,7 @@ class Systemd:
     async def _read_property(self, path: str, interface: str, name: str, signature: str) -> Any:
         """Return one property of an object; BusError if its type is not `signature`."""
         answer = await self._bus.call_method((SYSTEMD, path, PROPERTIES), "Get", "ss", interface, name)
-        found, value = self._only_value("v", answer)
+        found, value = only_value("v", answer)
         if found != signature:
             raise BusError(f"systemd says {name} with another type than it is documented to")
         return value
@@ -186,19 +186,20 @@ class Systemd:
         """Return all properties of a unit in one of its interfaces, with their types."""
         address = (SYSTEMD, await self._load_unit(unit), PROPERTIES)
         answer = await self._bus.call_method(address, "GetAll", "s", f"{SYSTEMD}.{interface}")
-        found: dict[str, tuple[str, Any]] = self._only_value("a{sv}", answer)
+        found: dict[str, tuple[str, Any]] = only_value("a{sv}", answer)
         return found
 
     async def _load_unit(self, unit: str) -> str:
         """Have systemd load a unit, and return its object's path."""
-        path: str = self._only_value("o", await self._bus.call_method(MANAGER, "LoadUnit", "s", unit))
+        path: str = only_value("o", await self._bus.call_method(MANAGER, "LoadUnit", "s", unit))
         return path
 
-    def _only_value(self, signature: str, answer: Message) -> Any:
-        """Return the only value of an answer; BusError if its type is not `signature`."""
-        if answer.header.fields.get(HeaderFields.signature) != signature:
-            raise BusError("systemd answered with another type than it is documented to")
-        return answer.body[0]
+
+def only_value(signature: str, answer: Message) -> Any:
+    """Return the only value of an answer; BusError if its type is not `signature`."""
+    if answer.header.fields.get(HeaderFields.signature) != signature:
+        raise BusError("systemd answered with another type than it is documented to")
+    return answer.body[0]
 
 
 async def ask_systemd(question: Callable[[Systemd], Awaitable[T]], seconds: float) -> T | None:

@@ -2,13 +2,18 @@
 """How the jump is made: an orderly one through systemd, or an immediate one."""
 
 import asyncio
+import errno
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from khod.concurrency.command import run_command
-from khod.concurrency.worker import Worker
 from khod.errors import Failed, Unsupported, errno_text
+from khod.kernel.filesystems import FrozenFileSystems
 from khod.kernel.kexec import Kexec
+from khod.kernel.thread import Workers
 from khod.systemd.manager import ask_systemd
 
 ASK_SECONDS = 10.0
@@ -77,26 +82,61 @@ async def goes_down() -> bool:
 
 @dataclass
 class Immediate:
-    """Sync the disks and call reboot(2); nothing is stopped before."""
+    """Sync the disks, freeze the file systems and call reboot(2); nothing is stopped before."""
 
     kexec: Kexec
-    thread: Worker
+    workers: Workers
+    filesystems: FrozenFileSystems
     sync_seconds: Callable[[], float]
-    """Time limit of sync(2) in seconds. reboot(2) has no limit, because khod does not control what follows it."""
+    """Time limit in seconds of sync(2), and of the freeze after it. reboot(2) has no limit, because khod does not
+    control what follows it."""
     in_kernel: bool = False
     """Whether reboot(2) was called and has not returned: it may jump at any moment."""
 
     async def __call__(self) -> None:
-        await self.thread.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
-        self.in_kernel = True
-        call = asyncio.ensure_future(self.thread.call_within(self.kexec.jump, "reboot(LINUX_REBOOT_CMD_KEXEC)", None))
+        await self.workers.kernel.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
+        given_up = threading.Event()
+        try:
+            freeze = partial(self.filesystems.freeze_all, given_up)
+            await self.workers.frozen.call_within(freeze, "FIFREEZE", self.sync_seconds())
+        except BaseException as error:
+            given_up.set()
+            self.workers.frozen.call_later(self.filesystems.thaw_all)
+            if isinstance(error, OSError):
+                raise _unfreezable_error(error) from error
+            raise
+        self.in_kernel = True  # before any await: from here on nobody cancels this
+        call = asyncio.ensure_future(
+            self.workers.kernel.call_within(self._jump, "reboot(LINUX_REBOOT_CMD_KEXEC)", None)
+        )
         call.add_done_callback(self._came_back)
         await asyncio.shield(call)
+
+    def _jump(self) -> None:
+        try:
+            self.kexec.jump()
+        finally:  # in this thread: nothing that khod does next may wait for a disk
+            self.filesystems.thaw_all()
 
     def _came_back(self, _call: "asyncio.Future[None]") -> None:
         self.in_kernel = False
 
 
-def make_immediate(kexec: Kexec, thread: Worker, deadline: float | Callable[[], float]) -> Immediate:
-    """Return the executor that jumps without systemd; `deadline` is the time limit of sync(2) in seconds."""
-    return Immediate(kexec, thread, deadline if callable(deadline) else lambda: deadline)
+def _unfreezable_error(error: OSError) -> Failed:
+    busy = "Another program has frozen it, a backup perhaps: wait for its end." if error.errno == errno.EBUSY else ""
+    return Failed(
+        f"The file system {error.filename} could not be frozen: {errno_text(error)}",
+        where="FIFREEZE",
+        remedy=busy or "Look at journalctl -k.",
+    )
+
+
+def make_immediate(
+    kexec: Kexec, workers: Workers, deadline: float | Callable[[], float], note: Path | None = None
+) -> Immediate:
+    """Return the executor that jumps without systemd; `deadline` is the time limit of sync(2) in seconds.
+
+    `note` is the file that keeps which file systems are frozen; without one none is frozen.
+    """
+    filesystems = FrozenFileSystems(kexec.calls, note)
+    return Immediate(kexec, workers, filesystems, deadline if callable(deadline) else lambda: deadline)

@@ -18,7 +18,7 @@ from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
 from khod.kernel.probe import probe_kho
 from khod.kernel.sysfs import KHO
-from khod.kernel.thread import KernelThread
+from khod.kernel.thread import Workers
 from khod.producers.sessions import Sessions
 from khod.simulated.kernel import Rebooted, SimulatedKernel, build_image, build_initrd
 from khod.systemd import shutdown
@@ -83,20 +83,20 @@ def run() -> Iterator[Figure]:
 async def _one() -> float:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        kernel, thread = Timed(root / "kernel"), KernelThread()
+        kernel, workers = Timed(root / "kernel"), Workers()
         kexec, store = Kexec(kernel), Store(root)
-        jump = shutdown.make_immediate(kexec, thread, 60)
+        jump = shutdown.make_immediate(kexec, workers, 60)
         engine = Engine(
             kexec,
             lambda: probe_kho(kernel),
             store,
             Settings(),
             producers=list,
-            sessions=Sessions(Luo(kernel), thread, ServiceManager()),
+            sessions=Sessions(Luo(kernel), workers.kernel, ServiceManager()),
             guard=Guard,
             orderly=jump,
             immediate=jump,
-            thread=thread,
+            workers=workers,
             tell=lambda _: None,
         )
         await engine.start()
@@ -110,5 +110,5 @@ async def _one() -> float:
         finally:
             for fd in fds:
                 os.close(fd)
-            thread.close()
+            workers.kernel.close()
         return kernel.ended - kernel.began - kernel.inside

@@ -94,6 +94,12 @@ class KernelCalls:
         with self._at("kernel.sync"):
             self.synced()
 
+    def freeze_filesystem(self, path: str) -> None:
+        """Never called: this kernel lists no mounts."""
+
+    def thaw_filesystem(self, path: str) -> None:
+        """As above."""
+
     def create_session(self, name: str) -> int:
         with self._at("luo.create"):
             return self.kernel.luo.create(self.process, name)

@@ -247,6 +247,7 @@ class Khod:
             observer=self._worker("The kernel", 1, 64),
             disk=self._worker("The file system", 1),
             files=self._worker("A file system", 2),
+            frozen=self._worker("A file system", 2),
             queries=self._worker("A check", 2, 256),
             history=self._worker("The history database", 1, 64),
         )
@@ -258,7 +259,7 @@ class Khod:
             passed=scene.systemd.pass_to(self.process),
             memory=lambda: MemoryBounds(1 << 40, 1 << 40),
         )
-        jump = shutdown.make_immediate(kexec, workers.kernel, lambda: self.engine.settings.current.deadlines.execute)
+        jump = shutdown.make_immediate(kexec, workers, lambda: self.engine.settings.current.deadlines.execute)
 
         async def orderly() -> None:
             await shutdown.start_orderly(sessions=sessions.holds_any)
@@ -277,7 +278,6 @@ class Khod:
             guard=self._made_guard,
             orderly=orderly,
             immediate=jump,
-            thread=workers.kernel,
             workers=workers,
             tell=self._tell,
             inhibitors=self._inhibitors,

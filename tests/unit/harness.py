@@ -259,7 +259,7 @@ class Host:
     def engine(self, **executors: shutdown.Executor) -> Engine:
         workers = self.workers or Workers()
         kexec, thread = Kexec(self.kernel), workers.kernel
-        jump = shutdown.make_immediate(kexec, thread, 10)
+        jump = shutdown.make_immediate(kexec, workers, 10)
         return Engine(
             kexec,
             self.prober,
@@ -276,7 +276,6 @@ class Host:
             guard=self.guard.made,
             orderly=executors.get("orderly", jump),
             immediate=executors.get("immediate", jump),
-            thread=thread,
             tell=self._tell,
             shutdown=self.shutdown,
             goes_down=self.goes_down,

@@ -17,6 +17,7 @@ class Scripted:
     kind = "scripted"
     before: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
     is_reachable = True
 
     def __init__(

@@ -39,6 +39,7 @@ class Rehearsed:
     kind = "rehearsed"
     timeout = 20.0
     devices = ()
+    units = ()
     restores_state = False
     is_reachable = True
 

@@ -218,7 +218,7 @@ async def test_reboot_that_fails_after_its_deadline_is_put_back(
 @in_virtual_time
 async def test_sync_that_hangs_before_the_jump_is_no_jump(host: VirtualHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can say whether the host goes down; but nobody was asked to take it down."""
-    jump = shutdown.make_immediate(Kexec(host.kernel), host.workers.kernel, EXECUTE)
+    jump = shutdown.make_immediate(Kexec(host.kernel), host.workers, EXECUTE)
     engine = await host.started(orderly=jump)
     monkeypatch.setattr(host.kernel, "sync_disks", never)
     with pytest.raises(KhoError) as raised:

@@ -18,6 +18,7 @@ LAYERS = [
     {"abi"},
     {"kernel", "images", "systemd"},
     {"producers", "target", "handover"},
+    {"quiesce"},
     {"preflight"},
     {"engine"},
     {"metrics"},

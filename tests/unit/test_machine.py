@@ -17,7 +17,7 @@ ARROW = re.compile(r"^\s*(\[\*\]|\w+) --> (\w+)\s*$", re.MULTILINE)
 def test_every_step_has_its_undo_beside_it() -> None:
     assert STEPS.keys() == set(Step)
     assert all(row.undo for row in STEPS.values())
-    words = {S.prepare: "cancel", S.freeze: "thaw", S.activate: "leave", S.load: "UNLOAD"}
+    words = {S.prepare: "cancel", S.quiesce: "start", S.freeze: "thaw", S.activate: "leave", S.load: "UNLOAD"}
     for step, word in words.items():
         assert word in STEPS[step].undo
     assert STEPS[S.execute].undo.startswith("nothing"), "the point of no return, and the only one"
@@ -26,6 +26,7 @@ def test_every_step_has_its_undo_beside_it() -> None:
 def test_each_step_enters_and_ends_in_the_phases_of_the_design() -> None:
     assert {step: (row.doing, row.done) for step, row in STEPS.items()} == {
         S.prepare: (P.preparing, P.prepared),
+        S.quiesce: (P.quiescing, P.quiesced),
         S.freeze: (P.freezing, P.frozen),
         S.activate: (P.activating, P.active),
         S.load: (P.loading, P.loaded),
@@ -37,7 +38,7 @@ def test_the_orders_hold_every_step_and_end_with_the_point_of_no_return() -> Non
     for order in ORDERS.values():
         assert sorted(order, key=str) == sorted(Step, key=str)
         assert order[-1] is S.execute
-        assert order.index(S.prepare) < order.index(S.freeze) < order.index(S.activate)
+        assert order.index(S.prepare) < order.index(S.quiesce) < order.index(S.freeze) < order.index(S.activate)
 
 
 def test_activate_first_puts_the_unload_before_the_write_of_0() -> None:

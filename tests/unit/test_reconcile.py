@@ -19,6 +19,8 @@ ARRIVED = replace(IDLE, arrived=True, cmdline=f"root=/dev/sda khod.run={RUN}")
 BEGUN = {
     P.preparing: (S.prepare,),
     P.prepared: (S.prepare,),
+    P.quiescing: (S.prepare, S.quiesce),
+    P.quiesced: (S.prepare, S.quiesce),
     P.freezing: (S.prepare, S.freeze),
     P.frozen: (S.prepare, S.freeze),
     P.activating: (S.prepare, S.freeze, S.activate),

@@ -87,6 +87,7 @@ FULL = Record(
         is_image_suspect=True,
     ),
     watchdog="/dev/watchdog0",
+    quiesced=("cron.service",),
 )
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -131,6 +132,7 @@ records = st.builds(
     begun=st.builds(Begun, number, st.text(), st.text()),
     cold_boot=st.none() | st.builds(ColdBoot, text, st.sampled_from(Phase), text, st.lists(text), st.none()),
     watchdog=text,
+    quiesced=st.lists(text, max_size=2).map(tuple),
 )
 
 

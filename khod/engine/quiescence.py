@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""When a handover stops the rest of the host before it freezes the producers, and which units it keeps."""
+
+from khod.config import Settings
+from khod.model import Step
+from khod.producers.registry import ProducerRegistry
+from khod.quiesce.host import Host, Survey
+from khod.target.target import Request
+
+
+class Quiescence:
+    """The rest of this host; `host` is None where nobody can stop it. Methods raise KhoError."""
+
+    def __init__(self, host: Host | None, settings: Settings, registry: ProducerRegistry) -> None:
+        self._host = host
+        self._settings = settings
+        self._registry = registry
+
+    def is_due(self, request: Request | None, done: tuple[Step, ...]) -> bool:
+        """Whether a handover with this request stops the host: once the producers are frozen it is too late."""
+        jumps = request is not None and not request.now and not request.load_only
+        return jumps and self._host is not None and self._settings.current.quiesce.enabled and Step.freeze not in done
+
+    def units_to_keep(self) -> dict[str, str]:
+        """Return the units that stay, with the reason: the configuration's, and those of the producers."""
+        kept = dict.fromkeys(self._settings.current.quiesce.keep, "quiesce.keep names it")
+        for producer in self._registry.all_producers():
+            kept |= dict.fromkeys(producer.units, f"producer {producer.name} needs it")
+        return kept
+
+    async def survey_host(self) -> Survey:
+        """Return what a quiesce would do now."""
+        assert self._host is not None, "as is_due says"
+        return await self._host.survey_units(self.units_to_keep())
+
+    async def stop_host(self, names: tuple[str, ...]) -> None:
+        """Stop these units, as recorded."""
+        assert self._host is not None, "as is_due says"
+        await self._host.stop_units(names, self.units_to_keep(), self._settings.current.deadlines.quiesce)
+
+    @property
+    def undo_seconds(self) -> float:
+        """Maximum seconds of the undo: a unit that was late to stop must stop before it starts."""
+        return 2 * self._settings.current.deadlines.quiesce
+
+    async def start_host(self, names: tuple[str, ...]) -> dict[str, str]:
+        """Start again what was stopped; return the units that do not run, with the reason."""
+        if self._host is None:
+            return dict.fromkeys(names, "systemd does not run this host")
+        return await self._host.start_units(names, self.undo_seconds)

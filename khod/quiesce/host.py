@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The step `quiesce`: the rest of the host is stopped while the producers still work, and started again by the undo.
+
+So the blackout, which begins with `freeze`, holds the jump alone. Stop jobs, not `systemctl isolate`: that stops units
+with RemainAfterExit= and loses transient units for good (seen with systemd 262).
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from khod.errors import Failed, Refused
+from khod.producers.commands import CommandRunner
+from khod.quiesce import last_acts, units
+from khod.quiesce.selection import KHOD_UNITS, Selection, select_units
+from khod.systemd.dbus import BusError, systemd_bus
+from khod.systemd.manager import Systemd
+from khod.text import join_names
+
+ASK_SECONDS = 15.0
+"""Seconds systemd has to describe all units; no producer is frozen meanwhile."""
+ROUNDS = 3
+"""How often what was started meanwhile (by a bus call, a device, a program) is stopped again."""
+KEEP_IT = "Stop it by hand, or keep it: quiesce.keep in /etc/kho/khod.toml. To stop nothing: `Kexec(now)`"
+ENDED = ("inactive", "failed")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a quiesce would do on this host now.
+
+    `jobs` has systemd's queued jobs, a unit and the kind each. `stores` are units with files that only `systemctl
+    kexec` hands over.
+    """
+
+    selection: Selection = field(default_factory=Selection)
+    jobs: Mapping[str, str] = field(default_factory=dict)
+    stores: tuple[str, ...] = ()
+
+    def find_obstacle(self) -> str:
+        """Return what is in the way before anything is stopped, "" for nothing."""
+        if self.jobs:
+            names = join_names(f"{unit} ({kind})" for unit, kind in sorted(self.jobs.items()))
+            return f"systemd has jobs under way: {names}"
+        return "; ".join(self.selection.obstacles)
+
+    def require_clear(self) -> "Survey":
+        """Return this survey; Refused if something is in the way."""
+        if obstacle := self.find_obstacle():
+            remedy = "Wait for them: systemctl list-jobs. To stop nothing: `Kexec(now)`" if self.jobs else KEEP_IT
+            raise Refused(f"The host cannot be quiesced: {obstacle}", where="quiesce", remedy=remedy)
+        return self
+
+
+class Host(Protocol):
+    """The host around khod and the producers. `keep` has the units, or patterns of names, that stay, with the reason.
+
+    A cancelled call may have half of its effect, which start_units undoes.
+    """
+
+    async def survey_units(self, keep: Mapping[str, str]) -> Survey:
+        """Return what a quiesce would do; Failed without systemd."""
+
+    async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> None:
+        """Stop these units and what is started meanwhile, then write what a shutdown would have written.
+
+        Refused if one does not stop within `seconds`.
+        """
+
+    async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
+        """Start these units again; return those that do not run, with the reason. Raises nothing."""
+
+
+class SystemdHost:
+    """A host that systemd runs; `runner` runs the commands of last_acts."""
+
+    def __init__(self, runner: CommandRunner) -> None:
+        self._runner = runner
+
+    async def survey_units(self, keep: Mapping[str, str]) -> Survey:
+        """As Host has it."""
+        try:
+            async with asyncio.timeout(ASK_SECONDS), systemd_bus() as bus:
+                found = await units.read_units(bus)
+                jobs = await units.list_jobs(bus)
+        except (BusError, TimeoutError) as error:
+            raise Failed(
+                f"systemd does not describe its units: {error or 'no answer'}",
+                where="quiesce",
+                remedy="Look at systemctl status. To stop nothing: `Kexec(now)`",
+            ) from error
+        wanted = dict.fromkeys(KHOD_UNITS, "it is khod's") | dict(keep)
+        selection = select_units(found, wanted, units.find_session_units(found))
+        # khod may have been asked by a unit that is being started: kho-handover@NAME.service is one.
+        jobs = {unit: kind for unit, kind in jobs.items() if not unit.startswith("kho-")}
+        stores = tuple(unit.name for unit in found if unit.stored_files and unit.name != "kho-handover.service")
+        return Survey(selection, jobs, stores)
+
+    async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> None:
+        """As Host has it."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stop_rounds(names, keep)
+                await last_acts.carry_out(self._runner)
+        except TimeoutError:
+            left = await _describe_left(names)
+            raise Refused(
+                f"The host did not come to rest within {seconds:g} s: {left}", where="quiesce", remedy=KEEP_IT
+            ) from None
+        except BusError as error:
+            raise Failed(
+                f"systemd did not stop the host's units: {error}", where="quiesce", remedy="Look at systemctl status."
+            ) from error
+
+    async def _stop_rounds(self, names: Sequence[str], keep: Mapping[str, str]) -> None:
+        for _ in range(ROUNDS):
+            if failed := await units.run_jobs("StopUnit", names, "replace"):
+                stuck = "; ".join(f"{name}: {why}" for name, why in failed.items())
+                raise Refused(f"Units could not be stopped: {stuck}", where="quiesce", remedy=KEEP_IT)
+            await _require_stopped_in_time(names)
+            names = (await self.survey_units(keep)).selection.stopped
+            if not names:
+                return
+        raise Refused(f"Started again each time: {join_names(names)}", where="quiesce", remedy=KEEP_IT)
+
+    async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
+        """As Host has it."""
+        try:
+            async with asyncio.timeout(seconds):
+                failed = await units.run_jobs("StartUnit", names, "replace")
+                await last_acts.take_back(self._runner)
+                return failed
+        except TimeoutError:
+            left = [name for name, state in (await _read_states(names)).items() if state != "active"]
+            return dict.fromkeys(left, f"not started within {seconds:g} s")
+        except BusError as error:
+            return dict.fromkeys(names, f"systemd was not asked: {error}")
+
+
+async def _require_stopped_in_time(names: Sequence[str]) -> None:
+    """Refused if systemd had to kill one of these units: what it held was not put away in order."""
+    async with systemd_bus() as bus:
+        systemd = Systemd(bus)
+        services = [name for name in names if name.endswith(".service")]
+        found = await asyncio.gather(*(systemd.read_properties(name, "Service") for name in services))
+    if late := [name for name, service in zip(services, found, strict=True) if service.get("Result") == "timeout"]:
+        raise Refused(
+            f"Not stopped within TimeoutStopSec=, and killed: {join_names(late)}", where="quiesce", remedy=KEEP_IT
+        )
+
+
+async def _read_states(names: Sequence[str]) -> dict[str, str]:
+    """Return the ActiveState of these units, "unknown" where systemd does not answer."""
+    try:
+        async with asyncio.timeout(ASK_SECONDS), systemd_bus() as bus:
+            states = await units.list_states(bus)
+    except (BusError, TimeoutError):
+        return dict.fromkeys(names, "unknown")
+    return {name: states.get(name, "inactive") for name in names}
+
+
+async def _describe_left(names: Sequence[str]) -> str:
+    left = [f"{name} is {state}" for name, state in (await _read_states(names)).items() if state not in ENDED]
+    return join_names(left) or "other units were started all the time"
