@@ -88,27 +88,27 @@ class FrozenFileSystems:
 
     def __init__(self, calls: Calls, note: Path | None) -> None:
         self._calls = calls
-        self._note = note
+        self.note = note
 
     def freeze_all(self, given_up: threading.Event) -> None:
         """Freeze every local file system; OSError names the one that cannot be frozen, with the others thawed again.
 
         EBUSY: another program (a backup) has frozen it. Once `given_up` is set, all are thawed again (ECANCELED).
         """
-        if self._note is None or not self._calls.path_exists(MOUNTINFO):
+        if self.note is None or not self._calls.path_exists(MOUNTINFO):
             return
         mounts = list_filesystems(parse_mounts(self._calls.read_file(MOUNTINFO).decode(errors="surrogateescape")))
         frozen: list[str] = []
         try:
             for mount in mounts:
                 _raise_if_set(given_up)
-                write_note(self._note, [*frozen, mount.path])
+                write_note(self.note, [*frozen, mount.path])
                 if self._freeze(mount.path):
                     frozen.append(mount.path)
-            write_note(self._note, frozen)
+            write_note(self.note, frozen)
             _raise_if_set(given_up)
         except BaseException:
-            write_note(self._note, frozen)
+            write_note(self.note, frozen)
             self.thaw_all()
             raise
 
@@ -124,13 +124,13 @@ class FrozenFileSystems:
 
     def thaw_all(self) -> None:
         """Thaw what the note names, the root first."""
-        if self._note is None:
+        if self.note is None:
             return
-        for path in reversed(read_note(self._note)):
+        for path in reversed(read_note(self.note)):
             with suppress(OSError):  # it is not frozen, or not mounted any more
                 self._calls.thaw_filesystem(path)
         with suppress(OSError):
-            self._note.unlink(missing_ok=True)
+            self.note.unlink(missing_ok=True)
 
 
 def write_note(note: Path, paths: Sequence[str]) -> None:

@@ -77,6 +77,8 @@ class SystemdHost:
 
     def __init__(self, runner: CommandRunner) -> None:
         self._runner = runner
+        self._has_acted = False
+        """Whether the end of this boot was written."""
 
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
         """As Host has it."""
@@ -102,6 +104,7 @@ class SystemdHost:
         try:
             async with asyncio.timeout(seconds):
                 await self._stop_rounds(names, keep)
+                self._has_acted = True
                 await last_acts.carry_out(self._runner)
         except TimeoutError:
             left = await _describe_left(names)
@@ -129,7 +132,9 @@ class SystemdHost:
         try:
             async with asyncio.timeout(seconds):
                 failed = await units.run_jobs("StartUnit", names, "replace")
-                await last_acts.take_back(self._runner)
+                if self._has_acted:
+                    await last_acts.take_back(self._runner)
+                    self._has_acted = False
                 return failed
         except TimeoutError:
             left = [name for name, state in (await _read_states(names)).items() if state != "active"]

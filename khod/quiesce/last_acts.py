@@ -2,13 +2,16 @@
 """What an orderly shutdown writes at its end, where khod calls reboot(2) itself after a quiesce.
 
 A random seed for the next boot, and the end of this boot in wtmp: units with RemainAfterExit= do that when they are
-stopped. They are left as they are, and their own commands run, as units of khod's.
+stopped. They are left as they are, and their own commands run, as units of khod's. The programs that
+systemd-shutdown(8) runs at its end run after them.
 """
 
 import asyncio
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from khod.producers.barrier import ParticipantVeto
@@ -17,6 +20,8 @@ from khod.producers.execution import PATH, Execution
 from khod.systemd.dbus import BusError, systemd_bus
 from khod.systemd.manager import Systemd
 
+PROGRAMS = Path("/usr/lib/systemd/system-shutdown")
+"""Each is run with the word `kexec`, side by side with the others."""
 UNIT_PREFIX = "kho-quiesce-"
 
 
@@ -38,6 +43,7 @@ ACTS = (
 async def carry_out(runner: CommandRunner) -> None:
     """Run what the active units among ACTS run when they are stopped; a failure is only logged."""
     await _run_all(runner, "ExecStop", ACTS)
+    await asyncio.gather(*(_run_command(runner, path.name, [str(path), "kexec"]) for path in _list_programs()))
 
 
 async def take_back(runner: CommandRunner) -> None:
@@ -57,15 +63,22 @@ async def _run_all(runner: CommandRunner, key: str, acts: Iterable[Act]) -> None
     await asyncio.gather(*(_run_command(runner, unit, argv) for unit, argv in found))
 
 
+def _list_programs() -> list[Path]:
+    try:
+        return [path for path in sorted(PROGRAMS.iterdir()) if path.is_file() and os.access(path, os.X_OK)]
+    except OSError:
+        return []
+
+
 def _read_commands(value: Any) -> Iterable[Sequence[str]]:
     """Return the words of each command in ExecStart= or ExecStop=, as D-Bus has it: a(sasbttttuii)."""
     for _path, argv, *_ in value or ():
         yield argv
 
 
-async def _run_command(runner: CommandRunner, unit: str, argv: Sequence[str]) -> None:
+async def _run_command(runner: CommandRunner, name: str, argv: Sequence[str]) -> None:
     environment = {"PATH": PATH, "KHO_VERB": "quiesce"}
-    command = Command(unit.removesuffix(".service"), argv, environment, unit_prefix=UNIT_PREFIX)
+    command = Command(name.removesuffix(".service"), argv, environment, unit_prefix=UNIT_PREFIX)
     with suppress(ParticipantVeto):
         execution = await Execution.start(runner, command)
         await execution.finish(lambda _reason: None)

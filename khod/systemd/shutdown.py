@@ -14,12 +14,16 @@ from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.filesystems import FrozenFileSystems
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
+from khod.systemd.journald import synchronize_journal
 from khod.systemd.manager import ask_systemd
 
 ASK_SECONDS = 10.0
 """Seconds systemd has to answer when khod is stopped, and before an orderly jump."""
 ASK_UNDO_SECONDS = 2.0
 """Seconds systemd has to answer before an undo."""
+
+JOURNAL_SECONDS = 2.0
+"""Maximum seconds journald has before the jump: the producers are frozen."""
 
 CARRIES_SESSIONS = 261
 """The first version of systemd that keeps LUO sessions across its own shutdown."""
@@ -94,6 +98,8 @@ class Immediate:
     """Whether reboot(2) was called and has not returned: it may jump at any moment."""
 
     async def __call__(self) -> None:
+        if self.filesystems.note is not None:  # the host's own disks
+            await synchronize_journal(JOURNAL_SECONDS)
         await self.workers.kernel.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
         given_up = threading.Event()
         try:

@@ -37,6 +37,7 @@ from khod.producers.identity import process_of
 from khod.producers.registrations import Registrations
 from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions
+from khod.quiesce.host import Host as Around
 from khod.simulated.kernel import SimulatedKernel
 from khod.systemd import shutdown
 from khod.systemd.watchdog import ManagerWatchdogs
@@ -226,6 +227,8 @@ class Host:
         """What was remembered, each time it was."""
         self.fdstore = KeptFds()
         self.workers: Workers | None = None
+        self.around: Around | None = None
+        """What quiesce stops; without it there is no such step."""
         """Whose threads make the calls of every khod; None for threads of its own."""
         self.shutdown: shutdown.Shutdown | None = None
         """What says whether the host is on its way into the kexec; None where nobody can tell."""
@@ -288,6 +291,7 @@ class Host:
             watchdogs=self.watchdogs,
             remember=self._remember,
             sources=self.sources,
+            host=self.around,
         )
 
     async def _remember(self, attempt: AttemptRecord) -> None:

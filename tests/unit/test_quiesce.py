@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The step quiesce in the engine: recorded before anything stops, and undone from whatever point the handover ends."""
+
+import errno
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from khod.errors import KhoError, NotRolledBack, Refused
+from khod.model import Phase, Step
+from khod.quiesce.host import Survey
+from khod.quiesce.selection import Selection
+from khod.simulated.kernel import Rebooted
+from khod.target.target import Request
+from tests.unit.harness import Host
+from tests.unit.scripted import Scripted, raises
+from tests.unit.virtual import VirtualHost, in_virtual_time
+
+UNITS = ("a.service", "b.service", "a.timer")
+"""In the order of their start."""
+
+
+class Around:
+    """The units around khod: what was asked of them, and what runs. `fails` is raised by the stop, half-way."""
+
+    def __init__(self) -> None:
+        self.survey = Survey(Selection(tuple(reversed(UNITS))))
+        self.running = set(UNITS)
+        self.asked: list[str] = []
+        self.fails: BaseException | None = None
+        self.stuck: dict[str, str] = {}
+        self.keep: Mapping[str, str] = {}
+
+    async def survey_units(self, keep: Mapping[str, str]) -> Survey:
+        self.keep = keep
+        return self.survey
+
+    async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> None:  # noqa: ARG002
+        self.asked.append("stop")
+        for number, name in enumerate(names):
+            if self.fails is not None and number == 1:
+                raise self.fails
+            self.running.discard(name)
+
+    async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:  # noqa: ARG002
+        self.asked.append("start")
+        self.running |= {*names} - self.stuck.keys()
+        return self.stuck
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> VirtualHost:
+    found = VirtualHost(tmp_path)
+    found.around = Around()
+    return found
+
+
+def around(host: Host) -> Around:
+    assert isinstance(host.around, Around)
+    return host.around
+
+
+@in_virtual_time
+async def test_it_comes_between_prepare_and_freeze_and_is_recorded_before(host: VirtualHost) -> None:
+    engine, seen = await host.started(), []
+
+    async def look() -> None:
+        found = host.store.read()
+        assert found is not None
+        seen.append((found.quiesced, Step.quiesce in found.done, sorted(around(host).running)))
+
+    Scripted(host, "one", prepare=look, freeze=look)
+    with pytest.raises(Rebooted):
+        await host.kexec(engine)
+    assert seen == [((), False, sorted(UNITS)), (UNITS, True, [])]
+    assert around(host).asked == ["stop"]
+
+
+@in_virtual_time
+async def test_a_veto_at_freeze_starts_everything_again_after_the_thaw(host: VirtualHost) -> None:
+    engine = await host.started()
+    Scripted(host, "one", freeze=raises(Refused("no")))
+    with pytest.raises(KhoError, match="no"):
+        await host.kexec(engine)
+    assert around(host).running == {*UNITS}
+    assert engine.record.phase is Phase.idle
+    assert engine.record.quiesced == ()
+
+
+@in_virtual_time
+async def test_a_stop_that_fails_half_way_starts_all_of_them(host: VirtualHost) -> None:
+    engine = await host.started()
+    around(host).fails = Refused("b.service did not stop")
+    Scripted(host, "one")
+    with pytest.raises(KhoError, match=r"b\.service did not stop"):
+        await host.kexec(engine)
+    assert around(host).running == {*UNITS}
+    assert "freeze" not in host.verbs
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EPERM])
+@in_virtual_time
+async def test_a_reboot_that_fails_starts_everything_again(
+    host: VirtualHost, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise OSError(number, os.strerror(number), "reboot(2)")
+
+    monkeypatch.setattr(host.kernel, "reboot_kexec", refuse)
+    engine = await host.started()
+    with pytest.raises(KhoError):
+        await host.kexec(engine)
+    assert around(host).running == {*UNITS}
+    assert engine.record.phase is Phase.idle
+
+
+@in_virtual_time
+async def test_what_does_not_start_again_is_named_with_what_to_do(host: VirtualHost) -> None:
+    engine = await host.started()
+    around(host).stuck = {"b.service": "failed"}
+    Scripted(host, "one", freeze=raises(Refused("no")))
+    with pytest.raises(NotRolledBack, match=r"failed"):
+        await host.kexec(engine)
+    (left,) = engine.record.not_undone
+    assert (left.step, left.producer, left.why) == ("quiesce", "b.service", "failed")
+    assert left.remedy == "systemctl start b.service"
+    around(host).stuck = {}
+    await engine.abort()
+    assert around(host).running == {*UNITS}
+    assert engine.record.phase is Phase.idle
+
+
+@in_virtual_time
+async def test_an_obstacle_refuses_before_any_producer_is_told(host: VirtualHost) -> None:
+    engine = await host.started()
+    Scripted(host, "one")
+    around(host).survey = Survey(jobs={"apt-daily.service": "start"})
+    with pytest.raises(KhoError, match=r"apt-daily\.service \(start\)"):
+        await host.kexec(engine)
+    assert host.verbs == []
+    assert around(host).asked == []
+
+
+@in_virtual_time
+async def test_a_jump_at_once_and_a_load_stop_nothing(host: VirtualHost) -> None:
+    engine = await host.started()
+    await host.kexec(engine, load_only=True)
+    with pytest.raises(Rebooted):
+        await engine.kexec(Request(now=True))
+    assert around(host).asked == []
+
+
+@in_virtual_time
+async def test_the_units_of_producers_and_of_the_configuration_are_kept(host: VirtualHost) -> None:
+    engine = await host.started()
+    producer = Scripted(host, "one")
+    producer.units = ("db.service",)
+    await engine.queries.check(Request())
+    assert around(host).keep == {"db.service": "producer one needs it"}
+
+
+@pytest.mark.parametrize("phase", [Phase.quiescing, Phase.quiesced, Phase.frozen, Phase.rolling_back, Phase.executing])
+@in_virtual_time
+async def test_the_next_khod_starts_what_a_dead_one_had_stopped(host: VirtualHost, phase: Phase) -> None:
+    engine = await host.started()
+    await host.kexec(engine, load_only=True)
+    done = (*engine.machine.done, Step.quiesce)
+    if phase in (Phase.frozen, Phase.executing):
+        done = (*done, Step.freeze)
+    if phase is Phase.executing:
+        done = (*done, Step.execute)
+    record = engine.record
+    host.store.write(replace(record, phase=phase, done=done, quiesced=UNITS))
+    around(host).running.clear()
+    with pytest.raises(KhoError):
+        await host.engine().start()
+    assert around(host).running == {*UNITS}
+    found = host.store.read()
+    assert found is not None
+    assert (found.phase, found.quiesced) == (Phase.idle, ())
