@@ -15,7 +15,6 @@ from khod.producers.commands import CommandRunner
 from khod.quiesce import last_acts, units
 from khod.quiesce.selection import KHOD_UNITS, Selection, select_units
 from khod.systemd.dbus import BusError, systemd_bus
-from khod.systemd.manager import Systemd
 from khod.text import join_names
 
 ASK_SECONDS = 15.0
@@ -146,10 +145,8 @@ class SystemdHost:
 async def _require_stopped_in_time(names: Sequence[str]) -> None:
     """Refused if systemd had to kill one of these units: what it held was not put away in order."""
     async with systemd_bus() as bus:
-        systemd = Systemd(bus)
-        services = [name for name in names if name.endswith(".service")]
-        found = await asyncio.gather(*(systemd.read_properties(name, "Service") for name in services))
-    if late := [name for name, service in zip(services, found, strict=True) if service.get("Result") == "timeout"]:
+        late = await units.find_killed(bus, names)
+    if late:
         raise Refused(
             f"Not stopped within TimeoutStopSec=, and killed: {join_names(late)}", where="quiesce", remedy=KEEP_IT
         )
@@ -159,10 +156,10 @@ async def _read_states(names: Sequence[str]) -> dict[str, str]:
     """Return the ActiveState of these units, "unknown" where systemd does not answer."""
     try:
         async with asyncio.timeout(ASK_SECONDS), systemd_bus() as bus:
-            states = await units.list_states(bus)
+            listed = await units.list_units(bus)
     except (BusError, TimeoutError):
         return dict.fromkeys(names, "unknown")
-    return {name: states.get(name, "inactive") for name in names}
+    return {name: listed[name].active if name in listed else "inactive" for name in names}
 
 
 async def _describe_left(names: Sequence[str]) -> str:

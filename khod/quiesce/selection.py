@@ -53,8 +53,6 @@ class UnitFacts:
     triggers: tuple[str, ...] = ()
     stored_files: int = 0
     """How many files for the next kernel it has in its descriptor store, where systemd preserves that."""
-    result: str = ""
-    """Why a service ended the last time: success, timeout, ..."""
 
 
 @dataclass(frozen=True)

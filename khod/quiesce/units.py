@@ -9,11 +9,12 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from khod.abi.procstat import read_stat
-from khod.quiesce.selection import FILES_FOR_NEXT_KERNEL, STOPPABLE, UnitFacts
+from khod.quiesce.selection import ENDED, FILES_FOR_NEXT_KERNEL, STOPPABLE, UnitFacts
 from khod.systemd.dbus import Bus, ErrorAnswer, systemd_bus
-from khod.systemd.manager import MANAGER, STOPPED_TOO, Systemd, only_value
+from khod.systemd.manager import MANAGER, PROPERTIES, STOPPED_TOO, SYSTEMD, Systemd, only_value
 
 NEEDS = ("Requires", "Requisite", "BindsTo", "Wants", "PartOf", "StopPropagatedFrom", "JoinsNamespaceOf")
 PRESERVED = ("yes", "on-success")
@@ -21,10 +22,19 @@ PRESERVED = ("yes", "on-success")
 SESSIONS = Path("/run/systemd/sessions")
 
 
-async def list_states(bus: Bus) -> dict[str, str]:
-    """Return every loaded unit with its ActiveState; BusError."""
+class ListedUnit(NamedTuple):
+    """A loaded unit: its ActiveState, and the path of its object."""
+
+    active: str
+    path: str
+
+
+async def list_units(bus: Bus) -> dict[str, ListedUnit]:
+    """Return every loaded unit; BusError."""
     answer = await bus.call_method(MANAGER, "ListUnits")
-    return {name: active for name, _, _, active, *_ in only_value("a(ssssssouso)", answer)}
+    return {
+        name: ListedUnit(active, path) for name, _, _, active, _, _, path, *_ in only_value("a(ssssssouso)", answer)
+    }
 
 
 async def list_jobs(bus: Bus) -> dict[str, str]:
@@ -34,29 +44,38 @@ async def list_jobs(bus: Bus) -> dict[str, str]:
 
 
 async def read_units(bus: Bus) -> list[UnitFacts]:
-    """Return every loaded unit; BusError."""
-    units, systemd = await list_states(bus), Systemd(bus)
-    return await asyncio.gather(*(_read_unit(systemd, name, active) for name, active in units.items()))
+    """Return every active unit, and those that have stored files for the next kernel; BusError."""
+    listed = await list_units(bus)
+    found = await asyncio.gather(*(_read_unit(bus, name, unit) for name, unit in listed.items()))
+    return [unit for unit in found if unit is not None]
 
 
-async def _read_unit(systemd: Systemd, name: str, active: str) -> UnitFacts:
-    if not name.endswith(STOPPABLE):
-        return UnitFacts(name, active)
-    found = await systemd.read_properties(name, "Unit")
-    service = await systemd.read_properties(name, "Service") if name.endswith(".service") else {}
-    is_preserved = service.get("FileDescriptorStorePreserve") in PRESERVED
-    stored = await systemd.list_stored_files(name) if is_preserved and service.get("NFileDescriptorStore") else []
+async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
+    if unit.active == "inactive" and not name.endswith(".service"):
+        return None
+    stored = await _count_stored_files(bus, name, unit.path) if name.endswith(".service") else 0
+    if unit.active in ENDED or not name.endswith(STOPPABLE):
+        return UnitFacts(name, unit.active, stored_files=stored)
+    # Of a service hundreds of properties would have to be parsed, two are needed: for all units of a host that is the
+    # difference between a tenth of a second and two seconds.
+    kind, main_pid = "", 0
+    try:
+        found = await _read_all(bus, unit.path, "Unit")
+        if name.endswith(".service"):
+            kind, main_pid = await _read(bus, unit.path, "Type"), await _read(bus, unit.path, "MainPID")
+    except ErrorAnswer:  # the unit has gone
+        return None
 
     def listed(*keys: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(other for key in keys for other in found.get(key, ())))
 
     return UnitFacts(
         name,
-        active=found.get("ActiveState", active),
+        active=found.get("ActiveState", unit.active),
         load=found.get("LoadState", ""),
         file_state=found.get("UnitFileState", ""),
-        type=service.get("Type", ""),
-        main_pid=service.get("MainPID", 0),
+        type=kind,
+        main_pid=main_pid,
         transient=found.get("Transient", False),
         early=not found.get("DefaultDependencies", True),
         can_start=not found.get("RefuseManualStart", False),
@@ -66,9 +85,40 @@ async def _read_unit(systemd: Systemd, name: str, active: str) -> UnitFacts:
         before=listed("Before"),
         stops_too=listed(*STOPPED_TOO),
         triggers=listed("Triggers"),
-        stored_files=sum(path.startswith(FILES_FOR_NEXT_KERNEL) for path in stored),
-        result=service.get("Result", ""),
+        stored_files=stored,
     )
+
+
+async def _count_stored_files(bus: Bus, name: str, path: str) -> int:
+    """Return how many files for the next kernel a service has in its store, if systemd preserves that."""
+    try:
+        if not await _read(bus, path, "NFileDescriptorStore"):
+            return 0
+        if await _read(bus, path, "FileDescriptorStorePreserve") not in PRESERVED:
+            return 0
+        stored = await Systemd(bus).list_stored_files(name)
+    except ErrorAnswer:  # the unit has gone, or this systemd has no such property
+        return 0
+    return sum(file.startswith(FILES_FOR_NEXT_KERNEL) for file in stored)
+
+
+async def _read(bus: Bus, path: str, name: str) -> Any:
+    """Return one property of a service."""
+    answer = await bus.call_method((SYSTEMD, path, PROPERTIES), "Get", "ss", f"{SYSTEMD}.Service", name)
+    return only_value("v", answer)[1]
+
+
+async def _read_all(bus: Bus, path: str, interface: str) -> dict[str, Any]:
+    answer = await bus.call_method((SYSTEMD, path, PROPERTIES), "GetAll", "s", f"{SYSTEMD}.{interface}")
+    return {name: value for name, (_, value) in only_value("a{sv}", answer).items()}
+
+
+async def find_killed(bus: Bus, names: Iterable[str]) -> list[str]:
+    """Return the services among these units that systemd had to kill, because they did not stop in time; BusError."""
+    listed = await list_units(bus)
+    services = [name for name in names if name.endswith(".service") and name in listed]
+    results = [await _read(bus, listed[name].path, "Result") for name in services]
+    return [name for name, result in zip(services, results, strict=True) if result == "timeout"]
 
 
 def find_session_units(units: Iterable[UnitFacts]) -> dict[str, str]:
