@@ -34,9 +34,15 @@ def load_directory(root: Path, runner: CommandRunner) -> list[Participant]:
     """
     found: list[Participant] = []
     wrong: ConfigError | None = None
+    sockets: dict[str, Path] = {}
     for path in list_toml(root / DIRECTORY, "producer"):
         try:
-            found.append(_read_producer(path, runner))
+            made = _read_producer(path, runner)
+            if isinstance(made, Qemu | KeptVm) and (other := sockets.setdefault(made.socket, path)) != path:
+                raise ConfigError(
+                    f"Two files have one QMP socket, {made.socket}", where=str(path), remedy=f"Remove it, or {other}."
+                )
+            found.append(made)
         except ConfigError as error:
             wrong = wrong or error
     if wrong is not None:
@@ -160,7 +166,7 @@ def _make_qemu(fragment: Fragment, values: Values, common: Values) -> Participan
     parse_kept(fragment)
     values.pop("restart", None)
     values.pop("agent", None)
-    return KeptVm(**common)
+    return KeptVm(**common, socket=socket)
 
 
 KINDS: dict[str, Callable[[Fragment, Values, Values], Participant]] = {"unit": _make_unit, "qmp": _make_qemu}

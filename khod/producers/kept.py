@@ -11,6 +11,7 @@ from khod.producers.configured import Configured
 class KeptVm(Configured):
     """Stands in for the producer of its name until that is registered, and vetoes: a handover would lose the guest."""
 
+    socket: str = ""
     kind: str = "vm"
 
     @property

@@ -46,7 +46,7 @@ INHERITED = re.compile(r"(?:^|[,=])(?:fd:|/dev/fd/|/proc/self/fd/)")
 def check_command(command: Sequence[str]) -> int:
     """Return the bytes of RAM of the operator's command line; UsageError for what cannot go through a kexec."""
     size = 0
-    for option, value in _options(command[1:]):
+    for option, value in list_options(command[1:]):
         if why := REFUSED_OPTIONS.get(option):
             raise _refuse(option, why)
         name = "machine" if option in MACHINE_OPTIONS else option
@@ -98,7 +98,7 @@ def complete_command(command: Sequence[str], memory: int, size: int, qmp: int, *
     return [*command, *added, *(["-incoming", "defer"] if incoming else [])]
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+def list_options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield each option without its dashes, and its value ("" for one without)."""
     for at, word in enumerate(words):
         if word.startswith("-") and len(word) > 1:

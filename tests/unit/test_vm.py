@@ -19,6 +19,7 @@ from khod.vm.agent import set_guest_clock
 from khod.vm.arguments import check_command, complete_command, pin_machine
 from khod.vm.monitor import VmError
 from khod.vm.settings import load_settings
+from khod.vm.sharing import check_unshared
 from khod.vm.slots import count_slots, hold_slot
 
 QEMU = "qemu-system-x86_64"
@@ -199,6 +200,83 @@ def test_one_machine_has_one_file(tmp_path: Path) -> None:
     write_file(tmp_path, f'command = ["{QEMU}", "-m", "1G"]')
     with pytest.raises(ConfigError, match="Two files"):
         load_settings("one", tmp_path)
+
+
+# What two machines may not have in common
+
+
+def write_machines(root: Path, *words: str) -> list[Path]:
+    """Write a file for each machine: `qmp=PATH` for one that others start, else a word of QEMU's command line."""
+    paths = []
+    for name, word in zip(("one", "two"), words, strict=True):
+        is_kept = word.startswith("qmp=")
+        path = root / ("etc/kho/producers.d" if is_kept else "etc/kho/vm.d") / f"{name}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = json.dumps([QEMU, "-m", "1G", *word.split(" ")])
+        path.write_text(
+            f'qmp = "{word[4:]}"\nkeep = true\nrestart = "x.service"' if is_kept else f"command = {command}"
+        )
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-drive file=/vm/disk,if=virtio", "-hda /vm/disk"),
+        ("-drive file=/vm/disk", "-drive file=/vm/../vm/disk,readonly=off"),
+        ("-blockdev driver=raw,node-name=a,file.driver=file,file.filename=/vm/disk", "-drive file=/vm/disk"),
+        ('-blockdev {"driver":"file","node-name":"a","filename":"/vm/disk"}', "-drive file=/vm/disk"),
+        ("-qmp unix:/run/q,server=on,wait=off", "-monitor unix:/run/q,server,nowait"),
+        ("-chardev socket,id=a,path=/run/q,server=on", "qmp=/run/q"),
+        ("-vnc unix:/run/q", "qmp=/run/q"),
+        ("-display none", "qmp=/run/khod-vm/one/qmp"),
+        ("qmp=/run/q", "qmp=/run/q"),
+    ],
+)
+def test_a_disk_or_socket_of_two_machines_is_refused_by_both_files(tmp_path: Path, words: tuple[str, str]) -> None:
+    paths = write_machines(tmp_path, *words)
+    for name in ("one", "two"):
+        with pytest.raises(ConfigError, match=r"Two virtual machines have the (disk|socket) /") as raised:
+            check_unshared(name, tmp_path)
+        assert all(str(path) in str(raised.value) for path in paths)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-drive file=/vm/disk,readonly=on", "-drive file=/vm/disk"),
+        ("-drive file=/vm/disk -device virtio-blk,share-rw=on", "-drive file=/vm/disk"),
+        ("-drive file=/vm/disk,media=cdrom", "-drive file=/vm/disk,media=cdrom"),
+        ('-blockdev {"driver":"file","read-only": true,"filename":"/vm/disk"}', "-drive file=/vm/disk"),
+        ("-drive file=/vm/disk", "-drive file=/vm/disk2"),
+        ("-serial file:/vm/disk", "-drive file=/vm/disk"),
+        ("-chardev socket,id=a,path=/run/q", "-chardev socket,id=a,path=/run/q,server=off"),
+        ("-qmp unix:/run/q,server=on", "qmp=/run/q2"),
+    ],
+)
+def test_what_two_machines_only_read_or_connect_to_is_not_refused(tmp_path: Path, words: tuple[str, str]) -> None:
+    write_machines(tmp_path, *words)
+    check_unshared("one", tmp_path)
+    check_unshared("two", tmp_path)
+
+
+def test_a_disk_that_qemu_has_is_compared_and_a_wrong_file_is_not(tmp_path: Path) -> None:
+    (first, second) = write_machines(tmp_path, "qmp=/run/q", "-drive file=/vm/disk")
+    with pytest.raises(ConfigError, match=f"{first} and {second}"):
+        check_unshared("one", tmp_path, [Path("/vm/disk")])
+    second.write_text("command = [")
+    check_unshared("one", tmp_path, [Path("/vm/disk")])
+
+
+@pytest.mark.parametrize("keep", ["", "keep = true\nrestart = 'one.service'"])
+def test_two_producers_with_one_qmp_socket_are_refused_by_both_files(tmp_path: Path, keep: str) -> None:
+    (first, second) = write_machines(tmp_path, "qmp=/run/q", "qmp=/run/q")
+    second.write_text(f"qmp = '/run/q'\n{keep}")
+    with pytest.raises(ConfigError, match="/run/q") as raised:
+        load_directory(tmp_path, Children())
+    assert all(str(path) in str(raised.value) for path in (first, second))
+    assert [each.name for each in raised.value.readable] == ["one"]
 
 
 # The guest agent
