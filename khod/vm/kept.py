@@ -51,7 +51,7 @@ class KeptProcess(QemuProcess):
     async def find(self) -> bool:
         """Find QEMU by its socket, and the files of its RAM; VmError where they are not to be told from others."""
         self.close_memory()
-        self.command = [*self._settings.restart]
+        self.command = [*self._settings.given]
         try:
             async with self.open_monitor() as vm:
                 self.memory = await self._watch_memory(vm)

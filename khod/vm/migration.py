@@ -64,16 +64,20 @@ async def list_memory(vm: Monitor) -> dict[str, int]:
     return {str(each.get("id", "")): int(each["size"]) for each in await _query_memory(vm)}
 
 
-async def sync_disks(vm: Monitor) -> None:
-    """Write what the host's page cache has of the VM's disks: the freeze then finds little to write.
+async def list_disks(vm: Monitor) -> list[Path]:
+    """Return the files of the disks that the VM writes to."""
+    drives = [drive.get("inserted") for drive in _mappings(await vm.execute_command("query-block"))]
+    files = [drive.get("file") for drive in drives if isinstance(drive, dict) and not drive.get("ro")]
+    return [Path(file) for file in files if isinstance(file, str) and file.startswith("/")]
+
+
+async def sync_disks(disks: Sequence[Path]) -> None:
+    """Write what the host's page cache has of a VM's disks: the freeze then finds little to write.
 
     A disk that this process cannot open is left out; QEMU itself flushes every disk when it stops.
     """
-    for drive in _mappings(await vm.execute_command("query-block")):
-        inserted = drive.get("inserted")
-        path = inserted.get("file") if isinstance(inserted, dict) and not inserted.get("ro") else None
-        if isinstance(path, str) and path.startswith("/"):
-            await asyncio.to_thread(_sync_file, Path(path))
+    for disk in disks:
+        await asyncio.to_thread(_sync_file, disk)
 
 
 async def save_state(vm: Monitor, file: int, ram_bytes: int = 0) -> None:
@@ -128,6 +132,8 @@ async def _query_memory(vm: Monitor) -> list[dict[str, Any]]:
     found = _mappings(await vm.execute_command("query-memdev"))
     if not found:
         raise VmError("it has no memory backend: its RAM is not a file (-object memory-backend-memfd,share=on)")
+    if not all(isinstance(each.get("size"), int) for each in found):
+        raise VmError("its answer to `query-memdev` names no size")
     return found
 
 

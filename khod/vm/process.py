@@ -16,10 +16,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
-from khod.abi.procstat import read_stat
 from khod.errors import UsageError, errno_text
 from khod.text import join_names, one_line
 from khod.vm.arguments import MEMORY_NAME, complete_command, pin_machine
+from khod.vm.frozen import close_files
+from khod.vm.left_process import LeftProcess
 from khod.vm.monitor import Monitor, NotYet, QmpAbsent, QmpUnavailable, VmError, open_monitor
 from khod.vm.settings import VmSettings
 from khod.vm.slots import hold_slot
@@ -93,6 +94,10 @@ class QemuProcess(ABC):
     async def start_guest(self) -> None:
         """Start the guest anew, at the start of its unit."""
 
+    async def pin_command(self, command: Sequence[str]) -> list[str]:
+        """Return what starts QEMU, from the `command` of the machine's file."""
+        return [*command]
+
     @abstractmethod
     def start_session(
         self, command: Sequence[str], memory: Mapping[str, int], *, incoming: bool = False, not_yet: NotYet = QUIET
@@ -108,8 +113,7 @@ class QemuProcess(ABC):
 
     def close_memory(self) -> None:
         """Close the files of the guest's RAM."""
-        for fd in self.memory.values():
-            os.close(fd)
+        close_files(self.memory)
         self.memory = {}
 
     def _watch_process(self, pid: int) -> None:
@@ -177,19 +181,15 @@ class VmProcess(QemuProcess):
         if not self._arriving.exists():
             return
         with suppress(OSError, ValueError):
-            pid, began = self._arriving.read_text().split()
-            pidfd = os.pidfd_open(int(pid))
-            try:
-                if read_stat(int(pid)).started == int(began):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    select.select([pidfd], [], [], END_SECONDS)
-            finally:
-                os.close(pidfd)
+            pid, started = self._arriving.read_text().split()
+            LeftProcess(int(pid), int(started)).kill()
         self._socket.unlink(missing_ok=True)
         self._arriving.unlink(missing_ok=True)
 
     async def start_guest(self) -> None:
-        async with self.start_session(await self._pin_command(), {MEMORY_NAME: create_memory(self._settings.size)}):
+        async with self.start_session(
+            await self.pin_command(self._settings.given), {MEMORY_NAME: create_memory(self._settings.size)}
+        ):
             pass
 
     @asynccontextmanager
@@ -224,7 +224,7 @@ class VmProcess(QemuProcess):
         except OSError as error:
             raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
         if incoming:
-            self._arriving.write_text(f"{self._process.pid} {read_stat(self._process.pid).started}")
+            self._arriving.write_text(f"{self._process.pid} {LeftProcess.of(self._process.pid).started}")
         self.command, self.memory = [*command], {MEMORY_NAME: memory}
         self._watch_process(self._process.pid)
         threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True).start()
@@ -252,9 +252,8 @@ class VmProcess(QemuProcess):
                     await self.wait_end()
         await self.kill()
 
-    async def _pin_command(self) -> list[str]:
+    async def pin_command(self, command: Sequence[str]) -> list[str]:
         """Return the operator's command line with a versioned machine type, as the QEMU of today has it."""
-        command = self._settings.command
         try:
             asked = await asyncio.to_thread(
                 subprocess.run, [command[0], "-machine", "help"], capture_output=True, timeout=HELP_SECONDS, check=False

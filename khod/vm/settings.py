@@ -41,6 +41,11 @@ class VmSettings:
     qmp: str = ""
     restart: tuple[str, ...] = ()
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """What the file says of how QEMU is started."""
+        return self.command or self.restart
+
 
 def load_settings(name: str, root: Path = Path("/")) -> VmSettings:
     """Read the file of a virtual machine; ConfigError with file and line for what is wrong with it."""

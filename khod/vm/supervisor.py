@@ -8,61 +8,66 @@ and the next one takes it over.
 
 import argparse
 import asyncio
-import json
+import fcntl
 import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import systemd.daemon
 
-from khod import wire
 from khod.concurrency.command import run_command
-from khod.errors import KhoError, Unreachable
+from khod.errors import KhoError, Unreachable, errno_text
 from khod.producer import Handler, Producer, Step, Veto
 from khod.text import join_names
 from khod.vm.agent import set_guest_clock
+from khod.vm.frozen import (
+    ABOUT,
+    STATE,
+    About,
+    FrozenGuest,
+    close_files,
+    is_spent,
+    read_about,
+    spend_state,
+    unspend_state,
+)
 from khod.vm.kept import KeptProcess
-from khod.vm.migration import announce_guest, check_portable, continue_guest, load_state, save_state, sync_disks
-from khod.vm.monitor import PAUSED_STATE, RUNNING_STATES, NotYet, VmError
+from khod.vm.migration import (
+    announce_guest,
+    check_portable,
+    continue_guest,
+    list_disks,
+    load_state,
+    save_state,
+    sync_disks,
+)
+from khod.vm.monitor import PAUSED_STATE, RUNNING_STATES, Monitor, NotYet, QmpUnavailable, VmError
 from khod.vm.process import QemuProcess, VmProcess, have_same_files
 from khod.vm.settings import VmSettings, load_settings
+from khod.vm.sharing import RUNTIME, check_unshared
 
 LOG = logging.getLogger("khod-vm")
-RUNTIME = Path("/run/khod-vm")
 FREEZE = "freeze"
-STATE, ABOUT = "state", "about"
-"""Names of files that are handed over; the others are the guest's RAM, by the names of its memory backends."""
 UNDO_SECONDS = 60.0
 """The time for an undo that khod did not ask for: it was lost meanwhile."""
+CarryOut = Callable[[Step], Awaitable[Mapping[str, int] | None]]
 RETRY_SECONDS = 1.0
 REPORT_SECONDS = 1.0
 """At most this often khod is told what is waited for."""
-MAX_ABOUT_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class About:
-    """What the next khod-vm must know: the command line with the machine type, and whether the guest was running."""
-
-    command: list[str]
-    running: bool
-    frozen_at: float
-    is_memory_apart: bool = True
-    """Whether the RAM is in its files alone, and not also in QEMU's state."""
 
 
 class Supervisor:
     """One virtual machine with its file in `settings`, and its sockets in `directory`."""
 
-    def __init__(self, settings: VmSettings, directory: Path) -> None:
-        self._settings = settings
-        self._frozen = directory / "frozen"
-        """There while the guest is stopped for a handover; "running" in it if it ran before."""
+    def __init__(self, settings: VmSettings, directory: Path, root: Path = Path("/")) -> None:
+        self._settings, self._root = settings, root
+        self._frozen = FrozenGuest(directory / "frozen")
         self._qemu: QemuProcess = KeptProcess(settings) if settings.qmp else VmProcess(settings, directory)
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
@@ -71,19 +76,16 @@ class Supervisor:
         """Held for one verb."""
         self._ram_bytes = 0
         """What QEMU will save of the RAM with the device state, as of `prepare`."""
-        self._state = -1
-        """The device state while the guest is stopped for a handover."""
-        self._about: About | None = None
-        """What belongs to that state, once it is complete."""
         self._setting_clock: asyncio.Future[None] | None = None
         self._refused = ""
         """Why the guest could not be taken back: its files are kept by khod."""
+        handle = partial(_make_handler, self._loop, self._turn)
         self._producer = Producer(
             settings.name,
-            prepare=self._handler(self._prepare),
-            freeze=self._handler(self._freeze),
-            thaw=self._handler(self._thaw),
-            restore=self._handler(self._restore),
+            prepare=handle(self._prepare),
+            freeze=handle(self._freeze),
+            thaw=handle(self._thaw),
+            restore=handle(self._restore),
             timeout=settings.timeout,
             after=settings.after,
             before=settings.before,
@@ -101,12 +103,18 @@ class Supervisor:
                 raise
             found = False  # `prepare` says it again, to whom it matters
             LOG.warning("%s", error)
+        memory = self._frozen.recall()
+        if found:
+            close_files(memory)
+        else:
+            self._qemu.memory = memory
         if not await asyncio.to_thread(self._register):
             return 0
-        if found and self._producer.told != FREEZE:
+        if self._producer.told != FREEZE:
             await self._continue_left()
-        elif not self._qemu.is_up and not self._refused:
-            await self._start_anew()
+        if not (self._qemu.is_up or self._qemu.has_ended or self._refused or self._frozen.is_there):
+            check_unshared(self._settings.name, self._root)
+            await self._qemu.start_guest()
         systemd.daemon.notify(f"READY=1\nSTATUS={self._refused or 'The guest is there.'}")
         code = await self._watch()
         self._producer.stop()
@@ -115,15 +123,9 @@ class Supervisor:
     async def _continue_left(self) -> None:
         """Continue a guest that an earlier khod-vm has stopped for a handover which is over: khod saw its end."""
         async with self._turn:
-            if self._frozen.exists():
+            if self._frozen.is_there:
                 LOG.warning("The guest was stopped for a handover that has ended; it continues")
                 await self._thaw(Step("thaw", "", UNDO_SECONDS))
-
-    async def _start_anew(self) -> None:
-        if self._frozen.exists():
-            LOG.error("QEMU and khod-vm have ended while the guest was stopped for a handover: the guest is lost")
-            self._frozen.unlink()
-        await self._qemu.start_guest()
 
     def _stop(self) -> None:
         self._stopping.set()
@@ -152,25 +154,27 @@ class Supervisor:
         """Return when khod-vm is to end: QEMU has ended while no handover holds the guest, or SIGTERM came."""
         while not self._stopping.is_set():
             self._changed.clear()
-            watching = asyncio.ensure_future(self._watch_qemu())
-            await self._changed.wait()
-            watching.cancel()
-            if self._qemu.has_ended and self._qemu.ends_with_qemu and not self._frozen.exists():
+            if self._qemu.has_ended and self._qemu.ends_with_qemu and not self._frozen.is_there:
                 code = await self._qemu.wait_end()
                 LOG.warning("QEMU has ended with code %d", code)
                 return code
-        if self._frozen.exists() and not await _is_host_stopping():
+            watching = asyncio.ensure_future(self._watch_qemu())
+            await self._changed.wait()
+            watching.cancel()
+        if self._frozen.is_there and not await _is_host_stopping():
             LOG.warning("khod-vm is stopped in the middle of a handover: the guest continues, and the handover ends")
             self._producer.stop()
             await self._continue_left()
-        await self._qemu.end_guest(is_frozen=self._frozen.exists())
+        await self._qemu.end_guest(is_frozen=self._frozen.is_there)
         return 0
 
     async def _watch_qemu(self) -> None:
         if self._qemu.is_up:
             await self._qemu.wait_end()
-            if self._frozen.exists():
-                LOG.error("QEMU has ended while its guest is stopped for a handover; the guest's state is kept")
+            if self._frozen.is_there:
+                LOG.warning("QEMU has ended while its guest is stopped for a handover")
+            elif not self._qemu.ends_with_qemu:
+                LOG.warning("QEMU has ended")
             self._changed.set()
 
     # The verbs
@@ -178,18 +182,21 @@ class Supervisor:
     async def _prepare(self, step: Step) -> Mapping[str, int]:
         if self._refused:
             raise VmError(self._refused)
-        if not self._qemu.ends_with_qemu and not await self._qemu.find():
-            return {}  # it is switched off
+        if not self._qemu.ends_with_qemu:
+            if not await self._qemu.find():
+                return {}  # it is switched off
+            self._changed.set()  # it may be another one, which is watched from now on
         async with self._qemu.open_monitor(_report_to(step)) as vm:
             state = await vm.run_state()
             if state not in {*RUNNING_STATES, PAUSED_STATE}:
                 raise VmError(f"its guest is `{state}`")
             self._ram_bytes = await check_portable(vm)
-            await sync_disks(vm)
+            disks = await list_disks(vm)
+        check_unshared(self._settings.name, self._root, disks)
+        await sync_disks(disks)
         return self._qemu.memory
 
     async def _freeze(self, step: Step) -> Mapping[str, int]:
-        self._drop_state()
         if not self._qemu.memory:
             if await self._qemu.find():
                 raise VmError("its QEMU was started since `prepare`")
@@ -197,29 +204,29 @@ class Supervisor:
         async with self._qemu.open_monitor(_report_to(step)) as vm:
             self._qemu.require_same(vm)
             running = await vm.run_state() in RUNNING_STATES
-            self._frozen.write_text("running" if running else "paused")
-            self._state = os.memfd_create("khod-state", os.MFD_CLOEXEC)
-            await save_state(vm, self._state, self._ram_bytes)
-        self._about = about = About(self._qemu.command, running, time.time(), not self._ram_bytes)
-        file = os.memfd_create("khod-about", os.MFD_CLOEXEC)
-        os.write(file, json.dumps(asdict(about)).encode())
-        self._loop.call_later(self._settings.timeout, os.close, file)  # it is sent by then
-        return {STATE: self._state, ABOUT: file}
+            state = self._frozen.begin(self._qemu.memory, running=running)
+            await save_state(vm, state, self._ram_bytes)
+        given = [*self._settings.given]
+        self._frozen.complete(About(self._qemu.command, given, running, time.time(), not self._ram_bytes))
+        return self._frozen.files
 
     async def _thaw(self, step: Step) -> None:
         """Continue the guest; where QEMU has ended meanwhile, start another one with the state that is here."""
-        if not self._frozen.exists():
+        if not self._frozen.is_there:
             return  # freeze has refused before it stopped the guest
-        running = self._frozen.read_text() == "running"
-        if not self._qemu.is_up:
-            if self._state < 0 or self._about is None:
-                raise VmError("QEMU has ended, and its state is not here; khod has what was handed over")
-            await self._start_with(self._about, self._qemu.memory, self._state, step)
-        elif running:
-            async with self._qemu.open_monitor(_report_to(step)) as vm:
-                await continue_guest(vm)
-        self._frozen.unlink(missing_ok=True)
-        self._drop_state()
+        about, state = self._frozen.about, self._frozen.files.get(STATE, -1)
+        running = self._frozen.was_running
+        if about is not None and not running and self._qemu.ends_with_qemu:
+            await self._qemu.kill()  # it is `postmigrate`, and only `cont` would end that
+        if self._qemu.is_up:
+            if running:
+                async with self._qemu.open_monitor(_report_to(step)) as vm:
+                    await _continue_once(vm, state)
+        elif about is not None and self._qemu.memory and not is_spent(state):
+            await self._start_with(about, self._qemu.memory, state, step)
+        else:
+            LOG.error("QEMU has ended, and the guest's state is not here: the guest is lost")
+        self._frozen.release()
         self._changed.set()
 
     async def _restore(self, step: Step) -> None:
@@ -227,25 +234,36 @@ class Supervisor:
         memory = dict(step.files)
         state, about_file = memory.pop(STATE, -1), memory.pop(ABOUT, -1)
         try:
-            if not await self._is_taken_back(memory, step):
+            if state < 0 or about_file < 0:
+                raise VmError(f"what came is not a guest: {join_names(sorted(step.files)) or 'nothing'}")
+            about = read_about(about_file)
+            if await self._is_taken_back(memory, state):
+                if about.running:
+                    async with self._qemu.open_monitor(_report_to(step)) as vm:
+                        await continue_guest(vm)
+            elif is_spent(state):
+                LOG.error("The guest has continued in this kernel, and its QEMU has ended since: its state is lost")
+            else:
                 await self._qemu.kill()
-                if state < 0 or about_file < 0:
-                    raise VmError(f"what came is not a guest: {join_names(sorted(step.files)) or 'nothing'}")
-                about = _read_about(about_file)
+                about = await self._repair(about) if self._refused else about
                 try:
                     await self._start_with(about, memory, state, step)
-                except BaseException:
-                    await self._qemu.kill()
-                    self._qemu.memory = {}
-                    raise
-                memory = {}
+                finally:
+                    if is_spent(state):
+                        memory = {}  # they are that QEMU's
+                    else:
+                        self._qemu.memory = {}
                 LOG.info("The guest was stopped for %.1f s by the wall clock", time.time() - about.frozen_at)
             self._refused = ""
             systemd.daemon.notify("STATUS=The guest was taken back.")
             self._changed.set()
         except BaseException as error:  # whatever it was: the guest must not be started anew beside its state
             self._refused = f"The guest was not taken back, and its state is kept: {_give_reason(error, step)}"
-            LOG.error("%s. Repair the cause, then: khoctl producers retry %s", self._refused, self._settings.name)
+            LOG.error(
+                "%s. Repair the cause, or the command in its file, then: khoctl producers retry %s",
+                self._refused,
+                self._settings.name,
+            )
             systemd.daemon.notify(f"STATUS={self._refused}")
             raise
         finally:
@@ -254,57 +272,66 @@ class Supervisor:
                     os.close(fd)
 
     async def _start_with(self, about: About, memory: Mapping[str, int], state: int, step: Step) -> None:
-        async with self._qemu.start_session(about.command, memory, incoming=True, not_yet=_report_to(step)) as vm:
-            await load_state(vm, state, is_memory_apart=about.is_memory_apart)
-            self._qemu.note_arrived()
-            if about.running:
-                await continue_guest(vm)
-                with suppress(VmError):  # a guest without a network has nothing to announce
-                    await announce_guest(vm)
-        if about.running and self._settings.agent:
-            self._setting_clock = asyncio.ensure_future(self._set_clock())  # it takes the guest's time, not ours
-
-    async def _set_clock(self) -> None:
+        """Start QEMU with this guest; one in which the guest has not continued is ended again."""
         try:
-            await set_guest_clock(self._settings.agent)
-        except VmError as error:
-            LOG.warning("The guest's clock may be behind: %s", error)
+            async with self._qemu.start_session(about.command, memory, incoming=True, not_yet=_report_to(step)) as vm:
+                await load_state(vm, state, is_memory_apart=about.is_memory_apart)
+                self._qemu.note_arrived()
+                if about.running:
+                    await _continue_once(vm, state)
+                    with suppress(VmError):  # a guest without a network has nothing to announce
+                        await announce_guest(vm)
+                else:
+                    spend_state(state)  # whoever has paused it may continue it
+        except BaseException:
+            if not is_spent(state):
+                await self._qemu.kill()
+            raise
+        if about.running and self._settings.agent:
+            self._setting_clock = asyncio.ensure_future(
+                _set_clock(self._settings.agent)
+            )  # it takes the guest's time, not ours
 
-    async def _is_taken_back(self, memory: Mapping[str, int], step: Step) -> bool:
-        """Whether the guest runs with this RAM: an earlier khod-vm was killed after that, before it could say so.
+    async def _repair(self, about: About) -> About:
+        """Return how QEMU is started after it was refused: if the machine's file was changed, as that says now."""
+        given = [*load_settings(self._settings.name, self._root).given]
+        return (
+            about if given == about.given else replace(about, given=given, command=await self._qemu.pin_command(given))
+        )
+
+    async def _is_taken_back(self, memory: Mapping[str, int], state: int) -> bool:
+        """Whether a QEMU has this guest: an earlier khod-vm was killed after that, before it could say so.
 
         VmError where another guest is in its place: that one has written to the disks, and is not ours to end.
         """
         if not await self._qemu.find():
             return False
-        if not have_same_files(self._qemu.memory, memory):
+        is_same = have_same_files(self._qemu.memory, memory)
+        if not is_same and not is_spent(state):
             raise VmError("a QEMU without the guest's RAM is in its place, and was not touched: end it first")
-        async with self._qemu.open_monitor(_report_to(step)) as vm:
-            return await vm.run_state() in RUNNING_STATES
+        return is_same and is_spent(state)
 
-    def _drop_state(self) -> None:
-        if self._state >= 0:
-            os.close(self._state)
-            self._state, self._about = -1, None
 
-    def _handler(self, carry_out: Callable[[Step], Awaitable[Mapping[str, int] | None]]) -> Handler:
-        """Return a handler for the producer's thread, which waits for `carry_out` in the event loop."""
+def _make_handler(loop: asyncio.AbstractEventLoop, turn: asyncio.Lock, carry_out: CarryOut) -> Handler:
+    """Return a handler for the producer's thread, which waits for `carry_out` in the event loop."""
 
-        async def take_turn(step: Step, seconds: float) -> Mapping[str, int] | None:
-            async with asyncio.timeout(seconds), self._turn:
-                return await carry_out(step)
+    async def take_turn(step: Step, seconds: float) -> Mapping[str, int] | None:
+        async with asyncio.timeout(seconds), turn:
+            return await carry_out(step)
 
-        def handle(step: Step) -> Mapping[str, int] | None:
-            seconds = step.timeout or UNDO_SECONDS
-            done = asyncio.run_coroutine_threadsafe(take_turn(step, seconds), self._loop)
-            try:
-                return done.result()
-            except VmError as error:
-                raise Veto(str(error)) from None
-            except TimeoutError:
-                raise Veto(f"not done within {seconds:g} s") from None
+    def handle(step: Step) -> Mapping[str, int] | None:
+        seconds = step.timeout or UNDO_SECONDS
+        done = asyncio.run_coroutine_threadsafe(take_turn(step, seconds), loop)
+        try:
+            return done.result()
+        except (VmError, KhoError) as error:
+            raise Veto(str(error)) from None
+        except TimeoutError:
+            raise Veto(f"not done within {seconds:g} s") from None
+        except OSError as error:
+            raise Veto(f"{error.filename or 'a file'}: {errno_text(error)}") from None
 
-        return handle
+    return handle
 
 
 def _report_to(step: Step) -> NotYet:
@@ -321,20 +348,30 @@ def _report_to(step: Step) -> NotYet:
 
 
 def _give_reason(error: BaseException, step: Step) -> str:
-    if isinstance(error, VmError):
+    if isinstance(error, VmError | KhoError):
         return str(error)
     if isinstance(error, asyncio.CancelledError):
         return f"not done within {step.timeout:g} s"
     return f"{type(error).__name__}: {error}"
 
 
-def _read_about(file: int) -> About:
+async def _set_clock(agent: str) -> None:
     try:
-        found = wire.decode_value(About, json.loads(os.pread(file, MAX_ABOUT_BYTES, 0)), "about")
-    except (ValueError, OSError) as error:
-        raise VmError(f"what came with the guest cannot be read: {error}") from None
-    assert isinstance(found, About)
-    return found
+        await set_guest_clock(agent)
+    except VmError as error:
+        LOG.warning("The guest's clock may be behind: %s", error)
+
+
+async def _continue_once(vm: Monitor, state: int) -> None:
+    """Let the guest continue, and see that nobody lets it continue from its saved state a second time."""
+    spend_state(state)
+    try:
+        await continue_guest(vm)
+    except QmpUnavailable:
+        raise  # whether it continues is not known
+    except VmError:
+        unspend_state(state)
+        raise
 
 
 async def _is_host_stopping() -> bool:
@@ -357,14 +394,28 @@ def main() -> int:
         settings = load_settings(found.name, found.root)
         directory = Path(os.environ.get("RUNTIME_DIRECTORY", RUNTIME / settings.name))
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return asyncio.run(_run(settings, directory))
+        with _hold_directory(directory):
+            return asyncio.run(_run(settings, directory, found.root))
     except KhoError as error:
         LOG.error("%s", error)
         return int(error.exit)
     except VmError as error:
         LOG.error("%s", error)
-        return 1
+    except OSError as error:
+        LOG.error("%s", f"{error.filename or 'A file'}: {errno_text(error)}")
+    return 1
 
 
-async def _run(settings: VmSettings, directory: Path) -> int:
-    return await Supervisor(settings, directory).run()
+@contextmanager
+def _hold_directory(directory: Path) -> Iterator[None]:
+    """Be the only khod-vm of this directory; VmError where there is one: both would end the other's QEMU."""
+    with open(directory / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VmError(f"another khod-vm has {directory}: end it first") from None
+        yield
+
+
+async def _run(settings: VmSettings, directory: Path, root: Path) -> int:
+    return await Supervisor(settings, directory, root).run()

@@ -4,34 +4,76 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from khod.errors import Exit
+from khod.vm.frozen import FrozenGuest
 from tests.lab.counter import read_numbers, write_image
-from tests.unit.khods import REPOSITORY, Khod, until
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, until
 from tests.unit.luo import System
 
 COMMAND = ["qemu-system-x86_64", "-machine", "q35", "-m", "64M", "-accel", "tcg", "-display", "none", "-nodefaults"]
+PASS_ON = '#!/bin/sh\nexec qemu-system-x86_64 "$@"\n'
+OTHER_MACHINE = """\
+#!/bin/sh
+for word; do
+    shift
+    case $word in pc-q35-*) word=pc-q35-7.1 ;; esac
+    set -- "$@" "$word"
+done
+exec qemu-system-x86_64 "$@"
+"""
+"""A QEMU that makes another machine of each."""
 IDLE = [*COMMAND, "-m", "16M", "-cpu", "qemu64,-apic"]
 """For an idle guest: many guests that count without a pause would leave khod no processor."""
 
 
 DYING = """
-import os, signal, sys
-from khod.vm import supervisor
+import os, select, signal, sys
+from pathlib import Path
+from khod import producer
+from khod.vm import migration, supervisor
+
 verb, _, when = os.environ["DIES_AT"].partition(" ")
-if verb:
-    carry_out = getattr(supervisor.Supervisor, f"_{verb}")
-    async def die(self, step):
-        if when == "after":
-            await carry_out(self, step)
+call_handler, give_stream = producer.Producer._call_handler, migration._give_stream
+told = ""
+
+def kill():
+    global when
+    dies, when = os.environ["DIES"], ""
+    qemu = Path(os.environ["PID_FILE"]).read_text()
+    Path(os.environ["KILLED"]).write_text(qemu)
+    if dies != "khod-vm":
+        pidfd = os.pidfd_open(int(qemu))
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        select.select([pidfd], [], [])
+    if dies != "QEMU":
         os.kill(os.getpid(), signal.SIGKILL)
-    setattr(supervisor.Supervisor, f"_{verb}", die)
+
+def carry_out(self, step):
+    global told
+    told = step.verb
+    if (verb, when) == (told, "before"):
+        kill()
+    answer = call_handler(self, step)
+    if (verb, when) == (told, "after"):
+        kill()
+    return answer
+
+async def give(vm, fd):
+    if (verb, when) == (told, "during"):
+        kill()
+    await give_stream(vm, fd)
+
+producer.Producer._call_handler, migration._give_stream = carry_out, give
 sys.exit(supervisor.main())
 """
+"""khod-vm, with a death at a moment of a verb: `during` is after `stop`, or before a state is loaded."""
 
 
 class Vm:
@@ -44,7 +86,8 @@ class Vm:
         directory = system.directory / f"vm-{name}"
         directory.mkdir(exist_ok=True)
         self.serial, self.pid_file, self._log = directory / "serial", directory / "pid", directory / "log"
-        self._boots = 0
+        self._boots, self._dies = 0, ""
+        self.killed = directory / "killed"
         image = write_image(directory / "guest", idle=idle)
         words = [*(command or COMMAND), "-bios", str(image), "-pidfile", str(self.pid_file)]
         words += ["-chardev", f"file,id=serial,path={self.serial},append=on", "-serial", "chardev:serial"]
@@ -56,26 +99,34 @@ class Vm:
         self.process: subprocess.Popen[bytes] | None = None
         system.mortal.append(self.die)
 
-    def start(self, *, boot: bool = False, dies_at: str = "") -> Vm:
+    @property
+    def runtime(self) -> Path:
+        """Its directory below /run."""
+        return self._system.directory / f"run-{self.name}-{self._boots}"
+
+    def start(self, *, boot: bool = False, dies_at: str = "", dies: str = "khod-vm") -> Vm:
         """Start khod-vm; with `boot` the kernel before, and all of its processes, have ended.
 
-        With `dies_at` it kills itself before or after a verb: "freeze before".
+        With `dies_at`, as "freeze before", khod-vm, QEMU or both are killed before, during or after a verb.
         """
         if boot:
             self.die()
             self._boots += 1
-        runtime = self._system.directory / f"run-{self.name}-{self._boots}"
         environment = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
             "KHOD_SOCKET": str(self._system.directory / "socket"),
-            "RUNTIME_DIRECTORY": str(runtime),
+            "RUNTIME_DIRECTORY": str(self.runtime),
+            "PID_FILE": str(self.pid_file),
+            "KILLED": str(self.killed),
         }
         environment.pop("NOTIFY_SOCKET", None)
+        self._dies = dies
+        self.killed.unlink(missing_ok=True)
         with open(self._log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", DYING, self.name, f"--root={self._system.directory / 'root'}"],
-                env=environment | {"DIES_AT": dies_at},
+                env=environment | {"DIES_AT": dies_at, "DIES": dies},
                 stderr=log,
             )
         return self
@@ -106,10 +157,30 @@ class Vm:
             self.process.kill()
             self.process.wait()
 
+    def wait_killed(self) -> bool:
+        """Wait for the death that `start` was told of; whether khod-vm has died."""
+        assert self.process is not None
+        until(lambda: self.killed.exists() and self.killed.read_text() != "", None)
+        if self._dies != "khod-vm":
+            with suppress(ProcessLookupError):  # it has ended, and its parent knows
+                pidfd = os.pidfd_open(int(self.killed.read_text()))
+                assert select.select([pidfd], [], [], DEADLINE)[0]
+                os.close(pidfd)
+        return self._dies != "QEMU" and self.process.wait(DEADLINE) == -signal.SIGKILL
+
+    def start_anew(self) -> Vm:
+        """Start the guest anew after that, as its unit does when khod-vm has ended with QEMU."""
+        assert self.process is not None
+        self.wait_killed()
+        assert self.process.wait(DEADLINE), "a failure: the unit is started again"
+        self.serial.unlink()
+        return self.start()
+
     def die(self) -> None:
         """End with the kernel."""
         self.kill_supervisor()
         self.kill_qemu()
+        FrozenGuest(self.runtime / "frozen").release()
 
 
 AGAIN = """#!/bin/sh
@@ -137,6 +208,16 @@ class OthersVm(Vm):
         words = [*self._command, *self._memory, "-machine", "memory-backend=pc.ram"]
         words += ["-qmp", f"unix:{self._qmp},server=on,wait=off"]
         self.qemu = subprocess.Popen(words)
+        return self
+
+    def start_anew(self) -> OthersVm:
+        """Start the guest anew after that, as whoever runs it; and khod-vm where it has died."""
+        is_killed = self.wait_killed()
+        self.qemu.wait()
+        self.serial.unlink()
+        self.start_qemu()
+        if is_killed:
+            self.start()
         return self
 
 
