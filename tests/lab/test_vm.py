@@ -17,6 +17,7 @@ from tests.lab.host import IMAGES, KHO, MARKER, TRACE, Host, image
 from tests.lab.kernels import UPGRADE
 from tests.lab.process import call
 from tests.lab.recorder import RECORD_BYTES, Record, build_initrd, parse_records, record_content
+from tests.lab.vms import OTHER_MACHINE, PASS_ON
 
 VERSION = "7.3.4"
 DIRECTORY = "/var/lib/vm"
@@ -58,22 +59,22 @@ LINUX_SECONDS = 300
 RECORDS = 20
 
 
-def start_vms(host: Host, commands: Mapping[str, Sequence[str]], **settings: object) -> None:
+def start_vms(host: Host, commands: Mapping[str, Sequence[str]], *, qemu: str = QEMU[0], **settings: object) -> None:
     """Start a QEMU for each name, supervised by khod-vm; what its guest writes is in DIRECTORY/NAME."""
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in {"timeout": 120, **settings}.items()]
     for name, words in commands.items():
         serial = ["-chardev", f"file,id=serial,path={DIRECTORY}/{name},append=on", "-serial", "chardev:serial"]
-        command = json.dumps([*QEMU, *words, *serial])
+        command = json.dumps([qemu, *QEMU[1:], *words, *serial])
         host.guest.put(f"/etc/kho/vm.d/{name}.toml", f"command = {command}\n{''.join(lines)}")
     host.shell(f"systemctl enable -q --now {' '.join(f'khod-vm@{name}' for name in commands)}; sync")
 
 
-def with_vms(host: Host, tmp_path: Path, *names: str, mib: int = 64, **settings: object) -> Host:
+def with_vms(host: Host, tmp_path: Path, *names: str, mib: int = 64, qemu: str = QEMU[0], **settings: object) -> Host:
     """Start a guest that counts for each name, and wait until it does."""
     host.guest.wait_online()
     host.guest.put(f"{DIRECTORY}/counter", write_image(tmp_path / "counter").read_bytes())
     words = ["-m", f"{mib}M", "-bios", f"{DIRECTORY}/counter"]
-    start_vms(host, dict.fromkeys(names, words), **settings)
+    start_vms(host, dict.fromkeys(names, words), qemu=qemu, **settings)
     for name in names:
         counts_on(host, name)
     return host
@@ -232,6 +233,48 @@ def test_eight_guests_count_on(boot: Boot, tmp_path: Path) -> None:
     verified(host, *names)
     for name in names:
         counts_on(host, name)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("who", ["QEMU", "both"])
+def test_a_guest_counts_on_whoever_is_killed_while_it_is_frozen(online: Online, tmp_path: Path, who: str) -> None:
+    """systemd starts khod-vm again; where both are killed, khod has rolled back before it is there."""
+    host = with_vms(Host(online(VERSION)), tmp_path, "one")
+    host.khoctl("activate")
+    host.shell("pkill -KILL -x qemu-system-x86")
+    if who == "both":
+        restart_killed(host, "khod-vm@one")
+    else:
+        host.khoctl("abort")
+    counts_on(host, "one")
+    host.kexec(VERSION)
+    verified(host, "one")
+    counts_on(host, "one")
+
+
+@pytest.mark.proof
+def test_a_guest_that_the_next_qemu_refuses_waits_for_a_repair(online: Online, tmp_path: Path) -> None:
+    """The QEMU of the next kernel makes another machine; then the machine's file names one that does not."""
+    host = Host(online(VERSION))
+    host.guest.wait_online()
+    qemu = f"{DIRECTORY}/qemu"
+    host.guest.put(qemu, PASS_ON, mode=0o755)
+    with_vms(host, tmp_path, "one", qemu=qemu)
+    host.guest.put(qemu, OTHER_MACHINE, mode=0o755)
+    host.shell("sync")
+    last = read_numbers(host, "one")[-1]
+
+    host.kexec(VERSION)
+
+    assert host.settled(code=7)["outcome"] == "degraded"
+    log = host.shell("journalctl -b -o cat -u khod-vm@one")
+    assert "Machine type" in log
+    assert "the command in its file, then: khoctl producers retry one" in log
+    numbers = read_numbers(host, "one")
+    assert numbers[-1] >= last
+    host.shell(f"sed -i s,{qemu},{QEMU[0]}, /etc/kho/vm.d/one.toml")
+    host.khoctl("producers", "retry", "one")
+    assert counts_on(host, "one")[len(numbers)] == numbers[-1] + 1
 
 
 def read_records(host: Host) -> list[Record]:

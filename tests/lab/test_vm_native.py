@@ -124,19 +124,6 @@ def test_a_command_that_is_not_installed_is_named(system: System, vm: Callable[.
     assert "qemu-system-nowhere cannot be started: ENOENT" in guest.log
 
 
-def test_a_disk_that_another_machine_has_is_named(system: System, vm: Callable[..., Vm]) -> None:
-    khod, disk = system.khod(), system.directory / "disk"
-    disk.write_bytes(bytes(1 << 20))
-    words = [*COMMAND, "-drive", f"file={disk},format=raw,if=virtio"]
-    first, second = vm(command=words).start(), vm("two", words)
-    wait_ready(khod, first)
-    second.start()
-    assert second.process is not None
-    assert second.process.wait(DEADLINE) == 1
-    assert 'Failed to get "write" lock' in second.log
-    first.counts_on()
-
-
 def test_a_guest_that_is_larger_than_the_memory_is_refused(system: System, vm: Callable[..., Vm]) -> None:
     """To preserve it would fill it: nothing is told to freeze."""
     words = [*COMMAND]
