@@ -364,6 +364,7 @@ async def _set_clock(agent: str) -> None:
 
 async def _continue_once(vm: Monitor, state: int) -> None:
     """Let the guest continue, and see that nobody lets it continue from its saved state a second time."""
+    await vm.run_state()  # it answers: otherwise the guest has not continued, and its state is good
     spend_state(state)
     try:
         await continue_guest(vm)

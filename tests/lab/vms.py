@@ -41,6 +41,7 @@ from khod.vm import migration, supervisor
 
 verb, _, when = os.environ["DIES_AT"].partition(" ")
 call_handler, give_stream = producer.Producer._call_handler, migration._give_stream
+go_on = supervisor._continue_once
 told = ""
 
 def kill():
@@ -70,10 +71,17 @@ async def give(vm, fd):
         kill()
     await give_stream(vm, fd)
 
+async def continue_once(vm, state):
+    if (verb, when) == (told, "late"):
+        kill()
+    await go_on(vm, state)
+
 producer.Producer._call_handler, migration._give_stream = carry_out, give
+supervisor._continue_once = continue_once
 sys.exit(supervisor.main())
 """
-"""khod-vm, with a death at a moment of a verb: `during` is after `stop`, or before a state is loaded."""
+"""khod-vm, with a death at a moment of a verb: `during` is after `stop`, or before a state is loaded; `late` is before
+`cont`."""
 
 
 class Vm:
