@@ -107,7 +107,7 @@ def test_a_guest_of_others_that_was_started_anew_is_not_taken_for_the_one_that_c
         guest.start(boot=True)
         assert guest.process is not None
         until(lambda: "a QEMU without the guest's RAM is in its place" in guest.log, guest.process)
-        registered(second, "one")
+        until(lambda: second.khoctl("status", "--json").json["outcome"] == "degraded", second.process)
         assert guest.qemu.poll() is None, "it is not ours to end"
         guest.qemu.kill()
         guest.qemu.wait()
