@@ -82,6 +82,7 @@ class Attempt:
         self._units = units
         self._target: Target | None = None
         self._executor: Executor | None = None
+        self._callers: Sequence[str] = ()
         self._execution: asyncio.Future[None] | None = None
         self._do: dict[Step, Callable[[], Awaitable[None]]] = {
             Step.prepare: lambda: self._tell_verb(Verb.prepare),
@@ -97,9 +98,12 @@ class Attempt:
         self.past = [VERBS[step] for step in machine.done if step in VERBS]
         self.resumed = bool(machine.done)
 
-    def set_target(self, target: Target | None, executor: Executor) -> None:
-        """Set the image to load, None if one is loaded already, and the executor that makes the jump."""
-        self._target, self._executor = target, executor
+    def set_target(self, target: Target | None, executor: Executor, callers: Sequence[str] = ()) -> None:
+        """Set the image to load, None if one is loaded already, the executor that makes the jump, and who asked for it.
+
+        `callers` are units of systemd, which quiesce does not stop.
+        """
+        self._target, self._executor, self._callers = target, executor, callers
 
     def drop_target(self) -> None:
         """Free the images' memory once the kernel's thread no longer uses them."""
@@ -168,11 +172,11 @@ class Attempt:
     async def select_units(self) -> tuple[str, ...]:
         """Return the units that the step quiesce is to stop, in the order of their start; Refused if it cannot."""
         assert self._quiescence is not None, "a handover that stops the host"
-        return (await self._quiescence.survey_host()).require_clear().selection.start_order
+        return (await self._quiescence.survey_host(self._callers)).require_clear().selection.start_order
 
     async def _stop_host(self) -> None:
         assert self._quiescence is not None, "as above"
-        await self._quiescence.stop_host(tuple(reversed(self._units())))
+        await self._quiescence.stop_host(tuple(reversed(self._units())), self._callers)
 
     async def start_host(self) -> dict[str, str]:
         """Start again what quiesce has stopped; return the units that do not run, with the reason."""

@@ -265,7 +265,7 @@ class Queries:
         if target is None:
             await self._find_sessions()
             if self._quiescence.is_due(request, self._transaction.machine.done):
-                survey = await self._survey_host()
+                survey = await self._survey_host(request)
         current = self._transaction.current_record()
         phase = self.effective_phase(observed)
         foreign = reconcile.is_foreign(current, observed) or phase is Phase.inconsistent
@@ -294,11 +294,11 @@ class Queries:
         )
         return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
 
-    async def _survey_host(self) -> Survey | KhoError:
+    async def _survey_host(self, request: Request | None) -> Survey | KhoError:
         """Return what a quiesce would do, or why that is not known; `can_jump_itself` is of this."""
         self._surveyed = None
         try:
-            self._surveyed = await self._quiescence.survey_host()
+            self._surveyed = await self._quiescence.survey_host(request.units if request else ())
         except KhoError as error:
             return error
         return self._surveyed

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """When a handover stops the rest of the host before it freezes the producers, and which units it keeps."""
 
+from collections.abc import Sequence
+
 from khod.config import Settings
 from khod.model import Step
 from khod.producers.registry import ProducerRegistry
@@ -21,22 +23,23 @@ class Quiescence:
         jumps = request is not None and not request.now and not request.load_only
         return jumps and self._host is not None and self._settings.current.quiesce.enabled and Step.freeze not in done
 
-    def units_to_keep(self) -> dict[str, str]:
-        """Return the units that stay, with the reason: the configuration's, and those of the producers."""
-        kept = dict.fromkeys(self._settings.current.quiesce.keep, "quiesce.keep names it")
+    def units_to_keep(self, callers: Sequence[str]) -> dict[str, str]:
+        """Return the units that stay, with the reason: the caller's, the configuration's, and the producers'."""
+        kept = dict.fromkeys(callers, "the handover was asked for from there")
+        kept |= dict.fromkeys(self._settings.current.quiesce.keep, "quiesce.keep names it")
         for producer in self._registry.all_producers():
             kept |= dict.fromkeys(producer.units, f"producer {producer.name} needs it")
         return kept
 
-    async def survey_host(self) -> Survey:
-        """Return what a quiesce would do now."""
+    async def survey_host(self, callers: Sequence[str]) -> Survey:
+        """Return what a quiesce would do now; `callers` are the units in which the caller runs."""
         assert self._host is not None, "as is_due says"
-        return await self._host.survey_units(self.units_to_keep())
+        return await self._host.survey_units(self.units_to_keep(callers))
 
-    async def stop_host(self, names: tuple[str, ...]) -> None:
+    async def stop_host(self, names: Sequence[str], callers: Sequence[str]) -> None:
         """Stop these units, as recorded."""
         assert self._host is not None, "as is_due says"
-        await self._host.stop_units(names, self.units_to_keep(), self._settings.current.deadlines.quiesce)
+        await self._host.stop_units(names, self.units_to_keep(callers), self._settings.current.deadlines.quiesce)
 
     @property
     def undo_seconds(self) -> float:

@@ -10,6 +10,7 @@ from asyncvarlink import FileDescriptor, varlinkmethod
 from khod import model
 from khod.engine import Engine
 from khod.errors import UsageError
+from khod.producers.cgroup import units_in
 from khod.producers.configured import one_line
 from khod.region import Region
 from khod.server import messages
@@ -128,6 +129,13 @@ def _describe_caller() -> str:
     return f"{'root' if caller.uid == 0 else f'user {caller.uid}'} (process {caller.pid})"
 
 
+def _find_callers_units() -> tuple[str, ...]:
+    """Return the units of systemd in which the caller runs, the outermost first; none where that is not known."""
+    with suppress(OSError):
+        return tuple(units_in(Path(f"/proc/{CALLER.get().pid}/cgroup").read_text()))
+    return ()
+
+
 def _build_request(
     kernel: NextKernel | None, *, now: bool | None = None, load_only: bool | None = None, hold: bool | None = None
 ) -> Request:
@@ -152,6 +160,7 @@ def _build_request(
         bool(asked.reuse_cmdline),
         asked.append,
         tuple(asked.remove or ()),
+        units=_find_callers_units(),
         **flags,
     )
 

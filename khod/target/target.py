@@ -39,6 +39,8 @@ class Request:
     now: bool = False
     load_only: bool = False
     hold: bool = False
+    units: tuple[str, ...] = ()
+    """The units of systemd in which the caller runs."""
 
 
 @dataclass

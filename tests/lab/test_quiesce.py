@@ -117,3 +117,54 @@ def test_the_journal_of_an_orderly_jump_is_whole_and_its_file_systems_are_clean(
     log = host.dmesg()
     assert "recovery complete" not in log, log
     assert "orphan cleanup" not in log, log
+
+
+def test_a_unit_that_hangs_in_its_stop_is_refused_and_everything_runs_again(host: Host) -> None:
+    host.guest.put("/etc/systemd/system/hangs.service", HANGS)
+    host.shell("systemctl daemon-reload; systemctl start hangs.service")
+    with producer(host, 'freeze = ["/bin/touch", "/run/frozen"]\n'), unchanged(host):
+        said = host.khoctl("kexec", *image("7.3.4"), code=3).stderr
+        assert "hangs.service" in said
+        assert "TimeoutStopSec" in said
+        host.configure("impatient", "[deadlines]\nquiesce = 12.0\n")
+        said = host.khoctl("kexec", *image("7.3.4"), code=3).stderr
+        assert "hangs.service" in said
+        assert "12 s" in said
+    host.shell("test ! -e /run/frozen; rm /etc/kho/khod.toml.d/impatient.toml; systemctl reload kho-handover")
+    host.shell("systemctl stop hangs.service --no-block; systemctl kill -s KILL hangs.service; sleep 1")
+
+
+def test_khod_killed_while_it_stops_the_host_starts_it_again(host: Host) -> None:
+    host.shell("systemctl start hangs.service")
+    with producer(host, ""), unchanged(host):
+        pending = host.guest.start(["khoctl", "kexec", *image("7.3.4")])
+        host.shell("timeout 60 sh -c 'while systemctl -q is-active worker.service; do sleep 0.1; done'")
+        host.shell("systemctl kill -s KILL kho-handover")
+        pending.wait(60)
+        host.shell("timeout 60 sh -c 'until systemctl -q is-active worker.service; do sleep 0.1; done'")
+        host.settled()
+    host.shell("rm /etc/systemd/system/hangs.service; systemctl kill -s KILL hangs.service; systemctl daemon-reload")
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "word"),
+    [
+        ("systemd-run --unit=passing sleep infinity", "systemctl stop passing", "passing.service: transient"),
+        ("systemctl mask --runtime -q worker", "systemctl unmask --runtime -q worker", "worker.service: masked"),
+    ],
+)
+def test_what_could_not_be_started_again_is_refused_by_the_check(host: Host, begin: str, end: str, word: str) -> None:
+    host.shell(begin)
+    with unchanged(host):
+        assert word in host.checks(code=3)["quiesce"]["evidence"]
+    host.shell(end)
+    assert host.checks()["quiesce"]["result"] == "passed"
+
+
+def test_a_reboot_that_fails_thaws_the_file_systems_and_starts_everything_again(host: Host) -> None:
+    """The image is unloaded behind khod's back: reboot(2) is EINVAL."""
+    with producer(host, 'freeze = ["/sbin/kexec", "-u"]\n'), unchanged(host):
+        said = host.khoctl("kexec", *image("7.3.4"), code=1).stderr
+        assert "EINVAL" in said or "Invalid argument" in said
+        host.shell("timeout 5 sh -c 'echo x > /var/lib/x; sync; rm /var/lib/x'")
+        host.shell("test ! -e /run/khod/frozen-filesystems")
