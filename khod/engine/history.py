@@ -22,7 +22,7 @@ from khod.history.database import Bounds, Database
 from khod.history.model import AttemptRecord, AttemptSummary
 from khod.history.opening import is_damage, open_database, was_moved
 from khod.history.set_aside import list_set_aside
-from khod.history.trial import ImageTrial
+from khod.history.trial import ImageTrial, Past
 from khod.model import Phase
 
 T = TypeVar("T")
@@ -131,6 +131,18 @@ class HistoryService:
     async def trial(self, digest: str) -> ImageTrial:
         """Return what the handovers into an image came to; Failed, with the reason, if that cannot be found out."""
         return await self._ask(lambda database: database.read_trial(digest), "reading the history")
+
+    async def past(self, digest: str) -> Past:
+        """Return what the checks of an image are told of the past; Failed, with the reason, if that cannot be read."""
+        return await self._ask(partial(self._read_past, digest=digest), "reading the history")
+
+    def _read_past(self, database: Database, *, digest: str) -> Past:
+        trial = database.read_trial(digest)
+        try:
+            last = database.read_last_arrival()
+        except Failed:  # a damaged attempt, whose times are not worth an image's trial
+            last = None
+        return Past(trial, last.timeline) if last else Past(trial)
 
     async def acknowledge(self, image: str, by: str) -> list[str]:
         """Let an image be tried again; return the runs that no longer count. Raises UsageError or Failed."""

@@ -20,7 +20,7 @@ from khod.engine.jump import Jump
 from khod.engine.lifecycle import Start, Stop
 from khod.engine.observer import Observer
 from khod.engine.producer_operations import ProducerOperations
-from khod.engine.queries import Inhibitors, Queries, Trials, new_run
+from khod.engine.queries import Inhibitors, Pasts, Queries, new_run
 from khod.engine.quiescence import Quiescence
 from khod.engine.recorder import NO_SOURCES, Recorder, Sources
 from khod.engine.resources import Resources
@@ -64,8 +64,8 @@ class Engine:
 
     `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
     asks whether the host is shut down in any way. `host` is what the step quiesce stops. `remember` takes each attempt
-    at its end, with facts of `sources`, and `trial` returns what handovers into an image came to; without them the
-    history does. `health` has the operator's checks, none by default.
+    at its end, with facts of `sources`, and `past` returns what the checks of an image are told of the past; without
+    them the history does. `health` has the operator's checks, none by default.
 
     One class of this size: most of it wires the parts, each of which hears of several others.
     """
@@ -91,7 +91,7 @@ class Engine:
         scanner: Scanner = scan_processes,
         health: HealthChecks | None = None,
         boot_ends: BootEnds = read_boot_ends,
-        trial: Trials | None = None,
+        past: Pasts | None = None,
         watchdogs: ManagerWatchdogs | None = None,
         remember: Callable[[AttemptRecord], Awaitable[None]] | None = None,
         sources: Sources = NO_SOURCES,
@@ -175,7 +175,7 @@ class Engine:
             restoration,
             resources,
             inhibitors=lambda: self._inhibitors,
-            trial=trial or self.history.trial,
+            past=past or self.history.past,
             signals=signals,
             quiescence=quiescence,
         )

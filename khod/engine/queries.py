@@ -24,10 +24,10 @@ from khod.engine.transaction import Transaction
 from khod.errors import ConfigError, Failed, KhoError, Refused, UsageError
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING, Machine
-from khod.history.trial import ImageTrial, trial_digest
+from khod.history.trial import Past, trial_digest
 from khod.kernel.protocol import Tree
 from khod.model import Check, Event, Observed, Phase, Plan, Status
-from khod.preflight.facts import Facts, TrialFact
+from khod.preflight.facts import Facts, PastFact
 from khod.preflight.handover import check_handover
 from khod.preflight.trial import list_image_facts
 from khod.producers.barrier import Member
@@ -51,8 +51,8 @@ NO_TREE = {
 NOTHING = Request()
 """A request without an image."""
 Inhibitors = Callable[[], Awaitable[Sequence[Inhibitor] | None]]
-Trials = Callable[[str], Awaitable[ImageTrial]]
-"""Returns what handovers into an image came to, by its digest, within a deadline; Failed if that is not known."""
+Pasts = Callable[[str], Awaitable[Past]]
+"""Returns what the checks of an image are told of the past, by its digest; Failed if that cannot be read."""
 
 
 def new_run() -> str:
@@ -77,7 +77,7 @@ class Queries:
         resources: Resources,
         *,
         inhibitors: Callable[[], Inhibitors | None],
-        trial: Trials,
+        past: Pasts,
         signals: Signals,
         quiescence: Quiescence,
     ) -> None:
@@ -93,7 +93,7 @@ class Queries:
         self._scanner = resources.scanner
         self._health = resources.health
         self._inhibitors = inhibitors
-        self._trial = trial
+        self._past = past
         self._busy = signals.busy
         self._known = signals.known
         self._started = signals.started
@@ -290,7 +290,7 @@ class Queries:
             now=request is not None and request.now,
             survey=survey,
             health=self._health.load_checks,
-            trial=await self._read_trial(target),
+            past=await self._read_past(target),
         )
         return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
 
@@ -303,8 +303,8 @@ class Queries:
             return error
         return self._surveyed
 
-    async def _read_trial(self, target: Target | None) -> TrialFact | None:
-        """Return what handovers into the next kernel came to; None without one."""
+    async def _read_past(self, target: Target | None) -> PastFact | None:
+        """Return what the history has for the checks of the next kernel; None without one."""
         if target is None:
             return None
         deadline = self._settings.current.deadlines.activate
@@ -312,12 +312,12 @@ class Queries:
             images = await self._workers.files.call_within(
                 lambda: list_image_facts(target), "hashing the image", deadline
             )
-            return TrialFact(await run_within(deadline, self._trial(trial_digest(images))))
+            return PastFact(await run_within(deadline, self._past(trial_digest(images))))
         except (KhoError, OSError, TimeoutError) as error:
-            return TrialFact(None, str(error))
+            return PastFact(None, str(error))
         except Exception as error:
             LOG.exception("The history could not be asked")
-            return TrialFact(None, f"khod itself failed: {error!r}")
+            return PastFact(None, f"khod itself failed: {error!r}")
 
     async def _find_sessions(self) -> SightedSessions:
         """Find the LUO sessions of other processes, and keep them in `sighted`."""

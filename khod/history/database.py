@@ -240,6 +240,12 @@ class Database:
         (verified,) = self._connection.execute(last, (digest,)).fetchone() or (False,)
         return ImageTrial(digest, verified=bool(verified))
 
+    def read_last_arrival(self) -> AttemptRecord | None:
+        """Return the last attempt that led to a next kernel; None without one, Failed if it cannot be read."""
+        query = "SELECT run FROM attempts WHERE outcome IN ('verified', 'degraded') ORDER BY sequence DESC LIMIT 1"
+        found = self._connection.execute(query).fetchone()
+        return self.read_attempt(found[0]) if found else None
+
     def _counted_failures(self, image: str) -> list[tuple[str, str, float]]:
         """Return run, reason and end of the handovers that count against an image, newest first."""
         return self._connection.execute(

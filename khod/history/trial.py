@@ -3,9 +3,9 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from khod.history.model import AttemptRecord, ImageFacts
+from khod.history.model import AttemptRecord, ImageFacts, Timeline
 from khod.model import Finding, FindingSeverity, FindingSource, Phase, Verdict
 
 LOSSES = (FindingSeverity.lost, FindingSeverity.changed)
@@ -26,6 +26,17 @@ class ImageTrial:
     reason: str = ""
     at: float = 0.0
     verified: bool = False
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the checks of an image are told of the past: its trial, and the times of this host's last handover.
+
+    `timeline` has no rows if there was none, or if it cannot be read.
+    """
+
+    trial: ImageTrial
+    timeline: Timeline = field(default_factory=Timeline)
 
 
 def trial_digest(images: Sequence[ImageFacts]) -> str:

@@ -8,7 +8,7 @@ from typing import Self
 from khod.config import Config
 from khod.errors import KhoError
 from khod.handover.record import Record, Store
-from khod.history.trial import ImageTrial
+from khod.history.trial import Past
 from khod.kernel.kexec import Kexec
 from khod.kernel.probe import Probed
 from khod.kernel.protocol import Tree
@@ -24,10 +24,10 @@ from khod.target.target import Target
 
 
 @dataclass(frozen=True)
-class TrialFact:
-    """What is remembered of the image, or why that is not known."""
+class PastFact:
+    """What the history has for the checks of the image, or why that is not known."""
 
-    trial: ImageTrial | None
+    past: Past | None
     unknown: str = ""
 
 
@@ -39,7 +39,7 @@ class Facts:
     asked. `absent` are producers that were registered before khod was restarted and have not come back.
     `unknown_sessions` are LUO sessions without an owner in any record, `sighted` those of other processes. `now` is for
     a jump that stops nothing. `survey` is what a quiesce would stop, or why that is not known; None without that step.
-    `health` reads the operator's health checks. `trial` is None without a target.
+    `health` reads the operator's health checks. `past` is None without a target.
     """
 
     probed: Probed
@@ -58,7 +58,7 @@ class Facts:
     sighted: SightedSessions = field(default_factory=SightedSessions)
     now: bool = False
     health: Callable[[], list[HealthCheck]] = list
-    trial: TrialFact | None = None
+    past: PastFact | None = None
     survey: Survey | KhoError | None = None
 
 

@@ -29,12 +29,12 @@ def _describe_file(role: str, file: Sealed) -> ImageFacts:
 
 def check_trial(facts: Facts) -> CheckFinding | None:
     """The handovers into this kernel and initrd have not failed `trial.failures` times."""
-    found, bound = facts.trial, facts.config.trial.failures
+    found, bound = facts.past, facts.config.trial.failures
     if found is None:
         return None
-    if found.trial is None:
+    if found.past is None:
         return CheckFinding.skip_with(f"What handovers into this image came to is not known: {found.unknown}")
-    trial = found.trial
+    trial = found.past.trial
     if not trial.failures:
         return CheckFinding.pass_with("The last handover into it was verified" if trial.verified else ON_TRIAL)
     evidence = _describe_failures(trial)

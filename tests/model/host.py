@@ -35,7 +35,7 @@ from khod.handover.machine import HELD, RESTING, STEPS
 from khod.handover.record import Process as Identity
 from khod.handover.record import Store
 from khod.history.model import AttemptRecord
-from khod.history.trial import ImageTrial
+from khod.history.trial import ImageTrial, Past
 from khod.images import sealed
 from khod.images.kernel import KernelImageInfo, UnpackedImage, unpack_image
 from khod.images.sealed import Sealed
@@ -115,8 +115,8 @@ async def _know_run(_run: str) -> bool:
     return True
 
 
-async def _know_no_trial(digest: str) -> ImageTrial:
-    return ImageTrial(digest)
+async def _know_no_past(digest: str) -> Past:
+    return Past(ImageTrial(digest))
 
 
 class Scene(Protocol):
@@ -285,7 +285,7 @@ class Khod:
             goes_down=shutdown.goes_down,
             registrations=KeptRegistrations(self, scene.registrations),
             remember=_forget_attempt,
-            trial=_know_no_trial,
+            past=_know_no_past,
             sources=Sources(knows=_know_run),
         )
 

@@ -17,7 +17,7 @@ from khod.config import Config, Settings
 from khod.engine import Engine
 from khod.engine.cold_boot import BootEnds
 from khod.engine.guard import Seen, Uevent, Watch
-from khod.engine.queries import Trials
+from khod.engine.queries import Pasts
 from khod.engine.recorder import Sources
 from khod.errors import ConfigError
 from khod.handover.record import Record, Store
@@ -242,7 +242,7 @@ class Host:
         """What the journal has of the boots before."""
         self.watchdogs: ManagerWatchdogs | None = None
         """What arms the hardware watchdog; None where nobody does."""
-        self.trial: Trials | None = None
+        self.past: Pasts | None = None
         """What the history has of an image; None where there is no history."""
         self.told = directory / "told"
         (directory / "state").mkdir()
@@ -287,7 +287,7 @@ class Host:
             scanner=self.scanner,
             health=HealthChecks(self.directory, Children()),
             boot_ends=self.boot_ends,
-            trial=self.trial,
+            past=self.past,
             watchdogs=self.watchdogs,
             remember=self._remember,
             sources=self.sources,

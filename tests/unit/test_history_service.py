@@ -20,8 +20,9 @@ from khod.config import Config, HistorySettings, Settings
 from khod.engine.history import HISTORY_FILE, HistoryService
 from khod.errors import Failed, UsageError
 from khod.history.database import Database
+from khod.history.model import RowKind, Timeline, TimelineRow
 from khod.history.set_aside import Fault, SetAside
-from khod.history.trial import trial_digest
+from khod.history.trial import ImageTrial, Past, trial_digest
 from khod.model import Phase
 from tests.unit.harness import Host
 from tests.unit.histories import INITRD, KERNEL, attempt, fill, opened, run_of
@@ -269,6 +270,19 @@ async def test_an_image_is_tried_again_after_its_acknowledgement(service: Histor
     assert (await service.trial(pair)).failures == 0
     with sqlite3.connect(path) as connection:
         assert connection.execute("SELECT acknowledged_by FROM trials").fetchall() == [("root (khoctl)",)]
+
+
+async def test_the_past_has_the_times_of_the_last_handover(service: HistoryService, path: Path) -> None:
+    """A rollback has none, and a handover that cannot be read has none either; the trial is known all the same."""
+    assert (await service.past("")).timeline == Timeline()
+    timed = Timeline([TimelineRow(RowKind.kernel, "kernel", 1.0, 2.5)])
+    await service.remember(attempt(1))
+    await service.remember(replace(attempt(2, Phase.degraded), timeline=timed))
+    await service.remember(attempt(3, Phase.idle))
+    assert (await service.past("")).timeline == timed
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE attempts SET document = x'00' WHERE run = ?", (run_of(2),))
+    assert await service.past("") == Past(ImageTrial(""))
 
 
 async def test_the_engine_has_its_history_beside_its_record(host: Host) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from khod.config import Config, Deadlines, TrialSettings
 from khod.errors import CheckFailed, Failed
-from khod.history.trial import ImageTrial
+from khod.history.trial import ImageTrial, Past
 from khod.model import Check, CheckResult
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
@@ -36,9 +36,9 @@ async def checked(host: Host, initrd: str | None = "initrd") -> Check | None:
     return next((check for check in found if check.name == "trial"), None)
 
 
-def answer(trial: ImageTrial) -> Callable[[str], Awaitable[ImageTrial]]:
-    async def read(_digest: str) -> ImageTrial:
-        return trial
+def answer(trial: ImageTrial) -> Callable[[str], Awaitable[Past]]:
+    async def read(_digest: str) -> Past:
+        return Past(trial)
 
     return read
 
@@ -56,7 +56,7 @@ def answer(trial: ImageTrial) -> Callable[[str], Awaitable[ImageTrial]]:
 async def test_an_image_is_judged_by_its_handovers(
     host: Host, trial: ImageTrial, bound: int, result: CheckResult, words: str
 ) -> None:
-    host.config, host.trial = Config(trial=TrialSettings(bound)), answer(trial)
+    host.config, host.past = Config(trial=TrialSettings(bound)), answer(trial)
     found = await checked(host)
     assert found is not None
     assert found.result is result
@@ -68,7 +68,7 @@ async def test_an_image_is_judged_by_its_handovers(
 
 async def test_a_barred_image_is_refused_before_anyone_is_told(host: Host) -> None:
     host.hook("db")
-    host.trial = answer(FAILED)
+    host.past = answer(FAILED)
     engine = await host.started()
     with pytest.raises(CheckFailed) as refused:
         await host.kexec(engine)
@@ -82,21 +82,21 @@ async def test_a_barred_image_is_refused_before_anyone_is_told(host: Host) -> No
 async def test_the_pair_that_boots_is_asked_for(host: Host, initrd: str | None, digest: str) -> None:
     asked = []
 
-    async def read(wanted: str) -> ImageTrial:
+    async def read(wanted: str) -> Past:
         asked.append(wanted)
-        return ImageTrial(wanted)
+        return Past(ImageTrial(wanted))
 
-    host.trial = read
+    host.past = read
     await checked(host, initrd)
     assert asked == [digest]
 
 
 @pytest.mark.parametrize("error", [Failed("The history database cannot be used"), OSError(5, "EIO"), KeyError("x")])
 async def test_a_history_that_fails_bars_nothing(host: Host, error: Exception) -> None:
-    async def broken(_digest: str) -> ImageTrial:
+    async def broken(_digest: str) -> Past:
         raise error
 
-    host.trial = broken
+    host.past = broken
     found = await checked(host)
     assert found is not None
     assert found.result is CheckResult.skipped
@@ -108,11 +108,11 @@ async def test_a_history_that_fails_bars_nothing(host: Host, error: Exception) -
 async def test_a_history_that_hangs_is_given_up(host: Host) -> None:
     host.config = Config(deadlines=Deadlines(activate=0.2))
 
-    async def hang(_digest: str) -> ImageTrial:
+    async def hang(_digest: str) -> Past:
         await asyncio.Event().wait()
         raise AssertionError
 
-    host.trial = hang
+    host.past = hang
     found = await checked(host)
     assert found is not None
     assert found.result is CheckResult.skipped
