@@ -171,6 +171,7 @@ class Checks:
     fit: str = "default"
     signature: str = "default"
     trial: str = "default"
+    boot_cost: str = "default"
 
 
 CHECKS = tuple(f.name for f in dataclasses.fields(Checks))

@@ -34,6 +34,7 @@ from khod.history.model import (
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
 from khod.model import Check, Event, EventKind, FindingSource, Observed, Phase, Step
+from khod.preflight.boot_cost import Boot, find_boot_costs
 from khod.preflight.trial import list_image_facts
 from khod.target.target import Target
 
@@ -135,7 +136,7 @@ class Recorder:
             )
             about = target.apart.about if target.apart else None
             kernel = KernelFacts(about.version if about else "", about.banner if about else "", "", target.cmdline)
-            self._add(RunTarget(kernel, images, at_once))
+            self._add(RunTarget(kernel, images, at_once, find_boot_costs(Boot.of_target(target))))
 
     def note_checks(self, checks: list[Check]) -> None:
         """Log the checks before this handover; those before its run begins are kept until then."""

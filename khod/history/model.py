@@ -32,6 +32,47 @@ class ImageFacts:
     bytes: int
 
 
+class RowKind(enum.Enum):
+    """What a row of the timeline is about."""
+
+    step = "step"
+    """A step of khod's, before the jump: prepare, freeze, activate, load."""
+    wait = "wait"
+    """Between two steps, or until systemd takes the host down."""
+    shutdown = "shutdown"
+    """systemd stops its units."""
+    unit = "unit"
+    """One unit's stop, within the shutdown."""
+    final = "final"
+    """systemd-shutdown."""
+    sleep = "sleep"
+    """systemd-shutdown sleeps for MinimumUptimeSec=."""
+    jump = "jump"
+    """LUO preserves, and the jump."""
+    kernel = "kernel"
+    initrd = "initrd"
+    userspace = "userspace"
+    """From the first process to khod."""
+    khod = "khod"
+    """khod starts, and looks at what arrived."""
+    restore = "restore"
+    """The producers take back what they left."""
+    producer = "producer"
+    """One producer's answer, within a step or the restore."""
+
+
+@dataclass(frozen=True)
+class BootCost:
+    """What makes the boot of a next kernel slow: what was found, and what the operator may do.
+
+    `parts` are the rows of the timeline that have its time, among that of other things.
+    """
+
+    parts: list[RowKind]
+    found: str
+    remedy: str
+
+
 @dataclass(frozen=True)
 class RunBegun:
     """How a run began: by whom (for people), when, in which kernel; `uid` is -1 if it is not known."""
@@ -45,11 +86,12 @@ class RunBegun:
 
 @dataclass(frozen=True)
 class RunTarget:
-    """What the run leads to, if it loads an image: the next kernel, its files, and how the jump is made."""
+    """What the run leads to, if it loads an image: the next kernel, its files, how the jump is made, what is slow."""
 
     kernel: KernelFacts
     images: list[ImageFacts] = field(default_factory=list)
     at_once: bool = False
+    costs: list[BootCost] = field(default_factory=list)
 
 
 class ClockSource(enum.Enum):
@@ -175,35 +217,6 @@ class RunLog:
     """Lines that could not be read, as where the disk was full."""
 
 
-class RowKind(enum.Enum):
-    """What a row of the timeline is about."""
-
-    step = "step"
-    """A step of khod's, before the jump: prepare, freeze, activate, load."""
-    wait = "wait"
-    """Between two steps, or until systemd takes the host down."""
-    shutdown = "shutdown"
-    """systemd stops its units."""
-    unit = "unit"
-    """One unit's stop, within the shutdown."""
-    final = "final"
-    """systemd-shutdown."""
-    sleep = "sleep"
-    """systemd-shutdown sleeps for MinimumUptimeSec=."""
-    jump = "jump"
-    """LUO preserves, and the jump."""
-    kernel = "kernel"
-    initrd = "initrd"
-    userspace = "userspace"
-    """From the first process to khod."""
-    khod = "khod"
-    """khod starts, and looks at what arrived."""
-    restore = "restore"
-    """The producers take back what they left."""
-    producer = "producer"
-    """One producer's answer, within a step or the restore."""
-
-
 @dataclass(frozen=True)
 class TimelineRow:
     """One row: `begin` is in seconds since the first `freeze` (negative before it), `parent` the row it lies in.
@@ -235,6 +248,16 @@ class Timeline:
     source: ClockSource | None = None
     unknown: list[str] = field(default_factory=list)
     analyze: str = ""
+
+    def select_parts(self, cost: BootCost) -> list[TimelineRow]:
+        """Return the rows that have the time of a cost.
+
+        An initrd without systemd has no row, and its time is in that of the kernel.
+        """
+        return self._select_kinds(cost.parts) or self._select_kinds([RowKind.kernel])
+
+    def _select_kinds(self, kinds: list[RowKind]) -> list[TimelineRow]:
+        return [row for row in self.rows if row.kind in kinds and not row.parent]
 
 
 @dataclass(frozen=True)

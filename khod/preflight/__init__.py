@@ -11,7 +11,7 @@ from dataclasses import replace
 from khod.config import Config
 from khod.errors import CheckFailed, KhoError, Refused, Unsupported, errno_text
 from khod.model import Check, CheckResult
-from khod.preflight import holders, host, image, kernel, trial
+from khod.preflight import boot_cost, holders, host, image, kernel, trial
 from khod.preflight.facts import CheckFinding, Facts
 from khod.text import printable
 
@@ -50,6 +50,7 @@ IMAGE_CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
     "fit": image.check_fit,
     "signature": image.check_signature,
     "trial": trial.check_trial,
+    "boot_cost": boot_cost.check_boot_cost,
 }
 """The checks of the next kernel."""
 

@@ -329,7 +329,7 @@ def check_fit(facts: Facts, target: Target, about: KernelImageInfo) -> CheckFind
         return CheckFinding.skip_with("The running kernel has no KHO, and no scratch")
     scratch, initrd_size = kernel.scratch_regions(), target.initrd.size if target.initrd else 0
     line = len(target.cmdline.encode()) + 1
-    wanted = list_segments(about, initrd_size, line, kernel.generation, len(scratch), _tree_size(facts))
+    wanted = list_segments(about, initrd_size, line, kernel.generation, len(scratch), tree_size(facts))
     if wanted is None:
         return CheckFinding.skip_with(f"How the loader of {about.arch} places its segments is not known here")
     if wrong := _find_contradiction(about):
@@ -369,7 +369,7 @@ def _find_contradiction(about: KernelImageInfo) -> CheckFinding | None:
     )
 
 
-def _tree_size(facts: Facts) -> int:
+def tree_size(facts: Facts) -> int:
     """Return the bytes of the tree that v3 copies into the image, 0 if that is not known."""
     kernel = facts.probed.kernel
     if kernel is None or not traits_of(kernel.generation).copies_tree:

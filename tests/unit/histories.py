@@ -5,7 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from khod.history.database import Database
-from khod.history.model import AttemptRecord, AttemptSummary, ImageFacts, KernelFacts, RunTarget, Timeline
+from khod.history.model import (
+    AttemptRecord,
+    AttemptSummary,
+    BootCost,
+    ImageFacts,
+    KernelFacts,
+    RowKind,
+    RunTarget,
+    Timeline,
+)
 from khod.history.opening import open_database
 from khod.model import Check, CheckResult, Event, Fate, Finding, Phase, Verdict, Word
 
@@ -45,13 +54,17 @@ def attempt(
     return AttemptRecord(
         summary=summary,
         origin=KernelFacts("7.3.4", "Linux version 7.3.4", summary.first_boot_id, f"{SECRET} quiet"),
-        target=RunTarget(KernelFacts("7.3.5", cmdline=f"{SECRET} verbose"), list(images)),
+        target=RunTarget(
+            KernelFacts("7.3.5", cmdline=f"{SECRET} verbose"),
+            list(images),
+            costs=[BootCost([RowKind.jump], SECRET, "")],
+        ),
         arrived=KernelFacts("7.3.5", "Linux version 7.3.5", led, f"{SECRET} verbose") if led else None,
         generation="sysfs",
         verdict=Verdict(["memblock"]),
         findings=[],
         events=[changed, *(Event(float(at), Phase.frozen, f"event {at}", run) for at in range(events))],
-        checks=[Check("cmdline", CheckResult.warn, f"{SECRET} is lost", "")],
+        checks=[Check(name, CheckResult.warn, f"{SECRET} is named", "") for name in ("cmdline", "boot_cost")],
         timeline=Timeline(),
     )
 
