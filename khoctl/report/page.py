@@ -15,7 +15,15 @@ from khoctl.report.markup import EMPTY, Markup, element, escape_lines, escape_te
 from khoctl.report.picture import NARROW, WIDE, draw_picture
 from khoctl.report.producers import collect_answers
 from khoctl.report.style import page_style
-from khoctl.report.tables import check_table, fact_list, finding_list, image_table, kernel_table, producer_table
+from khoctl.report.tables import (
+    check_table,
+    cost_table,
+    fact_list,
+    finding_list,
+    image_table,
+    kernel_table,
+    producer_table,
+)
 from khoctl.report.verdict import describe_outcome, name_kernels, outcome_class, outcome_title
 from khod import __version__
 from khod.history.model import AttemptRecord, ClockSource, ColdBoot
@@ -57,6 +65,8 @@ def _write_sections(attempt: AttemptRecord) -> Iterable[Markup]:
         )
     yield _section("Verdict", _write_verdict(attempt))
     yield _section("Timeline", _write_timeline(attempt))
+    if attempt.target and attempt.target.costs:
+        yield _section("What makes the boot slow", cost_table(attempt.target.costs, attempt.timeline))
     yield _section("Producers", producer_table(collect_answers(attempt.events)))
     yield _section("Checks before the jump", check_table(attempt.checks, fold_passed=True))
     yield _section("Command line", _write_cmdline(attempt))

@@ -7,7 +7,7 @@ from khoctl.figures import format_seconds
 from khoctl.options import name_options
 from khoctl.report.markup import EMPTY, Markup, element, escape_text, join_markup, text_element
 from khoctl.report.producers import ProducerAnswers
-from khod.history.model import ImageFacts, KernelFacts
+from khod.history.model import BootCost, ImageFacts, KernelFacts, Timeline, TimelineRow
 from khod.model import Check, CheckResult, Finding, FindingSeverity
 from khod.text import format_size
 
@@ -139,6 +139,27 @@ def kernel_table(kernels: Iterable[tuple[str, KernelFacts]]) -> Markup:
         for part, facts in kernels
     )
     return _table(["mark", "name", ""], ["Kernel", "Release", "Build"], rows)
+
+
+def cost_table(costs: Iterable[BootCost], timeline: Timeline) -> Markup:
+    """Return a row for each thing that makes the boot slow: the time of the parts it belongs to, and what to do."""
+    rows = (
+        element(
+            "tr",
+            element("td", *map(_part_time, timeline.select_parts(cost)), class_="mark"),
+            element(
+                "td",
+                escape_text(name_options(cost.found)),
+                text_element("span", name_options(cost.remedy), class_="remedy"),
+            ),
+        )
+        for cost in costs
+    )
+    return _table(["mark", ""], ["Time of these parts", "Finding"], rows)
+
+
+def _part_time(row: TimelineRow) -> Markup:
+    return text_element("div", f"{row.name} {format_seconds(row.seconds, row.error_seconds)}")
 
 
 def image_table(images: Sequence[ImageFacts]) -> Markup:

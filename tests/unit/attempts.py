@@ -7,6 +7,7 @@ from random import Random
 from khod.history.model import (
     AttemptRecord,
     AttemptSummary,
+    BootCost,
     ClockSource,
     ColdBoot,
     ImageFacts,
@@ -112,6 +113,10 @@ def orderly_attempt(count: int = 2, error: float = 0.004) -> AttemptRecord:
             [
                 ImageFacts("kernel", "/boot/vmlinuz-7.3.4", "9f86d081884c7d65" * 4, 14_680_064),
                 ImageFacts("initrd", "/boot/initrd.img-7.3.4", "60303ae22b998861" * 4, 48_234_496),
+            ],
+            costs=[
+                BootCost([RowKind.kernel], "console=ttyS0 prints all messages", "Add quiet: `kernel.append=quiet`"),
+                BootCost([RowKind.initrd, RowKind.userspace], "rd.debug prints each command", "Leave it out"),
             ],
         ),
         arrived=KernelFacts("7.3.4", BANNER, BOOT_AFTER, CMDLINE),
@@ -238,7 +243,9 @@ def hostile_attempt() -> AttemptRecord:
             made.summary, reason=HOSTILE, from_release=HOSTILE, to_release=HOSTILE, by=HOSTILE, first_boot_id=HOSTILE
         ),
         origin=facts,
-        target=RunTarget(facts, [ImageFacts(HOSTILE, HOSTILE, HOSTILE, 1)]),
+        target=RunTarget(
+            facts, [ImageFacts(HOSTILE, HOSTILE, HOSTILE, 1)], costs=[BootCost([RowKind.kernel], HOSTILE, HOSTILE)]
+        ),
         arrived=facts,
         generation=HOSTILE,
         verdict=Verdict([HOSTILE], [HOSTILE], [HOSTILE], HOSTILE, [finding], [HOSTILE], [check]),

@@ -188,6 +188,22 @@ def test_a_producer_that_never_answered_says_so() -> None:
     assert [item.problems for item in collect_answers([asked])] == [["freeze: no answer"]]
 
 
+def test_each_cause_of_a_slow_boot_has_the_time_of_its_parts_in_this_run() -> None:
+    attempt = ATTEMPTS["orderly"]
+    times = [
+        "".join(
+            f"{row.name} {format_seconds(row.seconds, row.error_seconds)}"
+            for row in attempt.timeline.rows
+            if row.kind in kinds
+        )
+        for kinds in ((RowKind.kernel,), (RowKind.initrd, RowKind.userspace))
+    ]
+    found = cells(section(write_page(attempt), "What makes the boot slow"))
+    assert [row[0] for row in found] == times
+    assert "--append quiet" in found[0][1]
+    assert "What makes the boot slow" not in write_page(ATTEMPTS["empty"])
+
+
 def test_checks_that_passed_are_folded() -> None:
     found = section(write_page(ATTEMPTS["orderly"]), "Checks before the jump")
     assert [row[:2] for row in cells(found)] == [
