@@ -146,7 +146,7 @@ def cost_table(costs: Iterable[BootCost], timeline: Timeline) -> Markup:
     rows = (
         element(
             "tr",
-            element("td", *map(_part_time, timeline.select_parts(cost)), class_="mark"),
+            element("td", *map(_part_time, timeline.select_parts(cost)), class_="name"),
             element(
                 "td",
                 escape_text(name_options(cost.found)),
@@ -155,7 +155,7 @@ def cost_table(costs: Iterable[BootCost], timeline: Timeline) -> Markup:
         )
         for cost in costs
     )
-    return _table(["mark", ""], ["Time of these parts", "Finding"], rows)
+    return _table(["name", ""], ["Parts of the boot", "Finding"], rows)
 
 
 def _part_time(row: TimelineRow) -> Markup:
