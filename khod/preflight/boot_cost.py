@@ -266,8 +266,8 @@ def _find_large_initrd(boot: Boot) -> Iterator[BootCost]:
         return
     yield BootCost(
         LOADED,
-        f"The initrd is large: {format_mib(boot.initrd_bytes)} are copied in the jump, and {format_mib(unpacked)} "
-        "unpacked after it",
+        f"The initrd is large: {format_mib(boot.initrd_bytes)} are copied in the jump"
+        + (f", and {format_mib(unpacked)} unpacked after it" if unpacked else ""),  # 0 where it could not be inspected
         "Put only this host's drivers into it: MODULES=dep in initramfs.conf, hostonly=yes in dracut.conf.",
     )
 
