@@ -112,8 +112,7 @@ def test_the_journal_of_an_orderly_jump_is_whole_and_its_file_systems_are_clean(
     before = host.guest.boot_id
     host.kexec("7.3.4")
     assert host.guest.boot_id != before
-    verified = host.shell("khoctl status --json")
-    assert json.loads(verified)["phase"] == "verified"
+    assert host.settled()["phase"] == "verified"
     log = host.dmesg()
     assert "recovery complete" not in log, log
     assert "orphan cleanup" not in log, log
