@@ -3,6 +3,7 @@
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from asyncvarlink import FileDescriptor, varlinkmethod
@@ -83,7 +84,8 @@ class Service(HistoryCalls):
         load_only: bool | None = None,
         hold: bool | None = None,
     ) -> model.Status:
-        await self._engine.kexec(_build_request(kernel, now=now, load_only=load_only, hold=hold), by=_describe_caller())
+        request = _build_request(kernel, now=now, load_only=load_only, hold=hold)
+        await self._engine.kexec(replace(request, units=_find_callers_units()), by=_describe_caller())
         return await self._queries.status()
 
     @varlinkmethod(return_parameter="producers")
@@ -160,7 +162,6 @@ def _build_request(
         bool(asked.reuse_cmdline),
         asked.append,
         tuple(asked.remove or ()),
-        units=_find_callers_units(),
         **flags,
     )
 
