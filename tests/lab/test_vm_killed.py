@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from khod.errors import Exit
-from tests.lab.vms import COMMAND, OthersVm, Vm, connected, registered, wait_ready
+from tests.lab.vms import COMMAND, OthersVm, Vm, connected, registered, wait_outcome, wait_ready
 from tests.unit.khods import DEADLINE, Answer, Khod, until
 from tests.unit.luo import System
 
@@ -264,11 +264,10 @@ def test_a_guest_comes_back_whoever_is_killed_at_its_return(
     if guest.wait_killed():
         guest.start()
     if who == "QEMU":
-        until(lambda: second.khoctl("status", "--json").json.get("outcome") == "degraded", second.process)
-        assert "its state is kept" in guest.log
-        assert second.khoctl("producers", "retry", "one").code == Exit.done
+        until(lambda: "its state is kept" in guest.log, guest.process)
+        second.khoctl("producers", "retry", "one")  # khod, which tries again by itself, may be first
     assert guest.counts_on() > last
-    until(lambda: second.khoctl("status", "--json").json.get("outcome") == "verified", second.process)
+    wait_outcome(second, "verified")
     assert "one" in second.khoctl("verify", "--json").json["verdict"]["arrived"]
     guest.counts_on()
 

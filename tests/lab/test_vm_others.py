@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from khod.errors import Exit
-from tests.lab.vms import OthersVm, registered, require_verified, wait_ready
+from tests.lab.vms import OthersVm, registered, require_verified, wait_outcome, wait_ready
 from tests.unit.khods import Answer, Khod, khoctl, until
 from tests.unit.luo import System
 
@@ -107,7 +107,7 @@ def test_a_guest_of_others_that_was_started_anew_is_not_taken_for_the_one_that_c
         guest.start(boot=True)
         assert guest.process is not None
         until(lambda: "a QEMU without the guest's RAM is in its place" in guest.log, guest.process)
-        until(lambda: second.khoctl("status", "--json").json["outcome"] == "degraded", second.process)
+        wait_outcome(second, "degraded")
         assert guest.qemu.poll() is None, "it is not ours to end"
         guest.qemu.kill()
         guest.qemu.wait()
@@ -133,7 +133,7 @@ def test_a_restart_command_that_hangs_is_repaired_and_tried_again_at_once(system
         second = system.khod(ready=False)
         guest.start(boot=True)
         until(lambda: "its state is kept" in guest.log, guest.process)
-        until(lambda: second.khoctl("status", "--json").json["outcome"] == "degraded", second.process)
+        wait_outcome(second, "degraded")
         until(lambda: "not yet" in second.khoctl("producers").out, second.process)  # khod tries again by itself
         first_try = int(hung.read_text().split()[0])
         assert not Path(f"/proc/{first_try}").exists(), "beside the next one it could take the RAM as well"

@@ -10,15 +10,10 @@ from pathlib import Path
 
 from khod.errors import Exit
 from khod.vm.monitor import open_monitor
-from tests.lab.vms import COMMAND, OTHER_MACHINE, PASS_ON, Vm, wait_ready
-from tests.unit.khods import Khod, until
+from tests.lab.vms import COMMAND, OTHER_MACHINE, PASS_ON, Vm, wait_outcome, wait_ready
 from tests.unit.luo import System
 
 MIB = 1 << 20
-
-
-def wait_outcome(khod: Khod, outcome: str) -> None:
-    until(lambda: khod.khoctl("status", "--json").json.get("outcome") == outcome, khod.process)
 
 
 def test_a_guest_that_the_next_qemu_refuses_waits_for_a_repair_of_its_file(

@@ -238,6 +238,11 @@ def registered(khod: Khod, *names: str) -> None:
     until(lambda: {*names} <= connected(khod), khod.process)
 
 
+def wait_outcome(khod: Khod, outcome: str) -> None:
+    """Wait until khod has verified the handover with this outcome."""
+    until(lambda: khod.khoctl("status", "--json").json.get("outcome") == outcome, khod.process)
+
+
 def wait_ready(khod: Khod, guest: Vm) -> None:
     """Wait until a guest counts, and its khod-vm is connected."""
     guest.counts_on()
