@@ -77,6 +77,8 @@ Handler = Callable[[Step], Mapping[str, int] | None]
 class Producer:
     """One producer. `after` and `before` name other producers; `devices` are paths of devices it needs.
 
+    `kind` is what khod shows it as: "vm", or "varlink" where it is empty.
+
     `socket` is khod's socket; the default is KHOD_SOCKET, or else the usual path.
     """
 
@@ -94,6 +96,7 @@ class Producer:
         after: Iterable[str] = (),
         before: Iterable[str] = (),
         devices: Iterable[str] = (),
+        kind: str = "",
         socket: Path | None = None,
     ) -> None:
         verbs = {"prepare": prepare, "freeze": freeze, "thaw": thaw, "cancel": cancel}
@@ -105,6 +108,7 @@ class Producer:
             "after": [*after],
             "before": [*before],
             "devices": [*devices],
+            **({"kind": kind} if kind else {}),  # a khod that was not upgraded yet does not know it
         }
         self._socket = socket or Path(os.environ.get("KHOD_SOCKET", wire.SOCKET))
         self._connection: Connection | None = None

@@ -35,7 +35,7 @@ ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
     | {"kernel_release", "kernel_banner", "spot"}
-    | {"cold_boot", "watchdog", "blackout_error_seconds", "is_image_suspect", "quiesced"}
+    | {"cold_boot", "watchdog", "blackout_error_seconds", "is_image_suspect", "quiesced", "shown_kind"}
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 
@@ -67,8 +67,8 @@ class ProducerRecord:
     """A producer of this handover: the last verb sent to it, and what is needed to send it more.
 
     `restores` says whether it has something to restore in the next kernel, where it counts as missing until it has done
-    so; None if an earlier khod did not record that. `timeout`, `after`, `before` and `devices` are set only for peers,
-    which have no file.
+    so; None if an earlier khod did not record that. `timeout`, `after`, `before`, `devices` and `shown_kind`, the kind
+    that it has named itself, are set only for peers, which have no file.
     """
 
     name: str
@@ -83,6 +83,7 @@ class ProducerRecord:
     process: Process | None = None
     kept: tuple[Kept, ...] = ()
     restores: bool | None = None
+    shown_kind: str = ""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Participant(Ordered, Protocol):
 
     @property
     def kind(self) -> str:
-        """The kind of producer: hook, unit, qemu, varlink."""
+        """The kind of producer: hook, unit, qemu, vm, varlink."""
 
     @property
     def timeout(self) -> float:

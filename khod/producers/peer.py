@@ -22,6 +22,7 @@ from khod.producers.conversation import Conversation, HungUp
 from khod.producers.identity import wait_ended
 
 KIND = "varlink"
+"""The kind of a peer in the record; what is shown of it may be another one, which it has named itself."""
 MAX_TIMEOUT_SECONDS = 600.0
 """Maximum seconds that a peer may request: an undo waits as long for one that hangs."""
 
@@ -33,12 +34,16 @@ MAX_NAMES = 32
 
 @dataclass(frozen=True)
 class Registration:
-    """What a producer registers with; see `khod.producers.barrier.Participant`. `timeout` is in seconds."""
+    """What a producer registers with; see `khod.producers.barrier.Participant`. `timeout` is in seconds.
+
+    `shown_kind` is for people and programs that look; nothing is decided by it, because any client may name any kind.
+    """
 
     timeout: float = 30.0
     after: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    shown_kind: str = KIND
 
     def check_values(self) -> None:
         """Raise UsageError if one of the values is not valid."""
@@ -92,8 +97,6 @@ class Peer:
     `late` is called when, in the next kernel, it answers a command that nobody waits for any more.
     """
 
-    kind = KIND
-
     def __init__(
         self,
         name: str,
@@ -136,6 +139,10 @@ class Peer:
         if self.claim.is_restoring:
             return PeerState.claiming
         return self._state if self.claim.told else PeerState.gone
+
+    @property
+    def kind(self) -> str:
+        return self.terms.shown_kind
 
     @property
     def timeout(self) -> float:

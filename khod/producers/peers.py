@@ -132,7 +132,8 @@ class Peers:
         for holder in holders:
             if holder.kind == KIND and holder.name not in self._peers:
                 claim = Claim.from_record(holder, run, self._sessions, restoring=restoring)
-                terms = Registration(holder.timeout, holder.after, holder.before, holder.devices)
+                about = (holder.timeout, holder.after, holder.before, holder.devices)
+                terms = Registration(*about, holder.shown_kind or KIND)
                 owner = holder.owner or Owner(-1, "")
                 self._add_peer(Peer(holder.name, owner, holder.process, terms, claim, self._late))
 

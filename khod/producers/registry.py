@@ -12,7 +12,7 @@ from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Participant, P
 from khod.producers.kept import KeptVm
 from khod.producers.lost import MissingProducer
 from khod.producers.order import check_newcomer, order_in_ranks
-from khod.producers.peer import Peer, Registration
+from khod.producers.peer import KIND, Peer, Registration
 from khod.producers.peers import Peers
 from khod.producers.qemu import Qemu
 from khod.producers.unit import Unit
@@ -64,13 +64,13 @@ class ProducerRegistry:
 
     def status_rows(self, told: Sequence[Member]) -> list[model.Producer]:
         """Return every producer as status shows it, in rank order; `told` are those of the last attempt."""
-        known = {(member.producer.name, member.producer.kind): member for member in told}
+        known = {_record_key(member.producer): member for member in told}
         files, shown = self._read_files(self._peer_names()), []
         shadowed = self._shadowed_peers(files)
         peers = [peer for peer in self.peers.all_peers() if peer not in shadowed]
         for rank, producers in enumerate(order_in_ranks([*files, *peers])):
-            members = [known.get((producer.name, producer.kind)) or Member(producer) for producer in producers]
-            shown += [replace(member.to_model(), rank=rank) for member in members]
+            members = [known.get(_record_key(producer)) or Member(producer) for producer in producers]
+            shown += [replace(_show_member(member), rank=rank) for member in members]
         return shown + [replace(Member(peer).to_model(), answer="there is a file of this name") for peer in shadowed]
 
     def register_peer(self, name: str, owner: Owner, process: Process, terms: Registration, most: int) -> Peer:
@@ -87,7 +87,7 @@ class ProducerRegistry:
             for other in {*file.after, *file.before}:
                 naming.setdefault(other, []).append(file)
         check_newcomer(
-            MissingProducer(name, **vars(terms)),
+            MissingProducer(name, after=terms.after, before=terms.before),
             lambda one: named.get(one) or self.peers.find_peer(one),
             lambda one: [*naming.get(one, ()), *self.peers.peers_naming(one)],
         )
@@ -126,7 +126,7 @@ class ProducerRegistry:
         nobody_knows = not holders and verb is not None  # no record says who was told: it may be any of them
         if nobody_knows:
             self.peers.expect_absent(run)
-        known = {(producer.name, producer.kind): producer for producer in [*files, *self.peers.all_peers()]}
+        known = {_record_key(producer): producer for producer in [*files, *self.peers.all_peers()]}
         if nobody_knows:
             holders = [producer.to_record() for producer in (*files, *self.peers.taking_part())]
         lost = nobody_knows and not run  # as opposed to a record without producers
@@ -150,6 +150,19 @@ class ProducerRegistry:
         if not producers and unreadable is not None:
             barrier.broken = unreadable  # a file that cannot be read may have a producer
         return barrier
+
+
+def _record_key(producer: Participant) -> tuple[str, str]:
+    """Return what tells one producer from another in the record, where a peer is one whatever it shows itself as."""
+    return producer.name, KIND if isinstance(producer, Peer) else producer.kind
+
+
+def _show_member(member: Member) -> model.Producer:
+    """Return a member as status shows it; of a VM without its supervisor, which one is missing."""
+    shown = member.to_model()
+    if isinstance(member.producer, KeptVm) and member.told is None:
+        return replace(shown, answer=f"{member.producer.unit} is not there")
+    return shown
 
 
 def by_note(holder: ProducerRecord) -> Participant | None:

@@ -211,6 +211,13 @@ class Word(enum.Enum):
     veto = "veto"
 
 
+class ShownKind(enum.Enum):
+    """What a producer shows itself as; khod treats all of them alike."""
+
+    varlink = "varlink"
+    vm = "vm"
+
+
 class Registered(TypedDict):
     """The result of a registration.
 
@@ -258,8 +265,12 @@ class Producer(VarlinkInterface, name=PRODUCER):
         after: list[str] | None = None,
         before: list[str] | None = None,
         devices: list[str] | None = None,
+        kind: ShownKind | None = None,
     ) -> Registered:
-        """Become the producer `name`. `version` is the newest of this interface the caller knows; 1 is the only one."""
+        """Become the producer `name`. `version` is the newest of this interface the caller knows; 1 is the only one.
+
+        `kind` is shown, in the place of varlink, and has no other effect.
+        """
         raise NotImplementedError
 
     @varlinkmethod

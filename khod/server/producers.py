@@ -15,7 +15,7 @@ from khod.producers.conversation import Answer, AnswerWord
 from khod.producers.identity import process_of, unit_of
 from khod.producers.peer import Peer, Registration
 from khod.server.connection import CONNECTION
-from khod.server.interface import Command, Producer, Registered, Word
+from khod.server.interface import Command, Producer, Registered, ShownKind, Word
 
 MAX_FILE_NAME = 255
 """The maximum length of a file's name from a producer, in characters; the record stores it."""
@@ -39,6 +39,7 @@ class Producers(Producer):
         after: list[str] | None = None,
         before: list[str] | None = None,
         devices: list[str] | None = None,
+        kind: ShownKind | None = None,
     ) -> Registered:
         connection = CONNECTION.get()
         caller = connection.caller
@@ -50,7 +51,11 @@ class Producers(Producer):
         if process is None:
             raise Refused("The process that connected has ended", where=f"process {caller.pid}")
         terms = Registration(
-            30.0 if timeout is None else timeout, tuple(after or ()), tuple(before or ()), tuple(devices or ())
+            30.0 if timeout is None else timeout,
+            tuple(after or ()),
+            tuple(before or ()),
+            tuple(devices or ()),
+            (kind or ShownKind.varlink).value,
         )
         if not connection.reserve_producers_place():
             connection.end_after_reply()

@@ -90,6 +90,7 @@ class Supervisor:
             after=settings.after,
             before=settings.before,
             devices=settings.devices,
+            kind="vm",
         )
 
     async def run(self) -> int:

@@ -241,6 +241,7 @@ class Bare(interface.Producer):
         after: list[str] | None = None,  # noqa: ARG002
         before: list[str] | None = None,  # noqa: ARG002
         devices: list[str] | None = None,  # noqa: ARG002
+        kind: interface.ShownKind | None = None,  # noqa: ARG002
     ) -> interface.Registered:
         return {"version": version, "run": "", "told": ""}
 

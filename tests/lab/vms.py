@@ -231,7 +231,8 @@ class OthersVm(Vm):
 
 def connected(khod: Khod) -> set[str]:
     """The producers that are connected; the file of a VM that others start is in the list before."""
-    return {each["name"] for each in khod.khoctl("producers", "--json").json if each["kind"] == "varlink"}
+    rows = khod.khoctl("producers", "--json").json
+    return {each["name"] for each in rows if each["kind"] == "vm" and not each["answer"].endswith("is not there")}
 
 
 def registered(khod: Khod, *names: str) -> None:

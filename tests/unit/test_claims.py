@@ -45,10 +45,10 @@ async def jump(host: LuoHost, *others: Participant) -> None:
             await host.kexec(engine)
 
 
-async def degraded(host: LuoHost, *others: Participant) -> Engine:
+async def degraded(host: LuoHost, *others: Participant, kind: str = "varlink") -> Engine:
     """A khod in whose kernel `kv` did not come in time."""
     await jump(host, *others)
-    soon = tuple(replace(holder, timeout=0.01) for holder in host.record.producers)
+    soon = tuple(replace(holder, timeout=0.01, shown_kind=kind) for holder in host.record.producers)
     host.store.write(replace(host.record, producers=soon))
     host.config = Config(deadlines=Deadlines(restore=0.01))
     engine = await host.started()
@@ -191,6 +191,24 @@ async def test_an_abort_beside_a_late_restore_does_not_reach_the_next_handover(h
         await answering
     await engine.activate()
     assert engine.machine.phase is Phase.active
+
+
+@pytest.mark.parametrize(("before", "after"), [("varlink", "vm"), ("vm", "varlink")])
+async def test_a_producer_that_names_another_kind_takes_its_state_back(host: LuoHost, before: str, after: str) -> None:
+    """Its supervisor was upgraded; and what a client says of its kind decides nothing."""
+    engine = await degraded(host, kind=before)
+    process = process_of(os.getpid())
+    assert process is not None
+    peer = await engine.register_producer("kv", OWNER, process, Registration(10.0, shown_kind=after))
+    command = await peer.conversation.exchange_answer(None)
+    assert command.verb is Verb.restore
+    answering = asyncio.ensure_future(says_yes(peer, command))
+    while engine.record.claims:
+        await host.seen(lambda _event: True)
+    assert [shown.kind for shown in await engine.queries.producers()] == [after]
+    engine.registry.peers.remove_peer(peer)
+    with pytest.raises(Unreachable):
+        await answering
 
 
 async def says_yes(peer: Peer, command: PeerCommand) -> None:

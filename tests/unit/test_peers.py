@@ -175,11 +175,20 @@ def test_terms_that_make_no_sense_are_refused(shared: Khod, terms: dict[str, obj
         {"after": [1]},
         {"devices": {}},
         {"surprise": 1},
+        {"kind": "hook"},
     ],
     ids=str,
 )
 def test_terms_of_another_type_are_refused(shared: Khod, terms: dict[str, object]) -> None:
     refused(shared, "subject", **terms)
+
+
+def test_a_peer_is_shown_as_the_kind_that_it_names(shared: Khod) -> None:
+    peer, other = Hand(shared, "first", kind="vm"), Hand(shared, "second")
+    shown = {each["name"]: each["kind"] for each in shared.khoctl("producers", "--json").json}
+    assert shown == {"first": "vm", "second": "varlink", "file": "hook"}
+    peer.close()
+    other.close()
 
 
 def test_a_later_version_of_the_interface_is_answered_with_the_one_khod_has(shared: Khod) -> None:

@@ -64,6 +64,7 @@ FULL = Record(
             Process(77, 123456),
             (Kept("table", (1 << 64) - 1),),
             restores=True,
+            shown_kind="vm",
         ),
     ),
     failed_activations=2,
