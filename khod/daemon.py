@@ -159,6 +159,7 @@ class Daemon:
         factory = server.build_clients(registry, lambda: self._settings.current.access)
         serving = [server.Listener(sock, factory) for sock in self._open_sockets()]
         watching = asyncio.ensure_future(journal.feed_watchdog())
+        starting = asyncio.ensure_future(self.engine.registry.start_supervisors())
         try:
             await self._start_engine()
             journal.notify_manager("READY=1")
@@ -168,6 +169,7 @@ class Daemon:
             await self._stop_engine()
         finally:
             watching.cancel()
+            starting.cancel()
             self._service.end_monitors()
             for listener in serving:
                 listener.close()

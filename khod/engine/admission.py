@@ -13,7 +13,7 @@ from khod.handover.machine import HELD, RESTING
 from khod.handover.record import Record
 from khod.model import Check, Step
 from khod.preflight.handover import JUMP_OR_BEGIN_AGAIN
-from khod.producers.peers import Peers
+from khod.producers.registry import ProducerRegistry
 from khod.target.target import Request, Target, take_target
 
 
@@ -25,14 +25,14 @@ class Admission:
         transaction: Transaction,
         queries: Queries,
         observer: Observer,
-        peers: Peers,
+        registry: ProducerRegistry,
         resources: Resources,
         recorder: Recorder,
     ) -> None:
         self._transaction = transaction
         self._queries = queries
         self._observer = observer
-        self._peers = peers
+        self._registry = registry
         self._resources = resources
         self._recorder = recorder
 
@@ -55,7 +55,11 @@ class Admission:
         if waiting := self._queries.absent_producers:
             names = ", ".join(found.name for found in waiting)
             self._transaction.emit_event(f"waiting for producers to connect again: {names}")
-            await self._transaction.wait_interruptibly(self._peers.wait_returned({found.name for found in waiting}))
+            returned = self._registry.peers.wait_returned({found.name for found in waiting})
+            await self._transaction.wait_interruptibly(returned)
+        if started := await self._transaction.wait_interruptibly(self._registry.start_supervisors()):
+            self._transaction.emit_event(f"waiting for khod-vm, which systemd starts: {', '.join(started)}")
+            await self._transaction.wait_interruptibly(self._registry.peers.wait_connected(started))
         checks = await self._transaction.wait_interruptibly(self._queries.run_checks(observed, request=request))
         to_come = {"kexec": request is not None and Step.load not in self._transaction.machine.done}
         to_come["sessions"] = request is not None and not request.load_only  # only the jump ends them

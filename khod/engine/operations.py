@@ -197,7 +197,7 @@ class Engine:
         self._producer_operations = ProducerOperations(
             transaction, turn, registry, queries, restoration, attempts, observer, resources
         )
-        self._admission = Admission(transaction, queries, observer, peers, resources, recorder)
+        self._admission = Admission(transaction, queries, observer, registry, resources, recorder)
         self._start = Start(
             transaction, observer, peers, attempts, restoration, jump, inquiry, background, resources, signals, recorder
         )

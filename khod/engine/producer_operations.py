@@ -48,7 +48,8 @@ class ProducerOperations:
             record, deadline = self._transaction.record, self._resources.settings.current.deadlines.activate
             claims = tuple(holder for holder in record.claims if holder.name != name)
             if len(claims) < len(record.claims):
-                await self._transaction.wait_interruptibly(self._registry.peers.forget_claim(name, deadline))
+                if (peer := self._registry.peers.find_peer(name)) is not None:
+                    await self._transaction.wait_interruptibly(peer.claim.drop_arrived(deadline))
                 await self._transaction.note_claims(claims)
                 self._transaction.emit_event(f"what {name} left is freed")
             elif name in self._queries.unknown_sessions:

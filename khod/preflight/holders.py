@@ -37,7 +37,8 @@ def check_producers(facts: Facts) -> CheckFinding:
     if unattended := [producer for producer in everyone if isinstance(producer, KeptVm)]:
         return CheckFinding.fail_with(
             f"VMs to be kept whose khod-vm is not there: {join_names(vm.name for vm in unattended)}",
-            f"Enable and start {join_names(vm.unit for vm in unattended)} with systemctl.",
+            "khod has them started when it starts, and before a handover. Look why they are not there: "
+            f"systemctl status {' '.join(vm.unit for vm in unattended)}",
         )
     if unstartable := _unstartable_commands(everyone):
         return CheckFinding.fail_with(

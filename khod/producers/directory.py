@@ -94,7 +94,7 @@ def _read_producer(path: Path, runner: CommandRunner) -> Participant:
                 remedy="Only a hook has a unit of khod's own. Remove the table.",
             )
         if chosen:
-            made = KINDS[chosen[0]](fragment, values, common)
+            made = KINDS[chosen[0]](fragment, values, common, runner)
         else:
             commands, settings = _take_commands(path, values), _take_settings(fragment, values, runner)
             made = Hook(**common, commands=commands, settings=settings, runner=runner)
@@ -150,7 +150,7 @@ def _take_settings(fragment: Fragment, values: Values, runner: CommandRunner) ->
     return settings
 
 
-def _make_unit(fragment: Fragment, values: Values, common: Values) -> Participant:
+def _make_unit(fragment: Fragment, values: Values, common: Values, _runner: CommandRunner) -> Participant:
     name, how = require_string(values.pop("unit"), fragment.path, "unit"), values.pop("how", "freeze")
     check_unit(name)
     if how not in ("freeze", "stop"):
@@ -159,14 +159,17 @@ def _make_unit(fragment: Fragment, values: Values, common: Values) -> Participan
     return Unit(**common, units=units, unit=name, how=how)
 
 
-def _make_qemu(fragment: Fragment, values: Values, common: Values) -> Participant:
+def _make_qemu(fragment: Fragment, values: Values, common: Values, runner: CommandRunner) -> Participant:
     socket = require_string(values.pop("qmp"), fragment.path, "qmp")
     if not require_type(values.pop("keep", False), bool, "keep", str(fragment.path)):
         return Qemu(**common, socket=socket)
     parse_kept(fragment)
     values.pop("restart", None)
     values.pop("agent", None)
-    return KeptVm(**common, socket=socket)
+    return KeptVm(**common, socket=socket, runner=runner)
 
 
-KINDS: dict[str, Callable[[Fragment, Values, Values], Participant]] = {"unit": _make_unit, "qmp": _make_qemu}
+KINDS: dict[str, Callable[[Fragment, Values, Values, CommandRunner], Participant]] = {
+    "unit": _make_unit,
+    "qmp": _make_qemu,
+}

@@ -4,6 +4,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 
 from khod.errors import Refused
 from khod.handover.record import Owner, Process, ProducerRecord
@@ -78,6 +79,14 @@ class Peers:
         except TimeoutError:
             return
 
+    async def wait_connected(self, names: Collection[str], seconds: float = RETURN_SECONDS) -> None:
+        """Wait until producers of these names are connected, at most `seconds`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._connected_names().issuperset(names):
+                    self._returned.clear()
+                    await self._returned.wait()
+
     def _connected_names(self) -> set[str]:
         return {name for name, peer in self._peers.items() if peer.is_reachable}
 
@@ -149,11 +158,6 @@ class Peers:
         self._returned.set()
         self._keep_registration(lambda registrations: registrations.remove_name(name))
         return True
-
-    async def forget_claim(self, name: str, deadline: float) -> None:
-        """Free what a producer left before the jump; without effect if it left nothing."""
-        if (peer := self._peers.get(name)) is not None:
-            await peer.claim.drop_arrived(deadline)
 
     def register_peer(self, name: str, owner: Owner, process: Process, terms: Registration, most: int) -> Peer:
         """Register a connection as the producer `name`, at most `most` of them for each user. UsageError or Refused."""

@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from khod import model
@@ -16,6 +17,7 @@ from khod.producers.peer import KIND, Peer, Registration
 from khod.producers.peers import Peers
 from khod.producers.qemu import Qemu
 from khod.producers.unit import Unit
+from khod.systemd.dbus import BusError
 
 LOG = logging.getLogger(__name__)
 
@@ -46,6 +48,24 @@ class ProducerRegistry:
     def _read_files(self, served: Collection[str]) -> list[Participant]:
         """Return the producers with a file, except the kept VMs of these names: a peer is the producer of such a VM."""
         return [file for file in self._configured() if not (isinstance(file, KeptVm) and file.name in served)]
+
+    async def start_supervisors(self) -> list[str]:
+        """Have systemd start khod-vm for each kept VM whose khod-vm is not connected; return the VMs' names.
+
+        A file that is wrong, and a unit that systemd does not start, are reported where the VM is missed.
+        """
+        started = []
+        with suppress(ConfigError):
+            for vm in self._configured():
+                peer = self.peers.find_peer(vm.name)
+                if isinstance(vm, KeptVm) and vm.runner.has_units and not (peer and peer.is_reachable):
+                    try:
+                        await vm.start_unit()
+                    except (BusError, TimeoutError) as error:
+                        LOG.warning("%s cannot be started: %s", vm.unit, error or "systemd does not answer")
+                    else:
+                        started.append(vm.name)
+        return started
 
     def _peer_names(self) -> set[str]:
         return {peer.name for peer in self.peers.all_peers()}

@@ -21,6 +21,7 @@ exec {{command}} -object $ram -machine memory-backend=pc.ram -qmp unix:{SOCKET},
 """
 UNIT = f"""\
 [Unit]
+Wants=khod-vm@{NAME}.service
 After=khod-vm@{NAME}.service
 
 [Service]
@@ -43,9 +44,8 @@ def test_its_unit_is_given_the_guest_again(online: Online, tmp_path: Path) -> No
         f"/etc/kho/producers.d/{NAME}.toml",
         f'qmp = "{SOCKET}"\nkeep = true\nrestart = "{NAME}.service"\ntimeout = 120\n',
     )
-    host.shell(
-        f"chmod +x {DIRECTORY}/start; systemctl daemon-reload; systemctl enable -q --now {NAME} khod-vm@{NAME}; sync"
-    )
+    host.shell(f"chmod +x {DIRECTORY}/start; systemctl daemon-reload; systemctl enable -q --now {NAME}; sync")
+    host.shell(f"systemctl stop khod-vm@{NAME}")  # khod starts it again
     counts_on(host, NAME)
 
     host.kexec(VERSION)
