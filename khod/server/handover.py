@@ -142,7 +142,7 @@ def _build_request(
     kernel: NextKernel | None, *, now: bool | None = None, load_only: bool | None = None, hold: bool | None = None
 ) -> Request:
     """Build the engine's request, with the descriptors of this call; raise UsageError if it is not valid."""
-    asked, flags = kernel or NextKernel(), {"now": bool(now), "load_only": bool(load_only), "hold": bool(hold)}
+    asked = kernel or NextKernel()
     files, names = asked.initrds or [], asked.initrd_names or []
     if names and len(names) != len(files):
         raise UsageError(
@@ -162,7 +162,9 @@ def _build_request(
         bool(asked.reuse_cmdline),
         asked.append,
         tuple(asked.remove or ()),
-        **flags,
+        now=bool(now),
+        load_only=bool(load_only),
+        hold=bool(hold),
     )
 
 
