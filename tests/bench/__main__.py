@@ -4,8 +4,21 @@
 import sys
 from collections.abc import Callable, Iterator
 
-from tests.bench import attackers, barrier, contents, history, hooks, images, overhead, processes, trees, vm, window
-from tests.bench.figure import Figure
+from tests.bench import (
+    attackers,
+    barrier,
+    blackout,
+    contents,
+    history,
+    hooks,
+    images,
+    overhead,
+    processes,
+    trees,
+    vm,
+    window,
+)
+from tests.bench.figure import Figure, print_figures
 
 BENCHES: list[Callable[[], Iterator[Figure]]] = [
     overhead.run,
@@ -19,18 +32,9 @@ BENCHES: list[Callable[[], Iterator[Figure]]] = [
     vm.run,
     hooks.run,
     window.run,
+    blackout.run,
 ]
 
 
-def main() -> int:
-    """Print each figure as it comes."""
-    missed = 0
-    for bench in BENCHES:
-        for figure in bench():
-            print(figure, flush=True)
-            missed += not figure.good
-    return 1 if missed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print_figures(figure for bench in BENCHES for figure in bench()))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One measured figure and the bound it is held to."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -22,3 +23,12 @@ class Figure:
     def __str__(self) -> str:
         mark = "ok  " if self.good else "MISS"
         return f"{mark} {self.name}: {self.value:.2f} {self.unit} (at most {self.most:g}); {self.how}"
+
+
+def print_figures(figures: Iterable[Figure]) -> int:
+    """Print each figure as it comes; return 1 where a bound is missed, else 0."""
+    missed = 0
+    for figure in figures:
+        print(figure, flush=True)
+        missed += not figure.good
+    return 1 if missed else 0

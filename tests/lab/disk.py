@@ -60,8 +60,10 @@ def _debootstrap(options: Sequence[str], source: str, path: Path) -> None:
     call(["mmdebstrap", "--mode=root", *options, SUITE, path, source])
 
 
-def build(debs: Sequence[Path] = (), files: Files | None = None) -> Path:
+def build(debs: Sequence[Path] = (), files: Files | None = None, *, as_installed: bool = False) -> Path:
     """Give the image with these packages installed and these files (guest path: file of the host, or content) in place.
+
+    With `as_installed` nothing is left out to boot fast.
 
     A host file keeps its mode, content gets 0644. The same packages and files give the same image from the cache; the
     KEPT_DISKS newest images are kept. LabError if a package does not install: what it depends on must be in
@@ -70,17 +72,20 @@ def build(debs: Sequence[Path] = (), files: Files | None = None) -> Path:
     files = files or {}
     tarball = base()
     parts: list[str | bytes | Path] = [tarball.name, Path(__file__), Path(rootfs.__file__), *rootfs.FILES.values()]
+    parts.append(repr(as_installed))
     parts += debs
     for path in sorted(files):
         parts += [path, files[path]]
     folder = cache.directory() / "disks"
-    image = cache.once(folder / f"disk-{cache.key(parts)}.ext4", lambda path: _build(tarball, debs, files, path))
+    image = cache.once(
+        folder / f"disk-{cache.key(parts)}.ext4", lambda path: _build(tarball, debs, files, path, as_installed)
+    )
     os.utime(image)  # the newest are those used last
     cache.prune(folder, "disk-*.ext4", KEPT_DISKS)
     return image
 
 
-def _build(tarball: Path, debs: Sequence[Path], files: Files, image: Path) -> None:
+def _build(tarball: Path, debs: Sequence[Path], files: Files, image: Path, as_installed: bool) -> None:
     """Unpack, install, settle, and put the tree into an image."""
     _need_root()
     with tempfile.TemporaryDirectory(dir=image.parent, prefix="tree-") as name:
@@ -88,7 +93,7 @@ def _build(tarball: Path, debs: Sequence[Path], files: Files, image: Path) -> No
         root.chmod(0o755)
         call(["tar", "--extract", "--numeric-owner", "--file", tarball, "--directory", root])
         _install(root, debs)
-        rootfs.settle(root)
+        rootfs.settle(root, as_installed=as_installed)
         for path, content in files.items():
             place = rootfs.below(root, path)
             place.write_bytes(content if isinstance(content, bytes) else content.read_bytes())

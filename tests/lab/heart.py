@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs in a guest: a producer whose clients see every 10 ms, on the serial line, that it works.
+"""Runs in a guest: a service whose clients see every 10 ms, on the serial line, that it works.
 
-Its beats are numbered lines. With `freeze` they end, and with `finish` in the next kernel they go on with the next
-number, which it kept with 64 MiB of state in a memfd.
+    heart LINE finish|restore|store
+
+Its beats are numbered lines, each with the kernel's CLOCK_MONOTONIC; the last number is kept with 64 MiB of state in a
+memfd. As a producer of khod's it beats until `freeze`, and goes on with the next number at `finish` or at `restore`.
+With `store` it has no khod: the service manager keeps the memfd, and it beats until SIGTERM.
 """
 
 import os
+import signal
 import struct
 import sys
 import threading
+import time
+from typing import TYPE_CHECKING
 
 import systemd.daemon
 
-from khod.producer import Producer, Step, Veto
+if TYPE_CHECKING:
+    from khod.producer import Step
 
 STATE_BYTES = 64 << 20
 BEAT_SECONDS = 0.01
@@ -22,8 +29,9 @@ COUNT = struct.Struct("<Q")
 class Heart:
     """Beats while it may; the last number is at the begin of its memfd."""
 
-    def __init__(self) -> None:
+    def __init__(self, line: str) -> None:
         self.memfd = -1
+        self.line = os.open(line, os.O_WRONLY | os.O_NOCTTY)
         self.may_beat = threading.Event()
         self.is_beating = threading.Lock()
 
@@ -32,26 +40,12 @@ class Heart:
         os.posix_fallocate(self.memfd, 0, STATE_BYTES)
         self.may_beat.set()
 
-    def prepare(self, _step: Step) -> dict[str, int]:
-        return {"state": self.memfd}
-
-    def freeze(self, _step: Step) -> None:
+    def stop(self) -> None:
         self.may_beat.clear()
         with self.is_beating:
             pass
 
-    def thaw(self, _step: Step) -> None:
-        self.may_beat.set()
-
-    def restore(self, step: Step) -> None:
-        if "state" not in step.files:
-            raise Veto("its memfd did not come back")
-        self.memfd = step.files["state"]
-
-    def finish(self, _step: Step) -> None:
-        self.may_beat.set()
-
-    def beat_for_ever(self, line: int) -> None:
+    def beat_for_ever(self) -> None:
         pause = threading.Event()
         while True:
             self.may_beat.wait()
@@ -59,18 +53,59 @@ class Heart:
                 if self.may_beat.is_set():
                     (count,) = COUNT.unpack(os.pread(self.memfd, COUNT.size, 0))
                     os.pwrite(self.memfd, COUNT.pack(count + 1), 0)
-                    os.write(line, b"\n~%d~\n" % (count + 1))
+                    os.write(self.line, b"\n~%d %.6f~\n" % (count + 1, time.monotonic()))
             pause.wait(BEAT_SECONDS)
 
 
-def main() -> None:
-    heart = Heart()
-    handlers = {verb: getattr(heart, verb) for verb in ("prepare", "freeze", "thaw", "restore", "finish")}
-    Producer("heart", **handlers).start()
+def take_part(heart: Heart, beats_at: str) -> None:
+    """Be a producer of khod's."""
+    from khod.producer import Producer, Veto  # noqa: PLC0415 - the service manager's service has no khod
+
+    def prepare(_step: "Step") -> dict[str, int]:
+        return {"state": heart.memfd}
+
+    def restore(step: "Step") -> None:
+        if "state" not in step.files:
+            raise Veto("its memfd did not come back")
+        heart.memfd = step.files["state"]
+        if beats_at == "restore":
+            heart.may_beat.set()
+
+    def freeze(_step: "Step") -> None:
+        heart.stop()
+
+    def beat(_step: "Step") -> None:
+        heart.may_beat.set()
+
+    Producer("heart", prepare=prepare, freeze=freeze, thaw=beat, restore=restore, finish=beat).start()
     if heart.memfd < 0:
         heart.begin_empty()
     systemd.daemon.notify("READY=1")
-    heart.beat_for_ever(os.open(sys.argv[1], os.O_WRONLY | os.O_NOCTTY))
+    heart.beat_for_ever()
+
+
+def stay_in_store(heart: Heart) -> None:
+    """Have the service manager keep the memfd over the kexec, and beat until it is stopped."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    for fd in systemd.daemon.listen_fds():
+        heart.memfd = fd
+        heart.may_beat.set()
+    if heart.memfd < 0:
+        heart.begin_empty()
+        systemd.daemon.notify("FDSTORE=1\nFDNAME=state", fds=[heart.memfd])
+    systemd.daemon.notify("READY=1")
+    threading.Thread(target=heart.beat_for_ever, daemon=True).start()
+    signal.sigwait({signal.SIGTERM})
+    heart.stop()
+
+
+def main() -> None:
+    line, how = sys.argv[1:]
+    heart = Heart(line)
+    if how == "store":
+        stay_in_store(heart)
+    else:
+        take_part(heart, how)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ PACKAGES = (
 EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 PROFILES = ("khod", "kho-sessions")  # of AppArmor; Debian's own are a hundred, which each boot would load
 AGENT = "/usr/lib/khod-lab/agent.py"
+JOURNAL = "/var/log/journal"
 MACHINE_ID = "0123456789abcdef0123456789abcdef"  # fixed: an empty one would make each boot a first boot
 
 MASKED_UNITS = (
@@ -127,19 +128,20 @@ ExecStart=apparmor_parser --replace --write-cache /etc/apparmor.d
 FILES = {
     "/etc/hostname": "khod-lab\n",
     "/etc/machine-id": f"{MACHINE_ID}\n",
+    "/usr/lib/systemd/system/khod-lab-agent.service": AGENT_UNIT,
+    AGENT: (Path(__file__).parent / "agent.py").read_text(),
+}
+QUIET_FILES = {
     "/etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=volatile\nRateLimitBurst=0\n",
     "/etc/systemd/system.conf.d/lab.conf": "[Manager]\nDefaultTimeoutStopSec=20s\n",
     "/etc/systemd/system/apparmor.service.d/lab.conf": APPARMOR,
     "/etc/systemd/system/systemd-udev-trigger.service.d/lab.conf": COLDPLUG,
-    "/usr/lib/systemd/system/khod-lab-agent.service": AGENT_UNIT,
-    AGENT: (Path(__file__).parent / "agent.py").read_text(),
 }
 VENDOR_UNITS = "/usr/lib/systemd/system"
 UNITS = "/etc/systemd/system"
 LINKS = {
     f"{UNITS}/default.target": f"{VENDOR_UNITS}/multi-user.target",
     f"{UNITS}/sysinit.target.wants/khod-lab-agent.service": f"{VENDOR_UNITS}/khod-lab-agent.service",
-    **{f"{UNITS}/{unit}": "/dev/null" for unit in MASKED_UNITS},
 }
 
 
@@ -150,19 +152,38 @@ def below(root: Path, path: str) -> Path:
     return place
 
 
-def settle(root: Path) -> None:
-    """Turn the Debian tree in `root` into a guest's: agent in, what wastes time out, /etc and /var up to date."""
+def settle(root: Path, *, as_installed: bool = False) -> None:
+    """Turn the Debian tree in `root` into a guest's: agent in, /etc and /var up to date, what wastes time out.
+
+    With `as_installed` nothing is taken out, and the journal is on the disk.
+    """
     for path, text in FILES.items():
         below(root, path).write_text(text)
-    vendor = (entry.name for entry in (root / "usr/lib/systemd/system-generators").iterdir())
-    generators = {f"/etc/systemd/system-generators/{name}": "/dev/null" for name in vendor}
-    for path, target in (LINKS | generators).items():
-        link = below(root, path)
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
-    for profile in (root / "etc/apparmor.d").iterdir():
-        if profile.is_file() and profile.name not in PROFILES:
-            profile.unlink()
+    for path, target in LINKS.items():
+        _link(root, path, target)
+    if as_installed:
+        below(root, JOURNAL).mkdir(exist_ok=True)
+    else:
+        _quieten(root)
     for stamp in ("etc/.updated", "var/.updated"):  # newer than /usr, or systemd rebuilds its caches in each boot
         (root / stamp).touch()
         os.utime(root / stamp, (2**32 - 1, 2**32 - 1))
+
+
+def _quieten(root: Path) -> None:
+    """Take out what no scenario looks at."""
+    for path, text in QUIET_FILES.items():
+        below(root, path).write_text(text)
+    for unit in MASKED_UNITS:
+        _link(root, f"{UNITS}/{unit}", "/dev/null")
+    for generator in (root / "usr/lib/systemd/system-generators").iterdir():
+        _link(root, f"/etc/systemd/system-generators/{generator.name}", "/dev/null")
+    for profile in (root / "etc/apparmor.d").iterdir():
+        if profile.is_file() and profile.name not in PROFILES:
+            profile.unlink()
+
+
+def _link(root: Path, path: str, target: str) -> None:
+    link = below(root, path)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)

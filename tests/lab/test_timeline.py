@@ -4,9 +4,6 @@
 The log of the run is fetched from the guest, and the timeline computed from it here, as khod does at the end of a run.
 """
 
-import re
-import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from khod.history.model import ClockSource, Departure, RunLog, Timeline
 from khod.history.timeline import build_timeline
 from tests.lab.conftest import Online
 from tests.lab.host import MARKER, Host, image
+from tests.lab.witness import Witness
 
 VERSION = "7.3.4"
 RUNS = [
@@ -26,12 +24,10 @@ RUNS = [
     for number in range(10)
 ]
 """How the host jumps, whether its clock is set back an hour, and a number; two of them are in `make test`."""
-BEAT = re.compile(r"~(\d+)~")
 WITNESS_SECONDS = 0.05
 """How exact the witness is: the heart beats every 10 ms, and its line goes through two systems that share a machine."""
 SHARE = 0.01
 COVERED = 0.95
-JUMP_SECONDS = 240.0
 SLOW = "[Service]\nExecStart=/usr/bin/sleep infinity\nExecStop=/usr/bin/sleep 20\n"
 SET_BACK = f"""\
 [Unit]
@@ -49,53 +45,9 @@ WantedBy=sysinit.target
 PERSISTENT = "[Journal]\nStorage=persistent\n"
 
 
-class Witness:
-    """Hears the heart from outside: when the last beat before a silence came, and the first one after it."""
-
-    def __init__(self, host: Host) -> None:
-        self._machine = host.guest.machine
-        self._beats: list[tuple[int, float]] = []
-        self._error: BaseException | None = None
-        self._frozen_after = 0
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-
-    def begin(self) -> None:
-        """Listen from the next beat on."""
-        self._since = len(self._machine.console())
-        self._thread.start()
-
-    def _listen(self) -> None:
-        try:
-            self._machine.wait("the heart in the next kernel", JUMP_SECONDS, self._hear)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the silence is asked for
-            self._error = error
-
-    def _hear(self) -> bool | None:
-        """Note the beats that are new; true when one came after a silence."""
-        now, text = time.monotonic(), self._machine.console()
-        last = 0
-        for found in BEAT.finditer(text, self._since):
-            self._beats.append((int(found[1]), now))
-            last = found.end()
-        self._since = max(self._since, last)
-        return True if self._is_over() else None
-
-    def _is_over(self) -> bool:
-        return any(later - earlier > 1 for (_, earlier), (_, later) in zip(self._beats, self._beats[1:], strict=False))
-
-    def silence(self) -> float:
-        """Wait for the end of the silence; its seconds. The beats' numbers show that none was lost."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        numbers = [number for number, _ in self._beats]
-        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        return max(later - earlier for (_, earlier), (_, later) in zip(self._beats, self._beats[1:], strict=False))
-
-
 def with_heart(host: Host, *, set_back: bool) -> Host:
     """Start the producer, keep the journal on the disk, and have the next kernel's clock set back an hour if asked."""
-    host.install_producer("heart", "/dev/ttyS0")
+    host.install_producer("heart", "/dev/ttyS0", "finish")
     host.guest.put("/etc/systemd/journald.conf.d/zz.conf", PERSISTENT)
     if set_back:
         host.guest.put("/etc/systemd/system/set-back.service", SET_BACK)
@@ -141,13 +93,13 @@ def test_the_parts_add_up_to_the_blackout_that_a_witness_sees(
     online: Online, how: str, set_back: bool, number: int, tmp_path: Path
 ) -> None:
     host = with_heart(Host(online(VERSION)), set_back=set_back)
-    witness = Witness(host)
+    witness = Witness(host.guest.machine)
     witness.begin()
 
     now = ["--now"] if how == "now" else []
     assert host.guest.kexec(argv=("khoctl", "kexec", *image(VERSION), "--append", MARKER, *now)).how == "kexec"
 
-    silence = witness.silence()
+    silence = witness.silence().end
     host.khoctl("verify")
     log = fetch_log(host, tmp_path)
     timeline = build_timeline(log)
