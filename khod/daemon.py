@@ -23,6 +23,7 @@ from khod.engine import Engine, journal, status
 from khod.engine.announcements import announce_cold_boot, announce_findings, announce_image_barred
 from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
+from khod.engine.resources import is_up
 from khod.engine.sources import host_sources, simulated_sources
 from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.handover.machine import RESTING
@@ -53,6 +54,7 @@ from khod.simulated.kernel import Rebooted, SimulatedKernel
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.facts import BOOTED
 from khod.systemd.shutdown import Executor, Shutdown
+from khod.systemd.startup import wait_hooks_unit
 from khod.systemd.watchdog import ManagerWatchdogs
 from khod.text import join_names, one_line
 from khod.wire import SOCKET
@@ -133,6 +135,7 @@ class Daemon:
             inhibitors=self._host.inhibitors,
             shutdown=self._host.is_jumping,
             goes_down=self._host.goes_down,
+            host_up=self._host.host_up,
             registrations=Registrations(runtime / "registrations"),
             scanner=self._host.scanner,
             health=HealthChecks(opts.root, self._host.runner),
@@ -303,7 +306,7 @@ class _Host:
     """Everything around the kernel in which a real host and the simulated one differ: who jumps, and who is asked.
 
     `orderly` and `immediate` make the jump. `is_jumping` tells whether the host is on its way into the kexec, None
-    where nobody can tell; `goes_down` whether it is shut down at all.
+    where nobody can tell; `goes_down` whether it is shut down at all. `host_up` is as in `khod.engine.resources`.
     """
 
     orderly: Executor
@@ -313,6 +316,7 @@ class _Host:
     is_jumping_at_stop: Shutdown
     """The same with more time for the answer: khod is stopped, and has nothing else to do."""
     goes_down: Callable[[], Awaitable[bool]]
+    host_up: Callable[[], Awaitable[None]]
     runner: CommandRunner
     """Runs the commands of hooks."""
     scanner: Scanner
@@ -333,6 +337,7 @@ def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
         lambda: shutdown.kexec_job_pending(shutdown.ASK_UNDO_SECONDS),
         shutdown.kexec_job_pending,
         shutdown.goes_down,
+        wait_hooks_unit if booted else is_up,
         runner,
         ask_scanner if booted else scan_processes,
         ManagerWatchdogs() if booted else None,
@@ -347,7 +352,7 @@ def _simulated_host(jump: shutdown.Immediate) -> _Host:
         return False
 
     again = _StartAgain(jump)
-    return _Host(again, again, None, never, never, never, Children(), scan_processes, None, None)
+    return _Host(again, again, None, never, never, never, is_up, Children(), scan_processes, None, None)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 """Waiting with a time limit that holds whatever the awaited task does, even if it ignores its cancellation."""
 
 import asyncio
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Iterable
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 ANYTHING = (Exception, asyncio.CancelledError)
@@ -11,6 +11,8 @@ ANYTHING = (Exception, asyncio.CancelledError)
 CUT_SECONDS = 2.0
 """Seconds a cancelled task has to end; then it is left running. All waits of a task after its cancellation add up to
 less: this limit is for unexpected cases."""
+Since: TypeAlias = "asyncio.Future[None] | None"
+"""When a time limit begins, if that is not now."""
 
 _left_alone: "set[asyncio.Future[Any]]" = set()
 """Cancelled tasks that have not ended: without this reference they could be garbage-collected before their end."""
@@ -20,8 +22,10 @@ class StillRuns(TimeoutError):
     """The task did not end in time and still runs."""
 
 
-async def run_within(seconds: float, work: Awaitable[T]) -> T:
+async def run_within(seconds: float, work: Awaitable[T], since: Since = None) -> T:
     """Return or raise what `work` does; TimeoutError after `seconds`, and at most CUT_SECONDS later.
+
+    With `since` the seconds count from when that is done; `work` begins at once.
 
     `work` runs in a task of its own. It is cancelled once, at its deadline or when the caller is cancelled. If it does
     not end then, it is left running, and StillRuns is raised. A cancellation that came from neither becomes a
@@ -30,7 +34,7 @@ async def run_within(seconds: float, work: Awaitable[T]) -> T:
     task = asyncio.ensure_future(work)
     overdue = False
     try:
-        await asyncio.wait({task}, timeout=seconds)
+        await wait_within(seconds, [task], since)
     finally:
         if not task.done():
             overdue = True
@@ -45,6 +49,16 @@ async def run_within(seconds: float, work: Awaitable[T]) -> T:
     if task.cancelled():
         raise RuntimeError("it was cancelled, and nobody asked for that")
     return task.result()
+
+
+async def wait_within(seconds: float, tasks: "Iterable[asyncio.Future[Any]]", since: Since = None) -> None:
+    """Wait until all tasks are done, at most `seconds`, which count from when `since` is done."""
+    pending = {*tasks}
+    while pending and since is not None and not since.done():
+        done, _ = await asyncio.wait({since, *pending}, return_when=asyncio.FIRST_COMPLETED)
+        pending -= done
+    if pending:
+        await asyncio.wait(pending, timeout=seconds)
 
 
 async def settle_task(task: "asyncio.Future[Any]", seconds: float) -> bool:

@@ -23,7 +23,7 @@ from khod.engine.producer_operations import ProducerOperations
 from khod.engine.queries import Inhibitors, Pasts, Queries, new_run
 from khod.engine.quiescence import Quiescence
 from khod.engine.recorder import NO_SOURCES, Recorder, Sources
-from khod.engine.resources import Resources
+from khod.engine.resources import Resources, is_up
 from khod.engine.restoration import Restoration
 from khod.engine.signals import Signals
 from khod.engine.transaction import Transaction
@@ -63,9 +63,9 @@ class Engine:
     """The handover of one host. `tell` is called with every change, in the event loop.
 
     `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
-    asks whether the host is shut down in any way. `host` is what the step quiesce stops. `remember` takes each attempt
-    at its end, with facts of `sources`, and `past` returns what the checks of an image are told of the past; without
-    them the history does. `health` has the operator's checks, none by default.
+    asks whether the host is shut down in any way, `host_up` waits as in Resources. `host` is what the step quiesce
+    stops. `remember` takes each attempt at its end, with facts of `sources`, and `past` returns what the checks of an
+    image are told of the past; without them the history does. `health` has the operator's checks, none by default.
 
     One class of this size: most of it wires the parts, each of which hears of several others.
     """
@@ -86,6 +86,7 @@ class Engine:
         inhibitors: Inhibitors | None = None,
         shutdown: Shutdown | None = None,
         goes_down: Callable[[], Awaitable[bool]] | None = None,
+        host_up: Callable[[], Awaitable[None]] = is_up,
         workers: Workers | None = None,
         registrations: Registrations | None = None,
         scanner: Scanner = scan_processes,
@@ -111,6 +112,7 @@ class Engine:
             scanner,
             health or HealthChecks(NOWHERE, Children()),
             shutdown,
+            host_up,
         )
         self.history = HistoryService(
             store.directory / HISTORY_FILE,

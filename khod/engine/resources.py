@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the parts of the engine work with on this host."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from khod.config import Settings
@@ -13,12 +14,17 @@ from khod.producers.sessions import Sessions
 from khod.systemd.shutdown import Shutdown
 
 
+async def is_up() -> None:
+    """Return at once: the host has all of its services."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """The kernel's calls, the threads that make them, the files and sessions khod keeps, and the configuration.
 
     `health` has the operator's checks of verify.d. `scanner` finds the LUO sessions of every process. `shutdown` asks
-    systemd whether the host is on its way into the kexec; without it that is not known.
+    systemd whether the host is on its way into the kexec; without it that is not known. `host_up` returns when the host
+    has the services that hooks and health checks may need.
     """
 
     kexec: Kexec
@@ -29,3 +35,4 @@ class Resources:
     scanner: Scanner
     health: HealthChecks
     shutdown: Shutdown | None = None
+    host_up: Callable[[], Awaitable[None]] = is_up

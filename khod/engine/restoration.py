@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """After the jump: what arrived is compared with the snapshot, and the producers take back what they left."""
 
+import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 
+from khod.concurrency.bounded import Since
 from khod.engine.recorder import Recorder
 from khod.engine.resources import Resources
 from khod.engine.signals import Signals
@@ -48,6 +50,7 @@ class Restoration:
         self._workers = resources.workers
         self._settings = resources.settings
         self._scanner = resources.scanner
+        self._host_up = resources.host_up
         self._busy = signals.busy
         self._spawn = spawn
         self._recorder = recorder
@@ -133,7 +136,7 @@ class Restoration:
             began = time.monotonic()
             try:
                 if self._transaction.record.claims:
-                    verdict = await self._bring_back(barrier, verdict, self._settings.current.deadlines.restore)
+                    verdict = await self._bring_back_at_boot(barrier, verdict)
                     self._transaction.note_timing("restore", began)
                 else:
                     await self._note_blackout()
@@ -187,7 +190,15 @@ class Restoration:
         if record.outcome in (Phase.verified, Phase.degraded):
             await self._conclude_verification(verdict)
 
-    async def _bring_back(self, barrier: Barrier, verdict: Verdict, deadline: float) -> Verdict:
+    async def _bring_back_at_boot(self, barrier: Barrier, verdict: Verdict) -> Verdict:
+        """As `_bring_back`: the producers that wait for the host's services are given all of their time after that."""
+        host_up = asyncio.ensure_future(self._host_up())
+        try:
+            return await self._bring_back(barrier, verdict, self._settings.current.deadlines.restore, host_up)
+        finally:
+            host_up.cancel()
+
+    async def _bring_back(self, barrier: Barrier, verdict: Verdict, deadline: float, since: Since = None) -> Verdict:
         """Tell `restore` and then `finish`, rank by rank; return the verdict with who has its state again.
 
         A producer that is done leaves the claims. The others stay in them, so that what they left is given to nobody
@@ -196,7 +207,7 @@ class Restoration:
         told = self._transaction.record.claims
         members = [member for member in barrier.members if member.producer.restores_state]
         empty = [member for member in members if member.told is not Verb.finish]
-        failed = await barrier.bring_back(Verb.restore, empty, deadline)
+        failed = await barrier.bring_back(Verb.restore, empty, deadline, since)
         restored = [member for member in members if member not in failed]
         for member in restored:
             # Recorded before any session is finished: a producer that has its state again is not told to restore it
@@ -204,7 +215,7 @@ class Restoration:
             member.told = Verb.finish
         verdict = self._verification.add_contents(verdict, told)
         await self._transaction.note_claims(self._remaining_claims(barrier, set()), verdict)
-        failed += await barrier.bring_back(Verb.finish, restored, deadline)
+        failed += await barrier.bring_back(Verb.finish, restored, deadline, since)
         if any(member not in failed for member in members):
             await self._note_blackout()
         names = {member.producer.name for member in members}

@@ -37,6 +37,7 @@ class Verification:
         self._settings = resources.settings
         self._kept_files = resources.sessions.kept_files
         self._health = resources.health
+        self._host_up = resources.host_up
         self._is_first = False
         """Whether no khod before this one was in this boot: no producer was given its files before."""
         self._checks: list[HealthCheck] = []
@@ -77,6 +78,8 @@ class Verification:
 
     async def conclude(self, verdict: Verdict) -> Verdict:
         """Add what can be known once the producers have their state: the kernel log, and the health checks."""
+        if self._checks:
+            await self._host_up()
         checks = await self._health.run_checks(self._checks, self._transaction.record.arrived_run)
         return evidence.add_evidence(verdict, [await self._read_log(), *checks])
 

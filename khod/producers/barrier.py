@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from khod import model
-from khod.concurrency.bounded import CUT_SECONDS, StillRuns, run_within
+from khod.concurrency.bounded import CUT_SECONDS, Since, StillRuns, run_within, wait_within
 from khod.errors import (
     ConfigError,
     Failed,
@@ -339,22 +339,30 @@ class Barrier:
             failed += await self._gather_failures([pair for pair in told if pair[0].producer.is_reachable], UNDO[verb])
         return [*failed, *await self._gather_failures(absent, UNDO[verb])]
 
-    async def bring_back(self, verb: Verb, among: Sequence[Member], deadline: float) -> list[Member]:
+    async def bring_back(
+        self, verb: Verb, among: Sequence[Member], deadline: float, since: Since = None
+    ) -> list[Member]:
         """Tell `restore` or `finish` in rank order, also after a failure; return the members that failed.
 
-        Each has `deadline` seconds, or its own timeout if that is longer.
+        Each has `deadline` seconds, or its own timeout if that is longer, which count from when `since` is done.
         """
         failed: list[str] = []
         for rank in self._ranks:
-            calls = [(member, self._start_call(member, verb, deadline)) for member in rank if member in among]
-            failed += [name for name, _ in await self._gather_failures(calls, verb, deadline)]
+            calls = [(member, self._start_call(member, verb, deadline, since)) for member in rank if member in among]
+            failed += [name for name, _ in await self._gather_failures(calls, verb, deadline, since)]
         return [member for member in among if member.producer.name in failed]
 
-    def _start_call(self, member: Member, verb: Verb, deadline: float = 0.0) -> "asyncio.Future[KhoError | None]":
-        return asyncio.ensure_future(self._call_one(member, verb, max(deadline, member.producer.timeout)))
+    def _start_call(
+        self, member: Member, verb: Verb, deadline: float = 0.0, since: Since = None
+    ) -> "asyncio.Future[KhoError | None]":
+        return asyncio.ensure_future(self._call_one(member, verb, max(deadline, member.producer.timeout), since=since))
 
     async def _gather_failures(
-        self, calls: "Sequence[tuple[Member, asyncio.Future[KhoError | None]]]", verb: Verb, deadline: float = 0.0
+        self,
+        calls: "Sequence[tuple[Member, asyncio.Future[KhoError | None]]]",
+        verb: Verb,
+        deadline: float = 0.0,
+        since: Since = None,
     ) -> list[tuple[str, KhoError]]:
         """Wait for calls side by side, each with its own deadline; return the names and errors of those that failed.
 
@@ -364,7 +372,7 @@ class Barrier:
             return []
         longest = max(max(deadline, member.producer.timeout) for member, _ in calls)
         try:
-            await asyncio.wait([task for _, task in calls], timeout=longest + CUT_SECONDS)
+            await wait_within(longest + CUT_SECONDS, [task for _, task in calls], since)
         finally:
             for _, task in calls:
                 task.cancel()
@@ -383,7 +391,9 @@ class Barrier:
                 failed.append((member.producer.name, refusal))
         return failed
 
-    async def _call_one(self, member: Member, verb: Verb, deadline: float, left: float = math.inf) -> KhoError | None:
+    async def _call_one(
+        self, member: Member, verb: Verb, deadline: float, left: float = math.inf, since: Since = None
+    ) -> KhoError | None:
         """Tell one producer a verb; return the error that its refusal means, None for a yes."""
         producer, began = member.producer, time.monotonic()
         member.about, member.answer, member.began, member.progress = verb, "", began, None
@@ -406,7 +416,7 @@ class Barrier:
         refusal: KhoError | None = None
         try:
             try:
-                said = await run_within(deadline, producer.carry_out(telling))
+                said = await run_within(deadline, producer.carry_out(telling), since)
                 answer, done = said or READY, True
             except TimeoutError as error:
                 waited = f" ({member.answer})" if member.answer else ""

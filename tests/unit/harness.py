@@ -19,6 +19,7 @@ from khod.engine.cold_boot import BootEnds
 from khod.engine.guard import Seen, Uevent, Watch
 from khod.engine.queries import Pasts
 from khod.engine.recorder import Sources
+from khod.engine.resources import is_up
 from khod.errors import ConfigError
 from khod.handover.record import Record, Store
 from khod.history.model import AttemptRecord
@@ -236,6 +237,8 @@ class Host:
         """Where registrations outlive a khod; None where they do not."""
         self.goes_down: Callable[[], Awaitable[bool]] | None = None
         """What says whether the host is shut down, in whatever way; None where nobody can tell."""
+        self.host_up: Callable[[], Awaitable[None]] = is_up
+        """What waits for the services that hooks and health checks may need."""
         self.scanner: Scanner = scan_processes
         """What finds the LUO sessions of every process."""
         self.boot_ends: BootEnds = lambda _here, _until: []
@@ -282,6 +285,7 @@ class Host:
             tell=self._tell,
             shutdown=self.shutdown,
             goes_down=self.goes_down,
+            host_up=self.host_up,
             workers=workers,
             registrations=Registrations(self.registrations) if self.registrations else None,
             scanner=self.scanner,

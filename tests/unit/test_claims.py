@@ -56,6 +56,23 @@ async def degraded(host: LuoHost, *others: Participant, kind: str = "varlink") -
     return engine
 
 
+async def test_the_time_to_restore_begins_when_the_host_has_its_services(host: LuoHost) -> None:
+    """khod is started long before a producer that is an ordinary service."""
+    await jump(host)
+    soon = tuple(replace(holder, timeout=0.0) for holder in host.record.producers)
+    host.store.write(replace(host.record, producers=soon))
+    host.config = Config(deadlines=Deadlines(restore=0.0))
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    host.host_up = never
+    engine = await host.started()
+    async with holding(engine):
+        await reached(host, engine, Phase.verified)
+    assert Phase.degraded not in [event.phase for event in host.events]
+
+
 def waiting(host: LuoHost) -> bool:
     """Whether the previous kernel's memory is still there for whoever left it."""
     return len(host.fdstore.kept) == 1 and host.luo.unclaimed != set()

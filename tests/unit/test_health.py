@@ -127,6 +127,20 @@ async def test_health_checks_run_after_the_jump_and_are_shown(host: Host) -> Non
     assert verdict.reason == ""
 
 
+async def test_health_checks_wait_for_the_services_of_the_host(host: Host) -> None:
+    ran = host.directory / "ran"
+
+    async def come_up() -> None:
+        assert not ran.exists()
+        (host.directory / "up").touch()
+
+    host.host_up = come_up
+    lay(host.directory, fine=script(f"touch {ran}; test -e {host.directory}/up"))
+    verdict = await verified(host)
+    assert checks(verdict)["health fine"].result is CheckResult.passed
+    assert ran.exists()
+
+
 async def test_a_required_one_that_fails_degrades_and_a_wanted_one_is_only_shown(host: Host) -> None:
     lay(
         host.directory,
