@@ -24,6 +24,7 @@ from khod.producers.waiting import Gate, WaitingUnit, can_wait, waiting_argv
 from khod.systemd.dbus import Bus, BusError, Disconnected, ErrorAnswer, SharedBus
 from khod.systemd.manager import MANAGER, SETTLE_SECONDS, SYSTEMD, Systemd
 from khod.systemd.setting_values import Property
+from khod.systemd.startup import HOOKS_UNIT
 
 MAX_UNITS = 9
 """Units that one producer may have: what does not die keeps the name of its unit."""
@@ -35,6 +36,8 @@ CLD_EXITED = 1  # siginfo_t's si_code, as ExecMainCode has it
 STOP_STAGE_SECONDS = 0.25
 """TimeoutStopSec=: systemd goes through up to four stages of a stop with what does not die."""
 RECONNECT_SECONDS = 0.2
+AFTER_JUMP = ("restore", "finish", "verify")
+"""Commands that wait until the host has its services. Those of an undo must not: a shutdown waits for them."""
 
 
 class TransientUnits:
@@ -316,6 +319,8 @@ def _properties(command: Command, stdout: int, stderr: int, gate: Gate | None = 
     yield "IgnoreSIGPIPE", ("b", False)
     # With its default dependencies it would conflict with shutdown.target, and be refused there as destructive.
     yield "DefaultDependencies", ("b", False)
+    if command.verb in AFTER_JUMP:
+        yield "After", ("as", [HOOKS_UNIT])
     yield "CollectMode", ("s", "inactive-or-failed")
     yield "KillMode", ("s", "control-group")
     yield "KillSignal", ("i", int(signal.SIGKILL))

@@ -39,6 +39,7 @@ VITAL = (
     "-.mount",
     "kho-handover*",
     "kho-hook-*",
+    "kho-hooks*",
     "kho-sessions*",
     "kho-verify*",
     "dbus*",

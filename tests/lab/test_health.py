@@ -12,7 +12,16 @@ CHECKS = {
     "hangs": 'command = ["/bin/sleep", "1000"]\ntimeout = 3\nneed = "wanted"',
     "prints": 'command = ["/usr/bin/yes"]\ntimeout = 3\nneed = "wanted"',
     "forks": """command = ["/bin/sh", "-c", "sleep 1000 & exit 0"]""",
+    "late": """command = ["/usr/bin/systemctl", "is-active", "late.service"]""",
 }
+LATE = """\
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/bin/sleep 5
+[Install]
+WantedBy=multi-user.target
+"""
 
 
 def test_health_checks_run_in_units_of_their_own(online: Online) -> None:
@@ -25,13 +34,22 @@ def test_health_checks_run_in_units_of_their_own(online: Online) -> None:
     refused = host.checks(code=3)["health"]
     assert (refused["result"], "broken.toml:2" in refused["evidence"]) == ("fail", True)
     host.guest.put("/etc/kho/verify.d/broken.toml", 'command = ["/bin/false"]\n')
-    host.shell("sync")
+    host.guest.put("/etc/systemd/system/late.service", LATE)
+    host.guest.put("/etc/systemd/system/kho-hooks.service.d/late.conf", "[Unit]\nAfter=late.service\n")
+    host.shell("systemctl enable -q late; sync")
 
     host.kexec(VERSION)
 
     found = json.loads(host.khoctl("verify", "--json", code=7).stdout)["verdict"]
     results = {check["name"]: check["result"] for check in found["checks"] if check["name"].startswith("health ")}
-    wanted = {"fine": "passed", "hangs": "warn", "prints": "warn", "forks": "passed", "broken": "fail"}
+    wanted = {
+        "fine": "passed",
+        "hangs": "warn",
+        "prints": "warn",
+        "forks": "passed",
+        "late": "passed",
+        "broken": "fail",
+    }
     assert results == {f"health {name}": result for name, result in wanted.items()}
     (finding,) = found["findings"]
     assert (finding["source"], finding["subject"]) == ("health", "broken")

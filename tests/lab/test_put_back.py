@@ -272,11 +272,28 @@ def test_a_disk_that_is_plugged_in_while_active_ends_the_handover(host: Host) ->
 
 
 def test_a_load_attempted_while_kexec_load_is_disabled(host: Host) -> None:
-    """The sysctl stays set until a reboot, so this and the reset come last: what the boot came to stays, too."""
+    """The sysctl stays set until a reboot, so this and what reboots come last: what the boot came to stays, too."""
     host.shell("echo 1 > /proc/sys/kernel/kexec_load_disabled")
     refused = host.khoctl("kexec", *image("7.3.4"), code=3)
     assert "kexec_load_disabled" in refused.stderr
     idle(host)
+
+
+def test_a_rollback_at_shutdown_finds_the_services_of_the_host(host: Host) -> None:
+    ask = "systemctl is-active needed.service dbus.service > /var/thawed; sync"
+    host.guest.put("/etc/kho/producers.d/hook.toml", f"thaw = ['/bin/sh', '-c', '{ask}']\n")
+    host.guest.put("/etc/systemd/system/needed.service", "[Service]\nExecStart=/usr/bin/sleep infinity\n")
+    host.guest.put("/etc/systemd/system/kho-hooks.service.d/needed.conf", "[Unit]\nAfter=needed.service\n")
+    host.shell("systemctl daemon-reload; systemctl start needed; sync")
+    before = host.guest.boot_id
+    host.khoctl("activate")
+
+    host.guest.start(["systemctl", "reboot"])
+
+    assert host.guest.wait_reboot(before).how == "reset"
+    host.guest.wait_online()
+    assert host.shell("cat /var/thawed").split() == ["active"] * 2
+    host.shell("rm /etc/kho/producers.d/hook.toml; sync")
 
 
 @pytest.mark.proof

@@ -785,7 +785,13 @@ def test_what_is_no_name_of_a_unit(name: str) -> None:
     "name",
     [
         *("init.scope", "-.slice", "system.slice", "-.mount", "dbus.service", "dbus.socket", "dbus-broker.service"),
-        *("kho-handover.service", "kho-handover@x.service", "kho-verify.service", "kho-sessions.socket"),
+        *(
+            "kho-handover.service",
+            "kho-handover@x.service",
+            "kho-verify.service",
+            "kho-hooks.service",
+            "kho-sessions.socket",
+        ),
         *(
             "systemd-journald.service",
             "systemd-journald-dev-log.socket",
