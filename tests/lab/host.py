@@ -27,6 +27,7 @@ HOTPLUG = ("-device", "pcie-root-port,id=hot,chassis=1,slot=1")
 OUT = "/sys/kernel/debug/kho/out"
 MARKER = "khod-test.second=1"
 INSTANCE = "/sys/kernel/tracing/instances/boot_map"
+DROP_INS = "/etc/systemd/system/kho-handover.service.d"
 LINE = "written-before-the-jump"
 
 # An archive of a given size, to the byte: one member of zeros, which take no room on the disk.
@@ -156,10 +157,11 @@ class Host:
 
     def with_module(self) -> "Host":
         """Give this kernel the v3 interface, now and at every boot, and khod a fresh look at it."""
+        self.guest.put(f"{DROP_INS}/module.conf", "[Unit]\nAfter=systemd-modules-load.service\n")
         self.shell(
             f"d=/usr/lib/modules/$(uname -r); mkdir -p $d; cp {MODULE} $d/; depmod 2>/dev/null;"
             "echo kho_v3 > /etc/modules-load.d/kho_v3.conf; systemctl unmask -q systemd-modules-load.service;"
-            "modprobe kho_v3; sync; systemctl restart kho-handover"
+            "modprobe kho_v3; systemctl daemon-reload; sync; systemctl restart kho-handover"
         )
         return self
 
