@@ -232,8 +232,8 @@ def test_a_record_that_cannot_be_read_after_the_jump_loses_nothing(
 def test_a_reboot_by_somebody_else_in_the_middle_of_freezing(request: pytest.FixtureRequest, host: Host) -> None:
     """Seen with systemd 262: `systemctl reboot` is a kexec where an image is loaded, as it is by then on 7.3.4.
 
-    kv-store is ordered after khod, as README.md has it: systemd stops it first, frozen. On v3 no image is loaded yet,
-    so the host boots cold and says why.
+    systemd stops khod and kv-store, which is frozen, side by side. On v3 no image is loaded yet, so the host boots cold
+    and says why.
     """
     host.guest.put("/lab/gate", GATE)
     hooks(host, gate=GATE_HOOK)
