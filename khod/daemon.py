@@ -341,7 +341,7 @@ def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
         runner,
         ask_scanner if booted else scan_processes,
         ManagerWatchdogs() if booted else None,
-        SystemdHost(runner) if booted else None,
+        SystemdHost(runner, jump.filesystems) if booted else None,
     )
 
 

@@ -287,6 +287,8 @@ class Engine:
                 last = Step.load if request.load_only else Step.execute
                 if last is Step.execute:  # before the first step: nobody is frozen yet, unless an earlier call did that
                     await self._attempts.watchdog.arm(at_once=at_once)
+                    if at_once:
+                        await self._quiescence.guard_filesystems()
                 await self._transaction.run_steps(
                     self._attempts.remaining_steps(last, quiesces=quiesces), hold=request.hold
                 )
@@ -300,6 +302,7 @@ class Engine:
                 if self._transaction.phase is Phase.executing:
                     self._background.spawn_task(self._jump.watch_attempt(self._attempts.current_attempt()))
                 else:
+                    await self._quiescence.release_filesystems()
                     await self._attempts.watchdog.disarm()
 
     @asynccontextmanager

@@ -36,6 +36,16 @@ class Quiescence:
         assert self._host is not None, "as is_due says"
         return await self._host.survey_units(self.units_to_keep(callers))
 
+    async def guard_filesystems(self) -> None:
+        """Have the file systems thawed if khod dies at the jump: with that they may be frozen for it."""
+        if self._host is not None:
+            await self._host.guard_filesystems()
+
+    async def release_filesystems(self) -> None:
+        """End the guard: there was no jump."""
+        if self._host is not None:
+            await self._host.release_filesystems()
+
     async def stop_host(self, names: Sequence[str], callers: Sequence[str]) -> None:
         """Stop these units, as recorded."""
         assert self._host is not None, "as is_due says"

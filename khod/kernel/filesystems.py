@@ -6,7 +6,6 @@ reboot(2) returns, and first in a khod that finds the note of one that died in b
 """
 
 import errno
-import json
 import re
 import threading
 from collections.abc import Sequence
@@ -72,7 +71,7 @@ def list_filesystems(mounts: Sequence[Mount]) -> list[Mount]:
     """
     found: dict[str, Mount] = {}
     for mount in mounts:
-        if mount.is_local and not mount.is_read_only:
+        if mount.is_local and not mount.is_read_only and "\n" not in mount.path:
             best = found.get(mount.device)
             if best is None or (mount.is_whole and not best.is_whole):
                 found[mount.device] = mount
@@ -83,19 +82,20 @@ def list_filesystems(mounts: Sequence[Mount]) -> list[Mount]:
 class FrozenFileSystems:
     """Freezes and thaws the local file systems. `note` is a file in memory (/run) with those that may be frozen.
 
-    Without a note none is frozen: nobody would thaw it after khod's death.
+    Without a note, and while `is_guarded` is not set, none is frozen: nobody would thaw it after khod's death.
     """
 
     def __init__(self, calls: Calls, note: Path | None) -> None:
         self._calls = calls
         self.note = note
+        self.is_guarded = False
 
     def freeze_all(self, given_up: threading.Event) -> None:
         """Freeze every local file system; OSError names the one that cannot be frozen, with the others thawed again.
 
         EBUSY: another program (a backup) has frozen it. Once `given_up` is set, all are thawed again (ECANCELED).
         """
-        if self.note is None or not self._calls.path_exists(MOUNTINFO):
+        if self.note is None or not self.is_guarded or not self._calls.path_exists(MOUNTINFO):
             return
         mounts = list_filesystems(parse_mounts(self._calls.read_file(MOUNTINFO).decode(errors="surrogateescape")))
         frozen: list[str] = []
@@ -134,15 +134,15 @@ class FrozenFileSystems:
 
 
 def write_note(note: Path, paths: Sequence[str]) -> None:
-    """Write which file systems may be frozen."""
+    """Write which file systems may be frozen, a line each: a shell script reads it too."""
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(list(paths)))
+    note.write_text("".join(f"{path}\n" for path in paths), errors="surrogateescape")
 
 
 def read_note(note: Path) -> list[str]:
-    """Return what a note names; nothing if it is not there, or was only half written."""
-    with suppress(OSError, ValueError, TypeError):
-        return [path for path in json.loads(note.read_text()) if isinstance(path, str)]
+    """Return what a note names; nothing if it is not there."""
+    with suppress(OSError):
+        return note.read_text(errors="surrogateescape").splitlines()
     return []
 
 

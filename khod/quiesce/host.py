@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from khod.errors import Failed, Refused
+from khod.kernel.filesystems import FrozenFileSystems
 from khod.producers.commands import CommandRunner
 from khod.quiesce import last_acts, units
 from khod.quiesce.selection import KHOD_UNITS, Selection, select_units
+from khod.quiesce.thaw_guard import ThawGuard
 from khod.systemd.dbus import BusError, systemd_bus
 from khod.text import join_names
 
@@ -70,12 +72,19 @@ class Host(Protocol):
     async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
         """Start these units again; return those that do not run, with the reason. Raises nothing."""
 
+    async def guard_filesystems(self) -> bool:
+        """Have them thawed if khod dies while they are frozen; whether they will be frozen. Raises nothing."""
+
+    async def release_filesystems(self) -> None:
+        """End that guard, once they are thawed."""
+
 
 class SystemdHost:
-    """A host that systemd runs; `runner` runs the commands of last_acts."""
+    """A host that systemd runs; `runner` runs the commands of last_acts, and the guard of the file systems."""
 
-    def __init__(self, runner: CommandRunner) -> None:
+    def __init__(self, runner: CommandRunner, filesystems: FrozenFileSystems) -> None:
         self._runner = runner
+        self._guard = ThawGuard(runner, filesystems)
         self._has_acted = False
         """Whether the end of this boot was written."""
 
@@ -114,6 +123,14 @@ class SystemdHost:
             raise Failed(
                 f"systemd did not stop the host's units: {error}", where="quiesce", remedy="Look at systemctl status."
             ) from error
+
+    async def guard_filesystems(self) -> bool:
+        """As Host has it."""
+        return await self._guard.start()
+
+    async def release_filesystems(self) -> None:
+        """As Host has it."""
+        await self._guard.stop()
 
     async def _stop_rounds(self, names: Sequence[str], keep: Mapping[str, str]) -> None:
         for _ in range(ROUNDS):

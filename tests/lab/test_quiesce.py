@@ -39,6 +39,26 @@ keep = ["needed.service"]
 """
 
 
+DIES = """\
+import asyncio, os, signal, threading
+from pathlib import Path
+from khod.abi.calls import HostCalls
+from khod.kernel.filesystems import FrozenFileSystems, read_note
+from khod.producers.transient import TransientUnits
+from khod.quiesce.thaw_guard import ThawGuard
+
+async def main():
+    filesystems = FrozenFileSystems(HostCalls(), Path("/run/khod/frozen-filesystems"))
+    log = open("/tmp/dies.log", "w")  # in memory
+    assert await ThawGuard(TransientUnits(), filesystems).start()
+    filesystems.freeze_all(threading.Event())
+    print("FROZEN", *read_note(filesystems.note), file=log, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
 @pytest.fixture(scope="module")
 def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Give one host to the whole file, with units of all kinds that quiesce meets."""
@@ -52,7 +72,7 @@ def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
 def install(host: Host) -> None:
     """Put the units into the host and start them."""
     for name, text in UNITS.items():
-        host.guest.put(f"/etc/systemd/system/{name}", text)
+        host.guest.put(f"/usr/lib/systemd/system/{name}", text)
     host.shell(f"systemctl daemon-reload; systemctl start {' '.join(RUNNING)}")
 
 
@@ -106,6 +126,16 @@ def test_plan_names_what_is_stopped_and_a_veto_at_freeze_starts_it_again(host: H
         assert host.shell("systemctl show -p ExecMainStartTimestampMonotonic --value needed.service") == kept
 
 
+def test_the_file_systems_are_thawed_where_khod_dies_at_the_jump(host: Host) -> None:
+    """The next khod could not: systemd calls mkdir(2) for its sandbox, which waits for ever on a frozen root."""
+    host.guest.put("/tmp/dies.py", DIES)
+    host.guest.run(["python3", "/tmp/dies.py"], check=False)
+    host.shell("timeout 20 sh -c 'while [ -e /run/khod/frozen-filesystems ]; do sleep 0.1; done'")
+    host.shell("timeout 5 sh -c 'echo x > /var/lib/x; sync; rm /var/lib/x'")
+    assert "FROZEN /" in host.guest.get("/tmp/dies.log").decode()
+    assert host.shell("systemctl list-units --plain --no-legend 'kho-thaw-guard*'") == ""
+
+
 def test_the_journal_of_an_orderly_jump_is_whole_and_its_file_systems_are_clean(online: Online) -> None:
     host = Host(online("7.3.4"))
     install(host)
@@ -119,7 +149,7 @@ def test_the_journal_of_an_orderly_jump_is_whole_and_its_file_systems_are_clean(
 
 
 def test_a_unit_that_hangs_in_its_stop_is_refused_and_everything_runs_again(host: Host) -> None:
-    host.guest.put("/etc/systemd/system/hangs.service", HANGS)
+    host.guest.put("/usr/lib/systemd/system/hangs.service", HANGS)
     host.shell("systemctl daemon-reload; systemctl start hangs.service")
     with producer(host, 'freeze = ["/bin/touch", "/run/frozen"]\n'), unchanged(host):
         said = host.khoctl("kexec", *image("7.3.4"), code=3).stderr
@@ -142,7 +172,9 @@ def test_khod_killed_while_it_stops_the_host_starts_it_again(host: Host) -> None
         pending.wait(60)
         host.shell("timeout 60 sh -c 'until systemctl -q is-active worker.service; do sleep 0.1; done'")
         host.settled()
-    host.shell("rm /etc/systemd/system/hangs.service; systemctl kill -s KILL hangs.service; systemctl daemon-reload")
+    host.shell(
+        "rm /usr/lib/systemd/system/hangs.service; systemctl kill -s KILL hangs.service; systemctl daemon-reload"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 """Which file systems are frozen for the jump, in which order, and that each is thawed whatever happens."""
 
 import errno
-import json
 import os
 import threading
 from pathlib import Path
@@ -42,7 +41,7 @@ class Calls(HostCalls):
         self.noted: list[list[str]] = []
 
     def freeze_filesystem(self, path: str) -> None:
-        self.noted.append(json.loads(self.note.read_text()))
+        self.noted.append(self.note.read_text().splitlines())
         if number := self.fails.get(path):
             raise OSError(number, os.strerror(number), path)
         self.frozen.append(path)
@@ -59,12 +58,18 @@ def calls(tmp_path: Path) -> Calls:
     return Calls(tmp_path)
 
 
+def guarded(calls: Calls) -> FrozenFileSystems:
+    found = FrozenFileSystems(calls, calls.note)
+    found.is_guarded = True
+    return found
+
+
 def test_local_writable_file_systems_are_frozen_once_the_newest_first_and_the_root_last() -> None:
     assert [mount.path for mount in list_filesystems(parse_mounts(MOUNTINFO))] == FROZEN
 
 
 def test_each_is_noted_before_it_is_frozen_and_thawed_the_root_first(calls: Calls) -> None:
-    filesystems = FrozenFileSystems(calls, calls.note)
+    filesystems = guarded(calls)
     filesystems.freeze_all(threading.Event())
     assert calls.frozen == FROZEN
     assert calls.noted == [FROZEN[:count] for count in range(1, 5)]
@@ -76,7 +81,7 @@ def test_each_is_noted_before_it_is_frozen_and_thawed_the_root_first(calls: Call
 
 def test_a_kind_that_cannot_be_frozen_is_passed_over(calls: Calls) -> None:
     calls.fails["/data"] = errno.EOPNOTSUPP
-    FrozenFileSystems(calls, calls.note).freeze_all(threading.Event())
+    guarded(calls).freeze_all(threading.Event())
     assert calls.frozen == ["/loop", "/srv/a b", "/"]
 
 
@@ -84,7 +89,7 @@ def test_a_kind_that_cannot_be_frozen_is_passed_over(calls: Calls) -> None:
 def test_one_that_fails_thaws_the_others_and_is_named(calls: Calls, number: int) -> None:
     calls.fails["/srv/a b"] = number
     with pytest.raises(OSError, match="/srv/a b") as raised:
-        FrozenFileSystems(calls, calls.note).freeze_all(threading.Event())
+        guarded(calls).freeze_all(threading.Event())
     assert raised.value.errno == number
     assert calls.frozen == []
     assert "/srv/a b" not in calls.thawed, "another program has frozen it"
@@ -94,13 +99,14 @@ def test_a_freeze_that_is_given_up_leaves_none_frozen(calls: Calls) -> None:
     given_up = threading.Event()
     given_up.set()
     with pytest.raises(OSError, match="FIFREEZE") as raised:
-        FrozenFileSystems(calls, calls.note).freeze_all(given_up)
+        guarded(calls).freeze_all(given_up)
     assert raised.value.errno == errno.ECANCELED
     assert calls.frozen == []
 
 
-def test_without_a_note_nothing_is_frozen(calls: Calls) -> None:
+def test_without_a_note_or_a_guard_nothing_is_frozen(calls: Calls) -> None:
     FrozenFileSystems(calls, None).freeze_all(threading.Event())
+    FrozenFileSystems(calls, calls.note).freeze_all(threading.Event())
     assert calls.frozen == []
 
 

@@ -33,6 +33,7 @@ class Around:
         self.fails: BaseException | None = None
         self.stuck: dict[str, str] = {}
         self.keep: Mapping[str, str] = {}
+        self.is_guarded = False
 
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
         self.keep = keep
@@ -44,6 +45,13 @@ class Around:
             if self.fails is not None and number == 1:
                 raise self.fails
             self.running.discard(name)
+
+    async def guard_filesystems(self) -> bool:
+        self.is_guarded = True
+        return True
+
+    async def release_filesystems(self) -> None:
+        self.is_guarded = False
 
     async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:  # noqa: ARG002
         self.asked.append("start")
@@ -77,6 +85,7 @@ async def test_it_comes_between_prepare_and_freeze_and_is_recorded_before(host: 
         await host.kexec(engine)
     assert seen == [((), False, sorted(UNITS)), (UNITS, True, [])]
     assert around(host).asked == ["stop"]
+    assert around(host).is_guarded, "the file systems may be frozen"
 
 
 @in_virtual_time
@@ -115,6 +124,7 @@ async def test_a_reboot_that_fails_starts_everything_again(
         await host.kexec(engine)
     assert around(host).running == {*UNITS}
     assert engine.record.phase is Phase.idle
+    assert not around(host).is_guarded
 
 
 @in_virtual_time
