@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A process that thaws the file systems where khod dies between FIFREEZE and the jump.
 
-The next khod cannot: seen with systemd 262 and 7.3.4, whatever sets up its sandbox calls mkdir(2) before khod is
-executed, and that waits for ever on a frozen file system. So a unit of its own, started before the freeze, waits for the
+The next khod cannot. Seen with systemd 262 and 7.3.4: whatever sets up its sandbox calls mkdir(2) before khod is
+executed, which waits for ever on a frozen file system. So a unit of its own, started before the freeze, waits for the
 end of khod: khod holds the write end of a FIFO.
 """
 
