@@ -7,12 +7,13 @@ is an error with file and line, because a misspelled policy must not silently be
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from khod.errors import ConfigError
 from khod.files import list_toml, read_toml, require_type
+from khod.frozen import dataclass
 
 MAIN = "etc/kho/khod.toml"
 JUDGEMENTS = ("default", "warn", "fail", "off")

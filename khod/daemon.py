@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from khod import __version__, server
@@ -26,6 +26,7 @@ from khod.engine.queries import Inhibitors
 from khod.engine.resources import is_up
 from khod.engine.sources import host_sources, simulated_sources
 from khod.errors import ConfigError, Exit, KhoError, Refused
+from khod.frozen import dataclass
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
 from khod.history.model import AttemptRecord

@@ -7,7 +7,9 @@ seconds since the epoch.
 
 import enum
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
+
+from khod.frozen import dataclass
 
 
 class Phase(enum.Enum):

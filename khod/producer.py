@@ -31,13 +31,14 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from khod import wire
 from khod.client.connection import MAX_FDS, Connection
 from khod.errors import KhoError, Unreachable
+from khod.frozen import dataclass
 
 LOG = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0

@@ -10,9 +10,10 @@ an array of struct kho_mem { u64 addr; u64 len; }.
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from khod.errors import MalformedTree
+from khod.frozen import dataclass
 from khod.region import Region
 
 KHO_MEM = struct.Struct("=QQ")  # struct kho_mem of the v3 series

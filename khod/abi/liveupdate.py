@@ -9,10 +9,10 @@ import errno
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 from khod.abi.named import os_error_context
+from khod.frozen import dataclass
 
 # include/uapi/linux/liveupdate.h
 LIVEUPDATE_IOCTL_TYPE = 0xBA

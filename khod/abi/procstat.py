@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the kernel tells of a process in /proc/PID/stat: proc_pid_stat(5)."""
 
-from dataclasses import dataclass
 from pathlib import Path
+
+from khod.frozen import dataclass
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ called for a descriptor that another process has sent.
 import ctypes
 import os
 import struct
-from dataclasses import dataclass
 
 from khod.abi.named import os_error_context
+from khod.frozen import dataclass
 
 AT_EMPTY_PATH = 0x1000  # include/uapi/linux/fcntl.h
 AT_STATX_DONT_SYNC = 0x4000

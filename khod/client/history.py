@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The calls about past attempts; apart from `khod.client.handover`, so that `khoctl status` does not import them."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from khod.client.handover import Client
+from khod.frozen import dataclass
 from khod.history.model import AttemptRecord, AttemptSummary
 
 PAGE_ATTEMPTS = 500

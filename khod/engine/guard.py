@@ -17,12 +17,12 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
 import pyudev
 
 from khod.abi.devices import BOUND_DEVICES
 from khod.errors import Failed, errno_text
+from khod.frozen import dataclass
 
 SO_RCVBUFFORCE = 33
 """include/uapi/asm-generic/socket.h. Python's socket module lacks it."""

@@ -9,7 +9,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from khod.concurrency.worker import Worker
 from khod.config import Settings
 from khod.engine.announcements import announce_set_aside
 from khod.errors import Failed, KhoError, errno_text
+from khod.frozen import dataclass
 from khod.history.database import Bounds, Database
 from khod.history.model import AttemptRecord, AttemptSummary
 from khod.history.opening import is_damage, open_database, was_moved

@@ -9,13 +9,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from khod.concurrency.worker import Worker
 from khod.engine.run_logs import FILE_SECONDS, RunLogs
 from khod.errors import KhoError
+from khod.frozen import dataclass
 from khod.handover.machine import RESTING
 from khod.handover.record import Record
 from khod.history.log import Entry

@@ -2,9 +2,9 @@
 """What the parts of the engine work with on this host."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from khod.config import Settings
+from khod.frozen import dataclass
 from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers

@@ -7,12 +7,12 @@ thawed even if that has not ended: a kernel call that hangs must keep no produce
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from khod.concurrency.bounded import CUT_SECONDS, run_within
 from khod.config import Deadlines
 from khod.engine.attempt import Attempt
 from khod.errors import KhoError
+from khod.frozen import dataclass
 from khod.model import NotUndone, Step
 from khod.producers.barrier import UNDO, Participant, Verb
 from khod.producers.order import order_in_ranks

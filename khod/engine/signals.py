@@ -2,7 +2,9 @@
 """What the parts of the engine wait for."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from khod.frozen import dataclass
 
 
 @dataclass(frozen=True)

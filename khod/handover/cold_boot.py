@@ -4,8 +4,9 @@
 import math
 import re
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
+from khod.frozen import dataclass
 from khod.handover.record import Record
 from khod.kernel.pstore import PANIC
 from khod.model import ColdBoot, Phase

@@ -7,11 +7,12 @@ check, never a finding: a finding makes the handover degraded.
 
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from khod.abi import fdt
 from khod.abi.kexec_metadata import parse_metadata
 from khod.errors import MalformedTree
+from khod.frozen import dataclass
 from khod.handover.record import Record
 from khod.kernel.boot_log import BootLog
 from khod.kernel.cmdline import is_marked

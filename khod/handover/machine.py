@@ -7,8 +7,9 @@ requires; `TRANSITIONS` has the phases that may follow each phase. A test compar
 with an errno.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from khod.frozen import dataclass
 from khod.model import Order, Phase, Step
 
 

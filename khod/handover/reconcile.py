@@ -2,9 +2,10 @@
 """At start, compare the record with the kernel; each disagreement has a phase of its own."""
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from khod.errors import RecordError
+from khod.frozen import dataclass
 from khod.handover.machine import HELD, RESTING, STEPS
 from khod.handover.record import Record
 from khod.kernel.cmdline import is_marked, run_mark

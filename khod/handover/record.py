@@ -9,11 +9,12 @@ import errno
 import json
 import os
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 
 from khod import wire
 from khod.errors import RecordError, errno_text
+from khod.frozen import dataclass
 from khod.handover.snapshots import Snapshots
 from khod.model import (
     Begun,

@@ -19,11 +19,11 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from khod.errors import errno_text
+from khod.frozen import dataclass
 from khod.kernel.protocol import Tree
 from khod.text import join_names
 

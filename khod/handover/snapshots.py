@@ -14,11 +14,11 @@ import os
 import tempfile
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from khod import config
 from khod.errors import RecordError, UsageError, errno_text
+from khod.frozen import dataclass
 from khod.handover import snapshot_directory as files
 from khod.handover.snapshot_directory import DamagedError, SnapshotEntry
 from khod.kernel.protocol import Tree

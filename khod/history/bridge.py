@@ -6,9 +6,9 @@ clock. Each result has the maximum error that follows from how its clocks were r
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
+from khod.frozen import dataclass
 from khod.history.model import ClockReading, ClockSource
 
 MAX_SLEW = 500e-6

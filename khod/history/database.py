@@ -7,9 +7,10 @@ others are returned.
 
 import sqlite3
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from khod.errors import Failed, UsageError
+from khod.frozen import dataclass
 from khod.history import documents, trial
 from khod.history.model import AttemptRecord, AttemptSummary
 from khod.history.trial import ImageTrial

@@ -2,8 +2,8 @@
 """What khod's events of a run say of its time: the steps before the jump, and who took back what after it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from khod.frozen import dataclass
 from khod.history.model import RowKind
 from khod.history.stretches import Stretch
 from khod.model import Event, EventKind, Phase, Step

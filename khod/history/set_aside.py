@@ -5,8 +5,9 @@ import enum
 import os
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+from khod.frozen import dataclass
 
 COMPANIONS = ("", "-journal", "-wal", "-shm")
 """The endings of the files that belong together: SQLite applies a journal to whatever database has its name."""

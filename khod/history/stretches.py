@@ -2,8 +2,8 @@
 """Lay stretches of time end to end, in whole microseconds, so that they add up exactly."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from khod.frozen import dataclass
 from khod.history.model import RowKind, TimelineRow
 
 MICROSECONDS = 10**6

@@ -4,10 +4,10 @@
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 
 from khod.errors import Refused
+from khod.frozen import dataclass
 from khod.images import elf
 from khod.images.elf import Read
 

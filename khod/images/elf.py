@@ -3,7 +3,8 @@
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from khod.frozen import dataclass
 
 MAGIC = b"\x7fELF\x02"  # ELFCLASS64
 ORDER = {1: "<", 2: ">"}

@@ -6,9 +6,9 @@ import re
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from khod.errors import Refused
+from khod.frozen import dataclass
 from khod.images import accepted, compressed
 from khod.images.sealed import ALIGNMENT, Sealed
 

@@ -5,9 +5,9 @@ import enum
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from khod.errors import KhoError, Refused
+from khod.frozen import dataclass
 from khod.images import compressed, contents, header, pe, sealed
 from khod.images.contents import MARKS, Contents
 from khod.images.header import Header

@@ -2,9 +2,9 @@
 """The PE headers of EFI kernels and unified kernel images (PE Format, Microsoft), as far as khod needs them."""
 
 import struct
-from dataclasses import dataclass
 
 from khod.errors import Refused
+from khod.frozen import dataclass
 
 DOS_HEADER, E_LFANEW = 0x40, 0x3C
 COFF = struct.Struct("<4sHHIIIHH")  # with the signature before it

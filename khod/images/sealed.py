@@ -7,12 +7,12 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from khod.errors import Refused, errno_text
 from khod.files import check_regular
+from khod.frozen import dataclass
 
 CHUNK_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE

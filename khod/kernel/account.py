@@ -5,11 +5,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from khod.abi.statx import statx
 from khod.errors import Refused, errno_text
+from khod.frozen import dataclass
 from khod.kernel.luo import describe_fd
 from khod.kernel.memory import MemoryBounds
 from khod.model import Kept

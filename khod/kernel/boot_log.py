@@ -8,9 +8,10 @@ those of systemd-shutdown and systemd, which say `Failed to preserve LUO fd` of 
 import re
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from khod.abi.calls import Calls, Log
+from khod.frozen import dataclass
 from khod.kernel.log import LOG_KERN, RECORD_BYTES, LogRecord, parse_record
 from khod.text import printable, shorten
 

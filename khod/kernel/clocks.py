@@ -9,12 +9,12 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 from khod.abi.calls import Calls
 from khod.abi.clock_device import read_clock_device
 from khod.abi.devices import BOUND_DEVICES
+from khod.frozen import dataclass
 from khod.history.model import ClockReading, Moment
 from khod.kernel.kexec import BOOT_ID
 from khod.kernel.tracing import read_tsc

@@ -10,10 +10,10 @@ import re
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from khod.abi.calls import Calls
+from khod.frozen import dataclass
 
 MOUNTINFO = "/proc/self/mountinfo"
 NOTE_NAME = "frozen-filesystems"

@@ -7,12 +7,13 @@ handed over.
 
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from weakref import WeakKeyDictionary
 
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.fdt import MAGIC
 from khod.errors import KhoError, Refused
+from khod.frozen import dataclass
 from khod.images import sealed
 from khod.images.kernel import KernelImageInfo, unpack_image
 from khod.kernel import debugfs

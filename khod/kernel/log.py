@@ -7,9 +7,10 @@ behind the last record; a call that succeeds costs no more than that. The record
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from khod.abi.calls import Log
+from khod.frozen import dataclass
 from khod.model import Step
 from khod.text import printable, shorten
 

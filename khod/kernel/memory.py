@@ -6,8 +6,9 @@ memory.
 """
 
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from khod.frozen import dataclass
 
 MEMINFO = "proc/meminfo"
 CGROUP = "proc/self/cgroup"

@@ -9,7 +9,8 @@ these, unless they are between double quotes. 0x85 is not a space to it, nor is 
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from khod.frozen import dataclass
 
 WORD = re.compile(rb'(?:[^\t-\r \xa0"]|"[^"]*(?:"|\Z))+')
 """What one call of next_arg() reads: double quotes keep white space together, an open one extends to the end."""

@@ -4,9 +4,8 @@
 Distributions turn options off, Kconfig help texts are wrong, and vendors ship v3 with other version numbers.
 """
 
-from dataclasses import dataclass
-
 from khod.abi.calls import Calls
+from khod.frozen import dataclass
 from khod.kernel import debugfs, sysfs
 from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.errnos import SCRATCH_PARAMETERS

@@ -2,9 +2,10 @@
 """What every KHO generation offers, and the state tree."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
+from khod.frozen import dataclass
 from khod.model import Generation, Order
 from khod.region import Region
 

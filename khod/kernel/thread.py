@@ -8,9 +8,10 @@ not delay an undo. The outgoing tree is read in this thread, because v3 deadlock
 leaves the active phase.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from khod.concurrency.worker import Worker
+from khod.frozen import dataclass
 
 
 class KernelThread(Worker):

@@ -10,9 +10,9 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from khod.abi.calls import Calls
+from khod.frozen import dataclass
 from khod.kernel.sysfs import KHO
 
 TRACING = "/sys/kernel/tracing"

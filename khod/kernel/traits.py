@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The differences between generations, as traits: code above `khod.kernel` asks for these, never for the generation."""
 
-from dataclasses import dataclass
-
 from khod.abi import fdt
 from khod.errors import MalformedTree
+from khod.frozen import dataclass
 from khod.kernel.protocol import Tree
 from khod.model import Generation
 

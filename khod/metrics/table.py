@@ -8,9 +8,10 @@ text in its labels. One of several states is a series for each, of which one is 
 import enum
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from khod import __version__
+from khod.frozen import dataclass
 from khod.handover.machine import RESTING
 from khod.history.model import AttemptSummary
 from khod.model import FindingSeverity, FindingSource, Phase, Producer, Status

@@ -9,8 +9,8 @@ calibrates no delay (init/calibrate.c and arch/x86/kernel/tsc.c of 7.3.4, also w
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
+from khod.frozen import dataclass
 from khod.history.model import BootCost, RowKind, Timeline
 from khod.images.initrd import Initrd
 from khod.kernel.kconfig import is_not_set, is_set

@@ -2,11 +2,12 @@
 """The input of the checks, and the result of each."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Self
 
 from khod.config import Config
 from khod.errors import KhoError
+from khod.frozen import dataclass
 from khod.handover.record import Record, Store
 from khod.history.trial import Past
 from khod.kernel.kexec import Kexec

@@ -7,9 +7,9 @@ of an orderly jump. No property on the bus has the setting, so its files are rea
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 
 from khod.abi.calls import Calls
+from khod.frozen import dataclass
 from khod.kernel.next_arg import kernel_words, parse_word
 from khod.systemd.time_span import parse_span
 from khod.text import ASCII_SPACE

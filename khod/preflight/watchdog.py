@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The watchdog that is to watch over the jump: whether it would be armed, and would run long enough."""
 
-from dataclasses import dataclass
-
 from khod.config import Config, WatchdogSettings
+from khod.frozen import dataclass
 from khod.kernel.host import Watchdog, keeps_watchdogs, list_watchdogs
 from khod.preflight.facts import CheckFinding, Facts
 from khod.systemd import facts as systemd

@@ -11,7 +11,7 @@ import enum
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Protocol
 
 from khod import model
@@ -26,6 +26,7 @@ from khod.errors import (
     Refused,
     Unsupported,
 )
+from khod.frozen import dataclass
 from khod.handover.record import ProducerRecord
 from khod.producers.order import Ordered, order_in_ranks
 

@@ -2,9 +2,10 @@
 """How the commands of producers are run: started, waited for, and ended with all they started."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
+from khod.frozen import dataclass
 from khod.systemd.setting_values import Property
 
 LAUNCHER = "/usr/bin/env"

@@ -6,13 +6,13 @@ import errno
 import re
 import traceback
 from collections.abc import Awaitable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from khod.concurrency.bounded import raise_if_cancelling
 from khod.errors import ConfigError, KhoError, UsageError
 from khod.files import require_type
+from khod.frozen import dataclass
 from khod.handover.record import ProducerRecord
 from khod.producers.barrier import ParticipantVeto, ProducerCall
 from khod.producers.output import STDERR

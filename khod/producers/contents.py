@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from typing import Protocol
@@ -22,6 +22,7 @@ from khod.abi.statx import statx
 from khod.concurrency.worker import Worker
 from khod.config import VerifySettings
 from khod.errors import KhoError, errno_text
+from khod.frozen import dataclass
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource, Kept, Spot
 from khod.text import join_names
 

@@ -7,7 +7,6 @@ They run after the jump, once the producers have their state: side by side, each
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from khod.concurrency.bounded import run_within
 from khod.config import Fragment
 from khod.errors import ConfigError, KhoError, UsageError
 from khod.files import list_toml, read_toml, require_type
+from khod.frozen import dataclass
 from khod.handover.evidence import Evidence
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource
 from khod.producers.barrier import ParticipantVeto

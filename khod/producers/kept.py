@@ -2,8 +2,9 @@
 """A VM whose guest is kept, and which others start: khod-vm@NAME.service reads its file, and is the producer."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from khod.frozen import dataclass
 from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.children import Children
 from khod.producers.commands import CommandRunner

@@ -11,9 +11,10 @@ import asyncio
 import enum
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from khod.errors import UsageError
+from khod.frozen import dataclass
 from khod.handover.record import Owner, Process, ProducerRecord
 from khod.producers.barrier import GONE, UNDONE_BY, ParticipantVeto, ProducerCall, Verb
 from khod.producers.claim import Claim

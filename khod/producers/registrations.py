@@ -9,10 +9,10 @@ nothing of it is synced.
 import errno
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from khod import wire
+from khod.frozen import dataclass
 from khod.handover.record import Owner, Process
 
 MAX_LINES = 1 << 14

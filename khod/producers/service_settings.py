@@ -9,7 +9,6 @@ release after 258).
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 
 from khod.config import Fragment
 from khod.errors import ConfigError
+from khod.frozen import dataclass
 from khod.systemd import setting_values as values
 from khod.systemd.setting_values import Property, Suffixed
 from khod.text import printable, shorten

@@ -7,10 +7,11 @@ what lies in a file descriptor store that outlives its unit (since 261). An imme
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from khod.abi.calls import Calls
+from khod.frozen import dataclass
 from khod.model import Finding, FindingSource, LuoSession, SessionFate, Verdict
 from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, Scanner, SessionScan, scan_processes
 from khod.systemd.facts import BOOTED, SystemdFacts

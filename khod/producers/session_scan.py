@@ -9,10 +9,11 @@ runs the host: `khod.producers.session_scanner` looks there, in a unit of its ow
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.liveupdate import Session
+from khod.frozen import dataclass
 from khod.producers.cgroup import units_in
 
 COMM_LENGTH = 15

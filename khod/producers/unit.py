@@ -16,10 +16,11 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from fnmatch import fnmatchcase
 
 from khod.errors import UsageError
+from khod.frozen import dataclass
 from khod.producers.barrier import GONE, NOT_RECORDED, ParticipantVeto, ProducerCall, Verb
 from khod.producers.commands import CommandRunner
 from khod.producers.configured import Configured, one_line

@@ -7,10 +7,11 @@ with RemainAfterExit= and loses transient units for good (seen with systemd 262)
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from khod.errors import Failed, Refused
+from khod.frozen import dataclass
 from khod.kernel.filesystems import FrozenFileSystems
 from khod.producers.commands import CommandRunner
 from khod.quiesce import last_acts, units

@@ -10,10 +10,10 @@ import asyncio
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from khod.frozen import dataclass
 from khod.producers.barrier import ParticipantVeto
 from khod.producers.commands import Command, CommandRunner
 from khod.producers.execution import PATH, Execution

@@ -6,9 +6,9 @@ one that belongs to the base of the system. Scopes (sessions, virtual machines),
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from khod.frozen import dataclass
 from khod.text import join_names
 
 TRIGGERS = (".timer", ".path", ".socket")

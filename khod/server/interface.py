@@ -4,13 +4,13 @@
 import enum
 import types
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from asyncvarlink import FileDescriptor, TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
 
 from khod import model
 from khod.errors import BY_NAME, KhoError, error_name
+from khod.frozen import dataclass
 from khod.history.model import AttemptRecord, AttemptSummary
 from khod.region import Region
 from khod.wire import INTERFACE, PRODUCER

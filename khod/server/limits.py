@@ -3,7 +3,8 @@
 
 import resource
 from collections import Counter
-from dataclasses import dataclass
+
+from khod.frozen import dataclass
 
 OWN_DESCRIPTORS = 256
 """Descriptors that no client may use, not even root: hooks' pipes, kernel files, the bus, images, the store."""

@@ -2,8 +2,8 @@
 """Who may call which method, and how it is served; other methods are not served."""
 
 import enum
-from dataclasses import dataclass
 
+from khod.frozen import dataclass
 from khod.server.access import Standing
 from khod.wire import INTERFACE, METRICS_INTERFACE, PRODUCER, SERVICE
 

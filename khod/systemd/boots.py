@@ -7,12 +7,12 @@ after every unit has stopped and before the disks are unmounted; so nothing of t
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
 import systemd.journal
 
+from khod.frozen import dataclass
 from khod.kernel.cmdline import run_mark
 from khod.text import one_line
 

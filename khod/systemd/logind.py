@@ -9,11 +9,11 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 from jeepney import HeaderFields
 
+from khod.frozen import dataclass
 from khod.systemd.dbus import BusError, system_bus
 from khod.text import one_line
 

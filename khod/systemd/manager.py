@@ -12,11 +12,11 @@ import re
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jeepney import HeaderFields, Message
 
+from khod.frozen import dataclass
 from khod.systemd.dbus import Bus, BusError, ErrorAnswer, systemd_bus
 from khod.text import ASCII_SPACE, one_line
 

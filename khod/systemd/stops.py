@@ -8,12 +8,13 @@ count: `_PID` is journald's own word, which no other process can forge.
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from typing import Any, Protocol
 
 import systemd.journal
 
+from khod.frozen import dataclass
 from khod.history.model import UnitStop
 from khod.text import one_line
 

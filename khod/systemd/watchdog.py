@@ -8,9 +8,9 @@ arms the device when it ends itself for systemd-shutdown and its kexec: a shutdo
 nothing. In both cases the device goes on running over the jump, with all of its time.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
+from khod.frozen import dataclass
 from khod.systemd.dbus import Bus, BusError, systemd_bus
 from khod.systemd.manager import MANAGER, PROPERTIES, SYSTEMD
 

@@ -5,8 +5,8 @@ import enum
 import mmap
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from khod.frozen import dataclass
 from khod.images.kernel import KernelImageInfo
 from khod.kernel.formats import LUO, OutgoingFormats
 from khod.kernel.kconfig import KHO_BY_DEFAULT, is_set

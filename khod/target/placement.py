@@ -13,8 +13,9 @@ A kernel with CONFIG_IMA_KEXEC places its measurement list before all others; th
 
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from khod.frozen import dataclass
 from khod.images.kernel import KernelImageInfo
 from khod.kernel.traits import traits_of
 from khod.model import Generation

@@ -2,11 +2,12 @@
 """The next kernel: the request for it, and what khod made of that in memory."""
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from khod.concurrency.worker import Worker
 from khod.config import Images
 from khod.errors import KhoError
+from khod.frozen import dataclass
 from khod.images import initrd, sealed
 from khod.images.initrd import Initrd
 from khod.images.kernel import UnpackedImage, unpack_image

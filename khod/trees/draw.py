@@ -2,9 +2,9 @@
 """Draw the summary of a tree as text, with a strip that shows where in physical memory its state lies."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from khod.abi.fdt import KHO_MEM
+from khod.frozen import dataclass
 from khod.text import format_size, printable
 from khod.trees.memory import MemoryMap
 from khod.trees.summary import Blob, Summary

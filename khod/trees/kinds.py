@@ -8,10 +8,10 @@ kept their meaning, and a value whose size does not match its name is shown raw 
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from khod.abi.fdt import KHO_MEM, Node
+from khod.frozen import dataclass
 from khod.text import format_size
 from khod.trees.text import format_count, format_family, format_hex
 

@@ -10,12 +10,12 @@ from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, chain, compress, islice, repeat
 from operator import add, gt, ne, rshift, sub
 from typing import Any
 
 from khod.abi.fdt import KHO_MEM
+from khod.frozen import dataclass
 from khod.region import Region
 
 PAGE_SHIFT = 12  # x86-64, and most builds of arm64; with larger pages more ranges would merge

@@ -2,10 +2,10 @@
 """The summary of a tree: what each blob contains, and where in physical memory the state lies."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from khod.abi.fdt import Node
 from khod.errors import MalformedTree
+from khod.frozen import dataclass
 from khod.region import Region
 from khod.trees.blobs import is_broken, open_blob
 from khod.trees.memory import MemoryMap, summarise_ranges

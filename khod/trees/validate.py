@@ -12,13 +12,13 @@ A C structure is validated with the schema of its compatible, or of its blob's n
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from khod.abi import fdt
 from khod.abi.fdt import Node
 from khod.errors import ConfigError, MalformedTree
+from khod.frozen import dataclass
 from khod.text import printable, shorten
 from khod.trees.blobs import METADATA, open_blob
 from khod.trees.kinds import decode_property

@@ -5,9 +5,9 @@ import os
 import select
 import signal
 from contextlib import suppress
-from dataclasses import dataclass
 
 from khod.abi.procstat import read_stat
+from khod.frozen import dataclass
 
 END_SECONDS = 5.0
 

@@ -16,12 +16,12 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from khod.abi.peercred import peer_credentials
 from khod.concurrency.bounded import settle_task
 from khod.concurrency.sockets import connect_unix
+from khod.frozen import dataclass
 from khod.text import one_line
 
 if TYPE_CHECKING:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The file of one virtual machine: /etc/kho/vm.d/NAME.toml, or producers.d/NAME.toml of one that others start."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from khod.config import Fragment
 from khod.errors import ConfigError, UsageError
 from khod.files import read_toml, require_type
+from khod.frozen import dataclass
 from khod.vm.arguments import check_command
 
 DIRECTORY = "etc/kho/vm.d"

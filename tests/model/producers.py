@@ -7,9 +7,10 @@ connects, and does what `khod.producer` does: it undoes by itself what khod does
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
+from khod.frozen import dataclass
 from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.configured import Configured, one_line
 from tests.model.clock import VirtualLoop
