@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """khod: puts the pieces together and runs them until it is told to stop."""
 
-import argparse
+from __future__ import annotations
+
 import asyncio
 import fcntl
 import gc
@@ -10,17 +11,19 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from khod import __version__, server
 from khod.abi.calls import Calls, HostCalls
 from khod.concurrency.worker import Worker
 from khod.config import Settings
+from khod.deferred import defer_module, load_deferred
 from khod.engine import Engine, journal, status
-from khod.engine.announcements import announce_cold_boot, announce_findings, announce_image_barred
 from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
 from khod.engine.resources import is_up
@@ -29,8 +32,6 @@ from khod.errors import ConfigError, Exit, KhoError, Refused
 from khod.frozen import dataclass
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
-from khod.history.model import AttemptRecord
-from khod.history.trial import counts_against_image, trial_digest
 from khod.kernel import filesystems
 from khod.kernel.kexec import Kexec
 from khod.kernel.luo import Luo
@@ -51,7 +52,6 @@ from khod.producers.session_scanner import ask_scanner
 from khod.producers.sessions import Sessions
 from khod.producers.transient import TransientUnits
 from khod.quiesce.host import Host, SystemdHost
-from khod.simulated.kernel import Rebooted, SimulatedKernel
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.facts import BOOTED
 from khod.systemd.shutdown import Executor, Shutdown
@@ -59,6 +59,19 @@ from khod.systemd.startup import wait_hooks_unit
 from khod.systemd.watchdog import ManagerWatchdogs
 from khod.text import join_names, one_line
 from khod.wire import SOCKET
+
+if TYPE_CHECKING:
+    import argparse
+
+    from khod.engine import announcements
+    from khod.history import trial as history_trial
+    from khod.history.model import AttemptRecord
+    from khod.simulated import kernel as simulated
+else:
+    argparse = defer_module("argparse")
+    announcements = defer_module("khod.engine.announcements")
+    history_trial = defer_module("khod.history.trial")
+    simulated = defer_module("khod.simulated.kernel")
 
 FAREWELL = 2.0
 """Seconds clients have to take their last answers."""
@@ -68,19 +81,21 @@ FAREWELL = 2.0
 class Options:
     """The command line. `root` holds etc/; kernel paths hang from it too, unless simulated."""
 
-    root: Path
-    state: Path
-    socket: Path
-    simulate: Path | None
+    root: Path = Path("/")
+    state: Path = Path("/var/lib/khod")
+    socket: Path = Path(SOCKET)
+    simulate: Path | None = None
 
 
 def parse_options(argv: list[str]) -> Options:
     """Read the command line."""
+    if not argv:  # as the unit starts khod
+        return Options()
     parser = argparse.ArgumentParser(prog="khod", description="Coordinates kernel live updates by Kexec HandOver.")
-    parser.add_argument("--root", type=Path, default=Path("/"), help="where etc/ is (default: /)")
-    parser.add_argument("--state", type=Path, default=Path("/var/lib/khod"), help="where the record is kept")
+    parser.add_argument("--root", type=Path, default=Options.root, help="where etc/ is (default: /)")
+    parser.add_argument("--state", type=Path, default=Options.state, help="where the record is kept")
     parser.add_argument(
-        "--socket", type=Path, default=Path(SOCKET), help="the Varlink socket, unless systemd passes one"
+        "--socket", type=Path, default=Options.socket, help="the Varlink socket, unless systemd passes one"
     )
     parser.add_argument("--simulate", type=Path, metavar="DIR", help="drive the embedded simulated kernel in DIR")
     parser.add_argument("--version", action="version", version=__version__)
@@ -93,12 +108,14 @@ class Daemon:
 
     def __init__(self, opts: Options) -> None:
         self._options = opts
-        calls: Calls = HostCalls(opts.root) if opts.simulate is None else SimulatedKernel(opts.simulate)
+        calls: Calls = HostCalls(opts.root) if opts.simulate is None else simulated.SimulatedKernel(opts.simulate)
         self._stopping = asyncio.Event()
         self._status = journal.StatusText(self._status_text)
         self._barred_run = ""
         """The run after which an image was last said to be refused."""
         self._last = Event(0.0, Phase.idle, "", "")
+        self._is_ready = False
+        self._loading: threading.Thread | None = None
         self._settings = Settings.load(opts.root)
         workers = Workers()
         self._passed = fdstore.listen_fds_by_name()
@@ -145,7 +162,7 @@ class Daemon:
             watchdogs=self._host.watchdogs,
             host=self._host.around,
         )
-        self._service = server.Service(self.engine)
+        self._monitors = server.Monitors(self.engine)
         self._source = MetricSource(self.engine.queries.status, self.engine.history)
         self._metrics = TextFile(lambda: self._settings.current.metrics.directory, self._source.read)
 
@@ -158,23 +175,23 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_config)
-        metrics = server.SystemdMetrics(self._source.read)
-        registry = server.build_registry(self._service, server.Producers(self.engine), metrics)
-        factory = server.build_clients(registry, lambda: self._settings.current.access)
+        access = lambda: self._settings.current.access  # noqa: E731
+        factory = server.build_clients(self.engine, self._monitors, access, self._source.read)
         serving = [server.Listener(sock, factory) for sock in self._open_sockets()]
         watching = asyncio.ensure_future(journal.feed_watchdog())
         starting = asyncio.ensure_future(self.engine.registry.start_supervisors())
         try:
             await self._start_engine()
             journal.notify_manager("READY=1")
-            self._metrics.update_soon()
+            self._is_ready = True
+            self._load_rest()
             await self._stopping.wait()
             journal.notify_manager("STOPPING=1")
             await self._stop_engine()
         finally:
             watching.cancel()
             starting.cancel()
-            self._service.end_monitors()
+            self._monitors.end_monitors()
             for listener in serving:
                 listener.close()
             await asyncio.wait({asyncio.ensure_future(serving[0].wait_closed())}, timeout=FAREWELL)
@@ -192,10 +209,18 @@ class Daemon:
             except Exception as error:  # noqa: BLE001 - the host is served, and its operator told
                 _log_error(error)
         gc.freeze()  # or a quarter of the time that a thousand producers take is a look for garbage among the modules
+        gc.enable()
         if self._settings.error is not None:
             if self.engine.at_rest:
                 raise self._settings.error
             _log_error(f"The defaults are used, and no handover begins: {self._settings.error}")
+
+    def _load_rest(self) -> None:
+        """Import what the way back did not need, once no producer waits for its state."""
+        if self._loading is None and self._is_ready and self.engine.machine.phase is not Phase.verifying:
+            self._loading = threading.Thread(target=_load_and_freeze, name="imports", daemon=True)
+            self._loading.start()
+            self._metrics.update_soon()
 
     async def _stop_engine(self) -> None:
         """Put back what is held, unless the host is on its way into the kexec."""
@@ -236,16 +261,17 @@ class Daemon:
         return sock
 
     def _on_event(self, event: Event) -> None:
-        self._service.publish_event(event)
+        self._monitors.publish_event(event)
         journal.write_event(event, entered=event.phase is not self._last.phase, record=self.engine.record)
         if self._last.phase is Phase.verifying and event.phase in RESTING and self.engine.record.verdict is not None:
-            announce_findings(self.engine.record.verdict.findings, event.run)
+            announcements.announce_findings(self.engine.record.verdict.findings, event.run)
         self._metrics.note_phase(event.phase)
         if event.producer is None:
             self._last = event
         elif event.phase is not self._last.phase:
             self._last = replace(self._last, phase=event.phase)
         self._status.mark_changed()
+        self._load_rest()
 
     def _status_text(self) -> str:
         """The status text: where it stands, and who is waited for or what happened last."""
@@ -255,7 +281,7 @@ class Daemon:
     async def _remember(self, attempt: AttemptRecord) -> None:
         """Keep an attempt that has ended; the metrics count it, and the journal says what follows from it."""
         if attempt.cold_boot is not None:
-            announce_cold_boot(attempt.cold_boot, attempt.summary.run)
+            announcements.announce_cold_boot(attempt.cold_boot, attempt.summary.run)
         await self.engine.history.remember(attempt)
         await self._announce_barred(attempt)
         self._metrics.update_soon()
@@ -263,15 +289,20 @@ class Daemon:
     async def _announce_barred(self, attempt: AttemptRecord) -> None:
         """Say that the image of an attempt is refused from now on, if it is."""
         is_known = attempt.summary.run == self._barred_run  # an attempt is remembered again with more of its facts
-        if is_known or attempt.target is None or not attempt.target.images or not counts_against_image(attempt):
+        if (
+            is_known
+            or attempt.target is None
+            or not attempt.target.images
+            or not history_trial.counts_against_image(attempt)
+        ):
             return
         with suppress(KhoError):  # the history is not to be had, and the check says so
-            digest = trial_digest(attempt.target.images)
+            digest = history_trial.trial_digest(attempt.target.images)
             trial = await self.engine.history.trial(digest)
             if trial.failures >= self._settings.current.trial.failures:
                 self._barred_run = attempt.summary.run
                 name = attempt.target.images[0].name
-                announce_image_barred(name, digest, trial.reason, attempt.summary.run)
+                announcements.announce_image_barred(name, digest, trial.reason, attempt.summary.run)
 
     def _reload_config(self) -> None:
         journal.notify_reloading()
@@ -297,7 +328,7 @@ class _StartAgain:
     async def __call__(self) -> None:
         try:
             await self.jump()
-        except Rebooted:
+        except simulated.Rebooted:
             sys.stdout.flush()
             os.execv(sys.executable, [sys.executable, "-m", "khod", *sys.argv[1:]])  # noqa: S606
 
@@ -364,6 +395,11 @@ def _more_time() -> Iterator[None]:
         yield
     finally:
         extending.cancel()
+
+
+def _load_and_freeze() -> None:
+    load_deferred()
+    gc.freeze()  # as at the start
 
 
 def _log_error(what: object) -> None:

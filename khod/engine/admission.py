@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What must hold before a handover begins or goes on: its phase, the checks, and an image to load."""
 
-from khod import preflight
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from khod.deferred import defer_module
 from khod.engine import status
 from khod.engine.observer import Observer
 from khod.engine.queries import Queries, new_run
@@ -12,9 +16,17 @@ from khod.errors import AlreadyLoaded, NoKernelGiven, Refused
 from khod.handover.machine import HELD, RESTING
 from khod.handover.record import Record
 from khod.model import Check, Step
-from khod.preflight.handover import JUMP_OR_BEGIN_AGAIN
 from khod.producers.registry import ProducerRegistry
-from khod.target.target import Request, Target, take_target
+
+if TYPE_CHECKING:
+    from khod import preflight
+    from khod.preflight import handover as preflight_handover
+    from khod.target import target as next_kernel
+    from khod.target.target import Request, Target
+else:
+    preflight = defer_module("khod.preflight")
+    preflight_handover = defer_module("khod.preflight.handover")
+    next_kernel = defer_module("khod.target.target")
 
 
 class Admission:
@@ -93,11 +105,11 @@ class Admission:
             raise AlreadyLoaded(
                 "An image is already loaded: another cannot replace it",
                 where="`kernel.image`",
-                remedy=JUMP_OR_BEGIN_AGAIN,
+                remedy=preflight_handover.JUMP_OR_BEGIN_AGAIN,
             )
         observed = self._observer.require_last
         return await self._transaction.wait_interruptibly(
-            take_target(
+            next_kernel.take_target(
                 self._resources.workers.files, request, observed.cmdline, run, self._resources.settings.current.images
             )
         )

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One attempt at a handover: calls to producers and to the kernel, the jump, and the undo next to each step."""
 
+from __future__ import annotations
+
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from khod.concurrency.bounded import CUT_SECONDS
 from khod.config import Settings
+from khod.deferred import defer_module
 from khod.engine.quiescence import Quiescence
 from khod.errors import Exit, Failed, KhoError, Refused
 from khod.handover.machine import Machine
 from khod.handover.record import Store
-from khod.handover.verify import missing_state_error
-from khod.kernel.explain import explain_errno, explain_undo
 from khod.kernel.kexec import Kexec
 from khod.kernel.log import ABOUT
 from khod.kernel.protocol import KhoKernel, Tree
@@ -21,8 +22,15 @@ from khod.kernel.thread import Workers
 from khod.kernel.traits import kernel_producers
 from khod.model import Generation, Step
 from khod.producers.barrier import Barrier, Member, Participant, Verb, step_timeout_error
-from khod.systemd.shutdown import Executor, Shutdown
-from khod.target.target import Target
+
+if TYPE_CHECKING:
+    from khod.handover import verify
+    from khod.kernel import explain
+    from khod.systemd.shutdown import Executor, Shutdown
+    from khod.target.target import Target
+else:
+    verify = defer_module("khod.handover.verify")
+    explain = defer_module("khod.kernel.explain")
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,7 +63,7 @@ class Attempt:
         barrier: Barrier,
         *,
         everyone: Callable[[], Iterable[Participant]] = list,
-        joined: "Callable[[Attempt], None]" = lambda _attempt: None,
+        joined: Callable[[Attempt], None] = lambda _attempt: None,
         frozen: Callable[[], Awaitable[None]] | None = None,
         shutdown: Shutdown | None = None,
         quiescence: Quiescence | None = None,
@@ -221,7 +229,7 @@ class Attempt:
                 remedy="Give the kernel state to keep (reserve_mem=, liveupdate=on), or unset policy.require_state.",
             )
         if missing := sorted(set(config.producers.require_kernel) - present.keys()):
-            raise missing_state_error(missing)
+            raise verify.missing_state_error(missing)
 
     def _activate_and_read(self) -> Tree:
         self._kexec.write_kmsg("entering the active phase")
@@ -273,7 +281,7 @@ class Attempt:
                 try:
                     return function()
                 except OSError as error:
-                    raise explain_errno(step, error, quote(ABOUT[step]), generation=self._generation) from error
+                    raise explain.explain_errno(step, error, quote(ABOUT[step]), generation=self._generation) from error
 
         return await self._workers.kernel.call_within(listened, step.value, deadline)
 
@@ -283,7 +291,7 @@ class Attempt:
                 try:
                     function()
                 except OSError as error:
-                    raise explain_undo(step, error, quote(ABOUT[step]), generation=self._generation) from error
+                    raise explain.explain_undo(step, error, quote(ABOUT[step]), generation=self._generation) from error
 
         await self._workers.kernel.call_within(listened, what, self._settings.current.deadlines.rollback)
 
@@ -367,7 +375,7 @@ class Attempt:
                 remedy="Wait: where it does not go down, khod puts everything back by itself.",
             )
 
-    async def _stop_executor(self, execution: "asyncio.Future[None]") -> None:
+    async def _stop_executor(self, execution: asyncio.Future[None]) -> None:
         """Cancel an executor that only requests the jump; JumpUnderWay if it cannot be, or if the host goes down."""
         if self.in_kernel:
             raise JumpUnderWay(
@@ -379,12 +387,12 @@ class Attempt:
         await asyncio.wait({execution}, timeout=CUT_SECONDS)
         await self._refuse_under_shutdown()
 
-    async def _execution_failed(self, execution: "asyncio.Future[None]") -> None:
+    async def _execution_failed(self, execution: asyncio.Future[None]) -> None:
         with self._kexec.listen_to_log() as quote:
             try:
                 await asyncio.shield(execution)
             except OSError as error:
-                raise explain_errno(Step.execute, error, quote(ABOUT[Step.execute])) from error
+                raise explain.explain_errno(Step.execute, error, quote(ABOUT[Step.execute])) from error
 
     @property
     def _generation(self) -> Generation:

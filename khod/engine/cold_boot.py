@@ -1,31 +1,40 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What this host still tells of a handover that ended as a cold boot, gathered in the background after khod's start."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from khod.abi.calls import Calls
 from khod.concurrency.worker import Worker
+from khod.deferred import defer_module
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError
-from khod.handover.cold_boot import ColdBootEvidence, explain_cold_boot
 from khod.handover.record import Record
-from khod.kernel.host import reset_by_watchdog
-from khod.kernel.pstore import read_last_words
 from khod.model import ColdBoot, Phase
-from khod.systemd.boots import BootEnd, read_boot_ends
+
+if TYPE_CHECKING:
+    from khod.handover import cold_boot
+    from khod.kernel import host, pstore
+    from khod.systemd import boots
+else:
+    cold_boot = defer_module("khod.handover.cold_boot")
+    host = defer_module("khod.kernel.host")
+    pstore = defer_module("khod.kernel.pstore")
+    boots = defer_module("khod.systemd.boots")
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 DEADLINE_SECONDS = 30.0
 """Maximum seconds for each question: a journal of years lies on a disk that has just been mounted."""
 
-BootEnds = Callable[[str, str], list[BootEnd]]
+BootEnds = Callable[[str, str], "list[boots.BootEnd]"]
 """Returns how the boots before the first id ended, back to the second one."""
 
 
-async def gather_cold_boot(record: Record, calls: Calls, boot_ends: BootEnds = read_boot_ends) -> ColdBoot:
+async def gather_cold_boot(record: Record, calls: Calls, boot_ends: BootEnds | None = None) -> ColdBoot:
     """Return the explained cold boot of a record in whose boot the host came up cold.
 
     What cannot be read is named in it. Raises nothing except a cancellation. The questions have a thread of their own:
@@ -34,7 +43,7 @@ async def gather_cold_boot(record: Record, calls: Calls, boot_ends: BootEnds = r
     until = record.cold_boot.boot_id if record.cold_boot else ""
     problems: list[str] = []
     words: list[str] = []
-    ends: list[BootEnd] = []
+    ends: list[boots.BootEnd] = []
     worker = Worker("cold-boot", "This host")
 
     async def ask(function: Callable[[], T], what: str, instead: T) -> T:
@@ -48,19 +57,21 @@ async def gather_cold_boot(record: Record, calls: Calls, boot_ends: BootEnds = r
         return instead
 
     try:
-        watchdog = await ask(lambda: reset_by_watchdog(calls), "reading the watchdogs' state", None)
-        words = await ask(lambda: read_last_words(calls, record.begun.at), "reading pstore", words)
-        ends = await ask(lambda: boot_ends(record.boot_id, until), "reading the journal", ends)
+        watchdog = await ask(lambda: host.reset_by_watchdog(calls), "reading the watchdogs' state", None)
+        words = await ask(lambda: pstore.read_last_words(calls, record.begun.at), "reading pstore", words)
+        ends = await ask(
+            lambda: (boot_ends or boots.read_boot_ends)(record.boot_id, until), "reading the journal", ends
+        )
     finally:
         worker.close()
-    evidence = ColdBootEvidence(ends, words, watchdog, problems)
-    return explain_cold_boot(record, evidence)
+    evidence = cold_boot.ColdBootEvidence(ends, words, watchdog, problems)
+    return cold_boot.explain_cold_boot(record, evidence)
 
 
 class ColdBootInquiry:
     """Finds out why the boot that `transaction` has is a cold one."""
 
-    def __init__(self, transaction: Transaction, calls: Calls, boot_ends: BootEnds) -> None:
+    def __init__(self, transaction: Transaction, calls: Calls, boot_ends: BootEnds | None) -> None:
         self._transaction = transaction
         self._calls = calls
         self._boot_ends = boot_ends

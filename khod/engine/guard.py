@@ -10,6 +10,8 @@ Uevents of a network interface are sent only to the network namespace of that in
 namespace that belongs to the initial user namespace (lib/kobject_uevent.c).
 """
 
+from __future__ import annotations
+
 import asyncio
 import ctypes
 import enum
@@ -17,12 +19,20 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-
-import pyudev
+from typing import TYPE_CHECKING
 
 from khod.abi.devices import BOUND_DEVICES
+from khod.deferred import defer_module
 from khod.errors import Failed, errno_text
 from khod.frozen import dataclass
+
+if TYPE_CHECKING:
+    import pyudev
+
+    from khod.engine import udev
+else:
+    pyudev = defer_module("pyudev")
+    udev = defer_module("khod.engine.udev")
 
 SO_RCVBUFFORCE = 33
 """include/uapi/asm-generic/socket.h. Python's socket module lacks it."""
@@ -196,7 +206,6 @@ class Guard:
     def __init__(self, happened: Callable[[Seen], None]) -> None:
         self._happened = happened
         self._watch = Watch(frozenset(), frozenset())
-        self._context = pyudev.Context()  # searches libudev with a child process: once, not in start()
         self._netlink: Netlink | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -219,7 +228,7 @@ class Guard:
             return
         loop = asyncio.get_running_loop()
         try:
-            self._netlink = Netlink(self._context)
+            self._netlink = Netlink(udev.CONTEXT)
         except OSError as error:
             raise Failed(
                 f"Device events cannot be watched: {errno_text(error)}",

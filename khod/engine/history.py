@@ -5,26 +5,39 @@ The history is about the handover, and never decides how it goes: a database tha
 journal and a note for whoever asks.
 """
 
+from __future__ import annotations
+
 import logging
-import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from khod.concurrency.worker import Worker
 from khod.config import Settings
-from khod.engine.announcements import announce_set_aside
+from khod.deferred import defer_module
 from khod.errors import Failed, KhoError, errno_text
 from khod.frozen import dataclass
-from khod.history.database import Bounds, Database
-from khod.history.model import AttemptRecord, AttemptSummary
-from khod.history.opening import is_damage, open_database, was_moved
-from khod.history.set_aside import list_set_aside
-from khod.history.trial import ImageTrial, Past
 from khod.model import Phase
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    from khod.engine import announcements
+    from khod.history import database as history_database
+    from khod.history import opening, set_aside
+    from khod.history import trial as history_trial
+    from khod.history.model import AttemptRecord, AttemptSummary
+    from khod.history.trial import ImageTrial
+else:
+    announcements = defer_module("khod.engine.announcements")
+    history_database = defer_module("khod.history.database")
+    opening = defer_module("khod.history.opening")
+    set_aside = defer_module("khod.history.set_aside")
+    history_trial = defer_module("khod.history.trial")
+    sqlite3 = defer_module("sqlite3")
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
@@ -79,7 +92,7 @@ class HistoryService:
         self._deadline = deadline
         self._clock = clock
         self._worker = worker
-        self._database: Database | None = None
+        self._database: history_database.Database | None = None
         """Used by the worker's thread only."""
         self._problem = ""
         """Why the last attempt was not remembered, "" if it was."""
@@ -91,7 +104,7 @@ class HistoryService:
     async def remember(self, attempt: AttemptRecord) -> None:
         """Add an attempt, or replace the one of the same run. Never raises: the note says what failed."""
         kept = self._settings.current.history
-        bounds = Bounds(kept.keep, kept.days, kept.max_bytes)
+        bounds = history_database.Bounds(kept.keep, kept.days, kept.max_bytes)
         try:
             await self._ask(lambda database: database.add_attempt(attempt, bounds), "adding an attempt")
         except Exception as error:
@@ -110,8 +123,10 @@ class HistoryService:
             return HistoryPage(note=self._problem or str(error))
         return HistoryPage(found[:limit], len(found) > limit, " ".join(filter(None, (self._problem, *aside))))
 
-    def _read_page(self, database: Database, *, before: str, limit: int) -> tuple[list[AttemptSummary], list[str]]:
-        asides = [f"{found.describe()}." for found in list_set_aside(self._path)]
+    def _read_page(
+        self, database: history_database.Database, *, before: str, limit: int
+    ) -> tuple[list[AttemptSummary], list[str]]:
+        asides = [f"{found.describe()}." for found in set_aside.list_set_aside(self._path)]
         return database.list_attempts(before, limit + 1), asides
 
     async def attempt(self, name: str = "") -> AttemptRecord:
@@ -133,17 +148,17 @@ class HistoryService:
         """Return what the handovers into an image came to; Failed, with the reason, if that cannot be found out."""
         return await self._ask(lambda database: database.read_trial(digest), "reading the history")
 
-    async def past(self, digest: str) -> Past:
+    async def past(self, digest: str) -> history_trial.Past:
         """Return what the checks of an image are told of the past; Failed, with the reason, if that cannot be read."""
         return await self._ask(partial(self._read_past, digest=digest), "reading the history")
 
-    def _read_past(self, database: Database, *, digest: str) -> Past:
+    def _read_past(self, database: history_database.Database, *, digest: str) -> history_trial.Past:
         trial = database.read_trial(digest)
         try:
             last = database.read_last_arrival()
         except Failed:  # a damaged attempt, whose times are not worth an image's trial
             last = None
-        return Past(trial, last.timeline) if last else Past(trial)
+        return history_trial.Past(trial, last.timeline) if last else history_trial.Past(trial)
 
     async def acknowledge(self, image: str, by: str) -> list[str]:
         """Let an image be tried again; return the runs that no longer count. Raises UsageError or Failed."""
@@ -152,22 +167,22 @@ class HistoryService:
     async def counts(self) -> dict[Phase, int] | None:
         """Return how often each outcome was remembered, or None if that cannot be read."""
         try:
-            return await self._ask(Database.count_outcomes, "counting the outcomes")
+            return await self._ask(history_database.Database.count_outcomes, "counting the outcomes")
         except KhoError:
             return None
 
-    async def _ask(self, function: Callable[[Database], T], what: str) -> T:
+    async def _ask(self, function: Callable[[history_database.Database], T], what: str) -> T:
         return await self._worker.call_within(lambda: self._use_database(function), what, self._deadline)
 
     # In the worker's thread
 
-    def _use_database(self, function: Callable[[Database], T]) -> T:
+    def _use_database(self, function: Callable[[history_database.Database], T]) -> T:
         """Return what `function` does; with a database that turns out to be damaged, do it again with a new one."""
         try:
             try:
                 return function(self._open_database())
             except sqlite3.Error as error:
-                if not is_damage(error) and not was_moved(error):
+                if not opening.is_damage(error) and not opening.was_moved(error):
                     raise
                 self._close_database()
                 return function(self._open_database())
@@ -178,13 +193,13 @@ class HistoryService:
                 f"The history database cannot be used: {errno_text(error)}", where=error.filename or str(self._path)
             ) from error
 
-    def _open_database(self) -> Database:
+    def _open_database(self) -> history_database.Database:
         if self._database is None:
             if self._is_stopped():
                 raise Failed("The history database is not opened while producers are stopped", where=str(self._path))
-            self._database, aside = open_database(self._path, self._clock)
+            self._database, aside = opening.open_database(self._path, self._clock)
             if aside is not None:
-                announce_set_aside(aside)
+                announcements.announce_set_aside(aside)
         return self._database
 
     def _close_database(self) -> None:

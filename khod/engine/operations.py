@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The operations on a handover, one at a time: each moves the handover forward, or rolls it back."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from khod import model
 from khod.config import Settings
@@ -34,7 +37,6 @@ from khod.engine.way_back import WayBack
 from khod.errors import KhoError, NotRolledBack, Refused
 from khod.handover.machine import RESTING, Machine
 from khod.handover.record import Owner, Process, Record, Store
-from khod.history.model import AttemptRecord
 from khod.kernel.kexec import Kexec
 from khod.kernel.next_arg import is_switched_on
 from khod.kernel.probe import Probed
@@ -50,10 +52,12 @@ from khod.producers.registry import ProducerRegistry
 from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions
 from khod.quiesce.host import Host
-from khod.systemd.boots import read_boot_ends
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.systemd.watchdog import ManagerWatchdogs
-from khod.target.target import Request
+
+if TYPE_CHECKING:
+    from khod.history.model import AttemptRecord
+    from khod.target.target import Request
 
 NOWHERE = Path("/nonexistent")
 """A root without files of the operator."""
@@ -91,7 +95,7 @@ class Engine:
         registrations: Registrations | None = None,
         scanner: Scanner = scan_processes,
         health: HealthChecks | None = None,
-        boot_ends: BootEnds = read_boot_ends,
+        boot_ends: BootEnds | None = None,
         past: Pasts | None = None,
         watchdogs: ManagerWatchdogs | None = None,
         remember: Callable[[AttemptRecord], Awaitable[None]] | None = None,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a client may ask khod: nothing here changes the host, and nothing here waits for an operation."""
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import time
@@ -8,13 +10,13 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from khod import model, preflight
+from khod import model
 from khod.concurrency.bounded import run_within
+from khod.deferred import defer_module
 from khod.engine import status
 from khod.engine.observer import Observer
-from khod.engine.plan import plan_steps
 from khod.engine.quiescence import Quiescence
 from khod.engine.resources import Resources
 from khod.engine.restoration import Restoration
@@ -24,21 +26,36 @@ from khod.engine.transaction import Transaction
 from khod.errors import ConfigError, Failed, KhoError, Refused, UsageError
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING, Machine
-from khod.history.trial import Past, trial_digest
 from khod.kernel.protocol import Tree
 from khod.model import Check, Event, Observed, Phase, Plan, Status
-from khod.preflight.facts import Facts, PastFact
-from khod.preflight.handover import check_handover
-from khod.preflight.trial import list_image_facts
 from khod.producers.barrier import Member
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.registry import ProducerRegistry
-from khod.producers.session_holders import SightedSessions, find_sessions
+from khod.producers.session_scan import SightedSessions
 from khod.producers.sessions import session_of
-from khod.quiesce.host import Survey
 from khod.region import Region
 from khod.systemd.logind import Inhibitor
-from khod.target.target import Request, Target, take_target
+
+if TYPE_CHECKING:
+    from khod import preflight
+    from khod.engine import plan
+    from khod.history import trial as history_trial
+    from khod.preflight import facts as preflight_facts
+    from khod.preflight import handover as preflight_handover
+    from khod.preflight import trial as preflight_trial
+    from khod.producers import session_holders
+    from khod.quiesce.host import Survey
+    from khod.target import target as next_kernel
+    from khod.target.target import Target
+else:
+    plan = defer_module("khod.engine.plan")
+    history_trial = defer_module("khod.history.trial")
+    preflight = defer_module("khod.preflight")
+    preflight_facts = defer_module("khod.preflight.facts")
+    preflight_handover = defer_module("khod.preflight.handover")
+    preflight_trial = defer_module("khod.preflight.trial")
+    session_holders = defer_module("khod.producers.session_holders")
+    next_kernel = defer_module("khod.target.target")
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
@@ -48,10 +65,8 @@ NO_TREE = {
     "in": "This kernel was not reached by a handover, or it handed nothing over.",
     "snapshot": "One is taken at activation: khoctl activate",
 }
-NOTHING = Request()
-"""A request without an image."""
 Inhibitors = Callable[[], Awaitable[Sequence[Inhibitor] | None]]
-Pasts = Callable[[str], Awaitable[Past]]
+Pasts = Callable[[str], Awaitable["history_trial.Past"]]
 """Returns what the checks of an image are told of the past, by its digest; Failed if that cannot be read."""
 
 
@@ -166,18 +181,20 @@ class Queries:
         own = set(self._sessions.of_run(record.run)) if record.run and record.run != record.arrived_run else set()
         return [name for name in self._sessions.session_names if name not in claimed | own]
 
-    async def check(self, request: Request = NOTHING) -> list[Check]:
+    async def check(self, request: next_kernel.Request | None = None) -> list[Check]:
         """Run the preflight checks, with those of an image if one is given; nothing is changed."""
-        async with self._inspect_target(request) as (_, checks):
+        async with self._inspect_target(request or next_kernel.Request()) as (_, checks):
             return checks
 
-    async def plan(self, request: Request) -> Plan:
+    async def plan(self, request: next_kernel.Request) -> Plan:
         """Return what a handover would do, and the results of its checks; nothing is changed."""
         async with self._inspect_target(request) as (target, checks):
             everyone, deadlines = self._registry.all_producers(), self._settings.current.deadlines
             machine = self._transaction.machine if self._transaction.phase in HELD else Machine()
             survey = self._surveyed if self._quiescence.is_due(request, machine.done) else None
-            steps = plan_steps(machine, self._observer.require_kernel, everyone, deadlines, request, target, survey)
+            steps = plan.plan_steps(
+                machine, self._observer.require_kernel, everyone, deadlines, request, target, survey
+            )
             words = target.words if target else []
             bound = bound_seconds(deadlines, everyone, self._quiescence.undo_seconds if survey else 0.0)
             return Plan(steps, checks, target.cmdline if target else "", words, bound)
@@ -254,7 +271,7 @@ class Queries:
         return self._surveyed is not None and not self._surveyed.stores
 
     async def run_checks(
-        self, observed: Observed, target: Target | None = None, *, request: Request | None = None
+        self, observed: Observed, target: Target | None = None, *, request: next_kernel.Request | None = None
     ) -> list[Check]:
         """Run the checks of this host, or those of the next kernel if `target` is given.
 
@@ -270,7 +287,7 @@ class Queries:
         phase = self.effective_phase(observed)
         foreign = reconcile.is_foreign(current, observed) or phase is Phase.inconsistent
         ask = self._inhibitors()
-        facts = Facts(
+        facts = preflight_facts.Facts(
             self._observer.probed,
             self._kexec,
             observed,
@@ -294,7 +311,7 @@ class Queries:
         )
         return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
 
-    async def _survey_host(self, request: Request | None) -> Survey | KhoError:
+    async def _survey_host(self, request: next_kernel.Request | None) -> Survey | KhoError:
         """Return what a quiesce would do, or why that is not known; `can_jump_itself` is of this."""
         self._surveyed = None
         try:
@@ -303,21 +320,21 @@ class Queries:
             return error
         return self._surveyed
 
-    async def _read_past(self, target: Target | None) -> PastFact | None:
+    async def _read_past(self, target: Target | None) -> preflight_facts.PastFact | None:
         """Return what the history has for the checks of the next kernel; None without one."""
         if target is None:
             return None
         deadline = self._settings.current.deadlines.activate
         try:
             images = await self._workers.files.call_within(
-                lambda: list_image_facts(target), "hashing the image", deadline
+                lambda: preflight_trial.list_image_facts(target), "hashing the image", deadline
             )
-            return PastFact(await run_within(deadline, self._past(trial_digest(images))))
+            return preflight_facts.PastFact(await run_within(deadline, self._past(history_trial.trial_digest(images))))
         except (KhoError, OSError, TimeoutError) as error:
-            return PastFact(None, str(error))
+            return preflight_facts.PastFact(None, str(error))
         except Exception as error:
             LOG.exception("The history could not be asked")
-            return PastFact(None, f"khod itself failed: {error!r}")
+            return preflight_facts.PastFact(None, f"khod itself failed: {error!r}")
 
     async def _find_sessions(self) -> SightedSessions:
         """Find the LUO sessions of other processes, and keep them in `sighted`."""
@@ -328,7 +345,9 @@ class Queries:
         )
         try:
             found = await self._workers.queries.call_within(
-                lambda: find_sessions(calls, own, scanner=self._scanner), "looking for LUO sessions", deadline
+                lambda: session_holders.find_sessions(calls, own, scanner=self._scanner),
+                "looking for LUO sessions",
+                deadline,
             )
         except (KhoError, OSError) as error:
             found = SightedSessions(unseen=str(error))
@@ -365,7 +384,7 @@ class Queries:
         return await self._workers.queries.call_within(function, what, self._settings.current.deadlines.activate)
 
     @asynccontextmanager
-    async def _inspect_target(self, request: Request) -> AsyncIterator[tuple[Target | None, list[Check]]]:
+    async def _inspect_target(self, request: next_kernel.Request) -> AsyncIterator[tuple[Target | None, list[Check]]]:
         """Yield the next kernel of a request, which is closed afterwards, and the results of all checks."""
         await self._started.wait()
         observed = await self._observer.observe_kernel(self._settings.current.deadlines.activate)
@@ -374,14 +393,16 @@ class Queries:
         if request.kernel:
             try:
                 bounds = self._settings.current.images
-                target = await take_target(self._workers.files, request, observed.cmdline, run, bounds)
+                target = await next_kernel.take_target(self._workers.files, request, observed.cmdline, run, bounds)
             except Refused as error:  # an empty file, one too large: the other checks are reported all the same
                 unusable = [
                     preflight.unusable_check("image" if error.where == request.kernel.name else "initrd", error)
                 ]
         try:
             phase, current = self.effective_phase(observed), self._transaction.current_record()
-            first = check_handover(phase, current, busy=self._busy.locked(), takes_image=request.kernel is not None)
+            first = preflight_handover.check_handover(
+                phase, current, busy=self._busy.locked(), takes_image=request.kernel is not None
+            )
             of_host = await self.run_checks(observed, request=request)
             of_target = await self.run_checks(observed, target) if target else unusable
             yield target, [first, *of_host, *of_target]

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """When a handover stops the rest of the host before it freezes the producers, and which units it keeps."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from khod.config import Settings
 from khod.model import Step
 from khod.producers.registry import ProducerRegistry
 from khod.quiesce.host import Host, Survey
-from khod.target.target import Request
+
+if TYPE_CHECKING:
+    from khod.target.target import Request
 
 
 class Quiescence:

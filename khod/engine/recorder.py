@@ -5,6 +5,8 @@ It hears every event. Nobody waits for it, no error leaves it, and between the f
 collects: its lines are written in the thread of the record, before the record that announces the jump.
 """
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -12,32 +14,30 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from khod.concurrency.worker import Worker
+from khod.deferred import defer_module
 from khod.engine.run_logs import FILE_SECONDS, RunLogs
 from khod.errors import KhoError
 from khod.frozen import dataclass
 from khod.handover.machine import RESTING
 from khod.handover.record import Record
-from khod.history.log import Entry
-from khod.history.model import (
-    Arrival,
-    AttemptRecord,
-    ClockReading,
-    ColdBoot,
-    Departure,
-    KernelFacts,
-    Moment,
-    RunBegun,
-    RunEnd,
-    RunTarget,
-)
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
 from khod.model import Check, Event, EventKind, FindingSource, Observed, Phase, Step
-from khod.preflight.boot_cost import Boot, find_boot_costs
-from khod.preflight.trial import list_image_facts
-from khod.target.target import Target
+
+if TYPE_CHECKING:
+    from khod.history import model as history
+    from khod.history.log import Entry
+    from khod.history.model import AttemptRecord, ClockReading, Departure
+    from khod.preflight import boot_cost
+    from khod.preflight import trial as preflight_trial
+    from khod.target.target import Target
+else:
+    history = defer_module("khod.history.model")
+    boot_cost = defer_module("khod.preflight.boot_cost")
+    preflight_trial = defer_module("khod.preflight.trial")
 
 LOG = logging.getLogger(__name__)
 CLOCK_SECONDS = 1.0
@@ -55,10 +55,10 @@ class Sources:
     `read_clocks` is called in a thread, `read_departure` with the path of the run's log.
     """
 
-    read_clocks: Callable[[Moment], ClockReading] | None = None
+    read_clocks: Callable[[history.Moment], ClockReading] | None = None
     read_departure: Callable[[Path], Awaitable[Departure]] | None = None
-    read_arrival: Callable[[KernelFacts], Awaitable[Arrival]] | None = None
-    read_cold_boot: Callable[[], Awaitable[ColdBoot]] | None = None
+    read_arrival: Callable[[history.KernelFacts], Awaitable[history.Arrival]] | None = None
+    read_cold_boot: Callable[[], Awaitable[history.ColdBoot]] | None = None
     knows: Callable[[str], Awaitable[bool]] | None = None
     """Tells whether a run is remembered."""
 
@@ -108,9 +108,10 @@ class Recorder:
         """Read the clocks once for the next run of this boot: khod has started."""
 
         async def read() -> None:
-            self._start = await self._read_clocks(Moment.start)
+            self._start = await self._read_clocks(history.Moment.start)
 
-        self._spawn(read())
+        if self._sources.read_clocks is not None:
+            self._spawn(read())
 
     # Before the jump
 
@@ -118,26 +119,30 @@ class Recorder:
         """Begin the log of a new run."""
         self._run, self._boot_id = record.run, observed.boot_id
         self._has_moved = self._is_held = self._is_arrived = False
-        origin = KernelFacts(
+        origin = history.KernelFacts(
             observed.release, await _read_banner(self._questions, self._kexec), observed.boot_id, observed.cmdline
         )
         begun = record.begun
-        self._pending = [RunBegun(record.run, begun.at, begun.by, origin, record.generation.value)]
+        self._pending = [history.RunBegun(record.run, begun.at, begun.by, origin, record.generation.value)]
         if self._start is not None and self._start.boot_id == observed.boot_id:
             self._add(self._start)
         self.note_checks(self._checks)
         self._checks = []
-        await self.read_clocks(Moment.begin)
+        await self.read_clocks(history.Moment.begin)
 
     async def note_target(self, target: Target, *, at_once: bool) -> None:
         """Log the next kernel; the digests of its files are computed here, before anyone is told anything."""
         with suppress(KhoError, OSError):
             images = await self._questions.call_within(
-                partial(list_image_facts, target), "reading the image", FILE_SECONDS
+                partial(preflight_trial.list_image_facts, target), "reading the image", FILE_SECONDS
             )
             about = target.apart.about if target.apart else None
-            kernel = KernelFacts(about.version if about else "", about.banner if about else "", "", target.cmdline)
-            self._add(RunTarget(kernel, images, at_once, find_boot_costs(Boot.of_target(target))))
+            kernel = history.KernelFacts(
+                about.version if about else "", about.banner if about else "", "", target.cmdline
+            )
+            self._add(
+                history.RunTarget(kernel, images, at_once, boot_cost.find_boot_costs(boot_cost.Boot.of_target(target)))
+            )
 
     def note_checks(self, checks: list[Check]) -> None:
         """Log the checks before this handover; those before its run begins are kept until then."""
@@ -151,7 +156,7 @@ class Recorder:
         if not self._run:
             await self.begin_run(record, observed)
         run, found = self._release_run()
-        await self._finish(run, RunEnd(Phase.idle, time.time(), str(error), refused=True), found)
+        await self._finish(run, history.RunEnd(Phase.idle, time.time(), str(error), refused=True), found)
 
     def hear_before(self, tell: Callable[[Event], None]) -> Callable[[Event], None]:
         """Return a listener that logs each event, and then passes it on to `tell`."""
@@ -181,15 +186,17 @@ class Recorder:
         elif is_end:
             run, found = self._release_run()
             self._spawn(
-                self._finish(run, RunEnd(outcome, time.time(), self._read_record().last_error or ABORTED), found)
+                self._finish(
+                    run, history.RunEnd(outcome, time.time(), self._read_record().last_error or ABORTED), found
+                )
             )
 
-    async def read_clocks(self, moment: Moment) -> None:
+    async def read_clocks(self, moment: history.Moment) -> None:
         """Log the clocks of this moment; this waits at most CLOCK_SECONDS, and never while producers are frozen."""
         if (reading := await self._read_clocks(moment)) is not None:
             self._add(reading)
 
-    async def _read_clocks(self, moment: Moment) -> ClockReading | None:
+    async def _read_clocks(self, moment: history.Moment) -> ClockReading | None:
         if self._sources.read_clocks is None:
             return None
         try:
@@ -205,25 +212,29 @@ class Recorder:
         """Go on with the log of the run of an earlier khod; with `arrived` it has led to this boot."""
         self._run, self._boot_id = record.run, observed.boot_id
         self._has_moved, self._is_arrived = True, arrived
+        self._is_held = arrived  # producers wait for what they left
         if arrived:
             self._arrival = observed
-            self._spawn(self.read_clocks(Moment.arrival))
+            if self._sources.read_clocks is not None:
+                self._spawn(self.read_clocks(history.Moment.arrival))
 
     def conclude_arrival(self, record: Record) -> None:
         """Remember the outcome of the handover into this boot, also where it is corrected later."""
         self._spawn(self._finish_arrival(record.arrived_run, _end_arrival(record)))
 
-    async def _finish_arrival(self, run: str, end: RunEnd) -> None:
+    async def _finish_arrival(self, run: str, end: history.RunEnd) -> None:
         """Remember the outcome at once, and again with what takes time to find out; another run may begin meanwhile."""
         if run != self._run or self._arrival is None:  # a correction
             await self._finish(run, end, [])
             return
         now, sources = self._arrival, self._sources
         _, found = self._release_run()
-        kernel = KernelFacts(now.release, await _read_banner(self._questions, self._kexec), now.boot_id, now.cmdline)
-        await self._finish(run, end, [*found, Arrival(kernel)])
+        kernel = history.KernelFacts(
+            now.release, await _read_banner(self._questions, self._kexec), now.boot_id, now.cmdline
+        )
+        await self._finish(run, end, [*found, history.Arrival(kernel)])
         facts: list[Entry] = []
-        if (reading := await self._read_clocks(Moment.end)) is not None:
+        if (reading := await self._read_clocks(history.Moment.end)) is not None:
             facts.append(reading)
         if sources.read_departure is not None:
             facts += await _gather(sources.read_departure(self._logs.path(run)))
@@ -232,25 +243,25 @@ class Recorder:
         if facts:
             await self._finish(run, None, facts)
 
-    def conclude_cold_boot(self, run: str, known: ColdBoot, observed: Observed) -> None:
+    def conclude_cold_boot(self, run: str, known: history.ColdBoot, observed: Observed) -> None:
         """Remember that the run ended as a cold boot: at once, and again when it is explained."""
         self._run, self._boot_id = run, observed.boot_id
         self._spawn(self._finish_cold_boot(run, known))
 
-    async def _finish_cold_boot(self, run: str, known: ColdBoot) -> None:
+    async def _finish_cold_boot(self, run: str, known: history.ColdBoot) -> None:
         """Remember the cold boot; another run may begin meanwhile.
 
         Without the first time a khod that ends before the explanation would leave the image free to be tried again.
         """
-        await self._finish(run, RunEnd(Phase.cold_boot, time.time(), known.reason), [known])
+        await self._finish(run, history.RunEnd(Phase.cold_boot, time.time(), known.reason), [known])
         found: list[Entry] = []
         reason = known.reason
         if self._sources.read_cold_boot is not None:
             found = await _gather(self._sources.read_cold_boot())
-            reason = next((one.reason for one in found if isinstance(one, ColdBoot)), reason)
+            reason = next((one.reason for one in found if isinstance(one, history.ColdBoot)), reason)
         if self._run == run:
             found = [*self._release_run()[1], *found]
-        await self._finish(run, RunEnd(Phase.cold_boot, time.time(), reason), found)
+        await self._finish(run, history.RunEnd(Phase.cold_boot, time.time(), reason), found)
 
     async def remember_left(self, record: Record) -> None:
         """Remember the runs that an earlier khod has logged and not come to remember: it was killed, or a disk full.
@@ -287,7 +298,7 @@ class Recorder:
         self._run, self._pending, self._is_held = "", [], False
         return run, found
 
-    async def _finish(self, run: str, end: RunEnd | None, found: list[Entry]) -> None:
+    async def _finish(self, run: str, end: history.RunEnd | None, found: list[Entry]) -> None:
         """Log what was `found`, and the end of a run if it is not logged yet; hand over the attempt made of its log."""
         entries = [*found, *([end] if end else [])]
         try:
@@ -303,7 +314,7 @@ async def _read_banner(questions: Worker, kexec: Kexec) -> str:
     return ""
 
 
-def _end_arrival(record: Record) -> RunEnd:
+def _end_arrival(record: Record) -> history.RunEnd:
     """Return how the handover into this boot ended."""
     verdict = record.verdict
     assert verdict is not None, "it was concluded"
@@ -313,17 +324,17 @@ def _end_arrival(record: Record) -> RunEnd:
         if found.source is FindingSource.kernel and found.subject
     ]
     blackout = record.blackout_seconds, record.blackout_error_seconds
-    return RunEnd(record.outcome, time.time(), verdict.reason, verdict, *blackout, trees)
+    return history.RunEnd(record.outcome, time.time(), verdict.reason, verdict, *blackout, trees)
 
 
-def _end_left(record: Record, run: str) -> RunEnd | None:
+def _end_left(record: Record, run: str) -> history.RunEnd | None:
     """Return how a run ended that is the record's, None of another one."""
     if run == record.arrived_run and record.outcome in ARRIVED and record.verdict is not None:
         return _end_arrival(record)
     if run != record.run or record.phase not in ENDED:
         return None
     outcome = record.phase if record.phase in (Phase.failed, Phase.cold_boot) else Phase.idle
-    return RunEnd(outcome, time.time(), record.last_error)
+    return history.RunEnd(outcome, time.time(), record.last_error)
 
 
 async def _gather(reading: Awaitable[Entry]) -> list[Entry]:

@@ -1,21 +1,34 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the recorder has the facts of a run from, on a host that systemd runs."""
 
+from __future__ import annotations
+
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from khod.abi.calls import Calls
 from khod.concurrency.worker import Worker
+from khod.deferred import defer_module
 from khod.engine.recorder import Sources
-from khod.history.log import read_log
-from khod.history.model import Arrival, Departure, KernelFacts
 from khod.kernel.clocks import read_clocks
 from khod.kernel.kexec import BOOT_ID
-from khod.preflight import minimum_uptime
-from khod.systemd.boot_times import read_arrival
-from khod.systemd.departure import read_departure
-from khod.systemd.manager import ASK_SECONDS, ask_systemd
+
+if TYPE_CHECKING:
+    from khod.history import log as history_log
+    from khod.history import model as history
+    from khod.history.model import Departure, KernelFacts
+    from khod.preflight import minimum_uptime
+    from khod.systemd import boot_times, departure
+    from khod.systemd import manager as systemd_manager
+else:
+    history_log = defer_module("khod.history.log")
+    history = defer_module("khod.history.model")
+    minimum_uptime = defer_module("khod.preflight.minimum_uptime")
+    boot_times = defer_module("khod.systemd.boot_times")
+    departure = defer_module("khod.systemd.departure")
+    systemd_manager = defer_module("khod.systemd.manager")
 
 LOG_SECONDS = 60.0
 
@@ -26,16 +39,16 @@ def host_sources(calls: Calls) -> Sources:
     return Sources(
         read_clocks=partial(read_clocks, calls),
         read_departure=partial(_read_departure, calls, journal),
-        read_arrival=read_arrival,
+        read_arrival=boot_times.read_arrival,
     )
 
 
 def simulated_sources(calls: Calls) -> Sources:
     """Return the sources of the simulated kernel: it has the clocks of the host it runs on, which its jump keeps."""
 
-    async def read_began(kernel: KernelFacts) -> Arrival:
+    async def read_began(kernel: KernelFacts) -> history.Arrival:
         uptime = time.time() - calls.modified_at(BOOT_ID)
-        return Arrival(kernel, began_monotonic=time.monotonic() - uptime)
+        return history.Arrival(kernel, began_monotonic=time.monotonic() - uptime)
 
     return Sources(read_clocks=partial(read_clocks, calls), read_arrival=read_began)
 
@@ -45,18 +58,18 @@ async def _read_departure(calls: Calls, journal: Worker, path: Path) -> Departur
 
     Raises OSError or Failed where the log cannot be read.
     """
-    log = await journal.call_within(partial(read_log, path), "reading the log", LOG_SECONDS)
+    log = await journal.call_within(partial(history_log.read_log, path), "reading the log", LOG_SECONDS)
     boot_id = log.begun.origin.boot_id if log.begun else ""
     before = [one for one in log.readings if one.boot_id == boot_id]
     suspended = before[-1].boottime - before[-1].monotonic if before else 0.0
     minimum = await _minimum_uptime(calls)
-    return await read_departure(boot_id, journal, minimum_uptime=minimum, suspended=suspended)
+    return await departure.read_departure(boot_id, journal, minimum_uptime=minimum, suspended=suspended)
 
 
 async def _minimum_uptime(calls: Calls) -> float:
     """Return the seconds of MinimumUptimeSec= of this boot; a file that sets it was there before the jump too."""
     if (found := minimum_uptime.read_setting(calls)) is not None:
         return found.seconds
-    manager = await ask_systemd(lambda systemd: systemd.describe_manager(), ASK_SECONDS)
+    manager = await systemd_manager.ask_systemd(lambda systemd: systemd.describe_manager(), systemd_manager.ASK_SECONDS)
     bare_metal = manager is not None and not manager.machine and manager.version >= minimum_uptime.SINCE_VERSION
     return minimum_uptime.DEFAULT_SECONDS if bare_metal else 0.0

@@ -9,7 +9,7 @@ from khod.handover.record import Record
 from khod.kernel.probe import Probed
 from khod.model import FindingSource, Generation, Observed, Phase, Producer, Status, Step, Verdict
 from khod.producers.barrier import READY
-from khod.producers.session_holders import SightedSessions
+from khod.producers.session_scan import SightedSessions
 from khod.text import join_names
 
 PHASE_TEXT: dict[Phase, tuple[str, str]] = {

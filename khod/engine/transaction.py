@@ -6,6 +6,8 @@ handover is kept until it was acted on: it is checked before each step, after th
 an operation.
 """
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import time
@@ -13,24 +15,29 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, repeat
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from khod.concurrency.bounded import ANYTHING, raise_if_cancelling
 from khod.concurrency.worker import Worker
+from khod.deferred import defer_module
 from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.rollback import Failure, undo_all
 from khod.errors import Failed, KhoError, NotRolledBack, Refused
-from khod.handover import verify
 from khod.handover.machine import HELD, RESTING, STEPS, Machine
 from khod.handover.reconcile import Found
 from khod.handover.record import ProducerRecord, Record, Store
-from khod.handover.verify import WALL_CLOCK_SECONDS
-from khod.history.model import Timeline
-from khod.kernel.explain import FORGOT
 from khod.model import ColdBoot, Event, EventKind, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
 from khod.producers.barrier import Member, write_verb
-from khod.producers.session_holders import SightedSessions
 from khod.text import join_names
+
+if TYPE_CHECKING:
+    from khod.handover import verify
+    from khod.history.model import Timeline
+    from khod.kernel import explain
+    from khod.producers.session_scan import SightedSessions
+else:
+    verify = defer_module("khod.handover.verify")
+    explain = defer_module("khod.kernel.explain")
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
@@ -232,7 +239,7 @@ class Transaction:
         self._cause = None
         self._cancelled.clear()
 
-    def wait_for_judgement(self, judgement: "asyncio.Future[None]") -> None:
+    def wait_for_judgement(self, judgement: asyncio.Future[None]) -> None:
         """Take no further step before `judgement` is done; it calls `cancel` if something ends the handover."""
         self._doubts.add(judgement)
         judgement.add_done_callback(self._doubts.discard)
@@ -431,7 +438,11 @@ class Transaction:
         await self.try_write_record(RECORD_UNDO_SECONDS)
         self.emit_event(ended.what if ended else said)
         attempt = self._require_attempt()
-        if Step.activate in self._machine.done and attempt.kernel and (forgot := FORGOT.get(attempt.kernel.abort)):
+        if (
+            Step.activate in self._machine.done
+            and attempt.kernel
+            and (forgot := explain.FORGOT.get(attempt.kernel.abort))
+        ):
             self._record = replace(self._record, suspect=forgot)
         failures = await undo_all(attempt, self._machine.done, self.emit_event)
         left = {failure.step for failure in failures}
@@ -575,7 +586,7 @@ class Transaction:
         record = self._record
         if record.run == record.arrived_run:
             blackout = verify.blackout_seconds(record.window_began_at, time.time(), uptime)
-            self._record = replace(record, blackout_seconds=blackout, blackout_error_seconds=WALL_CLOCK_SECONDS)
+            self._record = replace(record, blackout_seconds=blackout, blackout_error_seconds=verify.WALL_CLOCK_SECONDS)
 
     async def note_timeline(self, run: str, timeline: Timeline) -> None:
         """Record the blackout as the timeline of the handover into this boot has it, with its error."""

@@ -3,8 +3,10 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 from khod import model
+from khod.deferred import defer_module
 from khod.engine.attempts import Attempts
 from khod.engine.queries import Queries
 from khod.engine.restoration import Restoration
@@ -13,8 +15,12 @@ from khod.engine.transaction import Transaction, told_error
 from khod.errors import Busy, KhoError, NotRolledBack
 from khod.handover.machine import HELD, RESTING
 from khod.model import Phase
-from khod.preflight.handover import WAIT
 from khod.producers.barrier import Verb
+
+if TYPE_CHECKING:
+    from khod.preflight import handover as preflight_handover
+else:
+    preflight_handover = defer_module("khod.preflight.handover")
 
 
 class Turn:
@@ -51,7 +57,7 @@ class Turn:
                 f"Another operation is under way ({self._transaction.phase.value})"
                 f"{f', begun by {begun.by}' if begun.by else ''}",
                 where="khod",
-                remedy=WAIT,
+                remedy=preflight_handover.WAIT,
             )
         async with self.at_work():
             await self.act_on_cause()

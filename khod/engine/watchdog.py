@@ -5,16 +5,26 @@ Nothing here decides how a handover goes: what cannot be armed is said, and the 
 leaves nothing behind that resets this host: systemd feeds what is armed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from khod.concurrency.bounded import run_within
+from khod.deferred import defer_module
 from khod.engine.resources import Resources
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError
-from khod.kernel.host import list_watchdogs
-from khod.preflight.watchdog import find_obstacle
-from khod.systemd.dbus import BusError
-from khod.systemd.watchdog import ManagerWatchdogs
+
+if TYPE_CHECKING:
+    from khod.kernel import host
+    from khod.preflight import watchdog as preflight_watchdog
+    from khod.systemd import dbus
+    from khod.systemd.watchdog import ManagerWatchdogs
+else:
+    host = defer_module("khod.kernel.host")
+    preflight_watchdog = defer_module("khod.preflight.watchdog")
+    dbus = defer_module("khod.systemd.dbus")
 
 ANSWER_SECONDS = 2.0
 """Maximum seconds for all questions to systemd: producers may be frozen."""
@@ -38,9 +48,9 @@ class JumpWatchdog:
 
         async def arm() -> None:
             watchdogs = await self._workers.queries.call_within(
-                lambda: list_watchdogs(self._kexec.calls), "listing the watchdogs", ANSWER_SECONDS
+                lambda: host.list_watchdogs(self._kexec.calls), "listing the watchdogs", ANSWER_SECONDS
             )
-            obstacle = find_obstacle(settings, watchdogs, await manager.describe_watchdog())
+            obstacle = preflight_watchdog.find_obstacle(settings, watchdogs, await manager.describe_watchdog())
             if obstacle is not None:
                 self._transaction.emit_event(f"no watchdog watches over the jump: {obstacle.why}")
                 return
@@ -76,7 +86,7 @@ class JumpWatchdog:
         """Do it within ANSWER_SECONDS; say what did not become of it."""
         try:
             await run_within(ANSWER_SECONDS, work())
-        except (KhoError, BusError, OSError, TimeoutError) as error:
+        except (KhoError, dbus.BusError, OSError, TimeoutError) as error:
             self._transaction.emit_event(f"{gap}: {error}")
         except Exception as error:  # noqa: BLE001 - the handover goes on
             self._transaction.emit_event(f"{gap}: khod itself failed: {error!r}")

@@ -5,17 +5,20 @@ A write is atomic: a new file, fsync, rename, fsync of the directory. The snapsh
 record. They become durable only with the sync before the jump: without a jump they are not needed.
 """
 
+from __future__ import annotations
+
 import errno
 import json
 import os
 import time
 from dataclasses import field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from khod import wire
+from khod.deferred import defer_module
 from khod.errors import RecordError, errno_text
 from khod.frozen import dataclass
-from khod.handover.snapshots import Snapshots
 from khod.model import (
     Begun,
     ColdBoot,
@@ -30,6 +33,11 @@ from khod.model import (
     StepTiming,
     Verdict,
 )
+
+if TYPE_CHECKING:
+    from khod.handover import snapshots
+else:
+    snapshots = defer_module("khod.handover.snapshots")
 
 VERSION = 1
 ADDED_FIELDS = frozenset(
@@ -150,7 +158,7 @@ class Record:
     quiesced: tuple[str, ...] = ()
     """The units that the step quiesce of the handover `run` stops, in the order in which they are started again."""
 
-    def begin_run(self, run: str, observed: Observed, generation: Generation, by: str = "") -> "Record":
+    def begin_run(self, run: str, observed: Observed, generation: Generation, by: str = "") -> Record:
         """Return the record of a new handover in this boot; the outcome of this boot stays."""
         return replace(
             self,
@@ -303,9 +311,9 @@ class Store:
             raise _unwritable_error(error, self.directory / UNREADABLE) from error
 
     @property
-    def snapshots(self) -> Snapshots:
+    def snapshots(self) -> snapshots.Snapshots:
         """The snapshots of state trees."""
-        return Snapshots(self.directory / "snapshots")
+        return snapshots.Snapshots(self.directory / "snapshots")
 
     def free_bytes(self) -> int:
         """Return the free bytes of the directory; raise RecordError if its file system is read-only."""

@@ -5,19 +5,28 @@ CLOCK_MONOTONIC of a kernel is 0 where it begins to keep time (timekeeping_init(
 over the memory, counts as the jump.
 """
 
+from __future__ import annotations
+
 import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from khod.abi.calls import Calls
 from khod.abi.clock_device import read_clock_device
 from khod.abi.devices import BOUND_DEVICES
+from khod.deferred import defer_module
 from khod.frozen import dataclass
-from khod.history.model import ClockReading, Moment
 from khod.kernel.kexec import BOOT_ID
 from khod.kernel.tracing import read_tsc
+
+if TYPE_CHECKING:
+    from khod.history import model as history
+    from khod.history.model import Moment
+else:
+    history = defer_module("khod.history.model")
 
 PTP_CLASS, RTC_CLASS = "/sys/class/ptp", "/sys/class/rtc"
 HOST_CLOCK = re.compile(r"KVM virtual PTP|hyperv|ptp_vmw|vmclock\d+")
@@ -52,7 +61,7 @@ def read_clocks(
     moment: Moment,
     now: Callable[[], float] = time.monotonic,
     read_device: Callable[[str], float] = read_clock_device,
-) -> ClockReading:
+) -> history.ClockReading:
     """Return what the clocks show at this moment; a clock that cannot be read is None. OSError without a boot id.
 
     It takes some milliseconds, more on hosts with many processors (see `khod.kernel.tracing`). Call it in a worker.
@@ -63,7 +72,7 @@ def read_clocks(
     real, boot = (_read_bracketed(partial(time.clock_gettime, clock), now) for clock in SYSTEM_CLOCKS)
     instant = tsc.monotonic if tsc else (real.before + real.after) / 2
     spans = [real.span, boot.span, *([tsc.span_seconds] if tsc else []), *([ptp[1].span] if ptp else [])]
-    return ClockReading(
+    return history.ClockReading(
         moment=moment,
         boot_id=boot_id,
         monotonic=instant,

@@ -6,15 +6,21 @@ import fcntl
 import os
 import stat
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.statx import statx
+from khod.deferred import defer_module
 from khod.errors import KhoError, Refused, Unsupported
 from khod.kernel.errnos import UNIT, Errnos
-from khod.kernel.explain import put_errno
-from khod.kernel.kconfig import booted_with, built_in, kho_on
 from khod.kernel.sysfs import KHO
 from khod.model import Kept
+
+if TYPE_CHECKING:
+    from khod.kernel import explain, kconfig
+else:
+    explain = defer_module("khod.kernel.explain")
+    kconfig = defer_module("khod.kernel.kconfig")
 
 F_SEAL_EXEC = 0x0020  # include/uapi/linux/fcntl.h
 HUGE_PAGE_BYTES = 1 << 16  # bytes; the smallest huge page is larger on every architecture except 64K-page arm64
@@ -121,7 +127,7 @@ class Luo:
             self._calls.preserve_fd(session, fd, kept.token)
         except OSError as error:
             raise Refused(
-                **put_errno(f"{kept.name} ({describe_fd(fd)}) cannot be preserved", PRESERVE, error, LOG)
+                **explain.put_errno(f"{kept.name} ({describe_fd(fd)}) cannot be preserved", PRESERVE, error, LOG)
             ) from error
 
     def retrieve_files(self, session: int, kept: Sequence[Kept]) -> list[int]:
@@ -134,7 +140,7 @@ class Luo:
                 for fd in taken:
                     os.close(fd)
                 raise Refused(
-                    **put_errno(f"{file.name} (token {file.token}) did not arrive", RETRIEVE, error, LOG)
+                    **explain.put_errno(f"{file.name} (token {file.token}) did not arrive", RETRIEVE, error, LOG)
                 ) from error
         return taken
 
@@ -143,24 +149,29 @@ class Luo:
         try:
             self._calls.finish_session(session)
         except OSError as error:
-            raise Refused(**put_errno("The kernel does not let go of a LUO session", FINISH, error, LOG)) from error
+            raise Refused(
+                **explain.put_errno("The kernel does not let go of a LUO session", FINISH, error, LOG)
+            ) from error
 
     def _no_session(self, error: OSError, what: str, absent: Sequence[int]) -> KhoError:
         if error.errno in absent:
             return self.why_not()
-        return Refused(**put_errno(what, SESSION, error, LOG))
+        return Refused(**explain.put_errno(what, SESSION, error, LOG))
 
     def why_not(self) -> Unsupported:
         """Return the error that says why this kernel has no LUO, and what to add."""
         try:
-            built, on = built_in(self._calls, "CONFIG_LIVEUPDATE", "luo_"), booted_with(self._calls, "liveupdate")
+            built, on = (
+                kconfig.built_in(self._calls, "CONFIG_LIVEUPDATE", "luo_"),
+                kconfig.booted_with(self._calls, "liveupdate"),
+            )
         except OSError:
             built, on = None, False
         if self._calls.path_exists(KHO):
             what, remedy = "has the v3 series' Kexec HandOver, which came years before it", NEWER
         elif built is False:
             what, remedy = "was built without it", NEWER
-        elif not on or not kho_on(self._calls):
+        elif not on or not kconfig.kho_on(self._calls):
             what, remedy = (
                 "was not booted with both kho=on and liveupdate=on",
                 "Add kho=on liveupdate=on and boot again.",

@@ -4,14 +4,21 @@
 Distributions turn options off, Kconfig help texts are wrong, and vendors ship v3 with other version numbers.
 """
 
+from typing import TYPE_CHECKING
+
 from khod.abi.calls import Calls
+from khod.deferred import defer_module
 from khod.frozen import dataclass
 from khod.kernel import debugfs, sysfs
 from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.errnos import SCRATCH_PARAMETERS
-from khod.kernel.kconfig import built_in, kho_on
 from khod.kernel.protocol import KhoKernel
 from khod.kernel.sysfs import SysfsKho
+
+if TYPE_CHECKING:
+    from khod.kernel import kconfig
+else:
+    kconfig = defer_module("khod.kernel.kconfig")
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,12 @@ def _require_on(kernel: KhoKernel, what: str, parameter: str) -> Probed:
 
 
 def _why_not(calls: Calls) -> tuple[str, str]:
-    if built_in(calls, "CONFIG_KEXEC_HANDOVER", "kho_") is False:
+    if kconfig.built_in(calls, "CONFIG_KEXEC_HANDOVER", "kho_") is False:
         return (
             "This kernel was built without Kexec HandOver (CONFIG_KEXEC_HANDOVER is not set)",
             "Boot a kernel built with CONFIG_KEXEC_HANDOVER=y and CONFIG_KEXEC_HANDOVER_DEBUGFS=y.",
         )
-    if not kho_on(calls):
+    if not kconfig.kho_on(calls):
         return (
             "Kexec HandOver is compiled in and switched off: kho=on is not on the kernel command line",
             f"Add kho=on to the kernel command line (and {SCRATCH_PARAMETERS} for its scratch memory) and boot again.",

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where metrics come from: the status of now, and the history, which is not asked while producers are stopped."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
 
+from khod.deferred import defer_module
 from khod.engine.history import STOPPED, HistoryService
-from khod.history.model import AttemptSummary
-from khod.metrics.table import MetricFacts
 from khod.model import Phase, Status
+
+if TYPE_CHECKING:
+    from khod.history.model import AttemptSummary
+    from khod.metrics import table
+else:
+    table = defer_module("khod.metrics.table")
 
 
 class MetricSource:
@@ -19,11 +27,11 @@ class MetricSource:
         self._counts: Mapping[Phase, int] = {}
         self._last: AttemptSummary | None = None
 
-    async def read(self) -> MetricFacts:
+    async def read(self) -> table.MetricFacts:
         """Return the facts of now; what the history does not say is what it said before."""
         status = await self._status()
         if status.phase not in STOPPED:
             counts, page = await asyncio.gather(self._history.counts(), self._history.page("", 1))
             self._counts = self._counts if counts is None else counts
             self._last = page.attempts[0] if page.attempts else self._last
-        return MetricFacts(status, self._counts, self._last)
+        return table.MetricFacts(status, self._counts, self._last)

@@ -5,20 +5,28 @@ It is written when khod has started and when a handover has ended, never during 
 not writable, or on a file system that hangs: the journal then says so, and nothing else follows from it.
 """
 
+from __future__ import annotations
+
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from khod.concurrency.worker import Worker
+from khod.deferred import defer_module
 from khod.engine.journal import write_message
 from khod.engine.journal_fields import Message
 from khod.errors import KhoError, errno_text
 from khod.handover.machine import RESTING
-from khod.metrics.table import MetricFacts
-from khod.metrics.text import render_text
 from khod.model import Phase
+
+if TYPE_CHECKING:
+    from khod.metrics import text
+    from khod.metrics.table import MetricFacts
+else:
+    text = defer_module("khod.metrics.text")
 
 FILE_NAME = "kho.prom"
 NEW_NAME = f".{FILE_NAME}.new"
@@ -78,8 +86,8 @@ class TextFile:
         try:
             facts = await self._facts()
             if facts.status.phase in SETTLED:
-                text = render_text(facts)
-                await self._worker.call_within(lambda: replace_file(path, text), str(path), WRITE_SECONDS)
+                rendered = text.render_text(facts)
+                await self._worker.call_within(lambda: replace_file(path, rendered), str(path), WRITE_SECONDS)
         except OSError as error:
             _report_failure(path, errno_text(error))
         except Exception as error:  # noqa: BLE001 - no handover depends on it

@@ -17,7 +17,7 @@ from khod.model import CheckResult, Observed
 from khod.producers.barrier import Participant
 from khod.producers.health import HealthCheck
 from khod.producers.registrations import RegisteredProducer
-from khod.producers.session_holders import SightedSessions
+from khod.producers.session_scan import SightedSessions
 from khod.quiesce.host import Survey
 from khod.region import Region
 from khod.systemd.logind import Inhibitor

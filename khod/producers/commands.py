@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """How the commands of producers are run: started, waited for, and ended with all they started."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from khod.frozen import dataclass
-from khod.systemd.setting_values import Property
+
+if TYPE_CHECKING:
+    from khod.systemd.setting_values import Property
 
 LAUNCHER = "/usr/bin/env"
 """What is executed; it executes the command in turn, found by PATH, and says in the C locale why it cannot.
@@ -15,6 +19,8 @@ khod itself starts nothing else: a vfork(2) stops the whole of khod until the ch
 for ever where the command lies on a file system that does not answer. env(1) is in memory, and may wait.
 """
 HOOK_UNIT_PREFIX = "kho-hook-"
+TABLE = "service"
+"""The table of a file of producers.d with the settings of the unit that its commands run in."""
 GATEKEEPER = "kho-hook"
 """What a shell that executes a prepared command calls itself in its messages."""
 CANNOT_START = (126, 127)

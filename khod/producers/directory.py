@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """/etc/kho/producers.d: one producer a file. What it names decides the kind: commands, a unit, or a QMP socket."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from khod.config import Fragment
+from khod.deferred import defer_module
 from khod.errors import ConfigError, UsageError
 from khod.files import list_toml, read_toml, require_type
 from khod.producers.barrier import Participant, Verb
-from khod.producers.commands import CommandRunner
+from khod.producers.commands import TABLE, CommandRunner
 from khod.producers.configured import check_name, require_string, require_strings
-from khod.producers.hooks import Hook
-from khod.producers.kept import KeptVm
-from khod.producers.qemu import Qemu
-from khod.producers.service_settings import TABLE, read_settings
-from khod.producers.unit import Unit, check_unit
-from khod.systemd.setting_values import Property
-from khod.vm.settings import parse_kept
+
+if TYPE_CHECKING:
+    from khod.producers import hooks, kept, qemu, service_settings, unit
+    from khod.systemd.setting_values import Property
+    from khod.vm import settings as vm_settings
+else:
+    hooks = defer_module("khod.producers.hooks")
+    kept = defer_module("khod.producers.kept")
+    qemu = defer_module("khod.producers.qemu")
+    service_settings = defer_module("khod.producers.service_settings")
+    unit = defer_module("khod.producers.unit")
+    vm_settings = defer_module("khod.vm.settings")
 
 DIRECTORY = "etc/kho/producers.d"
 VERBS = tuple(verb.value for verb in Verb)
@@ -38,9 +46,10 @@ def load_directory(root: Path, runner: CommandRunner) -> list[Participant]:
     for path in list_toml(root / DIRECTORY, "producer"):
         try:
             made = _read_producer(path, runner)
-            if isinstance(made, Qemu | KeptVm) and (other := sockets.setdefault(made.socket, path)) != path:
+            qmp = getattr(made, "socket", None)  # a class would have to be imported
+            if qmp is not None and (other := sockets.setdefault(qmp, path)) != path:
                 raise ConfigError(
-                    f"Two files have one QMP socket, {made.socket}", where=str(path), remedy=f"Remove it, or {other}."
+                    f"Two files have one QMP socket, {qmp}", where=str(path), remedy=f"Remove it, or {other}."
                 )
             found.append(made)
         except ConfigError as error:
@@ -97,7 +106,7 @@ def _read_producer(path: Path, runner: CommandRunner) -> Participant:
             made = KINDS[chosen[0]](fragment, values, common, runner)
         else:
             commands, settings = _take_commands(path, values), _take_settings(fragment, values, runner)
-            made = Hook(**common, commands=commands, settings=settings, runner=runner)
+            made = hooks.Hook(**common, commands=commands, settings=settings, runner=runner)
     except UsageError as error:
         raise ConfigError(error.what, where=str(path), remedy=error.remedy) from None
     if values:
@@ -140,7 +149,7 @@ def _take_settings(fragment: Fragment, values: Values, runner: CommandRunner) ->
             where=fragment.locate_key(f"{TABLE}.{misplaced[0]}"),
             remedy=f"It is a key of the producer: write it above the line [{TABLE}].",
         )
-    settings = read_settings(table, fragment)
+    settings = service_settings.read_settings(table, fragment)
     if settings and not runner.has_units:
         raise ConfigError(
             f"`{TABLE}` requires systemd, and this khod runs hooks without it",
@@ -152,21 +161,21 @@ def _take_settings(fragment: Fragment, values: Values, runner: CommandRunner) ->
 
 def _make_unit(fragment: Fragment, values: Values, common: Values, _runner: CommandRunner) -> Participant:
     name, how = require_string(values.pop("unit"), fragment.path, "unit"), values.pop("how", "freeze")
-    check_unit(name)
+    unit.check_unit(name)
     if how not in ("freeze", "stop"):
         raise ConfigError(f"`how` is {how!r}", where=str(fragment.path), remedy="It takes one of: freeze, stop.")
     units = (*common.pop("units", ()), name)
-    return Unit(**common, units=units, unit=name, how=how)
+    return unit.Unit(**common, units=units, unit=name, how=how)
 
 
 def _make_qemu(fragment: Fragment, values: Values, common: Values, runner: CommandRunner) -> Participant:
     socket = require_string(values.pop("qmp"), fragment.path, "qmp")
     if not require_type(values.pop("keep", False), bool, "keep", str(fragment.path)):
-        return Qemu(**common, socket=socket)
-    parse_kept(fragment)
+        return qemu.Qemu(**common, socket=socket)
+    vm_settings.parse_kept(fragment)
     values.pop("restart", None)
     values.pop("agent", None)
-    return KeptVm(**common, socket=socket, runner=runner)
+    return kept.KeptVm(**common, socket=socket, runner=runner)
 
 
 KINDS: dict[str, Callable[[Fragment, Values, Values, CommandRunner], Participant]] = {

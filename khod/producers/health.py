@@ -5,23 +5,31 @@ They run after the jump, once the producers have their state: side by side, each
 (kho-verify-NAME.service), within its own time limit, as commands of hooks do.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from khod.concurrency.bounded import run_within
 from khod.config import Fragment
+from khod.deferred import defer_module
 from khod.errors import ConfigError, KhoError, UsageError
 from khod.files import list_toml, read_toml, require_type
 from khod.frozen import dataclass
-from khod.handover.evidence import Evidence
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource
 from khod.producers.barrier import ParticipantVeto
 from khod.producers.commands import Command, CommandRunner
 from khod.producers.configured import check_name, require_strings
-from khod.producers.execution import PATH, Execution, is_startable
 from khod.text import printable
+
+if TYPE_CHECKING:
+    from khod.handover import evidence
+    from khod.producers import execution as command_execution
+else:
+    evidence = defer_module("khod.handover.evidence")
+    command_execution = defer_module("khod.producers.execution")
 
 DIRECTORY = "etc/kho/verify.d"
 UNIT_PREFIX = "kho-verify-"
@@ -48,7 +56,7 @@ class HealthCheck:
     @property
     def unstartable(self) -> str:
         """The command, if it is not there or is no program, else ""."""
-        return "" if self.wrong or is_startable(self.command[0]) else self.command[0]
+        return "" if self.wrong or command_execution.is_startable(self.command[0]) else self.command[0]
 
 
 class HealthChecks:
@@ -71,11 +79,11 @@ class HealthChecks:
             found.append(HealthCheck(paths[MAX_HEALTH_CHECKS].stem, wrong=surplus))
         return found
 
-    async def run_checks(self, checks: Iterable[HealthCheck], run: str) -> list[Evidence]:
+    async def run_checks(self, checks: Iterable[HealthCheck], run: str) -> list[evidence.Evidence]:
         """Run health checks after the handover `run`, side by side; return what each found, in their order."""
         return list(await asyncio.gather(*(self._run_check(check, run) for check in checks)))
 
-    async def _run_check(self, check: HealthCheck, run: str) -> Evidence:
+    async def _run_check(self, check: HealthCheck, run: str) -> evidence.Evidence:
         if check.wrong is not None:
             return _failed(check, f"{check.wrong.what} ({check.wrong.where})")
         loop = asyncio.get_running_loop()
@@ -88,12 +96,12 @@ class HealthChecks:
             return _failed(check, str(error))
         except Exception as error:  # noqa: BLE001 - any error of one: the others continue
             return _failed(check, f"khod itself failed: {error!r}")
-        return Evidence.passed(_check_name(check), f"done in {loop.time() - began:.1f} s")
+        return evidence.Evidence.passed(_check_name(check), f"done in {loop.time() - began:.1f} s")
 
     async def _execute(self, check: HealthCheck, run: str) -> None:
-        environment = {"PATH": PATH, "KHO_NAME": check.name, "KHO_VERB": "verify", "KHO_RUN": run}
+        environment = {"PATH": command_execution.PATH, "KHO_NAME": check.name, "KHO_VERB": "verify", "KHO_RUN": run}
         command = Command(check.name, check.command, environment, unit_prefix=UNIT_PREFIX)
-        execution = await Execution.start(self._runner, command)
+        execution = await command_execution.Execution.start(self._runner, command)
         await execution.finish(lambda _reason: None)
 
 
@@ -140,10 +148,10 @@ def _check_name(check: HealthCheck) -> str:
     return f"health {check.name}"
 
 
-def _failed(check: HealthCheck, why: str) -> Evidence:
+def _failed(check: HealthCheck, why: str) -> evidence.Evidence:
     """Return the failure of a check: a required one is a finding, a wanted one is only shown."""
     if not check.is_required:
-        return Evidence(Check(_check_name(check), CheckResult.warn, printable(why), REMEDY))
+        return evidence.Evidence(Check(_check_name(check), CheckResult.warn, printable(why), REMEDY))
     text = f"health check {check.name} failed: {printable(why)}"
     finding = Finding("", text, FindingSource.health, check.name, FindingSeverity.unknown)
-    return Evidence.failed(_check_name(check), why, REMEDY, [finding])
+    return evidence.Evidence.failed(_check_name(check), why, REMEDY, [finding])

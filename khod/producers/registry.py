@@ -5,19 +5,26 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from khod import model
+from khod.deferred import defer_module
 from khod.errors import ConfigError, Refused, UsageError
 from khod.handover.record import Owner, Process, ProducerRecord
 from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Participant, PriorCall, Verb, read_verb
-from khod.producers.kept import KeptVm
 from khod.producers.lost import MissingProducer
 from khod.producers.order import check_newcomer, order_in_ranks
 from khod.producers.peer import KIND, Peer, Registration
 from khod.producers.peers import Peers
-from khod.producers.qemu import Qemu
-from khod.producers.unit import Unit
-from khod.systemd.dbus import BusError
+
+if TYPE_CHECKING:
+    from khod.producers import kept, qemu, unit
+    from khod.systemd import dbus
+else:
+    kept = defer_module("khod.producers.kept")
+    qemu = defer_module("khod.producers.qemu")
+    unit = defer_module("khod.producers.unit")
+    dbus = defer_module("khod.systemd.dbus")
 
 LOG = logging.getLogger(__name__)
 
@@ -47,7 +54,7 @@ class ProducerRegistry:
 
     def _read_files(self, served: Collection[str]) -> list[Participant]:
         """Return the producers with a file, except the kept VMs of these names: a peer is the producer of such a VM."""
-        return [file for file in self._configured() if not (isinstance(file, KeptVm) and file.name in served)]
+        return [file for file in self._configured() if not (isinstance(file, kept.KeptVm) and file.name in served)]
 
     async def start_supervisors(self) -> list[str]:
         """Have systemd start khod-vm for each kept VM whose khod-vm is not connected; return the VMs' names.
@@ -58,10 +65,10 @@ class ProducerRegistry:
         with suppress(ConfigError):
             for vm in self._configured():
                 peer = self.peers.find_peer(vm.name)
-                if isinstance(vm, KeptVm) and vm.runner.has_units and not (peer and peer.is_reachable):
+                if isinstance(vm, kept.KeptVm) and vm.runner.has_units and not (peer and peer.is_reachable):
                     try:
                         await vm.start_unit()
-                    except (BusError, TimeoutError) as error:
+                    except (dbus.BusError, TimeoutError) as error:
                         LOG.warning("%s cannot be started: %s", vm.unit, error or "systemd does not answer")
                     else:
                         started.append(vm.name)
@@ -180,13 +187,13 @@ def _record_key(producer: Participant) -> tuple[str, str]:
 def _show_member(member: Member) -> model.Producer:
     """Return a member as status shows it; of a VM without its supervisor, which one is missing."""
     shown = member.to_model()
-    if isinstance(member.producer, KeptVm) and member.told is None:
+    if isinstance(member.producer, kept.KeptVm) and member.told is None:
         return replace(shown, answer=f"{member.producer.unit} is not there")
     return shown
 
 
 def by_note(holder: ProducerRecord) -> Participant | None:
     """Return the producer of a note that says what was done, and to what: its file may be gone by now."""
-    if holder.kind == Unit.kind:
-        return Unit.by_note(holder.name, holder.note)
-    return Qemu.by_note(holder.name, holder.note) if holder.kind == Qemu.kind else None
+    if holder.kind == unit.Unit.kind:
+        return unit.Unit.by_note(holder.name, holder.note)
+    return qemu.Qemu.by_note(holder.name, holder.note) if holder.kind == qemu.Qemu.kind else None

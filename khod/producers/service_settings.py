@@ -17,11 +17,11 @@ from typing import Any
 from khod.config import Fragment
 from khod.errors import ConfigError
 from khod.frozen import dataclass
+from khod.producers.commands import TABLE
 from khod.systemd import setting_values as values
 from khod.systemd.setting_values import Property, Suffixed
 from khod.text import printable, shorten
 
-TABLE = "service"
 MAX_SHOWN = 80
 """Characters of a value or a name that are shown."""
 MIN_SIMILARITY = 0.7

@@ -13,7 +13,15 @@ from typing import Any
 from khod.abi.calls import Calls
 from khod.frozen import dataclass
 from khod.model import Finding, FindingSource, LuoSession, SessionFate, Verdict
-from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, Scanner, SessionScan, scan_processes
+from khod.producers.session_scan import (
+    LINK,
+    HeldSession,
+    HoldingProcess,
+    Scanner,
+    SessionScan,
+    SightedSessions,
+    scan_processes,
+)
 from khod.systemd.facts import BOOTED, SystemdFacts
 from khod.systemd.shutdown import CARRIES_SESSIONS
 from khod.text import join_names, printable
@@ -27,14 +35,6 @@ OUTLIVES = ("yes", "on-success")
 
 
 ASKED = SystemdFacts()
-
-
-@dataclass(frozen=True)
-class SightedSessions:
-    """What was found; `unseen` says why there may be more, "" where there is not."""
-
-    sessions: tuple[LuoSession, ...] = ()
-    unseen: str = ""
 
 
 def find_sessions(

@@ -14,6 +14,7 @@ from dataclasses import field
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.liveupdate import Session
 from khod.frozen import dataclass
+from khod.model import LuoSession
 from khod.producers.cgroup import units_in
 
 COMM_LENGTH = 15
@@ -60,6 +61,14 @@ class SessionScan:
     """What was found; `unseen` says why there may be more, "" where there is not."""
 
     sessions: list[HeldSession] = field(default_factory=list)
+    unseen: str = ""
+
+
+@dataclass(frozen=True)
+class SightedSessions:
+    """What was found; `unseen` says why there may be more, "" where there is not."""
+
+    sessions: tuple[LuoSession, ...] = ()
     unseen: str = ""
 
 

@@ -9,28 +9,37 @@ of it goes over PID 1's private socket: without a message bus hooks thaw all the
 A unit is named after its producer. So what outlived a khod that was killed is found, and ended before the next verb.
 """
 
+from __future__ import annotations
+
 import asyncio
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, closing, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from khod.deferred import defer_module
 from khod.producers.cgroup import units_in
 from khod.producers.children import describe_undead, open_children
 from khod.producers.commands import HOOK_UNIT_PREFIX, KILL_WAIT_SECONDS, Command
 from khod.producers.waiting import Gate, WaitingUnit, can_wait, waiting_argv
-from khod.systemd.dbus import Bus, BusError, Disconnected, ErrorAnswer, SharedBus
-from khod.systemd.manager import MANAGER, SETTLE_SECONDS, SYSTEMD, Systemd
-from khod.systemd.setting_values import Property
 from khod.systemd.startup import HOOKS_UNIT
+
+if TYPE_CHECKING:
+    from khod.systemd import dbus, manager
+    from khod.systemd.dbus import Bus
+    from khod.systemd.setting_values import Property
+else:
+    dbus = defer_module("khod.systemd.dbus")
+    manager = defer_module("khod.systemd.manager")
 
 MAX_UNITS = 9
 """Units that one producer may have: what does not die keeps the name of its unit."""
 MAX_WAITING = 100
 """Units whose commands may wait at the same time: each takes five of khod's descriptors."""
-UNIT_EXISTS = f"{SYSTEMD}.UnitExists"
+UNIT_EXISTS = "org.freedesktop.systemd1.UnitExists"
 ENDED = ("inactive", "failed")
 CLD_EXITED = 1  # siginfo_t's si_code, as ExecMainCode has it
 STOP_STAGE_SECONDS = 0.25
@@ -46,17 +55,20 @@ class TransientUnits:
     has_units = True
 
     def __init__(self) -> None:
-        self._shared = SharedBus()
         self._gates: WeakSet[Gate] = WeakSet()
 
-    async def start_command(self, command: Command, stdout: int, stderr: int) -> "TransientUnit":
+    @cached_property
+    def _shared(self) -> dbus.SharedBus:
+        return dbus.SharedBus()
+
+    async def start_command(self, command: Command, stdout: int, stderr: int) -> TransientUnit:
         """Start a command once nothing of an earlier one runs under its name, or under the next free name."""
         for number in range(MAX_UNITS):
             unit = TransientUnit(unit_name(command.name, number, command.unit_prefix), self._shared)
             try:
                 if await unit.start(command, stdout, stderr):
                     return unit
-            except BusError as error:
+            except dbus.BusError as error:
                 raise ValueError(str(error)) from None
         first = unit_name(command.name, prefix=command.unit_prefix)
         raise ValueError(f"{MAX_UNITS} units of earlier commands do not end, {first} the first")
@@ -70,7 +82,7 @@ class TransientUnits:
             return None
         name = unit_name(command.name, prefix=command.unit_prefix)
         unit = TransientUnit(name, self._shared)
-        with suppress(OSError, ValueError, BusError), ExitStack() as stack:
+        with suppress(OSError, ValueError, dbus.BusError), ExitStack() as stack:
             gate = stack.enter_context(closing(Gate()))
             self._gates.add(gate)
             pid = await unit.start_waiting(command, stdout, stderr, gate)
@@ -84,7 +96,7 @@ class TransientUnits:
 class TransientUnit:
     """One unit, which uses a connection to systemd for as long as it runs."""
 
-    def __init__(self, name: str, shared: SharedBus) -> None:
+    def __init__(self, name: str, shared: dbus.SharedBus) -> None:
         self._name, self._shared = name, shared
         self._path = _object_path(name)
         self._stack = AsyncExitStack()
@@ -129,7 +141,7 @@ class TransientUnit:
                 bus = self._bus or await self._connect(look=True)
                 while self._told.get("ActiveState") not in ENDED:
                     await bus.wait_news(self._path)
-            except Disconnected:  # it starts anew: daemon-reexec
+            except dbus.Disconnected:  # it starts anew: daemon-reexec
                 await self._close()
                 await asyncio.sleep(RECONNECT_SECONDS)
                 continue
@@ -146,15 +158,15 @@ class TransientUnit:
                 # All of it: to kill the unit later would be to kill that of the next command, which has its name.
                 async with asyncio.timeout(KILL_WAIT_SECONDS):
                     await self._kill()
-            except (TimeoutError, ErrorAnswer):
+            except (TimeoutError, dbus.ErrorAnswer):
                 pass
             if self._told.get("ActiveState") == "inactive":
                 return []  # its control group is empty: asking for its processes would only lengthen a freeze
             if self._bus is None:
                 return [f"{self._name} may still run: systemd does not answer"]
-            with suppress(ErrorAnswer):  # the unit is gone, with all it had
-                left = await Systemd(self._bus, self._name).list_processes()
-        except BusError as error:
+            with suppress(dbus.ErrorAnswer):  # the unit is gone, with all it had
+                left = await manager.Systemd(self._bus, self._name).list_processes()
+        except dbus.BusError as error:
             return [f"{self._name} may still run: {error}"]
         finally:
             await self._close()
@@ -167,8 +179,8 @@ class TransientUnit:
         if self._told.get("ActiveState") not in ENDED:
             await self._look(bus)
             moved = await self._kill_moved(bus)
-            with suppress(ErrorAnswer):
-                await Systemd(bus, self._name).kill_processes()
+            with suppress(dbus.ErrorAnswer):
+                await manager.Systemd(bus, self._name).kill_processes()
         while self._told.get("ActiveState") not in ENDED:
             await bus.wait_news(self._path)
         while moved is not None and moved.get("ActiveState") not in ENDED:
@@ -198,19 +210,34 @@ class TransientUnit:
                 ("RuntimeMaxUSec", ("t", 1)),
             ]
             said = self._stack.enter_context(bus.watch_object(_object_path(self._scope)))
-            call: tuple[Any, ...] = (MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", self._scope, "fail", settings)
-            with suppress(ErrorAnswer):  # as before 255, which knows no PIDFDs
+            call: tuple[Any, ...] = (
+                manager.MANAGER,
+                "StartTransientUnit",
+                "ssa(sv)a(sa(sv))",
+                self._scope,
+                "fail",
+                settings,
+            )
+            with suppress(dbus.ErrorAnswer):  # as before 255, which knows no PIDFDs
                 await bus.call_method(*call, [])
                 return said
         return None
 
     async def _start_unit(self, bus: Bus, properties: list[tuple[str, Property]]) -> bool:
         """Have systemd start it, and wait until that is done; False where the name is taken."""
-        call: tuple[Any, ...] = (MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", self._name, "fail", properties, [])
+        call: tuple[Any, ...] = (
+            manager.MANAGER,
+            "StartTransientUnit",
+            "ssa(sv)a(sa(sv))",
+            self._name,
+            "fail",
+            properties,
+            [],
+        )
         try:
             (job,) = (await bus.call_method(*call)).body
             result = await bus.wait_job(job)
-        except ErrorAnswer as error:
+        except dbus.ErrorAnswer as error:
             if error.name == UNIT_EXISTS:
                 return False
             raise
@@ -224,28 +251,28 @@ class TransientUnit:
 
     async def _end_former(self, bus: Bus) -> bool:
         """End the unit that has the name; whether it did. ValueError where it is none of khod's."""
-        systemd = Systemd(bus, self._name)
+        systemd = manager.Systemd(bus, self._name)
         state = await systemd.read_state()
         if state.load == "not-found":  # it has ended meanwhile
             return True
         if not state.transient:
             raise ValueError(f"the name {self._name} is taken by a unit that is not khod's")
-        with suppress(ErrorAnswer):
+        with suppress(dbus.ErrorAnswer):
             await systemd.kill_processes()
         try:
             async with asyncio.timeout(KILL_WAIT_SECONDS):
-                with suppress(ErrorAnswer):
+                with suppress(dbus.ErrorAnswer):
                     await systemd.run_job("StopUnit", "replace")
-                    await bus.call_method(MANAGER, "ResetFailedUnit", "s", self._name)
+                    await bus.call_method(manager.MANAGER, "ResetFailedUnit", "s", self._name)
         except TimeoutError:
             return False
         return True
 
     async def _call_off(self, bus: Bus) -> None:
         """Have systemd stop what it may only now begin to start: it takes up a connection's calls in their order."""
-        with suppress(BusError, TimeoutError):
-            async with asyncio.timeout(SETTLE_SECONDS):
-                await bus.call_method(MANAGER, "StopUnit", "ss", self._name, "replace")
+        with suppress(dbus.BusError, TimeoutError):
+            async with asyncio.timeout(manager.SETTLE_SECONDS):
+                await bus.call_method(manager.MANAGER, "StopUnit", "ss", self._name, "replace")
 
     async def _connect(self, *, look: bool = False) -> Bus:
         """Connect to systemd; with `look` what the unit says of itself now is read."""
@@ -259,7 +286,7 @@ class TransientUnit:
         """Read what the unit says of itself now, unless systemd has said what state it is in."""
         if "ActiveState" in self._told:
             return
-        systemd = Systemd(bus, self._name)
+        systemd = manager.Systemd(bus, self._name)
         now = await systemd.read_properties(self._name, "Unit")
         if now.get("LoadState") == "loaded":
             now |= await systemd.read_properties(self._name, "Service")

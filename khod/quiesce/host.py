@@ -5,20 +5,29 @@ So the blackout, which begins with `freeze`, holds the jump alone. Stop jobs, no
 with RemainAfterExit= and loses transient units for good (seen with systemd 262).
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from khod.deferred import defer_module
 from khod.errors import Failed, Refused
 from khod.frozen import dataclass
 from khod.kernel.filesystems import FrozenFileSystems
 from khod.producers.commands import CommandRunner
-from khod.quiesce import last_acts, units
 from khod.quiesce.selection import KHOD_UNITS, Selection, select_units
 from khod.quiesce.thaw_guard import ThawGuard
-from khod.systemd.dbus import BusError, systemd_bus
 from khod.text import join_names
+
+if TYPE_CHECKING:
+    from khod.quiesce import last_acts, units
+    from khod.systemd import dbus
+else:
+    last_acts = defer_module("khod.quiesce.last_acts")
+    units = defer_module("khod.quiesce.units")
+    dbus = defer_module("khod.systemd.dbus")
 
 ASK_SECONDS = 15.0
 """Seconds systemd has to describe all units; no producer is frozen meanwhile."""
@@ -47,7 +56,7 @@ class Survey:
             return f"systemd has jobs under way: {names}"
         return "; ".join(self.selection.obstacles)
 
-    def require_clear(self) -> "Survey":
+    def require_clear(self) -> Survey:
         """Return this survey; Refused if something is in the way."""
         if obstacle := self.find_obstacle():
             remedy = "Wait for them: systemctl list-jobs. To stop nothing: `Kexec(now)`" if self.jobs else KEEP_IT
@@ -92,10 +101,10 @@ class SystemdHost:
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
         """As Host has it."""
         try:
-            async with asyncio.timeout(ASK_SECONDS), systemd_bus() as bus:
+            async with asyncio.timeout(ASK_SECONDS), dbus.systemd_bus() as bus:
                 found = await units.read_units(bus)
                 jobs = await units.list_jobs(bus)
-        except (BusError, TimeoutError) as error:
+        except (dbus.BusError, TimeoutError) as error:
             raise Failed(
                 f"systemd does not describe its units: {error or 'no answer'}",
                 where="quiesce",
@@ -120,7 +129,7 @@ class SystemdHost:
             raise Refused(
                 f"The host did not come to rest within {seconds:g} s: {left}", where="quiesce", remedy=KEEP_IT
             ) from None
-        except BusError as error:
+        except dbus.BusError as error:
             raise Failed(
                 f"systemd did not stop the host's units: {error}", where="quiesce", remedy="Look at systemctl status."
             ) from error
@@ -156,13 +165,13 @@ class SystemdHost:
         except TimeoutError:
             left = [name for name, state in (await _read_states(names)).items() if state != "active"]
             return dict.fromkeys(left, f"not started within {seconds:g} s")
-        except BusError as error:
+        except dbus.BusError as error:
             return dict.fromkeys(names, f"systemd was not asked: {error}")
 
 
 async def _require_stopped_in_time(names: Sequence[str]) -> None:
     """Refused if systemd had to kill one of these units: what it held was not put away in order."""
-    async with systemd_bus() as bus:
+    async with dbus.systemd_bus() as bus:
         late = await units.find_killed(bus, names)
     if late:
         raise Refused(
@@ -173,9 +182,9 @@ async def _require_stopped_in_time(names: Sequence[str]) -> None:
 async def _read_states(names: Sequence[str]) -> dict[str, str]:
     """Return the ActiveState of these units, "unknown" where systemd does not answer."""
     try:
-        async with asyncio.timeout(ASK_SECONDS), systemd_bus() as bus:
+        async with asyncio.timeout(ASK_SECONDS), dbus.systemd_bus() as bus:
             listed = await units.list_units(bus)
-    except (BusError, TimeoutError):
+    except (dbus.BusError, TimeoutError):
         return dict.fromkeys(names, "unknown")
     return {name: listed[name].active if name in listed else "inactive" for name in names}
 

@@ -6,35 +6,46 @@ Every user may connect and ask. The kernel identifies the user; before that, a c
 call what.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
-from asyncvarlink import VarlinkInterfaceRegistry
+from asyncvarlink import VarlinkInterface
 from asyncvarlink.serviceinterface import VarlinkServiceInterface
 
 from khod import __version__
 from khod.config import Access
+from khod.deferred import defer_module
+from khod.engine import Engine
 from khod.server.clients import Clients
-from khod.server.handover import Service
+from khod.server.interfaces import Interfaces
 from khod.server.listener import Listener
-from khod.server.metrics import SystemdMetrics
+from khod.server.monitors import Monitors
 from khod.server.producers import Producers
 
-__all__ = ["Listener", "Producers", "Service", "SystemdMetrics", "build_clients", "build_registry"]
+if TYPE_CHECKING:
+    from khod.metrics.table import MetricFacts
+    from khod.server import handover, metrics
+else:
+    handover = defer_module("khod.server.handover")
+    metrics = defer_module("khod.server.metrics")
+
+__all__ = ["Listener", "Monitors", "build_clients"]
 
 
-def build_registry(
-    service: Service, producers: Producers, metrics: SystemdMetrics | None = None
-) -> VarlinkInterfaceRegistry:
-    """Return what the sockets serve: the interfaces and their introspection."""
-    made = VarlinkInterfaceRegistry()
-    made.register_interface(service)
-    made.register_interface(producers)
-    if metrics is not None:
-        made.register_interface(metrics)
-    made.register_interface(VarlinkServiceInterface("khod", "khod", __version__, "https://kho.io/", made))
-    return made
+def build_clients(
+    engine: Engine,
+    monitors: Monitors,
+    access: Callable[[], Access],
+    read_metrics: Callable[[], Awaitable["MetricFacts"]] | None = None,
+) -> Clients:
+    """Return the clients of this engine, for a Listener; `access` is called each time, because of reloads."""
 
+    def build_others() -> list[VarlinkInterface]:
+        return [
+            handover.Service(engine),
+            *([] if read_metrics is None else [metrics.SystemdMetrics(read_metrics)]),
+            VarlinkServiceInterface("khod", "khod", __version__, "https://kho.io/", interfaces),
+        ]
 
-def build_clients(made: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> Clients:
-    """Return the clients of these interfaces, for a Listener; `access` is called each time, because of reloads."""
-    return Clients(made, access)
+    interfaces = Interfaces(Producers(engine), build_others)
+    return Clients(interfaces, monitors, access)

@@ -5,11 +5,11 @@ import asyncio
 import socket
 from collections.abc import Callable
 
-from asyncvarlink import VarlinkInterfaceRegistry
-
 from khod.config import Access
 from khod.server.access import Caller, Standing
 from khod.server.connection import ClientConnection
+from khod.server.interfaces import Interfaces
+from khod.server.monitors import Monitors
 from khod.server.shared import Shared
 
 OTHERS_SEND_BYTES = 32 << 10
@@ -19,9 +19,9 @@ OTHERS_SEND_BYTES = 32 << 10
 class Clients:
     """All connections of the server."""
 
-    def __init__(self, registry: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> None:
-        """Serve the interfaces of the registry; `access` is called each time, because of reloads."""
-        self.shared = Shared(registry, access)
+    def __init__(self, interfaces: Interfaces, monitors: Monitors, access: Callable[[], Access]) -> None:
+        """Serve the interfaces; `access` is called each time, because of reloads."""
+        self.shared = Shared(interfaces, monitors, access)
         self._everyone: set[ClientConnection] = set()
         self._emptied = asyncio.Event()
 

@@ -181,7 +181,7 @@ class ClientConnection:
     def _serve_call(self, call: VarlinkMethodCall, files: PassedFiles, again: Message | None) -> None:
         """Begin to serve a call; `again` is its message if it may be tried again when the groups are known."""
         try:
-            method, signature = self._shared.registry.lookup_method(call)
+            method, signature = self._shared.interfaces.lookup_method(call)
         except MethodNotFound:  # the library names it without its interface
             raise MethodNotFound(method=call.method) from None
         if (rule := RULES.get(call.method)) is None:
@@ -283,10 +283,12 @@ class ClientConnection:
     # A monitor
 
     def _begin_stream(self) -> None:
-        service = self._shared.service
-        self._stream = Stream(service.events, self.transport, self._end_stream)
+        monitors = self._shared.monitors
+        self._stream = Stream(monitors.events, self.transport, self._end_stream)
         self.on_end.append(self._stop_stream)
-        self._shared.answers_for(self.caller_standing).queue_question("Monitor", service.first_event, self._open_stream)
+        self._shared.answers_for(self.caller_standing).queue_question(
+            "Monitor", monitors.first_event, self._open_stream
+        )
 
     def _open_stream(self, first: bytes) -> None:
         self.transport.submit_work(lambda: self._stream.begin_stream(first) if self._stream is not None else None)

@@ -14,17 +14,14 @@ from khod.errors import UsageError
 from khod.producers.cgroup import units_in
 from khod.producers.configured import one_line
 from khod.region import Region
-from khod.server import messages
 from khod.server.access import CALLER
-from khod.server.events import EventLog
 from khod.server.history import HistoryCalls
 from khod.server.interface import Handover, NextKernel, TreeReply
-from khod.server.load import Load
 from khod.target.target import Given, Request
 
 
 class Service(HistoryCalls):
-    """The interface for one engine; Monitor is served from `events`."""
+    """The interface for one engine; Monitor is served from `khod.server.monitors`."""
 
     render_interface_description = Handover.render_interface_description  # with the docstrings of the interface
 
@@ -32,24 +29,6 @@ class Service(HistoryCalls):
         super().__init__(engine)
         self._engine = engine
         """For calls that need a right."""
-        self._last = model.Event(0.0, model.Phase.idle, "", "")
-        self.load = Load()
-        self.events = EventLog(lambda: messages.encode_reply({"event": self._last}))
-
-    def publish_event(self, event: model.Event) -> None:
-        """Send an event to every monitor."""
-        self._last = event
-        self.load.note_event(event)
-        if self.events.has_streams:
-            self.events.append_event(messages.encode_reply({"event": event}, continues=True))
-
-    async def first_event(self) -> bytes:
-        """Return the event with which every monitor begins."""
-        return messages.encode_reply({"event": await self._queries.current_event()}, continues=True)
-
-    def end_monitors(self) -> None:
-        """End every monitor."""
-        self.events.end_streams()
 
     @varlinkmethod(return_parameter="status")
     async def Status(self) -> model.Status:

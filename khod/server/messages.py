@@ -11,7 +11,7 @@ from asyncvarlink.serviceerrors import InvalidParameter
 
 from khod import wire
 from khod.errors import KhoError
-from khod.server.interface import to_wire
+from khod.server.error_replies import to_wire
 
 FIELDS: Mapping[str, type] = {"method": str, "parameters": dict, "oneway": bool, "more": bool, "upgrade": bool}
 """The fields of a call, and their types."""

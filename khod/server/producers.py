@@ -15,7 +15,7 @@ from khod.producers.conversation import Answer, AnswerWord
 from khod.producers.identity import process_of, unit_of
 from khod.producers.peer import Peer, Registration
 from khod.server.connection import CONNECTION
-from khod.server.interface import Command, Producer, Registered, ShownKind, Word
+from khod.server.producer_interface import Command, Producer, Registered, ShownKind, Word
 
 MAX_FILE_NAME = 255
 """The maximum length of a file's name from a producer, in characters; the record stores it."""

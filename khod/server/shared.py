@@ -6,15 +6,13 @@ import socket
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
 
-from asyncvarlink import VarlinkInterfaceRegistry
-
 from khod.config import Access
 from khod.server import messages
 from khod.server.access import Groups, Standing
 from khod.server.answers import Answers
 from khod.server.closer import Closer
 from khod.server.files import Room, dispose_socket
-from khod.server.handover import Service
+from khod.server.interfaces import Interfaces
 from khod.server.lane import Lane
 from khod.server.limits import BUFFERED_BYTES, MAX_FDS, USER_BUFFERED_BYTES, Limits, Quota
 from khod.server.load import (
@@ -24,9 +22,9 @@ from khod.server.load import (
     QUESTIONS_SHARE_BUSY,
     Allowance,
 )
+from khod.server.monitors import Monitors
 from khod.server.places import Places
 from khod.server.rules import OPERATORS
-from khod.wire import INTERFACE
 
 TURN_SECONDS = 0.005
 """How long clients with rights are served before the event loop does other work."""
@@ -37,12 +35,10 @@ OTHERS_TURN_SECONDS = 0.001
 class Shared:
     """The shared state of one server."""
 
-    def __init__(self, registry: VarlinkInterfaceRegistry, access: Callable[[], Access]) -> None:
-        service = registry[INTERFACE]
-        assert isinstance(service, Service)
-        self.registry = registry
-        self.service = service
-        self.load = service.load
+    def __init__(self, interfaces: Interfaces, monitors: Monitors, access: Callable[[], Access]) -> None:
+        self.interfaces = interfaces
+        self.monitors = monitors
+        self.load = monitors.load
         self.groups = Groups(access)
         limits = Limits.of_process()
         self.places = Places(limits, lambda: access().max_connections_per_user)

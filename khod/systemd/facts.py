@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What systemd reports about itself and its units, for callers in a thread of their own: each call blocks."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from khod.systemd.dbus import BusError
-from khod.systemd.manager import ASK_SECONDS, Manager, Systemd, ask_systemd
+from khod.deferred import defer_module
 from khod.systemd.watchdog import ManagerWatchdog, ManagerWatchdogs
+
+if TYPE_CHECKING:
+    from khod.systemd import dbus, manager
+    from khod.systemd.manager import Manager, Systemd
+else:
+    dbus = defer_module("khod.systemd.dbus")
+    manager = defer_module("khod.systemd.manager")
 
 T = TypeVar("T")
 
@@ -26,8 +34,8 @@ class SystemdFacts:
         """Return the hardware watchdog that systemd opens."""
 
         async def ask() -> ManagerWatchdog | None:
-            with suppress(BusError, TimeoutError):
-                async with asyncio.timeout(ASK_SECONDS):
+            with suppress(dbus.BusError, TimeoutError):
+                async with asyncio.timeout(manager.ASK_SECONDS):
                     return await ManagerWatchdogs().describe_watchdog()
             return None
 
@@ -60,4 +68,4 @@ class SystemdFacts:
 
 
 def _ask_systemd(question: Callable[[Systemd], Coroutine[Any, Any, T]]) -> T | None:
-    return asyncio.run(ask_systemd(question, ASK_SECONDS))
+    return asyncio.run(manager.ask_systemd(question, manager.ASK_SECONDS))

@@ -10,12 +10,19 @@ import os
 import time
 from collections.abc import Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from jeepney import HeaderFields
-
+from khod.deferred import defer_module
 from khod.frozen import dataclass
-from khod.systemd.dbus import BusError, system_bus
 from khod.text import one_line
+
+if TYPE_CHECKING:
+    import jeepney
+
+    from khod.systemd import dbus
+else:
+    jeepney = defer_module("jeepney")
+    dbus = defer_module("khod.systemd.dbus")
 
 LOGIND = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
 KEPT = "/run/systemd/inhibit"
@@ -74,11 +81,11 @@ async def shutdown_inhibitors() -> Answer:
 
 async def _ask_logind() -> Answer:
     try:
-        async with asyncio.timeout(ASKING), system_bus() as bus:
+        async with asyncio.timeout(ASKING), dbus.system_bus() as bus:
             answer = await bus.call_method(LOGIND, "ListInhibitors")
-    except (BusError, TimeoutError):
+    except (dbus.BusError, TimeoutError):
         return None
-    if answer.header.fields.get(HeaderFields.signature) != "a(ssssuu)":
+    if answer.header.fields.get(jeepney.HeaderFields.signature) != "a(ssssuu)":
         return None
     blockers = (
         (who, why)

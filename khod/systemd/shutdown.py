@@ -8,14 +8,21 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from khod.concurrency.command import run_command
+from khod.deferred import defer_module
 from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.filesystems import FrozenFileSystems
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
-from khod.systemd.journald import synchronize_journal
-from khod.systemd.manager import ask_systemd
+
+if TYPE_CHECKING:
+    from khod.systemd import journald
+    from khod.systemd import manager as systemd_manager
+else:
+    journald = defer_module("khod.systemd.journald")
+    systemd_manager = defer_module("khod.systemd.manager")
 
 ASK_SECONDS = 10.0
 """Seconds systemd has to answer when khod is stopped, and before an orderly jump."""
@@ -36,7 +43,7 @@ Shutdown = Callable[[], Awaitable[bool | None]]
 
 async def carries_sessions() -> bool:
     """Whether this systemd keeps LUO sessions across its own shutdown, which only its version shows."""
-    manager = await ask_systemd(lambda systemd: systemd.describe_manager(), ASK_SECONDS)
+    manager = await systemd_manager.ask_systemd(lambda systemd: systemd.describe_manager(), ASK_SECONDS)
     return manager is not None and manager.version >= CARRIES_SESSIONS
 
 
@@ -72,7 +79,7 @@ async def start_orderly(*, sessions: bool) -> None:
 
 async def kexec_job_pending(seconds: float = ASK_SECONDS) -> bool | None:
     """Whether systemd is taking the host into a kexec, whoever requested it; None if systemd does not answer."""
-    target = await ask_systemd(lambda systemd: systemd.read_properties(KEXEC_TARGET, "Unit"), seconds)
+    target = await systemd_manager.ask_systemd(lambda systemd: systemd.read_properties(KEXEC_TARGET, "Unit"), seconds)
     if target is None:
         return None
     job, _ = target.get("Job", (0, "/"))
@@ -81,7 +88,7 @@ async def kexec_job_pending(seconds: float = ASK_SECONDS) -> bool | None:
 
 async def goes_down() -> bool:
     """Whether the host is being shut down in any way, as systemd says; False if it does not answer."""
-    return await ask_systemd(lambda systemd: systemd.system_state(), ASK_SECONDS) == "stopping"
+    return await systemd_manager.ask_systemd(lambda systemd: systemd.system_state(), ASK_SECONDS) == "stopping"
 
 
 @dataclass
@@ -99,7 +106,7 @@ class Immediate:
 
     async def __call__(self) -> None:
         if self.filesystems.note is not None:  # the host's own disks
-            await synchronize_journal(JOURNAL_SECONDS)
+            await journald.synchronize_journal(JOURNAL_SECONDS)
         await self.workers.kernel.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
         given_up = threading.Event()
         try:

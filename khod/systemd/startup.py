@@ -5,9 +5,15 @@ khod itself starts before them.
 """
 
 import asyncio
+from typing import TYPE_CHECKING
 
-from khod.systemd.dbus import BusError, Disconnected, systemd_bus
-from khod.systemd.manager import Systemd
+from khod.deferred import defer_module
+
+if TYPE_CHECKING:
+    from khod.systemd import dbus, manager
+else:
+    dbus = defer_module("khod.systemd.dbus")
+    manager = defer_module("khod.systemd.manager")
 
 HOOKS_UNIT = "kho-hooks.service"
 MAX_SECONDS = 600.0
@@ -21,10 +27,10 @@ async def wait_hooks_unit() -> None:
         async with asyncio.timeout(MAX_SECONDS):
             while True:
                 try:
-                    async with systemd_bus() as bus:
-                        await Systemd(bus, HOOKS_UNIT).run_job("StartUnit", "fail")
+                    async with dbus.systemd_bus() as bus:
+                        await manager.Systemd(bus, HOOKS_UNIT).run_job("StartUnit", "fail")
                     return
-                except Disconnected:  # systemd starts anew: daemon-reexec
+                except dbus.Disconnected:  # systemd starts anew: daemon-reexec
                     await asyncio.sleep(RECONNECT_SECONDS)
-    except (BusError, TimeoutError):
+    except (dbus.BusError, TimeoutError):
         return

@@ -8,11 +8,19 @@ arms the device when it ends itself for systemd-shutdown and its kexec: a shutdo
 nothing. In both cases the device goes on running over the jump, with all of its time.
 """
 
-from typing import Any
+from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from khod.deferred import defer_module
 from khod.frozen import dataclass
-from khod.systemd.dbus import Bus, BusError, systemd_bus
-from khod.systemd.manager import MANAGER, PROPERTIES, SYSTEMD
+
+if TYPE_CHECKING:
+    from khod.systemd import dbus, manager
+    from khod.systemd.dbus import Bus
+else:
+    dbus = defer_module("khod.systemd.dbus")
+    manager = defer_module("khod.systemd.manager")
 
 RUNTIME, KEXEC, DEVICE = "RuntimeWatchdogUSec", "KExecWatchdogUSec", "WatchdogDevice"
 USEC_INFINITY = (1 << 64) - 1
@@ -35,23 +43,23 @@ class ManagerWatchdogs:
 
     async def describe_watchdog(self) -> ManagerWatchdog:
         """Return the device and whether systemd feeds it."""
-        async with systemd_bus() as bus:
+        async with dbus.systemd_bus() as bus:
             device, usec = await _read(bus, DEVICE, "s"), await _read(bus, RUNTIME, "t")
         return ManagerWatchdog(device or DEFAULT_DEVICE, 0.0 if usec == USEC_INFINITY else usec / USEC)
 
     async def arm_now(self, seconds: int) -> None:
         """Arm the device, for a jump that systemd knows nothing of; systemd feeds it as long as it runs."""
-        async with systemd_bus() as bus:
+        async with dbus.systemd_bus() as bus:
             await _write(bus, RUNTIME, seconds * USEC)
 
     async def arm_at_kexec(self, seconds: int) -> None:
         """Have systemd arm the device at the end of a shutdown into the kexec."""
-        async with systemd_bus() as bus:
+        async with dbus.systemd_bus() as bus:
             await _write(bus, KEXEC, seconds * USEC)
 
     async def release(self) -> None:
         """End both overrides: without RuntimeWatchdogSec= systemd disarms the device."""
-        async with systemd_bus() as bus:
+        async with dbus.systemd_bus() as bus:
             await _write(bus, KEXEC, USEC_INFINITY)
             await _write(bus, RUNTIME, USEC_INFINITY)
 
@@ -60,19 +68,23 @@ class ManagerWatchdogs:
 
         systemd disarms only what it has opened, and opens only what it arms.
         """
-        async with systemd_bus() as bus:
+        async with dbus.systemd_bus() as bus:
             if not await _read(bus, RUNTIME, "t"):
                 await _write(bus, RUNTIME, seconds * USEC)
         await self.release()
 
 
 async def _read(bus: Bus, name: str, signature: str) -> Any:
-    answer = await bus.call_method((SYSTEMD, MANAGER[1], PROPERTIES), "Get", "ss", MANAGER[2], name)
+    answer = await bus.call_method(
+        (manager.SYSTEMD, manager.MANAGER[1], manager.PROPERTIES), "Get", "ss", manager.MANAGER[2], name
+    )
     found, value = answer.body[0]
     if found != signature:
-        raise BusError(f"systemd says {name} with another type than it is documented to")
+        raise dbus.BusError(f"systemd says {name} with another type than it is documented to")
     return value
 
 
 async def _write(bus: Bus, name: str, usec: int) -> None:
-    await bus.call_method((SYSTEMD, MANAGER[1], PROPERTIES), "Set", "ssv", MANAGER[2], name, ("t", usec))
+    await bus.call_method(
+        (manager.SYSTEMD, manager.MANAGER[1], manager.PROPERTIES), "Set", "ssv", manager.MANAGER[2], name, ("t", usec)
+    )

@@ -16,7 +16,7 @@ from khod.handover.record import Process as Identity
 from khod.producers.barrier import write_verb
 from khod.producers.peer import Peer, Registration
 from khod.producers.registrations import Registrations
-from khod.server.interface import Word
+from khod.server.producer_interface import Word
 from khod.server.producers import _build_answer
 from tests.model.peer import Gone, Line, PeerProcess, Rejected, Told
 from tests.model.process import duplicate

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import khod.wire
+
 import khod.engine.queries
 import khod.kernel.account
 import khod.kernel.luo
@@ -22,11 +24,12 @@ import khod.producers.claim
 import khod.producers.peer
 import khod.producers.peers
 import khod.producers.sessions
+import khod.systemd.manager
 import khod.systemd.shutdown
 import khod.target.target
-import khod.wire
 from khod.abi.statx import Statx
 from khod.config import Config, Images, Settings
+from khod.deferred import load_deferred
 from khod.engine import Engine
 from khod.engine.guard import Seen
 from khod.engine.recorder import Sources
@@ -67,6 +70,7 @@ from tests.model.systemd import KhodsStore, ServiceManager
 CAN_END = HELD | {STEPS[step].doing for step in (Step.prepare, Step.freeze, Step.activate, Step.load)}
 """Phases in which a device that goes away, or a producer, ends the handover."""
 
+load_deferred()  # before the files and the clock are those of the model
 IMAGE = build_image()
 
 get_type_hints = functools.cache(typing.get_type_hints)
@@ -89,7 +93,7 @@ def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
     return [
         (khod.target.target, "build_target", lambda *arguments: khod_of()._take(*arguments)),
         (khod.systemd.shutdown, "run_command", lambda *argv: khod_of()._systemctl(*argv)),
-        (khod.systemd.shutdown, "ask_systemd", lambda question, _seconds: khod_of()._ask_systemd(question)),
+        (khod.systemd.manager, "ask_systemd", lambda question, _seconds: khod_of()._ask_systemd(question)),
         (khod.wire, "get_type_hints", get_type_hints),
         (khod.producers.peer, "wait_ended", lambda process: khod_of()._ended(process)),
         (khod.producers.peers, "is_alive", lambda process: khod_of()._lives(process)),

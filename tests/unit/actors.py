@@ -133,8 +133,7 @@ async def serving(host: Host, subject: Actor) -> AsyncIterator[Engine]:
         await subject.join()
         yield engine
         return
-    registry = server.build_registry(server.Service(engine), server.Producers(engine))
-    factory = server.build_clients(registry, lambda: engine.settings.current.access)
+    factory = server.build_clients(engine, server.Monitors(engine), lambda: engine.settings.current.access)
     sock = socket.socket(socket.AF_UNIX)
     (host.directory / "socket").unlink(missing_ok=True)
     sock.bind(str(host.directory / "socket"))

@@ -28,6 +28,7 @@ from khod.errors import Exit
 from khod.handover.record import Store
 from khod.kernel.luo import HUGE_PAGE_BYTES
 from khod.model import Event
+from khod.simulated import kernel
 from khod.simulated.kernel import Rebooted, SimulatedKernel
 from tests.unit.harness import Host, Kernel, connect_apart
 from tests.unit.images import CPIO, bzimage
@@ -324,7 +325,7 @@ class RemoteKernel(SimulatedKernel):
 
 def settle_in() -> None:
     """Give the khod of this process LUO, and SIGKILL it where DIES_AT says: at the first `PHASE: MESSAGE` with that."""
-    vars(daemon)["SimulatedKernel"] = RemoteKernel
+    vars(kernel)["SimulatedKernel"] = RemoteKernel
     wanted, tell = os.environ.get(DIES_AT, ""), daemon.Daemon._on_event
 
     def dies(self: daemon.Daemon, event: Event) -> None:

@@ -116,8 +116,8 @@ async def served(host: Host) -> AsyncIterator[tuple[Engine, Callable[[], socket.
     engine = host.engine()
     path, sock = str(host.directory / "socket"), socket.socket(socket.AF_UNIX)
     sock.bind(path)
-    made = server.build_registry(server.Service(engine), server.Producers(engine))
-    listening = server.Listener(sock, server.build_clients(made, lambda: engine.settings.current.access))
+    clients_of = server.build_clients(engine, server.Monitors(engine), lambda: engine.settings.current.access)
+    listening = server.Listener(sock, clients_of)
     await engine.start()
     clients: list[socket.socket] = []
 

@@ -215,7 +215,7 @@ async def test_damage_that_comes_while_khod_runs_is_set_aside(
     service: HistoryService, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     announced: list[SetAside] = []
-    monkeypatch.setattr("khod.engine.history.announce_set_aside", announced.append)
+    monkeypatch.setattr("khod.engine.announcements.announce_set_aside", announced.append)
     for number in range(40):
         await service.remember(attempt(number, events=400))
     damage(path)

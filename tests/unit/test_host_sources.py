@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from khod.abi.calls import HostCalls
-from khod.engine import sources
 from khod.engine.sources import host_sources
 from khod.history.log import append_entries
 from khod.history.model import Departure, RunLog
-from khod.systemd import dbus
+from khod.systemd import dbus, departure
 from tests.unit.fakebus import fake_bus
 from tests.unit.timelines import FIRST, RUN, orderly
 
@@ -29,7 +28,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         found.append({"boot_id": boot_id, **given})
         return ASKED
 
-    monkeypatch.setattr(sources, "read_departure", read)
+    monkeypatch.setattr(departure, "read_departure", read)
     return found
 
 

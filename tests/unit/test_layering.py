@@ -24,6 +24,7 @@ LAYERS = [
         "wire",
         "files",
         "frozen",
+        "deferred",
         "concurrency",
     },  # the vocabulary
     {"abi"},

@@ -12,7 +12,7 @@ import pytest
 
 from khod.model import CheckResult
 from khod.preflight.minimum_uptime import read_setting
-from khod.systemd import dbus, facts
+from khod.systemd import dbus
 from khod.systemd.facts import SystemdFacts
 from khod.systemd.manager import Manager
 from khod.systemd.time_span import parse_span
@@ -249,7 +249,7 @@ def test_systemd_is_asked_at_its_private_socket(tmp_path: Path, monkeypatch: pyt
 def test_a_systemd_that_hangs_or_is_not_there_gives_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dbus, "PRIVATE_SOCKET", str(tmp_path / "private"))
     assert SystemdFacts().describe_manager() is None
-    monkeypatch.setattr(facts, "ASK_SECONDS", 0.05)
+    monkeypatch.setattr("khod.systemd.manager.ASK_SECONDS", 0.05)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "private"))
         listener.listen()

@@ -13,8 +13,8 @@ import pytest
 from khod.abi.calls import LIVEUPDATE, HostCalls
 from khod.abi.liveupdate import Session
 from khod.model import LuoSession, SessionFate, Verdict
-from khod.producers.session_holders import SightedSessions, count_arrivals, find_sessions
-from khod.producers.session_scan import LINK, HeldSession, HoldingProcess
+from khod.producers.session_holders import count_arrivals, find_sessions
+from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, SightedSessions
 from khod.systemd import dbus
 from khod.systemd.facts import BOOTED, SystemdFacts
 from khod.systemd.manager import Manager

@@ -13,11 +13,12 @@ import pytest
 from khoctl.status_page import render_status
 from khod.abi.liveupdate import Session
 from khod.config import Checks, Config, Deadlines
-from khod.engine import Engine, queries
+from khod.engine import Engine
 from khod.errors import Exit, Refused
 from khod.model import CheckResult, Phase, SessionFate, Status
-from khod.producers.session_holders import SightedSessions, find_sessions
-from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, SessionScan
+from khod.producers import session_holders
+from khod.producers.session_holders import find_sessions
+from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, SessionScan, SightedSessions
 from khod.producers.session_scanner import ask_scanner
 from khod.simulated.kernel import Rebooted
 from khod.systemd.facts import BOOTED, SystemdFacts
@@ -108,7 +109,7 @@ async def test_status_does_not_wait_for_a_systemd_that_is_slow(host: Site, monke
         answers.wait()
         return find_sessions(*arguments, **options)
 
-    monkeypatch.setattr(queries, "find_sessions", slow)
+    monkeypatch.setattr(session_holders, "find_sessions", slow)
     host.ends()
     status = await engine.queries.status()
     assert [found.name for found in status.sessions] == [NAME]
