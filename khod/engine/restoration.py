@@ -3,11 +3,13 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from khod.concurrency.bounded import Since
+from khod.deferred import defer_module
 from khod.engine.recorder import Recorder
 from khod.engine.resources import Resources
 from khod.engine.signals import Signals
@@ -18,12 +20,16 @@ from khod.handover.machine import RESTING
 from khod.handover.record import ProducerRecord
 from khod.kernel.protocol import KhoKernel
 from khod.model import Finding, FindingSource, Observed, Phase, Verdict
-from khod.producers import session_holders
 from khod.producers.barrier import Barrier, Member, Verb
 from khod.producers.peer import Peer
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_scan import SessionScan
 from khod.text import join_names
+
+if TYPE_CHECKING:
+    from khod.producers import session_holders
+else:
+    session_holders = defer_module("khod.producers.session_holders")
 
 
 class Restoration:
@@ -73,9 +79,12 @@ class Restoration:
         """
         self._verification.enter_boot(observed)
         await self._transaction.enter_verifying(observed, note, doubt)
-        verdict = await self._verification.examine_arrival(observed, kernel)
-        if doubt:
-            verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(doubt)])
+        verdict = self._verification.begin_verdict()
+
+        async def examine_arrival(given_back: Verdict) -> Verdict:
+            found = await self._verification.examine_arrival(observed, kernel, given_back)
+            return found.with_findings([*found.findings, Finding.of_khod(doubt)]) if doubt else found
+
         record = self._transaction.record
         changed = self._transaction.on_member_changed
         self._barrier = barrier = self._registry.resume_barrier(
@@ -84,8 +93,10 @@ class Restoration:
         idle = {member.producer.name for member in barrier.members if not member.producer.restores_state}
         if any(holder.name in idle for holder in record.claims):  # an earlier khod did not record `restores`
             await self._transaction.note_claims(tuple(held for held in record.claims if held.name not in idle))
+        if not self._transaction.record.claims:
+            verdict = await examine_arrival(verdict)
         if self._transaction.record.claims or self._verification.takes_long:
-            self._spawn(self._bring_all_back(barrier, verdict))
+            self._spawn(self._bring_all_back(barrier, verdict, examine_arrival))
         else:
             await self._note_blackout()
             await self._conclude_verification(await self._examine_rest(verdict))
@@ -131,13 +142,16 @@ class Restoration:
         """Add to the verdict what can be known only now that the producers have their state."""
         return await self._verification.conclude(await self._count_sessions(verdict))
 
-    async def _bring_all_back(self, barrier: Barrier, verdict: Verdict) -> None:
+    async def _bring_all_back(
+        self, barrier: Barrier, verdict: Verdict, examine_arrival: Callable[[Verdict], Awaitable[Verdict]]
+    ) -> None:
         async with self._busy:
             began = time.monotonic()
             try:
                 if self._transaction.record.claims:
                     verdict = await self._bring_back_at_boot(barrier, verdict)
                     self._transaction.note_timing("restore", began)
+                    verdict = await examine_arrival(verdict)
                 else:
                     await self._note_blackout()
                 verdict = await self._examine_rest(verdict)

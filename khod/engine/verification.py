@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The steps of the verification after the jump: each adds a check to the verdict, and findings if something is wrong.
 
-Before the producers are told: how this kernel was reached, and what its tree has. After they have their state: what was
-compared of their files, the log of this boot, and the health checks of the operator. A step that khod cannot make is
-shown as skipped; none of them stops another.
+All of it comes after the producers were told, because they wait: how this kernel was reached, what its tree has, what
+was compared of their files while they took them back, the log of this boot, and the health checks of the operator. A
+step that khod cannot make is shown as skipped; none of them stops another.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from khod.deferred import defer_module
 from khod.engine.resources import Resources
 from khod.engine.transaction import Transaction
 from khod.errors import KhoError
-from khod.handover import evidence, verify
-from khod.handover.evidence import Evidence
 from khod.handover.record import ProducerRecord
-from khod.kernel.boot_log import read_boot_log
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.model import Finding, FindingSource, Generation, Observed, Verdict
 from khod.producers.contents import Comparison, check_contents, contents_check
-from khod.producers.health import HealthCheck
+
+if TYPE_CHECKING:
+    from khod.handover import evidence, verify
+    from khod.kernel import boot_log
+    from khod.producers.health import HealthCheck
+else:
+    evidence = defer_module("khod.handover.evidence")
+    verify = defer_module("khod.handover.verify")
+    boot_log = defer_module("khod.kernel.boot_log")
 
 LOG_SECONDS = 10.0
 """Seconds in which the kernel log of this boot must be read."""
@@ -48,10 +57,17 @@ class Verification:
         """Note whether an earlier khod has begun to verify this boot; call it before that is recorded."""
         self._is_first = self._transaction.record.boot_id != observed.boot_id
 
-    async def examine_arrival(self, observed: Observed, kernel: KhoKernel | None) -> Verdict:
-        """Compare what arrived with what left, before any producer is told."""
+    def begin_verdict(self) -> Verdict:
+        """Return the verdict on what an earlier khod of this boot gave back; call it before any producer is told."""
+        self._left = {holder.name: len(holder.kept) for holder in self._transaction.record.claims}
+        return self._read_earlier()
+
+    async def examine_arrival(self, observed: Observed, kernel: KhoKernel | None, given_back: Verdict) -> Verdict:
+        """Compare what arrived with what left; return the verdict on that and on what was given back.
+
+        No producer needs to wait for this.
+        """
         record = self._transaction.record
-        self._left = {holder.name: len(holder.kept) for holder in record.claims}
         deadline = self._settings.current.deadlines.activate
         now = kernel.generation if kernel else Generation.none
         snapshot = arrived = None
@@ -74,7 +90,8 @@ class Verification:
             _make_step("tree", lambda: evidence.check_tree(verdict, snapshot)),
             *self._compare_blobs(snapshot, arrived),
         ]
-        return evidence.add_evidence(self._add_earlier(verdict), [step for step in steps if step is not None])
+        verdict = evidence.add_evidence(verdict, [step for step in steps if step is not None])
+        return _join_verdicts(verdict, given_back)
 
     async def conclude(self, verdict: Verdict) -> Verdict:
         """Add what can be known once the producers have their state: the kernel log, and the health checks."""
@@ -102,7 +119,7 @@ class Verification:
             names = {one.name for one in found}
             missed = [Comparison(holder.name, one.name, gap=NOT_TAKEN) for one in holder.kept if one.name not in names]
             check, findings = check_contents(holder.name, [*found, *missed], given_before=not self._is_first)
-            steps.append(Evidence(check, tuple(findings)))
+            steps.append(evidence.Evidence(check, tuple(findings)))
             differing |= {finding.producer for finding in findings}
         verdict = evidence.add_evidence(verdict, steps)
         if not differing:
@@ -123,24 +140,19 @@ class Verification:
         luo = evidence.check_sessions(sum(self._left.values()), arrived, sessions)
         return evidence.add_evidence(verdict, [step for step in (required, luo) if step is not None])
 
-    def _add_earlier(self, verdict: Verdict) -> Verdict:
-        """Add what an earlier khod of this boot found: who has its state again, and what was in the files."""
+    def _read_earlier(self) -> Verdict:
+        """Return what an earlier khod of this boot found: who has its state again, and what was in the files."""
         before = None if self._is_first else self._transaction.record.verdict
         if before is None:
-            return verdict
+            return Verdict()
         found = [finding for finding in before.findings if finding.source is FindingSource.content]
         changed = {finding.producer for finding in found}
-        back = {*before.arrived} - {*self._left} - {*verdict.missing} - {*verdict.changed} - changed
+        back = {*before.arrived} - {*self._left} - changed
         of_files = {*map(contents_check, [*self._left, *changed, *back])}
         checks = [check for check in before.checks if check.name in of_files]
-        return replace(
-            verdict,
-            arrived=sorted({*verdict.arrived, *back}),
-            changed=sorted({*verdict.changed, *changed}),
-            checks=[*verdict.checks, *checks],
-        ).with_findings([*verdict.findings, *found])
+        return Verdict(arrived=sorted(back), changed=sorted(changed), checks=checks).with_findings(found)
 
-    async def _load_health_checks(self) -> list[Evidence]:
+    async def _load_health_checks(self) -> list[evidence.Evidence]:
         """Read the operator's health checks; return what is to be said if their directory does not answer."""
         try:
             deadline = self._settings.current.deadlines.observe
@@ -148,10 +160,10 @@ class Verification:
                 self._health.load_checks, "reading /etc/kho/verify.d", deadline
             )
         except (KhoError, OSError) as error:
-            return [Evidence.unknown("health", f"the health checks cannot be read: {_describe_error(error)}")]
+            return [evidence.Evidence.unknown("health", f"the health checks cannot be read: {_describe_error(error)}")]
         return []
 
-    async def _check_kernel(self, observed: Observed) -> Evidence:
+    async def _check_kernel(self, observed: Observed) -> evidence.Evidence:
         try:
             deadline = self._settings.current.deadlines.observe
             banner = await self._workers.files.call_within(self._kexec.banner, "reading /proc/version", deadline)
@@ -159,31 +171,44 @@ class Verification:
             banner = ""
         return _make_step(
             "kernel", lambda: evidence.check_kernel(self._transaction.record, observed, banner)
-        ) or Evidence.unknown("kernel", "not examined")
+        ) or evidence.Evidence.unknown("kernel", "not examined")
 
-    def _compare_blobs(self, snapshot: Tree | None, arrived: Tree | None) -> list[Evidence | None]:
+    def _compare_blobs(self, snapshot: Tree | None, arrived: Tree | None) -> list[evidence.Evidence | None]:
         record = self._transaction.record
         return [
             _make_step("memblock", lambda: evidence.check_memblock(snapshot, arrived)),
             _make_step(evidence.METADATA_BLOB, lambda: evidence.check_metadata(record, snapshot, arrived)),
         ]
 
-    async def _read_log(self) -> Evidence:
+    async def _read_log(self) -> evidence.Evidence:
         try:
             found = await self._workers.queries.call_within(
-                lambda: read_boot_log(self._kexec.calls), "reading the kernel log", LOG_SECONDS
+                lambda: boot_log.read_boot_log(self._kexec.calls), "reading the kernel log", LOG_SECONDS
             )
         except (KhoError, OSError) as error:
-            return Evidence.unknown("log", f"the kernel log cannot be read: {_describe_error(error)}")
+            return evidence.Evidence.unknown("log", f"the kernel log cannot be read: {_describe_error(error)}")
         return evidence.check_log(found)
 
 
-def _make_step(name: str, step: Callable[[], Evidence | None]) -> Evidence | None:
+def _join_verdicts(compared: Verdict, given_back: Verdict) -> Verdict:
+    """Join what was compared in the state trees with what producers were given back."""
+    changed = {*compared.changed, *given_back.changed}
+    missing = {*compared.missing, *given_back.missing}
+    return replace(
+        compared,
+        arrived=sorted({*compared.arrived, *given_back.arrived} - changed - missing),
+        missing=sorted(missing),
+        changed=sorted(changed),
+        checks=[*compared.checks, *given_back.checks],
+    ).with_findings([*compared.findings, *given_back.findings])
+
+
+def _make_step(name: str, step: Callable[[], evidence.Evidence | None]) -> evidence.Evidence | None:
     """Make one step; an error of khod's in it leaves a skipped check, and the others go on."""
     try:
         return step()
     except Exception as error:  # noqa: BLE001 - an unexpected answer of a kernel
-        return Evidence.unknown(name, f"not examined: {_describe_error(error)}")
+        return evidence.Evidence.unknown(name, f"not examined: {_describe_error(error)}")
 
 
 def _describe_error(error: Exception) -> str:
