@@ -14,6 +14,7 @@ from tests.bench import (
     images,
     overhead,
     processes,
+    starting,
     trees,
     vm,
     window,
@@ -23,6 +24,7 @@ from tests.bench.figure import Figure, print_figures
 BENCHES: list[Callable[[], Iterator[Figure]]] = [
     overhead.run,
     processes.run,
+    starting.run,
     trees.run,
     images.run,
     barrier.run,

@@ -24,7 +24,7 @@ from pathlib import Path
 from asyncvarlink import FileDescriptor, VarlinkInterfaceRegistry, create_unix_server, varlinkmethod
 
 from khod.client.handover import Client
-from khod.server import interface
+from khod.server import producer_interface
 from khod.wire import PRODUCER, PRODUCER_VERSION
 from tests.bench.figure import Figure
 from tests.bench.processes import khod
@@ -228,7 +228,7 @@ def _call(peer: socket.socket, method: str, parameters: dict[str, object]) -> No
 # The bare server
 
 
-class Bare(interface.Producer):
+class Bare(producer_interface.Producer):
     """Tells every producer each verb once, without waiting for anyone; then never again."""
 
     @varlinkmethod
@@ -241,8 +241,8 @@ class Bare(interface.Producer):
         after: list[str] | None = None,  # noqa: ARG002
         before: list[str] | None = None,  # noqa: ARG002
         devices: list[str] | None = None,  # noqa: ARG002
-        kind: interface.ShownKind | None = None,  # noqa: ARG002
-    ) -> interface.Registered:
+        kind: producer_interface.ShownKind | None = None,  # noqa: ARG002
+    ) -> producer_interface.Registered:
         return {"version": version, "run": "", "told": ""}
 
     @varlinkmethod
@@ -250,13 +250,13 @@ class Bare(interface.Producer):
         self,
         *,
         serial: int | None = None,
-        answer: interface.Word | None = None,  # noqa: ARG002
+        answer: producer_interface.Word | None = None,  # noqa: ARG002
         reason: str | None = None,  # noqa: ARG002
         progress: float | None = None,  # noqa: ARG002
         names: list[str] | None = None,  # noqa: ARG002
         tokens: list[int] | None = None,  # noqa: ARG002
         fds: list[FileDescriptor] | None = None,  # noqa: ARG002
-    ) -> interface.Command:
+    ) -> producer_interface.Command:
         number = serial or 0
         if number == len(VERBS):
             await asyncio.get_running_loop().create_future()

@@ -14,8 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-import khod.wire
-
 import khod.engine.queries
 import khod.kernel.account
 import khod.kernel.luo
@@ -27,6 +25,7 @@ import khod.producers.sessions
 import khod.systemd.manager
 import khod.systemd.shutdown
 import khod.target.target
+import khod.wire
 from khod.abi.statx import Statx
 from khod.config import Config, Images, Settings
 from khod.deferred import load_deferred
