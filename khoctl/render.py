@@ -21,7 +21,7 @@ from khoctl.options import name_options
 from khod.errors import KhoError, error_name
 from khod.model import Check, CheckResult, Event, Fate, Phase, Plan, Producer, Word
 from khod.text import printable
-from khod.wire import encode_value
+from khod.values import encode_value
 
 T = TypeVar("T")
 EVENT_INDENT = " " * 28

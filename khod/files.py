@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from khod.errors import ConfigError, UsageError, errno_text
-from khod.wire import DecodeError, decode_value
+from khod.values import DecodeError, decode_value
 
 _KINDS: list[tuple[Callable[[int], bool], str]] = [
     (stat.S_ISDIR, "a directory"),

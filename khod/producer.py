@@ -27,20 +27,25 @@ have LUO). Raising `Veto` refuses the verb, and so does any other exception.
 Uses only the standard library and khod's own modules; the protocol is the Varlink interface io.kho.Producer.
 """
 
-import logging
+from __future__ import annotations
+
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from khod import wire
 from khod.client.connection import MAX_FDS, Connection
+from khod.deferred import defer_module
 from khod.errors import KhoError, Unreachable
-from khod.frozen import dataclass
 
-LOG = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import logging
+    from pathlib import Path
+    from typing import Any
+else:
+    logging = defer_module("logging")  # nothing that a service needs to have its state back
+
 RETRY_SECONDS = 1.0
 """How long to wait between attempts to reach khod after it ended; systemd starts it again."""
 
@@ -56,16 +61,23 @@ class CalledOff(Exception):
     """Raised by `Step.not_yet` when khod no longer waits for this verb: leave the handler; the undo follows."""
 
 
-@dataclass(frozen=True)
 class Step:
     """One verb of one handover (`run`); `timeout` is in seconds, after which khod gives up."""
 
-    verb: str
-    run: str
-    timeout: float
-    files: dict[str, int] = field(default_factory=dict)
-    """With restore, the preserved files by name: open descriptors that the handler now owns."""
-    _say: Callable[[str, float | None], None] = field(default=lambda _reason, _progress: None, repr=False)
+    def __init__(
+        self,
+        verb: str,
+        run: str,
+        timeout: float,
+        files: dict[str, int] | None = None,
+        say: Callable[[str, float | None], None] = lambda _reason, _progress: None,
+    ) -> None:
+        self.verb = verb
+        self.run = run
+        self.timeout = timeout
+        self.files = files or {}
+        """With restore, the preserved files by name: open descriptors that the handler now owns."""
+        self._say = say
 
     def not_yet(self, reason: str, progress: float | None = None) -> None:
         """Tell the operator why it takes long, and how much is done (0 to 1); raise CalledOff if it was aborted."""
@@ -111,7 +123,7 @@ class Producer:
             "devices": [*devices],
             **({"kind": kind} if kind else {}),  # a khod that was not upgraded yet does not know it
         }
-        self._socket = socket or Path(os.environ.get("KHOD_SOCKET", wire.SOCKET))
+        self._socket = socket or os.environ.get("KHOD_SOCKET", wire.SOCKET)
         self._connection: Connection | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -192,7 +204,7 @@ class Producer:
                 except KhoError as error:
                     # A frozen producer stays frozen: khod may have ended because the host is on its way to the next
                     # kernel.
-                    LOG.warning("%s", error)
+                    _log().warning("%s", error)
                     self._drop_connection()
                     self._stopping.wait(RETRY_SECONDS)
         finally:
@@ -235,7 +247,7 @@ class Producer:
         except Unreachable:
             raise
         except KhoError as error:
-            LOG.error("%s", error)
+            _log().error("%s", error)
             return None, []
 
     def _not_yet(self, command: Mapping[str, Any], reason: str, progress: float | None) -> None:
@@ -261,9 +273,13 @@ class Producer:
         except BaseException as error:  # every error of a handler is a veto
             if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
                 raise  # the process ends, and its connection with it
-            LOG.exception("%s failed", step.verb)
+            _log().exception("%s failed", step.verb)
             return {"answer": "veto", "reason": f"{type(error).__name__}: {error}"}
         if len(files) > MAX_FDS:
             more = f"{len(files)} files, and one message carries {MAX_FDS}: hand some over with freeze"
             return {"answer": "veto", "reason": more}
         return {"answer": "ready", "files": files}
+
+
+def _log() -> logging.Logger:
+    return logging.getLogger(__name__)

@@ -1,106 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The names and the JSON of the Varlink interface, for both ends; standard library only.
+"""The names of the Varlink interface, for both ends; `khod.values` is its JSON.
 
-khoctl speaks Varlink through `khod.client.handover` and this module only: importing asyncio and a Varlink library would
-cost `khoctl status` more time than typer does (`make bench` limits it to 1.5 times).
+It imports next to nothing: a producer that starts after the jump has its state only when this is imported.
 """
 
-import dataclasses
-import enum
-import functools
-import types
-from collections.abc import Set
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from khod.errors import BY_NAME, KhoError
 
-T = TypeVar("T")
 SOCKET = "/run/khod/io.kho.Handover"
 INTERFACE = "io.kho.Handover"
 PRODUCER = "io.kho.Producer"
 SERVICE = "org.varlink.service"
 METRICS_INTERFACE = "io.systemd.Metrics"
 PRODUCER_VERSION = 1
-
-
-class _AnyField(frozenset[str]):
-    """Contains every name."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-
-ANY_FIELD: Set[str] = _AnyField()
-"""For `may_lack`: every field that has a default may be missing, as in what an earlier khod wrote."""
-
-
-class DecodeError(ValueError):
-    """A value has not the shape that the model has at this key, for example `producers[1].timeout`."""
-
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(f"`{key}` {problem}" if key else f"it {problem}")
-
-
-def decode_value(wanted: type[T], value: Any, key: str = "", *, may_lack: Set[str] = frozenset()) -> T:
-    """Convert what a JSON or TOML parser returned into a dataclass, enum, list, tuple or plain value of the model.
-
-    Enums are given by name, a float may be given without a point, and a boolean is not a number. Fields in `may_lack`
-    get their default if they are missing. Raises DecodeError, which names the key below `key`, if the value has another
-    shape.
-    """
-    made: T = _decode_value(wanted, value, key, may_lack)
-    return made
-
-
-def _decode_value(wanted: Any, value: Any, key: str, may_lack: Set[str]) -> Any:
-    inner, origin = get_args(wanted), get_origin(wanted)
-    if origin in (types.UnionType, Union):
-        return None if value is None else _decode_value(inner[0], value, key, may_lack)
-    if origin in (list, tuple):
-        if not isinstance(value, list):
-            raise DecodeError(key, f"is {value!r}, not a list")
-        return origin(_decode_value(inner[0], item, f"{key}[{index}]", may_lack) for index, item in enumerate(value))
-    if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
-        if not isinstance(value, dict):
-            raise DecodeError(key, f"is {value!r}, not an object")
-        return wanted(**_decode_fields(wanted, value, f"{key}." if key else "", may_lack))
-    if issubclass(wanted, enum.Enum):
-        if not isinstance(value, str) or value not in wanted.__members__:
-            raise DecodeError(key, f"is {value!r}, which {wanted.__name__} does not have")
-        return wanted[value]
-    allowed = (float, int) if wanted is float else wanted
-    if not isinstance(value, allowed) or (isinstance(value, bool) and wanted is not bool):
-        raise DecodeError(key, f"is {value!r}, not of type {wanted.__name__}")
-    return value
-
-
-def _decode_fields(kind: Any, values: dict[str, Any], prefix: str, may_lack: Set[str]) -> dict[str, Any]:
-    fields = {}
-    for name, hint in _field_types(kind):
-        if name in values:
-            fields[name] = _decode_value(hint, values[name], prefix + name, may_lack)
-        elif name not in may_lack:
-            raise DecodeError(prefix + name, "is missing")
-    return fields
-
-
-@functools.cache
-def _field_types(kind: type) -> tuple[tuple[str, Any], ...]:
-    return tuple(get_type_hints(kind).items())
-
-
-@functools.cache
-def _field_names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(kind))
-
-
-def encode_value(value: Any) -> Any:
-    """Convert a value of the model for json.dumps, as `default=encode_value`."""
-    if isinstance(value, enum.Enum):
-        return value.name
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: getattr(value, name) for name in _field_names(type(value))}
-    raise TypeError(type(value).__name__)
 
 
 def error_by_name(name: str, parameters: dict[str, Any]) -> KhoError:

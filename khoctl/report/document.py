@@ -4,7 +4,7 @@
 import json
 
 from khod.history.model import AttemptRecord
-from khod.wire import encode_value
+from khod.values import encode_value
 
 SCHEMA = "io.kho.Report"
 SCHEMA_VERSION = 1

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One Varlink connection to khod, blocking, with file descriptors; standard library only."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -10,12 +12,15 @@ import struct
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING
 
 from khod import wire
 from khod.errors import Unreachable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Any, Self
 
 START_REMEDY = "Start it with: systemctl start kho-handover"
 JOURNAL = "Look at: journalctl -u kho-handover"
@@ -27,7 +32,7 @@ MAX_FDS = 253  # SCM_MAX_FD, the maximum that one message carries
 class Connection:
     """A connection to khod's socket. Every method raises KhoError; Unreachable if the connection ends."""
 
-    def __init__(self, path: Path = Path(wire.SOCKET)) -> None:
+    def __init__(self, path: Path | str = wire.SOCKET) -> None:
         """Connect; raise Unreachable with the socket and the likely cause."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._path = str(path)

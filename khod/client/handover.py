@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from khod import wire
+from khod import values, wire
 from khod.client.connection import JOURNAL, Connection
 from khod.errors import Unreachable
 from khod.model import Check, Event, Plan, Producer, Snapshot, Status
@@ -153,8 +153,8 @@ class Client(Connection):
 
     def _decode_reply(self, wanted: type[T], reply: Mapping[str, Any], name: str) -> T:
         try:
-            return wire.decode_value(wanted, reply[name])
-        except (wire.DecodeError, KeyError, TypeError):
+            return values.decode_value(wanted, reply[name])
+        except (values.DecodeError, KeyError, TypeError):
             raise self.version_mismatch_error() from None
 
 

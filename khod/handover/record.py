@@ -15,7 +15,6 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from khod import wire
 from khod.deferred import defer_module
 from khod.errors import RecordError, errno_text
 from khod.frozen import dataclass
@@ -33,6 +32,7 @@ from khod.model import (
     StepTiming,
     Verdict,
 )
+from khod.values import decode_value, encode_value
 
 if TYPE_CHECKING:
     from khod.handover import snapshots
@@ -184,14 +184,14 @@ class Record:
 
 def encode_record(record: Record) -> bytes:
     """Return the record as JSON, one line for each field or producer, because operators read it too."""
-    fields = [f'"{name}": {_encode_line(value)}' for name, value in wire.encode_value(record).items()]
+    fields = [f'"{name}": {_encode_line(value)}' for name, value in encode_value(record).items()]
     return ("{\n" + ",\n".join(fields) + "\n}\n").encode()
 
 
 def _encode_line(value: object) -> str:
     if isinstance(value, tuple) and value:
         return "[\n  " + ",\n  ".join(map(_encode_line, value)) + "\n]"
-    return json.dumps(value, default=wire.encode_value)
+    return json.dumps(value, default=encode_value)
 
 
 def decode_record(raw: bytes, where: str = "") -> Record:
@@ -210,7 +210,7 @@ def decode_record(raw: bytes, where: str = "") -> Record:
             )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")
-        record = wire.decode_value(Record, values, may_lack=ADDED_FIELDS)
+        record = decode_value(Record, values, may_lack=ADDED_FIELDS)
         return _add_findings(record) if "findings" not in (values["verdict"] or ["findings"]) else record
     except (ValueError, TypeError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error}", where=where, remedy=remedy) from None

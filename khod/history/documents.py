@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from khod.history.model import AttemptRecord, AttemptSummary
 from khod.model import EventKind
-from khod.wire import DecodeError, decode_value, encode_value
+from khod.values import DecodeError, decode_value, encode_value
 
 T = TypeVar("T")
 PLAIN_BYTES = 4096

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from khod import wire
+from khod import values
 from khod.history.model import Arrival, ClockReading, ColdBoot, Departure, RunBegun, RunEnd, RunLog, RunTarget
 from khod.model import Check, Event
 
@@ -106,7 +106,7 @@ def drop_old_logs(state: Path) -> None:
 
 def encode_entry(entry: Entry) -> bytes:
     """Return the line of one entry."""
-    return json.dumps({KINDS[type(entry)]: entry}, default=wire.encode_value).encode() + b"\n"
+    return json.dumps({KINDS[type(entry)]: entry}, default=values.encode_value).encode() + b"\n"
 
 
 def read_log(path: Path) -> RunLog:
@@ -163,4 +163,4 @@ def _add_line(log: RunLog, line: dict[str, Any]) -> None:
     for key, value in line.items():
         kind = SINGLE.get(key) or LISTS.get(key, ("", None))[1]
         if kind is not None:
-            add_entries(log, [wire.decode_value(kind, value, may_lack=wire.ANY_FIELD)])
+            add_entries(log, [values.decode_value(kind, value, may_lack=values.ANY_FIELD)])

@@ -11,9 +11,9 @@ import json
 import os
 from pathlib import Path
 
-from khod import wire
 from khod.frozen import dataclass
 from khod.handover.record import Owner, Process
+from khod.values import decode_value, encode_value
 
 MAX_LINES = 1 << 14
 """Lines that are appended before the file is rewritten."""
@@ -48,7 +48,7 @@ class Registrations:
                 if "left" in values:
                     self._known.pop(values["left"], None)
                 else:
-                    found = wire.decode_value(RegisteredProducer, values["registered"])
+                    found = decode_value(RegisteredProducer, values["registered"])
                     self._known[found.name] = found
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # the line was cut off, for lack of space
@@ -59,7 +59,7 @@ class Registrations:
     def add_registered(self, registered: RegisteredProducer) -> None:
         """Store a registration."""
         self._known[registered.name] = registered
-        self._append_line({"registered": wire.encode_value(registered)})
+        self._append_line({"registered": encode_value(registered)})
 
     def remove_name(self, name: str) -> None:
         """Remove a producer that has left, or that an operator has given up."""
@@ -82,9 +82,7 @@ class Registrations:
         """Write the file anew, with the producers that are registered now."""
         new = self._path.with_name(f"{self._path.name}.new")
         with open(new, "wb") as file:
-            file.writelines(
-                self._encode_line({"registered": wire.encode_value(found)}) for found in self._known.values()
-            )
+            file.writelines(self._encode_line({"registered": encode_value(found)}) for found in self._known.values())
         new.rename(self._path)
         self.close_file()
         self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -92,7 +90,7 @@ class Registrations:
 
     def _encode_line(self, values: dict[str, object]) -> bytes:
         """Return one line, after a line break: the line before may have been cut off."""
-        return f"\n{json.dumps({'boot_id': self._boot_id, **values}, default=wire.encode_value)}\n".encode()
+        return f"\n{json.dumps({'boot_id': self._boot_id, **values}, default=encode_value)}\n".encode()
 
     def _append_line(self, values: dict[str, object]) -> None:
         if self._fd is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from khod.abi.calls import LIVEUPDATE, Calls, HostCalls
 from khod.producers.session_scan import SessionScan, look_into_processes
-from khod.wire import decode_value, encode_value
+from khod.values import decode_value, encode_value
 
 SCANNER_SOCKET = "/run/khod/sessions"
 ANSWER_SECONDS = 20.0

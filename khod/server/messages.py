@@ -9,14 +9,14 @@ from asyncvarlink import FileDescriptor, VarlinkErrorReply, VarlinkMethodCall
 from asyncvarlink.error import GenericVarlinkErrorReply
 from asyncvarlink.serviceerrors import InvalidParameter
 
-from khod import wire
+from khod import values
 from khod.errors import KhoError
 from khod.server.error_replies import to_wire
 
 FIELDS: Mapping[str, type] = {"method": str, "parameters": dict, "oneway": bool, "more": bool, "upgrade": bool}
 """The fields of a call, and their types."""
 INTERNAL = GenericVarlinkErrorReply("invalid.asyncvarlink.InternalServerError")
-_ENCODER = json.JSONEncoder(separators=(",", ":"), default=wire.encode_value)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), default=values.encode_value)
 
 
 class NotJson(Exception):
@@ -59,7 +59,7 @@ def encode_with_files(parameters: Mapping[str, Any]) -> tuple[bytes, Sequence[Fi
         if isinstance(value, FileDescriptor):
             files.append(value)
             return len(files) - 1
-        return wire.encode_value(value)
+        return values.encode_value(value)
 
     data = json.dumps({"parameters": parameters}, separators=(",", ":"), default=plain).encode() + b"\0"
     return data, files

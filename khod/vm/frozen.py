@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from khod import wire
+from khod import values
 from khod.errors import errno_text
 from khod.vm.left_process import LeftProcess
 from khod.vm.monitor import VmError
@@ -124,7 +124,7 @@ class FrozenGuest:
 
     def _read_note(self) -> _KeptFilesNote:
         try:
-            return wire.decode_value(_KeptFilesNote, json.loads(self._path.read_text()), "frozen")
+            return values.decode_value(_KeptFilesNote, json.loads(self._path.read_text()), "frozen")
         except (OSError, ValueError) as error:
             raise VmError(f"{self._path} cannot be read: {error}") from None
 
@@ -152,7 +152,7 @@ def unspend_state(state: int) -> None:
 def read_about(file: int) -> About:
     """Return what came with a state; VmError where that cannot be read."""
     try:
-        return wire.decode_value(About, json.loads(os.pread(file, os.fstat(file).st_size, 0)), "about")
+        return values.decode_value(About, json.loads(os.pread(file, os.fstat(file).st_size, 0)), "about")
     except (OSError, ValueError) as error:
         raise VmError(f"what came with the guest cannot be read: {error}") from None
 

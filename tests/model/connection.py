@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from khod import wire
+from khod import values
 from khod.concurrency.bounded import ANYTHING
 from khod.engine.guard import Seen, Severity, Uevent, Watch
 from khod.errors import KhoError, Refused, UsageError
@@ -38,7 +38,7 @@ class KeptRegistrations(Registrations):
 
     def _rewrite_file(self) -> None:
         self._khod.point("registrations", "before")
-        found = [self._encode_line({"registered": wire.encode_value(found)}) for found in self._known.values()]
+        found = [self._encode_line({"registered": values.encode_value(found)}) for found in self._known.values()]
         self._kept[:] = b"".join(found).decode().splitlines()
         self._open = True
 

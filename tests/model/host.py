@@ -25,7 +25,7 @@ import khod.producers.sessions
 import khod.systemd.manager
 import khod.systemd.shutdown
 import khod.target.target
-import khod.wire
+import khod.values
 from khod.abi.statx import Statx
 from khod.config import Config, Images, Settings
 from khod.deferred import load_deferred
@@ -93,7 +93,7 @@ def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
         (khod.target.target, "build_target", lambda *arguments: khod_of()._take(*arguments)),
         (khod.systemd.shutdown, "run_command", lambda *argv: khod_of()._systemctl(*argv)),
         (khod.systemd.manager, "ask_systemd", lambda question, _seconds: khod_of()._ask_systemd(question)),
-        (khod.wire, "get_type_hints", get_type_hints),
+        (khod.values, "get_type_hints", get_type_hints),
         (khod.producers.peer, "wait_ended", lambda process: khod_of()._ended(process)),
         (khod.producers.peers, "is_alive", lambda process: khod_of()._lives(process)),
         (khod.preflight.holders, "is_alive", lambda process: khod_of()._lives(process)),

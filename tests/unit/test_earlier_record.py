@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from khod import wire
 from khod.config import Config
 from khod.handover.record import DEPARTURE, Record
 from khod.model import Phase
 from khod.producers.hooks import Hook
+from khod.values import encode_value
 from tests.unit.luo import LuoHost
 from tests.unit.test_claims import degraded, host, jump, taken_back, waiting
 
@@ -26,7 +26,7 @@ EARLIER_HOLDER = "name kind told note timeout after before devices owner process
 
 def as_earlier(record: Record, phase: Phase) -> bytes:
     """The record as an earlier khod would have it: what waits stands among the producers, nothing is said of more."""
-    values: dict[str, Any] = json.loads(json.dumps(record, default=wire.encode_value))
+    values: dict[str, Any] = json.loads(json.dumps(record, default=encode_value))
     holders = values["claims"] or values["producers"]
     values |= {
         "phase": phase.name,

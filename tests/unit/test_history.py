@@ -25,7 +25,7 @@ from khod.history.model import AttemptRecord, ColdBoot
 from khod.history.opening import open_database, open_for_reading
 from khod.history.trial import counts_against_image, trial_digest
 from khod.model import Event, EventKind, Finding, FindingSeverity, FindingSource, Phase
-from khod.wire import encode_value
+from khod.values import encode_value
 from tests.unit.histories import INITRD, KERNEL, attempt, degraded, opened, run_of
 
 LARGE = Bounds(10_000, 10_000, 1 << 30)

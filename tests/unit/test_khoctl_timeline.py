@@ -15,7 +15,7 @@ from khod.errors import Exit
 from khod.history.model import ClockSource, RowKind, Timeline, TimelineRow, UnitStop
 from khod.history.timeline import build_timeline
 from khod.model import Phase
-from khod.wire import decode_value
+from khod.values import decode_value
 from tests.unit.histories import attempt, fill, run_of
 from tests.unit.khods import Answer, cli
 from tests.unit.timelines import DEPARTURE, ZERO, at_once, orderly

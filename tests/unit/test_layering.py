@@ -22,6 +22,7 @@ LAYERS = [
         "region",
         "text",
         "wire",
+        "values",
         "files",
         "frozen",
         "deferred",

@@ -19,7 +19,7 @@ from khoctl.report.page import write_page
 from khoctl.report.producers import collect_answers
 from khod.history.model import AttemptRecord, RowKind
 from khod.model import Check, CheckResult, EventKind, Fate, Phase
-from khod.wire import decode_value
+from khod.values import decode_value
 from tests.unit import attempts
 
 ATTEMPTS = {

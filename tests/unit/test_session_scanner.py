@@ -19,7 +19,7 @@ from khod.producers import session_scanner
 from khod.producers.session_holders import find_sessions, scan_others
 from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, SessionScan, scan_processes
 from khod.producers.session_scanner import SCANNER_SOCKET, ask_scanner, serve_scans
-from khod.wire import encode_value
+from khod.values import encode_value
 from tests.unit.khods import DEADLINE, REPOSITORY
 from tests.unit.test_session_holders import Proc, Silent
 
