@@ -7,12 +7,12 @@ is no way to ask whether a file system is frozen: FITHAW of one that is not is E
 
 import ctypes
 import fcntl
-import platform
+import os
 
 
 def _iowr(kind: str, number: int, size: int) -> int:
     """_IOWR() of the uapi headers; powerpc, mips, sparc and alpha have the direction in other bits."""
-    if platform.machine().startswith(("ppc", "mips", "sparc", "alpha")):
+    if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")):
         return 6 << 29 | size << 16 | ord(kind) << 8 | number
     return 3 << 30 | size << 16 | ord(kind) << 8 | number
 

@@ -3,7 +3,6 @@
 
 import ctypes
 import os
-import platform
 
 # include/uapi/linux/kexec.h
 KEXEC_FILE_UNLOAD = 0x00000001
@@ -41,7 +40,7 @@ def kexec_file_load(kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) 
 
     `cmdline` ends in NUL, which the kernel counts. Raises OSError with the call and its arguments.
     """
-    nr = syscall_number(platform.machine())
+    nr = syscall_number(os.uname().machine)
     if _syscall(nr, kernel_fd, initrd_fd, len(cmdline), cmdline or None, flags) != 0:
         error = ctypes.get_errno()
         call = f"kexec_file_load({kernel_fd}, {initrd_fd}, {len(cmdline)} bytes, flags={flags:#x})"
