@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from khod import model
 from khod.deferred import defer_module
@@ -54,7 +54,7 @@ class ProducerRegistry:
 
     def _read_files(self, served: Collection[str]) -> list[Participant]:
         """Return the producers with a file, except the kept VMs of these names: a peer is the producer of such a VM."""
-        return [file for file in self._configured() if not (isinstance(file, kept.KeptVm) and file.name in served)]
+        return [file for file in self._configured() if not (_is_kept_vm(file) and file.name in served)]
 
     async def start_supervisors(self) -> list[str]:
         """Have systemd start khod-vm for each kept VM whose khod-vm is not connected; return the VMs' names.
@@ -65,7 +65,7 @@ class ProducerRegistry:
         with suppress(ConfigError):
             for vm in self._configured():
                 peer = self.peers.find_peer(vm.name)
-                if isinstance(vm, kept.KeptVm) and vm.runner.has_units and not (peer and peer.is_reachable):
+                if _is_kept_vm(vm) and vm.runner.has_units and not (peer and peer.is_reachable):
                     try:
                         await vm.start_unit()
                     except (dbus.BusError, TimeoutError) as error:
@@ -187,9 +187,15 @@ def _record_key(producer: Participant) -> tuple[str, str]:
 def _show_member(member: Member) -> model.Producer:
     """Return a member as status shows it; of a VM without its supervisor, which one is missing."""
     shown = member.to_model()
-    if isinstance(member.producer, kept.KeptVm) and member.told is None:
-        return replace(shown, answer=f"{member.producer.unit} is not there")
+    producer = member.producer
+    if _is_kept_vm(producer) and member.told is None:
+        return replace(shown, answer=f"{producer.unit} is not there")
     return shown
+
+
+def _is_kept_vm(producer: Participant) -> "TypeGuard[kept.KeptVm]":
+    """Tell whether it is a kept VM; where no producer is shown as one, nothing is imported for that."""
+    return producer.kind == "vm" and isinstance(producer, kept.KeptVm)
 
 
 def by_note(holder: ProducerRecord) -> Participant | None:

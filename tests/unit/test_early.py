@@ -50,6 +50,8 @@ def loaded_modules(khod: "subprocess.Popen[bytes]", path: Path) -> set[str]:
 
 def test_a_producer_is_given_back_what_it_left_before_the_rest_is_imported(tmp_path: Path) -> None:
     jump_with_producer(tmp_path)
+    (tmp_path / "root/etc/kho/producers.d").mkdir(parents=True)
+    (tmp_path / "root/etc/kho/producers.d/hook.toml").write_text('prepare = ["true"]\n')
     told = tmp_path / "modules"
     with (
         listen_at(tmp_path / "activated") as listening,
