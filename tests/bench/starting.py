@@ -32,8 +32,8 @@ def run() -> Iterator[Figure]:
     asyncio, ready, restore = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
     how = f"{{:.0f}} ms and {asyncio * 1e3:.0f} ms, medians of {ROUNDS} taken in turn"
     imports = "python3 -c 'import asyncio'"
-    yield Figure(f"khod until READY=1 / {imports}", ready / asyncio, 2.5, "", how.format(ready * 1e3))
-    yield Figure(f"khod until `restore` is sent / {imports}", restore / asyncio, 2.5, "", how.format(restore * 1e3))
+    yield Figure(f"khod until READY=1 / {imports}", ready / asyncio, 2.75, "", how.format(ready * 1e3))
+    yield Figure(f"khod until `restore` is sent / {imports}", restore / asyncio, 2.75, "", how.format(restore * 1e3))
 
 
 def _asyncio() -> float:
