@@ -7,18 +7,20 @@ is no way to ask whether a file system is frozen: FITHAW of one that is not is E
 
 import ctypes
 import fcntl
-import os
+import platform
+
+FIFREEZE = 119
+FITHAW = 120
 
 
-def _iowr(kind: str, number: int, size: int) -> int:
-    """_IOWR() of the uapi headers; powerpc, mips, sparc and alpha have the direction in other bits."""
-    if os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha")):
-        return 6 << 29 | size << 16 | ord(kind) << 8 | number
-    return 3 << 30 | size << 16 | ord(kind) << 8 | number
+def _iowr(number: int) -> int:
+    """_IOWR('X', number, int) of the uapi headers; powerpc, mips, sparc and alpha have the direction in other bits.
 
-
-FIFREEZE = _iowr("X", 119, ctypes.sizeof(ctypes.c_int))
-FITHAW = _iowr("X", 120, ctypes.sizeof(ctypes.c_int))
+    The machine is asked for at the call, not at import: the session scanner imports this module, and may not call
+    uname(2).
+    """
+    other = platform.machine().startswith(("ppc", "mips", "sparc", "alpha"))
+    return (6 << 29 if other else 3 << 30) | ctypes.sizeof(ctypes.c_int) << 16 | ord("X") << 8 | number
 
 
 def freeze_filesystem(mount: int) -> None:
@@ -26,9 +28,9 @@ def freeze_filesystem(mount: int) -> None:
 
     OSError: EBUSY if it is frozen already, EOPNOTSUPP if its kind cannot be frozen (vfat).
     """
-    fcntl.ioctl(mount, FIFREEZE, 0)
+    fcntl.ioctl(mount, _iowr(FIFREEZE), 0)
 
 
 def thaw_filesystem(mount: int) -> None:
     """Thaw it again. OSError: EINVAL if it is not frozen."""
-    fcntl.ioctl(mount, FITHAW, 0)
+    fcntl.ioctl(mount, _iowr(FITHAW), 0)

@@ -280,3 +280,9 @@ def test_the_units_are_those_that_khod_asks() -> None:
     assert f"-m {session_scanner.__name__}\n" in service
     khod = (REPOSITORY / "systemd/kho-handover.service").read_text().splitlines()
     assert not [line for line in khod if "CAP_SYS_PTRACE" in line and not line.startswith("#")]
+
+
+def test_its_import_makes_no_call_that_its_unit_forbids() -> None:
+    """uname(2), which platform.machine() makes, is not in SystemCallFilter=."""
+    forbid = "import os\ndef refused(): raise PermissionError\nos.uname = refused\n"
+    subprocess.run([sys.executable, "-c", f"{forbid}import {session_scanner.__name__}"], check=True)
