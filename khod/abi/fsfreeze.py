@@ -7,7 +7,7 @@ is no way to ask whether a file system is frozen: FITHAW of one that is not is E
 
 import ctypes
 import fcntl
-import platform
+import os
 
 FIFREEZE = 119
 FITHAW = 120
@@ -19,7 +19,7 @@ def _iowr(number: int) -> int:
     The machine is asked for at the call, not at import: the session scanner imports this module, and may not call
     uname(2).
     """
-    other = platform.machine().startswith(("ppc", "mips", "sparc", "alpha"))
+    other = os.uname().machine.startswith(("ppc", "mips", "sparc", "alpha"))
     return (6 << 29 if other else 3 << 30) | ctypes.sizeof(ctypes.c_int) << 16 | ord("X") << 8 | number
 
 
