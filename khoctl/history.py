@@ -18,6 +18,7 @@ from khoctl.render import (
     prepare_texts,
     render_event,
 )
+from khoctl.standstills import describe_standstills
 from khod.history.model import AttemptRecord, AttemptSummary, ColdBoot, KernelFacts
 from khod.model import EventKind, Phase, render_findings
 from khod.text import format_size
@@ -96,6 +97,7 @@ def _attempt_rows(found: AttemptRecord) -> list[tuple[str, str]]:
         rows.append(("arrived in", _kernel_text(found.arrived)))
     if text := blackout_text(summary):
         rows.append(("blackout", f"{text}; its parts: khoctl timeline {summary.run}"))
+    rows += list_rows("stopped", describe_standstills(found.timeline.standstills))
     if found.verdict is not None:
         rows.append(("arrived", ", ".join(found.verdict.arrived) or "nothing"))
     rows += list_rows("found", [render_findings([finding]) for finding in found.findings])

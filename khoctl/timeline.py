@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from khoctl.figures import format_seconds
 from khoctl.layout import fit_page
+from khoctl.standstills import describe_standstills
 from khoctl.timeline_rows import known_rows, select_rows
 from khod.history.model import ClockSource, RowKind, Timeline, TimelineRow
 from khod.text import printable, shorten
@@ -19,6 +20,7 @@ PART, CHILD, WAIT = "#", "=", "."
 """What the bars are made of."""
 SOURCES = {ClockSource.tsc: "the TSC", ClockSource.ptp: "a PTP clock", ClockSource.wall: "the wall clock"}
 NO_ROWS = "Nothing is known of its times."
+STOPPED = "Producers were stopped, from `freeze` until they had answered `restore`:"
 
 
 def draw_timeline(timeline: Timeline, width: int | None = None) -> Iterator[str]:
@@ -30,6 +32,9 @@ def draw_timeline(timeline: Timeline, width: int | None = None) -> Iterator[str]
     else:
         yield ""
         yield from _draw_rows(timeline, width)
+    if timeline.standstills:
+        yield ""
+        yield from _wrap([STOPPED, *(f"  {line}" for line in describe_standstills(timeline.standstills))], width)
     notes = [f"systemd-analyze time: {printable(line)}" for line in timeline.analyze.splitlines()]
     notes += [f"Not known: {printable(sentence)}" for sentence in timeline.unknown]
     if notes:

@@ -93,7 +93,8 @@ class Producer:
 
     `rank` counts from 0 in the order in which producers are called. `phase` is the last verb sent, `answer` the last
     answer to it, `seconds` how long it took or has taken so far, `progress` how much the producer says is done (0 to
-    1), and `limit` its time limit in seconds, 0 if no verb was sent.
+    1), and `limit` its time limit in seconds, 0 if no verb was sent. `stopped_seconds` is how long its work stood still
+    in the handover, by a clock of its own that stood still too; None if it did not say.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Producer:
     waiting: bool
     progress: float | None
     limit: float = 0.0
+    stopped_seconds: float | None = None
 
 
 @dataclass(frozen=True)

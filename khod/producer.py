@@ -78,10 +78,15 @@ class Step:
         self.files = files or {}
         """With restore, the preserved files by name: open descriptors that the handler now owns."""
         self._say = say
+        self._figures: dict[str, float] = {}
 
     def not_yet(self, reason: str, progress: float | None = None) -> None:
         """Tell the operator why it takes long, and how much is done (0 to 1); raise CalledOff if it was aborted."""
         self._say(reason, progress)
+
+    def note_stopped(self, seconds: float) -> None:
+        """With finish: tell how long the work stood still by a clock of its own; khod shows it with its own figure."""
+        self._figures["stopped"] = seconds
 
 
 Handler = Callable[[Step], Mapping[str, int] | None]
@@ -278,7 +283,7 @@ class Producer:
         if len(files) > MAX_FDS:
             more = f"{len(files)} files, and one message carries {MAX_FDS}: hand some over with freeze"
             return {"answer": "veto", "reason": more}
-        return {"answer": "ready", "files": files}
+        return {"answer": "ready", "files": files, **step._figures}
 
 
 def _log() -> logging.Logger:

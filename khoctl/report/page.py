@@ -67,7 +67,7 @@ def _write_sections(attempt: AttemptRecord) -> Iterable[Markup]:
     yield _section("Timeline", _write_timeline(attempt))
     if attempt.target and attempt.target.costs:
         yield _section("What makes the boot slow", cost_table(attempt.target.costs, attempt.timeline))
-    yield _section("Producers", producer_table(collect_answers(attempt.events)))
+    yield _section("Producers", producer_table(collect_answers(attempt.events, attempt.timeline.standstills)))
     yield _section("Checks before the jump", check_table(attempt.checks, fold_passed=True))
     yield _section("Command line", _write_cmdline(attempt))
     if attempt.trees:

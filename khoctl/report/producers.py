@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from khoctl.render import is_notable
+from khod.history.model import Standstill
 from khod.model import Event, EventKind
 
 
@@ -12,7 +13,8 @@ from khod.model import Event, EventKind
 class ProducerAnswers:
     """One producer's answers: `seconds` has the time of the last answer to each verb, in the order of the verbs.
 
-    `problems` has the verb and the answer for each that is not `ready`, and for a verb that was never answered.
+    `standstill` says how long it was stopped by the handover, None if that is not known. `problems` has the verb and
+    the answer for each that is not `ready`, and for a verb that was never answered.
     """
 
     name: str
@@ -20,6 +22,7 @@ class ProducerAnswers:
     seconds: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unanswered: str = ""
+    standstill: Standstill | None = None
 
     @property
     def total_seconds(self) -> float:
@@ -27,7 +30,7 @@ class ProducerAnswers:
         return sum(self.seconds.values())
 
 
-def collect_answers(events: Iterable[Event]) -> list[ProducerAnswers]:
+def collect_answers(events: Iterable[Event], standstills: Iterable[Standstill] = ()) -> list[ProducerAnswers]:
     """Return the producers of an attempt: those with a problem first, then the slowest."""
     found: dict[str, ProducerAnswers] = {}
     for event in events:
@@ -42,6 +45,9 @@ def collect_answers(events: Iterable[Event]) -> list[ProducerAnswers]:
         answers.seconds[about.phase] = event.duration or 0.0
         if is_notable(about):
             answers.problems.append(f"{about.phase}: {about.answer}")
+    for standstill in standstills:
+        if standstill.name in found:
+            found[standstill.name].standstill = standstill
     for answers in found.values():
         if answers.unanswered:
             answers.problems.append(f"{answers.unanswered}: no answer")

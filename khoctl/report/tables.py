@@ -7,6 +7,7 @@ from khoctl.figures import format_seconds
 from khoctl.options import name_options
 from khoctl.report.markup import EMPTY, Markup, element, escape_text, join_markup, text_element
 from khoctl.report.producers import ProducerAnswers
+from khoctl.standstills import describe_seconds
 from khod.history.model import BootCost, ImageFacts, KernelFacts, Timeline, TimelineRow
 from khod.model import Check, CheckResult, Finding, FindingSeverity
 from khod.text import format_size
@@ -119,6 +120,9 @@ def _producer_row(producer: ProducerAnswers, verbs: Sequence[str]) -> Markup:
         escape_text(producer.name),
         text_element("span", f" {producer.kind}", class_="muted"),
         *(text_element("span", text, class_="problem bad") for text in producer.problems),
+        text_element("span", f"stopped for {describe_seconds(producer.standstill)}", class_="remedy")
+        if producer.standstill
+        else EMPTY,
     )
     return element("tr", name, *cells)
 

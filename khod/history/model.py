@@ -236,11 +236,26 @@ class TimelineRow:
 
 
 @dataclass(frozen=True)
+class Standstill:
+    """How long one producer stood still: from its first `freeze` of the run to its answer to `restore`, at most.
+
+    `own_seconds` is the same by its own account, as of a guest's clock; None if it did not say.
+    """
+
+    name: str
+    kind: str
+    seconds: float
+    error_seconds: float = 0.0
+    own_seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class Timeline:
     """The rows of one run, in order. Without a `source` the clocks of the two kernels could not be bridged.
 
-    `blackout_seconds` is None without a recovery. `unknown` has a sentence for each thing that is not known, `analyze`
-    what `systemd-analyze time` says of the boot after the jump.
+    `blackout_seconds` is None without a recovery. `standstills` has the producers that took their state back, the
+    longest first, where the clocks could be bridged. `unknown` has a sentence for each thing that is not known,
+    `analyze` what `systemd-analyze time` says of the boot after the jump.
     """
 
     rows: list[TimelineRow] = field(default_factory=list)
@@ -249,6 +264,7 @@ class Timeline:
     source: ClockSource | None = None
     unknown: list[str] = field(default_factory=list)
     analyze: str = ""
+    standstills: list[Standstill] = field(default_factory=list)
 
     def select_parts(self, cost: BootCost) -> list[TimelineRow]:
         """Return the rows that have the time of a cost.

@@ -20,6 +20,7 @@ from khod.history.phases import (
     find_steps,
     split_events,
 )
+from khod.history.standstills import find_standstills
 from khod.history.stretches import Chain, Stretch
 from khod.model import Event, Phase
 
@@ -79,6 +80,7 @@ def build_timeline(log: RunLog) -> Timeline:
         bridge.source,
         unknown,
         arrival.analyze,
+        find_standstills(before, after, bridge) if bridge.source is not None else [],
     )
 
 

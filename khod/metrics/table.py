@@ -7,13 +7,13 @@ text in its labels. One of several states is a series for each, of which one is 
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 
 from khod import __version__
 from khod.frozen import dataclass
 from khod.handover.machine import RESTING
-from khod.history.model import AttemptSummary
+from khod.history.model import AttemptSummary, Standstill
 from khod.model import FindingSeverity, FindingSource, Phase, Producer, Status
 from khod.producers.barrier import READY
 
@@ -45,12 +45,14 @@ class MetricType(enum.Enum):
 class MetricFacts:
     """What metrics are read from.
 
-    `counts` is how many handovers ended in each way, and `last` the last one; without a history they are empty.
+    `counts` is how many handovers ended in each way, `last` the last one, and `standstills` how long its producers were
+    stopped, the longest first; without a history they are empty.
     """
 
     status: Status
     counts: Mapping[Phase, int] = field(default_factory=dict)
     last: AttemptSummary | None = None
+    standstills: Sequence[Standstill] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,15 @@ def _read_producer_seconds(facts: MetricFacts) -> Iterator[Sample]:
     told = [producer for producer in facts.status.producers if producer.phase]
     for producer in sorted(told, key=lambda producer: -producer.seconds)[:MAX_PRODUCERS]:
         yield Sample(producer.seconds, {"producer": producer.name, "kind": producer.kind, "verb": producer.phase})
+
+
+def _read_standstills(facts: MetricFacts) -> Iterator[Sample]:
+    """Yield how long producers were stopped by khod's account, and by their own; of those that were longest."""
+    for one in facts.standstills[:MAX_PRODUCERS]:
+        labels = {"producer": one.name, "kind": one.kind}
+        yield Sample(one.seconds, {**labels, "clock": "host"})
+        if one.own_seconds is not None:
+            yield Sample(one.own_seconds, {**labels, "clock": "own"})
 
 
 def _read_findings(facts: MetricFacts) -> list[Sample]:
@@ -206,6 +217,12 @@ METRICS = (
         MetricType.gauge,
         "How long the producer took for its last answer; of the slowest ones.",
         _read_producer_seconds,
+    ),
+    Metric(
+        "last_producer_stopped_seconds",
+        MetricType.gauge,
+        "How long the last handover stopped the producer, by the host's clock and by its own; of the longest.",
+        _read_standstills,
     ),
     Metric(
         "claims",

@@ -93,6 +93,8 @@ class ProducerCall:
     producer is told `freeze`; every later verb gets it."""
     not_yet: Callable[[str, float | None], None] = lambda _reason, _progress: None
     """Reports that the verb takes longer: a reason, and how much is done (0 to 1, None if that is not known)."""
+    stopped_seconds: float | None = None
+    """What the producer says with its answer, as in `khod.model.Producer`."""
 
 
 class Participant(Ordered, Protocol):
@@ -164,6 +166,7 @@ class Member:
     limit: float = 0.0
     """The time limit of that verb, in seconds."""
     progress: float | None = None
+    stopped_seconds: float | None = None
     began: float | None = None
     """When the verb that it is told now began (CLOCK_MONOTONIC), None while it is told nothing."""
     telling: ProducerCall | None = None
@@ -196,6 +199,7 @@ class Member:
             self.is_waiting,
             self.progress,
             self.limit,
+            self.stopped_seconds,
         )
 
 
@@ -436,6 +440,7 @@ class Barrier:
         finally:
             if member.calls == call:
                 member.answer, member.began, member.seconds = answer, None, time.monotonic() - began
+                member.stopped_seconds = telling.stopped_seconds
                 if done:
                     member.told = AFTER.get(verb, verb)
                     member.gone |= answer == GONE

@@ -35,6 +35,7 @@ class Answer:
     progress: float | None = None
     files: Sequence[tuple[Kept, int]] = ()
     """Files to preserve, with prepare and freeze; the descriptors stay the caller's."""
+    stopped_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Conversation:
             return PeerCommand(self._serial, telling.verb, telling.run, self._timeout)
         if not future.done():
             if answer.word is AnswerWord.ready:
+                telling.stopped_seconds = answer.stopped_seconds
                 future.set_result(None)
             else:
                 future.set_exception(ParticipantVeto(answer.reason or "no reason given"))

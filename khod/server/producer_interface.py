@@ -91,10 +91,12 @@ class Producer(VarlinkInterface, name=PRODUCER):
         names: list[str] | None = None,
         tokens: list[int] | None = None,
         fds: list[FileDescriptor] | None = None,
+        stopped: float | None = None,
     ) -> Command:
         """Answer the command `serial` and wait for the next; not_yet is answered at once with the command in force.
 
         `progress` is from 0 to 1. With prepare and freeze, `fds` are preserved under `names` and `tokens` in this
-        producer's own LUO session.
+        producer's own LUO session. With finish, `stopped` is how many seconds the work stood still by a clock of its
+        own; it is shown beside what khod measures.
         """
         raise NotImplementedError

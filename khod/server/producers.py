@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """io.kho.Producer over one engine."""
 
+from dataclasses import replace
 from functools import partial
 
 from asyncvarlink import FileDescriptor, varlinkmethod
@@ -19,6 +20,7 @@ from khod.server.producer_interface import Command, Producer, Registered, ShownK
 
 MAX_FILE_NAME = 255
 """The maximum length of a file's name from a producer, in characters; the record stores it."""
+MAX_STOPPED_SECONDS = 86400.0
 
 
 class Producers(Producer):
@@ -88,12 +90,16 @@ class Producers(Producer):
         names: list[str] | None = None,
         tokens: list[int] | None = None,
         fds: list[FileDescriptor] | None = None,
+        stopped: float | None = None,
     ) -> Command:
         connection = CONNECTION.get()
         peer = connection.producer
         assert peer is not None, "the rules say so"
         try:
-            said = None if answer is None else _build_answer(serial, answer, reason, progress, names, tokens, fds)
+            said = None
+            if answer is not None:
+                said = _build_answer(serial, answer, reason, progress, names, tokens, fds)
+                said = replace(said, stopped_seconds=_check_stopped(stopped))
             command = await peer.conversation.exchange_answer(said)
         except UsageError:
             connection.end_after_reply()
@@ -107,6 +113,12 @@ class Producers(Producer):
             "tokens": [kept.token for kept in command.kept],
             "fds": [FileDescriptor(fd, should_close=True) for fd in command.fds],
         }
+
+
+def _check_stopped(seconds: float | None) -> float | None:
+    if seconds is not None and not 0 <= seconds <= MAX_STOPPED_SECONDS:  # a NaN is refused too
+        raise UsageError(f"`stopped` is {seconds}", where="stopped", remedy="Give seconds, 0 or more.")
+    return seconds
 
 
 def _build_answer(

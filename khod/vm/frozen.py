@@ -34,9 +34,10 @@ class About:
     given: list[str]
     """The command of the machine's file, from which that was made."""
     running: bool
-    frozen_at: float
     is_memory_apart: bool = True
     """Whether the RAM is in its files alone, and not also in QEMU's state."""
+    lag: float | None = None
+    """By how many seconds the guest's clock was behind the host's, if that is known."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def unspend_state(state: int) -> None:
 def read_about(file: int) -> About:
     """Return what came with a state; VmError where that cannot be read."""
     try:
-        return values.decode_value(About, json.loads(os.pread(file, os.fstat(file).st_size, 0)), "about")
+        found = json.loads(os.pread(file, os.fstat(file).st_size, 0))
+        return values.decode_value(About, found, "about", may_lack={"lag"})
     except (OSError, ValueError) as error:
         raise VmError(f"what came with the guest cannot be read: {error}") from None
 

@@ -25,7 +25,7 @@ from khod.concurrency.command import run_command
 from khod.errors import KhoError, Unreachable, errno_text
 from khod.producer import Handler, Producer, Step, Veto
 from khod.text import join_names
-from khod.vm.agent import set_guest_clock
+from khod.vm.agent import GuestClock
 from khod.vm.frozen import (
     ABOUT,
     STATE,
@@ -76,7 +76,7 @@ class Supervisor:
         """Held for one verb."""
         self._ram_bytes = 0
         """What QEMU will save of the RAM with the device state, as of `prepare`."""
-        self._setting_clock: asyncio.Future[None] | None = None
+        self._clock = GuestClock(settings.agent)
         self._refused = ""
         """Why the guest could not be taken back: its files are kept by khod."""
         handle = partial(_make_handler, self._loop, self._turn)
@@ -86,6 +86,7 @@ class Supervisor:
             freeze=handle(self._freeze),
             thaw=handle(self._thaw),
             restore=handle(self._restore),
+            finish=handle(partial(_tell_stopped, self._clock)),
             timeout=settings.timeout,
             after=settings.after,
             before=settings.before,
@@ -195,6 +196,7 @@ class Supervisor:
             disks = await list_disks(vm)
         check_unshared(self._settings.name, self._root, disks)
         await sync_disks(disks)
+        await self._clock.note_lag()
         return self._qemu.memory
 
     async def _freeze(self, step: Step) -> Mapping[str, int]:
@@ -208,7 +210,7 @@ class Supervisor:
             state = self._frozen.begin(self._qemu.memory, running=running)
             await save_state(vm, state, self._ram_bytes)
         given = [*self._settings.given]
-        self._frozen.complete(About(self._qemu.command, given, running, time.time(), not self._ram_bytes))
+        self._frozen.complete(About(self._qemu.command, given, running, not self._ram_bytes, self._clock.lag))
         return self._frozen.files
 
     async def _thaw(self, step: Step) -> None:
@@ -254,7 +256,6 @@ class Supervisor:
                         memory = {}  # they are that QEMU's
                     else:
                         self._qemu.memory = {}
-                LOG.info("The guest was stopped for %.1f s by the wall clock", time.time() - about.frozen_at)
             self._refused = ""
             systemd.daemon.notify("STATUS=The guest was taken back.")
             self._changed.set()
@@ -288,10 +289,8 @@ class Supervisor:
             if not is_spent(state):
                 await self._qemu.kill()
             raise
-        if about.running and self._settings.agent:
-            self._setting_clock = asyncio.ensure_future(
-                _set_clock(self._settings.agent)
-            )  # it takes the guest's time, not ours
+        if about.running:
+            self._clock.note_continued(about.lag)
 
     async def _repair(self, about: About) -> About:
         """Return how QEMU is started after it was refused: if the machine's file was changed, as that says now."""
@@ -356,11 +355,9 @@ def _give_reason(error: BaseException, step: Step) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-async def _set_clock(agent: str) -> None:
-    try:
-        await set_guest_clock(agent)
-    except VmError as error:
-        LOG.warning("The guest's clock may be behind: %s", error)
+async def _tell_stopped(clock: GuestClock, step: Step) -> None:
+    if (seconds := await clock.wait_stopped()) is not None:
+        step.note_stopped(seconds)
 
 
 async def _continue_once(vm: Monitor, state: int) -> None:

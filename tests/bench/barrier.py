@@ -256,6 +256,7 @@ class Bare(producer_interface.Producer):
         names: list[str] | None = None,  # noqa: ARG002
         tokens: list[int] | None = None,  # noqa: ARG002
         fds: list[FileDescriptor] | None = None,  # noqa: ARG002
+        stopped: float | None = None,  # noqa: ARG002
     ) -> producer_interface.Command:
         number = serial or 0
         if number == len(VERBS):

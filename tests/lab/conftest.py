@@ -130,8 +130,8 @@ def vm(system: System) -> Iterator[Callable[..., Vm]]:
     """Give a function that makes a guest with a khod-vm; its options are Vm's. They end with the test."""
     made: list[Vm] = []
 
-    def make(name: str = "one", command: list[str] | None = None, *, idle: bool = False) -> Vm:
-        made.append(Vm(system, name, command, idle=idle))
+    def make(name: str = "one", command: list[str] | None = None, **options: Any) -> Vm:
+        made.append(Vm(system, name, command, **options))
         return made[-1]
 
     yield make

@@ -88,16 +88,23 @@ class Vm:
     """A guest that counts, and the khod-vm that supervises it."""
 
     def __init__(
-        self, system: System, name: str = "one", command: list[str] | None = None, *, idle: bool = False
+        self,
+        system: System,
+        name: str = "one",
+        command: list[str] | None = None,
+        *,
+        idle: bool = False,
+        boots: list[str] | None = None,
     ) -> None:
+        """Describe it in khod-vm's file; with `boots`, options of QEMU, the guest is another one."""
         self._system, self.name = system, name
         directory = system.directory / f"vm-{name}"
         directory.mkdir(exist_ok=True)
         self.serial, self.pid_file, self._log = directory / "serial", directory / "pid", directory / "log"
         self._boots, self._dies = 0, ""
         self.killed = directory / "killed"
-        image = write_image(directory / "guest", idle=idle)
-        words = [*(command or COMMAND), "-bios", str(image), "-pidfile", str(self.pid_file)]
+        boots = boots or ["-bios", str(write_image(directory / "guest", idle=idle))]
+        words = [*(command or COMMAND), *boots, "-pidfile", str(self.pid_file)]
         words += ["-chardev", f"file,id=serial,path={self.serial},append=on", "-serial", "chardev:serial"]
         at = system.directory / "root/etc/kho/vm.d"
         at.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 
 from dataclasses import replace
 
-from khod.history.model import AttemptSummary
+from khod.history.model import AttemptSummary, Standstill
 from khod.metrics.table import MetricFacts
 from khod.model import (
     Finding,
@@ -94,10 +94,12 @@ MANY = replace(
     timings=[StepTiming("freeze", 1.0, 1.0), StepTiming("freeze", 2.0, 2.0), StepTiming(HOSTILE, 1.0, 1e-9)],
 )
 
+STANDSTILLS = [Standstill("guest", "vm", 2.25, 0.001, 2.125), Standstill("cache", "hook", 2.0, 0.001)]
+
 STATES = {
     "bare": MetricFacts(BARE),
-    "arrived": MetricFacts(ARRIVED, COUNTS, LAST),
+    "arrived": MetricFacts(ARRIVED, COUNTS, LAST, STANDSTILLS),
     "failed": MetricFacts(FAILED, {Phase.failed: 1}, replace(LAST, outcome=Phase.failed, blackout_seconds=None)),
-    "many": MetricFacts(MANY, COUNTS, LAST),
+    "many": MetricFacts(MANY, COUNTS, LAST, [replace(STANDSTILLS[0], name=HOSTILE, kind=HOSTILE)]),
     **{phase.value: MetricFacts(replace(ARRIVED, phase=phase)) for phase in Phase},
 }

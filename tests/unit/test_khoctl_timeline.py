@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from khoctl.timeline import NO_ROWS, draw_timeline
+from khoctl.timeline import NO_ROWS, STOPPED, draw_timeline
 from khoctl.timeline_rows import MAX_CHILDREN
 from khod.errors import Exit
-from khod.history.model import ClockSource, RowKind, Timeline, TimelineRow, UnitStop
+from khod.history.model import ClockSource, RowKind, Standstill, Timeline, TimelineRow, UnitStop
 from khod.history.timeline import build_timeline
 from khod.model import Phase
 from khod.values import decode_value
@@ -43,6 +43,17 @@ def test_the_page_of_a_handover() -> None:
     assert rows["until shutdown"][2].startswith(".")
     assert rows["shutdown"][2].startswith("#")
     assert rows["ssh.service"][2].startswith("=")
+
+
+def test_how_long_producers_were_stopped_stands_below_the_rows() -> None:
+    made = [
+        Standstill(f"vm{number}", "vm", 20.0 - number, 0.004, 19.5 if number == 0 else None) for number in range(10)
+    ]
+    lines = drawn(replace(build_timeline(orderly()), standstills=made), 100)
+    at = lines.index(STOPPED)
+    assert lines[at + 1] == "  vm0 (vm): 20.000 s ± 0.004 s, by its own clock 19.500 s"
+    assert lines[at + 2] == "  vm1 (vm): 19.000 s ± 0.004 s"
+    assert lines[at + 9] == "  2 more: at most 12.000 s ± 0.004 s"
 
 
 ROW = re.compile(r" *(-?[0-9.]+) s +([0-9.]+) s  (.*?)(?:  +([#=.]+))?$")

@@ -21,6 +21,7 @@ import pytest
 from khod.engine import journal
 from khod.engine.history import HistoryPage
 from khod.engine.journal_fields import Message
+from khod.history.model import AttemptRecord
 from khod.metrics import textfile
 from khod.metrics.source import MetricSource
 from khod.metrics.table import MAX_PRODUCERS, METRICS, MetricFacts, MetricType
@@ -28,8 +29,9 @@ from khod.metrics.text import render_text
 from khod.metrics.textfile import TextFile
 from khod.model import Phase, Status
 from khod.server.metrics import SystemdMetrics
+from tests.unit import attempts
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, reply, until
-from tests.unit.monitored import ARRIVED, COUNTS, LAST, STATES
+from tests.unit.monitored import ARRIVED, COUNTS, LAST, STANDSTILLS, STATES
 
 # The format's own grammar, https://prometheus.io/docs/instrumenting/exposition_formats/
 NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
@@ -97,7 +99,7 @@ def test_one_state_of_several_is_1() -> None:
 
 
 def test_a_degraded_boot_is_told_with_its_numbers() -> None:
-    found = parse(render_text(MetricFacts(ARRIVED, COUNTS, LAST)))
+    found = parse(render_text(STATES["arrived"]))
     expected = {
         key("kho_kernel_info", release="7.3.4", generation="stateless"): 1,
         key("kho_handovers_total", outcome="verified"): 41,
@@ -122,6 +124,9 @@ def test_a_degraded_boot_is_told_with_its_numbers() -> None:
         key("kho_producers", state="waiting"): 1,
         key("kho_producers", state="idle"): 1,
         key("kho_producer_answer_seconds", producer="cache", kind="hook", verb="restore"): 1.25,
+        key("kho_last_producer_stopped_seconds", producer="guest", kind="vm", clock="host"): 2.25,
+        key("kho_last_producer_stopped_seconds", producer="guest", kind="vm", clock="own"): 2.125,
+        key("kho_last_producer_stopped_seconds", producer="cache", kind="hook", clock="host"): 2.0,
         key("kho_claims"): 1,
         key("kho_foreign"): 0,
         key("kho_status_stale"): 0,
@@ -171,6 +176,11 @@ class OldHistory:
         assert (before, limit) == ("", 1)
         return HistoryPage() if self.fails else HistoryPage([LAST])
 
+    async def attempt(self, name: str) -> AttemptRecord:
+        assert name == LAST.run
+        made = attempts.orderly_attempt()
+        return replace(made, timeline=replace(made.timeline, standstills=STANDSTILLS))
+
 
 async def test_the_history_is_not_asked_while_producers_are_stopped() -> None:
     history, phase = OldHistory(), Phase.frozen
@@ -182,7 +192,7 @@ async def test_the_history_is_not_asked_while_producers_are_stopped() -> None:
     assert (await source.read()).counts == {}
     assert history.asked == 0
     phase = Phase.idle
-    assert (await source.read()) == MetricFacts(await status(), COUNTS, LAST)
+    assert (await source.read()) == MetricFacts(await status(), COUNTS, LAST, STANDSTILLS)
     history.fails = True
     assert (await source.read()).last == LAST, "what it said before"
     phase = Phase.frozen

@@ -261,6 +261,9 @@ WRONG: list[dict[str, object]] = [
     {"answer": "ready", "names": ["a\nb"], "tokens": [1], "fds": [0]},
     {"answer": "ready", "names": ["n" * 256], "tokens": [1], "fds": [0]},
     {"answer": "ready", "names": ["a"], "tokens": [1], "fds": [7]},
+    {"answer": "ready", "stopped": -0.5},
+    {"answer": "ready", "stopped": float("nan")},
+    {"answer": "ready", "stopped": 1e300},
     {"answer": "ready", "surprise": 1},
 ]
 

@@ -17,7 +17,7 @@ from khoctl.report.chrome_trace import write_trace
 from khoctl.report.document import write_document
 from khoctl.report.page import write_page
 from khoctl.report.producers import collect_answers
-from khod.history.model import AttemptRecord, RowKind
+from khod.history.model import AttemptRecord, RowKind, Standstill
 from khod.model import Check, CheckResult, EventKind, Fate, Phase
 from khod.values import decode_value
 from tests.unit import attempts
@@ -181,6 +181,14 @@ def test_a_producer_with_a_problem_stands_first_and_says_it() -> None:
         ("kv-store", ["restore: the snapshot's checksum is wrong"]),
         ("database", []),
     ]
+
+
+def test_a_producer_that_was_stopped_says_for_how_long() -> None:
+    made = ATTEMPTS["orderly"]
+    standstill = Standstill("database", "vm", 2.5, 0.25, 2.25)
+    page = write_page(replace(made, timeline=replace(made.timeline, standstills=[standstill])))
+    shown = "".join(section(page, "Producers").itertext())
+    assert "stopped for 2.5 s ± 0.3 s, by its own clock 2.250 s" in shown
 
 
 def test_a_producer_that_never_answered_says_so() -> None:

@@ -16,6 +16,7 @@ from khod.history.model import (
     RowKind,
     RunEnd,
     RunLog,
+    Standstill,
     Timeline,
     TimelineRow,
     UnitStop,
@@ -122,6 +123,33 @@ def test_each_unit_and_producer_lies_in_its_row() -> None:
     for parent, begin, seconds in (("freeze", 0.0, 0.2), ("restore", 19.0, 0.5), ("finish", 19.6, 0.1)):
         (row,) = children(timeline, parent)
         assert (row.name, row.kind, row.begin, row.seconds) == ("kv", RowKind.producer, begin, seconds)
+
+
+def test_each_producer_that_took_its_state_back_has_its_standstill() -> None:
+    """From the first `freeze` to the answer to `restore`; one that came after the verdict has one too."""
+    log = orderly()
+    said = [
+        replace(one, producer=replace(one.producer, stopped_seconds=19.25))
+        for one in events_after()[3:5]
+        if one.producer
+    ]
+    late, lost = (
+        call("late", "freeze", Phase.freezing, ZERO + 0.1, ZERO + 0.2),
+        call("lost", "freeze", Phase.freezing, ZERO, ZERO),
+    )
+    log.events = [
+        *[*steps_before()[:-1], *late, *lost, steps_before()[-1]],
+        *[*events_after()[:3], *said, *events_after()[5:]],
+        *call("lost", "restore", Phase.degraded, 20.0, 21.0, "veto"),
+        *call("late", "restore", Phase.degraded, 30.0, 31.0),
+    ]
+    timeline = build_timeline(log)
+    assert timeline.standstills == [
+        Standstill("late", "peer", 40.9, timeline.error_seconds),
+        Standstill("kv", "peer", 19.5, timeline.error_seconds, 19.25),
+    ]
+    log.readings = []
+    assert build_timeline(log).standstills == [], "nobody knows how long the jump took"
 
 
 def test_only_the_jump_has_the_error_of_the_bridge() -> None:

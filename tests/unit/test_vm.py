@@ -5,8 +5,8 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from khod.errors import ConfigError, UsageError
 from khod.producers.children import Children
 from khod.producers.directory import load_directory
 from khod.vm import agent
-from khod.vm.agent import set_guest_clock
+from khod.vm.agent import GuestClock, set_guest_clock
 from khod.vm.arguments import check_command, complete_command, pin_machine
 from khod.vm.monitor import VmError
 from khod.vm.settings import load_settings
@@ -284,8 +284,9 @@ def test_two_producers_with_one_qmp_socket_are_refused_by_both_files(tmp_path: P
 Answer = Callable[[dict[str, object]], list[object]]
 
 
-async def ask_agent(directory: Path, answer: Answer) -> list[str]:
-    """Ask an agent that answers so to set the clock; the names of the calls it had."""
+@asynccontextmanager
+async def serve_agent(directory: Path, answer: Answer) -> AsyncIterator[tuple[str, list[str]]]:
+    """Serve an agent that answers so; its socket, and the names of the calls it had."""
     calls: list[str] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -299,6 +300,12 @@ async def ask_agent(directory: Path, answer: Answer) -> list[str]:
 
     path = str(directory / "agent")
     async with await asyncio.start_unix_server(serve, path):
+        yield path, calls
+
+
+async def ask_agent(directory: Path, answer: Answer) -> list[str]:
+    """Ask an agent that answers so to set the clock; the names of the calls it had."""
+    async with serve_agent(directory, answer) as (path, calls):
         await set_guest_clock(path)
     return calls
 
@@ -317,7 +324,10 @@ async def test_the_agent_sets_the_clock(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda call: answer_well(call) if "arguments" in call else [{"error": {"desc": "no\x1b[2J"}}], "did not set"),
+        (
+            lambda call: answer_well(call) if "arguments" in call else [{"error": {"desc": "no\x1b[2J"}}],
+            "refuses `guest-set-time`",
+        ),
         (lambda _call: [], "did not answer"),
     ],
 )
@@ -328,6 +338,41 @@ async def test_an_agent_that_does_not_is_named(
     with pytest.raises(VmError, match=words) as raised:
         await ask_agent(tmp_path, answer)
     assert str(raised.value).isprintable()
+
+
+async def test_a_guest_was_stopped_for_what_its_clock_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is 5 s behind, and after it 8.5 s: then it is set."""
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    behind = [5.0, 8.5]
+
+    def answer(call: dict[str, object]) -> list[object]:
+        if call["execute"] == "guest-get-time":
+            return [{"return": int((1000.0 - behind.pop(0)) * 1e9)}]
+        return answer_well(call)
+
+    async with serve_agent(tmp_path, answer) as (path, calls):
+        clock = GuestClock(path)
+        lag = await clock.read_lag()
+        assert lag == 5.0
+        clock.note_continued(lag)
+        assert await clock.wait_stopped() == 3.5
+        while "guest-set-time" not in calls:  # noqa: ASYNC110 - nobody is told of it
+            await asyncio.sleep(0)
+
+
+async def test_a_guest_whose_clock_cannot_be_read_was_stopped_for_an_unknown_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "FINISH_SECONDS", 0.01)
+    assert await GuestClock("").read_lag() is None
+    assert await GuestClock("").wait_stopped() is None
+    async with serve_agent(tmp_path, lambda _call: []) as (path, _):
+        clock = GuestClock(path)
+        clock.note_continued(5.0)
+        assert await clock.wait_stopped() is None, "its agent does not answer in time"
+    clock = GuestClock(str(tmp_path / "nowhere"))
+    clock.note_continued(5.0)
+    assert await clock.wait_stopped() is None
 
 
 async def test_no_agent_is_named(tmp_path: Path) -> None:

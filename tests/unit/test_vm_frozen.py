@@ -27,7 +27,7 @@ from khod.vm.monitor import VmError
 from khod.vm.process import create_memory
 from tests.unit.khods import REPOSITORY
 
-QEMU = About(["qemu", "-M", "pc-q35-7.2"], ["qemu"], True, 1.5)
+QEMU = About(["qemu", "-M", "pc-q35-7.2"], ["qemu"], True, lag=1.5)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ import os
 guest = FrozenGuest(Path({str(tmp_path / "frozen")!r}))
 state = guest.begin({{"khod-ram": {memory["khod-ram"]}}}, running=True)
 os.write(state, b"QEVM and more")
-guest.complete(About(["qemu", "-M", "pc-q35-7.2"], ["qemu"], True, 1.5))
+guest.complete(About(["qemu", "-M", "pc-q35-7.2"], ["qemu"], True, lag=1.5))
 os._exit(0)
 """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
