@@ -103,6 +103,7 @@ async def save_state(vm: Monitor, file: int, ram_bytes: int = 0) -> None:
 async def load_state(vm: Monitor, file: int, *, is_memory_apart: bool = True) -> None:
     """Load the state in `file` into a QEMU that was started with `-incoming defer`; it is paused after that.
 
+    QEMU announces the guest's network cards by itself then, for a second (RARP; seen with 7.2).
     `is_memory_apart` says that the RAM is not in the stream.
     """
     await _require_state(vm, {INCOMING_STATE}, "started to take a state")
@@ -121,11 +122,6 @@ async def load_state(vm: Monitor, file: int, *, is_memory_apart: bool = True) ->
 async def continue_guest(vm: Monitor) -> None:
     """Let the guest run on, from a pause, a saved state or a loaded one; VmError if it does not run then."""
     await vm.go_on(only_paused=False)
-
-
-async def announce_guest(vm: Monitor) -> None:
-    """Have the guest's network cards announce themselves, so that switches send to this host what is for them."""
-    await vm.execute_command("announce-self", initial=50, max=550, rounds=5, step=100)
 
 
 async def _query_memory(vm: Monitor) -> list[dict[str, Any]]:

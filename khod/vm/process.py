@@ -109,7 +109,7 @@ class QemuProcess(ABC):
 
     @abstractmethod
     async def end_guest(self, *, is_frozen: bool) -> None:
-        """End QEMU at the end of the unit; with `is_frozen` the guest's state is handed over."""
+        """End QEMU, if it is up, at the end of the unit; with `is_frozen` the guest's state is handed over."""
 
     def close_memory(self) -> None:
         """Close the files of the guest's RAM."""
@@ -199,7 +199,7 @@ class VmProcess(QemuProcess):
         if {*memory} != {MEMORY_NAME}:
             names = join_names(sorted(memory)) or "missing"
             raise VmError(f"what came is not a guest of khod-vm's: its RAM is {names}")
-        await self._run_up()
+        await self._run_command(self._settings.up)
         async with hold_slot(self._slots, not_yet):  # until the session ends
             self._execute_qemu(command, memory[MEMORY_NAME], incoming=incoming)
             async with self._open_first(not_yet) as vm:
@@ -243,14 +243,15 @@ class VmProcess(QemuProcess):
             yield vm
 
     async def end_guest(self, *, is_frozen: bool) -> None:
-        """Have the guest shut down, within `stop_timeout`; a frozen one needs its QEMU no longer."""
-        if not is_frozen:
+        """Have the guest shut down, within `stop_timeout`; a frozen one needs its QEMU no longer. Then run `down`."""
+        if not is_frozen and self.is_up:
             with suppress(VmError, TimeoutError):
                 async with asyncio.timeout(self._settings.stop_timeout):
                     async with self.open_monitor() as vm:
                         await vm.execute_command("system_powerdown")
                     await self.wait_end()
         await self.kill()
+        await self._run_command(self._settings.down)
 
     async def pin_command(self, command: Sequence[str]) -> list[str]:
         """Return the operator's command line with a versioned machine type, as the QEMU of today has it."""
@@ -268,17 +269,18 @@ class VmProcess(QemuProcess):
         code = await self.wait_end()
         return f"QEMU ended with code {code}: {' / '.join(self._last_lines) or 'it gave no reason'}"
 
-    async def _run_up(self) -> None:
-        if not self._settings.up:
+    async def _run_command(self, words: Sequence[str]) -> None:
+        """Run one of the operator's commands, if there is one; VmError if it fails."""
+        if not words:
             return
         environment = {**os.environ, "KHO_NAME": self._settings.name}
         try:
-            process = await asyncio.create_subprocess_exec(*self._settings.up, env=environment)
+            process = await asyncio.create_subprocess_exec(*words, env=environment)
             code = await process.wait()
         except OSError as error:
-            raise VmError(f"{self._settings.up[0]} cannot be started: {errno_text(error)}") from None
+            raise VmError(f"{words[0]} cannot be started: {errno_text(error)}") from None
         if code:
-            raise VmError(f"{self._settings.up[0]} ended with code {code}: QEMU is not started")
+            raise VmError(f"{words[0]} ended with code {code}")
 
     def _pass_on(self, process: "subprocess.Popen[bytes]") -> None:
         """Pass QEMU's messages on to the journal, and keep the last ones for a reason."""

@@ -13,7 +13,7 @@ from khod.vm.arguments import check_command
 DIRECTORY = "etc/kho/vm.d"
 KEPT_DIRECTORY = "etc/kho/producers.d"
 KEPT_KEYS = ("qmp", "keep", "restart", "timeout", "after", "before", "devices", "agent")
-KEYS = ("command", "timeout", "stop_timeout", "after", "before", "devices", "up", "agent")
+KEYS = ("command", "timeout", "stop_timeout", "after", "before", "devices", "up", "down", "agent")
 MAX_SECONDS = 3600.0
 
 
@@ -24,8 +24,9 @@ class VmSettings:
     With `qmp`, the socket of its monitor, others start it, and `restart` is what starts it again: the name of a unit
     alone, or a command.
 
-    `up` is a command that runs before each start of QEMU, as to make a tap device; `agent` is the socket of the guest
-    agent, which is asked to set the guest's clock after the jump.
+    `up` is a command that runs before each start of QEMU, as to make a tap device, and `down` one that runs when QEMU
+    has ended and khod-vm is about to. `agent` is the socket of the guest agent, which is asked to set the guest's clock
+    after the jump.
     """
 
     name: str
@@ -37,6 +38,7 @@ class VmSettings:
     before: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     up: tuple[str, ...] = ()
+    down: tuple[str, ...] = ()
     agent: str = ""
     qmp: str = ""
     restart: tuple[str, ...] = ()
@@ -70,6 +72,7 @@ def load_settings(name: str, root: Path = Path("/")) -> VmSettings:
         size=size,
         stop_timeout=_take_seconds(fragment, "stop_timeout", VmSettings.stop_timeout),
         up=_take(fragment, "up", tuple[str, ...], ()),
+        down=_take(fragment, "down", tuple[str, ...], ()),
         **_take_common(fragment),
     )
 

@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,15 +38,7 @@ from khod.vm.frozen import (
     unspend_state,
 )
 from khod.vm.kept import KeptProcess
-from khod.vm.migration import (
-    announce_guest,
-    check_portable,
-    continue_guest,
-    list_disks,
-    load_state,
-    save_state,
-    sync_disks,
-)
+from khod.vm.migration import check_portable, continue_guest, list_disks, load_state, save_state, sync_disks
 from khod.vm.monitor import PAUSED_STATE, RUNNING_STATES, Monitor, NotYet, QmpUnavailable, VmError
 from khod.vm.process import QemuProcess, VmProcess, have_same_files
 from khod.vm.settings import VmSettings, load_settings
@@ -159,6 +151,7 @@ class Supervisor:
             if self._qemu.has_ended and self._qemu.ends_with_qemu and not self._frozen.is_there:
                 code = await self._qemu.wait_end()
                 LOG.warning("QEMU has ended with code %d", code)
+                await self._qemu.end_guest(is_frozen=False)
                 return code
             watching = asyncio.ensure_future(self._watch_qemu())
             await self._changed.wait()
@@ -281,8 +274,6 @@ class Supervisor:
                 self._qemu.note_arrived()
                 if about.running:
                     await _continue_once(vm, state)
-                    with suppress(VmError):  # a guest without a network has nothing to announce
-                        await announce_guest(vm)
                 else:
                     spend_state(state)  # whoever has paused it may continue it
         except BaseException:

@@ -101,6 +101,8 @@ class Vm:
         directory = system.directory / f"vm-{name}"
         directory.mkdir(exist_ok=True)
         self.serial, self.pid_file, self._log = directory / "serial", directory / "pid", directory / "log"
+        self.within: list[str] = []
+        """What executes khod-vm, as in a network namespace."""
         self._boots, self._dies = 0, ""
         self.killed = directory / "killed"
         boots = boots or ["-bios", str(write_image(directory / "guest", idle=idle))]
@@ -140,7 +142,7 @@ class Vm:
         self.killed.unlink(missing_ok=True)
         with open(self._log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", DYING, self.name, f"--root={self._system.directory / 'root'}"],
+                [*self.within, sys.executable, "-c", DYING, self.name, f"--root={self._system.directory / 'root'}"],
                 env=environment | {"DIES_AT": dies_at, "DIES": dies},
                 stderr=log,
             )
