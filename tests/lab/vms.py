@@ -249,8 +249,16 @@ def registered(khod: Khod, *names: str) -> None:
 
 
 def wait_outcome(khod: Khod, outcome: str) -> None:
-    """Wait until khod has verified the handover with this outcome."""
-    until(lambda: khod.khoctl("status", "--json").json.get("outcome") == outcome, khod.process)
+    """Wait until khod has verified the handover with this outcome, and a retry is not refused any more.
+
+    The status has the outcome while khod still writes it to the record, the history only after that.
+    """
+    until(
+        lambda: (
+            [each["outcome"] for each in khod.khoctl("history", "--json").json.get("attempts", [])][:1] == [outcome]
+        ),
+        khod.process,
+    )
 
 
 def wait_ready(khod: Khod, guest: Vm) -> None:
