@@ -375,12 +375,12 @@ async def test_each_command_of_a_hook_has_the_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_the_unit_has_the_settings_and_what_khod_sets_cannot_be_set(waits: bool) -> None:
-    command = Command("vm", ["true"], {"KHO_NAME": "vm"}, {"Nice": ("i", 5), "Environment": ("as", ["A=1"])})
+    command = Command("vm", ["true"], {"KHO_VERB": "freeze"}, {"Nice": ("i", 5), "Environment": ("as", ["A=1"])})
     with closing(Gate()) as gate:
         properties = list(_properties(command, 1, 2, gate if waits else None))
     assert ("Nice", ("i", 5)) in properties
     assert [value for name, value in properties if name == "Environment"] == [
-        ("as", ["KHO_NAME=vm"]),
+        ("as", ["KHO_VERB=freeze"]),
         ("as", ["A=1"]),
     ], "systemd puts them together"
     own = {name for name, _ in properties[: -len(command.settings)]}
