@@ -342,7 +342,7 @@ class Attempt:
             await self._stop_executor(execution)
             if self.immediate:
                 raise Failed(
-                    f"sync(2) did not come back within {deadline:g} s: the host does not jump",
+                    f"sync(2) or FIFREEZE did not come back within {deadline:g} s: the host does not jump",
                     where="sync(2)",
                     remedy="Look for the file system that hangs: journalctl -k",
                 )

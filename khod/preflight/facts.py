@@ -62,6 +62,11 @@ class Facts:
     past: PastFact | None = None
     survey: Survey | KhoError | None = None
 
+    @property
+    def jumps_itself(self) -> bool:
+        """Whether khod calls reboot(2) after an orderly quiesce, and asks systemd for nothing."""
+        return isinstance(self.survey, Survey) and not self.survey.stores
+
 
 @dataclass(frozen=True)
 class CheckFinding:

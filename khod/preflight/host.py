@@ -43,6 +43,8 @@ def check_uptime(facts: Facts) -> CheckFinding:
         return CheckFinding.skip_with(
             "The kernel does not say how long it has been up, or systemd does not run this host"
         )
+    if facts.jumps_itself:
+        return CheckFinding.pass_with("khod calls reboot(2) itself: systemd's MinimumUptimeSec= does not apply")
     wanted = minimum_uptime.DEFAULT_SECONDS if found is None else found.seconds
     if up >= wanted:
         return CheckFinding.pass_with(
@@ -71,14 +73,16 @@ def _too_early(up: float, wanted: float, where: str, *, certain: bool) -> CheckF
 
 
 def check_inhibitors(facts: Facts) -> CheckFinding:
-    """No inhibitor blocks a shutdown, for which systemctl kexec would wait or refuse."""
+    """No inhibitor blocks a shutdown."""
     if facts.inhibitors is None:
         return CheckFinding.skip_with("systemd-logind cannot be asked who blocks a shutdown")
     if facts.inhibitors:
         held = join_names(f"{one_line(one.who)} ({one_line(one.why)})" for one in facts.inhibitors)
+        remedy = "End that first (systemd-inhibit --list), or jump at once with `now`."
+        if facts.jumps_itself:  # nobody else would ask
+            return CheckFinding.fail_with(f"A shutdown is blocked: {held}", remedy)
         return CheckFinding.warn_with(
-            f"A shutdown is blocked, and systemctl kexec would wait or refuse: {held}",
-            "End that first (systemd-inhibit --list), or jump at once with `now`.",
+            f"A shutdown is blocked, and systemctl kexec would wait or refuse: {held}", remedy
         )
     return CheckFinding.pass_with("Nobody blocks a shutdown")
 

@@ -23,11 +23,12 @@ from khod.text import join_names
 
 if TYPE_CHECKING:
     from khod.quiesce import last_acts, units
-    from khod.systemd import dbus
+    from khod.systemd import dbus, manager
 else:
     last_acts = defer_module("khod.quiesce.last_acts")
     units = defer_module("khod.quiesce.units")
     dbus = defer_module("khod.systemd.dbus")
+    manager = defer_module("khod.systemd.manager")
 
 ASK_SECONDS = 15.0
 """Seconds systemd has to describe all units; no producer is frozen meanwhile."""
@@ -157,6 +158,9 @@ class SystemdHost:
         """As Host has it."""
         try:
             async with asyncio.timeout(seconds):
+                async with dbus.systemd_bus() as bus:
+                    if await manager.Systemd(bus).system_state() == "stopping":
+                        return {}  # the host is shut down: what was stopped stays so, as everything else
                 failed = await units.run_jobs("StartUnit", names, "replace")
                 if self._has_acted:
                     await last_acts.take_back(self._runner)

@@ -14,7 +14,7 @@ import pytest
 from khod import preflight
 from khod.abi.calls import HostCalls
 from khod.config import CHECKS, Checks, Config, Images
-from khod.errors import Refused
+from khod.errors import Failed, KhoError, Refused
 from khod.handover.record import Record, Store
 from khod.kernel import host
 from khod.kernel.kconfig import booted_line
@@ -22,6 +22,8 @@ from khod.kernel.kexec import Kexec
 from khod.kernel.probe import probe_kho
 from khod.model import Check, CheckResult, Observed
 from khod.preflight.facts import Facts
+from khod.quiesce.host import Survey
+from khod.quiesce.selection import Selection
 from khod.systemd.logind import Inhibitor
 from khod.target.target import Given, Request, Target, build_target
 from tests.unit.images import CPIO, bzimage, code, portable
@@ -491,3 +493,33 @@ def test_a_check_that_fails_itself_ends_no_other(site: "Site", monkeypatch: pyte
     found = site.checks()
     assert (found["kexec"].result, "junk" in found["kexec"].evidence) == (CheckResult.fail, True)
     assert "producers" in found
+
+
+# A quiesce, after which khod jumps itself
+
+
+def quiesce_checks(site: Site, survey: Survey | KhoError) -> dict[str, Check]:
+    site.lay({"run/systemd/system/x": "", "proc/uptime": "3.00 2.00\n"})
+    facts = replace(site.facts(), survey=survey, inhibitors=[Inhibitor("backup", "it runs")])
+    return {check.name: check for check in preflight.run_checks(facts)}
+
+
+def test_an_inhibitor_refuses_a_jump_of_khod_and_no_uptime_is_asked_for(site: Site) -> None:
+    found = quiesce_checks(site, Survey(Selection(("a.service",), (("b.service", "it is khod's"),))))
+    assert found["quiesce"].result is CheckResult.passed
+    assert found["quiesce"].evidence == "1 unit can be stopped and started again, 1 stay"
+    assert found["inhibitors"].result is CheckResult.fail
+    assert "backup" in found["inhibitors"].evidence
+    assert found["uptime"].result is CheckResult.passed
+
+
+def test_files_in_the_store_of_another_unit_leave_the_jump_to_systemd(site: Site) -> None:
+    found = quiesce_checks(site, Survey(stores=("other.service",)))
+    assert found["quiesce"].result is CheckResult.warn
+    assert "other.service" in found["quiesce"].evidence
+    assert found["inhibitors"].result is CheckResult.warn
+
+
+def test_a_systemd_that_does_not_answer_is_in_the_way_of_a_quiesce(site: Site) -> None:
+    found = quiesce_checks(site, Failed("systemd does not describe its units", remedy="Look."))
+    assert (found["quiesce"].result, found["quiesce"].remedy) == (CheckResult.fail, "Look.")
