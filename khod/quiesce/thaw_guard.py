@@ -23,7 +23,7 @@ SCRIPT = """\
 echo ready > "$1.ready"
 cat "$1"
 [ -e "$2" ] || exit 0
-while IFS= read -r path; do fsfreeze --unfreeze "$path"; done < "$2"
+while IFS= read -r path; do fsfreeze -u "$path"; done < "$2"
 rm -f "$2"
 """
 START_SECONDS = 10.0
