@@ -97,6 +97,10 @@ class Host:
         self.guest.put(f"/etc/kho/khod.toml.d/{name}.toml", text)
         self.guest.run(["systemctl", "reload", "kho-handover"])
 
+    def leave_stop_to_systemd(self) -> None:
+        """Have an orderly jump stop the host after the freeze, by `systemctl kexec`."""
+        self.configure("quiesce", "[quiesce]\nenabled = false\n")
+
     def status(self, code: int = 0) -> dict[str, Any]:
         """Give khoctl status as JSON."""
         found: dict[str, Any] = json.loads(self.khoctl("status", "--json", code=code).stdout)

@@ -92,6 +92,7 @@ def test_a_reset_in_the_middle_of_the_jump(boot: Boot) -> None:
 
 def test_a_next_kernel_that_panics(boot: Boot) -> None:
     host = booted(boot)
+    host.leave_stop_to_systemd()
     before = host.guest.boot_id
     broken = ("--image", "/lab/kernels/7.3.4/bzImage", "--initrd", BROKEN)
     host.khoctl("kexec", *broken)
@@ -111,6 +112,7 @@ def test_a_next_kernel_of_another_format_that_panics(boot: Boot) -> None:
     """It has no pstore: the journal alone tells that the shutdown was in order."""
     host = booted(boot)
     host.configure("formats", '[checks]\nformats = "off"\n')
+    host.leave_stop_to_systemd()
     before = host.guest.boot_id
     host.khoctl("kexec", *image(NEXT_LUO))
 

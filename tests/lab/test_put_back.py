@@ -303,6 +303,7 @@ def test_a_reset_instead_of_the_jump_is_a_cold_boot(host: Host) -> None:
     idle(host)
     host.guest.put("/run/systemd/system/slow.service", SLOW_TO_STOP)
     host.shell("systemctl daemon-reload; systemctl start slow")
+    host.leave_stop_to_systemd()
     host.khoctl("kexec", *image("7.3.4"))
     record = json.loads(host.guest.get("/var/lib/khod/handover.json"))  # the orderly shutdown waits for slow.service
     assert record["phase"] == "executing"

@@ -189,6 +189,7 @@ def test_a_handover_waits_for_the_producers_of_before_khod_was_restarted(host: H
 def test_an_abort_while_systemd_takes_the_host_down_is_refused(host: Host) -> None:
     host.guest.put("/run/systemd/system/slow.service", SLOW_TO_STOP)
     host.shell("systemctl daemon-reload; systemctl start slow")
+    host.leave_stop_to_systemd()
     digest, before = fill(host, MEBIBYTES), host.guest.boot_id
     host.khoctl("kexec", *image("7.3.4"), "--append", MARKER)
 
