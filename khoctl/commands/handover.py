@@ -30,7 +30,7 @@ Now = Annotated[
     bool,
     typer.Option(
         "--now",
-        help="Sync and jump at once, instead of systemctl kexec. Only with this is a jump that fails rolled back.",
+        help="Sync the disks and jump at once. Without it the rest of the host is stopped before the producers.",
     ),
 ]
 NoBlock = Annotated[bool, typer.Option("--no-block", help="Return when it has begun; it continues in the background.")]
