@@ -32,9 +32,7 @@ class Quiescence:
         """Return the units that stay, with the reason: the caller's, the configuration's, and the producers'."""
         kept = dict.fromkeys(callers, "the handover was asked for from there")
         kept |= dict.fromkeys(self._settings.current.quiesce.keep, "quiesce.keep names it")
-        for producer in self._registry.all_producers():
-            kept |= dict.fromkeys(producer.units, f"producer {producer.name} needs it")
-        return kept
+        return kept | self._registry.needed_units()
 
     async def survey_host(self, callers: Sequence[str]) -> Survey:
         """Return what a quiesce would do now; `callers` are the units in which the caller runs."""

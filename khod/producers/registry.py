@@ -12,6 +12,7 @@ from khod.deferred import defer_module
 from khod.errors import ConfigError, Refused, UsageError
 from khod.handover.record import Owner, Process, ProducerRecord
 from khod.producers.barrier import NOT_RECORDED, Barrier, Member, Participant, PriorCall, Verb, read_verb
+from khod.producers.cgroup import find_units_listening
 from khod.producers.lost import MissingProducer
 from khod.producers.order import check_newcomer, order_in_ranks
 from khod.producers.peer import KIND, Peer, Registration
@@ -51,6 +52,19 @@ class ProducerRegistry:
                 remedy=f"Stop {where}, or rename the file in /etc/kho/producers.d.",
             )
         return [*files, *self.peers.taking_part()]
+
+    def needed_units(self) -> dict[str, str]:
+        """Return the units of systemd that the producers need until the jump, with the reason; ConfigError as above.
+
+        A virtual machine needs the unit of its QEMU, whoever started that.
+        """
+        needed: dict[str, str] = {}
+        for producer in (*self._configured(), *self.peers.taking_part()):
+            units = [*producer.units]
+            if producer.kind in ("qemu", "vm") and isinstance(producer, qemu.Qemu | kept.KeptVm):
+                units += find_units_listening(producer.socket)
+            needed |= dict.fromkeys(units, f"producer {producer.name} needs it")
+        return needed
 
     def _read_files(self, served: Collection[str]) -> list[Participant]:
         """Return the producers with a file, except the kept VMs of these names: a peer is the producer of such a VM."""

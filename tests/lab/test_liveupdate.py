@@ -13,7 +13,9 @@ from tests.lab.host import IMAGES, INITRD
 
 VERSION = "7.3.4"
 HOME = "/lab/luo"
-MODULES = ("khod/__init__.py", "khod/abi/__init__.py", "khod/abi/named.py", "khod/abi/liveupdate.py")
+MODULES = (
+    *("khod/__init__.py", "khod/frozen.py", "khod/abi/__init__.py", "khod/abi/named.py", "khod/abi/liveupdate.py"),
+)
 
 SCRIPT = r'''
 """ask.py MODE: carry a mode out and print what came of each call, as JSON."""

@@ -144,6 +144,7 @@ def test_the_shutdown_is_explained_by_its_units(online: Online, tmp_path: Path) 
 def test_a_volatile_journal_is_said_to_know_nothing(online: Online, tmp_path: Path) -> None:
     """The lab's usual guest keeps its journal in /run."""
     host = Host(online(VERSION))
+    host.leave_stop_to_systemd()
     host.kexec(VERSION)
     host.khoctl("verify")
     log = fetch_log(host, tmp_path)
