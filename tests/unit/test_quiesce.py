@@ -3,6 +3,7 @@
 
 import errno
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 
 from khod.errors import KhoError, NotRolledBack, Refused
 from khod.model import Phase, Step
+from khod.producers import registry
+from khod.producers.cgroup import find_units_listening, units_in
+from khod.producers.qemu import Qemu
 from khod.quiesce.host import Survey
 from khod.quiesce.selection import Selection
 from khod.simulated.kernel import Rebooted
@@ -191,3 +195,22 @@ async def test_the_next_khod_starts_what_a_dead_one_had_stopped(host: VirtualHos
     found = host.store.read()
     assert found is not None
     assert (found.phase, found.quiesced) == (Phase.idle, ())
+
+
+def test_the_unit_of_whoever_listens_at_a_socket_is_known(tmp_path: Path) -> None:
+    path = str(tmp_path / "qmp")
+    assert find_units_listening(path) == []
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        assert find_units_listening(path) == [], "nobody listens yet"
+        listening.listen()
+        assert find_units_listening(path) == units_in(Path("/proc/self/cgroup").read_text())
+
+
+@in_virtual_time
+async def test_a_vm_s_qemu_keeps_its_unit(host: VirtualHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_units_listening", lambda path: [f"{path}.service"])
+    engine = await host.started()
+    host.hooks.append(Qemu("guest", socket="one"))
+    await engine.queries.check(Request())
+    assert around(host).keep == {"one.service": "producer guest needs it"}
