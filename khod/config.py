@@ -74,6 +74,11 @@ class Deadlines:
     restore: float = 120.0
     observe: float = 1.0
 
+    @property
+    def quiesce_undo(self) -> float:
+        """Maximum seconds to start again what was stopped: a unit that is late to stop must stop before it starts."""
+        return 2 * self.quiesce
+
 
 @dataclass(frozen=True)
 class Images:

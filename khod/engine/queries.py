@@ -196,7 +196,7 @@ class Queries:
                 machine, self._observer.require_kernel, everyone, deadlines, request, target, survey
             )
             words = target.words if target else []
-            bound = bound_seconds(deadlines, everyone, self._quiescence.undo_seconds if survey else 0.0)
+            bound = bound_seconds(deadlines, everyone, deadlines.quiesce_undo if survey else 0.0)
             return Plan(steps, checks, target.cmdline if target else "", words, bound)
 
     async def snapshots(self) -> list[model.Snapshot]:

@@ -54,13 +54,8 @@ class Quiescence:
         assert self._host is not None, "as is_due says"
         await self._host.stop_units(names, self.units_to_keep(callers), self._settings.current.deadlines.quiesce)
 
-    @property
-    def undo_seconds(self) -> float:
-        """Maximum seconds of the undo: a unit that was late to stop must stop before it starts."""
-        return 2 * self._settings.current.deadlines.quiesce
-
     async def start_host(self, names: tuple[str, ...]) -> dict[str, str]:
         """Start again what was stopped; return the units that do not run, with the reason."""
         if self._host is None:
             return dict.fromkeys(names, "systemd does not run this host")
-        return await self._host.start_units(names, self.undo_seconds)
+        return await self._host.start_units(names, self._settings.current.deadlines.quiesce_undo)

@@ -143,5 +143,5 @@ class WayBack:
             producers = [*self._registry.peers.all_peers()]
         deadlines = self._resources.settings.current.deadlines
         told = sum(2 * producer.timeout for producer in producers)
-        quiesce = 2 * deadlines.quiesce if self._transaction.record.quiesced else 0.0
+        quiesce = deadlines.quiesce_undo if self._transaction.record.quiesced else 0.0
         return deadlines.activate + bound_seconds(deadlines, (), quiesce) + told
