@@ -13,15 +13,20 @@ VERSION = "7.3.4"
 MIB = 1 << 20
 KHOD_GROWTH_BYTES = 8 * MIB
 """What khod may hold more after the last handover than after the first: its caches are full by then."""
-HOST_GROWTH_BYTES = 24 * MIB
+HOST_GROWTH_BYTES = 16 * MIB
 """What the host may have less of: its own caches are not counted as available to the byte."""
+PAGE_KIB = 4
 FILES_BYTES = 4 * MIB
 """What a handover of this guest may leave on the disk: a tree of v3 has 30 KiB, a log and its row less."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a host holds and keeps after a handover, in bytes, and the words of its command line."""
+    """What a host holds and keeps after a handover, in bytes, and the words of its command line.
+
+    `available` has the pages in the processors' own lists of free ones: seen on 7.3.4, up to 46 MiB of them are neither
+    free nor used in /proc/meminfo, as many as chance will have it.
+    """
 
     khod: int
     available: int
@@ -30,13 +35,15 @@ class Measured:
 
 
 def measure(host: Host) -> Measured:
-    khod, available, files = host.shell(
+    khod, available, listed, files = host.shell(
         "sync; echo 3 > /proc/sys/vm/drop_caches;"
         "awk '/^Rss:/ {print $2}' /proc/$(systemctl show -P MainPID kho-handover)/smaps_rollup;"
-        "awk '/^MemAvailable:/ {print $2}' /proc/meminfo; du -sk /var/lib/khod | cut -f1"
+        "awk '/^MemAvailable:/ {print $2}' /proc/meminfo;"
+        "awk '/^ +count:/ {pages += $2} END {print pages}' /proc/zoneinfo;"
+        "du -sk /var/lib/khod | cut -f1"
     ).split()
     words = [word for word in host.word("/proc/cmdline").split() if not word.startswith("khod.")]
-    return Measured(int(khod) * 1024, int(available) * 1024, int(files) * 1024, words)
+    return Measured(int(khod) * 1024, (int(available) + int(listed) * PAGE_KIB) * 1024, int(files) * 1024, words)
 
 
 @pytest.mark.parametrize(
