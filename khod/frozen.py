@@ -3,7 +3,8 @@
 
 The standard library compiles six methods for each class, half a millisecond natively: for khod's classes together that
 was a third of its start, and khod starts while producers wait for their state. Here one method is compiled for a class,
-`__init__`. The others are the same functions for all classes. A class that inherits from one of these is made here too.
+`__init__`, and not before the first object is made: most classes have none while khod starts. The others are the same
+functions for all classes. A class that inherits from one of these is made here too.
 """
 
 import dataclasses
@@ -42,6 +43,16 @@ def _make_init(cls: type[Any]) -> Callable[..., None]:
     return made
 
 
+def _make_init_later(cls: type[Any]) -> Callable[..., None]:
+    """Return an `__init__` that makes the one of this class when the first object is made."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is one
+        cls.__init__ = made = _make_init(cls)
+        made(self, *args, **kwargs)
+
+    return __init__
+
+
 @cache
 def _compared_names(cls: type[Any]) -> tuple[str, ...]:
     return tuple([field.name for field in dataclasses.fields(cls) if field.compare])
@@ -77,7 +88,7 @@ _SHARED = {name: vars(_Shared)[name] for name in ("__eq__", "__hash__", "__repr_
 
 def _make_frozen(cls: T, *, kw_only: bool = False) -> T:
     dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=kw_only)(cls)
-    cls.__init__ = _make_init(cls)
+    cls.__init__ = _make_init_later(cls)
     for name, method in _SHARED.items():
         setattr(cls, name, method)
     return cls

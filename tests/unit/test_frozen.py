@@ -51,7 +51,6 @@ def test_an_instance_is_what_the_standard_library_makes(
 ) -> None:
     theirs, ours = both(cls, **options)
     assert ours.__match_args__ == theirs.__match_args__
-    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
     for args, keywords in calls:
         try:
             expected = theirs(*args, **keywords)
@@ -63,6 +62,7 @@ def test_an_instance_is_what_the_standard_library_makes(
         assert repr(found) == repr(expected)
         assert dataclasses.asdict(found) == dataclasses.asdict(expected)
         assert dataclasses.replace(found) == found
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
 
 
 def test_two_are_equal_by_the_fields_that_are_compared() -> None:
