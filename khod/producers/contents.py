@@ -9,22 +9,27 @@ second time. A khod that was restarted has none, and says so. To read a hole of 
 import fcntl
 import hashlib
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from khod.abi.statx import statx
 from khod.concurrency.worker import Worker
 from khod.config import VerifySettings
+from khod.deferred import defer_module
 from khod.errors import KhoError, errno_text
 from khod.frozen import dataclass
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource, Kept, Spot
 from khod.text import join_names
+
+if TYPE_CHECKING:
+    import random
+else:
+    random = defer_module("random")
 
 PAGE_BYTES = 4096
 """Bytes of a page as this module counts them, on every architecture."""

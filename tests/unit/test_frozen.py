@@ -35,7 +35,8 @@ def both(cls: type[Any], **options: Any) -> tuple[Any, Any]:
     def copy() -> type[Any]:
         return type(cls.__name__, (), {**vars(cls), "__qualname__": cls.__qualname__})
 
-    return dataclasses.dataclass(frozen=True, **options)(copy()), frozen.dataclass(frozen=True, **options)(copy())
+    options = {"frozen": True} | options
+    return dataclasses.dataclass(**options)(copy()), frozen.dataclass(**options)(copy())
 
 
 CALLS: list[tuple[type[Any], dict[str, Any], list[tuple[tuple[Any, ...], dict[str, Any]]]]] = [
@@ -85,3 +86,21 @@ def test_an_instance_shares_nothing_and_stays_as_it_is() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         del one.one
     assert one == ours(1)
+
+
+def test_one_that_is_not_frozen_can_be_changed() -> None:
+    theirs, ours = both(Plain, frozen=False)
+    one, other = ours(1), ours(2)
+    assert one != other
+    one.one = 2
+    assert one == other
+    assert repr(one) == repr(theirs(2))
+    with pytest.raises(TypeError):
+        hash(one)
+
+
+def test_one_without_eq_is_equal_to_itself_alone() -> None:
+    _, ours = both(Plain, frozen=False, eq=False)
+    one, other = ours(1), ours(1)
+    assert one == one != other  # noqa: PLR0124
+    assert len({one, other}) == 2
