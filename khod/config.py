@@ -14,6 +14,7 @@ from typing import Any
 from khod.errors import ConfigError
 from khod.files import list_toml, read_toml, require_type
 from khod.frozen import dataclass
+from khod.model import Terms
 
 MAIN = "etc/kho/khod.toml"
 JUDGEMENTS = ("default", "warn", "fail", "off")
@@ -203,6 +204,18 @@ class Config:
     checks: Checks = field(default_factory=Checks)
 
 
+def apply_terms(config: Config, terms: Terms) -> Config:
+    """Return the configuration that holds for a handover with these terms."""
+    if terms.require:
+        require = tuple(dict.fromkeys((*config.producers.require, *terms.require)))
+        config = dataclasses.replace(config, producers=dataclasses.replace(config.producers, require=require))
+    if terms.deadlines is not None:
+        names = [one.name for one in dataclasses.fields(terms.deadlines)]
+        given = {name: seconds for name in names if (seconds := getattr(terms.deadlines, name)) is not None}
+        config = dataclasses.replace(config, deadlines=dataclasses.replace(config.deadlines, **given))
+    return config
+
+
 class Settings:
     """The current configuration, by reference: users read `current` each time, and so see a reload.
 
@@ -220,6 +233,10 @@ class Settings:
             return cls(load_config(root))
         except ConfigError as error:
             return cls(error=error)
+
+    def under(self, terms: Terms) -> Config:
+        """Return the current configuration for a handover with these terms."""
+        return apply_terms(self.current, terms)
 
     def reload(self, root: Path) -> None:
         """Read the configuration again; raise ConfigError, and keep the old one, if it is not valid."""

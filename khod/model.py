@@ -155,6 +155,10 @@ class FindingSource(enum.Enum):
     """The contents of a file that a producer handed over; the subject is the producer's name for it."""
     health = "health"
     """A health check of verify.d; the subject is its name."""
+    blackout = "blackout"
+    """The blackout, which was longer than the budget of the profile."""
+    profile = "profile"
+    """A check that the profile requires and that has not passed; the subject is its name."""
 
 
 class FindingSeverity(enum.Enum):
@@ -233,7 +237,8 @@ class Verdict:
     """How much of the state before the jump the next kernel has; names are those of the tree's blobs.
 
     `reason` is all `findings` in one line, "" without any. For the blobs in `unknown` it cannot be known whether they
-    arrived. `checks` is the evidence: what was verified, with what result, also where nothing was found.
+    arrived. `checks` is the evidence: what was verified, with what result, also where nothing was found. `tolerated`
+    are findings that do not make the handover degraded, because its profile says so.
     """
 
     arrived: list[str] = field(default_factory=list)
@@ -243,6 +248,7 @@ class Verdict:
     findings: list[Finding] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    tolerated: list[Finding] = field(default_factory=list)
 
     def with_findings(self, findings: Iterable[Finding]) -> "Verdict":
         """Return the same verdict with these findings, and with the reason rendered from them."""
@@ -284,9 +290,50 @@ class LuoSession:
 
 
 @dataclass(frozen=True)
+class TermsDeadlines:
+    """Seconds of [deadlines] for one handover; None leaves those of the configuration."""
+
+    prepare: float | None = None
+    freeze: float | None = None
+    activate: float | None = None
+    load: float | None = None
+    restore: float | None = None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What must hold for one handover besides the configuration, as its profile says; None for nothing.
+
+    `require` are producers that must take part. `blackout_budget` is the maximum blackout in seconds: a longer one
+    makes the handover degraded. `must_pass` are checks of the verification: one that has not passed makes the handover
+    degraded too, also where it was skipped. Findings of the sources in `tolerate` (log, health, boot) do not. The
+    handover does not begin at `begin_before` (seconds since the epoch) or later; `window` describes that time, and
+    `window_ignored` says that the operator has it ignored. `asked_by` is who asked for the run of the profile, as the
+    caller says.
+    """
+
+    profile: str | None = None
+    asked_by: str | None = None
+    require: list[str] | None = None
+    deadlines: TermsDeadlines | None = None
+    blackout_budget: float | None = None
+    must_pass: list[str] | None = None
+    tolerate: list[str] | None = None
+    begin_before: float | None = None
+    window: str | None = None
+    window_ignored: bool | None = None
+
+
+NO_TERMS = Terms()
+TOLERABLE = (FindingSource.log, FindingSource.health, FindingSource.boot)
+"""What a profile may tolerate: nothing of it says that state is missing or differs."""
+
+
+@dataclass(frozen=True)
 class Begun:
     """Who began the handover `run`, when (seconds since the epoch, 0 if unknown), and the image it loads.
 
+    `profile` is the profile it was begun by, "" without one.
     With `luo_off` the kernel of the image starts with LUO off, and no file may be handed over to it. `kernel_release`
     and `kernel_banner` are what uname -r and /proc/version will say in the kernel of the image, "" if the image does
     not show it.
@@ -298,6 +345,15 @@ class Begun:
     luo_off: bool = False
     kernel_release: str = ""
     kernel_banner: str = ""
+    profile: str = ""
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """Who has announced the run of a profile (for people, "" for nobody), and whether its window is to be ignored."""
+
+    by: str = ""
+    ignore_window: bool = False
 
 
 @dataclass(frozen=True)
@@ -372,6 +428,10 @@ class Status:
     blackout_error_seconds: float = 1.0
     image: str = ""
     """The image of the handover that ended as this cold boot; "" otherwise, and where it is not known."""
+    terms: Terms = NO_TERMS
+    """The terms of the handover under way, at rest those of the handover into this boot."""
+    arrived_run: str = ""
+    """The handover into this boot."""
 
 
 class Fate(enum.Enum):

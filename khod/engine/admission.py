@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from khod.deferred import defer_module
@@ -15,7 +16,7 @@ from khod.engine.transaction import Transaction
 from khod.errors import AlreadyLoaded, NoKernelGiven, Refused
 from khod.handover.machine import HELD, RESTING
 from khod.handover.record import Record
-from khod.model import Check, Step
+from khod.model import NO_TERMS, Check, Step
 from khod.producers.registry import ProducerRegistry
 
 if TYPE_CHECKING:
@@ -78,7 +79,20 @@ class Admission:
         self._require_checks([check for check in checks if to_come.get(check.name, True)])
         if phase in HELD:
             return self._transaction.record
-        return self._transaction.record.begin_run(new_run(), observed, self._observer.require_kernel.generation, by)
+        generation = self._observer.require_kernel.generation
+        terms = request.terms if request is not None else NO_TERMS
+        return self._transaction.record.begin_run(new_run(), observed, generation, by, terms)
+
+    def check_window(self) -> None:
+        """Refuse to begin a handover after the end of its window; one that has begun goes on."""
+        terms = self._transaction.record.terms
+        if self._transaction.machine.done or terms.begin_before is None or time.time() < terms.begin_before:
+            return
+        raise Refused(
+            f"The window of the handover has closed ({terms.window or 'no time is named'})",
+            where=f"profile {terms.profile}" if terms.profile else "terms.begin_before",
+            remedy="Wait until it opens again, or give it more time.",
+        )
 
     async def check_target(self, target: Target) -> None:
         """Refuse a next kernel that would not do; called after check_may_start."""

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from khod.concurrency.bounded import CUT_SECONDS
-from khod.config import Settings
+from khod.config import Config, Settings
 from khod.deferred import defer_module
 from khod.engine.quiescence import Quiescence
 from khod.errors import Exit, Failed, KhoError, Refused
@@ -20,7 +20,7 @@ from khod.kernel.log import ABOUT
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import Workers
 from khod.kernel.traits import kernel_producers
-from khod.model import Generation, Step
+from khod.model import Generation, Step, Terms
 from khod.producers.barrier import Barrier, Member, Participant, Verb, step_timeout_error
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Attempt:
 
     `everyone` returns the producers that are present now. `joined` is called when a producer has joined since the
     attempt began, `frozen` after every producer has frozen; its errors are only logged. `shutdown` asks systemd whether
-    the host is on its way into the kexec. `units` returns what the step quiesce stops, as recorded.
+    the host is on its way into the kexec. `units` returns what the step quiesce stops, as recorded, `terms` what must
+    hold for the handover.
 
     One class of this size: each step stands next to its undo.
     """
@@ -68,6 +69,7 @@ class Attempt:
         shutdown: Shutdown | None = None,
         quiescence: Quiescence | None = None,
         units: Callable[[], tuple[str, ...]] = tuple,
+        terms: Callable[[], Terms] = Terms,
     ) -> None:
         self.kernel = kernel
         self.barrier = barrier
@@ -88,6 +90,7 @@ class Attempt:
         self._shutdown = shutdown
         self._quiescence = quiescence
         self._units = units
+        self._terms = terms
         self._target: Target | None = None
         self._executor: Executor | None = None
         self._callers: Sequence[str] = ()
@@ -118,6 +121,10 @@ class Attempt:
         if self._target is not None:
             self._workers.kernel.call_later(self._target.close)
             self._target = None
+
+    @property
+    def _config(self) -> Config:
+        return self._settings.under(self._terms())
 
     async def do_step(self, step: Step) -> None:
         """Carry a step out."""
@@ -150,7 +157,7 @@ class Attempt:
 
         Refused with a producer's veto; Failed if the deadline passes.
         """
-        deadlines = self._settings.current.deadlines
+        deadlines = self._config.deadlines
         deadline = deadlines.prepare if verb is Verb.prepare else deadlines.freeze
         try:
             async with asyncio.timeout(deadline):
@@ -202,16 +209,14 @@ class Attempt:
     # Kernel
 
     async def _activate_kernel(self) -> None:
-        snapshot = await self._call_kernel(
-            Step.activate, self._activate_and_read, self._settings.current.deadlines.activate
-        )
+        snapshot = await self._call_kernel(Step.activate, self._activate_and_read, self._config.deadlines.activate)
         self._require_state(snapshot)
         # Not synced here: during the blackout a sync takes too long. The file must be on the disk only for a jump, and
         # both executors sync before it.
         await self._workers.disk.call_within(
             lambda: self._store.snapshots.write_tree(self.barrier.run, snapshot),
             "writing the snapshot",
-            self._settings.current.deadlines.activate,
+            self._config.deadlines.activate,
         )
 
     def _require_state(self, snapshot: Tree) -> None:
@@ -242,7 +247,7 @@ class Attempt:
         await self._call_kernel(
             Step.load,
             lambda: self._kexec.load_image(target.kernel.fd, None if initrd is None else initrd.fd, target.cmdline),
-            self._settings.current.deadlines.load,
+            self._config.deadlines.load,
         )
 
     @property

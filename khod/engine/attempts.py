@@ -90,6 +90,7 @@ class Attempts:
             shutdown=self._resources.shutdown,
             quiescence=self._quiescence,
             units=lambda: self._transaction.record.quiesced,
+            terms=lambda: self._transaction.record.terms,
         )
 
     async def _read_frozen_files(self) -> None:

@@ -19,6 +19,7 @@ from khod.engine.cold_boot import BootEnds, ColdBootInquiry
 from khod.engine.guard import Seen
 from khod.engine.history import HISTORY_FILE, STOPPED, HistoryService
 from khod.engine.interruptions import Interruptions
+from khod.engine.judgement import Judgement
 from khod.engine.jump import Jump
 from khod.engine.lifecycle import Start, Stop
 from khod.engine.observer import Observer
@@ -41,7 +42,7 @@ from khod.kernel.kexec import Kexec
 from khod.kernel.next_arg import is_switched_on
 from khod.kernel.probe import Probed
 from khod.kernel.thread import Workers
-from khod.model import Event, Phase, Step
+from khod.model import NO_TERMS, Event, Phase, Step, Terms
 from khod.producers.barrier import Participant
 from khod.producers.children import Children
 from khod.producers.health import HealthChecks
@@ -125,8 +126,13 @@ class Engine:
             is_stopped=lambda: self._transaction.phase in STOPPED,
         )
 
+        def note_and_tell(event: Event) -> None:
+            recorder.note_event(event)
+            tell(event)
+
         async def note_and_remember(attempt: AttemptRecord) -> None:
             await transaction.note_timeline(attempt.summary.run, attempt.timeline)
+            await judgement.judge_again(attempt.summary.run)
             await (remember or self.history.remember)(attempt)
 
         self._recorder = recorder = Recorder(
@@ -147,7 +153,7 @@ class Engine:
         self._transaction = transaction = Transaction(
             store,
             resources.workers.disk,
-            recorder.hear_before(tell),
+            note_and_tell,
             watcher.process_pending,
             goes_down,
             recorder.write_pending,
@@ -165,6 +171,7 @@ class Engine:
         self._observer = observer = Observer(kexec, prober, resources.workers)
         verification = Verification(transaction, resources)
         self._quiescence = quiescence = Quiescence(host, settings, registry)
+        judgement = Judgement(transaction, recorder)
         restoration = Restoration(
             transaction,
             registry,
@@ -172,7 +179,7 @@ class Engine:
             resources,
             signals=signals,
             spawn=background.spawn_task,
-            recorder=recorder,
+            judgement=judgement,
         )
         self.queries = queries = Queries(
             transaction,
@@ -256,7 +263,7 @@ class Engine:
 
         `by` names the caller, for people. NotRolledBack if the jump may still happen, so that nothing was undone.
         """
-        async with self._one_attempt(by):
+        async with self._one_attempt(by, request.terms):
             record = await self._admission.check_may_start(request, by=by)
             target = await self._admission.build_target(request, record.run)
             attempt: Attempt | None = None
@@ -266,6 +273,8 @@ class Engine:
                 quiesces = self._quiescence.is_due(request, self.machine.done)
                 at_once = not request.load_only and (request.now or (quiesces and self.queries.can_jump_itself))
                 attempt = await self._open_attempt(record, at_once=at_once)
+                if request.terms != NO_TERMS:
+                    self._transaction.note_terms(request.terms)
                 if target is not None:
                     how = ", to jump at once (`now`)" if request.now and not request.load_only else ""
                     # If the operator has relaxed the check, files may be lost.
@@ -289,6 +298,7 @@ class Engine:
                         )
                     )
                 last = Step.load if request.load_only else Step.execute
+                self._admission.check_window()
                 if last is Step.execute:  # before the first step: nobody is frozen yet, unless an earlier call did that
                     await self._attempts.watchdog.arm(at_once=at_once)
                     if at_once:
@@ -310,7 +320,7 @@ class Engine:
                     await self._attempts.watchdog.disarm()
 
     @asynccontextmanager
-    async def _one_attempt(self, by: str) -> AsyncIterator[None]:
+    async def _one_attempt(self, by: str, terms: Terms = NO_TERMS) -> AsyncIterator[None]:
         """Run one operation that begins a handover or goes on with it; a refusal before its first step is logged."""
         async with self._turn.one_operation():
             ended = self._transaction.rollbacks
@@ -319,7 +329,7 @@ class Engine:
             except KhoError as error:
                 at_rest = self._transaction.phase in RESTING and self._transaction.rollbacks == ended
                 if at_rest and (observed := self._observer.last) is not None:
-                    record = self.record.begin_run(new_run(), observed, self.record.generation, by)
+                    record = self.record.begin_run(new_run(), observed, self.record.generation, by, terms)
                     self._background.spawn_task(self._recorder.refuse_run(record, observed, error))
                 raise
 

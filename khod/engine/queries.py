@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from khod import model
 from khod.concurrency.bounded import run_within
+from khod.config import Config
 from khod.deferred import defer_module
 from khod.engine import status
 from khod.engine.observer import Observer
@@ -27,7 +28,7 @@ from khod.errors import ConfigError, Failed, KhoError, Refused, UsageError
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING, Machine
 from khod.kernel.protocol import Tree
-from khod.model import Check, Event, Observed, Phase, Plan, Status
+from khod.model import NO_TERMS, Check, Event, Observed, Phase, Plan, Status
 from khod.producers.barrier import Member
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.registry import ProducerRegistry
@@ -189,7 +190,7 @@ class Queries:
     async def plan(self, request: next_kernel.Request) -> Plan:
         """Return what a handover would do, and the results of its checks; nothing is changed."""
         async with self._inspect_target(request) as (target, checks):
-            everyone, deadlines = self._registry.all_producers(), self._settings.current.deadlines
+            everyone, deadlines = self._registry.all_producers(), self._config_for(request).deadlines
             machine = self._transaction.machine if self._transaction.phase in HELD else Machine()
             survey = self._surveyed if self._quiescence.is_due(request, machine.done) else None
             steps = plan.plan_steps(
@@ -286,21 +287,19 @@ class Queries:
         current = self._transaction.current_record()
         phase = self.effective_phase(observed)
         foreign = reconcile.is_foreign(current, observed) or phase is Phase.inconsistent
-        ask = self._inhibitors()
+        ask, config = self._inhibitors(), self._config_for(request)
         facts = preflight_facts.Facts(
             self._observer.probed,
             self._kexec,
             observed,
             self._store,
-            self._settings.current,
+            config,
             self._transaction.record,
             foreign,
             self._registry.all_producers,
             None if target or ask is None else await ask(),
             target,
-            outgoing=await self._outgoing_tree(observed)
-            if target or self._settings.current.producers.require_kernel
-            else None,
+            outgoing=await self._outgoing_tree(observed) if target or config.producers.require_kernel else None,
             unknown_sessions=self.unknown_sessions,
             absent=self.absent_producers,
             sighted=self.sighted,
@@ -310,6 +309,13 @@ class Queries:
             past=await self._read_past(target),
         )
         return await self._workers.queries.call_within(lambda: preflight.run_checks(facts), "the checks", deadline)
+
+    def _config_for(self, request: next_kernel.Request | None) -> Config:
+        """Return the configuration for a request, under its terms or those of the handover under way."""
+        terms = request.terms if request is not None else NO_TERMS
+        if terms == NO_TERMS and self._transaction.phase in HELD:
+            terms = self._transaction.record.terms
+        return self._settings.under(terms)
 
     async def _survey_host(self, request: next_kernel.Request | None) -> Survey | KhoError:
         """Return what a quiesce would do, or why that is not known; `can_jump_itself` is of this."""

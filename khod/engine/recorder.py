@@ -25,7 +25,7 @@ from khod.handover.machine import RESTING
 from khod.handover.record import Record
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
-from khod.model import Check, Event, EventKind, FindingSource, Observed, Phase, Step
+from khod.model import NO_TERMS, Check, Event, EventKind, FindingSource, Observed, Phase, Step
 
 if TYPE_CHECKING:
     from khod.history import model as history
@@ -123,7 +123,8 @@ class Recorder:
             observed.release, await _read_banner(self._questions, self._kexec), observed.boot_id, observed.cmdline
         )
         begun = record.begun
-        self._pending = [history.RunBegun(record.run, begun.at, begun.by, origin, record.generation.value)]
+        terms = record.terms if record.terms != NO_TERMS else None
+        self._pending = [history.RunBegun(record.run, begun.at, begun.by, origin, record.generation.value, terms)]
         if self._start is not None and self._start.boot_id == observed.boot_id:
             self._add(self._start)
         self.note_checks(self._checks)
@@ -157,15 +158,6 @@ class Recorder:
             await self.begin_run(record, observed)
         run, found = self._release_run()
         await self._finish(run, history.RunEnd(Phase.idle, time.time(), str(error), refused=True), found)
-
-    def hear_before(self, tell: Callable[[Event], None]) -> Callable[[Event], None]:
-        """Return a listener that logs each event, and then passes it on to `tell`."""
-
-        def note_and_tell(event: Event) -> None:
-            self.note_event(event)
-            tell(event)
-
-        return note_and_tell
 
     def note_event(self, event: Event) -> None:
         """Log an event of the run under way; one at rest ends a run that has taken a step."""
@@ -217,6 +209,17 @@ class Recorder:
             self._arrival = observed
             if self._sources.read_clocks is not None:
                 self._spawn(self.read_clocks(history.Moment.arrival))
+
+    async def measure_arrival(self, run: str) -> history.Timeline | None:
+        """Return the timeline of the run that has led to this boot, as far as it is logged; None if it is not known."""
+        if self._arrival is None or run != self._run or not self._is_arrived:
+            return None
+        kernel = history.KernelFacts(self._arrival.release, "", self._arrival.boot_id)
+        try:
+            return await self._logs.read_timeline(run, [*self._pending, history.Arrival(kernel)])
+        except Exception:  # the wall clock is used
+            LOG.exception("The blackout could not be measured")
+            return None
 
     def conclude_arrival(self, record: Record) -> None:
         """Remember the outcome of the handover into this boot, also where it is corrected later."""

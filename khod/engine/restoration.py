@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from khod.concurrency.bounded import Since
 from khod.deferred import defer_module
-from khod.engine.recorder import Recorder
+from khod.engine.judgement import Judgement
 from khod.engine.resources import Resources
 from khod.engine.signals import Signals
 from khod.engine.transaction import Transaction
@@ -24,7 +24,6 @@ from khod.producers.barrier import Barrier, Member, Verb
 from khod.producers.peer import Peer
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_scan import SessionScan
-from khod.text import join_names
 
 if TYPE_CHECKING:
     from khod.producers import session_holders
@@ -47,7 +46,7 @@ class Restoration:
         *,
         signals: Signals,
         spawn: Callable[[Coroutine[None, None, None]], None],
-        recorder: Recorder,
+        judgement: Judgement,
     ) -> None:
         self._transaction = transaction
         self._registry = registry
@@ -59,7 +58,7 @@ class Restoration:
         self._host_up = resources.host_up
         self._busy = signals.busy
         self._spawn = spawn
-        self._recorder = recorder
+        self._judgement = judgement
         self._barrier: Barrier | None = None
         self._late: set[Peer] = set()
         self._told_later: dict[str, Member] = {}
@@ -99,7 +98,7 @@ class Restoration:
             self._spawn(self._bring_all_back(barrier, verdict, examine_arrival))
         else:
             await self._note_blackout()
-            await self._conclude_verification(await self._examine_rest(verdict))
+            await self._conclude_verdict(await self._examine_rest(verdict))
 
     def restore_late(self, peer: Peer) -> None:
         """Give a producer that comes after the verification what it left, and correct the verdict.
@@ -157,7 +156,7 @@ class Restoration:
                 verdict = await self._examine_rest(verdict)
             except Exception as error:  # noqa: BLE001 - otherwise the verification would never end
                 verdict = verdict.with_findings([*verdict.findings, Finding.of_khod(f"khod itself failed: {error!r}")])
-            await self._conclude_verification(verdict)
+            await self._conclude_verdict(verdict)
         for peer in self._registry.peers.all_peers():
             if peer.is_reachable and peer.claim.is_restoring:  # it came after the wait for it had ended
                 self.restore_late(peer)
@@ -187,7 +186,7 @@ class Restoration:
         """
         changed, run = self._transaction.on_member_changed, self._transaction.record.arrived_run
         barrier = self._registry.resume_barrier(run, changed, [holder], None, restoring=True)
-        await self._bring_back_later(barrier, self._settings.current.deadlines.restore)
+        await self._bring_back_later(barrier, self._restore_seconds)
         if any(claim.name == holder.name for claim in self._transaction.record.claims):
             (member,) = [member for member in barrier.members if member.producer.name == holder.name]
             raise Refused(
@@ -202,13 +201,13 @@ class Restoration:
         self._told_later |= {member.producer.name: member for member in barrier.members}
         verdict = await self._bring_back(barrier, record.verdict or Verdict(), deadline)
         if record.outcome in (Phase.verified, Phase.degraded):
-            await self._conclude_verification(verdict)
+            await self._conclude_verdict(verdict)
 
     async def _bring_back_at_boot(self, barrier: Barrier, verdict: Verdict) -> Verdict:
         """As `_bring_back`: the producers that wait for the host's services are given all of their time after that."""
         host_up = asyncio.ensure_future(self._host_up())
         try:
-            return await self._bring_back(barrier, verdict, self._settings.current.deadlines.restore, host_up)
+            return await self._bring_back(barrier, verdict, self._restore_seconds, host_up)
         finally:
             host_up.cancel()
 
@@ -259,12 +258,9 @@ class Restoration:
         claims = self._transaction.record.claims
         return tuple(now.get(old.name, old) for old in claims if old.name not in done)
 
-    async def _conclude_verification(self, verdict: Verdict) -> None:
-        verdict = self._verification.add_producers(verdict)
-        arrived = join_names(verdict.arrived)
-        count = len(verdict.arrived)
-        said = f"the state of {count} producer{'' if count == 1 else 's'} arrived: {arrived}"
-        if verdict.unknown:
-            said = f"{said}; not known: {join_names(verdict.unknown)}"
-        await self._transaction.conclude_verification(verdict, verdict.reason or said)
-        self._recorder.conclude_arrival(self._transaction.record)
+    @property
+    def _restore_seconds(self) -> float:
+        return self._settings.under(self._transaction.record.arrived_terms).deadlines.restore
+
+    async def _conclude_verdict(self, verdict: Verdict) -> None:
+        await self._judgement.conclude_verdict(self._verification.add_producers(verdict))

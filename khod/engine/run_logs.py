@@ -61,6 +61,14 @@ class RunLogs:
             partial(history_log.read_log, self.path(run)), "reading the log", FILE_SECONDS
         )
 
+    async def read_timeline(self, run: str, unwritten: list[Entry]) -> history.Timeline:
+        """Return the timeline of a run under way, of its log and of what is not written yet. Raises Failed."""
+
+        def build() -> history.Timeline:
+            return timeline.build_timeline(history_log.read_log_with(self.path(run), unwritten))
+
+        return await self._queries.call_within(build, "reading the log", FILE_SECONDS)
+
     async def make_attempt(self, run: str, entries: list[Entry]) -> AttemptRecord:
         """Append the last entries of a run; return the attempt made of its log, or of them alone on a disk that hangs.
 

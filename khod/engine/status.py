@@ -68,6 +68,8 @@ BESIDE_ARRIVAL = {
     FindingSource.health: "a health check failed",
     FindingSource.log: "the kernel complains in its log",
     FindingSource.boot: "it is another kernel than expected, or was reached from another one",
+    FindingSource.blackout: "the blackout was longer than its budget",
+    FindingSource.profile: "a check that the profile requires has not passed",
 }
 """What a finding of these sources says, where no state is missing."""
 BARRED = "The same image may be refused now: khoctl check says so, and with which command it is tried again."
@@ -133,6 +135,8 @@ def build_status(
         blackout_error_seconds=record.blackout_error_seconds,
         cold_boot=record.cold_boot if outcome is Phase.cold_boot else None,
         image=record.begun.image if outcome is Phase.cold_boot and record.run == record.arrived_run else "",
+        terms=record.arrived_terms if phase in (*RESTING, Phase.verifying) else record.terms,
+        arrived_run=record.arrived_run,
     )
 
 

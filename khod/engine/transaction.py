@@ -26,7 +26,20 @@ from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.handover.machine import HELD, RESTING, STEPS, Machine
 from khod.handover.reconcile import Found
 from khod.handover.record import ProducerRecord, Record, Store
-from khod.model import ColdBoot, Event, EventKind, Observed, Phase, Producer, Step, StepTiming, UnderWay, Verdict, Word
+from khod.model import (
+    ColdBoot,
+    Event,
+    EventKind,
+    Observed,
+    Phase,
+    Producer,
+    Step,
+    StepTiming,
+    Terms,
+    UnderWay,
+    Verdict,
+    Word,
+)
 from khod.producers.barrier import Member, write_verb
 from khod.text import join_names
 
@@ -518,6 +531,7 @@ class Transaction:
                 verdict=None,
                 outcome=Phase.idle,
                 arrived_run=record.run,
+                arrived_terms=record.terms,
                 claims=tuple(replace(holder, told="") for holder in record.producers if holder.restores is not False),
             )
         elif not record.claims and record.producers:  # of an earlier khod, which kept them in `producers`
@@ -566,6 +580,11 @@ class Transaction:
     def note_sessions(self, sighted: SightedSessions, *, at_once: bool) -> None:
         """Add to the next record whose LUO sessions leave with the jump, and whether the jump is immediate."""
         self._record = replace(self._record, sessions=sighted.sessions, sessions_unseen=sighted.unseen, at_once=at_once)
+
+    def note_terms(self, terms: Terms) -> None:
+        """Add to the next record the terms of the handover, if a later call of it has other ones."""
+        begun = replace(self._record.begun, profile=terms.profile or "")
+        self._record = replace(self._record, terms=terms, begun=begun)
 
     def note_watchdog(self, device: str) -> None:
         """Add to the next record the watchdog that is armed for the jump."""

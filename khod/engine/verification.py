@@ -132,7 +132,8 @@ class Verification:
 
     def add_producers(self, verdict: Verdict) -> Verdict:
         """Add what became of the producers that are required, and of the files in LUO's sessions."""
-        config, arrived = self._settings.current, len(self._kept_files.comparisons)
+        config = self._settings.under(self._transaction.record.arrived_terms)
+        arrived = len(self._kept_files.comparisons)
         required = evidence.check_required(
             config.producers.require, sorted({*self._left, *verdict.arrived}), verdict, config.deadlines.restore
         )

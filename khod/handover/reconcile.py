@@ -248,6 +248,7 @@ def reset_record(record: Record, found: Found, kernel: Observed) -> Record:
         # If a session of it arrived all the same, it is the previous kernel's, and must not be closed as a stray of
         # this boot.
         arrived_run=kept.run,
+        arrived_terms=kept.terms,
         doubt="",
         not_undone=(),
         interrupted="",

@@ -19,6 +19,7 @@ from khod.deferred import defer_module
 from khod.errors import RecordError, errno_text
 from khod.frozen import dataclass
 from khod.model import (
+    NO_TERMS,
     Begun,
     ColdBoot,
     Finding,
@@ -30,6 +31,7 @@ from khod.model import (
     Phase,
     Step,
     StepTiming,
+    Terms,
     Verdict,
 )
 from khod.values import decode_value, encode_value
@@ -45,6 +47,7 @@ ADDED_FIELDS = frozenset(
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
     | {"kernel_release", "kernel_banner", "spot"}
     | {"cold_boot", "watchdog", "blackout_error_seconds", "is_image_suspect", "quiesced", "shown_kind"}
+    | {"terms", "arrived_terms", "tolerated", "profile"}
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 
@@ -157,8 +160,14 @@ class Record:
 
     quiesced: tuple[str, ...] = ()
     """The units that the step quiesce of the handover `run` stops, in the order in which they are started again."""
+    terms: Terms = NO_TERMS
+    """The terms of the handover `run`."""
+    arrived_terms: Terms = NO_TERMS
+    """The terms of the handover `arrived_run`, by which this boot is verified."""
 
-    def begin_run(self, run: str, observed: Observed, generation: Generation, by: str = "") -> Record:
+    def begin_run(
+        self, run: str, observed: Observed, generation: Generation, by: str = "", terms: Terms = NO_TERMS
+    ) -> Record:
         """Return the record of a new handover in this boot; the outcome of this boot stays."""
         return replace(
             self,
@@ -174,7 +183,8 @@ class Record:
             producers=(),
             not_undone=(),
             interrupted="",
-            begun=Begun(time.time(), by),
+            begun=Begun(time.time(), by, profile=terms.profile or ""),
+            terms=terms,
             sessions=(),
             sessions_unseen="",
             at_once=False,

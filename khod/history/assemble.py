@@ -39,6 +39,7 @@ def assemble_attempt(log: RunLog, timeline: Timeline) -> AttemptRecord:
         timeline=timeline,
         cold_boot=log.cold_boot,
         trees=end.trees,
+        terms=begun.terms,
         damage=_describe_damage(log),
     )
 

@@ -9,7 +9,7 @@ import enum
 from dataclasses import field
 
 from khod.frozen import dataclass
-from khod.model import Check, Event, Finding, Phase, Verdict
+from khod.model import Check, Event, Finding, Phase, Terms, Verdict
 from khod.model import ColdBoot as ColdBoot  # noqa: PLC0414 - a word of the status and of the history
 
 
@@ -76,13 +76,14 @@ class BootCost:
 
 @dataclass(frozen=True)
 class RunBegun:
-    """How a run began: by whom (for people), when, in which kernel; `uid` is -1 if it is not known."""
+    """How a run began: by whom (for people), when, in which kernel, and on which terms (None without a profile)."""
 
     run: str
     at: float
     by: str
     origin: KernelFacts
     generation: str
+    terms: Terms | None = None
 
 
 @dataclass(frozen=True)
@@ -317,5 +318,7 @@ class AttemptRecord:
     timeline: Timeline
     cold_boot: ColdBoot | None = None
     trees: list[str] = field(default_factory=list)
+    terms: Terms | None = None
+    """What its profile required, None without a profile."""
     damage: str = ""
     """What is missing here because the log or the database was damaged, "" for nothing."""

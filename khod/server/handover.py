@@ -9,14 +9,17 @@ from pathlib import Path
 from asyncvarlink import FileDescriptor, varlinkmethod
 
 from khod import model
+from khod.abi.procstat import read_login_user
 from khod.engine import Engine
 from khod.errors import UsageError
 from khod.producers.cgroup import units_in
 from khod.producers.configured import one_line
 from khod.region import Region
 from khod.server.access import CALLER
+from khod.server.announcements import Announcements
 from khod.server.history import HistoryCalls
 from khod.server.interface import Handover, NextKernel, TreeReply
+from khod.server.terms import check_terms
 from khod.target.target import Given, Request
 
 
@@ -29,20 +32,28 @@ class Service(HistoryCalls):
         super().__init__(engine)
         self._engine = engine
         """For calls that need a right."""
+        self._announcements = Announcements()
 
     @varlinkmethod(return_parameter="status")
     async def Status(self) -> model.Status:
         return await self._queries.status()
 
     @varlinkmethod(return_parameter="checks")
-    async def Check(self, *, kernel: NextKernel | None = None, now: bool | None = None) -> list[model.Check]:
-        return await self._queries.check(_build_request(kernel, now=now))
+    async def Check(
+        self, *, kernel: NextKernel | None = None, now: bool | None = None, terms: model.Terms | None = None
+    ) -> list[model.Check]:
+        return await self._queries.check(_build_request(kernel, now=now, terms=terms))
 
     @varlinkmethod(return_parameter="plan")
     async def Plan(
-        self, *, kernel: NextKernel | None = None, now: bool | None = None, load_only: bool | None = None
+        self,
+        *,
+        kernel: NextKernel | None = None,
+        now: bool | None = None,
+        load_only: bool | None = None,
+        terms: model.Terms | None = None,
     ) -> model.Plan:
-        return await self._queries.plan(_build_request(kernel, now=now, load_only=load_only))
+        return await self._queries.plan(_build_request(kernel, now=now, load_only=load_only, terms=terms))
 
     @varlinkmethod(return_parameter="status")
     async def Activate(self) -> model.Status:
@@ -62,10 +73,19 @@ class Service(HistoryCalls):
         now: bool | None = None,
         load_only: bool | None = None,
         hold: bool | None = None,
+        terms: model.Terms | None = None,
     ) -> model.Status:
-        request = _build_request(kernel, now=now, load_only=load_only, hold=hold)
-        await self._engine.kexec(replace(request, units=_find_callers_units()), by=_describe_caller())
+        request = _build_request(kernel, now=now, load_only=load_only, hold=hold, terms=terms)
+        await self._engine.kexec(replace(request, units=_find_callers_units()), by=_describe_asker(terms))
         return await self._queries.status()
+
+    @varlinkmethod
+    async def Announce(self, *, profile: str, ignore_window: bool | None = None, sudo_user: int | None = None) -> None:
+        self._announcements.announce_run(profile, _describe_caller(sudo_user), ignore_window=bool(ignore_window))
+
+    @varlinkmethod(return_parameter="announcement")
+    async def TakeAnnouncement(self, *, profile: str) -> model.Announcement:
+        return self._announcements.take_announcement(profile)
 
     @varlinkmethod(return_parameter="producers")
     async def Producers(self) -> list[model.Producer]:
@@ -101,13 +121,29 @@ class Service(HistoryCalls):
         return await self._queries.scratch()
 
 
-def _describe_caller() -> str:
-    """Describe the caller for people, without a user name: the name service may hang."""
+def _describe_caller(sudo_user: int | None = None) -> str:
+    """Describe the caller for people, without a user name: the name service may hang.
+
+    The user that has logged in is told by the kernel, which keeps it through sudo(8); without it root's word counts.
+    """
     caller = CALLER.get()
+    facts = []
     with suppress(OSError):
-        command = Path(f"/proc/{caller.pid}/comm").read_text(errors="replace").strip()
-        return one_line(f"{'root' if caller.uid == 0 else f'user {caller.uid}'} ({command}, process {caller.pid})")
-    return f"{'root' if caller.uid == 0 else f'user {caller.uid}'} (process {caller.pid})"
+        facts.append(Path(f"/proc/{caller.pid}/comm").read_text(errors="replace").strip())
+    facts.append(f"process {caller.pid}")
+    if (login := read_login_user(caller.pid)) not in (None, caller.uid):
+        facts.append(f"logged in as user {login}")
+    elif login is None and sudo_user is not None and caller.uid == 0:
+        facts.append(f"by sudo for user {sudo_user}")
+    return one_line(f"{'root' if caller.uid == 0 else f'user {caller.uid}'} ({', '.join(facts)})")
+
+
+def _describe_asker(terms: model.Terms | None) -> str:
+    """Describe who began a handover: the caller and, if that runs a profile for somebody, whom it names."""
+    if terms is None or terms.profile is None:
+        return _describe_caller()
+    asked = terms.asked_by or "an unknown user"
+    return one_line(f"{asked}, by profile {terms.profile} that {_describe_caller()} runs")
 
 
 def _find_callers_units() -> tuple[str, ...]:
@@ -118,7 +154,12 @@ def _find_callers_units() -> tuple[str, ...]:
 
 
 def _build_request(
-    kernel: NextKernel | None, *, now: bool | None = None, load_only: bool | None = None, hold: bool | None = None
+    kernel: NextKernel | None,
+    *,
+    now: bool | None = None,
+    load_only: bool | None = None,
+    hold: bool | None = None,
+    terms: model.Terms | None = None,
 ) -> Request:
     """Build the engine's request, with the descriptors of this call; raise UsageError if it is not valid."""
     asked = kernel or NextKernel()
@@ -144,6 +185,7 @@ def _build_request(
         now=bool(now),
         load_only=bool(load_only),
         hold=bool(hold),
+        terms=check_terms(terms or model.NO_TERMS),
     )
 
 

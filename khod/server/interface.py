@@ -73,7 +73,9 @@ class Handover(VarlinkInterface, name=INTERFACE):
         yield
 
     @varlinkmethod(return_parameter="checks")
-    async def Check(self, *, kernel: NextKernel | None = None, now: bool | None = None) -> list[model.Check]:
+    async def Check(
+        self, *, kernel: NextKernel | None = None, now: bool | None = None, terms: model.Terms | None = None
+    ) -> list[model.Check]:
         """Run the preflight checks and touch nothing; with an image also those of the next kernel.
 
         With `now` they are for a jump at once, before which nothing is stopped; otherwise for an orderly one.
@@ -87,6 +89,7 @@ class Handover(VarlinkInterface, name=INTERFACE):
         kernel: NextKernel | None = None,
         now: bool | None = None,
         load_only: bool | None = None,
+        terms: model.Terms | None = None,
     ) -> model.Plan:
         """Return what Kexec with these parameters would do, step by step, and touch nothing."""
         raise NotImplementedError
@@ -109,8 +112,25 @@ class Handover(VarlinkInterface, name=INTERFACE):
         now: bool | None = None,
         load_only: bool | None = None,
         hold: bool | None = None,
+        terms: model.Terms | None = None,
     ) -> model.Status:
-        """Do the remaining steps of the handover. The reply says that the jump is under way; with `now` none comes."""
+        """Do the remaining steps of the handover. The reply says that the jump is under way; with `now` none comes.
+
+        `terms` say what must hold for this handover besides the configuration.
+        """
+        raise NotImplementedError
+
+    @varlinkmethod
+    async def Announce(self, *, profile: str, ignore_window: bool | None = None, sudo_user: int | None = None) -> None:
+        """Announce that the caller has the unit of a profile started, which asks for its announcement within a minute.
+
+        `sudo_user` is the number of the user for whom sudo(8) made the caller root.
+        """
+        raise NotImplementedError
+
+    @varlinkmethod(return_parameter="announcement")
+    async def TakeAnnouncement(self, *, profile: str) -> model.Announcement:
+        """Return the announcement of a profile's run, and forget it; an empty one if there is none."""
         raise NotImplementedError
 
     @varlinkmethod(return_parameter="producers")

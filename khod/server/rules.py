@@ -63,6 +63,8 @@ RULES = {
     f"{INTERFACE}.Activate": _operators_rule("activate"),
     f"{INTERFACE}.Abort": _operators_rule("abort"),
     f"{INTERFACE}.Kexec": _operators_rule("kexec"),
+    f"{INTERFACE}.Announce": _operators_rule("announce the run of a profile"),
+    f"{INTERFACE}.TakeAnnouncement": _operators_rule("take the announcement of a profile's run"),
     f"{INTERFACE}.Rehearse": _operators_rule("test a producer"),
     f"{INTERFACE}.Retry": _operators_rule("have a producer take its state back"),
     f"{INTERFACE}.Forget": _operators_rule("forget a producer"),

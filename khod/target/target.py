@@ -13,7 +13,7 @@ from khod.images.initrd import Initrd
 from khod.images.kernel import UnpackedImage, unpack_image
 from khod.images.sealed import Sealed
 from khod.kernel import cmdline, kconfig
-from khod.model import Word
+from khod.model import NO_TERMS, Terms, Word
 
 COMMAND_LINE_SIZE = 2048
 """The limit in bytes, with the NUL, if the image could not be examined; most architectures have this one."""
@@ -42,6 +42,8 @@ class Request:
     hold: bool = False
     units: tuple[str, ...] = ()
     """The units of systemd in which the caller runs."""
+    terms: Terms = NO_TERMS
+    """What must hold for the handover; those of an earlier call stay where this one has none."""
 
 
 @dataclass

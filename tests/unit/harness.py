@@ -28,7 +28,7 @@ from khod.kernel.luo import Luo
 from khod.kernel.probe import Probed, probe_kho
 from khod.kernel.sysfs import KHO
 from khod.kernel.thread import Workers
-from khod.model import Event
+from khod.model import NO_TERMS, Event, Terms
 from khod.producers.barrier import Participant
 from khod.producers.children import Children
 from khod.producers.contents import KeptFiles
@@ -351,13 +351,19 @@ class Host:
 
     @contextmanager
     def request(
-        self, image: str = "vmlinuz", initrd: str | None = "initrd", *, load_only: bool = False, hold: bool = False
+        self,
+        image: str = "vmlinuz",
+        initrd: str | None = "initrd",
+        *,
+        load_only: bool = False,
+        hold: bool = False,
+        terms: Terms = NO_TERMS,
     ) -> Iterator[Request]:
         """A request with open files, as the server makes one."""
         fds = [os.open(self.directory / name, os.O_RDONLY) for name in (image, initrd) if name is not None]
         try:
             initrds = (Given(fds[1], initrd),) if initrd else ()
-            yield Request(Given(fds[0], image), initrds, load_only=load_only, hold=hold)
+            yield Request(Given(fds[0], image), initrds, load_only=load_only, hold=hold, terms=terms)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -369,6 +375,8 @@ class Host:
         assert record is not None, "there is no record"
         return record
 
-    async def kexec(self, engine: Engine, *, load_only: bool = False, hold: bool = False) -> None:
-        with self.request(load_only=load_only, hold=hold) as request:
+    async def kexec(
+        self, engine: Engine, *, load_only: bool = False, hold: bool = False, terms: Terms = NO_TERMS
+    ) -> None:
+        with self.request(load_only=load_only, hold=hold, terms=terms) as request:
             await engine.kexec(request)

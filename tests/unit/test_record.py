@@ -28,6 +28,8 @@ from khod.model import (
     SessionFate,
     Step,
     StepTiming,
+    Terms,
+    TermsDeadlines,
     Verdict,
 )
 from tests.unit.khods import REPOSITORY
@@ -89,6 +91,8 @@ FULL = Record(
     ),
     watchdog="/dev/watchdog0",
     quiesced=("cron.service",),
+    terms=Terms("nightly", require=["db"], deadlines=TermsDeadlines(freeze=2.5), blackout_budget=5.0),
+    arrived_terms=Terms("weekly", must_pass=["log"], tolerate=["health"], begin_before=1763843000.5),
 )
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
