@@ -6,13 +6,12 @@ is an error with file and line, because a misspelled policy must not silently be
 """
 
 import dataclasses
-import re
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from khod.errors import ConfigError
-from khod.files import list_toml, read_toml, require_type
+from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
 from khod.frozen import dataclass
 from khod.model import Terms
 
@@ -251,28 +250,6 @@ CHOICES = {
 }
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """The text and the values of one file."""
-
-    path: Path
-    text: str
-    values: dict[str, Any]
-
-    def locate_key(self, key: str) -> str:
-        """Return FILE:LINE of a dotted key, or FILE if the line is not found in the text."""
-        table, _, name = key.rpartition(".")
-        current = ""
-        for number, line in enumerate(self.text.splitlines(), 1):
-            if header := re.match(r"\s*\[\[?([^\]]+)\]", line):
-                current = header[1].strip()
-                if current == key:
-                    return f"{self.path}:{number}"
-            elif current == table and re.match(rf"\s*[\"']?{re.escape(name)}[\"']?\s*=", line):
-                return f"{self.path}:{number}"
-        return str(self.path)
-
-
 def load_config(root: Path = Path("/")) -> Config:
     """Read, merge and validate the configuration; return the defaults if there is no file. Raises ConfigError."""
     paths = [root / MAIN, *list_toml(root / f"{MAIN}.d", "configuration file")]
@@ -291,7 +268,7 @@ def merge_fragments(fragments: list[Fragment]) -> Config:
     for source in fragments:
         for section, values in source.values.items():
             if section not in sections:
-                raise _unknown_key_error(source, section, sorted(sections))
+                raise unknown_key_error(source.locate_key(section), section, sorted(sections))
             if not isinstance(values, dict):
                 raise ConfigError(
                     f"`{section}` is a table",
@@ -308,7 +285,7 @@ def _check_value(source: Fragment, section: Any, name: str, key: str, value: Any
     known = {f.name: f.type for f in dataclasses.fields(section)}
     dotted = f"{name}.{key}"
     if key not in known:
-        raise _unknown_key_error(source, dotted, sorted(known))
+        raise unknown_key_error(source.locate_key(dotted), dotted, sorted(known))
     value = require_type(value, known[key], dotted, source.locate_key(dotted))
     if value not in CHOICES.get(dotted, (value,)):
         raise ConfigError(
@@ -321,9 +298,3 @@ def _check_value(source: Fragment, section: Any, name: str, key: str, value: Any
             f"`{dotted}` is {value}", where=source.locate_key(dotted), remedy="It must be a positive number."
         )
     return value
-
-
-def _unknown_key_error(source: Fragment, key: str, known: list[str]) -> ConfigError:
-    return ConfigError(
-        f"`{key}` is an unknown key", where=source.locate_key(key), remedy=f"Known here: {', '.join(known)}."
-    )

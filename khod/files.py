@@ -4,12 +4,13 @@
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_origin
 
 from khod.errors import ConfigError, UsageError, errno_text
+from khod.frozen import dataclass
 from khod.values import DecodeError, decode_value
 
 _KINDS: list[tuple[Callable[[int], bool], str]] = [
@@ -60,6 +61,28 @@ def check_regular(fd: int, role: str, name: str) -> None:
     if not stat.S_ISREG(mode):
         kind = next((text for is_kind, text in _KINDS if is_kind(mode)), "no regular file")
         raise UsageError(f"The {role} is {kind}", where=name, remedy="Give a regular file.")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The text and the values of one file."""
+
+    path: Path
+    text: str
+    values: dict[str, Any]
+
+    def locate_key(self, key: str) -> str:
+        """Return FILE:LINE of a dotted key, or FILE if the line is not found in the text."""
+        table, _, name = key.rpartition(".")
+        current = ""
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[\[?([^\]]+)\]", line):
+                current = header[1].strip()
+                if current == key:
+                    return f"{self.path}:{number}"
+            elif current == table and re.match(rf"\s*[\"']?{re.escape(name)}[\"']?\s*=", line):
+                return f"{self.path}:{number}"
+        return str(self.path)
 
 
 def list_toml(directory: Path, subject: str) -> list[Path]:
@@ -127,3 +150,17 @@ def require_type(value: Any, wanted: Any, key: str, where: str) -> Any:
         if kind not in (float, tuple):
             return found
     raise ConfigError(f"`{key}` is {value!r}", where=where, remedy=f"It must be {TYPES.get(kind, kind)}.")
+
+
+def unknown_key_error(where: str, key: str, known: Sequence[str], of: str = "") -> ConfigError:
+    """Return the error for a key that a file cannot have, with one that is near it; `of` names the subject."""
+    import difflib  # noqa: PLC0415 - needed only after a typing error
+
+    table, dot, name = key.rpartition(".")
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f"Did you mean `{table}{dot}{near[0]}`? " if near else ""
+    return ConfigError(
+        f"`{key}` is an unknown key{f' of {of}' if of else ''}",
+        where=where,
+        remedy=f"{meant}Known here: {', '.join(known)}.",
+    )

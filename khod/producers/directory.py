@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from khod.config import Fragment
 from khod.deferred import defer_module
 from khod.errors import ConfigError, UsageError
-from khod.files import list_toml, read_toml, require_type
+from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
 from khod.producers.barrier import Participant, Verb
 from khod.producers.commands import TABLE, CommandRunner
 from khod.producers.configured import check_name, require_string, require_strings
@@ -110,11 +109,7 @@ def _read_producer(path: Path, runner: CommandRunner) -> Participant:
     except UsageError as error:
         raise ConfigError(error.what, where=str(path), remedy=error.remedy) from None
     if values:
-        raise ConfigError(
-            f"`{min(values)}` is an unknown key of a producer",
-            where=str(path),
-            remedy=f"Known here: {', '.join(KEYS)}.",
-        )
+        raise unknown_key_error(str(path), min(values), KEYS, "a producer")
     return made
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from khod.concurrency.bounded import run_within
-from khod.config import Fragment
 from khod.deferred import defer_module
 from khod.errors import ConfigError, KhoError, UsageError
-from khod.files import list_toml, read_toml, require_type
+from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
 from khod.frozen import dataclass
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource
 from khod.producers.barrier import ParticipantVeto
@@ -121,11 +120,7 @@ def read_check(path: Path) -> HealthCheck:
 def _parse_check(fragment: Fragment, path: Path) -> HealthCheck:
     values = fragment.values
     if unknown := sorted(values.keys() - {*KEYS}):
-        raise ConfigError(
-            f"`{unknown[0]}` is an unknown key of a health check",
-            where=fragment.locate_key(unknown[0]),
-            remedy=f"Known here: {', '.join(KEYS)}.",
-        )
+        raise unknown_key_error(fragment.locate_key(unknown[0]), unknown[0], KEYS, "a health check")
     if "command" not in values:
         raise ConfigError("`command` is missing", where=str(path), remedy='Name it: command = ["/usr/bin/curl", ...]')
     need = values.get("need", "required")

@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-from khod.config import Fragment
 from khod.errors import ConfigError
+from khod.files import Fragment
 from khod.frozen import dataclass
 from khod.producers.commands import TABLE
 from khod.systemd import setting_values as values

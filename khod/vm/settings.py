@@ -4,9 +4,8 @@
 from pathlib import Path
 from typing import Any
 
-from khod.config import Fragment
 from khod.errors import ConfigError, UsageError
-from khod.files import read_toml, require_type
+from khod.files import Fragment, read_toml, require_type, unknown_key_error
 from khod.frozen import dataclass
 from khod.vm.arguments import check_command
 
@@ -106,11 +105,7 @@ def parse_kept(fragment: Fragment) -> VmSettings:
 
 def _refuse_unknown(fragment: Fragment, known: tuple[str, ...]) -> None:
     if unknown := sorted(fragment.values.keys() - {*known}):
-        raise ConfigError(
-            f"`{unknown[0]}` is an unknown key of a virtual machine",
-            where=fragment.locate_key(unknown[0]),
-            remedy=f"Known here: {', '.join(known)}.",
-        )
+        raise unknown_key_error(fragment.locate_key(unknown[0]), unknown[0], known, "a virtual machine")
 
 
 def _take_common(fragment: Fragment) -> dict[str, Any]:
