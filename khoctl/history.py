@@ -17,6 +17,7 @@ from khoctl.render import (
     phase_name,
     prepare_texts,
     render_event,
+    terms_rows,
 )
 from khoctl.standstills import describe_standstills
 from khod.history.model import AttemptRecord, AttemptSummary, ColdBoot, KernelFacts
@@ -86,6 +87,7 @@ def _attempt_rows(found: AttemptRecord) -> list[tuple[str, str]]:
     rows = [("damaged", found.damage)] if found.damage else []
     rows.append(("begun", f"{format_local_time(summary.began_at)}{by}"))
     rows.append(("ended", format_local_time(summary.ended_at)))
+    rows += terms_rows(found.terms)
     rows.append(("from", f"{_kernel_text(found.origin)}, {GENERATIONS.get(found.generation, found.generation)}"))
     if found.target is not None:
         rows.append(("to", f"{_kernel_text(found.target.kernel)}{', at once' if found.target.at_once else ''}"))
@@ -101,6 +103,8 @@ def _attempt_rows(found: AttemptRecord) -> list[tuple[str, str]]:
     if found.verdict is not None:
         rows.append(("arrived", ", ".join(found.verdict.arrived) or "nothing"))
     rows += list_rows("found", [render_findings([finding]) for finding in found.findings])
+    if found.verdict is not None:
+        rows += list_rows("tolerated", [render_findings([finding]) for finding in found.verdict.tolerated])
     rows += list_rows("tree", found.trees)
     noted = [check for check in found.checks if check.result in NOTED_RESULTS]
     rows += list_rows("checks", [f"{MARKS[check.result][0]} {check.name}: {check.evidence}" for check in noted])

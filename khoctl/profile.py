@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Handover profiles: /etc/kho/handover.d/NAME.toml holds options of `khoctl kexec`."""
+"""Handover profiles: /etc/kho/handover.d/NAME.toml says what a handover by this name is, and what must hold for it."""
 
+import os
 import re
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from khoctl.next_kernel import WAYS, NextKernelOptions
 from khod.errors import ConfigError
-from khod.files import read_toml, require_type
+from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
+from khod.model import TOLERABLE
+
+if TYPE_CHECKING:
+    from khoctl.window import Window
 
 DIRECTORY = Path("/etc/kho/handover.d")
+ENVIRONMENT = "KHO_PROFILES"
+"""The variable that names another directory of profiles."""
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 FLAGS = ("now", "load_only", "hold")
-"""The keys of a profile that do not describe the next kernel."""
+"""The keys of a profile that do not describe the next kernel, and are options of kexec."""
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where the commands of hooks are looked for."""
+HOOK_SECONDS = 300.0
+"""Seconds that a command of a hook has, unless the profile says another number."""
+MAX_SECONDS = 86400.0
 
 
 def _key_type(hint: Any) -> type:
@@ -23,22 +37,109 @@ def _key_type(hint: Any) -> type:
     return found
 
 
-KEYS = {name: _key_type(hint) for name, hint in get_type_hints(NextKernelOptions).items()} | dict.fromkeys(FLAGS, bool)
+KEYS = (
+    {name: _key_type(hint) for name, hint in get_type_hints(NextKernelOptions).items()}
+    | dict.fromkeys(FLAGS, bool)
+    | {"require": list, "blackout_budget": float}
+)
 """The keys of a profile and their types; a list of strings may also be one string."""
+TABLES: dict[str, dict[str, Any]] = {
+    "deadlines": dict.fromkeys(("prepare", "freeze", "activate", "load", "restore"), float),
+    "verify": dict.fromkeys(("must_pass", "tolerate"), list),
+    "window": {"days": list, "from": str, "to": str, "timezone": str},
+    "hooks": {"before": None, "after": None, "before_timeout": float, "after_timeout": float},
+}
+"""The tables of a profile with their keys and types; a command of a hook has no type of one word."""
 ONE_OF = (WAYS, ("cmdline", "reuse_cmdline"))
 """Keys that contradict each other."""
+COMMAND = 'It must be a command as a list of words, for example ["/usr/bin/drain", "--wait"], or a list of such lists.'
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HookCommands:
+    """The commands before the handover, or after it, in their order; each may run for `seconds`."""
+
+    commands: tuple[Command, ...] = ()
+    seconds: float = HOOK_SECONDS
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The contents of a profile: the next kernel, and the members of FLAGS that are on."""
+    """The contents of a profile.
 
+    `options` is the next kernel, `flags` are the members of FLAGS that are on, `terms` what khod holds the run to, as
+    on the wire. `where` has FILE:LINE of each key.
+    """
+
+    name: str
+    path: Path
     options: NextKernelOptions
-    flags: frozenset[str]
+    flags: frozenset[str] = frozenset()
+    terms: dict[str, Any] = field(default_factory=dict)
+    window: "Window | None" = None
+    before: HookCommands = field(default_factory=HookCommands)
+    after: HookCommands = field(default_factory=HookCommands)
+    where: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether it has commands of its own."""
+        return bool(self.before.commands or self.after.commands)
+
+    def check_files(self, options: NextKernelOptions) -> None:
+        """Raise ConfigError if a file that the profile names is gone, unless `options` have another one."""
+        for key in ("image", "initrd"):
+            kept = getattr(self.options, key)
+            for path in [kept] if isinstance(kept, str) else kept or ():
+                if getattr(options, key) == kept and not Path(path).exists():
+                    raise self._missing_error(key, path)
+        for key, hook in (("before", self.before), ("after", self.after)):
+            for command in hook.commands:
+                if shutil.which(command[0], path=PATH) is None:
+                    raise self._missing_error(f"hooks.{key}", command[0])
+
+    def _missing_error(self, key: str, path: str) -> ConfigError:
+        what = "no program that can be started" if key.startswith("hooks") else "not there"
+        return ConfigError(
+            f"`{key}` of profile {self.name} names {path}, which is {what}",
+            where=self.where.get(key, str(self.path)),
+            remedy="Correct the profile, or install what it names.",
+        )
+
+    def make_terms(self, *, enforce: bool, ignore_window: bool = False, asked_by: str = "") -> dict[str, Any]:
+        """Return the parameter `terms` for khod.
+
+        With `enforce` a handover is to begin now: Refused if the window is closed and not ignored.
+        """
+        terms: dict[str, Any] = {"profile": self.name, **self.terms}
+        if asked_by:
+            terms["asked_by"] = asked_by
+        if self.window is not None:
+            terms["window"] = self.window.describe()
+            now = datetime.now(UTC)
+            if ignore_window:
+                terms["window_ignored"] = True
+            elif enforce:
+                self.window.require_open(self.name, now)
+                if closing := self.window.find_closing(now):
+                    terms["begin_before"] = closing.timestamp()
+        return terms
 
 
-def load_profile(name: str, directory: Path = DIRECTORY) -> Profile:
-    """Read a profile; raise ConfigError, with the file and the key, if it is not valid."""
+def profile_directory() -> Path:
+    """Return the directory of profiles."""
+    return Path(os.environ.get(ENVIRONMENT) or DIRECTORY)
+
+
+def list_profiles() -> list[str]:
+    """Return the names of all profiles, in order."""
+    return [path.stem for path in list_toml(profile_directory(), "handover profile")]
+
+
+def load_profile(name: str) -> Profile:
+    """Read a profile; raise ConfigError, with the file, the line and the key, if it is not valid."""
+    directory = profile_directory()
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} is not a valid name of a profile",
@@ -47,24 +148,105 @@ def load_profile(name: str, directory: Path = DIRECTORY) -> Profile:
         )
     path = directory / f"{name}.toml"
     if not path.exists():
-        known = sorted(file.stem for file in directory.glob("*.toml"))
+        known = list_profiles()
         remedy = f"There are: {', '.join(known)}." if known else f"None is in {directory}."
         raise ConfigError(f"There is no profile {name!r}", where=str(path), remedy=remedy)
-    _, values = read_toml(path, "profile")
-    for key, value in values.items():
-        if key not in KEYS:
-            raise ConfigError(
-                f"`{key}` is an unknown key of a profile", where=str(path), remedy=f"Known here: {', '.join(KEYS)}."
-            )
-        several = KEYS[key] is not list or not isinstance(value, str)
-        wanted = tuple[str, ...] if KEYS[key] is list else KEYS[key]
-        found = require_type(value if several else [value], wanted, key, str(path))
-        values[key] = list(found) if KEYS[key] is list else found
+    return _parse_profile(name, Fragment(path, *read_toml(path, "profile")))
+
+
+def _parse_profile(name: str, fragment: Fragment) -> Profile:
+    values, tables = _take_values(fragment), _take_tables(fragment)
     for group in ONE_OF:
         given = [f"`{key}`" for key in group if values.get(key) not in (None, False)]
         if len(given) > 1:
             raise ConfigError(
-                f"{' and '.join(given)} contradict each other", where=str(path), remedy="Keep one of them."
+                f"{' and '.join(given)} contradict each other", where=str(fragment.path), remedy="Keep one of them."
             )
-    flags = frozenset(name for name in FLAGS if values.pop(name, False))
-    return Profile(NextKernelOptions(**values), flags)
+    flags = frozenset(key for key in FLAGS if values.pop(key, False))
+    terms: dict[str, Any] = {key: values.pop(key) for key in ("require", "blackout_budget") if key in values}
+    terms |= tables.get("verify", {})
+    if tables.get("deadlines"):
+        terms["deadlines"] = tables["deadlines"]
+    _check_tolerated(terms.get("tolerate", ()), fragment)
+    window = None
+    if "window" in tables:
+        from khoctl.window import parse_window  # noqa: PLC0415 - most profiles have none
+
+        window = parse_window(tables["window"], fragment)
+    hooks = tables.get("hooks", {})
+    before, after = (
+        HookCommands(tuple(hooks.get(key, ())), hooks.get(f"{key}_timeout", HOOK_SECONDS))
+        for key in ("before", "after")
+    )
+    keys = [*fragment.values, *(f"hooks.{key}" for key in hooks)]
+    where = {key: fragment.locate_key(key) for key in keys}
+    return Profile(name, fragment.path, NextKernelOptions(**values), flags, terms, window, before, after, where)
+
+
+def _take_values(fragment: Fragment) -> dict[str, Any]:
+    """Return the keys that stand in no table, in their types."""
+    found = {}
+    for key, value in fragment.values.items():
+        if key in TABLES:
+            continue
+        if key not in KEYS:
+            raise unknown_key_error(fragment.locate_key(key), key, [*KEYS, *TABLES], "a profile")
+        found[key] = _take_value(value, KEYS[key], key, fragment)
+    return found
+
+
+def _take_tables(fragment: Fragment) -> dict[str, dict[str, Any]]:
+    """Return the tables that the profile has, with their keys in their types."""
+    found: dict[str, dict[str, Any]] = {}
+    for table, keys in TABLES.items():
+        if table not in fragment.values:
+            continue
+        values = fragment.values[table]
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"`{table}` is a table",
+                where=fragment.locate_key(table),
+                remedy=f"Write [{table}] on a line of its own.",
+            )
+        found[table] = {}
+        for key, value in values.items():
+            dotted = f"{table}.{key}"
+            if key not in keys:
+                raise unknown_key_error(fragment.locate_key(dotted), dotted, list(keys), "a profile")
+            taken = _take_commands(value, dotted, fragment) if keys[key] is None else None
+            found[table][key] = _take_value(value, keys[key], dotted, fragment) if taken is None else taken
+    return found
+
+
+def _take_value(value: Any, kind: type, key: str, fragment: Fragment) -> Any:
+    """Return a value in the type of its key; a number is one of seconds."""
+    where = fragment.locate_key(key)
+    if kind is list:
+        return list(require_type([value] if isinstance(value, str) else value, tuple[str, ...], key, where))
+    found = require_type(value, kind, key, where)
+    if kind is float and not 0 < found <= MAX_SECONDS:
+        raise ConfigError(f"`{key}` is {found:g}", where=where, remedy=f"It must be seconds, {MAX_SECONDS:g} at most.")
+    return found
+
+
+def _take_commands(value: Any, key: str, fragment: Fragment) -> tuple[Command, ...]:
+    """Return the commands of a hook: a list of words is one command, a list of lists several."""
+    several = isinstance(value, list) and bool(value) and all(isinstance(item, list) for item in value)
+    try:
+        commands = [require_type(words, tuple[str, ...], key, "") for words in (value if several else [value])]
+    except ConfigError:
+        commands = [()]
+    if not all(commands):
+        raise ConfigError(f"`{key}` is {value!r}", where=fragment.locate_key(key), remedy=COMMAND)
+    return tuple(commands)
+
+
+def _check_tolerated(sources: Any, fragment: Fragment) -> None:
+    known = [source.value for source in TOLERABLE]
+    for source in sources:
+        if source not in known:
+            raise ConfigError(
+                f"`verify.tolerate` has {source!r}",
+                where=fragment.locate_key("verify.tolerate"),
+                remedy=f"Only these can be tolerated: {', '.join(known)}.",
+            )

@@ -172,7 +172,7 @@ def run_with_progress(begin: Callable[[Client], None], answer: Callable[[Client]
         except KeyboardInterrupt:
             raise Detached(shown.last) from None  # at once: khod is not asked again
         except Unreachable:
-            _drain_events(watcher, shown)  # if khod ended, its last event says why
+            drain_events(watcher, shown)  # if khod ended, its last event says why
             if shown.last is not Phase.executing:
                 raise
             require_jump(before.boot_id)
@@ -246,7 +246,7 @@ def _show_until(calling: Client, watcher: Client, shown: ProgressView) -> None:
                     selector.register(probe, selectors.EVENT_READ)
                 else:
                     probe.check_overdue()
-            if watcher in ready and not _show_pending(watcher, shown):
+            if watcher in ready and not show_pending(watcher, shown):
                 selector.unregister(watcher)
             if calling in ready:
                 calling.receive()
@@ -258,7 +258,7 @@ def _show_until(calling: Client, watcher: Client, shown: ProgressView) -> None:
                     probe = None
 
 
-def _show_pending(watcher: Client, shown: ProgressView) -> bool:
+def show_pending(watcher: Client, shown: ProgressView) -> bool:
     """Show the events that have come; return whether more may come."""
     try:
         watcher.receive()
@@ -269,11 +269,11 @@ def _show_pending(watcher: Client, shown: ProgressView) -> bool:
     return watcher.more
 
 
-def _drain_events(watcher: Client, shown: ProgressView, final: Phase | None = None) -> None:
+def drain_events(watcher: Client, shown: ProgressView, final: Phase | None = None) -> None:
     """Show events until this phase, or until khod closes the connection, for at most LAST_WORDS_SECONDS."""
     deadline = time.monotonic() + LAST_WORDS_SECONDS
     while (
-        shown.last is not final and watcher.wait_readable(deadline - time.monotonic()) and _show_pending(watcher, shown)
+        shown.last is not final and watcher.wait_readable(deadline - time.monotonic()) and show_pending(watcher, shown)
     ):
         pass
 
@@ -281,4 +281,4 @@ def _drain_events(watcher: Client, shown: ProgressView, final: Phase | None = No
 def _last_words(calling: Client, watcher: Client, shown: ProgressView) -> None:
     """Show the events that are already on their way."""
     with suppress(KhoError):
-        _drain_events(watcher, shown, calling.status().phase)
+        drain_events(watcher, shown, calling.status().phase)

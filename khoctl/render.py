@@ -19,8 +19,8 @@ from khoctl.figures import format_local_time
 from khoctl.layout import align_table
 from khoctl.options import name_options
 from khod.errors import KhoError, error_name
-from khod.model import Check, CheckResult, Event, Fate, Phase, Plan, Producer, Word
-from khod.text import printable
+from khod.model import Check, CheckResult, Event, Fate, Phase, Plan, Producer, Terms, Word
+from khod.text import join_names, printable
 from khod.values import encode_value
 
 T = TypeVar("T")
@@ -251,10 +251,14 @@ def render_words(found: Sequence[Word]) -> list[str]:
     return lines
 
 
-def render_plan(found: Plan) -> str:
-    """Return the page of a plan: steps with their undo, changes of the command line, checks that found something."""
+def render_plan(found: Plan, profile_rows: Iterable[tuple[str, str]] = ()) -> str:
+    """Return the page of a plan: steps with their undo, changes of the command line, checks that found something.
+
+    Above them stand the rows of the profile, which are fit for a terminal.
+    """
     found = prepare_texts(found)
-    lines = []
+    lines = list(format_rows(profile_rows))
+    lines += [""] if lines else []
     width = max((len(step.step) for step in found.steps), default=0)
     for number, step in enumerate(found.steps, 1):
         lines.append(f"{number}. {typer.style(step.step.ljust(width), bold=True)}  {step.does}")
@@ -266,6 +270,23 @@ def render_plan(found: Plan) -> str:
         lines += ["", f"Until the jump is asked for, `khoctl abort` puts it back within {found.rollback_seconds:g} s."]
     lines += ["", render_checks(found.checks, quiet=True), "Nothing was touched."]
     return "\n".join(lines)
+
+
+def terms_rows(terms: Terms | None) -> list[tuple[str, str]]:
+    """Return rows for the terms of a handover, which are its profile's; none without any."""
+    if terms is None:
+        return []
+    rows = [("profile", terms.profile or "")]
+    if terms.window:
+        rows.append(("window", f"{terms.window}{', ignored as asked' if terms.window_ignored else ''}"))
+    rows.append(("requires", join_names(terms.require or ())))
+    deadlines = dataclasses.asdict(terms.deadlines) if terms.deadlines else {}
+    given = [f"{name} {seconds:g} s" for name, seconds in deadlines.items() if seconds is not None]
+    rows.append(("deadlines", ", ".join(given)))
+    if terms.blackout_budget is not None:
+        rows.append(("budget", f"{terms.blackout_budget:g} s: a longer blackout makes the handover degraded"))
+    rows += [("must pass", join_names(terms.must_pass or ())), ("tolerates", join_names(terms.tolerate or ()))]
+    return [(key, text) for key, text in rows if text]
 
 
 def short_plan(found: Plan) -> str:

@@ -2,43 +2,48 @@
 """Turn the next kernel of the command line into the parameters and open files of a call."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from khoctl import profile
 from khoctl.layout import show_page
 from khoctl.next_kernel import LINES, NAMES, WAYS, NextKernelOptions
 from khod.errors import UsageError
 from khod.files import open_regular
 from khod.text import printable
 
+if TYPE_CHECKING:
+    from khoctl.profile import Profile
+
 
 @contextmanager
 def open_request(
     options: NextKernelOptions,
-    from_profile: str | None,
+    profile: "Profile | None",
     *,
     now: bool | None = None,
     load_only: bool | None = None,
     hold: bool | None = None,
+    terms: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
     """Yield the parameters of Check, Plan or Kexec and the descriptors they name, which stay open during the call.
 
-    A flag is None if the command has no such option; the profile's value is then left out. Raises UsageError if the
-    options contradict each other or a file cannot be opened, ConfigError if the profile is not valid, Refused if an
-    entry cannot be booted.
+    A flag is None if the command has no such option; the profile's value is then left out. `terms` are those of the
+    profile. Raises UsageError if the options contradict each other or a file cannot be opened, ConfigError if the
+    profile names one that is gone, Refused if an entry cannot be booted.
     """
     flags = {"now": now, "load_only": load_only, "hold": hold}
     kept: frozenset[str] = frozenset()
-    if from_profile is not None:
-        found = profile.load_profile(from_profile)
-        options, kept = _merge_options(options, found.options), found.flags
+    if profile is not None:
+        options, kept = _merge_options(options, profile.options), profile.flags
+        profile.check_files(options)
     _check_conflicts(options)
     parameters: dict[str, Any] = {
         name: True for name, given in flags.items() if given or (given is not None and name in kept)
     }
+    if terms:
+        parameters["terms"] = dict(terms)
     fds: tuple[int, ...] = ()
     with ExitStack() as files:
         if options.select_given(WAYS):

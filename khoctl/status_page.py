@@ -20,8 +20,9 @@ from khoctl.render import (
     phase_name,
     prepare_texts,
     producer_text,
+    terms_rows,
 )
-from khod.model import Check, CheckResult, LuoSession, Phase, Status
+from khod.model import Check, CheckResult, LuoSession, Phase, Status, render_findings
 from khod.text import join_names
 
 IN_BLACKOUT = ("freeze", "activate", "load", "restore")
@@ -61,6 +62,9 @@ def render_status(status: Status, *, verbose: bool = False) -> str:
     rows += _arrival_rows(status)
     if status.verdict and status.phase in (Phase.verified, Phase.degraded):
         rows += _verified_rows(status.verdict.checks, verbose=verbose)
+        rows += list_rows("tolerated", [render_findings([finding]) for finding in status.verdict.tolerated])
+    if verbose or status.phase not in (Phase.idle, Phase.verified):
+        rows += terms_rows(status.terms)
     rows += _cold_boot_rows(status)
     if status.handovers:
         rows.append(("handovers", str(status.handovers)))

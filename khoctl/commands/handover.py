@@ -3,9 +3,10 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -15,8 +16,11 @@ from khoctl.request import open_request
 from khoctl.session import Detached, Json, ask_confirmation, connect_client, on_terminal, show_answer
 from khoctl.status_page import render_status
 from khod.client.handover import Client
-from khod.errors import Exit, Refused, Unreachable, Unsupported
+from khod.errors import Exit, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Check, CheckResult, Phase, Step
+
+if TYPE_CHECKING:
+    from khoctl.profile import Profile
 
 app = typer.Typer(rich_markup_mode=None)
 KERNEL_FILES = {
@@ -36,6 +40,10 @@ Now = Annotated[
 NoBlock = Annotated[bool, typer.Option("--no-block", help="Return when it has begun; it continues in the background.")]
 FromProfile = Annotated[
     str | None, typer.Option("--profile", metavar="NAME", help="Take all of this from /etc/kho/handover.d/NAME.toml.")
+]
+
+IgnoreWindow = Annotated[
+    bool, typer.Option("--ignore-window", help="Begin although the profile's window is closed; this is recorded.")
 ]
 
 
@@ -86,7 +94,9 @@ def check(
 
     With a kernel given, those of the next kernel run too. Exits with 3 where one fails, with 4 where KHO is not there.
     """
-    with open_request(options, from_profile, now=now) as (request, fds), connect_client() as khod:
+    profile = _load_profile(from_profile)
+    terms = profile.make_terms(enforce=False) if profile else None
+    with open_request(options, profile, now=now, terms=terms) as (request, fds), connect_client() as khod:
         found = khod.check(request, fds)
     show_answer(found, partial(render.render_checks, found, quiet=quiet), as_json=as_json)
     warned = strict and any(item.result is CheckResult.warn for item in found)
@@ -97,23 +107,57 @@ def check(
 @spread_options
 def plan(
     options: NextKernelOptions,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROFILE]", help="The profile whose handover is planned.", show_default=False),
+    ] = None,
     load_only: LoadOnly = False,
     now: Now = False,
     from_profile: FromProfile = None,
+    ignore_window: IgnoreWindow = False,
     as_json: Json = False,
 ) -> None:
     """Print what a handover would do, and touch nothing.
 
-    Each step has its undo beside it. Exits as check.
+    Each step has its undo beside it, and of a profile stands what it adds: its window, budget, hooks and policy. Exits
+    as check, and with 3 where the profile's window is closed.
     """
-    with open_request(options, from_profile, now=now, load_only=load_only) as (request, fds):
-        _show_plan(request, fds, as_json=as_json)
+    if name is not None and from_profile not in (None, name):
+        raise UsageError("Two profiles are named", where=f"{name}, --profile {from_profile}", remedy="Name one.")
+    profile = _load_profile(name or from_profile)
+    terms = profile.make_terms(enforce=False, ignore_window=ignore_window) if profile else None
+    with open_request(options, profile, now=now, load_only=load_only, terms=terms) as (request, fds):
+        show_plan(request, fds, profile, ignore_window=ignore_window, as_json=as_json)
 
 
-def _show_plan(request: dict[str, Any], fds: tuple[int, ...], *, as_json: bool) -> NoReturn:
+def _load_profile(name: str | None) -> "Profile | None":
+    if name is None:
+        return None
+    from khoctl.profile import load_profile  # noqa: PLC0415 - without a profile nothing of it is needed
+
+    return load_profile(name)
+
+
+def show_plan(
+    request: dict[str, Any],
+    fds: tuple[int, ...],
+    profile: "Profile | None",
+    *,
+    ignore_window: bool = False,
+    as_json: bool,
+) -> NoReturn:
+    """Print the plan of a request, with what its profile adds, and exit as check does."""
     with connect_client() as khod:
         found = khod.plan(_plan_parameters(request), fds)
-    show_answer(found, partial(render.render_plan, found), as_json=as_json)
+    if profile is None:
+        show_answer(found, partial(render.render_plan, found), as_json=as_json)
+    else:
+        from khoctl import profile_page  # noqa: PLC0415 - as in _load_profile
+
+        found = replace(found, checks=[*found.checks, *profile_page.check_window(profile, ignored=ignore_window)])
+        rows = profile_page.list_profile_rows(profile)
+        answer = profile_page.join_plan(found, profile) if as_json else found
+        show_answer(answer, lambda: render.render_plan(found, rows), as_json=as_json)
     raise typer.Exit(_exit_code(found.checks))
 
 
@@ -164,6 +208,7 @@ def kexec(
     no_block: NoBlock = False,
     hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
     from_profile: FromProfile = None,
+    ignore_window: IgnoreWindow = False,
     as_json: Json = False,
 ) -> None:
     """Do what is left of the handover and jump.
@@ -171,15 +216,28 @@ def kexec(
     It continues from the phase the handover is in. A failure before systemd takes the host down is rolled back. After
     that nothing is rolled back: where reboot(2) fails, systemd continues with an ordinary reboot, and no state arrives.
     """
-    with open_request(options, from_profile, now=now, load_only=load_only, hold=hold) as (request, fds):
+    profile = _load_profile(from_profile)
+    if profile is not None and profile.has_hooks and not dry_run:
+        raise UsageError(
+            f"Profile {profile.name} has hooks, which run in its unit",
+            where="--profile",
+            remedy=f"khoctl handover {profile.name}",
+        )
+    terms = profile.make_terms(enforce=not dry_run, ignore_window=ignore_window) if profile else None
+    with open_request(options, profile, now=now, load_only=load_only, hold=hold, terms=terms) as (request, fds):
         if dry_run:
-            _show_plan(request, fds, as_json=as_json)
+            show_plan(request, fds, profile, ignore_window=ignore_window, as_json=as_json)
         if not yes and on_terminal():
-            _ask_before_jump(request, fds)
-        _run_operation(lambda khod: khod.call_method("Kexec", request, fds=fds), as_json=as_json, block=not no_block)
+            ask_before_jump(request, fds)
+        begin_kexec(request, fds, as_json=as_json, block=not no_block)
 
 
-def _ask_before_jump(request: dict[str, Any], fds: tuple[int, ...]) -> None:
+def begin_kexec(request: dict[str, Any], fds: tuple[int, ...], *, as_json: bool, block: bool = True) -> None:
+    """Have khod hand over, and show its progress until the answer; typer.Exit if the host has jumped."""
+    _run_operation(lambda khod: khod.call_method("Kexec", request, fds=fds), as_json=as_json, block=block)
+
+
+def ask_before_jump(request: dict[str, Any], fds: tuple[int, ...]) -> None:
     """Ask for confirmation before anything begins.
 
     There is no question if the handover has begun: the producers may be frozen by now.
@@ -215,11 +273,12 @@ def _run_operation(
         _run_operation(_abort_handover, as_json=as_json, may_stop=False)
         raise typer.Exit(Exit.failed) from None
     if found is None:
-        _say_jumped(as_json=as_json)
+        say_jumped(as_json=as_json)
     show_answer(found, partial(render_status, found), as_json=as_json)
 
 
-def _say_jumped(*, as_json: bool) -> NoReturn:
+def say_jumped(*, as_json: bool) -> NoReturn:
+    """Print that the host has jumped, and exit with 0."""
     said = "The host jumped. After the boot: khoctl status"
     if as_json:
         typer.echo(render.as_json({"phase": Phase.executing, "summary": said, "exit_code": Exit.done}))

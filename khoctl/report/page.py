@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable
 
 from khoctl.figures import format_date
-from khoctl.render import GENERATIONS, phase_name
+from khoctl.render import GENERATIONS, phase_name, terms_rows
 from khoctl.report.markup import EMPTY, Markup, element, escape_lines, escape_text, join_markup, text_element
 from khoctl.report.picture import NARROW, WIDE, draw_picture
 from khoctl.report.producers import collect_answers
@@ -64,6 +64,9 @@ def _write_sections(attempt: AttemptRecord) -> Iterable[Markup]:
             _write_cold_boot(attempt.cold_boot, reason_shown=attempt.cold_boot.reason == attempt.summary.reason),
         )
     yield _section("Verdict", _write_verdict(attempt))
+    if attempt.terms is not None:
+        rows = [(key.capitalize(), text) for key, text in terms_rows(attempt.terms)]
+        yield _section("Profile", fact_list(rows))
     yield _section("Timeline", _write_timeline(attempt))
     if attempt.target and attempt.target.costs:
         yield _section("What makes the boot slow", cost_table(attempt.target.costs, attempt.timeline))
@@ -118,8 +121,12 @@ def _write_verdict(attempt: AttemptRecord) -> Markup:
     if verdict is None:
         text = "Nothing was verified: no next kernel took over state in this attempt."
         return join_markup(finding_list(attempt.findings), _paragraph(text))
+    tolerated = [_paragraph("Tolerated, as the profile says:"), finding_list(verdict.tolerated)]
     return join_markup(
-        finding_list(attempt.findings or verdict.findings), check_table(verdict.checks), _list_blobs(verdict)
+        finding_list(attempt.findings or verdict.findings),
+        *(tolerated if verdict.tolerated else ()),
+        check_table(verdict.checks),
+        _list_blobs(verdict),
     )
 
 

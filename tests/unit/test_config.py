@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from khoctl import profile
-from khoctl.next_kernel import NextKernelOptions
 from khod import config
 from khod.config import Config
 from khod.errors import ConfigError, Exit
@@ -200,27 +199,13 @@ def test_a_producer_s_name_is_plain(root: Path, name: str) -> None:
         directory.load_directory(root, Children())
 
 
-def test_a_profile_is_what_kexec_would_be_given(tmp_path: Path) -> None:
-    (tmp_path / "next.toml").write_text('image = "/boot/vmlinuz"\nappend = "quiet"\nnow = true\n')
-    found = profile.load_profile("next", tmp_path)
-    assert found.options == NextKernelOptions(image="/boot/vmlinuz", append="quiet")
-    assert found.flags == {"now"}
-
-
-@pytest.mark.parametrize("text", ["imgae = '/x'\n", "image = 3\n", "now = 'yes'\n", "now = 1\n", "image = \n"])
-def test_a_wrong_profile_names_its_file(tmp_path: Path, text: str) -> None:
-    (tmp_path / "next.toml").write_text(text)
-    with pytest.raises(ConfigError) as raised:
-        profile.load_profile("next", tmp_path)
-    assert str(tmp_path / "next.toml") in raised.value.where
-
-
 @pytest.mark.parametrize("name", ["nowhere", "../secret", "a/b"])
-def test_a_profile_is_a_name_in_its_directory(tmp_path: Path, name: str) -> None:
+def test_a_profile_is_a_name_in_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "handover.d").mkdir()
+    monkeypatch.setenv(profile.ENVIRONMENT, str(tmp_path / "handover.d"))
     (tmp_path / "secret.toml").write_text('image = "/x"\n')
     with pytest.raises(ConfigError):
-        profile.load_profile(name, tmp_path / "handover.d")
+        profile.load_profile(name)
 
 
 def test_a_configuration_that_would_never_end_is_refused(tmp_path: Path) -> None:

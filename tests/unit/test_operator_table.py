@@ -333,7 +333,7 @@ def of_this_host(scene: Scene, words: list[str]) -> Answer:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "source_of_entry", partial(sources.source_of_entry, root=root))
         patch.setattr(sources, "source_of_version", partial(sources.source_of_version, root=root))
-        patch.setattr(profile.load_profile, "__defaults__", (root / "etc/kho/handover.d",))
+        patch.setenv(profile.ENVIRONMENT, str(root / "etc/kho/handover.d"))
         return at_once(scene, words)
 
 

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`khoctl handover`: a profile's unit with its hooks, on the simulated kernel, with a systemctl of our own."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from khoctl import profile, profile_hooks
+from khod.errors import Exit
+from khod.model import Phase
+from tests.unit.images import CPIO, bzimage
+from tests.unit.khods import REPOSITORY, Answer, Khod
+from tests.unit.test_follow import JUMPS
+
+SYSTEMCTL = """\
+#!/bin/sh
+# Runs what the unit runs, with its output kept for journalctl, as systemd does.
+cd {repository}
+unset COLUMNS
+case $1 in
+is-system-running) cat {here}/system 2>/dev/null || echo running; exit 0;;
+show) echo "ExecMainStatus=$(cat {here}/status)"; echo InvocationID=1234; exit 0;;
+esac
+for unit; do :; done
+echo "$*" >> {here}/started
+profile=${{unit#kho-handover@}}
+{python} -m khoctl run-profile "${{profile%.service}}" 2> {here}/journal
+echo $? > {here}/status
+[ "$(cat {here}/status)" = 0 ]
+"""
+PROFILE = """\
+image = "{here}/vmlinuz"
+initrd = "{here}/initrd"
+now = true
+{keys}
+[hooks]
+before = {before}
+after = ["/bin/sh", "-c", "env | grep ^KHO_ | sort > {here}/after"]
+{tables}
+"""
+RUN_BEFORE = '["/bin/sh", "-c", "echo before >> {here}/before; cat {here}/vmlinuz > /dev/null"]'
+
+
+class Unit:
+    """One host with a profile `next`, whose unit is run by a systemctl below its directory."""
+
+    def __init__(self, khod: Khod) -> None:
+        self.khod, self.here = khod, khod.directory
+        program = self.here / "bin/systemctl"
+        program.parent.mkdir()
+        program.write_text(SYSTEMCTL.format(here=self.here, repository=REPOSITORY, python=sys.executable))
+        program.chmod(0o755)
+        journal = self.here / "bin/journalctl"
+        journal.write_text(f"#!/bin/sh\ncat {self.here}/journal\n")
+        journal.chmod(0o755)
+        (self.here / "profiles").mkdir()
+
+    def write(self, *, keys: str = "", before: str = RUN_BEFORE, tables: str = "", name: str = "next") -> None:
+        text = PROFILE.format(here=self.here, keys=keys, tables=tables, before=before.format(here=self.here))
+        (self.here / f"profiles/{name}.toml").write_text(text)
+
+    def hand_over(self, *words: str) -> Answer:
+        return self.khod.khoctl("handover", "next", *words)
+
+    def finish(self) -> Answer:
+        """What kho-after@next.service runs, or kho-after.service."""
+        return self.khod.khoctl("finish-profile", "next")
+
+    @property
+    def due(self) -> list[str]:
+        return sorted(path.name for path in (self.here / "due").glob("*"))
+
+    @property
+    def after(self) -> dict[str, str]:
+        """The environment of the command after the handover; {} if it did not run."""
+        path = self.here / "after"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return dict(line.partition("=")[::2] for line in lines)
+
+
+@pytest.fixture
+def unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unit]:
+    (tmp_path / "vmlinuz").write_bytes(bzimage())
+    (tmp_path / "initrd").write_bytes(CPIO)
+    khod = Khod(tmp_path)
+    made = Unit(khod)
+    made.write()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("KHOD_SOCKET", str(khod.socket))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv(profile.ENVIRONMENT, str(tmp_path / "profiles"))
+    monkeypatch.setenv(profile_hooks.ENVIRONMENT, str(tmp_path / "due"))
+    yield made
+    khod.close()
+
+
+@pytest.mark.parametrize("outcome", JUMPS)
+def test_the_command_after_the_jump_has_the_verdict(unit: Unit, outcome: str) -> None:
+    faults, code = JUMPS[outcome]
+    for name, value in faults.items():
+        unit.khod.kernel.set_fault(name, value)
+    ended = unit.hand_over()
+    assert (ended.code, "The host jumped" in ended.err) == (Exit.done, True), ended
+    assert (unit.here / "before").read_text() == "before\n"
+    assert (unit.due, unit.after) == (["next.json"], {})
+    unit.khod.word("READY=1")
+    finished = unit.finish()
+    assert finished.code == Exit.done, finished.err
+    status = unit.khod.khoctl("status", "--json").json
+    found = unit.after
+    assert (found["KHO_NAME"], found["KHO_VERB"], found["KHO_VERDICT"]) == ("next", "after", outcome)
+    assert (found["KHO_EXIT_CODE"], found["KHO_RUN"]) == (str(int(code)), status["arrived_run"])
+    assert ("KHO_BLACKOUT_SECONDS" in found) == (outcome != "cold_boot")
+    assert found["KHO_ASKED_BY"].startswith("root (")
+    assert unit.due == []
+    (unit.here / "after").unlink()
+    assert (unit.finish().code, unit.after) == (Exit.done, {})  # once
+
+
+def test_who_asked_stands_in_the_history_with_what_runs_it(unit: Unit) -> None:
+    unit.write(keys="blackout_budget = 600.0\nrequire = []\nload_only = true", tables='[verify]\nmust_pass = ["kho"]')
+    ended = unit.hand_over("--json")
+    assert (ended.code, ended.json["phase"]) == (Exit.done, "loaded")
+    by, terms = ended.json["begun"]["by"], ended.json["terms"]
+    assert f"process {os.getpid()}" in by  # this process, which runs khoctl
+    assert ", by profile next that root (" in by
+    assert (terms["profile"], terms["blackout_budget"], terms["must_pass"]) == ("next", 600.0, ["kho"])
+    assert unit.khod.record.begun.profile == "next"
+    assert unit.khod.khoctl("abort").code == Exit.done
+    assert unit.finish().code == Exit.done
+    assert (unit.after["KHO_VERDICT"], unit.due) == ("rolled_back", [])
+    shown = unit.khod.khoctl("history", "show")
+    assert "profile     next" in shown.out
+    assert "budget      600 s" in shown.out
+
+
+def test_a_unit_that_nobody_announced_is_of_an_unknown_user(unit: Unit) -> None:
+    unit.write(keys="load_only = true")
+    assert unit.khod.khoctl("run-profile", "next").code == Exit.done
+    assert unit.khod.record.begun.by.startswith("an unknown user, by profile next that root (")
+
+
+def test_a_command_before_that_fails_refuses_the_handover_and_the_one_after_runs(unit: Unit) -> None:
+    unit.write(before='[["true"], ["/bin/sh", "-c", "echo no seats >&2; exit 4"], ["touch", "{here}/never"]]')
+    ended = unit.hand_over()
+    assert ended.code == Exit.refused
+    assert "/bin/sh, which profile next runs before its handover, exited with 4: no seats" in ended.err
+    assert not (unit.here / "never").exists()
+    assert (unit.after["KHO_VERDICT"], unit.after["KHO_EXIT_CODE"], unit.due) == ("refused", "3", [])
+    assert unit.khod.record.phase is Phase.idle
+
+
+def test_a_command_before_that_hangs_is_killed_at_its_deadline(unit: Unit) -> None:
+    unit.write(before='["/bin/sh", "-c", "sleep 600"]\nbefore_timeout = 0.2')
+    ended = unit.hand_over()
+    assert (ended.code, "did not end within 0.2 s" in ended.err) == (Exit.refused, True)
+    assert unit.after["KHO_VERDICT"] == "refused"
+
+
+def test_a_handover_that_is_rolled_back_has_the_command_after_it_run(unit: Unit) -> None:
+    unit.khod.kernel.set_fault("veto", -12)
+    ended = unit.hand_over("--json")
+    assert ended.code == Exit.failed, ended
+    assert (unit.after["KHO_VERDICT"], unit.after["KHO_EXIT_CODE"], unit.due) == ("rolled_back", "1", [])
+    assert unit.after["KHO_REASON"]
+    assert ended.json["where"] == "kho-handover@next.service"
+
+
+def test_what_a_killed_khoctl_left_due_is_run_behind_it(unit: Unit) -> None:
+    """Also where the profile is gone by then."""
+    status = unit.khod.khoctl("status", "--json").json
+    due = {"profile": "next", "asked_by": "me", "boot_id": status["boot_id"], "arrived_run": ""}
+    (unit.here / "due").mkdir()
+    due |= {"commands": [["/bin/sh", "-c", f"env | grep ^KHO_ > {unit.here}/after"]], "seconds": 5.0}
+    (unit.here / "due/next.json").write_text(json.dumps(due))
+    (unit.here / "profiles/next.toml").unlink()
+    (unit.here / "system").write_text("stopping\n")
+    assert (unit.finish().code, unit.due, unit.after) == (Exit.done, ["next.json"], {})
+    (unit.here / "system").unlink()
+    assert unit.khod.khoctl("finish-profile").code == Exit.done
+    assert (unit.after["KHO_VERDICT"], unit.after["KHO_ASKED_BY"], unit.due) == ("rolled_back", "me", [])
+
+
+def test_a_command_after_that_fails_stays_due(unit: Unit) -> None:
+    unit.write(keys="load_only = true")
+    assert unit.hand_over().code == Exit.done
+    (unit.here / "after").mkdir()
+    assert unit.khod.khoctl("abort").code == Exit.done
+    ended = unit.finish()
+    assert (ended.code, unit.due) == (Exit.failed, ["next.json"])
+    assert "systemctl start kho-after@next" in ended.err
+    (unit.here / "after").rmdir()
+    assert (unit.finish().code, unit.due) == (Exit.done, [])
+
+
+def test_damage_in_what_is_due_is_said(unit: Unit) -> None:
+    (unit.here / "due").mkdir()
+    (unit.here / "due/next.json").write_text("{")
+    ended = unit.khod.khoctl("finish-profile")
+    assert (ended.code, "next.json" in ended.err) == (Exit.failed, True)
+
+
+def closed_window() -> str:
+    """The table of a window that opens in two hours, for an hour."""
+    begin = datetime.now(UTC) + timedelta(hours=2)
+    return f'[window]\nfrom = "{begin:%H:%M}"\nto = "{begin + timedelta(hours=1):%H:%M}"\ntimezone = "UTC"\n'
+
+
+def test_a_closed_window_refuses_before_anything_is_run(unit: Unit) -> None:
+    unit.write(tables=closed_window())
+    ended = unit.hand_over()
+    assert (ended.code, "is closed; it opens next" in ended.err) == (Exit.refused, True)
+    assert not (unit.here / "started").exists()
+    assert unit.khod.khoctl("run-profile", "next").code == Exit.refused  # by systemctl start
+    assert not (unit.here / "before").exists()
+    planned = unit.khod.khoctl("plan", "next", "--json")
+    (window,) = [check for check in planned.json["checks"] if check["name"] == "window"]
+    assert (planned.code, window["result"]) == (Exit.refused, "fail")
+    ignored = unit.khod.khoctl("plan", "next", "--ignore-window")
+    assert ignored.code == Exit.done, ignored.out
+
+
+def test_a_window_is_ignored_on_the_record(unit: Unit) -> None:
+    unit.write(tables=closed_window(), keys="load_only = true")
+    assert unit.hand_over("--ignore-window").code == Exit.done
+    terms = unit.khod.record.terms
+    assert (terms.window_ignored, terms.begin_before) == (True, None)
+    assert terms.window is not None
+    assert "UTC" in terms.window
+
+
+def test_a_window_that_is_open_ends_with_its_closing(unit: Unit) -> None:
+    unit.write(
+        tables='[window]\ndays = ["Mon-Sun"]\ntimezone = "UTC"\nfrom = "00:00"\nto = "23:59"', keys="load_only = true"
+    )
+    if datetime.now(UTC).strftime("%H:%M") == "23:59":
+        unit.write(tables='[window]\ntimezone = "UTC"\nfrom = "23:00"\nto = "22:59"', keys="load_only = true")
+    assert unit.hand_over().code == Exit.done
+    ends = unit.khod.record.terms.begin_before
+    assert ends is not None
+    assert 0 < ends - datetime.now(UTC).timestamp() <= 86400
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "said"),
+    [((), Exit.usage, "There is no profile"), (("b", "a"), Exit.usage, "There are: a, b."), (("next",), Exit.done, "")],
+)
+def test_without_a_name_it_is_the_only_profile(unit: Unit, names: tuple[str, ...], code: Exit, said: str) -> None:
+    (unit.here / "profiles/next.toml").unlink()
+    for name in names:
+        unit.write(name=name, keys="load_only = true")
+    ended = unit.khod.khoctl("handover")
+    assert (ended.code, said in ended.err) == (code, True), ended
+
+
+def test_a_plan_shows_what_the_profile_adds(unit: Unit) -> None:
+    unit.write(keys="blackout_budget = 5.0", tables='[deadlines]\nfreeze = 2.5\n[verify]\ntolerate = ["log"]')
+    planned = unit.khod.khoctl("plan", "next")
+    assert planned.code == Exit.done, planned
+    for said in (
+        "profile     next (",
+        "deadlines   freeze 2.5 s",
+        "budget      5 s",
+        "tolerates   log",
+        "300 s at most",
+    ):
+        assert said in planned.out
+    found: dict[str, Any] = unit.khod.khoctl("plan", "--profile", "next", "--json").json["profile"]
+    assert found["terms"]["deadlines"] == {"freeze": 2.5}
+    assert (found["name"], found["after"]["seconds"]) == ("next", 300.0)
+    assert unit.khod.khoctl("plan", "next", "--profile", "other").code == Exit.usage
+
+
+def test_kexec_does_not_leave_the_hooks_of_a_profile_out(unit: Unit) -> None:
+    ended = unit.khod.khoctl("kexec", "--profile", "next")
+    assert (ended.code, "khoctl handover next" in ended.err) == (Exit.usage, True)
+    assert unit.khod.record.phase is Phase.idle
+
+
+def test_a_profile_whose_files_are_gone_starts_no_unit(unit: Unit) -> None:
+    (unit.here / "initrd").unlink()
+    ended = unit.hand_over()
+    assert (ended.code, "`initrd` of profile next names" in ended.err) == (Exit.usage, True)
+    assert not (unit.here / "started").exists()
+
+
+def test_a_unit_that_is_not_started_leaves_no_announcement(unit: Unit) -> None:
+    (unit.here / "status").write_text("0")
+    (unit.here / "bin/systemctl").write_text("#!/bin/sh\n[ $1 = show ] && echo ExecMainStatus=0\nexit 5\n")
+    ended = unit.hand_over()
+    assert (ended.code, "systemd has not started the unit" in ended.err) == (Exit.failed, True)
+    assert unit.khod.ask("TakeAnnouncement", profile="next")["announcement"]["by"] == ""
+    ended = unit.hand_over("--no-block")
+    assert ended.code == Exit.failed
+
+
+def test_it_does_not_wait_where_it_is_not_to(unit: Unit) -> None:
+    unit.write(keys="load_only = true")
+    ended = unit.hand_over("--no-block", "--json")
+    assert ended.json == {"unit": "kho-handover@next.service"}
+    assert (unit.here / "started").read_text() == "start --no-block kho-handover@next.service\n"
