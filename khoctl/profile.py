@@ -4,6 +4,7 @@
 import os
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from khoctl.next_kernel import WAYS, NextKernelOptions
 from khod.errors import ConfigError
 from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
-from khod.model import TOLERABLE
+from khod.model import TOLERABLE, VERIFICATION_CHECKS, names_check
 
 if TYPE_CHECKING:
     from khoctl.window import Window
@@ -167,7 +168,9 @@ def _parse_profile(name: str, fragment: Fragment) -> Profile:
     terms |= tables.get("verify", {})
     if tables.get("deadlines"):
         terms["deadlines"] = tables["deadlines"]
-    _check_tolerated(terms.get("tolerate", ()), fragment)
+    known = [source.value for source in TOLERABLE]
+    _check_names(terms, "tolerate", known, known.__contains__, fragment)
+    _check_names(terms, "must_pass", VERIFICATION_CHECKS, names_check, fragment)
     window = None
     if "window" in tables:
         from khoctl.window import parse_window  # noqa: PLC0415 - most profiles have none
@@ -241,12 +244,14 @@ def _take_commands(value: Any, key: str, fragment: Fragment) -> tuple[Command, .
     return tuple(commands)
 
 
-def _check_tolerated(sources: Any, fragment: Fragment) -> None:
-    known = [source.value for source in TOLERABLE]
-    for source in sources:
-        if source not in known:
+def _check_names(
+    terms: dict[str, Any], key: str, known: Sequence[str], is_known: Callable[[str], bool], fragment: Fragment
+) -> None:
+    """Raise ConfigError at the first name of a key of [verify] that is not known."""
+    for name in terms.get(key, ()):
+        if not is_known(name):
             raise ConfigError(
-                f"`verify.tolerate` has {source!r}",
-                where=fragment.locate_key("verify.tolerate"),
-                remedy=f"Only these can be tolerated: {', '.join(known)}.",
+                f"`verify.{key}` has {name!r}",
+                where=fragment.locate_key(f"verify.{key}"),
+                remedy=f"Known here: {', '.join(known)}.",
             )

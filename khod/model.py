@@ -327,6 +327,17 @@ class Terms:
 NO_TERMS = Terms()
 TOLERABLE = (FindingSource.log, FindingSource.health, FindingSource.boot)
 """What a profile may tolerate: nothing of it says that state is missing or differs."""
+VERIFICATION_CHECKS = (
+    *("kho", "kernel", "tree", "memblock", "kexec-metadata", "log", "required", "luo", "blackout"),
+    *("health", "contents"),
+)
+"""The checks of the verification; of the last two there is one for each file of verify.d, or each producer."""
+
+
+def names_check(name: str) -> bool:
+    """Whether a name is that of a check of the verification, or of all checks of one kind (`health`, `health NAME`)."""
+    kind, _, subject = name.partition(" ")
+    return kind in VERIFICATION_CHECKS and (not subject or kind in VERIFICATION_CHECKS[-2:])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import dataclasses
 from dataclasses import replace
 
 from khod.errors import UsageError
-from khod.model import TOLERABLE, Terms
+from khod.model import TOLERABLE, VERIFICATION_CHECKS, Terms, names_check
 from khod.producers.configured import one_line
 
 MAX_SECONDS = 86400.0
@@ -28,6 +28,13 @@ def check_terms(terms: Terms) -> Terms:
                 f"Findings of {one_line(source)!r} cannot be tolerated",
                 where="terms.tolerate",
                 remedy=f"Only these can: {', '.join(known)}.",
+            )
+    for name in terms.must_pass or ():
+        if not names_check(name):
+            raise UsageError(
+                f"{one_line(name)!r} is no check of the verification",
+                where="terms.must_pass",
+                remedy=f"One of: {', '.join(VERIFICATION_CHECKS)}; or one of the last two with a name behind it.",
             )
     return replace(
         terms,

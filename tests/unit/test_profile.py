@@ -135,6 +135,8 @@ ALONE = ("entry", "default", "kernel", "cmdline", "reuse_cmdline")
         ("[hooks]\nafter = [['a'], 'b']", "`hooks.after`", "a list of words"),
         ("[hooks]\nafter = [['a'], []]", "`hooks.after`", "a list of words"),
         ("[verify]\ntolerate = ['kernel']", "`verify.tolerate` has 'kernel'", "log, health, boot"),
+        ("[verify]\nmust_pass = ['log', 'kernal']", "`verify.must_pass` has 'kernal'", "kho, kernel, tree"),
+        ("[verify]\nmust_pass = ['kernel x']", "`verify.must_pass` has 'kernel x'", "kho, kernel, tree"),
         ("[verify]\nmust_pass = [1]", "`verify.must_pass` is [1]", "a list of texts"),
         ("require = true", "`require` is True", "a list of texts"),
     ],

@@ -188,6 +188,7 @@ def test_a_blackout_that_is_not_known_is_no_pass() -> None:
         (Terms(deadlines=TermsDeadlines(freeze=1e9)), "terms.deadlines.freeze"),
         (Terms(tolerate=["kernel"]), "terms.tolerate"),
         (Terms(tolerate=["blackout"]), "terms.tolerate"),
+        (Terms(must_pass=["health web", "kernal"]), "terms.must_pass"),
     ],
 )
 def test_terms_that_are_not_valid(terms: Terms, where: str) -> None:
