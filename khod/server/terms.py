@@ -32,7 +32,7 @@ def check_terms(terms: Terms) -> Terms:
     for name in terms.must_pass or ():
         if not names_check(name):
             raise UsageError(
-                f"{one_line(name)!r} is no check of the verification",
+                f"Not a check of the verification: {one_line(name)!r}",
                 where="terms.must_pass",
                 remedy=f"One of: {', '.join(VERIFICATION_CHECKS)}; or one of the last two with a name behind it.",
             )
