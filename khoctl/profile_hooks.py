@@ -5,13 +5,15 @@ What is to run after it is written down before the first command runs: whatever 
 another boot, somebody finds it there.
 """
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,7 +60,6 @@ class Pending:
     def write(self) -> None:
         """Keep it over the end of khoctl and of the host; Failed if that is not possible."""
         try:
-            self.path.parent.mkdir(mode=0o700, exist_ok=True)
             new = self.path.with_suffix(".new")
             with new.open("w") as file:
                 json.dump(encode_value(self), file)
@@ -71,11 +72,7 @@ class Pending:
             finally:
                 os.close(directory)
         except OSError as error:
-            raise Failed(
-                f"The commands that are due after the handover cannot be kept: {errno_text(error)}",
-                where=str(self.path),
-                remedy="Free some space, or mount the file system writable. Nothing was begun.",
-            ) from None
+            raise _unkept_error(self.path, error) from None
 
     def remove(self) -> None:
         """Forget it: nothing is due any more."""
@@ -85,6 +82,39 @@ class Pending:
 def state_directory() -> Path:
     """Return where the commands are kept that are due."""
     return Path(os.environ.get(ENVIRONMENT) or STATE)
+
+
+@contextmanager
+def lock_runs() -> Iterator[None]:
+    """Let no other run of a profile begin; Refused if one is under way, before the commands of this one change a thing.
+
+    The kernel frees the lock where khoctl is killed.
+    """
+    directory = state_directory()
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unkept_error(directory, error) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Refused(
+            "The run of a profile is under way",
+            where=str(directory),
+            remedy="Wait until it has ended: systemctl list-units 'kho-handover@*'",
+        ) from None
+    finally:
+        os.close(fd)
+
+
+def _unkept_error(path: Path, error: OSError) -> Failed:
+    return Failed(
+        f"The commands that are due after the handover cannot be kept: {errno_text(error)}",
+        where=str(path),
+        remedy="Free some space, or mount the file system writable. Nothing was begun.",
+    )
 
 
 def list_pending() -> list[str]:

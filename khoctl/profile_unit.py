@@ -4,10 +4,11 @@
 import os
 import selectors
 import subprocess
+import time
 from contextlib import suppress
 
-from khoctl.progress import ProgressView, drain_events, show_pending
-from khoctl.session import Detached, connect_client
+from khoctl.progress import ProgressView, drain_events, show_pending, too_long_error
+from khoctl.session import Detached, call_timeout, connect_client
 from khod.errors import (
     Exit,
     Failed,
@@ -52,6 +53,8 @@ def start_and_follow(unit: str, *, quiet: bool) -> bool:
 
     Raises the error in which the unit's khoctl ended, and Detached if the operator interrupts: the unit goes on.
     """
+    limit = call_timeout()
+    ends = None if limit is None else time.monotonic() + limit
     with connect_client() as watcher, ProgressView(quiet=quiet) as shown, selectors.DefaultSelector() as selector:
         watcher.call_method("Monitor", more=True)
         shown.show_event(watcher.receive_event())
@@ -62,7 +65,9 @@ def start_and_follow(unit: str, *, quiet: bool) -> bool:
                     selector.register(watcher, selectors.EVENT_READ)
                     selector.register(ended, selectors.EVENT_READ)
                     while starting.poll() is None:
-                        ready = [key.fileobj for key, _events in selector.select()]
+                        if not (found := selector.select(None if ends is None else max(0.0, ends - time.monotonic()))):
+                            raise too_long_error()
+                        ready = [key.fileobj for key, _events in found]
                         if watcher in ready and not show_pending(watcher, shown):
                             selector.unregister(watcher)
                 finally:

@@ -196,7 +196,7 @@ def begin_operation(begin: Callable[[Client], None]) -> Status:
         if calling in ready:
             return calling.receive_status()
         if not ready:
-            raise _too_long()
+            raise too_long_error()
     with connect_client() as asking:
         return asking.status()
 
@@ -217,7 +217,8 @@ def require_jump(boot: str) -> None:
         )
 
 
-def _too_long() -> Unreachable:
+def too_long_error() -> Unreachable:
+    """Return the error that --timeout is over; the operation goes on."""
     return Unreachable(
         f"It is not over within {call_timeout():g} s",
         where="--timeout",
@@ -236,7 +237,7 @@ def _show_until(calling: Client, watcher: Client, shown: ProgressView) -> None:
         while not calling.reply_waiting:
             left = SLOW_SECONDS if ends is None else min(SLOW_SECONDS, ends - time.monotonic())
             if left <= 0:
-                raise _too_long()
+                raise too_long_error()
             ready = [key.fileobj for key, _events in selector.select(left)]
             if not ready:
                 shown.show_waiting()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from khoctl import layout, profile_hooks
+from khoctl import layout, profile_hooks, render
 from khoctl.commands.handover import IgnoreWindow, NoBlock, ask_before_jump, begin_kexec, say_jumped
 from khoctl.follow import ENDED, Follower
 from khoctl.next_kernel import NextKernelOptions
@@ -17,7 +17,7 @@ from khoctl.request import open_request
 from khoctl.session import Json, call_timeout, connect_client, on_terminal, say_slow, show_answer, socket_path
 from khoctl.status_page import render_status
 from khod.client.profiles import ProfileClient
-from khod.errors import KhoError, Unreachable, UsageError
+from khod.errors import KhoError, Refused, Unreachable, UsageError
 from khod.model import Phase
 
 app = typer.Typer(rich_markup_mode=None)
@@ -102,13 +102,20 @@ def run_profile(name: Name, ignore_window: IgnoreWindow = False) -> None:
     if not profile.has_hooks:
         _hand_over(name, ignore_window=ignore_window, asked_by=announced.by)
         return
-    pending = profile_hooks.keep_pending(profile, announced.by, status)
-    try:
-        profile_hooks.run_before(profile, announced.by)
-        _hand_over(name, ignore_window=ignore_window, asked_by=announced.by)
-    except KhoError as error:
-        _end_here(pending, error)
-        raise
+    if status.phase in UNDER_WAY:
+        raise Refused(
+            f"A handover is under way ({render.phase_name(status.phase)}); no command of the profile was run",
+            where=f"profile {name}",
+            remedy="Wait until it has ended: khoctl wait. To put it back: khoctl abort",
+        )
+    with profile_hooks.lock_runs():
+        pending = profile_hooks.keep_pending(profile, announced.by, status)
+        try:
+            profile_hooks.run_before(profile, announced.by)
+            _hand_over(name, ignore_window=ignore_window, asked_by=announced.by)
+        except KhoError as error:
+            _end_here(pending, error)
+            raise
 
 
 def _hand_over(name: str, *, ignore_window: bool, asked_by: str) -> None:

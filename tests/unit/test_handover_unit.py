@@ -199,6 +199,17 @@ def test_a_command_after_that_fails_stays_due(unit: Unit) -> None:
     assert (unit.finish().code, unit.due) == (Exit.done, [])
 
 
+def test_no_command_is_run_beside_another_handover(unit: Unit) -> None:
+    assert unit.khod.khoctl("activate").code == Exit.done
+    ended = unit.hand_over()
+    assert (ended.code, "A handover is under way (active)" in ended.err) == (Exit.refused, True)
+    assert unit.khod.khoctl("abort").code == Exit.done
+    with profile_hooks.lock_runs():
+        ended = unit.hand_over()
+    assert (ended.code, "The run of a profile is under way" in ended.err) == (Exit.refused, True)
+    assert (unit.due, (unit.here / "before").exists()) == ([], False)
+
+
 def test_damage_in_what_is_due_is_said(unit: Unit) -> None:
     (unit.here / "due").mkdir()
     (unit.here / "due/next.json").write_text("{")
