@@ -61,6 +61,8 @@ class Sources:
     read_cold_boot: Callable[[], Awaitable[history.ColdBoot]] | None = None
     knows: Callable[[str], Awaitable[bool]] | None = None
     """Tells whether a run is remembered."""
+    read_begin: Callable[[], float] | None = None
+    """When this kernel has begun by CLOCK_MONOTONIC, which is quick to tell; None for 0, as in every real one."""
 
 
 NO_SOURCES = Sources()
@@ -214,9 +216,14 @@ class Recorder:
         """Return the timeline of the run that has led to this boot, as far as it is logged; None if it is not known."""
         if self._arrival is None or run != self._run or not self._is_arrived:
             return None
-        kernel = history.KernelFacts(self._arrival.release, "", self._arrival.boot_id)
+        boot_id = self._arrival.boot_id
+        kernel = history.KernelFacts(self._arrival.release, "", boot_id)
+        # The verification is about to be concluded, which is what a recovery ends with.
+        concluded = Event(time.monotonic(), Phase.verified, "", run, at=time.time(), boot_id=boot_id)
         try:
-            return await self._logs.read_timeline(run, [*self._pending, history.Arrival(kernel)])
+            began = self._sources.read_begin() if self._sources.read_begin is not None else 0.0
+            arrival = history.Arrival(kernel, began_monotonic=began)
+            return await self._logs.read_timeline(run, [*self._pending, arrival, concluded])
         except Exception:  # the wall clock is used
             LOG.exception("The blackout could not be measured")
             return None

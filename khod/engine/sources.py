@@ -46,11 +46,13 @@ def host_sources(calls: Calls) -> Sources:
 def simulated_sources(calls: Calls) -> Sources:
     """Return the sources of the simulated kernel: it has the clocks of the host it runs on, which its jump keeps."""
 
-    async def read_began(kernel: KernelFacts) -> history.Arrival:
-        uptime = time.time() - calls.modified_at(BOOT_ID)
-        return history.Arrival(kernel, began_monotonic=time.monotonic() - uptime)
+    def read_begin() -> float:
+        return time.monotonic() - (time.time() - calls.modified_at(BOOT_ID))
 
-    return Sources(read_clocks=partial(read_clocks, calls), read_arrival=read_began)
+    async def read_arrival(kernel: KernelFacts) -> history.Arrival:
+        return history.Arrival(kernel, began_monotonic=read_begin())
+
+    return Sources(read_clocks=partial(read_clocks, calls), read_arrival=read_arrival, read_begin=read_begin)
 
 
 async def _read_departure(calls: Calls, journal: Worker, path: Path) -> Departure:

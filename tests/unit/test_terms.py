@@ -2,14 +2,17 @@
 """The terms of a handover, which are its profile's: what khod holds the run to, and how they judge its verdict."""
 
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import pytest
 
 from khod.config import apply_terms
 from khod.errors import KhoError, Refused, UsageError
 from khod.handover.terms import judge_verdict
+from khod.history.model import Arrival, ClockReading, ClockSource, KernelFacts, Moment
 from khod.history.trial import counts_against_image
+from khod.kernel.kexec import Kexec
 from khod.model import (
     NO_TERMS,
     Check,
@@ -34,14 +37,17 @@ __all__ = ["clock"]
 BLACKOUT = FREEZE + JUMP + RESTORE + FINISH
 
 
-async def arrive(host: Host, clock: WallClock, terms: Terms) -> None:
-    """Hand over on these terms, with a blackout of BLACKOUT seconds, and wait for the verdict."""
+async def arrive(
+    host: Host, clock: WallClock, terms: Terms, *, jump: float = JUMP, jumped: Callable[[], None] = lambda: None
+) -> None:
+    """Hand over on these terms, with a blackout of BLACKOUT seconds by the wall clock, and wait for the verdict."""
     takes = clock.takes
     Scripted(host, "a", restores=True, freeze=takes(FREEZE), restore=takes(RESTORE), finish=takes(FINISH))
     engine = await host.started()
     with pytest.raises(Rebooted):
         await host.kexec(engine, terms=terms)
-    clock.now += JUMP
+    clock.now += jump
+    jumped()
     engine = await host.started()
     while engine.record.outcome is Phase.idle:
         await host.seen(lambda _event: True)
@@ -67,6 +73,27 @@ async def test_a_blackout_over_the_budget_makes_the_handover_degraded(
     attempt = await host.remembered(1)
     assert (attempt.summary.outcome, attempt.terms) == (outcome, Terms("nightly", blackout_budget=budget))
     assert not counts_against_image(attempt)
+
+
+async def test_the_first_verdict_is_by_the_clocks_of_both_kernels(host: Host, clock: WallClock) -> None:
+    """The wall clock was set in the jump: by it alone the blackout is over the budget, and a role would stop."""
+
+    def read_clocks(moment: Moment) -> ClockReading:
+        now, boot_id = time.monotonic(), Kexec(host.kernel).boot_id()
+        return ClockReading(moment, boot_id, now, now, clock.now, 0.001, ptp=now, ptp_name="KVM virtual PTP")
+
+    async def read_arrival(kernel: KernelFacts) -> Arrival:
+        return Arrival(kernel, began_monotonic=began[-1])
+
+    began = [0.0]
+    host.sources = replace(
+        host.sources, read_clocks=read_clocks, read_arrival=read_arrival, read_begin=lambda: began[-1]
+    )
+    terms = Terms("nightly", blackout_budget=3000.0)
+    await arrive(host, clock, terms, jump=6000.0, jumped=lambda: began.append(time.monotonic()))
+    attempt = await host.remembered(2)
+    assert (attempt.timeline.source, attempt.summary.outcome) == (ClockSource.ptp, Phase.verified)
+    assert Phase.degraded not in {event.phase for event in host.events}
 
 
 async def test_the_terms_of_this_boot_outlive_the_next_handover(host: Host, clock: WallClock) -> None:
