@@ -16,7 +16,7 @@ from khoctl.request import open_request
 from khoctl.session import Detached, Json, ask_confirmation, connect_client, on_terminal, show_answer
 from khoctl.status_page import render_status
 from khod.client.handover import Client
-from khod.errors import Exit, Refused, Unreachable, Unsupported, UsageError
+from khod.errors import ConfigError, Exit, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Check, CheckResult, Phase, Step
 
 if TYPE_CHECKING:
@@ -29,6 +29,16 @@ KERNEL_FILES = {
 }
 """Files that every user may read, and the meaning of 0 and 1 in them; the first exists on KHO v3 only."""
 
+
+def complete_profiles(incomplete: str) -> list[str]:
+    """Return the names of profiles that begin so, for the shell."""
+    from khoctl.profile import list_profiles  # noqa: PLC0415 - as in _load_profile
+
+    with suppress(ConfigError):
+        return [name for name in list_profiles() if name.startswith(incomplete)]
+    return []
+
+
 LoadOnly = Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")]
 Now = Annotated[
     bool,
@@ -39,7 +49,13 @@ Now = Annotated[
 ]
 NoBlock = Annotated[bool, typer.Option("--no-block", help="Return when it has begun; it continues in the background.")]
 FromProfile = Annotated[
-    str | None, typer.Option("--profile", metavar="NAME", help="Take all of this from /etc/kho/handover.d/NAME.toml.")
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME",
+        help="Take all of this from /etc/kho/handover.d/NAME.toml.",
+        autocompletion=complete_profiles,
+    ),
 ]
 
 IgnoreWindow = Annotated[
@@ -88,6 +104,7 @@ def check(
     from_profile: FromProfile = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 for a warning, too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave out what passed or was skipped.")] = False,
+    ignore_window: IgnoreWindow = False,
     as_json: Json = False,
 ) -> None:
     """Run the preflight checks and touch nothing.
@@ -95,9 +112,9 @@ def check(
     With a kernel given, those of the next kernel run too. Exits with 3 where one fails, with 4 where KHO is not there.
     """
     profile = _load_profile(from_profile)
-    terms = profile.make_terms(enforce=False) if profile else None
+    terms = profile.make_terms(enforce=False, ignore_window=ignore_window) if profile else None
     with open_request(options, profile, now=now, terms=terms) as (request, fds), connect_client() as khod:
-        found = khod.check(request, fds)
+        found = [*khod.check(request, fds), *_check_window(profile, ignored=ignore_window)]
     show_answer(found, partial(render.render_checks, found, quiet=quiet), as_json=as_json)
     warned = strict and any(item.result is CheckResult.warn for item in found)
     raise typer.Exit(_exit_code(found) or (Exit.refused if warned else Exit.done))
@@ -138,6 +155,14 @@ def _load_profile(name: str | None) -> "Profile | None":
     return load_profile(name)
 
 
+def _check_window(profile: "Profile | None", *, ignored: bool) -> list[Check]:
+    if profile is None:
+        return []
+    from khoctl.profile_page import check_window  # noqa: PLC0415 - as in _load_profile
+
+    return check_window(profile, ignored=ignored)
+
+
 def show_plan(
     request: dict[str, Any],
     fds: tuple[int, ...],
@@ -154,7 +179,7 @@ def show_plan(
     else:
         from khoctl import profile_page  # noqa: PLC0415 - as in _load_profile
 
-        found = replace(found, checks=[*found.checks, *profile_page.check_window(profile, ignored=ignore_window)])
+        found = replace(found, checks=[*found.checks, *_check_window(profile, ignored=ignore_window)])
         rows = profile_page.list_profile_rows(profile)
         answer = profile_page.join_plan(found, profile) if as_json else found
         show_answer(answer, lambda: render.render_plan(found, rows), as_json=as_json)

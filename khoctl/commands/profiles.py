@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from khoctl import layout, profile_hooks, render
-from khoctl.commands.handover import IgnoreWindow, NoBlock, ask_before_jump, begin_kexec, say_jumped
+from khoctl.commands.handover import IgnoreWindow, NoBlock, ask_before_jump, begin_kexec, complete_profiles, say_jumped
 from khoctl.follow import ENDED, Follower
 from khoctl.next_kernel import NextKernelOptions
 from khoctl.profile import list_profiles, load_profile, profile_directory
@@ -23,8 +23,16 @@ from khod.model import Phase
 app = typer.Typer(rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The profile.", show_default=False)]
 OptionalName = Annotated[
-    str | None, typer.Argument(metavar="[NAME]", help="The profile; not needed where there is one.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="[NAME]",
+        help="The profile; not needed where there is one.",
+        show_default=False,
+        autocompletion=complete_profiles,
+    ),
 ]
+UNKNOWN_USER = "an unknown user"
+"""Who asks for a unit that systemd was told to start: it does not say for whom."""
 UNDER_WAY = frozenset(Phase) - ENDED
 TICK_SECONDS = 1.0
 """How often it is looked whether the host is shut down, while khod is away."""
@@ -96,11 +104,11 @@ def run_profile(name: Name, ignore_window: IgnoreWindow = False) -> None:
     profile = load_profile(name)
     with _connect() as khod:
         announced, status = khod.take_announcement(name), khod.status()
-    ignore_window = ignore_window or announced.ignore_window
+    ignore_window, asked_by = ignore_window or announced.ignore_window, announced.by or UNKNOWN_USER
     profile.make_terms(enforce=True, ignore_window=ignore_window)  # before anything is run
     profile.check_files(profile.options)
     if not profile.has_hooks:
-        _hand_over(name, ignore_window=ignore_window, asked_by=announced.by)
+        _hand_over(name, ignore_window=ignore_window, asked_by=asked_by)
         return
     if status.phase in UNDER_WAY:
         raise Refused(
@@ -109,10 +117,10 @@ def run_profile(name: Name, ignore_window: IgnoreWindow = False) -> None:
             remedy="Wait until it has ended: khoctl wait. To put it back: khoctl abort",
         )
     with profile_hooks.lock_runs():
-        pending = profile_hooks.keep_pending(profile, announced.by, status)
+        pending = profile_hooks.keep_pending(profile, asked_by, status)
         try:
-            profile_hooks.run_before(profile, announced.by)
-            _hand_over(name, ignore_window=ignore_window, asked_by=announced.by)
+            profile_hooks.run_before(profile, asked_by)
+            _hand_over(name, ignore_window=ignore_window, asked_by=asked_by)
         except KhoError as error:
             _end_here(pending, error)
             raise

@@ -273,8 +273,7 @@ class Engine:
                 quiesces = self._quiescence.is_due(request, self.machine.done)
                 at_once = not request.load_only and (request.now or (quiesces and self.queries.can_jump_itself))
                 attempt = await self._open_attempt(record, at_once=at_once)
-                if request.terms != NO_TERMS:
-                    self._transaction.note_terms(request.terms)
+                self._transaction.note_terms(request.terms)
                 if target is not None:
                     how = ", to jump at once (`now`)" if request.now and not request.load_only else ""
                     # If the operator has relaxed the check, files may be lost.

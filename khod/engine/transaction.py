@@ -27,6 +27,7 @@ from khod.handover.machine import HELD, RESTING, STEPS, Machine
 from khod.handover.reconcile import Found
 from khod.handover.record import ProducerRecord, Record, Store
 from khod.model import (
+    NO_TERMS,
     ColdBoot,
     Event,
     EventKind,
@@ -582,9 +583,13 @@ class Transaction:
         self._record = replace(self._record, sessions=sighted.sessions, sessions_unseen=sighted.unseen, at_once=at_once)
 
     def note_terms(self, terms: Terms) -> None:
-        """Add to the next record the terms of the handover, if a later call of it has other ones."""
+        """Add to the next record the terms of a call, which replace those of an earlier one if it has any."""
+        if terms == NO_TERMS:
+            return
         begun = replace(self._record.begun, profile=terms.profile or "")
         self._record = replace(self._record, terms=terms, begun=begun)
+        if terms.window_ignored:
+            self.emit_event(f"the window ({terms.window}) is ignored, as asked")
 
     def note_watchdog(self, device: str) -> None:
         """Add to the next record the watchdog that is armed for the jump."""

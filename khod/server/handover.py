@@ -140,10 +140,12 @@ def _describe_caller(sudo_user: int | None = None) -> str:
 
 def _describe_asker(terms: model.Terms | None) -> str:
     """Describe who began a handover: the caller and, if that runs a profile for somebody, whom it names."""
+    caller = _describe_caller()
     if terms is None or terms.profile is None:
-        return _describe_caller()
-    asked = terms.asked_by or "an unknown user"
-    return one_line(f"{asked}, by profile {terms.profile} that {_describe_caller()} runs")
+        return caller
+    if terms.asked_by is None:
+        return one_line(f"{caller}, by profile {terms.profile}")
+    return one_line(f"{terms.asked_by}, by profile {terms.profile} that {caller} runs")
 
 
 def _find_callers_units() -> tuple[str, ...]:

@@ -146,6 +146,14 @@ def test_a_unit_that_nobody_announced_is_of_an_unknown_user(unit: Unit) -> None:
     assert unit.khod.record.begun.by.startswith("an unknown user, by profile next that root (")
 
 
+def test_who_gives_kexec_a_profile_asks_for_it(unit: Unit) -> None:
+    text = (unit.here / "profiles/next.toml").read_text().partition("[hooks]")[0]
+    (unit.here / "profiles/plain.toml").write_text(text)
+    assert unit.khod.khoctl("kexec", "--profile", "plain", "--load-only").code == Exit.done
+    by = unit.khod.record.begun.by
+    assert (by.startswith("root ("), by.endswith("), by profile plain")) == (True, True)
+
+
 def test_a_command_before_that_fails_refuses_the_handover_and_the_one_after_runs(unit: Unit) -> None:
     unit.write(before='[["true"], ["/bin/sh", "-c", "echo no seats >&2; exit 4"], ["touch", "{here}/never"]]')
     ended = unit.hand_over()
@@ -233,13 +241,15 @@ def test_a_closed_window_refuses_before_anything_is_run(unit: Unit) -> None:
     planned = unit.khod.khoctl("plan", "next", "--json")
     (window,) = [check for check in planned.json["checks"] if check["name"] == "window"]
     assert (planned.code, window["result"]) == (Exit.refused, "fail")
+    assert unit.khod.khoctl("check", "--profile", "next").code == Exit.refused
     ignored = unit.khod.khoctl("plan", "next", "--ignore-window")
     assert ignored.code == Exit.done, ignored.out
 
 
 def test_a_window_is_ignored_on_the_record(unit: Unit) -> None:
     unit.write(tables=closed_window(), keys="load_only = true")
-    assert unit.hand_over("--ignore-window").code == Exit.done
+    ended = unit.hand_over("--ignore-window")
+    assert (ended.code, "UTC) is ignored, as asked" in ended.err) == (Exit.done, True)
     terms = unit.khod.record.terms
     assert (terms.window_ignored, terms.begin_before) == (True, None)
     assert terms.window is not None
