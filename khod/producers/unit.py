@@ -38,6 +38,7 @@ VITAL = (
     "system.slice",
     "init.scope",
     "-.mount",
+    "kho-after*",
     "kho-handover*",
     "kho-hook-*",
     "kho-hooks*",

@@ -788,6 +788,7 @@ def test_what_is_no_name_of_a_unit(name: str) -> None:
         *(
             "kho-handover.service",
             "kho-handover@x.service",
+            "kho-after@x.service",
             "kho-verify.service",
             "kho-hooks.service",
             "kho-sessions.socket",
