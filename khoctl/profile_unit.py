@@ -53,6 +53,7 @@ def start_and_follow(unit: str, *, quiet: bool) -> bool:
 
     Raises the error in which the unit's khoctl ended, and Detached if the operator interrupts: the unit goes on.
     """
+    earlier = _read_properties(unit).get("InvocationID", "")
     limit = call_timeout()
     ends = None if limit is None else time.monotonic() + limit
     with connect_client() as watcher, ProgressView(quiet=quiet) as shown, selectors.DefaultSelector() as selector:
@@ -76,7 +77,7 @@ def start_and_follow(unit: str, *, quiet: bool) -> bool:
             raise Detached(shown.last) from None
         drain_events(watcher, shown, _ask_phase())
         if starting.returncode:
-            raise describe_failure(unit)
+            raise _describe_failure(unit, earlier)
         return shown.last is Phase.executing
 
 
@@ -101,19 +102,23 @@ def _start(unit: str, *options: str) -> "subprocess.Popen[bytes]":
         ) from None
 
 
-def describe_failure(unit: str) -> KhoError:
-    """Return the error in which the unit's khoctl has ended, with its last line."""
-    said = _ask(["systemctl", "show", "--property=ExecMainStatus,InvocationID", unit])
-    values = dict(line.partition("=")[::2] for line in said.splitlines())
-    code = values.get("ExecMainStatus", "0")
-    if code in ("", "0"):
+def _describe_failure(unit: str, earlier: str) -> KhoError:
+    """Return the error in which the unit's khoctl has ended, with its last line; `earlier` is the run before this."""
+    values = _read_properties(unit)
+    code, run = values.get("ExecMainStatus", "0"), values.get("InvocationID", "")
+    if code in ("", "0") or run == earlier:
         return _not_started_error(unit)
-    run = f"_SYSTEMD_INVOCATION_ID={values.get('InvocationID', '')}"
-    lines = _ask(["journalctl", "--quiet", "--no-pager", "--output=cat", f"--unit={unit}", run]).splitlines()
-    own = [line.removeprefix(PREFIX) for line in lines if line.startswith(PREFIX)]
+    command = ["journalctl", "--quiet", "--no-pager", "--output=cat", f"--unit={unit}", f"_SYSTEMD_INVOCATION_ID={run}"]
+    own = [line.removeprefix(PREFIX) for line in _ask(command).splitlines() if line.startswith(PREFIX)]
     error = ERRORS.get(int(code) if code.isdecimal() else 0, Failed)
     what = printable(own[-1]) if own else f"The unit has failed with status {printable(code)}"
     return error(what.rstrip("."), where=unit, remedy=f"All of it: journalctl -u {unit}")
+
+
+def _read_properties(unit: str) -> dict[str, str]:
+    """Return how the last run of the unit has ended, and its id; {} if systemd does not say."""
+    said = _ask(["systemctl", "show", "--property=ExecMainStatus,InvocationID", unit])
+    return dict(line.partition("=")[::2] for line in said.splitlines())
 
 
 def _not_started_error(unit: str) -> KhoError:

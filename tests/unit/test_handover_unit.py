@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -25,7 +26,7 @@ cd {repository}
 unset COLUMNS
 case $1 in
 is-system-running) cat {here}/system 2>/dev/null || echo running; exit 0;;
-show) echo "ExecMainStatus=$(cat {here}/status)"; echo InvocationID=1234; exit 0;;
+show) echo "ExecMainStatus=$(cat {here}/status)"; echo "InvocationID=$(wc -l < {here}/started)"; exit 0;;
 esac
 for unit; do :; done
 echo "$*" >> {here}/started
@@ -52,16 +53,18 @@ class Unit:
 
     def __init__(self, khod: Khod) -> None:
         self.khod, self.here = khod, khod.directory
+
+    def install_programs(self) -> None:
         program = self.here / "bin/systemctl"
-        program.parent.mkdir()
+        program.parent.mkdir(exist_ok=True)
         program.write_text(SYSTEMCTL.format(here=self.here, repository=REPOSITORY, python=sys.executable))
         program.chmod(0o755)
         journal = self.here / "bin/journalctl"
         journal.write_text(f"#!/bin/sh\ncat {self.here}/journal\n")
         journal.chmod(0o755)
-        (self.here / "profiles").mkdir()
 
     def write(self, *, keys: str = "", before: str = RUN_BEFORE, tables: str = "", name: str = "next") -> None:
+        (self.here / "profiles").mkdir(exist_ok=True)
         text = PROFILE.format(here=self.here, keys=keys, tables=tables, before=before.format(here=self.here))
         (self.here / f"profiles/{name}.toml").write_text(text)
 
@@ -84,43 +87,77 @@ class Unit:
         return dict(line.partition("=")[::2] for line in lines)
 
 
-@pytest.fixture
-def unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unit]:
-    (tmp_path / "vmlinuz").write_bytes(bzimage())
-    (tmp_path / "initrd").write_bytes(CPIO)
-    khod = Khod(tmp_path)
-    made = Unit(khod)
+def make_unit(directory: Path) -> Unit:
+    (directory / "vmlinuz").write_bytes(bzimage())
+    (directory / "initrd").write_bytes(CPIO)
+    return Unit(Khod(directory))
+
+
+def prepare_unit(made: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the usual profile, and have every khoctl find it, its systemctl and its khod."""
     made.write()
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("KHOD_SOCKET", str(khod.socket))
+    monkeypatch.setenv("PATH", f"{made.here}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("KHOD_SOCKET", str(made.khod.socket))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv(profile.ENVIRONMENT, str(tmp_path / "profiles"))
-    monkeypatch.setenv(profile_hooks.ENVIRONMENT, str(tmp_path / "due"))
+    monkeypatch.setenv(profile.ENVIRONMENT, str(made.here / "profiles"))
+    monkeypatch.setenv(profile_hooks.ENVIRONMENT, str(made.here / "due"))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unit]:
+    """One khod for what leaves it as it was."""
+    made = make_unit(tmp_path_factory.mktemp("unit"))
     yield made
-    khod.close()
+    made.khod.close()
+
+
+@pytest.fixture
+def unit(host: Unit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unit]:
+    host.install_programs()
+    prepare_unit(host, monkeypatch)
+    yield host
+    if host.khod.record.phase is not Phase.idle:
+        assert host.khod.khoctl("abort").code == Exit.done
+    for name in ("after", "before", "started", "system", "due", "profiles"):
+        path = host.here / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (host.here / "initrd").write_bytes(CPIO)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Unit]:
+    """A khod of the test's own, for what changes it."""
+    made = make_unit(tmp_path)
+    made.install_programs()
+    prepare_unit(made, monkeypatch)
+    yield made
+    made.khod.close()
 
 
 @pytest.mark.parametrize("outcome", JUMPS)
-def test_the_command_after_the_jump_has_the_verdict(unit: Unit, outcome: str) -> None:
+def test_the_command_after_the_jump_has_the_verdict(own: Unit, outcome: str) -> None:
     faults, code = JUMPS[outcome]
     for name, value in faults.items():
-        unit.khod.kernel.set_fault(name, value)
-    ended = unit.hand_over()
+        own.khod.kernel.set_fault(name, value)
+    ended = own.hand_over()
     assert (ended.code, "The host jumped" in ended.err) == (Exit.done, True), ended
-    assert (unit.here / "before").read_text() == "before\n"
-    assert (unit.due, unit.after) == (["next.json"], {})
-    unit.khod.word("READY=1")
-    finished = unit.finish()
+    assert (own.here / "before").read_text() == "before\n"
+    assert (own.due, own.after) == (["next.json"], {})
+    own.khod.word("READY=1")
+    finished = own.finish()
     assert finished.code == Exit.done, finished.err
-    status = unit.khod.khoctl("status", "--json").json
-    found = unit.after
+    status = own.khod.khoctl("status", "--json").json
+    found = own.after
     assert (found["KHO_NAME"], found["KHO_VERB"], found["KHO_VERDICT"]) == ("next", "after", outcome)
     assert (found["KHO_EXIT_CODE"], found["KHO_RUN"]) == (str(int(code)), status["arrived_run"])
     assert ("KHO_BLACKOUT_SECONDS" in found) == (outcome != "cold_boot")
     assert found["KHO_ASKED_BY"].startswith("root (")
-    assert unit.due == []
-    (unit.here / "after").unlink()
-    assert (unit.finish().code, unit.after) == (Exit.done, {})  # once
+    assert own.due == []
+    (own.here / "after").unlink()
+    assert (own.finish().code, own.after) == (Exit.done, {})  # once
 
 
 def test_who_asked_stands_in_the_history_with_what_runs_it(unit: Unit) -> None:
@@ -171,12 +208,12 @@ def test_a_command_before_that_hangs_is_killed_at_its_deadline(unit: Unit) -> No
     assert unit.after["KHO_VERDICT"] == "refused"
 
 
-def test_a_handover_that_is_rolled_back_has_the_command_after_it_run(unit: Unit) -> None:
-    unit.khod.kernel.set_fault("veto", -12)
-    ended = unit.hand_over("--json")
+def test_a_handover_that_is_rolled_back_has_the_command_after_it_run(own: Unit) -> None:
+    own.khod.kernel.set_fault("veto", -12)
+    ended = own.hand_over("--json")
     assert ended.code == Exit.failed, ended
-    assert (unit.after["KHO_VERDICT"], unit.after["KHO_EXIT_CODE"], unit.due) == ("rolled_back", "1", [])
-    assert unit.after["KHO_REASON"]
+    assert (own.after["KHO_VERDICT"], own.after["KHO_EXIT_CODE"], own.due) == ("rolled_back", "1", [])
+    assert own.after["KHO_REASON"]
     assert ended.json["where"] == "kho-handover@next.service"
 
 
@@ -184,7 +221,7 @@ def test_what_a_killed_khoctl_left_due_is_run_behind_it(unit: Unit) -> None:
     """Also where the profile is gone by then."""
     status = unit.khod.khoctl("status", "--json").json
     due = {"profile": "next", "asked_by": "me", "boot_id": status["boot_id"], "arrived_run": ""}
-    (unit.here / "due").mkdir()
+    (unit.here / "due").mkdir(exist_ok=True)
     due |= {"commands": [["/bin/sh", "-c", f"env | grep ^KHO_ > {unit.here}/after"]], "seconds": 5.0}
     (unit.here / "due/next.json").write_text(json.dumps(due))
     (unit.here / "profiles/next.toml").unlink()
@@ -219,7 +256,7 @@ def test_no_command_is_run_beside_another_handover(unit: Unit) -> None:
 
 
 def test_damage_in_what_is_due_is_said(unit: Unit) -> None:
-    (unit.here / "due").mkdir()
+    (unit.here / "due").mkdir(exist_ok=True)
     (unit.here / "due/next.json").write_text("{")
     ended = unit.khod.khoctl("finish-profile")
     assert (ended.code, "next.json" in ended.err) == (Exit.failed, True)
@@ -319,6 +356,14 @@ def test_a_unit_that_is_not_started_leaves_no_announcement(unit: Unit) -> None:
     assert unit.khod.ask("TakeAnnouncement", profile="next")["announcement"]["by"] == ""
     ended = unit.hand_over("--no-block")
     assert ended.code == Exit.failed
+
+
+def test_the_end_of_an_earlier_run_is_not_that_of_one_that_did_not_begin(unit: Unit) -> None:
+    (unit.here / "bin/systemctl").write_text(
+        "#!/bin/sh\n[ $1 = show ] && printf 'ExecMainStatus=7\\nInvocationID=1\\n'\nexit 1\n"
+    )
+    ended = unit.hand_over()
+    assert (ended.code, "systemd has not started the unit" in ended.err) == (Exit.failed, True)
 
 
 def test_it_does_not_wait_where_it_is_not_to(unit: Unit) -> None:
