@@ -19,7 +19,7 @@ from pathlib import Path
 
 from khoctl.layout import show_page
 from khoctl.profile import PATH, Command, HookCommands, Profile
-from khod.errors import Failed, KhoError, Refused, errno_text
+from khod.errors import Exit, Failed, KhoError, Refused, errno_text
 from khod.model import Phase, Status
 from khod.text import one_line, printable
 from khod.values import ANY_FIELD, decode_value, encode_value
@@ -30,15 +30,16 @@ ENVIRONMENT = "STATE_DIRECTORY"
 TAIL_BYTES = 64 << 10
 """Bytes of a command's standard error that are shown, from its end."""
 REFUSED, ROLLED_BACK = "refused", "rolled_back"
-"""Verdicts that are no phase: nothing was begun, and everything was put back."""
+"""Verdicts that are not phases: nothing was begun, and everything was put back."""
 
 
 @dataclass(frozen=True)
 class Pending:
     """The commands that are due after a handover.
 
-    `boot_id` is the boot in which they became due, and `arrived_run` the handover that had led to it. `verdict` is how
-    the handover ended, "" while that is not known, with the exit code and the reason.
+    `boot_id` is the boot in which they became due, `arrived_run` the handover that had led to it, and `earlier_run` the
+    last one that had begun. `verdict` is how the handover ended, "" while that is not known, with the exit code and the
+    reason.
     """
 
     profile: str
@@ -47,6 +48,7 @@ class Pending:
     arrived_run: str
     commands: list[list[str]]
     seconds: float
+    earlier_run: str = ""
     verdict: str = ""
     exit_code: int = 0
     reason: str = ""
@@ -140,7 +142,8 @@ def read_pending(profile: str) -> Pending | None:
 def keep_pending(profile: Profile, asked_by: str, status: Status) -> Pending:
     """Write down what is due after the handover of this profile that is about to begin in this boot."""
     commands = [list(command) for command in profile.after.commands]
-    pending = Pending(profile.name, asked_by, status.boot_id, status.arrived_run, commands, profile.after.seconds)
+    boot = status.boot_id, status.arrived_run
+    pending = Pending(profile.name, asked_by, *boot, commands, profile.after.seconds, status.run)
     pending.write()
     return pending
 
@@ -226,22 +229,32 @@ def _show_errors(fd: int) -> str:
 
 def judge_error(pending: Pending, error: KhoError, status: Status) -> Pending:
     """Return what is due with the verdict on a handover that ended in this error, in the same boot."""
-    verdict = REFUSED if isinstance(error, Refused) else ROLLED_BACK
-    if status.phase is Phase.failed:
-        verdict = Phase.failed.value
-    return replace(pending, verdict=verdict, exit_code=int(error.exit), reason=str(error), run=status.run)
+    return replace(
+        pending,
+        verdict=_judge_here(pending, status),
+        exit_code=int(error.exit),
+        reason=str(error),
+        run="" if status.run == pending.earlier_run else status.run,
+    )
 
 
 def judge_status(pending: Pending, status: Status) -> Pending:
     """Return what is due with the verdict on its handover, which has ended; khoctl may have been killed meanwhile."""
     if pending.verdict:
         return pending
-    same_boot = status.boot_id == pending.boot_id
-    if same_boot:
-        verdict = Phase.failed.value if status.phase is Phase.failed else ROLLED_BACK
+    if status.boot_id == pending.boot_id:
+        verdict = _judge_here(pending, status)
+        code = status.exit_code if verdict == Phase.failed.value else Exit.failed.value
     elif status.arrived_run != pending.arrived_run and status.outcome is not Phase.idle:
-        verdict = status.outcome.value
+        verdict, code = status.outcome.value, status.exit_code
     else:  # the host was booted anew in the middle of it
-        verdict = Phase.cold_boot.value
-    code = status.exit_code if not same_boot or verdict == Phase.failed.value else 1
-    return replace(pending, verdict=verdict, exit_code=code, reason=status.last_error, run=status.run)
+        verdict, code = Phase.cold_boot.value, Exit.degraded.value
+    run = "" if status.run == pending.earlier_run else status.run
+    return replace(pending, verdict=verdict, exit_code=code, reason=status.last_error, run=run)
+
+
+def _judge_here(pending: Pending, status: Status) -> str:
+    """Return the verdict on a handover that has ended in the boot in which it was to begin."""
+    if status.run == pending.earlier_run:
+        return REFUSED
+    return Phase.failed.value if status.phase is Phase.failed else ROLLED_BACK

@@ -171,7 +171,7 @@ def test_who_asked_stands_in_the_history_with_what_runs_it(unit: Unit) -> None:
     assert unit.khod.record.begun.profile == "next"
     assert unit.khod.khoctl("abort").code == Exit.done
     assert unit.finish().code == Exit.done
-    assert (unit.after["KHO_VERDICT"], unit.due) == ("rolled_back", [])
+    assert (unit.after["KHO_VERDICT"], unit.after["KHO_RUN"], unit.due) == ("rolled_back", ended.json["run"], [])
     shown = unit.khod.khoctl("history", "show")
     assert "profile     next" in shown.out
     assert "budget      600 s" in shown.out
@@ -217,10 +217,16 @@ def test_a_handover_that_is_rolled_back_has_the_command_after_it_run(own: Unit) 
     assert ended.json["where"] == "kho-handover@next.service"
 
 
-def test_what_a_killed_khoctl_left_due_is_run_behind_it(unit: Unit) -> None:
-    """Also where the profile is gone by then."""
+@pytest.mark.parametrize(
+    ("boot_id", "earlier_run", "verdict"), [("", "", "refused"), ("", "another", "rolled_back"), ("x", "", "cold_boot")]
+)
+def test_what_a_killed_khoctl_left_due_is_run_behind_it(
+    unit: Unit, boot_id: str, earlier_run: str, verdict: str
+) -> None:
+    """Also where the profile is gone by then; "" stands for what khod says now."""
     status = unit.khod.khoctl("status", "--json").json
-    due = {"profile": "next", "asked_by": "me", "boot_id": status["boot_id"], "arrived_run": ""}
+    due: dict[str, Any] = {"profile": "next", "asked_by": "me", "arrived_run": ""}
+    due |= {"boot_id": boot_id or status["boot_id"], "earlier_run": earlier_run or status["run"]}
     (unit.here / "due").mkdir(exist_ok=True)
     due |= {"commands": [["/bin/sh", "-c", f"env | grep ^KHO_ > {unit.here}/after"]], "seconds": 5.0}
     (unit.here / "due/next.json").write_text(json.dumps(due))
@@ -229,7 +235,7 @@ def test_what_a_killed_khoctl_left_due_is_run_behind_it(unit: Unit) -> None:
     assert (unit.finish().code, unit.due, unit.after) == (Exit.done, ["next.json"], {})
     (unit.here / "system").unlink()
     assert unit.khod.khoctl("finish-profile").code == Exit.done
-    assert (unit.after["KHO_VERDICT"], unit.after["KHO_ASKED_BY"], unit.due) == ("rolled_back", "me", [])
+    assert (unit.after["KHO_VERDICT"], unit.after["KHO_ASKED_BY"], unit.due) == (verdict, "me", [])
 
 
 def test_a_command_after_that_fails_stays_due(unit: Unit) -> None:
