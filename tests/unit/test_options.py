@@ -21,9 +21,9 @@ OPTION = re.compile(r"(?<![\w-])--(?:[a-z][a-z-]*|\{\})")
 OF_OTHERS = {
     *("--no-ask-password", "--property", "--json", "--list", "--user", "--system", "--machine", "--no-block"),
     *("--key", "--cert", "--output", "--import", "--check", "--long", "--load-preserve-context"),
-    *("--socket", "--root", "--state", "--simulate", "--version"),
+    *("--socket", "--root", "--state", "--simulate", "--version", "--rolled-back"),
 }
-"""Options of systemctl, systemd-analyze, sbsign, mokutil, xz, zstd, kexec and of khod itself."""
+"""Options of systemctl, systemd-analyze, sbsign, mokutil, xz, zstd, kexec, of khod itself and of khod-fleetlock."""
 
 
 def strings() -> Iterator[tuple[str, str]]:
