@@ -143,7 +143,7 @@ class Daemon:
             lambda: probe_kho(calls),
             Store(opts.state),
             self._settings,
-            producers=Directory(opts.root, self._host.runner).load_producers,
+            producers=Directory(opts.root, self._host.runner, opts.socket).load_producers,
             sessions=sessions,
             guard=Guard,
             orderly=self._host.orderly,

@@ -155,8 +155,14 @@ class Attempt:
     async def tell_producers(self, verb: Verb, among: Sequence[Member] | None = None) -> None:
         """Tell all producers, or those in `among`, within one deadline for all of them together.
 
-        Refused with a producer's veto; Failed if the deadline passes.
+        Leaders are told `prepare` alone, before the others, and have as long as their timeout says: the deadline is for
+        the others. Refused with a producer's veto; Failed if the deadline passes.
         """
+        if leaders := self.barrier.leaders:
+            among = self.barrier.members if among is None else among
+            if verb is Verb.prepare:
+                await self.barrier.broadcast(verb, [member for member in among if member in leaders])
+            among = [member for member in among if member not in leaders]
         deadlines = self._config.deadlines
         deadline = deadlines.prepare if verb is Verb.prepare else deadlines.freeze
         try:
@@ -169,6 +175,10 @@ class Attempt:
                 await self._frozen()
             except Exception:  # what was not read is not compared after the jump
                 LOG.exception("The preserved files could not be read")
+
+    async def confirm_leaders(self) -> None:
+        """Have the leaders confirm what `prepare` gave them, by the same verb again; Refused if one cannot."""
+        await self.barrier.broadcast(Verb.prepare, [member for member in self.barrier.leaders if member.told])
 
     async def undo_verb(self, verb: Verb) -> list[tuple[str, KhoError]]:
         """Tell every producer that was told `verb` its undo; return the names and errors of those that failed.

@@ -8,7 +8,7 @@ from khod.handover.machine import STEPS, Machine, remaining_steps
 from khod.kernel.protocol import KhoKernel
 from khod.model import Planned, Step
 from khod.producers.barrier import Participant
-from khod.producers.order import order_in_ranks
+from khod.producers.order import LEADERS, order_in_ranks
 from khod.quiesce.host import Survey
 from khod.target.target import Request, Target
 from khod.text import format_size, join_names, printable
@@ -36,13 +36,20 @@ def plan_steps(
     `survey` is what the step quiesce would stop, None without that step.
     """
     last = Step.load if request.load_only else Step.execute
-    told = _describe_producers(producers)
+    others = [producer for producer in producers if producer.name not in LEADERS]
+    lock = "".join(
+        f"get the lock ({producer.name}), {producer.timeout:g} s at most; then "
+        for producer in producers
+        if producer.name in LEADERS
+    )
+    told = _describe_producers(others)
     by_khod = request.now or (survey is not None and not survey.stores)
     does = {
-        Step.prepare: f"tell {told} to prepare, {deadlines.prepare:g} s at most: work goes on" if producers else NOBODY,
+        Step.prepare: lock
+        + (f"tell {told} to prepare, {deadlines.prepare:g} s at most: work goes on" if others else NOBODY),
         Step.quiesce: _describe_quiesce(survey),
         Step.freeze: f"tell {told} to freeze, {deadlines.freeze:g} s at most: the blackout begins"
-        if producers
+        if others
         else NOBODY,
         Step.activate: f"{kernel.entering}; keep a snapshot of the state tree",
         Step.load: f"kexec_file_load: {_describe_target(target)}",

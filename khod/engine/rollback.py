@@ -6,7 +6,8 @@ thawed even if that has not ended: a kernel call that hangs must keep no produce
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 
 from khod.concurrency.bounded import CUT_SECONDS, run_within
 from khod.config import Deadlines
@@ -55,10 +56,22 @@ async def undo_all(attempt: Attempt, done: Sequence[Step], emit: Callable[[str],
     failures: list[Failure] = []
     for step in reversed(done):
         if step in PRODUCERS:
-            failures += await _undo_producers(attempt, step, emit)
+            failures += await _undo_members(partial(attempt.undo_verb, PRODUCERS[step]), step, emit)
         elif step is Step.quiesce:
             failures += await _undo_quiesce(attempt, emit)
-    return [*await kernel, *failures]
+    failures = [*await kernel, *failures]
+    return [*failures, *await _undo_leaders(attempt, failures, emit)] if Step.prepare in done else failures
+
+
+async def _undo_leaders(attempt: Attempt, failures: Sequence[Failure], emit: Callable[[str], None]) -> list[Failure]:
+    """Have the leaders release what they hold, at the end; not before the rest is undone: the host is not steady."""
+    if not failures:
+        return await _undo_members(partial(attempt.barrier.undo_verb, Verb.prepare, leaders=True), Step.prepare, emit)
+    held = [member.producer.name for member in attempt.barrier.leaders if member.told in UNDO]
+    return [
+        Failure(Step.prepare, (NotUndone(Step.prepare.value, name, f"{name} keeps the lock until then", ""),))
+        for name in held
+    ]
 
 
 async def _undo_quiesce(attempt: Attempt, emit: Callable[[str], None]) -> list[Failure]:
@@ -99,10 +112,12 @@ async def _undo_kernel(attempt: Attempt, steps: Sequence[Step], emit: Callable[[
     return failures
 
 
-async def _undo_producers(attempt: Attempt, step: Step, emit: Callable[[str], None]) -> list[Failure]:
+async def _undo_members(
+    undo: Callable[[], Awaitable[list[tuple[str, KhoError]]]], step: Step, emit: Callable[[str], None]
+) -> list[Failure]:
     verb = PRODUCERS[step]
     try:
-        failed = await attempt.undo_verb(verb)
+        failed = await undo()
     except Exception as error:  # noqa: BLE001 - as above
         failed = [("", KhoError(f"khod itself failed: {error!r}", remedy="This is a bug; the journal has more."))]
     if not failed:

@@ -306,7 +306,7 @@ class Transaction:
         for number, step in enumerate(steps):
             before, caught_up = self._machine, False
             try:
-                await self._catch_up(step)
+                await self._catch_up(step, begins=number == 0)
                 caught_up = True
                 await self.raise_if_cancelled()
                 ahead = None if step in recorded else recorded_ahead(steps[number:])
@@ -342,8 +342,12 @@ class Transaction:
         await self.roll_back(self._cause or cause)
         raise AssertionError("a rollback with a cause raises")
 
-    async def _catch_up(self, step: Step) -> None:
-        """Bring late producers to the state of the others: each verb is recorded before it is told."""
+    async def _catch_up(self, step: Step, *, begins: bool) -> None:
+        """Bring late producers to the state of the others: each verb is recorded before it is told.
+
+        The leaders confirm what they hold where an operation goes on with a handover, and before the step that stops
+        anything; after quiesce the host may have no network to ask.
+        """
         attempt = self._require_attempt()
         if attempt.resumed:
             await self.wait_interruptibly(attempt.wait_reconnected())
@@ -353,6 +357,8 @@ class Transaction:
             for verb in attempt.past:
                 await self.write_record()
                 await self.wait_interruptibly(attempt.tell_producers(verb, late))
+        if (begins or step in (Step.quiesce, Step.freeze)) and Step.quiesce not in self._machine.done:
+            await self.wait_interruptibly(attempt.confirm_leaders())
         self._require_luo()
 
     def _require_luo(self) -> None:

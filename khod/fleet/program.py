@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """khod-fleetlock: get, confirm and release this host's lock, see khod-fleetlock(8).
 
-khod runs `lock`, `check` and `unlock` as it runs the commands of a hook; khod-fleetlock@settle.service runs `settle` at
+khod runs `lock`, `check` and `settle` as it runs the commands of a hook; khod-fleetlock@settle.service runs `settle` at
 every start of the host.
 """
 

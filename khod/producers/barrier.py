@@ -28,7 +28,7 @@ from khod.errors import (
 )
 from khod.frozen import dataclass
 from khod.handover.record import ProducerRecord
-from khod.producers.order import Ordered, order_in_ranks
+from khod.producers.order import LEADERS, Ordered, order_in_ranks
 
 
 class Verb(enum.Enum):
@@ -178,6 +178,15 @@ class Member:
     here."""
 
     @property
+    def is_leader(self) -> bool:
+        """Whether it is one of `Barrier.leaders`."""
+        return self.producer.name in LEADERS
+
+    def owes_undo(self, verb: Verb, *, leaders: bool) -> bool:
+        """Tell whether it is to undo `verb`; of the leaders, which are told nothing but `prepare`, with `leaders`."""
+        return self.is_leader is leaders and (self.told in UNDO if leaders else self.told is verb)
+
+    @property
     def is_waiting(self) -> bool:
         """Whether its answer is awaited."""
         return self.began is not None
@@ -244,6 +253,11 @@ class Barrier:
     def members(self) -> list[Member]:
         """All producers, in rank order."""
         return [member for rank in self._ranks for member in rank]
+
+    @property
+    def leaders(self) -> list[Member]:
+        """The producers that are told `prepare` before all others, and nothing else but its undo."""
+        return [member for member in self.members if member.is_leader]
 
     def to_records(self) -> tuple[ProducerRecord, ...]:
         """Return the records of all producers, with what they were told."""
@@ -328,18 +342,19 @@ class Barrier:
             member.answer = str(error)
             self.changed(member)
 
-    async def undo_verb(self, verb: Verb) -> list[tuple[str, KhoError]]:
+    async def undo_verb(self, verb: Verb, *, leaders: bool = False) -> list[tuple[str, KhoError]]:
         """Tell every producer that was told `verb` its undo, in reverse order; return the names and errors of failures.
 
         All of them are told, and each rank is waited for as long as its slowest member may take. A producer that must
-        first return (khod was restarted) does not delay its rank: it is waited for at the end.
+        first return (khod was restarted) does not delay its rank: it is waited for at the end. Leaders are left out;
+        with `leaders` only they are told.
         """
         if self.broken is not None:
             return [("", self.broken)]
         failed: list[tuple[str, KhoError]] = []
         absent: list[tuple[Member, asyncio.Future[KhoError | None]]] = []
         for rank in reversed(self._ranks):
-            told = [(member, self._start_call(member, UNDO[verb])) for member in rank if member.told is verb]
+            told = [(m, self._start_call(m, UNDO[verb])) for m in rank if m.owes_undo(verb, leaders=leaders)]
             absent += [(member, task) for member, task in told if not member.producer.is_reachable]
             failed += await self._gather_failures([pair for pair in told if pair[0].producer.is_reachable], UNDO[verb])
         return [*failed, *await self._gather_failures(absent, UNDO[verb])]

@@ -15,6 +15,7 @@ from khod.files import require_type
 from khod.frozen import dataclass
 from khod.handover.record import ProducerRecord
 from khod.producers.barrier import ParticipantVeto, ProducerCall
+from khod.producers.order import LEADERS
 from khod.producers.output import STDERR
 from khod.text import one_line
 
@@ -22,8 +23,8 @@ __all__ = ["Configured", "check_name", "one_line", "require_string", "require_st
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 
-RESERVED = ("systemd",)
-"""Names that no producer may have: LUO's session of that name is the service manager's."""
+RESERVED = {"systemd": "the service manager", **dict.fromkeys(LEADERS, "khod itself")}
+"""Names that no other producer may have, and who has them: LUO's session `systemd` is the service manager's."""
 
 SHORTAGE_ERRNOS = {
     errno.EAGAIN: "khod may start no more processes (TasksMax= of kho-handover.service, kernel.pid_max)",
@@ -88,7 +89,7 @@ def check_name(name: str) -> None:
             remedy="Letters, digits, `.`, `_`, `@` and `-`, at most 64, the first one a letter, a digit or `_`.",
         )
     if name in RESERVED:
-        raise UsageError(f"The name {name!r} is taken by the service manager", where="name", remedy="Choose another.")
+        raise UsageError(f"The name {name!r} is taken by {RESERVED[name]}", where="name", remedy="Choose another.")
 
 
 def require_strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str]:

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""/etc/kho/producers.d: one producer a file. What it names decides the kind: commands, a unit, or a QMP socket."""
+"""/etc/kho/producers.d: one producer a file. What it names decides the kind: commands, a unit, or a QMP socket.
+
+/etc/kho/fleetlock.toml is one more: the lock of the host's fleet.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 from khod.deferred import defer_module
 from khod.errors import ConfigError, UsageError
 from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
+from khod.fleet import FILE as FLEETLOCK_FILE
 from khod.producers.barrier import Participant, Verb
 from khod.producers.commands import TABLE, CommandRunner
 from khod.producers.configured import check_name, require_string, require_strings
+from khod.wire import SOCKET
 
 if TYPE_CHECKING:
-    from khod.producers import hooks, kept, qemu, service_settings, unit
+    from khod.producers import fleetlock, hooks, kept, qemu, service_settings, unit
     from khod.systemd.setting_values import Property
     from khod.vm import settings as vm_settings
 else:
+    fleetlock = defer_module("khod.producers.fleetlock")
     hooks = defer_module("khod.producers.hooks")
     kept = defer_module("khod.producers.kept")
     qemu = defer_module("khod.producers.qemu")
@@ -34,10 +41,10 @@ MAX_TIMEOUT_SECONDS = 86400
 """For one verb; a hook without an end would hold every rollback."""
 
 
-def load_directory(root: Path, runner: CommandRunner) -> list[Participant]:
+def load_directory(root: Path, runner: CommandRunner, socket: Path = Path(SOCKET)) -> list[Participant]:
     """Read every producer's file, by name; ConfigError that names the first that is wrong, and has all the others.
 
-    `runner` is for the commands of those that are hooks.
+    `runner` is for the commands of those that are hooks, `socket` is khod's own.
     """
     found: list[Participant] = []
     wrong: ConfigError | None = None
@@ -53,6 +60,11 @@ def load_directory(root: Path, runner: CommandRunner) -> list[Participant]:
             found.append(made)
         except ConfigError as error:
             wrong = wrong or error
+    try:
+        if os.path.lexists(root / FLEETLOCK_FILE):
+            found.append(fleetlock.read_fleetlock(root, runner, socket))
+    except ConfigError as error:
+        wrong = wrong or error
     if wrong is not None:
         wrong.readable = found
         raise wrong
@@ -62,9 +74,10 @@ def load_directory(root: Path, runner: CommandRunner) -> list[Participant]:
 class Directory:
     """The directory below `root`, asked before every step, registration and status: parsed when a file has changed."""
 
-    def __init__(self, root: Path, runner: CommandRunner) -> None:
+    def __init__(self, root: Path, runner: CommandRunner, socket: Path = Path(SOCKET)) -> None:
         self._root = root
         self._runner = runner
+        self._socket = socket
         self._seen: list[tuple[str, int, int, int]] | None = None
         self._found: list[Participant] = []
 
@@ -72,13 +85,15 @@ class Directory:
         """Give every producer with a file, as `load_directory` does."""
         seen = self._directory_state()
         if seen is None or seen != self._seen:
-            self._found, self._seen = load_directory(self._root, self._runner), seen
+            self._found, self._seen = load_directory(self._root, self._runner, self._socket), seen
         return list(self._found)
 
     def _directory_state(self) -> list[tuple[str, int, int, int]] | None:
         """What tells one state of the files from another; None where one goes just now."""
+        lock = self._root / FLEETLOCK_FILE
         try:
-            stats = [(path.name, path.stat()) for path in list_toml(self._root / DIRECTORY, "producer")]
+            paths = [*list_toml(self._root / DIRECTORY, "producer"), *([lock] if os.path.lexists(lock) else [])]
+            stats = [(str(path), path.stat()) for path in paths]
         except (OSError, ConfigError):
             return None
         return [(name, found.st_ino, found.st_size, found.st_mtime_ns) for name, found in stats]

@@ -7,6 +7,10 @@ from typing import Protocol, TypeVar
 
 from khod.errors import ConfigError
 
+FLEETLOCK = "fleetlock"
+LEADERS = (FLEETLOCK,)
+"""Names of producers that are told `prepare` before all others, and `cancel` after them; no other may have one."""
+
 
 class Ordered(Protocol):
     """A member of the order."""
@@ -30,9 +34,10 @@ T = TypeVar("T", bound=Ordered)
 def order_in_ranks(producers: Iterable[T]) -> list[list[T]]:
     """Return the producers in ranks, in the order in which they are told; ConfigError names a cycle.
 
-    A name in `after` or `before` that is not among the producers is ignored.
+    Leaders are the first rank. A name in `after` or `before` that is not among the others is ignored.
     """
     known = {producer.name: producer for producer in producers}
+    leaders = [known.pop(name) for name in LEADERS if name in known]
     sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(known, ()))
     for producer in known.values():
         sorter.add(producer.name, *(name for name in producer.after if name in known))
@@ -43,7 +48,7 @@ def order_in_ranks(producers: Iterable[T]) -> list[list[T]]:
         sorter.prepare()
     except CycleError as error:
         raise _cycle_error(error.args[1]) from None
-    result = []
+    result = [leaders] if leaders else []
     while sorter.is_active():
         rank = sorter.get_ready()
         result.append([known[name] for name in sorted(rank)])
