@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Following a handover from one kernel into the next: the connection to khod ends with the jump, and is made again.
 
-khoctl on the host itself ends with its kernel. One beyond a forwarded socket stays, as one beside the simulated kernel.
+khoctl on the host itself ends with its kernel. One on another host stays, which has khod by `--host` or by a forwarded
+socket, and so does one beside the simulated kernel.
 """
 
 import time
@@ -10,9 +11,9 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from khoctl.session import call_timeout, connect_client, socket_path
+from khoctl.session import call_timeout, connect_client, khod_place, open_client, remote_host
 from khod.client.handover import Client
-from khod.errors import KhoError, Unreachable
+from khod.errors import Denied, KhoError, Refused, Unreachable
 from khod.model import Event, Phase, Status
 
 AWAY_SECONDS = 600.0
@@ -32,7 +33,9 @@ ENDED = AT_REST | {Phase.failed, Phase.foreign, Phase.inconsistent}
 IN_JUMP = "the host is in the jump: khod is waited for"
 AWAY = "khod has ended in the middle of a handover, and is waited for"
 BACK = "khod answers again"
+LOST = "the connection to the host was lost, and is made again"
 SAME_BOOT = "khod was started again in the same boot: the host has not jumped"
+CONNECTED = "connected again, in the same boot: the host has not jumped"
 OTHER_BOOT = "khod answers in another boot of the host, with kernel"
 
 
@@ -76,17 +79,22 @@ class Follower:
     the kind `note`, with the time of this host.
     """
 
-    def __init__(self) -> None:
-        link = Link(connect_client)
-        self.event, self.status = link.event, link.status
-        self._boot = link.status.boot_id
+    def __init__(self, before: Status | None = None) -> None:
+        """Connect; with the status of the host `before` the connection to it was lost, wait for khod to come back."""
+        self._link: Link | None = None
+        if before is None:
+            self._link = Link(connect_client)
+            self.status, self.event = self._link.status, self._link.event
+        else:
+            self.status, self.event = before, Event(0.0, before.phase, "", before.run)
+        self._boot = self.status.boot_id
         self.is_other_boot = False
         """Whether khod has come back in another boot than the first."""
-        self.note = link.event
+        self.note = self.event
         """The last event about the connection, the first event before there is one."""
-        self._link: Link | None = link
-        self._heard = time.monotonic()
-        self._lost = self._next_try = 0.0
+        self._heard = self._lost = time.monotonic()
+        self._next_try = 0.0
+        self._failure: KhoError | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -159,7 +167,7 @@ class Follower:
 
     def _probe_host(self) -> None:
         """Raise Unreachable if the khod of this connection no longer answers: nobody may have closed its connection."""
-        with Client(socket_path(), patience=TRY_SECONDS) as asking:
+        with open_client(TRY_SECONDS) as asking:
             boot = asking.status().boot_id
         if boot and boot != self._boot:
             raise Unreachable("khod answers in another boot")
@@ -169,23 +177,26 @@ class Follower:
         if self._link is not None:
             self._link.close()
         self._link, self._lost = None, time.monotonic()
-        return self._note(IN_JUMP if self.event.phase is Phase.executing else AWAY)
+        return self._note(IN_JUMP if self.event.phase is Phase.executing else LOST if remote_host() else AWAY)
 
     def _try_again(self, seconds: float | None) -> Event | None:
         """Try to reach khod if it is time, and return that it is back; else pause within `seconds`, and return None."""
         limit = call_timeout() or AWAY_SECONDS
         left = self._lost + limit - time.monotonic()
         if left <= 0:
-            raise Unreachable(
-                f"khod has not come back within {limit:g} s", where=str(socket_path()), remedy="Look at its host."
-            )
+            last = f"The last try: {self._failure.what}. " if remote_host() and self._failure else ""
+            what = f"khod has not come back within {limit:g} s"
+            raise Unreachable(what, where=khod_place(), remedy=f"{last}Look at its host.")
         if (pause := self._next_try - time.monotonic()) > 0:
             time.sleep(max(0.0, min(pause, left, seconds if seconds is not None else pause)))
             return None
         self._next_try = time.monotonic() + RETRY_SECONDS
         try:
-            link = Link(lambda: Client(socket_path(), patience=min(TRY_SECONDS, left)))
-        except KhoError:
+            link = Link(lambda: open_client(min(TRY_SECONDS, left), fresh=True))
+        except KhoError as error:
+            if isinstance(error, Refused) and not isinstance(error, Denied):
+                raise  # another host key: it will not be the former one again
+            self._failure = error
             return None
         if not link.status.boot_id:  # it has begun, and does not know yet how the host stands
             link.close()
@@ -196,7 +207,7 @@ class Follower:
         self._link, self.event, self.status, self._heard = link, link.event, link.status, time.monotonic()
         boot, self._boot = self._boot, link.status.boot_id
         if boot in ("", self._boot):
-            return self._note(SAME_BOOT if boot else BACK)
+            return self._note(BACK if not boot else CONNECTED if remote_host() else SAME_BOOT)
         self.is_other_boot = True
         return self._note(f"{OTHER_BOOT} {link.status.kernel_release}")
 

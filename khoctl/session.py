@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from khod.model import Phase
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-SOCKET_KEY, TIMEOUT_KEY = "khoctl.socket", "khoctl.timeout"
+HOST_KEY, SOCKET_KEY, TIMEOUT_KEY = "khoctl.host", "khoctl.socket", "khoctl.timeout"
 INTERRUPTED = 130
 """The exit code of a shell for SIGINT: 128 plus its number."""
 WRITTEN = "What was asked for may be done: khoctl status"
@@ -45,6 +45,17 @@ def socket_path() -> Path:
     return Path(click.get_current_context().meta.get(SOCKET_KEY) or os.environ.get("KHOD_SOCKET") or SOCKET)
 
 
+def remote_host() -> str:
+    """Return the host of --host, or "" for this one."""
+    host: str = click.get_current_context().meta.get(HOST_KEY, "")
+    return host
+
+
+def khod_place() -> str:
+    """Return where khod is looked for: a host, or the path of a socket on this one."""
+    return remote_host() or str(socket_path())
+
+
 def call_timeout() -> float | None:
     """Return how many seconds the operator wants to wait, or None without a limit."""
     seconds: float | None = click.get_current_context().meta.get(TIMEOUT_KEY)
@@ -53,9 +64,21 @@ def call_timeout() -> float | None:
 
 def connect_client() -> "Client":
     """Connect to khod; raise Unreachable if it does not answer."""
+    return open_client(call_timeout(), on_slow=say_slow)
+
+
+def open_client(
+    patience: float | None, *, on_slow: "Callable[[Client], None]" = lambda _: None, fresh: bool = False
+) -> "Client":
+    """Connect to khod of this host or of --host; `patience` is as in `Client`, `fresh` as in `RemoteClient`."""
+    if host := remote_host():
+        from khoctl.remote_client import RemoteClient  # noqa: PLC0415 - only for another host
+
+        socket: str | None = click.get_current_context().meta.get(SOCKET_KEY)
+        return RemoteClient(host, socket, patience=patience, on_slow=on_slow, fresh=fresh)
     from khod.client.handover import Client  # noqa: PLC0415 - trees in files need no khod
 
-    return Client(socket_path(), patience=call_timeout(), on_slow=say_slow)
+    return Client(socket_path(), patience=patience, on_slow=on_slow)
 
 
 def say_slow(connection: "Client") -> None:
@@ -105,6 +128,13 @@ def _keep_option(key: str, context: click.Context, _parameter: click.Parameter, 
 def _common_options() -> list[click.Parameter]:
     """Return the options of every command, valid before or after its name; `meta` of the context has their values."""
     return [
+        click.Option(
+            ["--host"],
+            metavar="USER@HOST",
+            help="Run khoctl on that host, over ssh; files are that host's.",
+            expose_value=False,
+            callback=partial(_keep_option, HOST_KEY),
+        ),
         click.Option(
             ["--socket"],
             metavar="PATH",
@@ -179,7 +209,11 @@ class Root(Group):
     def main(self, args: Sequence[str] | None = None, *given: Any, **options: Any) -> NoReturn:
         """Run a command and exit with its code."""
         words = list(sys.argv[1:] if args is None else args)
-        run = partial(super().main, words, *given, **{**options, "standalone_mode": False})
+        run: Callable[[], Any] = partial(super().main, words, *given, **{**options, "standalone_mode": False})
+        if any(word.startswith("--host") for word in words):
+            from khoctl.remote import run_on_host  # noqa: PLC0415 - only for another host
+
+            run = partial(run_on_host, words, run)
         raise SystemExit(_run_to_exit(run, as_json="--json" in words))
 
     def invoke(self, ctx: click.Context) -> Any:

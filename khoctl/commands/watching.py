@@ -139,6 +139,27 @@ def _end_with_outcome(found: Status, *, rolled_back: bool, as_json: bool) -> NoR
     raise typer.Exit(Exit.failed if rolled_back else found.exit_code)
 
 
+def follow_jump(before: Status, code: int, *, as_json: bool) -> int:
+    """Follow a handover that was begun on another host, from the end of that connection; return its exit code.
+
+    `before` is the status before it was begun, `code` that of the command: with Exit.done it may have ended without a
+    jump, with another the connection was lost.
+    """
+    with Follower(before) as follower:
+        while not follower.has_ended:
+            event = follower.wait_event()
+            if event is not None:
+                layout.show_page(render.render_event(event), err=True)
+            stays = follower.away_seconds is None and not follower.is_other_boot
+            if code == Exit.done and stays and follower.event.phase is not Phase.executing:
+                return code  # it has loaded the next kernel, for example
+        follower.refresh_status()
+    rolled_back = not follower.is_other_boot and follower.status.phase in AT_REST
+    found = follower.status
+    show_answer(found, partial(render_outcome, found, rolled_back=rolled_back), as_json=as_json)
+    return Exit.failed if rolled_back else found.exit_code
+
+
 @app.command()
 def verify(as_json: Json = False) -> None:
     """Wait until this boot's verification is over.

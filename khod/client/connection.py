@@ -32,24 +32,15 @@ MAX_FDS = 253  # SCM_MAX_FD, the maximum that one message carries
 class Connection:
     """A connection to khod's socket. Every method raises KhoError; Unreachable if the connection ends."""
 
-    def __init__(self, path: Path | str = wire.SOCKET) -> None:
-        """Connect; raise Unreachable with the socket and the likely cause."""
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    def __init__(self, path: Path | str = wire.SOCKET, connected: socket.socket | None = None) -> None:
+        """Connect, or take over a socket that leads to khod; raise Unreachable with the socket and the likely cause."""
         self._path = str(path)
+        self._socket = connected or _connect_socket(self._path)
         self._text = b""
         self._messages: deque[bytes] = deque()
         self.fds: list[int] = []
         self.more = False
         """Whether another reply to the same call follows the last one."""
-        try:
-            self._socket.connect(str(path))
-        except OSError as error:
-            self._socket.close()
-            why = {
-                FileNotFoundError: "khod is not running: its socket is not there",
-                ConnectionRefusedError: "khod is not running: nothing listens on its socket",
-            }.get(type(error), f"khod cannot be reached: {error.strerror or error}")
-            raise Unreachable(why, where=str(path), remedy=START_REMEDY) from None
 
     def __enter__(self) -> Self:
         return self
@@ -166,3 +157,17 @@ class Connection:
         size = struct.calcsize(UCRED)
         pid: int = struct.unpack(UCRED, self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0]
         return pid
+
+
+def _connect_socket(path: str) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        made.connect(path)
+    except OSError as error:
+        made.close()
+        why = {
+            FileNotFoundError: "khod is not running: its socket is not there",
+            ConnectionRefusedError: "khod is not running: nothing listens on its socket",
+        }.get(type(error), f"khod cannot be reached: {error.strerror or error}")
+        raise Unreachable(why, where=path, remedy=START_REMEDY) from None
+    return made

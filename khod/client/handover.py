@@ -3,6 +3,7 @@
 
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,12 +35,13 @@ class Client(Connection):
 
     def __init__(
         self,
-        path: Path = Path(wire.SOCKET),
+        path: Path | str = wire.SOCKET,
         *,
         patience: float | None = None,
         on_slow: Callable[["Client"], None] = lambda _: None,
+        connected: socket.socket | None = None,
     ) -> None:
-        super().__init__(path)
+        super().__init__(path, connected)
         self._patience = patience
         self._on_slow = on_slow
         self._began, self._slow = 0.0, math.inf
