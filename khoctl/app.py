@@ -36,6 +36,7 @@ MODULES = {
     "producers": "producers",
     "report": "report",
     "timeline": "timeline",
+    "fleet": "fleet",
     "bridge": "bridge",
 }
 """The module of each command; a command that the module's group does not have is the group itself."""

@@ -16,7 +16,7 @@ from khod.errors import Exit, KhoError, Unreachable
 from khod.text import printable, shorten
 
 T = TypeVar("T")
-MAX_REPLY_BYTES = 32 << 20
+MAX_REPLY_BYTES = 8 << 20
 """Maximum size of one reply: a host may be in anybody's hands."""
 MAX_SAID_BYTES = 1 << 16
 END_SECONDS = 2.0

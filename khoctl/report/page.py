@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One attempt as a page (HTML): a file that needs nothing else, without scripts, for screens and for paper.
+"""One attempt as a page (HTML)."""
 
-Its policy (Content-Security-Policy) allows its own style sheet and nothing more, so that not even a mistake in the
-escaping could load or run anything.
-"""
-
-import base64
-import hashlib
 from collections.abc import Iterable
 
 from khoctl.figures import format_date
 from khoctl.render import GENERATIONS, phase_name, terms_rows
+from khoctl.report.frame import frame_page, section
 from khoctl.report.markup import EMPTY, Markup, element, escape_lines, escape_text, join_markup, text_element
 from khoctl.report.picture import NARROW, WIDE, draw_picture
 from khoctl.report.producers import collect_answers
-from khoctl.report.style import page_style
 from khoctl.report.tables import (
     check_table,
     cost_table,
@@ -25,7 +19,6 @@ from khoctl.report.tables import (
     producer_table,
 )
 from khoctl.report.verdict import describe_outcome, name_kernels, outcome_class, outcome_title
-from khod import __version__
 from khod.history.model import AttemptRecord, ClockSource, ColdBoot
 from khod.model import Fate, Verdict, Word
 from khod.text import split_words
@@ -41,45 +34,29 @@ CLOCKS = {
 
 def write_page(attempt: AttemptRecord) -> str:
     """Return the page of an attempt; the same attempt always gives the same page."""
-    style = page_style()
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        text_element("title", f"Handover {attempt.summary.run}: {outcome_title(attempt)}"),
-        element("style", Markup(style)),
-    )
-    body = element("body", element("main", _write_header(attempt), *_write_sections(attempt)), _write_footer())
-    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+    title = f"Handover {attempt.summary.run}: {outcome_title(attempt)}"
+    return frame_page(title, _write_header(attempt), *_write_sections(attempt))
 
 
 def _write_sections(attempt: AttemptRecord) -> Iterable[Markup]:
     if attempt.cold_boot is not None:
-        yield _section(
+        yield section(
             "The cold boot",
             _write_cold_boot(attempt.cold_boot, reason_shown=attempt.cold_boot.reason == attempt.summary.reason),
         )
-    yield _section("Verdict", _write_verdict(attempt))
+    yield section("Verdict", _write_verdict(attempt))
     if attempt.terms is not None:
         rows = [(key.capitalize(), text) for key, text in terms_rows(attempt.terms)]
-        yield _section("Profile", fact_list(rows))
-    yield _section("Timeline", _write_timeline(attempt))
+        yield section("Profile", fact_list(rows))
+    yield section("Timeline", _write_timeline(attempt))
     if attempt.target and attempt.target.costs:
-        yield _section("What makes the boot slow", cost_table(attempt.target.costs, attempt.timeline))
-    yield _section("Producers", producer_table(collect_answers(attempt.events, attempt.timeline.standstills)))
-    yield _section("Checks before the jump", check_table(attempt.checks, fold_passed=True))
-    yield _section("Command line", _write_cmdline(attempt))
+        yield section("What makes the boot slow", cost_table(attempt.target.costs, attempt.timeline))
+    yield section("Producers", producer_table(collect_answers(attempt.events, attempt.timeline.standstills)))
+    yield section("Checks before the jump", check_table(attempt.checks, fold_passed=True))
+    yield section("Command line", _write_cmdline(attempt))
     if attempt.trees:
-        yield _section("State tree", _write_trees(attempt.trees))
-    yield _section("Kernels and images", _write_kernels(attempt))
-
-
-def _section(title: str, *children: Markup) -> Markup:
-    return element("section", text_element("h2", title), *children)
+        yield section("State tree", _write_trees(attempt.trees))
+    yield section("Kernels and images", _write_kernels(attempt))
 
 
 def _write_header(attempt: AttemptRecord) -> Markup:
@@ -222,7 +199,3 @@ def _paragraph(text: str, name: str = "") -> Markup:
 
 def _preformatted(text: str) -> Markup:
     return element("pre", escape_lines(text))
-
-
-def _write_footer() -> Markup:
-    return text_element("footer", f"Written by khoctl {__version__}.")

@@ -54,7 +54,7 @@ def check_table(checks: Sequence[Check], *, fold_passed: bool = False) -> Markup
 
 
 def _check_rows(checks: Iterable[Check]) -> Markup:
-    return _table(["mark", "name", ""], ["Result", "Check", "Evidence"], map(_check_row, checks))
+    return make_table(["mark", "name", ""], ["Result", "Check", "Evidence"], map(_check_row, checks))
 
 
 def _check_row(check: Check) -> Markup:
@@ -76,7 +76,7 @@ def finding_list(findings: Sequence[Finding]) -> Markup:
     """Return a row for each finding: what it means for the state, what it is about, and what was found."""
     if not findings:
         return EMPTY
-    return _table(["mark", "name", ""], ["State", "Of", "Finding"], map(_finding_row, findings))
+    return make_table(["mark", "name", ""], ["State", "Of", "Finding"], map(_finding_row, findings))
 
 
 def _finding_row(finding: Finding) -> Markup:
@@ -106,7 +106,7 @@ def producer_table(producers: Sequence[ProducerAnswers]) -> Markup:
 
 def _producer_rows(producers: Iterable[ProducerAnswers], verbs: Sequence[str]) -> Markup:
     classes = ["", *("number verb" for _ in verbs), "number verb"]
-    return _table(classes, ["Producer", *verbs, "all"], (_producer_row(producer, verbs) for producer in producers))
+    return make_table(classes, ["Producer", *verbs, "all"], (_producer_row(producer, verbs) for producer in producers))
 
 
 def _producer_row(producer: ProducerAnswers, verbs: Sequence[str]) -> Markup:
@@ -142,7 +142,7 @@ def kernel_table(kernels: Iterable[tuple[str, KernelFacts]]) -> Markup:
         )
         for part, facts in kernels
     )
-    return _table(["mark", "name", ""], ["Kernel", "Release", "Build"], rows)
+    return make_table(["mark", "name", ""], ["Kernel", "Release", "Build"], rows)
 
 
 def cost_table(costs: Iterable[BootCost], timeline: Timeline) -> Markup:
@@ -159,7 +159,7 @@ def cost_table(costs: Iterable[BootCost], timeline: Timeline) -> Markup:
         )
         for cost in costs
     )
-    return _table(["name", ""], ["Parts of the boot", "Finding"], rows)
+    return make_table(["name", ""], ["Parts of the boot", "Finding"], rows)
 
 
 def _part_time(row: TimelineRow) -> Markup:
@@ -180,11 +180,13 @@ def image_table(images: Sequence[ImageFacts]) -> Markup:
         for image in images
     )
     return join_markup(
-        text_element("h3", "Files that were loaded"), _table(["mark", "name", ""], ["Role", "Size", "SHA-256"], rows)
+        text_element("h3", "Files that were loaded"),
+        make_table(["mark", "name", ""], ["Role", "Size", "SHA-256"], rows),
     )
 
 
-def _table(classes: Sequence[str], titles: Sequence[str], rows: Iterable[Markup]) -> Markup:
+def make_table(classes: Sequence[str], titles: Sequence[str], rows: Iterable[Markup]) -> Markup:
+    """Return a table; each column has a class of the style sheet, which may be empty, and a title."""
     heads = (text_element("th", title, class_=name) for name, title in zip(classes, titles, strict=True))
     return element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
 
