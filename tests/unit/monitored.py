@@ -99,7 +99,7 @@ STANDSTILLS = [Standstill("guest", "vm", 2.25, 0.001, 2.125), Standstill("cache"
 STATES = {
     "bare": MetricFacts(BARE),
     "arrived": MetricFacts(ARRIVED, COUNTS, LAST, STANDSTILLS),
-    "failed": MetricFacts(FAILED, {Phase.failed: 1}, replace(LAST, outcome=Phase.failed, blackout_seconds=None)),
+    "not undone": MetricFacts(FAILED, {Phase.failed: 1}, replace(LAST, outcome=Phase.failed, blackout_seconds=None)),
     "many": MetricFacts(MANY, COUNTS, LAST, [replace(STANDSTILLS[0], name=HOSTILE, kind=HOSTILE)]),
     **{phase.value: MetricFacts(replace(ARRIVED, phase=phase)) for phase in Phase},
 }

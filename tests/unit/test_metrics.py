@@ -143,7 +143,7 @@ def test_what_is_not_known_has_no_series() -> None:
         "kho_last_blackout_seconds",
         "kho_findings",
     }
-    assert "kho_last_blackout_error_seconds" not in {name for name, _ in parse(render_text(STATES["failed"]))}
+    assert "kho_last_blackout_error_seconds" not in {name for name, _ in parse(render_text(STATES["not undone"]))}
 
 
 def test_of_a_thousand_producers_the_slowest_have_a_series() -> None:
