@@ -40,7 +40,6 @@ MAX_UNITS = 9
 MAX_WAITING = 100
 """Units whose commands may wait at the same time: each takes five of khod's descriptors."""
 UNIT_EXISTS = "org.freedesktop.systemd1.UnitExists"
-ENDED = ("inactive", "failed")
 CLD_EXITED = 1  # siginfo_t's si_code, as ExecMainCode has it
 STOP_STAGE_SECONDS = 0.25
 """TimeoutStopSec=: systemd goes through up to four stages of a stop with what does not die."""
@@ -139,7 +138,7 @@ class TransientUnit:
         while True:
             try:
                 bus = self._bus or await self._connect(look=True)
-                while self._told.get("ActiveState") not in ENDED:
+                while self._told.get("ActiveState") not in manager.ENDED_STATES:
                     await bus.wait_news(self._path)
             except dbus.Disconnected:  # it starts anew: daemon-reexec
                 await self._close()
@@ -176,14 +175,14 @@ class TransientUnit:
         """Kill all of it, and wait until systemd has seen the end."""
         bus = self._bus or await self._connect()
         moved: Mapping[str, Any] | None = None
-        if self._told.get("ActiveState") not in ENDED:
+        if self._told.get("ActiveState") not in manager.ENDED_STATES:
             await self._look(bus)
             moved = await self._kill_moved(bus)
             with suppress(dbus.ErrorAnswer):
                 await manager.Systemd(bus, self._name).kill_processes()
-        while self._told.get("ActiveState") not in ENDED:
+        while self._told.get("ActiveState") not in manager.ENDED_STATES:
             await bus.wait_news(self._path)
-        while moved is not None and moved.get("ActiveState") not in ENDED:
+        while moved is not None and moved.get("ActiveState") not in manager.ENDED_STATES:
             await bus.wait_news(_object_path(self._scope))
 
     @property

@@ -35,7 +35,6 @@ ASK_SECONDS = 15.0
 ROUNDS = 3
 """How often what was started meanwhile (by a bus call, a device, a program) is stopped again."""
 KEEP_IT = "Stop it by hand, or keep it: quiesce.keep in /etc/kho/khod.toml. To stop nothing: `Kexec(now)`"
-ENDED = ("inactive", "failed")
 
 
 @dataclass(frozen=True)
@@ -194,5 +193,6 @@ async def _read_states(names: Sequence[str]) -> dict[str, str]:
 
 
 async def _describe_left(names: Sequence[str]) -> str:
-    left = [f"{name} is {state}" for name, state in (await _read_states(names)).items() if state not in ENDED]
+    states = await _read_states(names)
+    left = [f"{name} is {state}" for name, state in states.items() if state not in manager.ENDED_STATES]
     return join_names(left) or "other units were started all the time"

@@ -14,7 +14,8 @@ from khod.text import join_names
 TRIGGERS = (".timer", ".path", ".socket")
 """What may start a service, in the order in which they are stopped; they are started again after the services."""
 STOPPABLE = (*TRIGGERS, ".service")
-ENDED = frozenset({"inactive", "failed", "deactivating"})
+NOT_RUNNING = frozenset({"inactive", "failed", "deactivating"})
+"""ActiveState of a unit that needs no stop job, and that the undo does not start."""
 KHOD_UNITS = ("kho-*", "khod-*")
 WAYS_IN = (
     *("getty@*.service", "serial-getty@*.service", "console-getty.service", "container-getty@*.service"),
@@ -77,7 +78,7 @@ def select_units(
     `wanted` has the units, or patterns of names, that must stay, with the reason; what they need stays too, and what
     they are ordered after. `holders` has single units that stay, with the reason, and nothing that they need.
     """
-    known = {unit.name: unit for unit in units if unit.active not in ENDED}
+    known = {unit.name: unit for unit in units if unit.active not in NOT_RUNNING}
     kept = _find_kept(known, wanted) | {name: why for name, why in (holders or {}).items() if name in known}
     before = -1
     while len(kept) != before:  # a unit that stays may be a reason for others

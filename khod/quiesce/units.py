@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from khod.abi.procstat import read_stat
-from khod.quiesce.selection import ENDED, FILES_FOR_NEXT_KERNEL, STOPPABLE, UnitFacts
+from khod.quiesce.selection import FILES_FOR_NEXT_KERNEL, NOT_RUNNING, STOPPABLE, UnitFacts
 from khod.systemd.dbus import Bus, ErrorAnswer, systemd_bus
 from khod.systemd.manager import MANAGER, PROPERTIES, STOPPED_TOO, SYSTEMD, Systemd, only_value
 
@@ -54,7 +54,7 @@ async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
     if unit.active == "inactive" and not name.endswith(".service"):
         return None
     stored = await _count_stored_files(bus, name, unit.path) if name.endswith(".service") else 0
-    if unit.active in ENDED or not name.endswith(STOPPABLE):
+    if unit.active in NOT_RUNNING or not name.endswith(STOPPABLE):
         return UnitFacts(name, unit.active, stored_files=stored)
     # Of a service hundreds of properties would have to be parsed, two are needed: for all units of a host that is the
     # difference between a tenth of a second and two seconds.

@@ -29,6 +29,8 @@ MESSAGE_BUS = "dbus.service"
 """The unit of the message bus; with dbus-broker this name is an alias."""
 SETTLE_SECONDS = 1.0
 """Seconds systemd has to handle a call that was sent, before a cancelled verb ends."""
+ENDED_STATES = ("inactive", "failed")
+"""ActiveState of a unit of which nothing runs."""
 STOPPED_TOO = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
 """Properties with the names of units that stop together with a unit: UNIT_ATOM_PROPAGATE_STOP in
 src/core/unit-dependency-atom.c."""
