@@ -399,11 +399,12 @@ class Status:
     """The state of the host, for the operator.
 
     `outcome` is the result of the handover into this boot (verified, degraded, cold_boot; idle without one); later
-    handovers do not change it. `claims` are the producers that have not taken back what they left before the jump.
-    `phase` is the machine's phase unless the kernel contradicts it: if this boot had no handover, an active phase or an
-    image that is not khod's shows as `foreign`. The field `foreign` reports that in every case. `done` are the finished
-    steps, `under_way` is the one that runs. `left` are the steps that a rollback could not undo, `not_undone` are the
-    same item by item. `sessions` are LUO sessions of other processes, and `sessions_unseen` says why there may be more.
+    handovers do not change it. `waiting_for` names producers, and units whose stop or start is waited for. `claims` are
+    the producers that have not taken back what they left before the jump. `phase` is the machine's phase unless the
+    kernel contradicts it: if this boot had no handover, an active phase or an image that is not khod's shows as
+    `foreign`. The field `foreign` reports that in every case. `done` are the finished steps, `under_way` is the one
+    that runs. `left` are the steps that a rollback could not undo, `not_undone` are the same item by item. `sessions`
+    are LUO sessions of other processes, and `sessions_unseen` says why there may be more.
     """
 
     phase: Phase

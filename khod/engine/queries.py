@@ -145,6 +145,7 @@ class Queries:
             producers,
             claims=[*(holder.name for holder in self._transaction.record.claims), *self.unknown_sessions],
             absent=[registered.name for registered in self.absent_producers],
+            units=self._quiescence.awaited_units,
             sighted=sighted,
             stale=observed is None,
         )

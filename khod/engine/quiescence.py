@@ -34,6 +34,11 @@ class Quiescence:
         kept |= dict.fromkeys(self._settings.current.quiesce.keep, "quiesce.keep names it")
         return kept | self._registry.needed_units()
 
+    @property
+    def awaited_units(self) -> list[str]:
+        """The units whose stop or start is waited for now."""
+        return sorted(self._host.awaited_units) if self._host is not None else []
+
     async def survey_host(self, callers: Sequence[str]) -> Survey:
         """Return what a quiesce would do now; `callers` are the units in which the caller runs."""
         assert self._host is not None, "as is_due says"

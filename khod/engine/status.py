@@ -85,10 +85,14 @@ def build_status(
     *,
     claims: list[str],
     absent: list[str],
+    units: list[str],
     sighted: SightedSessions,
     stale: bool,
 ) -> Status:
-    """Return the status from what is known; `phase` is the machine's, unless the kernel contradicts it."""
+    """Return the status from what is known; `phase` is the machine's, unless the kernel contradicts it.
+
+    `units` are those whose stop, or start again, is waited for.
+    """
     record, under_way = transaction.record, transaction.under_way
     due = [step.value for step in transaction.machine.done]
     foreign = kernel is not None and not stale and reconcile.is_foreign(transaction.current_record(), kernel)
@@ -115,7 +119,7 @@ def build_status(
         run=record.run,
         done=[step for step in due if under_way is None or step != under_way.step],
         left=due if unfinished else [],
-        waiting_for=[*(producer.name for producer in producers if producer.waiting), *absent],
+        waiting_for=[*(producer.name for producer in producers if producer.waiting), *absent, *units],
         producers=producers,
         verdict=record.verdict,
         previous_release=record.previous_release,

@@ -8,7 +8,7 @@ with RemainAfterExit= and loses transient units for good (seen with systemd 262)
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,6 +70,10 @@ class Host(Protocol):
     A cancelled call may have half of its effect, which start_units undoes.
     """
 
+    @property
+    def awaited_units(self) -> Collection[str]:
+        """The units whose stop or start is waited for now."""
+
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
         """Return what a quiesce would do; Failed without systemd."""
 
@@ -97,6 +101,12 @@ class SystemdHost:
         self._guard = ThawGuard(runner, filesystems)
         self._has_acted = False
         """Whether the end of this boot was written."""
+        self._awaited: set[str] = set()
+
+    @property
+    def awaited_units(self) -> Collection[str]:
+        """As Host has it."""
+        return self._awaited
 
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
         """As Host has it."""
@@ -144,7 +154,7 @@ class SystemdHost:
 
     async def _stop_rounds(self, names: Sequence[str], keep: Mapping[str, str]) -> None:
         for _ in range(ROUNDS):
-            if failed := await units.run_jobs("StopUnit", names, "replace"):
+            if failed := await units.run_jobs("StopUnit", names, "replace", self._awaited):
                 stuck = "; ".join(f"{name}: {why}" for name, why in failed.items())
                 raise Refused(f"Units could not be stopped: {stuck}", where="quiesce", remedy=KEEP_IT)
             await _require_stopped_in_time(names)
@@ -160,7 +170,7 @@ class SystemdHost:
                 async with dbus.systemd_bus() as bus:
                     if await manager.Systemd(bus).system_state() == "stopping":
                         return {}  # the host is shut down: what was stopped stays so, as everything else
-                failed = await units.run_jobs("StartUnit", names, "replace")
+                failed = await units.run_jobs("StartUnit", names, "replace", self._awaited)
                 if self._has_acted:
                     await last_acts.take_back(self._runner)
                     self._has_acted = False

@@ -137,19 +137,25 @@ def _ancestors(pid: int) -> Iterable[int]:
         pid = read_stat(pid).parent
 
 
-async def run_jobs(method: str, names: Sequence[str], mode: str) -> dict[str, str]:
+async def run_jobs(method: str, names: Sequence[str], mode: str, awaited: set[str]) -> dict[str, str]:
     """Queue a job of each unit, in this order; return the results that are not `done`. BusError without systemd.
 
-    The jobs are queued before any is waited for: systemd then orders them among themselves. A cancelled wait leaves the
-    jobs to systemd.
+    The jobs are queued before any is waited for: systemd then orders them among themselves. `awaited` has the units
+    whose jobs have not ended, and is empty afterwards. A cancelled wait leaves the jobs to systemd.
     """
-    async with systemd_bus() as bus:
-        results = await asyncio.gather(*(_run_job(Systemd(bus, name), method, mode) for name in names))
-    return {name: result for name, result in zip(names, results, strict=True) if result != "done"}
+    results: dict[str, str] = {}
 
+    async def run(bus: Bus, name: str) -> None:
+        try:
+            results[name] = await Systemd(bus, name).run_job(method, mode)
+        except ErrorAnswer as error:
+            results[name] = str(error)
+        awaited.discard(name)
 
-async def _run_job(systemd: Systemd, method: str, mode: str) -> str:
+    awaited.update(names)
     try:
-        return await systemd.run_job(method, mode)
-    except ErrorAnswer as error:
-        return str(error)
+        async with systemd_bus() as bus:
+            await asyncio.gather(*(run(bus, name) for name in names))
+    finally:
+        awaited.clear()
+    return {name: results[name] for name in names if results[name] != "done"}

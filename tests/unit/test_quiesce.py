@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The step quiesce in the engine: recorded before anything stops, and undone from whatever point the handover ends."""
 
+import asyncio
 import errno
 import os
 import socket
@@ -38,6 +39,10 @@ class Around:
         self.stuck: dict[str, str] = {}
         self.keep: Mapping[str, str] = {}
         self.is_guarded = False
+        self.awaited_units: set[str] = set()
+        self.stops = asyncio.Event()
+        self.may_stop = asyncio.Event()
+        self.may_stop.set()
 
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
         self.keep = keep
@@ -45,6 +50,10 @@ class Around:
 
     async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> None:  # noqa: ARG002
         self.asked.append("stop")
+        self.awaited_units = {*names}
+        self.stops.set()
+        await self.may_stop.wait()
+        self.awaited_units.clear()
         for number, name in enumerate(names):
             if self.fails is not None and number == 1:
                 raise self.fails
@@ -129,6 +138,19 @@ async def test_a_reboot_that_fails_starts_everything_again(
     assert around(host).running == {*UNITS}
     assert engine.record.phase is Phase.idle
     assert not around(host).is_guarded
+
+
+@in_virtual_time
+async def test_the_status_names_the_units_that_are_waited_for(host: VirtualHost) -> None:
+    engine = await host.started()
+    around(host).may_stop.clear()
+    handover = asyncio.ensure_future(host.kexec(engine))
+    await around(host).stops.wait()
+    assert (await engine.queries.status()).waiting_for == sorted(UNITS)
+    around(host).may_stop.set()
+    with pytest.raises(Rebooted):
+        await handover
+    assert (await engine.queries.status()).waiting_for == []
 
 
 @in_virtual_time
