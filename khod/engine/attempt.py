@@ -93,6 +93,7 @@ class Attempt:
         self._terms = terms
         self._target: Target | None = None
         self._executor: Executor | None = None
+        self._orderly: Executor | None = None
         self._callers: Sequence[str] = ()
         self._execution: asyncio.Future[None] | None = None
         self._do: dict[Step, Callable[[], Awaitable[None]]] = {
@@ -109,12 +110,15 @@ class Attempt:
         self.past = [VERBS[step] for step in machine.done if step in VERBS]
         self.resumed = bool(machine.done)
 
-    def set_target(self, target: Target | None, executor: Executor, callers: Sequence[str] = ()) -> None:
+    def set_target(
+        self, target: Target | None, executor: Executor, orderly: Executor, callers: Sequence[str] = ()
+    ) -> None:
         """Set the image to load, None if one is loaded already, the executor that makes the jump, and who asked for it.
 
-        `callers` are units of systemd, which quiesce does not stop.
+        `orderly` is the executor for a host with files that only `systemctl kexec` hands over, which may turn out once
+        its services are stopped. `callers` are units of systemd, which quiesce does not stop.
         """
-        self._target, self._executor, self._callers = target, executor, callers
+        self._target, self._executor, self._orderly, self._callers = target, executor, orderly, callers
 
     def drop_target(self) -> None:
         """Free the images' memory once the kernel's thread no longer uses them."""
@@ -201,7 +205,8 @@ class Attempt:
 
     async def _stop_host(self) -> None:
         assert self._quiescence is not None, "as above"
-        await self._quiescence.stop_host(tuple(reversed(self._units())), self._callers)
+        if await self._quiescence.stop_host(tuple(reversed(self._units())), self._callers):
+            self._executor = self._orderly
 
     async def start_host(self) -> dict[str, str]:
         """Start again what quiesce has stopped; return the units that do not run, with the reason."""

@@ -287,7 +287,7 @@ class Engine:
                         banner=about.banner if about else "",
                     )
                     await self._transaction.wait_interruptibly(self._recorder.note_target(target, at_once=at_once))
-                attempt.set_target(target, self._executors[at_once], request.units)
+                attempt.set_target(target, self._executors[at_once], self._executors[False], request.units)
                 if at_once:
                     # Most dirty pages are written before any producer is frozen; the executor's own sync then has
                     # little left.

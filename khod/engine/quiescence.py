@@ -54,10 +54,10 @@ class Quiescence:
         if self._host is not None:
             await self._host.release_filesystems()
 
-    async def stop_host(self, names: Sequence[str], callers: Sequence[str]) -> None:
-        """Stop these units, as recorded."""
+    async def stop_host(self, names: Sequence[str], callers: Sequence[str]) -> tuple[str, ...]:
+        """Stop these units, as recorded; return those that have files now which only `systemctl kexec` hands over."""
         assert self._host is not None, "as is_due says"
-        await self._host.stop_units(names, self.units_to_keep(callers), self._settings.current.deadlines.quiesce)
+        return await self._host.stop_units(names, self.units_to_keep(callers), self._settings.current.deadlines.quiesce)
 
     async def start_host(self, names: tuple[str, ...]) -> dict[str, str]:
         """Start again what was stopped; return the units that do not run, with the reason."""

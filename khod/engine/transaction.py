@@ -397,6 +397,9 @@ class Transaction:
             await self.raise_if_cancelled()
             self._jump_asked = True
         await self.wait_interruptibly(attempt.do_step(step))
+        if step is Step.quiesce and self._record.at_once and not attempt.immediate:
+            self._record = replace(self._record, at_once=False)
+            self.emit_event("a service has stored files in its stop, which systemctl kexec hands over: it jumps")
         self.note_timing(step.value, began)
         self._record = replace(self._record, last_error="")  # of an earlier try, which was held
         self._machine = self._machine.finish_step(step)

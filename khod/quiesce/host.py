@@ -77,10 +77,11 @@ class Host(Protocol):
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
         """Return what a quiesce would do; Failed without systemd."""
 
-    async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> None:
+    async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> tuple[str, ...]:
         """Stop these units and what is started meanwhile, then write what a shutdown would have written.
 
-        Refused if one does not stop within `seconds`.
+        Returns the units that have files now which only `systemctl kexec` hands over: a service may store them in its
+        stop. Refused if one does not stop within `seconds`.
         """
 
     async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
@@ -127,13 +128,14 @@ class SystemdHost:
         stores = tuple(unit.name for unit in found if unit.stored_files and unit.name != "kho-handover.service")
         return Survey(selection, jobs, stores)
 
-    async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> None:
+    async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> tuple[str, ...]:
         """As Host has it."""
         try:
             async with asyncio.timeout(seconds):
-                await self._stop_rounds(names, keep)
+                stores = await self._stop_rounds(names, keep)
                 self._has_acted = True
                 await last_acts.carry_out(self._runner)
+                return stores
         except TimeoutError:
             left = await _describe_left(names)
             raise Refused(
@@ -152,15 +154,16 @@ class SystemdHost:
         """As Host has it."""
         await self._guard.stop()
 
-    async def _stop_rounds(self, names: Sequence[str], keep: Mapping[str, str]) -> None:
+    async def _stop_rounds(self, names: Sequence[str], keep: Mapping[str, str]) -> tuple[str, ...]:
         for _ in range(ROUNDS):
             if failed := await units.run_jobs("StopUnit", names, "replace", self._awaited):
                 stuck = "; ".join(f"{name}: {why}" for name, why in failed.items())
                 raise Refused(f"Units could not be stopped: {stuck}", where="quiesce", remedy=KEEP_IT)
             await _require_stopped_in_time(names)
-            names = (await self.survey_units(keep)).selection.stopped
+            survey = await self.survey_units(keep)
+            names = survey.selection.stopped
             if not names:
-                return
+                return survey.stores
         raise Refused(f"Started again each time: {join_names(names)}", where="quiesce", remedy=KEEP_IT)
 
     async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from khod.errors import KhoError, NotRolledBack, Refused
+from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.model import Phase, Step
 from khod.producers import registry
 from khod.producers.cgroup import find_units_listening, units_in
@@ -40,6 +40,8 @@ class Around:
         self.keep: Mapping[str, str] = {}
         self.is_guarded = False
         self.awaited_units: set[str] = set()
+        self.stores: tuple[str, ...] = ()
+        """The units that have stored files once they were stopped."""
         self.stops = asyncio.Event()
         self.may_stop = asyncio.Event()
         self.may_stop.set()
@@ -48,7 +50,12 @@ class Around:
         self.keep = keep
         return self.survey
 
-    async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> None:  # noqa: ARG002
+    async def stop_units(
+        self,
+        names: Sequence[str],
+        keep: Mapping[str, str],  # noqa: ARG002
+        seconds: float,  # noqa: ARG002
+    ) -> tuple[str, ...]:
         self.asked.append("stop")
         self.awaited_units = {*names}
         self.stops.set()
@@ -58,6 +65,7 @@ class Around:
             if self.fails is not None and number == 1:
                 raise self.fails
             self.running.discard(name)
+        return self.stores
 
     async def guard_filesystems(self) -> bool:
         self.is_guarded = True
@@ -187,6 +195,19 @@ async def test_a_jump_at_once_and_a_load_stop_nothing(host: VirtualHost) -> None
     with pytest.raises(Rebooted):
         await engine.kexec(Request(now=True))
     assert around(host).asked == []
+
+
+@in_virtual_time
+async def test_files_that_a_service_stores_in_its_stop_leave_the_jump_to_systemd(host: VirtualHost) -> None:
+    async def systemctl_kexec() -> None:
+        assert engine.record.at_once is False
+        raise Failed("systemctl kexec was asked")
+
+    engine = await host.started(orderly=systemctl_kexec)
+    around(host).stores = ("store.service",)
+    with pytest.raises(Failed, match="systemctl kexec was asked"):
+        await host.kexec(engine)
+    assert around(host).running == {*UNITS}
 
 
 @in_virtual_time
