@@ -36,7 +36,7 @@ class Workers:
     disk: Worker = field(default_factory=_disk_worker)
     """Writes of the record and the snapshot, in order."""
     files: Worker = field(default_factory=lambda: Worker("files", "A file system", threads=2))
-    """Reads of images, and sync(2) before any producer is frozen."""
+    """Reads of images, and sync(2)."""
     frozen: Worker = field(default_factory=lambda: Worker("frozen", "A file system", threads=2))
     """FIFREEZE before the jump; the second thread thaws while the first one hangs."""
     queries: Worker = field(default_factory=lambda: Worker("queries", "A check", threads=2, max_waiting=256))

@@ -107,7 +107,9 @@ class Immediate:
     async def __call__(self) -> None:
         if self.filesystems.note is not None:  # the host's own disks
             await journald.synchronize_journal(JOURNAL_SECONDS)
-        await self.workers.kernel.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
+        # Not in the kernel's thread: sync(2) waits for ever for a network file system whose server has gone, and the
+        # undo would wait behind it.
+        await self.workers.files.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
         given_up = threading.Event()
         try:
             freeze = partial(self.filesystems.freeze_all, given_up)

@@ -225,6 +225,7 @@ async def test_sync_that_hangs_before_the_jump_is_no_jump(host: VirtualHost, mon
         await host.kexec(engine)
     assert "sync" in raised.value.what
     assert host.verbs == UNDONE
+    assert engine.record.phase is Phase.idle, "the kernel's thread is free for the undo"
 
 
 # Stops
