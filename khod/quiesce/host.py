@@ -34,6 +34,8 @@ ASK_SECONDS = 15.0
 """Seconds systemd has to describe all units; no producer is frozen meanwhile."""
 ROUNDS = 3
 """How often what was started meanwhile (by a bus call, a device, a program) is stopped again."""
+JOB_RESULTS = {"canceled": "started again meanwhile"}
+"""What it means of a stop job that systemd ended with this result."""
 KEEP_IT = "Stop it by hand, or keep it: quiesce.keep in /etc/kho/khod.toml. To stop nothing: `Kexec(now)`"
 
 
@@ -157,7 +159,7 @@ class SystemdHost:
     async def _stop_rounds(self, names: Sequence[str], keep: Mapping[str, str]) -> tuple[str, ...]:
         for _ in range(ROUNDS):
             if failed := await units.run_jobs("StopUnit", names, "replace", self._awaited):
-                stuck = "; ".join(f"{name}: {why}" for name, why in failed.items())
+                stuck = "; ".join(f"{name}: {JOB_RESULTS.get(why, why)}" for name, why in failed.items())
                 raise Refused(f"Units could not be stopped: {stuck}", where="quiesce", remedy=KEEP_IT)
             await _require_stopped_in_time(names)
             survey = await self.survey_units(keep)
