@@ -4,9 +4,7 @@
 One guest serves the cases of a host that stays up: each must leave its units as it found them.
 """
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,31 +12,9 @@ import pytest
 from tests.lab import kernels as lab_kernels
 from tests.lab.conftest import Online, usual
 from tests.lab.host import Host, image
+from tests.lab.quiescing import VERSION, WORKER, describe_quiesce, install, producer, unchanged, write_to_disk
 
-WORKER = "[Service]\nExecStart=/bin/sleep infinity\n"
-RESTARTS = f"{WORKER}Restart=always\n"
 HANGS = f"{WORKER}ExecStop=/bin/sleep 300\nTimeoutStopSec=15\n"
-TICKER = "[Timer]\nOnActiveSec=1h\n"
-TICKED = "[Service]\nType=oneshot\nExecStart=/bin/true\n"
-ONCE = "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n"
-LISTENER = "[Socket]\nListenStream=/run/listener.sock\n"
-UNITS = {
-    "worker.service": WORKER,
-    "restarts.service": RESTARTS,
-    "ticker.timer": TICKER,
-    "ticker.service": TICKED,
-    "once.service": ONCE,
-    "listener.socket": LISTENER,
-    "listener.service": WORKER,
-    "needed.service": WORKER,
-}
-RUNNING = ["worker.service", "restarts.service", "ticker.timer", "once.service", "listener.socket", "needed.service"]
-REFUSES = """\
-freeze = ["/bin/false"]
-keep = ["needed.service"]
-"""
-
-
 DIES = """\
 import asyncio, os, signal, threading
 from pathlib import Path
@@ -63,64 +39,22 @@ asyncio.run(main())
 def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Give one host to the whole file, with units of all kinds that quiesce meets."""
     console = tmp_path_factory.mktemp("quiesce") / "console.log"
-    with usual(lab_kernels.find("7.3.4"), lab_disk, console) as guest:
+    with usual(lab_kernels.find(VERSION), lab_disk, console) as guest:
         found = Host(guest)
         install(found)
         yield found
 
 
-def install(host: Host) -> None:
-    """Put the units into the host and start them."""
-    for name, text in UNITS.items():
-        host.guest.put(f"/usr/lib/systemd/system/{name}", text)
-    host.shell(f"systemctl daemon-reload; systemctl start {' '.join(RUNNING)}")
-
-
-def active(host: Host) -> dict[str, str]:
-    """Give every active unit that could be stopped, with its invocation if it is a oneshot."""
-    names = host.shell(
-        "systemctl list-units --plain --no-legend --state=active --type=service,socket,timer,path | awk '{print $1}'"
-    ).split()
-    once = host.shell("systemctl show -p InvocationID --value once.service").strip()
-    # kho-sessions.service runs while khod asks it.
-    return {name: once if name == "once.service" else "" for name in names if not name.startswith("kho-sessions")}
-
-
-@contextmanager
-def unchanged(host: Host) -> Iterator[None]:
-    """Hold that the same units are active afterwards."""
-    before = active(host)
-    yield
-    assert active(host) == before
-    assert host.status()["phase"] in ("idle", "verified")
-
-
-@contextmanager
-def producer(host: Host, text: str = REFUSES) -> Iterator[None]:
-    """Give the host one producer, a file of producers.d."""
-    host.guest.put("/etc/kho/producers.d/one.toml", text)
-    yield
-    host.shell("rm /etc/kho/producers.d/one.toml")
-
-
-def plan(host: Host) -> str:
-    """Give what `khoctl plan` says of the step."""
-    found = json.loads(host.khoctl("plan", *image("7.3.4"), "--json").stdout)
-    (step,) = [step for step in found["steps"] if step["step"] == "quiesce"]
-    does: str = step["does"]
-    return does
-
-
 def test_plan_names_what_is_stopped_and_a_veto_at_freeze_starts_it_again(host: Host) -> None:
     with producer(host), unchanged(host):
-        does = plan(host)
+        does = describe_quiesce(host)
         for name in ("worker.service", "restarts.service", "ticker.timer", "listener.socket"):
             assert name in does
         for name in ("once.service", "needed.service", "dbus", "systemd-journald", "kho-handover"):
             assert name not in does, does
         began = host.shell("systemctl show -p ExecMainStartTimestampMonotonic --value worker.service")
         kept = host.shell("systemctl show -p ExecMainStartTimestampMonotonic --value needed.service")
-        refused = host.khoctl("kexec", *image("7.3.4"), code=3).stderr
+        refused = host.khoctl("kexec", *image(VERSION), code=3).stderr
         assert "one" in refused
         assert host.shell("systemctl show -p ExecMainStartTimestampMonotonic --value worker.service") != began
         assert host.shell("systemctl show -p ExecMainStartTimestampMonotonic --value needed.service") == kept
@@ -131,16 +65,16 @@ def test_the_file_systems_are_thawed_where_khod_dies_at_the_jump(host: Host) -> 
     host.guest.put("/tmp/dies.py", DIES)
     host.guest.run(["python3", "/tmp/dies.py"], check=False)
     host.shell("timeout 20 sh -c 'while [ -e /run/khod/frozen-filesystems ]; do sleep 0.1; done'")
-    host.shell("timeout 5 sh -c 'echo x > /var/lib/x; sync; rm /var/lib/x'")
+    write_to_disk(host)
     assert "FROZEN /" in host.guest.get("/tmp/dies.log").decode()
     assert host.shell("systemctl list-units --plain --no-legend 'kho-thaw-guard*'") == ""
 
 
 def test_the_journal_of_an_orderly_jump_is_whole_and_its_file_systems_are_clean(online: Online) -> None:
-    host = Host(online("7.3.4"))
+    host = Host(online(VERSION))
     install(host)
     before = host.guest.boot_id
-    host.kexec("7.3.4")
+    host.kexec(VERSION)
     assert host.guest.boot_id != before
     assert host.settled()["phase"] == "verified"
     log = host.dmesg()
@@ -152,11 +86,11 @@ def test_a_unit_that_hangs_in_its_stop_is_refused_and_everything_runs_again(host
     host.guest.put("/usr/lib/systemd/system/hangs.service", HANGS)
     host.shell("systemctl daemon-reload; systemctl start hangs.service")
     with producer(host, 'freeze = ["/bin/touch", "/run/frozen"]\n'), unchanged(host):
-        said = host.khoctl("kexec", *image("7.3.4"), code=3).stderr
+        said = host.khoctl("kexec", *image(VERSION), code=3).stderr
         assert "hangs.service" in said
         assert "TimeoutStopSec" in said
         host.configure("impatient", "[deadlines]\nquiesce = 12.0\n")
-        said = host.khoctl("kexec", *image("7.3.4"), code=3).stderr
+        said = host.khoctl("kexec", *image(VERSION), code=3).stderr
         assert "hangs.service" in said
         assert "12 s" in said
     host.shell("test ! -e /run/frozen; rm /etc/kho/khod.toml.d/impatient.toml; systemctl reload kho-handover")
@@ -166,7 +100,7 @@ def test_a_unit_that_hangs_in_its_stop_is_refused_and_everything_runs_again(host
 def test_khod_killed_while_it_stops_the_host_starts_it_again(host: Host) -> None:
     host.shell("systemctl start hangs.service")
     with producer(host, ""), unchanged(host):
-        pending = host.guest.start(["khoctl", "kexec", *image("7.3.4")])
+        pending = host.guest.start(["khoctl", "kexec", *image(VERSION)])
         host.shell("timeout 60 sh -c 'while systemctl -q is-active worker.service; do sleep 0.1; done'")
         host.shell("systemctl kill -s KILL kho-handover")
         pending.wait(60)
@@ -195,7 +129,6 @@ def test_what_could_not_be_started_again_is_refused_by_the_check(host: Host, beg
 def test_a_reboot_that_fails_thaws_the_file_systems_and_starts_everything_again(host: Host) -> None:
     """The image is unloaded behind khod's back: reboot(2) is EINVAL."""
     with producer(host, 'freeze = ["/sbin/kexec", "-u"]\n'), unchanged(host):
-        said = host.khoctl("kexec", *image("7.3.4"), code=1).stderr
+        said = host.khoctl("kexec", *image(VERSION), code=1).stderr
         assert "EINVAL" in said or "Invalid argument" in said
-        host.shell("timeout 5 sh -c 'echo x > /var/lib/x; sync; rm /var/lib/x'")
-        host.shell("test ! -e /run/khod/frozen-filesystems")
+        write_to_disk(host)
