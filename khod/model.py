@@ -485,6 +485,10 @@ class Plan:
     words: list[Word]
     rollback_seconds: float = 0.0
     """The maximum time of a rollback in seconds, from `khoctl abort` to its answer."""
+    release: str = ""
+    """The release of the next kernel; "" where its image does not show it, and without an image."""
+    digests: list[str] = field(default_factory=list)
+    """The SHA-256 of the next kernel and of its initrd, in hex, as the history has them."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from khod import model
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from khod import preflight
     from khod.engine import plan
     from khod.history import trial as history_trial
+    from khod.history.model import ImageFacts
     from khod.preflight import facts as preflight_facts
     from khod.preflight import handover as preflight_handover
     from khod.preflight import trial as preflight_trial
@@ -199,7 +201,11 @@ class Queries:
             )
             words = target.words if target else []
             bound = bound_seconds(deadlines, everyone, deadlines.quiesce_undo if survey else 0.0)
-            return Plan(steps, checks, target.cmdline if target else "", words, bound)
+            if target is None:
+                return Plan(steps, checks, "", words, bound)
+            release = target.apart.about.version if target.apart else ""
+            digests = [image.digest for image in await self._list_images(target)]
+            return Plan(steps, checks, target.cmdline, words, bound, release, digests)
 
     async def snapshots(self) -> list[model.Snapshot]:
         """Return the trees that were kept when they left, the newest first."""
@@ -333,15 +339,19 @@ class Queries:
             return None
         deadline = self._settings.current.deadlines.activate
         try:
-            images = await self._workers.files.call_within(
-                lambda: preflight_trial.list_image_facts(target), "hashing the image", deadline
-            )
+            images = await self._list_images(target)
             return preflight_facts.PastFact(await run_within(deadline, self._past(history_trial.trial_digest(images))))
         except (KhoError, OSError, TimeoutError) as error:
             return preflight_facts.PastFact(None, str(error))
         except Exception as error:
             LOG.exception("The history could not be asked")
             return preflight_facts.PastFact(None, f"khod itself failed: {error!r}")
+
+    async def _list_images(self, target: Target) -> list[ImageFacts]:
+        """Return the files of the next kernel with their digests, which are computed once."""
+        deadline = self._settings.current.deadlines.activate
+        hashing = partial(preflight_trial.list_image_facts, target)
+        return await self._workers.files.call_within(hashing, "hashing the image", deadline)
 
     async def _find_sessions(self) -> SightedSessions:
         """Find the LUO sessions of other processes, and keep them in `sighted`."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a plan promises: the undo of each step, and none where there is none."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from khod.model import Planned
 from khod.producers.hooks import Hook
 from khod.target.target import Request
 from khod.text import MAX_NAMES
-from tests.unit.khods import REPOSITORY
+from tests.unit.images import CPIO, bzimage
+from tests.unit.khods import REPOSITORY, Khod
 
 
 def steps(kernel: KhoKernel, request: Request, *names: str) -> dict[str, Planned]:
@@ -46,6 +48,22 @@ def test_producers_are_named_in_part_and_fit_for_a_terminal(tmp_path: Path) -> N
     found = steps(Stateless(HostCalls(tmp_path)), Request(), *(f"p{number}" for number in range(20)))
     assert "p0, p1" in found["prepare"].does
     assert f"and {20 - MAX_NAMES} more" in found["prepare"].does
+
+
+def test_a_plan_has_the_release_and_the_digests_of_the_next_kernel(tmp_path: Path) -> None:
+    """Whoever rolls a fleet compares them with the history, without reading a sentence."""
+    khod = Khod(tmp_path)
+    try:
+        files = {"image": bzimage(), "initrd": CPIO}
+        for name, contents in files.items():
+            (tmp_path / name).write_bytes(contents)
+        found = khod.khoctl("plan", "--image", tmp_path / "image", "--initrd", tmp_path / "initrd", "--json").json
+        without = khod.khoctl("plan", "--json").json
+    finally:
+        khod.close()
+    assert found["digests"] == [hashlib.sha256(contents).hexdigest() for contents in files.values()]
+    assert found["release"] == "6.8.0-next"
+    assert (without["release"], without["digests"]) == ("", [])
 
 
 PROMISES = ("README.md", "packaging/man/khoctl.8", "packaging/man/khod.8", "packaging/man/khod-producer.7")
