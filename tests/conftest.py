@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.budget import PROOF
 from tests.unit.luo import System
 
 LONGEST = (
     # Of the unit tests
+    "test_ansible_rolling",
     "test_producer",
     "test_fuzz",
     "test_bombs",
@@ -38,9 +40,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first, and leave out what is marked `proof` but in `make proof`.
+
+    With an argument the mark counts only where that is the test's `host`.
+    """
+    if not PROOF:
+        left_out = [item for item in items if any(_only_proof(item, mark) for mark in item.iter_markers("proof"))]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def _only_proof(item: pytest.Item, mark: pytest.Mark) -> bool:
+    """Whether a mark `proof` leaves this test out."""
+    return not mark.args or (isinstance(item, pytest.Function) and item.callspec.params.get("host") in mark.args)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.budget import PROOF
 from tests.lab import disk, saved
 from tests.lab import kernels as lab_kernels
 from tests.lab.guest import Guest
@@ -31,23 +30,11 @@ Boot = Callable[..., Guest]
 Online = Callable[..., Guest]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark every test that boots something as `lab`, so that -m "not lab" leaves the quick ones.
-
-    What is marked `proof` is left out but in `make proof`; with an argument only where that is the test's `host`.
-    """
-    if not PROOF:
-        left_out = [item for item in items if any(_only_proof(item, mark) for mark in item.iter_markers("proof"))]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that boots something as `lab`, so that -m "not lab" leaves the quick ones."""
     for item in items:
         if BOOTING & set(getattr(item, "fixturenames", ())):
             item.add_marker("lab")
-
-
-def _only_proof(item: pytest.Item, mark: pytest.Mark) -> bool:
-    """Whether a mark `proof` leaves this test out."""
-    return not mark.args or (isinstance(item, pytest.Function) and item.callspec.params.get("host") in mark.args)
 
 
 @pytest.hookimpl(wrapper=True)
