@@ -277,12 +277,12 @@ def hung_up(client: socket.socket) -> bool:
     return True
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None) -> None:
+def until(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None, *, seconds: float = DEADLINE) -> None:
     """Poll a condition no one tells of, to a deadline; ends early where the process is gone, None for none."""
     nothing = select.poll()  # of no file: a test may hold more of them than select(2) can name
-    for _turn in range(int(DEADLINE / 0.02)):
+    for _turn in range(int(seconds / 0.02)):
         if condition():
             return
-        assert process is None or process.poll() is None, "khod is gone"
+        assert process is None or process.poll() is None, "the process is gone"
         nothing.poll(20)
     raise AssertionError("the condition did not come true in time")
