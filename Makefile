@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint unit model lab bench proof deb clean
+.PHONY: demo test lint unit model lab bench proof ansible deb clean
 
 demo: $(VENV)/ready
 	@packaging/demo $(PY)
@@ -32,6 +32,11 @@ bench: $(VENV)/ready deb $(VENV)/lab-packages
 # All that is repeated, and the scenarios that `make test` leaves out. It takes hours: start it in the background.
 proof: $(VENV)/ready deb $(VENV)/lab-packages
 	$(PY) -m tests.proof
+
+# The Ansible collection in the checks of Debian's ansible-core, in a root of its own. As root.
+ansible: $(VENV)/ready
+	packaging/ensure-packages packaging/root-packages.txt
+	packaging/ansible-test $(PY)
 
 deb: $(VENV)/deb-packages
 	packaging/build-deb
