@@ -21,16 +21,10 @@ PROFILE = "weekly"
 PLAYBOOK_SECONDS = 240.0
 """How long a playbook may take; no test takes nearly as long."""
 
-# What the host's programs are: khoctl with profiles of its own, and as much of systemctl as runs one of them.
+# What the host's programs are: khoctl, and as much of systemctl as runs a profile.
 KHOCTL = """\
-#!{python}
-import sys
-from pathlib import Path
-import khoctl.profile
-khoctl.profile.load_profile.__defaults__ = (Path({profiles!r}),)
-from khoctl.app import main
-sys.argv[0] = "khoctl"
-main()
+#!/bin/sh
+exec {python} -m khoctl "$@"
 """
 SYSTEMCTL = """\
 #!/bin/sh
@@ -72,7 +66,7 @@ class RolledHost(Khod):
             (directory / name).mkdir(exist_ok=True)
         words = f'image = "{directory}/image"\ninitrd = ["{directory}/initrd"]\nappend = "next=1"\n'
         (directory / "profiles" / f"{PROFILE}.toml").write_text(words)
-        write_program(directory / "bin/khoctl", KHOCTL, python=sys.executable, profiles=str(directory / "profiles"))
+        write_program(directory / "bin/khoctl", KHOCTL, python=sys.executable)
         write_program(directory / "bin/systemctl", SYSTEMCTL, state=shlex.quote(str(directory / "unit")))
         super().__init__(directory)
         write_program(
