@@ -35,8 +35,10 @@ case "$1 $2" in
     profile=${{3#kho-handover@}}
     echo "$profile" >>"$state/starts"
     : >"$state/running"
+    : >"$state/away"
     setsid sh -c 'code=0; khoctl kexec --profile "$2" >"$1/log" 2>&1 || code=$?
-        echo "$code" >"$1/status"; rm "$1/running"' sh "$state" "${{profile%.service}}" >/dev/null 2>&1 </dev/null &
+        echo "$code" >"$1/status"
+        rm "$1/running" "$1/away"' sh "$state" "${{profile%.service}}" >/dev/null 2>&1 </dev/null &
     ;;
 show*)
     if [ -e "$state/running" ]; then echo ActiveState=activating; else echo ActiveState=inactive; fi
@@ -51,6 +53,18 @@ PYTHON = """\
 #!/bin/sh
 export PATH={bin}:$PATH KHOD_SOCKET={socket} PYTHONPATH={repository} KHO_PROFILES={profiles}
 exec {python} "$@"
+"""
+# What Ansible takes for ssh: a connection to this host, which is lost while the host is in a handover.
+SSH = """\
+#!/bin/sh
+for word do
+    [ "$word" != -O ] || exit 0
+done
+if [ -e {state}/away ]; then
+    echo "ssh: connect to host {name}: Connection refused" >&2
+    exit 255
+fi
+exec sh -c "$word"
 """
 
 
@@ -68,6 +82,7 @@ class RolledHost(Khod):
         (directory / "profiles" / f"{PROFILE}.toml").write_text(words)
         write_program(directory / "bin/khoctl", KHOCTL, python=sys.executable)
         write_program(directory / "bin/systemctl", SYSTEMCTL, state=shlex.quote(str(directory / "unit")))
+        write_program(directory / "bin/ssh", SSH, state=shlex.quote(str(directory / "unit")), name=self.name)
         super().__init__(directory)
         write_program(
             directory / "bin/python",
@@ -84,6 +99,11 @@ class RolledHost(Khod):
         """How often the profile was started."""
         path = self.directory / "unit/starts"
         return len(path.read_text().split()) if path.exists() else 0
+
+    @property
+    def remote(self) -> dict[str, Any]:
+        """The host's variables, for a connection that its handover cuts."""
+        return self.inventory | {"ansible_connection": "ssh", "ansible_ssh_executable": str(self.directory / "bin/ssh")}
 
     @property
     def inventory(self) -> dict[str, Any]:

@@ -146,11 +146,12 @@ def test_a_batch_that_is_slower_than_its_history_stops_the_roll_out(controller: 
 
 
 def test_a_killed_controller_is_started_anew(controller: Controller, rolled: Rolled) -> None:
-    """It is killed while the second host is on its way: nothing is begun twice."""
+    """It is killed while the second host is on its way, and not reached: nothing is begun twice."""
     hosts = rolled(3)
-    hosts[1].kernel.set_fault("slow_serialize", 3)
+    remote = {host.name: host.remote for host in hosts}
+    hosts[1].kernel.set_fault("slow_serialize", 10)
     process = subprocess.Popen(
-        controller.command(inventory(hosts), "khod.kho.roll"),
+        controller.command(remote, "khod.kho.roll"),
         env=controller.environment,
         cwd=controller.directory,
         stdin=subprocess.DEVNULL,
@@ -168,7 +169,7 @@ def test_a_killed_controller_is_started_anew(controller: Controller, rolled: Rol
     assert "h2: claimed. Roll-out first" in other.out
     assert "has this host, in state begun, and nothing was touched" in other.out
 
-    again = controller.play(inventory(hosts))
+    again = controller.play(remote)
     assert again.code == 0, again.out
     assert "3 hosts: 3 verified" in again.out
     assert starts(hosts) == [1, 1, 1]

@@ -21,7 +21,13 @@ from ansible_collections.khod.kho.plugins.module_utils.outcome import (
     judge_handover,
     list_past_blackouts,
 )
-from ansible_collections.khod.kho.plugins.plugin_utils.connection import HOST_KEY, prepare_connection, reset_connection
+from ansible_collections.khod.kho.plugins.plugin_utils.connection import (
+    HOST_KEY,
+    execute_module,
+    keep_asking,
+    prepare_connection,
+    reset_connection,
+)
 
 MAX_PAUSE = 5.0
 """The longest pause between two looks at the host, in seconds."""
@@ -41,6 +47,7 @@ ARGUMENTS = {
     "profile": {"type": "str", "required": True},
     "rollout": {"type": "str"},
     "timeout": {"type": "float", "default": 900.0},
+    "connect_timeout": {"type": "float", "default": 0.0},
     "blackout_budget": {"type": "float"},
     "report": {"type": "bool", "default": True},
     "directory": {"type": "path", "default": "/var/lib/khod-ansible"},
@@ -62,12 +69,12 @@ class ActionModule(ActionBase):
         self._diff = {}
         dummy, self._args = self.validate_argument_spec(argument_spec=ARGUMENTS)
         prepare_connection(self._connection)
-        facts = self._read_facts()
+        facts = self._keep_asking(self._read_facts)
         if not facts["available"]:
             if facts.get("reachable") is False:
                 return self._fail("refused", "khod cannot be asked: %s" % facts["reason"])
             return {"skipped": True, "changed": False, "outcome": "no_kho", "reason": facts["reason"]}
-        claim = self._read_claim()
+        claim = self._keep_asking(self._read_claim)
         if claim.get("state") == "finished":
             result = claim["result"] | {"changed": False, "past_blackouts": []}
             return result if result["outcome"] in GOOD else self._fail(result["outcome"], result["reason"], result)
@@ -75,7 +82,10 @@ class ActionModule(ActionBase):
             ended = self._check_plan(facts)
             if ended is not None:
                 return ended
-            begun = self._ask("kho_claim", state="begun", **self._claim_arguments())
+            try:
+                begun = self._ask("kho_claim", state="begun", **self._claim_arguments())
+            except AnsibleConnectionFailure:  # only the answer is lost, or the host is
+                begun = {"claim": {"boot_id": facts["boot_id"], "runs": [one["run"] for one in facts["history"]]}}
             if begun.get("failed"):
                 return self._fail(begun.get("outcome", "refused"), begun.get("msg", "The handover did not begin."))
             claim = begun["claim"]
@@ -150,13 +160,10 @@ class ActionModule(ActionBase):
     # -- the host ---------------------------------------------------------------------------------------------------
 
     def _ask(self, name, **arguments):
-        """Run a module of this collection on the host; AnsibleConnectionFailure where it is not reached."""
-        found = self._execute_module(
-            module_name="khod.kho.%s" % name, module_args=arguments, task_vars=self._task_vars
-        )
-        if found.get("unreachable"):
-            raise AnsibleConnectionFailure(found.get("msg", "unreachable"))
-        return found
+        return execute_module(self, name, arguments, self._task_vars)
+
+    def _keep_asking(self, ask):
+        return keep_asking(ask, self._connection, self._args["connect_timeout"])
 
     def _read_facts(self):
         found = self._ask("kho_facts", profile=self._args["profile"])

@@ -39,6 +39,14 @@ options:
   result:
     description: What RV(claim.result) is to be. Required with O(state=finished).
     type: dict
+  connect_timeout:
+    description:
+      - How many seconds to wait for a host that does not answer. An interrupted roll-out that is started again may find
+        it in its jump.
+      - Where ssh is refused for good, nothing is waited for. A password is asked for, the host key is unknown or has
+        changed, or the name is not known.
+    type: float
+    default: 0
   directory:
     description: Where the claim is kept. It must outlive a boot.
     type: path
@@ -47,7 +55,14 @@ author:
   - The khod authors (@khod)
 extends_documentation_fragment:
   - action_common_attributes
+  - action_common_attributes.flow
 attributes:
+  action:
+    support: full
+  async:
+    support: none
+  bypass_host_loop:
+    support: none
   check_mode:
     support: full
   diff_mode:
@@ -187,6 +202,7 @@ def main():
             "profile": {"type": "str"},
             "owner": {"type": "str", "default": ""},
             "result": {"type": "dict"},
+            "connect_timeout": {"type": "float", "default": 0},
             "directory": {"type": "path", "default": "/var/lib/khod-ansible"},
         },
         required_if=[

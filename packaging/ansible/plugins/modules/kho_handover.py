@@ -28,6 +28,10 @@ options:
     description: How many seconds the handover may take until it is verified, boot included.
     type: float
     default: 900
+  connect_timeout:
+    description: How many seconds of them to wait for a host that does not answer at the beginning.
+    type: float
+    default: 0
   blackout_budget:
     description:
       - The longest blackout in seconds that is accepted. A longer one makes the task fail with RV(outcome=over_budget).

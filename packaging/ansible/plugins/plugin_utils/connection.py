@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import time
+
 from ansible.errors import AnsibleConnectionFailure
 from ansible.module_utils.common.text.converters import to_native
 from ansible.utils.display import Display
@@ -16,6 +18,7 @@ answer a question of ssh's."""
 HOST_KEY = ("Host key verification failed", "REMOTE HOST IDENTIFICATION HAS CHANGED")
 REFUSED = (*HOST_KEY, "Permission denied", "Could not resolve hostname")
 """What ssh says where waiting does not help."""
+PAUSE_SECONDS = 2.0
 
 
 def prepare_connection(connection):
@@ -25,6 +28,30 @@ def prepare_connection(connection):
         if SSH_ARGS not in given:
             connection.set_option("ssh_extra_args", ("%s %s" % (given, SSH_ARGS)).strip())
             reset_connection(connection)  # one that is shared was made without them
+
+
+def keep_asking(ask, connection, seconds):
+    """Return what `ask()` returns; ask again where the connection is lost, unless ssh is refused for good.
+
+    A host that is reached one moment may be in its jump the next. After `seconds` AnsibleConnectionFailure is raised.
+    """
+    ends = time.monotonic() + seconds
+    while True:
+        try:
+            return ask()
+        except AnsibleConnectionFailure as error:
+            if any(text in to_native(error) for text in REFUSED) or time.monotonic() >= ends:
+                raise
+        reset_connection(connection)
+        time.sleep(PAUSE_SECONDS)
+
+
+def execute_module(action, name, arguments, task_vars):
+    """Run a module of this collection on the host; AnsibleConnectionFailure where it is not reached."""
+    found = action._execute_module(module_name="khod.kho.%s" % name, module_args=arguments, task_vars=task_vars)
+    if found.get("unreachable"):
+        raise AnsibleConnectionFailure(found.get("msg", "unreachable"))
+    return found
 
 
 def reset_connection(connection):
