@@ -219,6 +219,10 @@ def test_check_mode_is_the_plan_and_then_the_handover_is_made_once(controller: C
         assert ended.out.count(f"\n{line}\n") == 2, ended.out
     assert "changed=2" in ended.out
 
+    whole = controller.play(inventory(hosts), options=["--check"])
+    assert (whole.code, starts(hosts), claim(hosts[0])) == (0, [0], {}), whole.out
+    assert "1 hosts: 1 planned" in whole.out
+
     real = write_playbook(
         controller,
         hand_over("first"),
