@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What may go wrong while the rest of the host is stopped: the handover ends, and the host is as it was.
+
+One guest serves all of it; each scenario must leave its units as it found them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import kernels as lab_kernels
+from tests.lab.conftest import usual
+from tests.lab.host import DROP_INS, Host, image
+from tests.lab.quiescing import VERSION, WORKER, install, list_active, producer, unchanged, write_to_disk
+
+NO_REBOOT = "[Service]\nSystemCallFilter=~reboot\n"
+
+# A bus call starts it again as soon as it is stopped.
+BUS = "org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus"
+CALL = f"--expect-reply=no call {BUS} StartServiceByName su org.lab.Poked 0"
+POKED = f"""\
+[Service]
+Type=dbus
+BusName=org.lab.Poked
+ExecStart=/usr/bin/python3 /usr/lib/own_name.py
+ExecStopPost=/usr/bin/busctl -q {CALL}
+"""
+OWN_NAME = """\
+import signal
+from jeepney import DBusAddress, new_method_call
+from jeepney.io.blocking import open_dbus_connection
+bus = DBusAddress("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.freedesktop.DBus")
+connection = open_dbus_connection("SYSTEM")
+connection.send_and_get_reply(new_method_call(bus, "RequestName", "su", ("org.lab.Poked", 0)))
+signal.pause()
+"""
+ACTIVATION = "[D-BUS Service]\nName=org.lab.Poked\nExec=/bin/false\nUser=root\nSystemdService=poked.service\n"
+POLICY = """\
+<busconfig><policy user="root"><allow own="org.lab.Poked"/></policy></busconfig>
+"""
+LATE = "[Service]\nExecStart=/bin/sleep infinity\nExecStop=/bin/touch /run/late-was-stopped\n"
+STARTS_LATE = f"{WORKER}ExecStop=/usr/bin/systemctl start --no-block late.service\n"
+
+# As login(1) and sshd do it with pam_systemd: the process becomes the leader of a session, in a scope of its own.
+OPERATOR = """\
+import os, signal, subprocess, sys
+from jeepney import DBusAddress, new_method_call
+from jeepney.io.blocking import open_dbus_connection
+logind = DBusAddress("/org/freedesktop/login1", "org.freedesktop.login1", "org.freedesktop.login1.Manager")
+connection = open_dbus_connection("SYSTEM", enable_fds=True)
+session = "", "tty", "user-light", "", "", 0, "", "", False, "", "", []
+call = new_method_call(logind, "CreateSession", "uusssssussbssa(sv)", (0, os.getpid(), *session))
+reply = connection.send_and_get_reply(call)
+print(reply.body, open("/proc/self/cgroup").read(), file=sys.stderr)
+done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
+with open("/run/logged-in", "w") as file:
+    print(done.returncode, done.stderr, file=file)
+signal.pause()
+"""
+SESSION = """\
+[Service]
+ExecStart=/usr/bin/python3 /usr/lib/log_in.py khoctl kexec {words}
+"""
+FAILED = "[Service]\nExecStart=/bin/false\n"
+
+# A file system whose server answers nothing, not even its first question: each access waits.
+HUNG = """\
+import ctypes, os, signal
+libc = ctypes.CDLL(None, use_errno=True)
+server = os.open("/dev/fuse", os.O_RDWR)
+os.makedirs("/run/hung", exist_ok=True)
+options = f"fd={server},rootmode=40000,user_id=0,group_id=0,allow_other"
+if libc.mount(b"server:/share", b"/run/hung", b"fuse", 0, options.encode()):
+    raise OSError(ctypes.get_errno(), "mount")
+print("mounted", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture(scope="module")
+def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """Give one host to the whole file."""
+    console = tmp_path_factory.mktemp("quiesce") / "console.log"
+    with usual(lab_kernels.find(VERSION), lab_disk, console) as guest:
+        found = Host(guest)
+        install(found)
+        yield found
+
+
+def kexec(host: Host, code: int) -> str:
+    """Try a handover that ends with this exit code; what khoctl says."""
+    return host.khoctl("kexec", *image(VERSION), code=code).stderr
+
+
+def test_a_reboot_that_is_not_permitted_thaws_and_starts_everything_again(host: Host) -> None:
+    drop_in = f"{DROP_INS}/no-reboot.conf"
+    host.guest.put(drop_in, NO_REBOOT)
+    host.shell("systemctl daemon-reload; systemctl restart kho-handover")
+    with producer(host, 'freeze = ["/bin/touch", "/run/frozen"]\n'), unchanged(host):
+        said = kexec(host, 1)
+        assert "EPERM" in said or "not permitted" in said, said
+        host.shell("rm /run/frozen")
+        write_to_disk(host)
+    host.shell(f"rm {drop_in}; systemctl daemon-reload; systemctl restart kho-handover")
+
+
+def test_what_is_started_while_the_host_is_stopped(host: Host) -> None:
+    """Once: it is stopped too. Again and again: refused, by its name. What was stopped cannot be reached meanwhile."""
+    connects = "import socket; socket.socket(socket.AF_UNIX).connect('/run/listener.sock')"
+    for path, text in {
+        "/usr/lib/own_name.py": OWN_NAME,
+        "/usr/share/dbus-1/system-services/org.lab.Poked.service": ACTIVATION,
+        "/usr/share/dbus-1/system.d/poked.conf": POLICY,
+        "/usr/lib/systemd/system/poked.service": POKED,
+        "/usr/lib/systemd/system/late.service": LATE,
+        "/usr/lib/systemd/system/starts-late.service": STARTS_LATE,
+        "/usr/lib/connects.py": connects,
+    }.items():
+        host.guest.put(path, text)
+    host.shell("systemctl daemon-reload; systemctl reload dbus; systemctl start starts-late")
+    looks = "! python3 /usr/lib/connects.py 2>/run/refused && test -e /run/late-was-stopped && touch /run/looked; false"
+    with producer(host, f'freeze = ["/bin/sh", "-c", "{looks}"]\n'), unchanged(host):
+        kexec(host, 3)
+    host.shell("grep -E 'Refused|FileNotFound' /run/refused; rm /run/looked; systemctl kill -s KILL starts-late")
+    host.shell("systemctl start poked")
+    with producer(host, 'keep = ["dbus.service"]\n'), unchanged(host):
+        said = kexec(host, 3)
+        assert "poked.service: started again meanwhile" in said, said
+    host.shell("systemctl kill -s KILL poked; systemctl reset-failed poked starts-late", check=False)
+
+
+def test_the_session_of_the_operator_lives_on_and_a_failed_unit_stays_failed(host: Host) -> None:
+    host.guest.put("/usr/lib/log_in.py", OPERATOR)
+    host.guest.put("/usr/lib/systemd/system/operator.service", SESSION.format(words=" ".join(image(VERSION))))
+    host.guest.put("/usr/lib/systemd/system/broken.service", FAILED)
+    host.shell("systemctl daemon-reload; systemctl start broken; systemctl start systemd-logind", check=False)
+    with producer(host), unchanged(host):
+        pid = host.shell("rm -f /run/logged-in; systemctl start operator; systemctl show -p MainPID --value operator")
+        host.shell("timeout 90 sh -c 'until test -s /run/logged-in; do sleep 0.2; done'")
+        said = host.guest.get("/run/logged-in").decode()
+        assert said.startswith("3 "), said
+        assert "one" in said, said
+        assert "session-" in host.guest.get(f"/proc/{pid.strip()}/cgroup").decode()
+        assert host.shell("loginctl list-sessions --no-legend | wc -l") == "1\n"
+        host.shell("systemctl stop operator")
+    assert host.shell("systemctl is-failed broken.service") == "failed\n"
+    host.shell("systemctl reset-failed broken.service")
+
+
+def test_a_read_only_root_and_a_file_system_that_does_not_answer(host: Host) -> None:
+    host.guest.put("/run/hung.py", HUNG)
+    host.shell("modprobe -q fuse || true; python3 /run/hung.py >/run/hung.log 2>&1 & echo $! > /run/hung.pid")
+    host.shell("timeout 30 sh -c 'until grep -q mounted /run/hung.log; do sleep 0.1; done'")
+    host.shell(
+        "systemctl stop kho-handover.service; cp -a /var/lib/khod /run/khod.kept;"
+        "mount -t tmpfs tmpfs /var/lib/khod; cp -a /run/khod.kept/. /var/lib/khod; cp -a /etc/kho /run/kho;"
+        "mount --bind /run/kho /etc/kho; mount -o remount,ro /; systemctl start kho-handover.service"
+    )
+    before = list_active(host)
+    with producer(host, 'freeze = ["/sbin/kexec", "-u"]\n'):
+        said = kexec(host, 1)
+        assert "EINVAL" in said or "Invalid argument" in said, said
+    assert list_active(host) == before
+    host.shell(
+        "systemctl stop kho-handover.service; mount -o remount,rw /; umount /etc/kho /var/lib/khod;"
+        "kill $(cat /run/hung.pid); umount -l /run/hung; systemctl start kho-handover.service"
+    )
+    write_to_disk(host)
