@@ -12,8 +12,9 @@ import pytest
 from tests.lab import kernels as lab_kernels
 from tests.lab.conftest import usual
 from tests.lab.host import DROP_INS, Host, image
-from tests.lab.quiescing import VERSION, WORKER, install, list_active, producer, unchanged, write_to_disk
+from tests.lab.quiescing import REFUSES, VERSION, WORKER, install, list_active, producer, unchanged, write_to_disk
 
+KILLS = "/usr/bin/systemctl kill -s KILL kho-handover.service"
 NO_REBOOT = "[Service]\nSystemCallFilter=~reboot\n"
 
 # A bus call starts it again as soon as it is stopped.
@@ -167,3 +168,44 @@ def test_a_read_only_root_and_a_file_system_that_does_not_answer(host: Host) -> 
         "kill $(cat /run/hung.pid); umount -l /run/hung; systemctl start kho-handover.service"
     )
     write_to_disk(host)
+
+
+class Point:
+    """A moment of the way there or back: the producer's file and the units, one of which kills khod then."""
+
+    def __init__(self, file: str, units: dict[str, str] | None = None) -> None:
+        self.file, self.units = file, units or {}
+
+
+ORDER = "worker.service restarts.service ticker.timer listener.socket"
+DIES_ONCE = f"ExecStartPre=/bin/sh -c 'if rm /run/armed; then {KILLS}; fi'\n"
+HOOK = ["/bin/sh", "-c", KILLS]
+POINTS = {
+    "prepared": Point(f"prepare = {HOOK}\n"),
+    "first-stop": Point("", {"kills.service": f"[Unit]\nAfter={ORDER}\n{WORKER}ExecStop={KILLS}\n"}),
+    "last-stop": Point("", {"kills.service": f"[Unit]\nBefore={ORDER}\n{WORKER}ExecStop={KILLS}\n"}),
+    "quiesced": Point(f"freeze = {HOOK}\n"),
+    "first-start": Point(REFUSES, {"kills.service": f"[Unit]\nBefore={ORDER}\n{WORKER}{DIES_ONCE}"}),
+    "last-start": Point(REFUSES, {"kills.service": f"[Unit]\nAfter={ORDER}\n{WORKER}{DIES_ONCE}"}),
+}
+IN_MAKE_TEST = ("quiesced", "first-start")
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(name, marks=() if name in IN_MAKE_TEST else pytest.mark.proof) for name in POINTS]
+)
+def test_khod_killed_at_a_point_of_the_way_there_or_back(host: Host, point: str) -> None:
+    host.shell("rm -f /run/armed")
+    for name, text in POINTS[point].units.items():
+        host.guest.put(f"/usr/lib/systemd/system/{name}", text)
+        host.shell(f"systemctl daemon-reload; systemctl start {name}")
+    host.shell("touch /run/armed")
+    with producer(host, POINTS[point].file), unchanged(host):
+        restarts = host.shell("systemctl show -p NRestarts --value kho-handover")
+        host.guest.run(["khoctl", "kexec", *image(VERSION)], check=False)
+        host.shell("timeout 60 sh -c 'until khoctl status >/dev/null; do sleep 0.2; done'")
+        host.settled()
+        assert host.shell("systemctl show -p NRestarts --value kho-handover") != restarts, "it was not killed"
+        write_to_disk(host)
+    for name in POINTS[point].units:
+        host.shell(f"rm /usr/lib/systemd/system/{name}; systemctl daemon-reload; systemctl kill -s KILL {name}")
