@@ -44,8 +44,11 @@ def list_active(host: Host) -> dict[str, str]:
         "systemctl list-units --plain --no-legend --state=active --type=service,socket,timer,path | awk '{print $1}'"
     ).split()
     once = host.shell("systemctl show -p InvocationID --value once.service").strip()
-    # kho-sessions.service runs while khod asks it.
-    return {name: once if name == "once.service" else "" for name in names if not name.startswith("kho-sessions")}
+    passing = (
+        "kho-sessions",
+        "user-runtime-dir@",
+    )  # one runs while khod asks it, the other while somebody is logged in
+    return {name: once if name == "once.service" else "" for name in names if not name.startswith(passing)}
 
 
 @contextmanager
