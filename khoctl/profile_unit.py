@@ -92,7 +92,9 @@ def _start(unit: str, *options: str) -> "subprocess.Popen[bytes]":
     """Run systemctl in a session of its own: an interrupt and a lost terminal are for khoctl alone."""
     try:
         return subprocess.Popen(  # noqa: S603 - the name of a profile was checked
-            ["systemctl", "start", *options, unit],  # noqa: S607 - as journalctl: the operator's PATH stdin=subprocess.DEVNULL, start_new_session=True
+            ["systemctl", "start", *options, unit],  # noqa: S607 - as journalctl: the operator's PATH
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     except OSError as error:
         raise Unsupported(

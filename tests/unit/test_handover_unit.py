@@ -30,6 +30,7 @@ show) echo "ExecMainStatus=$(cat {here}/status)"; echo "InvocationID=$(wc -l < {
 esac
 for unit; do :; done
 echo "$*" >> {here}/started
+echo "$(readlink /proc/$$/fd/0) $(cut -d' ' -f6 /proc/$$/stat) $$" > {here}/terminal
 profile=${{unit#kho-handover@}}
 {python} -m khoctl run-profile "${{profile%.service}}" 2> {here}/journal
 echo $? > {here}/status
@@ -175,6 +176,13 @@ def test_who_asked_stands_in_the_history_with_what_runs_it(unit: Unit) -> None:
     shown = unit.khod.khoctl("history", "show")
     assert "profile     next" in shown.out
     assert "budget      600 s" in shown.out
+
+
+def test_systemctl_has_neither_the_terminal_nor_the_session_of_khoctl(unit: Unit) -> None:
+    unit.write(keys="load_only = true")
+    assert unit.hand_over().code == Exit.done
+    stdin, session, process = (unit.here / "terminal").read_text().split()
+    assert (stdin, session) == ("/dev/null", process)
 
 
 def test_a_unit_that_nobody_announced_is_of_an_unknown_user(unit: Unit) -> None:
