@@ -344,10 +344,9 @@ def names_check(name: str) -> bool:
 class Begun:
     """Who began the handover `run`, when (seconds since the epoch, 0 if unknown), and the image it loads.
 
-    `profile` is the profile it was begun by, "" without one.
-    With `luo_off` the kernel of the image starts with LUO off, and no file may be handed over to it. `kernel_release`
-    and `kernel_banner` are what uname -r and /proc/version will say in the kernel of the image, "" if the image does
-    not show it.
+    `profile` is the name of the profile by which it was begun, "" without one. With `luo_off` the kernel of the image
+    starts with LUO off, and no file may be handed over to it. `kernel_release` and `kernel_banner` are what uname -r
+    and /proc/version will say in the kernel of the image, "" if the image does not show it.
     """
 
     at: float = 0.0

@@ -68,10 +68,8 @@ async def _undo_leaders(attempt: Attempt, failures: Sequence[Failure], emit: Cal
     if not failures:
         return await _undo_members(partial(attempt.barrier.undo_verb, Verb.prepare, leaders=True), Step.prepare, emit)
     held = [member.producer.name for member in attempt.barrier.leaders if member.told in UNDO]
-    return [
-        Failure(Step.prepare, (NotUndone(Step.prepare.value, name, f"{name} keeps the lock until then", ""),))
-        for name in held
-    ]
+    why = "the lock is kept until the rest is undone"
+    return [Failure(Step.prepare, (NotUndone(Step.prepare.value, name, why, ""),)) for name in held]
 
 
 async def _undo_quiesce(attempt: Attempt, emit: Callable[[str], None]) -> list[Failure]:
