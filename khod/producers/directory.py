@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from khod.deferred import defer_module
 from khod.errors import ConfigError, UsageError
 from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
-from khod.fleet import FILE as FLEETLOCK_FILE
+from khod.fleetlock import FILE as FLEETLOCK_FILE
 from khod.producers.barrier import Participant, Verb
 from khod.producers.commands import TABLE, CommandRunner
 from khod.producers.configured import check_name, require_string, require_strings

@@ -2,7 +2,7 @@
 """The lock of a FleetLock server as a producer: no handover begins without it where /etc/kho/fleetlock.toml exists.
 
 It is a leader: the only one that is told `prepare` before all others, and told `cancel` after all others. Its commands
-run as those of a hook; what they do: `khod.fleet.program`.
+run as those of a hook; what they do: `khod.fleetlock.program`.
 """
 
 import os
@@ -11,8 +11,8 @@ from dataclasses import field
 from pathlib import Path
 
 from khod.files import Fragment
-from khod.fleet import FILE
-from khod.fleet.settings import load_settings
+from khod.fleetlock import FILE
+from khod.fleetlock.settings import load_settings
 from khod.frozen import dataclass
 from khod.producers import service_settings
 from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
@@ -84,7 +84,7 @@ class FleetLock(Configured):
         return None
 
     async def _run(self, telling: ProducerCall, *words: str) -> None:
-        argv = [sys.executable, "-P", "-B", "-m", "khod.fleet", *words, f"--root={self.root}"]
+        argv = [sys.executable, "-P", "-B", "-m", "khod.fleetlock", *words, f"--root={self.root}"]
         environment = {"PATH": PATH, "KHO_NAME": self.name, "KHO_VERB": telling.verb.value, "KHO_RUN": telling.run}
         command = Command(self.name, argv, environment | {"PYTHONPATH": os.fspath(PACKAGES)}, self.settings)
         execution = await Execution.start(self.runner, command)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from khod.errors import ConfigError, Exit
-from khod.fleet.program import HostLock, main
-from khod.fleet.settings import ZINCATI_APP_ID, FleetLockSettings, load_settings, node_id
+from khod.fleetlock.program import HostLock, main
+from khod.fleetlock.settings import ZINCATI_APP_ID, FleetLockSettings, load_settings, node_id
 from tests.unit.fleetlock import FAULTS, LOCK, Authority, Server, configure, serving
 from tests.unit.khods import REPOSITORY, Answer
 
@@ -238,7 +238,9 @@ def test_the_name_is_that_of_zincati(tmp_path: Path) -> None:
 
 
 def test_help_names_the_commands() -> None:
-    shown = subprocess.run([sys.executable, "-m", "khod.fleet", "--help"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "khod.fleetlock", "--help"], capture_output=True, text=True, check=True
+    )
     assert all(command in shown.stdout for command in ("lock", "check", "unlock", "settle"))
 
 

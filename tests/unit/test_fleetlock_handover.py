@@ -65,7 +65,7 @@ def kexec(khod: Khod, *words: str) -> Answer:
 
 
 def fleetlock(khod: Khod, command: str, *words: str) -> Answer:
-    return run(["-m", "khod.fleet", command, f"--root={khod.directory / 'root'}", *words])
+    return run(["-m", "khod.fleetlock", command, f"--root={khod.directory / 'root'}", *words])
 
 
 def settle(khod: Khod) -> Answer:

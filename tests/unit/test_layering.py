@@ -47,13 +47,13 @@ BESIDE = {
     "trees": VOCABULARY | {"abi.fdt", "trees"},
     "simulated": VOCABULARY | {"abi", "kernel", "simulated"},
     "vm": VOCABULARY | {"vm", "producer", "abi"},
-    "fleet": VOCABULARY | {"fleet", "client"},
+    "fleetlock": VOCABULARY | {"fleetlock", "client"},
 }
 SEEN_BY = {
-    "client": {"producer", "fleet"},
+    "client": {"producer", "fleetlock"},
     "simulated": {"daemon"},
     "vm": {"producers"},
-    "fleet": {"producers"},
+    "fleetlock": {"producers"},
     "history": {"client", "kernel", "systemd", "preflight", "engine", "server", "metrics", "daemon"},
 }
 """Who of khod imports what stands beside; khoctl and producers do besides."""

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from khod.errors import ConfigError, errno_text
 from khod.files import Fragment, read_toml, require_type, unknown_key_error
-from khod.fleet import FILE
+from khod.fleetlock import FILE
 from khod.frozen import dataclass
 
 MACHINE_ID = "etc/machine-id"

@@ -16,8 +16,8 @@ from pathlib import Path
 from khod import wire
 from khod.client.handover import Client
 from khod.errors import Degraded, Failed, KhoError, Refused
-from khod.fleet.server import LOCK, UNLOCK, FleetLockServer, NotGranted
-from khod.fleet.settings import FleetLockSettings, load_settings, node_id
+from khod.fleetlock.server import LOCK, UNLOCK, FleetLockServer, NotGranted
+from khod.fleetlock.settings import FleetLockSettings, load_settings, node_id
 from khod.model import Phase, Status
 
 SETTLE_UNIT = "khod-fleetlock@settle.service"

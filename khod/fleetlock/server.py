@@ -17,8 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from khod.errors import ConfigError, errno_text
-from khod.fleet import FILE
-from khod.fleet.settings import FleetLockSettings
+from khod.fleetlock import FILE
+from khod.fleetlock.settings import FleetLockSettings
 from khod.text import one_line
 
 LOCK = "v1/pre-reboot"
