@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from khoctl.next_kernel import WAYS, NextKernelOptions
 from khod.errors import ConfigError
 from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
-from khod.model import TOLERABLE, VERIFICATION_CHECKS, names_check
+from khod.model import MAX_TERMS_SECONDS, TOLERABLE, VERIFICATION_CHECKS, names_check
 
 if TYPE_CHECKING:
     from khoctl.window import Window
@@ -28,7 +28,6 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where the commands of hooks are looked for."""
 HOOK_SECONDS = 300.0
 """Seconds that a command of a hook has, unless the profile says another number."""
-MAX_SECONDS = 86400.0
 
 
 def _key_type(hint: Any) -> type:
@@ -44,13 +43,13 @@ KEYS = (
     | {"require": list, "blackout_budget": float}
 )
 """The keys of a profile and their types; a list of strings may also be one string."""
-TABLES: dict[str, dict[str, Any]] = {
+TABLES: dict[str, dict[str, type]] = {
     "deadlines": dict.fromkeys(("prepare", "freeze", "activate", "load", "restore"), float),
     "verify": dict.fromkeys(("must_pass", "tolerate"), list),
     "window": {"days": list, "from": str, "to": str, "timezone": str},
-    "hooks": {"before": None, "after": None, "before_timeout": float, "after_timeout": float},
+    "hooks": {"before": tuple, "after": tuple, "before_timeout": float, "after_timeout": float},
 }
-"""The tables of a profile with their keys and types; a command of a hook has no type of one word."""
+"""The tables of a profile with their keys and types; a tuple has the commands of a hook."""
 ONE_OF = (WAYS, ("cmdline", "reuse_cmdline"))
 """Keys that contradict each other."""
 COMMAND = 'It must be a command as a list of words, for example ["/usr/bin/drain", "--wait"], or a list of such lists.'
@@ -216,19 +215,21 @@ def _take_tables(fragment: Fragment) -> dict[str, dict[str, Any]]:
             dotted = f"{table}.{key}"
             if key not in keys:
                 raise unknown_key_error(fragment.locate_key(dotted), dotted, list(keys), "a profile")
-            taken = _take_commands(value, dotted, fragment) if keys[key] is None else None
-            found[table][key] = _take_value(value, keys[key], dotted, fragment) if taken is None else taken
+            found[table][key] = _take_value(value, keys[key], dotted, fragment)
     return found
 
 
 def _take_value(value: Any, kind: type, key: str, fragment: Fragment) -> Any:
     """Return a value in the type of its key; a number is one of seconds."""
+    if kind is tuple:
+        return _take_commands(value, key, fragment)
     where = fragment.locate_key(key)
     if kind is list:
         return list(require_type([value] if isinstance(value, str) else value, tuple[str, ...], key, where))
     found = require_type(value, kind, key, where)
-    if kind is float and not 0 < found <= MAX_SECONDS:
-        raise ConfigError(f"`{key}` is {found:g}", where=where, remedy=f"It must be seconds, {MAX_SECONDS:g} at most.")
+    if kind is float and not 0 < found <= MAX_TERMS_SECONDS:
+        remedy = f"It must be a number of seconds, {MAX_TERMS_SECONDS:g} at most."
+        raise ConfigError(f"`{key}` is {found:g}", where=where, remedy=remedy)
     return found
 
 

@@ -25,8 +25,6 @@ LOOKED_AHEAD = timedelta(days=15)
 """How far an opening is looked for: the one of a week may fall into an hour that does not exist."""
 TIME_OF_DAY = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])|24:00")
 LOCAL_TIME = Path("/etc/localtime")
-KEYS = {"days": tuple[str, ...], "from": str, "to": str, "timezone": str}
-"""The keys of the table [window] of a profile, and their types."""
 
 
 @dataclass(frozen=True)

@@ -325,6 +325,8 @@ class Terms:
 
 
 NO_TERMS = Terms()
+MAX_TERMS_SECONDS = 86400.0
+"""The maximum of a deadline and of a budget: a day."""
 TOLERABLE = (FindingSource.log, FindingSource.health, FindingSource.boot)
 """What a profile may tolerate: nothing of it says that state is missing or differs."""
 VERIFICATION_CHECKS = (

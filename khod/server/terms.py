@@ -5,11 +5,8 @@ import dataclasses
 from dataclasses import replace
 
 from khod.errors import UsageError
-from khod.model import TOLERABLE, VERIFICATION_CHECKS, Terms, names_check
+from khod.model import MAX_TERMS_SECONDS, TOLERABLE, VERIFICATION_CHECKS, Terms, names_check
 from khod.producers.configured import one_line
-
-MAX_SECONDS = 86400.0
-"""The maximum of a deadline and of a budget: a day."""
 
 
 def check_terms(terms: Terms) -> Terms:
@@ -17,10 +14,9 @@ def check_terms(terms: Terms) -> Terms:
     deadlines = dataclasses.asdict(terms.deadlines) if terms.deadlines is not None else {}
     seconds = {f"terms.deadlines.{name}": value for name, value in deadlines.items()}
     for name, value in (seconds | {"terms.blackout_budget": terms.blackout_budget}).items():
-        if value is not None and not 0 < value <= MAX_SECONDS:
-            raise UsageError(
-                f"{name} is {value:g}", where=name, remedy=f"It is a number of seconds, {MAX_SECONDS:g} at most."
-            )
+        if value is not None and not 0 < value <= MAX_TERMS_SECONDS:
+            remedy = f"It must be a number of seconds, {MAX_TERMS_SECONDS:g} at most."
+            raise UsageError(f"{name} is {value:g}", where=name, remedy=remedy)
     known = [source.value for source in TOLERABLE]
     for source in terms.tolerate or ():
         if source not in known:
