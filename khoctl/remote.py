@@ -29,7 +29,8 @@ SSH_FAILED, NO_COMMAND = 255, 127
 """ssh's own exit code, and that of a shell for a command that it does not find."""
 CONNECT_SECONDS, ALIVE_SECONDS, ALIVE_COUNT = 10, 5, 3
 """When a connection that is followed is given up: a kernel that has jumped closes none of those it had."""
-MAX_SAID = 8 << 10
+MAX_SAID_BYTES = 1 << 16
+"""How much is kept of what ssh writes on standard error."""
 MAX_PROBLEM = 300
 FOLLOWING = frozenset(("monitor", "wait", "verify"))
 JUMPING = frozenset(("kexec", "handover"))
@@ -182,8 +183,8 @@ def explain_failure(host: str, code: int, said: str) -> KhoError:
     """Return the error for an exit code of ssh that is not khoctl's; `said` is what ssh wrote on standard error."""
     if code == NO_COMMAND:
         return Unsupported(f"khoctl is not installed on {host}", remedy=f"{UNTOUCHED} Install the package khod there.")
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    last = f": {shorten(printable(lines[-1]), MAX_PROBLEM)}" if lines else ""
+    problem = last_line(said)
+    last = f": {problem}" if problem else ""
     for known in FAILURES:
         if known.text in said:
             return known.error(
@@ -195,6 +196,11 @@ def explain_failure(host: str, code: int, said: str) -> KhoError:
         f"The connection to {host} has ended{last}".rstrip("."),
         remedy=f"What has begun there goes on. To see: khoctl --host {host} status",
     )
+
+
+def last_line(said: str) -> str:
+    """Return the last line of what ssh, or khoctl there, wrote on standard error; it is fit for a terminal."""
+    return shorten(printable(said.strip().rpartition("\n")[2].strip()), MAX_PROBLEM)
 
 
 def _find_command(words: Sequence[str]) -> str:
@@ -239,7 +245,7 @@ def _pass_on(process: "subprocess.Popen[bytes]", said: bytearray) -> None:
             sys.stderr.flush()
             os.write(2, data)
         said += data
-        del said[:-MAX_SAID]
+        del said[:-MAX_SAID_BYTES]
 
 
 def _run_through_jump(host: str, words: Sequence[str]) -> int:

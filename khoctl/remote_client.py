@@ -8,20 +8,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from khoctl.remote import explain_failure, ssh_command, start_ssh
+from khoctl.remote import MAX_SAID_BYTES, explain_failure, last_line, ssh_command, start_ssh
 from khod import values
 from khod.client.handover import Client
 from khod.client.history import HistoryClient
 from khod.errors import Exit, KhoError, Unreachable
-from khod.text import printable, shorten
 
 T = TypeVar("T")
 MAX_REPLY_BYTES = 8 << 20
 """Maximum size of one reply: a host may be in anybody's hands."""
-MAX_SAID_BYTES = 1 << 16
 END_SECONDS = 2.0
 """How long ssh has to end before it is killed."""
-MAX_PROBLEM = 300
 
 
 class RemoteClient(HistoryClient):
@@ -89,8 +86,7 @@ class RemoteClient(HistoryClient):
         said = self._read_said()
         code = self._ssh.poll()
         if code == Exit.unreachable:
-            last = said.strip().rpartition("\n")[2].removeprefix("khoctl: ")
-            return Unreachable(f"{self.host}: {shorten(printable(last), MAX_PROBLEM)}".rstrip("."))
+            return Unreachable(f"{self.host}: {last_line(said).removeprefix('khoctl: ')}".rstrip("."))
         if code in (None, Exit.done):
             error.where = self.host
             return error

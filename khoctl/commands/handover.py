@@ -126,7 +126,12 @@ def plan(
     options: NextKernelOptions,
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[PROFILE]", help="The profile whose handover is planned.", show_default=False),
+        typer.Argument(
+            metavar="[PROFILE]",
+            help="The profile whose handover is planned.",
+            show_default=False,
+            autocompletion=complete_profiles,
+        ),
     ] = None,
     load_only: LoadOnly = False,
     now: Now = False,

@@ -79,7 +79,7 @@ def monitor(as_json: Json = False) -> None:
             if (event := follower.wait_event()) is not None:
                 _show_event(event, as_json=as_json)
         follower.refresh_status()
-        _end_with_outcome(follower.status, rolled_back=False, as_json=as_json)
+        raise typer.Exit(_show_outcome(follower.status, rolled_back=False, as_json=as_json))
 
 
 def _show_event(event: Event, *, as_json: bool) -> None:
@@ -115,9 +115,8 @@ def wait(
         _wait_until(follower, lambda: follower.has_ended)
         follower.refresh_status()
         in_this_boot = not follower.is_other_boot and before not in ENDED | {Phase.verifying}
-        _end_with_outcome(
-            follower.status, rolled_back=in_this_boot and follower.status.phase in AT_REST, as_json=as_json
-        )
+        rolled_back = in_this_boot and follower.status.phase in AT_REST
+        raise typer.Exit(_show_outcome(follower.status, rolled_back=rolled_back, as_json=as_json))
 
 
 def _wait_until(follower: Follower, is_over: Callable[[], bool]) -> None:
@@ -133,10 +132,13 @@ def _wait_until(follower: Follower, is_over: Callable[[], bool]) -> None:
             layout.show_page(f"khoctl: {event.message}", err=True)
 
 
-def _end_with_outcome(found: Status, *, rolled_back: bool, as_json: bool) -> NoReturn:
-    """Print the outcome in one line. After a rollback the status is that of the handover into this boot."""
+def _show_outcome(found: Status, *, rolled_back: bool, as_json: bool) -> int:
+    """Print the outcome in one line, and return the exit code.
+
+    After a rollback the status is that of the handover into this boot.
+    """
     show_answer(found, partial(render_outcome, found, rolled_back=rolled_back), as_json=as_json)
-    raise typer.Exit(Exit.failed if rolled_back else found.exit_code)
+    return Exit.failed if rolled_back else found.exit_code
 
 
 def follow_jump(before: Status, code: int, *, as_json: bool) -> int:
@@ -155,9 +157,7 @@ def follow_jump(before: Status, code: int, *, as_json: bool) -> int:
                 return code  # it has loaded the next kernel, for example
         follower.refresh_status()
     rolled_back = not follower.is_other_boot and follower.status.phase in AT_REST
-    found = follower.status
-    show_answer(found, partial(render_outcome, found, rolled_back=rolled_back), as_json=as_json)
-    return Exit.failed if rolled_back else found.exit_code
+    return _show_outcome(follower.status, rolled_back=rolled_back, as_json=as_json)
 
 
 @app.command()

@@ -29,11 +29,11 @@ MAX_TEXT = 300
 MAX_VERSION = 64
 MAX_ATTEMPTS = 500
 MAX_SECONDS = 1e11
-"""Times of a host that are larger are none."""
+"""A larger number is not taken for a time."""
 ARRIVED = frozenset((Phase.verified, Phase.degraded))
 CLOCK_SECONDS = 5.0
 """A clock that differs by more is one that was not set."""
-NO_PLACE = "A file of `khoctl history --json`, and where wanted of `khoctl status --json` in front of it."
+EXPORT_REMEDY = "Give the output of `khoctl history --json`; that of `khoctl status --json` may stand before it."
 
 
 def ask_hosts(members: Sequence[FleetMember], *, attempts: int, parallel: int, limit: float) -> list[HostView]:
@@ -71,14 +71,14 @@ def _ask_khod(name: str, khod: RemoteClient, attempts: int) -> HostView:
     found = khod.history(attempts).attempts if status.generation is not Generation.none else []
     sent = time.time()
     khod.call_method("Monitor", more=True)
-    there = khod.receive_event().at  # the first event has the time of the call
+    there = _finite(khod.receive_event().at)  # the first event has the time of the call
     received = time.time()
     view = describe_host(name, status, found[:attempts])
     return replace(
         view,
         khod=shorten(str(version), MAX_VERSION) if isinstance(version, str) else "",
-        **_measure_clock(_finite(there), sent, received),
-        remarks=[*view.remarks, *_check_clock(_finite(there), sent, received)],
+        **_measure_clock(there, sent, received),
+        remarks=[*view.remarks, *_check_clock(there, sent, received)],
     )
 
 
@@ -108,7 +108,7 @@ def read_exports(patterns: Sequence[str]) -> list[HostView]:
             sorted(Path(pattern).glob("*.json")) if Path(pattern).is_dir() else sorted(map(Path, glob.glob(pattern)))
         )
         if not found:
-            raise UsageError("There is no such file", where=pattern, remedy=NO_PLACE)
+            raise UsageError("There is no such file", where=pattern, remedy=EXPORT_REMEDY)
         paths |= dict.fromkeys(found)
     return [_read_export(path) for path in paths]
 
@@ -124,7 +124,7 @@ def _read_export(path: Path) -> HostView:
     except OSError as error:
         return _unreadable(name, f"The file cannot be read: {errno_text(error)}")
     except (ValueError, RecursionError, TypeError, AttributeError) as error:
-        return _unreadable(name, f"It is not JSON of khoctl's: {one_line(str(error), MAX_TEXT)}")
+        return _unreadable(name, f"It is not what khoctl writes with --json: {one_line(str(error), MAX_TEXT)}")
     return describe_host(name, status, found[:MAX_ATTEMPTS])
 
 

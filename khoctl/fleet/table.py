@@ -46,7 +46,7 @@ def _host_row(host: HostView) -> tuple[str, ...]:
 
 def _group_remarks(hosts: Sequence[HostView]) -> Iterator[tuple[str, list[str]]]:
     """Yield a title with a line for each remark: what stands out, what is told only, and who has no KHO."""
-    titles = {"Stand out": [], "Also": [], "Without KHO": []}  # type: dict[str, list[str]]
+    titles: dict[str, list[str]] = {"Stand out": [], "Also": [], "Without KHO": []}
     for host in hosts:
         for remark in host.remarks:
             kind = remark.kind

@@ -215,7 +215,7 @@ def test_a_file_that_is_none_of_khoctl_s_is_named(tmp_path: Path, text: str) -> 
     export(tmp_path / "good.json", VERIFIED)
     ended = fleet(tmp_path)
     assert ended.code == Exit.unreachable
-    assert "web  unreadable: It is not JSON of khoctl's" in ended.out
+    assert "web  unreadable: It is not what khoctl writes with --json" in ended.out
     assert "good" in ended.out
 
 
