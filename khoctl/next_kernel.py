@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The options that choose the next kernel and its command line: one set for check, plan and kexec."""
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Concatenate
+from typing import Annotated, Any
 
 import typer
 
@@ -56,24 +54,3 @@ class NextKernelOptions:
 
 
 NAMES = tuple(field.name for field in fields(NextKernelOptions))
-
-
-def spread_options(command: Callable[Concatenate[NextKernelOptions, ...], None]) -> Callable[..., None]:
-    """Return a command for typer in which the options of the next kernel replace the first parameter.
-
-    `command` receives these options as one object, and its other parameters by name.
-    """
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        options = NextKernelOptions(**{name: given.pop(name) for name in NAMES if name in given})
-        command(options, **given)
-
-    _, *others = inspect.signature(command).parameters.values()
-    spread = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(NextKernelOptions)
-    ]
-    spread += [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in others]
-    vars(run)["__signature__"] = inspect.Signature(spread, return_annotation=None)
-    return run

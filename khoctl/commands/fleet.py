@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """khoctl fleet: many hosts as one table, and as one page."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -8,6 +9,7 @@ import typer
 from khoctl import layout, render
 from khoctl.fleet import assess, collect, inventory
 from khoctl.fleet.model import FleetView
+from khoctl.option_sets import spread_options
 from khoctl.output import write_file
 from khoctl.session import Group, Json, call_timeout
 from khod.errors import UsageError
@@ -22,46 +24,49 @@ SCHEMA, SCHEMA_VERSION = "io.kho.Fleet", 1
 app = typer.Typer(
     cls=Group, rich_markup_mode=None, no_args_is_help=True, help="Many hosts: where they stand, and which stand out."
 )
-Hosts = Annotated[
-    list[str] | None, typer.Argument(metavar="[USER@HOST]...", help="Hosts to ask, in addition to an inventory.")
-]
-Inventory = Annotated[
-    str | None,
-    typer.Option("--inventory", "-i", metavar="FILE", help="The hosts: one a line, or Ansible's; - is standard input."),
-]
-Exports = Annotated[
-    list[str] | None,
-    typer.Option("--from", metavar="FILE", help="Read what `khoctl history --json` wrote; a directory, or a pattern."),
-]
-Budget = Annotated[
-    float | None,
-    typer.Option("--budget", min=0, metavar="SECONDS", help="A host whose last blackout was longer stands out."),
-]
-Count = Annotated[
-    int,
-    typer.Option("-n", min=1, max=collect.MAX_ATTEMPTS, metavar="N", help="How many attempts of each host to read."),
-]
-Parallel = Annotated[
-    int, typer.Option("--parallel", min=1, max=MAX_PARALLEL, metavar="N", help="How many hosts to ask at a time.")
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetOptions:
+    """The hosts, and how they are asked and judged: the options of both commands."""
+
+    hosts: Annotated[
+        list[str] | None, typer.Argument(metavar="[USER@HOST]...", help="Hosts to ask, in addition to an inventory.")
+    ] = None
+    inventory_file: Annotated[
+        str | None,
+        typer.Option(
+            "--inventory", "-i", metavar="FILE", help="The hosts: one a line, or Ansible's; - is standard input."
+        ),
+    ] = None
+    exports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from", metavar="FILE", help="Read what `khoctl history --json` wrote; a directory, or a pattern."
+        ),
+    ] = None
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", min=0, metavar="SECONDS", help="A host whose last blackout was longer stands out."),
+    ] = None
+    count: Annotated[
+        int,
+        typer.Option("-n", min=1, max=collect.MAX_ATTEMPTS, metavar="N", help="How many attempts to read of each."),
+    ] = DEFAULT_ATTEMPTS
+    parallel: Annotated[
+        int, typer.Option("--parallel", min=1, max=MAX_PARALLEL, metavar="N", help="How many hosts to ask at a time.")
+    ] = DEFAULT_PARALLEL
 
 
 @app.command()
-def status(
-    hosts: Hosts = None,
-    inventory_file: Inventory = None,
-    exports: Exports = None,
-    budget: Budget = None,
-    count: Count = DEFAULT_ATTEMPTS,
-    parallel: Parallel = DEFAULT_PARALLEL,
-    as_json: Json = False,
-) -> None:
+@spread_options
+def status(options: FleetOptions, as_json: Json = False) -> None:
     """Show where the hosts stand, in one table.
 
     Those come first that a person should look at. Exits with 6, 7, 5 or 3 where a host is not rolled back, degraded,
     not reached, or stands out; with 4 where one has no KHO.
     """
-    found = _view_fleet(hosts, inventory_file, exports, budget, count, parallel)
+    found = _view_fleet(options)
     if as_json:
         document = {"schema": SCHEMA, "version": SCHEMA_VERSION, "fleet": found}
         layout.write_text(render.as_json(document))
@@ -73,14 +78,10 @@ def status(
 
 
 @app.command()
+@spread_options
 def report(
+    options: FleetOptions,
     html: Annotated[str, typer.Option("--html", metavar="FILE", help="Where to write the page; - is standard output.")],
-    hosts: Hosts = None,
-    inventory_file: Inventory = None,
-    exports: Exports = None,
-    budget: Budget = None,
-    count: Count = DEFAULT_ATTEMPTS,
-    parallel: Parallel = DEFAULT_PARALLEL,
 ) -> None:
     """Write where the hosts stand as one page.
 
@@ -88,24 +89,19 @@ def report(
     """
     from khoctl.report.fleet import write_fleet_page  # noqa: PLC0415 - only for the page
 
-    found = _view_fleet(hosts, inventory_file, exports, budget, count, parallel)
+    found = _view_fleet(options)
     write_file(html, write_fleet_page(found).encode())
     raise typer.Exit(found.exit_code)
 
 
-def _view_fleet(
-    hosts: list[str] | None,
-    inventory_file: str | None,
-    exports: list[str] | None,
-    budget: float | None,
-    count: int,
-    parallel: int,
-) -> FleetView:
+def _view_fleet(options: FleetOptions) -> FleetView:
     """Ask the hosts and read the files that were named; raise UsageError where there is none."""
-    members = inventory.read_inventory(inventory_file) if inventory_file is not None else []
-    members = inventory.join_members([*members, *map(inventory.name_member, hosts or ())])
-    if not members and not exports:
+    members = inventory.read_inventory(options.inventory_file) if options.inventory_file is not None else []
+    members = inventory.join_members([*members, *map(inventory.name_member, options.hosts or ())])
+    if not members and not options.exports:
         raise UsageError("No host is named", where="fleet", remedy="Give USER@HOST, --inventory FILE, or --from FILE.")
     limit = call_timeout() or HOST_SECONDS
-    found = collect.ask_hosts(members, attempts=count, parallel=parallel, limit=limit) if members else []
-    return assess.assess_fleet([*found, *collect.read_exports(exports or ())], budget)
+    found = (
+        collect.ask_hosts(members, attempts=options.count, parallel=options.parallel, limit=limit) if members else []
+    )
+    return assess.assess_fleet([*found, *collect.read_exports(options.exports or ())], options.budget)

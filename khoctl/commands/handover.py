@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from khoctl import layout, progress, render
-from khoctl.next_kernel import NextKernelOptions, spread_options
+from khoctl.next_kernel import NextKernelOptions
+from khoctl.option_sets import spread_options
 from khoctl.request import open_request
 from khoctl.session import Detached, Json, ask_confirmation, connect_client, on_terminal, show_answer
 from khoctl.status_page import render_status

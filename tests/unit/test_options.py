@@ -13,7 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from khoctl.commands import handover
-from khoctl.next_kernel import NAMES, NextKernelOptions, spread_options
+from khoctl.next_kernel import NAMES, NextKernelOptions
+from khoctl.option_sets import spread_options
 from khoctl.options import CALLS, PARAMETERS, name_options
 from tests.unit.khods import REPOSITORY
 
