@@ -183,7 +183,7 @@ class Member:
         return self.producer.name in LEADERS
 
     def owes_undo(self, verb: Verb, *, leaders: bool) -> bool:
-        """Tell whether it is to undo `verb`; of the leaders, which are told nothing but `prepare`, with `leaders`."""
+        """Whether it must undo `verb`: with `leaders` each leader that was told `prepare`, otherwise no leader."""
         return self.is_leader is leaders and (self.told in UNDO if leaders else self.told is verb)
 
     @property

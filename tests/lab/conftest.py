@@ -17,6 +17,7 @@ from tests.lab import kernels as lab_kernels
 from tests.lab.guest import Guest
 from tests.lab.host import HOTPLUG, KHO, TRACE
 from tests.lab.process import call
+from tests.lab.sshd import Operator
 from tests.lab.vms import Vm
 from tests.unit.luo import System
 
@@ -136,3 +137,13 @@ def _console(item: pytest.Item, folder: Path, version: str) -> Path:
     logs = item.stash.setdefault(CONSOLES, [])
     logs.append(folder / f"console-{len(logs)}-{re.sub('[^0-9a-z.]', '', version)}.log")
     return logs[-1]
+
+
+@pytest.fixture
+def operator(tmp_path: Path) -> Iterator[Operator]:
+    """Give somebody with ssh and khoctl who has the key to every host that is added."""
+    directory = tmp_path / "operator"
+    directory.mkdir()
+    made = Operator(directory)
+    yield made
+    made.close()

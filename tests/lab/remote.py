@@ -8,7 +8,6 @@ from pathlib import Path
 from tests.lab import forward
 from tests.lab.conftest import Boot
 from tests.lab.host import KHO, TRACE, Host
-from tests.lab.process import call
 
 SSHD = 22
 ADDRESS_UNIT = """\
@@ -41,12 +40,6 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as made:
         port: int = made.getsockname()[1]
     return port
-
-
-def make_key(path: Path) -> str:
-    """Make a key pair; give the public key."""
-    call(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path])
-    return path.with_suffix(".pub").read_text()
 
 
 def boot_remote(boot: Boot, version: str, public_key: str) -> RemoteHost:

@@ -4,7 +4,6 @@
 import json
 import os
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,8 @@ import pytest
 
 from tests.lab.conftest import Boot
 from tests.lab.host import IMAGES, INITRD
-from tests.lab.remote import RemoteHost, boot_remote, make_key
+from tests.lab.remote import RemoteHost, boot_remote
+from tests.lab.sshd import make_key
 from tests.unit.rolled import PROFILE, Controller
 
 OLD, NEW = "7.3.4", "7.2.12"
@@ -44,7 +44,7 @@ def controller(tmp_path: Path) -> Iterator[Controller]:
 
 @pytest.fixture
 def fleet(boot: Boot, tmp_path: Path) -> Fleet:
-    public = make_key(tmp_path / "key")
+    public = make_key(tmp_path / "key").with_suffix(".pub").read_text()
 
     def make(number: int) -> list[RemoteHost]:
         hosts = [boot_remote(boot, OLD, public) for _ in range(number)]
@@ -119,15 +119,7 @@ def test_three_hosts_are_rolled_and_each_kind_of_worse_stops_it(fleet: Fleet, co
     hosts = fleet(3)
     hosts[1].shell("date --utc --set=@$(($(date +%s) + 3600))")
 
-    with subprocess.Popen(
-        controller.command(inventory(hosts), PLAYBOOK),
-        env=controller.environment,
-        cwd=controller.directory,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as killed:
+    with controller.start(inventory(hosts), PLAYBOOK) as killed:
         try:
             hosts[1].guest.run(["sh", "-c", f"until grep -q begun {CLAIM}; do sleep 0.1; done"], timeout=SECONDS)
         finally:

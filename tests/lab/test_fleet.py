@@ -19,15 +19,6 @@ HOSTS = 3
 
 
 @pytest.fixture
-def operator(tmp_path: Path) -> Iterator[Operator]:
-    directory = tmp_path / "operator"
-    directory.mkdir()
-    made = Operator(directory)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def khods(tmp_path: Path, operator: Operator) -> Iterator[list[Khod]]:
     with ExitStack() as stack:
         made = []

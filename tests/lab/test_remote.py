@@ -18,15 +18,6 @@ from tests.unit.khods import DEADLINE, REPOSITORY, Khod
 
 
 @pytest.fixture
-def operator(tmp_path: Path) -> Iterator[Operator]:
-    directory = tmp_path / "operator"
-    directory.mkdir()
-    made = Operator(directory)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def khod(tmp_path: Path) -> Iterator[Khod]:
     directory = tmp_path / "khod"
     directory.mkdir()

@@ -142,6 +142,20 @@ class Controller:
         given = {"rolling_profile": PROFILE, "rolling_id": "first", **variables}
         return [*program, playbook, "-i", str(inventory), "-e", json.dumps(given)]
 
+    def start(
+        self, hosts: Mapping[str, Mapping[str, Any]], playbook: str = "khod.kho.roll"
+    ) -> "subprocess.Popen[bytes]":
+        """Begin to play it, in a process group of its own that a test can kill."""
+        return subprocess.Popen(
+            self.command(hosts, playbook),
+            env=self.environment,
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
     def play(
         self,
         hosts: Mapping[str, Mapping[str, Any]],

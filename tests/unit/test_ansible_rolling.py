@@ -4,7 +4,6 @@
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,15 +149,7 @@ def test_a_killed_controller_is_started_anew(controller: Controller, rolled: Rol
     hosts = rolled(3)
     remote = {host.name: host.remote for host in hosts}
     hosts[1].kernel.set_fault("slow_serialize", 10)
-    process = subprocess.Popen(
-        controller.command(remote, "khod.kho.roll"),
-        env=controller.environment,
-        cwd=controller.directory,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = controller.start(remote)
     until(lambda: hosts[1].starts == 1, process, seconds=PLAYBOOK_SECONDS)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
