@@ -100,7 +100,7 @@ def _start(unit: str, *options: str) -> "subprocess.Popen[bytes]":
         raise Unsupported(
             f"systemctl cannot be started: {errno_text(error)}",
             where=unit,
-            remedy="A profile runs in a unit of systemd. Without its hooks: khoctl kexec --profile NAME",
+            remedy="A profile runs in a unit of systemd. One without commands runs with: khoctl kexec --profile NAME",
         ) from None
 
 

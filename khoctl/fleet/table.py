@@ -18,6 +18,7 @@ MAX_CELL = 28
 """The width of a name in the table; the remarks have all of it."""
 QUIET = frozenset((RemarkKind.rolled_back, RemarkKind.under_way))
 """Remarks that are shown, but that need nobody."""
+STAND_OUT, QUIET_ONES, WITHOUT_KHO = "Stand out", "Rolled back or under way", "Without KHO"
 
 
 def render_fleet(fleet: FleetView, width: int | None) -> str:
@@ -45,13 +46,13 @@ def _host_row(host: HostView) -> tuple[str, ...]:
 
 
 def _group_remarks(hosts: Sequence[HostView]) -> Iterator[tuple[str, list[str]]]:
-    """Yield a title with a line for each remark: what stands out, what is told only, and who has no KHO."""
-    titles: dict[str, list[str]] = {"Stand out": [], "Also": [], "Without KHO": []}
+    """Yield a title with a line for each remark: what stands out, what needs nobody, and who has no KHO."""
+    titles: dict[str, list[str]] = {STAND_OUT: [], QUIET_ONES: [], WITHOUT_KHO: []}
     for host in hosts:
         for remark in host.remarks:
             kind = remark.kind
-            title = "Without KHO" if kind is RemarkKind.without_kho else "Also" if kind in QUIET else "Stand out"
-            colour = typer.colors.RED if title == "Stand out" else None
+            title = WITHOUT_KHO if kind is RemarkKind.without_kho else QUIET_ONES if kind in QUIET else STAND_OUT
+            colour = typer.colors.RED if title == STAND_OUT else None
             titles[title].append(f"  {host.name}  {typer.style(kind.value, fg=colour)}: {remark.text}")
     yield from ((title, lines) for title, lines in titles.items() if lines)
 

@@ -122,7 +122,7 @@ class Handover(VarlinkInterface, name=INTERFACE):
 
     @varlinkmethod
     async def Announce(self, *, profile: str, ignore_window: bool | None = None, sudo_user: int | None = None) -> None:
-        """Announce that the caller has the unit of a profile started, which asks for its announcement within a minute.
+        """Say that the unit of a profile is about to be started for the caller; the unit takes this within a minute.
 
         `sudo_user` is the number of the user for whom sudo(8) made the caller root.
         """
