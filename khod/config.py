@@ -10,9 +10,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from khod.dataclass import dataclass
 from khod.errors import ConfigError
 from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
-from khod.frozen import dataclass
 from khod.model import Terms
 
 MAIN = "etc/kho/khod.toml"

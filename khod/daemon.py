@@ -22,6 +22,7 @@ from khod import __version__, server
 from khod.abi.calls import Calls, HostCalls
 from khod.concurrency.worker import Worker
 from khod.config import Settings
+from khod.dataclass import dataclass
 from khod.deferred import defer_module, load_deferred
 from khod.engine import Engine, journal, status
 from khod.engine.guard import Guard
@@ -29,7 +30,6 @@ from khod.engine.queries import Inhibitors
 from khod.engine.resources import is_up
 from khod.engine.sources import host_sources, simulated_sources
 from khod.errors import ConfigError, Exit, KhoError, Refused
-from khod.frozen import dataclass
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
 from khod.kernel import filesystems

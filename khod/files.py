@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_origin
 
+from khod.dataclass import dataclass
 from khod.errors import ConfigError, UsageError, errno_text
-from khod.frozen import dataclass
 from khod.values import DecodeError, decode_value
 
 _KINDS: list[tuple[Callable[[int], bool], str]] = [

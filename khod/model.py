@@ -9,7 +9,7 @@ import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import field, replace
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 
 class Phase(enum.Enum):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A range of physical memory, outside `khod.model` because importing that costs more than reading a tree."""
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from khoctl.remote import require_host
+from khod.dataclass import dataclass
 from khod.errors import UsageError, errno_text
-from khod.frozen import dataclass
 
 MAX_INVENTORY_BYTES = 16 << 20
 MAX_HOSTS = 20_000

@@ -4,7 +4,7 @@
 import enum
 from dataclasses import field
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.model import AttemptSummary
 
 

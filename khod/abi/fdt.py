@@ -12,8 +12,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import field
 
+from khod.dataclass import dataclass
 from khod.errors import MalformedTree
-from khod.frozen import dataclass
 from khod.region import Region
 
 KHO_MEM = struct.Struct("=QQ")  # struct kho_mem of the v3 series

@@ -7,7 +7,7 @@ Each kernel writes it at boot for the next one, with its own release and with th
 
 import struct
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 VERSION = 1
 METADATA = struct.Struct("=I65sI")  # version, previous_release, kexec_count; packed

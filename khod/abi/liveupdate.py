@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 
 from khod.abi.named import os_error_context
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 # include/uapi/linux/liveupdate.h
 LIVEUPDATE_IOCTL_TYPE = 0xBA

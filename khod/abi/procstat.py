@@ -4,7 +4,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 NO_LOGIN = (1 << 32) - 1
 """(uid_t)-1: nobody has logged in, as for what systemd starts."""

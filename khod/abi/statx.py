@@ -10,7 +10,7 @@ import os
 import struct
 
 from khod.abi.named import os_error_context
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 AT_EMPTY_PATH = 0x1000  # include/uapi/linux/fcntl.h
 AT_STATX_DONT_SYNC = 0x4000

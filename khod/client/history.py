@@ -4,7 +4,7 @@
 from dataclasses import field
 
 from khod.client.handover import Client
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.model import AttemptRecord, AttemptSummary
 
 PAGE_ATTEMPTS = 500

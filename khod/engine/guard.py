@@ -22,9 +22,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from khod.abi.devices import BOUND_DEVICES
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.errors import Failed, errno_text
-from khod.frozen import dataclass
 
 if TYPE_CHECKING:
     import pyudev

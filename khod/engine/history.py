@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from khod.concurrency.worker import Worker
 from khod.config import Settings
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.errors import Failed, KhoError, errno_text
-from khod.frozen import dataclass
 from khod.model import Phase
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from khod.concurrency.worker import Worker
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.engine.run_logs import FILE_SECONDS, RunLogs
 from khod.errors import KhoError
-from khod.frozen import dataclass
 from khod.handover.machine import RESTING
 from khod.handover.record import Record
 from khod.kernel.kexec import Kexec

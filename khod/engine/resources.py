@@ -4,7 +4,7 @@
 from collections.abc import Awaitable, Callable
 
 from khod.config import Settings
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers

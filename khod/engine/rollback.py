@@ -11,9 +11,9 @@ from functools import partial
 
 from khod.concurrency.bounded import CUT_SECONDS, run_within
 from khod.config import Deadlines
+from khod.dataclass import dataclass
 from khod.engine.attempt import Attempt
 from khod.errors import KhoError
-from khod.frozen import dataclass
 from khod.model import NotUndone, Step
 from khod.producers.barrier import UNDO, Participant, Verb
 from khod.producers.order import order_in_ranks

@@ -4,7 +4,7 @@
 import asyncio
 from dataclasses import field
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 
 @dataclass(frozen=True)

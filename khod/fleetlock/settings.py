@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from khod.dataclass import dataclass
 from khod.errors import ConfigError, errno_text
 from khod.files import Fragment, read_toml, require_type, unknown_key_error
 from khod.fleetlock import FILE
-from khod.frozen import dataclass
 
 MACHINE_ID = "etc/machine-id"
 ZINCATI_APP_ID = "de35106b6ec24688b63afddaa156679b"

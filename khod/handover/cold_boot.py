@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import field, replace
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.handover.record import Record
 from khod.kernel.pstore import PANIC
 from khod.model import ColdBoot, Phase

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from khod.abi import fdt
 from khod.abi.kexec_metadata import parse_metadata
+from khod.dataclass import dataclass
 from khod.errors import MalformedTree
-from khod.frozen import dataclass
 from khod.handover.record import Record
 from khod.kernel.boot_log import BootLog
 from khod.kernel.cmdline import is_marked

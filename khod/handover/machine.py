@@ -9,7 +9,7 @@ with an errno.
 
 from dataclasses import replace
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.model import Order, Phase, Step
 
 

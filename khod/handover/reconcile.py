@@ -4,8 +4,8 @@
 import enum
 from dataclasses import replace
 
+from khod.dataclass import dataclass
 from khod.errors import RecordError
-from khod.frozen import dataclass
 from khod.handover.machine import HELD, RESTING, STEPS
 from khod.handover.record import Record
 from khod.kernel.cmdline import is_marked, run_mark

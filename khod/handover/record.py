@@ -15,9 +15,9 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.errors import RecordError, errno_text
-from khod.frozen import dataclass
 from khod.model import (
     NO_TERMS,
     Begun,

@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from khod.dataclass import dataclass
 from khod.errors import errno_text
-from khod.frozen import dataclass
 from khod.kernel.protocol import Tree
 from khod.text import join_names
 

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from khod import config
+from khod.dataclass import dataclass
 from khod.errors import RecordError, UsageError, errno_text
-from khod.frozen import dataclass
 from khod.handover import snapshot_directory as files
 from khod.handover.snapshot_directory import DamagedError, SnapshotEntry
 from khod.kernel.protocol import Tree

@@ -8,7 +8,7 @@ clock. Each result has the maximum error that follows from how its clocks were r
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.model import ClockReading, ClockSource
 
 MAX_SLEW = 500e-6

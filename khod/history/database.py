@@ -9,8 +9,8 @@ import sqlite3
 import time
 from dataclasses import replace
 
+from khod.dataclass import dataclass
 from khod.errors import Failed, UsageError
-from khod.frozen import dataclass
 from khod.history import documents, trial
 from khod.history.model import AttemptRecord, AttemptSummary
 from khod.history.trial import ImageTrial

@@ -8,7 +8,7 @@ made of it when the run has ended. A `Timeline` is computed from a log.
 import enum
 from dataclasses import field
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.model import Check, Event, Finding, Phase, Terms, Verdict
 from khod.model import ColdBoot as ColdBoot  # noqa: PLC0414 - a word of the status and of the history
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.model import RowKind
 from khod.history.stretches import Stretch
 from khod.model import Event, EventKind, Phase, Step

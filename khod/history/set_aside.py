@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 COMPANIONS = ("", "-journal", "-wal", "-shm")
 """The endings of the files that belong together: SQLite applies a journal to whatever database has its name."""

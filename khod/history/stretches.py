@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.model import RowKind, TimelineRow
 
 MICROSECONDS = 10**6

@@ -8,7 +8,7 @@ parent follow one another without a gap: what no step and no time stamp explains
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.bridge import Bridge, bridge_clocks
 from khod.history.model import Arrival, ClockReading, Departure, Moment, RowKind, RunLog, Timeline
 from khod.history.phases import (

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import field
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.model import AttemptRecord, ImageFacts, Timeline
 from khod.model import Finding, FindingSeverity, FindingSource, Phase, Verdict
 

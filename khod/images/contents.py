@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Iterator
 from itertools import islice
 
+from khod.dataclass import dataclass
 from khod.errors import Refused
-from khod.frozen import dataclass
 from khod.images import elf
 from khod.images.elf import Read
 

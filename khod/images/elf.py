@@ -4,7 +4,7 @@
 import struct
 from collections.abc import Callable
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 MAGIC = b"\x7fELF\x02"  # ELFCLASS64
 ORDER = {1: "<", 2: ">"}

@@ -8,8 +8,8 @@ in arch/loongarch/include/asm/image.h and arch/s390/include/asm/setup.h.
 import struct
 from collections.abc import Callable
 
+from khod.dataclass import dataclass
 from khod.errors import Refused
-from khod.frozen import dataclass
 from khod.images import elf, pe
 
 # arch/*/kernel/{kexec-bzimage64,kexec_image,kexec_elf,kexec_efi,machine_kexec_file}.c, arch/powerpc/kexec/elf_64.c

@@ -7,8 +7,8 @@ import stat
 import struct
 from collections.abc import Iterator
 
+from khod.dataclass import dataclass
 from khod.errors import Refused
-from khod.frozen import dataclass
 from khod.images import accepted, compressed
 from khod.images.sealed import ALIGNMENT, Sealed
 

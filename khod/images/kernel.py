@@ -6,8 +6,8 @@ import re
 import struct
 from collections.abc import Iterable
 
+from khod.dataclass import dataclass
 from khod.errors import KhoError, Refused
-from khod.frozen import dataclass
 from khod.images import compressed, contents, header, pe, sealed
 from khod.images.contents import MARKS, Contents
 from khod.images.header import Header

@@ -3,8 +3,8 @@
 
 import struct
 
+from khod.dataclass import dataclass
 from khod.errors import Refused
-from khod.frozen import dataclass
 
 DOS_HEADER, E_LFANEW = 0x40, 0x3C
 COFF = struct.Struct("<4sHHIIIHH")  # with the signature before it

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
+from khod.dataclass import dataclass
 from khod.errors import Refused, errno_text
 from khod.files import check_regular
-from khod.frozen import dataclass
 
 CHUNK_BYTES = 1 << 20
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE

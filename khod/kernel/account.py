@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from khod.abi.statx import statx
+from khod.dataclass import dataclass
 from khod.errors import Refused, errno_text
-from khod.frozen import dataclass
 from khod.kernel.luo import describe_fd
 from khod.kernel.memory import MemoryBounds
 from khod.model import Kept

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from khod.abi.calls import Calls, Log
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.kernel.log import LOG_KERN, RECORD_BYTES, LogRecord, parse_record
 from khod.text import printable, shorten
 

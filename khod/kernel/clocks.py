@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from khod.abi.calls import Calls
 from khod.abi.clock_device import read_clock_device
 from khod.abi.devices import BOUND_DEVICES
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
-from khod.frozen import dataclass
 from khod.kernel.kexec import BOOT_ID
 from khod.kernel.tracing import read_tsc
 

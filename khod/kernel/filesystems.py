@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from khod.abi.calls import Calls
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 MOUNTINFO = "/proc/self/mountinfo"
 NOTE_NAME = "frozen-filesystems"

@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.fdt import MAGIC
+from khod.dataclass import dataclass
 from khod.errors import KhoError, Refused
-from khod.frozen import dataclass
 from khod.images import sealed
 from khod.images.kernel import KernelImageInfo, unpack_image
 from khod.kernel import debugfs

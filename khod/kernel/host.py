@@ -7,7 +7,7 @@ Each function that returns an optional value returns None if the kernel does not
 from contextlib import suppress
 
 from khod.abi.calls import Calls
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 LOCKDOWN = "/sys/kernel/security/lockdown"
 SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 
 from khod.abi.calls import Log
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.model import Step
 from khod.text import printable, shorten
 

@@ -8,7 +8,7 @@ memory.
 from contextlib import suppress
 from pathlib import Path
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 MEMINFO = "proc/meminfo"
 CGROUP = "proc/self/cgroup"

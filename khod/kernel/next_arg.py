@@ -10,7 +10,7 @@ these, unless they are between double quotes. 0x85 is not a space to it, nor is 
 import re
 from collections.abc import Iterator
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 WORD = re.compile(rb'(?:[^\t-\r \xa0"]|"[^"]*(?:"|\Z))+')
 """What one call of next_arg() reads: double quotes keep white space together, an open one extends to the end."""

@@ -7,8 +7,8 @@ Distributions turn options off, Kconfig help texts are wrong, and vendors ship v
 from typing import TYPE_CHECKING
 
 from khod.abi.calls import Calls
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
-from khod.frozen import dataclass
 from khod.kernel import debugfs, sysfs
 from khod.kernel.debugfs import Finalize, FinalizeNoAbort, Stateless
 from khod.kernel.errnos import SCRATCH_PARAMETERS

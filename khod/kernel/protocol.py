@@ -5,7 +5,7 @@ import enum
 from dataclasses import field
 from typing import Protocol
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.model import Generation, Order
 from khod.region import Region
 

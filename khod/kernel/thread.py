@@ -11,7 +11,7 @@ leaves the active phase.
 from dataclasses import field
 
 from khod.concurrency.worker import Worker
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 
 class KernelThread(Worker):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from khod.abi.calls import Calls
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.kernel.sysfs import KHO
 
 TRACING = "/sys/kernel/tracing"

@@ -2,8 +2,8 @@
 """The differences between generations, as traits: code above `khod.kernel` asks for these, never for the generation."""
 
 from khod.abi import fdt
+from khod.dataclass import dataclass
 from khod.errors import MalformedTree
-from khod.frozen import dataclass
 from khod.kernel.protocol import Tree
 from khod.model import Generation
 

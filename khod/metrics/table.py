@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 
 from khod import __version__
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.handover.machine import RESTING
 from khod.history.model import AttemptSummary, Standstill
 from khod.model import FindingSeverity, FindingSource, Phase, Producer, Status

@@ -10,7 +10,7 @@ calibrates no delay (init/calibrate.c and arch/x86/kernel/tsc.c of 7.3.4, also w
 import re
 from collections.abc import Callable, Iterator
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.model import BootCost, RowKind, Timeline
 from khod.images.initrd import Initrd
 from khod.kernel.kconfig import is_not_set, is_set

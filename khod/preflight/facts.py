@@ -6,8 +6,8 @@ from dataclasses import field, replace
 from typing import Self
 
 from khod.config import Config
+from khod.dataclass import dataclass
 from khod.errors import KhoError
-from khod.frozen import dataclass
 from khod.handover.record import Record, Store
 from khod.history.trial import Past
 from khod.kernel.kexec import Kexec

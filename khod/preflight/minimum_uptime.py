@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from khod.abi.calls import Calls
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.kernel.next_arg import kernel_words, parse_word
 from khod.systemd.time_span import parse_span
 from khod.text import ASCII_SPACE

@@ -2,7 +2,7 @@
 """The watchdog that is to watch over the jump: whether it would be armed, and would run long enough."""
 
 from khod.config import Config, WatchdogSettings
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.kernel.host import Watchdog, keeps_watchdogs, list_watchdogs
 from khod.preflight.facts import CheckFinding, Facts
 from khod.systemd import facts as systemd

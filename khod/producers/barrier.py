@@ -16,6 +16,7 @@ from typing import Protocol
 
 from khod import model
 from khod.concurrency.bounded import CUT_SECONDS, Since, StillRuns, run_within, wait_within
+from khod.dataclass import dataclass
 from khod.errors import (
     ConfigError,
     Failed,
@@ -26,7 +27,6 @@ from khod.errors import (
     Refused,
     Unsupported,
 )
-from khod.frozen import dataclass
 from khod.handover.record import ProducerRecord
 from khod.producers.order import LEADERS, Ordered, order_in_ranks
 

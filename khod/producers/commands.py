@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 if TYPE_CHECKING:
     from khod.systemd.setting_values import Property

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from khod.concurrency.bounded import raise_if_cancelling
+from khod.dataclass import dataclass
 from khod.errors import ConfigError, KhoError, UsageError
 from khod.files import require_type
-from khod.frozen import dataclass
 from khod.handover.record import ProducerRecord
 from khod.producers.barrier import ParticipantVeto, ProducerCall
 from khod.producers.order import LEADERS

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Protocol
 from khod.abi.statx import statx
 from khod.concurrency.worker import Worker
 from khod.config import VerifySettings
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.errors import KhoError, errno_text
-from khod.frozen import dataclass
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource, Kept, Spot
 from khod.text import join_names
 

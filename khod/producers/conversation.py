@@ -6,8 +6,8 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from khod.dataclass import dataclass
 from khod.errors import KhoError, Unreachable, Unsupported
-from khod.frozen import dataclass
 from khod.model import Kept
 from khod.producers.barrier import UNDONE_BY, ParticipantVeto, ProducerCall, Verb
 from khod.producers.claim import Claim

@@ -10,10 +10,10 @@ import sys
 from dataclasses import field
 from pathlib import Path
 
+from khod.dataclass import dataclass
 from khod.files import Fragment
 from khod.fleetlock import FILE
 from khod.fleetlock.settings import load_settings
-from khod.frozen import dataclass
 from khod.producers import service_settings
 from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.children import Children

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from khod.concurrency.bounded import run_within
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.errors import ConfigError, KhoError, UsageError
 from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
-from khod.frozen import dataclass
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource
 from khod.producers.barrier import ParticipantVeto
 from khod.producers.commands import Command, CommandRunner

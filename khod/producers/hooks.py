@@ -10,7 +10,7 @@ kernel: it is named, and no longer waited for. How commands are run: `khod.produ
 import time
 from dataclasses import field
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.producers.barrier import ProducerCall, Verb
 from khod.producers.children import Children
 from khod.producers.commands import Command, CommandRunner

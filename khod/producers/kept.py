@@ -4,7 +4,7 @@
 import asyncio
 from dataclasses import field
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.children import Children
 from khod.producers.commands import CommandRunner

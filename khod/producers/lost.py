@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A producer that was told something, and whose file no longer exists."""
 
+from khod.dataclass import dataclass
 from khod.errors import ConfigError
-from khod.frozen import dataclass
 from khod.producers.barrier import ParticipantVeto, ProducerCall
 from khod.producers.configured import Configured
 

@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from khod.dataclass import dataclass
 from khod.errors import UsageError
-from khod.frozen import dataclass
 from khod.handover.record import Owner, Process, ProducerRecord
 from khod.producers.barrier import GONE, UNDONE_BY, ParticipantVeto, ProducerCall, Verb
 from khod.producers.claim import Claim

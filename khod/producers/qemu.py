@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.handover.record import Process
 from khod.producers.barrier import GONE, NOT_RECORDED, ParticipantVeto, ProducerCall, Verb
 from khod.producers.configured import Configured, one_line

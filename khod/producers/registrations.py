@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.handover.record import Owner, Process
 from khod.values import decode_value, encode_value
 

@@ -14,9 +14,9 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+from khod.dataclass import dataclass
 from khod.errors import ConfigError
 from khod.files import Fragment
-from khod.frozen import dataclass
 from khod.producers.commands import TABLE
 from khod.systemd import setting_values as values
 from khod.systemd.setting_values import Property, Suffixed

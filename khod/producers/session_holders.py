@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from khod.abi.calls import Calls
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.model import Finding, FindingSource, LuoSession, SessionFate, Verdict
 from khod.producers.session_scan import (
     LINK,

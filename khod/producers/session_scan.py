@@ -13,7 +13,7 @@ from dataclasses import field
 
 from khod.abi.calls import LIVEUPDATE, Calls
 from khod.abi.liveupdate import Session
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.model import LuoSession
 from khod.producers.cgroup import units_in
 

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import field, replace
 from fnmatch import fnmatchcase
 
+from khod.dataclass import dataclass
 from khod.errors import UsageError
-from khod.frozen import dataclass
 from khod.producers.barrier import GONE, NOT_RECORDED, ParticipantVeto, ProducerCall, Verb
 from khod.producers.commands import CommandRunner
 from khod.producers.configured import Configured, one_line

@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
 
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.errors import Failed, Refused
-from khod.frozen import dataclass
 from khod.kernel.filesystems import FrozenFileSystems
 from khod.producers.commands import CommandRunner
 from khod.quiesce.selection import KHOD_UNITS, Selection, select_units

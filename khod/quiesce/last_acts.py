@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.producers.barrier import ParticipantVeto
 from khod.producers.commands import Command, CommandRunner
 from khod.producers.execution import PATH, Execution

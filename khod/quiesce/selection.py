@@ -8,7 +8,7 @@ one that belongs to the base of the system. Scopes (sessions, virtual machines),
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.text import join_names
 
 TRIGGERS = (".timer", ".path", ".socket")

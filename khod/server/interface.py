@@ -7,7 +7,7 @@ from typing import TypedDict
 from asyncvarlink import FileDescriptor, VarlinkInterface, varlinkmethod
 
 from khod import model
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.model import AttemptRecord, AttemptSummary
 from khod.region import Region
 from khod.server.error_replies import ERRORS

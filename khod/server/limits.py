@@ -4,7 +4,7 @@
 import resource
 from collections import Counter
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 OWN_DESCRIPTORS = 256
 """Descriptors that no client may use, not even root: hooks' pipes, kernel files, the bus, images, the store."""

@@ -3,7 +3,7 @@
 
 import enum
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.server.access import Standing
 from khod.wire import INTERFACE, METRICS_INTERFACE, PRODUCER, SERVICE
 

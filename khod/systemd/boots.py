@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import systemd.journal
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.kernel.cmdline import run_mark
 from khod.text import one_line
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
-from khod.frozen import dataclass
 from khod.text import one_line
 
 if TYPE_CHECKING:

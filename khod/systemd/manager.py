@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from jeepney import HeaderFields, Message
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.systemd.dbus import Bus, BusError, ErrorAnswer, systemd_bus
 from khod.text import ASCII_SPACE, one_line
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import systemd.journal
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.history.model import UnitStop
 from khod.text import one_line
 

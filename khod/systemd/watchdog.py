@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
-from khod.frozen import dataclass
 
 if TYPE_CHECKING:
     from khod.systemd import dbus, manager

@@ -6,7 +6,7 @@ import mmap
 import re
 from collections.abc import Iterator
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.images.kernel import KernelImageInfo
 from khod.kernel.formats import LUO, OutgoingFormats
 from khod.kernel.kconfig import KHO_BY_DEFAULT, is_set

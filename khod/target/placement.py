@@ -15,7 +15,7 @@ import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.images.kernel import KernelImageInfo
 from khod.kernel.traits import traits_of
 from khod.model import Generation

@@ -6,8 +6,8 @@ from dataclasses import field
 
 from khod.concurrency.worker import Worker
 from khod.config import Images
+from khod.dataclass import dataclass
 from khod.errors import KhoError
-from khod.frozen import dataclass
 from khod.images import initrd, sealed
 from khod.images.initrd import Initrd
 from khod.images.kernel import UnpackedImage, unpack_image

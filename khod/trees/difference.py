@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby, islice
 
 from khod.abi.fdt import KHO_MEM, Node
+from khod.dataclass import dataclass
 from khod.errors import MalformedTree
-from khod.frozen import dataclass
 from khod.text import format_size, printable
 from khod.trees.blobs import open_blob
 from khod.trees.kinds import decode_property

@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Mapping
 
 from khod.abi.fdt import KHO_MEM
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.text import format_size, printable
 from khod.trees.memory import MemoryMap
 from khod.trees.summary import Blob, Summary

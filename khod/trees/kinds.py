@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from khod.abi.fdt import KHO_MEM, Node
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.text import format_size
 from khod.trees.text import format_count, format_family, format_hex
 

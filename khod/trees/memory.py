@@ -15,7 +15,7 @@ from operator import add, gt, ne, rshift, sub
 from typing import Any
 
 from khod.abi.fdt import KHO_MEM
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.region import Region
 
 PAGE_SHIFT = 12  # x86-64, and most builds of arm64; with larger pages more ranges would merge

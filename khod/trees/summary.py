@@ -4,8 +4,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from khod.abi.fdt import Node
+from khod.dataclass import dataclass
 from khod.errors import MalformedTree
-from khod.frozen import dataclass
 from khod.region import Region
 from khod.trees.blobs import is_broken, open_blob
 from khod.trees.memory import MemoryMap, summarise_ranges

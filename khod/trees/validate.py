@@ -17,8 +17,8 @@ from typing import Any
 
 from khod.abi import fdt
 from khod.abi.fdt import Node
+from khod.dataclass import dataclass
 from khod.errors import ConfigError, MalformedTree
-from khod.frozen import dataclass
 from khod.text import printable, shorten
 from khod.trees.blobs import METADATA, open_blob
 from khod.trees.kinds import decode_property

@@ -7,7 +7,7 @@ import signal
 from contextlib import suppress
 
 from khod.abi.procstat import read_stat
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 
 END_SECONDS = 5.0
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from khod.abi.peercred import peer_credentials
 from khod.concurrency.bounded import settle_task
 from khod.concurrency.sockets import connect_unix
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.text import one_line
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@
 from pathlib import Path
 from typing import Any
 
+from khod.dataclass import dataclass
 from khod.errors import ConfigError, UsageError
 from khod.files import Fragment, read_toml, require_type, unknown_key_error
-from khod.frozen import dataclass
 from khod.vm.arguments import check_command
 
 DIRECTORY = "etc/kho/vm.d"

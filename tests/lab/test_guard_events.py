@@ -76,7 +76,7 @@ def watching(guest: Guest, name: str, action: str, *devices: str) -> Iterator[li
 
 
 def install(guest: Guest) -> None:
-    words = ("__init__.py", "deferred.py", "errors.py", "frozen.py", "text.py")
+    words = ("__init__.py", "deferred.py", "errors.py", "dataclass.py", "text.py")
     for name in (*words, "abi/__init__.py", "abi/devices.py", "engine/guard.py", "engine/udev.py"):
         guest.put(f"/lab/khod/{name}", (REPOSITORY / "khod" / name).read_bytes())
     guest.put("/lab/khod/engine/__init__.py", b"")  # without the engine: it needs what this disk has not

@@ -14,7 +14,7 @@ from tests.lab.host import IMAGES, INITRD
 VERSION = "7.3.4"
 HOME = "/lab/luo"
 MODULES = (
-    *("khod/__init__.py", "khod/frozen.py", "khod/abi/__init__.py", "khod/abi/named.py", "khod/abi/liveupdate.py"),
+    *("khod/__init__.py", "khod/dataclass.py", "khod/abi/__init__.py", "khod/abi/named.py", "khod/abi/liveupdate.py"),
 )
 
 SCRIPT = r'''

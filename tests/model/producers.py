@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Protocol
 
-from khod.frozen import dataclass
+from khod.dataclass import dataclass
 from khod.producers.barrier import ParticipantVeto, ProducerCall, Verb
 from khod.producers.configured import Configured, one_line
 from tests.model.clock import VirtualLoop

@@ -24,7 +24,7 @@ LAYERS = [
         "wire",
         "values",
         "files",
-        "frozen",
+        "dataclass",
         "deferred",
         "concurrency",
     },  # the vocabulary
@@ -121,13 +121,13 @@ def test_khoctl_imports_the_client_side_only(path: Path) -> None:
     assert all(imported in KHOCTL_MAY or top(imported) in KHOCTL_MAY for imported in imports(path, "khod"))
 
 
-LEAVES = {"khod.text", "khod.frozen"}
-LOWEST: dict[str, set[str]] = {"model": LEAVES, "region": LEAVES, "errors": LEAVES, "text": set(), "frozen": set()}
+LEAVES = {"khod.text", "khod.dataclass"}
+LOWEST: dict[str, set[str]] = {"model": LEAVES, "region": LEAVES, "errors": LEAVES, "text": set(), "dataclass": set()}
 
 
 @pytest.mark.parametrize("module", LOWEST)
 def test_the_lowest_layer_needs_nothing_but_the_standard_library(module: str) -> None:
-    """And of khod no more than `text` and `frozen`, which need nothing but that either."""
+    """And of khod no more than `text` and `dataclass`, which need nothing but that either."""
     tree = ast.parse((REPOSITORY / f"khod/{module}.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

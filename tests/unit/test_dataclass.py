@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from khod import frozen
+from khod import dataclass
 
 
 class Plain:
@@ -36,7 +36,7 @@ def both(cls: type[Any], **options: Any) -> tuple[Any, Any]:
         return type(cls.__name__, (), {**vars(cls), "__qualname__": cls.__qualname__})
 
     options = {"frozen": True} | options
-    return dataclasses.dataclass(**options)(copy()), frozen.dataclass(**options)(copy())
+    return dataclasses.dataclass(**options)(copy()), dataclass.dataclass(**options)(copy())
 
 
 CALLS: list[tuple[type[Any], dict[str, Any], list[tuple[tuple[Any, ...], dict[str, Any]]]]] = [
