@@ -59,22 +59,22 @@ def start_and_follow(unit: str, *, quiet: bool) -> bool:
     with connect_client() as watcher, ProgressView(quiet=quiet) as shown, selectors.DefaultSelector() as selector:
         watcher.call_method("Monitor", more=True)
         shown.show_event(watcher.receive_event())
+        starting = _start(unit)
+        ended = os.pidfd_open(starting.pid)
         try:
-            with _start(unit) as starting:
-                ended = os.pidfd_open(starting.pid)
-                try:
-                    selector.register(watcher, selectors.EVENT_READ)
-                    selector.register(ended, selectors.EVENT_READ)
-                    while starting.poll() is None:
-                        if not (found := selector.select(None if ends is None else max(0.0, ends - time.monotonic()))):
-                            raise too_long_error()
-                        ready = [key.fileobj for key, _events in found]
-                        if watcher in ready and not show_pending(watcher, shown):
-                            selector.unregister(watcher)
-                finally:
-                    os.close(ended)
+            selector.register(watcher, selectors.EVENT_READ)
+            selector.register(ended, selectors.EVENT_READ)
+            while starting.poll() is None:
+                if not (found := selector.select(None if ends is None else max(0.0, ends - time.monotonic()))):
+                    raise too_long_error()
+                ready = [key.fileobj for key, _events in found]
+                if watcher in ready and not show_pending(watcher, shown):
+                    selector.unregister(watcher)
         except KeyboardInterrupt:
             raise Detached(shown.last) from None
+        finally:
+            starting.terminate()  # after an error or an interrupt; it only waits for the unit, which goes on
+            os.close(ended)
         drain_events(watcher, shown, _ask_phase())
         if starting.returncode:
             raise _describe_failure(unit, earlier)
