@@ -87,8 +87,8 @@ def state_directory() -> Path:
 
 
 @contextmanager
-def lock_runs() -> Iterator[None]:
-    """Let no other run of a profile begin; Refused if one is under way, before the commands of this one change a thing.
+def lock_runs(*, waits: bool = False) -> Iterator[None]:
+    """Let nobody else run commands of a profile, or change what is due; Refused if somebody does, unless it `waits`.
 
     The kernel frees the lock where khoctl is killed.
     """
@@ -99,13 +99,13 @@ def lock_runs() -> Iterator[None]:
     except OSError as error:
         raise _unkept_error(directory, error) from None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise Refused(
-            "The run of a profile is under way",
+            "The run of a profile is under way, or what is due after one",
             where=str(directory),
-            remedy="Wait until it has ended: systemctl list-units 'kho-handover@*'",
+            remedy="Wait until it has ended: systemctl list-units 'kho-handover@*' 'kho-after*'",
         ) from None
     finally:
         os.close(fd)

@@ -17,8 +17,8 @@ from khoctl.request import open_request
 from khoctl.session import Json, call_timeout, connect_client, on_terminal, say_slow, show_answer, socket_path
 from khoctl.status_page import render_status
 from khod.client.profiles import ProfileClient
-from khod.errors import KhoError, Refused, Unreachable, UsageError
-from khod.model import Phase
+from khod.errors import Failed, KhoError, Refused, Unreachable, UsageError
+from khod.model import Phase, Status
 
 app = typer.Typer(rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The profile.", show_default=False)]
@@ -117,6 +117,7 @@ def run_profile(name: Name, ignore_window: IgnoreWindow = False) -> None:
             remedy="Wait until it has ended: khoctl wait. To put it back: khoctl abort",
         )
     with profile_hooks.lock_runs():
+        _run_due(name, status)
         pending = profile_hooks.keep_pending(profile, asked_by, status)
         try:
             profile_hooks.run_before(profile, asked_by)
@@ -124,6 +125,18 @@ def run_profile(name: Name, ignore_window: IgnoreWindow = False) -> None:
         except KhoError as error:
             _end_here(pending, error)
             raise
+
+
+def _run_due(name: str, status: Status) -> None:
+    """Run what is still due after an earlier handover by this profile; Refused if that is not possible.
+
+    It would be lost: what is due after this one is written in its place.
+    """
+    try:
+        if pending := profile_hooks.read_pending(name):
+            profile_hooks.run_after(profile_hooks.judge_status(pending, status), status)
+    except Failed as error:
+        raise Refused(error.what, where=error.where, remedy=error.remedy) from None
 
 
 def _hand_over(name: str, *, ignore_window: bool, asked_by: str) -> None:
@@ -171,9 +184,16 @@ def finish_profile(name: OptionalName = None) -> None:
 
 
 def _finish_pending(name: str) -> None:
-    pending = profile_hooks.read_pending(name)
-    if pending is None:
+    """Run what is due after a handover by one profile, once that has ended, and while nobody else runs commands."""
+    if profile_hooks.read_pending(name) is None:
         return
+    with profile_hooks.lock_runs(waits=True):
+        # Read again: what was due may have been run meanwhile, or may be that of a later run.
+        if pending := profile_hooks.read_pending(name):
+            _run_when_ended(pending)
+
+
+def _run_when_ended(pending: profile_hooks.Pending) -> None:
     with Follower() as follower:
         while not follower.has_ended:
             follower.wait_event(TICK_SECONDS)
@@ -182,6 +202,6 @@ def _finish_pending(name: str) -> None:
         follower.refresh_status()
         status = follower.status
     if is_stopping():  # whatever it is that the commands bring back, the host goes down
-        layout.show_page(f"khoctl: The host is shut down; what is due after {name} stays due", err=True)
+        layout.show_page(f"khoctl: The host is shut down; what is due after {pending.profile} stays due", err=True)
         return
     profile_hooks.run_after(profile_hooks.judge_status(pending, status), status)

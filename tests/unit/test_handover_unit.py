@@ -3,7 +3,9 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -16,7 +18,7 @@ from khoctl import profile, profile_hooks
 from khod.errors import Exit
 from khod.model import Phase
 from tests.unit.images import CPIO, bzimage
-from tests.unit.khods import REPOSITORY, Answer, Khod
+from tests.unit.khods import REPOSITORY, Answer, Khod, until
 from tests.unit.test_follow import JUMPS
 
 SYSTEMCTL = """\
@@ -32,7 +34,7 @@ for unit; do :; done
 echo "$*" >> {here}/started
 echo "$(readlink /proc/$$/fd/0) $(cut -d' ' -f6 /proc/$$/stat) $$" > {here}/terminal
 profile=${{unit#kho-handover@}}
-{python} -m khoctl run-profile "${{profile%.service}}" 2> {here}/journal
+{python} -m khoctl run-profile "${{profile%.service}}" > /dev/null 2> {here}/journal
 echo $? > {here}/status
 [ "$(cat {here}/status)" = 0 ]
 """
@@ -75,6 +77,15 @@ class Unit:
     def finish(self) -> Answer:
         """What kho-after@next.service runs, or kho-after.service."""
         return self.khod.khoctl("finish-profile", "next")
+
+    def hold_due(self, command: list[str] | None = None, *, boot_id: str = "", earlier_run: str = "") -> None:
+        """Have a command due after a run whose khoctl was killed; "" stands for what khod says now."""
+        status = self.khod.khoctl("status", "--json").json
+        due: dict[str, Any] = {"profile": "next", "asked_by": "me", "arrived_run": ""}
+        due |= {"boot_id": boot_id or status["boot_id"], "earlier_run": earlier_run or status["run"]}
+        command = command or ["/bin/sh", "-c", f"env | grep ^KHO_ > {self.here}/after"]
+        (self.here / "due").mkdir(exist_ok=True)
+        (self.here / "due/next.json").write_text(json.dumps(due | {"commands": [command], "seconds": 5.0}))
 
     @property
     def due(self) -> list[str]:
@@ -232,12 +243,7 @@ def test_what_a_killed_khoctl_left_due_is_run_behind_it(
     unit: Unit, boot_id: str, earlier_run: str, verdict: str
 ) -> None:
     """Also where the profile is gone by then; "" stands for what khod says now."""
-    status = unit.khod.khoctl("status", "--json").json
-    due: dict[str, Any] = {"profile": "next", "asked_by": "me", "arrived_run": ""}
-    due |= {"boot_id": boot_id or status["boot_id"], "earlier_run": earlier_run or status["run"]}
-    (unit.here / "due").mkdir(exist_ok=True)
-    due |= {"commands": [["/bin/sh", "-c", f"env | grep ^KHO_ > {unit.here}/after"]], "seconds": 5.0}
-    (unit.here / "due/next.json").write_text(json.dumps(due))
+    unit.hold_due(boot_id=boot_id, earlier_run=earlier_run)
     (unit.here / "profiles/next.toml").unlink()
     (unit.here / "system").write_text("stopping\n")
     assert (unit.finish().code, unit.due, unit.after) == (Exit.done, ["next.json"], {})
@@ -267,6 +273,46 @@ def test_no_command_is_run_beside_another_handover(unit: Unit) -> None:
         ended = unit.hand_over()
     assert (ended.code, "The run of a profile is under way" in ended.err) == (Exit.refused, True)
     assert (unit.due, (unit.here / "before").exists()) == ([], False)
+
+
+def test_what_is_due_is_run_by_one_khoctl_at_a_time(unit: Unit) -> None:
+    """The run that holds the lock has not begun its handover: it must not lose what is due after it."""
+    unit.hold_due()
+    with profile_hooks.lock_runs():
+        finishing = subprocess.Popen([sys.executable, "-m", "khoctl", "finish-profile"], stderr=subprocess.PIPE)
+        try:
+            waiting = re.compile(rf"-> FLOCK .* {finishing.pid} ")
+            until(lambda: bool(waiting.search(Path("/proc/locks").read_text())), finishing)
+            assert (unit.due, unit.after) == (["next.json"], {})
+            (unit.here / "due/next.json").unlink()
+        except BaseException:
+            finishing.kill()
+            raise
+    _output, errors = finishing.communicate()
+    assert (errors, finishing.returncode, unit.after) == (b"", Exit.done, {})
+
+
+def test_what_is_still_due_is_run_before_the_next_run(unit: Unit) -> None:
+    unit.write(before='["/bin/false"]')
+    unit.hold_due(["/bin/sh", "-c", "echo late: cannot >&2; exit 1"])
+    ended = unit.hand_over()
+    assert (ended.code, "late: cannot" in ended.err) == (Exit.refused, True)
+    assert "systemctl start kho-after@next" in ended.err
+    unit.hold_due(["/bin/sh", "-c", f"touch {unit.here}/before"])
+    ended = unit.hand_over()
+    assert (ended.code, "/bin/false" in ended.err) == (Exit.refused, True)
+    assert ((unit.here / "before").exists(), unit.due, unit.after["KHO_VERDICT"]) == (True, [], "refused")
+
+
+def test_an_operator_who_has_waited_long_enough_leaves_the_unit_alone(unit: Unit) -> None:
+    os.mkfifo(unit.here / "gate")
+    unit.write(before=f'["/bin/sh", "-c", "cat {unit.here}/gate; exit 1"]')
+    ended = unit.hand_over("--timeout", "0.5")
+    assert (ended.code, "It is not over within 0.5 s" in ended.err) == (Exit.unreachable, True)
+    until(lambda: unit.due == ["next.json"], None)
+    (unit.here / "gate").write_text("")
+    until(lambda: not unit.due, None)
+    (unit.here / "gate").unlink()
 
 
 def test_damage_in_what_is_due_is_said(unit: Unit) -> None:
