@@ -71,7 +71,7 @@ def _decode_fields(kind: Any, values: dict[str, Any], prefix: str, may_lack: Set
     for name, hint in _field_types(kind):
         if name in values:
             fields[name] = _decode_value(hint, values[name], prefix + name, may_lack)
-        elif name not in may_lack:
+        elif name not in may_lack or name in _required_names(kind):
             raise DecodeError(prefix + name, "is missing")
     return fields
 
@@ -79,6 +79,17 @@ def _decode_fields(kind: Any, values: dict[str, Any], prefix: str, may_lack: Set
 @functools.cache
 def _field_types(kind: type) -> tuple[tuple[str, Any], ...]:
     return tuple(get_type_hints(kind).items())
+
+
+@functools.cache
+def _required_names(kind: Any) -> frozenset[str]:
+    """Return the fields without a default, which no message may lack."""
+    missing = dataclasses.MISSING
+    return frozenset(
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.init and field.default is missing and field.default_factory is missing
+    )
 
 
 @functools.cache

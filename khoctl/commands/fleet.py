@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """khoctl fleet: many hosts as one table, and as one page."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -96,6 +97,8 @@ def report(
 
 def _view_fleet(options: FleetOptions) -> FleetView:
     """Ask the hosts and read the files that were named; raise UsageError where there is none."""
+    if options.budget is not None and not math.isfinite(options.budget):
+        raise UsageError(f"{options.budget:g} is not a budget", where="--budget", remedy="Give a number of seconds.")
     members = inventory.read_inventory(options.inventory_file) if options.inventory_file is not None else []
     members = inventory.join_members([*members, *map(inventory.name_member, options.hosts or ())])
     if not members and not options.exports:

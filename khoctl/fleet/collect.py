@@ -20,6 +20,7 @@ from khoctl.remote_client import RemoteClient
 from khoctl.render import phase_name
 from khod import values, wire
 from khod.errors import Exit, KhoError, Refused, Unsupported, UsageError, errno_text
+from khod.files import open_regular
 from khod.history.model import AttemptSummary
 from khod.model import Generation, Phase, Status
 from khod.text import join_names, one_line, shorten
@@ -116,14 +117,18 @@ def read_exports(patterns: Sequence[str]) -> list[HostView]:
 def _read_export(path: Path) -> HostView:
     name = path.name.removesuffix(".json")
     try:
-        with path.open("rb") as file:
+        with open(open_regular(str(path), "file"), "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             return _unreadable(name, f"The file is larger than {MAX_FILE_BYTES >> 20} MiB")
         status, found = _decode_export(data.decode())
     except OSError as error:
         return _unreadable(name, f"The file cannot be read: {errno_text(error)}")
-    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+    except UsageError as error:
+        return _unreadable(name, error.what)
+    except RecursionError:
+        return _unreadable(name, "It is not what khoctl writes with --json: it is nested too deeply")
+    except ValueError as error:
         return _unreadable(name, f"It is not what khoctl writes with --json: {one_line(str(error), MAX_TEXT)}")
     return describe_host(name, status, found[:MAX_ATTEMPTS])
 
@@ -133,8 +138,12 @@ def _decode_export(text: str) -> tuple[Status | None, list[AttemptSummary]]:
     status, found, known = None, list[AttemptSummary](), False
     for line in text.splitlines():
         value = json.loads(line) if line.strip() else {}
+        if not isinstance(value, dict):
+            raise ValueError("a line of it is not an object")
         if "attempts" in value:
-            attempts = value["attempts"][:MAX_ATTEMPTS]
+            attempts = value["attempts"]
+            if isinstance(attempts, list):
+                attempts = attempts[:MAX_ATTEMPTS]
             found = values.decode_value(list[AttemptSummary], attempts, "attempts", may_lack=values.ANY_FIELD)
             known = True
         elif "phase" in value:

@@ -102,7 +102,12 @@ def _parse_json(text: str) -> Iterator[FleetMember]:
     variables = found.get("_meta", {}).get("hostvars", {})
     names = [name for group, about in found.items() if group != "_meta" for name in about.get("hosts", ())]
     for name in dict.fromkeys([*names, *variables]):
-        yield _make_member(str(name), {str(key): str(value) for key, value in variables.get(name, {}).items()})
+        yield _make_member(str(name), _as_texts(variables.get(name, {})))
+
+
+def _as_texts(variables: dict[Any, Any]) -> dict[str, str]:
+    """Return the variables that have a value; Ansible writes null for one that has none."""
+    return {str(key): str(value) for key, value in variables.items() if value is not None}
 
 
 def _parse_lines(text: str, path: str) -> Iterator[FleetMember]:

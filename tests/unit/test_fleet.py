@@ -3,7 +3,9 @@
 
 import json
 import math
+import os
 import random
+import re
 import xml.dom.minidom
 from collections.abc import Sequence
 from dataclasses import replace
@@ -209,7 +211,13 @@ def test_what_a_host_sends_is_bounded_and_escaped(tmp_path: Path, name: str) -> 
     assert "\x1b" not in text
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]", "5", '{"a": 1}', "[" * 100_000, '{"attempts": 5}', "\0", "{" * 9])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "null", "[]", "5", '"attempts"', "[" * 100_000, "\0", "{" * 9, "{}"),
+        *('{"a": 1}', '{"attempts": 5}', '{"attempts": {"a": 1}}', '{"attempts": null}', '{"attempts": [{}]}'),
+    ],
+)
 def test_a_file_that_is_none_of_khoctl_s_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "web.json").write_text(text)
     export(tmp_path / "good.json", VERIFIED)
@@ -217,6 +225,26 @@ def test_a_file_that_is_none_of_khoctl_s_is_named(tmp_path: Path, text: str) -> 
     assert ended.code == Exit.unreachable
     assert "web  unreadable: It is not what khoctl writes with --json" in ended.out
     assert "good" in ended.out
+    assert not re.search("__init__|slice|NoneType|iterable|recursion", ended.out), "words of Python's"
+
+
+def test_a_file_that_is_no_regular_one_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "web.json")
+    export(tmp_path / "good.json", VERIFIED)
+    ended = fleet(tmp_path)
+    assert (ended.code, "web  unreadable: The file is a FIFO" in ended.out) == (Exit.unreachable, True)
+
+
+def test_a_budget_is_a_number(tmp_path: Path) -> None:
+    export(tmp_path / "good.json", VERIFIED)
+    ended = fleet(tmp_path, "--budget", "nan")
+    assert (ended.code, "nan is not a budget" in ended.err) == (Exit.usage, True)
+
+
+def test_a_variable_of_an_inventory_may_have_no_value(tmp_path: Path) -> None:
+    variables = {"ansible_host": None, "ansible_user": None, "ansible_port": None}
+    (tmp_path / "hosts").write_text(json.dumps({"_meta": {"hostvars": {"web": variables}}}))
+    assert inventory.read_inventory(str(tmp_path / "hosts")) == [inventory.FleetMember("web", "web")]
 
 
 def test_a_table_fits_its_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
