@@ -28,7 +28,7 @@ from khod.text import printable, shorten
 SSH_FAILED, NO_COMMAND = 255, 127
 """ssh's own exit code, and that of a shell for a command that it does not find."""
 CONNECT_SECONDS, ALIVE_SECONDS, ALIVE_COUNT = 10, 5, 3
-"""When a connection that is followed is given up: a kernel that has jumped closes none of those it had."""
+"""When a connection is given up: a kernel that has jumped at once closes none of those it had."""
 MAX_SAID_BYTES = 1 << 16
 """How much is kept of what ssh writes on standard error."""
 MAX_PROBLEM = 300
@@ -150,11 +150,9 @@ def ssh_command(
     (None: unless there is a terminal), `fresh` that no connection of a ControlMaster is used, `connect_seconds` how
     long a connection may take (None: as ssh is configured).
     """
-    options = ["LogLevel=ERROR"]
+    options = ["LogLevel=ERROR", f"ServerAliveInterval={ALIVE_SECONDS}", f"ServerAliveCountMax={ALIVE_COUNT}"]
     if fresh or (not on_terminal() if batch is None else batch):
         options.append("BatchMode=yes")
-    if follows:
-        options += [f"ServerAliveInterval={ALIVE_SECONDS}", f"ServerAliveCountMax={ALIVE_COUNT}"]
     if fresh:
         options += ["ControlMaster=no", "ControlPath=none"]
     if limit := CONNECT_SECONDS if fresh else connect_seconds:
