@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +29,8 @@ ENVIRONMENT = "STATE_DIRECTORY"
 """The variable of systemd.exec(5) that names another directory than STATE."""
 TAIL_BYTES = 64 << 10
 """Bytes of a command's standard error that are shown, from its end."""
+PIPE_SECONDS = 1.0
+"""Seconds that what a command has left behind may keep its standard error open."""
 REFUSED, ROLLED_BACK = "refused", "rolled_back"
 """Verdicts that are not phases: nothing was begun, and everything was put back."""
 
@@ -189,38 +191,47 @@ def run_after(pending: Pending, status: Status) -> None:
 def run_command(command: Command, hook: HookCommands, environment: Mapping[str, str]) -> str:
     """Run one command to its end; return why it failed, "" if it did not. At its deadline its session is killed."""
     show_page(f"khoctl: {environment['KHO_VERB']}: {' '.join(map(printable, command))}", err=True)
-    with tempfile.TemporaryFile() as errors:  # a pipe could be kept open by what the command leaves behind
-        try:
-            process = subprocess.Popen(  # noqa: S603 - the operator's own command
-                command,
-                env={"PATH": PATH, **environment},
-                stdin=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as error:
-            return f"cannot be started: {errno_text(error) if isinstance(error, OSError) else error}"
-        why = ""
-        try:
-            code = process.wait(hook.seconds)
-        except subprocess.TimeoutExpired:
-            why = f"did not end within {hook.seconds:g} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        said = _show_errors(errors.fileno())
+    try:
+        process = subprocess.Popen(  # noqa: S603 - the operator's own command
+            command,
+            env={"PATH": PATH, **environment},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        return f"cannot be started: {errno_text(error) if isinstance(error, OSError) else error}"
+    tail = bytearray()
+    reading = threading.Thread(target=_keep_tail, args=(process, tail), daemon=True)
+    reading.start()
+    why = ""
+    try:
+        code = process.wait(hook.seconds)
+    except subprocess.TimeoutExpired:
+        why = f"did not end within {hook.seconds:g} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    reading.join(PIPE_SECONDS)  # what the command leaves behind may keep it open
+    said = _show_errors(bytes(tail))
     if why or code == 0:
         return why
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
     return f"{ended}{f': {said}' if said else ''}"
 
 
-def _show_errors(fd: int) -> str:
+def _keep_tail(process: "subprocess.Popen[bytes]", tail: bytearray) -> None:
+    """Read the standard error of a command, and keep its end: a file with all of it could fill the host's memory."""
+    assert process.stderr is not None
+    while data := os.read(process.stderr.fileno(), TAIL_BYTES):
+        tail += data
+        del tail[:-TAIL_BYTES]
+
+
+def _show_errors(tail: bytes) -> str:
     """Copy what a command wrote to its standard error to ours; return its last line."""
-    size = os.fstat(fd).st_size
-    text = os.pread(fd, TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in tail.decode(errors="replace").splitlines() if line.strip()]
     for line in lines:
         show_page(printable(line), err=True)
     sys.stderr.flush()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -225,6 +226,20 @@ def test_a_command_before_that_hangs_is_killed_at_its_deadline(unit: Unit) -> No
     ended = unit.hand_over()
     assert (ended.code, "did not end within 0.2 s" in ended.err) == (Exit.refused, True)
     assert unit.after["KHO_VERDICT"] == "refused"
+
+
+def test_a_command_that_floods_and_leaves_something_behind_costs_no_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "gate")
+    script = f"cat {tmp_path}/gate & yes flood | head -c 1000000 >&2; echo >&2; echo last >&2; exit 3"
+    hook = profile.HookCommands(seconds=20.0)
+    with monkeypatch.context() as changed:
+        changed.setattr(tempfile, "tempdir", "/nonexistent")
+        why = profile_hooks.run_command(("/bin/sh", "-c", script), hook, {"KHO_VERB": "before"})
+    assert why == "exited with 3: last"
+    (tmp_path / "gate").write_text("")
+    assert len(capfd.readouterr().err) < 1 << 17
 
 
 def test_a_handover_that_is_rolled_back_has_the_command_after_it_run(own: Unit) -> None:
