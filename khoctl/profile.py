@@ -14,6 +14,7 @@ from khoctl.next_kernel import WAYS, NextKernelOptions
 from khod.errors import ConfigError
 from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
 from khod.model import MAX_TERMS_SECONDS, TOLERABLE, VERIFICATION_CHECKS, names_check
+from khod.text import shorten
 
 if TYPE_CHECKING:
     from khoctl.window import Window
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 DIRECTORY = Path("/etc/kho/handover.d")
 ENVIRONMENT = "KHO_PROFILES"
 """The variable that names another directory of profiles."""
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+"""A name of a file and of an instance of a unit; both have less than 256 characters."""
 FLAGS = ("now", "load_only", "hold")
 """The keys of a profile that do not describe the next kernel, and are options of kexec."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where the commands of hooks are looked for."""
 HOOK_SECONDS = 300.0
 """Seconds that a command of a hook has, unless the profile says another number."""
+MAX_SHOWN = 60
 
 
 def _key_type(hint: Any) -> type:
@@ -142,12 +145,12 @@ def load_profile(name: str) -> Profile:
     directory = profile_directory()
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} is not a valid name of a profile",
+            f"{shorten(name, MAX_SHOWN)!r} is not a valid name of a profile",
             where=str(directory),
-            remedy="Letters, digits, `.`, `_` and `-`.",
+            remedy="Letters, digits, `.`, `_` and `-`, 200 at most.",
         )
     path = directory / f"{name}.toml"
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is one of those there are
         known = list_profiles()
         remedy = f"There are: {', '.join(known)}." if known else f"None is in {directory}."
         raise ConfigError(f"There is no profile {name!r}", where=str(path), remedy=remedy)

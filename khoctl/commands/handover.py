@@ -147,7 +147,7 @@ def plan(
     """
     if name is not None and from_profile not in (None, name):
         raise UsageError("Two profiles are named", where=f"{name}, --profile {from_profile}", remedy="Name one.")
-    profile = _load_profile(name or from_profile)
+    profile = _load_profile(from_profile if name is None else name)
     terms = profile.make_terms(enforce=False, ignore_window=ignore_window) if profile else None
     with open_request(options, profile, now=now, load_only=load_only, terms=terms) as (request, fds):
         show_plan(request, fds, profile, ignore_window=ignore_window, as_json=as_json)

@@ -52,7 +52,7 @@ def handover(
     only profile in /etc/kho/handover.d. Exits as kexec, with 2 where there are several, with 3 where the window of the
     profile is closed.
     """
-    profile = load_profile(name or _only_profile())
+    profile = load_profile(_only_profile() if name is None else name)
     terms = profile.make_terms(enforce=True, ignore_window=ignore_window)
     with open_request(NextKernelOptions(), profile, now=False, load_only=False, hold=False, terms=terms) as asked:
         if not yes and on_terminal():  # the files are opened again by the unit, which runs when this has ended

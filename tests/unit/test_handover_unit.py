@@ -392,6 +392,14 @@ def test_without_a_name_it_is_the_only_profile(unit: Unit, names: tuple[str, ...
     assert (ended.code, said in ended.err) == (code, True), ended
 
 
+@pytest.mark.parametrize("command", ["handover", "plan"])
+def test_an_empty_name_is_not_the_only_profile(unit: Unit, command: str) -> None:
+    """As of a variable of a script that is not set."""
+    ended = unit.khod.khoctl(command, "")
+    assert (ended.code, "'' is not a valid name of a profile" in ended.err) == (Exit.usage, True)
+    assert not (unit.here / "started").exists()
+
+
 def test_a_plan_shows_what_the_profile_adds(unit: Unit) -> None:
     unit.write(keys="blackout_budget = 5.0", tables='[deadlines]\nfreeze = 2.5\n[verify]\ntolerate = ["log"]')
     planned = unit.khod.khoctl("plan", "next")

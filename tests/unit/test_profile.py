@@ -81,6 +81,20 @@ def test_a_profile_that_is_not_there_names_those_that_are(tmp_path: Path) -> Non
     assert some.value.remedy == "There are: a, b."
 
 
+@pytest.mark.parametrize("name", ["", ".", "../next", "a b", "a\n", "a" * 201, "a" * 5000])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="is not a valid name of a profile") as refused:
+        profile.load_profile(name)
+    assert len(refused.value.what) < 120
+
+
+@pytest.mark.parametrize(("target", "said"), [("nowhere", "ENOENT"), ("next.toml", "ELOOP")])
+def test_a_link_that_leads_nowhere_is_said_to_be_one(tmp_path: Path, target: str, said: str) -> None:
+    (tmp_path / "next.toml").symlink_to(target)
+    with pytest.raises(ConfigError, match=f"The profile cannot be read: {said}"):
+        profile.load_profile("next")
+
+
 def test_the_sample_is_a_profile_and_shows_every_key(tmp_path: Path) -> None:
     text = (REPOSITORY / "etc/kho/handover.d/example.toml.sample").read_text()
     assert load(tmp_path, text) == {
