@@ -126,7 +126,7 @@ def read_local_zone(path: Path = LOCAL_TIME) -> tzinfo:
 
 def _parse_time(text: str, key: str, fragment: Fragment) -> int:
     found = TIME_OF_DAY.fullmatch(text)
-    if not found:
+    if not found or (key == "from" and not found[1]):  # the end of a day is not the begin of a window
         raise ConfigError(
             f"`window.{key}` is {text!r}",
             where=fragment.locate_key(f"window.{key}"),

@@ -135,6 +135,7 @@ ALONE = ("entry", "default", "kernel", "cmdline", "reuse_cmdline")
         ("window = 'night'", "`window` is a table", "Write [window]"),
         ("[window]\nfrom = 22", "`window.from` is 22", "a text in quotes"),
         ("[window]\nfrom = '25:00'", "`window.from` is '25:00'", "a time of day"),
+        ("[window]\nfrom = '24:00'", "`window.from` is '24:00'", "a time of day"),
         ("[window]\ndays = ['Mon-Funday']", "`window.days` has 'Mon-Funday'", "Mon-Fri"),
         ("[window]\ndays = []", "`window.days` has ''", "Mon-Fri"),
         ("[window]\ntimezone = 'Mars/Base'", "`window.timezone` is 'Mars/Base'", "timedatectl"),
