@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import kernels as lab_kernels
-from tests.lab.conftest import Online, usual
+from tests.lab.conftest import usual
 from tests.lab.host import Host, image
 from tests.lab.quiescing import VERSION, WORKER, describe_quiesce, install, producer, unchanged, write_to_disk
 
@@ -70,18 +70,6 @@ def test_the_file_systems_are_thawed_where_khod_dies_at_the_jump(host: Host) -> 
     assert host.shell("systemctl list-units --plain --no-legend 'kho-thaw-guard*'") == ""
 
 
-def test_the_journal_of_an_orderly_jump_is_whole_and_its_file_systems_are_clean(online: Online) -> None:
-    host = Host(online(VERSION))
-    install(host)
-    before = host.guest.boot_id
-    host.kexec(VERSION)
-    assert host.guest.boot_id != before
-    assert host.settled()["phase"] == "verified"
-    log = host.dmesg()
-    assert "recovery complete" not in log, log
-    assert "orphan cleanup" not in log, log
-
-
 def test_a_unit_that_hangs_in_its_stop_is_refused_and_everything_runs_again(host: Host) -> None:
     host.guest.put("/usr/lib/systemd/system/hangs.service", HANGS)
     host.shell("systemctl daemon-reload; systemctl start hangs.service")
@@ -94,21 +82,10 @@ def test_a_unit_that_hangs_in_its_stop_is_refused_and_everything_runs_again(host
         assert "hangs.service" in said
         assert "12 s" in said
     host.shell("test ! -e /run/frozen; rm /etc/kho/khod.toml.d/impatient.toml; systemctl reload kho-handover")
-    host.shell("systemctl stop hangs.service --no-block; systemctl kill -s KILL hangs.service; sleep 1")
-
-
-def test_khod_killed_while_it_stops_the_host_starts_it_again(host: Host) -> None:
-    host.shell("systemctl start hangs.service")
-    with producer(host, ""), unchanged(host):
-        pending = host.guest.start(["khoctl", "kexec", *image(VERSION)])
-        host.shell("timeout 60 sh -c 'while systemctl -q is-active worker.service; do sleep 0.1; done'")
-        host.shell("systemctl kill -s KILL kho-handover")
-        pending.wait(60)
-        host.shell("timeout 60 sh -c 'until systemctl -q is-active worker.service; do sleep 0.1; done'")
-        host.settled()
     host.shell(
-        "rm /usr/lib/systemd/system/hangs.service; systemctl kill -s KILL hangs.service; systemctl daemon-reload"
+        "systemctl stop hangs.service --no-block; systemctl kill -s KILL hangs.service; systemctl stop hangs.service"
     )
+    host.shell("rm /usr/lib/systemd/system/hangs.service; systemctl daemon-reload")
 
 
 @pytest.mark.parametrize(

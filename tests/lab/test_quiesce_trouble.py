@@ -190,7 +190,7 @@ POINTS = {
     "first-start": Point(REFUSES, {"kills.service": f"[Unit]\nBefore={ORDER}\n{WORKER}{DIES_ONCE}"}),
     "last-start": Point(REFUSES, {"kills.service": f"[Unit]\nAfter={ORDER}\n{WORKER}{DIES_ONCE}"}),
 }
-IN_MAKE_TEST = ("quiesced", "first-start")
+IN_MAKE_TEST = ("first-stop", "quiesced", "first-start")
 
 
 @pytest.mark.parametrize(
