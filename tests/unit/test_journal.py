@@ -157,10 +157,10 @@ def test_an_image_and_a_history_are_named(sent: list[tuple[str, dict[str, Any]]]
 def identifiers_in_code() -> Iterator[str]:
     """Every text of khod and khoctl that can only be a MESSAGE_ID of theirs.
 
-    Those of systemd stand in khod/systemd, Zincati's application ID in khod/fleet.
+    Those of systemd stand in khod/systemd, Zincati's application ID in khod/fleetlock.
     """
     for path in (*(REPOSITORY / "khod").rglob("*.py"), *(REPOSITORY / "khoctl").rglob("*.py")):
-        if path.parent in (REPOSITORY / "khod/systemd", REPOSITORY / "khod/fleet"):
+        if path.parent in (REPOSITORY / "khod/systemd", REPOSITORY / "khod/fleetlock"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and IDENTIFIER.fullmatch(node.value):
