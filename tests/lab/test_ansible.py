@@ -93,6 +93,7 @@ def claimed(host: RemoteHost) -> str:
     return state
 
 
+@pytest.mark.proof
 def test_a_host_is_rolled_over_ssh(fleet: Fleet, controller: Controller, tmp_path: Path) -> None:
     """A changed host key, and a host that wants a password, end at once and touch nothing."""
     hosts = fleet(1)

@@ -3,6 +3,8 @@
 
 import shlex
 
+import pytest
+
 from tests.lab.conftest import Online
 from tests.lab.host import Host, image
 
@@ -54,6 +56,7 @@ def holder(host: Host) -> str:
     return host.shell("cat /var/lib/lockd.holder")
 
 
+@pytest.mark.proof
 def test_a_handover_takes_the_lock_along_and_the_next_kernel_releases_it(online: Online) -> None:
     host = Host(online("7.3.4"))
     host.shell(f"systemd-analyze verify --man=no {' '.join(UNITS)} 2>&1 | grep -F khod-fleetlock && exit 1 || true")
