@@ -72,6 +72,7 @@ def hold_refused(host: Host, status: dict[str, Any], *words: str) -> None:
     assert host.checks(*words)["trial"]["result"] == "passed"
 
 
+@pytest.mark.proof
 def test_a_reset_in_the_middle_of_the_jump(boot: Boot) -> None:
     host = booted(boot)
     before = host.guest.boot_id
@@ -108,6 +109,7 @@ def test_a_next_kernel_that_panics(boot: Boot) -> None:
     assert other["result"] == "passed", "the same kernel with another initrd"
 
 
+@pytest.mark.proof
 def test_a_next_kernel_of_another_format_that_panics(boot: Boot) -> None:
     """It has no pstore: the journal alone tells that the shutdown was in order."""
     host = booted(boot)

@@ -55,6 +55,7 @@ def check_files(guest: Guest) -> None:
         guest.get("/no/such/file")
 
 
+@pytest.mark.proof
 def test_guest_through_kexec_and_reset(boot: Boot, plain_disk: Path) -> None:
     guest = boot("7.3.4", disk=plain_disk, cmdline_extra=KHO)
     assert guest.wait_online() == "running"

@@ -17,6 +17,12 @@ from tests.unit.images import CPIO, bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod
 
 
+@pytest.fixture(autouse=True)
+def any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write as for no terminal: pytest-xdist sets COLUMNS, and ssh does not take it along."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def khod(tmp_path: Path) -> Iterator[Khod]:
     directory = tmp_path / "khod"

@@ -141,6 +141,7 @@ def test_a_service_is_stopped_and_started(host: Host) -> None:
     assert shown(host, "rest.service", "MainPID") != before
 
 
+@pytest.mark.proof
 def test_a_busy_systemd_answers_everybody(host: Host) -> None:
     """It takes up each call of a connection, however late it comes to it."""
     busy = "end=$(($(date +%s) + 20)); while [ $(date +%s) -lt $end ]; do systemctl daemon-reload; done"
