@@ -14,11 +14,23 @@ SCRIPT = REPOSITORY / "packaging/examples/kured-reboot"
 SYSTEMCTL = """\
 #!/bin/sh
 echo "$*" >>{calls}
-case $1 in
-start) exit {start} ;;
-show) echo {status} ;;
+case $* in
+start*) echo {invocation} >>{calls}.invocations; exit {start} ;;
+*InvocationID*) tail -n 1 {calls}.invocations ;;
+show*) echo {status} ;;
 esac
 """
+
+
+def reboot(directory: Path, *words: str, start: int, status: int, invocation: str) -> tuple[int, list[str]]:
+    """Run the script for profile weekly, with a systemctl that answers so; its exit code and the calls of systemctl."""
+    calls = directory / "calls"
+    Path(f"{calls}.invocations").write_text("earlier\n")
+    write_program(directory / "systemctl", SYSTEMCTL, calls=calls, start=start, status=status, invocation=invocation)
+    ended = subprocess.run(
+        [SCRIPT, "weekly", *words], env={"PATH": f"{directory}:{os.environ['PATH']}"}, timeout=20, check=False
+    )
+    return ended.returncode, calls.read_text().splitlines()
 
 
 @pytest.mark.parametrize(
@@ -35,20 +47,19 @@ esac
 def test_kured_gets_the_exit_code_of_a_handover_that_did_not_jump(
     tmp_path: Path, start: int, status: int, words: tuple[str, ...], code: int, last: str
 ) -> None:
-    calls = tmp_path / "calls"
-    write_program(tmp_path / "systemctl", SYSTEMCTL, calls=calls, start=start, status=status)
-    ended = subprocess.run(
-        [SCRIPT, "weekly", *words],
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        timeout=20,
-        check=False,
-    )
-    assert ended.returncode == code
-    assert calls.read_text().splitlines()[-1] == last
+    ended, calls = reboot(tmp_path, *words, start=start, status=status, invocation="now")
+    assert ended == code
+    assert calls[-1] == last
+
+
+def test_the_exit_code_of_an_earlier_run_reboots_nothing(tmp_path: Path) -> None:
+    ended, calls = reboot(tmp_path, "--cold", start=1, status=4, invocation="earlier")
+    assert ended == 1
+    assert "reboot" not in calls
 
 
 def test_without_a_profile_nothing_is_begun(tmp_path: Path) -> None:
-    write_program(tmp_path / "systemctl", SYSTEMCTL, calls=tmp_path / "calls", start=0, status=0)
+    write_program(tmp_path / "systemctl", SYSTEMCTL, calls=tmp_path / "calls", start=0, status=0, invocation="now")
     ended = subprocess.run([SCRIPT], env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout=20, check=False)
     assert ended.returncode != 0
     assert not (tmp_path / "calls").exists()
