@@ -79,7 +79,7 @@ WantedBy=multi-user.target
 
 @dataclass(frozen=True)
 class Left:
-    """What a kernel left at the jump: when it jumped by its own clock, and its disk as it was then."""
+    """The time of a jump by the clock of the kernel that ended, and the disk at that moment."""
 
     jumped: float
     disk: Path

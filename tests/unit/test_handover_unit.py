@@ -118,7 +118,7 @@ def prepare_unit(made: Unit, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unit]:
-    """One khod for what leaves it as it was."""
+    """A khod that the tests share which change nothing of it."""
     made = make_unit(tmp_path_factory.mktemp("unit"))
     yield made
     made.khod.close()
