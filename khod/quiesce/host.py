@@ -32,6 +32,9 @@ else:
 
 ASK_SECONDS = 15.0
 """Seconds systemd has to describe all units; no producer is frozen meanwhile."""
+JOB_LOOKS = 10
+JOB_SECONDS = 0.5
+"""Jobs get this time, that often, to end by themselves, as the stop of user-runtime-dir@UID.service after a logout."""
 ROUNDS = 3
 """How often what was started meanwhile (by a bus call, a device, a program) is stopped again."""
 JOB_RESULTS = {"canceled": "started again meanwhile"}
@@ -43,8 +46,8 @@ KEEP_IT = "Stop it by hand, or keep it: quiesce.keep in /etc/kho/khod.toml. To s
 class Survey:
     """What a quiesce would do on this host now.
 
-    `jobs` has systemd's queued jobs, a unit and the kind each. `stores` are units with files that only `systemctl
-    kexec` hands over.
+    `jobs` has systemd's queued jobs of units that do not stay, a unit and the kind each. `stores` are units with files
+    that only `systemctl kexec` hands over.
     """
 
     selection: Selection = field(default_factory=Selection)
@@ -77,7 +80,7 @@ class Host(Protocol):
         """The units whose stop or start is waited for now."""
 
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
-        """Return what a quiesce would do; Failed without systemd."""
+        """Return what a quiesce would do, once the jobs under way have ended or had time to; Failed without systemd."""
 
     async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> tuple[str, ...]:
         """Stop these units and what is started meanwhile, then write what a shutdown would have written.
@@ -113,6 +116,14 @@ class SystemdHost:
 
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
         """As Host has it."""
+        for _ in range(JOB_LOOKS):
+            survey = await self._read_survey(keep)
+            if not survey.jobs:
+                break
+            await asyncio.sleep(JOB_SECONDS)
+        return survey
+
+    async def _read_survey(self, keep: Mapping[str, str]) -> Survey:
         try:
             async with asyncio.timeout(ASK_SECONDS), dbus.systemd_bus() as bus:
                 found = await units.read_units(bus)
@@ -125,8 +136,8 @@ class SystemdHost:
             ) from error
         wanted = dict.fromkeys(KHOD_UNITS, "it is khod's") | dict(keep)
         selection = select_units(found, wanted, units.find_session_units(found))
-        # khod may have been asked by a unit that is being started: kho-handover@NAME.service is one.
-        jobs = {unit: kind for unit, kind in jobs.items() if not unit.startswith("kho-")}
+        # khod may have been asked by a unit that is being started: kho-handover@NAME.service, or the operator's own.
+        jobs = {unit: kind for unit, kind in jobs.items() if not (unit.startswith("kho-") or unit in keep)}
         stores = tuple(unit.name for unit in found if unit.stored_files and unit.name != "kho-handover.service")
         return Survey(selection, jobs, stores)
 
@@ -162,7 +173,7 @@ class SystemdHost:
                 stuck = "; ".join(f"{name}: {JOB_RESULTS.get(why, why)}" for name, why in failed.items())
                 raise Refused(f"Units could not be stopped: {stuck}", where="quiesce", remedy=KEEP_IT)
             await _require_stopped_in_time(names)
-            survey = await self.survey_units(keep)
+            survey = await self._read_survey(keep)
             names = survey.selection.stopped
             if not names:
                 return survey.stores

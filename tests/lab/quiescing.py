@@ -65,8 +65,10 @@ def unchanged(host: Host) -> Iterator[None]:
 def producer(host: Host, text: str = REFUSES) -> Iterator[None]:
     """Give the host one producer, a file of producers.d."""
     host.guest.put("/etc/kho/producers.d/one.toml", text)
-    yield
-    host.shell("rm /etc/kho/producers.d/one.toml")
+    try:
+        yield
+    finally:
+        host.shell("rm /etc/kho/producers.d/one.toml")
 
 
 def write_to_disk(host: Host) -> None:

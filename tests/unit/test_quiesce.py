@@ -5,9 +5,11 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -16,8 +18,8 @@ from khod.model import Phase, Step
 from khod.producers import registry
 from khod.producers.cgroup import find_units_listening, units_in
 from khod.producers.qemu import Qemu
-from khod.quiesce.host import Survey
-from khod.quiesce.selection import Selection
+from khod.quiesce.host import Survey, SystemdHost
+from khod.quiesce.selection import Selection, UnitFacts
 from khod.simulated.kernel import Rebooted
 from khod.target.target import Request
 from tests.unit.harness import Host
@@ -186,6 +188,39 @@ async def test_an_obstacle_refuses_before_any_producer_is_told(host: VirtualHost
         await host.kexec(engine)
     assert host.verbs == []
     assert around(host).asked == []
+
+
+def jobs_that_systemd_has(monkeypatch: pytest.MonkeyPatch, answers: list[dict[str, str]]) -> SystemdHost:
+    """Give a host whose systemd answers these jobs one after the other, the last for good."""
+
+    async def list_jobs(bus: object) -> dict[str, str]:  # noqa: ARG001
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    async def read_units(bus: object) -> list[UnitFacts]:  # noqa: ARG001
+        return []
+
+    @asynccontextmanager
+    async def systemd_bus() -> AsyncIterator[None]:
+        yield
+
+    monkeypatch.setattr("khod.quiesce.units.list_jobs", list_jobs)
+    monkeypatch.setattr("khod.quiesce.units.read_units", read_units)
+    monkeypatch.setattr("khod.systemd.dbus.systemd_bus", systemd_bus)
+    monkeypatch.setattr("khod.quiesce.host.JOB_SECONDS", 0.001)
+    return SystemdHost(cast("Any", None), cast("Any", None))
+
+
+async def test_jobs_that_end_by_themselves_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"user-runtime-dir@0.service": "stop"}
+    host = jobs_that_systemd_has(monkeypatch, [job, job, {}])
+    assert (await host.survey_units({})).jobs == {}
+    host = jobs_that_systemd_has(monkeypatch, [job])
+    assert (await host.survey_units({})).jobs == job
+
+
+async def test_the_job_of_the_caller_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = jobs_that_systemd_has(monkeypatch, [{"night.service": "start", "kho-handover@a.service": "start"}])
+    assert (await host.survey_units({"night.service": "the handover was asked for from there"})).jobs == {}
 
 
 @in_virtual_time
