@@ -36,7 +36,7 @@ case "$1 $2" in
     echo "$profile" >>"$state/starts"
     : >"$state/running"
     : >"$state/away"
-    setsid sh -c 'code=0; khoctl kexec --profile "$2" >"$1/log" 2>&1 || code=$?
+    setsid sh -c 'code=0; khoctl run-profile "$2" >"$1/log" 2>&1 || code=$?
         echo "$code" >"$1/status"
         rm "$1/running" "$1/away"' sh "$state" "${{profile%.service}}" >/dev/null 2>&1 </dev/null &
     ;;

@@ -72,6 +72,8 @@ def test_three_hosts_are_rolled_and_nothing_is_done_twice(controller: Controller
     assert "3 hosts: 3 verified" in first.out
     assert all(f"{host.name}    verified  6.8.0-kho-v3-simulated -> 6.8.0-next" in first.out for host in hosts)
     assert [claim(host)["state"] for host in hosts] == ["finished"] * 3
+    asked = [host.khoctl("history", "-n", "1", "--json").json["attempts"][0] for host in hosts]
+    assert all(attempt["by"].startswith("root (") and "by profile weekly" in attempt["by"] for attempt in asked)
     for path in hooks.values():
         assert path.read_text().split() == ["h1", "h2", "h3"]
 

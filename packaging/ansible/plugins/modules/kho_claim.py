@@ -280,7 +280,7 @@ def begin(module, claim):
     if wrong:
         if mine:
             claim.write(**held)
-        module.fail_json(msg="systemd does not run profile %s: %s" % (given["profile"], wrong), outcome="refused")
+        module.fail_json(msg="Profile %s was not started: %s" % (given["profile"], wrong), outcome="refused")
 
 
 def finish(module, claim):

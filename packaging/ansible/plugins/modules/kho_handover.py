@@ -10,7 +10,7 @@ DOCUMENTATION = r"""
 module: kho_handover
 short_description: Take a host to the next kernel by a handover, and prove that it arrived
 description:
-  - Has systemd run a profile on the host, as C(systemctl start kho-handover@PROFILE) does, waits through the jump, and
+  - Has systemd run a profile on the host, as C(khoctl handover PROFILE --no-block) does, waits through the jump, and
     returns what the handover came to. The run continues on the host, whatever becomes of the connection.
   - A handover counts as arrived only if the host is in another boot than before, and the run that was begun stands in
     its history with the boot it began in and the boot it arrived in. That the host is up again is no proof.
