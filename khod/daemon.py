@@ -29,7 +29,7 @@ from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
 from khod.engine.resources import is_up
 from khod.engine.sources import host_sources, simulated_sources
-from khod.errors import ConfigError, Exit, KhoError, Refused
+from khod.errors import ConfigError, Exit, Failed, KhoError, Refused, errno_text
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
 from khod.kernel import filesystems
@@ -55,7 +55,7 @@ from khod.quiesce.host import Host, SystemdHost
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.facts import BOOTED
 from khod.systemd.shutdown import Executor, Shutdown
-from khod.systemd.startup import wait_hooks_unit
+from khod.systemd.startup import wait_early_units, wait_hooks_unit
 from khod.systemd.watchdog import ManagerWatchdogs
 from khod.text import join_names, one_line
 from khod.wire import SOCKET
@@ -169,6 +169,8 @@ class Daemon:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then put back what is held."""
         loop = asyncio.get_running_loop()
+        if self._host.around is not None:
+            await wait_early_units()
         self._lock_record()
         children.adopt_orphans()
         output.start_outlets()
@@ -230,7 +232,14 @@ class Daemon:
 
     def _lock_record(self) -> None:
         """Refuse to run beside another khod on the same record: it would take the other's handover for a dead one's."""
-        self._options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise Failed(
+                f"The directory of the record cannot be made: {errno_text(error)}",
+                where=str(self._options.state),
+                remedy="systemd-tmpfiles --create khod.conf, then: systemctl restart kho-handover",
+            ) from error
         fd = os.open(self._options.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends

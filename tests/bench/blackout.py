@@ -68,7 +68,7 @@ BEFORE_SYSINIT = SERVICE.format(
 PRODUCER = SERVICE.format(
     unit=f"{EARLY}Wants=kho-handover.service\nAfter=kho-handover.socket\n",
     how="restore",
-    service="StartupCPUWeight=1000\n",
+    service="Slice=kho.slice\n",
     wanted_by="multi-user.target",
 )
 A = Way("A by hand", DEFAULT)

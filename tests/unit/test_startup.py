@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""When hooks may run: kho-hooks.service has started, or cannot start."""
+"""When hooks may run: kho-hooks.service has started, or cannot start; and what is waited for before that."""
 
 import asyncio
 from pathlib import Path
@@ -48,3 +48,31 @@ async def test_a_systemd_that_starts_anew_is_asked_again(place: Path, monkeypatc
         bus.result = "done"
         bus.reexec()
         assert await waiting == [ASKED, ASKED]
+
+
+async def wait_early(monkeypatch: pytest.MonkeyPatch, bus: FakeBus, *answers: bool) -> list[str]:
+    """Give the jobs that were asked for, where what the unit brings is there by these answers."""
+    left = [*answers]
+    monkeypatch.setattr(startup, "EARLY_UNITS", {"early.mount": lambda: left.pop(0)})
+    await startup.wait_early_units()
+    assert left == []
+    return [call for call in bus.said if call.startswith("StartUnit")]
+
+
+async def test_what_is_there_already_asks_nobody(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fake_bus(place) as bus:
+        assert await wait_early(monkeypatch, bus, True) == []
+
+
+async def test_what_is_not_there_is_waited_for_by_its_unit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fake_bus(place, early=unit()) as bus:
+        assert await wait_early(monkeypatch, bus, False, True) == ["StartUnit early.mount fail"]
+
+
+async def test_what_never_comes_is_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    async with fake_bus(place) as bus:
+        await wait_early(monkeypatch, bus, False, False)
+    assert "without what early.mount brings" in caplog.text

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The AppArmor profile that khod enters by itself, where it was started before the profile was loaded.
+
+The kernel's promise (Documentation/admin-guide/LSM/apparmor, seen on 7.3.4): an unconfined task may change into any
+profile, under no_new_privs too; no confined one leaves its own that way. The change is that of the calling thread, and
+of what it starts later.
+"""
+
+import os
+from pathlib import Path
+
+PROFILE_VARIABLE = "KHOD_APPARMOR_PROFILE"
+"""The unit names the profile here: a khod that is started by hand stays unconfined."""
+LABEL = Path("/proc/thread-self/attr/apparmor/current")
+UNCONFINED = "unconfined"
+
+
+def enter_profile() -> bool:
+    """Confine the calling thread by the profile that the unit names; return False while that is not loaded.
+
+    True too where there is nothing to do: no profile is named, AppArmor is off, or systemd has confined khod already.
+    """
+    profile = os.environ.get(PROFILE_VARIABLE)
+    try:
+        if not profile or LABEL.read_text().strip() != UNCONFINED:
+            return True
+    except OSError:  # a kernel without AppArmor, or one that has it off
+        return True
+    try:
+        LABEL.write_text(f"changeprofile {profile}")
+    except OSError:
+        return False
+    return True

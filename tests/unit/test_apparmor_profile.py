@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""When khod enters its AppArmor profile by itself. That the kernel then confines it is shown in the lab."""
+
+from pathlib import Path
+
+import pytest
+
+from khod.kernel import apparmor
+
+
+class Label:
+    """The attribute of a kernel that has these profiles loaded."""
+
+    def __init__(self, text: str = "unconfined\n", loaded: tuple[str, ...] = ("khod",)) -> None:
+        self.text, self.loaded = text, loaded
+
+    def read_text(self) -> str:
+        return self.text
+
+    def write_text(self, text: str) -> None:
+        verb, name = text.split()
+        assert verb == "changeprofile"
+        if name not in self.loaded:
+            raise FileNotFoundError
+        self.text = f"{name} (enforce)\n"
+
+
+def enter(monkeypatch: pytest.MonkeyPatch, label: object, profile: str = "khod") -> bool:
+    monkeypatch.setenv(apparmor.PROFILE_VARIABLE, profile)
+    monkeypatch.setattr(apparmor, "LABEL", label)
+    return apparmor.enter_profile()
+
+
+def test_a_profile_that_is_loaded_is_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = Label()
+    assert enter(monkeypatch, label)
+    assert label.text == "khod (enforce)\n"
+
+
+def test_a_profile_that_is_not_loaded_may_still_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = Label(loaded=())
+    assert not enter(monkeypatch, label)
+    label.loaded = ("khod",)
+    assert enter(monkeypatch, label)
+
+
+def test_one_that_systemd_has_confined_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = Label("other (enforce)\n")
+    assert enter(monkeypatch, label)
+    assert label.text == "other (enforce)\n"
+
+
+def test_where_the_unit_names_none_khod_stays_unconfined(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = Label()
+    assert enter(monkeypatch, label, profile="")
+    assert label.text == "unconfined\n"
+
+
+def test_a_kernel_without_the_attribute_has_nothing_to_wait_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert enter(monkeypatch, tmp_path / "gone")
