@@ -238,7 +238,7 @@ class Daemon:
             raise Failed(
                 f"The directory of the record cannot be made: {errno_text(error)}",
                 where=str(self._options.state),
-                remedy="systemd-tmpfiles --create khod.conf, then: systemctl restart kho-handover",
+                remedy="systemctl restart systemd-tmpfiles-setup kho-handover",
             ) from error
         fd = os.open(self._options.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
