@@ -20,7 +20,8 @@ from khoctl.render import (
     terms_rows,
 )
 from khoctl.standstills import describe_standstills
-from khod.history.model import AttemptRecord, AttemptSummary, ColdBoot, KernelFacts
+from khod.history.model import AttemptRecord, AttemptSummary, ColdBoot, KernelFacts, RunTarget
+from khod.history.origins import describe_proofs
 from khod.model import EventKind, Phase, render_findings
 from khod.text import format_size
 
@@ -95,6 +96,7 @@ def _attempt_rows(found: AttemptRecord) -> list[tuple[str, str]]:
             ("", f"{image.role} {image.name}, {format_size(image.bytes)}, SHA-256 {image.digest}")
             for image in found.target.images
         ]
+        rows += list_rows("origin", _list_origins(found.target))
     if found.arrived is not None:
         rows.append(("arrived in", _kernel_text(found.arrived)))
     if text := blackout_text(summary):
@@ -111,6 +113,16 @@ def _attempt_rows(found: AttemptRecord) -> list[tuple[str, str]]:
     if found.cold_boot is not None:
         rows += _cold_boot_rows(found.cold_boot)
     return rows
+
+
+def _list_origins(target: RunTarget) -> list[str]:
+    """Return a line for each file as it was given: who vouches for it, and its digest if it was not loaded as it is."""
+    loaded = {image.digest for image in target.images}
+    return [
+        f"{origin.role} {origin.name}: {describe_proofs(origin)}"
+        + ("" if origin.digest in loaded else f"; as it was given: SHA-256 {origin.digest}")
+        for origin in target.origins
+    ]
 
 
 def _cold_boot_rows(found: ColdBoot) -> list[tuple[str, str]]:

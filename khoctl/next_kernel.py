@@ -11,6 +11,8 @@ WAYS = ("image", "entry", "default", "kernel")
 """The options that choose a kernel; at most one of them is given."""
 LINES = ("cmdline", "reuse_cmdline", "append", "remove")
 """The options that make up its command line."""
+PROOFS = ("signature", "initrd_signature", "sha256")
+"""The options that say who made its files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,22 @@ class NextKernelOptions:
     remove: Annotated[
         list[str] | None,
         typer.Option(metavar="WORD", help="Take a parameter (console), or one word (console=ttyS0), away."),
+    ] = None
+    signature: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A detached signature of the image, which must be good. Without it those beside the image are used: "
+            ".asc, .sig, .gpg, .minisig.",
+        ),
+    ] = None
+    initrd_signature: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="The same of an initrd; several are for the initrds in their order."),
+    ] = None
+    sha256: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIGEST", help="The image and each initrd must have one of these digests (SHA-256)."),
     ] = None
 
     def select_given(self, names: Iterable[str]) -> dict[str, Any]:

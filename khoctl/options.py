@@ -15,9 +15,12 @@ PARAMETERS = {
     "kernel.append": "--append",
     "kernel.cmdline": "--cmdline",
     "kernel.image": "--image",
+    "kernel.initrd_signature": "--initrd-signature",
     "kernel.initrds": "--initrd",
     "kernel.remove": "--remove",
     "kernel.reuse_cmdline": "--reuse-cmdline",
+    "kernel.sha256": "--sha256",
+    "kernel.signature": "--signature",
     "now": "--now",
 }
 WITH_VALUE = PARAMETERS | {"kernel": "--kernel"}

@@ -14,7 +14,7 @@ from khoctl.next_kernel import WAYS, NextKernelOptions
 from khod.errors import ConfigError
 from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
 from khod.model import MAX_TERMS_SECONDS, TOLERABLE, VERIFICATION_CHECKS, names_check
-from khod.text import shorten
+from khod.text import SHA256_REMEDY, normalize_sha256, shorten
 
 if TYPE_CHECKING:
     from khoctl.window import Window
@@ -92,7 +92,7 @@ class Profile:
 
     def check_files(self, options: NextKernelOptions) -> None:
         """Raise ConfigError if a file that the profile names is gone, unless `options` have another one."""
-        for key in ("image", "initrd"):
+        for key in ("image", "initrd", "signature", "initrd_signature"):
             kept = getattr(self.options, key)
             for path in [kept] if isinstance(kept, str) else kept or ():
                 if getattr(options, key) == kept and not Path(path).exists():
@@ -173,6 +173,9 @@ def _parse_profile(name: str, fragment: Fragment) -> Profile:
     known = [source.value for source in TOLERABLE]
     _check_names(terms, "tolerate", known, known.__contains__, fragment)
     _check_names(terms, "must_pass", VERIFICATION_CHECKS, names_check, fragment)
+    for digest in values.get("sha256", ()):
+        if normalize_sha256(digest) is None:
+            raise ConfigError(f"`sha256` has {digest!r}", where=fragment.locate_key("sha256"), remedy=SHA256_REMEDY)
     window = None
     if "window" in tables:
         from khoctl.window import parse_window  # noqa: PLC0415 - most profiles have none

@@ -4,17 +4,29 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from khoctl.layout import show_page
-from khoctl.next_kernel import LINES, NAMES, WAYS, NextKernelOptions
+from khoctl.next_kernel import LINES, NAMES, PROOFS, WAYS, NextKernelOptions
 from khod.errors import UsageError
 from khod.files import open_regular
 from khod.text import printable
 
 if TYPE_CHECKING:
     from khoctl.profile import Profile
+
+SUFFIXES = (".asc", ".sig", ".gpg", ".minisig")
+"""The names of detached signatures that lie beside their file."""
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """A file with a detached signature of the image, or of the initrd with this number."""
+
+    path: str
+    initrd: int | None
+    required: bool = False
 
 
 @contextmanager
@@ -64,7 +76,13 @@ def _open_kernel(options: NextKernelOptions, files: ExitStack) -> tuple[dict[str
 
     about: dict[str, Any] = {"image": opened(kernel, "image"), "image_name": kernel}
     about |= {"initrds": [opened(path, "initrd") for path in initrds], "initrd_names": initrds}
-    about |= options.select_given(LINES)
+    signatures = list(_find_signatures(options, kernel, initrds))
+    if signatures:
+        about["signatures"] = [
+            {"file": opened(one.path, "signature"), "name": one.path, "initrd": one.initrd, "required": one.required}
+            for one in signatures
+        ]
+    about |= options.select_given((*LINES, "sha256"))
     line = options.cmdline if options.cmdline is not None or options.reuse_cmdline else cmdline
     if line is not None:
         about["cmdline"] = line  # an empty one counts as given
@@ -74,7 +92,16 @@ def _open_kernel(options: NextKernelOptions, files: ExitStack) -> tuple[dict[str
 def _merge_options(said: NextKernelOptions, kept: NextKernelOptions) -> NextKernelOptions:
     """Merge the command line over the profile; a kernel on the command line replaces the profile's."""
     if said.select_given(WAYS):
-        kept = replace(kept, image=None, initrd=None, entry=None, default=False, kernel=None)
+        kept = replace(
+            kept,
+            image=None,
+            initrd=None,
+            entry=None,
+            default=False,
+            kernel=None,
+            signature=None,
+            initrd_signature=None,
+        )
     return replace(kept, **said.select_given(NAMES))
 
 
@@ -89,6 +116,8 @@ def _check_conflicts(options: NextKernelOptions) -> None:
         raise UsageError("An initrd without an image", where="--initrd", remedy="Add --image.")
     if not ways and options.select_given(LINES):
         raise UsageError("A command line without an image", where="--cmdline/--append", remedy="Add --image.")
+    if not ways and options.select_given(PROOFS):
+        raise UsageError("A signature or a digest without an image", where="--signature", remedy="Add --image.")
 
 
 def _resolve_source(options: NextKernelOptions) -> tuple[str, list[str], str | None]:
@@ -103,6 +132,32 @@ def _resolve_source(options: NextKernelOptions) -> tuple[str, list[str], str | N
     found = sources.source_of_entry(entry) if version is None else sources.source_of_version(version)
     _print_note(found.note)
     return str(found.kernel), [*map(str, found.initrds), *given], found.cmdline
+
+
+def _find_signatures(options: NextKernelOptions, kernel: str, initrds: list[str]) -> Iterator[_Signature]:
+    """Yield the signatures that were given, and for a file without one those that lie beside it."""
+    given = options.initrd_signature or []
+    if len(given) > len(initrds):
+        raise UsageError(
+            f"{len(given)} signatures for {len(initrds)} initrds",
+            where="--initrd-signature",
+            remedy="Give no more signatures than initrds.",
+        )
+    if options.signature:
+        yield from (_Signature(path, None, required=True) for path in options.signature)
+    else:
+        yield from (_Signature(path, None) for path in _beside(kernel))
+    for number, initrd in enumerate(initrds):
+        if number < len(given):
+            yield _Signature(given[number], number, required=True)
+        else:
+            yield from (_Signature(path, number) for path in _beside(initrd))
+
+
+def _beside(path: str) -> list[str]:
+    """Return the signatures beside a file, and beside the one that a link leads to."""
+    places = dict.fromkeys((path, os.path.realpath(path)))
+    return [f"{place}{suffix}" for place in places for suffix in SUFFIXES if os.path.isfile(f"{place}{suffix}")]
 
 
 def _print_note(note: str) -> None:

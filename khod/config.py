@@ -14,6 +14,7 @@ from khod.dataclass import dataclass
 from khod.errors import ConfigError
 from khod.files import Fragment, list_toml, read_toml, require_type, unknown_key_error
 from khod.model import Terms
+from khod.text import SHA256_REMEDY, normalize_sha256
 
 MAIN = "etc/kho/khod.toml"
 JUDGEMENTS = ("default", "warn", "fail", "off")
@@ -82,10 +83,16 @@ class Deadlines:
 
 @dataclass(frozen=True)
 class Images:
-    """Size limits for a client's images, in bytes."""
+    """Size limits for a client's images, in bytes, and what must be known of who made them.
+
+    `require` is for the kernel, `require_initrd` for each initrd; etc/kho/khod.toml describes the values.
+    """
 
     max_size: int = 2 << 30
     max_unpacked: int = 1 << 30
+    require: str = "none"
+    require_initrd: str = "same"
+    sha256: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,7 @@ class Checks:
     health: str = "default"
     claims: str = "default"
     sessions: str = "default"
+    provenance: str = "default"
     image: str = "default"
     initrd: str = "default"
     cmdline: str = "default"
@@ -242,7 +250,10 @@ class Settings:
         self.current, self.error = load_config(root), None
 
 
+REQUIREMENTS = ("none", "digest", "signature", "either", "both")
 CHOICES = {
+    "images.require": REQUIREMENTS,
+    "images.require_initrd": ("same", *REQUIREMENTS),
     "policy.after_daemon_died": ("roll-back", "resume"),
     "policy.after_forgetful_abort": ("refuse", "warn"),
     "policy.unknown_format": ("refuse", "warn"),
@@ -293,8 +304,20 @@ def _check_value(source: Fragment, section: Any, name: str, key: str, value: Any
             where=source.locate_key(dotted),
             remedy=f"It takes one of: {', '.join(CHOICES[dotted])}.",
         )
+    if dotted == "images.sha256":
+        return _check_digests(value, source.locate_key(dotted))
     if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
         raise ConfigError(
             f"`{dotted}` is {value}", where=source.locate_key(dotted), remedy="It must be a positive number."
         )
     return value
+
+
+def _check_digests(values: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """Return the pinned digests in lower case, or raise ConfigError for the first that is not a SHA-256."""
+    digests = []
+    for value in values:
+        if (digest := normalize_sha256(value)) is None:
+            raise ConfigError(f"`images.sha256` has {value!r}", where=where, remedy=SHA256_REMEDY)
+        digests.append(digest)
+    return tuple(digests)

@@ -66,11 +66,13 @@ if TYPE_CHECKING:
     from khod.engine import announcements
     from khod.history import trial as history_trial
     from khod.history.model import AttemptRecord
+    from khod.provenance import verify as provenance
     from khod.simulated import kernel as simulated
 else:
     argparse = defer_module("argparse")
     announcements = defer_module("khod.engine.announcements")
     history_trial = defer_module("khod.history.trial")
+    provenance = defer_module("khod.provenance.verify")
     simulated = defer_module("khod.simulated.kernel")
 
 FAREWELL = 2.0
@@ -157,6 +159,7 @@ class Daemon:
             registrations=Registrations(runtime / "registrations"),
             scanner=self._host.scanner,
             health=HealthChecks(opts.root, self._host.runner),
+            verify=lambda *asked: provenance.verify_files(opts.root, self._host.runner, *asked),
             sources=host_sources(calls) if opts.simulate is None else simulated_sources(calls),
             remember=self._remember,
             watchdogs=self._host.watchdogs,

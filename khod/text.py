@@ -6,6 +6,7 @@ before they are shown: no control character moves a cursor, no newline forges a 
 one.
 """
 
+import re
 from collections.abc import Iterable
 
 ASCII_SPACE = " \t\n\v\f\r"
@@ -20,6 +21,7 @@ MAX_NAMES = 10
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 BYTES = 0xDC00
 """The start of the range in which Python's `surrogateescape` stores bytes that are not UTF-8."""
+SHA256_REMEDY = "It must be the 64 hexadecimal digits that sha256sum prints."
 _TO_SPACE = str.maketrans(dict.fromkeys(ASCII_SPACE, " "))
 
 
@@ -79,3 +81,8 @@ def split_first(text: str) -> tuple[str, str]:
 def split_words(text: str) -> list[str]:
     """Split a text at ASCII white space only, as an operator separates words."""
     return [word for word in text.translate(_TO_SPACE).split(" ") if word]
+
+
+def normalize_sha256(text: str) -> str | None:
+    """Return a SHA-256 in hex, in lower case; None if the text is not one."""
+    return text.lower() if re.fullmatch(r"[0-9A-Fa-f]{64}", text) else None

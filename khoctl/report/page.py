@@ -16,6 +16,7 @@ from khoctl.report.tables import (
     finding_list,
     image_table,
     kernel_table,
+    origin_table,
     producer_table,
 )
 from khoctl.report.verdict import describe_outcome, name_kernels, outcome_class, outcome_title
@@ -189,8 +190,9 @@ def _write_kernels(attempt: AttemptRecord) -> Markup:
     kernels = [("Before", attempt.origin)]
     kernels += [("Loaded", attempt.target.kernel)] if attempt.target else []
     kernels += [("Arrived", attempt.arrived)] if attempt.arrived else []
-    images = attempt.target.images if attempt.target else []
-    return join_markup(kernel_table(kernels), image_table(images))
+    if attempt.target is None:
+        return kernel_table(kernels)
+    return join_markup(kernel_table(kernels), image_table(attempt.target.images), origin_table(attempt.target.origins))
 
 
 def _paragraph(text: str, name: str = "") -> Markup:

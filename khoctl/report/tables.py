@@ -8,7 +8,8 @@ from khoctl.options import name_options
 from khoctl.report.markup import EMPTY, Markup, element, escape_text, join_markup, text_element
 from khoctl.report.producers import ProducerAnswers
 from khoctl.standstills import describe_seconds
-from khod.history.model import BootCost, ImageFacts, KernelFacts, Timeline, TimelineRow
+from khod.history.model import BootCost, FileOrigin, ImageFacts, KernelFacts, Timeline, TimelineRow
+from khod.history.origins import describe_proofs
 from khod.model import Check, CheckResult, Finding, FindingSeverity
 from khod.text import format_size
 
@@ -182,6 +183,29 @@ def image_table(images: Sequence[ImageFacts]) -> Markup:
     return join_markup(
         text_element("h3", "Files that were loaded"),
         make_table(["mark", "name", ""], ["Role", "Size", "SHA-256"], rows),
+    )
+
+
+def origin_table(origins: Sequence[FileOrigin]) -> Markup:
+    """Return a row for each file as it was given: its role, its name, who vouches for it, and its SHA-256."""
+    if not origins:
+        return EMPTY
+    rows = (
+        element(
+            "tr",
+            text_element("td", origin.role, class_="mark"),
+            text_element("td", origin.name, class_="name"),
+            element(
+                "td",
+                escape_text(describe_proofs(origin)),
+                text_element("span", origin.digest, class_="remedy mono"),
+            ),
+        )
+        for origin in origins
+    )
+    return join_markup(
+        text_element("h3", "Files that were given"),
+        make_table(["mark", "name", ""], ["Role", "File", "Origin"], rows),
     )
 
 

@@ -21,13 +21,13 @@ from khod.producers.registry import ProducerRegistry
 
 if TYPE_CHECKING:
     from khod import preflight
+    from khod.history import origins
     from khod.preflight import handover as preflight_handover
-    from khod.target import target as next_kernel
     from khod.target.target import Request, Target
 else:
+    origins = defer_module("khod.history.origins")
     preflight = defer_module("khod.preflight")
     preflight_handover = defer_module("khod.preflight.handover")
-    next_kernel = defer_module("khod.target.target")
 
 
 class Admission:
@@ -98,6 +98,11 @@ class Admission:
         """Refuse a next kernel that would not do; called after check_may_start."""
         observed = self._observer.require_last
         self._require_checks(await self._transaction.wait_interruptibly(self._queries.run_checks(observed, target)))
+        for origin in target.origins:
+            if origin.refusal:
+                self._transaction.emit_event(f"going on all the same, as checks.provenance says: {origin.refusal}")
+            elif origin.pinned_by or origin.signers:
+                self._transaction.emit_event(f"verified: {origins.describe_origin(origin)}")
         self._transaction.emit_event(f"the next command line: {target.cmdline}", words=target.words)
 
     def _require_checks(self, checks: list[Check]) -> None:
@@ -122,8 +127,4 @@ class Admission:
                 remedy=preflight_handover.JUMP_OR_BEGIN_AGAIN,
             )
         observed = self._observer.require_last
-        return await self._transaction.wait_interruptibly(
-            next_kernel.take_target(
-                self._resources.workers.files, request, observed.cmdline, run, self._resources.settings.current.images
-            )
-        )
+        return await self._transaction.wait_interruptibly(self._queries.take_target(request, observed, run))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from khod import model
 from khod.config import Settings
+from khod.deferred import defer_module
 from khod.engine.admission import Admission
 from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.attempts import Attempts, Watcher
@@ -58,7 +59,10 @@ from khod.systemd.watchdog import ManagerWatchdogs
 
 if TYPE_CHECKING:
     from khod.history.model import AttemptRecord
-    from khod.target.target import Request
+    from khod.provenance import verify as provenance
+    from khod.target.target import Request, Verify
+else:
+    provenance = defer_module("khod.provenance.verify")
 
 NOWHERE = Path("/nonexistent")
 """A root without files of the operator."""
@@ -70,7 +74,8 @@ class Engine:
     `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
     asks whether the host is shut down in any way, `host_up` waits as in Resources. `host` is what the step quiesce
     stops. `remember` takes each attempt at its end, with facts of `sources`, and `past` returns what the checks of an
-    image are told of the past; without them the history does. `health` has the operator's checks, none by default.
+    image are told of the past; without them the history does. `health` has the operator's checks, none by default, and
+    `verify` finds out who made the files of the next kernel, by default on a host without keys.
 
     One class of this size: most of it wires the parts, each of which hears of several others.
     """
@@ -96,6 +101,7 @@ class Engine:
         registrations: Registrations | None = None,
         scanner: Scanner = scan_processes,
         health: HealthChecks | None = None,
+        verify: Verify | None = None,
         boot_ends: BootEnds | None = None,
         past: Pasts | None = None,
         watchdogs: ManagerWatchdogs | None = None,
@@ -116,6 +122,7 @@ class Engine:
             sessions,
             scanner,
             health or HealthChecks(NOWHERE, Children()),
+            verify or (lambda *asked: provenance.verify_files(NOWHERE, Children(), *asked)),
             shutdown,
             host_up,
         )

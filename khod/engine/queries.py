@@ -110,6 +110,7 @@ class Queries:
         self._settings = resources.settings
         self._scanner = resources.scanner
         self._health = resources.health
+        self._verify = resources.verify
         self._inhibitors = inhibitors
         self._past = past
         self._busy = signals.busy
@@ -397,6 +398,19 @@ class Queries:
         except (KhoError, OSError):
             return None
 
+    async def take_target(self, request: next_kernel.Request, observed: Observed, run: str) -> Target:
+        """Return the next kernel of a request in memory, verified; Refused or UsageError if a file cannot be used."""
+        config = self._settings.current
+        return await next_kernel.take_target(
+            self._workers.files,
+            request,
+            observed.cmdline,
+            run,
+            config.images,
+            self._verify,
+            enforce=config.checks.provenance not in ("warn", "off"),
+        )
+
     async def _ask_kernel(self, function: Callable[[], T], what: str) -> T:
         return await self._workers.queries.call_within(function, what, self._settings.current.deadlines.activate)
 
@@ -409,8 +423,7 @@ class Queries:
         target, unusable = None, []
         if request.kernel:
             try:
-                bounds = self._settings.current.images
-                target = await next_kernel.take_target(self._workers.files, request, observed.cmdline, run, bounds)
+                target = await self.take_target(request, observed, run)
             except Refused as error:  # an empty file, one too large: the other checks are reported all the same
                 unusable = [
                     preflight.unusable_check("image" if error.where == request.kernel.name else "initrd", error)

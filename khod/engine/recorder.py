@@ -143,9 +143,8 @@ class Recorder:
             kernel = history.KernelFacts(
                 about.version if about else "", about.banner if about else "", "", target.cmdline
             )
-            self._add(
-                history.RunTarget(kernel, images, at_once, boot_cost.find_boot_costs(boot_cost.Boot.of_target(target)))
-            )
+            costs = boot_cost.find_boot_costs(boot_cost.Boot.of_target(target))
+            self._add(history.RunTarget(kernel, images, at_once, costs, target.origins))
 
     def note_checks(self, checks: list[Check]) -> None:
         """Log the checks before this handover; those before its run begins are kept until then."""

@@ -33,6 +33,44 @@ class ImageFacts:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Signer:
+    """Who made a good signature of a file, as a key in /etc/kho/keys.d tells.
+
+    `method` is openpgp, minisign or signify, and `verifier` the program that has verified it. `key` is the fingerprint
+    of the OpenPGP key, else the public key itself, as minisign prints it. `name` is the user ID of the OpenPGP key,
+    else the name of the key's file. `signed_at` is None where the signature does not say it.
+    """
+
+    method: str
+    key: str
+    name: str
+    verifier: str
+    signed_at: float | None = None
+
+
+@dataclass(frozen=True)
+class FileOrigin:
+    """What is known of who made one file, as it was given: `role` is kernel or initrd, `digest` its SHA-256 in hex.
+
+    `pinned_by` names who asks for this digest: images.sha256 of khod.toml, the caller. `refusal` says what policy has
+    against the file, "" for nothing, and `remedy` what to do then. `doubts` are signatures that are not good, and that
+    policy does not ask for. `unverified` are signatures that were not looked at, as this host has no keys.
+    """
+
+    role: str
+    name: str
+    digest: str
+    bytes: int
+    verified_at: float
+    pinned_by: list[str] = field(default_factory=list)
+    signers: list[Signer] = field(default_factory=list)
+    refusal: str = ""
+    remedy: str = ""
+    doubts: list[str] = field(default_factory=list)
+    unverified: list[str] = field(default_factory=list)
+
+
 class RowKind(enum.Enum):
     """What a row of the timeline is about."""
 
@@ -88,12 +126,17 @@ class RunBegun:
 
 @dataclass(frozen=True)
 class RunTarget:
-    """What the run leads to, if it loads an image: the next kernel, its files, how the jump is made, what is slow."""
+    """What the run leads to, if it loads an image: the next kernel, its files, how the jump is made, what is slow.
+
+    `images` are the files as they are loaded, and `origins` those that were given: a unified kernel image is one file
+    of these, and several initrds are loaded as one.
+    """
 
     kernel: KernelFacts
     images: list[ImageFacts] = field(default_factory=list)
     at_once: bool = False
     costs: list[BootCost] = field(default_factory=list)
+    origins: list[FileOrigin] = field(default_factory=list)
 
 
 class ClockSource(enum.Enum):

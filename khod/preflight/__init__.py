@@ -11,7 +11,7 @@ from dataclasses import replace
 from khod.config import Config
 from khod.errors import CheckFailed, KhoError, Refused, Unsupported, errno_text
 from khod.model import Check, CheckResult
-from khod.preflight import boot_cost, holders, host, image, kernel, trial
+from khod.preflight import boot_cost, holders, host, image, kernel, provenance, trial
 from khod.preflight.facts import CheckFinding, Facts
 from khod.text import printable
 
@@ -43,6 +43,7 @@ CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
 """The checks that need no image; a check that returns None is left out."""
 
 IMAGE_CHECKS: Mapping[str, Callable[[Facts], CheckFinding | None]] = {
+    "provenance": provenance.check_provenance,
     "image": image.check_image,
     "initrd": image.check_initrd,
     "cmdline": image.check_cmdline,
@@ -90,6 +91,8 @@ def overridden_findings(checks: list[Check]) -> list[str]:
 
 
 def _run_check(name: str, function: Callable[[Facts], CheckFinding | None], facts: Facts) -> CheckFinding | None:
+    if facts.target is not None and facts.target.is_refused and name not in ("provenance", "trial"):
+        return CheckFinding.skip_with("Not inspected: see the check `provenance`")
     try:
         found = function(facts)
     except KhoError as error:

@@ -101,7 +101,7 @@ class Execution:
             return
         if code in CANNOT_START and reason.startswith(LAUNCHERS):
             reason = f"{self.command.argv[0]} cannot be started: {reason.rpartition(': ')[2]}"
-        raise ParticipantVeto("; ".join([reason or _describe_end(code), *undead]))
+        raise ParticipantVeto("; ".join([reason or describe_end(code), *undead]))
 
     @property
     def _writers(self) -> tuple[int, int]:
@@ -130,7 +130,8 @@ async def _end_command(
         STDERR.queue_bytes("".join(f"{told}: {text}\n" for text in undead).encode())
 
 
-def _describe_end(code: int | None) -> str:
+def describe_end(code: int | None) -> str:
+    """Describe the exit code of a command, as `RunningCommand.wait_end` returns it."""
     if code is None:
         return "its exit code is not known: something else took it"
     return f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"

@@ -18,9 +18,10 @@ from khod.region import Region
 from khod.server.access import CALLER
 from khod.server.announcements import Announcements
 from khod.server.history import HistoryCalls
-from khod.server.interface import Handover, NextKernel, TreeReply
+from khod.server.interface import DetachedSignature, Handover, NextKernel, TreeReply
 from khod.server.terms import check_terms
 from khod.target.target import Given, Request
+from khod.text import SHA256_REMEDY, normalize_sha256
 
 
 class Service(HistoryCalls):
@@ -174,21 +175,54 @@ def _build_request(
         raise UsageError(
             "An initrd or a command line without an image", where="kernel.image", remedy="Add `kernel.image`."
         )
+    signed = asked.signatures or []
+    if unknown := [one.initrd for one in signed if one.initrd is not None and not 0 <= one.initrd < len(files)]:
+        raise UsageError(
+            f"A signature of initrd number {unknown[0]}, where there are {len(files)}, counted from 0",
+            where="`kernel.initrd_signature`",
+            remedy="Give no more signatures than initrds.",
+        )
     # The names are shown in checks and events, on the terminals of others.
     labels = [one_line(name) for name in names] or [f"initrd {at + 1}" for at in range(len(files))]
-    initrds = [Given(file.fileno(), label) for file, label in zip(files, labels, strict=True)]
+    initrds = [
+        _with_signatures(Given(file.fileno(), label), [one for one in signed if one.initrd == at])
+        for at, (file, label) in enumerate(zip(files, labels, strict=True))
+    ]
+    kernel_signatures = [one for one in signed if one.initrd is None]
     return Request(
-        None if asked.image is None else Given(asked.image.fileno(), one_line(asked.image_name or "the image")),
+        None
+        if asked.image is None
+        else _with_signatures(
+            Given(asked.image.fileno(), one_line(asked.image_name or "the image")), kernel_signatures
+        ),
         tuple(initrds),
         asked.cmdline,
         bool(asked.reuse_cmdline),
         asked.append,
         tuple(asked.remove or ()),
+        tuple(map(_check_digest, asked.sha256 or ())),
         now=bool(now),
         load_only=bool(load_only),
         hold=bool(hold),
         terms=check_terms(terms or model.NO_TERMS),
     )
+
+
+def _with_signatures(given: Given, signatures: list[DetachedSignature]) -> Given:
+    """Return a file with its signatures."""
+    return replace(
+        given,
+        signatures=tuple(
+            Given(one.file.fileno(), one_line(one.name or f"the signature of {given.name}")) for one in signatures
+        ),
+        must_be_signed=any(one.required for one in signatures),
+    )
+
+
+def _check_digest(text: str) -> str:
+    if (digest := normalize_sha256(text)) is None:
+        raise UsageError(f"{one_line(text)!r} is not a SHA-256", where="`kernel.sha256`", remedy=SHA256_REMEDY)
+    return digest
 
 
 def _write_memfd(blob: bytes) -> FileDescriptor:

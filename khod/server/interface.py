@@ -33,13 +33,27 @@ class HistoryReply(TypedDict):
 
 
 @dataclass(frozen=True)
+class DetachedSignature:
+    """A detached signature, of OpenPGP, minisign or signify, as a descriptor, with a name for people.
+
+    `initrd` is the number of the initrd that it signs, counted from 0; without it it signs the image. With `required`
+    its file is refused unless one of its signatures is good, whatever the policy of the host says.
+    """
+
+    file: FileDescriptor
+    name: str | None = None
+    initrd: int | None = None
+    required: bool | None = None
+
+
+@dataclass(frozen=True)
 class NextKernel:
     """The next kernel: descriptors as indexes of those passed along, and names for people.
 
     Several `initrds` follow one another in memory, in this order. Without `cmdline` the image's own is used (a unified
     kernel image has one), else the running kernel's, without the words that must not be reused; `reuse_cmdline`
     requires the running kernel's. `remove` removes words by parameter (`console`) or whole (`console=ttyS0`), `append`
-    adds words.
+    adds words. `sha256` are digests in hex, one of which each of the files must have.
     """
 
     image: FileDescriptor | None = None
@@ -50,6 +64,8 @@ class NextKernel:
     reuse_cmdline: bool | None = None
     append: str | None = None
     remove: list[str] | None = None
+    signatures: list[DetachedSignature] | None = None
+    sha256: list[str] | None = None
 
 
 class Handover(VarlinkInterface, name=INTERFACE):

@@ -1,30 +1,41 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The next kernel: the request for it, and what khod made of that in memory."""
 
+import os
 import platform
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import field
 
 from khod.concurrency.worker import Worker
 from khod.config import Images
 from khod.dataclass import dataclass
-from khod.errors import KhoError
+from khod.errors import KhoError, Refused
+from khod.history.model import FileOrigin
 from khod.images import initrd, sealed
 from khod.images.initrd import Initrd
 from khod.images.kernel import UnpackedImage, unpack_image
 from khod.images.sealed import Sealed
 from khod.kernel import cmdline, kconfig
 from khod.model import NO_TERMS, Terms, Word
+from khod.provenance.verify import TakenFile
 
 COMMAND_LINE_SIZE = 2048
 """The limit in bytes, with the NUL, if the image could not be examined; most architectures have this one."""
+MAX_SIGNATURE_BYTES = 1 << 20
+"""The maximum size of a detached signature; a usual one has a few hundred bytes."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """A file that was passed in: its descriptor stays the caller's, its name is for people."""
+    """A file that was passed in: its descriptor stays the caller's, its name is for people.
+
+    `signatures` are detached signatures of it. With `must_be_signed` one of them must be good, whatever policy says.
+    """
 
     fd: int
     name: str
+    signatures: tuple["Given", ...] = ()
+    must_be_signed: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,8 @@ class Request:
     reuse: bool = False
     append: str | None = None
     remove: tuple[str, ...] = ()
+    sha256: tuple[str, ...] = ()
+    """Digests that the files must have; none for any."""
     now: bool = False
     load_only: bool = False
     hold: bool = False
@@ -51,7 +64,8 @@ class Target:
     """The next kernel, in memory and examined; the attempt that loads it owns it.
 
     `kernel` and `initrd` are what the loader is given. `wrong` has the error of each unusable part, by the check that
-    reports it: an operator may have set that check to warn.
+    reports it: an operator may have set that check to warn. `origins` is what is known of the files as they were given,
+    and with `is_refused` policy is against one of them: then nothing of them was unpacked.
     """
 
     kernel: Sealed
@@ -61,6 +75,8 @@ class Target:
     cmdline: str = ""
     words: list[Word] = field(default_factory=list)
     wrong: dict[str, KhoError] = field(default_factory=dict)
+    origins: list[FileOrigin] = field(default_factory=list)
+    is_refused: bool = False
 
     def describe(self) -> str:
         """Return the name of the image, its release, and the name of the initrd."""
@@ -84,31 +100,105 @@ class Target:
             self.initrd.close()
 
 
-async def take_target(worker: Worker, request: Request, running: str, run: str, bounds: Images) -> Target:
-    """Build the target in a worker, long before any producer is frozen, because it is slow. It may be cancelled."""
-    return await worker.call_within(
-        lambda: build_target(request, running, run, bounds), "reading the image", None, late=Target.close
+Verify = Callable[[Worker, Sequence[TakenFile], Images, Sequence[str]], Awaitable[list[FileOrigin]]]
+"""Returns what is known of who made each file: `khod.provenance.verify.verify_files`."""
+
+
+async def take_target(
+    worker: Worker, request: Request, running: str, run: str, policy: Images, verify: Verify, *, enforce: bool
+) -> Target:
+    """Build the target in a worker, long before any producer is frozen, because it is slow. It may be cancelled.
+
+    The files are verified first. With `enforce` those that policy is against are not unpacked.
+    """
+    files = await worker.call_within(
+        lambda: seal_request(request, policy), "reading the image", None, late=_close_files
     )
+    try:
+        origins = await verify(worker, files, policy, request.sha256)
+    except BaseException:
+        _close_files(files)
+        raise
+    for one in files:
+        one.close_signatures()
+    is_refused = enforce and any(origin.refusal for origin in origins)
+    target = await worker.call_within(
+        lambda: build_target(files, request, running, run, policy, is_refused=is_refused),
+        "unpacking the image",
+        None,
+        late=Target.close,
+    )
+    target.origins = origins
+    return target
 
 
-def build_target(request: Request, running: str, run: str, bounds: Images, machine: str = platform.machine()) -> Target:
-    """Copy and unpack the given files, and compose the command line.
+def seal_request(request: Request, bounds: Images) -> list[TakenFile]:
+    """Copy the given files into sealed memory, the kernel first.
 
-    Raises UsageError or Refused, and keeps nothing, if a file cannot be read or the command line is not valid.
-    `running` is the command line that may be reused, `run` the mark for the next one.
+    Raises UsageError or Refused, and keeps nothing, if one of them cannot be read; for a signature that is in the file
+    that it belongs to.
     """
     assert request.kernel is not None, "a request with an image"
-    target = Target(sealed.seal_file(request.kernel.fd, "image", request.kernel.name, bounds.max_size))
+    files: list[TakenFile] = []
     try:
+        for role, given in [("image", request.kernel), *(("initrd", one) for one in request.initrds)]:
+            file = sealed.seal_file(given.fd, role, given.name, bounds.max_size)
+            files.append(_take_signatures("kernel" if role == "image" else role, file, given))
+    except BaseException:
+        _close_files(files)
+        raise
+    return files
+
+
+def _take_signatures(role: str, file: Sealed, given: Given) -> TakenFile:
+    taken: list[Sealed] = []
+    unusable: list[Refused] = []
+    for signature in given.signatures:
         try:
-            target.apart = unpack_image(target.kernel, machine, bounds.max_unpacked)
-            target.kernel = target.apart.kernel
+            if os.fstat(signature.fd).st_size > MAX_SIGNATURE_BYTES:
+                raise Refused(f"{signature.name} has more than {MAX_SIGNATURE_BYTES} bytes, which no signature has")
+            taken.append(sealed.seal_file(signature.fd, "signature", signature.name, MAX_SIGNATURE_BYTES))
         except KhoError as error:
-            target.wrong["image"] = _without_frames(error)
+            unusable.append(Refused(f"{error.what} ({signature.name})", remedy="Get the signature again."))
+    return TakenFile(role, file, tuple(taken), tuple(unusable), given.must_be_signed)
+
+
+def _close_files(files: Sequence[TakenFile]) -> None:
+    for one in files:
+        one.file.close()
+        one.close_signatures()
+
+
+def build_target(
+    files: Sequence[TakenFile],
+    request: Request,
+    running: str,
+    run: str,
+    bounds: Images,
+    machine: str = platform.machine(),
+    *,
+    is_refused: bool = False,
+) -> Target:
+    """Unpack the files, which are the target's from here on, and compose the command line.
+
+    Raises UsageError or Refused, and closes the files, if the command line is not valid. `running` is the command line
+    that may be reused, `run` the mark for the next one. With `is_refused` the files stay as they are.
+    """
+    kernel, *parts = [one.file for one in files]
+    target = Target(kernel, is_refused=is_refused)
+    try:
+        if not is_refused:
+            try:
+                target.apart = unpack_image(kernel, machine, bounds.max_unpacked)
+                target.kernel = target.apart.kernel
+            except KhoError as error:
+                target.wrong["image"] = _without_frames(error)
         _compose_cmdline(target, request, running, run)
-        _join_initrds(target, request.initrds, bounds)
+        _join_initrds(target, parts, bounds)
     except BaseException:
         target.close()
+        for part in parts:
+            part.close()
         raise
     return target
 
@@ -129,25 +219,28 @@ def _compose_cmdline(target: Target, request: Request, running: str, run: str) -
     target.words = cmdline.compare_cmdlines(running, target.cmdline)
 
 
-def _join_initrds(target: Target, given: tuple[Given, ...], bounds: Images) -> None:
-    """Set the initrd: the image's own first, as in systemd-stub, then the given ones in order."""
+def _join_initrds(target: Target, given: list[Sealed], bounds: Images) -> None:
+    """Set the initrd: the image's own first, as in systemd-stub, then the given ones in order.
+
+    Those that are closed here, or become the target's, are taken out of `given`.
+    """
     own = [target.apart.initrd] if target.apart and target.apart.initrd else []
-    taken: list[Sealed] = []
-    try:
-        for one in given:
-            taken.append(sealed.seal_file(one.fd, "initrd", one.name, bounds.max_size))
-        parts = [*own, *taken]
-        init = cmdline.init_path(target.booted_line)
-        for part in parts:
-            try:
-                target.initrds.append(initrd.inspect_initrd(part, bounds.max_unpacked, init, last=part is parts[-1]))
-            except KhoError as error:
-                target.wrong.setdefault("initrd", _without_frames(error))
-        if len(parts) == 1:
-            target.initrd = parts[0]
-            taken.clear()
-        elif parts:
-            target.initrd = sealed.join_initrds(parts, " + ".join(part.name for part in parts))
-    finally:
-        for part in taken:
+    parts = [*own, *given]
+    if not target.is_refused:
+        _inspect_initrds(target, parts, bounds)
+    if len(parts) == 1:
+        target.initrd = parts[0]
+    elif parts:
+        target.initrd = sealed.join_initrds(parts, " + ".join(part.name for part in parts))
+        for part in given:
             part.close()
+    given.clear()
+
+
+def _inspect_initrds(target: Target, parts: list[Sealed], bounds: Images) -> None:
+    init = cmdline.init_path(target.booted_line)
+    for part in parts:
+        try:
+            target.initrds.append(initrd.inspect_initrd(part, bounds.max_unpacked, init, last=part is parts[-1]))
+        except KhoError as error:
+            target.wrong.setdefault("initrd", _without_frames(error))

@@ -18,7 +18,7 @@ from khod.model import Generation
 from khod.region import Region
 from khod.target.compatibility import check_compatibility
 from khod.target.placement import list_segments, place_segments
-from khod.target.target import Given, Request, build_target
+from khod.target.target import Given, Request, build_target, seal_request
 from tests.fuzz import corpus
 from tests.fuzz.damage import Field, Order, damaged
 from tests.fuzz.spoken import spoken
@@ -88,7 +88,8 @@ def held(case: Case) -> str:
 def _taken(fd: int, case: Case) -> str:
     request = Request(kernel=Given(fd, WHERE))
     try:
-        took = build_target(request, RUNNING, "run", Images(LARGEST, case.limit), case.machine)
+        bounds = Images(LARGEST, case.limit)
+        took = build_target(seal_request(request, bounds), request, RUNNING, "run", bounds, case.machine)
     except KhoError as error:  # the command line a unified kernel image brings along
         return spoken(error)
     try:

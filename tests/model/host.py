@@ -36,7 +36,7 @@ from khod.errors import KhoError
 from khod.handover.machine import HELD, RESTING, STEPS
 from khod.handover.record import Process as Identity
 from khod.handover.record import Store
-from khod.history.model import AttemptRecord
+from khod.history.model import AttemptRecord, FileOrigin
 from khod.history.trial import ImageTrial, Past
 from khod.images import sealed
 from khod.images.kernel import KernelImageInfo, UnpackedImage, unpack_image
@@ -50,6 +50,7 @@ from khod.kernel.thread import Workers
 from khod.model import Event, Phase, Status, Step
 from khod.producers.barrier import Participant
 from khod.producers.sessions import Sessions
+from khod.provenance.verify import TakenFile
 from khod.simulated.kernel import build_image
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.dbus import BusError
@@ -90,7 +91,8 @@ def about(kind: str) -> KernelImageInfo:
 def replacements(khod_of: "Callable[[], Khod]") -> list[Replacement]:
     """What khod's modules find instead of what needs a real host; `khod_of` gives the one that runs."""
     return [
-        (khod.target.target, "build_target", lambda *arguments: khod_of()._take(*arguments)),
+        (khod.target.target, "seal_request", lambda request, _bounds: khod_of()._take(request)),
+        (khod.target.target, "build_target", lambda files, *arguments, **_: khod_of()._build(files, *arguments)),
         (khod.systemd.shutdown, "run_command", lambda *argv: khod_of()._systemctl(*argv)),
         (khod.systemd.manager, "ask_systemd", lambda question, _seconds: khod_of()._ask_systemd(question)),
         (khod.values, "get_type_hints", get_type_hints),
@@ -112,6 +114,11 @@ def statx(fd: int) -> Statx:
 
 async def _forget_attempt(_attempt: AttemptRecord) -> None:
     """The history is not modelled."""
+
+
+async def _verify_nothing(*_asked: object) -> list[FileOrigin]:
+    """Who made an image is not modelled."""
+    return []
 
 
 async def _know_run(_run: str) -> bool:
@@ -289,6 +296,7 @@ class Khod:
             registrations=KeptRegistrations(self, scene.registrations),
             remember=_forget_attempt,
             past=_know_no_past,
+            verify=_verify_nothing,
             sources=Sources(knows=_know_run),
         )
 
@@ -503,15 +511,17 @@ class Khod:
         found = self.scene.process_by(process.pid)
         return found is not None and found.alive and process == Identity(process.pid, process.pid)
 
-    def _take(self, request: Request, running: str, run: str, bounds: Images, machine: str = "") -> Target:  # noqa: ARG002
+    def _take(self, request: Request) -> list[TakenFile]:
         self.point("files.take", "before")
         assert request.kernel is not None, "a request with an image"
         kind = request.kernel.name
-        fd = self.process.open(ImageFile(kind, IMAGE))
-        whole = Sealed(fd, len(IMAGE), kind)
+        return [TakenFile("kernel", Sealed(self.process.open(ImageFile(kind, IMAGE)), len(IMAGE), kind))]
+
+    def _build(self, files: list[TakenFile], _request: Request, running: str, run: str, _bounds: Images) -> Target:
+        whole = files[0].file
         line = cmdline.compose_cmdline(running, None, None, run, 2047)
         words = cmdline.compare_cmdlines(running, line)
-        bundle = UnpackedImage(("bzImage",), whole, None, None, "", "", about(kind))
+        bundle = UnpackedImage(("bzImage",), whole, None, None, "", "", about(whole.name))
         return Target(whole, apart=bundle, cmdline=line, words=words)
 
     async def _systemctl(self, *_argv: str) -> tuple[int, str]:

@@ -10,10 +10,12 @@ from khod.history.model import (
     BootCost,
     ClockSource,
     ColdBoot,
+    FileOrigin,
     ImageFacts,
     KernelFacts,
     RowKind,
     RunTarget,
+    Signer,
     Timeline,
     TimelineRow,
 )
@@ -244,7 +246,15 @@ def hostile_attempt() -> AttemptRecord:
         ),
         origin=facts,
         target=RunTarget(
-            facts, [ImageFacts(HOSTILE, HOSTILE, HOSTILE, 1)], costs=[BootCost([RowKind.kernel], HOSTILE, HOSTILE)]
+            facts,
+            [ImageFacts(HOSTILE, HOSTILE, HOSTILE, 1)],
+            costs=[BootCost([RowKind.kernel], HOSTILE, HOSTILE)],
+            origins=[
+                FileOrigin(
+                    *(HOSTILE, HOSTILE, HOSTILE, 1, 0.0, [HOSTILE], [Signer(HOSTILE, HOSTILE, HOSTILE, HOSTILE)]),
+                    unverified=[HOSTILE],
+                )
+            ],
         ),
         arrived=facts,
         generation=HOSTILE,

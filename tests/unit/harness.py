@@ -10,6 +10,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -38,11 +39,12 @@ from khod.producers.identity import process_of
 from khod.producers.registrations import Registrations
 from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions
+from khod.provenance.verify import verify_files
 from khod.quiesce.host import Host as Around
 from khod.simulated.kernel import SimulatedKernel
 from khod.systemd import shutdown
 from khod.systemd.watchdog import ManagerWatchdogs
-from khod.target.target import Given, Request
+from khod.target.target import Given, Request, Verify
 from tests.unit.images import CPIO, bzimage
 
 ACTIVE = f"{KHO}/active"
@@ -245,6 +247,8 @@ class Host:
         """What the journal has of the boots before."""
         self.watchdogs: ManagerWatchdogs | None = None
         """What arms the hardware watchdog; None where nobody does."""
+        self.verify: Verify = partial(verify_files, directory, Children())
+        """What finds out who made the files of the next kernel."""
         self.past: Pasts | None = None
         """What the history has of an image; None where there is no history."""
         self.told = directory / "told"
@@ -290,6 +294,7 @@ class Host:
             registrations=Registrations(self.registrations) if self.registrations else None,
             scanner=self.scanner,
             health=HealthChecks(self.directory, Children()),
+            verify=self.verify,
             boot_ends=self.boot_ends,
             past=self.past,
             watchdogs=self.watchdogs,

@@ -19,6 +19,7 @@ LATER = {
     "khod.images",
     "khod.metrics.table",
     "khod.preflight",
+    "khod.provenance",
     "khod.server.handover",
     "khod.server.interface",
     "khod.server.metrics",

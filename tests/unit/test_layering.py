@@ -30,7 +30,7 @@ LAYERS = [
     },  # the vocabulary
     {"abi"},
     {"kernel", "images", "systemd"},
-    {"producers", "target", "handover"},
+    {"producers", "target", "handover", "provenance"},
     {"quiesce"},
     {"preflight"},
     {"engine"},
@@ -54,7 +54,10 @@ SEEN_BY = {
     "simulated": {"daemon"},
     "vm": {"producers"},
     "fleetlock": {"producers"},
-    "history": {"client", "kernel", "systemd", "preflight", "engine", "server", "metrics", "daemon"},
+    "history": {
+        *("client", "kernel", "systemd", "preflight", "engine", "server", "metrics", "daemon"),
+        *("provenance", "target"),
+    },
 }
 """Who of khod imports what stands beside; khoctl and producers do besides."""
 KHOCTL_MAY = VOCABULARY - {"config", "concurrency"} | {"client", "history", "trees", "images.pe"}

@@ -22,9 +22,11 @@ OPTION = re.compile(r"(?<![\w-])--(?:[a-z][a-z-]*|\{\})")
 OF_OTHERS = {
     *("--no-ask-password", "--property", "--json", "--list", "--user", "--system", "--machine", "--no-block"),
     *("--key", "--cert", "--output", "--import", "--check", "--long", "--load-preserve-context"),
+    *("--status-fd", "--weak-digest", "--keyring", "--export", "--detach-sign"),
     *("--socket", "--root", "--state", "--simulate", "--version", "--rolled-back"),
 }
-"""Options of systemctl, systemd-analyze, sbsign, mokutil, xz, zstd, kexec, of khod itself and of khod-fleetlock."""
+"""Options of systemctl, systemd-analyze, sbsign, mokutil, xz, zstd, kexec, gpg, gpgv, of khod itself and of
+khod-fleetlock."""
 
 
 def strings() -> Iterator[tuple[str, str]]:

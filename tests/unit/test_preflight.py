@@ -25,7 +25,7 @@ from khod.preflight.facts import Facts
 from khod.quiesce.host import Survey
 from khod.quiesce.selection import Selection
 from khod.systemd.logind import Inhibitor
-from khod.target.target import Given, Request, Target, build_target
+from khod.target.target import Given, Request, Target, build_target, seal_request
 from tests.unit.images import CPIO, bzimage, code, portable
 from tests.unit.khods import REPOSITORY
 
@@ -72,7 +72,8 @@ class Site:
                 given.append(Given(os.open(self.directory / name, os.O_RDONLY), name))
             request = Request(given[0], tuple(given[1:]), cmdline)
             running = self.calls.read_file("/proc/cmdline").decode()
-            self.targets.append(build_target(request, running, "run", Images(), "x86_64"))
+            files = seal_request(request, Images())
+            self.targets.append(build_target(files, request, running, "run", Images(), "x86_64"))
         finally:
             for one in given:
                 os.close(one.fd)

@@ -152,6 +152,8 @@ ALONE = ("entry", "default", "kernel", "cmdline", "reuse_cmdline")
         ("[verify]\ntolerate = ['kernel']", "`verify.tolerate` has 'kernel'", "log, health, boot"),
         ("[verify]\nmust_pass = ['log', 'kernal']", "`verify.must_pass` has 'kernal'", "kho, kernel, tree"),
         ("[verify]\nmust_pass = ['kernel x']", "`verify.must_pass` has 'kernel x'", "kho, kernel, tree"),
+        ("sha256 = ['00']", "`sha256` has '00'", "the 64 hexadecimal digits"),
+        ("sha256 = 'x'", "`sha256` has 'x'", "the 64 hexadecimal digits"),
         ("[verify]\nmust_pass = [1]", "`verify.must_pass` is [1]", "a list of texts"),
         ("require = true", "`require` is True", "a list of texts"),
     ],

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The keys that this host trusts: the files of /etc/kho/keys.d.
+
+NAME.asc, NAME.gpg and NAME.pgp have OpenPGP keys, with armor or without; NAME.pub has a key of minisign or signify.
+"""
+
+import base64
+import binascii
+import os
+import re
+from pathlib import Path
+
+from khod.dataclass import dataclass
+from khod.errors import ConfigError, UsageError, errno_text
+from khod.files import open_regular
+
+DIRECTORY = "etc/kho/keys.d"
+OPENPGP_SUFFIXES = (".asc", ".gpg", ".pgp")
+MINISIGN_SUFFIX = ".pub"
+MAX_KEY_BYTES = 4 << 20
+"""The maximum size of one file: a keyring of a distribution has 60 KiB."""
+ARMORED = re.compile(rb"-----BEGIN PGP PUBLIC KEY BLOCK-----[^\n]*\n(.*?)-----END PGP PUBLIC KEY BLOCK-----", re.DOTALL)
+PUBLIC_KEY_TAG = 6  # RFC 9580, 5.5.1.1
+COMMENT = b"untrusted comment:"
+ED25519_KEY_BYTES = 42
+
+
+@dataclass(frozen=True)
+class Ed25519Key:
+    """A key of minisign or signify: its number, the key itself, and the name of its file."""
+
+    number: bytes
+    key: bytes
+    name: str
+    text: str
+    """The key as minisign prints it, in Base64."""
+
+
+@dataclass(frozen=True)
+class TrustedKeys:
+    """All keys of the directory: those of OpenPGP as one keyring, without armor."""
+
+    directory: str
+    openpgp: bytes = b""
+    ed25519: tuple[Ed25519Key, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.openpgp or self.ed25519)
+
+
+def load_keys(root: Path) -> TrustedKeys:
+    """Read every key below `root`; none if the directory is not there.
+
+    Raises ConfigError for the first file that has no key: what an operator has put there is meant to count.
+    """
+    directory = root / DIRECTORY
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise ConfigError(
+            f"The directory of trusted keys cannot be read: {errno_text(error)}",
+            where=str(directory),
+            remedy="Make it a directory that root can read, or remove it.",
+        ) from None
+    openpgp, ed25519 = b"", []
+    for path in (directory / name for name in names if not name.startswith(".")):
+        if path.suffix in OPENPGP_SUFFIXES:
+            openpgp += _read_openpgp(path)
+        elif path.suffix == MINISIGN_SUFFIX:
+            ed25519.append(_read_ed25519(path))
+    return TrustedKeys(str(directory), openpgp, tuple(ed25519))
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        with open(open_regular(str(path), "key"), "rb") as file:
+            content = file.read(MAX_KEY_BYTES + 1)
+    except UsageError as error:
+        raise ConfigError(
+            error.what, where=str(path), remedy="Make it a file that root can read, or remove it."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"The key cannot be read: {errno_text(error)}", where=str(path)) from None
+    if len(content) > MAX_KEY_BYTES:
+        raise ConfigError(f"The key has more than {MAX_KEY_BYTES} bytes", where=str(path), remedy="Split the keyring.")
+    return content
+
+
+def _read_openpgp(path: Path) -> bytes:
+    """Return the packets of a file; gpgv reads no armor."""
+    content = _read_file(path)
+    try:
+        packets = b"".join(map(_remove_armor, ARMORED.findall(content))) or content
+    except binascii.Error:
+        packets = b""
+    if not packets or _packet_tag(packets[0]) != PUBLIC_KEY_TAG:
+        raise ConfigError(
+            "There is no OpenPGP public key in this file",
+            where=str(path),
+            remedy=f"Write it with: gpg --export FINGERPRINT > {path}",
+        )
+    return packets
+
+
+def _remove_armor(block: bytes) -> bytes:
+    """Decode the lines between the header, which ends at an empty line, and the checksum, which begins with `=`."""
+    lines = [line.strip() for line in block.splitlines()]
+    begin = lines.index(b"") + 1 if b"" in lines else 0
+    return base64.b64decode(b"".join(line for line in lines[begin:] if not line.startswith(b"=")), validate=True)
+
+
+def _packet_tag(head: int) -> int:
+    """Return the type of the packet that begins with this byte, -1 if none does: RFC 9580, 4.2."""
+    if not head & 0x80:
+        return -1
+    return head & 0x3F if head & 0x40 else (head & 0x3C) >> 2
+
+
+def _read_ed25519(path: Path) -> Ed25519Key:
+    lines = [line.strip() for line in _read_file(path).splitlines()]
+    text = next((line for line in lines if line and not line.startswith(COMMENT)), b"")
+    try:
+        packed = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        packed = b""
+    if len(packed) != ED25519_KEY_BYTES or packed[:2] != b"Ed":
+        raise ConfigError(
+            "There is no public key of minisign or signify in this file",
+            where=str(path),
+            remedy="Copy the file with the public key that minisign -G, or signify -G, has written.",
+        )
+    return Ed25519Key(packed[2:10], packed[10:], path.name, text.decode())
