@@ -32,6 +32,8 @@ PACKAGES = (
     "python3-cramjam",
     "python3-zstandard",
     "python3-qemu-qmp",
+    "python3-cryptography",
+    "gpgv",
     "qemu-system-x86",
 )
 EXCLUDED = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
