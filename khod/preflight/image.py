@@ -304,10 +304,10 @@ def check_signature(facts: Facts, target: Target, about: KernelImageInfo) -> Che
     enforced, formats = signatures_enforced(facts), target.apart.formats
     subject = target.kernel.name if len(formats) == 1 else f"The kernel in {target.kernel.name}"
     if about.signature is not Signature.none:
-        return CheckFinding.pass_with(f"{subject} is signed ({about.signature.value})")
+        return CheckFinding.pass_with(f"{subject} has an embedded signature ({about.signature.value})")
     if enforced:
         return CheckFinding.fail_with(
-            f"{subject} is not signed, and this kernel loads only signed images: it would say ENODATA, or "
+            f"{subject} has no embedded signature, and this kernel loads only signed images: it would say ENODATA, or "
             "ELIBBAD of an image that is not a PE file",  # seen on 7.3.4, for an image built without CONFIG_EFI_STUB
             "Use a signed image (Debian: linux-image-VERSION-amd64, not -unsigned), or sign it with a key this kernel "
             "trusts (sbsign), for which it must be built with CONFIG_EFI_STUB."
@@ -315,10 +315,10 @@ def check_signature(facts: Facts, target: Target, about: KernelImageInfo) -> Che
         )
     if enforced is None:
         return CheckFinding.warn_with(
-            f"{subject} is not signed, and this kernel does not say whether it requires a signature",
+            f"{subject} has no embedded signature, and this kernel does not say whether it requires one",
             "Look for CONFIG_KEXEC_SIG_FORCE in its configuration.",
         )
-    return CheckFinding.pass_with(f"{subject} is not signed; this kernel does not require a signature")
+    return CheckFinding.pass_with(f"{subject} has no embedded signature; this kernel does not require one")
 
 
 @_of_target

@@ -294,10 +294,10 @@ def test_of_a_unified_image_it_is_the_kernel_inside_that_must_be_signed(site: Si
     sections = [(".cmdline", b"root=/dev/vda"), (".linux", bzimage())]
     found = site.checks(site.image(portable(sections, certificates=bytes(16))))["signature"]
     assert found.result is CheckResult.fail
-    assert found.evidence.startswith("The kernel in vmlinuz is not signed")
+    assert found.evidence.startswith("The kernel in vmlinuz has no embedded signature")
     assert "own signature" in found.remedy
     bare = site.checks(site.image(bzimage()))["signature"]
-    assert bare.evidence.startswith("vmlinuz is not signed")
+    assert bare.evidence.startswith("vmlinuz has no embedded signature")
     assert "own signature" not in bare.remedy
 
 
