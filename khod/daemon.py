@@ -241,7 +241,7 @@ class Daemon:
             raise Failed(
                 f"The directory of the record cannot be made: {errno_text(error)}",
                 where=str(self._options.state),
-                remedy="systemctl restart systemd-tmpfiles-setup kho-handover",
+                remedy="mkdir -m 700 /var/lib/khod; systemctl restart kho-handover",
             ) from error
         fd = os.open(self._options.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
