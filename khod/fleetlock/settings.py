@@ -41,7 +41,7 @@ class FleetLockSettings:
     deadline: float = 30.0
     backoff: float = 1.0
     backoff_max: float = 30.0
-    keep_after: tuple[str, ...] = KEEP_AFTER
+    keep_after: tuple[str, ...] = ()
 
 
 def load_settings(root: Path = Path("/")) -> FleetLockSettings:

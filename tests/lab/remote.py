@@ -10,6 +10,7 @@ from tests.lab.conftest import Boot
 from tests.lab.host import KHO, TRACE, Host
 
 SSHD = 22
+GATEWAY = "10.0.2.2"
 ADDRESS_UNIT = """\
 [Unit]
 Before=network.target ssh.service
@@ -43,9 +44,9 @@ def free_port() -> int:
 
 
 def boot_remote(boot: Boot, version: str, public_key: str) -> RemoteHost:
-    """Boot a guest that lets root in with this key."""
+    """Boot a guest that lets root in with this key, and reaches this machine's loopback at GATEWAY."""
     port = free_port()
-    network = f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-{forward.ADDRESS}:{SSHD}"
+    network = f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-{forward.ADDRESS}:{SSHD}"
     extra = ("-netdev", network, "-device", "virtio-net-pci,netdev=net")
     host = RemoteHost(boot(version, cmdline_extra=f"{KHO} {TRACE}", qemu_extra=extra), port)
     host.guest.wait_online()

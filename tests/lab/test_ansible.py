@@ -13,8 +13,10 @@ import pytest
 
 from tests.lab.conftest import Boot
 from tests.lab.host import IMAGES, INITRD
-from tests.lab.remote import RemoteHost, boot_remote
+from tests.lab.remote import GATEWAY, RemoteHost, boot_remote
 from tests.lab.sshd import make_key
+from tests.unit.fleetlock import LOCK, Server, serving
+from tests.unit.khods import until
 from tests.unit.rolled import PROFILE, Controller
 
 OLD, NEW = "7.3.4", "7.2.12"
@@ -117,7 +119,14 @@ def test_a_host_is_rolled_over_ssh(fleet: Fleet, controller: Controller, tmp_pat
 @pytest.mark.proof
 @pytest.mark.timeout(2400)
 def test_three_hosts_are_rolled_and_each_kind_of_worse_stops_it(fleet: Fleet, controller: Controller) -> None:
-    hosts = fleet(3)
+    with serving(Server()) as server:
+        roll_three_hosts(fleet(3), controller, server)
+
+
+def roll_three_hosts(hosts: list[RemoteHost], controller: Controller, server: Server) -> None:
+    for host in hosts:
+        host.guest.put("/etc/kho/fleetlock.toml", f'url = "http://{GATEWAY}:{server.server_port}"\n')
+        host.shell("sync")
     hosts[1].shell("date --utc --set=@$(($(date +%s) + 3600))")
 
     with controller.start(inventory(hosts), PLAYBOOK) as killed:
@@ -130,6 +139,8 @@ def test_three_hosts_are_rolled_and_each_kind_of_worse_stops_it(fleet: Fleet, co
     assert again.code == 0, again.out
     assert "3 hosts: 3 verified" in again.out
     assert [runs(host) for host in hosts] == [["verified"]] * 3
+    assert server.requests.count(LOCK) >= len(hosts)
+    until(lambda: server.holders == [], None)
 
     choose_target(hosts[1], OLD)
     over = controller.play(inventory(hosts, h2_rolling_blackout_budget=0.1), seconds=SECONDS, rolling_id="over")
@@ -137,6 +148,7 @@ def test_three_hosts_are_rolled_and_each_kind_of_worse_stops_it(fleet: Fleet, co
     assert over.code == FAILED, over.out
     assert "3 hosts: 1 unchanged, 1 over_budget, 1 not_touched" in over.out
     assert [len(runs(host)) for host in hosts] == [1, 2, 1]
+    until(lambda: server.holders == [], None)
 
     choose_target(hosts[1], NEW)
     hosts[1].guest.put("/etc/kho/verify.d/broken.toml", 'command = ["/bin/false"]\n')
@@ -147,3 +159,4 @@ def test_three_hosts_are_rolled_and_each_kind_of_worse_stops_it(fleet: Fleet, co
     assert "3 hosts: 1 unchanged, 1 degraded, 1 not_touched" in worse.out
     assert [len(runs(host)) for host in hosts] == [1, 3, 1]
     assert [claimed(host) for host in hosts] == ["finished"] * 3
+    until(lambda: server.holders == [], None)
