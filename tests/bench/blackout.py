@@ -68,7 +68,7 @@ BEFORE_SYSINIT = SERVICE.format(
 PRODUCER = SERVICE.format(
     unit=f"{EARLY}Wants=kho-handover.service\nAfter=kho-handover.socket\n",
     how="restore",
-    service="Slice=kho.slice\n",
+    service="Slice=kho.slice\nStartupCPUWeight=10000\n",
     wanted_by="multi-user.target",
 )
 A = Way("A by hand", DEFAULT)
