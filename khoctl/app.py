@@ -36,6 +36,7 @@ MODULES = {
     "producers": "producers",
     "report": "report",
     "timeline": "timeline",
+    "config": "config",
     "fleet": "fleet",
     "bridge": "bridge",
 }

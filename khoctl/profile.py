@@ -141,19 +141,28 @@ def list_profiles() -> list[str]:
 
 
 def load_profile(name: str) -> Profile:
-    """Read a profile; raise ConfigError, with the file, the line and the key, if it is not valid."""
+    """Read a profile by its name; raise ConfigError, with the file, the line and the key, if it is not valid."""
     directory = profile_directory()
-    if not NAME.fullmatch(name):
-        raise ConfigError(
-            f"{shorten(name, MAX_SHOWN)!r} is not a valid name of a profile",
-            where=str(directory),
-            remedy="Letters, digits, `.`, `_` and `-`, 200 at most.",
-        )
     path = directory / f"{name}.toml"
-    if not os.path.lexists(path):  # a link that leads nowhere is one of those there are
+    if NAME.fullmatch(name) and not os.path.lexists(path):  # a link that leads nowhere is one of those there are
         known = list_profiles()
         remedy = f"There are: {', '.join(known)}." if known else f"None is in {directory}."
         raise ConfigError(f"There is no profile {name!r}", where=str(path), remedy=remedy)
+    return _read_profile(name, path)
+
+
+def read_profile(path: Path) -> Profile:
+    """Read the profile in a file; raises as above."""
+    return _read_profile(path.name.partition(".toml")[0], path)
+
+
+def _read_profile(name: str, path: Path) -> Profile:
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{shorten(name, MAX_SHOWN)!r} is not a valid name of a profile",
+            where=str(path.parent),
+            remedy="Letters, digits, `.`, `_` and `-`, 200 at most.",
+        )
     return _parse_profile(name, Fragment(path, *read_toml(path, "profile")))
 
 

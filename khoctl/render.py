@@ -202,6 +202,12 @@ NOTED_RESULTS = (*FAILED_RESULTS, CheckResult.warn, CheckResult.off)
 """The results of checks that found something."""
 
 
+def style_result(result: CheckResult) -> str:
+    """Return the word of a result, in its colour."""
+    text, colour = MARKS[result]
+    return typer.style(text, fg=colour)
+
+
 def render_checks(found: list[Check], *, quiet: bool = False) -> str:
     """Return a line for each check, its remedy below it, and a conclusion.
 
@@ -212,8 +218,7 @@ def render_checks(found: list[Check], *, quiet: bool = False) -> str:
     width = max((len(check.name) for check in shown), default=0)
     lines = []
     for check in shown:
-        text, colour = MARKS[check.result]
-        lines.append(f"{typer.style(text, fg=colour)}  {check.name:<{width}}  {check.evidence}")
+        lines.append(f"{style_result(check.result)}  {check.name:<{width}}  {check.evidence}")
         if check.remedy and check.result is not CheckResult.passed:
             lines.append(f"      {'':<{width}}  -> {check.remedy}")
     return "\n".join([*lines, *([""] if lines else []), checks_conclusion(found)])

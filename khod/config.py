@@ -6,6 +6,7 @@ is an error with file and line, because a misspelled policy must not silently be
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -261,35 +262,89 @@ CHOICES = {
 }
 
 
+@dataclass(frozen=True)
+class ReadConfig:
+    """The contents of the configuration files: `config` is what holds where there are no `errors`.
+
+    `sources` has, for each key that a file sets, the file that counts.
+    """
+
+    config: Config
+    paths: tuple[Path, ...]
+    sources: Mapping[str, Fragment]
+    errors: tuple[ConfigError, ...]
+
+    def locate_key(self, key: str) -> str:
+        """Return FILE:LINE of the value that counts, or "" where no file sets the key."""
+        return self.sources[key].locate_key(key) if key in self.sources else ""
+
+
 def load_config(root: Path = Path("/")) -> Config:
     """Read, merge and validate the configuration; return the defaults if there is no file. Raises ConfigError."""
-    paths = [root / MAIN, *list_toml(root / f"{MAIN}.d", "configuration file")]
-    return merge_fragments([read_fragment(path) for path in paths if path.exists()])
+    found = read_config(root)
+    if found.errors:
+        raise found.errors[0]
+    return found.config
 
 
-def read_fragment(path: Path) -> Fragment:
-    """Read one file; raise ConfigError with file and line if it is not TOML."""
-    return Fragment(path, *read_toml(path, "configuration"))
+def read_config(root: Path = Path("/")) -> ReadConfig:
+    """Read and merge the configuration below `root`; the errors are all there are, not only the first."""
+    try:
+        fragments = list_toml(root / f"{MAIN}.d", "configuration file")
+    except ConfigError as error:
+        return ReadConfig(Config(), (), {}, (error,))
+    return merge_files([path for path in (root / MAIN, *fragments) if path.exists()])
 
 
-def merge_fragments(fragments: list[Fragment]) -> Config:
-    """Merge fragments over the defaults; the last one wins. Every key and type is checked."""
+def merge_files(paths: Sequence[Path]) -> ReadConfig:
+    """Merge these files over the defaults; the last one wins. Every key and type is checked."""
+    fragments: list[Fragment] = []
+    errors: list[ConfigError] = []
+    for path in paths:
+        try:
+            fragments.append(Fragment(path, *read_toml(path, "configuration")))
+        except ConfigError as error:
+            errors.append(error)
     config = Config()
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    for source in fragments:
-        for section, values in source.values.items():
-            if section not in sections:
-                raise unknown_key_error(source.locate_key(section), section, sorted(sections))
-            if not isinstance(values, dict):
-                raise ConfigError(
-                    f"`{section}` is a table",
-                    where=source.locate_key(section),
-                    remedy=f"Write [{section}] on a line of its own.",
-                )
-            old = getattr(config, section)
-            new = {key: _check_value(source, old, section, key, value) for key, value in values.items()}
-            config = dataclasses.replace(config, **{section: dataclasses.replace(old, **new)})
-    return config
+    sources: dict[str, Fragment] = {}
+    for fragment in fragments:
+        for name, values in fragment.values.items():
+            try:
+                keys = _require_section(fragment, name, values)
+            except ConfigError as error:
+                errors.append(error)
+                continue
+            valid: dict[str, Any] = {}
+            section = getattr(config, name)
+            for key, value in keys.items():
+                try:
+                    valid[key] = _check_value(fragment, section, name, key, value)
+                    sources[f"{name}.{key}"] = fragment
+                except ConfigError as error:
+                    errors.append(error)
+            config = dataclasses.replace(config, **{name: dataclasses.replace(section, **valid)})
+    return ReadConfig(config, tuple(paths), sources, tuple(errors))
+
+
+def list_settings(config: Config) -> dict[str, Any]:
+    """Return every key of the configuration as `TABLE.KEY`, in the order of khod.toml, with its value."""
+    return {
+        f"{table.name}.{key.name}": getattr(getattr(config, table.name), key.name)
+        for table in dataclasses.fields(Config)
+        for key in dataclasses.fields(getattr(config, table.name))
+    }
+
+
+def _require_section(source: Fragment, name: str, values: Any) -> dict[str, Any]:
+    """Return the keys of a table; raise ConfigError where it is not a table of the configuration."""
+    sections = sorted(one.name for one in dataclasses.fields(Config))
+    if name not in sections:
+        raise unknown_key_error(source.locate_key(name), name, sections)
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"`{name}` is a table", where=source.locate_key(name), remedy=f"Write [{name}] on a line of its own."
+        )
+    return values
 
 
 def _check_value(source: Fragment, section: Any, name: str, key: str, value: Any) -> Any:

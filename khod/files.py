@@ -32,6 +32,11 @@ TYPES = {
     tuple: 'a list of texts without a NUL, for example ["one", "two"]',
 }
 """The types of a key's value, in words for people."""
+FORMER_KEYS: dict[tuple[str, str], str] = {}
+"""What to write in place of a key that an earlier khod knew, by the subject of its file ("" for khod.toml) and the key.
+
+So far none was renamed or removed.
+"""
 
 
 def open_regular(path: str, role: str) -> int:
@@ -72,17 +77,29 @@ class Fragment:
     values: dict[str, Any]
 
     def locate_key(self, key: str) -> str:
-        """Return FILE:LINE of a dotted key, or FILE if the line is not found in the text."""
-        table, _, name = key.rpartition(".")
-        current = ""
+        """Return FILE:LINE of a dotted key, or FILE if the line is not found in the text.
+
+        It may stand below its table's header, as a dotted key, or in an inline table, whose line is given then.
+        """
+        table = inline = ""
         for number, line in enumerate(self.text.splitlines(), 1):
+            where = f"{self.path}:{number}"
             if header := re.match(r"\s*\[\[?([^\]]+)\]", line):
-                current = header[1].strip()
-                if current == key:
-                    return f"{self.path}:{number}"
-            elif current == table and re.match(rf"\s*[\"']?{re.escape(name)}[\"']?\s*=", line):
-                return f"{self.path}:{number}"
-        return str(self.path)
+                found = table = _plain_key(header[1])
+            elif assignment := re.match(r"\s*([\w\s.\"'-]+?)\s*=", line):
+                found = ".".join(filter(None, (table, _plain_key(assignment[1]))))
+                if key.startswith(f"{found}."):
+                    inline = inline or where
+            else:
+                continue
+            if found == key:
+                return where
+        return inline or str(self.path)
+
+
+def _plain_key(text: str) -> str:
+    """Return a dotted key without quotes and blanks."""
+    return ".".join(part.strip(" \t\"'") for part in text.split("."))
 
 
 def list_toml(directory: Path, subject: str) -> list[Path]:
@@ -156,11 +173,14 @@ def unknown_key_error(where: str, key: str, known: Sequence[str], of: str = "") 
     """Return the error for a key that a file cannot have, with one that is near it; `of` names the subject."""
     import difflib  # noqa: PLC0415 - needed only after a typing error
 
+    subject = f" of {of}" if of else ""
+    if instead := FORMER_KEYS.get((of, key)):
+        return ConfigError(f"`{key}` is a key{subject} that an earlier khod had", where=where, remedy=instead)
     table, dot, name = key.rpartition(".")
     near = difflib.get_close_matches(name, known, 1)
     meant = f"Did you mean `{table}{dot}{near[0]}`? " if near else ""
     return ConfigError(
-        f"`{key}` is an unknown key{f' of {of}' if of else ''}",
+        f"`{key}` is an unknown key{subject}",
         where=where,
         remedy=f"{meant}Known here: {', '.join(known)}.",
     )

@@ -46,7 +46,11 @@ class FleetLockSettings:
 
 def load_settings(root: Path = Path("/")) -> FleetLockSettings:
     """Read the file; ConfigError with file and line for what is wrong with it."""
-    path = root / FILE
+    return read_settings(root / FILE)
+
+
+def read_settings(path: Path) -> FleetLockSettings:
+    """Read it at any other place; raises as above."""
     fragment = Fragment(path, *read_toml(path, "FleetLock client's file"))
     types: dict[str, Any] = FleetLockSettings.__annotations__
     if unknown := sorted(fragment.values.keys() - types.keys()):

@@ -6,13 +6,12 @@ import errno
 import re
 import traceback
 from collections.abc import Awaitable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from khod.concurrency.bounded import raise_if_cancelling
 from khod.dataclass import dataclass
 from khod.errors import ConfigError, KhoError, UsageError
-from khod.files import require_type
+from khod.files import Fragment, require_type
 from khod.handover.record import ProducerRecord
 from khod.producers.barrier import ParticipantVeto, ProducerCall
 from khod.producers.order import LEADERS
@@ -92,19 +91,21 @@ def check_name(name: str) -> None:
         raise UsageError(f"The name {name!r} is taken by {RESERVED[name]}", where="name", remedy="Choose another.")
 
 
-def require_strings(value: Any, path: Path, key: str, *, some: bool = False) -> list[str]:
-    """Return a list of strings, with `some` a list that is not empty; ConfigError names the file otherwise."""
-    words = require_type(value, tuple[str, ...], key, str(path))
+def require_strings(value: Any, fragment: Fragment, key: str, *, some: bool = False) -> list[str]:
+    """Return a list of strings, with `some` a list that is not empty; ConfigError names file and line otherwise."""
+    where = fragment.locate_key(key)
+    words = require_type(value, tuple[str, ...], key, where)
     if some and not words:
-        raise ConfigError(f"`{key}` is an empty list", where=str(path), remedy="Name the command and its arguments.")
+        raise ConfigError(f"`{key}` is an empty list", where=where, remedy="Name the command and its arguments.")
     return list(words)
 
 
-def require_string(value: Any, path: Path, key: str) -> str:
-    """Return a string that is not empty; ConfigError names the file if it is anything else."""
-    text: str = require_type(value, str, key, str(path))
+def require_string(value: Any, fragment: Fragment, key: str) -> str:
+    """Return a string that is not empty; ConfigError names file and line if it is anything else."""
+    where = fragment.locate_key(key)
+    text: str = require_type(value, str, key, where)
     if not text or "\0" in text:
-        raise ConfigError(f"`{key}` is {text!r}", where=str(path), remedy="It must be a text of one character or more.")
+        raise ConfigError(f"`{key}` is {text!r}", where=where, remedy="It must be a text of one character or more.")
     return text
 
 

@@ -46,12 +46,23 @@ def load_directory(root: Path, runner: CommandRunner, socket: Path = Path(SOCKET
 
     `runner` is for the commands of those that are hooks, `socket` is khod's own.
     """
+    found, errors = read_directory(root, runner, socket)
+    if errors:
+        errors[0].readable = found
+        raise errors[0]
+    return found
+
+
+def read_directory(
+    root: Path, runner: CommandRunner, socket: Path = Path(SOCKET)
+) -> tuple[list[Participant], list[ConfigError]]:
+    """Read every producer's file, by name, as above; return what can be read, and what is wrong with the others."""
     found: list[Participant] = []
-    wrong: ConfigError | None = None
+    errors: list[ConfigError] = []
     sockets: dict[str, Path] = {}
     for path in list_toml(root / DIRECTORY, "producer"):
         try:
-            made = _read_producer(path, runner)
+            made = read_producer(path, runner)
             qmp = getattr(made, "socket", None)  # a class would have to be imported
             if qmp is not None and (other := sockets.setdefault(qmp, path)) != path:
                 raise ConfigError(
@@ -59,16 +70,13 @@ def load_directory(root: Path, runner: CommandRunner, socket: Path = Path(SOCKET
                 )
             found.append(made)
         except ConfigError as error:
-            wrong = wrong or error
+            errors.append(error)
     try:
         if os.path.lexists(root / FLEETLOCK_FILE):
             found.append(fleetlock.read_fleetlock(root, runner, socket))
     except ConfigError as error:
-        wrong = wrong or error
-    if wrong is not None:
-        wrong.readable = found
-        raise wrong
-    return found
+        errors.append(error)
+    return found, errors
 
 
 class Directory:
@@ -99,16 +107,19 @@ class Directory:
         return [(name, found.st_ino, found.st_size, found.st_mtime_ns) for name, found in stats]
 
 
-def _read_producer(path: Path, runner: CommandRunner) -> Participant:
+def read_producer(path: Path, runner: CommandRunner) -> Participant:
+    """Read one producer's file; raise ConfigError for what is wrong with it."""
     text, values = read_toml(path, "producer")
     fragment = Fragment(path, text, dict(values))
     try:
         check_name(path.stem)
-        common = _take_common(values, path)
+        common = _take_common(values, fragment)
         chosen = [key for key in KINDS if key in values]
         if len(chosen) > 1 or (chosen and any(verb in values for verb in VERBS)):
             raise ConfigError(
-                f"`{chosen[0]}` stands beside another kind of producer", where=str(path), remedy="One file is one."
+                f"`{chosen[0]}` stands beside another kind of producer",
+                where=fragment.locate_key(chosen[0]),
+                remedy="One file is one.",
             )
         if chosen and TABLE in values:
             raise ConfigError(
@@ -119,32 +130,40 @@ def _read_producer(path: Path, runner: CommandRunner) -> Participant:
         if chosen:
             made = KINDS[chosen[0]](fragment, values, common, runner)
         else:
-            commands, settings = _take_commands(path, values), _take_settings(fragment, values, runner)
+            commands, settings = _take_commands(fragment, values), _take_settings(fragment, values, runner)
             made = hooks.Hook(**common, commands=commands, settings=settings, runner=runner)
     except UsageError as error:
         raise ConfigError(error.what, where=str(path), remedy=error.remedy) from None
     if values:
-        raise unknown_key_error(str(path), min(values), KEYS, "a producer")
+        key = min(values)
+        raise unknown_key_error(fragment.locate_key(key), key, KEYS, "a producer")
     return made
 
 
-def _take_common(values: Values, path: Path) -> Values:
+def _take_common(values: Values, fragment: Fragment) -> Values:
     """Take the keys that all kinds have."""
-    timeout = require_type(values.pop("timeout", 30.0), float, "timeout", str(path))
+    timeout, where = 30.0, ""
+    if "timeout" in values:
+        where = fragment.locate_key("timeout")
+        timeout = require_type(values.pop("timeout"), float, "timeout", where)
     if not 0 < timeout <= MAX_TIMEOUT_SECONDS:
         raise ConfigError(
             f"`timeout` is {timeout!r}",
-            where=str(path),
+            where=where,
             remedy=f"It must be a positive number of seconds, at most {MAX_TIMEOUT_SECONDS}.",
         )
-    lists = {key: tuple(require_strings(values.pop(key, []), path, key)) for key in ("after", "before", "devices")}
+    lists: Values = {
+        key: tuple(require_strings(values.pop(key), fragment, key))
+        for key in ("after", "before", "devices")
+        if key in values
+    }
     if isinstance(values.get("keep"), list):  # of a virtual machine it may be true
-        lists["units"] = tuple(require_strings(values.pop("keep"), path, "keep"))
-    return {"name": path.stem, "timeout": timeout, **lists}
+        lists["units"] = tuple(require_strings(values.pop("keep"), fragment, "keep"))
+    return {"name": fragment.path.stem, "timeout": timeout, **lists}
 
 
-def _take_commands(path: Path, values: Values) -> dict[str, list[str]]:
-    return {verb: require_strings(values.pop(verb), path, verb, some=True) for verb in VERBS if verb in values}
+def _take_commands(fragment: Fragment, values: Values) -> dict[str, list[str]]:
+    return {verb: require_strings(values.pop(verb), fragment, verb, some=True) for verb in VERBS if verb in values}
 
 
 def _take_settings(fragment: Fragment, values: Values, runner: CommandRunner) -> dict[str, Property]:
@@ -170,17 +189,18 @@ def _take_settings(fragment: Fragment, values: Values, runner: CommandRunner) ->
 
 
 def _make_unit(fragment: Fragment, values: Values, common: Values, _runner: CommandRunner) -> Participant:
-    name, how = require_string(values.pop("unit"), fragment.path, "unit"), values.pop("how", "freeze")
+    name, how = require_string(values.pop("unit"), fragment, "unit"), values.pop("how", "freeze")
     unit.check_unit(name)
     if how not in ("freeze", "stop"):
-        raise ConfigError(f"`how` is {how!r}", where=str(fragment.path), remedy="It takes one of: freeze, stop.")
+        where = fragment.locate_key("how")
+        raise ConfigError(f"`how` is {how!r}", where=where, remedy="It takes one of: freeze, stop.")
     units = (*common.pop("units", ()), name)
     return unit.Unit(**common, units=units, unit=name, how=how)
 
 
 def _make_qemu(fragment: Fragment, values: Values, common: Values, runner: CommandRunner) -> Participant:
-    socket = require_string(values.pop("qmp"), fragment.path, "qmp")
-    if not require_type(values.pop("keep", False), bool, "keep", str(fragment.path)):
+    socket = require_string(values.pop("qmp"), fragment, "qmp")
+    if not require_type(values.pop("keep", False), bool, "keep", fragment.locate_key("keep")):
         return qemu.Qemu(**common, socket=socket)
     vm_settings.parse_kept(fragment)
     values.pop("restart", None)

@@ -135,7 +135,7 @@ def _parse_check(fragment: Fragment, path: Path) -> HealthCheck:
             where=fragment.locate_key("timeout"),
             remedy=f"It must be a positive number of seconds, at most {MAX_TIMEOUT_SECONDS:g}.",
         )
-    command = require_strings(values["command"], path, "command", some=True)
+    command = require_strings(values["command"], fragment, "command", some=True)
     return HealthCheck(path.stem, tuple(command), need == "required", timeout)
 
 

@@ -53,7 +53,11 @@ def load_settings(name: str, root: Path = Path("/")) -> VmSettings:
     kept = root / KEPT_DIRECTORY / f"{name}.toml"
     if kept.exists():
         return parse_kept(Fragment(kept, *read_toml(kept, "virtual machine")))
-    path = root / DIRECTORY / kept.name
+    return read_own(root / DIRECTORY / kept.name)
+
+
+def read_own(path: Path) -> VmSettings:
+    """Return the settings of a virtual machine that khod-vm starts, from its file in vm.d; raises as above."""
     fragment = Fragment(path, *read_toml(path, "virtual machine"))
     _refuse_unknown(fragment, KEYS)
     command = _take(fragment, "command", tuple[str, ...], ())
@@ -66,7 +70,7 @@ def load_settings(name: str, root: Path = Path("/")) -> VmSettings:
     except UsageError as error:
         raise ConfigError(error.what, where=fragment.locate_key("command"), remedy=error.remedy) from None
     return VmSettings(
-        name=name,
+        name=path.stem,
         command=command,
         size=size,
         stop_timeout=_take_seconds(fragment, "stop_timeout", VmSettings.stop_timeout),

@@ -60,7 +60,7 @@ SEEN_BY = {
     },
 }
 """Who of khod imports what stands beside; khoctl and producers do besides."""
-KHOCTL_MAY = VOCABULARY - {"config", "concurrency"} | {"client", "history", "trees", "images.pe"}
+KHOCTL_MAY = VOCABULARY - {"concurrency"} | {"client", "history", "trees", "images.pe", "producers.configuration"}
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 MODULES = sorted((REPOSITORY / "khod").rglob("*.py"))
 
