@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint unit model lab bench proof ansible deb clean
+.PHONY: demo test lint unit model lab bench proof ansible deb manuals clean
 
 demo: $(VENV)/ready
 	@packaging/demo $(PY)
@@ -16,7 +16,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check khod khoctl tests
 	$(VENV)/bin/mypy
 
-unit: $(VENV)/ready
+unit: $(VENV)/ready $(VENV)/unit-packages
 	$(PY) -m pytest tests/unit -n 2 --dist loadfile
 
 model: $(VENV)/ready
@@ -38,6 +38,10 @@ ansible: $(VENV)/ready
 	packaging/ensure-packages packaging/root-packages.txt
 	packaging/ansible-test $(PY)
 
+# The manual pages, from packaging/man/source, the help of khoctl and etc/kho/khod.toml.
+manuals: $(VENV)/ready
+	$(PY) -m tests.manuals
+
 deb: $(VENV)/deb-packages
 	packaging/build-deb
 
@@ -47,6 +51,10 @@ $(VENV)/ready: pyproject.toml packaging/python-packages.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[dev]'
 	$(PY) -m compileall -q khod khoctl
 	touch $@
+
+$(VENV)/unit-packages: tests/unit/packages.txt
+	packaging/ensure-packages $<
+	mkdir -p $(VENV) && touch $@
 
 $(VENV)/lab-packages: tests/lab/packages.txt
 	packaging/ensure-packages $<

@@ -235,7 +235,7 @@ def kexec(
     load_only: LoadOnly = False,
     now: Now = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Begin without a question on a terminal.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do what `khoctl plan` does: nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what `khoctl plan` prints.")] = False,
     no_block: NoBlock = False,
     hold: Annotated[bool, typer.Option("--hold", help="Stay where a failure happens instead of rolling back.")] = False,
     from_profile: FromProfile = None,

@@ -271,7 +271,7 @@ def _describe_unknown(name: str, fail: Callable[..., ConfigError]) -> ConfigErro
     similar = f"Similar: {', '.join(near)}. " if near else ""
     return fail(
         f"`{shown}` is not a setting that khod can give a hook's unit",
-        remedy=f"{similar}khod-producer(7) lists all of them.",
+        remedy=f"{similar}kho-producers(7) lists all of them.",
     )
 
 

@@ -366,7 +366,7 @@ def test_after_a_cold_boot_everyone_starts_from_scratch(khod: Khod) -> None:
 
 
 def test_the_ten_lines_of_the_manual_page_are_a_producer(khod: Khod, tmp_path: Path) -> None:
-    text = (REPOSITORY / "packaging/man/khod-producer.7").read_text()
+    text = (REPOSITORY / "packaging/man/kho-producers.7").read_text()
     code = text.partition("\n.EX\n")[2].partition(".EE\n")[0]
     assert 0 < len([line for line in code.splitlines() if line.strip()]) <= 10
     (tmp_path / "ten.py").write_text(code)

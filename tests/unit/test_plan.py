@@ -66,7 +66,7 @@ def test_a_plan_has_the_release_and_the_digests_of_the_next_kernel(tmp_path: Pat
     assert (without["release"], without["digests"]) == ("", [])
 
 
-PROMISES = ("README.md", "packaging/man/khoctl.8", "packaging/man/khod.8", "packaging/man/khod-producer.7")
+PROMISES = ("README.md", "packaging/man/khoctl.8", "packaging/man/khod.8", "packaging/man/kho-producers.7")
 
 
 @pytest.mark.parametrize("name", PROMISES)

@@ -307,7 +307,7 @@ def test_an_unknown_setting_is_refused_with_what_is_similar(tmp_path: Path, name
     assert error.where == "vm.toml:5"
     assert error.what == f"`{name}` is not a setting that khod can give a hook's unit"
     assert similar in error.remedy
-    assert "khod-producer(7)" in error.remedy
+    assert "kho-producers(7)" in error.remedy
 
 
 @pytest.mark.parametrize("kind", ['unit = "a.service"', 'qmp = "/run/qmp"'])
@@ -396,7 +396,7 @@ def test_the_sample_shows_settings_that_load(tmp_path: Path) -> None:
 
 
 def test_the_manual_page_lists_every_setting_and_its_example_loads(tmp_path: Path) -> None:
-    text = (REPOSITORY / "packaging/man/khod-producer.7").read_text()
+    text = (REPOSITORY / "packaging/man/kho-producers.7").read_text()
     section = text.partition('.SS "Settings of a hook')[2].partition(".SS ")[0]
     listed = section.partition("These settings may be used:")[2].partition(".PP")[0]
     words = re.findall(r"^(?!systemd|\.)\w.*", listed, re.MULTILINE)

@@ -47,7 +47,7 @@ FORBIDDEN = {
 
 PAGES = (
     "README.md",
-    *(f"packaging/man/{name}" for name in ("khoctl.8", "khod.8", "khod-producer.7")),
+    *(f"packaging/man/{path.name}" for path in sorted((REPOSITORY / "packaging/man/source").iterdir())),
     *(f"etc/kho/{name}" for name in ("khod.toml", "producers.d/example.toml.sample", "handover.d/example.toml.sample")),
 )
 
