@@ -52,6 +52,10 @@ ELSEWHERE = {
 """What to use instead of commands that do not exist, but that operators look for."""
 
 
+COMPLETION_VARIABLE = "_KHOCTL_COMPLETE"
+"""Set by the completions of the shells."""
+
+
 class Commands(Root):
     """The commands of khoctl; each is imported on first use."""
 
@@ -78,18 +82,11 @@ class Commands(Root):
             raise UsageError(f"No such command: {args[0]!r}", where=ctx.command_path, remedy=ELSEWHERE[args[0]])
         return super().resolve_command(ctx, args)
 
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the options, with typer's for completions hidden: the package installs the completions."""
-        options = super().get_params(ctx)
-        for option in options:
-            if isinstance(option, click.Option) and option.name in ("install_completion", "show_completion"):
-                option.hidden = True
-        return options
-
 
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    add_completion=False,  # the package has scripts of its own, see khoctl.completion
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -128,6 +125,10 @@ def main() -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(encoding="ascii", errors="backslashreplace")
+    if COMPLETION_VARIABLE in os.environ:
+        from khoctl.completion import complete  # noqa: PLC0415 - only for a shell
+
+        complete(typer.main.get_command(app), os.environ[COMPLETION_VARIABLE], sys.argv[1:])
     code: Any = Exit.done
     try:
         app(prog_name="khoctl")

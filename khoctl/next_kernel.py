@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from khoctl.candidates import complete_entries, complete_images, complete_initrds, complete_kernels
+
 WAYS = ("image", "entry", "default", "kernel")
 """The options that choose a kernel; at most one of them is given."""
 LINES = ("cmdline", "reuse_cmdline", "append", "remove")
@@ -21,16 +23,35 @@ class NextKernelOptions:
 
     image: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="The next kernel; a unified kernel image brings its initrd along."),
+        typer.Option(
+            metavar="FILE",
+            help="The next kernel; a unified kernel image brings its initrd along.",
+            autocompletion=complete_images,
+        ),
     ] = None
     initrd: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Its initrd; several follow one another in this order.")
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Its initrd; several follow one another in this order.",
+            autocompletion=complete_initrds,
+        ),
     ] = None
-    entry: Annotated[str | None, typer.Option(metavar="ID", help="Boot what this boot loader entry says.")] = None
+    entry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Boot what this boot loader entry says.",
+            autocompletion=complete_entries,
+        ),
+    ] = None
     default: Annotated[bool, typer.Option("--default", help="Boot the boot loader's default entry.")] = False
-    kernel: Annotated[str | None, typer.Option(metavar="VERSION", help="Boot an installed kernel, by its version.")] = (
-        None
-    )
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION", help="Boot an installed kernel, by its version.", autocompletion=complete_kernels
+        ),
+    ] = None
     cmdline: Annotated[
         str | None,
         typer.Option(

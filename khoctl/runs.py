@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from khoctl.candidates import complete_runs
 from khoctl.layout import show_page
 from khoctl.session import call_timeout, say_slow, socket_path
 from khod.client.history import HistoryClient
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 Run = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]", show_default=False, help="The attempt, or the beginning of its name; the last one."
+        metavar="[RUN]",
+        show_default=False,
+        help="The attempt, or the beginning of its name; the last one.",
+        autocompletion=complete_runs,
     ),
 ]
 DatabaseFile = Annotated[

@@ -42,7 +42,12 @@ class Detached(KeyboardInterrupt):
 
 def socket_path() -> Path:
     """Return the path of khod's socket; every command has an option for it."""
-    return Path(click.get_current_context().meta.get(SOCKET_KEY) or os.environ.get("KHOD_SOCKET") or SOCKET)
+    return find_socket(click.get_current_context())
+
+
+def find_socket(context: click.Context) -> Path:
+    """Return the path of khod's socket for a command line."""
+    return Path(context.meta.get(SOCKET_KEY) or os.environ.get("KHOD_SOCKET") or SOCKET)
 
 
 def remote_host() -> str:

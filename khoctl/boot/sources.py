@@ -120,7 +120,7 @@ def source_of_version(version: str, root: Path = Path("/")) -> Source:
     raise UsageError(
         f"No kernel {version} is installed",
         where=", ".join(map(str, (root / "boot", root / "usr/lib/modules", *laid_out))),
-        remedy=f"There are: {', '.join(found)}." if (found := _list_versions(root)) else "None is installed.",
+        remedy=f"There are: {', '.join(found)}." if (found := list_versions(root)) else "None is installed.",
     )
 
 
@@ -197,7 +197,7 @@ def _initrds_beside(directory: Path) -> tuple[Path, ...]:
     return tuple(path for name in ("microcode*", "initrd*") for path in sorted(directory.glob(name)) if path.is_file())
 
 
-def _list_versions(root: Path) -> list[str]:
+def list_versions(root: Path) -> list[str]:
     """Return every version with an installed kernel, newest first."""
     found = set(_matching_parts(root, KERNELS))
     found |= {path.parent.name for directory in _token_directories(root) for path in directory.glob("*/linux")}

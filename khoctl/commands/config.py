@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from khoctl import layout, profile, render
+from khoctl.candidates import complete_keys
 from khoctl.session import Group, Json
 from khod import config
 from khod.errors import ConfigError, Exit, UsageError
@@ -66,7 +67,13 @@ def check(
 @app.command()
 def show(
     name: Annotated[
-        str | None, typer.Argument(metavar="[KEY]", show_default=False, help="Only this table, or this TABLE.KEY.")
+        str | None,
+        typer.Argument(
+            metavar="[KEY]",
+            show_default=False,
+            help="Only this table, or this TABLE.KEY.",
+            autocompletion=complete_keys,
+        ),
     ] = None,
     root: Below = Path("/"),
     as_json: Json = False,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from khoctl import layout
+from khoctl.candidates import complete_trees
 from khoctl.figures import format_date
 from khoctl.output import write_file
 from khoctl.session import Group, Json, connect_client
@@ -42,7 +43,12 @@ app = typer.Typer(
     "last that left), the id of a snapshot that is kept, or a path: a blob, a directory with root and blobs/, - for "
     "standard input. Paths need no khod.",
 )
-Tree = Annotated[str, typer.Argument(metavar="[TREE]", show_default=False, help="out, in, snapshot, an id, or a path.")]
+Tree = Annotated[
+    str,
+    typer.Argument(
+        metavar="[TREE]", show_default=False, help="out, in, snapshot, an id, or a path.", autocompletion=complete_trees
+    ),
+]
 Side = Annotated[str | None, typer.Option(hidden=True, help="The same as TREE.")]
 Blob = Annotated[str | None, typer.Option(metavar="NAME", help="One blob of the tree; root for the root's.")]
 
@@ -118,9 +124,20 @@ def _show_tree(blobs: Mapping[str, bytes], regions: Sequence[Region], *, summary
 @app.command("diff")
 def dt_diff(
     left: Annotated[
-        str, typer.Argument(metavar="[A]", show_default=False, help="A tree; the last that left.")
+        str,
+        typer.Argument(
+            metavar="[A]", show_default=False, help="A tree; the last that left.", autocompletion=complete_trees
+        ),
     ] = "snapshot",
-    right: Annotated[str, typer.Argument(metavar="[B]", show_default=False, help="A tree; what arrived.")] = "in",
+    right: Annotated[
+        str,
+        typer.Argument(
+            metavar="[B]",
+            show_default=False,
+            help="A tree; what arrived.",
+            autocompletion=complete_trees,
+        ),
+    ] = "in",
     as_json: Json = False,
 ) -> None:
     """Compare two trees.

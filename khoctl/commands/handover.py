@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from khoctl import layout, progress, render
+from khoctl.candidates import complete_profiles
 from khoctl.next_kernel import NextKernelOptions
 from khoctl.option_sets import spread_options
 from khoctl.request import open_request
 from khoctl.session import Detached, Json, ask_confirmation, connect_client, on_terminal, show_answer
 from khoctl.status_page import render_status
 from khod.client.handover import Client
-from khod.errors import ConfigError, Exit, Refused, Unreachable, Unsupported, UsageError
+from khod.errors import Exit, Refused, Unreachable, Unsupported, UsageError
 from khod.model import Check, CheckResult, Phase, Step
 
 if TYPE_CHECKING:
@@ -29,15 +30,6 @@ KERNEL_FILES = {
     "sys/kernel/kexec_loaded": ("no image is loaded", "an image is loaded"),
 }
 """Files that every user may read, and the meaning of 0 and 1 in them; the first exists on KHO v3 only."""
-
-
-def complete_profiles(incomplete: str) -> list[str]:
-    """Return the names of profiles that begin so, for the shell."""
-    from khoctl.profile import list_profiles  # noqa: PLC0415 - as in _load_profile
-
-    with suppress(ConfigError):
-        return [name for name in list_profiles() if name.startswith(incomplete)]
-    return []
 
 
 LoadOnly = Annotated[bool, typer.Option("--load-only", help="Stop when the image is loaded.")]

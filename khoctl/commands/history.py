@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from khoctl import history, layout, render
+from khoctl.candidates import complete_runs
 from khoctl.runs import DatabaseFile, Run, connect_history, load_attempt, open_database
 from khoctl.session import Group, Json
 from khod.client.history import History
@@ -93,7 +94,9 @@ def ack(
     image: Annotated[
         str,
         typer.Argument(
-            metavar="IMAGE|RUN", help="A failed attempt, or the beginning of the image's digest (6 digits or more)."
+            metavar="IMAGE|RUN",
+            help="A failed attempt, or the beginning of the image's digest (6 digits or more).",
+            autocompletion=complete_runs,
         ),
     ],
     as_json: Json = False,

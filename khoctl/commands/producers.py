@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from khoctl import layout, progress, render
+from khoctl.candidates import complete_producers
 from khoctl.session import Group, Json, connect_client
 from khod.client.handover import Client
 from khod.model import Producer
@@ -16,7 +17,13 @@ app = typer.Typer(
 )
 
 
-Name = Annotated[str, typer.Argument(help="The producer, as khoctl producers lists it.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        help="The producer, as khoctl producers lists it.",
+        autocompletion=complete_producers,
+    ),
+]
 Waiting = Annotated[bool, typer.Option("--waiting", help="Only those whose answer is waited for.")]
 Slow = Annotated[bool, typer.Option("--slow", help="The slowest first.")]
 

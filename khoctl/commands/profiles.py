@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from khoctl import layout, profile_hooks, render
-from khoctl.commands.handover import IgnoreWindow, NoBlock, ask_before_jump, begin_kexec, complete_profiles, say_jumped
+from khoctl.candidates import complete_profiles
+from khoctl.commands.handover import IgnoreWindow, NoBlock, ask_before_jump, begin_kexec, say_jumped
 from khoctl.follow import ENDED, Follower
 from khoctl.next_kernel import NextKernelOptions
 from khoctl.profile import list_profiles, load_profile, profile_directory

@@ -12,6 +12,7 @@ import click
 import typer
 
 from khoctl import layout, render
+from khoctl.candidates import complete_phases
 from khoctl.follow import AT_REST, ENDED, Follower
 from khoctl.session import TO_SEE, Json, call_timeout, can_repaint, is_colourless, show_answer
 from khoctl.status_page import render_outcome, render_status
@@ -91,7 +92,11 @@ def _show_event(event: Event, *, as_json: bool) -> None:
 def wait(
     until: Annotated[
         str | None,
-        typer.Argument(metavar="PHASE|RUN", help="A phase as status names it, or the id of the handover under way."),
+        typer.Argument(
+            metavar="PHASE|RUN",
+            help="A phase as status names it, or the id of the handover under way.",
+            autocompletion=complete_phases,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -1,9 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Asks khoctl itself (what `khoctl --show-completion bash` prints); a file where it has nothing to say.
+# Asks khoctl itself, which knows its commands, and asks khod for the values: khoctl/completion.py.
 _khoctl_completion() {
-    local IFS=$'\n'
-    COMPREPLY=( $( env COMP_WORDS="${COMP_WORDS[*]}" COMP_CWORD="$COMP_CWORD" _KHOCTL_COMPLETE=complete_bash "$1" ) )
-    return 0
+    local line candidates=()
+    COMPREPLY=()
+    while IFS= read -r line; do
+        candidates+=("${line%%$'\t'*}")
+    done < <(_KHOCTL_COMPLETE=line "$1" "${COMP_LINE:0:COMP_POINT}" "${COMP_WORDS[COMP_CWORD]:-}" 2>/dev/null)
+    case ${candidates[0]:-} in
+    :files) compopt -o default ;;
+    :directories) compopt -o dirnames ;;
+    *)
+        for line in "${candidates[@]}"; do
+            [[ ${COMP_WORDS[COMP_CWORD]:-} == [\"\']* ]] || printf -v line %q "$line"
+            COMPREPLY+=("$line")
+        done
+        ;;
+    esac
 }
 
-complete -o default -F _khoctl_completion khoctl
+complete -o nosort -F _khoctl_completion khoctl

@@ -1,4 +1,14 @@
 #compdef khoctl
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Asks khoctl itself (what `khoctl --show-completion zsh` prints, as an autoloaded function).
-eval "$(env _TYPER_COMPLETE_ARGS="${words[1,$CURRENT]}" _KHOCTL_COMPLETE=complete_zsh khoctl)"
+# Asks khoctl itself, which knows its commands, and asks khod for the values: khoctl/completion.py.
+local line
+local -a found given
+given=("${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}")
+for line in "${(@f)$(_KHOCTL_COMPLETE=words $words[1] "${given[@]}" 2>/dev/null)}"; do
+    case $line in
+    :files) compset -P '--*='; _files; return ;;
+    :directories) compset -P '--*='; _files -/; return ;;
+    ?*) found+=("${${line%%$'\t'*}//:/\\:}${${(M)line%%$'\t'*}:+:${line#*$'\t'}}") ;;
+    esac
+done
+(( $#found )) && _describe -V -t values khoctl found

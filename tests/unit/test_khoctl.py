@@ -196,28 +196,6 @@ def test_every_command_has_a_short_help_that_is_whole(tmp_path: Path, words: tup
     assert "..." not in re.sub(r"\[.*?\]\.\.\.", "", ended.out), "a summary is cut"
 
 
-@pytest.mark.parametrize(
-    ("words", "completed"),
-    [("khoctl statu", "status"), ("khoctl dt exp", "export"), ("khoctl kexec --reuse", "--reuse-cmdline")],
-)
-def test_the_shell_completes_what_khoctl_says(words: str, completed: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "khoctl"],
-        cwd=REPOSITORY,
-        env={
-            **os.environ,
-            "_KHOCTL_COMPLETE": "complete_bash",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(words.count(" ")),
-        },
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert ended.stdout.split() == [completed]
-
-
 def test_the_version_needs_no_khod(tmp_path: Path) -> None:
     assert cli(tmp_path / "socket", "--version").out == f"khoctl {__version__}\n"
 

@@ -22,7 +22,6 @@ from tests.unit.khods import REPOSITORY, Khod, cli
 
 NAMES = [source.name for source in SOURCES]
 PUBLISHED = {"khoctl.8", "khod.8", "khod.toml.5", "kho-producers.7", "kho-handover.service.8", "kho.7"}
-HIDDEN = {"--install-completion", "--show-completion"}
 COMMON = {"--host", "--socket", "--timeout", "--json", "--help", "--no-block"}
 """Options that the page describes once for all commands."""
 READING = ("status", "check", "plan", "producers", "history", "verify")
