@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint unit model lab bench proof ansible deb manuals clean
+.PHONY: demo test lint unit model lab bench proof ansible deb manuals bindings clean
 
 demo: $(VENV)/ready
 	@packaging/demo $(PY)
@@ -41,6 +41,10 @@ ansible: $(VENV)/ready
 # The manual pages, from packaging/man/source, the help of khoctl and etc/kho/khod.toml.
 manuals: $(VENV)/ready
 	$(PY) -m tests.manuals
+
+# The device tree schemas, from khod/trees/schemas.
+bindings: $(VENV)/ready
+	$(PY) -m tests.bindings
 
 deb: $(VENV)/deb-packages
 	packaging/build-deb
