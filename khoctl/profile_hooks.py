@@ -130,7 +130,7 @@ def read_pending(profile: str) -> Pending | None:
     """Return what is due after the handover of a profile, None for nothing; Failed if that cannot be read."""
     path = state_directory() / f"{profile}.json"
     try:
-        return decode_value(Pending, json.loads(path.read_bytes()), may_lack=ANY_FIELD)
+        return decode_value(Pending, json.loads(path.read_bytes()), may_lack=ANY_FIELD, may_exceed=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

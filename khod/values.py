@@ -10,7 +10,7 @@ import enum
 import functools
 import types
 from collections.abc import Set
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -33,29 +33,46 @@ class DecodeError(ValueError):
         super().__init__(f"`{key}` {problem}" if key else f"it {problem}")
 
 
-def decode_value(wanted: type[T], value: Any, key: str = "", *, may_lack: Set[str] = frozenset()) -> T:
+class UnknownField(DecodeError):
+    """An object has a field with a value that the model does not have: a newer khod wrote it."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key, "is not known to this version")
+
+
+class _Tolerance(NamedTuple):
+    """The fields that may be missing, and whether those that the model does not have may be there."""
+
+    may_lack: Set[str]
+    may_exceed: bool
+
+
+def decode_value(
+    wanted: type[T], value: Any, key: str = "", *, may_lack: Set[str] = frozenset(), may_exceed: bool = True
+) -> T:
     """Convert what a JSON or TOML parser returned into a dataclass, enum, list, tuple or plain value of the model.
 
     Enums are given by name, a float may be given without a point, and a boolean is not a number. Fields in `may_lack`
-    get their default if they are missing. Raises DecodeError, which names the key below `key`, if the value has another
-    shape.
+    get their default if they are missing. Fields that the model does not have are left out; without `may_exceed` only
+    where they say nothing (null, 0, false or empty), and else raise UnknownField. Raises DecodeError, which names the
+    key below `key`, if the value has another shape.
     """
-    made: T = _decode_value(wanted, value, key, may_lack)
+    made: T = _decode_value(wanted, value, key, _Tolerance(may_lack, may_exceed))
     return made
 
 
-def _decode_value(wanted: Any, value: Any, key: str, may_lack: Set[str]) -> Any:
+def _decode_value(wanted: Any, value: Any, key: str, tolerance: _Tolerance) -> Any:
     inner, origin = get_args(wanted), get_origin(wanted)
     if origin in (types.UnionType, Union):
-        return None if value is None else _decode_value(inner[0], value, key, may_lack)
+        return None if value is None else _decode_value(inner[0], value, key, tolerance)
     if origin in (list, tuple):
         if not isinstance(value, list):
             raise DecodeError(key, f"is {value!r}, not a list")
-        return origin(_decode_value(inner[0], item, f"{key}[{index}]", may_lack) for index, item in enumerate(value))
+        return origin(_decode_value(inner[0], item, f"{key}[{index}]", tolerance) for index, item in enumerate(value))
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
         if not isinstance(value, dict):
             raise DecodeError(key, f"is {value!r}, not an object")
-        return wanted(**_decode_fields(wanted, value, f"{key}." if key else "", may_lack))
+        return wanted(**_decode_fields(wanted, value, f"{key}." if key else "", tolerance))
     if issubclass(wanted, enum.Enum):
         if not isinstance(value, str) or value not in wanted.__members__:
             raise DecodeError(key, f"is {value!r}, which {wanted.__name__} does not have")
@@ -66,13 +83,15 @@ def _decode_value(wanted: Any, value: Any, key: str, may_lack: Set[str]) -> Any:
     return value
 
 
-def _decode_fields(kind: Any, values: dict[str, Any], prefix: str, may_lack: Set[str]) -> dict[str, Any]:
+def _decode_fields(kind: Any, values: dict[str, Any], prefix: str, tolerance: _Tolerance) -> dict[str, Any]:
     fields = {}
     for name, hint in _field_types(kind):
         if name in values:
-            fields[name] = _decode_value(hint, values[name], prefix + name, may_lack)
-        elif name not in may_lack or name in _required_names(kind):
+            fields[name] = _decode_value(hint, values[name], prefix + name, tolerance)
+        elif name not in tolerance.may_lack or name in _required_names(kind):
             raise DecodeError(prefix + name, "is missing")
+    if not tolerance.may_exceed and (unknown := [name for name in values if name not in fields and values[name]]):
+        raise UnknownField(prefix + unknown[0])
     return fields
 
 

@@ -34,7 +34,7 @@ from khod.model import (
     Terms,
     Verdict,
 )
-from khod.values import decode_value, encode_value
+from khod.values import UnknownField, decode_value, encode_value
 
 if TYPE_CHECKING:
     from khod.handover import snapshots
@@ -54,6 +54,7 @@ ADDED_FIELDS = frozenset(
 FILE_NAME = "handover.json"
 DEPARTURE = "departure.json"
 UNREADABLE = "handover.json.unreadable"
+NEWER_REMEDY = "Install that khod again, or: `Abort(force)`"
 RESERVED_BYTES = 16 << 20
 """Bytes that must be free before the kernel is touched: for the record, and for a tree of v3's default dt_max."""
 
@@ -216,12 +217,14 @@ def decode_record(raw: bytes, where: str = "") -> Record:
             raise RecordError(
                 f"The record has version {version}, this khod knows {VERSION}: a newer khod wrote it",
                 where=where,
-                remedy="Install that khod again, or: `Abort(force)`",
+                remedy=NEWER_REMEDY,
             )
         if version != VERSION:
             raise ValueError(f"its version is {version!r}")
-        record = decode_value(Record, values, may_lack=ADDED_FIELDS)
+        record = decode_value(Record, values, may_lack=ADDED_FIELDS, may_exceed=False)
         return _add_findings(record) if "findings" not in (values["verdict"] or ["findings"]) else record
+    except UnknownField as error:
+        raise RecordError(f"A newer khod wrote the record: {error}", where=where, remedy=NEWER_REMEDY) from None
     except (ValueError, TypeError, RecursionError) as error:
         raise RecordError(f"The record cannot be understood: {error}", where=where, remedy=remedy) from None
 

@@ -6,9 +6,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -234,6 +235,27 @@ def test_a_newer_record_names_both_versions() -> None:
     assert str(VERSION + 1) in raised.value.what
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda values: values.update(sealed={"by": "key"}), "sealed"),
+        (lambda values: values["producers"][0].update(lease=5), "producers[0].lease"),
+        (lambda values: values["verdict"].update(signed=True), "verdict.signed"),
+    ],
+)
+def test_what_only_a_newer_khod_records_is_not_dropped(change: Callable[[dict[str, Any]], None], named: str) -> None:
+    values = json.loads(encode_record(FULL))
+    change(values)
+    with pytest.raises(RecordError, match=rf"A newer khod wrote the record: `{re.escape(named)}` is not known"):
+        decode_record(json.dumps(values).encode())
+
+
+@pytest.mark.parametrize("nothing", ["", 0, 0.0, False, None, [], {}])
+def test_a_newer_field_that_says_nothing_is_no_reason_to_refuse_the_record(nothing: object) -> None:
+    values = json.loads(encode_record(FULL)) | {"sealed": nothing}
+    assert decode_record(json.dumps(values).encode()) == FULL
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
@@ -255,6 +277,7 @@ def test_a_write_replaces_the_record_and_leaves_nothing_else(store: Store) -> No
 CRASHER = """
 import dataclasses, sys
 from pathlib import Path
+from typing import Any
 from khod.handover.record import Owner, Process, Record, Store
 store = Store(Path(sys.argv[1]))
 number = 0
