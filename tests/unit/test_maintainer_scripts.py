@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The maintainer scripts of the Debian package, as dpkg calls them, on the state of a host below another root."""
 
+import json
 import os
 import shutil
 import sqlite3
@@ -18,6 +19,7 @@ from khod.handover.record import Record, Store
 from khod.history import tables
 from khod.history.opening import open_database
 from khod.model import Phase
+from khod.values import encode_value
 from tests.unit.khods import REPOSITORY
 
 PACKAGING = REPOSITORY / "packaging"
@@ -80,6 +82,19 @@ def test_nothing_cuts_a_handover_short(root: Root, phase: Phase, call: tuple[str
 def test_a_host_without_a_handover_may_be_upgraded(root: Root, phase: Phase) -> None:
     root.write(replace(Record(), phase=phase, run="prepared", last_error='"phase": "active"\n"phase": "active"'))
     for call in (*UPGRADE, REMOVAL):
+        assert root.run(*call) == (0, "")
+
+
+def test_a_record_of_one_line_is_read_too(root: Root) -> None:
+    values = encode_value(replace(Record(), phase=Phase.loaded, last_error='"phase": "idle", "version": 9'))
+    Store(root.state).record_path.write_text(json.dumps(values, default=encode_value))
+    assert "(loaded)" in root.refuses(*REMOVAL)
+    assert root.run("preinst", "install", "1") == (0, "")
+
+
+def test_a_damaged_record_is_no_reason_to_refuse(root: Root) -> None:
+    Store(root.state).record_path.write_bytes(b'\xff\x00{"phase')
+    for call in (*UPGRADE, REMOVAL, ("preinst", "install", "1")):
         assert root.run(*call) == (0, "")
 
 
