@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint unit model lab bench proof ansible deb manuals bindings clean
+.PHONY: demo test lint unit model lab bench proof ansible packages deb manuals bindings clean
 
 demo: $(VENV)/ready
 	@packaging/demo $(PY)
@@ -45,6 +45,11 @@ manuals: $(VENV)/ready
 # The device tree schemas, from khod/trees/schemas.
 bindings: $(VENV)/ready
 	$(PY) -m tests.bindings
+
+# Every package, built and checked in a root of its own. As root.
+packages: $(VENV)/ready
+	packaging/ensure-packages packaging/root-packages.txt
+	packaging/check-packages $(PY)
 
 deb: $(VENV)/deb-packages
 	packaging/build-deb
