@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,18 @@ from khod.history import tables
 from khod.history.opening import open_database
 from khod.model import Phase
 from khod.values import encode_value
-from tests.unit.khods import REPOSITORY
+from tests.unit.khods import REPOSITORY, Khod
 
 PACKAGING = REPOSITORY / "packaging"
 ALLOWED = RESTING | {Phase.failed, Phase.foreign, Phase.inconsistent}
 """khod has nothing under way, or does not go on by itself: it may be the new version that can."""
 UPGRADE = (("prerm", "upgrade", "2"), ("prerm", "failed-upgrade", "1", "2"), ("preinst", "upgrade", "1", "2"))
 REMOVAL = ("prerm", "remove")
+
+
+@cache
+def guard() -> str:
+    return subprocess.check_output([PACKAGING / "write-guard"], text=True)
 
 
 class Root:
@@ -36,14 +42,13 @@ class Root:
         self.directory = directory
         self.state = directory / "var/lib/khod"
         self.state.mkdir(parents=True)
-        self._guard = subprocess.check_output([PACKAGING / "write-guard"], text=True)
 
     def write(self, record: Record) -> None:
         Store(self.state).write(record)
 
     def run(self, script: str, *words: str, force: str = "0") -> tuple[int, str]:
         """Run a script as dpkg does; its exit code, and what it prints."""
-        text = (PACKAGING / f"debian/khod.{script}").read_text().replace("#GUARD#", self._guard)
+        text = (PACKAGING / f"debian/khod.{script}").read_text().replace("#GUARD#", guard())
         environment = {"PATH": os.environ["PATH"], "DPKG_ROOT": str(self.directory), "KHOD_FORCE": force}
         ended = subprocess.run(
             ["sh", "-s", "--", *words],
@@ -83,6 +88,19 @@ def test_a_host_without_a_handover_may_be_upgraded(root: Root, phase: Phase) -> 
     root.write(replace(Record(), phase=phase, run="prepared", last_error='"phase": "active"\n"phase": "active"'))
     for call in (*UPGRADE, REMOVAL):
         assert root.run(*call) == (0, "")
+
+
+def test_a_khod_with_a_handover_is_found_by_its_own_record(tmp_path: Path) -> None:
+    with closing(Khod(tmp_path)) as khod:
+        root = Root(tmp_path)
+        root.state.rmdir()
+        root.state.symlink_to(tmp_path / "state")
+        assert root.run(*REMOVAL) == (0, "")
+        assert khod.khoctl("activate").code == 0
+        for call in (*UPGRADE, REMOVAL):
+            assert "(active)" in root.refuses(*call)
+        assert khod.khoctl("abort").code == 0
+        assert root.run(*REMOVAL) == (0, "")
 
 
 def test_a_record_of_one_line_is_read_too(root: Root) -> None:
