@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from khoctl.profile_hooks import ENVIRONMENT, lock_runs
+from khoctl.render import phase_name
 from khod.handover.machine import RESTING
 from khod.handover.record import Record, Store
 from khod.history import tables
@@ -79,6 +80,7 @@ def root(tmp_path: Path) -> Root:
 def test_nothing_cuts_a_handover_short(root: Root, phase: Phase, call: tuple[str, ...]) -> None:
     root.write(replace(Record(), phase=phase))
     said = root.refuses(*call)
+    assert f"a handover is under way ({phase_name(phase)})" in said
     assert "khoctl wait" in said or "khoctl abort" in said
     assert root.run(*call, force="1") == (0, "")
 
