@@ -124,8 +124,9 @@ def test_three_hosts_are_rolled_and_each_kind_of_worse_stops_it(fleet: Fleet, co
 
 
 def roll_three_hosts(hosts: list[RemoteHost], controller: Controller, server: Server) -> None:
-    for host in hosts:
-        host.guest.put("/etc/kho/fleetlock.toml", f'url = "http://{GATEWAY}:{server.server_port}"\n')
+    for number, host in enumerate(hosts):  # the guests have one machine id
+        text = f'url = "http://{GATEWAY}:{server.server_port}"\ngroup = "workers"\nid = "{number:032x}"\n'
+        host.guest.put("/etc/kho/fleetlock.toml", text)
         host.shell("sync")
     hosts[1].shell("date --utc --set=@$(($(date +%s) + 3600))")
 

@@ -180,3 +180,28 @@ def test_a_purge_leaves_nothing(root: Root) -> None:
     assert not root.state.exists()
     assert not (root.directory / "etc/kho").exists()
     assert {name: (root.directory / "etc" / name).read_text() for name in lines} == lines
+
+
+@pytest.mark.parametrize(
+    ("khoctl", "restarts"),
+    [("exit 0", True), ("echo 'khod.toml:3: no such key' >&2; exit 2", False), ("exit 1", True)],
+    ids=["right", "refused", "not to be asked"],
+)
+def test_a_configuration_that_the_new_version_refuses_keeps_the_old_one_running(
+    root: Root, khoctl: str, restarts: bool
+) -> None:
+    programs = root.directory / "bin"
+    programs.mkdir()
+    (programs / "khoctl").write_text(f"#!/bin/sh\n{khoctl}\n")
+    (programs / "khoctl").chmod(0o755)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "DPKG_ROOT": str(root.directory)}
+    ended = subprocess.run(
+        ["sh", "-ec", f"{guard()}\nif may_restart; then echo restarts; fi"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert (ended.stdout == "restarts\n") is restarts
+    assert ("khod.toml:3" in ended.stderr and "goes on" in ended.stderr) is not restarts
