@@ -87,6 +87,7 @@ def listed_by_systemd(host: Host) -> dict[str, object]:
     return found
 
 
+@pytest.mark.proof
 def test_the_log_has_both_kernels_lines_in_one_order(online: Online) -> None:
     host = Host(online("7.3.4"))
     host.guest.wait_online()

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from khoctl import follow
+import pytest
+
 from tests.lab import forward
 from tests.lab.conftest import Boot
 from tests.lab.host import KHO, TRACE, Host, image
@@ -54,6 +56,7 @@ def forwarded(port: int, path: Path) -> Iterator[None]:
             serving.join()
 
 
+@pytest.mark.proof
 def test_a_monitor_elsewhere_stays_through_the_jump(boot: Boot, tmp_path: Path) -> None:
     """After an orderly shutdown, which ends khod, and after a jump at once, which leaves its connections open."""
     port = free_port()

@@ -68,6 +68,7 @@ def installed(host: Host) -> str:
     return host.shell("dpkg-query --show --showformat '${db:Status-Status} ${Version}' khod")
 
 
+@pytest.mark.proof
 def test_a_handover_is_not_cut_short(host: Host) -> None:
     host.khoctl("activate")
     running, phase, version = khod_pid(host), host.status()["phase"], installed(host)

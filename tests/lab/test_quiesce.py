@@ -14,7 +14,7 @@ from tests.lab.conftest import usual
 from tests.lab.host import Host, image
 from tests.lab.quiescing import VERSION, WORKER, describe_quiesce, install, producer, unchanged, write_to_disk
 
-HANGS = f"{WORKER}ExecStop=/bin/sleep 300\nTimeoutStopSec=15\n"
+HANGS = f"{WORKER}ExecStop=/bin/sleep 300\nTimeoutStopSec=8\n"
 DIES = """\
 import asyncio, os, signal, threading
 from pathlib import Path
@@ -77,10 +77,10 @@ def test_a_unit_that_hangs_in_its_stop_is_refused_and_everything_runs_again(host
         said = host.khoctl("kexec", *image(VERSION), code=3).stderr
         assert "hangs.service" in said
         assert "TimeoutStopSec" in said
-        host.configure("impatient", "[deadlines]\nquiesce = 12.0\n")
+        host.configure("impatient", "[deadlines]\nquiesce = 6.0\n")
         said = host.khoctl("kexec", *image(VERSION), code=3).stderr
         assert "hangs.service" in said
-        assert "12 s" in said
+        assert "6 s" in said
     host.shell("test ! -e /run/frozen; rm /etc/kho/khod.toml.d/impatient.toml; systemctl reload kho-handover")
     host.shell(
         "systemctl stop hangs.service --no-block; systemctl kill -s KILL hangs.service; systemctl stop hangs.service"
