@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from khoctl import follow
 import pytest
 
+from khoctl import follow
 from tests.lab import forward
 from tests.lab.conftest import Boot
 from tests.lab.host import KHO, TRACE, Host, image
