@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The order in which files are taken: under `--dist loadfile` a long one must not be left at the end; one fixture."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,8 +37,12 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep xdist from sorting the files by how many tests they have."""
+    """Keep xdist from sorting the files by how many tests they have, and let interrupts reach what tests start.
+
+    A shell ignores SIGINT for what it starts in the background, and so would every program that a test interrupts.
+    """
     config.option.loadscopereorder = False
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
