@@ -6,6 +6,7 @@ is an error with file and line, because a misspelled policy must not silently be
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -293,7 +294,8 @@ def read_config(root: Path = Path("/")) -> ReadConfig:
         fragments = list_toml(root / f"{MAIN}.d", "configuration file")
     except ConfigError as error:
         return ReadConfig(Config(), (), {}, (error,))
-    return merge_files([path for path in (root / MAIN, *fragments) if path.exists()])
+    # A link that leads nowhere is there: the defaults in its place would be without the policy that was meant.
+    return merge_files([path for path in (root / MAIN, *fragments) if os.path.lexists(path)])
 
 
 def merge_files(paths: Sequence[Path]) -> ReadConfig:

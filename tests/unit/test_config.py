@@ -108,6 +108,16 @@ def test_files_that_cannot_be_read(root: Path) -> None:
         config.load_config(root)
 
 
+@pytest.mark.parametrize("name", ["khod.toml", "khod.toml.d/10-local.toml"])
+@pytest.mark.parametrize("target", ["/nonexistent", "10-local.toml", "khod.toml"])
+def test_a_link_that_leads_nowhere_is_not_the_defaults(root: Path, name: str, target: str) -> None:
+    path = root / "etc/kho" / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        config.load_config(root)
+
+
 def test_the_shipped_file_has_every_key_with_its_default_and_a_sentence() -> None:
     text = (REPOSITORY / "etc/kho/khod.toml").read_text()
     sections = {field.name for field in dataclasses.fields(Config)}
