@@ -13,6 +13,7 @@ from pathlib import Path
 from khod.dataclass import dataclass
 from khod.errors import ConfigError, UsageError, errno_text
 from khod.files import open_regular
+from khod.provenance.packets import Keys, add_keys, join_keys
 
 DIRECTORY = "etc/kho/keys.d"
 OPENPGP_SUFFIXES = (".asc", ".gpg", ".pgp")
@@ -20,7 +21,6 @@ MINISIGN_SUFFIX = ".pub"
 MAX_KEY_BYTES = 4 << 20
 """The maximum size of one file: a keyring of a distribution has 60 KiB."""
 ARMORED = re.compile(rb"-----BEGIN PGP PUBLIC KEY BLOCK-----[^\n]*\n(.*?)-----END PGP PUBLIC KEY BLOCK-----", re.DOTALL)
-PUBLIC_KEY_TAG = 6  # RFC 9580, 5.5.1.1
 COMMENT = b"untrusted comment:"
 ED25519_KEY_BYTES = 42
 
@@ -38,7 +38,7 @@ class Ed25519Key:
 
 @dataclass(frozen=True)
 class TrustedKeys:
-    """All keys of the directory: those of OpenPGP as one keyring, without armor."""
+    """All keys of the directory: those of OpenPGP as one keyring, without armor, each key once."""
 
     directory: str
     openpgp: bytes = b""
@@ -53,24 +53,39 @@ def load_keys(root: Path) -> TrustedKeys:
 
     Raises ConfigError for the first file that has no key: what an operator has put there is meant to count.
     """
+    openpgp: Keys = {}
+    ed25519 = []
+    for path in list_keys(root):
+        if path.suffix in OPENPGP_SUFFIXES:
+            _add_openpgp(openpgp, path)
+        else:
+            ed25519.append(_read_ed25519(path))
+    return TrustedKeys(str(root / DIRECTORY), join_keys(openpgp), tuple(ed25519))
+
+
+def list_keys(root: Path) -> list[Path]:
+    """Return the files of the directory that have keys, by name; ConfigError if it cannot be read."""
     directory = root / DIRECTORY
     try:
         names = sorted(os.listdir(directory))
     except FileNotFoundError:
-        names = []
+        return []
     except OSError as error:
         raise ConfigError(
             f"The directory of trusted keys cannot be read: {errno_text(error)}",
             where=str(directory),
             remedy="Make it a directory that root can read, or remove it.",
         ) from None
-    openpgp, ed25519 = b"", []
-    for path in (directory / name for name in names if not name.startswith(".")):
-        if path.suffix in OPENPGP_SUFFIXES:
-            openpgp += _read_openpgp(path)
-        elif path.suffix == MINISIGN_SUFFIX:
-            ed25519.append(_read_ed25519(path))
-    return TrustedKeys(str(directory), openpgp, tuple(ed25519))
+    paths = [directory / name for name in names if not name.startswith(".")]
+    return [path for path in paths if path.suffix in (*OPENPGP_SUFFIXES, MINISIGN_SUFFIX)]
+
+
+def check_key(path: Path) -> None:
+    """Raise ConfigError if a file does not have the key that its name says."""
+    if path.suffix == MINISIGN_SUFFIX:
+        _read_ed25519(path)
+    else:
+        _add_openpgp({}, path)
 
 
 def _read_file(path: Path) -> bytes:
@@ -88,20 +103,17 @@ def _read_file(path: Path) -> bytes:
     return content
 
 
-def _read_openpgp(path: Path) -> bytes:
-    """Return the packets of a file; gpgv reads no armor."""
+def _add_openpgp(keys: Keys, path: Path) -> None:
+    """Add the keys of a file; gpgv reads no armor."""
     content = _read_file(path)
     try:
-        packets = b"".join(map(_remove_armor, ARMORED.findall(content))) or content
-    except binascii.Error:
-        packets = b""
-    if not packets or _packet_tag(packets[0]) != PUBLIC_KEY_TAG:
+        add_keys(keys, b"".join(map(_remove_armor, ARMORED.findall(content))) or content)
+    except ValueError as error:  # binascii.Error too
         raise ConfigError(
-            "There is no OpenPGP public key in this file",
+            f"There is no OpenPGP public key in this file, or not only that: {error}",
             where=str(path),
             remedy=f"Write it with: gpg --export FINGERPRINT > {path}",
-        )
-    return packets
+        ) from None
 
 
 def _remove_armor(block: bytes) -> bytes:
@@ -109,13 +121,6 @@ def _remove_armor(block: bytes) -> bytes:
     lines = [line.strip() for line in block.splitlines()]
     begin = lines.index(b"") + 1 if b"" in lines else 0
     return base64.b64decode(b"".join(line for line in lines[begin:] if not line.startswith(b"=")), validate=True)
-
-
-def _packet_tag(head: int) -> int:
-    """Return the type of the packet that begins with this byte, -1 if none does: RFC 9580, 4.2."""
-    if not head & 0x80:
-        return -1
-    return head & 0x3F if head & 0x40 else (head & 0x3C) >> 2
 
 
 def _read_ed25519(path: Path) -> Ed25519Key:

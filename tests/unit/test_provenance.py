@@ -22,11 +22,13 @@ from khod.producers.commands import Command
 from khod.producers.transient import unit_name
 from khod.provenance import openpgp
 from khod.provenance.keys import load_keys
+from khod.provenance.packets import PUBLIC_KEY, split_packets
 from khod.provenance.verify import TakenFile, find_requirement, verify_files
 from khod.target.target import MAX_SIGNATURE_BYTES, Given, Request
 from tests.unit.harness import Host
 from tests.unit.images import CPIO, bzimage, portable
 from tests.unit.signing import (
+    KEY_MADE,
     SIGNED_AT,
     Gpg,
     make_minisign_key,
@@ -321,6 +323,75 @@ async def test_a_file_without_a_key_is_named(site: Site, gpg: Gpg, name: str, co
     found = await site.verify(signature)
     assert f"({site.keys / name})" in found.refusal
     assert (await site.verify(signature, policy=Images())).doubts == [found.refusal]
+
+
+async def test_the_copies_of_a_key_count_together(site: Site, gpg: Gpg) -> None:
+    """The revocation in any copy counts, and so does the time that its owner has given it since."""
+    fresh = gpg.make_key("renewed", "1m")
+    signature = gpg.sign(fresh, site.image, site.root / "s")
+    for path in site.keys.iterdir():
+        path.unlink()
+    old, new = site.keys / "20-old.gpg", site.keys / "30-new.asc"
+    gpg.export(old, "renewed")
+    assert "has expired" in (await site.verify(signature)).refusal
+    gpg.run("--quick-set-expire", fresh, "0")
+    gpg.export(new, "renewed", armor=True)
+    for name in ("10-new.asc", "30-new.asc"):
+        new = new.rename(site.keys / name)
+        assert [signer.key for signer in (await site.verify(signature)).signers] == [fresh]
+    gpg.revoke("renewed")
+    gpg.export(new, "renewed", armor=True)
+    for name in ("10-new.asc", "30-new.asc"):
+        new = new.rename(site.keys / name)
+        assert "was revoked" in (await site.verify(signature)).refusal
+
+
+async def test_a_subkey_is_revoked_in_any_copy(site: Site, gpg: Gpg) -> None:
+    main = gpg.make_key("main")
+    gpg.run("--passphrase", "", "--quick-add-key", main, "ed25519", "sign", "never", at=KEY_MADE)
+    listed = gpg.run("--with-colons", "--list-keys", main).splitlines()
+    subkey = [line.split(":")[9] for line in listed if line.startswith("fpr")][1]
+    signature = gpg.sign(f"{subkey}!", site.image, site.root / "s")
+    gpg.export(site.keys / "10-old.gpg", "main")
+    assert [signer.key for signer in (await site.verify(signature)).signers] == [main]
+    gpg.run("--command-fd", "0", "--edit-key", main, text="key 1\nrevkey\ny\n0\n\ny\nsave\n")
+    gpg.export(site.keys / "20-new.gpg", "main")
+    assert "was revoked" in (await site.verify(signature)).refusal
+
+
+def test_a_damaged_key_does_not_hide_the_next_one(site: Site, gpg: Gpg) -> None:
+    """It is named: its last packet would otherwise have taken the beginning of the next file with it."""
+    whole = (site.keys / "vendor.gpg").read_bytes()
+    damaged = site.keys / "damaged.gpg"
+    long = [bytes([0x80 | PUBLIC_KEY << 2 | 2]) + b"\xff" * 4, bytes([0xC0 | PUBLIC_KEY]) + b"\xff" * 5]
+    unknown = [bytes([0x80 | PUBLIC_KEY << 2 | 3]) + whole, bytes([0xC0 | PUBLIC_KEY, 0xE0]) + whole]
+    for content in (whole[:60], whole[:-1], whole[:1], whole + b"\n", whole + b"\xc2", *long, *unknown):
+        damaged.write_bytes(content)
+        with pytest.raises(ConfigError) as caught:
+            load_keys(site.root)
+        assert caught.value.where == str(damaged)
+    gpg.run("--passphrase", "", "--output", damaged, "--export-secret-keys", "good")
+    with pytest.raises(ConfigError, match="it has a private key"):
+        load_keys(site.root)
+
+
+def test_a_packet_may_have_a_header_of_either_form(site: Site) -> None:
+    """gpg writes the old one, Sequoia the new one."""
+    before = load_keys(site.root).openpgp
+    path = site.keys / "vendor.gpg"
+    packets = [(tag, body) for tag, _packet, body in split_packets(path.read_bytes())]
+
+    def write_length(size: int) -> bytes:
+        return bytes([size]) if size < 192 else bytes([192 + (size - 192 >> 8), size - 192 & 0xFF])
+
+    for write in (write_length, lambda size: b"\xff" + size.to_bytes(4)):
+        (site.keys / "other.gpg").write_bytes(
+            b"".join(bytes([0xC0 | tag]) + write(len(body)) + body for tag, body in packets)
+        )
+        assert {body for _, _, body in split_packets(load_keys(site.root).openpgp)} == {body for _, body in packets}
+        path.unlink(missing_ok=True)
+        alone = load_keys(site.root).openpgp
+        assert [part[::2] for part in split_packets(alone)] == [part[::2] for part in split_packets(before)]
 
 
 def test_other_files_are_left_alone(site: Site) -> None:
