@@ -50,8 +50,8 @@ def check(
     """List what khod would refuse, with file and line.
 
     These are unknown keys, wrong values, and files that contradict each other. Reads khod.toml with its fragments,
-    producers, virtual machines, health checks and profiles. Of one FILE the directory says what it is. Exits with 2
-    where something is wrong; a warning changes no exit code.
+    producers, virtual machines, health checks, profiles and keys. Of one FILE the directory says what it is. Exits
+    with 2 where something is wrong; a warning changes no exit code.
     """
     found = _check_all(root) if file is None else _check_one(file)
     if as_json:

@@ -20,6 +20,7 @@ from khod.producers.configured import check_name
 from khod.producers.hooks import Hook
 from khod.producers.order import Ordered, order_in_ranks
 from khod.producers.transient import TransientUnits
+from khod.provenance import keys
 from khod.vm import settings as vm_settings
 
 INSTALL = "Correct the file, or install what it names."
@@ -37,19 +38,23 @@ class CheckedFiles:
 def check_files(root: Path = Path("/")) -> CheckedFiles:
     """Read every file below `root` as a khod with --root does on a host that systemd has booted."""
     found = CheckedFiles()
-    _add_config(found, config.read_config(root), host=root == Path("/"))
+    read = config.read_config(root)
+    _add_config(found, read, host=root == Path("/"))
+    _add_keys(found, root, read)
     _add_producers(found, root)
     _add_health(found, root)
     return found
 
 
 def check_file(path: Path) -> CheckedFiles:
-    """Read one file as what the name of its directory says: a producer, a virtual machine, a health check.
+    """Read one file as what the name of its directory says: a key, a producer, a virtual machine, a health check.
 
     Any other file is read as khod.toml, or as FleetLock's if that is its name.
     """
     found = CheckedFiles()
-    directories = {Path(name).name for name in (directory.DIRECTORY, vm_settings.DIRECTORY, health.DIRECTORY)}
+    directories = {
+        Path(name).name for name in (keys.DIRECTORY, directory.DIRECTORY, vm_settings.DIRECTORY, health.DIRECTORY)
+    }
     kind = path.absolute().parent.name
     if kind not in directories and path.name.removesuffix(".sample") != Path(FLEETLOCK_FILE).name:
         _add_config(found, config.merge_files([path]), host=True)
@@ -60,6 +65,8 @@ def check_file(path: Path) -> CheckedFiles:
             _warn_unstartable(found, path, directory.read_producer(path, TransientUnits()))
         elif kind == Path(vm_settings.DIRECTORY).name:
             _read_vm(path)
+        elif kind == Path(keys.DIRECTORY).name:
+            keys.check_key(path)
         elif kind == Path(health.DIRECTORY).name:
             _add_health_check(found, path, health.read_check(path))
         else:
@@ -91,6 +98,31 @@ def _is_group(name: str) -> bool:
     except KeyError:
         return False
     return True
+
+
+def _add_keys(found: CheckedFiles, root: Path, read: config.ReadConfig) -> None:
+    """Add the keys of signatures, and say so where policy requires one and there are none."""
+    try:
+        paths = keys.list_keys(root)
+    except ConfigError as error:
+        found.errors.append(error)
+        return
+    for path in paths:
+        found.paths.append(path)
+        try:
+            keys.check_key(path)
+        except ConfigError as error:
+            found.errors.append(error)
+    for key in ("images.require", "images.require_initrd"):
+        value = config.list_settings(read.config)[key]
+        if not paths and value in ("signature", "both"):
+            found.warnings.append(
+                ConfigError(
+                    f"`{key}` is {value!r}, and there are no keys in /{keys.DIRECTORY}",
+                    where=read.locate_key(key),
+                    remedy="Put the public keys that you trust there: until then khod takes no file.",
+                )
+            )
 
 
 def _add_producers(found: CheckedFiles, root: Path) -> None:

@@ -108,6 +108,20 @@ def test_what_is_only_suspicious_is_a_warning(root: Path) -> None:
 SAMPLES = sorted((REPOSITORY / ETC).rglob("*.sample"))
 
 
+def test_keys_are_checked(root: Path) -> None:
+    """Where one file is damaged, khod takes no signature at all."""
+    write(root, "khod.toml", "[images]\nrequire = 'signature'\n")
+    (warning,) = problems(check(root), "warning")
+    assert "no keys in /etc/kho/keys.d" in warning["what"]
+    assert warning["where"] == f"{root / ETC}/khod.toml:2"
+    damaged = [write(root, f"keys.d/{name}", "damaged") for name in ("a.asc", "b.gpg", "c.pub")]
+    write(root, "keys.d/README", "Keys that we trust.")
+    answer = check(root)
+    assert [one["where"] for one in problems(answer)] == [*map(str, damaged)]
+    assert problems(answer, "warning") == []
+    assert [problems(check(root, str(path)))[0]["where"] for path in damaged] == [*map(str, damaged)]
+
+
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_sample_is_valid(sample: Path) -> None:
     answer = config("check", "--json", str(sample))
