@@ -6,7 +6,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cache
@@ -47,12 +47,12 @@ class Root:
     def write(self, record: Record) -> None:
         Store(self.state).write(record)
 
-    def run(self, script: str, *words: str, force: str = "0") -> tuple[int, str]:
-        """Run a script as dpkg does; its exit code, and what it prints."""
+    def run(self, script: str, *words: str, force: str = "0", before: Sequence[str] = ()) -> tuple[int, str]:
+        """Run a script as dpkg does, by a command that runs another one `before`; its exit code, and what it prints."""
         text = (PACKAGING / f"debian/khod.{script}").read_text().replace("#GUARD#", guard())
         environment = {"PATH": os.environ["PATH"], "DPKG_ROOT": str(self.directory), "KHOD_FORCE": force}
         ended = subprocess.run(
-            ["sh", "-s", "--", *words],
+            [*before, "sh", "-s", "--", *words],
             input=text,
             env=environment,
             capture_output=True,
@@ -180,6 +180,19 @@ def test_a_purge_leaves_nothing(root: Root) -> None:
     assert not root.state.exists()
     assert not (root.directory / "etc/kho").exists()
     assert {name: (root.directory / "etc" / name).read_text() for name in lines} == lines
+
+
+def test_a_purge_removes_nothing_of_another_file_system(root: Root) -> None:
+    """Neither an operator's file on a disk that is mounted there, nor does the package stay half purged for it."""
+    mounted = root.state / "snapshots"
+    mounted.mkdir()
+    root.write(Record())
+    around = f'mount -t tmpfs none {mounted}; touch {mounted}/theirs; "$@"; echo $?; ls {mounted}'
+    in_namespace = ["unshare", "--map-root-user", "--mount", "sh", "-c", around, "sh"]
+    _, said = root.run("postrm", "purge", before=in_namespace)
+    assert said.split()[:2] == ["0", "theirs"]
+    assert "Unmount it" in said
+    assert os.listdir(root.state) == ["snapshots"]
 
 
 @pytest.mark.parametrize(
