@@ -110,7 +110,7 @@ def _add_openpgp(keys: Keys, path: Path) -> None:
         add_keys(keys, b"".join(map(_remove_armor, ARMORED.findall(content))) or content)
     except ValueError as error:  # binascii.Error too
         raise ConfigError(
-            f"There is no OpenPGP public key in this file, or not only that: {error}",
+            f"This is not a file of OpenPGP public keys: {error}",
             where=str(path),
             remedy=f"Write it with: gpg --export FINGERPRINT > {path}",
         ) from None
@@ -125,14 +125,14 @@ def _remove_armor(block: bytes) -> bytes:
 
 def _read_ed25519(path: Path) -> Ed25519Key:
     lines = [line.strip() for line in _read_file(path).splitlines()]
-    text = next((line for line in lines if line and not line.startswith(COMMENT)), b"")
+    text, *others = [line for line in lines if line and not line.startswith(COMMENT)] or [b""]
     try:
         packed = base64.b64decode(text, validate=True)
     except binascii.Error:
         packed = b""
-    if len(packed) != ED25519_KEY_BYTES or packed[:2] != b"Ed":
+    if len(packed) != ED25519_KEY_BYTES or packed[:2] != b"Ed" or others:
         raise ConfigError(
-            "There is no public key of minisign or signify in this file",
+            f"There is {'more than one key' if others else 'no public key of minisign or signify'} in this file",
             where=str(path),
             remedy="Copy the file with the public key that minisign -G, or signify -G, has written.",
         )

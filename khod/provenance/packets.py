@@ -27,7 +27,7 @@ def add_keys(keys: Keys, content: bytes) -> None:
         if tag == PUBLIC_KEY:
             parts = keys.setdefault(body, {})
         if parts is None:
-            raise ValueError("it does not begin with one")
+            raise ValueError("it does not begin with a key")
         if tag in RANKS:
             part = parts.setdefault((RANKS[tag], body), {packet: None})
         else:
@@ -62,7 +62,7 @@ def _read_header(content: bytes, at: int) -> tuple[int, int, int]:
     """Return the type of a packet, where its contents begin, and their length; ValueError if no packet begins there."""
     head, at = content[at], at + 1
     if not head & 0x80:
-        raise ValueError("there is something else in it")
+        raise ValueError("it has bytes outside of packets")
     if not head & 0x40:
         tag, size = (head & 0x3C) >> 2, (1, 2, 4, 0)[head & 3]
     else:

@@ -394,6 +394,15 @@ def test_a_packet_may_have_a_header_of_either_form(site: Site) -> None:
         assert [part[::2] for part in split_packets(alone)] == [part[::2] for part in split_packets(before)]
 
 
+def test_a_second_key_in_a_file_of_minisign_is_not_left_out(site: Site) -> None:
+    one, two = (make_signify_key(site.root, name) for name in ("one", "two"))
+    both = site.keys / "both.pub"
+    both.write_text(one.read_text() + two.read_text())
+    with pytest.raises(ConfigError, match="There is more than one key in this file") as caught:
+        load_keys(site.root)
+    assert caught.value.where == str(both)
+
+
 def test_other_files_are_left_alone(site: Site) -> None:
     (site.keys / "README").write_text("Keys that we trust.\n")
     (site.keys / ".vendor.gpg.swp").write_text("?")
