@@ -8,6 +8,7 @@ import base64
 import binascii
 import os
 import re
+import stat
 from pathlib import Path
 
 from khod.dataclass import dataclass
@@ -68,6 +69,7 @@ def list_keys(root: Path) -> list[Path]:
     directory = root / DIRECTORY
     try:
         names = sorted(os.listdir(directory))
+        _check_mode(os.stat(directory), directory)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -88,9 +90,16 @@ def check_key(path: Path) -> None:
         _add_openpgp({}, path)
 
 
+def _check_mode(status: os.stat_result, path: Path) -> None:
+    """Raise ConfigError where every user may write a key: then anyone may choose the next kernel."""
+    if status.st_mode & stat.S_IWOTH:
+        raise ConfigError("Every user may write here", where=str(path), remedy=f"Run: chmod o-w {path}")
+
+
 def _read_file(path: Path) -> bytes:
     try:
         with open(open_regular(str(path), "key"), "rb") as file:
+            _check_mode(os.fstat(file.fileno()), path)
             content = file.read(MAX_KEY_BYTES + 1)
     except UsageError as error:
         raise ConfigError(

@@ -403,6 +403,16 @@ def test_a_second_key_in_a_file_of_minisign_is_not_left_out(site: Site) -> None:
     assert caught.value.where == str(both)
 
 
+@pytest.mark.parametrize("name", ["", "vendor.gpg", "vendor.pub"])
+async def test_a_key_that_every_user_may_write_is_not_trusted(site: Site, gpg: Gpg, name: str) -> None:
+    make_signify_key(site.keys, "vendor")
+    path = site.keys / name
+    path.chmod(path.stat().st_mode | 0o002)
+    found = await site.verify(gpg.sign("good", site.image, site.root / "s"))
+    assert f"Every user may write here ({path})" in found.refusal
+    assert f"chmod o-w {path}" in found.remedy
+
+
 def test_other_files_are_left_alone(site: Site) -> None:
     (site.keys / "README").write_text("Keys that we trust.\n")
     (site.keys / ".vendor.gpg.swp").write_text("?")
