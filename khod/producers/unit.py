@@ -36,6 +36,7 @@ MAX_UNIT_NAME_BYTES = 255
 VITAL = (
     "-.slice",
     "system.slice",
+    "kho.slice",
     "init.scope",
     "-.mount",
     "kho-after*",

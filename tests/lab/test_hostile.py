@@ -20,6 +20,7 @@ from tests.lab.host import Host
 UNIT = "kho-handover.service"
 PRODUCERS = "/etc/kho/producers.d"
 GROUPS = "/sys/fs/cgroup/system.slice"
+KHOD_GROUP = "/sys/fs/cgroup/kho.slice/kho-handover.service"
 AWAY = "/sys/fs/cgroup/away"
 NORMAL = 'freeze = ["/bin/true"]\n'
 # Waits in prepare until it may go on, and says which process it is.
@@ -138,8 +139,8 @@ def spec(host: Host, uid: int) -> dict[str, Any]:
     found = host.shell("find /run/khod /var/lib/khod /etc/kho; echo /run/varlink/registry/io.kho.Handover").splitlines()
     host.shell(f"rm -rf /run/own/* /var/own/*; touch /run/own/file; chown -R {uid} /run/own /var/own")
     groups = [
-        f"{GROUPS}/{unit}/cgroup.{name}"
-        for unit in (UNIT, "kho-hook-held.service")
+        f"{group}/cgroup.{name}"
+        for group in (KHOD_GROUP, f"{GROUPS}/kho-hook-held.service")
         for name in ("procs", "kill", "freeze")
     ]
     return {

@@ -784,7 +784,16 @@ def test_what_is_no_name_of_a_unit(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("init.scope", "-.slice", "system.slice", "-.mount", "dbus.service", "dbus.socket", "dbus-broker.service"),
+        *(
+            "init.scope",
+            "-.slice",
+            "system.slice",
+            "kho.slice",
+            "-.mount",
+            "dbus.service",
+            "dbus.socket",
+            "dbus-broker.service",
+        ),
         *(
             "kho-handover.service",
             "kho-handover@x.service",
