@@ -228,8 +228,9 @@ def test_a_kill_at_any_call_leaves_the_old_attempt_or_the_new_one(tmp_path: Path
         database.close()
 
     assert kill_everywhere(prepare, look) > 20
-    assert found == sorted(found, key=lambda attempt: attempt == new)  # first always the old one, then always the new
-    assert {attempt == new for attempt in found} == {False, True}
+    # Not each of them in order: a child has the heap of this process, which grows, so that of two runs one may ask for
+    # memory once more before it commits.
+    assert (found[0], found[-1]) == (old, new)
 
 
 def test_a_kill_at_any_call_of_its_making_leaves_nothing_to_set_aside(tmp_path: Path) -> None:
@@ -248,5 +249,4 @@ def test_a_kill_at_any_call_of_its_making_leaves_nothing_to_set_aside(tmp_path: 
         database.close()
 
     assert kill_everywhere(prepare, look) > 50
-    assert found == sorted(found)
-    assert set(found) == {0, 1}
+    assert (found[0], found[-1], {*found}) == (0, 1, {0, 1})  # as above
