@@ -32,7 +32,7 @@ else:
 
 ASK_SECONDS = 15.0
 """Seconds systemd has to describe all units; no producer is frozen meanwhile."""
-JOB_LOOKS = 10
+JOB_PAUSES = 10
 JOB_SECONDS = 0.5
 """Jobs get this time, that often, to end by themselves, as the stop of user-runtime-dir@UID.service after a logout."""
 ROUNDS = 3
@@ -116,11 +116,12 @@ class SystemdHost:
 
     async def survey_units(self, keep: Mapping[str, str]) -> Survey:
         """As Host has it."""
-        for _ in range(JOB_LOOKS):
-            survey = await self._read_survey(keep)
+        survey = await self._read_survey(keep)
+        for _ in range(JOB_PAUSES):
             if not survey.jobs:
                 break
             await asyncio.sleep(JOB_SECONDS)
+            survey = await self._read_survey(keep)
         return survey
 
     async def _read_survey(self, keep: Mapping[str, str]) -> Survey:
