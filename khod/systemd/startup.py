@@ -45,7 +45,7 @@ async def wait_early_units() -> None:
             continue
         await _wait_unit(unit, EARLY_SECONDS)
         if not is_there():
-            LOG.info("khod starts without what %s brings", unit)
+            LOG.warning("khod starts without what %s brings. To see why: systemctl status %s", unit, unit)
 
 
 async def wait_hooks_unit() -> None:
