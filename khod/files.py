@@ -105,11 +105,19 @@ def _plain_key(text: str) -> str:
 def list_toml(directory: Path, subject: str) -> list[Path]:
     """Return the files NAME.toml of a directory, by name; none if it is not there.
 
-    An editor's lock (.#NAME.toml) is left out. Raises ConfigError with the `subject` if the directory cannot be
-    read, which Path.glob() would hide.
+    An editor's lock (.#NAME.toml) is left out. Raises ConfigError as list_names() does.
+    """
+    names = list_names(directory, subject)
+    return [directory / name for name in names if name.endswith(".toml") and not name.startswith(".#")]
+
+
+def list_names(directory: Path, subject: str) -> list[str]:
+    """Return the sorted names of all files in a directory; none if it is not there.
+
+    Raises ConfigError with the `subject` if the directory cannot be read, which Path.glob() would hide.
     """
     try:
-        names = os.listdir(directory)
+        return sorted(os.listdir(directory))
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -118,7 +126,6 @@ def list_toml(directory: Path, subject: str) -> list[Path]:
             where=str(directory),
             remedy="Make it a directory that root can read, or remove it.",
         ) from None
-    return [directory / name for name in sorted(names) if name.endswith(".toml") and not name.startswith(".#")]
 
 
 def read_toml(path: Path, subject: str) -> tuple[str, dict[str, Any]]:

@@ -9,11 +9,12 @@ import binascii
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from khod.dataclass import dataclass
 from khod.errors import ConfigError, UsageError, errno_text
-from khod.files import open_regular
+from khod.files import list_names, open_regular
 from khod.provenance.packets import Keys, add_keys, join_keys
 
 DIRECTORY = "etc/kho/keys.d"
@@ -67,17 +68,9 @@ def load_keys(root: Path) -> TrustedKeys:
 def list_keys(root: Path) -> list[Path]:
     """Return the files of the directory that have keys, by name; ConfigError if it cannot be read."""
     directory = root / DIRECTORY
-    try:
-        names = sorted(os.listdir(directory))
+    names = list_names(directory, "trusted key")
+    with suppress(FileNotFoundError):
         _check_mode(os.stat(directory), directory)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ConfigError(
-            f"The directory of trusted keys cannot be read: {errno_text(error)}",
-            where=str(directory),
-            remedy="Make it a directory that root can read, or remove it.",
-        ) from None
     paths = [directory / name for name in names if not name.startswith(".")]
     return [path for path in paths if path.suffix in (*OPENPGP_SUFFIXES, MINISIGN_SUFFIX)]
 
