@@ -7,6 +7,7 @@ second time. A khod that was restarted has none, and says so. To read a hole of 
 """
 
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,10 +27,8 @@ from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSour
 from khod.text import join_names
 
 if TYPE_CHECKING:
-    import hashlib
     import random
 else:
-    hashlib = defer_module("hashlib")
     random = defer_module("random")
 
 PAGE_BYTES = 4096

@@ -7,17 +7,17 @@ into the service manager's store before anything is preserved in it. `/dev/liveu
 
 import asyncio
 import errno
+import hashlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from khod.abi.statx import statx
 from khod.concurrency.worker import Worker
-from khod.deferred import defer_module
 from khod.errors import KhoError, Refused
 from khod.kernel.account import Account, Grown, Measured, format_bytes
 from khod.kernel.luo import Luo
@@ -25,11 +25,6 @@ from khod.kernel.memory import MemoryBounds, read_memory
 from khod.model import Kept
 from khod.producers.contents import KeptFiles
 from khod.systemd.fdstore import FdStore
-
-if TYPE_CHECKING:
-    import hashlib
-else:
-    hashlib = defer_module("hashlib")
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
