@@ -146,15 +146,15 @@ def _find_signatures(options: NextKernelOptions, kernel: str, initrds: list[str]
     if options.signature:
         yield from (_Signature(path, None, required=True) for path in options.signature)
     else:
-        yield from (_Signature(path, None) for path in _beside(kernel))
+        yield from (_Signature(path, None) for path in _list_signatures_beside(kernel))
     for number, initrd in enumerate(initrds):
         if number < len(given):
             yield _Signature(given[number], number, required=True)
         else:
-            yield from (_Signature(path, number) for path in _beside(initrd))
+            yield from (_Signature(path, number) for path in _list_signatures_beside(initrd))
 
 
-def _beside(path: str) -> list[str]:
+def _list_signatures_beside(path: str) -> list[str]:
     """Return the signatures beside a file, and beside the one that a link leads to."""
     places = dict.fromkeys((path, os.path.realpath(path)))
     return [f"{place}{suffix}" for place in places for suffix in SUFFIXES if os.path.isfile(f"{place}{suffix}")]
