@@ -54,6 +54,7 @@ from khod.producers.transient import TransientUnits
 from khod.quiesce.host import Host, SystemdHost
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.facts import BOOTED
+from khod.systemd.passed import listen_fds_by_name
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.systemd.startup import wait_early_units, wait_hooks_unit
 from khod.systemd.watchdog import ManagerWatchdogs
@@ -120,7 +121,7 @@ class Daemon:
         self._loading: threading.Thread | None = None
         self._settings = Settings.load(opts.root)
         workers = Workers()
-        self._passed = fdstore.listen_fds_by_name()
+        self._passed = listen_fds_by_name()
         runtime = opts.socket.parent
         sessions = Sessions(
             Luo(calls),

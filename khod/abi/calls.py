@@ -17,9 +17,18 @@ from khod.abi import fsfreeze, kexec_file_load, liveupdate, reboot
 from khod.abi.named import os_error_context
 from khod.abi.pidfd import pidfd_getfd
 from khod.abi.statx import statx
+from khod.dataclass import dataclass
 
 LIVEUPDATE = "/dev/liveupdate"
 KMSG = "/dev/kmsg"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session as its descriptor shows it: `name` is "" and `incoming` None if this kernel does not tell (6.19)."""
+
+    name: str
+    incoming: bool | None
 
 
 class Log(Protocol):
@@ -95,7 +104,7 @@ class Calls(Protocol):
     def finish_session(self, session: int) -> None:
         """End a retrieved session; files that were not retrieved are freed."""
 
-    def describe_session(self, pid: int, fd: int) -> liveupdate.Session | None:
+    def describe_session(self, pid: int, fd: int) -> Session | None:
         """Describe the LUO session that a process has open; None if the descriptor is another kind of file."""
 
 
@@ -194,17 +203,17 @@ class HostCalls:
     def finish_session(self, session: int) -> None:
         liveupdate.finish_session(session)
 
-    def describe_session(self, pid: int, fd: int) -> liveupdate.Session | None:
+    def describe_session(self, pid: int, fd: int) -> Session | None:
         copy = pidfd_getfd(pid, fd)
         try:
             if stat.S_IFMT(statx(copy).mode):  # an anonymous inode has no type; an ioctl on a real file might hang
                 return None
-            return liveupdate.Session(liveupdate.get_name(copy), liveupdate.is_incoming(copy))
+            return Session(liveupdate.get_name(copy), liveupdate.is_incoming(copy))
         except OSError as error:
             if error.errno == errno.ENOTTY:
                 return None
             if error.errno == errno.EINVAL:  # 6.19
-                return liveupdate.Session("", None)
+                return Session("", None)
             raise
         finally:
             os.close(copy)  # at once: closing the last copy ends the session

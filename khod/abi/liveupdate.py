@@ -5,14 +5,18 @@ Only one process may have the device open, and the service manager needs it at b
 call, close it. A session belongs to its own descriptor, not to the device's.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import os
 import struct
-from pathlib import Path
 
 from khod.abi.named import os_error_context
-from khod.dataclass import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # include/uapi/linux/liveupdate.h
 LIVEUPDATE_IOCTL_TYPE = 0xBA
@@ -34,15 +38,7 @@ GET_NAME = struct.Struct(f"=II{LIVEUPDATE_SESSION_NAME_LENGTH}s")  # struct live
 NO_TOKEN = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class Session:
-    """A session as its descriptor shows it: `name` is "" and `incoming` None if this kernel does not tell (6.19)."""
-
-    name: str
-    incoming: bool | None
-
-
-def open_device(path: Path) -> int:
+def open_device(path: Path | str) -> int:
     """Open the device. OSError: ENOENT without LUO, EBUSY if it is open elsewhere, EIO for good after a failure."""
     with os_error_context(f"open {path}"):
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)

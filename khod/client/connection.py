@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from khod import wire
-from khod.errors import Unreachable
+from khod.errors import BY_NAME, KhoError, Unreachable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,7 +119,7 @@ class Connection:
         except (ValueError, AttributeError):
             raise self.version_mismatch_error() from None
         if name is not None:
-            raise wire.error_by_name(str(name), parameters)
+            raise error_by_name(str(name), parameters)
         found: Mapping[str, Any] = parameters
         return found
 
@@ -171,3 +171,14 @@ def _connect_socket(path: str) -> socket.socket:
         }.get(type(error), f"khod cannot be reached: {error.strerror or error}")
         raise Unreachable(why, where=path, remedy=START_REMEDY) from None
     return made
+
+
+def error_by_name(name: str, parameters: Mapping[str, Any]) -> KhoError:
+    """Return the error with this name on the wire, or a KhoError that quotes the name if it is not one of ours."""
+    prefix, _, short = name.rpartition(".")
+    if prefix != wire.INTERFACE or short not in BY_NAME:
+        return KhoError(f"khod answered {name} {parameters or ''}".strip())
+    fields = {key: str(parameters.get(key, "")) for key in ("what", "where", "remedy")}
+    error = BY_NAME[short](fields["what"], where=fields["where"], remedy=fields["remedy"])
+    error.cause = str(parameters.get("cause") or "")
+    return error

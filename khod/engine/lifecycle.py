@@ -18,9 +18,9 @@ from khod.engine.way_back import WayBack
 from khod.errors import Failed, KhoError
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING
+from khod.handover.session_names import session_of
 from khod.model import Observed, Phase, Step
 from khod.producers.peers import Peers
-from khod.producers.sessions import session_of
 
 
 class Start:

@@ -28,13 +28,13 @@ from khod.engine.transaction import Transaction
 from khod.errors import ConfigError, Failed, KhoError, Refused, UsageError
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING, Machine
+from khod.handover.session_names import session_of
 from khod.kernel.protocol import Tree
 from khod.model import NO_TERMS, Check, Event, Observed, Phase, Plan, Status
 from khod.producers.barrier import Member
 from khod.producers.registrations import RegisteredProducer
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_scan import SightedSessions
-from khod.producers.sessions import session_of
 from khod.region import Region
 from khod.systemd.logind import Inhibitor
 

@@ -15,7 +15,7 @@ from khod.dataclass import dataclass
 from khod.errors import MalformedTree
 from khod.handover.record import Record
 from khod.kernel.boot_log import BootLog
-from khod.kernel.cmdline import is_marked
+from khod.kernel.mark import is_marked
 from khod.kernel.protocol import Tree
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource, Observed, Verdict
 from khod.text import format_size, join_names, printable

@@ -8,8 +8,8 @@ from khod.dataclass import dataclass
 from khod.errors import RecordError
 from khod.handover.machine import HELD, RESTING, STEPS
 from khod.handover.record import Record
-from khod.kernel.cmdline import is_marked, run_mark
 from khod.kernel.kexec import Kexec
+from khod.kernel.mark import is_marked, run_mark
 from khod.kernel.protocol import KhoKernel
 from khod.model import ColdBoot, Observed, Phase, Step
 from khod.text import join_names

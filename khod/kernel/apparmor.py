@@ -7,11 +7,10 @@ of what it starts later.
 """
 
 import os
-from pathlib import Path
 
 PROFILE_VARIABLE = "KHOD_APPARMOR_PROFILE"
 """The unit names the profile here: a khod that is started by hand stays unconfined."""
-LABEL = Path("/proc/thread-self/attr/apparmor/current")
+LABEL = "/proc/thread-self/attr/apparmor/current"
 UNCONFINED = "unconfined"
 
 
@@ -22,12 +21,22 @@ def enter_profile() -> bool:
     """
     profile = os.environ.get(PROFILE_VARIABLE)
     try:
-        if not profile or LABEL.read_text().strip() != UNCONFINED:
+        if not profile or _read_label() != UNCONFINED:
             return True
     except OSError:  # a kernel without AppArmor, or one that has it off
         return True
     try:
-        LABEL.write_text(f"changeprofile {profile}")
+        _write_label(f"changeprofile {profile}")
     except OSError:
         return False
     return True
+
+
+def _read_label() -> str:
+    with open(LABEL) as label:
+        return label.read().strip()
+
+
+def _write_label(text: str) -> None:
+    with open(LABEL, "w") as label:
+        label.write(text)

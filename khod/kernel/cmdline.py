@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from khod.errors import UsageError
-from khod.kernel.next_arg import INIT, QUOTE, Arg, is_switched_on, kernel_args, kernel_words, parse_word
+from khod.kernel.mark import MARKER
+from khod.kernel.next_arg import INIT, QUOTE, Arg, is_switched_on, kernel_args, parse_word
+from khod.kernel.words import kernel_words
 from khod.model import Fate, Word
 from khod.text import printable, shorten
 
@@ -22,8 +24,6 @@ NOT_REUSED = (
     "khod.run=",  # the mark of the handover before
 )
 """Words of the running kernel's command line that must not be reused, by their beginning."""
-
-MARKER = "khod.run="
 
 WORD = re.compile(r'(?:[^\t-\r "]|"[^"]*(?:"|\Z))+')
 """An operator's word: like the kernel's (`khod.kernel.next_arg`), but only ASCII white space ends it.
@@ -154,19 +154,9 @@ def _may_stay(arg: Arg) -> bool:
     return arg.value is not None and any(arg.is_parameter(name.removesuffix("=")) for name in NOT_REUSED)
 
 
-def is_marked(running: str, run: str) -> bool:
-    """Whether the running kernel was started by the kexec of this run."""
-    return f"{MARKER}{run}" in kernel_words(running)
-
-
 def torn_words(line: str) -> list[str]:
     """Return the operator's words that are several words to the kernel, which reads the byte 0xA0 as white space."""
     return [word for word in WORD.findall(line) if kernel_words(word) != [word]]
-
-
-def run_mark(running: str) -> str:
-    """Return the run whose kexec started the running kernel, or "" without a mark."""
-    return next((word.removeprefix(MARKER) for word in kernel_words(running) if word.startswith(MARKER)), "")
 
 
 def init_path(line: str) -> str:

@@ -1,19 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Split a kernel command line as the kernel does: next_arg() and parse_args() (lib/cmdline.c, kernel/params.c).
+"""Split a kernel command line as the kernel does: next_arg() and parse_args() (lib/cmdline.c, kernel/params.c)."""
 
-The kernel reads bytes, and its isspace() decides what separates words: _ctype in lib/ctype.c marks the bytes 9 to 13,
-32 and 160 as `_S`. The table is Latin-1's, where 160 is the no-break space. In UTF-8, 0xA0 is the last byte of U+00A0
-and of every character whose code ends in 0x20 (à is C3 A0, † is E2 80 A0). The kernel ends a word in the middle of
-these, unless they are between double quotes. 0x85 is not a space to it, nor is any other byte from 0x80 on.
-"""
-
-import re
 from collections.abc import Iterator
 
 from khod.dataclass import dataclass
-
-WORD = re.compile(rb'(?:[^\t-\r \xa0"]|"[^"]*(?:"|\Z))+')
-"""What one call of next_arg() reads: double quotes keep white space together, an open one extends to the end."""
+from khod.kernel.words import kernel_words
 
 INIT = "--"
 """Words after this one belong to init (Documentation/admin-guide/kernel-parameters.rst)."""
@@ -36,11 +27,6 @@ class Arg:
 def same_name(one: str, other: str) -> bool:
     """Whether two names mean the same parameter."""
     return one.replace("-", "_") == other.replace("-", "_")
-
-
-def kernel_words(line: str) -> list[str]:
-    """Split a line into words as the kernel does, with their quotes; init's words are included."""
-    return [word.decode(errors="surrogateescape") for word in WORD.findall(line_bytes(line))]
 
 
 def kernel_args(line: str) -> Iterator[Arg]:
@@ -89,11 +75,3 @@ def boolean_value(line: str, parameter: str) -> bool | None:
 def is_switched_on(line: str, parameter: str) -> bool:
     """Whether a command line switches a boolean parameter on."""
     return boolean_value(line, parameter) is True
-
-
-def line_bytes(line: str) -> bytes:
-    """Return the bytes of a line, including those that were not UTF-8."""
-    try:
-        return line.encode(errors="surrogateescape")
-    except UnicodeEncodeError:  # a surrogate that represents no byte
-        return line.encode(errors="replace")

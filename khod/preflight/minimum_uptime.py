@@ -10,7 +10,8 @@ from contextlib import suppress
 
 from khod.abi.calls import Calls
 from khod.dataclass import dataclass
-from khod.kernel.next_arg import kernel_words, parse_word
+from khod.kernel.next_arg import parse_word
+from khod.kernel.words import kernel_words
 from khod.systemd.time_span import parse_span
 from khod.text import ASCII_SPACE
 

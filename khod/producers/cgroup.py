@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Control groups, as systemd names them. It is apart so that the scanner needs no asyncio."""
+"""Control groups, as systemd names them. The scanner and the early restore need it without asyncio."""
 
 import socket
 from contextlib import suppress
-from pathlib import Path
 
 from khod.abi.peercred import peer_credentials
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS = "/sys/fs/cgroup"
 
 
 def find_units_listening(path: str) -> list[str]:
@@ -16,7 +15,7 @@ def find_units_listening(path: str) -> list[str]:
         connection.setblocking(False)
         connection.connect(path)
         pid, _, _ = peer_credentials(connection)
-        return units_in(Path(f"/proc/{pid}/cgroup").read_text())
+        return units_in(_read_cgroup(pid))
     return []
 
 
@@ -27,3 +26,23 @@ def units_in(cgroup: str) -> list[str]:
         if hierarchy == "0":
             return [part for part in path.split("/") if part.endswith((".service", ".scope", ".slice"))]
     return []
+
+
+def unit_of(pid: int) -> str:
+    """Return the systemd unit of a process, "" if it is in none.
+
+    The unit is read from the process's cgroup, which the process cannot choose. A login session has another number
+    after each boot, so its slice counts.
+    """
+    with suppress(OSError):
+        units = units_in(_read_cgroup(pid))
+        while units and units[-1].startswith("session-") and units[-1].endswith(".scope"):
+            units.pop()
+        services = [part for part in units if part.endswith((".service", ".scope"))]
+        return services[0] if services else (units[-1] if units else "")
+    return ""
+
+
+def _read_cgroup(pid: int) -> str:
+    with open(f"/proc/{pid}/cgroup") as file:
+        return file.read()

@@ -8,10 +8,11 @@ from dataclasses import replace
 from khod.abi.statx import statx
 from khod.errors import UsageError
 from khod.handover.record import Process, ProducerRecord
+from khod.handover.session_names import session_of
 from khod.model import Kept
 from khod.producers.barrier import UNDO, UNDONE_BY, ParticipantVeto, ProducerCall, Verb, read_verb
 from khod.producers.contents import KeptFiles
-from khod.producers.sessions import Sessions, session_of
+from khod.producers.sessions import Sessions
 
 Inode = tuple[tuple[int, int], int]
 MAX_FILES = 1024

@@ -6,8 +6,6 @@ second time. A khod that was restarted has none, and says so. To read a hole of 
 (shmem_file_read_iter() copies zeros); there are none left in any case, because preserving has filled them.
 """
 
-import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +15,12 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Protocol
 
-from khod.abi.statx import statx
 from khod.concurrency.worker import Worker
 from khod.config import VerifySettings
 from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.errors import KhoError, errno_text
+from khod.kernel.pages import MARK_DIGITS, Read, count_pages, digest_pages, read_page, read_size
 from khod.model import Check, CheckResult, Finding, FindingSeverity, FindingSource, Kept, Spot
 from khod.text import join_names
 
@@ -31,9 +29,6 @@ if TYPE_CHECKING:
 else:
     random = defer_module("random")
 
-PAGE_BYTES = 4096
-"""Bytes of a page as this module counts them, on every architecture."""
-MARK_DIGITS = 8
 SPOT_SECONDS = 1.0
 """Seconds of the blackout that reading all files may take; what was not read by then is not compared."""
 MAX_DESCRIPTORS = 1024
@@ -42,9 +37,6 @@ MAX_PAGES_NAMED = 4
 RESTARTED = "khod was restarted after the file was handed over, and has no descriptor of it"
 TOO_MANY = f"khod keeps descriptors of {MAX_DESCRIPTORS} files, and has those of others"
 UNREAD = "it was not read before the jump"
-
-Read = Callable[[int, bytearray], int]
-"""Reads the page of this number into a buffer and returns the bytes read; OSError if that fails."""
 
 
 class Chooser(Protocol):
@@ -215,16 +207,11 @@ def contents_check(producer: str) -> str:
     return f"contents {producer}"
 
 
-def count_pages(size: int) -> int:
-    """Return how many pages a file of `size` bytes has; the last one may be a part."""
-    return -(-size // PAGE_BYTES)
-
-
 def take_spot(fd: int, settings: VerifySettings) -> Spot:
     """Read pages of a file: all of them if it has no more than `whole_bytes`, else `pages` at random."""
     try:
-        size = _size_of_memory(fd)
-        return read_spot(partial(_read_page, fd), size, settings, random.SystemRandom())
+        size = read_size(fd)
+        return read_spot(partial(read_page, fd), size, settings, random.SystemRandom())
     except OSError as error:
         return Spot(gap=f"{UNREAD}: {errno_text(error)}")
     except ValueError as error:
@@ -236,7 +223,7 @@ def read_spot(read: Read, size: int, settings: VerifySettings, chooser: Chooser)
     total = count_pages(size)
     whole = size <= settings.whole_bytes or total <= settings.pages
     chosen = () if whole else tuple(sorted(chooser.sample(range(total), settings.pages)))
-    digest, marks = _digest_pages(read, chosen or range(total))
+    digest, marks = digest_pages(read, chosen or range(total))
     return Spot(size, chosen, digest, marks)
 
 
@@ -246,10 +233,10 @@ def compare_spot(producer: str, kept: Kept, fd: int) -> Comparison:
     if spot is None or spot.gap:
         return Comparison(producer, kept.name, gap=spot.gap if spot else UNREAD)
     try:
-        size = _size_of_memory(fd)
+        size = read_size(fd)
         if size != spot.size:
             return Comparison(producer, kept.name, other=f"it has {size} bytes, and had {spot.size}")
-        return compare_pages(producer, kept.name, spot, partial(_read_page, fd))
+        return compare_pages(producer, kept.name, spot, partial(read_page, fd))
     except (OSError, ValueError) as error:
         text = errno_text(error) if isinstance(error, OSError) else str(error)
         return Comparison(producer, kept.name, gap=f"it could not be read: {text}")
@@ -259,36 +246,12 @@ def compare_pages(producer: str, name: str, spot: Spot, read: Read) -> Compariso
     """Compare the pages of a spot with what `read` gives; OSError if that fails."""
     total = count_pages(spot.size)
     chosen: Sequence[int] = spot.pages or range(total)
-    digest, marks = _digest_pages(read, chosen)
+    digest, marks = digest_pages(read, chosen)
     before, now = _split_marks(spot.marks), _split_marks(marks)
     differing = tuple(page for page, old, new in zip(chosen, before, now, strict=False) if old != new)
     other = "its pages differ" if digest != spot.digest and not differing else ""
     return Comparison(producer, name, len(chosen), total, differing, other)
 
 
-def _digest_pages(read: Read, pages: Sequence[int]) -> tuple[str, str]:
-    """Return the digest and the marks of pages, with one buffer for all of them."""
-    buffer, together, marks = bytearray(PAGE_BYTES), hashlib.sha256(), []
-    view = memoryview(buffer)
-    for page in pages:
-        each = hashlib.sha256(view[: read(page, buffer)])
-        together.update(each.digest())
-        marks.append(each.hexdigest()[:MARK_DIGITS])
-    return together.hexdigest(), "".join(marks)
-
-
 def _split_marks(marks: str) -> Iterator[str]:
     return (marks[at : at + MARK_DIGITS] for at in range(0, len(marks), MARK_DIGITS))
-
-
-def _read_page(fd: int, page: int, buffer: bytearray) -> int:
-    return os.preadv(fd, [buffer], page * PAGE_BYTES)
-
-
-def _size_of_memory(fd: int) -> int:
-    """Return the size of a memfd in bytes; ValueError for another file, which a read may block."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        raise ValueError("it is not a memfd") from None
-    return statx(fd).size

@@ -28,8 +28,8 @@ async def thaw_group(path: str, name: str, runner: CommandRunner) -> bool:
     """
     groups: list[Path] = []
     with suppress(OSError):
-        group = (CGROUPS / path.lstrip("/") / "cgroup.freeze").resolve(strict=True).parent
-        if CGROUPS in group.parents:
+        group = (Path(CGROUPS) / path.lstrip("/") / "cgroup.freeze").resolve(strict=True).parent
+        if Path(CGROUPS) in group.parents:
             groups = [group, *(_member_groups(group) if path.endswith(SLICE) else ())]
     if not groups:
         return False

@@ -4,12 +4,9 @@
 import asyncio
 import os
 import select
-from contextlib import suppress
-from pathlib import Path
 
 from khod.abi.procstat import read_stat
 from khod.handover.record import Process
-from khod.producers.cgroup import units_in
 
 
 async def wait_ended(process: Process | None) -> None:
@@ -53,18 +50,3 @@ def process_of(pid: int) -> Process | None:
         return Process(pid, read_stat(pid).started)
     except (FileNotFoundError, ProcessLookupError):
         return None
-
-
-def unit_of(pid: int) -> str:
-    """Return the systemd unit of a process, "" if it is in none.
-
-    The unit is read from the process's cgroup, which the process cannot choose. A login session has another number
-    after each boot, so its slice counts.
-    """
-    with suppress(OSError):
-        units = units_in(Path(f"/proc/{pid}/cgroup").read_text())
-        while units and units[-1].startswith("session-") and units[-1].endswith(".scope"):
-            units.pop()
-        services = [part for part in units if part.endswith((".service", ".scope"))]
-        return services[0] if services else (units[-1] if units else "")
-    return ""

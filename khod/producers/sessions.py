@@ -7,7 +7,6 @@ into the service manager's store before anything is preserved in it. `/dev/liveu
 
 import asyncio
 import errno
-import hashlib
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from typing import TypeVar
 from khod.abi.statx import statx
 from khod.concurrency.worker import Worker
 from khod.errors import KhoError, Refused
+from khod.handover.session_names import PREFIX
 from khod.kernel.account import Account, Grown, Measured, format_bytes
 from khod.kernel.luo import Luo
 from khod.kernel.memory import MemoryBounds, read_memory
@@ -28,7 +28,6 @@ from khod.systemd.fdstore import FdStore
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-PREFIX = "khod-"
 MAX_SESSIONS = 700
 """Maximum number of sessions: below what kernels take (819 were seen on 6.19.11) and FileDescriptorStoreMax= of the
 unit."""
@@ -38,14 +37,6 @@ RETRY_SECONDS = 0.1
 GONE = (errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.EINVAL)
 """Errnos of RETRIEVE_SESSION for a session that did not arrive, that another process took, or on a kernel without
 LUO."""
-
-
-def session_of(run: str, producer: str) -> str:
-    """Return the name of a producer's session in a handover.
-
-    The name has a hash, because the kernel takes 63 bytes and a producer's name may have more.
-    """
-    return f"{PREFIX}{run}-{hashlib.sha256(producer.encode()).hexdigest()[:16]}"
 
 
 class Sessions:

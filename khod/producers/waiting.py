@@ -97,7 +97,7 @@ class WaitingUnit:
         group = Path(f"/proc/{pid}/cgroup").read_text()
         if units_in(group)[-1:] != [name]:
             raise ValueError(f"process {pid} is not of {name}")
-        path = CGROUPS / group.partition("0::")[2].strip().lstrip("/") / "cgroup.events"
+        path = Path(CGROUPS) / group.partition("0::")[2].strip().lstrip("/") / "cgroup.events"
         with ExitStack() as stack:
             stack.callback(gate.close)
             self._events = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -11,9 +11,10 @@ from khod.engine import Engine
 from khod.errors import Refused, UsageError
 from khod.handover.record import Owner
 from khod.producers.barrier import write_verb
+from khod.producers.cgroup import unit_of
 from khod.producers.configured import one_line
 from khod.producers.conversation import Answer, AnswerWord
-from khod.producers.identity import process_of, unit_of
+from khod.producers.identity import process_of
 from khod.producers.peer import Peer, Registration
 from khod.server.connection import CONNECTION
 from khod.server.producer_interface import Command, Producer, Registered, ShownKind, Word

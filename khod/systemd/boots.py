@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import systemd.journal
 
 from khod.dataclass import dataclass
-from khod.kernel.cmdline import run_mark
+from khod.kernel.mark import run_mark
 from khod.text import one_line
 
 JOURNAL_STOPPED = "d93fb3c9c24d451a97cea615ce59c00b"

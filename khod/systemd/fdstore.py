@@ -14,6 +14,7 @@ import systemd.daemon
 
 from khod.concurrency.worker import Worker
 from khod.errors import Failed
+from khod.systemd.passed import send_descriptor
 
 SETTLE_SECONDS = 10.0
 """Seconds the service manager has to read what it was sent."""
@@ -52,8 +53,7 @@ class ServiceManager:
 
         def send() -> None:
             try:
-                # FDPOLL=0: systemd would drop a descriptor that reports an error or its end.
-                systemd.daemon.notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fds=[copy])
+                send_descriptor(name, copy)
             except OSError as error:
                 self._failed = error
             finally:
@@ -97,11 +97,3 @@ class ServiceManager:
                 raise TimeoutError("the service manager has not read what it was sent")
         finally:
             os.close(reader)
-
-
-def listen_fds_by_name() -> dict[str, int]:
-    """Return the descriptors that the service manager passed at the start, by name; they are now close-on-exec."""
-    found: dict[int, str] = systemd.daemon.listen_fds_with_names()
-    for fd in found:
-        os.set_inheritable(fd, False)
-    return {name: fd for fd, name in found.items()}

@@ -20,11 +20,12 @@ from khod.engine.attempt import Attempt
 from khod.engine.interruptions import Interruptions
 from khod.engine.queries import Queries
 from khod.handover.record import ProducerRecord, Record, Store
+from khod.handover.session_names import session_of
 from khod.kernel.protocol import Tree
 from khod.model import Generation, Phase, Status, Verdict
 from khod.producers.barrier import Barrier, Verb
 from khod.producers.peers import Peers
-from khod.producers.sessions import Sessions, session_of
+from khod.producers.sessions import Sessions
 from tests.model.invariants import INVARIANTS, Violation
 from tests.model.machine import Count, example, quiet
 from tests.model.process import PooledWorker

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from khod.abi.calls import KMSG
+from khod.abi.calls import KMSG, Session
 from khod.abi.kexec_file_load import KEXEC_FILE_UNLOAD
-from khod.abi.liveupdate import Session
 from tests.model.kernel import MemoryKernel
 from tests.model.luo import refuse
 from tests.model.process import Process

@@ -15,9 +15,9 @@ from typing import Any
 from khod.config import Checks, Config, Deadlines, Policy
 from khod.errors import ConfigError
 from khod.handover.record import FILE_NAME
+from khod.handover.session_names import session_of
 from khod.model import Event, Status
 from khod.producers.barrier import Participant
-from khod.producers.sessions import session_of
 from tests.model import host, process
 from tests.model.clock import Clock, Timeline, VirtualLoop
 from tests.model.connection import Connection, give

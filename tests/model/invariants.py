@@ -9,9 +9,9 @@ from khod.engine.rollback import KERNEL, OVERHEAD_SECONDS
 from khod.errors import Exit, KhoError, RecordError
 from khod.handover.machine import HELD, RESTING
 from khod.handover.record import Record, decode_record
+from khod.handover.session_names import session_of
 from khod.model import Event, Phase, Status, Step
 from khod.producers.barrier import UNDO
-from khod.producers.sessions import session_of
 from tests.model.kernel import Image
 from tests.model.producers import Service
 from tests.model.systemd import Job

@@ -14,10 +14,10 @@ class Label:
     def __init__(self, text: str = "unconfined\n", loaded: tuple[str, ...] = ("khod",)) -> None:
         self.text, self.loaded = text, loaded
 
-    def read_text(self) -> str:
-        return self.text
+    def read(self) -> str:
+        return self.text.strip()
 
-    def write_text(self, text: str) -> None:
+    def write(self, text: str) -> None:
         verb, name = text.split()
         assert verb == "changeprofile"
         if name not in self.loaded:
@@ -25,9 +25,10 @@ class Label:
         self.text = f"{name} (enforce)\n"
 
 
-def enter(monkeypatch: pytest.MonkeyPatch, label: object, profile: str = "khod") -> bool:
+def enter(monkeypatch: pytest.MonkeyPatch, label: Label, profile: str = "khod") -> bool:
     monkeypatch.setenv(apparmor.PROFILE_VARIABLE, profile)
-    monkeypatch.setattr(apparmor, "LABEL", label)
+    monkeypatch.setattr(apparmor, "_read_label", label.read)
+    monkeypatch.setattr(apparmor, "_write_label", label.write)
     return apparmor.enter_profile()
 
 
@@ -59,4 +60,6 @@ def test_where_the_unit_names_none_khod_stays_unconfined(monkeypatch: pytest.Mon
 def test_a_kernel_without_the_attribute_has_nothing_to_wait_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert enter(monkeypatch, tmp_path / "gone")
+    monkeypatch.setenv(apparmor.PROFILE_VARIABLE, "khod")
+    monkeypatch.setattr(apparmor, "LABEL", str(tmp_path / "gone"))
+    assert apparmor.enter_profile()

@@ -11,14 +11,15 @@ from khod.kernel.cmdline import (
     compose_cmdline,
     describe_losses,
     init_path,
-    is_marked,
     mounts_root,
     reusable_words,
     root_value,
     torn_words,
     turns_kho_off,
 )
-from khod.kernel.next_arg import Arg, is_switched_on, kernel_args, kernel_words, parse_word
+from khod.kernel.mark import is_marked
+from khod.kernel.next_arg import Arg, is_switched_on, kernel_args, parse_word
+from khod.kernel.words import kernel_words
 
 RUNNING = "BOOT_IMAGE=/boot/vmlinuz-6.8 root=/dev/vda1 ro initrd=\\initrd.img kho=on khod.run=old quiet"
 

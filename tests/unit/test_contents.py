@@ -16,11 +16,11 @@ from khod.config import Config, Policy, ProducersSettings, VerifySettings
 from khod.engine import Engine
 from khod.errors import KhoError
 from khod.handover.record import ProducerRecord, Record, decode_record, encode_record
+from khod.kernel.pages import PAGE_BYTES
 from khod.model import Check, CheckResult, FindingSource, Kept, Phase, Spot, Verdict
 from khod.producers import contents
 from khod.producers.contents import (
     MAX_DESCRIPTORS,
-    PAGE_BYTES,
     SPOT_SECONDS,
     TOO_MANY,
     Comparison,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from khod import errors
+from khod.client.connection import error_by_name
 from khod.errors import (
     BY_NAME,
     Aborted,
@@ -20,7 +21,6 @@ from khod.errors import (
     error_name,
 )
 from khod.server.messages import encode_error
-from khod.wire import error_by_name
 from tests.unit.harness import Host
 from tests.unit.khods import Khod
 

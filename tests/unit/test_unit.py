@@ -245,7 +245,7 @@ async def test_a_unit_that_goes_while_it_is_frozen_is_thawed(place: Path) -> Non
 
 def control_group(monkeypatch: pytest.MonkeyPatch, root: Path, below: str = "system.slice/a.service") -> Path:
     """Make a frozen control group below this root, which stands for the cgroup file system: its cgroup.freeze."""
-    monkeypatch.setattr("khod.producers.freezer.CGROUPS", root)
+    monkeypatch.setattr("khod.producers.freezer.CGROUPS", str(root))
     (root / below).mkdir(parents=True)
     freezer = root / below / "cgroup.freeze"
     freezer.write_text("1")
@@ -316,7 +316,7 @@ async def test_a_half_frozen_slice_that_systemd_does_not_thaw_is_thawed_unit_by_
 async def test_a_half_frozen_slice_that_nothing_thaws_is_a_veto(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("khod.producers.freezer.CGROUPS", tmp_path / "none")
+    monkeypatch.setattr("khod.producers.freezer.CGROUPS", str(tmp_path / "none"))
     async with serving(place) as bus:
         bus.units["my.slice"] = unit(Names=["my.slice"])
         bus.instead["FreezeUnit"] = bus.instead["ThawUnit"] = BUSY

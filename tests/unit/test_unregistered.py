@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from khoctl.status_page import render_status
-from khod.abi.liveupdate import Session
+from khod.abi.calls import Session
 from khod.config import Checks, Config, Deadlines
 from khod.engine import Engine
 from khod.errors import Exit, Refused
