@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
 import logging
 import os
@@ -12,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +23,15 @@ from khod.concurrency.worker import Worker
 from khod.config import Settings
 from khod.dataclass import dataclass
 from khod.deferred import defer_module, load_deferred
+from khod.early import restore as early_restore
+from khod.early.restore import EarlyRestore
 from khod.engine import Engine, journal, status
 from khod.engine.guard import Guard
 from khod.engine.queries import Inhibitors
 from khod.engine.resources import is_up
 from khod.engine.sources import host_sources, simulated_sources
 from khod.errors import ConfigError, Exit, Failed, KhoError, Refused, errno_text
+from khod.handover.lock import lock_directory
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
 from khod.kernel import filesystems
@@ -54,7 +56,6 @@ from khod.producers.transient import TransientUnits
 from khod.quiesce.host import Host, SystemdHost
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.facts import BOOTED
-from khod.systemd.passed import listen_fds_by_name
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.systemd.startup import wait_early_units, wait_hooks_unit
 from khod.systemd.watchdog import ManagerWatchdogs
@@ -89,6 +90,16 @@ class Options:
     socket: Path = Path(SOCKET)
     simulate: Path | None = None
 
+    @property
+    def runs_on_systemd(self) -> bool:
+        """Whether systemd runs this host, and khod drives its kernel."""
+        return self.simulate is None and os.path.exists(BOOTED)
+
+    @property
+    def filesystems_note(self) -> Path | None:
+        """The note of the file systems that are frozen; None where none may be."""
+        return self.socket.parent / filesystems.NOTE_NAME if self.simulate is None else None
+
 
 def parse_options(argv: list[str]) -> Options:
     """Read the command line."""
@@ -109,9 +120,10 @@ def parse_options(argv: list[str]) -> Options:
 class Daemon:
     """One running khod."""
 
-    def __init__(self, opts: Options) -> None:
+    def __init__(self, opts: Options, calls: Calls, passed: Mapping[str, int], early: EarlyRestore | None) -> None:
         self._options = opts
-        calls: Calls = HostCalls(opts.root) if opts.simulate is None else simulated.SimulatedKernel(opts.simulate)
+        self._passed = passed
+        self._early = early
         self._stopping = asyncio.Event()
         self._status = journal.StatusText(self._status_text)
         self._barred_run = ""
@@ -121,25 +133,27 @@ class Daemon:
         self._loading: threading.Thread | None = None
         self._settings = Settings.load(opts.root)
         workers = Workers()
-        self._passed = listen_fds_by_name()
         runtime = opts.socket.parent
-        sessions = Sessions(
+        self._sessions = sessions = Sessions(
             Luo(calls),
             workers.kernel,
             fdstore.ServiceManager(),
             passed=self._passed,
             max_bytes=lambda: self._settings.current.producers.max_bytes,
             account=runtime / "outgoing",
-            kept_files=KeptFiles(Worker("contents", "A file of a producer"), lambda: self._settings.current.verify),
+            kept_files=KeptFiles(
+                Worker("contents", "A file of a producer"),
+                lambda: self._settings.current.verify,
+                given_before=early is None and (runtime / early_restore.NOTE_NAME).exists(),
+            ),
         )
         kexec = Kexec(calls)
         jump = shutdown.make_immediate(
             kexec,
             workers,
             lambda: self._settings.current.deadlines.execute,
-            runtime / filesystems.NOTE_NAME if opts.simulate is None else None,
+            opts.filesystems_note,
         )
-        jump.filesystems.thaw_all()  # first: a khod that died at the jump may have left them frozen
         self._host = _real_host(jump, sessions) if opts.simulate is None else _simulated_host(jump)
         self.engine = Engine(
             kexec,
@@ -173,17 +187,19 @@ class Daemon:
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then put back what is held."""
         loop = asyncio.get_running_loop()
-        if self._host.around is not None:
-            await wait_early_units()
-        self._lock_record()
+        if self._early is None:
+            self._lock_record()
         children.adopt_orphans()
         output.start_outlets()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_config)
         access = lambda: self._settings.current.access  # noqa: E731
-        factory = server.build_clients(self.engine, self._monitors, access, self._source.read)
-        serving = [server.Listener(sock, factory) for sock in self._open_sockets()]
+        clients = server.build_clients(self.engine, self._monitors, access, self._source.read)
+        serving = [server.Listener(sock, clients) for sock in self._open_sockets()]
+        if self._early is not None:
+            for client in self._early.stop(self._sessions.take_over):
+                clients.take_over(client)
         watching = asyncio.ensure_future(journal.feed_watchdog())
         starting = asyncio.ensure_future(self.engine.registry.start_supervisors())
         try:
@@ -244,9 +260,8 @@ class Daemon:
                 where=str(self._options.state),
                 remedy="mkdir -m 700 /var/lib/khod; systemctl restart kho-handover",
             ) from error
-        fd = os.open(self._options.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+            lock_directory(str(self._options.state))
         except BlockingIOError:
             raise Refused(
                 "Another khod is running", where=str(self._options.state), remedy="systemctl status kho-handover"
@@ -419,12 +434,18 @@ def _log_error(what: object) -> None:
     journal.write_stderr(f"khod: {what}")
 
 
-def main() -> None:
-    """Run khod; exits with 2 where the configuration is wrong."""
+def main(passed: Mapping[str, int], early: EarlyRestore | None) -> None:
+    """Run khod; exits with 2 where the configuration is wrong.
+
+    `passed` are the descriptors from the service manager, by name; `early` is the early restore, if one is under way.
+    """
     opts = parse_options(sys.argv[1:])
     logging.basicConfig(handlers=[journal.Handler()])
+    calls = HostCalls(opts.root) if opts.simulate is None else simulated.SimulatedKernel(opts.simulate)
+    # First: a khod that died at the jump may have left them frozen.
+    filesystems.FrozenFileSystems(calls, opts.filesystems_note).thaw_all()
     try:
-        asyncio.run(_run_daemon(opts))
+        asyncio.run(_run_daemon(opts, calls, passed, early))
     except ConfigError as error:
         _log_error(error)
         sys.exit(Exit.usage)
@@ -435,5 +456,7 @@ def main() -> None:
         journal.flush_workers()
 
 
-async def _run_daemon(opts: Options) -> None:
-    await Daemon(opts).run()
+async def _run_daemon(opts: Options, calls: Calls, passed: Mapping[str, int], early: EarlyRestore | None) -> None:
+    if opts.runs_on_systemd:
+        await wait_early_units()  # before any thread is started: the AppArmor profile is entered by this one alone
+    await Daemon(opts, calls, passed, early).run()

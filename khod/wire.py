@@ -10,3 +10,5 @@ PRODUCER = "io.kho.Producer"
 SERVICE = "org.varlink.service"
 METRICS_INTERFACE = "io.systemd.Metrics"
 PRODUCER_VERSION = 1
+FIRST_SERIAL = 1
+"""The serial of the first command to a producer."""

@@ -47,7 +47,7 @@ ADDED_FIELDS = frozenset(
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
     | {"kernel_release", "kernel_banner", "spot"}
     | {"cold_boot", "watchdog", "blackout_error_seconds", "is_image_suspect", "quiesced", "shown_kind"}
-    | {"terms", "arrived_terms", "tolerated", "profile"}
+    | {"terms", "arrived_terms", "tolerated", "profile", "rank"}
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 
@@ -97,6 +97,8 @@ class ProducerRecord:
     kept: tuple[Kept, ...] = ()
     restores: bool | None = None
     shown_kind: str = ""
+    rank: int = 0
+    """Its rank in the order: those of the ranks before it are told before."""
 
 
 @dataclass(frozen=True)

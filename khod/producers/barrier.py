@@ -196,6 +196,11 @@ class Member:
         """What the producer must still know after a restart of khod."""
         return self.telling.note if self.telling else ""
 
+    def to_record(self) -> ProducerRecord:
+        """Return its record, with what it was told."""
+        about, restores = self.producer.to_record(), self.producer.restores_state
+        return replace(about, told=write_verb(self.told), note=self.note, restores=restores, rank=self.rank)
+
     def to_model(self) -> model.Producer:
         """Return it as status shows it."""
         return model.Producer(
@@ -261,10 +266,7 @@ class Barrier:
 
     def to_records(self) -> tuple[ProducerRecord, ...]:
         """Return the records of all producers, with what they were told."""
-        return tuple(
-            replace(m.producer.to_record(), told=write_verb(m.told), note=m.note, restores=m.producer.restores_state)
-            for m in self.members
-        )
+        return tuple(member.to_record() for member in self.members)
 
     def add_producers(self, producers: Iterable[Participant]) -> list[Member]:
         """Add producers that have come since, in their ranks, and return the new members. ConfigError names a cycle."""

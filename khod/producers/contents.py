@@ -85,13 +85,21 @@ class KeptFiles:
     All reading, and the closing after it, is done by `worker`. No method raises an error of a file.
     """
 
-    def __init__(self, worker: Worker, settings: Callable[[], VerifySettings] = VerifySettings) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        settings: Callable[[], VerifySettings] = VerifySettings,
+        *,
+        given_before: bool = False,
+    ) -> None:
+        """With `given_before` the early restore of an earlier khod of this boot may have given files to producers."""
         self._worker = worker
         self._settings = settings
         self._fds: dict[str, dict[int, int]] = {}
         self._gaps: dict[tuple[str, int], str] = {}
         """Why there is no descriptor of a file, by session and token."""
         self._compared: dict[tuple[str, str], Comparison] = {}
+        self.given_before = given_before
 
     def keep_files(self, session: str, files: Sequence[tuple[Kept, int]]) -> None:
         """Keep a descriptor of each file until `release_session`; without one the file is not compared."""
@@ -161,6 +169,15 @@ class KeptFiles:
         except KhoError as error:
             found = [Comparison(producer, kept.name, gap=error.what) for kept, _ in jobs]
         self._compared |= {(producer, one.name): one for one in found}
+
+    def note_unchanged(self, producer: str, files: Sequence[Kept]) -> None:
+        """Note that the pages in the spots of these files were compared, and are the same."""
+        for kept in files:
+            if kept.spot is not None:
+                pages = count_pages(kept.spot.size)
+                self._compared[producer, kept.name] = Comparison(
+                    producer, kept.name, len(kept.spot.pages or range(pages)), pages
+                )
 
     def close_fds(self, fds: Sequence[int]) -> None:
         """Close descriptors that may still be read."""

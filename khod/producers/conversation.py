@@ -11,6 +11,7 @@ from khod.errors import KhoError, Unreachable, Unsupported
 from khod.model import Kept
 from khod.producers.barrier import UNDONE_BY, ParticipantVeto, ProducerCall, Verb
 from khod.producers.claim import Claim
+from khod.wire import FIRST_SERIAL
 
 
 class HungUp(ParticipantVeto):
@@ -64,13 +65,19 @@ class Conversation:
         self._serial = 0
         self._telling: ProducerCall | None = None
         self._delivered = 0
+        self._is_told_early = False
         self._answer: asyncio.Future[None] | None = None
         self._news = asyncio.Event()
 
     def open_connection(self, timeout: float) -> None:
         """Begin a new connection; `timeout` is the seconds that the producer has for each verb."""
         self._is_open, self._timeout = True, timeout
-        self._telling, self._delivered = None, 0
+        self._telling, self._delivered, self._is_told_early = None, 0, False
+
+    def note_told_early(self) -> None:
+        """Note that the early restore has sent `restore` on this connection, as the first command of all."""
+        assert self._serial == FIRST_SERIAL - 1
+        self._is_told_early = True
 
     def hang_up(self) -> Verb | None:
         """End the connection: the command under way fails with HungUp. Return the verb that was not answered."""
@@ -86,6 +93,8 @@ class Conversation:
         self._serial += 1
         self._telling, self._answer = telling, asyncio.get_running_loop().create_future()
         self._claim.begin_verb(telling.verb)
+        if self._is_told_early:
+            self._delivered, self._is_told_early = self._serial, False
         self._news.set()
         try:
             await self._answer
@@ -98,6 +107,9 @@ class Conversation:
 
     async def exchange_answer(self, answer: Answer | None) -> PeerCommand:
         """Take an answer, then wait for the next command and return it; Unreachable if the connection ends before."""
+        while self._is_open and self._is_told_early:  # the answer is to a command that is still to be given here
+            self._news.clear()
+            await self._news.wait()
         if answer is not None:
             repeat = await self._take_answer(answer)
             if repeat is not None:

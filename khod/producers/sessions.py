@@ -154,6 +154,10 @@ class Sessions:
         finally:
             self._account.write_account()
 
+    def take_over(self, session: str, fd: int) -> None:
+        """Take over a session that the early restore has retrieved; the service manager has it already."""
+        self._fds[session] = fd  # one operation: it may be made in another thread
+
     async def retrieve_files(self, session: str, kept: Sequence[Kept], deadline: float) -> list[int]:
         """Return descriptors of the files of a session from the previous kernel; they are the caller's."""
         if session not in self._fds:

@@ -2,6 +2,7 @@
 """One client and its calls, one after the other, by the kernel's credentials and the rules."""
 
 import contextvars
+import json
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Sequence
@@ -57,6 +58,8 @@ class ClientConnection:
         self._place = place
         self._gone = gone
         self.producer: Peer | None = None
+        self.is_told_early = False
+        """Whether the early restore has told it `restore`."""
         self.is_open = True
         self.on_end: list[Callable[[], None]] = []
         """Called when the client has sent its last message; otherwise a monitor would wait for the next event."""
@@ -74,6 +77,11 @@ class ClientConnection:
             room=shared.room_of(caller.uid),
         )
         self.transport.let_send_files(allowed=self.may_send_files)
+
+    def repeat_registration(self, call: bytes, *, is_told: bool) -> None:
+        """Register the producer whose call the early restore has answered; `is_told` as in `is_told_early`."""
+        self.is_told_early = is_told
+        self.transport.pass_message(json.dumps(messages.parse_message(call) | {"oneway": True}).encode())
 
     # The client's rights, which change with a reload or the end of a lookup
 

@@ -116,6 +116,11 @@ class Transport:
         self.events |= READ
         self.handle_ready()
 
+    def pass_message(self, text: bytes) -> None:
+        """Pass on a message that was read off the socket before; `resume_reading` lets the next one come."""
+        self._held = True
+        self._owner.on_message(text, [])
+
     def handle_ready(self) -> None:
         """Handle the last events of epoll(7); read at most one message."""
         events, self.events = self.events, 0

@@ -7,8 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from khod.handover.record import Store
+from khod.model import Phase, Step
+from khod.producers.barrier import Verb
 from tests.unit.images import CPIO, bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, reply
 
@@ -17,6 +21,15 @@ READY = b'{"method": "io.kho.Producer.Next", "parameters": {"serial": %d, "answe
 REGISTER = b'{"method": "io.kho.Producer.Register", "parameters": {"name": "waiting", "version": 1}}\0'
 STARTER = "from khod.__main__ import main; main()"
 """/usr/bin/khod."""
+EARLY_STARTER = """\
+from khod.__main__ import run_daemon
+from khod.early.kernel import HostKernel
+from khod.early.restore import begin_early_restore
+from khod.systemd.passed import listen_fds_by_name
+passed = listen_fds_by_name()
+run_daemon(passed, begin_early_restore("{at}/state", "{at}", passed, HostKernel("{at}/kernel")))
+"""
+"""The same for a simulated kernel in the directory `at`, whose files are real ones."""
 
 
 def jump_with_producer(directory: Path) -> None:
@@ -44,6 +57,18 @@ def jump_with_producer(directory: Path) -> None:
         khod.close()
     (directory / "notify").unlink()
     (directory / "socket").unlink()
+
+
+def put_back_departure(directory: Path) -> None:
+    """Put the record back to what the khod before the jump has left: none has started in this boot."""
+    store = Store(directory / "state")
+    record = store.read()
+    assert record is not None
+    left = tuple(replace(claim, told=Verb.freeze.value) for claim in record.claims)
+    done = (Step.prepare, Step.freeze, Step.activate, Step.load, Step.execute)
+    store.write(
+        replace(record, phase=Phase.executing, done=done, boot_id="before", arrived_run="", producers=left, claims=())
+    )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ LAYERS = [
     {"abi"},
     {"kernel", "images", "systemd"},
     {"producers", "target", "handover", "provenance"},
-    {"quiesce"},
+    {"quiesce", "early"},
     {"preflight"},
     {"engine"},
     {"metrics"},

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The lock of the record's directory: one khod for one record."""
+
+import fcntl
+import os
+
+
+def lock_directory(path: str) -> None:
+    """Lock a directory until this process ends. BlockingIOError if another process has locked it, other OSErrors."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
