@@ -132,15 +132,9 @@ def _measure(host: Host, way: Way) -> Parts:
         "jump": silence.kernel - silence.jump,
         "kernel until init": userspace,
     }
-    if way.khoctl is None:
-        (began,) = _read_times(host, "heart", "ExecMainStartTimestampMonotonic")
-        return parts | {"systemd until the service starts": began - userspace, "until it beats": beats - began}
-    began, ready = _read_times(host, "kho-handover", "ExecMainStartTimestampMonotonic", "ActiveEnterTimestampMonotonic")
-    return parts | {
-        "systemd until khod starts": began - userspace,
-        "khod until READY": ready - began,
-        "until restore": beats - ready,
-    }
+    starts = "heart" if way.khoctl is None else "kho-handover"
+    (began,) = _read_times(host, starts, "ExecMainStartTimestampMonotonic")
+    return parts | {f"systemd until {starts} starts": began - userspace, "until it beats": beats - began}
 
 
 def _install(host: Host, way: Way) -> None:

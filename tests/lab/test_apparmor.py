@@ -78,8 +78,8 @@ GRANTED = {
 
 
 def labels(host: Host) -> dict[str, str]:
-    """Give the profile that each runs in, as the kernel has it; the scanner runs from khod's first question on."""
-    label = "cat /proc/$(systemctl show -P MainPID {unit})/attr/apparmor/current"
+    """Give what all threads of each run in, as the kernel has it; the scanner runs from khod's first question on."""
+    label = "cat /proc/$(systemctl show -P MainPID {unit})/task/*/attr/apparmor/current | sort -u"
     return {name: host.shell(label.format(unit=unit)).strip() for name, unit in UNITS.items()}
 
 
