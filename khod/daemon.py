@@ -459,4 +459,5 @@ def main(passed: Mapping[str, int], early: EarlyRestore | None) -> None:
 async def _run_daemon(opts: Options, calls: Calls, passed: Mapping[str, int], early: EarlyRestore | None) -> None:
     if opts.runs_on_systemd:
         await wait_early_units()  # before any thread is started: the AppArmor profile is entered by this one alone
+    journal.start_workers()
     await Daemon(opts, calls, passed, early).run()

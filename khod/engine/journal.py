@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import systemd.daemon
@@ -39,8 +40,21 @@ EXTEND_SECONDS = 30.0
 MAX_STATUS_CHARACTERS = 500
 """Maximum characters of the status text."""
 
-_journald = Worker("journal", "The journal", max_waiting=MAX_WAITING)
-_manager = Worker("notify", "The service manager", max_waiting=MAX_WAITING)
+
+@cache
+def start_workers() -> tuple[Worker, Worker]:
+    """Start the threads that send to journald and to the service manager; they are started once.
+
+    Not while this is imported: a thread that is there when khod enters its AppArmor profile stays outside.
+    """
+    return (
+        Worker("journal", "The journal", max_waiting=MAX_WAITING),
+        Worker("notify", "The service manager", max_waiting=MAX_WAITING),
+    )
+
+
+def _queue_for_journald(send: Callable[[], object]) -> None:
+    start_workers()[0].call_later(send)
 
 
 def write_event(event: Event, *, entered: bool, record: Record) -> None:
@@ -59,7 +73,7 @@ def write_message(message: Message, text: str, *, run: str = "", **fields: str) 
 
 
 def _send_record(text: str, fields: dict[str, Any]) -> None:
-    _journald.call_later(lambda: systemd.journal.send(text, **fields))
+    _queue_for_journald(lambda: systemd.journal.send(text, **fields))
 
 
 def write_stderr(what: str) -> None:
@@ -70,7 +84,7 @@ def write_stderr(what: str) -> None:
             sys.stderr.write(f"{what}\n")
             sys.stderr.flush()
 
-    _journald.call_later(send)
+    _queue_for_journald(send)
 
 
 class Handler(logging.Handler):
@@ -90,12 +104,12 @@ def _is_routine(event: Event) -> bool:
 
 def notify_manager(state: str) -> None:
     """Queue a message to the service manager; without effect if there is none, or if it does not read."""
-    _manager.call_later(lambda: systemd.daemon.notify(state))
+    start_workers()[1].call_later(lambda: systemd.daemon.notify(state))
 
 
 def flush_workers() -> None:
     """Wait until everything queued so far is sent, at most FLUSH_SECONDS for each thread: khod ends."""
-    for worker in (_manager, _journald):
+    for worker in reversed(start_workers()):
         said = threading.Event()
         worker.call_later(said.set)
         said.wait(FLUSH_SECONDS)
