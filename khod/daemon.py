@@ -11,13 +11,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from khod import __version__, server
+from khod import __version__
 from khod.abi.calls import Calls, HostCalls
 from khod.concurrency.worker import Worker
 from khod.config import Settings
@@ -53,7 +53,7 @@ from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.session_scanner import ask_scanner
 from khod.producers.sessions import Sessions
 from khod.producers.transient import TransientUnits
-from khod.quiesce.host import Host, SystemdHost
+from khod.server.sockets import Sockets
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.facts import BOOTED
 from khod.systemd.shutdown import Executor, Shutdown
@@ -69,12 +69,16 @@ if TYPE_CHECKING:
     from khod.history import trial as history_trial
     from khod.history.model import AttemptRecord
     from khod.provenance import verify as provenance
+    from khod.quiesce import host as quiesce_host
+    from khod.server import server
     from khod.simulated import kernel as simulated
 else:
     argparse = defer_module("argparse")
     announcements = defer_module("khod.engine.announcements")
     history_trial = defer_module("khod.history.trial")
     provenance = defer_module("khod.provenance.verify")
+    quiesce_host = defer_module("khod.quiesce.host")
+    server = defer_module("khod.server.server")
     simulated = defer_module("khod.simulated.kernel")
 
 FAREWELL = 2.0
@@ -178,9 +182,9 @@ class Daemon:
             sources=host_sources(calls) if opts.simulate is None else simulated_sources(calls),
             remember=self._remember,
             watchdogs=self._host.watchdogs,
-            host=self._host.around,
+            make_host=self._host.make_around,
         )
-        self._monitors = server.Monitors(self.engine)
+        self._sockets: Sockets | None = None
         self._source = MetricSource(self.engine.queries.status, self.engine.history)
         self._metrics = TextFile(lambda: self._settings.current.metrics.directory, self._source.read)
 
@@ -194,12 +198,9 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_config)
-        access = lambda: self._settings.current.access  # noqa: E731
-        clients = server.build_clients(self.engine, self._monitors, access, self._source.read)
-        serving = [server.Listener(sock, clients) for sock in self._open_sockets()]
+        self._sockets = Sockets(self._open_sockets(), self._make_server)
         if self._early is not None:
-            for client in self._early.stop(self._sessions.take_over):
-                clients.take_over(client)
+            self._sockets.take_over(self._early.stop(self._sessions.take_over))
         watching = asyncio.ensure_future(journal.feed_watchdog())
         starting = asyncio.ensure_future(self.engine.registry.start_supervisors())
         try:
@@ -213,11 +214,10 @@ class Daemon:
         finally:
             watching.cancel()
             starting.cancel()
-            self._monitors.end_monitors()
-            for listener in serving:
-                listener.close()
-            await asyncio.wait({asyncio.ensure_future(serving[0].wait_closed())}, timeout=FAREWELL)
-            serving[0].abort_clients()  # those of every socket
+            await self._sockets.close(FAREWELL)
+
+    def _make_server(self, sockets: Sequence[socket.socket]) -> server.Server:
+        return server.Server(self.engine, sockets, lambda: self._settings.current.access, self._source.read)
 
     async def _start_engine(self) -> None:
         """Find out how the host stands, and roll back what is due; it is served whatever comes of that.
@@ -289,7 +289,8 @@ class Daemon:
         return sock
 
     def _on_event(self, event: Event) -> None:
-        self._monitors.publish_event(event)
+        if self._sockets is not None:
+            self._sockets.publish_event(event)
         journal.write_event(event, entered=event.phase is not self._last.phase, record=self.engine.record)
         if self._last.phase is Phase.verifying and event.phase in RESTING and self.engine.record.verdict is not None:
             announcements.announce_findings(self.engine.record.verdict.findings, event.run)
@@ -383,8 +384,8 @@ class _Host:
     """Finds the LUO sessions of every process."""
     watchdogs: ManagerWatchdogs | None
     """Arms the hardware watchdog; None where nobody does."""
-    around: Host | None
-    """What quiesce stops; None where nobody can."""
+    make_around: Callable[[], quiesce_host.Host] | None
+    """Returns what quiesce stops; None where nobody can."""
 
 
 def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
@@ -401,7 +402,7 @@ def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
         runner,
         ask_scanner if booted else scan_processes,
         ManagerWatchdogs() if booted else None,
-        SystemdHost(runner, jump.filesystems) if booted else None,
+        (lambda: quiesce_host.SystemdHost(runner, jump.filesystems)) if booted else None,
     )
 
 

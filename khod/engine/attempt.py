@@ -16,7 +16,6 @@ from khod.errors import Exit, Failed, KhoError, Refused
 from khod.handover.machine import Machine
 from khod.handover.record import Store
 from khod.kernel.kexec import Kexec
-from khod.kernel.log import ABOUT
 from khod.kernel.protocol import KhoKernel, Tree
 from khod.kernel.thread import Workers
 from khod.kernel.traits import kernel_producers
@@ -26,11 +25,13 @@ from khod.producers.barrier import Barrier, Member, Participant, Verb, step_time
 if TYPE_CHECKING:
     from khod.handover import verify
     from khod.kernel import explain
+    from khod.kernel import log as kernel_log
     from khod.systemd.shutdown import Executor, Shutdown
     from khod.target.target import Target
 else:
     verify = defer_module("khod.handover.verify")
     explain = defer_module("khod.kernel.explain")
+    kernel_log = defer_module("khod.kernel.log")
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -300,7 +301,9 @@ class Attempt:
                 try:
                     return function()
                 except OSError as error:
-                    raise explain.explain_errno(step, error, quote(ABOUT[step]), generation=self._generation) from error
+                    raise explain.explain_errno(
+                        step, error, quote(kernel_log.ABOUT[step]), generation=self._generation
+                    ) from error
 
         return await self._workers.kernel.call_within(listened, step.value, deadline)
 
@@ -310,7 +313,9 @@ class Attempt:
                 try:
                     function()
                 except OSError as error:
-                    raise explain.explain_undo(step, error, quote(ABOUT[step]), generation=self._generation) from error
+                    raise explain.explain_undo(
+                        step, error, quote(kernel_log.ABOUT[step]), generation=self._generation
+                    ) from error
 
         await self._workers.kernel.call_within(listened, what, self._settings.current.deadlines.rollback)
 
@@ -411,7 +416,7 @@ class Attempt:
             try:
                 await asyncio.shield(execution)
             except OSError as error:
-                raise explain.explain_errno(Step.execute, error, quote(ABOUT[Step.execute])) from error
+                raise explain.explain_errno(Step.execute, error, quote(kernel_log.ABOUT[Step.execute])) from error
 
     @property
     def _generation(self) -> Generation:

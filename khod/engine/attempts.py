@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The attempt of the handover under way, made from the record where there is none, and the guard that watches it."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from khod.engine.attempt import Attempt
+from khod.deferred import defer_module
 from khod.engine.observer import Observer
 from khod.engine.quiescence import Quiescence
 from khod.engine.resources import Resources
@@ -17,6 +19,12 @@ from khod.model import Phase, Step
 from khod.producers.barrier import Barrier, Participant, Verb
 from khod.producers.claim import read_frozen_files
 from khod.producers.registry import ProducerRegistry
+
+if TYPE_CHECKING:
+    from khod.engine import attempt as attempts
+    from khod.engine.attempt import Attempt
+else:
+    attempts = defer_module("khod.engine.attempt")
 
 LOG = logging.getLogger(__name__)
 
@@ -77,7 +85,7 @@ class Attempts:
 
     def make_attempt(self, barrier: Barrier, *, everyone: Callable[[], list[Participant]] = list) -> Attempt:
         """Return an attempt with the producers of this barrier, which is attached to nothing."""
-        return Attempt(
+        return attempts.Attempt(
             self._observer.probed.kernel,
             self._resources.kexec,
             self._resources.workers,

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What comes from outside during a handover and may end it: producers that connect or leave, devices that change."""
 
-import asyncio
+from __future__ import annotations
 
-from khod.engine.attempt import Attempt
+import asyncio
+from typing import TYPE_CHECKING
+
 from khod.engine.background import Background
 from khod.engine.guard import Seen, Severity
 from khod.engine.jump import Jump
@@ -14,6 +16,9 @@ from khod.errors import DeviceChanged, KhoError, ProducerGone
 from khod.model import EventKind, Phase, Step
 from khod.producers.barrier import Member, Verb
 from khod.producers.peer import Peer
+
+if TYPE_CHECKING:
+    from khod.engine.attempt import Attempt
 
 SHUTDOWN_QUESTIONS = 3
 """How often systemd is asked whether the host goes down if it does not answer: during a shutdown it may be busy."""

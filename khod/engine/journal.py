@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import systemd.daemon
-import systemd.journal
+from systemd._journal import sendv  # what systemd.journal is made of: it imports uuid and datetime for its reader
 
 from khod.concurrency.worker import Worker
 from khod.engine.journal_fields import Message, event_fields, message_fields
@@ -73,7 +73,7 @@ def write_message(message: Message, text: str, *, run: str = "", **fields: str) 
 
 
 def _send_record(text: str, fields: dict[str, Any]) -> None:
-    _queue_for_journald(lambda: systemd.journal.send(text, **fields))
+    _queue_for_journald(lambda: sendv(f"MESSAGE={text}", *(f"{name}={value}" for name, value in fields.items())))
 
 
 def write_stderr(what: str) -> None:

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The jump after it was requested: whether it may still be aborted, and what happens if it does not come."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from khod.config import Settings
-from khod.engine.attempt import Attempt
 from khod.engine.transaction import Transaction, told_error
 from khod.errors import Failed, KhoError, Refused
 from khod.model import Phase
+
+if TYPE_CHECKING:
+    from khod.engine.attempt import Attempt
 
 WATCH_SECONDS = 10.0
 """Minimum seconds between two questions to systemd whether the host still goes down."""

@@ -18,6 +18,7 @@ from khod.engine.way_back import WayBack
 from khod.errors import Failed, KhoError
 from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING
+from khod.handover.record import Record
 from khod.handover.session_names import session_of
 from khod.model import Observed, Phase, Step
 from khod.producers.peers import Peers
@@ -65,15 +66,20 @@ class Start:
         finally:
             self._known.set()
             self._started.set()
+            self._recorder.note_start()
+
+    async def _remember_left(self, record: Record) -> None:
+        """Finish what an earlier khod left of its runs, once producers and operators wait for nothing any more."""
+        await self._started.wait()
+        await self._recorder.remember_left(record)
 
     async def _act_on_state(self) -> None:
-        self._recorder.note_start()
         found, observed, note = await self._startup.find_out()
         self._known.set()
         lacking = "" if self._observer.probed.kernel else f"no handover is possible: {self._observer.probed.what}"
         adopted = self._adopt_log(found, observed)
         if not adopted:
-            self._background.spawn_task(self._recorder.remember_left(self._transaction.record))
+            self._background.spawn_task(self._remember_left(self._transaction.record))
         self._transaction.emit_event(found.reason or lacking or "khod started")
         try:
             match found.action:

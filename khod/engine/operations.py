@@ -13,7 +13,6 @@ from khod import model
 from khod.config import Settings
 from khod.deferred import defer_module
 from khod.engine.admission import Admission
-from khod.engine.attempt import Attempt, JumpUnderWay
 from khod.engine.attempts import Attempts, Watcher
 from khod.engine.background import Background
 from khod.engine.cold_boot import BootEnds, ColdBootInquiry
@@ -53,15 +52,18 @@ from khod.producers.registrations import Registrations
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions
-from khod.quiesce.host import Host
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.systemd.watchdog import ManagerWatchdogs
 
 if TYPE_CHECKING:
+    from khod.engine import attempt as attempt_module
+    from khod.engine.attempt import Attempt
     from khod.history.model import AttemptRecord
     from khod.provenance import verify as provenance
+    from khod.quiesce.host import Host
     from khod.target.target import Request, Verify
 else:
+    attempt_module = defer_module("khod.engine.attempt")
     provenance = defer_module("khod.provenance.verify")
 
 NOWHERE = Path("/nonexistent")
@@ -72,10 +74,10 @@ class Engine:
     """The handover of one host. `tell` is called with every change, in the event loop.
 
     `shutdown` asks systemd whether the host is on its way into the kexec; without it that is not known. `goes_down`
-    asks whether the host is shut down in any way, `host_up` waits as in Resources. `host` is what the step quiesce
-    stops. `remember` takes each attempt at its end, with facts of `sources`, and `past` returns what the checks of an
-    image are told of the past; without them the history does. `health` has the operator's checks, none by default, and
-    `verify` finds out who made the files of the next kernel, by default on a host without keys.
+    asks whether the host is shut down in any way, `host_up` waits as in Resources. `make_host` returns what the step
+    quiesce stops. `remember` takes each attempt at its end, with facts of `sources`, and `past` returns what the checks
+    of an image are told of the past; without them the history does. `health` has the operator's checks, none by
+    default, and `verify` finds out who made the files of the next kernel, by default on a host without keys.
 
     One class of this size: most of it wires the parts, each of which hears of several others.
     """
@@ -107,7 +109,7 @@ class Engine:
         watchdogs: ManagerWatchdogs | None = None,
         remember: Callable[[AttemptRecord], Awaitable[None]] | None = None,
         sources: Sources = NO_SOURCES,
-        host: Host | None = None,
+        make_host: Callable[[], Host] | None = None,
     ) -> None:
         self.settings = settings
         self._executors = {False: orderly, True: immediate}
@@ -177,7 +179,7 @@ class Engine:
         self.registry = registry = ProducerRegistry(producers, peers)
         self._observer = observer = Observer(kexec, prober, resources.workers)
         verification = Verification(transaction, resources)
-        self._quiescence = quiescence = Quiescence(host, settings, registry)
+        self._quiescence = quiescence = Quiescence(make_host, settings, registry)
         judgement = Judgement(transaction, recorder)
         restoration = Restoration(
             transaction,
@@ -312,7 +314,7 @@ class Engine:
                 await self._transaction.run_steps(
                     self._attempts.remaining_steps(last, quiesces=quiesces), hold=request.hold
                 )
-            except JumpUnderWay as error:
+            except attempt_module.JumpUnderWay as error:
                 raise NotRolledBack(error.what, where=error.where, remedy=error.remedy) from error
             finally:
                 if attempt is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -22,7 +22,6 @@ from khod.engine.observer import Observer
 from khod.engine.quiescence import Quiescence
 from khod.engine.resources import Resources
 from khod.engine.restoration import Restoration
-from khod.engine.rollback import bound_seconds
 from khod.engine.signals import Signals
 from khod.engine.transaction import Transaction
 from khod.errors import ConfigError, Failed, KhoError, Refused, UsageError
@@ -40,7 +39,7 @@ from khod.systemd.logind import Inhibitor
 
 if TYPE_CHECKING:
     from khod import preflight
-    from khod.engine import plan
+    from khod.engine import plan, rollback
     from khod.history import trial as history_trial
     from khod.history.model import ImageFacts
     from khod.preflight import facts as preflight_facts
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from khod.target.target import Target
 else:
     plan = defer_module("khod.engine.plan")
+    rollback = defer_module("khod.engine.rollback")
     history_trial = defer_module("khod.history.trial")
     preflight = defer_module("khod.preflight")
     preflight_facts = defer_module("khod.preflight.facts")
@@ -75,7 +75,7 @@ Pasts = Callable[[str], Awaitable["history_trial.Past"]]
 
 def new_run() -> str:
     """Return a new id of a handover: twelve hex digits, which also mark the next kernel's command line."""
-    return uuid.uuid4().hex[:12]
+    return os.urandom(6).hex()
 
 
 class Queries:
@@ -201,7 +201,7 @@ class Queries:
                 machine, self._observer.require_kernel, everyone, deadlines, request, target, survey
             )
             words = target.words if target else []
-            bound = bound_seconds(deadlines, everyone, deadlines.quiesce_undo if survey else 0.0)
+            bound = rollback.bound_seconds(deadlines, everyone, deadlines.quiesce_undo if survey else 0.0)
             if target is None:
                 return Plan(steps, checks, "", words, bound)
             release = target.apart.about.version if target.apart else ""

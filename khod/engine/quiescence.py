@@ -3,30 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from khod.config import Settings
 from khod.model import Step
 from khod.producers.registry import ProducerRegistry
-from khod.quiesce.host import Host, Survey
 
 if TYPE_CHECKING:
+    from khod.quiesce.host import Host, Survey
     from khod.target.target import Request
 
 
 class Quiescence:
-    """The rest of this host; `host` is None where nobody can stop it. Methods raise KhoError."""
+    """The rest of this host, which `make_host` returns, None where nobody can stop it. Methods raise KhoError."""
 
-    def __init__(self, host: Host | None, settings: Settings, registry: ProducerRegistry) -> None:
-        self._host = host
+    def __init__(self, make_host: Callable[[], Host] | None, settings: Settings, registry: ProducerRegistry) -> None:
+        self._make_host = make_host
         self._settings = settings
         self._registry = registry
+
+    @cached_property
+    def _host(self) -> Host | None:
+        return self._make_host() if self._make_host is not None else None
 
     def is_due(self, request: Request | None, done: tuple[Step, ...]) -> bool:
         """Whether a handover with this request stops the host: once the producers are frozen it is too late."""
         jumps = request is not None and not request.now and not request.load_only
-        return jumps and self._host is not None and self._settings.current.quiesce.enabled and Step.freeze not in done
+        return (
+            jumps and self._make_host is not None and self._settings.current.quiesce.enabled and Step.freeze not in done
+        )
 
     def units_to_keep(self, callers: Sequence[str]) -> dict[str, str]:
         """Return the units that stay, with the reason: the caller's, the configuration's, and the producers'."""

@@ -12,19 +12,20 @@ from khod.abi.calls import Calls
 from khod.concurrency.worker import Worker
 from khod.deferred import defer_module
 from khod.engine.recorder import Sources
-from khod.kernel.clocks import read_clocks
 from khod.kernel.kexec import BOOT_ID
 
 if TYPE_CHECKING:
     from khod.history import log as history_log
     from khod.history import model as history
     from khod.history.model import Departure, KernelFacts
+    from khod.kernel import clocks
     from khod.preflight import minimum_uptime
     from khod.systemd import boot_times, departure
     from khod.systemd import manager as systemd_manager
 else:
     history_log = defer_module("khod.history.log")
     history = defer_module("khod.history.model")
+    clocks = defer_module("khod.kernel.clocks")
     minimum_uptime = defer_module("khod.preflight.minimum_uptime")
     boot_times = defer_module("khod.systemd.boot_times")
     departure = defer_module("khod.systemd.departure")
@@ -37,9 +38,9 @@ def host_sources(calls: Calls) -> Sources:
     """Return the sources of a real host."""
     journal = Worker("journal", "The disk with the journal")
     return Sources(
-        read_clocks=partial(read_clocks, calls),
+        read_clocks=partial(_read_clocks, calls),
         read_departure=partial(_read_departure, calls, journal),
-        read_arrival=boot_times.read_arrival,
+        read_arrival=_read_arrival,
     )
 
 
@@ -52,7 +53,15 @@ def simulated_sources(calls: Calls) -> Sources:
     async def read_arrival(kernel: KernelFacts) -> history.Arrival:
         return history.Arrival(kernel, began_monotonic=read_begin())
 
-    return Sources(read_clocks=partial(read_clocks, calls), read_arrival=read_arrival, read_begin=read_begin)
+    return Sources(read_clocks=partial(_read_clocks, calls), read_arrival=read_arrival, read_begin=read_begin)
+
+
+def _read_clocks(calls: Calls, moment: history.Moment) -> history.ClockReading:
+    return clocks.read_clocks(calls, moment)
+
+
+async def _read_arrival(kernel: KernelFacts) -> history.Arrival:
+    return await boot_times.read_arrival(kernel)
 
 
 async def _read_departure(calls: Calls, journal: Worker, path: Path) -> Departure:

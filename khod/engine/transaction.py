@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from khod.concurrency.bounded import ANYTHING, raise_if_cancelling
 from khod.concurrency.worker import Worker
 from khod.deferred import defer_module
-from khod.engine.attempt import Attempt, JumpUnderWay
-from khod.engine.rollback import Failure, undo_all
 from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.handover.machine import HELD, RESTING, STEPS, Machine
 from khod.handover.reconcile import Found
@@ -45,11 +43,16 @@ from khod.producers.barrier import Member, write_verb
 from khod.text import join_names
 
 if TYPE_CHECKING:
+    from khod.engine import attempt as attempts
+    from khod.engine import rollback
+    from khod.engine.attempt import Attempt
     from khod.handover import verify
     from khod.history.model import Timeline
     from khod.kernel import explain
     from khod.producers.session_scan import SightedSessions
 else:
+    attempts = defer_module("khod.engine.attempt")
+    rollback = defer_module("khod.engine.rollback")
     verify = defer_module("khod.handover.verify")
     explain = defer_module("khod.kernel.explain")
 
@@ -312,7 +315,7 @@ class Transaction:
                 ahead = None if step in recorded else recorded_ahead(steps[number:])
                 recorded = recorded if ahead is None else (step, *ahead)
                 await self._take_step(step, ahead)
-            except JumpUnderWay:
+            except attempts.JumpUnderWay:
                 self.settle_cancel()
                 raise
             except ANYTHING as error:  # also a bug in khod: it must be undone
@@ -408,7 +411,7 @@ class Transaction:
 
     async def _hold_before(self, step: Step, before: Machine, cause: KhoError) -> NoReturn:
         """Undo only the failed step and stay where it began, as --hold requests."""
-        if await undo_all(self._require_attempt(), (step,), self.emit_event):
+        if await rollback.undo_all(self._require_attempt(), (step,), self.emit_event):
             await self.roll_back(cause)
         self._machine, self._reason, self._jump_asked = before, cause.what, False
         self._record = replace(self._record, last_error=str(cause))
@@ -467,7 +470,7 @@ class Transaction:
             and (forgot := explain.FORGOT.get(attempt.kernel.abort))
         ):
             self._record = replace(self._record, suspect=forgot)
-        failures = await undo_all(attempt, self._machine.done, self.emit_event)
+        failures = await rollback.undo_all(attempt, self._machine.done, self.emit_event)
         left = {failure.step for failure in failures}
         if Step.freeze in left:  # a producer that could not be thawed was not told `cancel` either
             left.add(Step.prepare)
@@ -478,7 +481,7 @@ class Transaction:
         await self._end_rollback(cause, failures, because)
 
     async def _end_rollback(
-        self, cause: KhoError | None, failures: Sequence[Failure], because: KhoError | None
+        self, cause: KhoError | None, failures: Sequence[rollback.Failure], because: KhoError | None
     ) -> None:
         self._machine = self._machine.enter_phase(Phase.failed if failures else self._record.outcome)
         self._reason = "; ".join(dict.fromkeys(failure.describe() for failure in failures))

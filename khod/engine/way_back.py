@@ -3,13 +3,14 @@
 
 import asyncio
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
+from khod.deferred import defer_module
 from khod.engine.attempts import Attempts
 from khod.engine.jump import Jump
 from khod.engine.observer import Observer
 from khod.engine.queries import Queries
 from khod.engine.resources import Resources
-from khod.engine.rollback import bound_seconds
 from khod.engine.signals import Signals
 from khod.engine.transaction import Transaction
 from khod.engine.turn import Turn
@@ -18,6 +19,11 @@ from khod.handover import reconcile
 from khod.handover.machine import HELD, RESTING
 from khod.model import Observed, Phase, Step
 from khod.producers.registry import ProducerRegistry
+
+if TYPE_CHECKING:
+    from khod.engine import rollback
+else:
+    rollback = defer_module("khod.engine.rollback")
 
 
 class WayBack:
@@ -144,4 +150,4 @@ class WayBack:
         deadlines = self._resources.settings.current.deadlines
         told = sum(2 * producer.timeout for producer in producers)
         quiesce = deadlines.quiesce_undo if self._transaction.record.quiesced else 0.0
-        return deadlines.activate + bound_seconds(deadlines, (), quiesce) + told
+        return deadlines.activate + rollback.bound_seconds(deadlines, (), quiesce) + told

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The names of the LUO sessions that khod makes for producers."""
 
-import hashlib
-
 PREFIX = "khod-"
 
 
@@ -11,4 +9,6 @@ def session_of(run: str, producer: str) -> str:
 
     The name has a hash, because the kernel takes 63 bytes and a producer's name may have more.
     """
+    import hashlib  # noqa: PLC0415 - it takes long, and a host at rest has no session
+
     return f"{PREFIX}{run}-{hashlib.sha256(producer.encode()).hexdigest()[:16]}"

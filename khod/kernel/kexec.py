@@ -4,10 +4,16 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from khod.abi.calls import KMSG, Calls
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
-from khod.kernel.log import records_since, relevant_lines
+from khod.deferred import defer_module
+
+if TYPE_CHECKING:
+    from khod.kernel import log as kernel_log
+else:
+    kernel_log = defer_module("khod.kernel.log")
 
 # The first path since 6.19, the second before and since.
 LOADED = ("/sys/kernel/kexec/loaded", "/sys/kernel/kexec_loaded")
@@ -97,7 +103,7 @@ class Kexec:
             # v3's line about a failed activation has no newline, and is shown only when another record follows.
             self.write_kmsg("a call to the kernel failed")
             with contextlib.suppress(OSError):
-                return relevant_lines(records_since(log), about)
+                return kernel_log.relevant_lines(kernel_log.records_since(log), about)
             return ""
 
         with contextlib.closing(log):

@@ -2,7 +2,6 @@
 """Pages of a memfd, and their digests."""
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -21,6 +20,8 @@ def count_pages(size: int) -> int:
 
 def digest_pages(read: Read, pages: Sequence[int]) -> tuple[str, str]:
     """Return the digest and the marks of pages, with one buffer for all of them."""
+    import hashlib  # noqa: PLC0415 - it takes long, and a host at rest has no files to compare
+
     buffer, together, marks = bytearray(PAGE_BYTES), hashlib.sha256(), []
     view = memoryview(buffer)
     for page in pages:

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """KHO v3 (patch series of January 2024): /sys/kernel/kho, the generation khod was made for."""
 
-from khod.abi import fdt
+from typing import TYPE_CHECKING
+
 from khod.abi.calls import Calls
+from khod.deferred import defer_module
 from khod.kernel.protocol import AbortKind, Tree, pair_regions
 from khod.model import Generation, Order
 from khod.region import Region
+
+if TYPE_CHECKING:
+    from khod.abi import fdt
+else:
+    fdt = defer_module("khod.abi.fdt")
 
 KHO = "/sys/kernel/kho"
 IN_DT = "/sys/firmware/kho/dt"

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The differences between generations, as traits: code above `khod.kernel` asks for these, never for the generation."""
 
-from khod.abi import fdt
+from typing import TYPE_CHECKING
+
 from khod.dataclass import dataclass
+from khod.deferred import defer_module
 from khod.errors import MalformedTree
 from khod.kernel.protocol import Tree
 from khod.model import Generation
+
+if TYPE_CHECKING:
+    from khod.abi import fdt
+else:
+    fdt = defer_module("khod.abi.fdt")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from khod.dataclass import dataclass
 from khod.server.load import Allowance
 
 MAX_COST_SECONDS = 0.25

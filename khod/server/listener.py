@@ -10,8 +10,6 @@ from khod.abi.peercred import pass_rights
 from khod.server.clients import Clients
 from khod.server.load import ACCEPT_SHARE, ACCEPT_SHARE_BUSY, Allowance
 
-BACKLOG = 64
-"""Connections that wait to be accepted: those of root are queued behind this many others."""
 TURN_SECONDS = 0.001
 """How long connections are accepted in one turn of the event loop."""
 RETRY_SECONDS = 0.1
@@ -19,7 +17,7 @@ RETRY_SECONDS = 0.1
 
 
 class Listener:
-    """Accepts clients on a socket."""
+    """Accepts clients on a socket that listens, and does not block."""
 
     def __init__(self, sock: socket.socket, clients: Clients) -> None:
         """Pass each client to `clients`."""
@@ -29,8 +27,6 @@ class Listener:
         self._allowance = Allowance(clients.shared.load.make_share(ACCEPT_SHARE, ACCEPT_SHARE_BUSY))
         self._trusts = True
         self._timer: asyncio.TimerHandle | None = None
-        sock.setblocking(False)
-        sock.listen(BACKLOG)
         clients.shared.load.on_relief.append(self._look_again)
         self._begin = asyncio.ensure_future(self._accept_when_groups_are_known())
 
@@ -46,14 +42,6 @@ class Listener:
             self._timer.cancel()
         self._loop.remove_reader(self._socket)
         self._socket.close()
-
-    async def wait_closed(self) -> None:
-        """Wait until every client is gone."""
-        await self._clients.wait_closed()
-
-    def abort_clients(self) -> None:
-        """End all remaining connections; unsent data is dropped."""
-        self._clients.hang_up_all()
 
     def _accept_clients(self) -> None:
         began = time.monotonic()

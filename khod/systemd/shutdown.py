@@ -5,12 +5,12 @@ import asyncio
 import errno
 import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from khod.concurrency.command import run_command
+from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.errors import Failed, Unsupported, errno_text
 from khod.kernel.filesystems import FrozenFileSystems

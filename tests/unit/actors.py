@@ -21,13 +21,14 @@ from typing import Any, Protocol
 
 from jeepney import HeaderFields, Message
 
-from khod import server
 from khod.engine import Engine
 from khod.model import Event, EventKind
 from khod.producers.barrier import Verb
 from khod.producers.hooks import Hook
 from khod.producers.qemu import Qemu
 from khod.producers.unit import Unit
+from khod.server.server import Server
+from khod.server.sockets import Sockets
 from khod.vm.monitor import PAUSED_STATE
 from tests.unit.fakebus import FakeBus, Refusal, unit
 from tests.unit.harness import Host, Kernel, connect_apart
@@ -133,18 +134,16 @@ async def serving(host: Host, subject: Actor) -> AsyncIterator[Engine]:
         await subject.join()
         yield engine
         return
-    factory = server.build_clients(engine, server.Monitors(engine), lambda: engine.settings.current.access)
     sock = socket.socket(socket.AF_UNIX)
     (host.directory / "socket").unlink(missing_ok=True)
     sock.bind(str(host.directory / "socket"))
-    listening = server.Listener(sock, factory)
+    listening = Sockets([sock], lambda sockets: Server(engine, sockets, lambda: engine.settings.current.access))
     try:
         await engine.start()
         await subject.join()
         yield engine
     finally:
-        listening.close()
-        listening.abort_clients()
+        await listening.close(0)
 
 
 async def readable(fd: int) -> None:

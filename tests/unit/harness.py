@@ -300,8 +300,12 @@ class Host:
             watchdogs=self.watchdogs,
             remember=self._remember,
             sources=self.sources,
-            host=self.around,
+            make_host=None if self.around is None else self._find_around,
         )
+
+    def _find_around(self) -> Around:
+        assert self.around is not None
+        return self.around
 
     async def _remember(self, attempt: AttemptRecord) -> None:
         self.attempts.append(attempt)

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from khod import server
 from khod.config import Access
 from khod.engine import Engine
 from khod.server import access
 from khod.server.access import Caller, Groups, Standing
+from khod.server.server import Server
+from khod.server.sockets import Sockets
 from khod.wire import INTERFACE
 from tests.unit.harness import Host
 
@@ -116,8 +117,7 @@ async def served(host: Host) -> AsyncIterator[tuple[Engine, Callable[[], socket.
     engine = host.engine()
     path, sock = str(host.directory / "socket"), socket.socket(socket.AF_UNIX)
     sock.bind(path)
-    clients_of = server.build_clients(engine, server.Monitors(engine), lambda: engine.settings.current.access)
-    listening = server.Listener(sock, clients_of)
+    listening = Sockets([sock], lambda sockets: Server(engine, sockets, lambda: engine.settings.current.access))
     await engine.start()
     clients: list[socket.socket] = []
 
@@ -130,8 +130,7 @@ async def served(host: Host) -> AsyncIterator[tuple[Engine, Callable[[], socket.
     try:
         yield engine, connect
     finally:
-        listening.close()
-        listening.abort_clients()
+        await listening.close(0)
         for client in clients:
             client.close()
 

@@ -4,13 +4,15 @@
 import ast
 import json
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.unit.arrived import NEXT, READY, STARTER, call_early, jump_with_producer, listen_at, start_khod
-from tests.unit.khods import reply, until
+from tests.unit.khods import DEADLINE, reply, until
 from tests.unit.test_layering import MODULES, name
 
 LATER = {
@@ -70,6 +72,35 @@ def test_a_producer_is_given_back_what_it_left_before_the_rest_is_imported(tmp_p
         producer.sendall(READY % command["serial"])
         until(lambda: loaded_modules(khod, told) >= LATER, khod)
         assert not loaded_modules(khod, told) & NEVER
+
+
+def test_khod_is_ready_before_what_serves_clients_and_drives_handovers_is_imported(tmp_path: Path) -> None:
+    told, starter = tmp_path / "modules", "import khod.deferred; khod.deferred.load_deferred = lambda: None\n"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(DEADLINE)
+        manager.bind(str(tmp_path / "notify"))
+        with (
+            listen_at(tmp_path / "activated") as listening,
+            start_khod(tmp_path, listening, starter + TELLING.format(path=told) + STARTER) as khod,
+        ):
+            while b"READY=1" not in manager.recv(4096):
+                pass
+            loaded = loaded_modules(khod, told)
+            assert not loaded & (LATER | NEVER | {"asyncvarlink", "khod.engine.attempt", "khod.server.server"})
+            with call_early(tmp_path / "activated") as producer:
+                assert reply(producer)["parameters"]["told"] == ""
+
+
+def test_the_sources_of_a_real_host_import_nothing_before_they_are_asked() -> None:
+    asked = """
+import sys
+from khod.abi.calls import HostCalls
+from khod.engine.sources import host_sources
+host_sources(HostCalls())
+print(*sys.modules)
+"""
+    loaded = subprocess.run([sys.executable, "-c", asked], stdout=subprocess.PIPE, check=True, text=True).stdout.split()
+    assert not {*loaded} & (LATER | {"khod.history.model", "khod.kernel.clocks"})
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)

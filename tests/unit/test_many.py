@@ -216,6 +216,7 @@ def test_one_user_may_have_more_producers_than_other_connections(tmp_path: Path)
 
 def test_names_and_places_are_free_again_when_their_connections_end(tmp_path: Path) -> None:
     with started(tmp_path, f"[producers]\nmax_per_user = {MANY}\n") as khod:
+        assert status(khod).producers == []  # what serves clients is there from the first one on
         files = khod.descriptors
         for _turn in range(2):
             with ExitStack() as stack:
