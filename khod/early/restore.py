@@ -15,7 +15,7 @@ from khod.early.files import ArrivedOtherwise, take_files
 from khod.handover.lock import lock_directory
 from khod.kernel.apparmor import enter_profile
 from khod.producers.cgroup import unit_of
-from khod.systemd.passed import send_descriptor
+from khod.systemd.notification import send_descriptor
 from khod.wire import FIRST_SERIAL, PRODUCER, PRODUCER_VERSION
 
 TYPE_CHECKING = False

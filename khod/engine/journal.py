@@ -16,7 +16,6 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-import systemd.daemon
 from systemd._journal import sendv  # what systemd.journal is made of: it imports uuid and datetime for its reader
 
 from khod.concurrency.worker import Worker
@@ -24,6 +23,7 @@ from khod.engine.journal_fields import Message, event_fields, message_fields
 from khod.handover.record import Record
 from khod.model import Event, EventKind
 from khod.producers.barrier import READY
+from khod.systemd.notification import send_notification
 from khod.text import one_line
 
 STATUS_REST_SECONDS = 0.1
@@ -104,7 +104,7 @@ def _is_routine(event: Event) -> bool:
 
 def notify_manager(state: str) -> None:
     """Queue a message to the service manager; without effect if there is none, or if it does not read."""
-    start_workers()[1].call_later(lambda: systemd.daemon.notify(state))
+    start_workers()[1].call_later(lambda: send_notification(state))
 
 
 def flush_workers() -> None:

@@ -10,11 +10,9 @@ import select
 import threading
 from typing import Protocol
 
-import systemd.daemon
-
 from khod.concurrency.worker import Worker
 from khod.errors import Failed
-from khod.systemd.passed import send_descriptor
+from khod.systemd import notification
 
 SETTLE_SECONDS = 10.0
 """Seconds the service manager has to read what it was sent."""
@@ -53,7 +51,7 @@ class ServiceManager:
 
         def send() -> None:
             try:
-                send_descriptor(name, copy)
+                notification.send_descriptor(name, copy)
             except OSError as error:
                 self._failed = error
             finally:
@@ -67,7 +65,7 @@ class ServiceManager:
         sent.wait(SENT_SECONDS)
 
     def remove_fd(self, name: str) -> None:
-        self._worker.call_later(lambda: systemd.daemon.notify(f"FDSTOREREMOVE=1\nFDNAME={name}"))
+        self._worker.call_later(lambda: notification.send_notification(f"FDSTOREREMOVE=1\nFDNAME={name}"))
 
     async def wait_settled(self) -> None:
         if not os.environ.get("NOTIFY_SOCKET"):
@@ -88,7 +86,7 @@ class ServiceManager:
         reader, writer = os.pipe()
         try:
             try:
-                systemd.daemon.notify("BARRIER=1", fds=[writer])
+                notification.send_notification("BARRIER=1", [writer])
             finally:
                 os.close(writer)
             ended = select.poll()

@@ -2,13 +2,17 @@
 """The service manager's store: what was sent to it outlives khod."""
 
 import os
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-import systemd.daemon
 
-from khod.systemd import fdstore
+from khod.systemd import fdstore, notification
 from khod.systemd.fdstore import ServiceManager
+from tests.unit.khods import DEADLINE, REPOSITORY
 
 
 def test_a_descriptor_is_sent_before_anybody_relies_on_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +24,7 @@ def test_a_descriptor_is_sent_before_anybody_relies_on_the_store(monkeypatch: py
         os.fstat(*fds)
         sent.append(message)
 
-    monkeypatch.setattr(systemd.daemon, "notify", notify)
+    monkeypatch.setattr(notification, "send_notification", notify)
     store, fd = ServiceManager(), os.memfd_create("session")
     store.store_fd("khod-1", fd)
     os.close(fd)
@@ -30,9 +34,61 @@ def test_a_descriptor_is_sent_before_anybody_relies_on_the_store(monkeypatch: py
 
 def test_a_service_manager_that_takes_nothing_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = os.pipe()
-    monkeypatch.setattr(systemd.daemon, "notify", lambda _message, fds: os.read(gate[0], len(fds)))
+    monkeypatch.setattr(notification, "send_notification", lambda _message, fds: os.read(gate[0], len(fds)))
     monkeypatch.setattr(fdstore, "SENT_SECONDS", 0.05)
     store = ServiceManager()
     store.store_fd("khod-1", gate[0])
     store.wait_sent()
     os.write(gate[1], b"x")
+
+
+SENDS_UNTIL_IT_BLOCKS = """
+import threading, time
+from khod.systemd.notification import send_notification
+sent = [0]
+def send():
+    while True:
+        send_notification("WATCHDOG=1")
+        sent[0] += 1
+threading.Thread(target=send, daemon=True).start()
+before = -1
+while before < sent[0] or not before:
+    before = sent[0]
+    time.sleep(0.05)
+print("goes on")
+"""
+
+
+def test_khod_goes_on_while_the_service_manager_reads_nothing(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        ended = subprocess.run(
+            [sys.executable, "-c", SENDS_UNTIL_IT_BLOCKS],
+            cwd=REPOSITORY,
+            env=os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=True,
+        )
+    assert ended.stdout == "goes on\n"
+
+
+def test_a_notification_reaches_the_service_manager_with_its_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd = os.memfd_create("session")
+    for path, shown in ((str(tmp_path / "notify"), str(tmp_path / "notify")), (f"\0{tmp_path}", f"@{tmp_path}")):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(path)
+            monkeypatch.setenv("NOTIFY_SOCKET", shown)
+            notification.send_descriptor("khod-1", fd)
+            notification.send_notification("READY=1")
+            text, (passed,), _, _ = socket.recv_fds(manager, 4096, 2)
+            assert text == b"FDSTORE=1\nFDNAME=khod-1\nFDPOLL=0"
+            assert os.fstat(passed).st_ino == os.fstat(fd).st_ino
+            assert manager.recv(4096) == b"READY=1"
+            os.close(passed)
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    notification.send_notification("READY=1")
+    os.close(fd)
