@@ -76,8 +76,8 @@ class Conversation:
 
     def note_told_early(self) -> None:
         """Note that the early restore has sent `restore` on this connection, as the first command of all."""
-        assert self._serial == FIRST_SERIAL - 1
-        self._is_told_early = True
+        if self._serial < FIRST_SERIAL:  # otherwise the answer is to a command of before, and it is told again
+            self._serial, self._is_told_early = FIRST_SERIAL, True
 
     def hang_up(self) -> Verb | None:
         """End the connection: the command under way fails with HungUp. Return the verb that was not answered."""
@@ -90,11 +90,13 @@ class Conversation:
 
     async def give_command(self, telling: ProducerCall) -> None:
         """Give a command and wait for the answer; ParticipantVeto if it is a refusal."""
-        self._serial += 1
+        if self._is_told_early and telling.verb is Verb.restore:
+            self._delivered = self._serial
+        else:
+            self._serial += 1
+        self._is_told_early = False
         self._telling, self._answer = telling, asyncio.get_running_loop().create_future()
         self._claim.begin_verb(telling.verb)
-        if self._is_told_early:
-            self._delivered, self._is_told_early = self._serial, False
         self._news.set()
         try:
             await self._answer
