@@ -148,7 +148,7 @@ class Daemon:
             kept_files=KeptFiles(
                 Worker("contents", "A file of a producer"),
                 lambda: self._settings.current.verify,
-                given_before=early is None and (runtime / early_restore.NOTE_NAME).exists(),
+                given_before=frozenset() if early else early_restore.read_told(f"{runtime}/{early_restore.NOTE_NAME}"),
             ),
         )
         kexec = Kexec(calls)
@@ -200,7 +200,7 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._reload_config)
         self._sockets = Sockets(self._open_sockets(), self._make_server)
         if self._early is not None:
-            self._sockets.take_over(self._early.stop(self._sessions.take_over))
+            self._take_over(self._early, self._sockets)
         watching = asyncio.ensure_future(journal.feed_watchdog())
         starting = asyncio.ensure_future(self.engine.registry.start_supervisors())
         try:
@@ -215,6 +215,15 @@ class Daemon:
             watching.cancel()
             starting.cancel()
             await self._sockets.close(FAREWELL)
+
+    def _take_over(self, early: EarlyRestore, sockets: Sockets) -> None:
+        """End the early restore, and go on with its sessions, its comparisons and its clients."""
+        clients = early.stop(self._sessions.take_over)
+        for client in clients:
+            if client.is_told and client.claim is not None:
+                for file in client.claim.files:
+                    self._sessions.kept_files.note_unchanged(client.claim.name, file.name, file.size, file.pages)
+        sockets.take_over(clients)
 
     def _make_server(self, sockets: Sequence[socket.socket]) -> server.Server:
         return server.Server(self.engine, sockets, lambda: self._settings.current.access, self._source.read)

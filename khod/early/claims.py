@@ -5,6 +5,8 @@ import json
 
 from khod.handover.session_names import session_of
 from khod.kernel.mark import is_marked
+from khod.kernel.pages import count_pages
+from khod.wire import PRODUCER_VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 RECORD_VERSION = 1
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 CMDLINE = "/proc/cmdline"
+DEFAULT_TERMS: "dict[str, Any]" = {"timeout": 30.0, "after": [], "before": [], "devices": [], "kind": "varlink"}
+"""Of a producer that does not name them."""
 MAX_FDS = 253
 """SCM_MAX_FD: the descriptors that one message carries."""
 
@@ -33,25 +37,37 @@ MAX_FDS = 253
 class EarlyFile:
     """A file in a claim, with the pages of it that were read before the jump."""
 
-    def __init__(self, name: str, token: int, spot: "Any") -> None:
-        self.name = name
-        self.token = token
-        self.size: int = spot["size"]
-        self.pages: list[int] = spot["pages"]
-        self.digest: str = spot["digest"]
+    def __init__(self, kept: "Any") -> None:
+        """Read it from the record; any exception means that the record is odd."""
+        spot = kept["spot"]
+        self.name: str = _require(kept["name"], str)
+        self.token: int = _require_below(1 << 64, kept["token"])
+        self.size: int = _require_below(1 << 63, spot["size"])
+        self.pages = [_require_below(count_pages(self.size), page) for page in _require(spot["pages"], list)]
+        self.digest: str = _require(spot["digest"], str)
 
 
 class EarlyClaim:
     """What a producer of root's left. It has back the descriptors of its files once it has called from this unit."""
 
     def __init__(self, run: str, holder: "Any") -> None:
+        """Read it from the record; any exception means that the record is odd."""
         self.run = run
-        self.name: str = holder["name"]
-        self.unit: str = holder["owner"]["unit"]
-        self.files = [EarlyFile(kept["name"], kept["token"], kept["spot"]) for kept in holder["kept"]]
+        self.name: str = _require(holder["name"], str)
+        self.unit: str = _require(holder["owner"]["unit"], str)
+        self.timeout: float = _require(holder["timeout"], int, float)
+        names = {what: _require(holder[what], list) for what in ("after", "before", "devices")}
+        kind = holder["shown_kind"] or DEFAULT_TERMS["kind"]
+        self._terms = {"name": self.name, "version": PRODUCER_VERSION, "timeout": self.timeout, "kind": kind, **names}
+        self.files = [EarlyFile(kept) for kept in holder["kept"]]
         self.session = session_of(run, self.name) if self.files else ""
         self.fds: list[int] | None = None
         """The descriptors of its files, None before they were taken."""
+
+    def has_terms(self, terms: "dict[str, Any]") -> bool:
+        """Whether a producer registers with the terms it had before the jump, which a khod has checked."""
+        numbers = type(terms.get("version")) is int and not isinstance(terms.get("timeout"), bool)
+        return numbers and {**DEFAULT_TERMS, **terms} == self._terms
 
 
 def read_claims(record: str, kernel: "Kernel") -> list[EarlyClaim]:
@@ -59,7 +75,8 @@ def read_claims(record: str, kernel: "Kernel") -> list[EarlyClaim]:
 
     For each of the following, khod would be asked instead: this boot is not the first start after the jump of the
     handover in the record; the owner is not root, whose rights depend on no configuration; somebody is told `restore`
-    before it; a file of it was not read before the jump, so that nobody can tell whether it arrived.
+    before it; a file of it was not read before the jump, so that nobody can tell whether it arrived. If the record is
+    odd in any way, all of it is left to khod, which says what is wrong.
     """
     try:
         with open(record, "rb") as file:
@@ -68,22 +85,38 @@ def read_claims(record: str, kernel: "Kernel") -> list[EarlyClaim]:
             return []
         if found["boot_id"] == kernel.read_file(BOOT_ID).decode().strip():
             return []
-        run: str = found["run"]
+        run: str = _require(found["run"], str)
         if not is_marked(kernel.read_file(CMDLINE).decode(errors="surrogateescape"), run):
             return []
+        if len({holder["name"] for holder in found["producers"]}) < len(found["producers"]):
+            return []
         restoring = [holder for holder in found["producers"] if holder["restores"]]
-        first = min((holder["rank"] for holder in restoring), default=0)
+        first = min((_require(holder["rank"], int) for holder in restoring), default=0)
         return [EarlyClaim(run, holder) for holder in restoring if holder["rank"] == first and _is_plain(holder)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except Exception:  # noqa: BLE001 - khod starts, whatever stands in the record
         return []
 
 
 def _is_plain(holder: "Any") -> bool:
-    owner, spots = holder["owner"] or {}, [kept["spot"] for kept in holder["kept"]]
+    owner, spots = holder["owner"], [kept["spot"] for kept in holder["kept"]]
     return (
         holder["kind"] == "varlink"
         and holder["told"] == "freeze"
-        and owner.get("uid") == 0
+        and owner is not None
+        and owner["uid"] == 0
         and len(spots) <= MAX_FDS
         and all(spot is not None and not spot["gap"] for spot in spots)
     )
+
+
+def _require(value: "Any", *kinds: type) -> "Any":
+    """Return a value that is of one of these types, and not only of a subclass as a boolean is."""
+    if type(value) not in kinds:
+        raise TypeError(value)
+    return value
+
+
+def _require_below(limit: int, value: "Any") -> int:
+    if not 0 <= _require(value, int) < limit:
+        raise ValueError(value)
+    return value  # type: ignore[no-any-return]

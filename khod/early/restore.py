@@ -26,16 +26,18 @@ if TYPE_CHECKING:
     from khod.early.claims import Kernel
 
 NOTE_NAME = "early-restore"
-"""A file in memory (/run), made before the first producer is told: what a later khod of this boot reads of its files,
-the producer may have changed."""
+"""A file in memory (/run) with the names of the producers, written before each is told: what a later khod of this boot
+reads of their files, they may have changed."""
 RECORD_NAME = "handover.json"
 MAX_CLIENTS = 64
 """Connections that are taken; more of them wait for khod."""
+MAX_OPEN = 1024
+"""Descriptors of files that are taken ahead: an eighth of LimitNOFILE= of khod's unit."""
 PEEK_BYTES = 16 << 10
+MAX_REPLY_BYTES = 16 << 10
+"""What the socket of a client that was told nothing yet takes at once; khod sends what is longer."""
 RETRY_MS = 100
 """Until /dev/liveupdate is tried again while PID 1 has it."""
-DEFAULT_SECONDS = 30.0
-"""The timeout of a producer that names none."""
 STOP_SECONDS = 5.0
 
 
@@ -49,7 +51,6 @@ class EarlyClient:
         self.is_told = False
         """Whether its call of Next was answered with `restore`, under FIRST_SERIAL."""
         self.claim: EarlyClaim | None = None
-        self.timeout = DEFAULT_SECONDS
 
 
 class EarlyRestore:
@@ -72,38 +73,40 @@ class EarlyRestore:
         self._clients: dict[int, EarlyClient] = {}
         self._sessions: dict[str, int] = {}
         self._keep_late: Callable[[str, int], object] | None = None
-        self._waking, self._wake = os.pipe()
+        self._waking, self._wake = socket.socketpair()
         self._poll = select.poll()
         self._lock = threading.Lock()
-        """Of what is sent, and of `_is_stopped`: afterwards nothing is."""
+        """Of what is sent and noted in clients, and of `_is_stopped`: afterwards nothing is."""
         self._is_stopped = False
         self._is_device_busy = False
         self._thread = threading.Thread(target=self._run, name="early", daemon=True)
         self._thread.start()
 
     def stop(self, keep: "Callable[[str, int], object]") -> list[EarlyClient]:
-        """End the thread and return the connections, in the order in which they came; they are the caller's.
+        """End the thread and return the connections, which are the caller's.
 
-        `keep` is given each session that was retrieved, by its name; in the thread itself if the kernel answers later
-        than STOP_SECONDS.
+        Those whose Register was answered come first: no other may be registered under their names before. `keep` is
+        given each session that was retrieved, by its name; in the thread itself if the kernel answers later than
+        STOP_SECONDS.
         """
-        os.write(self._wake, b"\0")
+        self._wake.close()
         self._thread.join(STOP_SECONDS)
         with self._lock:
             self._is_stopped, self._keep_late = True, keep
             sessions, self._sessions = self._sessions, {}
+            clients = sorted(self._clients.values(), key=lambda client: not client.register)
         for name, session in sessions.items():
             keep(name, session)
-        return [*self._clients.values()]
+        return clients
 
     def _run(self) -> None:
         enter_profile()  # where it is loaded by now; nothing of the host's is opened here by a name from others
         try:
             self._poll.register(self._listening, select.POLLIN)
             self._poll.register(self._waking, select.POLLIN)
-            while self._claims and not self._is_stopped:
+            while self._claims:
                 for fd, _ in self._poll.poll(self._pause_ms()):
-                    if fd == self._waking:
+                    if fd == self._waking.fileno() or self._is_stopped:
                         return
                     if fd == self._listening.fileno():
                         self._accept_client()
@@ -111,18 +114,24 @@ class EarlyRestore:
                         self._hear_client(self._clients[fd])
                 self._take_next()
         finally:
+            self._waking.close()
             self._listening.close()
             for claim in self._claims.values():
                 _close_files(claim)
 
     def _pause_ms(self) -> int | None:
         """How long to wait for a call: files are taken meanwhile, because the producers take longer to start."""
-        if not self._untaken:
+        if not self._may_take_ahead():
             return None
         return RETRY_MS if self._is_device_busy else 0
 
+    def _may_take_ahead(self) -> bool:
+        """Whether there are files to take before their producer asks; khod needs descriptors to start."""
+        taken = sum(len(claim.fds or ()) for claim in self._claims.values())
+        return bool(self._untaken) and taken + len(self._untaken[0].files) <= MAX_OPEN
+
     def _take_next(self) -> None:
-        if self._untaken:
+        if self._may_take_ahead():
             self._take_files(self._untaken.pop(0))
 
     def _take_files(self, claim: EarlyClaim) -> None:
@@ -142,24 +151,25 @@ class EarlyRestore:
         if (session := self._passed.get(name, self._sessions.get(name))) is not None:
             return session
         session = self._kernel.retrieve_session(name)
-        try:
-            send_descriptor(name, session)
-        finally:
-            with self._lock:
-                if self._keep_late is None:
-                    self._sessions[name] = session
-                else:
-                    self._keep_late(name, session)
+        with self._lock:
+            if self._keep_late is None:
+                self._sessions[name] = session
+            else:
+                self._keep_late(name, session)
+        send_descriptor(name, session)  # this may block, and khod has the session all the same
         return session
 
     def _accept_client(self) -> None:
-        try:
-            sock, _ = self._listening.accept()
-        except OSError:  # no descriptor is free
-            self._poll.unregister(self._listening)
-            return
-        sock.setblocking(False)
-        self._clients[sock.fileno()] = EarlyClient(sock)
+        with self._lock:
+            if self._is_stopped:
+                return
+            try:
+                sock, _ = self._listening.accept()
+            except OSError:  # no descriptor is free
+                self._poll.unregister(self._listening)
+                return
+            sock.setblocking(False)
+            self._clients[sock.fileno()] = EarlyClient(sock)
         self._poll.register(sock, select.POLLIN)
         if len(self._clients) >= MAX_CLIENTS:
             self._poll.unregister(self._listening)
@@ -174,26 +184,26 @@ class EarlyRestore:
         terms = call.get("parameters")
         if call.get("method") != f"{PRODUCER}.Register" or not isinstance(terms, dict):
             return False
-        name, timeout = terms.get("name"), terms.get("timeout", DEFAULT_SECONDS)
+        name = terms.get("name")
         claim = self._claims.get(name) if isinstance(name, str) else None
-        if claim is None or terms.get("version") != PRODUCER_VERSION or not isinstance(timeout, int | float):
+        if claim is None or not claim.has_terms(terms):
             return False
         if any(other.claim is claim for other in self._clients.values()):
             return False
         pid, uid, _ = peer_credentials(client.socket)
         if uid != 0 or unit_of(pid) != claim.unit:
             return False
-        client.claim, client.timeout = claim, timeout
-        client.register = self._answer(
-            client.socket, length, {"version": PRODUCER_VERSION, "run": claim.run, "told": "restore"}
-        )
+        client.claim = claim
+        with self._lock:
+            registered = {"version": PRODUCER_VERSION, "run": claim.run, "told": "restore"}
+            client.register = self._answer(client.socket, length, _encode_reply(registered))
         return bool(client.register)
 
     def _tell(self, client: EarlyClient, call: "Mapping[str, Any]", length: int) -> bool:
         """Answer Next with `restore`; the files are the producer's from then on."""
         claim = client.claim
         assert claim is not None
-        if call.get("method") != f"{PRODUCER}.Next" or call.get("parameters"):
+        if call.get("method") != f"{PRODUCER}.Next" or call.get("parameters") or claim.name not in self._claims:
             return False
         if claim.files and claim.fds is None:
             self._untaken = [one for one in self._untaken if one is not claim]
@@ -204,33 +214,32 @@ class EarlyRestore:
             "serial": FIRST_SERIAL,
             "verb": "restore",
             "run": claim.run,
-            "timeout": client.timeout,
+            "timeout": claim.timeout,
             "names": [file.name for file in claim.files],
             "tokens": [file.token for file in claim.files],
             "fds": [*range(len(claim.files))],
         }
+        if len(reply := _encode_reply(command)) > MAX_REPLY_BYTES:
+            return False
         try:
-            with open(self._note, "w"):
-                pass
+            with open(self._note, "a") as note:
+                note.write(f"{claim.name}\n")
         except OSError:
             return False
-        client.is_told = bool(self._answer(client.socket, length, command, claim.fds or ()))
+        with self._lock:
+            client.is_told = bool(self._answer(client.socket, length, reply, claim.fds or ()))
         del self._claims[claim.name]
         _close_files(claim)
         return False
 
-    def _answer(
-        self, sock: socket.socket, length: int, parameters: "Mapping[str, Any]", fds: "list[int] | tuple[int, ...]" = ()
-    ) -> bytes:
+    def _answer(self, sock: socket.socket, length: int, reply: bytes, fds: "list[int] | tuple[int, ...]" = ()) -> bytes:
         """Take the call off the socket, answer it, and return it; b"" if khod has taken over meanwhile."""
-        reply = json.dumps({"parameters": parameters}, separators=(",", ":")).encode() + b"\0"
-        with self._lock:
-            if self._is_stopped:
-                return b""
-            call = sock.recv(length)
-            with suppress(OSError):  # the producer has gone, and what it left waits for it
-                socket.send_fds(sock, [reply], fds) if fds else sock.send(reply)
-            return call[:-1]
+        if self._is_stopped:
+            return b""
+        call = sock.recv(length)
+        with suppress(OSError):  # the producer has gone, and what it left waits for it
+            socket.send_fds(sock, [reply], fds) if fds else sock.send(reply)
+        return call[:-1]
 
 
 def _peek_call(sock: socket.socket) -> "tuple[Mapping[str, Any], int]":
@@ -241,16 +250,30 @@ def _peek_call(sock: socket.socket) -> "tuple[Mapping[str, Any], int]":
     try:
         data, _, flags, _ = sock.recvmsg(PEEK_BYTES, 0, socket.MSG_PEEK)
         length = data.find(0) + 1
-        call = json.loads(data[: length - 1]) if length and not flags & socket.MSG_CTRUNC else None
+        # decoded as khod decodes it: what it would refuse is not a call here either
+        call = json.loads(data[: length - 1].decode()) if length and not flags & socket.MSG_CTRUNC else None
     except (OSError, ValueError, RecursionError):
         return {}, 0
     return (call, length) if isinstance(call, dict) and call.keys() <= {"method", "parameters"} else ({}, 0)
+
+
+def _encode_reply(parameters: "Mapping[str, Any]") -> bytes:
+    return json.dumps({"parameters": parameters}, separators=(",", ":")).encode() + b"\0"
 
 
 def _close_files(claim: EarlyClaim) -> None:
     for fd in claim.fds or ():
         os.close(fd)
     claim.fds = None
+
+
+def read_told(note: str) -> frozenset[str]:
+    """Return the names of the producers in a note."""
+    try:
+        with open(note) as file:
+            return frozenset(file.read().split())
+    except OSError:  # there is none
+        return frozenset()
 
 
 def begin_early_restore(

@@ -112,13 +112,13 @@ class Verification:
             by_producer.setdefault(comparison.producer, []).append(comparison)
         steps, differing = [], set[str]()
         known = {check.name for check in verdict.checks}
-        given_before = not self._is_first or self._kept_files.given_before
         for holder in told:
             found = by_producer.get(holder.name, [])
             if not holder.kept or (not found and contents_check(holder.name) in known):
                 continue
             names = {one.name for one in found}
             missed = [Comparison(holder.name, one.name, gap=NOT_TAKEN) for one in holder.kept if one.name not in names]
+            given_before = not self._is_first or holder.name in self._kept_files.given_before
             check, findings = check_contents(holder.name, [*found, *missed], given_before=given_before)
             steps.append(evidence.Evidence(check, tuple(findings)))
             differing |= {finding.producer for finding in findings}

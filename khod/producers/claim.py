@@ -183,10 +183,6 @@ class Claim:
         if kept == self._kept:
             self._kept = kept
 
-    def note_unchanged(self) -> None:
-        """Note that its files arrived as they were read before the jump; the early restore has compared them."""
-        self._sessions.kept_files.note_unchanged(self._producer, self._kept)
-
     async def retrieve_files(self, deadline: float) -> list[int]:
         """Return descriptors of the files that it left in the previous kernel; they are the caller's.
 

@@ -8,7 +8,7 @@ second time. A khod that was restarted has none, and says so. To read a hole of 
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -90,9 +90,9 @@ class KeptFiles:
         worker: Worker,
         settings: Callable[[], VerifySettings] = VerifySettings,
         *,
-        given_before: bool = False,
+        given_before: Set[str] = frozenset(),
     ) -> None:
-        """With `given_before` the early restore of an earlier khod of this boot may have given files to producers."""
+        """The early restore of an earlier khod of this boot may have given files to the producers `given_before`."""
         self._worker = worker
         self._settings = settings
         self._fds: dict[str, dict[int, int]] = {}
@@ -170,14 +170,10 @@ class KeptFiles:
             found = [Comparison(producer, kept.name, gap=error.what) for kept, _ in jobs]
         self._compared |= {(producer, one.name): one for one in found}
 
-    def note_unchanged(self, producer: str, files: Sequence[Kept]) -> None:
-        """Note that the pages in the spots of these files were compared, and are the same."""
-        for kept in files:
-            if kept.spot is not None:
-                pages = count_pages(kept.spot.size)
-                self._compared[producer, kept.name] = Comparison(
-                    producer, kept.name, len(kept.spot.pages or range(pages)), pages
-                )
+    def note_unchanged(self, producer: str, name: str, size: int, pages: Sequence[int]) -> None:
+        """Note that these pages of a file of `size` bytes were compared, or all without any, and are the same."""
+        total = count_pages(size)
+        self._compared[producer, name] = Comparison(producer, name, len(pages or range(total)), total)
 
     def close_fds(self, fds: Sequence[int]) -> None:
         """Close descriptors that may still be read."""

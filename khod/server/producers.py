@@ -76,7 +76,6 @@ class Producers(Producer):
         finally:
             connection.bind_producer(producer)
         if connection.is_told_early:
-            producer.claim.note_unchanged()
             producer.conversation.note_told_early()
         connection.on_end.append(partial(self._engine.registry.peers.remove_peer, producer))
         if not connection.is_open:  # it ended during the registration

@@ -18,7 +18,7 @@ import pytest
 
 from khod.config import VerifySettings
 from khod.early.claims import EarlyClaim, read_claims
-from khod.early.restore import NOTE_NAME, EarlyClient, EarlyRestore, begin_early_restore
+from khod.early.restore import NOTE_NAME, EarlyClient, EarlyRestore, begin_early_restore, read_told
 from khod.handover.record import Owner, ProducerRecord, Record, Store
 from khod.handover.session_names import session_of
 from khod.model import Kept, Phase, Step
@@ -77,12 +77,14 @@ class Arrived:
         if files:
             writer = self.kernel.create_session(session)
             for token, (file, text) in enumerate(files.items()):
-                fd = os.memfd_create(file)
+                fd = os.memfd_create("file")
                 os.write(fd, text)
                 self.kernel.preserve_fd(writer, fd, token)
                 kept.append(Kept(file, token, take_spot(fd, VerifySettings())))
                 os.close(fd)
-        holder = ProducerRecord(name, "varlink", "freeze", owner=Owner(0, HERE), kept=tuple(kept), restores=True)
+        holder = ProducerRecord(
+            name, "varlink", "freeze", timeout=30.0, owner=Owner(0, HERE), kept=tuple(kept), restores=True
+        )
         self._holders.append(replace(holder, **about))
 
     def jump(self, **about: Any) -> None:
@@ -162,7 +164,7 @@ def is_silent(client: socket.socket) -> bool:
 
 
 def test_a_producer_has_its_files_before_khod_has_started(arrived: Arrived) -> None:
-    arrived.leave(files={"a": b"first", "b": STATE})
+    arrived.leave(files={"a": b"first", "b": STATE}, timeout=7.5)
     arrived.jump()
     with arrived.restoring() as (early, connect):
         client = connect()
@@ -177,7 +179,7 @@ def test_a_producer_has_its_files_before_khod_has_started(arrived: Arrived) -> N
         assert json.loads(left.register)["parameters"]["name"] == NAME
         assert left.is_told
         assert [*sessions] == [session_of(RUN, NAME)]
-        assert (arrived.directory / NOTE_NAME).exists()
+        assert read_told(str(arrived.directory / NOTE_NAME)) == {NAME}
 
 
 def test_a_producer_without_files_is_told_that_it_may_go_on(arrived: Arrived) -> None:
@@ -326,9 +328,9 @@ def test_a_client_that_calls_otherwise_is_left_to_khod(arrived: Arrived, first: 
         client.sendall(first)
         register(producer)
         assert reply(producer)["parameters"]["told"] == "restore"  # the others are served all the same
-        clients, _ = stop(early)
-        assert clients[0].register == b""
-        assert clients[0].socket.recv(1 << 12) == first
+        (_, left), _ = stop(early)
+        assert left.register == b""
+        assert left.socket.recv(1 << 12) == first
 
 
 def test_a_name_is_given_to_one_of_two(arrived: Arrived) -> None:
@@ -504,3 +506,173 @@ def test_a_khod_that_dies_after_it_is_followed_by_one_that_tells_it_again(host: 
         verdict = wait_outcome(host, khod).verdict
     assert verdict is not None
     assert NAME in verdict.arrived
+
+
+# What comes odd
+
+
+def test_an_early_call_that_khod_does_not_understand_is_left_to_it(host: Path) -> None:
+    """A byte order mark, and bytes that are no UTF-8, which Python's parser takes."""
+    odd = [b"\xef\xbb\xbf" + REGISTER, REGISTER.replace(b'{"method"', b'{"method": "\xed\xa0\x80", "method"', 1)]
+    with starting(host) as khod, connect_at(host) as operator:
+        clients = [connect_at(host) for _ in odd]
+        for client, call in zip(clients, odd, strict=True):
+            client.sendall(call)
+        operator.sendall(call_of("io.kho.Handover.Status"))
+        assert reply(operator)["parameters"]["status"]["phase"] == "verifying"
+        for client in clients:
+            assert "error" in reply(client)
+            client.close()
+        assert khod.poll() is None
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"timeout": 0},
+        {"timeout": 601},
+        {"timeout": float("nan")},
+        {"timeout": True},
+        {"version": True},
+        {"after": ["not a name"]},
+        {"after": "other"},
+        {"devices": ["/etc/passwd"]},
+        {"kind": "unknown"},
+        {"unknown": [[[]]]},
+        {"after": ["other"]},
+    ],
+    ids=repr,
+)
+def test_one_that_registers_otherwise_than_before_is_left_to_khod(arrived: Arrived, terms: dict[str, Any]) -> None:
+    arrived.leave()
+    arrived.leave("other")
+    arrived.jump()
+    with arrived.restoring() as (_, connect):
+        odd, other = connect(), connect()
+        odd.sendall(call_of("io.kho.Producer.Register", **{"name": NAME, "version": 1, **terms}))
+        register(other, "other")
+        reply(other)
+        assert is_silent(odd)
+
+
+def test_one_that_registers_as_before_is_answered(arrived: Arrived) -> None:
+    arrived.leave(timeout=7.5, after=("db",), before=("lb",), devices=("/dev/vfio/7",))
+    arrived.jump()
+    with arrived.restoring() as (_, connect):
+        client = connect()
+        register(client, timeout=7.5, after=["db"], before=["lb"], devices=["/dev/vfio/7"], kind="varlink")
+        assert reply(client)["parameters"]["told"] == "restore"
+
+
+ODD: list[Callable[[dict[str, Any]], object]] = [
+    lambda holder: holder.update(name=7),
+    lambda holder: holder.update(name=[]),
+    lambda holder: holder.update(owner=[0, HERE]),
+    lambda holder: holder.update(owner="root"),
+    lambda holder: holder.update(kept={"state": 0}),
+    lambda holder: holder.update(rank=None),
+    lambda holder: holder.update(rank=float("nan")),
+    lambda holder: holder.pop("rank"),
+    lambda holder: holder["owner"].update(unit=7),
+    lambda holder: holder["kept"][0].update(token="0"),
+    lambda holder: holder["kept"][0].update(token=-1),
+    lambda holder: holder["kept"][0].update(token=1 << 64),
+    lambda holder: holder["kept"][0].update(token=float("nan")),
+    lambda holder: holder["kept"][0]["spot"].update(pages=["a"]),
+    lambda holder: holder["kept"][0]["spot"].update(pages=[-1]),
+    lambda holder: holder["kept"][0]["spot"].update(pages=[10**400]),
+    lambda holder: holder["kept"][0]["spot"].update(size=[]),
+    lambda holder: holder["kept"][0]["spot"].update(digest=None),
+    lambda holder: holder.update(timeout="long"),
+]
+
+
+@pytest.mark.parametrize("damage", ODD)
+def test_nothing_is_given_by_an_odd_record(arrived: Arrived, damage: Callable[[dict[str, Any]], object]) -> None:
+    arrived.leave()
+    arrived.jump()
+    record = json.loads(arrived.store.record_path.read_bytes())
+    damage(record["producers"][0])
+    arrived.store.record_path.write_text(json.dumps(record))
+    assert arrived.claims() == []
+
+
+def test_two_holders_of_one_name_are_left_to_khod(arrived: Arrived) -> None:
+    arrived.leave()
+    arrived.leave("other")
+    arrived.jump()
+    record = json.loads(arrived.store.record_path.read_bytes())
+    record["producers"][1]["name"] = NAME
+    arrived.store.record_path.write_text(json.dumps(record))
+    assert arrived.claims() == []
+
+
+def test_one_whose_files_cannot_be_taken_does_not_end_the_early_restore(arrived: Arrived) -> None:
+    arrived.leave("lost")
+    arrived.leave()
+    arrived.jump()
+    os.close(FakeLuo.retrieve_session(arrived.kernel, session_of(RUN, "lost")))
+    arrived.kernel.busy = 1 << 30
+    with arrived.restoring() as (early, connect):
+        lost, other = connect(), connect()
+        register(lost, "lost")
+        reply(lost)
+        register(other)
+        reply(other)
+        arrived.kernel.busy = 0
+        until(lambda: "lost" not in early._claims, None)
+        lost.sendall(NEXT)
+        other.sendall(NEXT)
+        assert command(other)[0]["verb"] == "restore"
+        assert is_silent(lost)
+
+
+def test_who_has_the_name_is_taken_over_first(arrived: Arrived) -> None:
+    """Otherwise khod registers one that connected before, and gives it the same state."""
+    arrived.leave()
+    arrived.jump()
+    with arrived.restoring() as (early, connect):
+        second, first = connect(), connect()
+        register(first)
+        reply(first)
+        register(second)
+        clients, _ = stop(early)
+        assert [bool(client.register) for client in clients] == [True, False]
+        for client in clients:
+            client.socket.close()
+
+
+def test_a_command_that_the_socket_does_not_take_at_once_is_left_to_khod(arrived: Arrived) -> None:
+    files = {chr(0x430) * 250 + str(number): b"x" for number in range(250)}
+    arrived.leave(files=files)
+    arrived.leave("other")
+    arrived.jump()
+    with arrived.restoring() as (_, connect):
+        client, other = connect(), connect()
+        register(client)
+        reply(client)
+        client.sendall(NEXT)
+        register(other, "other")
+        reply(other)
+        assert is_silent(client)
+
+
+def test_not_all_descriptors_are_taken_ahead(arrived: Arrived) -> None:
+    """khod has some to start with, and who comes is given its files all the same."""
+    names = [f"p{number}" for number in range(12)]
+    for name in names:
+        arrived.leave(name, files={str(number): b"x" for number in range(200)})
+    arrived.jump()
+    before = len(os.listdir("/proc/self/fd"))
+    with arrived.restoring() as (_, connect):
+        until(lambda: len(arrived.kernel.calls) >= 5, None)
+        for name in reversed(names):
+            client = connect()
+            register(client, name)
+            reply(client)
+            client.sendall(NEXT)
+            _, fds = command(client)
+            assert len(fds) == 200
+            for fd in fds:
+                os.close(fd)
+            assert len(os.listdir("/proc/self/fd")) - before < 1024 + 512
