@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from khod.early.claims import Kernel
 
 NOTE_NAME = "early-restore"
-"""A file in memory (/run) with the names of the producers, written before each is told: what a later khod of this boot
-reads of their files, they may have changed."""
+"""A file in memory (/run) with the names of the producers, each written before it is told, and after its files were
+compared: what a later khod of this boot reads of them, the producer may have changed."""
 RECORD_NAME = "handover.json"
 MAX_CLIENTS = 64
 """Connections that are taken; more of them wait for khod."""

@@ -118,8 +118,7 @@ class Verification:
                 continue
             names = {one.name for one in found}
             missed = [Comparison(holder.name, one.name, gap=NOT_TAKEN) for one in holder.kept if one.name not in names]
-            given_before = not self._is_first or holder.name in self._kept_files.given_before
-            check, findings = check_contents(holder.name, [*found, *missed], given_before=given_before)
+            check, findings = check_contents(holder.name, [*found, *missed], given_before=not self._is_first)
             steps.append(evidence.Evidence(check, tuple(findings)))
             differing |= {finding.producer for finding in findings}
         verdict = evidence.add_evidence(verdict, steps)

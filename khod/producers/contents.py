@@ -92,14 +92,17 @@ class KeptFiles:
         *,
         given_before: Set[str] = frozenset(),
     ) -> None:
-        """The early restore of an earlier khod of this boot may have given files to the producers `given_before`."""
+        """The files of the producers `given_before` were compared by the early restore of an earlier khod of this boot.
+
+        They were the same, and their producers may have changed them since.
+        """
         self._worker = worker
         self._settings = settings
         self._fds: dict[str, dict[int, int]] = {}
         self._gaps: dict[tuple[str, int], str] = {}
         """Why there is no descriptor of a file, by session and token."""
         self._compared: dict[tuple[str, str], Comparison] = {}
-        self.given_before = given_before
+        self._given_before = given_before
 
     def keep_files(self, session: str, files: Sequence[tuple[Kept, int]]) -> None:
         """Keep a descriptor of each file until `release_session`; without one the file is not compared."""
@@ -159,6 +162,10 @@ class KeptFiles:
 
         Only the first time: what it was given before, it may have changed.
         """
+        if producer in self._given_before:
+            for kept in files:
+                if kept.spot is not None:
+                    self.note_unchanged(producer, kept.name, kept.spot.size, kept.spot.pages)
         jobs = [(kept, fd) for kept, fd in zip(files, fds, strict=True) if (producer, kept.name) not in self._compared]
 
         def compare() -> list[Comparison]:

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The early restore of what arrived in LUO sessions, and the verdict on it."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.early import EarlySystem, wait_verdict
+from tests.unit.luo import Hand
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[EarlySystem]:
+    made = EarlySystem(tmp_path)
+    yield made
+    made.close()
+
+
+def take_back(hand: Hand) -> bytes:
+    """Be told `restore`; what the file has. It is written to afterwards."""
+    hand.ready()
+    assert hand.told() == "restore"
+    (fd,) = hand.fds
+    found = os.pread(fd, 99, 0)
+    os.pwrite(fd, b"new", 0)
+    return found
+
+
+def test_what_a_producer_has_written_before_it_died_is_not_called_changed(system: EarlySystem) -> None:
+    system.leave([("kv", [])])
+    khod = system.start()
+    first = Hand(khod, "kv")
+    assert take_back(first) == b"of kv"
+    first.close()
+    khod.go_on()
+    second = Hand(khod, "kv")
+    assert take_back(second) == b"newkv"
+    second.follows("finish")
+    second.ready()
+    assert wait_verdict(khod) == {"contents kv": "passed"}
+    assert khod.record.phase.value == "verified"
+    assert system.emptied()
+    second.close()
+
+
+def test_after_a_khod_that_died_the_files_of_who_was_not_told_are_compared(system: EarlySystem) -> None:
+    run = system.leave([("kv", []), ("later", ["kv"])])
+    system.flip(run, "later")
+    killed = system.start()
+    first = Hand(killed, "kv")
+    take_back(first)
+    killed.end(signal.SIGKILL)
+    first.close()
+    khod = system.start()
+    khod.go_on()
+    kv, later = Hand(khod, "kv"), Hand(khod, "later", after=["kv"])
+    assert take_back(kv) == b"newkv"
+    kv.ready()
+    assert take_back(later) == b"?f later"
+    later.ready()
+    for hand in (kv, later):
+        assert hand.told() == "finish"
+        hand.ready()
+    assert wait_verdict(khod) == {"contents kv": "passed", "contents later": "fail"}
+    verdict = khod.record.verdict
+    assert verdict is not None
+    assert verdict.changed == ["later"]
+    for hand in (kv, later):
+        hand.close()
+
+
+def test_one_that_connected_before_does_not_get_the_name_as_well(system: EarlySystem) -> None:
+    system.leave([("kv", [])])
+    khod = system.start()
+    rival = khod.connect()
+    kv = Hand(khod, "kv")
+    take_back(kv)
+    rival.sendall(b'{"method": "io.kho.Producer.Register", "parameters": {"name": "kv", "version": 1}}\0')
+    khod.go_on()
+    assert b"There is a producer kv already" in rival.recv(4096)
+    kv.follows("finish")
+    kv.ready()
+    assert wait_verdict(khod) == {"contents kv": "passed"}
+    kv.close()
+    rival.close()
