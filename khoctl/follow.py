@@ -7,7 +7,7 @@ socket, and so does one beside the simulated kernel.
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Self
 
@@ -142,9 +142,16 @@ class Follower:
         try:
             self.status = self._link.ask_status()
         except Unreachable:
+            self._take_last_event(self._link)
             if self.event.phase in ENDED:
                 raise
             self._lose_link()
+
+    def _take_last_event(self, link: Link) -> None:
+        """Take the last event that khod had sent before it ended: it says in which phase."""
+        with suppress(Unreachable):
+            while (event := link.wait_event(0.0)) is not None:
+                self.event = event
 
     def _next_event(self, seconds: float | None) -> Event | None:
         """Return the next event of the connection, or that it has ended; None after some time within `seconds`."""

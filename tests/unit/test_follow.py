@@ -17,8 +17,8 @@ import pytest
 
 from khoctl import follow, session
 from khod.engine.status import PHASE_TEXT
-from khod.errors import Exit
-from khod.model import Event, Phase
+from khod.errors import Exit, Unreachable
+from khod.model import Event, Phase, Status
 from tests.unit.images import CPIO, bzimage
 from tests.unit.khods import DEADLINE, REPOSITORY, Khod, Terminal, call, cli
 from tests.unit.test_operator import LAST, Answers, Replies, fake, model
@@ -48,22 +48,23 @@ class Watcher:
         command = ["env", "--default-signal=INT", sys.executable, "-m", "khoctl", f"--socket={khod.socket}", *words]
         pipe = subprocess.PIPE
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        self.process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
+        # Without a buffer: communicate() does not return what a buffer has read ahead of a line.
+        self.process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, bufsize=0)
 
     def line(self) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline()
+        return self.process.stdout.readline().decode()
 
     def until(self, text: str) -> str:
         """Read to the line that has this text."""
         while text not in (line := self.line()):
-            assert line, f"it has ended before {text!r}: {self.process.communicate()}"
+            assert line, f"it has ended before {text!r}: {self.end()}"
         return line
 
     def end(self) -> tuple[int, str, str]:
         """Its exit code, and the rest of what it said."""
         out, err = self.process.communicate(timeout=DEADLINE)
-        return self.process.returncode, out, err
+        return self.process.returncode, out.decode(), err.decode()
 
 
 @contextmanager
@@ -340,3 +341,33 @@ def test_a_status_that_shows_the_end_of_khod_is_as_good_as_an_event(tmp_path: Pa
     shown = [json.loads(line) for line in ended.out.splitlines()]
     assert [one.get("message", one["phase"]) for one in shown] == ["loaded", follow.AWAY, "verified"]
     assert ended.code == 42
+
+
+class EndingLink:
+    """A connection to a khod that has ended: what it had sent before can still be read."""
+
+    def __init__(self, *events: Event) -> None:
+        self.event, *self._events = events
+        self.status = status(Phase.loading)
+
+    def ask_status(self) -> Status:
+        raise Unreachable("khod closed the connection")
+
+    def wait_event(self, _seconds: float | None) -> Event:
+        if not self._events:
+            raise Unreachable("khod closed the connection")
+        return self._events.pop(0)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_question_that_finds_the_end_first_knows_the_phase_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is asked for on another connection than that of the events: which end is seen first is chance."""
+    events = [
+        Event(float(at), phase, "", "r1") for at, phase in enumerate((Phase.loading, Phase.loaded, Phase.executing))
+    ]
+    monkeypatch.setattr(follow, "Link", lambda _connect: EndingLink(*events))
+    with follow.Follower() as follower:
+        follower.refresh_status()
+        assert (follower.note.message, follower.note.phase) == (follow.IN_JUMP, Phase.executing)
