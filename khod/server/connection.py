@@ -59,7 +59,7 @@ class ClientConnection:
         self._gone = gone
         self.producer: Peer | None = None
         self.is_told_early = False
-        """Whether the early restore has told it `restore`."""
+        """Whether the early restore has told it `restore`, under the registration that is still to be made here."""
         self.is_open = True
         self.on_end: list[Callable[[], None]] = []
         """Called when the client has sent its last message; otherwise a monitor would wait for the next event."""

@@ -45,6 +45,7 @@ class Producers(Producer):
         kind: ShownKind | None = None,
     ) -> Registered:
         connection = CONNECTION.get()
+        is_told_early, connection.is_told_early = connection.is_told_early, False
         caller = connection.caller
         if version < 1:
             raise UsageError(f"There is no version {version} of {wire.PRODUCER}", where="version", remedy="Give 1.")
@@ -75,7 +76,7 @@ class Producers(Producer):
             raise
         finally:
             connection.bind_producer(producer)
-        if connection.is_told_early:
+        if is_told_early:
             producer.conversation.note_told_early()
         connection.on_end.append(partial(self._engine.registry.peers.remove_peer, producer))
         if not connection.is_open:  # it ended during the registration

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from khod.config import VerifySettings
+from khod.early import restore
 from khod.early.claims import EarlyClaim, read_claims
 from khod.early.restore import NOTE_NAME, EarlyClient, EarlyRestore, begin_early_restore, read_told
 from khod.handover.record import Owner, ProducerRecord, Record, Store
@@ -676,3 +678,60 @@ def test_not_all_descriptors_are_taken_ahead(arrived: Arrived) -> None:
             for fd in fds:
                 os.close(fd)
             assert len(os.listdir("/proc/self/fd")) - before < 1024 + 512
+
+
+# What does not answer
+
+
+def test_a_kernel_that_answers_late_is_not_waited_for(arrived: Arrived, monkeypatch: pytest.MonkeyPatch) -> None:
+    """khod has the session when it comes, and whoever calls meanwhile is khod's."""
+    monkeypatch.setattr(restore, "STOP_SECONDS", 0.05)
+    arrived.leave()
+    arrived.jump()
+    asked, answers, come = threading.Event(), threading.Event(), threading.Event()
+
+    def retrieve_session(name: str) -> int:
+        asked.set()
+        answers.wait(DEADLINE)
+        return FakeLuo.retrieve_session(arrived.kernel, name)
+
+    monkeypatch.setattr(arrived.kernel, "retrieve_session", retrieve_session)
+    with arrived.restoring() as (early, connect):
+        assert asked.wait(DEADLINE)
+        register(connect())
+        sessions = dict[str, int]()
+
+        def keep(name: str, session: int) -> None:
+            sessions[name] = session
+            come.set()
+
+        assert early.stop(keep) == []
+        assert sessions == {}
+        answers.set()
+        assert come.wait(DEADLINE)
+        early._thread.join(DEADLINE)
+        assert [*sessions] == [session_of(RUN, NAME)]
+        assert early._clients == {}
+        os.close(sessions.popitem()[1])
+
+
+def test_a_session_is_khods_while_the_service_manager_reads_nothing(
+    arrived: Arrived, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restore, "STOP_SECONDS", 0.05)
+    asked, answers = threading.Event(), threading.Event()
+
+    def send_descriptor(_name: str, _fd: int) -> None:
+        asked.set()
+        answers.wait(DEADLINE)
+
+    monkeypatch.setattr(restore, "send_descriptor", send_descriptor)
+    arrived.leave()
+    arrived.jump()
+    with arrived.restoring() as (early, _):
+        assert asked.wait(DEADLINE)
+        _, sessions = stop(early)
+        assert [*sessions] == [session_of(RUN, NAME)]
+        answers.set()
+        early._thread.join(DEADLINE)
+        os.close(sessions.popitem()[1])
