@@ -3,9 +3,10 @@
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -92,8 +93,11 @@ class EarlySystem(System):
         khod = self.start()
         khod.go_on()
         hands = {name: Hand(khod, name, after=after) for name, after in producers}
-        jumping = threading.Thread(target=self.jump, args=(khod,))
-        jumping.start()
+        operator = subprocess.Popen(
+            [sys.executable, "-m", "khoctl", f"--socket={khod.socket}", "kexec", *self.images],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for verb in ("prepare", "freeze"):
             for name, hand in hands.items():
                 if verb == "prepare":
@@ -104,7 +108,9 @@ class EarlySystem(System):
                 else:
                     assert hand.told() == verb
                     hand.ready()
-        jumping.join()
+        assert khod.process.wait(DEADLINE) == -signal.SIGKILL
+        operator.kill()  # it would ask the next khod, which is still to be started
+        operator.wait()
         for hand in hands.values():
             hand.close()
         return khod.record.run
