@@ -29,11 +29,16 @@ os.execv(sys.executable, [sys.executable, "-c", settings["starter"], *sys.argv[2
 """As that of tests/unit/luo.py, and passes the socket that clients connect to."""
 
 STARTER = """
+import os, signal
 from pathlib import Path
+from khod.early import restore
 from khod.__main__ import run_daemon
 from khod.early.restore import begin_early_restore
 from khod.systemd.passed import listen_fds_by_name
 from tests.unit.luo import RemoteKernel
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+{first}
 passed = listen_fds_by_name()
 early = begin_early_restore("{at}/state", "{at}", passed, RemoteKernel(Path("{at}/kernel")))
 open("{at}/gate").read()
@@ -44,8 +49,8 @@ run_daemon(passed, early)
 class EarlyKhod(LuoKhod):
     """One khod of an EarlySystem."""
 
-    def __init__(self, system: "EarlySystem") -> None:
-        self._early_system = system
+    def __init__(self, system: "EarlySystem", first: str) -> None:
+        self._early_system, self._first = system, first
         super().__init__(system, "", ready=False)
 
     def command(self) -> list[str]:
@@ -59,7 +64,7 @@ class EarlyKhod(LuoKhod):
             "store": [f"/proc/{os.getpid()}/fd/{fd}" for fd in system.kept.values()],
             "pid": os.getpid(),
             "listening": system.listening.fileno(),
-            "starter": STARTER.format(at=system.directory),
+            "starter": STARTER.format(at=system.directory, first=self._first),
         }
         return [sys.executable, "-S", "-c", AS_SYSTEMD, json.dumps(settings), *Khod.command(self)[3:]]
 
@@ -79,12 +84,12 @@ class EarlySystem(System):
         self.listening.listen()
         os.mkfifo(directory / "gate")
 
-    def start(self) -> EarlyKhod:
-        """Start a khod, which waits for `go_on` once its early restore has begun."""
+    def start(self, first: str = "") -> EarlyKhod:
+        """Start a khod, which runs `first` and waits for `go_on` once its early restore has begun."""
         assert self._running.wait(DEADLINE)
         if self._khods:
             self._khods[-1].hear_out()
-        made = EarlyKhod(self)
+        made = EarlyKhod(self, first)
         self._khods.append(made)
         return made
 

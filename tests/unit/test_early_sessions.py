@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.arrived import NEXT
 from tests.unit.early import EarlySystem, wait_verdict
 from tests.unit.luo import Hand
+
+REGISTER = b'{"method": "io.kho.Producer.Register", "parameters": {"name": "kv", "version": 1}}\0'
 
 
 @pytest.fixture
@@ -72,13 +75,40 @@ def test_after_a_khod_that_died_the_files_of_who_was_not_told_are_compared(syste
         hand.close()
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "send = restore.send_descriptor; restore.send_descriptor = lambda *given: die(send(*given))",
+        "restore.open = die",
+        "tell = restore.EarlyRestore._tell; restore.EarlyRestore._tell = lambda *given: die(tell(*given))",
+    ],
+    ids=["the session is kept", "nobody is told", "one is told"],
+)
+def test_all_arrives_wherever_khod_is_killed(system: EarlySystem, first: str) -> None:
+    system.leave([("kv", [])])
+    killed = system.start(first)
+    with killed.connect() as client:
+        client.sendall(REGISTER + NEXT)
+        killed.died()
+    khod = system.start()
+    khod.go_on()
+    kv = Hand(khod, "kv")
+    assert take_back(kv) == b"of kv"
+    kv.follows("finish")
+    kv.ready()
+    assert wait_verdict(khod) == {"contents kv": "passed"}
+    assert khod.record.phase.value == "verified"
+    assert system.emptied()
+    kv.close()
+
+
 def test_one_that_connected_before_does_not_get_the_name_as_well(system: EarlySystem) -> None:
     system.leave([("kv", [])])
     khod = system.start()
     rival = khod.connect()
     kv = Hand(khod, "kv")
     take_back(kv)
-    rival.sendall(b'{"method": "io.kho.Producer.Register", "parameters": {"name": "kv", "version": 1}}\0')
+    rival.sendall(REGISTER)
     khod.go_on()
     assert b"There is a producer kv already" in rival.recv(4096)
     kv.follows("finish")
