@@ -16,13 +16,12 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from systemd._journal import sendv  # what systemd.journal is made of: it imports uuid and datetime for its reader
-
 from khod.concurrency.worker import Worker
 from khod.engine.journal_fields import Message, event_fields, message_fields
 from khod.handover.record import Record
 from khod.model import Event, EventKind
 from khod.producers.barrier import READY
+from khod.systemd.journal_record import send_record
 from khod.systemd.notification import send_notification
 from khod.text import one_line
 
@@ -73,7 +72,7 @@ def write_message(message: Message, text: str, *, run: str = "", **fields: str) 
 
 
 def _send_record(text: str, fields: dict[str, Any]) -> None:
-    _queue_for_journald(lambda: sendv(f"MESSAGE={text}", *(f"{name}={value}" for name, value in fields.items())))
+    _queue_for_journald(lambda: send_record({"MESSAGE": text, **fields}))
 
 
 def write_stderr(what: str) -> None:

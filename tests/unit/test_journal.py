@@ -2,8 +2,12 @@
 """What a record in the journal has: text, priority, and fields to search by."""
 
 import ast
+import fcntl
+import os
 import re
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +21,31 @@ from khod.handover.record import Record
 from khod.history.model import ColdBoot
 from khod.history.set_aside import Fault, SetAside
 from khod.model import Begun, Event, EventKind, Finding, FindingSeverity, FindingSource, Phase, Producer, StepTiming
-from tests.unit.khods import REPOSITORY
+from khod.systemd import journal_record
+from tests.unit.khods import DEADLINE, REPOSITORY
 
 CATALOG = REPOSITORY / "systemd/catalog/khod.catalog"
 IDENTIFIER = re.compile(r"[0-9a-f]{32}")
 
 RECORD = Record(begun=Begun(1.0, "root (khoctl, process 7)", "vmlinuz"), timings=(StepTiming("freeze", 1.0, 0.25),))
+
+
+SENDS_UNTIL_IT_BLOCKS = """
+import sys, threading, time
+from khod.systemd import journal_record
+journal_record.SOCKET = sys.argv[1]
+sent = [0]
+def send():
+    while True:
+        journal_record.send_record({"MESSAGE": "text"})
+        sent[0] += 1
+threading.Thread(target=send, daemon=True).start()
+before = -1
+while before < sent[0] or not before:
+    before = sent[0]
+    time.sleep(0.05)
+print("goes on")
+"""
 
 
 def written(event: Event, *, entered: bool = False) -> tuple[str, dict[str, Any]]:
@@ -190,3 +213,42 @@ def test_journalctl_takes_the_catalogue(tmp_path: Path) -> None:
     listed = journalctl("--list-catalog")
     assert set(IDENTIFIER.findall(listed)) == {*PHASE_IDS.values(), *(message.identifier for message in Message)}
     assert "Producer @KHO_PRODUCER@ failed" in journalctl("--dump-catalog", Message.refusal.identifier)
+
+
+@pytest.fixture
+def journald(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as made:
+        made.bind(str(tmp_path / "journald"))
+        monkeypatch.setattr(journal_record, "SOCKET", str(tmp_path / "journald"))
+        yield made
+
+
+def test_a_record_is_sent_as_journald_reads_it(journald: socket.socket) -> None:
+    journal_record.send_record({"MESSAGE": "one line", "PRIORITY": 6, "LINES": "a\nb"})
+    assert journald.recv(4096) == b"MESSAGE=one line\nPRIORITY=6\nLINES\n\x03\0\0\0\0\0\0\0a\nb\n"
+
+
+def test_a_record_that_is_too_long_for_a_message_is_sent_in_a_file(journald: socket.socket) -> None:
+    journal_record.send_record({"MESSAGE": "x" * (4 << 20)})
+    text, (fd,), _, _ = socket.recv_fds(journald, 4096, 1)
+    assert text == b""
+    assert os.pread(fd, 5 << 20, 0) == b"MESSAGE=" + b"x" * (4 << 20) + b"\n"
+    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == journal_record.SEALS
+    os.close(fd)
+
+
+def test_a_host_without_journald_has_no_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_record, "SOCKET", str(tmp_path / "none"))
+    journal_record.send_record({"MESSAGE": "text"})
+
+
+def test_khod_goes_on_while_journald_reads_nothing(journald: socket.socket) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", SENDS_UNTIL_IT_BLOCKS, journald.getsockname()],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=True,
+    )
+    assert ended.stdout == "goes on\n"
