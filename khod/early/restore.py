@@ -13,7 +13,6 @@ from khod.abi.peercred import peer_credentials
 from khod.early.claims import EarlyClaim, read_claims
 from khod.early.files import ArrivedOtherwise, take_files
 from khod.handover.lock import lock_directory
-from khod.kernel.apparmor import enter_profile
 from khod.producers.cgroup import unit_of
 from khod.systemd.notification import send_descriptor
 from khod.wire import FIRST_SERIAL, PRODUCER, PRODUCER_VERSION
@@ -56,7 +55,9 @@ class EarlyClient:
 class EarlyRestore:
     """Serves the producers of these claims until `stop`.
 
-    `passed` are the descriptors from the service manager's store, by name; `note` is the path of the note.
+    `passed` are the descriptors from the service manager's store, by name; `note` is the path of the note. The thread
+    does not enter khod's AppArmor profile, which is seldom loaded by then: a try would be a denial in the log. It ends
+    when khod takes over, and opens nothing by a name from others.
     """
 
     def __init__(
@@ -100,7 +101,6 @@ class EarlyRestore:
         return clients
 
     def _run(self) -> None:
-        enter_profile()  # where it is loaded by now; nothing of the host's is opened here by a name from others
         try:
             self._poll.register(self._listening, select.POLLIN)
             self._poll.register(self._waking, select.POLLIN)
