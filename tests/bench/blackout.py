@@ -26,7 +26,8 @@ ROUNDS = 5
 VERSION = "7.3.4"
 MOST_OF_BY_HAND = 0.6
 MOST_OF_EARLY = 1.0
-MOST_GROWTH = 1.1
+MOST_GROWTH = 1.2
+"""Less than one stop of 2 s would add; without any, the medians of five rounds differed by up to 11 %."""
 SLOW_SERVICES = 10
 BOOT_SECONDS = 240.0
 KHOD_UNITS = "kho-handover.service kho-handover.socket kho-metrics.socket kho-sessions.socket kho-verify.service"
