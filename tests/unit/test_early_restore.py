@@ -429,6 +429,17 @@ def connect_at(host: Path) -> socket.socket:
     return client
 
 
+def assert_taken_back(host: Path, khod: "subprocess.Popen[bytes]") -> None:
+    """Connect the producer, which takes back what it left; it counts as arrived."""
+    with connect_at(host) as producer:
+        producer.sendall(REGISTER)
+        producer.sendall(READY % begin(producer))
+        end(producer)
+        verdict = wait_outcome(host, khod).verdict
+    assert verdict is not None
+    assert NAME in verdict.arrived
+
+
 def test_khod_takes_over_a_producer_that_was_told(host: Path) -> None:
     with starting(host) as khod, connect_at(host) as producer:
         producer.sendall(REGISTER)
@@ -485,13 +496,7 @@ def test_one_that_dies_after_it_was_told_is_told_again(host: Path) -> None:
         with connect_at(host) as first:
             first.sendall(REGISTER)
             begin(first)
-        with connect_at(host) as second:
-            second.sendall(REGISTER)
-            second.sendall(READY % begin(second))
-            end(second)
-            verdict = wait_outcome(host, khod).verdict
-    assert verdict is not None
-    assert NAME in verdict.arrived
+        assert_taken_back(host, khod)
 
 
 def test_a_khod_that_dies_after_it_is_followed_by_one_that_tells_it_again(host: Path) -> None:
@@ -501,13 +506,8 @@ def test_a_khod_that_dies_after_it_is_followed_by_one_that_tells_it_again(host: 
         khod.send_signal(signal.SIGKILL)
         khod.wait()
     (host / "activated").unlink()
-    with starting(host) as khod, connect_at(host) as producer:
-        producer.sendall(REGISTER)
-        producer.sendall(READY % begin(producer))
-        end(producer)
-        verdict = wait_outcome(host, khod).verdict
-    assert verdict is not None
-    assert NAME in verdict.arrived
+    with starting(host) as khod:
+        assert_taken_back(host, khod)
 
 
 # What comes odd

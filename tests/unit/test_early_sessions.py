@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.arrived import NEXT
 from tests.unit.early import EarlySystem, wait_verdict
-from tests.unit.luo import Hand
+from tests.unit.luo import Hand, LuoKhod
 
 REGISTER = b'{"method": "io.kho.Producer.Register", "parameters": {"name": "kv", "version": 1}}\0'
 
@@ -32,6 +32,16 @@ def take_back(hand: Hand) -> bytes:
     return found
 
 
+def assert_verified(system: EarlySystem, khod: LuoKhod, kv: Hand) -> None:
+    """Answer `restore` and `finish`: everything arrived as it was, and nothing waits in the kernel."""
+    kv.follows("finish")
+    kv.ready()
+    assert wait_verdict(khod) == {"contents kv": "passed"}
+    assert khod.record.phase.value == "verified"
+    assert system.emptied()
+    kv.close()
+
+
 def test_what_a_producer_has_written_before_it_died_is_not_called_changed(system: EarlySystem) -> None:
     system.leave([("kv", [])])
     khod = system.start()
@@ -41,12 +51,7 @@ def test_what_a_producer_has_written_before_it_died_is_not_called_changed(system
     khod.go_on()
     second = Hand(khod, "kv")
     assert take_back(second) == b"newkv"
-    second.follows("finish")
-    second.ready()
-    assert wait_verdict(khod) == {"contents kv": "passed"}
-    assert khod.record.phase.value == "verified"
-    assert system.emptied()
-    second.close()
+    assert_verified(system, khod, second)
 
 
 def test_after_a_khod_that_died_the_files_of_who_was_not_told_are_compared(system: EarlySystem) -> None:
@@ -94,12 +99,7 @@ def test_all_arrives_wherever_khod_is_killed(system: EarlySystem, first: str) ->
     khod.go_on()
     kv = Hand(khod, "kv")
     assert take_back(kv) == b"of kv"
-    kv.follows("finish")
-    kv.ready()
-    assert wait_verdict(khod) == {"contents kv": "passed"}
-    assert khod.record.phase.value == "verified"
-    assert system.emptied()
-    kv.close()
+    assert_verified(system, khod, kv)
 
 
 def test_one_that_connected_before_does_not_get_the_name_as_well(system: EarlySystem) -> None:

@@ -3,8 +3,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 
 from khod.systemd import fdstore, notification
 from khod.systemd.fdstore import ServiceManager
-from tests.unit.khods import DEADLINE, REPOSITORY
+from tests.unit.unread import GOES_ON, send_until_it_blocks
 
 
 def test_a_descriptor_is_sent_before_anybody_relies_on_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,36 +40,12 @@ def test_a_service_manager_that_takes_nothing_is_not_waited_for_without_end(monk
     os.write(gate[1], b"x")
 
 
-SENDS_UNTIL_IT_BLOCKS = """
-import threading, time
-from khod.systemd.notification import send_notification
-sent = [0]
-def send():
-    while True:
-        send_notification("WATCHDOG=1")
-        sent[0] += 1
-threading.Thread(target=send, daemon=True).start()
-before = -1
-while before < sent[0] or not before:
-    before = sent[0]
-    time.sleep(0.05)
-print("goes on")
-"""
-
-
 def test_khod_goes_on_while_the_service_manager_reads_nothing(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        ended = subprocess.run(
-            [sys.executable, "-c", SENDS_UNTIL_IT_BLOCKS],
-            cwd=REPOSITORY,
-            env=os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")},
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=True,
-        )
-    assert ended.stdout == "goes on\n"
+        prepare = "from khod.systemd.notification import send_notification"
+        send = 'send_notification("WATCHDOG=1")'
+        assert send_until_it_blocks(prepare, send, NOTIFY_SOCKET=str(tmp_path / "notify")) == GOES_ON
 
 
 def test_a_notification_reaches_the_service_manager_with_its_descriptors(

@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,30 +21,13 @@ from khod.history.model import ColdBoot
 from khod.history.set_aside import Fault, SetAside
 from khod.model import Begun, Event, EventKind, Finding, FindingSeverity, FindingSource, Phase, Producer, StepTiming
 from khod.systemd import journal_record
-from tests.unit.khods import DEADLINE, REPOSITORY
+from tests.unit.khods import REPOSITORY
+from tests.unit.unread import GOES_ON, send_until_it_blocks
 
 CATALOG = REPOSITORY / "systemd/catalog/khod.catalog"
 IDENTIFIER = re.compile(r"[0-9a-f]{32}")
 
 RECORD = Record(begun=Begun(1.0, "root (khoctl, process 7)", "vmlinuz"), timings=(StepTiming("freeze", 1.0, 0.25),))
-
-
-SENDS_UNTIL_IT_BLOCKS = """
-import sys, threading, time
-from khod.systemd import journal_record
-journal_record.SOCKET = sys.argv[1]
-sent = [0]
-def send():
-    while True:
-        journal_record.send_record({"MESSAGE": "text"})
-        sent[0] += 1
-threading.Thread(target=send, daemon=True).start()
-before = -1
-while before < sent[0] or not before:
-    before = sent[0]
-    time.sleep(0.05)
-print("goes on")
-"""
 
 
 def written(event: Event, *, entered: bool = False) -> tuple[str, dict[str, Any]]:
@@ -243,12 +225,6 @@ def test_a_host_without_journald_has_no_records(tmp_path: Path, monkeypatch: pyt
 
 
 def test_khod_goes_on_while_journald_reads_nothing(journald: socket.socket) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", SENDS_UNTIL_IT_BLOCKS, journald.getsockname()],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=True,
-    )
-    assert ended.stdout == "goes on\n"
+    prepare = "from khod.systemd import journal_record; journal_record.SOCKET = sys.argv[1]"
+    send = 'journal_record.send_record({"MESSAGE": "text"})'
+    assert send_until_it_blocks(prepare, send, journald.getsockname()) == GOES_ON
