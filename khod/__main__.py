@@ -5,16 +5,18 @@ After a jump, producers wait for it: the early restore comes first, and what can
 """
 
 import gc
+import os
 import sys
 from collections.abc import Mapping
 
 gc.disable()  # until khod is ready: nothing of what is imported becomes garbage
 from khod.early.kernel import HostKernel  # noqa: E402
 from khod.early.restore import EarlyRestore, begin_early_restore  # noqa: E402
+from khod.handover.directory import STATE  # noqa: E402
 from khod.systemd.passed import listen_fds_by_name  # noqa: E402
+from khod.wire import SOCKET  # noqa: E402
 
-STATE = "/var/lib/khod"
-RUNTIME = "/run/khod"
+RUNTIME = os.path.dirname(SOCKET)
 
 
 def main() -> None:

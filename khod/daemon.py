@@ -31,7 +31,7 @@ from khod.engine.queries import Inhibitors
 from khod.engine.resources import is_up
 from khod.engine.sources import host_sources, simulated_sources
 from khod.errors import ConfigError, Exit, Failed, KhoError, Refused, errno_text
-from khod.handover.lock import lock_directory
+from khod.handover.directory import STATE, lock_directory
 from khod.handover.machine import RESTING
 from khod.handover.record import Store
 from khod.kernel import filesystems
@@ -90,7 +90,7 @@ class Options:
     """The command line. `root` holds etc/; kernel paths hang from it too, unless simulated."""
 
     root: Path = Path("/")
-    state: Path = Path("/var/lib/khod")
+    state: Path = Path(STATE)
     socket: Path = Path(SOCKET)
     simulate: Path | None = None
 

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from khod import wire
-from khod.client.connection import MAX_FDS, Connection
+from khod.client.connection import Connection
 from khod.deferred import defer_module
 from khod.errors import KhoError, Unreachable
 
@@ -280,8 +280,8 @@ class Producer:
                 raise  # the process ends, and its connection with it
             _log().exception("%s failed", step.verb)
             return {"answer": "veto", "reason": f"{type(error).__name__}: {error}"}
-        if len(files) > MAX_FDS:
-            more = f"{len(files)} files, and one message carries {MAX_FDS}: hand some over with freeze"
+        if len(files) > wire.MAX_FDS:
+            more = f"{len(files)} files, and one message carries {wire.MAX_FDS}: hand some over with freeze"
             return {"answer": "veto", "reason": more}
         return {"answer": "ready", "files": files, **step._figures}
 

@@ -10,5 +10,7 @@ PRODUCER = "io.kho.Producer"
 SERVICE = "org.varlink.service"
 METRICS_INTERFACE = "io.systemd.Metrics"
 PRODUCER_VERSION = 1
+MAX_FDS = 253
+"""SCM_MAX_FD: the descriptors that one message carries."""
 FIRST_SERIAL = 1
 """The serial of the first command to a producer."""

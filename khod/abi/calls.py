@@ -19,7 +19,6 @@ from khod.abi.pidfd import pidfd_getfd
 from khod.abi.statx import statx
 from khod.dataclass import dataclass
 
-LIVEUPDATE = "/dev/liveupdate"
 KMSG = "/dev/kmsg"
 
 
@@ -231,7 +230,7 @@ class HostCalls:
     @contextmanager
     def _open_liveupdate(self) -> Iterator[int]:
         """Open the device and close it again: only one process may have it open, and PID 1 needs it too."""
-        device = liveupdate.open_device(self.host_path(LIVEUPDATE))
+        device = liveupdate.open_device(self.host_path(liveupdate.LIVEUPDATE))
         try:
             yield device
         finally:

@@ -18,6 +18,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 
+LIVEUPDATE = "/dev/liveupdate"
+
 # include/uapi/linux/liveupdate.h
 LIVEUPDATE_IOCTL_TYPE = 0xBA
 LIVEUPDATE_SESSION_NAME_LENGTH = 64  # bytes, the NUL included

@@ -26,7 +26,6 @@ START_REMEDY = "Start it with: systemctl start kho-handover"
 JOURNAL = "Look at: journalctl -u kho-handover"
 CHUNK_BYTES = 1 << 16
 UCRED = "3i"  # struct ucred of unix(7): process, user, group
-MAX_FDS = 253  # SCM_MAX_FD, the maximum that one message carries
 
 
 class Connection:
@@ -136,7 +135,9 @@ class Connection:
     def receive(self) -> None:
         """Receive what has come, and wait for at least one byte."""
         try:
-            data, fds, _flags, _address = socket.recv_fds(self._socket, CHUNK_BYTES, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _flags, _address = socket.recv_fds(
+                self._socket, CHUNK_BYTES, wire.MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
         except OSError:
             data, fds = b"", []
         self.fds += fds

@@ -3,10 +3,11 @@
 
 import json
 
+from khod.handover.directory import VERSION
 from khod.handover.session_names import session_of
 from khod.kernel.mark import is_marked
 from khod.kernel.pages import count_pages
-from khod.wire import PRODUCER_VERSION
+from khod.wire import MAX_FDS, PRODUCER_VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,13 +26,10 @@ if TYPE_CHECKING:
             """Return a descriptor for a file of a retrieved session."""
 
 
-RECORD_VERSION = 1
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 CMDLINE = "/proc/cmdline"
 DEFAULT_TERMS: "dict[str, Any]" = {"timeout": 30.0, "after": [], "before": [], "devices": [], "kind": "varlink"}
 """Of a producer that does not name them."""
-MAX_FDS = 253
-"""SCM_MAX_FD: the descriptors that one message carries."""
 
 
 class EarlyFile:
@@ -81,7 +79,7 @@ def read_claims(record: str, kernel: "Kernel") -> list[EarlyClaim]:
     try:
         with open(record, "rb") as file:
             found = json.load(file)
-        if found["version"] != RECORD_VERSION or found["phase"] != "executing":
+        if found["version"] != VERSION or found["phase"] != "executing":
             return []
         if found["boot_id"] == kernel.read_file(BOOT_ID).decode().strip():
             return []

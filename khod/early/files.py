@@ -16,9 +16,10 @@ class ArrivedOtherwise(Exception):
 
 
 def take_files(kernel: "Kernel", session: int, claim: "EarlyClaim") -> None:
-    """Take the descriptors of a claim's files; OSError or ArrivedOtherwise, and none is open, if one is not as it was.
+    """Take the descriptors of a claim's files out of its session, and compare the files.
 
-    A file that was not as it was can be taken again (`retrieve_fd`).
+    OSError if the kernel does not give one of them, ArrivedOtherwise if one has other contents. No descriptor stays
+    open then, and khod can take the files out of the session again.
     """
     fds: list[int] = []
     try:

@@ -5,8 +5,6 @@ import os
 
 from khod.abi import liveupdate
 
-LIVEUPDATE = "/dev/liveupdate"
-
 
 class HostKernel:
     """What the early restore asks of the running kernel; every method raises OSError. Its files are below `root`."""
@@ -21,7 +19,7 @@ class HostKernel:
 
     def retrieve_session(self, name: str) -> int:
         """Return the descriptor of a session that the previous kernel handed over."""
-        device = liveupdate.open_device(f"{self._root}{LIVEUPDATE}")
+        device = liveupdate.open_device(f"{self._root}{liveupdate.LIVEUPDATE}")
         try:
             return liveupdate.retrieve_session(device, name)
         finally:

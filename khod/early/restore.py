@@ -12,7 +12,7 @@ from contextlib import suppress
 from khod.abi.peercred import peer_credentials
 from khod.early.claims import EarlyClaim, read_claims
 from khod.early.files import ArrivedOtherwise, take_files
-from khod.handover.lock import lock_directory
+from khod.handover.directory import FILE_NAME, lock_directory
 from khod.producers.cgroup import unit_of
 from khod.systemd.notification import send_descriptor
 from khod.wire import FIRST_SERIAL, PRODUCER, PRODUCER_VERSION
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 NOTE_NAME = "early-restore"
 """A file in memory (/run) with the names of the producers, each written before it is told, and after its files were
 compared: what a later khod of this boot reads of them, the producer may have changed."""
-RECORD_NAME = "handover.json"
 MAX_CLIENTS = 64
 """Connections that are taken; more of them wait for khod."""
 MAX_OPEN = 1024
@@ -284,11 +283,12 @@ def begin_early_restore(
     `state` is the directory of the record, which is locked then for as long as this process lives; `runtime` is that
     of khod's files in memory.
     """
-    record, note, listening = f"{state}/{RECORD_NAME}", f"{runtime}/{NOTE_NAME}", passed.get("varlink")
+    record, note, listening = f"{state}/{FILE_NAME}", f"{runtime}/{NOTE_NAME}", passed.get("varlink")
     if listening is None or os.path.exists(note) or not read_claims(record, kernel):
         return None
     try:
         lock_directory(state)
     except OSError:
         return None
+    # Read again: another khod may have ended between the first look and the lock.
     return EarlyRestore(read_claims(record, kernel), listening, passed, kernel, note)

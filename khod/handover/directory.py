@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The lock of the record's directory: one khod for one record."""
+"""The directory of the record: what is in it, and its lock, because there is one khod for one record."""
 
 import fcntl
 import os
+
+STATE = "/var/lib/khod"
+FILE_NAME = "handover.json"
+VERSION = 1
+"""The version of the record in it."""
 
 
 def lock_directory(path: str) -> None:

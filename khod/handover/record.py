@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from khod.dataclass import dataclass
 from khod.deferred import defer_module
 from khod.errors import RecordError, errno_text
+from khod.handover.directory import FILE_NAME, VERSION
 from khod.model import (
     NO_TERMS,
     Begun,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 else:
     snapshots = defer_module("khod.handover.snapshots")
 
-VERSION = 1
 ADDED_FIELDS = frozenset(
     {"producers", "restores", "not_undone", "interrupted", "outcome", "arrived_run", "claims", "findings", "begun"}
     | {"unknown", "sessions", "sessions_unseen", "at_once", "doubt", "source", "subject", "severity", "checks"}
@@ -51,7 +51,6 @@ ADDED_FIELDS = frozenset(
 )
 """Fields that a record of this version may lack, because an earlier khod wrote it."""
 
-FILE_NAME = "handover.json"
 DEPARTURE = "departure.json"
 UNREADABLE = "handover.json.unreadable"
 NEWER_REMEDY = "Install that khod again, or: `Abort(force)`"

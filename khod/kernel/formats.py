@@ -10,8 +10,9 @@ import re
 from dataclasses import field
 from weakref import WeakKeyDictionary
 
-from khod.abi.calls import LIVEUPDATE, Calls
+from khod.abi.calls import Calls
 from khod.abi.fdt import MAGIC
+from khod.abi.liveupdate import LIVEUPDATE
 from khod.dataclass import dataclass
 from khod.errors import KhoError, Refused
 from khod.images import sealed

@@ -8,7 +8,8 @@ import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from khod.abi.calls import LIVEUPDATE, Calls
+from khod.abi.calls import Calls
+from khod.abi.liveupdate import LIVEUPDATE
 from khod.abi.statx import statx
 from khod.deferred import defer_module
 from khod.errors import KhoError, Refused, Unsupported

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import field
 
-from khod.abi.calls import LIVEUPDATE, Calls, Session
+from khod.abi.calls import Calls, Session
+from khod.abi.liveupdate import LIVEUPDATE
 from khod.dataclass import dataclass
 from khod.model import LuoSession
 from khod.producers.cgroup import units_in

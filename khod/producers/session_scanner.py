@@ -13,7 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from khod.abi.calls import LIVEUPDATE, Calls, HostCalls
+from khod.abi.calls import Calls, HostCalls
+from khod.abi.liveupdate import LIVEUPDATE
 from khod.producers.session_scan import SessionScan, look_into_processes
 from khod.values import decode_value, encode_value
 

@@ -12,7 +12,8 @@ from typing import Protocol
 from asyncvarlink import FileDescriptor, FileDescriptorArray
 
 from khod.server.closer import Closer
-from khod.server.limits import MAX_FDS, Quota
+from khod.server.limits import Quota
+from khod.wire import MAX_FDS
 
 MAX_PEEKS = 8
 """The number of reads to empty a dropped socket: a sender's buffer is 208 KiB, net.core.wmem_max."""

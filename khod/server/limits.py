@@ -5,12 +5,11 @@ import resource
 from collections import Counter
 
 from khod.dataclass import dataclass
+from khod.wire import MAX_FDS
 
 OWN_DESCRIPTORS = 256
 """Descriptors that no client may use, not even root: hooks' pipes, kernel files, the bus, images, the store."""
 
-MAX_FDS = 253
-"""The number of descriptors in one message: the kernel's SCM_MAX_FD, so no call has more."""
 
 MAX_MESSAGE_BYTES = 1 << 20
 """The maximum size of a message from root, an operator or a producer; the longest valid one names 253 files."""

@@ -14,7 +14,7 @@ from khod.server.closer import Closer
 from khod.server.files import Room, dispose_socket
 from khod.server.interfaces import Interfaces
 from khod.server.lane import Lane
-from khod.server.limits import BUFFERED_BYTES, MAX_FDS, USER_BUFFERED_BYTES, Limits, Quota
+from khod.server.limits import BUFFERED_BYTES, USER_BUFFERED_BYTES, Limits, Quota
 from khod.server.load import (
     CLIENTS_SHARE,
     CLIENTS_SHARE_BUSY,
@@ -25,6 +25,7 @@ from khod.server.load import (
 from khod.server.monitors import Monitors
 from khod.server.places import Places
 from khod.server.rules import OPERATORS
+from khod.wire import MAX_FDS
 
 TURN_SECONDS = 0.005
 """How long clients with rights are served before the event loop does other work."""

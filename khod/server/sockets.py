@@ -6,17 +6,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from khod.deferred import defer_module
-
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
 
     from khod.early.restore import EarlyClient
     from khod.model import Event
-    from khod.server import server as serving
-else:
-    serving = defer_module("khod.server.server")
+    from khod.server.server import Server
 
 BACKLOG = 64
 """Connections that wait to be accepted: those of root are queued behind this many others."""
@@ -26,11 +22,11 @@ class Sockets:
     """Sockets whose clients are served by what `make_server` returns, which is called when the first one has called."""
 
     def __init__(
-        self, sockets: Sequence[socket.socket], make_server: Callable[[Sequence[socket.socket]], serving.Server]
+        self, sockets: Sequence[socket.socket], make_server: Callable[[Sequence[socket.socket]], Server]
     ) -> None:
         self._sockets = sockets
         self._make_server = make_server
-        self._server: serving.Server | None = None
+        self._server: Server | None = None
         self._last: Event | None = None
         self._loop = asyncio.get_running_loop()
         for sock in sockets:
@@ -58,7 +54,7 @@ class Sockets:
             self._loop.remove_reader(sock)
             sock.close()
 
-    def _begin_serving(self) -> serving.Server:
+    def _begin_serving(self) -> Server:
         if self._server is None:
             for sock in self._sockets:
                 self._loop.remove_reader(sock)

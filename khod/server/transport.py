@@ -16,7 +16,8 @@ from typing import Protocol
 from khod.abi.peercred import pass_rights
 from khod.server.files import Room
 from khod.server.lane import Lane
-from khod.server.limits import FREE_BYTES, MAX_FDS, Quota
+from khod.server.limits import FREE_BYTES, Quota
+from khod.wire import MAX_FDS
 
 CHUNK_BYTES = 16 << 10
 OTHERS_CHUNK_BYTES = 4 << 10

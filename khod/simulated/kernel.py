@@ -22,9 +22,10 @@ from typing import Any
 
 import libfdt
 
-from khod.abi.calls import KMSG, LIVEUPDATE, HostCalls, Log
+from khod.abi.calls import KMSG, HostCalls, Log
 from khod.abi.fdt import KHO_MEM, decode_mem, parse_tree
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
+from khod.abi.liveupdate import LIVEUPDATE
 from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.sysfs import IN_DT, KHO
 

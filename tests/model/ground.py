@@ -14,7 +14,7 @@ from typing import Any
 
 from khod.config import Checks, Config, Deadlines, Policy
 from khod.errors import ConfigError
-from khod.handover.record import FILE_NAME
+from khod.handover.directory import FILE_NAME
 from khod.handover.session_names import session_of
 from khod.model import Event, Status
 from khod.producers.barrier import Participant

@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from khod.abi.calls import KMSG, LIVEUPDATE
+from khod.abi.calls import KMSG
 from khod.abi.fdt import decode_mem, parse_tree
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
+from khod.abi.liveupdate import LIVEUPDATE
 from khod.kernel import debugfs
 from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.sysfs import IN_DT, KHO

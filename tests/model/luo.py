@@ -5,7 +5,7 @@ import errno
 import os
 from dataclasses import dataclass, field
 
-from khod.abi.calls import LIVEUPDATE
+from khod.abi.liveupdate import LIVEUPDATE
 from tests.model.process import File, Memory, Process, file_of
 
 NAME_SIZE = 64  # LIVEUPDATE_SESSION_NAME_LENGTH, the NUL included

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from khod.engine.guard import Uevent
-from khod.handover.record import FILE_NAME
+from khod.handover.directory import FILE_NAME
 from khod.kernel.sysfs import KHO
 from tests.model import host
 from tests.model.faults import Fault

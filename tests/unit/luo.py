@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from khod import daemon
-from khod.abi.calls import LIVEUPDATE
+from khod.abi.liveupdate import LIVEUPDATE
 from khod.errors import Exit
 from khod.handover.record import Store
 from khod.kernel.luo import HUGE_PAGE_BYTES

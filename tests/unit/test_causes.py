@@ -8,7 +8,8 @@ import pytest
 
 from khod.engine import Engine
 from khod.errors import Failed, NotRolledBack
-from khod.handover.record import FILE_NAME, Owner
+from khod.handover.directory import FILE_NAME
+from khod.handover.record import Owner
 from khod.model import Phase
 from khod.producers.conversation import Answer, AnswerWord
 from khod.producers.peer import Peer, Registration

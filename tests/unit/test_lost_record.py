@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from khod.errors import Exit, KhoError, Refused
-from khod.handover.record import DEPARTURE, FILE_NAME
+from khod.handover.directory import FILE_NAME
+from khod.handover.record import DEPARTURE
 from khod.model import CheckResult, Phase
 from tests.unit.luo import Hand, LuoHost, System, memfd, one_file
 from tests.unit.test_claims import host, jump, taken_back, waiting

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from khod.errors import RecordError
-from khod.handover.record import VERSION, Owner, Process, ProducerRecord, Record, Store, decode_record, encode_record
+from khod.handover.directory import VERSION
+from khod.handover.record import Owner, Process, ProducerRecord, Record, Store, decode_record, encode_record
 from khod.model import (
     Begun,
     ColdBoot,

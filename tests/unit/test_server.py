@@ -18,13 +18,13 @@ from khod.server.answers import Answers
 from khod.server.events import EventLog, Stream
 from khod.server.interface import Handover
 from khod.server.lane import Lane
-from khod.server.limits import MAX_FDS, OWN_DESCRIPTORS, Limits, Quota
+from khod.server.limits import OWN_DESCRIPTORS, Limits, Quota
 from khod.server.load import Allowance, Load
 from khod.server.metrics import SystemdMetrics
 from khod.server.places import Place, Places
 from khod.server.producer_interface import Producer
 from khod.server.rules import EVERYONE, OPERATORS, PRODUCERS, RULES, CallKind
-from khod.wire import INTERFACE, METRICS_INTERFACE, PRODUCER, SERVICE
+from khod.wire import INTERFACE, MAX_FDS, METRICS_INTERFACE, PRODUCER, SERVICE
 from tests.unit.harness import Host
 from tests.unit.turns import until
 

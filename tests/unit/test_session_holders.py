@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from khod.abi.calls import LIVEUPDATE, HostCalls, Session
+from khod.abi.calls import HostCalls, Session
+from khod.abi.liveupdate import LIVEUPDATE
 from khod.model import LuoSession, SessionFate, Verdict
 from khod.producers.session_holders import count_arrivals, find_sessions
 from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, SightedSessions

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from khod.abi.calls import LIVEUPDATE
+from khod.abi.liveupdate import LIVEUPDATE
 from khod.producers import session_scanner
 from khod.producers.session_holders import find_sessions, scan_others
 from khod.producers.session_scan import LINK, HeldSession, HoldingProcess, SessionScan, scan_processes

@@ -12,8 +12,9 @@ import pytest
 from khod.server.closer import Closer
 from khod.server.files import PassedFiles, Room, dispose_socket
 from khod.server.lane import Lane
-from khod.server.limits import MAX_FDS, Quota
+from khod.server.limits import Quota
 from khod.server.transport import Transport
+from khod.wire import MAX_FDS
 from tests.unit.turns import until
 
 ALICE, BOB = 1000, 1001
