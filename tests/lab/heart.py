@@ -5,7 +5,8 @@
 
 Its beats are numbered lines, each with the kernel's CLOCK_MONOTONIC; the last number is kept with 64 MiB of state in a
 memfd. As a producer of khod's it beats until `freeze`, and goes on with the next number at `finish` or at `restore`.
-With `store` it has no khod: the service manager keeps the memfd, and it beats until SIGTERM.
+It answers each of them after a beat: the last one before the jump lies in the `freeze`, and the first one after it in
+the `finish` or `restore`. With `store` it has no khod: the service manager keeps the memfd, and it beats until SIGTERM.
 """
 
 import os
@@ -38,12 +39,19 @@ class Heart:
     def begin_empty(self) -> None:
         self.memfd = os.memfd_create("heart")
         os.posix_fallocate(self.memfd, 0, STATE_BYTES)
-        self.may_beat.set()
+        self.begin()
+
+    def begin(self) -> None:
+        """Beat at once, and from now on."""
+        with self.is_beating:
+            self._beat()
+            self.may_beat.set()
 
     def stop(self) -> None:
-        self.may_beat.clear()
+        """Beat a last time."""
         with self.is_beating:
-            pass
+            self.may_beat.clear()
+            self._beat()
 
     def beat_for_ever(self) -> None:
         pause = threading.Event()
@@ -51,10 +59,13 @@ class Heart:
             self.may_beat.wait()
             with self.is_beating:
                 if self.may_beat.is_set():
-                    (count,) = COUNT.unpack(os.pread(self.memfd, COUNT.size, 0))
-                    os.pwrite(self.memfd, COUNT.pack(count + 1), 0)
-                    os.write(self.line, b"\n~%d %.6f~\n" % (count + 1, time.monotonic()))
+                    self._beat()
             pause.wait(BEAT_SECONDS)
+
+    def _beat(self) -> None:
+        (count,) = COUNT.unpack(os.pread(self.memfd, COUNT.size, 0))
+        os.pwrite(self.memfd, COUNT.pack(count + 1), 0)
+        os.write(self.line, b"\n~%d %.6f~\n" % (count + 1, time.monotonic()))
 
 
 def take_part(heart: Heart, beats_at: str) -> None:
@@ -69,15 +80,15 @@ def take_part(heart: Heart, beats_at: str) -> None:
             raise Veto("its memfd did not come back")
         heart.memfd = step.files["state"]
         if beats_at == "restore":
-            heart.may_beat.set()
+            heart.begin()
 
     def freeze(_step: "Step") -> None:
         heart.stop()
 
-    def beat(_step: "Step") -> None:
-        heart.may_beat.set()
+    def begin(_step: "Step") -> None:
+        heart.begin()
 
-    Producer("heart", prepare=prepare, freeze=freeze, thaw=beat, restore=restore, finish=beat).start()
+    Producer("heart", prepare=prepare, freeze=freeze, thaw=begin, restore=restore, finish=begin).start()
     if heart.memfd < 0:
         heart.begin_empty()
     systemd.daemon.notify("READY=1")
@@ -89,7 +100,7 @@ def stay_in_store(heart: Heart) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     for fd in systemd.daemon.listen_fds():
         heart.memfd = fd
-        heart.may_beat.set()
+        heart.begin()
     if heart.memfd < 0:
         heart.begin_empty()
         systemd.daemon.notify("FDSTORE=1\nFDNAME=state", fds=[heart.memfd])
