@@ -157,6 +157,7 @@ class Daemon:
             workers,
             lambda: self._settings.current.deadlines.execute,
             opts.filesystems_note,
+            journal.settle_journal if opts.runs_on_systemd else None,
         )
         self._host = _real_host(jump, sessions) if opts.simulate is None else _simulated_host(jump)
         self.engine = Engine(

@@ -14,16 +14,23 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from khod.concurrency.worker import Worker
+from khod.deferred import defer_module
 from khod.engine.journal_fields import Message, event_fields, message_fields
+from khod.errors import KhoError
 from khod.handover.record import Record
 from khod.model import Event, EventKind
 from khod.producers.barrier import READY
 from khod.systemd.journal_record import send_record
 from khod.systemd.notification import send_notification
 from khod.text import one_line
+
+if TYPE_CHECKING:
+    from khod.systemd import journald
+else:
+    journald = defer_module("khod.systemd.journald")
 
 STATUS_REST_SECONDS = 0.1
 """Minimum seconds between two status texts."""
@@ -33,6 +40,8 @@ MAX_WAITING = 1024
 """Maximum number of records, and of notifications, that wait to be sent; further ones are dropped."""
 FLUSH_SECONDS = 1.0
 """Seconds that khod waits at its end for the records, and for the notifications."""
+JOURNAL_SECONDS = 2.0
+"""Seconds that journald has before the jump."""
 EXTEND_SECONDS = 30.0
 """Seconds by which a timeout is extended, again and again, during a start or a stop."""
 
@@ -112,6 +121,17 @@ def flush_workers() -> None:
         said = threading.Event()
         worker.call_later(said.set)
         said.wait(FLUSH_SECONDS)
+
+
+async def settle_journal() -> None:
+    """Return once journald has every record queued so far, and has the journal on the disk: the host jumps.
+
+    At most JOURNAL_SECONDS pass: the producers are frozen.
+    """
+    with suppress(OSError, EOFError, KhoError, asyncio.LimitOverrunError):  # TimeoutError is an OSError
+        async with asyncio.timeout(JOURNAL_SECONDS):
+            await start_workers()[0].call_within(lambda: None, "sending the records", None)
+            await journald.synchronize_journal()
 
 
 async def extend_timeout() -> None:

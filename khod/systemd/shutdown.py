@@ -18,19 +18,14 @@ from khod.kernel.kexec import Kexec
 from khod.kernel.thread import Workers
 
 if TYPE_CHECKING:
-    from khod.systemd import journald
     from khod.systemd import manager as systemd_manager
 else:
-    journald = defer_module("khod.systemd.journald")
     systemd_manager = defer_module("khod.systemd.manager")
 
 ASK_SECONDS = 10.0
 """Seconds systemd has to answer when khod is stopped, and before an orderly jump."""
 ASK_UNDO_SECONDS = 2.0
 """Seconds systemd has to answer before an undo."""
-
-JOURNAL_SECONDS = 2.0
-"""Maximum seconds journald has before the jump: the producers are frozen."""
 
 CARRIES_SESSIONS = 261
 """The first version of systemd that keeps LUO sessions across its own shutdown."""
@@ -98,6 +93,8 @@ class Immediate:
     kexec: Kexec
     workers: Workers
     filesystems: FrozenFileSystems
+    settle_journal: Callable[[], Awaitable[None]] | None
+    """Returns, within a limit of its own, once the journal is on the disk; None where there is no journal."""
     sync_seconds: Callable[[], float]
     """Time limit in seconds of sync(2), and of the freeze after it. reboot(2) has no limit, because khod does not
     control what follows it."""
@@ -105,8 +102,8 @@ class Immediate:
     """Whether reboot(2) was called and has not returned: it may jump at any moment."""
 
     async def __call__(self) -> None:
-        if self.filesystems.note is not None:  # the host's own disks
-            await journald.synchronize_journal(JOURNAL_SECONDS)
+        if self.settle_journal is not None:
+            await self.settle_journal()
         # Not in the kernel's thread: sync(2) waits for ever for a network file system whose server has gone, and the
         # undo would wait behind it.
         await self.workers.files.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
@@ -147,11 +144,17 @@ def _unfreezable_error(error: OSError) -> Failed:
 
 
 def make_immediate(
-    kexec: Kexec, workers: Workers, deadline: float | Callable[[], float], note: Path | None = None
+    kexec: Kexec,
+    workers: Workers,
+    deadline: float | Callable[[], float],
+    note: Path | None = None,
+    settle_journal: Callable[[], Awaitable[None]] | None = None,
 ) -> Immediate:
     """Return the executor that jumps without systemd; `deadline` is the time limit of sync(2) in seconds.
 
-    `note` is the file that keeps which file systems are frozen; without one none is frozen.
+    `note` is the file that keeps which file systems are frozen; without one none is frozen. `settle_journal` is the
+    executor's field.
     """
     filesystems = FrozenFileSystems(kexec.calls, note)
-    return Immediate(kexec, workers, filesystems, deadline if callable(deadline) else lambda: deadline)
+    sync_seconds = deadline if callable(deadline) else lambda: deadline
+    return Immediate(kexec, workers, filesystems, settle_journal, sync_seconds)

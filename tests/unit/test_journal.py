@@ -2,11 +2,14 @@
 """What a record in the journal has: text, priority, and fields to search by."""
 
 import ast
+import asyncio
 import fcntl
+import json
 import os
 import re
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -228,3 +231,36 @@ def test_khod_goes_on_while_journald_reads_nothing(journald: socket.socket) -> N
     prepare = "from khod.systemd import journal_record; journal_record.SOCKET = sys.argv[1]"
     send = 'journal_record.send_record({"MESSAGE": "text"})'
     assert send_until_it_blocks(prepare, send, journald.getsockname()) == GOES_ON
+
+
+async def settle(journald: socket.socket, path: Path, answer: bytes) -> list[bytes]:
+    """Have a record wait to be sent, and settle the journal; return what journald has when it is to write it."""
+    found: list[bytes] = []
+    may_send = threading.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        call = await reader.readuntil(b"\0")
+        assert json.loads(call[:-1])["method"] == "io.systemd.Journal.Synchronize"
+        found.append(journald.recv(4096))
+        writer.write(answer)
+
+    async with await asyncio.start_unix_server(serve, path):
+        journal.start_workers()[0].call_later(may_send.wait)
+        journal.write_message(Message.refusal, "the last record")
+        settling = asyncio.ensure_future(journal.settle_journal())
+        asyncio.get_running_loop().call_soon(may_send.set)  # after the first step of `settling`
+        await settling
+    return found
+
+
+@pytest.mark.parametrize("answer", [b"{}\0", b"{", b""])
+def test_the_journal_is_written_once_journald_has_every_record(
+    journald: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    """An answer that does not come ends the wait, not the jump."""
+    monkeypatch.setattr("khod.systemd.journald.SOCKET", str(tmp_path / "varlink"))
+    if answer != b"{}\0":
+        monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0.5)
+    journald.setblocking(False)
+    (found,) = asyncio.run(settle(journald, tmp_path / "varlink", answer))
+    assert b"MESSAGE=the last record\n" in found
