@@ -5,10 +5,12 @@
 
 The guest is Debian as it is installed, alone on the machine, with one service that has 64 MiB of state. By hand means:
 the service manager's fd store keeps the state, with `kexec -s -l` and `systemctl kexec`, and no khod on the host.
-Nothing else may run meanwhile.
+What the journal on the disk lacks is the time from its last entry to the jump. Nothing else may run meanwhile.
 """
 
 import argparse
+import json
+import re
 import statistics
 import subprocess
 import sys
@@ -20,18 +22,21 @@ from tests.bench.figure import Figure, print_figures
 from tests.lab import disk, kernels
 from tests.lab.guest import Guest
 from tests.lab.host import IMAGES, INITRD, KHO, Host, image
-from tests.lab.witness import Witness
+from tests.lab.witness import JUMP, Witness
 
 ROUNDS = 5
 VERSION = "7.3.4"
 MOST_OF_BY_HAND = 0.6
 MOST_OF_EARLY = 1.0
+MOST_UNLOGGED = 1.0
 MOST_GROWTH = 1.2
 """Less than one stop of 2 s would add; without any, the medians of five rounds differed by up to 11 %."""
 SLOW_SERVICES = 10
 BOOT_SECONDS = 240.0
 KHOD_UNITS = "kho-handover.service kho-handover.socket kho-metrics.socket kho-sessions.socket kho-verify.service"
 MICROSECOND = 1e-6
+STAMP = re.compile(rf"\[ *(\d+\.\d+)\] .*{JUMP}")
+"""The kernel's clock at the jump."""
 
 SERVICE = """\
 [Unit]
@@ -83,13 +88,26 @@ Parts = Mapping[str, float]
 """Seconds, by name and in order; together they are the blackout."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One jump, in seconds."""
+
+    parts: Parts
+    unlogged: float
+    """From the last entry in the journal on the disk to the jump."""
+
+    @property
+    def blackout(self) -> float:
+        return sum(self.parts.values())
+
+
 def run(rounds: int = ROUNDS) -> Iterator[Figure]:
     """Measure each way once in each round, in turn."""
     subprocess.run(["make", "--silent", "deb"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     made = disk.build(
         sorted(Path("dist").glob("khod_*.deb")), disk.standard_files([kernels.find(VERSION)]), as_installed=True
     )
-    found: dict[Way, list[Parts]] = {way: [] for way in WAYS}
+    found: dict[Way, list[Measured]] = {way: [] for way in WAYS}
     for number in range(rounds):
         first = number % len(WAYS)  # each way is the first in a row of kernels once, and the last once
         with Guest(kernels.find(VERSION), made, cmdline_extra=KHO) as guest:
@@ -103,26 +121,29 @@ def run(rounds: int = ROUNDS) -> Iterator[Figure]:
     yield _compare(D, A, MOST_OF_BY_HAND, found)
     yield _compare(C, B, MOST_OF_EARLY, found)
     yield _compare(C_SLOW, C, MOST_GROWTH, found)
+    unlogged = {way: statistics.median(one.unlogged for one in found[way]) for way in (A, C)}
+    how = f"medians of {rounds}: {unlogged[C]:.3f} s, {unlogged[A]:.3f} s"
+    yield Figure(f"what the journal lacks after {C.name} / {A.name}", unlogged[C] / unlogged[A], MOST_UNLOGGED, "", how)
 
 
-def _compare(ours: Way, theirs: Way, most: float, found: Mapping[Way, list[Parts]]) -> Figure:
-    mine, other = (statistics.median(sum(one.values()) for one in found[way]) for way in (ours, theirs))
+def _compare(ours: Way, theirs: Way, most: float, found: Mapping[Way, list[Measured]]) -> Figure:
+    mine, other = (statistics.median(one.blackout for one in found[way]) for way in (ours, theirs))
     how = f"medians of {len(found[ours])}. {_describe(ours, found[ours])}. {_describe(theirs, found[theirs])}"
     return Figure(f"blackout of {ours.name} / {theirs.name}", mine / other, most, "", how)
 
 
-def _describe(way: Way, found: Sequence[Parts]) -> str:
-    total = statistics.median(sum(one.values()) for one in found)
-    parts = (f"{name} {statistics.median(one[name] for one in found):.2f}" for name in found[0])
+def _describe(way: Way, found: Sequence[Measured]) -> str:
+    total = statistics.median(one.blackout for one in found)
+    parts = (f"{name} {statistics.median(one.parts[name] for one in found):.2f}" for name in found[0].parts)
     return f"{way.name}: {total:.2f} s = {' + '.join(parts)}"
 
 
-def _measure(host: Host, way: Way) -> Parts:
-    """Make the jump; how long the service was silent."""
+def _measure(host: Host, way: Way) -> Measured:
+    """Make the jump; how long the service was silent, and what the journal lacks."""
     _install(host, way)
     witness = Witness(host.guest.machine)
     witness.begin()
-    before = host.guest.boot_id
+    before, since = host.guest.boot_id, len(host.guest.console())
     host.guest.start(["sh", "-ec", _script(host, way)])
     silence = witness.silence()
     assert host.guest.wait_reboot(before).how == "kexec"
@@ -136,7 +157,11 @@ def _measure(host: Host, way: Way) -> Parts:
     }
     starts = "heart" if way.khoctl is None else "kho-handover"
     (began,) = _read_times(host, starts, "ExecMainStartTimestampMonotonic")
-    return parts | {f"systemd until {starts} starts": began - userspace, "until it beats": beats - began}
+    parts |= {f"systemd until {starts} starts": began - userspace, "until it beats": beats - began}
+    stamp = STAMP.search(host.guest.console(), since)
+    assert stamp
+    last = json.loads(host.shell("journalctl -b -1 -n 1 -o json"))
+    return Measured(parts, float(stamp[1]) - int(last["__MONOTONIC_TIMESTAMP"]) * MICROSECOND)
 
 
 def _install(host: Host, way: Way) -> None:
