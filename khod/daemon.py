@@ -56,6 +56,7 @@ from khod.producers.transient import TransientUnits
 from khod.server.sockets import Sockets
 from khod.systemd import fdstore, logind, shutdown
 from khod.systemd.facts import BOOTED
+from khod.systemd.notifier import notify_manager
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.systemd.startup import wait_early_units, wait_hooks_unit
 from khod.systemd.watchdog import ManagerWatchdogs
@@ -206,11 +207,11 @@ class Daemon:
         starting = asyncio.ensure_future(self.engine.registry.start_supervisors())
         try:
             await self._start_engine()
-            journal.notify_manager("READY=1")
+            notify_manager("READY=1")
             self._is_ready = True
             self._load_rest()
             await self._stopping.wait()
-            journal.notify_manager("STOPPING=1")
+            notify_manager("STOPPING=1")
             await self._stop_engine()
         finally:
             watching.cancel()
@@ -349,8 +350,8 @@ class Daemon:
             self._settings.reload(self._options.root)
         except ConfigError as error:
             _log_error(f"The configuration stays as it was: {error}")
-            journal.notify_manager(f"STATUS={one_line(f'The configuration stays as it was: {error}')}")
-        journal.notify_manager("READY=1")
+            notify_manager(f"STATUS={one_line(f'The configuration stays as it was: {error}')}")
+        notify_manager("READY=1")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from khod.handover.record import Record
 from khod.model import Event, EventKind
 from khod.producers.barrier import READY
 from khod.systemd.journal_record import send_record
-from khod.systemd.notification import send_notification
+from khod.systemd.notifier import notify_manager, start_notifier
 from khod.text import one_line
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ STATUS_REST_SECONDS = 0.1
 SLOW_SECONDS = 1.0
 """Seconds after which a yes gets a record too."""
 MAX_WAITING = 1024
-"""Maximum number of records, and of notifications, that wait to be sent; further ones are dropped."""
+"""Maximum number of records that wait to be sent; further ones are dropped."""
 FLUSH_SECONDS = 1.0
 """Seconds that khod waits at its end for the records, and for the notifications."""
 JOURNAL_SECONDS = 2.0
@@ -49,20 +49,22 @@ MAX_STATUS_CHARACTERS = 500
 """Maximum characters of the status text."""
 
 
-@cache
-def start_workers() -> tuple[Worker, Worker]:
-    """Start the threads that send to journald and to the service manager; they are started once.
+def start_workers() -> None:
+    """Start the threads that send to journald and to the service manager.
 
     Not while this is imported: a thread that is there when khod enters its AppArmor profile stays outside.
     """
-    return (
-        Worker("journal", "The journal", max_waiting=MAX_WAITING),
-        Worker("notify", "The service manager", max_waiting=MAX_WAITING),
-    )
+    _start_recorder()
+    start_notifier()
+
+
+@cache
+def _start_recorder() -> Worker:
+    return Worker("journal", "The journal", max_waiting=MAX_WAITING)
 
 
 def _queue_for_journald(send: Callable[[], object]) -> None:
-    start_workers()[0].call_later(send)
+    _start_recorder().call_later(send)
 
 
 def write_event(event: Event, *, entered: bool, record: Record) -> None:
@@ -110,14 +112,9 @@ def _is_routine(event: Event) -> bool:
     return event.kind is EventKind.producer_answered and ready and (event.duration or 0.0) < SLOW_SECONDS
 
 
-def notify_manager(state: str) -> None:
-    """Queue a message to the service manager; without effect if there is none, or if it does not read."""
-    start_workers()[1].call_later(lambda: send_notification(state))
-
-
 def flush_workers() -> None:
     """Wait until everything queued so far is sent, at most FLUSH_SECONDS for each thread: khod ends."""
-    for worker in reversed(start_workers()):
+    for worker in (start_notifier(), _start_recorder()):
         said = threading.Event()
         worker.call_later(said.set)
         said.wait(FLUSH_SECONDS)
@@ -130,7 +127,7 @@ async def settle_journal() -> None:
     """
     with suppress(OSError, EOFError, KhoError, asyncio.LimitOverrunError):  # TimeoutError is an OSError
         async with asyncio.timeout(JOURNAL_SECONDS):
-            await start_workers()[0].call_within(lambda: None, "sending the records", None)
+            await _start_recorder().call_within(lambda: None, "sending the records", None)
             await journald.synchronize_journal()
 
 

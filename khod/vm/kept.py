@@ -17,11 +17,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
-import systemd.daemon
-
 from khod.abi.pidfd import pidfd_getfd
 from khod.concurrency.command import run_command
 from khod.errors import errno_text
+from khod.systemd.notifier import notify_manager
 from khod.text import one_line
 from khod.vm.migration import list_memory
 from khod.vm.monitor import Monitor, NotYet, QmpAbsent, QmpUnavailable, VmError
@@ -148,7 +147,7 @@ class KeptProcess(QemuProcess):
         try:
             await _call_systemctl("daemon-reload")
             await _call_systemctl("--no-block", "restart", unit)
-            systemd.daemon.notify("READY=1")
+            notify_manager("READY=1")
             yield
         finally:
             drop_in.unlink()

@@ -19,11 +19,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import systemd.daemon
-
 from khod.concurrency.command import run_command
 from khod.errors import KhoError, Unreachable, errno_text
 from khod.producer import Handler, Producer, Step, Veto
+from khod.systemd.notifier import notify_manager
 from khod.text import join_names
 from khod.vm.agent import GuestClock
 from khod.vm.frozen import (
@@ -109,7 +108,7 @@ class Supervisor:
         if not (self._qemu.is_up or self._qemu.has_ended or self._refused or self._frozen.is_there):
             check_unshared(self._settings.name, self._root)
             await self._qemu.start_guest()
-        systemd.daemon.notify(f"READY=1\nSTATUS={self._refused or 'The guest is there.'}")
+        notify_manager(f"READY=1\nSTATUS={self._refused or 'The guest is there.'}")
         code = await self._watch()
         self._producer.stop()
         return code
@@ -136,7 +135,7 @@ class Supervisor:
                 self._producer.start()
             except Unreachable as error:
                 if not told:
-                    systemd.daemon.notify(f"STATUS=Waiting for khod: {error}")
+                    notify_manager(f"STATUS=Waiting for khod: {error}")
                     LOG.warning("Waiting for khod, which knows whether there is a guest to take back: %s", error)
                 told = True
                 time.sleep(RETRY_SECONDS)
@@ -250,7 +249,7 @@ class Supervisor:
                     else:
                         self._qemu.memory = {}
             self._refused = ""
-            systemd.daemon.notify("STATUS=The guest was taken back.")
+            notify_manager("STATUS=The guest was taken back.")
             self._changed.set()
         except BaseException as error:  # whatever it was: the guest must not be started anew beside its state
             self._refused = f"The guest was not taken back, and its state is kept: {_give_reason(error, step)}"
@@ -259,7 +258,7 @@ class Supervisor:
                 self._refused,
                 self._settings.name,
             )
-            systemd.daemon.notify(f"STATUS={self._refused}")
+            notify_manager(f"STATUS={self._refused}")
             raise
         finally:
             for fd in (state, about_file, *memory.values()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from khod.systemd import fdstore, notification
+from khod.systemd import fdstore, notification, notifier
 from khod.systemd.fdstore import ServiceManager
 from tests.unit.unread import GOES_ON, send_until_it_blocks
 
@@ -46,6 +46,15 @@ def test_khod_goes_on_while_the_service_manager_reads_nothing(tmp_path: Path) ->
         prepare = "from khod.systemd.notification import send_notification"
         send = 'send_notification("WATCHDOG=1")'
         assert send_until_it_blocks(prepare, send, NOTIFY_SOCKET=str(tmp_path / "notify")) == GOES_ON
+
+
+def test_a_queued_notification_delays_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        for number in range(2 * notifier.MAX_WAITING):  # more than its socket takes, and more than are kept
+            notifier.notify_manager(f"STATUS={number}")
+        assert manager.recv(64) == b"STATUS=0"
 
 
 def test_a_notification_reaches_the_service_manager_with_its_descriptors(

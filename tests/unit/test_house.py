@@ -94,3 +94,11 @@ def test_no_code_reads_a_sentence() -> None:
             else:
                 continue
             assert not ("." in read and PROSE.search(read)), f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_nobody_sends_with_python_s_lock_held() -> None:
+    """systemd.daemon.notify() and systemd.journal.send() hold it while the other side does not read."""
+    for path in files("khod", "khoctl"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("systemd.daemon", "systemd.journal"):
+                assert node.attr not in ("notify", "send", "stream"), f"{path}:{node.lineno}"

@@ -245,7 +245,7 @@ async def settle(journald: socket.socket, path: Path, answer: bytes) -> list[byt
         writer.write(answer)
 
     async with await asyncio.start_unix_server(serve, path):
-        journal.start_workers()[0].call_later(may_send.wait)
+        journal._queue_for_journald(may_send.wait)
         journal.write_message(Message.refusal, "the last record")
         settling = asyncio.ensure_future(journal.settle_journal())
         asyncio.get_running_loop().call_soon(may_send.set)  # after the first step of `settling`

@@ -46,7 +46,7 @@ BESIDE = {
     "history": VOCABULARY - {"config", "concurrency"} | {"history"},
     "trees": VOCABULARY | {"abi.fdt", "trees"},
     "simulated": VOCABULARY | {"abi", "kernel", "simulated"},
-    "vm": VOCABULARY | {"vm", "producer", "abi"},
+    "vm": VOCABULARY | {"vm", "producer", "abi", "systemd.notification", "systemd.notifier"},
     "fleetlock": VOCABULARY | {"fleetlock", "client"},
 }
 SEEN_BY = {
