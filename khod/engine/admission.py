@@ -57,7 +57,7 @@ class Admission:
         if self._resources.settings.error is not None:
             raise self._resources.settings.error
         deadline = self._resources.settings.current.deadlines.activate
-        observed = await self._transaction.wait_interruptibly(self._observer.observe_kernel(deadline))
+        observed = await self._transaction.cancellation.wait_interruptibly(self._observer.observe_kernel(deadline))
         phase = self._transaction.phase
         if phase not in RESTING | HELD:
             raise Refused(
@@ -69,11 +69,13 @@ class Admission:
             names = ", ".join(found.name for found in waiting)
             self._transaction.emit_event(f"waiting for producers to connect again: {names}")
             returned = self._registry.peers.wait_returned({found.name for found in waiting})
-            await self._transaction.wait_interruptibly(returned)
-        if started := await self._transaction.wait_interruptibly(self._registry.start_supervisors()):
+            await self._transaction.cancellation.wait_interruptibly(returned)
+        if started := await self._transaction.cancellation.wait_interruptibly(self._registry.start_supervisors()):
             self._transaction.emit_event(f"waiting for khod-vm, which systemd starts: {', '.join(started)}")
-            await self._transaction.wait_interruptibly(self._registry.peers.wait_connected(started))
-        checks = await self._transaction.wait_interruptibly(self._queries.run_checks(observed, request=request))
+            await self._transaction.cancellation.wait_interruptibly(self._registry.peers.wait_connected(started))
+        checks = await self._transaction.cancellation.wait_interruptibly(
+            self._queries.run_checks(observed, request=request)
+        )
         to_come = {"kexec": request is not None and Step.load not in self._transaction.machine.done}
         to_come["sessions"] = request is not None and not request.load_only  # only the jump ends them
         self._require_checks([check for check in checks if to_come.get(check.name, True)])
@@ -97,7 +99,9 @@ class Admission:
     async def check_target(self, target: Target) -> None:
         """Refuse a next kernel that would not do; called after check_may_start."""
         observed = self._observer.require_last
-        self._require_checks(await self._transaction.wait_interruptibly(self._queries.run_checks(observed, target)))
+        self._require_checks(
+            await self._transaction.cancellation.wait_interruptibly(self._queries.run_checks(observed, target))
+        )
         for origin in target.origins:
             if origin.refusal:
                 self._transaction.emit_event(f"going on all the same, as checks.provenance says: {origin.refusal}")
@@ -127,4 +131,6 @@ class Admission:
                 remedy=preflight_handover.JUMP_OR_BEGIN_AGAIN,
             )
         observed = self._observer.require_last
-        return await self._transaction.wait_interruptibly(self._queries.take_target(request, observed, run))
+        return await self._transaction.cancellation.wait_interruptibly(
+            self._queries.take_target(request, observed, run)
+        )

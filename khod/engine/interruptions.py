@@ -42,7 +42,7 @@ class Interruptions:
         """End the handover under way for `cause`, if there is one that can still be ended."""
         if self._jump.going_down or not self._transaction.can_be_cancelled:
             return
-        self._transaction.cancel(cause)
+        self._transaction.cancellation.cancel(cause)
         if not self._turn.is_taken:
             self._background.spawn_task(self._end_held())
 
@@ -86,7 +86,7 @@ class Interruptions:
         attempt = self._transaction.attempt
         if attempt is not None and told is Verb.freeze and Step.load in self._transaction.machine.done:
             judgement = asyncio.ensure_future(self._judge_departure(attempt, cause))
-            self._transaction.wait_for_judgement(judgement)
+            self._transaction.cancellation.wait_for_judgement(judgement)
         else:
             self.cancel(cause)
 

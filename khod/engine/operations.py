@@ -295,12 +295,14 @@ class Engine:
                         release=about.version if about else "",
                         banner=about.banner if about else "",
                     )
-                    await self._transaction.wait_interruptibly(self._recorder.note_target(target, at_once=at_once))
+                    await self._transaction.cancellation.wait_interruptibly(
+                        self._recorder.note_target(target, at_once=at_once)
+                    )
                 attempt.set_target(target, self._executors[at_once], self._executors[False], request.units)
                 if at_once:
                     # Most dirty pages are written before any producer is frozen; the executor's own sync then has
                     # little left.
-                    await self._transaction.wait_interruptibly(
+                    await self._transaction.cancellation.wait_interruptibly(
                         self._resources.workers.files.call_within(
                             self._resources.kexec.sync_disks, "sync(2)", self.settings.current.deadlines.execute
                         )
@@ -345,7 +347,7 @@ class Engine:
         """Continue the attempt of this record, or begin it."""
         if record.run != self.record.run:
             about = record.run, record.boot_id, record.release, record.generation
-            await self._transaction.wait_interruptibly(
+            await self._transaction.cancellation.wait_interruptibly(
                 self._resources.workers.disk.call_within(
                     lambda: self._resources.store.snapshots.prepare_snapshot(*about, self.settings.current.snapshots),
                     "making room for the snapshot",

@@ -49,11 +49,13 @@ class ProducerOperations:
             claims = tuple(holder for holder in record.claims if holder.name != name)
             if len(claims) < len(record.claims):
                 if (peer := self._registry.peers.find_peer(name)) is not None:
-                    await self._transaction.wait_interruptibly(peer.claim.drop_arrived(deadline))
+                    await self._transaction.cancellation.wait_interruptibly(peer.claim.drop_arrived(deadline))
                 await self._transaction.note_claims(claims)
                 self._transaction.emit_event(f"what {name} left is freed")
             elif name in self._queries.unknown_sessions:
-                await self._transaction.wait_interruptibly(self._resources.sessions.drop_session(name, deadline))
+                await self._transaction.cancellation.wait_interruptibly(
+                    self._resources.sessions.drop_session(name, deadline)
+                )
                 self._transaction.emit_event(f"the LUO session {name} is freed")
             elif self._registry.peers.give_up(name):
                 self._transaction.emit_event(f"{name} is not expected to come back any more")
@@ -82,7 +84,7 @@ class ProducerOperations:
         """Take one producer through prepare, freeze, thaw and cancel, without the kernel; return its answers."""
         async with self._turn.one_operation():
             deadline = self._resources.settings.current.deadlines.activate
-            observed = await self._transaction.wait_interruptibly(self._observer.observe_kernel(deadline))
+            observed = await self._transaction.cancellation.wait_interruptibly(self._observer.observe_kernel(deadline))
             if self._transaction.phase not in RESTING:
                 raise Refused(
                     f"A producer cannot be tested now ({self._transaction.phase.value})",

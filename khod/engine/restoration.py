@@ -111,7 +111,7 @@ class Restoration:
     def make_way(self) -> bool:
         """Cut short the restore of a late producer for an operator's request; return whether one was under way."""
         if self._gives_back_late:
-            self._transaction.cancel(Failed("Somebody wants something else done first"))
+            self._transaction.cancellation.cancel(Failed("Somebody wants something else done first"))
         return self._gives_back_late
 
     def resume_claims(self) -> None:
@@ -172,9 +172,9 @@ class Restoration:
             barrier = Barrier.from_producers([peer], record.arrived_run, self._transaction.on_member_changed)
             self._gives_back_late = True
             try:
-                await self._transaction.wait_interruptibly(self._bring_back_later(barrier, peer.timeout))
+                await self._transaction.cancellation.wait_interruptibly(self._bring_back_later(barrier, peer.timeout))
             except KhoError:  # cut short: what the peer left stays, and it is told again afterwards
-                self._transaction.settle_cancel()
+                self._transaction.cancellation.settle()
                 self._late.add(peer)
             finally:
                 self._gives_back_late = False

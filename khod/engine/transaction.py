@@ -14,12 +14,13 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, repeat
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
 from khod.concurrency.bounded import ANYTHING, raise_if_cancelling
 from khod.concurrency.worker import Worker
 from khod.deferred import defer_module
+from khod.engine.cancellation import Cancellation
+from khod.engine.record_writer import RECORD_SECONDS, RECORD_UNDO_SECONDS, RecordWriter
 from khod.errors import Failed, KhoError, NotRolledBack, Refused
 from khod.handover.machine import HELD, RESTING, STEPS, Machine
 from khod.handover.reconcile import Found
@@ -56,7 +57,6 @@ else:
     verify = defer_module("khod.handover.verify")
     explain = defer_module("khod.kernel.explain")
 
-T = TypeVar("T")
 LOG = logging.getLogger(__name__)
 COALESCED = (Step.activate, Step.load)
 """Two steps that one durable record names if they follow each other: an fsync between them would lengthen the
@@ -71,18 +71,6 @@ BEGINS = {
     Step.execute: "the jump is asked for",
 }
 """The message when a step begins."""
-
-RECORD_SECONDS = 60.0
-"""Maximum seconds for one write of the record on the way forward: a step that is not recorded is not taken."""
-RECORD_UNDO_SECONDS = 2.0
-"""Maximum seconds for a write at the begin and at the end of a rollback: a file system that hangs must not delay a
-thaw."""
-
-CATCH_UP_SECONDS = (2.0, 5.0, 15.0, 60.0, 300.0)
-"""Seconds before each new try to write a record that could not be written."""
-
-INTERRUPT_SECONDS = 5.0
-"""Seconds that work has to end if it is cancelled in the middle of a step; then the undo begins all the same."""
 
 NOT_UNDONE = "Not everything could be put back"
 """Follows the first cause in a message if the rollback fails too: a later error must not hide the cause."""
@@ -134,28 +122,21 @@ class Transaction:
         self._record = Record()
         self._reason = ""
         self._attempt: Attempt | None = None
-        self._cause: KhoError | None = None
-        self._cancelled = asyncio.Event()
+        self.cancellation = Cancellation(before_step)
         self._acted_on: tuple[KhoError, KhoError] | None = None
         self.rollbacks = 0
         """The number of rollbacks that have ended."""
         self.rollback_error: KhoError | None = None
         """The error of the last rollback if it could not undo everything."""
         self._step_began = 0.0
-        self._is_behind = False
-        """Whether the record on the disk is an older one, because this one could not be written."""
-        self._catching_up: asyncio.Task[None] | None = None
         self._jump_asked = False
         self._emitted = self._machine.phase  # the phase of the last event
         self._rolled_back_from = Phase.rolling_back
         self._note = ""
-        self._store = store
-        self._disk = disk
+        self._writer = RecordWriter(store, disk, self.current_record, self.emit_event)
         self._tell = tell
-        self._before_step = before_step
         self._goes_down = goes_down
         self._before_departure = before_departure
-        self._doubts: set[asyncio.Future[None]] = set()
         self._shutdown_note: asyncio.Future[None] | None = None
 
     @property
@@ -190,11 +171,6 @@ class Transaction:
         if not done or self.phase is not STEPS[done[-1]].doing:
             return None
         return UnderWay(done[-1].value, time.monotonic() - self._step_began)
-
-    @property
-    def cause(self) -> KhoError | None:
-        """The cause that has ended the handover and was not acted on yet."""
-        return self._cause
 
     # Beginnings
 
@@ -238,65 +214,16 @@ class Transaction:
             if self.phase in RESTING:
                 self._machine, self._attempt, self._record, self._reason = machine, None, before, reason
 
-    # Cancellation
-
     @property
     def can_be_cancelled(self) -> bool:
         """Whether something is under way that can still be ended: before the jump is requested."""
         return self.phase in CAN_END or (self.phase is Phase.executing and not self._jump_asked)
-
-    def cancel(self, cause: KhoError) -> None:
-        """End what is under way; the first cause counts, and stays until it has led to a rollback."""
-        if self._cause is None:
-            self._cause = cause
-            self._cancelled.set()
-
-    def settle_cancel(self) -> None:
-        """Clear the cause: it was acted on, or found nothing to end."""
-        self._cause = None
-        self._cancelled.clear()
-
-    def wait_for_judgement(self, judgement: asyncio.Future[None]) -> None:
-        """Take no further step before `judgement` is done; it calls `cancel` if something ends the handover."""
-        self._doubts.add(judgement)
-        judgement.add_done_callback(self._doubts.discard)
-
-    async def raise_if_cancelled(self) -> None:
-        """Raise the cause that has ended the handover, after all waiting events and judgements."""
-        self._before_step()
-        while self._doubts and self._cause is None:
-            await self.wait_interruptibly(asyncio.wait(set(self._doubts)))
-        if self._cause is not None:
-            raise self._cause
 
     def failure_after(self, cause: KhoError) -> KhoError | None:
         """Return what the rollback for `cause` could not undo; None if it undid everything."""
         if self._acted_on is not None and self._acted_on[0] is cause and self._acted_on[1] is not cause:
             return self._acted_on[1]
         return None
-
-    async def wait_interruptibly(self, work: Awaitable[T]) -> T:
-        """Return what `work` returns; if the handover is cancelled first, cancel `work` and raise the cause.
-
-        What `work` requested of the kernel continues there: every undo is made by the same thread, after it.
-        """
-        task = asyncio.ensure_future(work)
-        cancelled = asyncio.ensure_future(self._cancelled.wait())
-        try:
-            await asyncio.wait({task, cancelled}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task}, timeout=INTERRUPT_SECONDS)
-                if self._cause is not None and (not task.done() or task.cancelled()):
-                    raise self._cause
-            if task.cancelled():
-                raise RuntimeError("it was cancelled, and nobody asked for that")
-            return await task
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        finally:
-            cancelled.cancel()
 
     # The way forward
 
@@ -311,12 +238,12 @@ class Transaction:
             try:
                 await self._catch_up(step, begins=number == 0)
                 caught_up = True
-                await self.raise_if_cancelled()
+                await self.cancellation.raise_if_cancelled()
                 ahead = None if step in recorded else recorded_ahead(steps[number:])
                 recorded = recorded if ahead is None else (step, *ahead)
                 await self._take_step(step, ahead)
             except attempts.JumpUnderWay:
-                self.settle_cancel()
+                self.cancellation.settle()
                 raise
             except ANYTHING as error:  # also a bug in khod: it must be undone
                 raise_if_cancelling(error)
@@ -326,23 +253,23 @@ class Transaction:
         if self.phase is Phase.executing:
             return
         try:
-            await self.raise_if_cancelled()
+            await self.cancellation.raise_if_cancelled()
             await self.write_record()
-            await self.raise_if_cancelled()
+            await self.cancellation.raise_if_cancelled()
         except ANYTHING as error:
             raise_if_cancelling(error)
             await self._on_failure(error, None, self._machine, hold=False)
 
     async def _on_failure(self, error: BaseException, step: Step | None, before: Machine, *, hold: bool) -> NoReturn:
-        cause, called_off = told_error(error), self._cause is not None
+        cause, called_off = told_error(error), self.cancellation.cause is not None
         if not self._machine.done:
-            self.settle_cancel()
+            self.cancellation.settle()
             raise cause from error
         if step is Step.activate and isinstance(error.__cause__, OSError):  # the kernel itself refused
             self._record = replace(self._record, failed_activations=self._record.failed_activations + 1)
         if hold and step is not None and before.phase in HELD and not called_off:
             await self._hold_before(step, before, cause)
-        await self.roll_back(self._cause or cause)
+        await self.roll_back(self.cancellation.cause or cause)
         raise AssertionError("a rollback with a cause raises")
 
     async def _catch_up(self, step: Step, *, begins: bool) -> None:
@@ -353,15 +280,15 @@ class Transaction:
         """
         attempt = self._require_attempt()
         if attempt.resumed:
-            await self.wait_interruptibly(attempt.wait_reconnected())
+            await self.cancellation.wait_interruptibly(attempt.wait_reconnected())
         if step is Step.execute and self._jump_asked:
             return
         while late := attempt.admit_late():
             for verb in attempt.past:
                 await self.write_record()
-                await self.wait_interruptibly(attempt.tell_producers(verb, late))
+                await self.cancellation.wait_interruptibly(attempt.tell_producers(verb, late))
         if (begins or step in (Step.quiesce, Step.freeze)) and Step.quiesce not in self._machine.done:
-            await self.wait_interruptibly(attempt.confirm_leaders())
+            await self.cancellation.wait_interruptibly(attempt.confirm_leaders())
         self._require_luo()
 
     def _require_luo(self) -> None:
@@ -382,7 +309,8 @@ class Transaction:
         """Take one step, recorded together with those in `ahead`; None if a durable record names it already."""
         attempt = self._require_attempt()
         if step is Step.quiesce:  # recorded before the first of them is stopped: the undo starts what stands there
-            self._record = replace(self._record, quiesced=await self.wait_interruptibly(attempt.select_units()))
+            quiesced = await self.cancellation.wait_interruptibly(attempt.select_units())
+            self._record = replace(self._record, quiesced=quiesced)
         self._machine = self._machine.begin_step(step)
         done = (*self._machine.done, *(ahead or ()))
         if ahead is not None:
@@ -397,9 +325,9 @@ class Transaction:
         if step is Step.freeze:
             self._record = replace(self._record, window_began_at=time.time())
         if step is Step.execute:
-            await self.raise_if_cancelled()
+            await self.cancellation.raise_if_cancelled()
             self._jump_asked = True
-        await self.wait_interruptibly(attempt.do_step(step))
+        await self.cancellation.wait_interruptibly(attempt.do_step(step))
         if step is Step.quiesce and self._record.at_once and not attempt.immediate:
             self._record = replace(self._record, at_once=False)
             self.emit_event("a service has stored files in its stop, which systemctl kexec hands over: it jumps")
@@ -418,7 +346,7 @@ class Transaction:
         try:
             await self.write_record()
         except Exception:  # noqa: BLE001 - what cannot be recorded is not held
-            await self.roll_back(self._cause or cause)
+            await self.roll_back(self.cancellation.cause or cause)
         self.emit_event(f"held at {before.phase.value}: {cause.what}")
         raise NotRolledBack(
             f"{cause.what}; held at {before.phase.value} as asked",
@@ -515,7 +443,7 @@ class Transaction:
             self.rollback_error = raised
         if cause is not None and raised is not None:
             self._acted_on = (cause, raised)
-        self.settle_cancel()
+        self.cancellation.settle()
         if raised is not None:
             raise raised
 
@@ -673,58 +601,20 @@ class Transaction:
         await self._write_record(self.current_record())
 
     async def try_write_record(self, seconds: float = RECORD_SECONDS, *, departure_served: bool = False) -> None:
-        """Write the record if possible; a failure stops nothing, because a full disk must keep no producer frozen.
-
-        With `departure_served` the copy for the jump is removed: the jump did not come, or the copy is not about this
-        boot.
-        """
-
-        def write() -> None:
-            self._store.write(record)
-            if departure_served:
-                self._store.remove_departure()
-
-        record = self.current_record()
-        self._record = record
-        try:
-            await self._disk.call_within(write, "writing the record", seconds)
-            self._is_behind = False
-        except Exception as error:  # noqa: BLE001 - after any error, the rollback continues
-            self.emit_event(str(error))
-            self._is_behind = True
-            if self._catching_up is None or self._catching_up.done():
-                self._catching_up = asyncio.ensure_future(self._catch_record_up())
-
-    async def _catch_record_up(self) -> None:
-        """Write the record once that is possible again: an outdated one would mislead the next khod."""
-        for pause in chain(CATCH_UP_SECONDS, repeat(CATCH_UP_SECONDS[-1])):
-            await asyncio.sleep(pause)
-            if not self._is_behind:
-                return
-            if self.phase in RESTING or self.phase is Phase.failed:
-                await self.try_write_record(RECORD_UNDO_SECONDS)
+        """Write the record if possible, as RecordWriter.try_write."""
+        self._record = self.current_record()
+        await self._writer.try_write(seconds, departure_served=departure_served)
 
     async def settle_record(self) -> None:
         """Write the record a last time if the one on the disk is outdated: khod ends."""
-        if self._is_behind:
-            await self.try_write_record(RECORD_UNDO_SECONDS)
+        await self._writer.settle()
 
     async def _write_record(self, record: Record, *, departs: bool = False) -> None:
-        """Write the record on the way forward; interruptible, because a hanging file system must not delay an undo.
-
-        With `departs` a copy is left beside it: after the jump it replaces a record that cannot be read.
-        """
-
-        def write() -> None:
-            self._store.write(record)
-            if departs:
-                self._store.write_departure(record)
-
+        """Write the record on the way forward; interruptible, because a hanging file system must not delay an undo."""
         self._record = record
         if departs:
             self._before_departure()
-        await self.wait_interruptibly(self._disk.call_within(write, "writing the record", RECORD_SECONDS))
-        self._is_behind = False
+        await self.cancellation.wait_interruptibly(self._writer.write(record, departs=departs))
 
     def emit_event(
         self,

@@ -86,11 +86,11 @@ class Turn:
 
     async def act_on_cause(self, *, quiet: bool = False) -> None:
         """Roll back for a cause that has ended the handover and was not acted on; raise the cause, unless `quiet`."""
-        cause = self._transaction.cause
+        cause = self._transaction.cancellation.cause
         if cause is None:
             return
         if self._transaction.phase not in HELD:
-            self._transaction.settle_cancel()
+            self._transaction.cancellation.settle()
             return
         try:
             await self._attempts.roll_back(cause)

@@ -71,7 +71,7 @@ class WayBack:
         """
         under_way, ended = self._transaction.phase, self._transaction.rollbacks
         if self._turn.is_taken:
-            self._transaction.cancel(cause)
+            self._transaction.cancellation.cancel(cause)
         async with self._turn.at_work():
             if under_way is Phase.rolling_back and self._transaction.rollbacks > ended and not down:
                 if self._transaction.rollback_error is not None:  # the requested rollback was already under way
@@ -87,8 +87,8 @@ class WayBack:
             await self._transaction.note_interrupted(under_way)
         if failure := self._transaction.failure_after(cause):
             raise failure  # the operation under way has rolled back for this cause, but not everything
-        if self._transaction.cause is cause:
-            self._transaction.settle_cancel()  # it found nothing to end; any other cause must still be acted on
+        if self._transaction.cancellation.cause is cause:
+            self._transaction.cancellation.settle()  # it found nothing to end; any other cause must still be acted on
         observed = await self._observer.try_observe(self._resources.settings.current.deadlines.observe)
         phase = self._queries.effective_phase(observed)
         foreign = observed is not None and reconcile.is_foreign(self._transaction.current_record(), observed)
@@ -96,7 +96,7 @@ class WayBack:
         if phase is Phase.inconsistent or foreign or unrecorded:
             await self._take_over(phase, observed, force=force)
         elif phase in RESTING:
-            self._transaction.settle_cancel()
+            self._transaction.cancellation.settle()
             return
         elif phase is Phase.failed:
             self._transaction.attach_attempt(None)  # a producer's file may have been repaired since

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from khod.engine import Engine
-from khod.engine.transaction import CATCH_UP_SECONDS
+from khod.engine.record_writer import CATCH_UP_SECONDS
 from khod.errors import Failed, NotRolledBack, Refused
 from khod.handover.record import DEPARTURE
 from khod.model import Phase

@@ -12,8 +12,8 @@ import pytest
 from khod.concurrency.bounded import CUT_SECONDS
 from khod.config import Config, Deadlines
 from khod.engine import Engine
+from khod.engine.cancellation import INTERRUPT_SECONDS
 from khod.engine.rollback import PATIENCE_SECONDS
-from khod.engine.transaction import INTERRUPT_SECONDS
 from khod.errors import Failed, KhoError, NotRolledBack
 from khod.kernel.host import SECURE_BOOT
 from khod.model import Phase, Step
