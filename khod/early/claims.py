@@ -3,6 +3,7 @@
 
 import json
 
+from khod.abi.proc import read_boot_id, read_cmdline
 from khod.handover.directory import VERSION
 from khod.handover.session_names import session_of
 from khod.kernel.mark import is_marked
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
             """Return a descriptor for a file of a retrieved session."""
 
 
-BOOT_ID = "/proc/sys/kernel/random/boot_id"
-CMDLINE = "/proc/cmdline"
 DEFAULT_TERMS: "dict[str, Any]" = {"timeout": 30.0, "after": [], "before": [], "devices": [], "kind": "varlink"}
 """Of a producer that does not name them."""
 
@@ -81,10 +80,10 @@ def read_claims(record: str, kernel: "Kernel") -> list[EarlyClaim]:
             found = json.load(file)
         if found["version"] != VERSION or found["phase"] != "executing":
             return []
-        if found["boot_id"] == kernel.read_file(BOOT_ID).decode().strip():
+        if found["boot_id"] == read_boot_id(kernel):
             return []
         run: str = _require(found["run"], str)
-        if not is_marked(kernel.read_file(CMDLINE).decode(errors="surrogateescape"), run):
+        if not is_marked(read_cmdline(kernel), run):
             return []
         if len({holder["name"] for holder in found["producers"]}) < len(found["producers"]):
             return []

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from khod.abi.calls import Calls
+from khod.abi.proc import BOOT_ID
 from khod.concurrency.worker import Worker
 from khod.deferred import defer_module
 from khod.engine.recorder import Sources
-from khod.kernel.kexec import BOOT_ID
 
 if TYPE_CHECKING:
     from khod.history import log as history_log

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from khod.abi.calls import Calls
 from khod.abi.clock_device import read_clock_device
 from khod.abi.devices import BOUND_DEVICES
+from khod.abi.proc import read_boot_id
 from khod.dataclass import dataclass
 from khod.deferred import defer_module
-from khod.kernel.kexec import BOOT_ID
 from khod.kernel.tracing import read_tsc
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def read_clocks(
 
     It takes some milliseconds, more on hosts with many processors (see `khod.kernel.tracing`). Call it in a worker.
     """
-    boot_id = calls.read_file(BOOT_ID).decode(errors="replace").strip()
+    boot_id = read_boot_id(calls)
     rtc, ptp = _read_rtc(calls, now), _read_ptp(calls, now, read_device)
     tsc = read_tsc(calls, now)
     real, boot = (_read_bracketed(partial(time.clock_gettime, clock), now) for clock in SYSTEM_CLOCKS)

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from khod.abi.proc import CMDLINE
 from khod.errors import UsageError
 from khod.kernel.mark import MARKER
 from khod.kernel.next_arg import INIT, QUOTE, Arg, is_switched_on, kernel_args, parse_word
@@ -47,7 +48,6 @@ REPAIR = frozenset({"emergency", "rescue", "single", "s", "S", "1", "-b", "-s"})
 REPAIR_UNITS = frozenset({"emergency.target", "rescue.target"})
 
 OPTIONS = "`kernel.cmdline`, `kernel.append`, `kernel.remove`"
-PROC = "/proc/cmdline"
 
 
 def compose_cmdline(
@@ -69,7 +69,7 @@ def compose_cmdline(
     for text in (append or "", *remove):
         _check_text(text, OPTIONS)
     if given is None:
-        where = PROC
+        where = CMDLINE
     _check_text(running.replace("\n", " ") if given is None else given, where)
     words = WORD.findall(running if given is None else given)
     _check_removed(remove, words)

@@ -6,6 +6,7 @@ import re
 import zlib
 
 from khod.abi.calls import Calls
+from khod.abi.proc import read_cmdline
 from khod.kernel.next_arg import boolean_value, is_switched_on
 
 KHO_BY_DEFAULT = "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT"
@@ -15,12 +16,12 @@ OWN_LINE = re.compile(r'^CONFIG_CMDLINE="((?:\\.|[^"\\\n])*+)"$', re.MULTILINE)
 
 def booted_with(calls: Calls, parameter: str) -> bool:
     """Whether a boolean parameter is switched on on the running kernel's command line."""
-    return is_switched_on(calls.read_file("/proc/cmdline").decode(errors="surrogateescape"), parameter)
+    return is_switched_on(read_cmdline(calls), parameter)
 
 
 def kho_on(calls: Calls) -> bool:
     """Whether the running kernel has KHO on: by its command line, else by the default in its configuration."""
-    said = boolean_value(calls.read_file("/proc/cmdline").decode(errors="surrogateescape"), "kho")
+    said = boolean_value(read_cmdline(calls), "kho")
     return bool(is_configured(calls, KHO_BY_DEFAULT)) if said is None else said
 
 

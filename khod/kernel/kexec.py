@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from khod.abi.calls import KMSG, Calls
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
+from khod.abi.proc import read_boot_id, read_cmdline
 from khod.deferred import defer_module
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ else:
 
 # The first path since 6.19, the second before and since.
 LOADED = ("/sys/kernel/kexec/loaded", "/sys/kernel/kexec_loaded")
-BOOT_ID = "/proc/sys/kernel/random/boot_id"
 UPTIME = "/proc/uptime"
 VERSION = "/proc/version"
 LOAD_DISABLED = "/proc/sys/kernel/kexec_load_disabled"
@@ -32,7 +32,7 @@ class Kexec:
 
     def boot_id(self) -> str:
         """Return the UUID of this boot, which changes with every boot, also by kexec."""
-        return self._read_text(BOOT_ID)
+        return read_boot_id(self.calls)
 
     def kernel_release(self) -> str:
         """Return the running kernel's version as in uname -r."""
@@ -51,7 +51,7 @@ class Kexec:
 
     def cmdline(self) -> str:
         """Return the running kernel's command line; bytes that are not UTF-8 become surrogates."""
-        return self.calls.read_file("/proc/cmdline").removesuffix(b"\n").decode(errors="surrogateescape")
+        return read_cmdline(self.calls)
 
     def is_loaded(self) -> bool:
         """Whether an image is loaded for the next kexec; the crash kernel's slot is not considered."""

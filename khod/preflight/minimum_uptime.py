@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from khod.abi.calls import Calls
+from khod.abi.proc import CMDLINE, read_cmdline
 from khod.dataclass import dataclass
 from khod.kernel.next_arg import parse_word
 from khod.kernel.words import kernel_words
@@ -41,8 +42,8 @@ def read_setting(calls: Calls) -> Setting | None:
                 found = None
             elif (seconds := parse_span(value)) is not None:
                 found = Setting(seconds, path)
-    if calls.path_exists("/proc/cmdline"):
-        for word in kernel_words(calls.read_file("/proc/cmdline").decode(errors="surrogateescape")):
+    if calls.path_exists(CMDLINE):
+        for word in kernel_words(read_cmdline(calls)):
             arg = parse_word(word)
             if arg.is_parameter(PARAMETER) and (seconds := parse_span(arg.value or "")) is not None:
                 found = Setting(seconds, "the kernel command line")

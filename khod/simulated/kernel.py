@@ -26,7 +26,8 @@ from khod.abi.calls import KMSG, HostCalls, Log
 from khod.abi.fdt import KHO_MEM, decode_mem, parse_tree
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
 from khod.abi.liveupdate import LIVEUPDATE
-from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
+from khod.abi.proc import BOOT_ID, CMDLINE, read_cmdline
+from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.sysfs import IN_DT, KHO
 
 STATE = ".simulated-kernel.json"
@@ -129,7 +130,7 @@ class SimulatedKernel(HostCalls):
         if number or image is None:
             raise OSError(number, os.strerror(number), "reboot(LINUX_REBOOT_CMD_KEXEC)")
         if faults.pop("cold", None):
-            self._boot_kernel(self.read_file("/proc/cmdline").decode().strip())
+            self._boot_kernel(read_cmdline(self))
             raise Rebooted
         tree = None if image["tree"] is None or faults.get("lose") else bytes.fromhex(image["tree"])
         if tree is not None and faults.get("change"):
@@ -248,7 +249,7 @@ class SimulatedKernel(HostCalls):
             self.host_path(path).unlink(missing_ok=True)
         self._set_file(BOOT_ID, f"{uuid.uuid4()}\n".encode())
         self._set_file("/proc/sys/kernel/osrelease", f"{release}\n".encode())
-        self._set_file("/proc/cmdline", cmdline.encode() + b"\n")
+        self._set_file(CMDLINE, cmdline.encode() + b"\n")
         self._set_file(LOAD_DISABLED, b"0\n")
         self._set_file(LOAD_LIMIT, b"-1\n")
         self._set_file(f"{KHO}/active", b"0\n", 0o600)

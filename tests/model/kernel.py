@@ -14,8 +14,9 @@ from khod.abi.calls import KMSG
 from khod.abi.fdt import decode_mem, parse_tree
 from khod.abi.kexec_file_load import KEXEC_FILE_NO_INITRAMFS, KEXEC_FILE_UNLOAD
 from khod.abi.liveupdate import LIVEUPDATE
+from khod.abi.proc import BOOT_ID
 from khod.kernel import debugfs
-from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
+from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
 from khod.kernel.sysfs import IN_DT, KHO
 from khod.simulated.kernel import COMMAND_LINE_SIZE, DT_MAX, KSTRTOULL, SCRATCH, _kstrtobool, build_tree
 from tests.model.luo import MemoryLuo, refuse

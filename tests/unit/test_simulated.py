@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from khod.kernel.kexec import BOOT_ID, LOAD_DISABLED, LOAD_LIMIT
+from khod.abi.proc import BOOT_ID
+from khod.kernel.kexec import LOAD_DISABLED, LOAD_LIMIT
 from khod.simulated.kernel import Rebooted, SimulatedKernel
 from tests.unit.images import CPIO, bzimage
 
