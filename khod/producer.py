@@ -38,6 +38,7 @@ from khod import wire
 from khod.client.connection import Connection
 from khod.deferred import defer_module
 from khod.errors import KhoError, Unreachable
+from khod.wire import VERB_SECONDS
 
 if TYPE_CHECKING:
     import logging
@@ -110,7 +111,7 @@ class Producer:
         cancel: Handler | None = None,
         restore: Handler | None = None,
         finish: Handler | None = None,
-        timeout: float = 30.0,
+        timeout: float = VERB_SECONDS,
         after: Iterable[str] = (),
         before: Iterable[str] = (),
         devices: Iterable[str] = (),

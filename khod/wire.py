@@ -12,5 +12,7 @@ METRICS_INTERFACE = "io.systemd.Metrics"
 PRODUCER_VERSION = 1
 MAX_FDS = 253
 """SCM_MAX_FD: the descriptors that one message carries."""
+VERB_SECONDS = 30.0
+"""The limit for one verb of a producer that names no other."""
 FIRST_SERIAL = 1
 """The serial of the first command to a producer."""

@@ -8,7 +8,7 @@ from khod.handover.directory import VERSION
 from khod.handover.session_names import session_of
 from khod.kernel.mark import is_marked
 from khod.kernel.pages import count_pages
-from khod.wire import MAX_FDS, PRODUCER_VERSION
+from khod.wire import MAX_FDS, PRODUCER_VERSION, VERB_SECONDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
             """Return a descriptor for a file of a retrieved session."""
 
 
-DEFAULT_TERMS: "dict[str, Any]" = {"timeout": 30.0, "after": [], "before": [], "devices": [], "kind": "varlink"}
+DEFAULT_TERMS: "dict[str, Any]" = {"timeout": VERB_SECONDS, "after": [], "before": [], "devices": [], "kind": "varlink"}
 """Of a producer that does not name them."""
 
 

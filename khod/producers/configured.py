@@ -17,6 +17,7 @@ from khod.producers.barrier import ParticipantVeto, ProducerCall
 from khod.producers.order import LEADERS
 from khod.producers.output import STDERR
 from khod.text import one_line
+from khod.wire import VERB_SECONDS
 
 __all__ = ["Configured", "check_name", "one_line", "require_string", "require_strings"]
 
@@ -41,7 +42,7 @@ class Configured:
     """The keys that all kinds share, see `khod.producers.barrier.Participant`. `timeout` is in seconds per verb."""
 
     name: str
-    timeout: float = 30.0
+    timeout: float = VERB_SECONDS
     after: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()

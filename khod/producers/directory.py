@@ -18,7 +18,7 @@ from khod.fleetlock import FILE as FLEETLOCK_FILE
 from khod.producers.barrier import Participant, Verb
 from khod.producers.commands import TABLE, CommandRunner
 from khod.producers.configured import check_name, require_string, require_strings
-from khod.wire import SOCKET
+from khod.wire import SOCKET, VERB_SECONDS
 
 if TYPE_CHECKING:
     from khod.producers import fleetlock, hooks, kept, qemu, service_settings, unit
@@ -142,7 +142,7 @@ def read_producer(path: Path, runner: CommandRunner) -> Participant:
 
 def _take_common(values: Values, fragment: Fragment) -> Values:
     """Take the keys that all kinds have."""
-    timeout, where = 30.0, ""
+    timeout, where = VERB_SECONDS, ""
     if "timeout" in values:
         where = fragment.locate_key("timeout")
         timeout = require_type(values.pop("timeout"), float, "timeout", where)

@@ -21,6 +21,7 @@ from khod.producers.claim import Claim
 from khod.producers.configured import check_name
 from khod.producers.conversation import Conversation, HungUp
 from khod.producers.identity import wait_ended
+from khod.wire import VERB_SECONDS
 
 KIND = "varlink"
 """The kind of a peer in the record; what is shown of it may be another one, which it has named itself."""
@@ -40,7 +41,7 @@ class Registration:
     `shown_kind` is for people and programs that look; nothing is decided by it, because any client may name any kind.
     """
 
-    timeout: float = 30.0
+    timeout: float = VERB_SECONDS
     after: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
