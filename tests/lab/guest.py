@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from tests.lab.accel import accel as probe_accel
-from tests.lab.accel import machine_arguments
+from tests.lab.accel import kernel_words, machine_arguments
 from tests.lab.errors import CommandFailed, GuestRebooted, LabError, Result
 from tests.lab.kernels import Kernel
 from tests.lab.machine import Json, Machine
@@ -98,6 +98,7 @@ class Guest:
         boot but goes on from there: all else must be as it was then (see tests/lab/saved.py).
         """
         self._kernel = kernel
+        self._cmdline_extra = cmdline_extra
         self._accel = accel
         self._panic_is_loss = panic_is_loss
         self._console_log = console_log
@@ -106,8 +107,6 @@ class Guest:
         self._arguments = [
             "-kernel",
             str(kernel.bzimage),
-            "-append",
-            f"{CMDLINE} {cmdline_extra}".strip(),
             "-m",
             str(memory_mib),
             "-smp",
@@ -129,7 +128,9 @@ class Guest:
         """Start QEMU and wait for the agent; GuestLost or WaitTimeout if it does not come up or go on."""
         with ExitStack() as stack:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="khod-lab-"))
-            arguments = [*machine_arguments(self._accel or probe_accel(self._kernel)), *self._arguments]
+            accel = self._accel or probe_accel(self._kernel)
+            cmdline = " ".join(words for words in (CMDLINE, kernel_words(accel), self._cmdline_extra) if words)
+            arguments = [*machine_arguments(accel), "-append", cmdline, *self._arguments]
             self._machine = Machine(
                 arguments,
                 self._console_log or Path(directory) / "console.log",

@@ -36,7 +36,7 @@ def resumed(kernel: Kernel, disk: Path, *, console_log: Path, **options: Any) ->
     with disk.open("rb") as image:
         uuid = image.read(UUID.stop)[UUID]
     arguments = accel.machine_arguments(accel.accel(kernel))
-    sources = Path(__file__), Path(lab_guest.__file__)
+    sources = Path(__file__), Path(lab_guest.__file__), Path(accel.__file__)
     key = cache.key(
         [*sources, call([QEMU, "--version"]), repr(arguments), kernel.bzimage, str(disk), uuid, repr(options)]
     )
