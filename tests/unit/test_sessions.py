@@ -827,7 +827,7 @@ async def test_the_jump_waits_until_systemd_has_said_why_a_producer_left(host: L
     host.shutdown = host.goes_down = hesitates
     engine = await host.started()
     with suppress(Unreachable):  # what the holder is told of the end of its connection
-        async with holding(engine):
+        async with holding(engine, patience=3.0):  # the undo waits that long for a producer that has left
             await reached_member(host, engine)
             watching = asyncio.ensure_future(host.seen(leaves))
             handover = asyncio.ensure_future(host.kexec(engine))
