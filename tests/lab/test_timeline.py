@@ -149,6 +149,7 @@ def test_the_shutdown_is_explained_by_its_units(online: Online, tmp_path: Path) 
     assert union_seconds(departure) >= COVERED * shutdown, departure
 
 
+@pytest.mark.proof
 def test_a_volatile_journal_is_said_to_know_nothing(online: Online, tmp_path: Path) -> None:
     """The lab's usual guest keeps its journal in /run."""
     host = Host(online(VERSION))
