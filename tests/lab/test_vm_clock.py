@@ -11,6 +11,7 @@ from typing import Any
 
 from khod.vm.agent import GuestClock
 from tests.lab import kernels
+from tests.lab.accel import kernel_words
 from tests.lab.recorder import build_initrd, parse_records
 from tests.lab.vms import COMMAND, Vm, registered, require_verified
 from tests.unit.khods import Khod, until
@@ -32,7 +33,8 @@ def test_a_guest_with_an_agent_says_how_long_it_was_stopped(
     disk.write_bytes(bytes(DISK_BYTES))
     initrd.write_bytes(build_initrd(tmp_path, AGENT, SET_CLOCK))
     boots = ["-kernel", str(kernels.find(VERSION).bzimage), "-initrd", str(initrd), "-no-reboot"]
-    boots += ["-append", "console=ttyS0 loglevel=1 panic=-1", "-drive", f"file={disk},if=virtio,format=raw"]
+    words = f"console=ttyS0 loglevel=1 panic=-1 {kernel_words('tcg')}"
+    boots += ["-append", words, "-drive", f"file={disk},if=virtio,format=raw"]
     boots += ["-chardev", f"socket,id=agent,path={agent},server=on,wait=off", "-device", "virtio-serial"]
     boots += ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]
     command = [*COMMAND, "-m", "256M"]
