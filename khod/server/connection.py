@@ -79,8 +79,13 @@ class ClientConnection:
         self.transport.let_send_files(allowed=self.may_send_files)
 
     def repeat_registration(self, call: bytes, *, is_told: bool) -> None:
-        """Register the producer whose call the early restore has answered; `is_told` as in `is_told_early`."""
+        """Register the producer whose call the early restore has answered; `is_told` as in `is_told_early`.
+
+        If it cannot be registered its connection ends: it would take an error for the answer to another call, and begin
+        without what it left.
+        """
         self.is_told_early = is_told
+        self.end_after_reply()
         self.transport.pass_message(json.dumps(messages.parse_message(call) | {"oneway": True}).encode())
 
     # The client's rights, which change with a reload or the end of a lookup
@@ -125,6 +130,7 @@ class ClientConnection:
         self._place.settle_place(registered=registered)
         if registered:
             self.producer = producer
+            self._ends_after_reply = False
             self._serve_as_due()
 
     # Calls from the transport

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.arrived import NEXT
 from tests.unit.early import EarlySystem, wait_verdict
-from tests.unit.luo import Hand, LuoKhod
+from tests.unit.luo import Hand, LuoKhod, Mortal
 
 REGISTER = b'{"method": "io.kho.Producer.Register", "parameters": {"name": "kv", "version": 1}}\0'
 
@@ -116,3 +116,20 @@ def test_one_that_connected_before_does_not_get_the_name_as_well(system: EarlySy
     assert wait_verdict(khod) == {"contents kv": "passed"}
     kv.close()
     rival.close()
+
+
+def test_whom_khod_does_not_register_connects_again(system: EarlySystem) -> None:
+    """The process that connected has ended, and its child has the connection: khod holds nobody by that."""
+    system.leave([("kv", [])])
+    khod = system.start()
+    forked = Mortal(khod, "kv")
+    assert take_back(forked) == b"of kv"
+    forked._process.end()
+    forked.ready()
+    khod.go_on()
+    with pytest.raises(ConnectionError):
+        forked.receive()
+    kv = Hand(khod, "kv")
+    assert take_back(kv) == b"newkv"
+    assert_verified(system, khod, kv)
+    forked.close()
