@@ -232,12 +232,19 @@ class EarlyRestore:
         return False
 
     def _answer(self, sock: socket.socket, length: int, reply: bytes, fds: "list[int] | tuple[int, ...]" = ()) -> bytes:
-        """Take the call off the socket, answer it, and return it; b"" if khod has taken over meanwhile."""
+        """Take the call off the socket, answer it, and return it; b"" if khod has taken over meanwhile.
+
+        If the answer is not sent as a whole, the connection ends: who has not gone connects again, and what it left
+        waits for it.
+        """
         if self._is_stopped:
             return b""
         call = sock.recv(length)
-        with suppress(OSError):  # the producer has gone, and what it left waits for it
-            socket.send_fds(sock, [reply], fds) if fds else sock.send(reply)
+        with suppress(OSError):
+            if (socket.send_fds(sock, [reply], fds) if fds else sock.send(reply)) == len(reply):
+                return call[:-1]
+        with suppress(OSError):  # it has gone
+            sock.shutdown(socket.SHUT_RDWR)
         return call[:-1]
 
 

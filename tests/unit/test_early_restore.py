@@ -659,6 +659,23 @@ def test_a_command_that_the_socket_does_not_take_at_once_is_left_to_khod(arrived
         assert is_silent(client)
 
 
+def test_a_command_that_is_not_sent_as_a_whole_ends_the_connection(arrived: Arrived) -> None:
+    """Its producer would wait for the rest of it."""
+    arrived.leave(files={f"{number:060}": b"x" for number in range(200)})
+    arrived.jump()
+    with arrived.restoring() as (early, connect):
+        client = connect()
+        register(client)
+        reply(client)
+        (taken,) = early._clients.values()
+        taken.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        client.sendall(NEXT)
+        while client.recv(1 << 16):
+            pass
+        (left,), _ = stop(early)
+        assert left.is_told, "its files were compared, and it may have them"
+
+
 def test_not_all_descriptors_are_taken_ahead(arrived: Arrived, monkeypatch: pytest.MonkeyPatch) -> None:
     """khod has some to start with, and who comes is given its files all the same."""
     monkeypatch.setattr(restore, "MAX_OPEN", 10)
