@@ -184,19 +184,23 @@ class SystemdHost:
         """As Host has it."""
         try:
             async with asyncio.timeout(seconds):
-                async with dbus.systemd_bus() as bus:
-                    if await manager.Systemd(bus).system_state() == "stopping":
-                        return {}  # the host is shut down: what was stopped stays so, as everything else
-                failed = await units.run_jobs("StartUnit", names, "replace", self._awaited)
-                if self._has_acted:
-                    await last_acts.take_back(self._runner)
-                    self._has_acted = False
-                return failed
+                # A stop that this undoes has failed because systemd re-executes itself, perhaps: it is not there yet.
+                return await dbus.ask_again(lambda: self._start_units(names))
         except TimeoutError:
             left = [name for name, state in (await _read_states(names)).items() if state != "active"]
             return dict.fromkeys(left, f"not started within {seconds:g} s")
         except dbus.BusError as error:
             return dict.fromkeys(names, f"systemd was not asked: {error}")
+
+    async def _start_units(self, names: Sequence[str]) -> dict[str, str]:
+        async with dbus.systemd_bus() as bus:
+            if await manager.Systemd(bus).system_state() == "stopping":
+                return {}  # the host is shut down: what was stopped stays so, as everything else
+        failed = await units.run_jobs("StartUnit", names, "replace", self._awaited)
+        if self._has_acted:
+            await last_acts.take_back(self._runner)
+            self._has_acted = False
+        return failed
 
 
 async def _require_stopped_in_time(names: Sequence[str]) -> None:

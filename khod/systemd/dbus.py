@@ -11,10 +11,10 @@ import socket
 import struct
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from jeepney import DBusAddress, HeaderFields, Message, MessageType, Parser, new_method_call
 from jeepney.auth import BEGIN, NEGOTIATE_UNIX_FD, make_auth_external
@@ -23,6 +23,7 @@ from jeepney.bus import get_bus
 from khod.concurrency.sockets import connect_unix
 from khod.text import one_line
 
+T = TypeVar("T")
 ADDRESS = "unix:path=/run/dbus/system_bus_socket"
 PRIVATE_SOCKET = "/run/systemd/private"
 """The socket of PID 1 itself, for root only. It exists without a message bus; systemctl(1) uses it too."""
@@ -35,6 +36,7 @@ NOBODY = tuple(
 WELCOME = re.compile(rb"OK [0-9a-f]*\r\nAGREE_UNIX_FD\r\n")
 MAX_WELCOME_BYTES = 1024
 CHUNK_BYTES = 1 << 16
+RECONNECT_SECONDS = 0.2
 MAX_MESSAGE_BYTES = 128 << 20
 """Maximum size of a message in bytes, by the D-Bus specification."""
 GARBLED = (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, struct.error, RecursionError)
@@ -289,6 +291,18 @@ async def systemd_bus() -> AsyncIterator[Bus]:
     """
     async with _connected(PRIVATE_SOCKET, "systemd") as bus:
         yield bus
+
+
+async def ask_again(ask: Callable[[], Awaitable[T]]) -> T:
+    """Return what `ask` returns; it is called again while systemd re-executes itself (daemon-reexec).
+
+    This does not end while systemd cannot be reached: the caller limits the time.
+    """
+    while True:
+        try:
+            return await ask()
+        except Disconnected:
+            await asyncio.sleep(RECONNECT_SECONDS)
 
 
 @asynccontextmanager

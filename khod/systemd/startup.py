@@ -35,7 +35,6 @@ EARLY_UNITS: Mapping[str, Callable[[], bool]] = {
 EARLY_SECONDS = 15.0
 MAX_SECONDS = 600.0
 """Seconds after which a host that still starts its services is no longer waited for."""
-RECONNECT_SECONDS = 0.2
 
 
 async def wait_early_units() -> None:
@@ -57,12 +56,11 @@ async def _wait_unit(unit: str, seconds: float) -> None:
     """Return when systemd has started the unit, or cannot start it."""
     try:
         async with asyncio.timeout(seconds):
-            while True:
-                try:
-                    async with dbus.systemd_bus() as bus:
-                        await manager.Systemd(bus, unit).run_job("StartUnit", "fail")
-                    return
-                except dbus.Disconnected:  # systemd starts anew: daemon-reexec
-                    await asyncio.sleep(RECONNECT_SECONDS)
+            await dbus.ask_again(lambda: _start_unit(unit))
     except (dbus.BusError, TimeoutError):
         return
+
+
+async def _start_unit(unit: str) -> None:
+    async with dbus.systemd_bus() as bus:
+        await manager.Systemd(bus, unit).run_job("StartUnit", "fail")

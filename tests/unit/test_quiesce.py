@@ -21,8 +21,11 @@ from khod.producers.qemu import Qemu
 from khod.quiesce.host import Survey, SystemdHost
 from khod.quiesce.selection import Selection, UnitFacts
 from khod.simulated.kernel import Rebooted
+from khod.systemd import dbus
 from khod.target.target import Request
+from tests.unit.fakebus import fake_bus, unit
 from tests.unit.harness import Host
+from tests.unit.khods import DEADLINE
 from tests.unit.scripted import Scripted, raises
 from tests.unit.virtual import VirtualHost, in_virtual_time
 
@@ -221,6 +224,24 @@ async def test_jobs_that_end_by_themselves_are_waited_for(monkeypatch: pytest.Mo
 async def test_the_job_of_the_caller_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     host = jobs_that_systemd_has(monkeypatch, [{"night.service": "start", "kho-handover@a.service": "start"}])
     assert (await host.survey_units({"night.service": "the handover was asked for from there"})).jobs == {}
+
+
+async def test_a_systemd_that_starts_anew_is_asked_again_to_start_the_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon-reexec ends the stop, whose undo then finds nobody at the socket for a while."""
+    monkeypatch.setattr(dbus, "PRIVATE_SOCKET", str(tmp_path / "private"))
+    monkeypatch.setattr(dbus, "RECONNECT_SECONDS", 0.0)
+    host = SystemdHost(cast("Any", None), cast("Any", None))
+    async with fake_bus(tmp_path / "private", a=unit(), b=unit()) as bus:
+        bus.manager["SystemState"] = "running"
+        bus.result = None
+        starting = asyncio.ensure_future(host.start_units(["a.service", "b.service"], DEADLINE))
+        await bus.reached.wait()
+        bus.result = "done"
+        bus.reexec()
+        assert await starting == {}
+        assert [bus.state(name, "ActiveState") for name in ("a.service", "b.service")] == ["active", "active"]
 
 
 @in_virtual_time

@@ -40,7 +40,7 @@ async def test_a_shutdown_that_refuses_its_start_is_not_waited_for(place: Path) 
 
 
 async def test_a_systemd_that_starts_anew_is_asked_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "RECONNECT_SECONDS", 0.0)
+    monkeypatch.setattr(dbus, "RECONNECT_SECONDS", 0.0)
     async with fake_bus(place, **{"kho-hooks": unit()}) as bus:
         bus.result = None
         waiting = asyncio.ensure_future(waited(bus))
