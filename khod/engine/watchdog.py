@@ -55,7 +55,9 @@ class JumpWatchdog:
                 self._transaction.emit_event(f"no watchdog watches over the jump: {obstacle.why}")
                 return
             self._transaction.note_watchdog(settings.device)
-            await (manager.arm_now if at_once else manager.arm_at_kexec)(settings.seconds)
+            await manager.arm_at_kexec(settings.seconds)  # also at once: the quiesce may leave the jump to systemd
+            if at_once:
+                await manager.arm_now(settings.seconds)
             when = "now" if at_once else "when the shutdown comes to the kexec"
             self._transaction.emit_event(f"{settings.device} is armed {when}, with {settings.seconds} s")
 
