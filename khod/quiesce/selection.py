@@ -52,6 +52,8 @@ class UnitFacts:
     before: tuple[str, ...] = ()
     stops_too: tuple[str, ...] = ()
     triggers: tuple[str, ...] = ()
+    accepts: bool = False
+    """Whether it is a socket with Accept=yes: each of the services that it triggers serves one connection."""
     stored_files: int = 0
     """How many files for the next kernel it has in its descriptor store, where systemd preserves that."""
 
@@ -134,8 +136,10 @@ def _stop_rank(name: str) -> int:
 def _find_obstacles(known: Mapping[str, UnitFacts], stopped: Iterable[str]) -> Iterable[str]:
     """Return what would make an undo impossible, or a stop."""
     units = [known[name] for name in stopped]
+    serving = {name for unit in known.values() if unit.accepts for name in unit.triggers}
     groups = (
         ([unit for unit in units if unit.transient], "transient, and cannot be started again"),
+        ([unit for unit in units if unit.name in serving], "serves one connection, and cannot be started again"),
         ([unit for unit in units if not unit.can_stop], "refuses a manual stop"),
         ([unit for unit in units if unit.can_stop and not unit.can_start], "refuses a manual start"),
         ([unit for unit in units if unit.file_state.startswith("masked")], "masked, and could not be started again"),

@@ -58,11 +58,13 @@ async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
         return UnitFacts(name, unit.active, stored_files=stored)
     # Of a service hundreds of properties would have to be parsed, two are needed: for all units of a host that is the
     # difference between a tenth of a second and two seconds.
-    kind, main_pid = "", 0
+    kind, main_pid, accepts = "", 0, False
     try:
         found = await _read_all(bus, unit.path, "Unit")
         if name.endswith(".service"):
             kind, main_pid = await _read(bus, unit.path, "Type"), await _read(bus, unit.path, "MainPID")
+        if name.endswith(".socket"):
+            accepts = await _read(bus, unit.path, "Accept", "Socket")
     except ErrorAnswer:  # the unit has gone
         return None
 
@@ -85,6 +87,7 @@ async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
         before=listed("Before"),
         stops_too=listed(*STOPPED_TOO),
         triggers=listed("Triggers"),
+        accepts=accepts,
         stored_files=stored,
     )
 
@@ -102,9 +105,9 @@ async def _count_stored_files(bus: Bus, name: str, path: str) -> int:
     return sum(file.startswith(FILES_FOR_NEXT_KERNEL) for file in stored)
 
 
-async def _read(bus: Bus, path: str, name: str) -> Any:
-    """Return one property of a service."""
-    answer = await bus.call_method((SYSTEMD, path, PROPERTIES), "Get", "ss", f"{SYSTEMD}.Service", name)
+async def _read(bus: Bus, path: str, name: str, interface: str = "Service") -> Any:
+    """Return one property of a unit."""
+    answer = await bus.call_method((SYSTEMD, path, PROPERTIES), "Get", "ss", f"{SYSTEMD}.{interface}", name)
     return only_value("v", answer)[1]
 
 

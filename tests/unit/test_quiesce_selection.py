@@ -98,3 +98,12 @@ def test_what_could_not_be_started_again_is_in_the_way(word: str, unit: UnitFact
     assert obstacle.startswith("a.service: ")
     assert word in obstacle
     assert not select(unit, **{"a.*": "quiesce.keep names it"}).obstacles, "a pattern keeps it"
+
+
+def test_what_serves_one_connection_is_in_the_way() -> None:
+    """Its start job would be done, and the service fail: there is no connection any more."""
+    units = [UnitFacts("a@1-2-0.service"), UnitFacts("a.socket", accepts=True, triggers=("a@1-2-0.service",))]
+    (obstacle,) = select(*units).obstacles
+    assert obstacle == "a@1-2-0.service: serves one connection, and cannot be started again"
+    assert not select(*units, **{"a@*": "quiesce.keep names it"}).obstacles
+    assert not select(UnitFacts("a.service"), UnitFacts("a.socket", triggers=("a.service",))).obstacles
