@@ -50,6 +50,9 @@ else:
 RETRY_SECONDS = 1.0
 """How long to wait between attempts to reach khod after it ended; systemd starts it again."""
 
+START_ATTEMPTS = 10
+"""More than systemd makes to start a khod that dies: after the last of them nobody listens at the socket."""
+
 UNDO = {"freeze": ("thaw", "prepare"), "prepare": ("cancel", "")}
 """The undo of each verb, and the verb that still holds after that undo."""
 
@@ -147,7 +150,8 @@ class Producer:
         """Register, restore what was left before the jump, and serve in a thread of its own.
 
         Returns after `restore` was called, if there was anything to restore; only then decide whether to begin empty.
-        Raises KhoError if khod cannot be reached or refuses.
+        Raises KhoError if khod cannot be reached or refuses. If khod dies meanwhile, this waits for the next one, which
+        has what was left.
         """
         answer = self._begin_service()
         self._thread = threading.Thread(target=self._serve_commands, args=(answer,), name="khod-producer", daemon=True)
@@ -171,6 +175,16 @@ class Producer:
         if self._thread is not None and self._stopping.is_set():  # started again after a stop
             self._thread.join()
             self._stopping.clear()
+        for _ in range(START_ATTEMPTS - 1):
+            try:
+                return self._take_back()
+            except Unreachable:
+                if self._connection is None or self._stopping.wait(RETRY_SECONDS):
+                    raise
+        return self._take_back()
+
+    def _take_back(self) -> dict[str, Any]:
+        """Register, and restore what was left before the jump; return the answer to that, {} if there was nothing."""
         return self._take_turn({}) if self._call_register() == "restore" else {}
 
     def _call_register(self) -> str:

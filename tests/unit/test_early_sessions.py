@@ -3,13 +3,16 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from khod.producer import Producer, Step
 from tests.unit.arrived import NEXT
 from tests.unit.early import EarlySystem, wait_verdict
+from tests.unit.khods import DEADLINE
 from tests.unit.luo import Hand, LuoKhod, Mortal
 
 REGISTER = b'{"method": "io.kho.Producer.Register", "parameters": {"name": "kv", "version": 1}}\0'
@@ -133,3 +136,23 @@ def test_whom_khod_does_not_register_connects_again(system: EarlySystem) -> None
     assert take_back(kv) == b"newkv"
     assert_verified(system, khod, kv)
     forked.close()
+
+
+def test_a_producer_that_starts_while_khod_dies_has_its_state_of_the_next(system: EarlySystem) -> None:
+    system.leave([("kv", [])])
+    killed = system.start("restore.EarlyRestore._tell = die")
+    found = []
+
+    def restore(step: Step) -> None:
+        found.append(os.pread(step.files["table"], 99, 0))
+
+    kv = Producer("kv", restore=restore, socket=system.directory / "socket")
+    starting = threading.Thread(target=kv.start)
+    starting.start()
+    killed.died()
+    khod = system.start()
+    khod.go_on()
+    starting.join(DEADLINE)
+    assert found == [b"of kv"], "it has begun without"
+    assert wait_verdict(khod) == {"contents kv": "passed"}
+    kv.stop()
