@@ -184,7 +184,7 @@ class SystemdHost:
         """As Host has it."""
         try:
             async with asyncio.timeout(seconds):
-                # A stop that this undoes has failed because systemd re-executes itself, perhaps: it is not there yet.
+                # Its jobs go on over a daemon-reexec, which only hangs up on khod.
                 return await dbus.ask_again(lambda: self._start_units(names))
         except TimeoutError:
             left = [name for name, state in (await _read_states(names)).items() if state != "active"]

@@ -229,7 +229,7 @@ async def test_the_job_of_the_caller_is_no_obstacle(monkeypatch: pytest.MonkeyPa
 async def test_a_systemd_that_starts_anew_is_asked_again_to_start_the_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A daemon-reexec ends the stop, whose undo then finds nobody at the socket for a while."""
+    """A daemon-reexec hangs up on khod; the jobs go on."""
     monkeypatch.setattr(dbus, "PRIVATE_SOCKET", str(tmp_path / "private"))
     monkeypatch.setattr(dbus, "RECONNECT_SECONDS", 0.0)
     host = SystemdHost(cast("Any", None), cast("Any", None))
