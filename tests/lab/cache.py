@@ -8,11 +8,14 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 ENVIRONMENT = "KHO_LAB_CACHE"
+IN_USE_SECONDS = 7200.0
+"""Longer than the tests of one tree take."""
 
 
 def directory() -> Path:
@@ -63,9 +66,14 @@ def once(target: Path, make: Callable[[Path], None]) -> Path:
 
 
 def prune(folder: Path, pattern: str, keep: int) -> None:
-    """Remove all but the `keep` newest entries of `folder` that match; a guest that has one open does not notice."""
+    """Remove all but the `keep` newest entries of `folder` that match; a guest that has one open does not notice.
+
+    What was used within IN_USE_SECONDS stays: the tests of another tree may need it again.
+    """
     entries = sorted(folder.glob(pattern), key=_modified_at, reverse=True)
     for entry in entries[keep:]:
+        if _modified_at(entry) > time.time() - IN_USE_SECONDS:
+            continue
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:

@@ -155,6 +155,9 @@ def test_what_another_process_removes_meanwhile_is_no_concern_of_a_prune(tmp_pat
     for number, name in enumerate(["disk-old", "disk-new"]):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (number + 1, number + 1))
+    (tmp_path / "disk-used").touch()
+    os.utime(tmp_path / "disk-used", (time.time() - 60,) * 2)  # by the tests of another tree
+    (tmp_path / "disk-newest").touch()
     (tmp_path / "disk-gone").symlink_to("nowhere")  # in the listing, and not there when it is looked at
     cache.prune(tmp_path, "disk-*", 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"disk-new"}
+    assert {path.name for path in tmp_path.iterdir()} == {"disk-newest", "disk-used"}
