@@ -12,6 +12,9 @@ from khod.server.load import ACCEPT_SHARE, ACCEPT_SHARE_BUSY, Allowance
 
 TURN_SECONDS = 0.001
 """How long connections are accepted in one turn of the event loop."""
+MAX_CHARGE_SECONDS = 0.01
+"""What one turn is charged at most. It may have been preempted, or have imported what serves the first client; while
+something is under way the pause after it is 20 times as long, and those of root wait in the same queue."""
 RETRY_SECONDS = 0.1
 """The time until the next attempt if this process has no free descriptors."""
 
@@ -57,7 +60,7 @@ class Listener:
         except OSError:  # no free descriptor or memory, or the client has gone: the others continue to wait
             wait_seconds = RETRY_SECONDS
         self._trust_senders()
-        self._allowance.spend_time(time.monotonic() - began)
+        self._allowance.spend_time(min(time.monotonic() - began, MAX_CHARGE_SECONDS))
         wait_seconds = max(wait_seconds, self._allowance.wait_seconds())
         if wait_seconds:
             self._loop.remove_reader(self._socket)

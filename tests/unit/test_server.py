@@ -4,9 +4,12 @@
 import asyncio
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from asyncvarlink.interface import varlinksignature
@@ -19,6 +22,7 @@ from khod.server.events import EventLog, Stream
 from khod.server.interface import Handover
 from khod.server.lane import Lane
 from khod.server.limits import OWN_DESCRIPTORS, Limits, Quota
+from khod.server.listener import Listener
 from khod.server.load import Allowance, Load
 from khod.server.metrics import SystemdMetrics
 from khod.server.places import Place, Places
@@ -198,6 +202,33 @@ def test_what_was_not_used_is_no_credit_for_later() -> None:
     clock.now = 3600.0
     allowance.spend_time(0.006)
     assert allowance.wait_seconds() > 0
+
+
+async def test_a_client_that_was_slow_to_admit_keeps_the_next_one_waiting_for_a_moment_only(tmp_path: Path) -> None:
+    """The first one after the start has its modules imported; on a busy machine any of them may take long."""
+    load, admitted = Load(), asyncio.Event()
+    load.note_event(Event(0.0, Phase.rolling_back, "", ""))
+
+    def admit_slowly(sock: socket.socket) -> bool:
+        sock.close()
+        time.sleep(0.2)
+        admitted.set()
+        return True
+
+    async def know_all() -> None:
+        pass
+
+    shared = SimpleNamespace(load=load, groups=SimpleNamespace(wait_lookup=know_all), trusts_senders=True)
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as client:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen()
+        listening.setblocking(False)
+        listener = Listener(listening, cast("Any", SimpleNamespace(shared=shared, admit_client=admit_slowly)))
+        client.connect(str(tmp_path / "socket"))
+        await admitted.wait()
+        assert listener._timer is not None
+        assert listener._timer.when() - asyncio.get_running_loop().time() < 1.0
+        listener.close()
 
 
 def test_the_share_falls_while_something_is_under_way_for_those_with_rights() -> None:
