@@ -24,7 +24,7 @@ from khod.handover.record import Record
 from khod.model import Event, EventKind
 from khod.producers.barrier import READY
 from khod.systemd.journal_record import send_record
-from khod.systemd.notifier import notify_manager, start_notifier
+from khod.systemd.notifier import MAX_WAITING, notify_manager, start_notifier
 from khod.text import one_line
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ STATUS_REST_SECONDS = 0.1
 """Minimum seconds between two status texts."""
 SLOW_SECONDS = 1.0
 """Seconds after which a yes gets a record too."""
-MAX_WAITING = 1024
-"""Maximum number of records that wait to be sent; further ones are dropped."""
 FLUSH_SECONDS = 1.0
 """Seconds that khod waits at its end for the records, and for the notifications."""
 JOURNAL_SECONDS = 2.0

@@ -55,7 +55,7 @@ class Producers(Producer):
         if process is None:
             raise Refused("The process that connected has ended", where=f"process {caller.pid}")
         terms = Registration(
-            30.0 if timeout is None else timeout,
+            wire.VERB_SECONDS if timeout is None else timeout,
             tuple(after or ()),
             tuple(before or ()),
             tuple(devices or ()),

@@ -10,7 +10,7 @@ from khod.concurrency.worker import Worker
 from khod.systemd.notification import send_notification
 
 MAX_WAITING = 1024
-"""Maximum number of messages that wait to be sent; further ones are dropped."""
+"""Maximum number of messages that wait to be sent to systemd, or of records to journald; further ones are dropped."""
 
 
 @cache
