@@ -45,9 +45,9 @@ def kernel_words(accel: str) -> str:
     joins, to change to the TSC. There is a deadline, but in jiffies, which stand still. Real hosts seldom have it: an
     invariant TSC is not watched.
     """
-    return (
-        f"tsc=reliable tsc_early_khz={_measure_tsc_khz()}" if accel == "tcg" and platform.machine() == "x86_64" else ""
-    )
+    if accel != "tcg" or platform.machine() != "x86_64":
+        return ""
+    return f"tsc=reliable tsc_early_khz={_measure_tsc_khz()}"
 
 
 @functools.cache

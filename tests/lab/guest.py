@@ -29,6 +29,11 @@ BOOT_TIMEOUT = 120.0  # seconds
 CHUNK = 1 << 20
 
 
+def compose_cmdline(accel: str, extra: str) -> str:
+    """Return the command line of a guest's kernel; `accel` is kvm or tcg."""
+    return " ".join(words for words in (CMDLINE, kernel_words(accel), extra) if words)
+
+
 @dataclass(frozen=True)
 class Hello:
     """What the agent says when it starts: which boot, which kernel.
@@ -129,7 +134,7 @@ class Guest:
         with ExitStack() as stack:
             directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="khod-lab-"))
             accel = self._accel or probe_accel(self._kernel)
-            cmdline = " ".join(words for words in (CMDLINE, kernel_words(accel), self._cmdline_extra) if words)
+            cmdline = compose_cmdline(accel, self._cmdline_extra)
             arguments = [*machine_arguments(accel), "-append", cmdline, *self._arguments]
             self._machine = Machine(
                 arguments,

@@ -122,7 +122,7 @@ def copy_disk(guest: Guest, to: Path) -> None:
 
 
 def read_last_entries(host: Host) -> list[str]:
-    """Return what user space logged last in the boot before: each entry's sender and text."""
+    """Return what was logged last in the boot before: each entry's sender and text."""
     entries = [json.loads(line) for line in host.shell("journalctl -b -1 -n 50 -o json").splitlines()]
     return [f"{entry.get('SYSLOG_IDENTIFIER', '')}: {entry['MESSAGE']}" for entry in entries]
 

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.lab import disk, packages
-from tests.lab.accel import kernel_words
 from tests.lab.conftest import Find, Online
-from tests.lab.guest import CMDLINE
+from tests.lab.guest import compose_cmdline
 from tests.lab.host import IMAGES, KHO, TRACE, Host
 from tests.lab.process import call
 
 PAGE = 4096
-OWN = f"{CMDLINE} {kernel_words('tcg')} {KHO} {TRACE}"
+OWN = compose_cmdline("tcg", f"{KHO} {TRACE}")
 ENTRY = """\
 title    The lab's next kernel
 version  7.3.4
