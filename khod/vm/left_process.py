@@ -38,6 +38,8 @@ class LeftProcess:
             try:
                 if self.is_there:
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    select.select([pidfd], [], [], END_SECONDS)
+                    ending = select.poll()  # takes any descriptor; select(2) only those below 1024
+                    ending.register(pidfd, select.POLLIN)
+                    ending.poll(END_SECONDS * 1000)
             finally:
                 os.close(pidfd)

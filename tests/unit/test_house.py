@@ -96,6 +96,12 @@ def test_no_code_reads_a_sentence() -> None:
             assert not ("." in read and PROSE.search(read)), f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
+def test_nobody_waits_with_select() -> None:
+    """select(2) takes no descriptor above 1023, and khod has more."""
+    for path in files("khod", "khoctl"):
+        assert "select.select(" not in path.read_text(), path
+
+
 def test_nobody_sends_with_python_s_lock_held() -> None:
     """systemd.daemon.notify() and systemd.journal.send() hold it while the other side does not read."""
     for path in files("khod", "khoctl"):

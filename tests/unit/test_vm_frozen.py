@@ -2,9 +2,12 @@
 """The files of a stopped guest: they outlive khod-vm, and no guest continues from its state twice."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +26,10 @@ from khod.vm.frozen import (
     spend_state,
     unspend_state,
 )
+from khod.vm.left_process import LeftProcess
 from khod.vm.monitor import VmError
 from khod.vm.process import create_memory
-from tests.unit.khods import REPOSITORY
+from tests.unit.khods import DEADLINE, REPOSITORY
 
 QEMU = About(["qemu", "-M", "pc-q35-7.2"], ["qemu"], True, lag=1.5)
 
@@ -46,6 +50,19 @@ def memory() -> Iterator[dict[str, int]]:
 
 def children() -> set[str]:
     return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+def test_a_khod_vm_with_many_descriptors_ends_what_it_left() -> None:
+    with ExitStack() as stack:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+        while (fd := os.open("/dev/null", os.O_RDONLY)) < 1024:  # select(2) takes none above
+            stack.callback(os.close, fd)
+        stack.callback(os.close, fd)
+        left = subprocess.Popen(["sleep", "infinity"])
+        LeftProcess.of(left.pid).kill()
+        assert left.wait(DEADLINE) == -signal.SIGKILL
 
 
 def test_the_files_outlive_the_khod_vm_that_had_them(tmp_path: Path, memory: dict[str, int]) -> None:
