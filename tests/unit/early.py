@@ -114,6 +114,7 @@ class EarlySystem(System):
                     assert hand.told() == verb
                     hand.ready()
         assert khod.process.wait(DEADLINE) == -signal.SIGKILL
+        assert self._running.wait(DEADLINE)  # what was left has arrived
         operator.kill()  # it would ask the next khod, which is still to be started
         operator.wait()
         for hand in hands.values():
