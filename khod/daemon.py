@@ -402,6 +402,12 @@ class _Host:
 def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
     booted = os.path.exists(BOOTED)
     runner = TransientUnits() if booted else Children()
+
+    def make_around() -> quiesce_host.Host:
+        around = quiesce_host.SystemdHost(runner, jump.filesystems)
+        jump.require_rest = around.require_rest
+        return around
+
     return _Host(
         lambda: shutdown.start_orderly(sessions=sessions.holds_any),
         jump,
@@ -413,7 +419,7 @@ def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
         runner,
         ask_scanner if booted else scan_processes,
         ManagerWatchdogs() if booted else None,
-        (lambda: quiesce_host.SystemdHost(runner, jump.filesystems)) if booted else None,
+        make_around if booted else None,
     )
 
 

@@ -17,7 +17,7 @@ from khod.deferred import defer_module
 from khod.errors import Failed, Refused
 from khod.kernel.filesystems import FrozenFileSystems
 from khod.producers.commands import CommandRunner
-from khod.quiesce.selection import KHOD_UNITS, Selection, select_units
+from khod.quiesce.selection import KHOD_UNITS, NOT_RUNNING, STOPPABLE, Selection, select_units
 from khod.quiesce.thaw_guard import ThawGuard
 from khod.text import join_names
 
@@ -37,8 +37,11 @@ JOB_SECONDS = 0.5
 """Jobs get this time, that often, to end by themselves, as the stop of user-runtime-dir@UID.service after a logout."""
 ROUNDS = 3
 """How often what was started meanwhile (by a bus call, a device, a program) is stopped again."""
+REST_SECONDS = 5.0
+"""Seconds systemd has, while the producers are frozen, to say whether the host is still at rest."""
 JOB_RESULTS = {"canceled": "started again meanwhile"}
 """What it means of a stop job that systemd ended with this result."""
+WAIT = "Wait for them: systemctl list-jobs, systemctl status. To stop nothing: `Kexec(now)`"
 KEEP_IT = "Stop it by hand, or keep it: quiesce.keep in /etc/kho/khod.toml. To stop nothing: `Kexec(now)`"
 
 
@@ -46,8 +49,8 @@ KEEP_IT = "Stop it by hand, or keep it: quiesce.keep in /etc/kho/khod.toml. To s
 class Survey:
     """What a quiesce would do on this host now.
 
-    `jobs` has systemd's queued jobs of units that do not stay, a unit and the kind each. `stores` are units with files
-    that only `systemctl kexec` hands over.
+    `jobs` has what is under way with units that do not stay, a unit each: the kind of its queued job, or "stopping" for
+    one that ends by itself. `stores` are units with files that only `systemctl kexec` hands over.
     """
 
     selection: Selection = field(default_factory=Selection)
@@ -64,7 +67,11 @@ class Survey:
     def require_clear(self) -> Survey:
         """Return this survey; Refused if something is in the way."""
         if obstacle := self.find_obstacle():
-            remedy = "Wait for them: systemctl list-jobs. To stop nothing: `Kexec(now)`" if self.jobs else KEEP_IT
+            remedy = (
+                "Wait for them: systemctl list-jobs, systemctl status. To stop nothing: `Kexec(now)`"
+                if self.jobs
+                else KEEP_IT
+            )
             raise Refused(f"The host cannot be quiesced: {obstacle}", where="quiesce", remedy=remedy)
         return self
 
@@ -89,6 +96,12 @@ class Host(Protocol):
         stop. Refused if one does not stop within `seconds`.
         """
 
+    async def require_rest(self) -> None:
+        """Refused if a unit runs that stop_units has not seen, or if the host is shut down; Failed without systemd.
+
+        Nothing if stop_units has stopped nothing.
+        """
+
     async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
         """Start these units again; return those that do not run, with the reason. Raises nothing."""
 
@@ -97,6 +110,14 @@ class Host(Protocol):
 
     async def release_filesystems(self) -> None:
         """End that guard, once they are thawed."""
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """A host at rest: the units that were to stay, with the reasons, and all that ran once the others were stopped."""
+
+    keep: Mapping[str, str]
+    running: frozenset[str]
 
 
 class SystemdHost:
@@ -108,6 +129,8 @@ class SystemdHost:
         self._has_acted = False
         """Whether the end of this boot was written."""
         self._awaited: set[str] = set()
+        self._at_rest: _Rest | None = None
+        """How the units were left; None while nothing is stopped."""
 
     @property
     def awaited_units(self) -> Collection[str]:
@@ -130,13 +153,12 @@ class SystemdHost:
                 found = await units.read_units(bus)
                 jobs = await units.list_jobs(bus)
         except (dbus.BusError, TimeoutError) as error:
-            raise Failed(
-                f"systemd does not describe its units: {error or 'no answer'}",
-                where="quiesce",
-                remedy="Look at systemctl status. To stop nothing: `Kexec(now)`",
-            ) from error
+            raise _undescribed_error(error) from error
         wanted = dict.fromkeys(KHOD_UNITS, "it is khod's") | dict(keep)
         selection = select_units(found, wanted, units.find_session_units(found))
+        # A service that ends by itself has no job: it may come back by Restart=, or still put away what it holds.
+        stopping = [unit.name for unit in found if unit.active == "deactivating" and unit.name.endswith(STOPPABLE)]
+        jobs = dict.fromkeys(stopping, "stopping") | jobs
         # khod may have been asked by a unit that is being started: kho-handover@NAME.service, or the operator's own.
         jobs = {unit: kind for unit, kind in jobs.items() if not (unit.startswith("kho-") or unit in keep)}
         stores = tuple(unit.name for unit in found if unit.stored_files and unit.name != "kho-handover.service")
@@ -174,14 +196,41 @@ class SystemdHost:
                 stuck = "; ".join(f"{name}: {JOB_RESULTS.get(why, why)}" for name, why in failed.items())
                 raise Refused(f"Units could not be stopped: {stuck}", where="quiesce", remedy=KEEP_IT)
             await _require_stopped_in_time(names)
-            survey = await self._read_survey(keep)
+            survey = await self.survey_units(keep)
             names = survey.selection.stopped
             if not names:
+                survey.require_clear()
+                self._at_rest = _Rest(dict(keep), frozenset(survey.selection.running))
                 return survey.stores
         raise Refused(f"Started again each time: {join_names(names)}", where="quiesce", remedy=KEEP_IT)
 
+    async def require_rest(self) -> None:
+        """As Host has it."""
+        if self._at_rest is None:
+            return
+        try:
+            async with asyncio.timeout(REST_SECONDS), dbus.systemd_bus() as bus:
+                system = manager.Systemd(bus)
+                state, listed = await asyncio.gather(system.system_state(), units.list_units(bus, STOPPABLE))
+        except (dbus.BusError, TimeoutError) as error:
+            raise _undescribed_error(error) from error
+        if state == "stopping":
+            raise Refused("The host is shut down", where="quiesce", remedy="Look at systemctl list-jobs.")
+        running = {name for name, unit in listed.items() if unit.active not in NOT_RUNNING}
+        if running <= self._at_rest.running:
+            return
+        # Seldom, as the full survey takes its time: most of these end at once, or belong to khod or to a producer.
+        survey = await self._read_survey(self._at_rest.keep)
+        if survey.selection.stopped:
+            raise Refused(
+                f"Started while the host was stopped: {join_names(survey.selection.stopped)}",
+                where="quiesce",
+                remedy=KEEP_IT,
+            )
+
     async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
         """As Host has it."""
+        self._at_rest = None
         try:
             async with asyncio.timeout(seconds):
                 # Its jobs go on over a daemon-reexec, which only hangs up on khod.
@@ -201,6 +250,14 @@ class SystemdHost:
             await last_acts.take_back(self._runner)
             self._has_acted = False
         return failed
+
+
+def _undescribed_error(error: Exception) -> Failed:
+    return Failed(
+        f"systemd does not describe its units: {str(error) or 'no answer'}",
+        where="quiesce",
+        remedy="Look at systemctl status. To stop nothing: `Kexec(now)`",
+    )
 
 
 async def _require_stopped_in_time(names: Sequence[str]) -> None:

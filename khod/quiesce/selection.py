@@ -67,6 +67,11 @@ class Selection:
     obstacles: tuple[str, ...] = ()
 
     @property
+    def running(self) -> tuple[str, ...]:
+        """Every service, socket, timer and path that runs, whether it is stopped or stays."""
+        return (*self.stopped, *(name for name, _ in self.kept))
+
+    @property
     def start_order(self) -> tuple[str, ...]:
         """The same units, services first: a socket or a timer would start its service by itself."""
         return tuple(reversed(self.stopped))

@@ -29,9 +29,10 @@ class ListedUnit(NamedTuple):
     path: str
 
 
-async def list_units(bus: Bus) -> dict[str, ListedUnit]:
-    """Return every loaded unit; BusError."""
-    answer = await bus.call_method(MANAGER, "ListUnits")
+async def list_units(bus: Bus, suffixes: Sequence[str] = ("",)) -> dict[str, ListedUnit]:
+    """Return every loaded unit, or those whose names end with one of `suffixes`; BusError."""
+    patterns = [f"*{suffix}" for suffix in suffixes]
+    answer = await bus.call_method(MANAGER, "ListUnitsByPatterns", "asas", [], patterns)
     return {
         name: ListedUnit(active, path) for name, _, _, active, _, _, path, *_ in only_value("a(ssssssouso)", answer)
     }

@@ -98,6 +98,9 @@ class Immediate:
     sync_seconds: Callable[[], float]
     """Time limit in seconds of sync(2), and of the freeze after it. reboot(2) has no limit, because khod does not
     control what follows it."""
+    require_rest: Callable[[], Awaitable[None]] | None = None
+    """Raises what speaks against the jump, as late as anybody can be asked: before the first file system is frozen.
+    None: nobody is asked."""
     in_kernel: bool = False
     """Whether reboot(2) was called and has not returned: it may jump at any moment."""
 
@@ -107,6 +110,8 @@ class Immediate:
         # Not in the kernel's thread: sync(2) waits for ever for a network file system whose server has gone, and the
         # undo would wait behind it.
         await self.workers.files.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
+        if self.require_rest is not None:
+            await self.require_rest()
         given_up = threading.Event()
         try:
             freeze = partial(self.filesystems.freeze_all, given_up)

@@ -17,15 +17,17 @@ from tests.lab.quiescing import REFUSES, VERSION, WORKER, install, producer, unc
 KILLS = "/usr/bin/systemctl kill -s KILL kho-handover.service"
 NO_REBOOT = "[Service]\nSystemCallFilter=~reboot\n"
 
-# A bus call starts it again as soon as it is stopped.
+# A bus call starts it again while it is stopped: its stop ends once systemd has that from the message bus.
 BUS = "org.freedesktop.DBus /org/freedesktop/DBus org.freedesktop.DBus"
 CALL = f"--expect-reply=no call {BUS} StartServiceByName su org.lab.Poked 0"
+HAS_JOB = "systemctl list-jobs | grep -q 'poked.service *start'"
 POKED = f"""\
 [Service]
 Type=dbus
 BusName=org.lab.Poked
 ExecStart=/usr/bin/python3 /usr/lib/own_name.py
 ExecStopPost=/usr/bin/busctl -q {CALL}
+ExecStopPost=/bin/sh -c "until {HAS_JOB}; do sleep 0.1; done"
 """
 OWN_NAME = """\
 import signal
@@ -64,6 +66,8 @@ SESSION = """\
 ExecStart=/usr/bin/python3 /usr/lib/log_in.py khoctl kexec {words}
 """
 FAILED = "[Service]\nExecStart=/bin/false\n"
+# It is between two of its processes for some seconds, without a job.
+COMES_BACK = f"{WORKER}Restart=always\nExecStopPost=/bin/sleep 3\n"
 
 # A file system whose server answers nothing, not even its first question: each access waits.
 HUNG = """\
@@ -131,6 +135,22 @@ def test_what_is_started_while_the_host_is_stopped(host: Host) -> None:
     host.shell(
         "rm /usr/share/dbus-1/system-services/org.lab.Poked.service; systemctl reload dbus; systemctl stop poked"
     )
+
+
+def test_what_is_started_once_the_producers_are_frozen_calls_the_jump_off(host: Host) -> None:
+    with producer(host, 'freeze = ["/usr/bin/systemctl", "start", "worker.service"]\n'), unchanged(host):
+        said = kexec(host, 3)
+        assert "Started while the host was stopped: worker.service" in said, said
+        write_to_disk(host)
+
+
+def test_a_service_that_just_restarts_itself_runs_afterwards(host: Host) -> None:
+    host.guest.put("/usr/lib/systemd/system/comes-back.service", COMES_BACK)
+    host.shell("systemctl daemon-reload; systemctl start comes-back")
+    with producer(host), unchanged(host):
+        host.shell("systemctl kill -s KILL comes-back")
+        kexec(host, 3)
+    host.shell("systemctl stop comes-back")
 
 
 def test_the_session_of_the_operator_lives_on_and_a_failed_unit_stays_failed(host: Host) -> None:

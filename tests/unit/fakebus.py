@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from khod.systemd.manager import STOPPED_TOO
 
 SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = DBusAddress("/org/freedesktop/systemd1", SYSTEMD, f"{SYSTEMD}.Manager")
+USUAL = {"Type": ("s", "simple"), "MainPID": ("u", 0), "Result": ("s", "success")}
+"""Properties of every service."""
 Reply = tuple[str | None, tuple[Any, ...]]
 
 
@@ -125,9 +128,9 @@ class FakeBus:
                 return "a(sus)", ([("/", 400, "dbus-daemon")],)
             case "GetUnitProcesses":
                 return "a(sus)", ([("/", pid, "?") for pid in self.processes],)
-            case "ListUnitsByPatterns" | "DumpUnitFileDescriptorStore":
-                return self._list(method, name)
-            case "Get" if message.body[1] in ("NFileDescriptorStore", *self.manager):
+            case "ListUnitsByPatterns" | "ListJobs" | "DumpUnitFileDescriptorStore":
+                return self._list(method, message.body)
+            case "Get" if message.body[1] in ("NFileDescriptorStore", *USUAL, *self.manager):
                 return self._get(message)
             case "LoadUnit":
                 return "o", (f"/unit/{name.encode().hex()}",)
@@ -158,15 +161,22 @@ class FakeBus:
     def _get(self, message: Message) -> Reply:
         if message.body[0] == MANAGER.interface:
             return "v", (("s", self.manager[message.body[1]]),)
+        if (usual := USUAL.get(message.body[1])) is not None:
+            return "v", (usual,)
         path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
         return "v", (("u", len(self.stored.get(bytes.fromhex(path).decode(), ()))),)
 
-    def _list(self, method: str, name: str) -> Reply:
-        if method == "ListUnitsByPatterns":
-            paths = {name: f"/unit/{name.encode().hex()}" for name in self.units}
-            listed = [(name, "", "loaded", "active", "running", "", path, 0, "", "/") for name, path in paths.items()]
-            return "a(ssssssouso)", (listed,)
-        return "a(suuutuusu)", ([("name", 0, 0, 0, 7, 0, 0, path, 0) for path in self.stored[name]],)
+    def _list(self, method: str, body: tuple[Any, ...]) -> Reply:
+        if method == "ListJobs":
+            return "a(usssoo)", ([],)
+        if method == "DumpUnitFileDescriptorStore":
+            return "a(suuutuusu)", ([("name", 0, 0, 0, 7, 0, 0, path, 0) for path in self.stored[body[0]]],)
+        found = [name for name in self.units if any(fnmatch(name, pattern) for pattern in body[1])]
+        states = {name: self.state(name, "ActiveState") for name in found}
+        paths = {name: f"/unit/{name.encode().hex()}" for name in found}
+        return "a(ssssssouso)", (
+            [(name, "", "loaded", states[name], "", "", path, 0, "", "/") for name, path in paths.items()],
+        )
 
     def _become(self, name: str, key: str, method: str, usual: str) -> None:
         self.units[name][key] = ("s", self.becomes.get(method, usual))

@@ -23,7 +23,7 @@ from khod.quiesce.selection import Selection, UnitFacts
 from khod.simulated.kernel import Rebooted
 from khod.systemd import dbus
 from khod.target.target import Request
-from tests.unit.fakebus import fake_bus, unit
+from tests.unit.fakebus import FakeBus, fake_bus, unit
 from tests.unit.harness import Host
 from tests.unit.khods import DEADLINE
 from tests.unit.scripted import Scripted, raises
@@ -72,6 +72,11 @@ class Around:
             self.running.discard(name)
         return self.stores
 
+    async def require_rest(self) -> None:
+        self.asked.append("rest")
+        if started := self.running & {"late.service"}:
+            raise Refused(f"Started while the host was stopped: {started.pop()}")
+
     async def guard_filesystems(self) -> bool:
         self.is_guarded = True
         return True
@@ -92,6 +97,18 @@ def host(tmp_path: Path) -> VirtualHost:
     return found
 
 
+@pytest.fixture
+def private_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the path of the socket at which khod looks for systemd; no command is run in its name."""
+
+    async def run_nothing(runner: object) -> None: ...
+
+    monkeypatch.setattr(dbus, "PRIVATE_SOCKET", str(tmp_path / "private"))
+    monkeypatch.setattr("khod.quiesce.last_acts.carry_out", run_nothing)
+    monkeypatch.setattr("khod.quiesce.last_acts.take_back", run_nothing)
+    return tmp_path / "private"
+
+
 def around(host: Host) -> Around:
     assert isinstance(host.around, Around)
     return host.around
@@ -110,7 +127,7 @@ async def test_it_comes_between_prepare_and_freeze_and_is_recorded_before(host: 
     with pytest.raises(Rebooted):
         await host.kexec(engine)
     assert seen == [((), False, sorted(UNITS)), (UNITS, True, [])]
-    assert around(host).asked == ["stop"]
+    assert around(host).asked == ["stop", "rest"]
     assert around(host).is_guarded, "the file systems may be frozen"
 
 
@@ -151,6 +168,21 @@ async def test_a_reboot_that_fails_starts_everything_again(
     assert around(host).running == {*UNITS}
     assert engine.record.phase is Phase.idle
     assert not around(host).is_guarded
+
+
+@in_virtual_time
+async def test_what_is_started_once_the_producers_are_frozen_calls_the_jump_off(host: VirtualHost) -> None:
+    engine = await host.started()
+
+    async def start_late() -> None:
+        around(host).running.add("late.service")
+
+    Scripted(host, "one", freeze=start_late)
+    with pytest.raises(KhoError, match=r"late\.service"):
+        await host.kexec(engine)
+    assert around(host).running == {*UNITS, "late.service"}
+    assert host.verbs[-2:] == ["one thaw", "one cancel"]
+    assert engine.record.phase is Phase.idle
 
 
 @in_virtual_time
@@ -227,13 +259,12 @@ async def test_the_job_of_the_caller_is_no_obstacle(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_systemd_that_starts_anew_is_asked_again_to_start_the_units(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    private_socket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A daemon-reexec hangs up on khod; the jobs go on."""
-    monkeypatch.setattr(dbus, "PRIVATE_SOCKET", str(tmp_path / "private"))
     monkeypatch.setattr(dbus, "RECONNECT_SECONDS", 0.0)
     host = SystemdHost(cast("Any", None), cast("Any", None))
-    async with fake_bus(tmp_path / "private", a=unit(), b=unit()) as bus:
+    async with fake_bus(private_socket, a=unit(), b=unit()) as bus:
         bus.manager["SystemState"] = "running"
         bus.result = None
         starting = asyncio.ensure_future(host.start_units(["a.service", "b.service"], DEADLINE))
@@ -244,13 +275,69 @@ async def test_a_systemd_that_starts_anew_is_asked_again_to_start_the_units(
         assert [bus.state(name, "ActiveState") for name in ("a.service", "b.service")] == ["active", "active"]
 
 
+@asynccontextmanager
+async def at_rest(private_socket: Path) -> AsyncIterator[tuple[SystemdHost, FakeBus]]:
+    """Give a host on which a.service was stopped and kept.service was not, and its systemd."""
+    host = SystemdHost(cast("Any", None), cast("Any", None))
+    async with fake_bus(private_socket, a=unit(), kept=unit()) as bus:
+        bus.manager["SystemState"] = "running"
+        assert await host.stop_units(["a.service"], {"kept.service": "a test"}, DEADLINE) == ()
+        yield host, bus
+
+
+async def test_a_host_stays_at_rest_until_a_unit_is_started(private_socket: Path) -> None:
+    async with at_rest(private_socket) as (host, bus):
+        await host.require_rest()
+        bus.units |= {"kho-one.service": unit(), "dead.service": unit(ActiveState="failed"), "disk.mount": unit()}
+        await host.require_rest()
+        bus.units["late.service"] = unit(ActiveState="activating")
+        with pytest.raises(Refused, match=r"while the host was stopped: late\.service"):
+            await host.require_rest()
+        await host.start_units(["a.service"], DEADLINE)
+        await host.require_rest()
+
+
+async def test_a_host_that_is_shut_down_does_not_jump(private_socket: Path) -> None:
+    async with at_rest(private_socket) as (host, bus):
+        bus.manager["SystemState"] = "stopping"
+        with pytest.raises(Refused, match="shut down"):
+            await host.require_rest()
+
+
+async def test_nothing_jumps_while_systemd_does_not_answer(
+    private_socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with at_rest(private_socket) as (host, bus):
+        bus.instead["Get"] = asyncio.Event()
+        monkeypatch.setattr("khod.quiesce.host.REST_SECONDS", 0.001)
+        with pytest.raises(Failed, match="no answer"):
+            await host.require_rest()
+
+
+async def test_a_service_that_ends_by_itself_is_waited_for(
+    private_socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no job, and may come back by Restart=."""
+    monkeypatch.setattr("khod.quiesce.host.JOB_SECONDS", 0.001)
+    host = SystemdHost(cast("Any", None), cast("Any", None))
+    async with fake_bus(private_socket, a=unit(ActiveState="deactivating")) as bus:
+        assert (await host.survey_units({})).jobs == {"a.service": "stopping"}
+        assert (await host.survey_units({"a.service": "a test"})).jobs == {}
+        bus.instead["ListJobs"] = answers = asyncio.Event()
+        survey = asyncio.ensure_future(host.survey_units({}))
+        await bus.reached.wait()
+        bus.units["a.service"] = unit()
+        answers.set()
+        assert (await survey).selection.stopped == ("a.service",)
+
+
 @in_virtual_time
 async def test_a_jump_at_once_and_a_load_stop_nothing(host: VirtualHost) -> None:
     engine = await host.started()
     await host.kexec(engine, load_only=True)
     with pytest.raises(Rebooted):
         await engine.kexec(Request(now=True))
-    assert around(host).asked == []
+    assert around(host).asked == ["rest"], "which is nothing where nothing was stopped"
 
 
 @in_virtual_time
