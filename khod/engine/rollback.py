@@ -6,6 +6,7 @@ thawed even if that has not ended: a kernel call that hangs must keep no produce
 """
 
 import asyncio
+import shlex
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 
@@ -82,7 +83,10 @@ async def _undo_quiesce(attempt: Attempt, emit: Callable[[str], None]) -> list[F
         emit(f"{join_names(name for name in names if name not in failed)}: {RESTARTED}")
     if not failed:
         return []
-    items = tuple(NotUndone(Step.quiesce.value, name, why, f"systemctl start {name}") for name, why in failed.items())
+    items = tuple(
+        NotUndone(Step.quiesce.value, name, why, f"systemctl start {shlex.quote(name)}")  # names have backslashes
+        for name, why in failed.items()
+    )
     emit(f"Not every unit could be started again: {join_names(f'{name} ({why})' for name, why in failed.items())}")
     return [Failure(Step.quiesce, items)]
 

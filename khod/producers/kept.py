@@ -2,6 +2,7 @@
 """A VM whose guest is kept, and which others start: khod-vm@NAME.service reads its file, and is the producer."""
 
 import asyncio
+import shlex
 from dataclasses import field
 
 from khod.dataclass import dataclass
@@ -37,5 +38,5 @@ class KeptVm(Configured):
     async def _carry_out(self, telling: ProducerCall) -> None:
         if telling.verb in (Verb.prepare, Verb.freeze):
             raise ParticipantVeto(
-                f"its guest is to be kept, and {self.unit} is not there: systemctl restart {self.unit}"
+                f"its guest is to be kept, and {self.unit} is not there: systemctl restart {shlex.quote(self.unit)}"
             )

@@ -8,6 +8,7 @@ import base64
 import binascii
 import os
 import re
+import shlex
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -86,7 +87,8 @@ def check_key(path: Path) -> None:
 def _check_mode(status: os.stat_result, path: Path) -> None:
     """Raise ConfigError where every user may write a key: then anyone may choose the next kernel."""
     if status.st_mode & stat.S_IWOTH:
-        raise ConfigError("Every user may write here", where=str(path), remedy=f"Run: chmod o-w {path}")
+        remedy = f"Run: chmod o-w {shlex.quote(str(path))}"
+        raise ConfigError("Every user may write here", where=str(path), remedy=remedy)
 
 
 def _read_file(path: Path) -> bytes:
@@ -114,7 +116,7 @@ def _add_openpgp(keys: Keys, path: Path) -> None:
         raise ConfigError(
             f"This is not a file of OpenPGP public keys: {error}",
             where=str(path),
-            remedy=f"Write it with: gpg --export FINGERPRINT > {path}",
+            remedy=f"Write it with: gpg --export FINGERPRINT > {shlex.quote(str(path))}",
         ) from None
 
 
