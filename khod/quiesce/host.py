@@ -17,7 +17,7 @@ from khod.deferred import defer_module
 from khod.errors import Failed, Refused
 from khod.kernel.filesystems import FrozenFileSystems
 from khod.producers.commands import CommandRunner
-from khod.quiesce.selection import KHOD_UNITS, NOT_RUNNING, STOPPABLE, Selection, select_units
+from khod.quiesce.selection import KHOD_UNITS, NOT_RUNNING, STOPPABLE, Selection, find_ended, select_units
 from khod.quiesce.thaw_guard import ThawGuard
 from khod.text import join_names
 
@@ -42,6 +42,7 @@ REST_SECONDS = 5.0
 JOB_RESULTS = {"canceled": "started again meanwhile"}
 """What it means of a stop job that systemd ended with this result."""
 WAIT = "Wait for them: systemctl list-jobs, systemctl status. To stop nothing: `Kexec(now)`"
+KEEP_MORE = "Keep what it needs, too: quiesce.keep in /etc/kho/khod.toml. To stop nothing: `Kexec(now)`"
 KEEP_IT = "Stop it by hand, or keep it: quiesce.keep in /etc/kho/khod.toml. To stop nothing: `Kexec(now)`"
 
 
@@ -131,6 +132,8 @@ class SystemdHost:
         self._awaited: set[str] = set()
         self._at_rest: _Rest | None = None
         """How the units were left; None while nothing is stopped."""
+        self._staying: frozenset[str] = frozenset()
+        """While the units are stopped: those that are to stay, which the undo starts if they end with the others."""
 
     @property
     def awaited_units(self) -> Collection[str]:
@@ -191,6 +194,9 @@ class SystemdHost:
         await self._guard.stop()
 
     async def _stop_rounds(self, names: Sequence[str], keep: Mapping[str, str]) -> tuple[str, ...]:
+        async with dbus.systemd_bus() as bus:
+            listed = await units.list_units(bus, STOPPABLE)
+        self._staying = frozenset(name for name, unit in listed.items() if unit.active == "active").difference(names)
         for _ in range(ROUNDS):
             if failed := await units.run_jobs("StopUnit", names, "replace", self._awaited):
                 stuck = "; ".join(f"{name}: {JOB_RESULTS.get(why, why)}" for name, why in failed.items())
@@ -200,6 +206,13 @@ class SystemdHost:
             names = survey.selection.stopped
             if not names:
                 survey.require_clear()
+                if ended := find_ended(self._staying, survey.selection.running):
+                    raise Refused(
+                        f"Was to stay, and ended when others were stopped: {join_names(ended)}",
+                        where="quiesce",
+                        remedy=KEEP_MORE,
+                    )
+                self._staying = frozenset()
                 self._at_rest = _Rest(dict(keep), frozenset(survey.selection.running))
                 return survey.stores
         raise Refused(f"Started again each time: {join_names(names)}", where="quiesce", remedy=KEEP_IT)
@@ -245,7 +258,11 @@ class SystemdHost:
         async with dbus.systemd_bus() as bus:
             if await manager.Systemd(bus).system_state() == "stopping":
                 return {}  # the host is shut down: what was stopped stays so, as everything else
-        failed = await units.run_jobs("StartUnit", names, "replace", self._awaited)
+            listed = await units.list_units(bus, STOPPABLE)
+        running = [name for name, unit in listed.items() if unit.active not in NOT_RUNNING]
+        ended = find_ended(self._staying, running)
+        failed = await units.run_jobs("StartUnit", (*names, *ended), "replace", self._awaited)
+        self._staying = frozenset()
         if self._has_acted:
             await last_acts.take_back(self._runner)
             self._has_acted = False

@@ -5,7 +5,7 @@ Only services, sockets, timers and paths are stopped, and of these none that kho
 one that belongs to the base of the system. Scopes (sessions, virtual machines), mounts and slices stay as they are.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from khod.dataclass import dataclass
@@ -33,7 +33,8 @@ class UnitFacts:
     """What is known of one active unit; each field is from a property of org.freedesktop.systemd1.
 
     `needs` are the units without which it would be stopped too, or does not work; `after` those that it is ordered
-    after. `stops_too` are units that systemd stops together with it. `main_pid` is 0 without a main process.
+    after. `stops_too` are units that systemd stops together with it, `upheld_by` those for which systemd would start it
+    again. `main_pid` is 0 without a main process.
     """
 
     name: str
@@ -51,6 +52,9 @@ class UnitFacts:
     after: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     stops_too: tuple[str, ...] = ()
+    upheld_by: tuple[str, ...] = ()
+    stops_unneeded: bool = False
+    """Whether systemd stops it together with the last unit that needs it (StopWhenUnneeded=)."""
     triggers: tuple[str, ...] = ()
     accepts: bool = False
     """Whether it is a socket with Accept=yes: each of the services that it triggers serves one connection."""
@@ -87,15 +91,23 @@ def select_units(
     """
     known = {unit.name: unit for unit in units if unit.active not in NOT_RUNNING}
     kept = _find_kept(known, wanted) | {name: why for name, why in (holders or {}).items() if name in known}
+    unneeded = {unit.name for unit in known.values() if unit.stops_unneeded}
     before = -1
     while len(kept) != before:  # a unit that stays may be a reason for others
         before = len(kept)
         for unit in known.values():
-            if unit.name not in kept and (why := _find_reason(unit, kept)):
+            if unit.name not in kept and (why := _find_reason(unit, kept, unneeded)):
                 kept[unit.name] = why
     stopped = tuple(sorted(known.keys() - kept.keys(), key=lambda name: (_stop_rank(name), name)))
     shown = tuple((name, why) for name, why in sorted(kept.items()) if name.endswith(STOPPABLE))
     return Selection(stopped, shown, tuple(_find_obstacles(known, stopped)))
+
+
+def find_ended(staying: Collection[str], running: Collection[str]) -> list[str]:
+    """Return which of the units that are to stay do not run, but for those that come and go with a login or a call."""
+    passing = (*KHOD_UNITS, *WAYS_IN, "user-runtime-dir@*.service")
+    ended = sorted({*staying} - {*running})
+    return [name for name in ended if not any(fnmatchcase(name, pattern) for pattern in passing)]
 
 
 def _find_kept(known: Mapping[str, UnitFacts], wanted: Mapping[str, str]) -> dict[str, str]:
@@ -116,8 +128,8 @@ def _find_kept(known: Mapping[str, UnitFacts], wanted: Mapping[str, str]) -> dic
     return kept
 
 
-def _find_reason(unit: UnitFacts, kept: Mapping[str, str]) -> str:
-    """Return why a unit stays, "" if it does not."""
+def _find_reason(unit: UnitFacts, kept: Mapping[str, str], unneeded: Collection[str]) -> str:
+    """Return why a unit stays, "" if it does not; `unneeded` are the units with `stops_unneeded`."""
     if not unit.name.endswith(STOPPABLE):
         return "not a service, socket, timer or path"
     if any(fnmatchcase(unit.name, pattern) for pattern in WAYS_IN):
@@ -130,6 +142,10 @@ def _find_reason(unit: UnitFacts, kept: Mapping[str, str]) -> str:
         return "it has done its work (Type=oneshot)"
     if with_it := [name for name in unit.stops_too if name in kept]:
         return f"{with_it[0]} would stop with it"
+    if without := [name for name in unit.needs if name in kept and name in unneeded]:
+        return f"{without[0]} would stop without it"
+    if upholding := [name for name in unit.upheld_by if name in kept]:
+        return f"{upholding[0]} upholds it"
     triggered = [name for name in unit.triggers if name in kept]
     return f"it starts {triggered[0]}, which is kept" if triggered else ""
 

@@ -87,6 +87,8 @@ async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
         after=listed("After"),
         before=listed("Before"),
         stops_too=listed(*STOPPED_TOO),
+        upheld_by=listed("UpheldBy"),
+        stops_unneeded=found.get("StopWhenUnneeded", False),
         triggers=listed("Triggers"),
         accepts=accepts,
         stored_files=stored,

@@ -65,6 +65,7 @@ SESSION = """\
 [Service]
 ExecStart=/usr/bin/python3 /usr/lib/log_in.py khoctl kexec {words}
 """
+TIES = f"{WORKER}ExecStop=/usr/bin/systemctl stop tied.service\n"
 FAILED = "[Service]\nExecStart=/bin/false\n"
 # It is between two of its processes for some seconds, without a job.
 COMES_BACK = f"{WORKER}Restart=always\nExecStopPost=/bin/sleep 3\n"
@@ -151,6 +152,17 @@ def test_a_service_that_just_restarts_itself_runs_afterwards(host: Host) -> None
         host.shell("systemctl kill -s KILL comes-back")
         kexec(host, 3)
     host.shell("systemctl stop comes-back")
+
+
+def test_a_kept_unit_that_ends_with_another_one_is_refused_and_runs_afterwards(host: Host) -> None:
+    for name, text in {"tied": f"[Unit]\nDefaultDependencies=no\n{WORKER}", "ties": TIES}.items():
+        host.guest.put(f"/usr/lib/systemd/system/{name}.service", text)
+    host.shell("systemctl daemon-reload; systemctl start tied ties")
+    with producer(host, 'freeze = ["/bin/touch", "/run/frozen"]\n'), unchanged(host):
+        said = kexec(host, 3)
+        assert "Was to stay, and ended when others were stopped: tied.service" in said, said
+        host.shell("test ! -e /run/frozen")
+    host.shell("systemctl stop ties")
 
 
 def test_the_session_of_the_operator_lives_on_and_a_failed_unit_stays_failed(host: Host) -> None:

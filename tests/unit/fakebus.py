@@ -45,6 +45,8 @@ class FakeBus:
     """For a method: a reply, an error, bytes (b"" hangs up), or an event after which the usual answer comes."""
     becomes: dict[str, str] = field(default_factory=dict)
     """For a method: the FreezerState or ActiveState it leads to, if not the one it is meant to."""
+    end_with: dict[str, str] = field(default_factory=dict)
+    """Units and the ActiveState that they come to with the first stop job."""
     result: str | None = "done"
     """How jobs end; None: they do not."""
     processes: list[int] = field(default_factory=list)
@@ -189,6 +191,8 @@ class FakeBus:
             self.units[name] = unit(ActiveState="deactivating", Job=(7, job))
             self.reached.set()
             return job
+        for other, state in self.end_with.items() if method == "StopUnit" else ():
+            self.units[other]["ActiveState"] = ("s", state)
         self._become(name, "ActiveState", method, "inactive" if method == "StopUnit" else "active")
         self.units[name]["Job"] = ("(uo)", (0, "/"))
         send(writer, new_signal(MANAGER, "JobRemoved", "uoss", (7, job, name, self.result)))

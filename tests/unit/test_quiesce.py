@@ -299,6 +299,20 @@ async def test_a_host_stays_at_rest_until_a_unit_is_started(private_socket: Path
         await host.require_rest()
 
 
+async def test_a_kept_unit_that_ends_with_the_others_is_in_the_way_and_started_again(private_socket: Path) -> None:
+    """It needs one of them, and no setting says so."""
+    host = SystemdHost(cast("Any", None), cast("Any", None))
+    ended = dict.fromkeys(("kept.service", "getty@tty1.service", "kho-one.service"), "inactive")
+    async with fake_bus(private_socket, a=unit(), kept=unit()) as bus:
+        bus.manager["SystemState"] = "running"
+        bus.units |= {name: unit() for name in ended}
+        bus.end_with = ended
+        with pytest.raises(Refused, match=r"Was to stay, .*: kept\.service \("):
+            await host.stop_units(["a.service"], {"kept.service": "a test"}, DEADLINE)
+        assert await host.start_units(["a.service"], DEADLINE) == {}
+        assert bus.state("kept.service", "ActiveState") == "active"
+
+
 async def test_a_host_that_is_shut_down_does_not_jump(private_socket: Path) -> None:
     async with at_rest(private_socket) as (host, bus):
         bus.manager["SystemState"] = "stopping"

@@ -72,6 +72,29 @@ def test_what_would_take_a_kept_unit_with_it_stays() -> None:
     assert stopped(*units) == ["d.service"]
 
 
+def test_what_a_kept_unit_stops_without_stays() -> None:
+    """An active oneshot with StopWhenUnneeded= would be stopped by systemd, and lose its InvocationID."""
+    units = [
+        UnitFacts("a.service", needs=("once.service",)),
+        UnitFacts("once.service", type="oneshot", stops_unneeded=True),
+        UnitFacts("b.service", needs=("twice.service", "c.service")),
+        UnitFacts("twice.service", type="oneshot"),
+        UnitFacts("c.service", stops_unneeded=True),
+    ]
+    assert stopped(*units) == ["b.service", "c.service"]
+
+
+def test_what_a_kept_unit_upholds_stays() -> None:
+    """Systemd would start it again each time (Upholds=)."""
+    units = [
+        UnitFacts("a.service", upheld_by=("base.service",)),
+        UnitFacts("base.service", early=True),
+        UnitFacts("b.service", upheld_by=("c.service",)),
+        UnitFacts("c.service"),
+    ]
+    assert stopped(*units) == ["b.service", "c.service"]
+
+
 def test_a_trigger_of_a_kept_service_stays() -> None:
     kept = UnitFacts("dbus.service")
     assert stopped(kept, UnitFacts("dbus.socket", triggers=("dbus.service",)), UnitFacts("b.timer")) == ["b.timer"]
