@@ -27,7 +27,6 @@ from khod.early import restore as early_restore
 from khod.early.restore import EarlyRestore
 from khod.engine import Engine, journal, status
 from khod.engine.guard import Guard
-from khod.engine.queries import Inhibitors
 from khod.engine.resources import is_up
 from khod.engine.sources import host_sources, simulated_sources
 from khod.errors import ConfigError, Exit, Failed, KhoError, Refused, errno_text
@@ -365,9 +364,9 @@ class _StartAgain:
         """As of the jump."""
         return self.jump.in_kernel
 
-    async def __call__(self) -> None:
+    async def __call__(self, require_rest: Executor | None = None) -> None:
         try:
-            await self.jump()
+            await self.jump(require_rest)
         except simulated.Rebooted:
             sys.stdout.flush()
             os.execv(sys.executable, [sys.executable, "-m", "khod", *sys.argv[1:]])  # noqa: S606
@@ -383,7 +382,7 @@ class _Host:
 
     orderly: Executor
     immediate: Executor
-    inhibitors: Inhibitors | None
+    inhibitors: logind.Inhibitors | None
     is_jumping: Shutdown
     is_jumping_at_stop: Shutdown
     """The same with more time for the answer: khod is stopped, and has nothing else to do."""
@@ -402,12 +401,6 @@ class _Host:
 def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
     booted = os.path.exists(BOOTED)
     runner = TransientUnits() if booted else Children()
-
-    def make_around() -> quiesce_host.Host:
-        around = quiesce_host.SystemdHost(runner, jump.filesystems)
-        jump.require_rest = around.require_rest
-        return around
-
     return _Host(
         lambda: shutdown.start_orderly(sessions=sessions.holds_any),
         jump,
@@ -419,7 +412,7 @@ def _real_host(jump: shutdown.Immediate, sessions: Sessions) -> _Host:
         runner,
         ask_scanner if booted else scan_processes,
         ManagerWatchdogs() if booted else None,
-        make_around if booted else None,
+        (lambda: quiesce_host.SystemdHost(runner, jump.filesystems)) if booted else None,
     )
 
 

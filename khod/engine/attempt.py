@@ -21,6 +21,7 @@ from khod.kernel.thread import Workers
 from khod.kernel.traits import kernel_producers
 from khod.model import Generation, Step, Terms
 from khod.producers.barrier import Barrier, Member, Participant, Verb, step_timeout_error
+from khod.systemd.shutdown import ImmediateExecutor
 
 if TYPE_CHECKING:
     from khod.handover import verify
@@ -202,6 +203,7 @@ class Attempt:
     async def select_units(self) -> tuple[str, ...]:
         """Return the units that the step quiesce is to stop, in the order of their start; Refused if it cannot."""
         assert self._quiescence is not None, "a handover that stops the host"
+        await self._quiescence.require_uninhibited(self._config)  # the check may be minutes ago: some prepare for long
         return (await self._quiescence.survey_host(self._callers)).require_clear().selection.start_order
 
     async def _stop_host(self) -> None:
@@ -216,6 +218,11 @@ class Attempt:
             return {}
         assert self._quiescence is not None, "it has stopped them"
         return await self._quiescence.start_host(names)
+
+    async def _require_rest(self) -> None:
+        """Refused if the host is no longer as quiesce has left it."""
+        if self._quiescence is not None:
+            await self._quiescence.require_rest(self._config)
 
     @property
     def stopped_units(self) -> tuple[str, ...]:
@@ -324,12 +331,12 @@ class Attempt:
     @property
     def immediate(self) -> bool:
         """Whether the executor calls reboot(2) itself, without systemd."""
-        return hasattr(self._executor, "in_kernel")
+        return isinstance(self._executor, ImmediateExecutor)
 
     @property
     def in_kernel(self) -> bool:
         """Whether reboot(2) was called and has not returned: it may jump at any moment."""
-        return getattr(self._executor, "in_kernel", False)
+        return isinstance(self._executor, ImmediateExecutor) and self._executor.in_kernel
 
     async def goes_down(self) -> bool | None:
         """Return whether the host is on its way into the kexec; None if that is not known."""
@@ -356,7 +363,10 @@ class Attempt:
             return
         assert self._executor is not None, "a request that jumps"
         deadline = self._settings.current.deadlines.execute
-        self._execution = execution = asyncio.ensure_future(self._executor())
+        # Before an orderly jump systemd stops what runs, and asks for inhibitors.
+        executor = self._executor
+        jump = executor(self._require_rest) if isinstance(executor, ImmediateExecutor) else executor()
+        self._execution = execution = asyncio.ensure_future(jump)
         try:
             await asyncio.wait({execution}, timeout=deadline)
         except asyncio.CancelledError:

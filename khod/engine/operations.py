@@ -24,7 +24,7 @@ from khod.engine.jump import Jump
 from khod.engine.lifecycle import Start, Stop
 from khod.engine.observer import Observer
 from khod.engine.producer_operations import ProducerOperations
-from khod.engine.queries import Inhibitors, Pasts, Queries, new_run
+from khod.engine.queries import Pasts, Queries, new_run
 from khod.engine.quiescence import Quiescence
 from khod.engine.recorder import NO_SOURCES, Recorder, Sources
 from khod.engine.resources import Resources, is_up
@@ -52,6 +52,7 @@ from khod.producers.registrations import Registrations
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_scan import Scanner, scan_processes
 from khod.producers.sessions import Sessions
+from khod.systemd.logind import Inhibitors
 from khod.systemd.shutdown import Executor, Shutdown
 from khod.systemd.watchdog import ManagerWatchdogs
 
@@ -179,7 +180,7 @@ class Engine:
         self.registry = registry = ProducerRegistry(producers, peers)
         self._observer = observer = Observer(kexec, prober, resources.workers)
         verification = Verification(transaction, resources)
-        self._quiescence = quiescence = Quiescence(make_host, settings, registry)
+        self._quiescence = quiescence = Quiescence(make_host, settings, registry, lambda: self._inhibitors)
         judgement = Judgement(transaction, recorder)
         restoration = Restoration(
             transaction,

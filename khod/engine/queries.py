@@ -7,7 +7,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ from khod.producers.registrations import RegisteredProducer
 from khod.producers.registry import ProducerRegistry
 from khod.producers.session_scan import SightedSessions
 from khod.region import Region
-from khod.systemd.logind import Inhibitor
+from khod.systemd.logind import Inhibitors
 
 if TYPE_CHECKING:
     from khod import preflight
@@ -68,7 +68,6 @@ NO_TREE = {
     "in": "This kernel was not reached by a handover, or it handed nothing over.",
     "snapshot": "One is taken at activation: khoctl activate",
 }
-Inhibitors = Callable[[], Awaitable[Sequence[Inhibitor] | None]]
 Pasts = Callable[[str], Awaitable["history_trial.Past"]]
 """Returns what the checks of an image are told of the past, by its digest; Failed if that cannot be read."""
 

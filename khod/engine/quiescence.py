@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from khod.config import Settings
+from khod.config import Config, Settings
+from khod.errors import Refused
 from khod.model import Step
 from khod.producers.registry import ProducerRegistry
+from khod.systemd.logind import Inhibitors, describe_inhibitors
 
 if TYPE_CHECKING:
     from khod.quiesce.host import Host, Survey
@@ -17,12 +19,23 @@ if TYPE_CHECKING:
 
 
 class Quiescence:
-    """The rest of this host, which `make_host` returns, None where nobody can stop it. Methods raise KhoError."""
+    """The rest of this host, which `make_host` returns, None where nobody can stop it. Methods raise KhoError.
 
-    def __init__(self, make_host: Callable[[], Host] | None, settings: Settings, registry: ProducerRegistry) -> None:
+    `inhibitors` returns the function that lists the inhibitors at this time, or None.
+    """
+
+    def __init__(
+        self,
+        make_host: Callable[[], Host] | None,
+        settings: Settings,
+        registry: ProducerRegistry,
+        inhibitors: Callable[[], Inhibitors | None],
+    ) -> None:
         self._make_host = make_host
         self._settings = settings
         self._registry = registry
+        self._inhibitors = inhibitors
+        self._is_at_rest = False
 
     @cached_property
     def _host(self) -> Host | None:
@@ -64,10 +77,35 @@ class Quiescence:
     async def stop_host(self, names: Sequence[str], callers: Sequence[str]) -> tuple[str, ...]:
         """Stop these units, as recorded; return those that have files now which only `systemctl kexec` hands over."""
         assert self._host is not None, "as is_due says"
-        return await self._host.stop_units(names, self.units_to_keep(callers), self._settings.current.deadlines.quiesce)
+        deadline = self._settings.current.deadlines.quiesce
+        stores = await self._host.stop_units(names, self.units_to_keep(callers), deadline)
+        self._is_at_rest = True
+        return stores
+
+    async def require_rest(self, config: Config) -> None:
+        """Refused if a unit was started since stop_host, or if a program blocks a shutdown; nothing without stop_host.
+
+        `config` is that of the handover.
+        """
+        if self._host is not None and self._is_at_rest:
+            await self._host.require_rest()
+            await self.require_uninhibited(config)
+
+    async def require_uninhibited(self, config: Config) -> None:
+        """Refused if a program blocks a shutdown by now: before a jump that khod makes itself nobody else would ask."""
+        ask = self._inhibitors()
+        if ask is None or config.checks.inhibitors in ("warn", "off"):
+            return
+        if found := await ask():
+            raise Refused(
+                describe_inhibitors(found),
+                where="inhibitors",
+                remedy="End that first (systemd-inhibit --list). To jump at once: `Kexec(now)`",
+            )
 
     async def start_host(self, names: tuple[str, ...]) -> dict[str, str]:
         """Start again what was stopped; return the units that do not run, with the reason."""
+        self._is_at_rest = False
         if self._host is None:
             return dict.fromkeys(names, "systemd does not run this host")
         return await self._host.start_units(names, self._settings.current.deadlines.quiesce_undo)

@@ -10,7 +10,8 @@ from khod.preflight import minimum_uptime
 from khod.preflight.facts import CheckFinding, Facts
 from khod.preflight.watchdog import check_jump_watchdog
 from khod.systemd import facts as systemd
-from khod.text import format_size, join_names, one_line
+from khod.systemd.logind import describe_inhibitors
+from khod.text import format_size
 
 
 def check_watchdog(facts: Facts) -> CheckFinding:
@@ -77,13 +78,11 @@ def check_inhibitors(facts: Facts) -> CheckFinding:
     if facts.inhibitors is None:
         return CheckFinding.skip_with("systemd-logind cannot be asked who blocks a shutdown")
     if facts.inhibitors:
-        held = join_names(f"{one_line(one.who)} ({one_line(one.why)})" for one in facts.inhibitors)
+        held = describe_inhibitors(facts.inhibitors)
         remedy = "End that first (systemd-inhibit --list), or jump at once with `now`."
         if facts.jumps_itself:  # nobody else would ask
-            return CheckFinding.fail_with(f"A shutdown is blocked: {held}", remedy)
-        return CheckFinding.warn_with(
-            f"A shutdown is blocked, and systemctl kexec would wait or refuse: {held}", remedy
-        )
+            return CheckFinding.fail_with(held, remedy)
+        return CheckFinding.warn_with(f"{held}; systemctl kexec would wait or refuse", remedy)
     return CheckFinding.pass_with("Nobody blocks a shutdown")
 
 

@@ -98,10 +98,7 @@ class Host(Protocol):
         """
 
     async def require_rest(self) -> None:
-        """Refused if a unit runs that stop_units has not seen, or if the host is shut down; Failed without systemd.
-
-        Nothing if stop_units has stopped nothing.
-        """
+        """Refused if a unit runs that stop_units has not left, or if the host is shut down; Failed without systemd."""
 
     async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
         """Start these units again; return those that do not run, with the reason. Raises nothing."""
@@ -219,8 +216,7 @@ class SystemdHost:
 
     async def require_rest(self) -> None:
         """As Host has it."""
-        if self._at_rest is None:
-            return
+        assert self._at_rest is not None, "stop_units has returned"
         try:
             async with asyncio.timeout(REST_SECONDS), dbus.systemd_bus() as bus:
                 system = manager.Systemd(bus)

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from itertools import chain
 from typing import Any, TypeVar
 
-from jeepney import DBusAddress, HeaderFields, Message, MessageType, Parser, new_method_call
+from jeepney import DBusAddress, HeaderFields, Message, MessageFlag, MessageType, Parser, new_method_call
 from jeepney.auth import BEGIN, NEGOTIATE_UNIX_FD, make_auth_external
 from jeepney.bus import get_bus
 
@@ -115,6 +115,7 @@ class Bus:
     async def call_method(self, whom: tuple[str, str, str], method: str, signature: str = "", *body: object) -> Message:
         """Call a method and return its answer; ErrorAnswer if that is an error, Disconnected if nobody answers.
 
+        A service that does not run is not started by it: a question may come while the host is at rest.
         `whom` is the bus name, the object path and the interface. A call that is cancelled may have its effect, though
         not after that of a later one.
         """
@@ -122,6 +123,7 @@ class Bus:
         self._serial += 1
         serial, fds = self._serial, array("i")
         message = new_method_call(DBusAddress(path, name, interface), method, signature or None, body)
+        message.header.flags |= MessageFlag.no_auto_start
         coming = self._answers[serial] = self._new_future()
         self._unsent[serial] = message.serialise(serial, fds), fds
         try:

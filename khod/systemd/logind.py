@@ -8,13 +8,13 @@ time for all callers, and its answer is used again for CACHE_SECONDS.
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from khod.dataclass import dataclass
 from khod.deferred import defer_module
-from khod.text import one_line
+from khod.text import join_names, one_line
 
 if TYPE_CHECKING:
     import jeepney
@@ -26,12 +26,12 @@ else:
 
 LOGIND = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
 KEPT = "/run/systemd/inhibit"
-"""Where logind keeps the inhibitors. If this is missing, logind does not run, and a call would start it."""
+"""Where logind keeps the inhibitors. If this is missing, logind does not run."""
 ASKING = 2.0
 """Seconds logind has to answer."""
 MAX_INHIBITORS = 64
 """Maximum number of inhibitors returned: any user may have more, and each is part of every check's answer."""
-CACHE_SECONDS = 1.0
+CACHE_SECONDS = 0.2
 """Seconds that an answer is valid, from the time of the question."""
 
 
@@ -48,6 +48,13 @@ class Inhibitor:
 
 
 Answer = Sequence[Inhibitor] | None
+Inhibitors = Callable[[], Awaitable[Answer]]
+"""Lists the inhibitors that block a shutdown; None if nobody can be asked."""
+
+
+def describe_inhibitors(found: Sequence[Inhibitor]) -> str:
+    """Return the sentence that names them."""
+    return f"A shutdown is blocked: {join_names(f'{one.who} ({one.why})' for one in found)}"
 
 
 class _Asked:

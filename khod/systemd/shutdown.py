@@ -7,7 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from khod.concurrency.command import run_command
 from khod.dataclass import dataclass
@@ -32,6 +32,7 @@ CARRIES_SESSIONS = 261
 
 KEXEC_TARGET = "kexec.target"
 Executor = Callable[[], Awaitable[None]]
+"""Makes the jump, or has systemd make it."""
 Shutdown = Callable[[], Awaitable[bool | None]]
 """Returns whether the host is on its way into the kexec; None if that is not known."""
 
@@ -86,6 +87,22 @@ async def goes_down() -> bool:
     return await systemd_manager.ask_systemd(lambda systemd: systemd.system_state(), ASK_SECONDS) == "stopping"
 
 
+@runtime_checkable
+class ImmediateExecutor(Protocol):
+    """An executor that calls reboot(2) itself."""
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether reboot(2) was called and has not returned: it may jump at any moment."""
+
+    async def __call__(self, require_rest: Executor | None = None) -> None:
+        """Make the jump.
+
+        `require_rest` raises what speaks against it, and is called as late as anybody can be asked: before the first
+        file system is frozen.
+        """
+
+
 @dataclass
 class Immediate:
     """Sync the disks, freeze the file systems and call reboot(2); nothing is stopped before."""
@@ -98,20 +115,17 @@ class Immediate:
     sync_seconds: Callable[[], float]
     """Time limit in seconds of sync(2), and of the freeze after it. reboot(2) has no limit, because khod does not
     control what follows it."""
-    require_rest: Callable[[], Awaitable[None]] | None = None
-    """Raises what speaks against the jump, as late as anybody can be asked: before the first file system is frozen.
-    None: nobody is asked."""
     in_kernel: bool = False
     """Whether reboot(2) was called and has not returned: it may jump at any moment."""
 
-    async def __call__(self) -> None:
+    async def __call__(self, require_rest: Executor | None = None) -> None:
         if self.settle_journal is not None:
             await self.settle_journal()
         # Not in the kernel's thread: sync(2) waits for ever for a network file system whose server has gone, and the
         # undo would wait behind it.
         await self.workers.files.call_within(self.kexec.sync_disks, "sync(2)", self.sync_seconds())
-        if self.require_rest is not None:
-            await self.require_rest()
+        if require_rest is not None:
+            await require_rest()
         given_up = threading.Event()
         try:
             freeze = partial(self.filesystems.freeze_all, given_up)

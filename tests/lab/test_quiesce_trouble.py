@@ -145,6 +145,19 @@ def test_what_is_started_once_the_producers_are_frozen_calls_the_jump_off(host: 
         write_to_disk(host)
 
 
+def test_who_blocks_a_shutdown_since_the_checks_is_heard(host: Host) -> None:
+    host.shell("systemctl start systemd-logind; rm -f /run/prepares")
+    waits = "touch /run/prepares; until ls /run/systemd/inhibit/*.ref; do sleep 0.2; done"
+    blocks = "until test -e /run/prepares; do sleep 0.1; done; exec systemd-inhibit --who=upgrade sleep 60"
+    lock = host.guest.start(["sh", "-c", blocks])
+    with producer(host, f'prepare = ["/bin/sh", "-c", "{waits}"]\nfreeze = ["/bin/touch", "/run/frozen"]\n'):
+        with unchanged(host):
+            said = kexec(host, 3)
+        assert "A shutdown is blocked: upgrade" in said, said
+        host.shell("test ! -e /run/frozen; pkill -f '[s]leep 60'")
+    lock.wait()
+
+
 def test_a_service_that_just_restarts_itself_runs_afterwards(host: Host) -> None:
     host.guest.put("/usr/lib/systemd/system/comes-back.service", COMES_BACK)
     host.shell("systemctl daemon-reload; systemctl start comes-back")

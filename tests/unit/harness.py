@@ -270,8 +270,6 @@ class Host:
         workers = self.workers or Workers()
         kexec, thread = Kexec(self.kernel), workers.kernel
         jump = shutdown.make_immediate(kexec, workers, 10)
-        if self.around is not None:
-            jump.require_rest = self.around.require_rest
         return Engine(
             kexec,
             self.prober,
