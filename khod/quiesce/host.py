@@ -230,12 +230,8 @@ class SystemdHost:
             return
         # Seldom, as the full survey takes its time: most of these end at once, or belong to khod or to a producer.
         survey = await self._read_survey(self._at_rest.keep)
-        if survey.selection.stopped:
-            raise Refused(
-                f"Started while the host was stopped: {join_names(survey.selection.stopped)}",
-                where="quiesce",
-                remedy=KEEP_IT,
-            )
+        if started := dict.fromkeys((*survey.selection.stopped, *survey.jobs)):  # a oneshot at work has a job
+            raise Refused(f"Started while the host was stopped: {join_names(started)}", where="quiesce", remedy=KEEP_IT)
 
     async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
         """As Host has it."""

@@ -45,6 +45,8 @@ class FakeBus:
     """For a method: a reply, an error, bytes (b"" hangs up), or an event after which the usual answer comes."""
     becomes: dict[str, str] = field(default_factory=dict)
     """For a method: the FreezerState or ActiveState it leads to, if not the one it is meant to."""
+    jobs: dict[str, str] = field(default_factory=dict)
+    """Jobs under way that nobody here waits for: a unit and the kind each."""
     end_with: dict[str, str] = field(default_factory=dict)
     """Units and the ActiveState that they come to with the first stop job."""
     result: str | None = "done"
@@ -163,14 +165,13 @@ class FakeBus:
     def _get(self, message: Message) -> Reply:
         if message.body[0] == MANAGER.interface:
             return "v", (("s", self.manager[message.body[1]]),)
-        if (usual := USUAL.get(message.body[1])) is not None:
-            return "v", (usual,)
-        path = message.header.fields[HeaderFields.path].removeprefix("/unit/")
-        return "v", (("u", len(self.stored.get(bytes.fromhex(path).decode(), ()))),)
+        name = bytes.fromhex(message.header.fields[HeaderFields.path].removeprefix("/unit/")).decode()
+        found = USUAL | self.units.get(name, {}) | {"NFileDescriptorStore": ("u", len(self.stored.get(name, ())))}
+        return "v", (found[message.body[1]],)
 
     def _list(self, method: str, body: tuple[Any, ...]) -> Reply:
         if method == "ListJobs":
-            return "a(usssoo)", ([],)
+            return "a(usssoo)", ([(7, name, kind, "running", "/job/7", "/") for name, kind in self.jobs.items()],)
         if method == "DumpUnitFileDescriptorStore":
             return "a(suuutuusu)", ([("name", 0, 0, 0, 7, 0, 0, path, 0) for path in self.stored[body[0]]],)
         found = [name for name in self.units if any(fnmatch(name, pattern) for pattern in body[1])]

@@ -337,6 +337,14 @@ async def test_a_host_stays_at_rest_until_a_unit_is_started(private_socket: Path
             await host.require_rest()
 
 
+async def test_a_oneshot_at_work_is_no_rest(private_socket: Path) -> None:
+    async with at_rest(private_socket) as (host, bus):
+        bus.units["backup.service"] = unit(Type="oneshot", ActiveState="activating")
+        bus.jobs["backup.service"] = "start"
+        with pytest.raises(Refused, match=r"while the host was stopped: backup\.service"):
+            await host.require_rest()
+
+
 async def test_a_kept_unit_that_ends_with_the_others_is_in_the_way_and_started_again(private_socket: Path) -> None:
     """It needs one of them, and no setting says so."""
     host = SystemdHost(cast("Any", None), cast("Any", None))
