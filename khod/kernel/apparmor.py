@@ -12,6 +12,8 @@ PROFILE_VARIABLE = "KHOD_APPARMOR_PROFILE"
 """The unit names the profile here: a khod that is started by hand stays unconfined."""
 LABEL = "/proc/thread-self/attr/apparmor/current"
 UNCONFINED = "unconfined"
+PROFILES = "/sys/kernel/security/apparmor/profiles"
+"""The loaded profiles, a line each: the name, and the mode in parentheses."""
 
 
 def enter_profile() -> bool:
@@ -25,11 +27,21 @@ def enter_profile() -> bool:
             return True
     except OSError:  # a kernel without AppArmor, or one that has it off
         return True
+    if not _may_be_loaded(profile):  # a try would be two lines "DENIED" in the kernel's log
+        return False
     try:
         _write_label(f"changeprofile {profile}")
     except OSError:
         return False
     return True
+
+
+def _may_be_loaded(profile: str) -> bool:
+    try:
+        with open(PROFILES) as profiles:
+            return any(line.rpartition(" (")[0] == profile for line in profiles)
+    except OSError:  # without securityfs only a try shows it
+        return True
 
 
 def _read_label() -> str:

@@ -13,6 +13,7 @@ class Label:
 
     def __init__(self, text: str = "unconfined\n", loaded: tuple[str, ...] = ("khod",)) -> None:
         self.text, self.loaded = text, loaded
+        self.denials = 0
 
     def read(self) -> str:
         return self.text.strip()
@@ -21,6 +22,7 @@ class Label:
         verb, name = text.split()
         assert verb == "changeprofile"
         if name not in self.loaded:
+            self.denials += 1
             raise FileNotFoundError
         self.text = f"{name} (enforce)\n"
 
@@ -41,6 +43,23 @@ def test_a_profile_that_is_loaded_is_entered(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_profile_that_is_not_loaded_may_still_come(monkeypatch: pytest.MonkeyPatch) -> None:
     label = Label(loaded=())
     assert not enter(monkeypatch, label)
+    label.loaded = ("khod",)
+    assert enter(monkeypatch, label)
+
+
+@pytest.mark.parametrize(("listed", "denials"), [("khod2 (enforce)\nkhod//child (enforce)\n", 0), (None, 1)])
+def test_a_try_that_would_be_denied_is_not_made_where_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str | None, denials: int
+) -> None:
+    """Each is an audit line, and somebody's alarm."""
+    profiles = tmp_path / "profiles"
+    if listed is not None:
+        profiles.write_text(listed)
+    monkeypatch.setattr(apparmor, "PROFILES", str(profiles))
+    label = Label(loaded=())
+    assert not enter(monkeypatch, label)
+    assert label.denials == denials
+    profiles.write_text("khod (enforce)\n")
     label.loaded = ("khod",)
     assert enter(monkeypatch, label)
 
