@@ -144,3 +144,16 @@ def test_what_no_profile_grants_is_denied(online: Online, profile: str) -> None:
     assert set(answers.values()) == {"done", "Permission denied"}
     log = "".join(denied(host))
     assert all(f'profile="{profile}" name="{path}"' in log for path in ("/etc/shadow", "/root/.ssh/id"))
+
+
+def test_a_khod_without_its_profile_runs_and_is_not_denied_it(online: Online) -> None:
+    host = Host(online(VERSION))
+    host.shell(
+        "systemctl mask -q --now kho-apparmor; apparmor_parser --remove /etc/apparmor.d/khod;"
+        "systemctl restart kho-handover"
+    )
+    assert host.status()["phase"] == "idle"
+    assert labels(host)["khod"] == "unconfined"
+    assert 'apparmor="DENIED"' not in host.dmesg()
+    host.shell("apparmor_parser --replace /etc/apparmor.d/khod; systemctl restart kho-handover")
+    assert labels(host)["khod"] == ENFORCED["khod"]
