@@ -21,6 +21,7 @@ from khod.kernel.thread import Workers
 from khod.kernel.traits import kernel_producers
 from khod.model import Generation, Step, Terms
 from khod.producers.barrier import Barrier, Member, Participant, Verb, step_timeout_error
+from khod.quiesce.outcome import Started
 from khod.systemd.shutdown import ImmediateExecutor
 
 if TYPE_CHECKING:
@@ -211,11 +212,11 @@ class Attempt:
         if await self._quiescence.stop_host(tuple(reversed(self._units())), self._callers):
             self._executor = self._orderly
 
-    async def start_host(self) -> dict[str, str]:
-        """Start again what quiesce has stopped; return the units that do not run, with the reason."""
+    async def start_host(self) -> Started:
+        """Start again what quiesce has stopped."""
         names = self._units()
         if not names:
-            return {}
+            return Started()
         assert self._quiescence is not None, "it has stopped them"
         return await self._quiescence.start_host(names)
 

@@ -11,6 +11,7 @@ from khod.config import Config, Settings
 from khod.errors import Refused
 from khod.model import Step
 from khod.producers.registry import ProducerRegistry
+from khod.quiesce.outcome import Started
 from khod.systemd.logind import Inhibitors, describe_inhibitors
 
 if TYPE_CHECKING:
@@ -103,9 +104,9 @@ class Quiescence:
                 remedy="End that first (systemd-inhibit --list). To jump at once: `Kexec(now)`",
             )
 
-    async def start_host(self, names: tuple[str, ...]) -> dict[str, str]:
-        """Start again what was stopped; return the units that do not run, with the reason."""
+    async def start_host(self, names: tuple[str, ...]) -> Started:
+        """Start again what was stopped."""
         self._is_at_rest = False
         if self._host is None:
-            return dict.fromkeys(names, "systemd does not run this host")
+            return Started(dict.fromkeys(names, "systemd does not run this host"))
         return await self._host.start_units(names, self._settings.current.deadlines.quiesce_undo)

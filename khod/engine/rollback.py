@@ -18,6 +18,7 @@ from khod.errors import KhoError
 from khod.model import NotUndone, Step
 from khod.producers.barrier import UNDO, Participant, Verb
 from khod.producers.order import order_in_ranks
+from khod.quiesce.outcome import Started
 from khod.text import join_names
 
 PATIENCE_SECONDS = 2.0
@@ -38,7 +39,8 @@ class Failure:
 
     def describe(self) -> str:
         """Return why it is not undone, each reason once."""
-        return "; ".join(dict.fromkeys(item.why for item in self.items))
+        whys = (f"{item.producer}: {item.why}" if self.step is Step.quiesce else item.why for item in self.items)
+        return "; ".join(dict.fromkeys(whys))
 
 
 def bound_seconds(deadlines: Deadlines, producers: Iterable[Participant], quiesce_seconds: float = 0.0) -> float:
@@ -76,17 +78,18 @@ async def _undo_leaders(attempt: Attempt, failures: Sequence[Failure], emit: Cal
 async def _undo_quiesce(attempt: Attempt, emit: Callable[[str], None]) -> list[Failure]:
     names = attempt.stopped_units
     try:
-        failed = await attempt.start_host()
+        started = await attempt.start_host()
     except Exception as error:  # noqa: BLE001 - any error of one step: the others continue
-        failed = dict.fromkeys(names, f"khod itself failed: {error!r}")
-    if len(failed) < len(names):
-        emit(f"{join_names(name for name in names if name not in failed)}: {RESTARTED}")
+        started = Started(dict.fromkeys(names, f"khod itself failed: {error!r}"))
+    failed, left = started.failed, started.left
+    if running := [name for name in names if name not in failed and name not in left]:
+        emit(f"{join_names(running)}: {RESTARTED}")
+    if left:
+        emit(f"Not running again: {join_names(f'{name} ({why})' for name, why in left.items())}")
     if not failed:
         return []
-    items = tuple(
-        NotUndone(Step.quiesce.value, name, why, f"systemctl start {shlex.quote(name)}")  # names have backslashes
-        for name, why in failed.items()
-    )
+    remedy = f"Run: systemctl start {shlex.join(failed)}."  # names have backslashes
+    items = tuple(NotUndone(Step.quiesce.value, name, why, remedy) for name, why in failed.items())
     emit(f"Not every unit could be started again: {join_names(f'{name} ({why})' for name, why in failed.items())}")
     return [Failure(Step.quiesce, items)]
 

@@ -422,11 +422,12 @@ class Transaction:
             self._record = replace(self._record, last_error=str(ended))
         elif gone and not failures:
             self._record = replace(self._record, last_error=died.strip())
+        not_undone = tuple(item for failure in failures for item in failure.items)
         self._record = replace(
             self._record,
-            not_undone=tuple(item for failure in failures for item in failure.items),
+            not_undone=not_undone,
             last_error=left if failures else self._record.last_error,
-            quiesced=self._record.quiesced if Step.quiesce in self._machine.done else (),
+            quiesced=tuple(item.producer for item in not_undone if item.step == Step.quiesce.value),
             producers=self.current_record().producers if failures else (),
         )
         self._jump_asked = False

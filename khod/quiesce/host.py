@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Protocol
 
 from khod.dataclass import dataclass
@@ -17,17 +18,19 @@ from khod.deferred import defer_module
 from khod.errors import Failed, Refused
 from khod.kernel.filesystems import FrozenFileSystems
 from khod.producers.commands import CommandRunner
-from khod.quiesce.selection import KHOD_UNITS, NOT_RUNNING, STOPPABLE, Selection, find_ended, select_units
+from khod.quiesce.outcome import Started
+from khod.quiesce.selection import KHOD_UNITS, STOPPABLE, Selection, find_ended, select_units
 from khod.quiesce.thaw_guard import ThawGuard
 from khod.text import join_names
 
 if TYPE_CHECKING:
     from khod.quiesce import last_acts, units
-    from khod.systemd import dbus, manager
+    from khod.systemd import dbus, logind, manager
 else:
     last_acts = defer_module("khod.quiesce.last_acts")
     units = defer_module("khod.quiesce.units")
     dbus = defer_module("khod.systemd.dbus")
+    logind = defer_module("khod.systemd.logind")
     manager = defer_module("khod.systemd.manager")
 
 ASK_SECONDS = 15.0
@@ -100,8 +103,8 @@ class Host(Protocol):
     async def require_rest(self) -> None:
         """Refused if a unit runs that stop_units has not left, or if the host is shut down; Failed without systemd."""
 
-    async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
-        """Start these units again; return those that do not run, with the reason. Raises nothing."""
+    async def start_units(self, names: Sequence[str], seconds: float) -> Started:
+        """Start these units again, and nothing with them. Raises nothing."""
 
     async def guard_filesystems(self) -> bool:
         """Have them thawed if khod dies while they are frozen; whether they will be frozen. Raises nothing."""
@@ -160,7 +163,8 @@ class SystemdHost:
         stopping = [unit.name for unit in found if unit.active == "deactivating" and unit.name.endswith(STOPPABLE)]
         jobs = dict.fromkeys(stopping, "stopping") | jobs
         # khod may have been asked by a unit that is being started: kho-handover@NAME.service, or the operator's own.
-        jobs = {unit: kind for unit, kind in jobs.items() if not (unit.startswith("kho-") or unit in keep)}
+        own = ("kho-*", *keep)
+        jobs = {unit: kind for unit, kind in jobs.items() if not any(fnmatchcase(unit, pattern) for pattern in own)}
         stores = tuple(unit.name for unit in found if unit.stored_files and unit.name != "kho-handover.service")
         return Survey(selection, jobs, stores)
 
@@ -193,12 +197,14 @@ class SystemdHost:
     async def _stop_rounds(self, names: Sequence[str], keep: Mapping[str, str]) -> tuple[str, ...]:
         async with dbus.systemd_bus() as bus:
             listed = await units.list_units(bus, STOPPABLE)
+            late = await units.find_timed_out(bus, names)  # in an earlier start or stop
         self._staying = frozenset(name for name, unit in listed.items() if unit.active == "active").difference(names)
         for _ in range(ROUNDS):
-            if failed := await units.run_jobs("StopUnit", names, "replace", self._awaited):
+            results = await units.run_jobs("StopUnit", names, "replace", self._awaited)
+            if failed := {name: result for name, result in results.items() if result != units.DONE}:
                 stuck = "; ".join(f"{name}: {JOB_RESULTS.get(why, why)}" for name, why in failed.items())
                 raise Refused(f"Units could not be stopped: {stuck}", where="quiesce", remedy=KEEP_IT)
-            await _require_stopped_in_time(names)
+            await _require_stopped_in_time(names, late)
             survey = await self.survey_units(keep)
             names = survey.selection.stopped
             if not names:
@@ -220,20 +226,24 @@ class SystemdHost:
         try:
             async with asyncio.timeout(REST_SECONDS), dbus.systemd_bus() as bus:
                 system = manager.Systemd(bus)
-                state, listed = await asyncio.gather(system.system_state(), units.list_units(bus, STOPPABLE))
+                state, running, jobs, goes_down = await asyncio.gather(
+                    system.system_state(),
+                    units.list_running(bus, STOPPABLE),
+                    units.list_jobs(bus),
+                    logind.is_shutting_down(),
+                )
         except (dbus.BusError, TimeoutError) as error:
             raise _undescribed_error(error) from error
-        if state == "stopping":
+        if state == "stopping" or goes_down:
             raise Refused("The host is shut down", where="quiesce", remedy="Look at systemctl list-jobs.")
-        running = {name for name, unit in listed.items() if unit.active not in NOT_RUNNING}
-        if running <= self._at_rest.running:
+        if running <= self._at_rest.running and not jobs:
             return
         # Seldom, as the full survey takes its time: most of these end at once, or belong to khod or to a producer.
         survey = await self._read_survey(self._at_rest.keep)
         if started := dict.fromkeys((*survey.selection.stopped, *survey.jobs)):  # a oneshot at work has a job
             raise Refused(f"Started while the host was stopped: {join_names(started)}", where="quiesce", remedy=KEEP_IT)
 
-    async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:
+    async def start_units(self, names: Sequence[str], seconds: float) -> Started:
         """As Host has it."""
         self._at_rest = None
         try:
@@ -242,23 +252,26 @@ class SystemdHost:
                 return await dbus.ask_again(lambda: self._start_units(names))
         except TimeoutError:
             left = [name for name, state in (await _read_states(names)).items() if state != "active"]
-            return dict.fromkeys(left, f"not started within {seconds:g} s")
+            return Started(dict.fromkeys(left, f"not started within {seconds:g} s"))
         except dbus.BusError as error:
-            return dict.fromkeys(names, f"systemd was not asked: {error}")
+            return Started(dict.fromkeys(names, f"systemd was not asked: {error}"))
 
-    async def _start_units(self, names: Sequence[str]) -> dict[str, str]:
+    async def _start_units(self, names: Sequence[str]) -> Started:
         async with dbus.systemd_bus() as bus:
             if await manager.Systemd(bus).system_state() == "stopping":
-                return {}  # the host is shut down: what was stopped stays so, as everything else
-            listed = await units.list_units(bus, STOPPABLE)
-        running = [name for name, unit in listed.items() if unit.active not in NOT_RUNNING]
-        ended = find_ended(self._staying, running)
-        failed = await units.run_jobs("StartUnit", (*names, *ended), "replace", self._awaited)
+                return Started()  # the host is shut down: what was stopped stays so, as everything else
+            names = (*names, *find_ended(self._staying, await units.list_running(bus, STOPPABLE)))
+            await units.reset_failed(bus, names)  # StartLimitBurst= may allow no further start
+        # Not "replace": systemd would start what they want, too, which an operator may have stopped before.
+        results = await units.run_jobs("StartUnit", names, "ignore-requirements", self._awaited)
+        async with dbus.systemd_bus() as bus:
+            reasons = await units.read_ends(bus, results)
         self._staying = frozenset()
         if self._has_acted:
             await last_acts.take_back(self._runner)
             self._has_acted = False
-        return failed
+        left = {name: why for name, why in reasons.items() if why in units.DECIDED}
+        return Started({name: why for name, why in reasons.items() if name not in left}, left)
 
 
 def _undescribed_error(error: Exception) -> Failed:
@@ -269,10 +282,13 @@ def _undescribed_error(error: Exception) -> Failed:
     )
 
 
-async def _require_stopped_in_time(names: Sequence[str]) -> None:
-    """Refused if systemd had to kill one of these units: what it held was not put away in order."""
+async def _require_stopped_in_time(names: Sequence[str], before: Collection[str]) -> None:
+    """Refused if systemd had to kill one of these units: what it held was not put away in order.
+
+    `before` are those of which something had not ended in time before the stop.
+    """
     async with dbus.systemd_bus() as bus:
-        late = await units.find_killed(bus, names)
+        late = [name for name in await units.find_timed_out(bus, names) if name not in before]
     if late:
         raise Refused(
             f"Not stopped within TimeoutStopSec=, and killed: {join_names(late)}", where="quiesce", remedy=KEEP_IT

@@ -39,6 +39,7 @@ class UnitFacts:
 
     name: str
     active: str = "active"
+    aliases: tuple[str, ...] = ()
     load: str = "loaded"
     file_state: str = "enabled"
     type: str = ""
@@ -56,6 +57,14 @@ class UnitFacts:
     stops_unneeded: bool = False
     """Whether systemd stops it together with the last unit that needs it (StopWhenUnneeded=)."""
     triggers: tuple[str, ...] = ()
+    ends_host: str = ""
+    """What systemd does with the whole host when the unit ends or fails, such as `reboot`; "" for nothing."""
+    frozen: bool = False
+    """Whether its cgroup is frozen: systemd queues no stop job then."""
+    elapsed: bool = False
+    """Whether it is a timer that has nothing left to start."""
+    fires_at_start: bool = False
+    """Whether it is a timer that would fire at once if it were started again, and does not for long by itself."""
     accepts: bool = False
     """Whether it is a socket with Accept=yes: each of the services that it triggers serves one connection."""
     stored_files: int = 0
@@ -115,7 +124,7 @@ def _find_kept(known: Mapping[str, UnitFacts], wanted: Mapping[str, str]) -> dic
     kept: dict[str, str] = {}
     for name in known:
         for pattern, why in wanted.items():
-            if fnmatchcase(name, pattern):
+            if any(fnmatchcase(named, pattern) for named in (name, *known[name].aliases)):
                 kept.setdefault(name, why)
     waiting = list(kept)
     while waiting:
@@ -138,6 +147,12 @@ def _find_reason(unit: UnitFacts, kept: Mapping[str, str], unneeded: Collection[
         return "part of the system's base (DefaultDependencies=no)"
     if not NETWORK_TARGETS.isdisjoint(unit.before):
         return "it carries the network"
+    if unit.ends_host:
+        return f"its end would be the end of the host ({unit.ends_host})"
+    if unit.elapsed:
+        return "it has elapsed"
+    if unit.fires_at_start:
+        return "it would fire at once if it were started again"
     if unit.type == "oneshot":
         return "it has done its work (Type=oneshot)"
     if with_it := [name for name in unit.stops_too if name in kept]:
@@ -161,6 +176,7 @@ def _find_obstacles(known: Mapping[str, UnitFacts], stopped: Iterable[str]) -> I
     groups = (
         ([unit for unit in units if unit.transient], "transient, and cannot be started again"),
         ([unit for unit in units if unit.name in serving], "serves one connection, and cannot be started again"),
+        ([unit for unit in units if unit.frozen], "frozen, and cannot be stopped before systemctl thaw"),
         ([unit for unit in units if not unit.can_stop], "refuses a manual stop"),
         ([unit for unit in units if unit.can_stop and not unit.can_start], "refuses a manual start"),
         ([unit for unit in units if unit.file_state.startswith("masked")], "masked, and could not be started again"),

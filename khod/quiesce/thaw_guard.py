@@ -19,6 +19,7 @@ from khod.producers.execution import PATH, Execution
 
 LOG = logging.getLogger(__name__)
 FIFO_NAME = "thaw-guard"
+READY_SUFFIX = ".ready"
 SCRIPT = """\
 echo ready > "$1.ready"
 cat "$1"
@@ -56,9 +57,7 @@ class ThawGuard:
         return True
 
     async def _start(self, fifo: Path, note: Path) -> None:
-        ready = Path(f"{fifo}.ready")
-        for path in (fifo, ready):
-            path.unlink(missing_ok=True)
+        ready = Path(f"{fifo}{READY_SUFFIX}")
         os.mkfifo(fifo, 0o600)
         self._held = os.open(fifo, os.O_RDWR | os.O_CLOEXEC)
         command = Command(
@@ -84,3 +83,7 @@ class ThawGuard:
             ending, self._ending = self._ending, None
             with suppress(ParticipantVeto, OSError, TimeoutError):
                 await asyncio.wait_for(ending, START_SECONDS)
+        if self._filesystems.note is not None:
+            for suffix in ("", READY_SUFFIX):
+                with suppress(OSError):
+                    self._filesystems.note.with_name(f"{FIFO_NAME}{suffix}").unlink()

@@ -6,7 +6,8 @@ with SIGKILL is `done` all the same, and the service's Result= is `timeout`.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,26 @@ from typing import Any, NamedTuple
 from khod.abi.procstat import read_stat
 from khod.quiesce.selection import FILES_FOR_NEXT_KERNEL, NOT_RUNNING, STOPPABLE, UnitFacts
 from khod.systemd.dbus import Bus, ErrorAnswer, systemd_bus
-from khod.systemd.manager import MANAGER, PROPERTIES, STOPPED_TOO, SYSTEMD, Systemd, only_value
+from khod.systemd.manager import ENDED_STATES, MANAGER, PROPERTIES, STOPPED_TOO, SYSTEMD, Systemd, only_value
 
 NEEDS = ("Requires", "Requisite", "BindsTo", "Wants", "PartOf", "StopPropagatedFrom", "JoinsNamespaceOf")
 PRESERVED = ("yes", "on-success")
 """FileDescriptorStorePreserve= of units whose store systemd hands over; it drops that of others."""
+PASSIVE = (".target", ".mount", ".automount", ".swap")
+"""Units that khod does not stop, and that systemd may stop with those that need them."""
+ACTIONS = ("SuccessAction", "FailureAction", "StartLimitAction")
+GONE, MASKED = "it has gone", "it is masked"
+UNFIT, ENDED = "its conditions do not hold", "it has ended by itself"
+TRIES_AGAIN = "it fails, and systemd tries again"
+DECIDED = (GONE, MASKED, UNFIT, ENDED, TRIES_AGAIN)
+"""Why a unit does not run after its start although nothing is left to do."""
+DONE = "done"
+"""The result of a job that has succeeded."""
+ANSWERS = {f"{SYSTEMD}.NoSuchUnit": GONE, f"{SYSTEMD}.UnitMasked": MASKED}
+SINCE_BOOT = ("OnBootUSec", "OnStartupUSec")
+MICROSECOND = 1e-6
+FAR_SECONDS = 900.0
+"""Longer than the units are stopped."""
 SESSIONS = Path("/run/systemd/sessions")
 
 
@@ -54,18 +70,24 @@ async def read_units(bus: Bus) -> list[UnitFacts]:
 async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
     if unit.active == "inactive" and not name.endswith(".service"):
         return None
+    if unit.active == "active" and name.endswith(PASSIVE):
+        with suppress(ErrorAnswer):  # the unit has gone
+            return UnitFacts(name, stops_unneeded=await _read(bus, unit.path, "StopWhenUnneeded", "Unit"))
+        return None
     stored = await _count_stored_files(bus, name, unit.path) if name.endswith(".service") else 0
     if unit.active in NOT_RUNNING or not name.endswith(STOPPABLE):
         return UnitFacts(name, unit.active, stored_files=stored)
     # Of a service hundreds of properties would have to be parsed, two are needed: for all units of a host that is the
     # difference between a tenth of a second and two seconds.
-    kind, main_pid, accepts = "", 0, False
+    kind, main_pid, accepts, fires_at_start = "", 0, False, False
     try:
         found = await _read_all(bus, unit.path, "Unit")
         if name.endswith(".service"):
             kind, main_pid = await _read(bus, unit.path, "Type"), await _read(bus, unit.path, "MainPID")
         if name.endswith(".socket"):
             accepts = await _read(bus, unit.path, "Accept", "Socket")
+        if name.endswith(".timer"):
+            fires_at_start = await _fires_at_start(bus, unit.path)
     except ErrorAnswer:  # the unit has gone
         return None
 
@@ -74,6 +96,7 @@ async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
 
     return UnitFacts(
         name,
+        aliases=listed("Names"),
         active=found.get("ActiveState", unit.active),
         load=found.get("LoadState", ""),
         file_state=found.get("UnitFileState", ""),
@@ -90,9 +113,27 @@ async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
         upheld_by=listed("UpheldBy"),
         stops_unneeded=found.get("StopWhenUnneeded", False),
         triggers=listed("Triggers"),
+        ends_host=next((action for key in ACTIONS if (action := found.get(key, "none")) != "none"), ""),
+        frozen=found.get("FreezerState", "running") != "running",
+        elapsed=found.get("SubState") == "elapsed",
+        fires_at_start=fires_at_start,
         accepts=accepts,
         stored_files=stored,
     )
+
+
+async def _fires_at_start(bus: Bus, path: str) -> bool:
+    """Whether a timer that is set off by the boot has been, and comes next after FAR_SECONDS.
+
+    Started again, it is set off at once: timer_enter_waiting() in src/core/timer.c, seen with systemd 262.
+    """
+    since_boot = time.monotonic() / MICROSECOND
+    timers = await _read(bus, path, "TimersMonotonic", "Timer")
+    if not any(base in SINCE_BOOT and offset < since_boot for base, offset, _next in timers):
+        return False
+    clocks = {"NextElapseUSecMonotonic": since_boot, "NextElapseUSecRealtime": time.time() / MICROSECOND}
+    nexts = {now: await _read(bus, path, name, "Timer") for name, now in clocks.items()}
+    return all(elapse == 0 or elapse - now > FAR_SECONDS / MICROSECOND for now, elapse in nexts.items())
 
 
 async def _count_stored_files(bus: Bus, name: str, path: str) -> int:
@@ -119,8 +160,8 @@ async def _read_all(bus: Bus, path: str, interface: str) -> dict[str, Any]:
     return {name: value for name, (_, value) in only_value("a{sv}", answer).items()}
 
 
-async def find_killed(bus: Bus, names: Iterable[str]) -> list[str]:
-    """Return the services among these units that systemd had to kill, because they did not stop in time; BusError."""
+async def find_timed_out(bus: Bus, names: Iterable[str]) -> list[str]:
+    """Return the services among these units whose last start or stop did not end in time; BusError."""
     listed = await list_units(bus)
     services = [name for name in names if name.endswith(".service") and name in listed]
     results = [await _read(bus, listed[name].path, "Result") for name in services]
@@ -143,8 +184,35 @@ def _ancestors(pid: int) -> Iterable[int]:
         pid = read_stat(pid).parent
 
 
+async def list_running(bus: Bus, suffixes: Sequence[str]) -> set[str]:
+    """Return the units with these suffixes of which anything runs; BusError."""
+    return {name for name, unit in (await list_units(bus, suffixes)).items() if unit.active not in NOT_RUNNING}
+
+
+async def reset_failed(bus: Bus, names: Iterable[str]) -> None:
+    """Have systemd forget how often these units were started; BusError."""
+    for name in names:
+        with suppress(ErrorAnswer):  # it has gone
+            await Systemd(bus).call_action("ResetFailedUnit", "s", name)
+
+
+async def read_ends(bus: Bus, results: Mapping[str, str]) -> dict[str, str]:
+    """Return why units do not run after their start jobs, which had these results; BusError."""
+    listed = await list_units(bus)
+    ends: dict[str, str] = {}
+    for name, result in results.items():
+        state = listed[name].active if name in listed else "inactive"
+        if result != DONE:
+            ends[name] = TRIES_AGAIN if state == "activating" else result
+        elif state in ENDED_STATES:
+            found = await Systemd(bus).read_properties(name, "Unit")
+            left = ENDED if found.get("ConditionResult", True) else UNFIT
+            ends[name] = "it has failed" if found.get("ActiveState") == "failed" else left
+    return ends
+
+
 async def run_jobs(method: str, names: Sequence[str], mode: str, awaited: set[str]) -> dict[str, str]:
-    """Queue a job of each unit, in this order; return the results that are not `done`. BusError without systemd.
+    """Queue a job of each unit, in this order; return the results. BusError without systemd.
 
     The jobs are queued before any is waited for: systemd then orders them among themselves. `awaited` has the units
     whose jobs have not ended, and is empty afterwards. A cancelled wait leaves the jobs to systemd.
@@ -155,7 +223,7 @@ async def run_jobs(method: str, names: Sequence[str], mode: str, awaited: set[st
         try:
             results[name] = await Systemd(bus, name).run_job(method, mode)
         except ErrorAnswer as error:
-            results[name] = str(error)
+            results[name] = ANSWERS.get(error.name, str(error))
         awaited.discard(name)
 
     awaited.update(names)
@@ -164,4 +232,4 @@ async def run_jobs(method: str, names: Sequence[str], mode: str, awaited: set[st
             await asyncio.gather(*(run(bus, name) for name in names))
     finally:
         awaited.clear()
-    return {name: results[name] for name in names if results[name] != "done"}
+    return {name: results[name] for name in names}

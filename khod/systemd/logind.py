@@ -86,6 +86,22 @@ async def shutdown_inhibitors() -> Answer:
     return await asyncio.shield(_last.answer)
 
 
+async def is_shutting_down() -> bool:
+    """Whether logind has taken a request to shut the host down, which waits for programs with `delay` locks.
+
+    systemd does not know of it yet. False where logind cannot be asked.
+    """
+    if not os.access(KEPT, os.F_OK):
+        return False
+    properties = (*LOGIND[:2], "org.freedesktop.DBus.Properties")
+    try:
+        async with asyncio.timeout(ASKING), dbus.system_bus() as bus:
+            answer = await bus.call_method(properties, "Get", "ss", LOGIND[2], "PreparingForShutdown")
+    except (dbus.BusError, TimeoutError):
+        return False
+    return bool(answer.body == (("b", True),))
+
+
 async def _ask_logind() -> Answer:
     try:
         async with asyncio.timeout(ASKING), dbus.system_bus() as bus:

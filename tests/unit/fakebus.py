@@ -19,7 +19,8 @@ from khod.systemd.manager import STOPPED_TOO
 SYSTEMD = "org.freedesktop.systemd1"
 MANAGER = DBusAddress("/org/freedesktop/systemd1", SYSTEMD, f"{SYSTEMD}.Manager")
 USUAL = {"Type": ("s", "simple"), "MainPID": ("u", 0), "Result": ("s", "success")}
-"""Properties of every service."""
+USUAL |= {"StopWhenUnneeded": ("b", False)}
+"""Properties of every unit, or of every service."""
 Reply = tuple[str | None, tuple[Any, ...]]
 
 
@@ -47,6 +48,10 @@ class FakeBus:
     """For a method: the FreezerState or ActiveState it leads to, if not the one it is meant to."""
     jobs: dict[str, str] = field(default_factory=dict)
     """Jobs under way that nobody here waits for: a unit and the kind each."""
+    after_start: dict[str, str] = field(default_factory=dict)
+    """Units and the ActiveState that their start jobs bring, if it is not `active`."""
+    refusals: dict[str, str] = field(default_factory=dict)
+    """Units that are not there, and the error that their start is answered with, if it is not NoSuchUnit."""
     end_with: dict[str, str] = field(default_factory=dict)
     """Units and the ActiveState that they come to with the first stop job."""
     result: str | None = "done"
@@ -126,7 +131,7 @@ class FakeBus:
     def _usual(self, method: str, message: Message, writer: asyncio.StreamWriter) -> Reply:
         name = message.body[0] if message.body else ""
         match method:
-            case "Hello" | "Ping":
+            case "Hello" | "Ping" | "ResetFailedUnit":
                 return None, ()
             case "GetUnitProcesses" if name == "dbus.service":
                 return "a(sus)", ([("/", 400, "dbus-daemon")],)
@@ -186,7 +191,7 @@ class FakeBus:
 
     def _job(self, method: str, name: str, writer: asyncio.StreamWriter) -> str:
         if name not in self.units:
-            raise Refusal(f"{SYSTEMD}.NoSuchUnit", f"Unit {name} not found.")
+            raise Refusal(f"{SYSTEMD}.{self.refusals.get(name, 'NoSuchUnit')}", f"Unit {name} cannot be started.")
         job = f"/job/{method}"
         if self.result is None:
             self.units[name] = unit(ActiveState="deactivating", Job=(7, job))
@@ -194,7 +199,8 @@ class FakeBus:
             return job
         for other, state in self.end_with.items() if method == "StopUnit" else ():
             self.units[other]["ActiveState"] = ("s", state)
-        self._become(name, "ActiveState", method, "inactive" if method == "StopUnit" else "active")
+        usual = "inactive" if method == "StopUnit" else self.after_start.get(name, "active")
+        self._become(name, "ActiveState", method, usual)
         self.units[name]["Job"] = ("(uo)", (0, "/"))
         send(writer, new_signal(MANAGER, "JobRemoved", "uoss", (7, job, name, self.result)))
         return job

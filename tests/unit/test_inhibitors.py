@@ -38,6 +38,16 @@ async def test_who_blocks_a_shutdown_is_told_and_nobody_else(tmp_path: Path, mon
         assert await inhibitors.shutdown_inhibitors() == [Inhibitor("apt", "upgrading")]
 
 
+async def test_a_shutdown_that_logind_has_taken_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for programs with `delay` locks, and systemd knows nothing of it yet."""
+    assert not await inhibitors.is_shutting_down(), "there is no logind"
+    async with logind(tmp_path, monkeypatch) as bus:
+        bus.instead["Get"] = "v", (("b", False),)
+        assert not await inhibitors.is_shutting_down()
+        bus.instead["Get"] = "v", (("b", True),)
+        assert await inhibitors.is_shutting_down()
+
+
 async def test_many_checks_at_a_time_are_one_connection_to_the_bus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

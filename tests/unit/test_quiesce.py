@@ -19,6 +19,7 @@ from khod.producers import registry
 from khod.producers.cgroup import find_units_listening, units_in
 from khod.producers.qemu import Qemu
 from khod.quiesce.host import Survey, SystemdHost
+from khod.quiesce.outcome import Started
 from khod.quiesce.selection import Selection, UnitFacts
 from khod.simulated.kernel import Rebooted
 from khod.systemd import dbus
@@ -45,6 +46,8 @@ class Around:
         self.asked: list[str] = []
         self.fails: BaseException | None = None
         self.stuck: dict[str, str] = {}
+        self.left: dict[str, str] = {}
+        self.started: Sequence[str] = ()
         self.keep: Mapping[str, str] = {}
         self.is_guarded = False
         self.awaited_units: set[str] = set()
@@ -87,10 +90,11 @@ class Around:
     async def release_filesystems(self) -> None:
         self.is_guarded = False
 
-    async def start_units(self, names: Sequence[str], seconds: float) -> dict[str, str]:  # noqa: ARG002
+    async def start_units(self, names: Sequence[str], seconds: float) -> Started:  # noqa: ARG002
         self.asked.append("start")
-        self.running |= {*names} - self.stuck.keys()
-        return self.stuck
+        self.started = names
+        self.running |= {*names} - self.stuck.keys() - self.left.keys()
+        return Started(self.stuck, self.left)
 
 
 @pytest.fixture
@@ -249,11 +253,26 @@ async def test_what_does_not_start_again_is_named_with_what_to_do(host: VirtualH
         await host.kexec(engine)
     (left,) = engine.record.not_undone
     assert (left.step, left.producer, left.why) == ("quiesce", NAMED_ODDLY, "failed")
-    assert left.remedy == r"systemctl start 'b@x\x2dy.service'", "a shell would eat the backslash"
+    assert left.remedy == r"Run: systemctl start 'b@x\x2dy.service'.", "a shell would eat the backslash"
     around(host).stuck = {}
+    around(host).running.remove("a.service")
     await engine.abort()
-    assert around(host).running == {*UNITS}
+    assert around(host).started == (NAMED_ODDLY,), "what an operator has stopped since stays so"
+    assert around(host).running == {*UNITS} - {"a.service"}
     assert engine.record.phase is Phase.idle
+
+
+@in_virtual_time
+async def test_what_somebody_has_taken_away_is_named_and_does_not_hold_the_undo_up(host: VirtualHost) -> None:
+    engine = await host.started()
+    around(host).left = {"a.timer": "it has gone"}
+    Scripted(host, "one", freeze=raises(Refused("no")))
+    with pytest.raises(Refused, match="no"):
+        await host.kexec(engine)
+    assert engine.record.phase is Phase.idle
+    said = [event.message for event in host.events]
+    assert "Not running again: a.timer (it has gone)" in said
+    assert any(text.startswith(f"a.service, {NAMED_ODDLY}: started again") for text in said), said
 
 
 @in_virtual_time
@@ -313,7 +332,7 @@ async def test_a_systemd_that_starts_anew_is_asked_again_to_start_the_units(
         await bus.reached.wait()
         bus.result = "done"
         bus.reexec()
-        assert await starting == {}
+        assert await starting == Started()
         assert [bus.state(name, "ActiveState") for name in ("a.service", "b.service")] == ["active", "active"]
 
 
@@ -355,8 +374,44 @@ async def test_a_kept_unit_that_ends_with_the_others_is_in_the_way_and_started_a
         bus.end_with = ended
         with pytest.raises(Refused, match=r"Was to stay, .*: kept\.service \("):
             await host.stop_units(["a.service"], {"kept.service": "a test"}, DEADLINE)
-        assert await host.start_units(["a.service"], DEADLINE) == {}
+        assert await host.start_units(["a.service"], DEADLINE) == Started()
         assert bus.state("kept.service", "ActiveState") == "active"
+
+
+async def test_a_start_is_of_these_units_alone_and_says_what_does_not_run(private_socket: Path) -> None:
+    """Seen with systemd 262: the job is done, too, where the conditions do not hold, or the process ends at once."""
+    host = SystemdHost(cast("Any", None), cast("Any", None))
+    unfit = unit(ConditionResult=False, ActiveState="inactive")
+    async with fake_bus(private_socket, a=unit(), b=unit(), c=unit(), unfit=unfit) as bus:
+        bus.manager["SystemState"] = "running"
+        bus.after_start = {"b.service": "failed", "c.service": "inactive", "unfit.service": "inactive"}
+        bus.refusals = {"masked.service": "UnitMasked"}
+        names = [*bus.units, "gone.service", "masked.service"]
+        assert await host.start_units(names, DEADLINE) == Started(
+            {"b.service": "it has failed"},
+            {
+                "gone.service": "it has gone",
+                "masked.service": "it is masked",
+                "c.service": "it has ended by itself",
+                "unfit.service": "its conditions do not hold",
+            },
+        )
+        assert "StartUnit a.service ignore-requirements" in bus.said
+        assert bus.said.index("ResetFailedUnit a.service") < bus.said.index("StartUnit a.service ignore-requirements")
+
+
+async def test_a_job_that_waits_at_the_jump_is_no_rest(private_socket: Path) -> None:
+    async with at_rest(private_socket) as (host, bus):
+        bus.jobs["waits.service"] = "start"
+        with pytest.raises(Refused, match=r"while the host was stopped: waits\.service"):
+            await host.require_rest()
+
+
+async def test_what_had_not_started_in_time_before_has_not_been_killed(private_socket: Path) -> None:
+    host = SystemdHost(cast("Any", None), cast("Any", None))
+    async with fake_bus(private_socket, a=unit(Result="timeout", ActiveState="activating")) as bus:
+        bus.manager["SystemState"] = "running"
+        assert await host.stop_units(["a.service"], {}, DEADLINE) == ()
 
 
 async def test_a_host_that_is_shut_down_does_not_jump(private_socket: Path) -> None:
@@ -384,7 +439,7 @@ async def test_a_service_that_ends_by_itself_is_waited_for(
     host = SystemdHost(cast("Any", None), cast("Any", None))
     async with fake_bus(private_socket, a=unit(ActiveState="deactivating")) as bus:
         assert (await host.survey_units({})).jobs == {"a.service": "stopping"}
-        assert (await host.survey_units({"a.service": "a test"})).jobs == {}
+        assert (await host.survey_units({"a.serv*": "a test"})).jobs == {}
         bus.instead["ListJobs"] = answers = asyncio.Event()
         survey = asyncio.ensure_future(host.survey_units({}))
         await bus.reached.wait()

@@ -25,6 +25,9 @@ def test_triggers_are_stopped_before_services_and_started_after_them() -> None:
 
 
 STAYS = {
+    "what would end the host": UnitFacts("guard.service", ends_host="reboot"),
+    "a timer that has elapsed": UnitFacts("once.timer", elapsed=True),
+    "a timer that would fire at once": UnitFacts("boot.timer", fires_at_start=True),
     "what khod is ordered after": UnitFacts("dbus.service"),
     "a scope": UnitFacts("session-1.scope"),
     "a mount": UnitFacts("srv.mount"),
@@ -60,6 +63,11 @@ def test_what_a_kept_unit_needs_stays_and_what_that_needs_too() -> None:
     assert dict(found.kept)["db.socket"] == "db.service needs it"
 
 
+def test_a_unit_is_kept_by_its_other_name_too() -> None:
+    nicked = UnitFacts("b.service", aliases=("b.service", "nick.service"))
+    assert select(nicked, **{"nick.service": "quiesce.keep names it"}).stopped == ()
+
+
 def test_what_would_take_a_kept_unit_with_it_stays() -> None:
     units = [
         UnitFacts("a.service", stops_too=("b.service",)),
@@ -80,6 +88,8 @@ def test_what_a_kept_unit_stops_without_stays() -> None:
         UnitFacts("b.service", needs=("twice.service", "c.service")),
         UnitFacts("twice.service", type="oneshot"),
         UnitFacts("c.service", stops_unneeded=True),
+        UnitFacts("d.service", needs=("data.mount",)),
+        UnitFacts("data.mount", stops_unneeded=True),
     ]
     assert stopped(*units) == ["b.service", "c.service"]
 
@@ -108,6 +118,7 @@ def test_whatever_has_not_ended_is_stopped(state: str) -> None:
 
 OBSTACLES = {
     "transient": UnitFacts("a.service", transient=True),
+    "thaw": UnitFacts("a.service", frozen=True),
     "manual stop": UnitFacts("a.service", can_stop=False),
     "manual start": UnitFacts("a.service", can_start=False),
     "masked": UnitFacts("a.service", file_state="masked-runtime"),
