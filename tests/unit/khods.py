@@ -187,7 +187,7 @@ class Terminal:
     def until(self, text: str, times: int = 1) -> None:
         """Read until it has said this so often."""
         while self.said.count(text) < times:
-            assert select.select([self._fd], [], [], DEADLINE)[0], f"{text!r} not within {DEADLINE} s: {self.said!r}"
+            assert wait_readable(self._fd, DEADLINE), f"{text!r} not within {DEADLINE} s: {self.said!r}"
             self._read()
 
     def _read(self) -> bool:
@@ -275,6 +275,13 @@ def hung_up(client: socket.socket) -> bool:
     except ConnectionError:
         pass
     return True
+
+
+def wait_readable(fd: int, seconds: float) -> bool:
+    """Wait until the file can be read; whether it can. A test may hold more files than select(2) can name."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[bytes] | None, *, seconds: float = DEADLINE) -> None:

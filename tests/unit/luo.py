@@ -16,6 +16,7 @@ import socket
 import stat
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -108,6 +109,18 @@ class Session:
             os.close(self.files.popitem()[1])
 
 
+def close_all(sessions: list[Session], arrived: dict[str, dict[int, int]]) -> None:
+    """Have the kernel let go of what it holds, as at its end."""
+    for files in arrived.values():
+        for fd in files.values():
+            os.close(fd)
+    for session in sessions:
+        session.empty()
+        os.close(session.reader)
+    arrived.clear()
+    sessions.clear()
+
+
 class FakeLuo:
     """The Live Update Orchestrator of one machine, over its jumps."""
 
@@ -117,6 +130,7 @@ class FakeLuo:
         self._sessions: list[Session] = []
         self._arrived: dict[str, dict[int, int]] = {}
         self._lock = threading.RLock()
+        weakref.finalize(self, close_all, self._sessions, self._arrived)
 
     @property
     def outgoing(self) -> dict[str, list[int]]:
@@ -178,17 +192,10 @@ class FakeLuo:
     def jump(self, *, cold: bool = False) -> None:
         """The next kernel: what is in open outgoing sessions arrives, with its content as it is now."""
         with self._at("jump"):
-            for files in self._arrived.values():
-                for fd in files.values():
-                    os.close(fd)
             going = [session for session in self._sessions if not session.incoming and not cold]
-            self._arrived = {
-                session.name: {token: copied(fd) for token, fd in session.files.items()} for session in going
-            }
-            for session in self._sessions:
-                session.empty()
-                os.close(session.reader)
-            self._sessions = []
+            arriving = {session.name: {token: copied(fd) for token, fd in session.files.items()} for session in going}
+            close_all(self._sessions, self._arrived)
+            self._arrived |= arriving
 
     def _opened(self, name: str, files: dict[int, int], *, incoming: bool) -> int:
         reader, writer = os.pipe()

@@ -7,7 +7,6 @@
 import os
 import pty
 import re
-import select
 import shlex
 import signal
 import socket
@@ -25,7 +24,7 @@ from khoctl import candidates
 from khoctl.completion import DIRECTORIES, FILES, list_candidates
 from tests.manuals import find_command
 from tests.unit.images import CPIO, bzimage
-from tests.unit.khods import DEADLINE, REPOSITORY, Khod
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, wait_readable
 
 SCRIPTS = REPOSITORY / "packaging/completions"
 LAUNCHER = """
@@ -118,7 +117,7 @@ class Shell:
         said = ""
         ends = time.monotonic() + DEADLINE
         while "\n" not in said.partition(wanted)[2]:
-            assert select.select([self._terminal], [], [], max(0.0, ends - time.monotonic()))[0], said
+            assert wait_readable(self._terminal, max(0.0, ends - time.monotonic())), said
             said += os.read(self._terminal, 65536).decode(errors="replace")
         return said
 

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from khod.producers.identity import process_of, wait_ended
 from khod.producers.order import order_in_ranks
 from khod.producers.output import PASSED_ON_BYTES, PASSED_ON_LINES
 from tests.unit.hung import frozen_file_system, silent_file_system
-from tests.unit.khods import DEADLINE, REPOSITORY, Khod, run, until
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, run, until, wait_readable
 
 
 def hook(script: str, *, timeout: float = 20.0, name: str = "a", after: tuple[str, ...] = ()) -> Hook:
@@ -245,7 +244,7 @@ def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([process], [], [], 20)[0])
+        return wait_readable(process, 20)
     finally:
         os.close(process)
 
@@ -286,7 +285,7 @@ async def test_a_hook_cancelled_while_it_is_spawned_leaves_no_child_behind(tmp_p
     )
     for _turn in ("tell", "spawn"):  # to the spawn and not beyond
         await asyncio.sleep(0)
-    assert select.select([fifo], [], [], 20)[0], "it runs; this loop has not turned since"
+    assert wait_readable(fifo, 20), "it runs; this loop has not turned since"
     pids = [int(pid) for pid in os.read(fifo, 100).split()]
     os.close(fifo)
     telling.cancel()
