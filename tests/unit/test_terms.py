@@ -90,7 +90,9 @@ async def test_the_first_verdict_is_by_the_clocks_of_both_kernels(host: Host, cl
         host.sources, read_clocks=read_clocks, read_arrival=read_arrival, read_begin=lambda: began[-1]
     )
     terms = Terms("nightly", blackout_budget=3000.0)
-    await arrive(host, clock, terms, jump=6000.0, jumped=lambda: began.append(time.monotonic()))
+    # Both boots have this machine's uptime: a jump of about that length by the wall clock would be no contradiction.
+    jump = 6000.0 + time.monotonic()
+    await arrive(host, clock, terms, jump=jump, jumped=lambda: began.append(time.monotonic()))
     attempt = await host.remembered(2)
     assert (attempt.timeline.source, attempt.summary.outcome) == (ClockSource.ptp, Phase.verified)
     assert Phase.degraded not in {event.phase for event in host.events}
