@@ -8,7 +8,7 @@ with RemainAfterExit= and loses transient units for good (seen with systemd 262)
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Protocol
@@ -161,10 +161,7 @@ class SystemdHost:
         selection = select_units(found, wanted, units.find_session_units(found))
         # A service that ends by itself has no job: it may come back by Restart=, or still put away what it holds.
         stopping = [unit.name for unit in found if unit.active == "deactivating" and unit.name.endswith(STOPPABLE)]
-        jobs = dict.fromkeys(stopping, "stopping") | jobs
-        # khod may have been asked by a unit that is being started: kho-handover@NAME.service, or the operator's own.
-        own = ("kho-*", *keep)
-        jobs = {unit: kind for unit, kind in jobs.items() if not any(fnmatchcase(unit, pattern) for pattern in own)}
+        jobs = _without_own(dict.fromkeys(stopping, "stopping") | jobs, keep)
         stores = tuple(unit.name for unit in found if unit.stored_files and unit.name != "kho-handover.service")
         return Survey(selection, jobs, stores)
 
@@ -236,12 +233,16 @@ class SystemdHost:
             raise _undescribed_error(error) from error
         if state == "stopping" or goes_down:
             raise Refused("The host is shut down", where="quiesce", remedy="Look at systemctl list-jobs.")
-        if running <= self._at_rest.running and not jobs:
+        if running <= self._at_rest.running and not _without_own(jobs, self._at_rest.keep):
             return
         # Seldom, as the full survey takes its time: most of these end at once, or belong to khod or to a producer.
         survey = await self._read_survey(self._at_rest.keep)
         if started := dict.fromkeys((*survey.selection.stopped, *survey.jobs)):  # a oneshot at work has a job
-            raise Refused(f"Started while the host was stopped: {join_names(started)}", where="quiesce", remedy=KEEP_IT)
+            raise Refused(
+                f"Started, or being stopped, while the host was stopped: {join_names(started)}",
+                where="quiesce",
+                remedy=KEEP_IT,
+            )
 
     async def start_units(self, names: Sequence[str], seconds: float) -> Started:
         """As Host has it."""
@@ -272,6 +273,15 @@ class SystemdHost:
             self._has_acted = False
         left = {name: why for name, why in reasons.items() if why in units.DECIDED}
         return Started({name: why for name, why in reasons.items() if name not in left}, left)
+
+
+def _without_own(jobs: Mapping[str, str], keep: Iterable[str]) -> dict[str, str]:
+    """Return the jobs of units that are neither khod's nor to stay.
+
+    khod may have been asked by a unit that is being started: kho-handover@NAME.service, or the operator's own.
+    """
+    own = ("kho-*", *keep)
+    return {unit: kind for unit, kind in jobs.items() if not any(fnmatchcase(unit, pattern) for pattern in own)}
 
 
 def _undescribed_error(error: Exception) -> Failed:

@@ -141,7 +141,7 @@ def test_what_is_started_while_the_host_is_stopped(host: Host) -> None:
 def test_what_is_started_once_the_producers_are_frozen_calls_the_jump_off(host: Host) -> None:
     with producer(host, 'freeze = ["/usr/bin/systemctl", "start", "worker.service"]\n'), unchanged(host):
         said = kexec(host, 3)
-        assert "Started while the host was stopped: worker.service" in said, said
+        assert "while the host was stopped: worker.service" in said, said
         write_to_disk(host)
 
 

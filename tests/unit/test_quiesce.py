@@ -402,6 +402,9 @@ async def test_a_start_is_of_these_units_alone_and_says_what_does_not_run(privat
 
 async def test_a_job_that_waits_at_the_jump_is_no_rest(private_socket: Path) -> None:
     async with at_rest(private_socket) as (host, bus):
+        bus.jobs["kho-handover@night.service"] = "start"
+        bus.jobs["kept.service"] = "start"
+        await host.require_rest()
         bus.jobs["waits.service"] = "start"
         with pytest.raises(Refused, match=r"while the host was stopped: waits\.service"):
             await host.require_rest()
