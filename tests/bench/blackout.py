@@ -6,6 +6,10 @@
 The guest is Debian as it is installed, alone on the machine, with one service that has 64 MiB of state. By hand means:
 the service manager's fd store keeps the state, with `kexec -s -l` and `systemctl kexec`, and no khod on the host.
 What the journal on the disk lacks is the time from its last entry to the jump. Nothing else may run meanwhile.
+
+"jump" lasts until the next kernel's clock begins, and takes 0.1 to 0.2 s, but for about one jump in ten, which takes
+up to 8 s. Seen in emulation alone, from outside: processor 1 is halted, and processor 0 runs one loop of some 500 bytes
+within the loaded image (its page tables lie beside it), before the kernel itself: its decompressor. khod does not run.
 """
 
 import argparse
