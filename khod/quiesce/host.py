@@ -71,11 +71,7 @@ class Survey:
     def require_clear(self) -> Survey:
         """Return this survey; Refused if something is in the way."""
         if obstacle := self.find_obstacle():
-            remedy = (
-                "Wait for them: systemctl list-jobs, systemctl status. To stop nothing: `Kexec(now)`"
-                if self.jobs
-                else KEEP_IT
-            )
+            remedy = WAIT if self.jobs else KEEP_IT
             raise Refused(f"The host cannot be quiesced: {obstacle}", where="quiesce", remedy=remedy)
         return self
 

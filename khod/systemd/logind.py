@@ -93,22 +93,13 @@ async def is_shutting_down() -> bool:
     """
     if not os.access(KEPT, os.F_OK):
         return False
-    properties = (*LOGIND[:2], "org.freedesktop.DBus.Properties")
-    try:
-        async with asyncio.timeout(ASKING), dbus.system_bus() as bus:
-            answer = await bus.call_method(properties, "Get", "ss", LOGIND[2], "PreparingForShutdown")
-    except (dbus.BusError, TimeoutError):
-        return False
-    return bool(answer.body == (("b", True),))
+    answer = await _call_logind("org.freedesktop.DBus.Properties", "Get", "ss", LOGIND[2], "PreparingForShutdown")
+    return answer is not None and answer.body == (("b", True),)
 
 
 async def _ask_logind() -> Answer:
-    try:
-        async with asyncio.timeout(ASKING), dbus.system_bus() as bus:
-            answer = await bus.call_method(LOGIND, "ListInhibitors")
-    except (dbus.BusError, TimeoutError):
-        return None
-    if answer.header.fields.get(jeepney.HeaderFields.signature) != "a(ssssuu)":
+    answer = await _call_logind(LOGIND[2], "ListInhibitors")
+    if answer is None or answer.header.fields.get(jeepney.HeaderFields.signature) != "a(ssssuu)":
         return None
     blockers = (
         (who, why)
@@ -116,3 +107,12 @@ async def _ask_logind() -> Answer:
         if mode.startswith("block") and "shutdown" in what.split(":")
     )
     return [Inhibitor(who, why) for who, why in islice(blockers, MAX_INHIBITORS)]
+
+
+async def _call_logind(interface: str, method: str, signature: str = "", *body: str) -> "jeepney.Message | None":
+    """Return logind's answer; None if there is none within ASKING, or if it is an error."""
+    try:
+        async with asyncio.timeout(ASKING), dbus.system_bus() as bus:
+            return await bus.call_method((*LOGIND[:2], interface), method, signature, *body)
+    except (dbus.BusError, TimeoutError):
+        return None
