@@ -4,7 +4,10 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+from tests.lab import kernels as lab_kernels
+from tests.lab.conftest import usual
 from tests.lab.host import Host, image
 
 VERSION = "7.3.4"
@@ -36,6 +39,15 @@ def install(host: Host, units: Mapping[str, str] = UNITS) -> None:
     for name, text in units.items():
         host.guest.put(f"/usr/lib/systemd/system/{name}", text)
     host.shell(f"systemctl daemon-reload; systemctl start {' '.join(RUNNING)}")
+
+
+@contextmanager
+def start_host(disk: Path, console: Path) -> Iterator[Host]:
+    """Give a host that has these units, on a copy of the disk."""
+    with usual(lab_kernels.find(VERSION), disk, console) as guest:
+        host = Host(guest)
+        install(host)
+        yield host
 
 
 def list_active(host: Host) -> dict[str, str]:

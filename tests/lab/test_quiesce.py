@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import kernels as lab_kernels
-from tests.lab.conftest import usual
 from tests.lab.host import Host, image
-from tests.lab.quiescing import VERSION, WORKER, describe_quiesce, install, producer, unchanged, write_to_disk
+from tests.lab.quiescing import VERSION, WORKER, describe_quiesce, producer, start_host, unchanged, write_to_disk
 
 HANGS = f"{WORKER}ExecStop=/bin/sleep 300\nTimeoutStopSec=8\n"
 DIES = """\
@@ -39,9 +37,7 @@ asyncio.run(main())
 def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Give one host to the whole file, with units of all kinds that quiesce meets."""
     console = tmp_path_factory.mktemp("quiesce") / "console.log"
-    with usual(lab_kernels.find(VERSION), lab_disk, console) as guest:
-        found = Host(guest)
-        install(found)
+    with start_host(lab_disk, console) as found:
         yield found
 
 

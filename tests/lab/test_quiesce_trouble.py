@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import kernels as lab_kernels
-from tests.lab.conftest import usual
 from tests.lab.host import DROP_INS, Host, image
-from tests.lab.quiescing import REFUSES, VERSION, WORKER, install, producer, unchanged, write_to_disk
+from tests.lab.quiescing import REFUSES, VERSION, WORKER, producer, start_host, unchanged, write_to_disk
 
 KILLS = "/usr/bin/systemctl kill -s KILL kho-handover.service"
 NO_REBOOT = "[Service]\nSystemCallFilter=~reboot\n"
@@ -88,9 +86,7 @@ signal.pause()
 def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Give one host to the whole file."""
     console = tmp_path_factory.mktemp("quiesce") / "console.log"
-    with usual(lab_kernels.find(VERSION), lab_disk, console) as guest:
-        found = Host(guest)
-        install(found)
+    with start_host(lab_disk, console) as found:
         yield found
 
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import kernels as lab_kernels
-from tests.lab.conftest import usual
 from tests.lab.host import Host, image
-from tests.lab.quiescing import VERSION, WORKER, install, producer, unchanged
+from tests.lab.quiescing import VERSION, WORKER, producer, start_host, unchanged
 
 COUNTED = "[Service]\nType=oneshot\nExecStart=/bin/sh -c 'echo x >> /run/counted'\n"
 ENABLED = "[Install]\nWantedBy=multi-user.target\n"
@@ -43,11 +41,9 @@ freeze = ["/bin/sh", "-c", "touch /run/unfit; false"]
 def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Give a host on which all of them run."""
     console = tmp_path_factory.mktemp("undo") / "console.log"
-    with usual(lab_kernels.find(VERSION), lab_disk, console) as guest:
-        found = Host(guest)
-        install(found)
+    with start_host(lab_disk, console) as found:
         for name, text in UNITS.items():
-            guest.put(f"/usr/lib/systemd/system/{name}", text)
+            found.guest.put(f"/usr/lib/systemd/system/{name}", text)
         found.shell(
             f"systemctl daemon-reload; systemctl enable -q named limited; systemctl start {RUNNING};"
             "systemctl start --no-block slow; echo kept > /run/data/file;"
