@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Files copied into a sealed memfd before the blackout, so that the bytes that were checked are loaded."""
 
-import fcntl
 import functools
 import hashlib
 import mmap
@@ -10,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
+from khod.abi.memfd import seal_memfd
 from khod.dataclass import dataclass
 from khod.errors import Refused, errno_text
 from khod.files import check_regular
 
 CHUNK_BYTES = 1 << 20
-SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 ALIGNMENT = 4  # init/initramfs.c: where an archive may begin
 
 
@@ -69,7 +68,7 @@ def seal_file(fd: int, role: str, name: str, limit: int) -> Sealed:
 
 
 def seal_pieces(pieces: Iterable[bytes | memoryview], name: str) -> Sealed:
-    """Write pieces into a sealed memfd, in order; raise Refused if they are empty or there is no memory for them."""
+    """Write pieces into a sealed memfd, in order; raise Refused if they are empty or cannot be kept in memory."""
     memfd = os.memfd_create("khod-image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         size = 0
@@ -77,7 +76,7 @@ def seal_pieces(pieces: Iterable[bytes | memoryview], name: str) -> Sealed:
             size += _write_piece(memfd, piece, size, name)
         if size == 0:
             raise Refused("The file holds nothing", where=name, remedy="Copy it again; the kernel loads no empty file.")
-        fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALS)
+        _seal(memfd, name)
     except BaseException:
         os.close(memfd)
         raise
@@ -126,3 +125,14 @@ def _write_piece(memfd: int, piece: bytes | memoryview, at: int, name: str) -> i
             remedy="Free memory on this host, or give kho-handover.service more (MemoryMax=).",
         ) from error
     return length
+
+
+def _seal(memfd: int, name: str) -> None:
+    try:
+        seal_memfd(memfd)
+    except OSError as error:
+        raise Refused(
+            f"Its copy in memory cannot be made read-only: {errno_text(error)}",
+            where=name,
+            remedy="Something on this host holds pages of it, as what reclaims or moves memory does. Try again.",
+        ) from error

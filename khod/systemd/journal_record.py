@@ -5,14 +5,14 @@ Not by systemd.journal, which holds Python's lock while journald does not read: 
 """
 
 import errno
-import fcntl
 import os
 import socket
 import struct
 from collections.abc import Mapping
 
+from khod.abi.memfd import seal_memfd
+
 SOCKET = "/run/systemd/journal/socket"
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
 def send_record(fields: Mapping[str, object]) -> None:
@@ -47,7 +47,7 @@ def _send_in_file(sock: socket.socket, data: bytes) -> None:
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(data)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+        seal_memfd(fd)
         socket.send_fds(sock, [b""], [fd])
     finally:
         os.close(fd)

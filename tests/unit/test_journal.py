@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from khod.abi import memfd
 from khod.engine import announcements, journal
 from khod.engine.journal_fields import PHASE_IDS, Message, Priority, event_fields
 from khod.handover.record import Record
@@ -218,7 +219,7 @@ def test_a_record_that_is_too_long_for_a_message_is_sent_in_a_file(journald: soc
     text, (fd,), _, _ = socket.recv_fds(journald, 4096, 1)
     assert text == b""
     assert os.pread(fd, 5 << 20, 0) == b"MESSAGE=" + b"x" * (4 << 20) + b"\n"
-    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == journal_record.SEALS
+    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) == memfd.SEALS
     os.close(fd)
 
 
