@@ -12,7 +12,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -50,6 +50,8 @@ class QemuProcess(ABC):
         self._pidfd = -1
         self._ended = asyncio.Event()
         self._process: subprocess.Popen[bytes] | None = None
+        self.on_end: Callable[[], None] = lambda: None
+        """Called in the event loop once each QEMU has ended, also where that was before it was watched."""
 
     @property
     def is_up(self) -> bool:
@@ -124,6 +126,7 @@ class QemuProcess(ABC):
     def _note_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         self._ended.set()
+        self.on_end()
 
     def _forget_process(self) -> None:
         if self._pidfd >= 0:
@@ -187,10 +190,16 @@ class VmProcess(QemuProcess):
         self._arriving.unlink(missing_ok=True)
 
     async def start_guest(self) -> None:
-        async with self.start_session(
-            await self.pin_command(self._settings.given), {MEMORY_NAME: create_memory(self._settings.size)}
-        ):
-            pass
+        """Start the guest anew; where QEMU has ended instead, run `down`: khod-vm ends too."""
+        command = await self.pin_command(self._settings.given)
+        try:
+            async with self.start_session(command, {MEMORY_NAME: create_memory(self._settings.size)}):
+                pass
+        except Exception:
+            if not self.is_up:
+                with suppress(VmError):  # the first failure is the one to report
+                    await self.end_guest(is_frozen=False)
+            raise
 
     @asynccontextmanager
     async def start_session(

@@ -13,8 +13,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,7 @@ class Supervisor:
         self._settings, self._root = settings, root
         self._frozen = FrozenGuest(directory / "frozen")
         self._qemu: QemuProcess = KeptProcess(settings) if settings.qmp else VmProcess(settings, directory)
+        self._qemu.on_end = self._note_qemu_end
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._changed = asyncio.Event()
@@ -70,7 +71,7 @@ class Supervisor:
         self._clock = GuestClock(settings.agent)
         self._refused = ""
         """Why the guest could not be taken back: its files are kept by khod."""
-        handle = partial(_make_handler, self._loop, self._turn)
+        handle = partial(_make_handler, self._loop, self._take_turn)
         self._producer = Producer(
             settings.name,
             prepare=handle(self._prepare),
@@ -115,10 +116,19 @@ class Supervisor:
 
     async def _continue_left(self) -> None:
         """Continue a guest that an earlier khod-vm has stopped for a handover which is over: khod saw its end."""
-        async with self._turn:
+        async with self._take_turn():
             if self._frozen.is_there:
                 LOG.warning("The guest was stopped for a handover that has ended; it continues")
                 await self._thaw(Step("thaw", "", UNDO_SECONDS))
+
+    @asynccontextmanager
+    async def _take_turn(self) -> AsyncIterator[None]:
+        """Hold the machine for one verb; if QEMU has ended meanwhile, that is judged after it."""
+        try:
+            async with self._turn:
+                yield
+        finally:
+            self._changed.set()
 
     def _stop(self) -> None:
         self._stopping.set()
@@ -147,14 +157,13 @@ class Supervisor:
         """Return when khod-vm is to end: QEMU has ended while no handover holds the guest, or SIGTERM came."""
         while not self._stopping.is_set():
             self._changed.clear()
-            if self._qemu.has_ended and self._qemu.ends_with_qemu and not self._frozen.is_there:
+            is_held = self._turn.locked() or self._frozen.is_there
+            if self._qemu.has_ended and self._qemu.ends_with_qemu and not is_held:
                 code = await self._qemu.wait_end()
                 LOG.warning("QEMU has ended with code %d", code)
                 await self._qemu.end_guest(is_frozen=False)
                 return code
-            watching = asyncio.ensure_future(self._watch_qemu())
             await self._changed.wait()
-            watching.cancel()
         if self._frozen.is_there and not await _is_host_stopping():
             LOG.warning("khod-vm is stopped in the middle of a handover: the guest continues, and the handover ends")
             self._producer.stop()
@@ -162,24 +171,20 @@ class Supervisor:
         await self._qemu.end_guest(is_frozen=self._frozen.is_there)
         return 0
 
-    async def _watch_qemu(self) -> None:
-        if self._qemu.is_up:
-            await self._qemu.wait_end()
-            if self._frozen.is_there:
-                LOG.warning("QEMU has ended while its guest is stopped for a handover")
-            elif not self._qemu.ends_with_qemu:
-                LOG.warning("QEMU has ended")
-            self._changed.set()
+    def _note_qemu_end(self) -> None:
+        if self._frozen.is_there:
+            LOG.warning("QEMU has ended while its guest is stopped for a handover")
+        elif not self._qemu.ends_with_qemu:
+            LOG.warning("QEMU has ended")
+        self._changed.set()
 
     # The verbs
 
     async def _prepare(self, step: Step) -> Mapping[str, int]:
         if self._refused:
             raise VmError(self._refused)
-        if not self._qemu.ends_with_qemu:
-            if not await self._qemu.find():
-                return {}  # it is switched off
-            self._changed.set()  # it may be another one, which is watched from now on
+        if not self._qemu.ends_with_qemu and not await self._qemu.find():
+            return {}  # it is switched off
         async with self._qemu.open_monitor(_report_to(step)) as vm:
             state = await vm.run_state()
             if state not in {*RUNNING_STATES, PAUSED_STATE}:
@@ -222,7 +227,6 @@ class Supervisor:
         else:
             LOG.error("QEMU has ended, and the guest's state is not here: the guest is lost")
         self._frozen.release()
-        self._changed.set()
 
     async def _restore(self, step: Step) -> None:
         """Start QEMU with the guest that came from the kernel before."""
@@ -250,7 +254,6 @@ class Supervisor:
                         self._qemu.memory = {}
             self._refused = ""
             notify_manager("STATUS=The guest was taken back.")
-            self._changed.set()
         except BaseException as error:  # whatever it was: the guest must not be started anew beside its state
             self._refused = f"The guest was not taken back, and its state is kept: {_give_reason(error, step)}"
             LOG.error(
@@ -302,11 +305,13 @@ class Supervisor:
         return is_same and is_spent(state)
 
 
-def _make_handler(loop: asyncio.AbstractEventLoop, turn: asyncio.Lock, carry_out: CarryOut) -> Handler:
+def _make_handler(
+    loop: asyncio.AbstractEventLoop, turn: Callable[[], AbstractAsyncContextManager[None]], carry_out: CarryOut
+) -> Handler:
     """Return a handler for the producer's thread, which waits for `carry_out` in the event loop."""
 
     async def take_turn(step: Step, seconds: float) -> Mapping[str, int] | None:
-        async with asyncio.timeout(seconds), turn:
+        async with asyncio.timeout(seconds), turn():
             return await carry_out(step)
 
     def handle(step: Step) -> Mapping[str, int] | None:

@@ -109,12 +109,28 @@ def test_a_guest_whose_up_fails_is_not_started(system: System, vm: Callable[...,
     assert not guest.serial.exists()
 
 
-def test_down_runs_also_when_qemu_ends_by_itself(system: System, vm: Callable[..., Vm]) -> None:
+@pytest.mark.parametrize("dies_at", ["", "watch after"])
+def test_down_runs_also_when_qemu_ends_by_itself(system: System, vm: Callable[..., Vm], dies_at: str) -> None:
+    """Also in the moment between two looks at it."""
     khod, guest, gone = system.khod(), vm(), system.directory / "gone"
     with guest.file.open("a") as file:
         file.write(f'down = ["/bin/touch", "{gone}"]\n')
-    wait_ready(khod, guest.start())
-    guest.kill_qemu()
+    guest.start(dies_at=dies_at, dies="QEMU")
+    if not dies_at:
+        wait_ready(khod, guest)
+        guest.kill_qemu()
     assert guest.process is not None
     assert guest.process.wait(DEADLINE) != 0
     assert gone.exists()
+
+
+def test_down_runs_also_when_qemu_ends_before_the_guest_is_there(system: System, vm: Callable[..., Vm]) -> None:
+    system.khod()
+    guest, made = vm(command=[*COMMAND, "-device", "none-such"]), system.directory / "made"
+    with guest.file.open("a") as file:
+        file.write(f'up = ["/bin/mkdir", "{made}"]\ndown = ["/bin/rmdir", "{made}"]\n')
+    guest.start()
+    assert guest.process is not None
+    assert guest.process.wait(DEADLINE) == 1
+    assert "none-such" in guest.log, "QEMU's reason is reported"
+    assert not made.exists()

@@ -37,11 +37,11 @@ DYING = """
 import os, select, signal, sys
 from pathlib import Path
 from khod import producer
-from khod.vm import migration, supervisor
+from khod.vm import migration, process, supervisor
 
 verb, _, when = os.environ["DIES_AT"].partition(" ")
 call_handler, give_stream = producer.Producer._call_handler, migration._give_stream
-go_on = supervisor._continue_once
+go_on, has_ended = supervisor._continue_once, process.QemuProcess.has_ended
 told = ""
 
 def kill():
@@ -76,12 +76,19 @@ async def continue_once(vm, state):
         kill()
     await go_on(vm, state)
 
+def judge_end(self):
+    ended = has_ended.fget(self)
+    if (verb, when) == ("watch", "after") and self.is_up:
+        kill()
+    return ended
+
 producer.Producer._call_handler, migration._give_stream = carry_out, give
 supervisor._continue_once = continue_once
+process.QemuProcess.has_ended = property(judge_end)
 sys.exit(supervisor.main())
 """
 """khod-vm, with a death at a moment of a verb: `during` is after `stop`, or before a state is loaded; `late` is before
-`cont`."""
+`cont`, and `watch after` when QEMU was just seen to be there."""
 
 
 class Vm:
