@@ -40,7 +40,7 @@ LARGE = (
     "More than ",
 )
 # What only a file that grows, cannot be read, or finds no memory says: there is none among the cases.
-NO_CASE = ("The {role} ", "There is no memory for it", "The image is a {header.format}")
+NO_CASE = ("The {role} ", "There is no memory for it", "Its copy in memory ", "The image is a {header.format}")
 FAILURES = {
     1: "IndexError: index out of range",
     2: "more than 0.2 s of processor time",
