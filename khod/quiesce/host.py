@@ -54,12 +54,14 @@ class Survey:
     """What a quiesce would do on this host now.
 
     `jobs` has what is under way with units that do not stay, a unit each: the kind of its queued job, or "stopping" for
-    one that ends by itself. `stores` are units with files that only `systemctl kexec` hands over.
+    one that ends by itself. `stores` are units with files that only `systemctl kexec` hands over; `may_store` has
+    all that could get them.
     """
 
     selection: Selection = field(default_factory=Selection)
     jobs: Mapping[str, str] = field(default_factory=dict)
     stores: tuple[str, ...] = ()
+    may_store: tuple[str, ...] = ()
 
     def find_obstacle(self) -> str:
         """Return what is in the way before anything is stopped, "" for nothing."""
@@ -97,7 +99,11 @@ class Host(Protocol):
         """
 
     async def require_rest(self) -> None:
-        """Refused if a unit runs that stop_units has not left, or if the host is shut down; Failed without systemd."""
+        """Refused if an immediate jump would now lose what it would not have lost when stop_units returned.
+
+        That is a unit that was started since, a file that only `systemctl kexec` hands over, and a shutdown of the host
+        that somebody else has begun. Failed without systemd.
+        """
 
     async def start_units(self, names: Sequence[str], seconds: float) -> Started:
         """Start these units again, and nothing with them. Raises nothing."""
@@ -111,10 +117,12 @@ class Host(Protocol):
 
 @dataclass(frozen=True)
 class _Rest:
-    """A host at rest: the units that were to stay, with the reasons, and all that ran once the others were stopped."""
+    """A host at rest: the units that were to stay, with the reasons, and what was found when the others had stopped."""
 
     keep: Mapping[str, str]
     running: frozenset[str]
+    stores: tuple[str, ...]
+    may_store: tuple[str, ...]
 
 
 class SystemdHost:
@@ -158,8 +166,9 @@ class SystemdHost:
         # A service that ends by itself has no job: it may come back by Restart=, or still put away what it holds.
         stopping = [unit.name for unit in found if unit.active == "deactivating" and unit.name.endswith(STOPPABLE)]
         jobs = _without_own(dict.fromkeys(stopping, "stopping") | jobs, keep)
-        stores = tuple(unit.name for unit in found if unit.stored_files and unit.name != "kho-handover.service")
-        return Survey(selection, jobs, stores)
+        storing = [unit for unit in found if unit.preserves_store and unit.name != "kho-handover.service"]
+        stores = tuple(unit.name for unit in storing if unit.stored_files)
+        return Survey(selection, jobs, stores, tuple(unit.name for unit in storing))
 
     async def stop_units(self, names: Sequence[str], keep: Mapping[str, str], seconds: float) -> tuple[str, ...]:
         """As Host has it."""
@@ -209,30 +218,43 @@ class SystemdHost:
                         remedy=KEEP_MORE,
                     )
                 self._staying = frozenset()
-                self._at_rest = _Rest(dict(keep), frozenset(survey.selection.running))
+                running = frozenset(survey.selection.running)
+                self._at_rest = _Rest(dict(keep), running, survey.stores, survey.may_store)
                 return survey.stores
         raise Refused(f"Started again each time: {join_names(names)}", where="quiesce", remedy=KEEP_IT)
 
     async def require_rest(self) -> None:
         """As Host has it."""
-        assert self._at_rest is not None, "stop_units has returned"
+        rest = self._at_rest
+        assert rest is not None, "stop_units has returned"
         try:
             async with asyncio.timeout(REST_SECONDS), dbus.systemd_bus() as bus:
                 system = manager.Systemd(bus)
-                state, running, jobs, goes_down = await asyncio.gather(
+                state, running, jobs, storing, goes_down = await asyncio.gather(
                     system.system_state(),
                     units.list_running(bus, STOPPABLE),
                     units.list_jobs(bus),
+                    units.find_storing(bus, rest.may_store),
                     logind.is_shutting_down(),
                 )
         except (dbus.BusError, TimeoutError) as error:
             raise _undescribed_error(error) from error
         if state == "stopping" or goes_down:
-            raise Refused("The host is shut down", where="quiesce", remedy="Look at systemctl list-jobs.")
-        if running <= self._at_rest.running and not _without_own(jobs, self._at_rest.keep):
+            raise Refused(
+                "Somebody has begun to shut the host down",
+                where="quiesce",
+                remedy="It goes down without a handover. Who: systemctl list-jobs, journalctl -u systemd-logind.",
+            )
+        if stored := set(storing).difference(rest.stores):
+            raise Refused(
+                f"Has stored files for the next kernel while the host was stopped: {join_names(sorted(stored))}",
+                where="quiesce",
+                remedy="Only `systemctl kexec` hands them over. Try again: khod jumps by it where such files are.",
+            )
+        if running <= rest.running and not _without_own(jobs, rest.keep):
             return
         # Seldom, as the full survey takes its time: most of these end at once, or belong to khod or to a producer.
-        survey = await self._read_survey(self._at_rest.keep)
+        survey = await self._read_survey(rest.keep)
         if started := dict.fromkeys((*survey.selection.stopped, *survey.jobs)):  # a oneshot at work has a job
             raise Refused(
                 f"Started, or being stopped, while the host was stopped: {join_names(started)}",

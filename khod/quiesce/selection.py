@@ -67,8 +67,10 @@ class UnitFacts:
     """Whether it is a timer that would fire at once if it were started again, and does not for long by itself."""
     accepts: bool = False
     """Whether it is a socket with Accept=yes: each of the services that it triggers serves one connection."""
+    preserves_store: bool = False
+    """Whether `systemctl kexec` hands over what it has in its descriptor store."""
     stored_files: int = 0
-    """How many files for the next kernel it has in its descriptor store, where systemd preserves that."""
+    """How many files for the next kernel it has there."""
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,10 @@ async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
         with suppress(ErrorAnswer):  # the unit has gone
             return UnitFacts(name, stops_unneeded=await _read(bus, unit.path, "StopWhenUnneeded", "Unit"))
         return None
-    stored = await _count_stored_files(bus, name, unit.path) if name.endswith(".service") else 0
+    preserves = name.endswith(".service") and await _preserves_store(bus, unit.path)
+    stored = await _count_stored_files(bus, name) if preserves else 0
     if unit.active in NOT_RUNNING or not name.endswith(STOPPABLE):
-        return UnitFacts(name, unit.active, stored_files=stored)
+        return UnitFacts(name, unit.active, preserves_store=preserves, stored_files=stored)
     # Of a service hundreds of properties would have to be parsed, two are needed: for all units of a host that is the
     # difference between a tenth of a second and two seconds.
     kind, main_pid, accepts, fires_at_start = "", 0, False, False
@@ -118,6 +119,7 @@ async def _read_unit(bus: Bus, name: str, unit: ListedUnit) -> UnitFacts | None:
         elapsed=found.get("SubState") == "elapsed",
         fires_at_start=fires_at_start,
         accepts=accepts,
+        preserves_store=preserves,
         stored_files=stored,
     )
 
@@ -136,17 +138,27 @@ async def _fires_at_start(bus: Bus, path: str) -> bool:
     return all(elapse == 0 or elapse - now > FAR_SECONDS / MICROSECOND for now, elapse in nexts.items())
 
 
-async def _count_stored_files(bus: Bus, name: str, path: str) -> int:
-    """Return how many files for the next kernel a service has in its store, if systemd preserves that."""
+async def find_storing(bus: Bus, names: Iterable[str]) -> tuple[str, ...]:
+    """Return which of these services have files for the next kernel in their descriptor stores; BusError."""
+    names = tuple(names)
+    counts = await asyncio.gather(*(_count_stored_files(bus, name) for name in names))
+    return tuple(name for name, count in zip(names, counts, strict=True) if count)
+
+
+async def _count_stored_files(bus: Bus, name: str) -> int:
     try:
-        if not await _read(bus, path, "NFileDescriptorStore"):
-            return 0
-        if await _read(bus, path, "FileDescriptorStorePreserve") not in PRESERVED:
-            return 0
         stored = await Systemd(bus).list_stored_files(name)
-    except ErrorAnswer:  # the unit has gone, or this systemd has no such property
+    except ErrorAnswer:  # the unit has gone
         return 0
     return sum(file.startswith(FILES_FOR_NEXT_KERNEL) for file in stored)
+
+
+async def _preserves_store(bus: Bus, path: str) -> bool:
+    """Whether systemd hands over what a service has in its store."""
+    try:
+        return await _read(bus, path, "FileDescriptorStorePreserve") in PRESERVED
+    except ErrorAnswer:  # the unit has gone, or this systemd has no such property
+        return False
 
 
 async def _read(bus: Bus, path: str, name: str, interface: str = "Service") -> Any:

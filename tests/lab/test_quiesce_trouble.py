@@ -43,6 +43,21 @@ POLICY = """\
 LATE = "[Service]\nExecStart=/bin/sleep infinity\nExecStop=/bin/touch /run/late-was-stopped\n"
 STARTS_LATE = f"{WORKER}ExecStop=/usr/bin/systemctl start --no-block late.service\n"
 
+STORE_LATE = """\
+import os, signal, time
+from systemd import daemon
+while not os.path.exists("/run/frozen"):
+    time.sleep(0.1)
+daemon.notify("FDSTORE=1", fds=[os.memfd_create("late")])
+signal.pause()
+"""
+STORES_LATE = """\
+[Service]
+ExecStart=/usr/bin/python3 /usr/lib/store_late.py
+FileDescriptorStoreMax=4
+FileDescriptorStorePreserve=yes
+"""
+
 # As login(1) and sshd do it with pam_systemd: the process becomes the leader of a session, in a scope of its own.
 OPERATOR = """\
 import os, signal, subprocess, sys
@@ -139,6 +154,18 @@ def test_what_is_started_once_the_producers_are_frozen_calls_the_jump_off(host: 
         said = kexec(host, 3)
         assert "while the host was stopped: worker.service" in said, said
         write_to_disk(host)
+
+
+def test_a_file_stored_once_the_producers_are_frozen_calls_the_jump_off(host: Host) -> None:
+    host.guest.put("/usr/lib/store_late.py", STORE_LATE)
+    host.guest.put("/usr/lib/systemd/system/stores-late.service", STORES_LATE)
+    host.shell("rm -f /run/frozen; systemctl daemon-reload; systemctl start stores-late")
+    is_stored = "systemctl show -p NFileDescriptorStore stores-late | grep -q =1"
+    freeze = f'freeze = ["/bin/sh", "-c", "touch /run/frozen; until {is_stored}; do sleep 0.1; done"]\n'
+    with producer(host, f'{freeze}keep = ["stores-late.service"]\n'), unchanged(host):
+        said = kexec(host, 3)
+        assert "Has stored files for the next kernel while the host was stopped: stores-late.service" in said, said
+    host.shell("systemctl stop stores-late; systemctl clean --what=fdstore stores-late; rm /run/frozen")
 
 
 def test_who_blocks_a_shutdown_since_the_checks_is_heard(host: Host) -> None:

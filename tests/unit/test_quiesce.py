@@ -420,7 +420,7 @@ async def test_what_had_not_started_in_time_before_has_not_been_killed(private_s
 async def test_a_host_that_is_shut_down_does_not_jump(private_socket: Path) -> None:
     async with at_rest(private_socket) as (host, bus):
         bus.manager["SystemState"] = "stopping"
-        with pytest.raises(Refused, match="shut down"):
+        with pytest.raises(Refused, match="shut the host down"):
             await host.require_rest()
 
 
