@@ -142,6 +142,7 @@ class Producer:
         A program that was started again continues what an earlier process of it has stopped, unless this is "freeze".
         """
         self._counts = ""
+        self._last_verb = ""
         self._tokens = 0
         self._ahead: tuple[Mapping[str, Any], list[int]] | None = None
         """The command that came as the answer to `not_yet`, with its files, to be done next."""
@@ -150,6 +151,7 @@ class Producer:
         """Register, restore what was left before the jump, and serve in a thread of its own.
 
         Returns after `restore` was called, if there was anything to restore; only then decide whether to begin empty.
+        Where khod cannot give back what was left, this waits until it can (khoctl producers retry), or until `stop`.
         Raises KhoError if khod cannot be reached or refuses. If khod dies meanwhile, this waits for the next one, which
         has what was left.
         """
@@ -168,8 +170,9 @@ class Producer:
         again and is sent the undo.
         """
         self._stopping.set()
-        if self._connection is not None:
-            self._connection.shutdown()
+        connection = self._connection
+        if connection is not None:
+            connection.shutdown()
 
     def _begin_service(self) -> dict[str, Any]:
         if self._thread is not None and self._stopping.is_set():  # started again after a stop
@@ -185,15 +188,22 @@ class Producer:
 
     def _take_back(self) -> dict[str, Any]:
         """Register, and restore what was left before the jump; return the answer to that, {} if there was nothing."""
-        return self._take_turn({}) if self._call_register() == "restore" else {}
+        answer: dict[str, Any] = {}
+        if self._call_register() == "restore":
+            self._last_verb = ""
+            while self._last_verb != "restore":  # khod may answer that it cannot send what was left, and tell it later
+                answer = self._take_turn(answer)
+        return answer
 
     def _call_register(self) -> str:
         """Connect and register; return the verb that khod assumes to hold, after undoing what was done beyond it."""
         self._drop_connection()
         self._drop_ahead()
-        self._connection = Connection(self._socket)
-        self._connection.send_call(f"{wire.PRODUCER}.Register", self._terms)
-        self.told = told = str(self._connection.receive_reply()["told"])
+        self._connection = connection = Connection(self._socket)
+        if self._stopping.is_set():  # `stop` may have seen no connection
+            raise Unreachable("The producer is stopped")
+        connection.send_call(f"{wire.PRODUCER}.Register", self._terms)
+        self.told = told = str(connection.receive_reply()["told"])
         if told == "restore":
             self._counts = ""  # what was frozen has been handed over
         while self._counts and self._counts != told:
@@ -245,7 +255,7 @@ class Producer:
         )
         said = {"serial": command["serial"], **self._call_handler(step)}
         done = {"thaw": "prepare", "cancel": "", "restore": "", "finish": ""}
-        self._counts = done.get(step.verb, step.verb)
+        self._counts, self._last_verb = done.get(step.verb, step.verb), step.verb
         if not self._counts:
             self._tokens = 0
         return said
