@@ -384,6 +384,7 @@ class Engine:
     async def register_producer(self, name: str, owner: Owner, process: Process, terms: Registration) -> Peer:
         """Register a producer that has connected; it takes part from the next step on."""
         await self._signals.known.wait()
+        await self.registry.peers.wait_hung_up(name)
         if self._transaction.phase is Phase.executing and not self.registry.peers.is_awaiting(name):
             raise Refused("The host is on its way into the next kernel", where=name, remedy="Connect again there.")
         return self.registry.register_peer(name, owner, process, terms, self.settings.current.producers.max_per_user)

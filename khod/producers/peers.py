@@ -16,6 +16,7 @@ from khod.producers.peer import AWAITED, KIND, Peer, PeerState, Registration
 from khod.producers.registrations import RegisteredProducer, Registrations
 from khod.producers.sessions import Sessions
 
+HANG_UP_SECONDS = 1.0
 RETURN_SECONDS = 10.0
 """Seconds that a producer whose process lives has to reconnect after a restart of khod; the library tries every
 second."""
@@ -49,7 +50,7 @@ class Peers:
         self._unkept = unkept
         self._late = late
         self._absent: dict[str, RegisteredProducer] = {}
-        self._returned = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def expect_registered(self, boot_id: str) -> None:
         """Expect the producers that an earlier khod of this boot had, until each has returned or is given up."""
@@ -61,7 +62,9 @@ class Peers:
             self._unkept(error)
             return
         self._absent = {
-            registered.name: registered for registered in found if registered.name not in self._connected_names()
+            registered.name: registered
+            for registered in found
+            if registered.name not in _connected_names(self._peers.values())
         }
 
     @property
@@ -74,8 +77,8 @@ class Peers:
         try:
             async with asyncio.timeout(seconds):
                 while any(name in names and is_alive(found.process) for name, found in self._absent.items()):
-                    self._returned.clear()
-                    await self._returned.wait()
+                    self._changed.clear()
+                    await self._changed.wait()
         except TimeoutError:
             return
 
@@ -83,12 +86,17 @@ class Peers:
         """Wait until producers of these names are connected, at most `seconds`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not self._connected_names().issuperset(names):
-                    self._returned.clear()
-                    await self._returned.wait()
+                while not _connected_names(self._peers.values()).issuperset(names):
+                    self._changed.clear()
+                    await self._changed.wait()
 
-    def _connected_names(self) -> set[str]:
-        return {name for name, peer in self._peers.items() if peer.is_reachable}
+    async def wait_hung_up(self, name: str) -> None:
+        """Wait for the end of a connection whose process has ended: the next process may be heard first."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HANG_UP_SECONDS):
+                while (peer := self.find_peer(name)) is not None and _has_died(peer):
+                    self._changed.clear()
+                    await self._changed.wait()
 
     def stop_remembering(self) -> None:
         """Keep the stored registrations as they are: khod ends, and every connection with it."""
@@ -155,7 +163,7 @@ class Peers:
         awaited = peer is not None and peer.give_up()
         if self._absent.pop(name, None) is None:
             return awaited
-        self._returned.set()
+        self._changed.set()
         self._keep_registration(lambda registrations: registrations.remove_name(name))
         return True
 
@@ -206,7 +214,7 @@ class Peers:
         peer.attach_connection(process, terms)
         self._add_peer(peer)
         self._absent.pop(name, None)
-        self._returned.set()
+        self._changed.set()
         self._keep_registration(
             lambda registrations: registrations.add_registered(RegisteredProducer(name, owner, process))
         )
@@ -219,6 +227,7 @@ class Peers:
             return
         self._per_user[peer.owner.uid] -= 1
         peer.detach_connection()
+        self._changed.set()
         self._keep_registration(lambda registrations: registrations.remove_name(peer.name))
         if peer.state is PeerState.gone:
             self._delete_peer(peer)
@@ -235,3 +244,12 @@ class Peers:
             self._naming[name].discard(peer.name)
             if not self._naming[name]:
                 del self._naming[name]
+
+
+def _connected_names(peers: Iterable[Peer]) -> set[str]:
+    return {peer.name for peer in peers if peer.is_reachable}
+
+
+def _has_died(peer: Peer) -> bool:
+    """Whether a connected peer's process has ended: the end of its connection is still to be seen."""
+    return peer.is_reachable and peer.bearer_process is not None and not is_alive(peer.bearer_process)
