@@ -8,9 +8,9 @@ guest was stopped, from inside.
 import asyncio
 import json
 import logging
+import secrets
 import time
 from contextlib import suppress
-from itertools import count
 
 from khod.errors import errno_text
 from khod.text import one_line
@@ -21,7 +21,6 @@ MAX_LINE_BYTES = 1 << 16
 FINISH_SECONDS = 1.0
 """What `finish` waits for a clock that was not read yet: the handover's blackout ends with it."""
 LOG = logging.getLogger("khod-vm")
-_SERIALS = count(1)
 
 
 class GuestClock:
@@ -42,13 +41,11 @@ class GuestClock:
         """Return by how many seconds it is behind the host's, None if that is not known."""
         if not self._agent:
             return None
-        began = time.time()
         try:
-            guest = await read_guest_clock(self._agent)
+            return await read_guest_lag(self._agent)
         except VmError as error:
             LOG.warning("The guest's clock is not known: %s", error)
             return None
-        return (began + time.time()) / 2 - guest
 
     def note_continued(self, lag_before: float | None) -> None:
         """Read the clock of a guest that has just continued, then set it; do not wait for that."""
@@ -72,12 +69,12 @@ class GuestClock:
         return self._stopped.result() if self._stopped.done() else None
 
 
-async def read_guest_clock(path: str) -> float:
-    """Return the guest's time, in seconds since the epoch; raise VmError."""
-    nanoseconds = await _ask_agent(path, "guest-get-time")
+async def read_guest_lag(path: str) -> float:
+    """Return by how many seconds the guest's clock is behind the host's; raise VmError."""
+    nanoseconds, asked, answered = await _ask_agent(path, "guest-get-time")
     if not isinstance(nanoseconds, int):
         raise VmError("the guest agent did not tell the time: its answer is not a number")
-    return nanoseconds / 1e9
+    return (asked + answered) / 2 - nanoseconds / 1e9
 
 
 async def set_guest_clock(path: str) -> None:
@@ -85,14 +82,19 @@ async def set_guest_clock(path: str) -> None:
     await _ask_agent(path, "guest-set-time")
 
 
-async def _ask_agent(path: str, command: str) -> object:
-    """Return what the agent returns for a command without arguments; raise VmError."""
+async def _ask_agent(path: str, command: str) -> tuple[object, float, float]:
+    """Return what the agent returns for a command without arguments, and when it was asked and answered; raise VmError.
+
+    An agent that is not there yet is waited for before it is asked.
+    """
     try:
         async with asyncio.timeout(DEADLINE_SECONDS):
             reader, writer = await asyncio.open_unix_connection(path, limit=MAX_LINE_BYTES)
             try:
                 await _synchronize(reader, writer)
+                asked = time.time()
                 answer = await _call_agent(reader, writer, {"execute": command})
+                answered = time.time()
             finally:
                 writer.close()
     except TimeoutError:
@@ -102,12 +104,12 @@ async def _ask_agent(path: str, command: str) -> object:
         raise VmError(f"the guest agent cannot be asked: {reason}") from None
     if "error" in answer:
         raise VmError(f"the guest agent refuses `{command}`: {one_line(str(answer['error']))}")
-    return answer.get("return")
+    return answer.get("return"), asked, answered
 
 
 async def _synchronize(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Read until the answer to this call: others may still have been asked by an earlier client."""
-    serial = next(_SERIALS)
+    serial = secrets.randbelow(1 << 31)  # not one that an earlier khod-vm has used
     answer = await _call_agent(reader, writer, {"execute": "guest-sync", "arguments": {"id": serial}})
     while answer.get("return") != serial:
         answer = await _read_answer(reader)

@@ -89,7 +89,9 @@ class FrozenGuest:
                 ["/bin/sleep", "infinity"], stdin=subprocess.DEVNULL, pass_fds=[*kept.values()], process_group=0
             )
             note = _KeptFilesNote(running, LeftProcess.of(self._keeper.pid), [*kept], [*kept.values()])
-            self._path.write_text(json.dumps(asdict(note)))
+            aside = self._path.with_suffix(".new")
+            aside.write_text(json.dumps(asdict(note)))
+            aside.rename(self._path)
         except OSError as error:
             self.release()
             raise VmError(f"its files cannot be kept while it is stopped: {errno_text(error)}") from None

@@ -8,6 +8,7 @@ memory backends by their sizes. In the next kernel the program in `restart` is g
 """
 
 import asyncio
+import errno
 import fcntl
 import os
 import resource
@@ -37,6 +38,7 @@ DROP_IN = "khod-vm.conf"
 UNITS = Path("/run/systemd/system")
 LISTENING = 'LISTEN_PID=$$; export LISTEN_PID; exec "$@"'
 PAGE_BYTES = resource.getpagesize()
+CLOSED_MEANWHILE = (errno.ENOENT, errno.EBADF)
 
 
 class KeptProcess(QemuProcess):
@@ -50,6 +52,7 @@ class KeptProcess(QemuProcess):
     async def find(self) -> bool:
         """Find QEMU by its socket, and the files of its RAM; VmError where they are not to be told from others."""
         self.close_memory()
+        await self._remove_left_drop_in()
         self.command = [*self._settings.given]
         try:
             async with self.open_monitor() as vm:
@@ -57,6 +60,14 @@ class KeptProcess(QemuProcess):
         except QmpAbsent:
             return False
         return True
+
+    async def _remove_left_drop_in(self) -> None:
+        """Remove what a khod-vm that was killed has left: with descriptors that are gone, the unit would not start."""
+        drop_in = _drop_in_of(self._settings.restart[0])
+        if drop_in.exists():
+            with suppress(OSError):
+                drop_in.unlink()
+            await _call_systemctl("daemon-reload")
 
     async def _watch_memory(self, vm: Monitor) -> dict[str, int]:
         """Watch this QEMU from now on, and return the files of its RAM."""
@@ -137,7 +148,7 @@ class KeptProcess(QemuProcess):
 
         At boot the unit may have been ordered after khod-vm, so khod-vm is ready before the unit is.
         """
-        drop_in = UNITS / f"{unit}.d" / DROP_IN
+        drop_in = _drop_in_of(unit)
         lines = [f"OpenFile=/proc/{os.getpid()}/fd/{fd}:{name}\n" for name, fd in memory.items()]
         try:
             drop_in.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +188,10 @@ class KeptProcess(QemuProcess):
         return pid
 
 
+def _drop_in_of(unit: str) -> Path:
+    return UNITS / f"{unit}.d" / DROP_IN
+
+
 def is_memfd(fd: int) -> bool:
     """Whether this is a file in memory; one that came from the kernel before is no `/memfd:` in /proc (7.3.4)."""
     try:
@@ -192,13 +207,18 @@ def _copy_memory(pid: int, sizes: Mapping[str, int]) -> dict[str, int]:
     copied: dict[str, int] = {}
     with ExitStack() as stack:
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):
-                if os.stat(link).st_size in sizes.values():
-                    fd = pidfd_getfd(pid, int(link.name))
-                    stack.callback(os.close, fd)
-                    if is_memfd(fd):
-                        stats = os.fstat(fd)
-                        found.setdefault(stats.st_size, {}).setdefault(stats.st_ino, fd)
+            try:
+                if os.stat(link).st_size not in sizes.values():
+                    continue
+                fd = pidfd_getfd(pid, int(link.name))
+            except OSError as error:
+                if error.errno in CLOSED_MEANWHILE:
+                    continue
+                raise
+            stack.callback(os.close, fd)
+            if is_memfd(fd):
+                stats = os.fstat(fd)
+                found.setdefault(stats.st_size, {}).setdefault(stats.st_ino, fd)
         for name, size in sizes.items():
             fitting = [*found.get(size, {}).values()]
             same = [other for other, its in sizes.items() if its == size]

@@ -119,6 +119,20 @@ async def load_state(vm: Monitor, file: int, *, is_memory_apart: bool = True) ->
     await _require_state(vm, {PAUSED_STATE, "suspended"}, "given its state")
 
 
+async def end_migration(vm: Monitor) -> None:
+    """Have QEMU end a migration that was called off: until then it refuses to continue the guest."""
+    asked = False
+    while True:
+        answer = await vm.execute_command("query-migrate")
+        status = answer.get("status") if isinstance(answer, dict) else None
+        if status is None or status in ("none", *ENDED_STATES):
+            return
+        if not asked:
+            await vm.execute_command("migrate_cancel")
+            asked = True
+        await asyncio.sleep(POLL_SECONDS)
+
+
 async def continue_guest(vm: Monitor) -> None:
     """Let the guest run on, from a pause, a saved state or a loaded one; VmError if it does not run then."""
     await vm.go_on(only_paused=False)

@@ -72,6 +72,13 @@ class QemuProcess(ABC):
         await self._ended.wait()
         return self._process.wait() if self._process is not None else 0
 
+    async def ends_soon(self) -> bool:
+        """Wait at most END_SECONDS for QEMU's end, whose sockets are closed first; whether it has ended."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_SECONDS):
+                await self.wait_end()
+        return self.has_ended
+
     async def kill(self) -> None:
         """End QEMU at once."""
         if self._pidfd < 0:
@@ -148,6 +155,7 @@ class VmProcess(QemuProcess):
         self._arriving = directory / "arriving"
         """The process of a QEMU that has not taken its guest yet: it can be killed, and need not answer."""
         self._last_lines: deque[str] = deque(maxlen=3)
+        self._passing: threading.Thread | None = None
 
     async def find(self) -> bool:
         """Find a QEMU that an earlier khod-vm of this boot has started.
@@ -236,7 +244,8 @@ class VmProcess(QemuProcess):
             self._arriving.write_text(f"{self._process.pid} {LeftProcess.of(self._process.pid).started}")
         self.command, self.memory = [*command], {MEMORY_NAME: memory}
         self._watch_process(self._process.pid)
-        threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True).start()
+        self._passing = threading.Thread(target=self._pass_on, args=(self._process,), name="qemu-stderr", daemon=True)
+        self._passing.start()
 
     @asynccontextmanager
     async def _open_first(self, not_yet: NotYet) -> AsyncIterator[Monitor]:
@@ -245,9 +254,8 @@ class VmProcess(QemuProcess):
             try:
                 vm = await stack.enter_async_context(self.open_monitor(not_yet))
             except QmpUnavailable:
-                with suppress(TimeoutError):  # a process that ends closes its sockets first
-                    async with asyncio.timeout(END_SECONDS):
-                        raise VmError(await self._describe_end()) from None
+                if await self.ends_soon():
+                    raise VmError(await self._describe_end()) from None
                 raise
             yield vm
 
@@ -276,6 +284,8 @@ class VmProcess(QemuProcess):
 
     async def _describe_end(self) -> str:
         code = await self.wait_end()
+        if self._passing is not None:  # what it said last may still be in the pipe
+            await asyncio.to_thread(self._passing.join, END_SECONDS)
         return f"QEMU ended with code {code}: {' / '.join(self._last_lines) or 'it gave no reason'}"
 
     async def _run_command(self, words: Sequence[str]) -> None:

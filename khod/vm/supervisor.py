@@ -37,7 +37,15 @@ from khod.vm.frozen import (
     unspend_state,
 )
 from khod.vm.kept import KeptProcess
-from khod.vm.migration import check_portable, continue_guest, list_disks, load_state, save_state, sync_disks
+from khod.vm.migration import (
+    check_portable,
+    continue_guest,
+    end_migration,
+    list_disks,
+    load_state,
+    save_state,
+    sync_disks,
+)
 from khod.vm.monitor import PAUSED_STATE, RUNNING_STATES, Monitor, NotYet, QmpUnavailable, VmError
 from khod.vm.process import QemuProcess, VmProcess, have_same_files
 from khod.vm.settings import VmSettings, load_settings
@@ -69,6 +77,7 @@ class Supervisor:
         self._ram_bytes = 0
         """What QEMU will save of the RAM with the device state, as of `prepare`."""
         self._clock = GuestClock(settings.agent)
+        self._registering = False
         self._refused = ""
         """Why the guest could not be taken back: its files are kept by khod."""
         handle = partial(_make_handler, self._loop, self._take_turn)
@@ -102,13 +111,16 @@ class Supervisor:
             close_files(memory)
         else:
             self._qemu.memory = memory
-        if not await asyncio.to_thread(self._register):
+        self._registering = True
+        if not await asyncio.to_thread(_register, self._producer, self._stopping):
             return 0
+        self._registering = False
         if self._producer.told != FREEZE:
             await self._continue_left()
         if not (self._qemu.is_up or self._qemu.has_ended or self._refused or self._frozen.is_there):
             check_unshared(self._settings.name, self._root)
-            await self._qemu.start_guest()
+            async with self._take_turn():
+                await self._qemu.start_guest()
         notify_manager(f"READY=1\nSTATUS={self._refused or 'The guest is there.'}")
         code = await self._watch()
         self._producer.stop()
@@ -133,43 +145,32 @@ class Supervisor:
     def _stop(self) -> None:
         self._stopping.set()
         self._changed.set()
-
-    def _register(self) -> bool:
-        """Register with khod, and wait for it if need be; False if khod-vm is to end instead.
-
-        A guest that came from the kernel before must not be started anew, and only khod knows whether there is one.
-        """
-        told = False
-        while not self._stopping.is_set():
-            try:
-                self._producer.start()
-            except Unreachable as error:
-                if not told:
-                    notify_manager(f"STATUS=Waiting for khod: {error}")
-                    LOG.warning("Waiting for khod, which knows whether there is a guest to take back: %s", error)
-                told = True
-                time.sleep(RETRY_SECONDS)
-            else:
-                return True
-        return False
+        if self._registering and not self._turn.locked():  # it waits, perhaps for what khod cannot give back
+            self._producer.stop()
 
     async def _watch(self) -> int:
         """Return when khod-vm is to end: QEMU has ended while no handover holds the guest, or SIGTERM came."""
         while not self._stopping.is_set():
             self._changed.clear()
-            is_held = self._turn.locked() or self._frozen.is_there
-            if self._qemu.has_ended and self._qemu.ends_with_qemu and not is_held:
-                code = await self._qemu.wait_end()
-                LOG.warning("QEMU has ended with code %d", code)
-                await self._qemu.end_guest(is_frozen=False)
-                return code
+            is_held = self._turn.locked() or self._frozen.is_there or bool(self._refused)
+            if self._qemu.ends_with_qemu and not self._qemu.is_up and not is_held:
+                return await self._end_with_qemu()
             await self._changed.wait()
+        async with self._take_turn():
+            pass  # a verb that is under way may have stopped the guest, or not yet
         if self._frozen.is_there and not await _is_host_stopping():
             LOG.warning("khod-vm is stopped in the middle of a handover: the guest continues, and the handover ends")
             self._producer.stop()
             await self._continue_left()
         await self._qemu.end_guest(is_frozen=self._frozen.is_there)
         return 0
+
+    async def _end_with_qemu(self) -> int:
+        """Return the exit code of khod-vm where QEMU is gone for good: its own one, or 1 where the guest was lost."""
+        code = await self._qemu.wait_end() if self._qemu.has_ended else 1
+        LOG.warning("QEMU has ended with code %d", code)
+        await self._qemu.end_guest(is_frozen=False)
+        return code
 
     def _note_qemu_end(self) -> None:
         if self._frozen.is_there:
@@ -218,10 +219,8 @@ class Supervisor:
         running = self._frozen.was_running
         if about is not None and not running and self._qemu.ends_with_qemu:
             await self._qemu.kill()  # it is `postmigrate`, and only `cont` would end that
-        if self._qemu.is_up:
-            if running:
-                async with self._qemu.open_monitor(_report_to(step)) as vm:
-                    await _continue_once(vm, state)
+        if await _continue_in_place(self._qemu, state, step, running=running):
+            pass
         elif about is not None and self._qemu.memory and not is_spent(state):
             await self._start_with(about, self._qemu.memory, state, step)
         else:
@@ -236,7 +235,7 @@ class Supervisor:
             if state < 0 or about_file < 0:
                 raise VmError(f"what came is not a guest: {join_names(sorted(step.files)) or 'nothing'}")
             about = read_about(about_file)
-            if await self._is_taken_back(memory, state):
+            if await _is_taken_back(self._qemu, memory, state):
                 if about.running:
                     async with self._qemu.open_monitor(_report_to(step)) as vm:
                         await continue_guest(vm)
@@ -292,17 +291,54 @@ class Supervisor:
             about if given == about.given else replace(about, given=given, command=await self._qemu.pin_command(given))
         )
 
-    async def _is_taken_back(self, memory: Mapping[str, int], state: int) -> bool:
-        """Whether a QEMU has this guest: an earlier khod-vm was killed after that, before it could say so.
 
-        VmError where another guest is in its place: that one has written to the disks, and is not ours to end.
-        """
-        if not await self._qemu.find():
-            return False
-        is_same = have_same_files(self._qemu.memory, memory)
-        if not is_same and not is_spent(state):
-            raise VmError("a QEMU without the guest's RAM is in its place, and was not touched: end it first")
-        return is_same and is_spent(state)
+def _register(producer: Producer, stopping: asyncio.Event) -> bool:
+    """Register with khod, and wait for it if need be; False if khod-vm is to end instead.
+
+    A guest that came from the kernel before must not be started anew, and only khod knows whether there is one.
+    """
+    told = False
+    while not stopping.is_set():
+        try:
+            producer.start()
+        except Unreachable as error:
+            if not told:
+                notify_manager(f"STATUS=Waiting for khod: {error}")
+                LOG.warning("Waiting for khod, which knows whether there is a guest to take back: %s", error)
+            told = True
+            time.sleep(RETRY_SECONDS)
+        else:
+            return True
+    return False
+
+
+async def _continue_in_place(qemu: QemuProcess, state: int, step: Step, *, running: bool) -> bool:
+    """Let the guest continue in its QEMU, if it was `running`; whether that QEMU is there."""
+    if not qemu.is_up:
+        return False
+    if running:
+        try:
+            async with qemu.open_monitor(_report_to(step)) as vm:
+                await end_migration(vm)
+                await _continue_once(vm, state)
+        except QmpUnavailable:
+            if await qemu.ends_soon():
+                return False
+            raise
+    return True
+
+
+async def _is_taken_back(qemu: QemuProcess, memory: Mapping[str, int], state: int) -> bool:
+    """Whether a QEMU has this guest: an earlier khod-vm was killed after that, before it could say so.
+
+    VmError where another guest is in its place: that one has written to the disks, and is not ours to end.
+    """
+    if not await qemu.find():
+        return False
+    is_same = have_same_files(qemu.memory, memory)
+    if not is_same and not is_spent(state):
+        raise VmError("a QEMU without the guest's RAM is in its place, and was not touched: end it first")
+    return is_same and is_spent(state)
 
 
 def _make_handler(

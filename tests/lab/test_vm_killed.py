@@ -56,6 +56,16 @@ def test_whoever_is_killed_while_the_guest_is_frozen_the_guest_runs_on(
     assert khod.khoctl("activate").code == Exit.done, "it takes part again"
 
 
+def test_a_qemu_that_dies_while_its_guest_is_thawed_is_started_again_with_it(
+    system: System, vm: Callable[..., Vm]
+) -> None:
+    khod, guest = system.khod(), vm().start(dies_at="thaw asked", dies="QEMU")
+    wait_ready(khod, guest)
+    assert khod.khoctl("activate").code == Exit.done
+    assert khod.khoctl("abort").code == Exit.done, guest.log
+    guest.counts_on()
+
+
 def test_a_khod_vm_that_is_killed_after_the_jump_takes_its_guest_over(system: System, vm: Callable[..., Vm]) -> None:
     """The RAM that came from the kernel before has no name; another jump shows that it is the one handed over."""
     first, guest = system.khod(), vm().start()
@@ -102,7 +112,7 @@ def test_a_restore_that_is_not_done_in_time_keeps_the_guest_for_a_retry(system: 
     guest.start(boot=True)
     assert guest.process is not None
     for times in (1, 2):
-        until(lambda: guest.log.count("The guest was not taken back") == times, guest.process)  # noqa: B023
+        until(lambda: guest.log.count("The guest was not taken back") >= times, guest.process)  # noqa: B023
         assert "its state is kept: not done within 3 s" in guest.log
         registered(second, "one")
         if times == 1:

@@ -102,7 +102,7 @@ def test_a_guest_of_others_that_was_started_anew_is_not_taken_for_the_one_that_c
         system.jump(first)
         guest.qemu.wait()
         last, begun_line = guest.numbers[-1], guest.serial.read_text().rpartition("\n")[2]
-        guest.start_qemu()
+        guest.start_qemu().wait_listening()
         second = system.khod(ready=False)
         guest.start(boot=True)
         assert guest.process is not None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from khod.errors import Exit
@@ -42,11 +43,12 @@ def test_a_guest_that_the_next_qemu_refuses_waits_for_a_repair_of_its_file(
 def write_memory(guest: Vm) -> None:
     """Write to the upper half of the guest's RAM, which it does not use."""
     for link in Path(f"/proc/{guest.pid_file.read_text().strip()}/fd").iterdir():
-        if os.stat(link).st_size == 64 * MIB:
-            with open(link, "r+b") as memory:
-                memory.seek(32 * MIB)
-                memory.write(b"\xa5" * (32 * MIB))
-            return
+        with suppress(FileNotFoundError):  # closed meanwhile, as of a QMP session
+            if os.stat(link).st_size == 64 * MIB:
+                with open(link, "r+b") as memory:
+                    memory.seek(32 * MIB)
+                    memory.write(b"\xa5" * (32 * MIB))
+                return
     raise AssertionError("its RAM was not found")
 
 

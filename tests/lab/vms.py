@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -37,12 +38,14 @@ DYING = """
 import os, select, signal, sys
 from pathlib import Path
 from khod import producer
-from khod.vm import migration, process, supervisor
+from khod.vm import agent, migration, process, supervisor
 
 verb, _, when = os.environ["DIES_AT"].partition(" ")
 call_handler, give_stream = producer.Producer._call_handler, migration._give_stream
-go_on, has_ended = supervisor._continue_once, process.QemuProcess.has_ended
+go_on, end_migration, is_up = supervisor._continue_once, supervisor.end_migration, process.QemuProcess.is_up
 told = ""
+
+agent.FINISH_SECONDS = 20.0  # a busy processor is no reason to miss the guest's clock
 
 def kill():
     global when
@@ -76,19 +79,25 @@ async def continue_once(vm, state):
         kill()
     await go_on(vm, state)
 
-def judge_end(self):
-    ended = has_ended.fget(self)
-    if (verb, when) == ("watch", "after") and self.is_up:
+async def ask_migration(vm):
+    if (verb, when) == (told, "asked"):
+        os.kill(int(Path(os.environ["PID_FILE"]).read_text()), signal.SIGKILL)  # it need not have ended yet
+        Path(os.environ["KILLED"]).write_text(Path(os.environ["PID_FILE"]).read_text())
+    await end_migration(vm)
+
+def see_up(self):
+    up = is_up.fget(self)
+    if (verb, when) == ("watch", "after") and up:
         kill()
-    return ended
+    return up
 
 producer.Producer._call_handler, migration._give_stream = carry_out, give
-supervisor._continue_once = continue_once
-process.QemuProcess.has_ended = property(judge_end)
+supervisor._continue_once, supervisor.end_migration = continue_once, ask_migration
+process.QemuProcess.is_up = property(see_up)
 sys.exit(supervisor.main())
 """
 """khod-vm, with a death at a moment of a verb: `during` is after `stop`, or before a state is loaded; `late` is before
-`cont`, and `watch after` when QEMU was just seen to be there."""
+`cont`, `thaw asked` when QEMU is asked to continue, and `watch after` when it was just seen to be there."""
 
 
 class Vm:
@@ -121,7 +130,6 @@ class Vm:
         self.file.write_text(f"command = {words}\n")
         self.words = words
         self.process: subprocess.Popen[bytes] | None = None
-        system.mortal.append(self.die)
 
     @property
     def runtime(self) -> Path:
@@ -129,13 +137,14 @@ class Vm:
         return self._system.directory / f"run-{self.name}-{self._boots}"
 
     def start(self, *, boot: bool = False, dies_at: str = "", dies: str = "khod-vm") -> Vm:
-        """Start khod-vm; with `boot` the kernel before, and all of its processes, have ended.
+        """Start khod-vm; with `boot` in the next kernel: a jump of `system` has ended all processes of the one before.
 
         With `dies_at`, as "freeze before", khod-vm, QEMU or both are killed before, during or after a verb.
         """
         if boot:
-            self.die()
             self._boots += 1
+        if self.die not in self._system.mortal:
+            self._system.mortal.append(self.die)
         environment = {
             **os.environ,
             "PYTHONPATH": str(REPOSITORY),
@@ -174,7 +183,12 @@ class Vm:
 
     def kill_qemu(self) -> None:
         with suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            os.kill(int(self.pid_file.read_text()), signal.SIGKILL)
+            pidfd = os.pidfd_open(int(self.pid_file.read_text()))
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                assert select.select([pidfd], [], [], DEADLINE)[0]
+            finally:
+                os.close(pidfd)
 
     def kill_supervisor(self) -> None:
         if self.process is not None:
@@ -233,6 +247,15 @@ class OthersVm(Vm):
         words += ["-qmp", f"unix:{self._qmp},server=on,wait=off"]
         self.qemu = subprocess.Popen(words)
         return self
+
+    def wait_listening(self) -> None:
+        """Wait until QEMU can be found by its socket."""
+
+        def connects() -> bool:
+            with socket.socket(socket.AF_UNIX) as sock:
+                return sock.connect_ex(str(self._qmp)) == 0
+
+        until(connects, self.qemu)
 
     def start_anew(self) -> OthersVm:
         """Start the guest anew after that, as whoever runs it; and khod-vm where it has died."""
