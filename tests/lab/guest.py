@@ -148,6 +148,7 @@ class Guest:
             stack.enter_context(self._machine)
             self.wait_hello(BOOT_TIMEOUT)
             if self._saved:  # its clock stood still, the one its next kernel reads did not
+                self.run(["true"])  # it is loaded by now: what is set is not late by that
                 self.run(["date", "--utc", f"--set=@{time.time()}"])
             self._stack = stack.pop_all()
         return self

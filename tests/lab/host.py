@@ -108,7 +108,8 @@ class Host:
 
     def settled(self, code: int = 0) -> dict[str, Any]:
         """Wait until a khod that was just started has rolled back, or has taken stock; status answers before."""
-        busy = 'khoctl status --json | grep -qE \'"phase": "(rolling_back|verifying)"\''
+        # Without `boot_id` it is the record's state, which khod tells until it has looked at the kernel.
+        busy = 'khoctl status --json | grep -qE \'"phase": "(rolling_back|verifying)"|"boot_id": ""\''
         self.shell(f"timeout 60 sh -c {shlex.quote(f'while {busy}; do sleep 0.2; done')}")
         return self.status(code)
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod
@@ -61,7 +61,8 @@ class Sshd:
             return
         sessions = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         for session in sessions:
-            os.kill(int(session), 15)
+            with suppress(ProcessLookupError):  # it was ending
+                os.kill(int(session), 15)
         self.process.kill()
         self.process.communicate(timeout=DEADLINE)
         self.process = None

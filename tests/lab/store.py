@@ -48,6 +48,7 @@ def fill(host: Host, mebibytes: int) -> str:
 def check_arrived(host: Host, digest: str, mebibytes: int) -> None:
     """Hold that khod has verified the handover, and that the store has what was written before it."""
     host.khoctl("verify")
+    host.shell("systemctl start kv-store")  # restored, it may not serve yet: this waits until it does
     status = host.status()
     assert status["phase"] == "verified", status
     assert "kv-store" in status["verdict"]["arrived"]

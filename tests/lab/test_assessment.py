@@ -4,6 +4,7 @@
 Each guest keeps its journal on the disk, and has ramoops in a piece of memory that no kernel uses.
 """
 
+import json
 import shlex
 from typing import Any
 
@@ -15,6 +16,7 @@ from khod.simulated.kernel import build_initrd
 from tests.lab.conftest import Boot
 from tests.lab.host import KHO, Host, image
 from tests.lab.kernels import NEXT_LUO
+from tests.unit.khods import until
 
 RAMOOPS = (
     "memmap=2M$0x50000000 ramoops.mem_address=0x50000000 ramoops.mem_size=0x200000 "
@@ -60,10 +62,16 @@ def come_up_cold(host: Host, before: str, phase: Phase = Phase.executing) -> dic
     return status
 
 
+def is_remembered(host: Host, reason: str) -> bool:
+    """Whether the history has this reason of an attempt; the record has it before."""
+    return any(reason in each["reason"] for each in json.loads(host.khoctl("history", "--json").stdout)["attempts"])
+
+
 def hold_refused(host: Host, status: dict[str, Any], *words: str) -> None:
     """Hold that the image is refused from now on, with the reason, until an acknowledgement; the journal says it."""
     said = f"journalctl -b -o cat MESSAGE_ID={Message.image_barred.identifier} | grep -q 'is refused from now on'"
     host.shell(f"timeout 60 sh -c {shlex.quote(f'until {said}; do sleep 0.2; done')}")
+    until(lambda: is_remembered(host, status["cold_boot"]["reason"]), None, seconds=60)
     refused = host.khoctl("kexec", *words, code=3).stderr
     assert "check trial" in refused
     assert status["cold_boot"]["reason"] in refused

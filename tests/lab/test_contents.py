@@ -76,7 +76,7 @@ def test_a_flipped_bit_is_found_and_named(boot: Boot, ram: Path, _number: int) -
 
     before, seen = guest.boot_id, len(guest.console())
     guest.start(["khoctl", "kexec", "--image", f"{IMAGES}/{VERSION}/bzImage", "--initrd", INITRD])
-    guest.wait_console("Starting new kernel", 60, since=seen)
+    guest.wait_console("Starting new kernel", 180, since=seen)
     guest.qmp("stop")
     assert flip_bit(ram) >= 1
     guest.qmp("cont")

@@ -23,7 +23,7 @@ from tests.lab.errors import LabError
 PROGRAM = "qemu-system-x86_64"
 SMALLEST = ["-M", "none", "-accel", "tcg", "-display", "none", "-nodefaults"]
 PC = ["-M", "q35", "-m", "16M", "-accel", "tcg", "-display", "none", "-nodefaults"]
-SLOW_DISK = "null-co,node-name=slow,latency-ns=1000000000,size=1048576"
+SLOW_DISK = "null-co,node-name=slow,latency-ns=5000000000,size=1048576"
 DEADLINE = 60.0  # seconds; a test that needs it has hung
 
 
@@ -217,7 +217,7 @@ def test_a_stop_under_way_when_it_is_cancelled_is_undone(tmp_path: Path) -> None
             with vm.monitor.listener(("STOP", "RESUME")) as events:
                 freeze = asyncio.ensure_future(Qemu("vm", socket=str(vm.path)).carry_out(telling))
                 assert (await events.get())["event"] == "STOP"
-                assert not freeze.done(), "the write takes a second"
+                assert not freeze.done(), "the write takes five seconds"
                 freeze.cancel()
                 await asyncio.wait({freeze})
                 assert freeze.cancelled()

@@ -136,8 +136,9 @@ def test_a_monitor_goes_through_the_jump_and_a_lost_connection(operator: Operato
     assert json.loads(monitor.stdout.readline())["phase"] == "idle"
     files = ("--image", khod.directory / "vmlinuz", "--initrd", khod.directory / "initrd")
     assert khod.khoctl("activate").code == Exit.done
-    web.stop()
     lines = iter(monitor.stdout.readline, "")
+    assert any(json.loads(line).get("phase") == "active" for line in lines)
+    web.stop()
     assert any(follow.LOST in line for line in lines)
     web.start()
     assert any(follow.CONNECTED in line for line in lines)
