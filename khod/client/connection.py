@@ -102,10 +102,9 @@ class Connection:
         return 0
 
     def _raise_refusal(self) -> None:
-        """Raise the error that khod sent before it closed the connection, if it sent one."""
-        with suppress(Unreachable):
-            self._socket.setblocking(False)
-            self.receive_reply()
+        """Raise the error that khod sent before it closed the connection, or why the way to it has ended."""
+        self._socket.setblocking(False)
+        self.receive_reply()
 
     def receive_reply(self) -> Mapping[str, Any]:
         """Wait for the next reply and return its parameters; raise the error if it is one."""

@@ -38,7 +38,10 @@ class HostLock:
         self._pause = pause
 
     def lock(self) -> str:
-        """Get the lock, by the deadline of the settings; Refused or Failed without it."""
+        """Get the lock, by the deadline of the settings; Refused or Failed without it.
+
+        A release of the lock that SETTLE_UNIT still tries would take it away again: that ends first.
+        """
         self._request(LOCK, "The lock was not obtained", self._settings.deadline)
         return f"The lock is held ({self._whose})."
 
@@ -48,18 +51,25 @@ class HostLock:
         self._request(LOCK, lost, self._settings.deadline, denial_is_final=True)
         return f"The lock is still held ({self._whose})."
 
-    def unlock(self, *, once: bool = False) -> str:
-        """Release the lock, whether it is held or not; with `once` a request that fails is not repeated."""
+    def unlock(self, *, once: bool = False, require: Callable[[], None] = lambda: None) -> str:
+        """Release the lock, whether it is held or not; with `once` a request that fails is not repeated.
+
+        `require` is called before each request, and raises what speaks against it.
+        """
         deadline = 0.0 if once else self._settings.deadline
-        self._request(UNLOCK, "The lock was not released", deadline)
+        self._request(UNLOCK, "The lock was not released", deadline, require=require)
         return f"The lock is released ({self._whose})."
 
-    def settle(self, status: Status, *, rolled_back: bool = False) -> str:
+    def settle(self, ask: Callable[[], Status], *, rolled_back: bool = False) -> str:
         """Release the lock if the host is in its steady state; Degraded if it keeps the lock after a bad handover.
 
-        Failed while a handover is under way, or where khod has not put everything back. With `rolled_back` khod is
-        at the end of a rollback, which waits: one request is sent.
+        Failed while a handover is under way, or where khod has not put everything back. `ask` is called before each
+        request: a handover may have begun since. With `rolled_back` khod is at the end of a rollback, which waits: one
+        request is sent.
         """
+        return self.unlock(once=rolled_back, require=lambda: self._require_steady(ask(), rolled_back=rolled_back))
+
+    def _require_steady(self, status: Status, *, rolled_back: bool) -> None:
         if status.outcome in ENDED and status.outcome.value in self._settings.keep_after:
             raise Degraded(
                 f"{HOST_KEEPS}: {status.summary or status.outcome.value}",
@@ -72,9 +82,16 @@ class HostLock:
                 where=self._settings.url,
                 remedy="Look at it with: khoctl status",
             )
-        return self.unlock(once=rolled_back)
 
-    def _request(self, endpoint: str, failed: str, seconds: float, *, denial_is_final: bool = False) -> None:
+    def _request(
+        self,
+        endpoint: str,
+        failed: str,
+        seconds: float,
+        *,
+        denial_is_final: bool = False,
+        require: Callable[[], None] = lambda: None,
+    ) -> None:
         """Send a request until the server says yes, at most for `seconds` after the first one.
 
         The pauses grow, and have a random part, so that hosts that were refused together do not return together.
@@ -82,6 +99,7 @@ class HostLock:
         began, longest, requests = time.monotonic(), self._settings.backoff, 0
         while True:
             requests += 1
+            require()
             try:
                 return self._server.send_request(endpoint)
             except NotGranted as error:
@@ -132,17 +150,23 @@ COMMANDS = {
 
 def _run(found: argparse.Namespace, settings: FleetLockSettings) -> str:
     lock = HostLock(settings, node_id(settings, found.root))
+    is_managed = found.root == Path("/") and MANAGED.is_dir()
     if found.command == "lock":
+        if is_managed:
+            subprocess.run(["systemctl", "stop", SETTLE_UNIT], check=False)  # noqa: S603, S607
         return lock.lock()
     if found.command == "check":
         return lock.check()
     if found.command == "unlock":
         return lock.unlock()
-    try:
+
+    def ask() -> Status:
         with Client(found.socket, patience=settings.timeout) as client:
-            status = client.status()
-        return lock.settle(status, rolled_back=found.rolled_back)
+            return client.status()
+
+    try:
+        return lock.settle(ask, rolled_back=found.rolled_back)
     except KhoError:
-        if found.rolled_back and found.root == Path("/") and MANAGED.is_dir():
+        if found.rolled_back and is_managed:
             subprocess.run(["systemctl", "--no-block", "restart", SETTLE_UNIT], check=False)  # noqa: S603, S607
         raise

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from khod.producers.order import order_in_ranks
 from khod.producers.service_settings import read_settings
 from tests.unit.fleetlock import FAULTS, LOCK, UNLOCK, Authority, Server, close_early, configure, hang, serving
 from tests.unit.images import CPIO, bzimage
-from tests.unit.khods import REPOSITORY, Answer, Khod, reply, run
+from tests.unit.khods import DEADLINE, REPOSITORY, Answer, Khod, reply, run
 from tests.unit.test_hooks import Rehearsed
 
 MAIN_FAULTS = ("refuses", "hangs")
@@ -282,6 +283,20 @@ def test_a_lock_that_cannot_be_released_stops_no_rollback(khod: Khod, server: Se
     server.fault = None
     assert settle(khod).code == Exit.done
     assert server.holders == []
+
+
+def test_a_release_that_is_still_tried_takes_no_lock_from_a_handover(khod: Khod, server: Server) -> None:
+    configure(khod.directory / "root", server, deadline=DEADLINE)
+    server.fault, server.faulty = close_early, {UNLOCK}
+    with ThreadPoolExecutor() as threads:
+        settling = threads.submit(settle, khod)
+        server.wait_for(UNLOCK, 2)
+        assert khod.khoctl("activate").code == Exit.done
+        server.fault = None
+        settled = settling.result()
+    assert settled.code == Exit.failed
+    assert "khod is not in its steady state, but" in " ".join(settled.err.split())
+    assert len(server.holders) == 1
 
 
 # After a bad handover
