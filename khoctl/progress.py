@@ -14,7 +14,7 @@ from khoctl.layout import fit_page, show_page
 from khoctl.session import TO_SEE, Detached, call_timeout, can_repaint, connect_client, say_slow, socket_path
 from khod.client.handover import SLOW_SECONDS, Client
 from khod.errors import KhoError, Unreachable
-from khod.model import Event, Phase, Producer, Status
+from khod.model import Event, EventKind, Phase, Producer, Status
 from khod.text import join_names
 
 if TYPE_CHECKING:
@@ -185,18 +185,27 @@ def run_with_progress(begin: Callable[[Client], None], answer: Callable[[Client]
 
 
 def begin_operation(begin: Callable[[Client], None]) -> Status:
-    """Call an operation and return the status as soon as something changes or it is over; khod continues it."""
+    """Call an operation and return the status as soon as it takes a step or is over; khod continues it."""
+    limit = call_timeout()
+    deadline = None if limit is None else time.monotonic() + limit
     with connect_client() as calling, connect_client() as watcher, selectors.DefaultSelector() as selector:
         watcher.call_method("Monitor", more=True)
-        watcher.receive_event()
+        before = watcher.receive_event().phase
         begin(calling)
         for connection in (calling, watcher):
             selector.register(connection, selectors.EVENT_READ)
-        ready = [key.fileobj for key, _events in selector.select(call_timeout())]
-        if calling in ready:
-            return calling.receive_status()
-        if not ready:
-            raise too_long_error()
+        has_begun = False
+        while not has_begun:  # a producer that registers, as what is checked before, does not mean that it has
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = [key.fileobj for key, _events in selector.select(left)]
+            if calling in ready:
+                return calling.receive_status()
+            if not ready:
+                raise too_long_error()
+            events = [watcher.receive_event()]
+            while watcher.reply_waiting:
+                events.append(watcher.receive_event())
+            has_begun = any(event.phase is not before or event.kind is EventKind.step_began for event in events)
     with connect_client() as asking:
         return asking.status()
 

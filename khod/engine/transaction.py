@@ -311,7 +311,7 @@ class Transaction:
         if step is Step.quiesce:  # recorded before the first of them is stopped: the undo starts what stands there
             quiesced = await self.cancellation.wait_interruptibly(attempt.select_units())
             self._record = replace(self._record, quiesced=quiesced)
-        self._machine = self._machine.begin_step(step)
+        self._machine, self._step_began = self._machine.begin_step(step), time.monotonic()
         done = (*self._machine.done, *(ahead or ()))
         if ahead is not None:
             await self._write_record(replace(self.current_record(), done=done), departs=step is Step.execute)
@@ -321,7 +321,7 @@ class Transaction:
         members = attempt.barrier.members
         who = members[0].producer.name if len(members) == 1 else "every producer"
         self.emit_event(f"{BEGINS[step].format(who=who)}{by}", EventKind.step_began, step=step)
-        self._step_began = began = time.monotonic()
+        began = time.monotonic()
         if step is Step.freeze:
             self._record = replace(self._record, window_began_at=time.time())
         if step is Step.execute:

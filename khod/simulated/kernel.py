@@ -269,9 +269,11 @@ class SimulatedKernel(HostCalls):
     def _set_file(self, path: str, data: bytes, mode: int = 0o644) -> None:
         at = self.host_path(path)
         at.parent.mkdir(parents=True, exist_ok=True)
-        at.unlink(missing_ok=True)
-        at.write_bytes(data)
-        at.chmod(mode)
+        new = self.root / f"{STATE}.attribute"
+        new.unlink(missing_ok=True)
+        new.write_bytes(data)
+        new.chmod(mode)
+        new.rename(at)  # in one piece, as the kernel changes an attribute
 
     def _printk(self, line: str) -> None:
         self.host_path(LOG).parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from khoctl.commands import handover, watching
 from khod.errors import Exit
 from khod.model import Event, Phase, Producer
 from tests.unit.images import CPIO, bzimage
-from tests.unit.khods import DEADLINE, REPOSITORY, Khod, Terminal, cli
+from tests.unit.khods import DEADLINE, REPOSITORY, Khod, Terminal, cli, wait_readable
 from tests.unit.test_render import status
 
 LAST = "last"
@@ -415,3 +416,31 @@ def test_help_is_there_by_its_name_and_explains_each_argument_once(
 ) -> None:
     ended = cli(tmp_path / "socket", *words)
     assert (ended.code, ended.out.count(said)) == (Exit.done, 1)
+
+
+def test_what_happens_before_a_refusal_is_no_beginning(tmp_path: Path) -> None:
+    """A producer registers while khod still checks: khoctl waits on, and khod's answer is the refusal."""
+
+    def event(message: str) -> bytes:
+        told = {"seconds": 1.0, "phase": "idle", "message": message, "run": "", "producer": None, "words": None}
+        told |= {"kind": "note", "step": "", "duration": None, "at": 0.0, "boot_id": ""}
+        return json.dumps({"parameters": {"event": told}, "continues": True}).encode() + b"\0"
+
+    with socket.socket(socket.AF_UNIX) as bound, ThreadPoolExecutor(1) as pool:
+        bound.bind(str(tmp_path / "socket"))
+        bound.listen()
+        bound.settimeout(DEADLINE)
+        asking = pool.submit(cli, tmp_path / "socket", "activate", "--no-block")
+        calling, _address = bound.accept()
+        watcher, _address = bound.accept()
+        with calling, watcher:
+            assert b"Monitor" in watcher.recv(4096)
+            watcher.sendall(event(""))
+            assert b"Activate" in calling.recv(4096)
+            watcher.sendall(event("producer kv registered"))
+            assert not wait_readable(bound.fileno(), 0.5), "it asks for the status, as once it has begun"
+            watcher.sendall(event("device vda added"))
+            no = {"error": "io.kho.Handover.Refused", "parameters": {"what": "No", "where": "", "remedy": ""}}
+            calling.sendall(json.dumps(no).encode() + b"\0")
+            ended = asking.result(DEADLINE)
+    assert ended.code == Exit.refused, ended
