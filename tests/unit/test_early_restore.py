@@ -441,11 +441,13 @@ def assert_taken_back(host: Path, khod: "subprocess.Popen[bytes]") -> None:
 
 
 def test_khod_takes_over_a_producer_that_was_told(host: Path) -> None:
-    with starting(host) as khod, connect_at(host) as producer:
-        producer.sendall(REGISTER)
-        producer.sendall(READY % begin(producer))
-        end(producer)
-        record = wait_outcome(host, khod)
+    with listen_at(host / "activated") as listening, connect_at(host) as producer:
+        producer.sendall(REGISTER + NEXT)  # before khod begins: however slow this test is, it is early
+        with start_khod(host, listening, EARLY_STARTER.format(at=host)) as khod:
+            assert reply(producer)["parameters"]["told"] == "restore"
+            producer.sendall(READY % int(reply(producer)["parameters"]["serial"]))
+            end(producer)
+            record = wait_outcome(host, khod)
     assert (host / NOTE_NAME).exists(), "it was not early"
     assert record.verdict is not None
     assert NAME in record.verdict.arrived

@@ -3,13 +3,16 @@
 
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from khod.concurrency.worker import Worker
 from khod.systemd import fdstore, notification, notifier
 from khod.systemd.fdstore import ServiceManager
+from tests.unit.khods import until
 from tests.unit.unread import GOES_ON, send_until_it_blocks
 
 
@@ -52,9 +55,15 @@ def test_a_queued_notification_delays_nobody(tmp_path: Path, monkeypatch: pytest
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        own = Worker(
+            "own-notify", "The service manager", max_waiting=notifier.MAX_WAITING
+        )  # what waits is sent to no other
+        monkeypatch.setattr(notifier, "start_notifier", lambda: own)
         for number in range(2 * notifier.MAX_WAITING):  # more than its socket takes, and more than are kept
             notifier.notify_manager(f"STATUS={number}")
         assert manager.recv(64) == b"STATUS=0"
+    own.close()
+    until(lambda: not any(thread.name.startswith("own-notify") for thread in threading.enumerate()), None)
 
 
 def test_a_notification_reaches_the_service_manager_with_its_descriptors(

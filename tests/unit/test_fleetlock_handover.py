@@ -201,9 +201,9 @@ def test_a_lock_that_is_lost_ends_the_handover_before_anything_is_frozen(
     write_hook(khod.directory, prepare=f"read go < {gate}")
     with khod.connect() as client:
         client.sendall(b'{"method": "io.kho.Handover.Activate"}\0')
-        server.wait_for(LOCK)
-        lose(server)
-        gate.write_text("go\n")
+        with gate.open("w") as go:  # the hook runs: the lock is held
+            lose(server)
+            go.write("go\n")
         what = reply(client)["parameters"]["what"]
     assert "The lock is not held any more" in what
     assert ("all slots are taken" if taken else "no answer within 0.5 s") in what

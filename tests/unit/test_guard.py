@@ -9,6 +9,7 @@ through the kernel, libudev and pyudev, and reach nobody outside a namespace mad
 import asyncio
 import ctypes
 import errno
+import gc
 import os
 import resource
 import socket
@@ -121,7 +122,8 @@ def watching(witness: Callable[[Seen], None], *abort: str, **devices: tuple[str,
 
 
 def descriptors() -> set[str]:
-    """What this process has open, but for the directory this is read from."""
+    """What this process has open, but for the directory this is read from, and for what earlier tests have left."""
+    gc.collect()
     links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
     return {f"{link.name}: {link.readlink()}" for link in links if os.path.lexists(link)}
 

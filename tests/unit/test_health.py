@@ -14,6 +14,7 @@ from khod.producers.transient import unit_name
 from khod.simulated.kernel import Rebooted
 from tests.unit.harness import Host
 from tests.unit.khods import REPOSITORY
+from tests.unit.test_hooks import gone
 
 FINE = 'command = ["/bin/true"]\n'
 
@@ -181,17 +182,11 @@ async def test_a_command_that_does_not_end_is_ended_and_holds_up_no_other(host: 
     assert checks(verdict)["health fine"].result is CheckResult.passed
 
 
-def lives(pid: int) -> bool:
-    """Whether a process is there, and not only waits for its parent."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
-
-
 async def test_what_a_command_leaves_behind_is_killed(host: Host) -> None:
     lay(host.directory, forks=script(f"sleep 1000 & echo $! > {host.directory}/pid; exit 0"))
     verdict = await verified(host)
     assert checks(verdict)["health forks"].result is CheckResult.passed
-    assert not lives(int((host.directory / "pid").read_text()))
+    assert gone(int((host.directory / "pid").read_text()))
 
 
 async def test_the_check_before_a_handover_names_what_could_not_run(host: Host) -> None:

@@ -3,6 +3,7 @@
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import re
@@ -252,14 +253,14 @@ def gone(pid: int) -> bool:
 async def test_at_the_deadline_the_whole_session_is_killed(tmp_path: Path) -> None:
     """A child left behind must not thaw later."""
     pids = tmp_path / "pids"
-    late = hook(f"sleep 600 & echo $$ $! > {pids}; wait", timeout=0.5)
-    with pytest.raises(Refused, match=r"0\.5 s"):
+    late = hook(f"sleep 600 & echo $$ $! > {pids}; wait", timeout=2.0)
+    with pytest.raises(Refused, match="2 s"):
         await barrier(late).broadcast(Verb.freeze)
     assert [gone(int(pid)) for pid in pids.read_text().split()] == [True, True]
 
 
 async def test_a_hook_that_ignores_signals_is_killed_too(tmp_path: Path) -> None:
-    stubborn = hook(f"trap '' TERM INT HUP; echo $$ > {tmp_path}/pid; while :; do sleep 600; done", timeout=0.5)
+    stubborn = hook(f"trap '' TERM INT HUP; echo $$ > {tmp_path}/pid; while :; do sleep 600; done", timeout=2.0)
     with pytest.raises(Refused):
         await barrier(stubborn).broadcast(Verb.freeze)
     assert gone(int((tmp_path / "pid").read_text()))
@@ -463,6 +464,7 @@ async def test_wherever_a_hook_is_cancelled_nothing_of_it_is_left(tmp_path: Path
     """At every turn of the event loop up to where it waits for the command, and `again` in the turns after."""
     pids = tmp_path / "pids"
     endless = hook(f"sleep 600 & echo $$ $! >> {pids}; sleep 600")
+    gc.collect()  # earlier tests' files are not to be closed meanwhile
     tasks, descriptors = asyncio.all_tasks(), len(os.listdir("/proc/self/fd"))
     for turn in range(8):
         telling = asyncio.ensure_future(endless.carry_out(ProducerCall(Verb.freeze, "r")))
@@ -488,7 +490,7 @@ async def test_a_hook_that_sleeps_in_the_kernel_is_left_to_itself_and_named(tmp_
     telling = ProducerCall(Verb.thaw, "r", "", lambda reason, _progress: reasons.append(reason))
     with frozen_file_system(tmp_path / "mnt") as frozen:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(2.0):
                 await Hook("db", commands={"thaw": ["touch", str(frozen / "log")]}).carry_out(telling)
         found = re.fullmatch(
             r"process (\d+) \(touch\) was sent SIGKILL: it sleeps in the kernel and does not die", reasons[-1]

@@ -3,6 +3,7 @@
 
 import errno
 import fcntl
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -94,6 +95,7 @@ def test_another_process_s_file_is_no_session() -> None:
     """Copied by pidfd_getfd(2) and closed again: a file that has a type, and an anonymous inode that is no session."""
     child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=(event := os.eventfd(0),))
     try:
+        gc.collect()  # earlier tests' files are not to be closed meanwhile
         open_before = os.listdir("/proc/self/fd")
         assert HostCalls().describe_session(child.pid, 0) is None
         assert HostCalls().describe_session(child.pid, event) is None

@@ -239,7 +239,7 @@ def test_a_peer_that_lives_and_does_not_come_back_is_named_and_can_be_put_back_l
     system: System, peer: Callable[..., PeerProcess]
 ) -> None:
     first = system.khod(dies_at="active: ")
-    well, stopped = peer("well"), peer("stopped", timeout=0.5)
+    well, stopped = peer("well"), peer("stopped", timeout=3.0)
     with begin(first, "Activate"):
         first.died()
     stopped.process.send_signal(signal.SIGSTOP)
@@ -429,7 +429,7 @@ def producer(kept_on: tuple[System, Khod]) -> Iterator[Callable[..., Producer]]:
     khod = kept_on[1]
 
     def start(name: str = "subject", **options: Any) -> Producer:
-        made.append(Producer(name, socket=khod.socket, **{"timeout": 2.0, **options}))
+        made.append(Producer(name, socket=khod.socket, **{"timeout": DEADLINE, **options}))
         made[-1].start()
         return made[-1]
 

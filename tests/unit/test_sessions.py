@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ async def test_what_was_left_is_given_to_its_owner_and_to_nobody_else(
 async def degraded(host: LuoHost) -> Engine:
     """A khod in whose kernel `kv` did not come in time."""
     host.config = Config(deadlines=Deadlines(restore=0.01))
-    await jump(host, patience=0.2)
+    await jump(host)
+    soon = tuple(replace(holder, timeout=0.2) for holder in host.record.producers)
+    host.store.write(replace(host.record, producers=soon))
     engine = await host.started()
     await reached(host, engine, Phase.degraded)
     return engine
