@@ -156,7 +156,7 @@ class Verification:
     async def _load_health_checks(self) -> list[evidence.Evidence]:
         """Read the operator's health checks; return what is to be said if their directory does not answer."""
         try:
-            deadline = self._settings.current.deadlines.observe
+            deadline = self._settings.current.deadlines.activate  # the first boot is busy: none may be left out
             self._checks = await self._workers.files.call_within(
                 self._health.load_checks, "reading /etc/kho/verify.d", deadline
             )

@@ -136,7 +136,9 @@ class FrozenFileSystems:
 def write_note(note: Path, paths: Sequence[str]) -> None:
     """Write which file systems may be frozen, a line each: a shell script reads it too."""
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text("".join(f"{path}\n" for path in paths), errors="surrogateescape")
+    new = note.with_name(f"{note.name}.new")  # a khod that is killed here leaves the note of before
+    new.write_text("".join(f"{path}\n" for path in paths), errors="surrogateescape")
+    new.rename(note)
 
 
 def read_note(note: Path) -> list[str]:

@@ -201,7 +201,9 @@ class SystemdHost:
             listed = await units.list_units(bus, STOPPABLE)
             late = await units.find_timed_out(bus, names)  # in an earlier start or stop
         self._staying = frozenset(name for name, unit in listed.items() if unit.active == "active").difference(names)
+        stopped: set[str] = set()
         for _ in range(ROUNDS):
+            stopped.update(names)
             results = await units.run_jobs("StopUnit", names, "replace", self._awaited)
             if failed := {name: result for name, result in results.items() if result != units.DONE}:
                 stuck = "; ".join(f"{name}: {JOB_RESULTS.get(why, why)}" for name, why in failed.items())
@@ -211,7 +213,8 @@ class SystemdHost:
             names = survey.selection.stopped
             if not names:
                 survey.require_clear()
-                if ended := find_ended(self._staying, survey.selection.running):
+                # One that was started after the first survey was to be stopped, and a later round has done that.
+                if ended := find_ended(self._staying - stopped, survey.selection.running):
                     raise Refused(
                         f"Was to stay, and ended when others were stopped: {join_names(ended)}",
                         where="quiesce",
@@ -239,6 +242,12 @@ class SystemdHost:
                 )
         except (dbus.BusError, TimeoutError) as error:
             raise _undescribed_error(error) from error
+        if goes_down is None:
+            raise Refused(
+                "logind does not say whether somebody shuts the host down",
+                where="quiesce",
+                remedy="Look at systemctl status systemd-logind. To ask nobody: `Kexec(now)`",
+            )
         if state == "stopping" or goes_down:
             raise Refused(
                 "Somebody has begun to shut the host down",

@@ -21,8 +21,9 @@ LOG = logging.getLogger(__name__)
 FIFO_NAME = "thaw-guard"
 READY_SUFFIX = ".ready"
 SCRIPT = """\
+exec 3< "$1"
 echo ready > "$1.ready"
-cat "$1"
+cat <&3
 [ -e "$2" ] || exit 0
 while IFS= read -r path; do fsfreeze -u "$path"; done < "$2"
 rm -f "$2"

@@ -185,8 +185,9 @@ def find_session_units(units: Iterable[UnitFacts]) -> dict[str, str]:
     above: set[int] = set()
     for path in sorted(SESSIONS.glob("*")) if SESSIONS.is_dir() else []:
         with suppress(OSError, ValueError):
-            leader = next(line[7:] for line in path.read_text().splitlines() if line.startswith("LEADER="))
-            above |= set(_ancestors(int(leader)))
+            if path.is_file():  # an older logind has a FIFO of each session there
+                leaders = [line[7:] for line in path.read_text().splitlines() if line.startswith("LEADER=")]
+                above.update(*(_ancestors(int(leader)) for leader in leaders))
     return {unit.name: "an operator is logged in by it" for unit in units if unit.main_pid in above}
 
 

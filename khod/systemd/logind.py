@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -86,19 +87,25 @@ async def shutdown_inhibitors() -> Answer:
     return await asyncio.shield(_last.answer)
 
 
-async def is_shutting_down() -> bool:
+async def is_shutting_down() -> bool | None:
     """Whether logind has taken a request to shut the host down, which waits for programs with `delay` locks.
 
-    systemd does not know of it yet. False where logind cannot be asked.
+    systemd does not know of it yet. False where there is no logind, None where it does not answer in time.
     """
     if not os.access(KEPT, os.F_OK):
         return False
-    answer = await _call_logind("org.freedesktop.DBus.Properties", "Get", "ss", LOGIND[2], "PreparingForShutdown")
+    properties = "org.freedesktop.DBus.Properties"
+    try:
+        answer = await _call_logind(properties, "Get", "ss", LOGIND[2], "PreparingForShutdown")
+    except TimeoutError:
+        return None
     return answer is not None and answer.body == (("b", True),)
 
 
 async def _ask_logind() -> Answer:
-    answer = await _call_logind(LOGIND[2], "ListInhibitors")
+    answer = None
+    with suppress(TimeoutError):
+        answer = await _call_logind(LOGIND[2], "ListInhibitors")
     if answer is None or answer.header.fields.get(jeepney.HeaderFields.signature) != "a(ssssuu)":
         return None
     blockers = (
@@ -110,9 +117,9 @@ async def _ask_logind() -> Answer:
 
 
 async def _call_logind(interface: str, method: str, signature: str = "", *body: str) -> "jeepney.Message | None":
-    """Return logind's answer; None if there is none within ASKING, or if it is an error."""
+    """Return logind's answer, None if it is not there or refuses; TimeoutError if none comes within ASKING."""
     try:
         async with asyncio.timeout(ASKING), dbus.system_bus() as bus:
             return await bus.call_method((*LOGIND[:2], interface), method, signature, *body)
-    except (dbus.BusError, TimeoutError):
+    except dbus.BusError:
         return None

@@ -46,6 +46,9 @@ async def test_a_shutdown_that_logind_has_taken_is_known(tmp_path: Path, monkeyp
         assert not await inhibitors.is_shutting_down()
         bus.instead["Get"] = "v", (("b", True),)
         assert await inhibitors.is_shutting_down()
+        bus.instead["Get"] = asyncio.Event()
+        monkeypatch.setattr(inhibitors, "ASKING", 0.05)
+        assert await inhibitors.is_shutting_down() is None, "it does not answer"
 
 
 async def test_many_checks_at_a_time_are_one_connection_to_the_bus(

@@ -18,11 +18,12 @@ from khod.model import Phase, Step
 from khod.producers import registry
 from khod.producers.cgroup import find_units_listening, units_in
 from khod.producers.qemu import Qemu
+from khod.quiesce import units
 from khod.quiesce.host import Survey, SystemdHost
 from khod.quiesce.outcome import Started
 from khod.quiesce.selection import Selection, UnitFacts
 from khod.simulated.kernel import Rebooted
-from khod.systemd import dbus
+from khod.systemd import dbus, logind
 from khod.systemd.logind import Inhibitor
 from khod.target.target import Request
 from tests.unit.fakebus import FakeBus, fake_bus, unit
@@ -422,6 +423,27 @@ async def test_a_host_that_is_shut_down_does_not_jump(private_socket: Path) -> N
         bus.manager["SystemState"] = "stopping"
         with pytest.raises(Refused, match="shut the host down"):
             await host.require_rest()
+
+
+async def test_nothing_jumps_while_logind_does_not_answer(
+    private_socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def is_not_known() -> None:
+        return None
+
+    monkeypatch.setattr(logind, "is_shutting_down", is_not_known)
+    async with at_rest(private_socket) as (host, _bus):
+        with pytest.raises(Refused, match="logind does not say"):
+            await host.require_rest()
+
+
+def test_the_files_of_sessions_may_be_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "SESSIONS", tmp_path)
+    (tmp_path / "1").write_text("UID=0\nSTATE=active\n")
+    os.mkfifo(tmp_path / "1.ref")
+    (tmp_path / "2").write_text(f"LEADER={os.getpid()}\n")
+    service = UnitFacts("login.service", main_pid=os.getpid())
+    assert units.find_session_units([service]) == {"login.service": "an operator is logged in by it"}
 
 
 async def test_nothing_jumps_while_systemd_does_not_answer(
