@@ -85,7 +85,7 @@ def producer(host: Host, text: str = REFUSES) -> Iterator[None]:
 
 def write_to_disk(host: Host) -> None:
     """Hold that the root file system is not frozen."""
-    host.shell("timeout 5 sh -c 'echo x > /var/lib/x; sync; rm /var/lib/x'; test ! -e /run/khod/frozen-filesystems")
+    host.shell("timeout 60 sh -c 'echo x > /var/lib/x; sync; rm /var/lib/x'; test ! -e /run/khod/frozen-filesystems")
 
 
 def describe_quiesce(host: Host) -> str:

@@ -100,10 +100,12 @@ def told(host: Host, version: str) -> tuple[dict[str, tuple[str, str]], list[str
     """Give what the checks of this khod find, and what it tells of an activation and an abort."""
     checks = host.checks(*image(version))
     found = {name: (check["result"], without_numbers(check["evidence"])) for name, check in checks.items()}
-    since = host.shell("journalctl -u kho-handover -n 0 --show-cursor | sed -n 's/^-- cursor: //p'").strip()
+    since = host.shell(
+        "journalctl --sync; journalctl -u kho-handover -n 0 --show-cursor | sed -n 's/^-- cursor: //p'"
+    ).strip()
     host.khoctl("activate")
     host.khoctl("abort")
-    lines = host.shell(f"journalctl -u kho-handover -o cat --after-cursor='{since}'").splitlines()
+    lines = host.shell(f"journalctl --sync; journalctl -u kho-handover -o cat --after-cursor='{since}'").splitlines()
     return found, [without_numbers(line) for line in lines]
 
 

@@ -49,6 +49,7 @@ def write_profile(host: Host, *, before: str = '["true"]', load_only: str = "fal
 def read_after(host: Host) -> tuple[str, str]:
     """The verdict and the exit code that the command after the handover was given, once it has run."""
     text = host.shell("timeout 120 sh -c 'until test -e /root/after; do sleep 0.2; done'; cat /root/after")
+    host.shell("timeout 60 sh -c 'while test -e /var/lib/kho-profiles/roll.json; do sleep 0.2; done'")  # all have run
     found = dict(line.partition("=")[::2] for line in text.splitlines())
     assert (found["KHO_NAME"], found["KHO_ASKED_BY"][:6]) == ("roll", "root (")
     return found["KHO_VERDICT"], found["KHO_EXIT_CODE"]

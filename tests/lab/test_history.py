@@ -23,6 +23,12 @@ def test_a_handover_is_in_the_history_of_both_kernels(online: Online) -> None:
     host.kexec(VERSION, "--yes")
     host.khoctl("verify")
     host.shell("timeout 60 sh -c 'until khoctl history --json | grep -q verified; do sleep 0.2; done'")
+    # It is remembered at the verdict, and again with what takes longer to find out.
+    log = f"/var/lib/khod/runs/{host.status()['run']}.jsonl"
+    host.shell(f"timeout 120 sh -c 'until grep -q \"^{{.departure\" {log}; do sleep 0.2; done'")
+    host.shell(
+        'timeout 60 sh -c \'until [ "$(khoctl history --json)" = "$(sleep 1; khoctl history --json)" ]; do :; done\''
+    )
     verified, rolled_back = attempts(host)
     assert (verified["outcome"], rolled_back["outcome"]) == ("verified", "idle")
     assert verified["last_boot_id"] == host.guest.boot_id

@@ -184,7 +184,7 @@ def test_without_a_message_bus_and_beside_a_systemd_that_starts_anew_hooks_run(h
 def test_what_does_not_die_is_named_and_the_next_verb_runs_all_the_same(host: Host, prepared: bool) -> None:
     host.shell("fsfreeze --freeze /mnt")
     try:
-        found = shell(host, "touch /mnt/x", deadline=3, prepared=prepared)
+        found = shell(host, "touch /mnt/x", deadline=8, prepared=prepared)
         assert found.answer == "no answer"
         assert "it sleeps in the kernel and does not die" in found.passed_on
         assert shell(host, "exit 0").answer == "ready"

@@ -35,6 +35,9 @@ class Measured:
 
 
 def measure(host: Host) -> Measured:
+    """Measure once khod has imported what the next handover needs: its memory does not change for a second then."""
+    rss = "awk '/^Rss:/ {print $2}' /proc/$(systemctl show -P MainPID kho-handover)/smaps_rollup"
+    host.shell(f'until [ "$({rss})" = "$(sleep 1; {rss})" ]; do :; done')
     khod, available, listed, files = host.shell(
         "sync; echo 3 > /proc/sys/vm/drop_caches;"
         "awk '/^Rss:/ {print $2}' /proc/$(systemctl show -P MainPID kho-handover)/smaps_rollup;"

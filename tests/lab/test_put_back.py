@@ -310,6 +310,6 @@ def test_a_reset_instead_of_the_jump_is_a_cold_boot(host: Host) -> None:
 
     host.guest.reset()
 
-    status = host.status(code=7)
+    status = host.settled(code=7)
     assert status["phase"] == "cold_boot"
     assert "booted cold" in status["last_error"]

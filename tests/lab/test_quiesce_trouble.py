@@ -206,6 +206,7 @@ def test_the_session_of_the_operator_lives_on_and_a_failed_unit_stays_failed(hos
     host.guest.put("/usr/lib/systemd/system/operator.service", SESSION.format(words=" ".join(image(VERSION))))
     host.guest.put("/usr/lib/systemd/system/broken.service", FAILED)
     host.shell("systemctl daemon-reload; systemctl start broken; systemctl start systemd-logind", check=False)
+    host.shell("timeout 30 sh -c 'until systemctl is-failed -q broken; do sleep 0.1; done'")
     with producer(host), unchanged(host):
         pid = host.shell("rm -f /run/logged-in; systemctl start operator; systemctl show -p MainPID --value operator")
         host.shell("timeout 90 sh -c 'until test -s /run/logged-in; do sleep 0.2; done'")

@@ -49,7 +49,8 @@ def host(lab_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
             "systemctl start --no-block slow; echo kept > /run/data/file;"
             "timeout 60 sh -c 'until systemctl is-active -q upheld; do sleep 0.2; done';"
             "timeout 60 sh -c 'until [ $(systemctl show -P SubState slow) = auto-restart ]; do sleep 0.2; done';"
-            "systemctl stop by-hand"
+            "timeout 60 sh -c 'while systemctl list-jobs | grep -q counted || systemctl is-active -q counted;"
+            " do sleep 0.2; done'; systemctl stop by-hand"
         )
         yield found
 
@@ -74,6 +75,6 @@ def test_a_poweroff_that_waits_for_a_program_is_not_turned_into_a_jump(host: Hos
     host.shell(f"systemctl start systemd-logind; systemctl stop slow; systemd-run -q {delays}")
     host.shell("timeout 60 sh -c 'until ls /run/systemd/inhibit/*.ref; do sleep 0.2; done'")
     kept = 'keep = ["run-*.service", "systemd-logind.service", "dbus.service"]\n'
-    with producer(host, f'{kept}freeze = ["/usr/bin/systemctl", "poweroff"]\n'):
-        said = host.khoctl("kexec", *image(VERSION), code=3).stderr
+    host.guest.put("/etc/kho/producers.d/one.toml", f'{kept}freeze = ["/usr/bin/systemctl", "poweroff"]\n')
+    said = host.khoctl("kexec", *image(VERSION), code=3).stderr
     assert "Somebody has begun to shut the host down" in said, said
