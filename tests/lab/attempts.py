@@ -134,7 +134,12 @@ def try_process(pid: int) -> Outcomes:
 
 def try_own_process() -> Outcomes:
     """The same with a process of the user's own."""
-    with subprocess.Popen(["/bin/sleep", "60"], stdout=subprocess.PIPE) as own:
+    with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as own:
+        assert own.stdin is not None
+        assert own.stdout is not None
+        # Popen returns when exec closes a pipe, before the kernel lets the user open its files in /proc (EACCES, seen).
+        own.stdin.write(b"x")
+        own.stdout.read(1)
         return try_process(own.pid)
 
 
