@@ -61,11 +61,8 @@ class Peers:
         except Exception as error:  # noqa: BLE001 - no error here may keep a producer from registering
             self._unkept(error)
             return
-        self._absent = {
-            registered.name: registered
-            for registered in found
-            if registered.name not in _connected_names(self._peers.values())
-        }
+        connected = _connected_names(self._peers.values())
+        self._absent = {registered.name: registered for registered in found if registered.name not in connected}
 
     @property
     def absent_producers(self) -> list[RegisteredProducer]:
