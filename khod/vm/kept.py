@@ -64,7 +64,7 @@ class KeptProcess(QemuProcess):
     async def _remove_left_drop_in(self) -> None:
         """Remove what a khod-vm that was killed has left: with descriptors that are gone, the unit would not start."""
         drop_in = _drop_in_of(self._settings.restart[0])
-        if drop_in.exists():
+        if _is_unit(self._settings.restart) and drop_in.exists():
             with suppress(OSError):
                 drop_in.unlink()
             await _call_systemctl("daemon-reload")
@@ -94,7 +94,7 @@ class KeptProcess(QemuProcess):
         await self._require_absent()
         async with AsyncExitStack() as stack:
             group = 0
-            if len(command) == 1 and command[0].endswith(".service"):
+            if _is_unit(command):
                 await stack.enter_async_context(self._start_unit(command[0], memory))
             else:
                 group = self._start_command(command, memory)
@@ -186,6 +186,11 @@ class KeptProcess(QemuProcess):
             raise VmError(f"{command[0]} cannot be started: {errno_text(error)}") from None
         threading.Thread(target=os.waitpid, args=(pid, 0), name="restart", daemon=True).start()
         return pid
+
+
+def _is_unit(command: Sequence[str]) -> bool:
+    """Whether what starts QEMU again is a unit, by its name."""
+    return len(command) == 1 and command[0].endswith(".service")
 
 
 def _drop_in_of(unit: str) -> Path:

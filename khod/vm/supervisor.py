@@ -219,12 +219,11 @@ class Supervisor:
         running = self._frozen.was_running
         if about is not None and not running and self._qemu.ends_with_qemu:
             await self._qemu.kill()  # it is `postmigrate`, and only `cont` would end that
-        if await _continue_in_place(self._qemu, state, step, running=running):
-            pass
-        elif about is not None and self._qemu.memory and not is_spent(state):
-            await self._start_with(about, self._qemu.memory, state, step)
-        else:
-            LOG.error("QEMU has ended, and the guest's state is not here: the guest is lost")
+        if not await _continue_in_place(self._qemu, state, step, running=running):
+            if about is not None and self._qemu.memory and not is_spent(state):
+                await self._start_with(about, self._qemu.memory, state, step)
+            else:
+                LOG.error("QEMU has ended, and the guest's state is not here: the guest is lost")
         self._frozen.release()
 
     async def _restore(self, step: Step) -> None:
